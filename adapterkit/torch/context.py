@@ -129,9 +129,14 @@ def _named(module: nn.Module, past: Tensor, biased: nn.Module | None) -> Iterato
     with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:
         config: Any = module.config
         prefixed = config if isinstance(config, Prefixed) else Prefixed(config)
-        if prefixed.config._attn_implementation not in KNOWN or getattr(module, "reorder_and_upcast_attn", False):
-            why = f"an attention computed by {prefixed.config._attn_implementation!r} cannot take a prefix"
+        implementation = prefixed.config._attn_implementation
+        if implementation not in KNOWN:
+            why = f"an attention computed by {implementation!r} cannot take a prefix"
             raise Unsupported(why, cure=f"Load the model with attn_implementation= one of {', '.join(KNOWN)}")
+        # With 'sdpa', transformers ignores this option of GPT-2.
+        if implementation == "eager" and getattr(module, "reorder_and_upcast_attn", False):
+            why = "an attention with reorder_and_upcast_attn cannot take a prefix if it is computed by 'eager'"
+            raise Unsupported(why, cure="Load the model with attn_implementation='sdpa'")
         AttentionInterface.register(NAME, _attend)
         module.__dict__["config"] = prefixed
         prefixed.users += 1

@@ -218,6 +218,19 @@ def test_a_way_to_attend_that_takes_no_prefix_is_named():
         run(model)
 
 
+def test_gpt2s_upcast_attention_takes_a_prefix_where_transformers_does_not_upcast():
+    plain, eager, fused = (
+        fresh(gpt2, attn_implementation=name, reorder_and_upcast_attn=upcast)
+        for name, upcast in (("eager", False), ("eager", True), ("sdpa", True))
+    )
+    adapter = context(plain, "prefix")
+    for model in (plain, eager, fused):
+        ak.torch.inject(model, adapter)
+    torch.testing.assert_close(run(fused), run(plain), rtol=1e-5, atol=1e-5)
+    with pytest.raises(Unsupported, match="reorder_and_upcast_attn.*attn_implementation='sdpa'"):
+        run(eager)
+
+
 def test_models_without_such_attentions_have_no_place_for_it():
     model = nn.Module()
     model.embed = nn.Embedding(4, 8)
