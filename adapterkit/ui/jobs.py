@@ -31,7 +31,7 @@ WAITING = 8
 KEPT = 50
 """The maximum number of ended jobs that stay in the list; the oldest are removed."""
 
-MAX_ERROR_BYTES = 512 * 1024
+MAX_OUTPUT_CHARACTERS = 512 * 1024
 """The maximum number of characters that are kept of a job's standard output, from its beginning."""
 
 _PART = re.compile(r": (\d+)%(?:,|$)")
@@ -148,8 +148,8 @@ class Jobs:
         assert process.stdout is not None
         with process.stdout as out:
             while piece := out.read(8192):
-                if len(job.out) < MAX_ERROR_BYTES:
-                    job.out += piece[: MAX_ERROR_BYTES - len(job.out)]
+                if len(job.out) < MAX_OUTPUT_CHARACTERS:
+                    job.out += piece[: MAX_OUTPUT_CHARACTERS - len(job.out)]
         reader.join()
         self._ended(job, process.wait())
 
