@@ -682,7 +682,7 @@ def test_a_copied_model_keeps_its_context_apart():
 def test_configs_that_are_not_of_their_file_are_refused(saved, tmp_path):
     for case, changes, why in (
         ("prompt of llama", {"num_virtual_tokens": 5}, r"\[4, 8\].* the config states \[5, 8\]"),
-        ("prompt of llama", {"num_transformer_submodules": 3}, "the number of stacks of layers is 3"),
+        ("prompt of llama", {"num_transformer_submodules": 3}, "must be 1 or 2, but is 3"),
         ("prefix of llama", {"token_dim": 6}, "do not divide"),
         ("prefix of llama", {"num_layers": None}, "do not divide"),
         ("multitask", {"num_tasks": 2}, "the config states"),

@@ -111,7 +111,7 @@ class AdamssFamily(Family):
         for target, group in updates.items():
             for update in group:
                 if isinstance(update, AdaMSS) and target.stacked:
-                    yield target, "PEFT has no adamss on a stack of experts"
+                    yield target, "PEFT does not support adamss on a stack of experts"
                 elif isinstance(update, AdaMSS):
                     why = _unproven(config, target.path, update, base)
                     if update.seed != config.random_seed:
