@@ -322,7 +322,7 @@ class Evaluation:
         """Return (combined change cut to the requested rank, norm before the cut, norm of the error)."""
         from .lowrank import svd
 
-        uncut = self.rank is None or min(deltas[0].shape) == 1
+        uncut = self.rank is None or len(place.shape) == 1
         if uncut or not isinstance(method, Entrywise):
             delta = self._matrix(method, place, at, deltas)
             if uncut or (self.rank == FIT and delta.rest is None):
@@ -544,8 +544,8 @@ def combine(
         rank: the rank to which the result is cut at each target; default: the result is not cut. The cut is the best
             approximation of this rank; for large matrices without low-rank factors, the cut is only nearly the best.
             `"fit"` cuts only results without low-rank factors, to the largest rank that the adapters have at the
-            target. Results with low-rank factors then keep the sum of the ranks, and the results for matrices with more
-            than one row and column are LoRAs.
+            target. Results with low-rank factors then keep the sum of the ranks, and the results for all matrices are
+            LoRAs.
         dtype: the dtype of computed results; default: float64 if any tensor is float64, else float32.
         seed: the seed of random draws; a draw depends only on the seed, the target and the adapter's position.
         compat: `mergekit` or `peft`, to use the method names and the default parameters of that tool.

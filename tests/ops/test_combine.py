@@ -911,6 +911,22 @@ def test_kernels_are_flattened(name):
     close(change(made).reshape(OUT, IN), change(flat), 1e-6)
 
 
+@pytest.mark.parametrize("rank", ["fit", 1, 2])
+@pytest.mark.parametrize("name", ["linear", "ties", "dare_ties", "sce", "tsv"])
+def test_a_weight_with_one_row_stays_a_lora(name, rank, tmp_path):
+    """A head with one label has rank 1, so the cut loses nothing, and PEFT's format can store the result."""
+    rng = np.random.default_rng(3)
+    heads = [
+        Adapter({target: (METHODS["lora"](A=from_numpy(rng.normal(size=(2, 16)).astype("f4")),
+                                          B=from_numpy(rng.normal(size=(out, 2)).astype("f4"))),)
+                 for target, out in ((Target("score"), 1), (Q, 8))})
+        for _ in range(2)
+    ]  # fmt: skip
+    ak.write(ak.ops.combine(heads, name, rank=rank), tmp_path / "a", "peft")
+    head = Target("score")
+    close(change(ak.read(tmp_path / "a"), head), change(ak.ops.combine(heads, name), head), 1e-5)
+
+
 @pytest.mark.parametrize("name", ["linear", "ties", "tsv", "knots", "iso_c", "wudi", "ctm_linear"])
 def test_methods_without_thin_factors_are_combined_too(name):
     rng = np.random.default_rng(9)
