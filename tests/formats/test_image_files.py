@@ -397,7 +397,7 @@ def test_a_folded_scaling_that_the_type_cannot_hold_is_named(tmp_path):
     held = {key: value.astype("f2") for key, value in load_file(vector).items()}
     adapter = ak.read(saved(tmp_path, held), format="xlabs")
     large = {t: tuple(update.replace(scaling=1e9) for update in found) for t, found in adapter.updates.items()}
-    with pytest.raises(Malformed, match=r"a scaling of 1e\+09 moves the number at .* out of the range of F16"):
+    with pytest.raises(Malformed, match=r"a scaling of 1e\+09 moves the element at .* out of the range of F16"):
         ak.write(ak.Adapter(large), tmp_path / "out.safetensors", "xlabs", on_loss="fold")
     assert not (tmp_path / "out.safetensors").exists()
 
