@@ -1116,7 +1116,7 @@ def test_bad_input_is_refused():
     refused(UsageError, "slerp takes 2 adapters", adapters(3), "slerp")
     refused(UsageError, "nearswap takes 1 adapters, not 2", two, "nearswap")
     refused(UsageError, "needs the weights of the base", two[:1], "arcee_fusion")
-    refused(UsageError, "cannot follow a plug-in", two, "knots", then="arcee_fusion")
+    refused(UsageError, "cannot be the inner method", two, "knots", then="arcee_fusion")
     refused(UsageError, "no target matches", two, "linear", [{"*.k": 1.0}, 1.0])
     refused(UsageError, "rank is 99, but the weights have at most rank 20", two, "linear", rank=99)
     refused(UsageError, "rank is 99, but the weights have at most rank 20", two, "ctm", rank=99)
@@ -1128,7 +1128,7 @@ def test_bad_input_is_refused():
     refused(UsageError, "must be a mapping", two, "ties", each=[0.5, 0.2])
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 0.5})
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 1.0, "*": 0.5})
-    refused(UsageError, "cannot follow a plug-in", two, "knots", then="core")
+    refused(UsageError, "cannot be the inner method", two, "knots", then="core")
     refused(
         UsageError,
         r"cannot be summed separately(.|\n)*adapterkit resize A --rank R",
