@@ -90,7 +90,7 @@ class _Int8Rows(Rowwise):
 
 
 def _quantized(values: Array) -> tuple[Array, Array]:
-    """Quantize rows by q = round(127 w / SCB), with halves rounded to even."""
+    """Quantize rows by q = round(127 w / SCB), with ties rounded to even; return q and SCB."""
     import numpy as np
 
     largest = np.abs(values).max(1)
