@@ -302,7 +302,8 @@ class Criterion:
         frobenius: the largest Frobenius norm that the dropped part may have.
         sv_ratio: kohya's rule: keep the singular values above the largest singular value divided by this number.
         sv_cumulative: kohya's rule: the smallest share of the sum of the singular values to keep.
-        sv_fro: kohya's rule: the smallest share of the Frobenius norm to keep. The square of `sv_fro` is a share of the energy.
+        sv_fro: kohya's rule: the smallest share of the Frobenius norm to keep. The square of `sv_fro` is a share of
+            the energy.
         scope: `target`: apply the criterion to each weight separately. `all`: keep the largest singular values among
             all weights; in this case, `rank` is the mean rank, and energy, error and frobenius apply to the whole
             adapter.

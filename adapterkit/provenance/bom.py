@@ -169,7 +169,7 @@ def _main(root: Path, statement: Mapping[str, Any], files: list[Path]) -> dict[s
 
 
 def _parts(statement: Mapping[str, Any], root: Path) -> list[Part]:
-    """Return the parts whose licences apply: the base and adapters of a merge, otherwise the model or adapter itself."""
+    """Return the parts whose licences apply: the base and adapters of a merge, or the model or adapter itself."""
     parts = parts_of(statement.get("made_from") or {})
     if statement.get("kind") == "merged" and parts:
         # A merge copies the base's model card. If the card at the path has a licence that no part has, this card was

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 DAMAGED = "The file is damaged, or belongs to another scheme: fetch it again"
 
-NO_PACKING = "Merge with --quantized dequantize (quantized='dequantize'), and quantize the result with the scheme's own tool"
+NO_PACKING = (
+    "Merge with --quantized dequantize (quantized='dequantize'), and quantize the result with the scheme's own tool"
+)
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The sixteen values of a 4-bit float with one sign bit, two exponent bits and one mantissa bit."""
