@@ -103,6 +103,7 @@ def _weight(base: Checkpoint, module: str) -> Packed:
     stored, scale = part_of(base, name, name, ("I8",)), part_of(base, name, scb, ("F32",))
     expect(stored.shape, (*scale.shape, stored.shape[-1]) if stored.shape else scale.shape, name)
     if form in base.tensors and set(bytes(base.tensors[form].read(0, 1))) - {0}:
-        raise Unsupported("the weights are stored in tiles, not in rows", path=base.root, where=form, cure=DAMAGED)
+        cure = "Load the base with transformers and bitsandbytes, and save it again: this stores the weights in rows"
+        raise Unsupported("the weights are stored in tiles, not in rows", path=base.root, where=form, cure=cure)
     members = (name, scb, *((form,) if form in base.tensors else ()))
     return _Int8Rows(name, stored.shape, sixteen_bits(base), members, stored, scale)
