@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, cast
 from ..errors import Unsupported
 from ..io.lazy import Lazy
 from . import (
-    DAMAGED,
     Packed,
     Rowwise,
     Scheme,
