@@ -584,7 +584,7 @@ REFUSED = {
         Unsupported,
         "does not apply to a Own, which takes no cache or past_key_values",
     ),
-    "no such part": (llama, "model.layers.9", "prompt", (2, 8), TargetNotFound, "the base does not have this part"),
+    "no such part": (llama, "model.layers.9", "prompt", (2, 8), TargetNotFound, "the base does not have this module"),
     "no embedding": (
         llama,
         "lm_head",
