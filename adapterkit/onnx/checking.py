@@ -29,7 +29,7 @@ from .saturation import Saturation, quantizers
 from .saturation import compared as saturation
 from .slots import neutral_of, slots_of
 from .trial_inputs import SIZES, Feeds, Sizes, numbers_in, sizes_beside, trial_inputs_for
-from .unblocking import has_blocks, unblock
+from .unblocking import is_reordered, unblock
 from .unrounded import ROUGH, obstacle, rounds, unround
 from .widening import as_fed, started, widened, widened_note
 
@@ -352,15 +352,16 @@ def _checked_beside(
 
 
 def _in_order(model: ir.Model, base: Checkpoint | None, given: Feeds | None, known: Sizes, out: Path) -> bytes:
-    """Return the original graph; if its convolutions are in onnxruntime's blocked layout, replace them by plain ones.
+    """Return the original graph; if its convolutions are in a layout of onnxruntime's, replace them by plain ones.
 
     Raises:
         CheckFailed: the original graph and the graph with plain convolutions differ.
     """
     first = inline(model)
-    if base is None or not has_blocks(model) or unblock(model, base) is not None:
+    if not is_reordered(model):
         return first
-    second = inline(model)
+    unblock(model, base)
+    second, most = inline(model), TOLERANCE["V"] if _rounds(model) else MOST_NOISE
     for sizes in SIZES if given is None else SIZES[:1]:
         try:
             session = started(first)
@@ -368,7 +369,7 @@ def _in_order(model: ir.Model, base: Checkpoint | None, given: Feeds | None, kno
             results = session.run(None, feeds)
         except Exception:  # onnxruntime's errors have no common base class; other sizes may run.
             continue
-        if (difference := difference_of(started(second).run(None, feeds), results)) > MOST_NOISE:
+        if (difference := difference_of(started(second).run(None, feeds), results)) > most:
             why = (
                 f"onnxruntime computes something else from the original graph, by {difference:.3g} times the largest "
                 "output value: the graph was optimized for processors with blocks of another size"

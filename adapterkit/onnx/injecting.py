@@ -162,8 +162,7 @@ def inject(
             "prompt, and runs with a past do not use the prefix"
         )
         raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
-    if base is not None:
-        unblock(source.model, base)  # Before `Building`, which collects the names that are taken.
+    unblock(source.model, base)  # Before `Building`, which collects the names that are taken.
     building = Building(source.model)
     used = place(context, building)
     places = resolve(source.model, rest, base, tying)

@@ -69,12 +69,11 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
     Raises:
         Malformed, StorageError: as in `inject`.
     """
-    graph = opened(model).model
-    if base_weights is None:
-        return _named(spots_of(graph))
-    base = opened_base(base_weights)
+    graph, base = opened(model).model, None if base_weights is None else opened_base(base_weights)
     unblock(graph, base)
     spots = spots_of(graph)
+    if base is None:
+        return _named(spots)
     known, places = by_name(spots), list[Place]()
     for name, tensor in base.tensors.items():
         # Skip vectors, which are norms and biases.

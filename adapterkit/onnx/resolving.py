@@ -104,7 +104,7 @@ def resolve(
 
     _refuse(adapter)
     tying = tying or Tying.of(base, None)
-    left = None if base is None else unblock(model, base)
+    left = unblock(model, base)
     spots = spots_of(model)
     known = by_name(spots)
     for target in adapter.updates:
@@ -193,8 +193,7 @@ def taken(
         TargetNotFound: a target may be a layer whose name is lost, and no base is given to compare values; or two
             targets are the same layer.
     """
-    if base is not None:
-        unblock(model, base)
+    unblock(model, base)
     spots = spots_of(model)
     known = by_name(spots)
     whole_adapter, refused = adapter, list[Target]()

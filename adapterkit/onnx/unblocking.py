@@ -1,4 +1,4 @@
-"""Replace convolutions in onnxruntime's blocked layout by plain ones, which adapters can be attached to.
+"""Replace convolutions in onnxruntime's own layouts by plain ones, which adapters can be attached to.
 
 At `GraphOptimizationLevel.ORT_ENABLE_ALL`, onnxruntime stores kernels and activations in blocks of channels, for one
 kind of processor. A graph that is saved so computes something else on a processor with another block size, and the file
@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..io.lazy import as_array
-from .building import Array, Attribute, Branch, Building, takes_over
+from .building import Array, Attribute, Branch, Building, element_type, takes_over
 from .operands import attribute, is_constant, nodes_of, numbers, shape_of
 
 if TYPE_CHECKING:
@@ -45,22 +45,26 @@ class _Unknown(Exception):
     """The graph has something blocked that this module does not know; the message says what."""
 
 
-def has_blocks(model: ir.Model) -> bool:
-    """Whether a graph has convolutions in the blocked layout."""
-    return any(node.domain == BLOCKED and node.op_type == "Conv" for node in nodes_of(model))
+def is_reordered(model: ir.Model) -> bool:
+    """Whether a graph has convolutions in the blocked layout, or integer convolutions that read channels last."""
+    return any(_is_blocked(node) or _is_channels_last(node) for node in nodes_of(model))
 
 
-def unblock(model: ir.Model, base: Checkpoint) -> str | None:
+def unblock(model: ir.Model, base: Checkpoint | None) -> str | None:
     """Replace all blocked nodes of a graph by plain ones, if the base's weights show the size of the blocks.
+
+    Integer convolutions that read channels last are replaced by those that read channels first, without the base.
 
     Args:
         model: the graph, which is changed.
         base: the weights that the graph was exported from.
 
     Returns:
-        Why blocked nodes remain, with the graph unchanged; None if none do.
+        Why blocked nodes remain; None if none do.
     """
-    if not has_blocks(model):
+    for node in [node for node in nodes_of(model) if _is_channels_last(node)]:
+        _channels_first(model, node)
+    if base is None or not any(_is_blocked(node) for node in nodes_of(model)):
         return None
     try:
         region = _Region(model)
@@ -68,6 +72,35 @@ def unblock(model: ir.Model, base: Checkpoint) -> str | None:
     except _Unknown as reason:
         return str(reason)
     return None
+
+
+def _is_blocked(node: ir.Node) -> bool:
+    return node.domain == BLOCKED and node.op_type == "Conv"
+
+
+def _is_channels_last(node: ir.Node) -> bool:
+    last = node.op_type == "QLinearConv" and node.domain == "com.microsoft" and attribute(node, "channels_last", 0)
+    return bool(last) and isinstance(node.graph, ir.Graph) and len(shape_of(node.inputs[3])) > 2  # type: ignore[arg-type]
+
+
+def _channels_first(model: ir.Model, node: ir.Node) -> None:
+    """Replace an integer convolution that reads channels last by ONNX's; both store the kernel in the same order."""
+    building, graph, old = Building(model), node.graph, node.outputs[0]
+    branch = Branch(building, node.name or node.op_type)
+    axes = list(range(len(shape_of(node.inputs[3]))))  # type: ignore[arg-type]
+    zero = node.inputs[7]
+    assert isinstance(graph, ir.Graph)
+    kinds = [np.dtype(np.uint8) if one is None else element_type(one) for one in (node.inputs[2], zero)]
+    x = branch.node("Transpose", [node.inputs[0]], {"perm": [0, axes[-1], *axes[1:-1]]}, kinds[0], None)
+    words = {name: one.value for name, one in node.attributes.items() if name != "channels_last"}
+    y = branch.node("QLinearConv", [x, *node.inputs[1:]], words, kinds[1], None)
+    new = branch.node("Transpose", [y], {"perm": [0, *axes[2:], 1]}, kinds[1], None)
+    for one in branch.nodes:
+        one.metadata_props.update(node.metadata_props)
+    graph.insert_before(node, branch.nodes)
+    takes_over(old, new, branch)
+    graph.remove(node, safe=True)
+    building.settle()
 
 
 class _Channels:

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from safetensors.torch import save_file
 from torch import nn
 
@@ -51,6 +52,14 @@ class Blocked(nn.Module):
         return self.last(h) * torch.sigmoid(self.head(h).mean((2, 3), keepdim=True)[:, :12])
 
 
+def optimized(path, out):
+    """Write the graph that onnxruntime runs on this processor."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(out)
+    onnxruntime.InferenceSession(str(path), options)
+
+
 def blocked(model, folder, dynamic=False):
     """Write a graph that onnxruntime optimized at its last level, and the model's weights; return their paths."""
     axes = {"x": {0: "n", 2: "h", 3: "w"}} if dynamic else None
@@ -59,10 +68,7 @@ def blocked(model, folder, dynamic=False):
         torch.onnx.export(
             model, (X,), folder / "float.onnx", input_names=["x"], dynamo=False, opset_version=17, dynamic_axes=axes
         )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(folder / "base.onnx")
-    onnxruntime.InferenceSession(str(folder / "float.onnx"), options)
+    optimized(folder / "float.onnx", folder / "base.onnx")
     save_file(model.state_dict(), folder / "base.safetensors")
     assert "com.microsoft.nchwc" in domains(folder / "base.onnx")
     return folder / "base.onnx", folder / "base.safetensors"
@@ -239,3 +245,48 @@ def test_blocked_layers_have_no_names_without_the_base(tmp_path):
     path, _ = blocked(model, tmp_path)
     with pytest.raises(TargetNotFound, match=r"first: .*--base-weights DIR \(base_weights=\)"):
         ak.onnx.inject(path, of_first(model), tmp_path / "out.onnx")
+
+
+class Once:
+    """Calibration data larger than the inputs of the test, so that changed layers do not clip."""
+
+    def __init__(self):
+        self.left = [{"x": 2 * X.numpy()}]
+
+    def get_next(self):
+        return self.left.pop() if self.left else None
+
+
+@pytest.mark.parametrize("mode", ["constant", "slots", "merge"])
+@pytest.mark.parametrize("form", ["QDQ", "QOperator"])
+def test_integer_convolutions_that_read_channels_last(form, mode, tmp_path):
+    model = randomized(Plain)
+    blocked(model, tmp_path)
+    quantize_static(
+        tmp_path / "float.onnx", tmp_path / "q.onnx", Once(), quant_format=getattr(QuantFormat, form),
+        weight_type=QuantType.QInt8,
+    )  # fmt: skip
+    path, base, out = tmp_path / "last.onnx", tmp_path / "base.safetensors", tmp_path / "out.onnx"
+    optimized(tmp_path / "q.onnx", path)
+    kinds = {(node.domain, node.op_type) for node in onnx.load(path).graph.node}
+    assert ("com.microsoft", "QLinearConv") in kinds
+    W, g = model.second.weight, torch.Generator().manual_seed(3)
+    lora = METHODS["lora"](A=torch.randn(2, *W.shape[1:], generator=g) / 20, B=torch.randn(len(W), 2, generator=g) / 2)
+    adapter = Adapter({Target("second"): (lora,)})
+    with torch.no_grad():
+        before = model(X).numpy()
+        W += (lora.B @ lora.A.flatten(1)).reshape(W.shape)
+        wanted = model(X).numpy()
+    own = abs(graphs.run(path, X.numpy()) - before).max() / abs(before).max()
+    assert own < 0.05 < abs(wanted - before).max() / abs(before).max() / 4
+    feeds = {}
+    if mode == "merge":
+        ak.onnx.merge(path, adapter, out, base_weights=base, quantized="dequantize")
+    else:
+        ak.onnx.inject(path, adapter, out, mode=mode, base_weights=base)
+        ak.onnx.eject(out, tmp_path / "back.onnx")
+        assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
+    if mode == "slots":
+        assert abs(graphs.run(out, X.numpy()) - before).max() / abs(before).max() <= 1.5 * own
+        feeds = ak.onnx.fit(out, adapter, base_weights=base)
+    assert abs(graphs.run(out, X.numpy(), **feeds) - wanted).max() / abs(wanted).max() <= 3 * own
