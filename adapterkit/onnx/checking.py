@@ -29,6 +29,7 @@ from .saturation import Saturation, quantizers
 from .saturation import compared as saturation
 from .slots import neutral_of, slots_of
 from .trial_inputs import SIZES, Feeds, Sizes, numbers_in, sizes_beside, trial_inputs_for
+from .unblocking import is_reordered, unblock
 from .unrounded import ROUGH, obstacle, rounds, unround
 from .widening import as_fed, started, widened, widened_note
 
@@ -195,7 +196,8 @@ def checked_injection(
     source = opened(model)
     if (why := _too_large(source)) is not None:
         return CheckOutcome(None, why)
-    plain, known = inline(source.model), sizes_beside(source.path)
+    known = sizes_beside(source.path)
+    plain = _in_order(source.model, base, given, known, out)
     fed = {} if beside is None else _fed(beside, out, source)
     if beside is not None:
         outcome = _compared(plain, out, _empty(out), exact=True, given=given, known=known)
@@ -302,8 +304,8 @@ def checked_merge(
     source = opened(model)
     if (why := _too_large(source)) is not None:
         return CheckOutcome(None, why)
-    plain, building = inline(source.model), Building(source.model)
     weights, known = None if base is None else opened_base(base), sizes_beside(source.path)
+    plain, building = _in_order(source.model, weights, given, known, out), Building(source.model)
     places = resolve(source.model, adapters[0], weights, tying)
     blocked = _obstacle(plain) if (rough := _rounds(source.model)) else None
     smooth = rough and blocked is None
@@ -331,8 +333,8 @@ def _checked_beside(
     source = opened(model)
     if (why := _too_large(source)) is not None:
         return CheckOutcome(None, why)
-    plain, building = inline(source.model), Building(source.model)
     weights, known = None if base is None else opened_base(base), sizes_beside(source.path)
+    plain, building = _in_order(source.model, weights, given, known, out), Building(source.model)
     rough = _rounds(source.model)
     blocked = _obstacle(plain) if rough else None
     smooth = rough and blocked is None
@@ -347,6 +349,35 @@ def _checked_beside(
             other = inline(source.model)
     bare, judged = bare and other is not None, quantized is None
     return _compared(other, out, {}, plain=plain, judged=judged, given=given, known=known, bare=bare, blocked=blocked)
+
+
+def _in_order(model: ir.Model, base: Checkpoint | None, given: Feeds | None, known: Sizes, out: Path) -> bytes:
+    """Return the original graph; if its convolutions are in a layout of onnxruntime's, replace them by plain ones.
+
+    Raises:
+        CheckFailed: the original graph and the graph with plain convolutions differ.
+    """
+    first = inline(model)
+    if not is_reordered(model):
+        return first
+    unblock(model, base)
+    second, most = inline(model), TOLERANCE["V"] if _rounds(model) else MOST_NOISE
+    for sizes in SIZES if given is None else SIZES[:1]:
+        try:
+            session = started(first)
+            feeds = trial_inputs_for(session, sizes, known) if given is None else _of_its_inputs(given, session)
+            results = session.run(None, feeds)
+        except Exception:  # onnxruntime's errors have no common base class; other sizes may run.
+            continue
+        if (difference := difference_of(started(second).run(None, feeds), results)) > most:
+            why = (
+                f"onnxruntime computes something else from the original graph, by {difference:.3g} times the largest "
+                "output value: the graph was optimized for processors with blocks of another size"
+            )
+            cure = "Optimize it again on this processor; or turn the check off: --no-check (check=False)"
+            raise CheckFailed(why, path=out, cure=cure)
+        break
+    return second
 
 
 def _exact(model: ir.Model) -> bool:

@@ -35,6 +35,7 @@ from .routed import remember_family
 from .saturation import clipping
 from .slots import neutral_of, write_adapter, write_slot_values
 from .tying import Tying
+from .unblocking import unblock
 
 if TYPE_CHECKING:
     import onnx
@@ -161,6 +162,7 @@ def inject(
             "prompt, and runs with a past do not use the prefix"
         )
         raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
+    unblock(source.model, base)  # Before `Building`, which collects the names that are taken.
     building = Building(source.model)
     used = place(context, building)
     places = resolve(source.model, rest, base, tying)

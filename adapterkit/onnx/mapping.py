@@ -14,6 +14,7 @@ from .model_file import opened
 from .modules import same_end
 from .resolved import METHODS, NEAR, Known, Spot, distance
 from .resolving import NUMBERED, OF_MODULES, by_name, plain_call, spots_of, with_several_weights
+from .unblocking import unblock
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -68,11 +69,12 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
     Raises:
         Malformed, StorageError: as in `inject`.
     """
-    spots = spots_of(opened(model).model)
-    if base_weights is None:
+    graph, base = opened(model).model, None if base_weights is None else opened_base(base_weights)
+    unblock(graph, base)
+    spots = spots_of(graph)
+    if base is None:
         return _named(spots)
-    known, places = by_name(spots), []
-    base = opened_base(base_weights)
+    known, places = by_name(spots), list[Place]()
     for name, tensor in base.tensors.items():
         # Skip vectors, which are norms and biases.
         if len(tensor.shape) > 1 and tensor.dtype.floating:

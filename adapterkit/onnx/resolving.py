@@ -47,6 +47,7 @@ from .recurrent import RECURRENT, Recurrent
 from .resolved import METHODS, NEAR, Known, ResolvedTarget, Spot, distance
 from .roles import elsewhere
 from .routed import by_expert, compare_experts
+from .unblocking import unblock
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -104,6 +105,7 @@ def resolve(
 
     _refuse(adapter)
     tying = tying or Tying.of(base, None)
+    left = unblock(model, base)
     spots = spots_of(model)
     known = by_name(spots)
     for target in adapter.updates:
@@ -137,9 +139,10 @@ def resolve(
                 cure = f"{cure}. To omit such targets: --allow-partial (allow_partial=True)"
             raise Unsupported(why, where=error.where, cure=cure) from None
         if (node := _reordered(model, error.where or "", base)) is not None:
+            at = f"{node.name or node.op_type} (operator {node.domain}.{node.op_type})"
             why = (
-                "the graph stores this weight in another order than the base: onnxruntime reordered convolutions "
-                f"for one kind of processor, as in {node.name or node.op_type} (operator {node.domain}.{node.op_type})"
+                "the graph stores this weight in another order than the base: onnxruntime reordered convolutions for "
+                f"one kind of processor, as in {at}. This cannot be undone: {left}"
             )
             cure = (
                 "Inject into the graph before it is optimized, or optimize it no further than "
@@ -197,6 +200,7 @@ def taken(
         TargetNotFound: a target may be a layer whose name is lost, and no base is given to compare values; or two
             targets are the same layer.
     """
+    unblock(model, base)
     spots = spots_of(model)
     known = by_name(spots)
     whole_adapter, refused = adapter, list[Target]()
