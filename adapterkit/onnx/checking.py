@@ -253,7 +253,8 @@ def _compared_by_rows(
         first = difference_of([a[:1] for a, _, _ in rows], [m[:1] for _, m, _ in rows])
         second = difference_of([a[1:] for a, _, _ in rows], [b[1:] for _, _, b in rows])
         if rows and difference_of([m for _, m, _ in rows], [b for _, _, b in rows]) > 0:
-            _judge(max(first, second), out, _most(wanted, feeds, merged, max(first, second), bare))
+            most, _ = _limit(wanted, feeds, merged, max(first, second), bare)
+            _judge(max(first, second), out, most)
             return max(first, second)
         why = "no output has rows that the adapter changes"
     cure = "Export the graph with a dynamic batch size, or inject with --mode slots (mode='slots')"
@@ -507,9 +508,8 @@ def _run_both(
         difference = difference_of(got, results)
         untried = None
         if judged and not exact:
-            most = _most(wanted, feeds, results, difference, bare)
-            noise = _noise(wanted, feeds, results, bare) if not bare and difference > most == MOST_NOISE else 0.0
-            if most < difference <= NOISE * noise:
+            most, noise = _limit(wanted, feeds, results, difference, bare)
+            if not bare and most < difference <= NOISE * noise:
                 # Sums that cancel almost completely: no correct graph gives these outputs again. Try other inputs.
                 why = f"on the inputs of the check, rounding alone changes the original graph's outputs by {noise:.2g}"
                 unseen = CheckOutcome(None, why, None, clipped)
@@ -593,7 +593,8 @@ def _flipped(wanted: bytes, out: Path, name: str, feeds: Feeds, both: Feeds, jud
         raise CheckFailed(why, path=out, cure=_REPORT) from None
     difference = difference_of(got, results)
     if judged:
-        _judge(difference, out, _most(wanted, {**feeds, **other}, results, difference, bare))
+        most, _ = _limit(wanted, {**feeds, **other}, results, difference, bare)
+        _judge(difference, out, most)
     return difference
 
 
@@ -661,17 +662,20 @@ def _of_new_inputs(
     return zeros | {name: array for name, array in (given or {}).items() if name in zeros}
 
 
-def _most(wanted: bytes, feeds: Feeds, results: Sequence[object], difference: float, bare: bool) -> float:
-    """Return the largest difference that rounding explains."""
-    # Deep graphs round more, so measure the rounding noise: run the same graph without optimizations.
+def _limit(
+    wanted: bytes, feeds: Feeds, results: Sequence[object], difference: float, bare: bool
+) -> tuple[float, float]:  # fmt: skip
+    """Return the largest difference that rounding explains, and the graph's rounding noise; 0 if it was not needed."""
     if is_narrow(results):
-        return TOLERANCE["V"]
+        return TOLERANCE["V"], 0.0
     if difference <= TOLERANCE["f"]:
-        return TOLERANCE["f"]
+        return TOLERANCE["f"], 0.0
     # If later layers round their inputs to 8 bits, a difference in the last bit can become a whole rounding step.
     if _computes_narrow(_unrounded(wanted) if bare else wanted):
-        return TOLERANCE["V"]
-    return min(max(TOLERANCE["f"], NOISE * _noise(wanted, feeds, results, bare)), MOST_NOISE)
+        return TOLERANCE["V"], 0.0
+    # Deep graphs round more, so measure the rounding noise: run the same graph without optimizations.
+    noise = _noise(wanted, feeds, results, bare)
+    return min(max(TOLERANCE["f"], NOISE * noise), MOST_NOISE), noise
 
 
 def _noise(wanted: bytes, feeds: Feeds, results: Sequence[object], bare: bool) -> float:
