@@ -17,6 +17,7 @@ from ..methods.replacement import Replacement
 from .biases import settle_biases
 from .building import Array, Branch, Building, before, behind
 from .calls import CallWords, Heard
+from .expert_nodes import with_split
 from .experts import Experts, PackedExperts
 from .inside import changed_inside, experts_changed, refuse_outputs
 from .integer_layers import MatMulIntegerToFloat, QAttention, opened_up
@@ -190,11 +191,17 @@ def attach(
     apart: dict[ir.Node, ir.Node] = {}
     places_found = opened_up(places_found, building)
     settle_biases(places_found, building)
-    stacks: dict[tuple[ir.Node, type[Experts]], list[ResolvedTarget]] = {}
-    for place in in_order(places_found, building.model.graph):
+    for place in places_found:
         if place.spots and issubclass(kind := place.spots[0].kind, Experts):
             _check_experts(place, kind, isinstance(slots, RowSlots))
-            stacks.setdefault((place.spots[0].node, kind), []).append(place)
+    if slots is not None:
+        places_found = with_split(places_found, building)
+    stacks: dict[tuple[ir.Node, type[Experts]], list[ResolvedTarget]] = {}
+    for place in in_order(places_found, building.model.graph):
+        if place.spots and issubclass(place.spots[0].kind, Experts):
+            for spot in place.spots:
+                assert issubclass(spot.kind, Experts)
+                stacks.setdefault((spot.node, spot.kind), []).append(place)
             continue
         for spot in place.spots:
             _attach(place, _apart(spot, building, apart), building, slots, words)

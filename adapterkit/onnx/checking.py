@@ -19,6 +19,7 @@ from ..io.ort_adapter import read_ort_adapter
 from ..io.stages import stage
 from .attaching import attach
 from .building import Array, Building
+from .experts import EXPERT
 from .experts import as_floats as experts_as_floats
 from .folding import fold, unpacked
 from .model_file import GraphSource, inline, opened
@@ -524,10 +525,13 @@ def _run_both(
             # Run both graphs without optimizations: in a graph with slots, onnxruntime fuses different nodes than in
             # the original graph, and so rounds differently. If a MatMul is fused with a DequantizeLinear before it, the
             # MatMul even rounds its input to 8 bits.
+            most = _most_empty(first)
+            if EXPERT.encode() in out.read_bytes():  # Nodes for each expert do not sum in the order of a MoE.
+                most = max(most, _limit(wanted, feeds, results, difference, bare)[0])
             results = started(_computed(wanted), optimized=False).run(None, feeds)
             got = started(_computed(str(out)), optimized=False).run(None, both)
             difference = difference_of(got, results)
-            _judge(difference, out, _most_empty(first))
+            _judge(difference, out, most)
         reference = _second(out, wanted, both, feeds, got) if judged else None
         seen = plain is None or difference_of(got, _session(plain, bare).run(None, feeds)) > 0
         for name in _conditions(opened(out).model, feeds):

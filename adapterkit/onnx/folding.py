@@ -22,7 +22,7 @@ from ..merging.planned_update import PlannedUpdate as Folded
 from .biases import settle_biases
 from .building import Array, Branch, Building, kind_of
 from .changes import Fresh, Stored, StoredChange, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
-from .experts import Experts, PackedExperts
+from .experts import EXPERT, Experts, PackedExperts
 from .experts import as_floats as experts_as_floats
 from .experts import packing_of as packing_of_experts
 from .integer_layers import opened_up
@@ -140,7 +140,7 @@ class Folding:
             keep: the choice for the change of a packed weight. An empty string attaches the change if quantizing would
                 lose too much of it; None always quantizes the change.
         """
-        if any(key.startswith(BEFORE) for key in self.spot.node.metadata_props):
+        if any(key == EXPERT or key.startswith(BEFORE) for key in self.spot.node.metadata_props):
             why = "an injected adapter already changes the weight of this layer"
             raise Unsupported(why, where=self.name, cure="Remove it first, with adapterkit.onnx.eject")
         layer, packed = self.spot.kind(self.spot.node, Branch(self.building, "merge")), is_packed(self.spot)

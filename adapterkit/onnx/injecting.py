@@ -209,10 +209,13 @@ def inject(
 
 
 def _recomputed(places: Sequence[ResolvedTarget]) -> str | None:
-    """Return a note that each call computes the weights of experts; None if the adapter changes no experts."""
+    """Return a note on the nodes that compute experts with slots; None if the adapter changes no experts."""
     nodes = {spot.node for place in places for spot in place.spots if issubclass(spot.kind, Experts)}
     if not nodes:
         return None
+    split = sum(node.graph is None for node in nodes)  # `with_split` removed these nodes.
+    if split == len(nodes):
+        return f"{split} MoE {'nodes' if split > 1 else 'node'} became nodes for each expert"
     return (
         f"each call, with or without an adapter, computes the weights of all experts in {len(nodes)} MoE "
         f"{'nodes' if len(nodes) > 1 else 'node'} anew; --mode constant (mode='constant') computes them once"

@@ -17,7 +17,8 @@ from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
 from .biases import with_base_bias
 from .building import element_type
-from .experts import EXPERTS, Experts, in_experts
+from .expert_nodes import GEMMS
+from .experts import EXPERT, EXPERTS, Experts, in_experts
 from .heads import in_heads, in_parts
 from .integer_layers import INTEGER
 from .layers import (
@@ -53,8 +54,8 @@ if TYPE_CHECKING:
 
 
 KINDS: tuple[type[GraphLayer], ...] = (
-    MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul, Einsum,
-    FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER,
+    *GEMMS, MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul,
+    Einsum, FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER,
 )  # fmt: skip
 """The kinds of layers; a node is a layer of at most one kind, except nodes with several weights."""
 
@@ -387,7 +388,7 @@ def _seen(node: ir.Node, kind: type[GraphLayer]) -> tuple[int, ...]:
 def _names(
     node: ir.Node, kind: type[GraphLayer], stored: Sequence[ir.Value], containers: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
-    if issubclass(kind, Experts):
+    if issubclass(kind, Experts) or EXPERT in node.metadata_props:
         return {}  # Each part of an expert has a name; see `in_experts`.
     if issubclass(kind, Recurrent):
         name_here = kind.name(node)

@@ -29,7 +29,7 @@ from ..io.ort_adapter import OrtAdapter, write_ort_adapter
 from ..io.safetensors import write as write_safetensors
 from ..naming.binding import find_sites, renamed
 from .building import FREE, Array, Building, Dtype, element_type
-from .experts import Experts
+from .experts import EXPERT, Experts
 from .heads import in_parts
 from .layers import Conv, GraphLayer, LeftMatMul
 from .model_file import GraphSource, opened
@@ -374,7 +374,7 @@ def _stem(place: ResolvedTarget, position: int) -> str:
 
 def _target_of(place: ResolvedTarget) -> Target:
     """Return a target under the graph's name; an expert's name already shows which rows of the stack it has."""
-    within = any(issubclass(spot.kind, Experts) for spot in place.spots)
+    within = any(issubclass(spot.kind, Experts) or EXPERT in spot.node.metadata_props for spot in place.spots)
     return Target(place.target.path, rows=None if within else place.target.rows)
 
 
