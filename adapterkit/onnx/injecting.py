@@ -25,6 +25,7 @@ from .building import Building
 from .calls import CallWords
 from .checking import CheckOutcome, checked_injection, refuse_invalid
 from .contexts import of_attention, parted, place
+from .conversion import inlined_note
 from .experts import Experts
 from .folders import folder_of, inject_folder, left_line, left_out, only_graph
 from .model_file import GraphSource, opened, placing, save
@@ -201,7 +202,8 @@ def inject(
                 refuse_invalid(opened(model))
         warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(outcome.saturation, source.model))
     slow = None if slots is None else _recomputed(places)
-    note = "; ".join(filter(None, [used, words.note, slow, outcome.note])) or None
+    inlined = inlined_note(source.model)
+    note = "; ".join(filter(None, [used, words.note, slow, inlined, outcome.note])) or None
     return GraphReport(
         target, place_.files, tuple(places), outcome.difference, note, reference=outcome.reference,
         saturation=outcome.saturation, warnings=warnings,

@@ -121,6 +121,11 @@ def resolve(
     try:
         sites = _sites(layered, known, spots, base, tying.config) if layered.updates else []
     except TargetNotFound as error:
+        if model.functions:
+            names = ", ".join(function.name for function in model.functions.values())
+            why = f"the graph has local functions of another operator set, whose layers cannot be changed: {names}"
+            cure = "Export the model again with one operator set, or inline its functions: onnx.inliner"
+            raise Unsupported(why, where=error.where, cure=cure) from None
         if (node := _other_operator(model, error.where or "", spots)) is not None:
             unknown = f"a {node.op_type} ({node.name or node.outputs[0].name})"
             why = f"its weight is read by {unknown}, which is not a layer to which adapters can be attached here"
