@@ -26,6 +26,7 @@ from .norms import computes_apart
 from .outlets import Ended
 from .resolved import FoldedNorm, ResolvedTarget, Spot
 from .rowwise import RowSlots
+from .selected import SelectedExperts, attach_selected
 from .values import Unsayable, Value, computed_over
 
 if TYPE_CHECKING:
@@ -203,6 +204,9 @@ def attach(
                 assert issubclass(spot.kind, Experts)
                 stacks.setdefault((spot.node, spot.kind), []).append(place)
             continue
+        if place.spots and issubclass(place.spots[0].kind, SelectedExperts):
+            _attach_selected(place, building, slots)
+            continue
         for spot in place.spots:
             _attach(place, _apart(spot, building, apart), building, slots, words)
         if not place.spots:
@@ -237,6 +241,13 @@ def _check_experts(place: ResolvedTarget, kind: type[Experts], by_rows: bool) ->
         cure = f"Inject it with --mode slots (mode='slots'); or omit such targets: {_PARTIAL}"
         raise Unsupported(why, where=str(place.asked), cure=cure)
     refuse_outputs(place, node.op_type)
+
+
+def _attach_selected(place: ResolvedTarget, building: Building, slots: Slots | RowSlots | None) -> None:
+    if isinstance(slots, RowSlots):
+        why = "its experts are selected for each token, so the rows of a batch cannot have adapters of their own"
+        raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode slots (mode='slots')")
+    attach_selected(place, building, slots)
 
 
 def _attach_experts(

@@ -173,7 +173,7 @@ def split(node: ir.Node, building: Building) -> dict[tuple[bool, int], ir.Node]:
     k, dtype = int(attribute(node, "k", 1)), element_type(Experts.operand_of(node))
 
     x = Value(branch, None, dtype, given)
-    whole = x.apply("Shape", [x], np.shape, (None,), np.int64)
+    whole = _sizes(x)
     x = _reshaped(x, [-1, hidden])
     odds = Value(branch, (None, experts), element_type(router), router).cast(np.float32)
     odds = odds.apply("Softmax", [odds], np.copy, odds.sizes, attributes={"axis": -1})
@@ -185,7 +185,7 @@ def split(node: ir.Node, building: Building) -> dict[tuple[bool, int], ir.Node]:
     if attribute(node, "normalize_routing_weights", 0):
         shares = shares / shares.sum(1, keepdims=True)
     chosen = _reshaped(experts - 1 - top, [-1])
-    count = chosen.apply("Shape", [chosen], np.shape, (1,), np.int64)
+    count = _sizes(chosen)
     order = _top(chosen, count, (None,), largest=False)
     rows = _gathered(x, order / k)
     counts = (chosen[:, None] == np.arange(experts)).cast(np.int64).sum(0)
@@ -273,6 +273,10 @@ def _top(x: Value, count: Value, sizes: Sizes, largest: bool) -> Value:
     words = {"axis": -1, "largest": int(largest)}
     node = x.branch.node("TopK", [x.value, count.value], words, np.int64, None, position=1)
     return Value(x.branch, sizes, np.int64, node)
+
+
+def _sizes(x: Value) -> Value:
+    return Value(x.branch, (None,), np.int64, x.branch.node("Shape", [x.value], None, np.int64, None))
 
 
 def _gathered(x: Value, positions: Value) -> Value:

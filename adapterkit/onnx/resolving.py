@@ -47,6 +47,7 @@ from .recurrent import RECURRENT, Recurrent
 from .resolved import METHODS, Known, ResolvedTarget, Spot
 from .roles import elsewhere
 from .routed import by_expert, compare_experts
+from .selected import SELECTED, SelectedExperts, product_of
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 
 KINDS: tuple[type[GraphLayer], ...] = (
     *GEMMS, MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul,
-    Einsum, FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER,
+    Einsum, FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER, *SELECTED,
 )  # fmt: skip
 """The kinds of layers; a node is a layer of at most one kind, except nodes with several weights."""
 
@@ -146,7 +147,7 @@ def resolve(
             )
             raise Unsupported(why, where=error.where, cure=cure) from None
         raise
-    places = _without_modules([_resolved(site, asked, known, renamed) for site, asked in sites])
+    places = _without_modules([_resolved(site, asked, known, renamed, base) for site, asked in sites])
     if base is None:
         refuse_folded(places)
     else:
@@ -300,11 +301,12 @@ def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> ir.Nod
         stored = [source for one in constants for source in sources(one)]
         wide = [one for one in stored if one.shape is None or len(one.shape) > 1 or _is_packed(one)]
         names = [_MARK.sub(".weight", one.name or "") for one in wide]
+        names += [name for one in wide for name in listed(one.metadata_props.get(_FOLDED))]
         modules = listed(node.metadata_props.get(SCOPES))[-2:-1] if names else []
         inside = [dotted((node.name or "").rpartition("/")[0])] if names else []
-        if any(same_end(name, f"{path}.weight") for name in names) or any(
-            same_end(m, path) for m in (*modules, *inside) if m
-        ):
+        # The name of a parameter, such as a stack of experts, does not end with `.weight`.
+        read = any(same_end(name, full) for name in names for full in (f"{path}.weight", path))
+        if read or any(same_end(m, path) for m in (*modules, *inside) if m):
             return node
     return None
 
@@ -398,6 +400,12 @@ def _names(
     if issubclass(kind, Recurrent):
         name_here = kind.name(node)
         return {} if name_here is None else {"path": (name_here,)}
+    if issubclass(kind, SelectedExperts):
+        # A stack is a parameter, not the weight of a module, so its name does not end with `.weight`.
+        return {
+            "folded_from": tuple(n for value in stored for n in listed(value.metadata_props.get(_FOLDED))),
+            "initializer": tuple(value.name for value in stored if value.name),
+        }
     names = {
         "scopes": () if is_norm(node) else _scope_names(node),
         "folded_from": tuple(n for value in stored for n in listed(value.metadata_props.get(_FOLDED))),
@@ -544,19 +552,40 @@ def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:
     return list(zip(sites, bound.origins, strict=True))
 
 
-def _resolved(site: Site, asked: Target, known: Known, renamed: Mapping[str, str]) -> ResolvedTarget:
+def _resolved(
+    site: Site, asked: Target, known: Known, renamed: Mapping[str, str], base: Checkpoint | None
+) -> ResolvedTarget:  # fmt: skip
     """Return the target at a site. `renamed` maps the adapter's weight names to the graph's, if the two differ."""
     name = site.weight
-    if site.target.stacked:
-        raise Unsupported(
-            "the target is a stack of experts, and the graph has no such stack",
-            where=str(asked),
-            cure="Merge the experts' updates before the export",
-        )
     if name is None:
         raise TargetNotFound("the graph has no weight there", where=str(asked), cure="Target a layer that has a weight")
     method, spots = known[name]
     shape = spots[0].shape
+    if site.target.stacked != issubclass(spots[0].kind, SelectedExperts):
+        node = spots[0].node
+        stack = "a stack of experts" if site.target.stacked else "one weight"
+        other = "one weight" if site.target.stacked else "a stack of experts"
+        why = f"the update changes {stack}, but the graph has {other} there ({node.name or node.op_type})"
+        raise Unsupported(why, where=str(asked), cure="Merge the adapter into the base, and export the result")
+    if site.target.stacked:
+        product = product_of(spots[0].node)
+        by_columns = product is not None and not product.by_rows
+        if base is None and shape[1] == shape[2] and by_columns and not site.target.layout.startswith("e in"):
+            # An adapter that was read without its base has this layout, whatever the base's layout is.
+            why = (
+                f"the weights of this stack are square ({shape[1]} x {shape[2]}), and the graph reads their rows as "
+                "inputs; without the base, it is unknown whether the update does, too"
+            )
+            cure = "Pass the weights that the graph was exported from: --base-weights DIR (base_weights=)"
+            raise Unsupported(why, where=str(asked), cure=cure)
+        swapped = _swapped(site.target)
+        if not fits(site.target, site.updates, shape) and fits(swapped, site.updates, shape):
+            site = replace(site, target=swapped)
+        try:
+            check_site(replace(site, bias=None), {name: shape}, biasless=True)
+        except AdapterkitError as error:
+            raise error.at(where=str(asked)) from None
+        return ResolvedTarget(site.target, asked, site.updates, tuple(spots), method, 1.0)
     turned = _turned(site, shape, spots[0].kind)
     seen = (shape[1], shape[0], *shape[2:]) if turned else shape
     path = site.target.path if name not in renamed else renamed[name].removesuffix(".weight")
@@ -566,6 +595,11 @@ def _resolved(site: Site, asked: Target, known: Known, renamed: Mapping[str, str
     except AdapterkitError as error:
         raise error.at(where=str(asked)) from None
     return ResolvedTarget(_in_rows(plain.target, spots[0]), asked, site.updates, tuple(spots), method, 1.0, turned)
+
+
+def _swapped(target: Target) -> Target:
+    """Return a stack of experts as if the base stored its weights transposed."""
+    return replace(target, layout="e out *in" if target.layout.startswith("e in") else "e in out *k")
 
 
 def _in_rows(target: Target, spot: Spot) -> Target:
