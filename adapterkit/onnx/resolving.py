@@ -295,7 +295,8 @@ def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> ir.Nod
     """Return the node that reads a target's weight, if its operator is not a supported layer; otherwise None."""
     layers = {spot.node for spot in spots}
     for node in nodes_of(model):
-        if node in layers or node.op_type in THROUGH or not path:
+        selects = node.op_type == "Gather" and not is_constant(node.outputs[0])
+        if node in layers or (node.op_type in THROUGH and not selects) or not path:
             continue
         constants = [one for one in node.inputs if one is not None and one.producer() is not node and is_constant(one)]
         stored = [source for one in constants for source in sources(one)]
