@@ -108,7 +108,8 @@ def settle_biases(places: Sequence[ResolvedTarget], building: Building) -> None:
     for place in places:
         for spot in dict.fromkeys(place.spots):
             _refuse_shared(spot, place)
-            exempt = issubclass(spot.kind, Attention | Experts | Gather | Recurrent) or place.norm is not None
+            exempt = place.target.stacked or issubclass(spot.kind, Attention | Experts | Gather | Recurrent)
+            exempt = exempt or place.norm is not None
             if not exempt and changes_bias(place):
                 _settle(spot, place, building)
 

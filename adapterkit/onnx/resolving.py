@@ -18,7 +18,8 @@ from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
 from .biases import with_base_bias
 from .building import element_type
-from .experts import EXPERTS, Experts, in_experts
+from .expert_nodes import GEMMS
+from .experts import EXPERT, EXPERTS, Experts, in_experts
 from .heads import in_heads, in_parts
 from .integer_layers import INTEGER
 from .layers import (
@@ -47,6 +48,7 @@ from .recurrent import RECURRENT, Recurrent
 from .resolved import METHODS, NEAR, Known, ResolvedTarget, Spot, distance
 from .roles import elsewhere
 from .routed import by_expert, compare_experts
+from .selected import SELECTED, SelectedExperts, product_of
 from .unblocking import unblock
 
 if TYPE_CHECKING:
@@ -55,8 +57,8 @@ if TYPE_CHECKING:
 
 
 KINDS: tuple[type[GraphLayer], ...] = (
-    MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul, Einsum,
-    FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER,
+    *GEMMS, MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul,
+    Einsum, FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER, *SELECTED,
 )  # fmt: skip
 """The kinds of layers; a node is a layer of at most one kind, except nodes with several weights."""
 
@@ -129,6 +131,11 @@ def resolve(
             cure = f"Name one as the target: {', '.join(weights)}" if weights else ""
             cure = cure or "Use the graph before it is optimized: there, each weight has a name"
             raise TargetNotFound(why, where=error.where, cure=cure) from None
+        if model.functions:
+            names = ", ".join(function.name for function in model.functions.values())
+            why = f"the graph has local functions of another operator set, whose layers cannot be changed: {names}"
+            cure = "Export the model again with one operator set, or inline its functions: onnx.inliner"
+            raise Unsupported(why, where=error.where, cure=cure) from None
         if (node := _other_operator(model, error.where or "", spots)) is not None:
             unknown = f"a {node.op_type} ({node.name or node.outputs[0].name})"
             why = f"its weight is read by {unknown}, which is not a layer to which adapters can be attached here"
@@ -150,7 +157,7 @@ def resolve(
             )
             raise Unsupported(why, where=error.where, cure=cure) from None
         raise
-    places = _without_modules([_resolved(site, asked, known, renamed) for site, asked in sites])
+    places = _without_modules([_resolved(site, asked, known, renamed, base) for site, asked in sites])
     if base is None:
         refuse_folded(places)
     else:
@@ -299,17 +306,19 @@ def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> ir.Nod
     """Return the node that reads a target's weight, if its operator is not a supported layer; otherwise None."""
     layers = {spot.node for spot in spots}
     for node in nodes_of(model):
-        if node in layers or node.op_type in THROUGH or not path:
+        selects = node.op_type == "Gather" and not is_constant(node.outputs[0])
+        if node in layers or (node.op_type in THROUGH and not selects) or not path:
             continue
         constants = [one for one in node.inputs if one is not None and one.producer() is not node and is_constant(one)]
         stored = [source for one in constants for source in sources(one)]
         wide = [one for one in stored if one.shape is None or len(one.shape) > 1 or _is_packed(one)]
         names = [_MARK.sub(".weight", one.name or "") for one in wide]
+        names += [name for one in wide for name in listed(one.metadata_props.get(_FOLDED))]
         modules = listed(node.metadata_props.get(SCOPES))[-2:-1] if names else []
         inside = [dotted((node.name or "").rpartition("/")[0])] if names else []
-        if any(same_end(name, f"{path}.weight") for name in names) or any(
-            same_end(m, path) for m in (*modules, *inside) if m
-        ):
+        # The name of a parameter, such as a stack of experts, does not end with `.weight`.
+        read = any(same_end(name, full) for name in names for full in (f"{path}.weight", path))
+        if read or any(same_end(m, path) for m in (*modules, *inside) if m):
             return node
     return None
 
@@ -398,11 +407,17 @@ def _seen(node: ir.Node, kind: type[GraphLayer]) -> tuple[int, ...]:
 def _names(
     node: ir.Node, kind: type[GraphLayer], stored: Sequence[ir.Value], containers: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
-    if issubclass(kind, Experts):
+    if issubclass(kind, Experts) or EXPERT in node.metadata_props:
         return {}  # Each part of an expert has a name; see `in_experts`.
     if issubclass(kind, Recurrent):
         name_here = kind.name(node)
         return {} if name_here is None else {"path": (name_here,)}
+    if issubclass(kind, SelectedExperts):
+        # A stack is a parameter, not the weight of a module, so its name does not end with `.weight`.
+        return {
+            "folded_from": tuple(n for value in stored for n in listed(value.metadata_props.get(_FOLDED))),
+            "initializer": tuple(value.name for value in stored if value.name),
+        }
     names = {
         "scopes": () if is_norm(node) else _scope_names(node),
         "folded_from": tuple(n for value in stored for n in listed(value.metadata_props.get(_FOLDED))),
@@ -587,19 +602,40 @@ def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:
     return list(zip(sites, bound.origins, strict=True))
 
 
-def _resolved(site: Site, asked: Target, known: Known, renamed: Mapping[str, str]) -> ResolvedTarget:
+def _resolved(
+    site: Site, asked: Target, known: Known, renamed: Mapping[str, str], base: Checkpoint | None
+) -> ResolvedTarget:  # fmt: skip
     """Return the target at a site. `renamed` maps the adapter's weight names to the graph's, if the two differ."""
     name = site.weight
-    if site.target.stacked:
-        raise Unsupported(
-            "the target is a stack of experts, and the graph has no such stack",
-            where=str(asked),
-            cure="Merge the experts' updates before the export",
-        )
     if name is None:
         raise TargetNotFound("the graph has no weight there", where=str(asked), cure="Target a layer that has a weight")
     method, spots = known[name]
     shape = spots[0].shape
+    if site.target.stacked != issubclass(spots[0].kind, SelectedExperts):
+        node = spots[0].node
+        stack = "a stack of experts" if site.target.stacked else "one weight"
+        other = "one weight" if site.target.stacked else "a stack of experts"
+        why = f"the update changes {stack}, but the graph has {other} there ({node.name or node.op_type})"
+        raise Unsupported(why, where=str(asked), cure="Merge the adapter into the base, and export the result")
+    if site.target.stacked:
+        product = product_of(spots[0].node)
+        by_columns = product is not None and not product.by_rows
+        if base is None and shape[1] == shape[2] and by_columns and not site.target.layout.startswith("e in"):
+            # An adapter that was read without its base has this layout, whatever the base's layout is.
+            why = (
+                f"the weights of this stack are square ({shape[1]} x {shape[2]}), and the graph reads their rows as "
+                "inputs; without the base, it is unknown whether the update does, too"
+            )
+            cure = "Pass the weights that the graph was exported from: --base-weights DIR (base_weights=)"
+            raise Unsupported(why, where=str(asked), cure=cure)
+        swapped = _swapped(site.target)
+        if not fits(site.target, site.updates, shape) and fits(swapped, site.updates, shape):
+            site = replace(site, target=swapped)
+        try:
+            check_site(replace(site, bias=None), {name: shape}, biasless=True)
+        except AdapterkitError as error:
+            raise error.at(where=str(asked)) from None
+        return ResolvedTarget(site.target, asked, site.updates, tuple(spots), method, 1.0)
     turned = _turned(site, shape, spots[0].kind)
     seen = (shape[1], shape[0], *shape[2:]) if turned else shape
     path = site.target.path if name not in renamed else renamed[name].removesuffix(".weight")
@@ -609,6 +645,11 @@ def _resolved(site: Site, asked: Target, known: Known, renamed: Mapping[str, str
     except AdapterkitError as error:
         raise error.at(where=str(asked)) from None
     return ResolvedTarget(_in_rows(plain.target, spots[0]), asked, site.updates, tuple(spots), method, 1.0, turned)
+
+
+def _swapped(target: Target) -> Target:
+    """Return a stack of experts as if the base stored its weights transposed."""
+    return replace(target, layout="e out *in" if target.layout.startswith("e in") else "e in out *k")
 
 
 def _in_rows(target: Target, spot: Spot) -> Target:
