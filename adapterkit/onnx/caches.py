@@ -56,8 +56,8 @@ class PastTensor:
 
     @property
     def axes(self) -> dict[int, str]:
-        """The dynamic axes."""
-        return {0: "batch", 2: "past"} if self.grows else {0: "batch"}
+        """The dynamic axes. transformers.js makes an empty past of the size that it knows by the name `batch_size`."""
+        return {0: "batch_size", 2: "past"} if self.grows else {0: "batch_size"}
 
     def name(self, present: bool = False) -> str:
         """Return the name of the graph's input, or of its output."""

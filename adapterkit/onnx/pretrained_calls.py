@@ -154,7 +154,7 @@ def _encoder(model: PretrainedModel) -> ExportWords:
         outputs_now = model(**dict(zip(inputs, example(1, 2), strict=True)), return_dict=True)
     outputs = [name for name in ("logits", "last_hidden_state", "pooler_output", "start_logits", "end_logits")
                if isinstance(outputs_now.get(name), torch.Tensor)]  # fmt: skip
-    shapes = tuple({0: "batch", 1: "sequence"} for _ in inputs)
+    shapes = tuple({0: "batch_size", 1: "sequence"} for _ in inputs)
     examples = (example(2, 5), example(1, 3))
     return ExportWords(EncoderCall().eval(), examples, tuple(inputs), tuple(outputs), (shapes,))
 
@@ -196,8 +196,8 @@ def _causal(model: PretrainedModel, source: Path) -> ExportWords:
         (example(2, 3, 5), example(1, 4, 0), example(1, 1, 4)),
         (*input_names, *past.names()),
         ("logits", *past.names(present=True)),
-        (*({0: "batch", 1: axes[name]} for name in input_names[:2]),
-         (*({0: "batch", 1: axes[name]} for name in input_names[2:]), past.axes())),
+        (*({0: "batch_size", 1: axes[name]} for name in input_names[:2]),
+         (*({0: "batch_size", 1: axes[name]} for name in input_names[2:]), past.axes())),
     )  # fmt: skip
 
 

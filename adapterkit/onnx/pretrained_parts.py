@@ -81,7 +81,7 @@ def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWo
         # sounds and images, the number of positions is fixed.
         hidden = {batch: _encode(model, *given).shape[1:] for batch, given in inputs.items()}
     heads = _heads(model, hidden[2], source)
-    sequence = {0: "batch", 1: "encoder_sequence"} if masked else {0: "batch"}
+    sequence = {0: "batch_size", 1: "encoder_sequence"} if masked else {0: "batch_size"}
     names = ("input_ids", "attention_mask") if masked else (main,)
     encoder = ExportWords(
         _encoder_module(model), tuple(inputs[batch] for batch in (2, 1)), names, ("last_hidden_state",),
@@ -219,8 +219,8 @@ def _decoder(
         )  # fmt: skip
 
     across = {1: "encoder_sequence"} if masked else {}
-    sequence = {0: "batch", **across}
-    self_axes, cross = {0: "batch", 2: "past"}, {0: "batch", **({2: "encoder_sequence"} if masked else {})}
+    sequence = {0: "batch_size", **across}
+    self_axes, cross = {0: "batch_size", 2: "past"}, {0: "batch_size", **({2: "encoder_sequence"} if masked else {})}
     layers = range(len(heads))
     inputs = (
         "input_ids", *(["encoder_attention_mask"] if masked else []), *([] if past else ["encoder_hidden_states"]),
@@ -228,7 +228,7 @@ def _decoder(
     )  # fmt: skip
     outputs = ("logits", *(f"present.{at}.{each}" for at in layers for each in (KEPT[:2] if past else KEPT)))
     shapes = (
-        {0: "batch", 1: "sequence"}, sequence if masked else None, None if past else sequence,
+        {0: "batch_size", 1: "sequence"}, sequence if masked else None, None if past else sequence,
         [(self_axes, self_axes, cross, cross) for _ in layers] if past else None,
     )  # fmt: skip
     examples = (example(2, 3, 4), example(1, 1, 2)) if past else (example(2, 3, 0), example(1, 1, 0))

@@ -25,7 +25,7 @@ from .model_file import opened
 from .providers import CPU, CUDA, OrtBinding, OrtInput, OrtSession, OrtValue, best_provider, named, quiet_options
 from .rowwise import INDEX, ROWS, stacked
 from .slots import KIND, SAFETENSORS, fills_of, fit, neutral
-from .trial_inputs import sizes_beside, windows_beside
+from .trial_inputs import STATE, STATES, sizes_beside, windows_beside
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -106,13 +106,6 @@ def kind_of(entry: OrtInput) -> Dtype:
 
 PAST = "past_key_values."
 """Prefix of the names of a language model's cached keys and values."""
-
-STATE = "past."
-"""Prefix of the names of states in graphs of onnxruntime-genai's builder, such as the last inputs of a convolution.
-These graphs do not mask padding in such layers."""
-
-STATES = (STATE, "past_conv.", "past_ssm.", "past_recurrent.")
-"""Prefixes of the names of all states of a language model: `adapterkit export` writes those of transformers.js."""
 
 MOST_NAMED = 4
 """Largest number of inputs that an error lists."""

@@ -105,9 +105,9 @@ def vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWor
         return (embedded, *(given[name] for name in decoder.words), past.example(batch, before, rng))
 
     named = NAMED.get(model.config.model_type, {})
-    axes: dict[str, dict[int, str]] = {name: {0: "batch", 1: "total"} for name in ("attention_mask", *TYPES)}
-    axes["position_ids"] = {1: "batch", 2: "sequence"} if decoder.rotary else {0: "batch", 1: "sequence"}
-    sequence = {0: "batch", 1: "sequence"}
+    axes: dict[str, dict[int, str]] = {name: {0: "batch_size", 1: "total"} for name in ("attention_mask", *TYPES)}
+    axes["position_ids"] = {1: "batch_size", 2: "sequence"} if decoder.rotary else {0: "batch_size", 1: "sequence"}
+    sequence = {0: "batch_size", 1: "sequence"}
     return {
         VISION: ExportWords(
             images.module, images.examples, tuple(named.get(name, name) for name in images.names), ("image_features",),
@@ -202,7 +202,7 @@ def _masked(model: PretrainedModel) -> Images:
         mask = torch.ones(texts, images, height, width, dtype=torch.bool)
         mask[0, 0, height - patch :] = False  # Mask out pixels of one image, so that the check covers them.
         examples.append((_drawn(model, texts, images, channels, height, width, seed=seed), mask))
-    shapes = ({0: "batch", 1: "images"}, {0: "batch", 1: "images"})
+    shapes = ({0: "batch_size", 1: "images"}, {0: "batch_size", 1: "images"})
     return Images(VisionPart().eval(), ("pixel_values", "pixel_attention_mask"), tuple(examples), shapes)
 
 
