@@ -10,6 +10,7 @@ them. If a layer has several states of one kind, their number follows: `past_con
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -101,7 +102,9 @@ class Past:
         import torch
 
         name, cure = type(model).__name__, "Export the torch model with adapterkit.onnx.export"
-        cache: Cache = import_module("transformers").DynamicCache(config=model.config)
+        kind: Any = import_module("transformers").DynamicCache
+        # Old versions of transformers have no caches that depend on the config, and no states in caches.
+        cache: Cache = kind(config=model.config) if "config" in inspect.signature(kind).parameters else kind()
         before = _attributes(model)
         try:
             with torch.no_grad(), quiet():
@@ -143,9 +146,9 @@ class Past:
                 later calls, these types do not change the result: new tokens may attend to all earlier tokens.
         """
         empty: Any = import_module("transformers").DynamicCache
-        cache = (type("FirstCache", (empty,), {"is_initialized": False}) if first else empty)()
+        cache: Any = (type("FirstCache", (empty,), {"is_initialized": False}) if first else empty)()
         if tensors is None and not self.has_states:
-            return cache
+            return cast("Cache", cache)
         library: Any = import_module("transformers.cache_utils")
         by_layer: dict[int, dict[tuple[str, int], Tensor]] = {}
         for one, tensor in zip(self.tensors, tensors or (), strict=tensors is not None):

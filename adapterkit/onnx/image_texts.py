@@ -115,17 +115,17 @@ class ImageTexts:
             real = pixels.reshape(-1, *pixels.shape[2:]).any((1, 2, 3))
             arrays = {name: array.reshape(-1, *array.shape[2:])[real][None] for name, array in arrays.items()}
         if vision.types["pixel_values"][1][0] == 1 and pixels.ndim == 4:
-            each = [run(VISION, {"pixel_values": image[None]})["image_features"] for image in pixels]
-            features = np.concatenate(each)
+            features = np.concatenate([run(VISION, {"pixel_values": one[None]})["image_features"] for one in pixels])
         else:
             features = run(VISION, arrays)["image_features"]
-        return features.reshape(-1, features.shape[-1])
+        rows: Array = features.reshape(-1, features.shape[-1])
+        return rows
 
     def _places(self) -> Array:
         """Return the positions of all tokens: `[batch, length]`, or `[3, batch, length]` for positions in images."""
         if "position_ids" in self._given:
             return self._given["position_ids"]
-        places = np.maximum(self.mask.cumsum(1) - 1, 0)
+        places: Array = np.maximum(self.mask.cumsum(1) - 1, 0)
         shape = self._decoder.types["position_ids"][1] if "position_ids" in self._decoder.inputs else ()
         if len(shape) != 3:
             return places

@@ -8,7 +8,7 @@ import transformers
 from transformers import vision_utils
 
 import adapterkit as ak
-from adapterkit.errors import Unsupported
+from adapterkit.errors import ShapeMismatch, Unsupported, UsageError
 from adapterkit.onnx import image_grids, vision_language
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning:(transformers|peft|torch)")
@@ -179,6 +179,8 @@ def test_a_folder_writes_what_peft_writes(kind, tmp_path):
         np.testing.assert_array_equal(got, wanted)
         written.add(str(wanted))
     assert len(written) > 2
+    if kind is qwen3_vl:
+        refused(session, feeds)
     # A text without an image.
     ids = torch.tensor([[5, 9, 33]])
     types = {"token_type_ids": torch.zeros_like(ids)} if "token_type_ids" in inputs else {}
@@ -187,6 +189,21 @@ def test_a_folder_writes_what_peft_writes(kind, tmp_path):
         {"input_ids": ids.numpy(), **{k: v.numpy() for k, v in types.items()}}, max_new_tokens=5, end=()
     )
     np.testing.assert_array_equal(got, alone)
+
+
+def refused(session, inputs):
+    """Inputs that do not fit each other, or the graphs."""
+    with pytest.raises(UsageError, match="no input 'pixel_value'"):
+        session.generate({**inputs, "pixel_value": inputs["pixel_values"]})
+    with pytest.raises(UsageError, match="no input input_ids was given"):
+        session.generate({"pixel_values": inputs["pixel_values"]})
+    with pytest.raises(UsageError, match="no input image_grid_thw was given"):
+        session.generate({name: array for name, array in inputs.items() if name != "image_grid_thw"})
+    with pytest.raises(ShapeMismatch, match="the texts have 0 image tokens, but the images have 18 features"):
+        session.generate({**inputs, "input_ids": np.minimum(inputs["input_ids"], MARK - 1)})
+    wrong = inputs["image_grid_thw"][::-1]  # As many patches, but of the other text's image.
+    with pytest.raises(ShapeMismatch, match="6 image tokens in a row, but the image has 1 x 6 x 8 patches"):
+        session.generate({**inputs, "image_grid_thw": wrong.copy()})
 
 
 @pytest.mark.parametrize("kind", KINDS)
