@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 NAME = "genai_config.json"
 
-KIND = "decoder"
-"""The `type` in the config for any architecture: onnxruntime-genai's other types differ only in the cache layout."""
+KIND, CONVOLUTIONS = "decoder", "lfm2"
+"""The `type` in the config for any architecture, and for those with states of convolutions only. onnxruntime-genai's other
+types differ only in the cache layout."""
 
 LONGEST = 2048
 """Maximum length of a text in tokens, used if the model's config has no limit."""
@@ -98,10 +99,20 @@ def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, Jso
         "num_hidden_layers": count,
         "num_key_value_heads": heads,
     }  # fmt: skip
+    alone = states.keys() == {"conv"}
+    if alone:
+        # onnxruntime-genai makes these states itself, `[batch, hidden_size, conv_cache_size]`.
+        wide = {tuple(shapes[name % at][1:]) for name in states.values() for at in numbers if name % at in shapes}
+        hidden, length = wide.pop() if len(wide) == 1 else (None, None)
+        if hidden != decoder["hidden_size"] or not isinstance(length, int):
+            return None
+        kinds = ["full_attention" if at in layers else "conv" for at in range(count)]
+        decoder |= {"layer_types": [*kinds], "conv_cache_size": length}
     # The graph returns the whole cache as a new tensor, so it cannot write into the buffer that it reads.
     search: dict[str, JsonValue] = {"do_sample": False, "max_length": longest, "past_present_share_buffer": False}
     whole: dict[str, JsonValue] = {
-        **ids, "context_length": longest, "decoder": decoder, "type": KIND,
+        **ids, "context_length": longest, "decoder": decoder,
+        "type": CONVOLUTIONS if alone else KIND,
         "vocab_size": _whole(getattr(text_config, "vocab_size", None), 0),
     }  # fmt: skip
     return {"model": whole, "search": search}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -134,7 +134,7 @@ class ImageTexts:
             threefold[:, row, mask] = self._in_images(tokens[mask] == self._mark, grids)
         return threefold
 
-    def _in_images(self, marks: Array, grids: object) -> Array:
+    def _in_images(self, marks: Array, grids: Iterator[Array]) -> Array:
         """Return the positions in one text, `[3, tokens]`: frames, rows and columns; outside of images, all are equal.
 
         After an image, the positions continue after its largest row or column.
@@ -147,8 +147,8 @@ class ImageTexts:
                 pieces.append(np.arange(at, at + length)[None].repeat(3, 0))
                 at += length
                 continue
-            grid = next(grids, None)  # type: ignore[call-overload]
-            frames, rows, columns = (0, 0, 0) if grid is None else (int(size) for size in grid)
+            grid = next(grids, None)
+            frames, rows, columns = (0, 0, 0) if grid is None else map(int, grid)
             merge = round((frames * rows * columns / length) ** 0.5)
             if not merge or frames * (rows // merge) * (columns // merge) != length:
                 why = f"{length} image tokens in a row, but the image has {frames} x {rows} x {columns} patches"

@@ -360,7 +360,10 @@ def _offset(model: PretrainedModel) -> int:
     import torch
 
     ids = tokens(model, 1, 3)
-    prepared = model.prepare_inputs_for_generation(ids, attention_mask=torch.ones_like(ids), is_first_iteration=True)
+    prepare = model.prepare_inputs_for_generation
+    # transformers 4 numbers the tokens itself.
+    more = {"cache_position": torch.arange(3)} if "cache_position" in inspect.signature(prepare).parameters else {}
+    prepared = prepare(ids, attention_mask=torch.ones_like(ids), is_first_iteration=True, **more)
     places = prepared.get("position_ids")
     return 0 if places is None else int(places.reshape(-1)[0])
 

@@ -175,7 +175,7 @@ def test_a_folder_writes_what_peft_writes_and_swaps_adapters(kind, tmp_path):
             got = session.generate(ids.numpy(), max_new_tokens=NEW, adapter=name, attention_mask=mask.numpy())
             np.testing.assert_array_equal(got, tokens)
             steps = stepped(session, tokens, mask.numpy(), ids.shape[1], name)
-            np.testing.assert_allclose(steps, logits, atol=2e-5 * abs(logits).max())
+            np.testing.assert_allclose(steps, logits, atol=1e-4 * abs(logits).max())
             written.append(tokens[:, ids.shape[1] :].tolist())
     # Each adapter changes the tokens of the padded texts.
     assert len({str(tokens) for tokens in written[:: len(texts)]}) == len(names) + 1
