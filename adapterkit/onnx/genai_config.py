@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 NAME = "genai_config.json"
 
 KIND, CONVOLUTIONS = "decoder", "lfm2"
-"""The `type` in the config for any architecture, and for those with states of convolutions only. onnxruntime-genai's other
-types differ only in the cache layout."""
+"""The `type` in the config for any architecture, and for those with states of convolutions only.
+
+onnxruntime-genai's other types differ only in the cache layout."""
 
 LONGEST = 2048
 """Maximum length of a text in tokens, used if the model's config has no limit."""
