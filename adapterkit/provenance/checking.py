@@ -250,7 +250,7 @@ def check_signature(
     bundle = read_bundle(file)
     wanted = "key" if key is not None else "certificate" if trust else "sigstore"
     if bundle.kind != wanted:
-        why = f"the signature was made by {bundle.kind} and cannot be checked by {wanted}"
+        why = f"the signature has kind {bundle.kind!r}, and this command checks kind {wanted!r}"
         raise UsageError(f"{file}: {why}", cure=_ASKS[bundle.kind])
     config = _sigstore(identity, issuer) if identity is not None else verifier(key, trust)
     stage("hashing files and checking the signature")
