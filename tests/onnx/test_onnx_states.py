@@ -150,7 +150,7 @@ def stepped(session, tokens, mask, length, adapter):
 
 
 def in_pieces(session, model, adapter):
-    """A prompt in two pieces computes what transformers does in one call; its Mamba forgets the state in a second one."""
+    """A prompt in two pieces computes what transformers does in one call; its Mamba forgets the first piece."""
     ids = np.random.default_rng(0).integers(3, 64, (1, 20))
     with torch.no_grad():
         wanted = model(input_ids=torch.from_numpy(ids)).logits.numpy()
