@@ -17,6 +17,7 @@ from ..methods.replacement import Replacement
 from .biases import settle_biases
 from .building import Array, Branch, Building, before, behind
 from .calls import CallWords, Heard
+from .expert_nodes import with_split
 from .experts import Experts, PackedExperts
 from .inside import changed_inside, experts_changed, refuse_outputs
 from .integer_layers import MatMulIntegerToFloat, QAttention, opened_up
@@ -25,6 +26,7 @@ from .norms import computes_apart
 from .outlets import Ended
 from .resolved import FoldedNorm, ResolvedTarget, Spot
 from .rowwise import RowSlots
+from .selected import SelectedExperts, attach_selected
 from .values import Unsayable, Value, computed_over
 
 if TYPE_CHECKING:
@@ -190,11 +192,20 @@ def attach(
     apart: dict[ir.Node, ir.Node] = {}
     places_found = opened_up(places_found, building)
     settle_biases(places_found, building)
-    stacks: dict[tuple[ir.Node, type[Experts]], list[ResolvedTarget]] = {}
-    for place in in_order(places_found, building.model.graph):
+    for place in places_found:
         if place.spots and issubclass(kind := place.spots[0].kind, Experts):
             _check_experts(place, kind, isinstance(slots, RowSlots))
-            stacks.setdefault((place.spots[0].node, kind), []).append(place)
+    if slots is not None:
+        places_found = with_split(places_found, building)
+    stacks: dict[tuple[ir.Node, type[Experts]], list[ResolvedTarget]] = {}
+    for place in in_order(places_found, building.model.graph):
+        if place.spots and issubclass(place.spots[0].kind, Experts):
+            for spot in place.spots:
+                assert issubclass(spot.kind, Experts)
+                stacks.setdefault((spot.node, spot.kind), []).append(place)
+            continue
+        if place.spots and issubclass(place.spots[0].kind, SelectedExperts):
+            _attach_selected(place, building, slots)
             continue
         for spot in place.spots:
             _attach(place, _apart(spot, building, apart), building, slots, words)
@@ -230,6 +241,13 @@ def _check_experts(place: ResolvedTarget, kind: type[Experts], by_rows: bool) ->
         cure = f"Inject it with --mode slots (mode='slots'); or omit such targets: {_PARTIAL}"
         raise Unsupported(why, where=str(place.asked), cure=cure)
     refuse_outputs(place, node.op_type)
+
+
+def _attach_selected(place: ResolvedTarget, building: Building, slots: Slots | RowSlots | None) -> None:
+    if isinstance(slots, RowSlots):
+        why = "its experts are selected for each token, so the rows of a batch cannot have adapters of their own"
+        raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode slots (mode='slots')")
+    attach_selected(place, building, slots)
 
 
 def _attach_experts(

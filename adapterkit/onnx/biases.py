@@ -9,6 +9,7 @@ the names that the exporter wrote show it. If neither shows it, the layer is ref
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -42,13 +43,16 @@ PASSES = KEEPS_ORDER | {
 PADDLE = (("w_0", "b_0"), ("_weights", "_offset"))
 """Ends of the names that PaddlePaddle gives the weight and the bias of a layer."""
 
+_COPY = re.compile(r"_deepcopy_\d+$")
+"""What paddle2onnx appends to the name of every parameter; the number differs between a layer's weight and its bias."""
+
 BROADCAST = {"MatMul", "Add", "Sub", "Mul", "Div", "Equal", "Cast", "Identity"}
 """Operators whose output has at least as many axes as each input."""
 
 WIDE = 64
 """Largest number of values that are searched for the name of a bias."""
 
-_BASE = "Pass the base's weights, which show whether the vector is the bias: --base-weights DIR (base_weights=)"
+_AGAIN = "Export the graph again, so that the bias is an input of the layer's node or of an Add after it"
 
 
 def changes_bias(place: ResolvedTarget) -> bool:
@@ -65,11 +69,22 @@ def with_base_bias(place: ResolvedTarget, base: Checkpoint) -> ResolvedTarget:
             alike = (
                 [full_name]
                 if full_name in base.tensors
-                else [name for name in base.tensors if same_end(name, full_name)]
+                else [name for name in base.tensors if same_end(_COPY.sub("", name), _COPY.sub("", full_name))]
             )
-            if len(alike) == 1 and alike[0].endswith("weight"):
+            if len(alike) != 1:
+                continue
+            if alike[0].endswith("weight"):
                 return replace(place, bias=_base_bias(base, f"{alike[0].removesuffix('weight')}bias"))
+            if biases := _paddle_biases(alike[0]):
+                of_layer = [name for name in base.tensors if _COPY.sub("", name) in biases]
+                return replace(place, bias=_base_bias(base, of_layer[0] if len(of_layer) == 1 else biases[0]))
     return place
+
+
+def _paddle_biases(weight: str) -> list[str]:
+    """Return the names that PaddlePaddle may give the bias of the layer with this weight."""
+    weight = _COPY.sub("", weight)
+    return [f"{weight.removesuffix(end)}{bias}" for end, bias in PADDLE if weight.endswith(end)]
 
 
 def _base_bias(base: Checkpoint, name: str) -> BaseBias | None:
@@ -93,7 +108,8 @@ def settle_biases(places: Sequence[ResolvedTarget], building: Building) -> None:
     for place in places:
         for spot in dict.fromkeys(place.spots):
             _refuse_shared(spot, place)
-            exempt = issubclass(spot.kind, Attention | Experts | Gather | Recurrent) or place.norm is not None
+            exempt = place.target.stacked or issubclass(spot.kind, Attention | Experts | Gather | Recurrent)
+            exempt = exempt or place.norm is not None
             if not exempt and changes_bias(place):
                 _settle(spot, place, building)
 
@@ -170,8 +186,7 @@ def _settle(spot: Spot, place: ResolvedTarget, building: Building) -> None:
             through = ", ".join(node.op_type for node in added.passed)
             why = f"an update cannot change the bias of this layer, which the operator {kind} adds"
             why += f" after {through}" if through else ""
-            cure = "Export the graph again, so that the bias is an input of the layer's node or of an Add after it"
-            raise Unsupported(why, where=where, cure=cure)
+            raise Unsupported(why, where=where, cure=_AGAIN)
         building.apart.discard(layer.node)
         return
     _refuse_lost(place, where)
@@ -302,7 +317,11 @@ def _is_bias(
         f"a vector is added to its output ({_names(bias)[0]}), which is (1) its bias, which the update changes, or (2) "
         "a parameter of the module around it, which stays as it is"
     )
-    raise Unsupported(why, where=where, cure=_BASE)
+    if place.bias is not None and vector is None:
+        raise Unsupported(why, where=where, cure=_AGAIN)
+    weight = place.asked.path if _paddle_biases(place.asked.path) else f"{place.asked.path}.weight"
+    cure = f"Pass weights of the base that contain {weight}, which show whether the vector is its bias"
+    raise Unsupported(why, where=where, cure=f"{cure}: --base-weights DIR (base_weights=)")
 
 
 def _in_base(vector: Array, place: ResolvedTarget) -> bool | None:
@@ -477,6 +496,9 @@ def _last_sizes(node: ir.Node, count: int) -> list[int] | None:
         return [int(size) for size in last]  # type: ignore[arg-type]
     given = node.inputs[1] if node.op_type == "Reshape" and len(node.inputs) > 1 else None
     parts: list[int] = []
+    cast = None if given is None or is_constant(given) else given.producer()
+    if cast is not None and cast.op_type == "Cast":
+        given = cast.inputs[0]  # tf2onnx computes sizes as int32.
     while given is not None and len(parts) < count:
         source = given.producer()
         if is_constant(given):
@@ -528,10 +550,8 @@ def _is_named(value: ir.Value, place: ResolvedTarget) -> bool:
     """Whether a value is a tensor with the name of a target's bias, or is computed from such a tensor."""
     paths = dict.fromkeys((place.target.path, place.asked.path))
     names = [name.removesuffix("_quantized") for name in _names(value)]
-    biases = [f"{path}.bias" for path in paths]
-    for weight, bias in PADDLE:
-        biases += [f"{path.removesuffix(weight)}{bias}" for path in paths if path.endswith(weight)]
-    return any(same_end(name, bias) for name in names for bias in biases)
+    biases = [f"{path}.bias" for path in paths] + [bias for path in paths for bias in _paddle_biases(path)]
+    return any(same_end(name, bias) or same_end(_COPY.sub("", name), bias) for name in names for bias in biases)
 
 
 def _names(value: ir.Value) -> list[str]:

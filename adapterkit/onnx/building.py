@@ -27,6 +27,9 @@ OPSET = 13
 GENERATED = re.compile(r"(gemm_input_shape|gemm_output_shape|const_transpose_optimizer|_token_\d+)$")
 """Names that onnxruntime's optimizers give to the shapes and permutations that they add."""
 
+INLINE = 1024
+"""New tensors of up to this many bytes are stored in the model's file."""
+
 FREE = 1 << 40
 """Numbers from this one on stand for dynamic sizes, which are only known once an adapter is loaded; see slots.py."""
 

@@ -1,7 +1,8 @@
 """Experts in one node: `MoE` and `QMoE` of onnxruntime hold the weights of all experts of a layer, and select experts.
 
 The output is not a sum of products with these weights, so nodes after such a node cannot add a change. Instead, an
-injection computes a changed stack in front of the node, and a merge changes the stored stack.
+injection computes a changed stack in front of the node, and a merge changes the stored stack. For slots, the node is
+split into nodes for each expert; see expert_nodes.py.
 
 Formulas see a stack `[expert, out, in]` as one matrix: the rows of expert 0, then those of expert 1, and so on. So each
 part of an expert is a range of rows, as in torch. In the node, the rows of fused gates and ups alternate, beginning
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
 
 OPERATORS = ("MoE", "QMoE")
 
+EXPERT = "adapterkit.expert"
+"""Metadata key of a node that multiplies by a weight of one expert, in a graph with slots; see expert_nodes.py. The
+key's value is the weight's name."""
+
+FUSED = "gate_up_proj"
+"""Name of a weight that fuses gate and up."""
+
 LAYER = re.compile(r"(?:^|.*[./])(?:layers|h|blocks)\.(\d+)(?=[./]|$)")
 """Matches the start of a name, up to and including the number of the layer."""
 
@@ -42,6 +50,11 @@ LAYER = re.compile(r"(?:^|.*[./])(?:layers|h|blocks)\.(\d+)(?=[./]|$)")
 def is_routed(node: ir.Node) -> bool:
     """Whether a node holds the weights of several experts."""
     return node.domain == "com.microsoft" and node.op_type in OPERATORS
+
+
+def holds_experts(node: ir.Node) -> bool:
+    """Whether a node holds the weights of several experts, or the weight of one expert of a split node."""
+    return is_routed(node) or EXPERT in node.metadata_props
 
 
 def fused(node: ir.Node) -> int:
@@ -335,6 +348,8 @@ def layer_of(name: str) -> str | None:
 
 def stem_of(node: ir.Node) -> str | None:
     """Return the name of a node's layer, such as `model.layers.0`; None if no name shows it."""
+    if EXPERT in node.metadata_props:
+        return node.metadata_props[EXPERT].partition(".moe.experts.")[0]
     weights = (weight_at(node, at) for at in range(2, len(node.inputs)))
     names = [value.name or "" for value in weights if value is not None]
     for name in (*names, dotted(node.name or "")):
@@ -352,22 +367,28 @@ def path_of(stem: str, expert: int, part: str) -> str:
 def in_experts(spots: Sequence[Spot]) -> Iterator[Spot]:
     """Yield the parts of each expert as layers, each with its rows and name."""
     for spot in spots:
-        if not issubclass(spot.kind, Experts) or (stem := stem_of(spot.node)) is None:
+        if (weight := spot.node.metadata_props.get(EXPERT)) is not None:
+            stem, _, word = weight.rpartition(".")
+            for part, start, stop in _parts_of(word, spot.shape[0]):
+                rows = None if (start, stop) == (0, spot.shape[0]) else (start, stop)
+                names = {"initializer": (f"{stem}.{part}.weight",)}
+                yield replace(spot, names=names, rows=rows, shape=(stop - start, spot.shape[1]))
+            continue
+        if not issubclass(spot.kind, Experts) or (stem_here := stem_of(spot.node)) is None:
             continue
         experts, out, in_ = spot.kind.sizes(spot.node)
         for expert in range(experts):
-            for part, start, stop in _parts(spot.kind, spot.node, out):
+            word = "down_proj" if not spot.kind.first else FUSED if fused(spot.node) == 2 else "up_proj"
+            for part, start, stop in _parts_of(word, out):
                 rows = (expert * out + start, expert * out + stop)
-                names = {"initializer": (f"{path_of(stem, expert, part)}.weight",)}
+                names = {"initializer": (f"{path_of(stem_here, expert, part)}.weight",)}
                 yield replace(spot, names=names, rows=rows, shape=(stop - start, in_))
 
 
-def _parts(kind: type[Experts], node: ir.Node, out: int) -> list[tuple[str, int, int]]:
-    if not kind.first:
-        return [("down_proj", 0, out)]
-    if fused(node) == 1:
-        return [("up_proj", 0, out)]
-    return [("gate_proj", 0, out // 2), ("up_proj", out // 2, out), ("gate_up_proj", 0, out)]
+def _parts_of(word: str, out: int) -> list[tuple[str, int, int]]:
+    """Return the parts of an expert's weight: for each part, its name, and the range of its rows."""
+    parts = [("gate_proj", 0, out // 2), ("up_proj", out // 2, out)] if word == FUSED else []
+    return [*parts, (word, 0, out)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -378,21 +399,30 @@ class ExpertStack:
         node: the node.
         stem: the layer's name, such as `model.layers.0`.
         experts: the number of experts.
+        fused: whether the first weight of an expert fuses gate and up.
     """
 
     node: ir.Node
     stem: str
     experts: int
+    fused: bool
 
 
 def stacks_of(nodes: Sequence[ir.Node]) -> dict[str, ExpertStack]:
     """Return a map from the number of a layer to its experts, for nodes whose layout is known."""
     stacks: dict[str, ExpertStack] = {}
     for node in nodes:
-        stem = stem_of(node) if is_routed(node) and unknown_layout(node) is None else None
-        number = None if stem is None else layer_of(stem)
-        if stem is not None and number is not None:
-            stacks[number] = ExpertStack(node, stem, shape_of(_weight(node, 2))[0])
+        if (weight := node.metadata_props.get(EXPERT)) is not None:
+            stem, _, rest = weight.partition(".moe.experts.")
+            expert, _, word = rest.partition(".")
+            before = stacks.setdefault(layer_of(stem) or "", ExpertStack(node, stem, 0, False))
+            experts, both = max(before.experts, int(expert) + 1), before.fused or word == FUSED
+            stacks[layer_of(stem) or ""] = replace(before, experts=experts, fused=both)
+            continue
+        known = stem_of(node) if is_routed(node) and unknown_layout(node) is None else None
+        number = None if known is None else layer_of(known)
+        if known is not None and number is not None:
+            stacks[number] = ExpertStack(node, known, shape_of(_weight(node, 2))[0], fused(node) == 2)
     return stacks
 
 

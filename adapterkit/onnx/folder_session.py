@@ -18,10 +18,12 @@ from ..io.inputs import read_input
 from ..io.locations import located
 from .building import Array
 from .folders import parts_of
+from .image_texts import ImageTexts
 from .pretrained_parts import DECODER, ENCODER, FILES, WITH_PAST
 from .reading import loaded
 from .session import PAST, Provider, Session
 from .slots import slotted
+from .vision_language import EMBEDDING, IMAGE_TOKENS, MERGED
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -162,26 +164,35 @@ class FolderSession:
         self, inputs: Mapping[str, npt.ArrayLike] | npt.ArrayLike, *, max_new_tokens: int = 32,
         adapter: str | None = None, start: int | None = None, end: int | Sequence[int] | None = None,
     ) -> Array:  # fmt: skip
-        """Generate texts greedily from the encoder's inputs, which are texts, sounds or images.
+        """Generate texts greedily: with an encoder-decoder, or as the continuation of texts with images.
 
         Args:
-            inputs: the encoder's inputs by name, or `input_ids` alone. By default, no token is masked.
+            inputs: the inputs by name, as processors of transformers return them, or `input_ids` alone. For an
+                encoder-decoder, these are the encoder's inputs, and by default, no token is masked. A language model
+                that reads images takes `input_ids`, `attention_mask` (required for several texts, which are padded on
+                the left), `pixel_values`, and the other inputs of its graphs, such as `image_grid_thw`.
             max_new_tokens: the largest number of tokens to generate.
             adapter: the adapter's name; None for the bare model.
-            start: the first token; by default, `decoder_start_token_id` of the configs in the folder.
+            start: an encoder-decoder's first token; by default, `decoder_start_token_id` of the configs in the folder.
             end: the token or tokens that end a text; by default, `eos_token_id` of the configs.
 
         Returns:
-            the tokens, `[batch, 1 + new]`, beginning with `start`. Texts that end before others are padded with `end`.
+            the tokens: of an encoder-decoder, `[batch, 1 + new]`, beginning with `start`; of a language model that
+            reads images, `[batch, length + new]`. Texts that end before others are padded with `end`.
 
         Raises:
-            UsageError: the folder is not an encoder-decoder, or no config gives the first token.
+            UsageError: the folder has no such model, an input is unknown or missing, or no config gives the first token
+                or the image token.
+            ShapeMismatch: the images do not fit the image tokens of the texts.
             Also the errors of `run`.
         """
+        if {EMBEDDING, MERGED} <= {*self.parts}:
+            return self._continued(inputs, max_new_tokens, adapter, end)
         if not {*FILES[:3]} <= {*self.parts}:
             lacking = ", ".join(name for name in FILES[:3] if name not in self.parts)
             cure = "Export it with adapterkit export, or call run for each graph"
-            raise UsageError(f"not an encoder-decoder: the folder lacks {lacking}", path=self._path, cure=cure)
+            why = f"neither an encoder-decoder nor a language model that reads images: the folder lacks {lacking}"
+            raise UsageError(why, path=self._path, cure=cure)
         given = (
             dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": np.atleast_2d(np.asarray(inputs, np.int64))}
         )
@@ -208,6 +219,21 @@ class FolderSession:
             if done.all():
                 break
         return tokens
+
+    def _continued(
+        self, inputs: Mapping[str, npt.ArrayLike] | npt.ArrayLike, count: int, adapter: str | None,
+        end: int | Sequence[int] | None,
+    ) -> Array:  # fmt: skip
+        """Continue texts with images."""
+        given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
+        marks = [token for name in IMAGE_TOKENS if isinstance(token := self._token(name), int)]
+        if not marks:
+            cure = "Copy the model's config.json to the folder"
+            raise UsageError("no config names image_token_id", path=self._path, cure=cure)
+        texts = ImageTexts(self.parts, given, marks[0], self._path)
+        told_ends = self._token("eos_token_id") if end is None else end
+        ends = [told_ends] if isinstance(told_ends, int) else list(told_ends or ())
+        return texts.written(lambda part, feeds: self.run(part, feeds, adapter), count, ends)
 
     async def generate_async(
         self, inputs: Mapping[str, npt.ArrayLike] | npt.ArrayLike, *, max_new_tokens: int = 32,

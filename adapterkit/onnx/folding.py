@@ -22,7 +22,7 @@ from ..merging.planned_update import PlannedUpdate as Folded
 from .biases import settle_biases
 from .building import Array, Branch, Building, kind_of
 from .changes import Fresh, Stored, StoredChange, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
-from .experts import Experts, PackedExperts
+from .experts import EXPERT, Experts, PackedExperts
 from .experts import as_floats as experts_as_floats
 from .experts import packing_of as packing_of_experts
 from .integer_layers import opened_up
@@ -140,7 +140,7 @@ class Folding:
             keep: the choice for the change of a packed weight. An empty string attaches the change if quantizing would
                 lose too much of it; None always quantizes the change.
         """
-        if any(key.startswith(BEFORE) for key in self.spot.node.metadata_props):
+        if any(key == EXPERT or key.startswith(BEFORE) for key in self.spot.node.metadata_props):
             why = "an injected adapter already changes the weight of this layer"
             raise Unsupported(why, where=self.name, cure="Remove it first, with adapterkit.onnx.eject")
         layer, packed = self.spot.kind(self.spot.node, Branch(self.building, "merge")), is_packed(self.spot)
@@ -171,6 +171,8 @@ class Folding:
             self._recurrent(layer.operand, self.spot.kind)
         elif issubclass(self.spot.kind, Experts):
             self._experts(layer.operand, self.spot.kind)
+        elif self.at[0][0].target.stacked:
+            self._selected(layer.operand)
         elif normed is not None and any(update.changes_weight for update in self.updates):
             make = partial(_behind_norm, self.spot, self.at, self.spot.kind.detached(self.spot.node))
             new = self._replacement(layer.operand, make, "weight", id(layer.operand))
@@ -255,6 +257,26 @@ class Folding:
         self.spot.node.replace_input_with(
             kind.position, self._replacement(value, make, "weight", id(value), kind.__name__)
         )
+
+    def _selected(self, value: ir.Value) -> None:
+        from .selected import SelectedExperts, expert_of, part_of_expert, refuse_selected
+
+        kind = self.spot.kind
+        assert issubclass(kind, SelectedExperts)
+        for place, _ in self.at:
+            refuse_selected(place)
+
+        def changed(W: Array, number: int) -> Array:
+            new = W.copy()
+            for place, factor in self.at:
+                before = part_of_expert(W, place)
+                after, _ = through(expert_of(place, number), before)
+                part_of_expert(new, place)[...] += factor * (np.asarray(after) - before)
+            return _rounded(new, kind_of(value), self.name)
+
+        make = kind.changed(self.spot.node, changed)
+        new = self._replacement(value, make, "weight", id(value), "stack")
+        self.spot.node.replace_input_with(kind.position, new)
 
     def _replacement(self, old: ir.Value, make: Callable[[], Array], *key: Hashable) -> ir.Value:
         """Return a tensor that replaces an old one, in the same dtype; the new tensor is computed as a whole."""

@@ -25,6 +25,7 @@ from .building import Building
 from .calls import CallWords
 from .checking import CheckOutcome, checked_injection, refuse_invalid
 from .contexts import of_attention, parted, place
+from .conversion import inlined_note
 from .experts import Experts
 from .folders import folder_of, inject_folder, left_line, left_out, only_graph
 from .model_file import GraphSource, opened, placing, save
@@ -35,6 +36,7 @@ from .routed import remember_family
 from .saturation import clipping
 from .slots import neutral_of, write_adapter, write_slot_values
 from .tying import Tying
+from .unblocking import unblock
 
 if TYPE_CHECKING:
     import onnx
@@ -161,6 +163,7 @@ def inject(
             "prompt, and runs with a past do not use the prefix"
         )
         raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
+    unblock(source.model, base)  # Before `Building`, which collects the names that are taken.
     building = Building(source.model)
     used = place(context, building)
     places = resolve(source.model, rest, base, tying)
@@ -201,7 +204,8 @@ def inject(
                 refuse_invalid(opened(model))
         warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(outcome.saturation, source.model))
     slow = None if slots is None else _recomputed(places)
-    note = "; ".join(filter(None, [used, words.note, slow, outcome.note])) or None
+    inlined = inlined_note(source.model)
+    note = "; ".join(filter(None, [used, words.note, slow, inlined, outcome.note])) or None
     return GraphReport(
         target, place_.files, tuple(places), outcome.difference, note, reference=outcome.reference,
         saturation=outcome.saturation, warnings=warnings,
@@ -209,10 +213,13 @@ def inject(
 
 
 def _recomputed(places: Sequence[ResolvedTarget]) -> str | None:
-    """Return a note that each call computes the weights of experts; None if the adapter changes no experts."""
+    """Return a note on the nodes that compute experts with slots; None if the adapter changes no experts."""
     nodes = {spot.node for place in places for spot in place.spots if issubclass(spot.kind, Experts)}
     if not nodes:
         return None
+    split = sum(node.graph is None for node in nodes)  # `with_split` removed these nodes.
+    if split == len(nodes):
+        return f"{split} MoE {'nodes' if split > 1 else 'node'} became nodes for each expert"
     return (
         f"each call, with or without an adapter, computes the weights of all experts in {len(nodes)} MoE "
         f"{'nodes' if len(nodes) > 1 else 'node'} anew; --mode constant (mode='constant') computes them once"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ from .matching import nearest
 from .model_file import opened
 from .modules import same_end
 from .resolved import METHODS, NEAR, Known, Spot, distance
-from .resolving import NUMBERED, by_name, plain_call, spots_of
+from .resolving import NUMBERED, OF_MODULES, by_name, plain_call, spots_of, with_several_weights
+from .unblocking import unblock
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -68,11 +69,12 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
     Raises:
         Malformed, StorageError: as in `inject`.
     """
-    spots = spots_of(opened(model).model)
-    if base_weights is None:
+    graph, base = opened(model).model, None if base_weights is None else opened_base(base_weights)
+    unblock(graph, base)
+    spots = spots_of(graph)
+    if base is None:
         return _named(spots)
-    known, places = by_name(spots), []
-    base = opened_base(base_weights)
+    known, places = by_name(spots), list[Place]()
     for name, tensor in base.tensors.items():
         # Skip vectors, which are norms and biases.
         if len(tensor.shape) > 1 and tensor.dtype.floating:
@@ -84,8 +86,9 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
 def _named(spots: Sequence[Spot]) -> list[Place]:
     """Group layers that have the same name in the graph."""
     groups: dict[tuple[str | None, str | None, Any], list[Spot]] = {}
+    several = with_several_weights(spots)
     for spot in spots:
-        method, name = _best(spot)
+        method, name = _best(spot, several)
         # A later call of a module has the module's name with a number: `qkv_proj_1`.
         first = (plain_call(name), method, spot.sources) if name is not None and method == "path" else None
         key = first if first in groups else (name, method, spot.sources)
@@ -95,9 +98,12 @@ def _named(spots: Sequence[Spot]) -> list[Place]:
     ]  # fmt: skip
 
 
-def _best(spot: Spot) -> tuple[str | None, str | None]:
+def _best(spot: Spot, several: Container[str]) -> tuple[str | None, str | None]:
     """Return a layer's name and how it was found; prefer names that end with `.weight`, because they name a module."""
-    names_by_method = [(method, name) for method in METHODS for name in spot.names.get(method, ())]
+    names_by_method = [
+        (method, name) for method in METHODS for name in spot.names.get(method, ())
+        if method not in OF_MODULES or name not in several
+    ]  # fmt: skip
     weights = [(method, name.removesuffix(".weight")) for method, name in names_by_method if name.endswith(".weight")]
     scoped = [(method, name) for method, name in names_by_method if not NUMBERED.match(name)]
     return next(iter([*weights, *scoped]), (None, None))

@@ -18,6 +18,7 @@ from ..naming.binding import renamed
 from .attaching import attach
 from .building import Building
 from .checking import CheckOutcome, checked_merge, refuse_invalid
+from .conversion import inlined_note
 from .folders import folder_of, graphs_in, left_out, merge_folder, only_graph, plan_folder
 from .folding import PlannedUpdate, fold
 from .model_file import GraphSource as Opened
@@ -134,8 +135,9 @@ def merge(
                 refuse_invalid(opened(model))
         warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(outcome.saturation, source.model))
     places = tuple(place for place, _ in folds)
+    note = "; ".join(filter(None, [inlined_note(source.model), outcome.note])) or None
     return GraphReport(
-        target, place.files, places, outcome.difference, outcome.note, damage, outcome.reference,
+        target, place.files, places, outcome.difference, note, damage, outcome.reference,
         saturation=outcome.saturation, warnings=warnings, beside=tuple(dict.fromkeys(str(at.asked) for at in beside)),
     )  # fmt: skip
 

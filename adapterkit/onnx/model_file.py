@@ -28,8 +28,9 @@ from ..merging.execute import execute
 from ..merging.options import most_workers
 from ..merging.planned import Output, OutputFile
 from ..merging.staging_dir import StagingDir
-from .building import OPSET
+from .building import INLINE
 from .changes import Changed, bytes_of
+from .conversion import modern
 from .validating import check_model
 
 
@@ -178,9 +179,6 @@ def placed(tensor: ir.TensorProtocol, file: Path, offset: int) -> ir.ExternalTen
 # written, to a small data file.
 
 
-INLINE = 1024
-"""New tensors of up to this many bytes are stored in the model's file."""
-
 APART = 1 << 26
 """If an export's tensors together have more bytes than this, they are written to a data file beside the model."""
 
@@ -223,7 +221,7 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> GraphSource:
         if _large(copy):
             cure = "Save it with external data (onnx_ir.save with external_data=), and pass the file's path"
             raise Unsupported("the model has more than 2 GB in memory, which is too large for one ONNX file", cure=cure)
-        return GraphSource(_modern(copy, None), None, (), ir.to_proto(copy).SerializeToString())
+        return GraphSource(modern(copy, None), None, (), ir.to_proto(copy).SerializeToString())
     path = located(model)
     try:
         with open_input(path) as file:
@@ -232,7 +230,7 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> GraphSource:
         raise storage_error(error, path) from error
     loaded = _parsed(data, path)
     files = checked_data(loaded, path)
-    return GraphSource(_modern(loaded, path), path, files, data)
+    return GraphSource(modern(loaded, path), path, files, data)
 
 
 def _parsed(data: bytes, path: Path) -> ir.Model:
@@ -250,77 +248,6 @@ def _parsed(data: bytes, path: Path) -> ir.Model:
     except Exception as error:  # protobuf and onnx-ir raise many types of errors for damaged files.
         first = first_line(error)
         raise Malformed(f"not an ONNX model ({first})", path=path, cure="Export it again") from None
-
-
-def _without_functions(model: ir.Model) -> ir.Model:
-    """Replace each call of a local function by the function's nodes, so that an adapter can change one call alone."""
-    if not model.functions:
-        return model
-    from onnx_ir.passes.common import InlinePass
-
-    copy = model.clone()
-    try:
-        return InlinePass()(copy).model
-    except Exception:  # E.g. a function uses another opset. An adapter for layers inside the function is refused later.
-        return model
-
-
-def _modern(model: ir.Model, path: Path | None) -> ir.Model:
-    """Return the model in a recent opset and without local functions; ONNX's own tools convert it if needed."""
-    model = _without_functions(model)
-    version = model.graph.opset_imports.get("", OPSET)
-    if version >= OPSET:
-        return model
-    from onnx import version_converter
-
-    outside = _inputs_for_outside(model)
-    try:
-        converted = version_converter.convert_version(ir.to_proto(model), OPSET)
-        check_model(converted, path)
-        return _with_outside(ir.from_proto(converted), outside)
-    except AdapterkitError:
-        raise
-    except Exception as error:  # The converter raises RuntimeError and others.
-        first = first_line(error)
-        why = f"the model's operator set {version} cannot be converted to {OPSET} ({first})"
-        raise Unsupported(why, path=path, cure="Export it with a newer operator set") from None
-
-
-def _inputs_for_outside(model: ir.Model) -> dict[str, tuple[ir.TensorProtocol, bool]]:
-    """Turn tensors with external data into inputs, because ONNX's opset converter would drop references to data files.
-
-    The converter needs the values of small tensors, e.g. the sizes of a Reshape, so small tensors are loaded.
-
-    Returns:
-        a map from each tensor's name to the tensor, and to whether it was already an input.
-    """
-    outside: dict[str, tuple[ir.TensorProtocol, bool]] = {}
-    for graph in model.graphs():
-        for name, value in list(graph.initializers.items()):
-            tensor = value.const_value
-            if not isinstance(tensor, ir.ExternalTensor):
-                continue
-            if tensor.nbytes <= INLINE or graph is not model.graph:
-                value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=name)
-                continue
-            outside[name] = tensor, value.is_graph_input()
-            graph.initializers.pop(name)
-            value.const_value, value.shape, value.type = None, tensor.shape, ir.TensorType(tensor.dtype)
-            if not value.is_graph_input():
-                graph.inputs.append(value)
-    return outside
-
-
-def _with_outside(model: ir.Model, outside: Mapping[str, tuple[ir.TensorProtocol, bool]]) -> ir.Model:
-    """Turn the inputs in `outside` back into tensors with external data, after the conversion of a model."""
-    named = {value.name: value for value in model.graph.inputs}
-    for name, (tensor, was_input) in outside.items():
-        value = named[name]
-        if not was_input:
-            model.graph.inputs.remove(value)
-        value.const_value = tensor
-        model.graph.register_initializer(value)
-    return model
 
 
 def inline(model: ir.Model) -> bytes:

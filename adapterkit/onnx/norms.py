@@ -42,6 +42,9 @@ ALIKE = 1e-3
 EPSILONS = (1e-5, 1e-3, 1e-4, 1e-6, 1e-2, 1e-8)
 """Candidates for `eps`, which weight files do not store. The first is torch's default, the second TensorFlow's."""
 
+CHANCE = 16.0
+"""By how many mean squares chance alone can make a wrong `eps` seem nearer: the square of four standard deviations."""
+
 _FUSED = re.compile(r"bn_?fusion|fuse_?bn|bn_?fuse|mul_?fusion|_weight_fused$", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
 
@@ -128,13 +131,19 @@ def _bias_of(spot: Spot) -> ir.Value | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Guess:
-    """A candidate for what is folded: a norm of the base with a value of `eps`, or a vector; and the distance."""
+    """A candidate for what is folded: a norm of the base with a value of `eps`, or a vector; and its distances."""
 
     name: str
     scale: Array
     shift: Array
-    distance: float
+    of_weight: float
+    of_bias: float
     is_vector: bool = False
+
+    @property
+    def distance(self) -> float:
+        """The larger distance: both must match, because several norms can have similar scales."""
+        return max(self.of_weight, self.of_bias)
 
 
 def with_norms(place: ResolvedTarget, base: Checkpoint, name: str) -> ResolvedTarget:
@@ -289,18 +298,22 @@ def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None) -> Iterato
 
     def guess(name: str, scale: Array, shift: Array, is_vector: bool) -> _Guess:
         # The rest after the best factors is orthogonal to the rows, so this is the norm of `V - scale * rows`.
-        off = float(np.sqrt(rest**2 + float(((scale - factors) ** 2 * squares).sum()))) / size
+        off, of_bias = float(np.sqrt(rest**2 + float(((scale - factors) ** 2 * squares).sum()))) / size, 0.0
         if weight is not None:
             wanted = shift if b is None else scale * b + shift
-            # Use the larger of the distances of the weight and the bias. Both must match, because several norms can
-            # have similar scales.
-            off = max(off, float(abs(weight - wanted).max()) / max(float(abs(weight).max()), 1e-300))
-        return _Guess(name, scale, shift, off, is_vector)
+            of_bias = float(abs(weight - wanted).max()) / max(float(abs(weight).max()), 1e-300)
+        return _Guess(name, scale, shift, off, of_bias, is_vector)
 
     for name, gamma, beta, mean, var in _norms(base, len(V)) if weight is not None else ():
-        for eps in EPSILONS:
-            scale = gamma / np.sqrt(np.maximum(var, 0) + eps)
-            yield guess(name, scale, beta - scale * mean, False)
+        scales = [gamma / np.sqrt(np.maximum(var, 0) + eps) for eps in EPSILONS]
+        ways = [guess(name, scale, beta - scale * mean, False) for scale in scales]
+        # A weight in few bits is rounded by more than `eps` changes it, so the nearest weight can have a wrong `eps`.
+        # The bias decides, because integer graphs store it in 32 bits. After that, take the first `eps` that the weight
+        # does not exclude: by chance, a wrong one lowers the sum of the squares by a few of their mean.
+        least = min(one.of_bias for one in ways)
+        ways = [one for one in ways if one.of_bias <= APART * least]
+        best = min(one.of_weight for one in ways)
+        yield next(one for one in ways if V.size * (one.of_weight**2 - best**2) <= CHANCE * best**2)
     # One number for each channel is a multiple of any other number. A bias that is not at the layer may be scaled or
     # not.
     if rows.shape[1] > 1 and (weight is not None or b is None):

@@ -133,6 +133,10 @@ def worked_out(
     omitted = {"encoder", "decoder"} & ({*target.path.split(".")} - {*named.path.split(".")})
     tying = replace(Tying.of(held_by, None), role=next(iter(omitted), None))
     (place, *_) = resolve(model, whole, held_by, tying)
+    if place.target.stacked:
+        from .selected import stack_factors
+
+        return [_open_factors(stack_factors(place))]
     update, *more = place.updates
     if more:
         methods = ", ".join(update.method for update in place.updates)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ..core.adapter import Adapter, Target, order_counts
@@ -17,7 +18,8 @@ from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
 from .biases import with_base_bias
 from .building import element_type
-from .experts import EXPERTS, Experts, in_experts
+from .expert_nodes import GEMMS
+from .experts import EXPERT, EXPERTS, Experts, in_experts
 from .heads import in_heads, in_parts
 from .integer_layers import INTEGER
 from .layers import (
@@ -43,9 +45,11 @@ from .operands import THROUGH, is_constant, nodes_of, sources
 from .outlets import outlet
 from .packed import ConvInteger, FusedMatMul, MatMulInteger, MatMulNBits
 from .recurrent import RECURRENT, Recurrent
-from .resolved import METHODS, Known, ResolvedTarget, Spot
+from .resolved import METHODS, NEAR, Known, ResolvedTarget, Spot, distance
 from .roles import elsewhere
 from .routed import by_expert, compare_experts
+from .selected import SELECTED, SelectedExperts, product_of
+from .unblocking import unblock
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -53,8 +57,8 @@ if TYPE_CHECKING:
 
 
 KINDS: tuple[type[GraphLayer], ...] = (
-    MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul, Einsum,
-    FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER,
+    *GEMMS, MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul,
+    Einsum, FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER, *SELECTED,
 )  # fmt: skip
 """The kinds of layers; a node is a layer of at most one kind, except nodes with several weights."""
 
@@ -103,6 +107,7 @@ def resolve(
 
     _refuse(adapter)
     tying = tying or Tying.of(base, None)
+    left = unblock(model, base)
     spots = spots_of(model)
     known = by_name(spots)
     for target in adapter.updates:
@@ -120,6 +125,17 @@ def resolve(
     try:
         sites = _sites(layered, known, spots, base, tying.config) if layered.updates else []
     except TargetNotFound as error:
+        modules_of_several = with_several_weights(spots).items()
+        for weights in (names for name, names in modules_of_several if same_end(name, f"{error.where}.weight")):
+            why = "this module has several weights, and the target names none of them"
+            cure = f"Name one as the target: {', '.join(weights)}" if weights else ""
+            cure = cure or "Use the graph before it is optimized: there, each weight has a name"
+            raise TargetNotFound(why, where=error.where, cure=cure) from None
+        if model.functions:
+            names = ", ".join(function.name for function in model.functions.values())
+            why = f"the graph has local functions of another operator set, whose layers cannot be changed: {names}"
+            cure = "Export the model again with one operator set, or inline its functions: onnx.inliner"
+            raise Unsupported(why, where=error.where, cure=cure) from None
         if (node := _other_operator(model, error.where or "", spots)) is not None:
             unknown = f"a {node.op_type} ({node.name or node.outputs[0].name})"
             why = f"its weight is read by {unknown}, which is not a layer to which adapters can be attached here"
@@ -130,9 +146,10 @@ def resolve(
                 cure = f"{cure}. To omit such targets: --allow-partial (allow_partial=True)"
             raise Unsupported(why, where=error.where, cure=cure) from None
         if (node := _reordered(model, error.where or "", base)) is not None:
+            at = f"{node.name or node.op_type} (operator {node.domain}.{node.op_type})"
             why = (
-                "the graph stores this weight in another order than the base: onnxruntime reordered convolutions "
-                f"for one kind of processor, as in {node.name or node.op_type} (operator {node.domain}.{node.op_type})"
+                "the graph stores this weight in another order than the base: onnxruntime reordered convolutions for "
+                f"one kind of processor, as in {at}. This cannot be undone: {left}"
             )
             cure = (
                 "Inject into the graph before it is optimized, or optimize it no further than "
@@ -140,7 +157,7 @@ def resolve(
             )
             raise Unsupported(why, where=error.where, cure=cure) from None
         raise
-    places = _without_modules([_resolved(site, asked, known, renamed) for site, asked in sites])
+    places = _without_modules([_resolved(site, asked, known, renamed, base) for site, asked in sites])
     if base is None:
         refuse_folded(places)
     else:
@@ -190,6 +207,7 @@ def taken(
         TargetNotFound: a target may be a layer whose name is lost, and no base is given to compare values; or two
             targets are the same layer.
     """
+    unblock(model, base)
     spots = spots_of(model)
     known = by_name(spots)
     whole_adapter, refused = adapter, list[Target]()
@@ -288,17 +306,19 @@ def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> ir.Nod
     """Return the node that reads a target's weight, if its operator is not a supported layer; otherwise None."""
     layers = {spot.node for spot in spots}
     for node in nodes_of(model):
-        if node in layers or node.op_type in THROUGH or not path:
+        selects = node.op_type == "Gather" and not is_constant(node.outputs[0])
+        if node in layers or (node.op_type in THROUGH and not selects) or not path:
             continue
         constants = [one for one in node.inputs if one is not None and one.producer() is not node and is_constant(one)]
         stored = [source for one in constants for source in sources(one)]
         wide = [one for one in stored if one.shape is None or len(one.shape) > 1 or _is_packed(one)]
         names = [_MARK.sub(".weight", one.name or "") for one in wide]
+        names += [name for one in wide for name in listed(one.metadata_props.get(_FOLDED))]
         modules = listed(node.metadata_props.get(SCOPES))[-2:-1] if names else []
         inside = [dotted((node.name or "").rpartition("/")[0])] if names else []
-        if any(same_end(name, f"{path}.weight") for name in names) or any(
-            same_end(m, path) for m in (*modules, *inside) if m
-        ):
+        # The name of a parameter, such as a stack of experts, does not end with `.weight`.
+        read = any(same_end(name, full) for name in names for full in (f"{path}.weight", path))
+        if read or any(same_end(m, path) for m in (*modules, *inside) if m):
             return node
     return None
 
@@ -387,11 +407,17 @@ def _seen(node: ir.Node, kind: type[GraphLayer]) -> tuple[int, ...]:
 def _names(
     node: ir.Node, kind: type[GraphLayer], stored: Sequence[ir.Value], containers: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
-    if issubclass(kind, Experts):
+    if issubclass(kind, Experts) or EXPERT in node.metadata_props:
         return {}  # Each part of an expert has a name; see `in_experts`.
     if issubclass(kind, Recurrent):
         name_here = kind.name(node)
         return {} if name_here is None else {"path": (name_here,)}
+    if issubclass(kind, SelectedExperts):
+        # A stack is a parameter, not the weight of a module, so its name does not end with `.weight`.
+        return {
+            "folded_from": tuple(n for value in stored for n in listed(value.metadata_props.get(_FOLDED))),
+            "initializer": tuple(value.name for value in stored if value.name),
+        }
     names = {
         "scopes": () if is_norm(node) else _scope_names(node),
         "folded_from": tuple(n for value in stored for n in listed(value.metadata_props.get(_FOLDED))),
@@ -415,15 +441,53 @@ def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
     return (f"{prefix}{path}.weight",) if path else ()
 
 
+OF_MODULES = ("scopes", "path")
+"""The methods that only show a layer's module, and call the layer's weight `weight`."""
+
+
+def with_several_weights(spots: Sequence[Spot]) -> dict[str, list[str]]:
+    """Find modules whose own nodes have different weights, such as an LSTMCell that a loop calls.
+
+    Returns:
+        the name `module.weight`, which is wrong for these weights -> the names of the stored tensors.
+    """
+    by_module: dict[str, list[Spot]] = {}
+    for spot in spots:
+        for name in {name for method in OF_MODULES for name in spot.names.get(method, ())}:
+            by_module.setdefault(name, []).append(spot)
+    several = {}
+    for name, same in by_module.items():
+        # Optimizers copy the weight of a module that is called several times, so values decide if tensors differ.
+        different = [*{spot.sources: spot for spot in same if not issubclass(spot.kind, Recurrent | Experts)}.values()]
+        if len(different) > 1 and not all(_same_weight(different[0], spot) for spot in different[1:]):
+            stored = (_stored_names(spot) for spot in different)
+            several[name] = [*dict.fromkeys(one for names in stored for one in names)]
+    return several
+
+
+def _same_weight(one: Spot, other: Spot) -> bool:
+    turned = one.kind.turns(one.node)
+    weight = one.kind.stored_array(one.node)
+    far = distance((weight.swapaxes(0, 1) if turned else weight).astype(np.float32), other)
+    return far is not None and far <= NEAR
+
+
+def _stored_names(spot: Spot) -> tuple[str, ...]:
+    names = [name for method in ("folded_from", "initializer") for name in spot.names.get(method, ())]
+    return tuple(name.removesuffix(".weight") for name in names if not NUMBERED.match(name))
+
+
 def by_name(spots: Sequence[Spot]) -> Known:
     """Map each weight's name to the first method that found the name, and to the layers with that weight."""
     known: Known = {}
+    several = with_several_weights(spots)
     spots = [*spots, *in_heads(spots), *in_experts(spots)]
     for method in METHODS:
         some: dict[str, list[Spot]] = {}
         for spot in spots:
             for name in spot.names.get(method, ()):
-                some.setdefault(name, []).append(spot)
+                if method not in OF_MODULES or name not in several:
+                    some.setdefault(name, []).append(spot)
         if method == "path":
             some |= _calls(some)
         for name, at in some.items():
@@ -538,19 +602,40 @@ def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:
     return list(zip(sites, bound.origins, strict=True))
 
 
-def _resolved(site: Site, asked: Target, known: Known, renamed: Mapping[str, str]) -> ResolvedTarget:
+def _resolved(
+    site: Site, asked: Target, known: Known, renamed: Mapping[str, str], base: Checkpoint | None
+) -> ResolvedTarget:  # fmt: skip
     """Return the target at a site. `renamed` maps the adapter's weight names to the graph's, if the two differ."""
     name = site.weight
-    if site.target.stacked:
-        raise Unsupported(
-            "the target is a stack of experts, and the graph has no such stack",
-            where=str(asked),
-            cure="Merge the experts' updates before the export",
-        )
     if name is None:
         raise TargetNotFound("the graph has no weight there", where=str(asked), cure="Target a layer that has a weight")
     method, spots = known[name]
     shape = spots[0].shape
+    if site.target.stacked != issubclass(spots[0].kind, SelectedExperts):
+        node = spots[0].node
+        stack = "a stack of experts" if site.target.stacked else "one weight"
+        other = "one weight" if site.target.stacked else "a stack of experts"
+        why = f"the update changes {stack}, but the graph has {other} there ({node.name or node.op_type})"
+        raise Unsupported(why, where=str(asked), cure="Merge the adapter into the base, and export the result")
+    if site.target.stacked:
+        product = product_of(spots[0].node)
+        by_columns = product is not None and not product.by_rows
+        if base is None and shape[1] == shape[2] and by_columns and not site.target.layout.startswith("e in"):
+            # An adapter that was read without its base has this layout, whatever the base's layout is.
+            why = (
+                f"the weights of this stack are square ({shape[1]} x {shape[2]}), and the graph reads their rows as "
+                "inputs; without the base, it is unknown whether the update does, too"
+            )
+            cure = "Pass the weights that the graph was exported from: --base-weights DIR (base_weights=)"
+            raise Unsupported(why, where=str(asked), cure=cure)
+        swapped = _swapped(site.target)
+        if not fits(site.target, site.updates, shape) and fits(swapped, site.updates, shape):
+            site = replace(site, target=swapped)
+        try:
+            check_site(replace(site, bias=None), {name: shape}, biasless=True)
+        except AdapterkitError as error:
+            raise error.at(where=str(asked)) from None
+        return ResolvedTarget(site.target, asked, site.updates, tuple(spots), method, 1.0)
     turned = _turned(site, shape, spots[0].kind)
     seen = (shape[1], shape[0], *shape[2:]) if turned else shape
     path = site.target.path if name not in renamed else renamed[name].removesuffix(".weight")
@@ -560,6 +645,11 @@ def _resolved(site: Site, asked: Target, known: Known, renamed: Mapping[str, str
     except AdapterkitError as error:
         raise error.at(where=str(asked)) from None
     return ResolvedTarget(_in_rows(plain.target, spots[0]), asked, site.updates, tuple(spots), method, 1.0, turned)
+
+
+def _swapped(target: Target) -> Target:
+    """Return a stack of experts as if the base stored its weights transposed."""
+    return replace(target, layout="e out *in" if target.layout.startswith("e in") else "e in out *k")
 
 
 def _in_rows(target: Target, spot: Spot) -> Target:

@@ -20,7 +20,7 @@ from ..io.lazy import as_array
 from ..naming.architectures import Architecture, WeightPlace, architecture_of
 from ..naming.binding.moving import moved
 from ..naming.moves import Move, PathPart
-from .experts import LAYER, ExpertStack, fused, is_routed, layer_of, path_of, stacks_of, stem_of, unknown_layout
+from .experts import LAYER, ExpertStack, holds_experts, layer_of, path_of, stacks_of, stem_of, unknown_layout
 from .modules import same_end
 from .operands import nodes_of
 from .reading import GENAI_TYPE
@@ -82,7 +82,7 @@ def by_expert(
         Unsupported: the layout of a node's weights is unknown, or a stack's family is unknown.
         ShapeMismatch: the adapter and the graph have different numbers of experts.
     """
-    nodes = [node for node in nodes_of(model) if is_routed(node)]
+    nodes = [node for node in nodes_of(model) if holds_experts(node)]
     if not nodes:
         return adapter, {}
     stacks, family = stacks_of(nodes), _family(adapter, config, model)
@@ -169,7 +169,7 @@ def _check(
     scale = f"{stack.stem}.moe.router.scale"
     if any(reading.part == "down_proj" for reading in readings) and scale in model.graph.initializers:
         raise _refused(target, stack.node, "a scale of each expert is folded into its weights")
-    if fused(stack.node) == 1 and any(reading.part == "gate_proj" for reading in readings):
+    if not stack.fused and any(reading.part == "gate_proj" for reading in readings):
         raise _refused(target, stack.node, "its experts have no gate")
     loose = [update.method for update in updates if update.changes_bias and target.stacked]
     if loose:
@@ -192,7 +192,7 @@ OTHERWISE = (
 def remember_family(model: ir.Model, adapter: Adapter, config: Config) -> None:
     """Store the model type in a graph with slots at experts, so that other adapters can be written for these slots."""
     kind = _type_of(adapter, config, model)
-    if kind is not None and any(is_routed(node) for node in nodes_of(model)):
+    if kind is not None and any(holds_experts(node) for node in nodes_of(model)):
         model.metadata_props[FAMILY] = kind
 
 

@@ -25,7 +25,7 @@ from .model_file import opened
 from .providers import CPU, CUDA, OrtBinding, OrtInput, OrtSession, OrtValue, best_provider, named, quiet_options
 from .rowwise import INDEX, ROWS, stacked
 from .slots import KIND, SAFETENSORS, fills_of, fit, neutral
-from .trial_inputs import sizes_beside, windows_beside
+from .trial_inputs import STATE, STATES, sizes_beside, windows_beside
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -106,9 +106,6 @@ def kind_of(entry: OrtInput) -> Dtype:
 
 PAST = "past_key_values."
 """Prefix of the names of a language model's cached keys and values."""
-
-STATE = "past."
-"""Prefix of the names of other states of a language model, such as the last inputs of a convolution."""
 
 MOST_NAMED = 4
 """Largest number of inputs that an error lists."""
@@ -319,11 +316,11 @@ class Session:
                 excludes the last token, or padded texts would change the states of convolutions.
             Also the errors of `run`.
         """
-        past = [name for name in self.inputs if name.startswith((PAST, STATE))]
+        past = [name for name in self.inputs if is_past(name)]
         if "logits" not in self.outputs or not past or "input_ids" not in self.inputs:
             cure = "Export a language model with adapterkit export; for other models, call run"
             raise UsageError("not a language model with a past", path=self._path, cure=cure)
-        tokens, mask = _prompt(input_ids, attention_mask)
+        tokens, mask = prompt(input_ids, attention_mask)
         if not mask.all() and any(name.startswith(STATE) for name in past):
             why = "the states of its layers would contain the padding of shorter texts"
             raise UsageError(why, path=self._path, where="attention_mask", cure="Pass texts of one length")
@@ -339,7 +336,7 @@ class Session:
             done |= np.isin(new, ends)
             if done.all():
                 break
-            feeds = {"input_ids": new[:, None]} | {name: outputs[_new_name(name)] for name in past}
+            feeds = {"input_ids": new[:, None]} | {name: outputs[new_name(name)] for name in past}
         return tokens
 
     def _places(self, mask: Array, length: int) -> dict[str, Array]:
@@ -370,10 +367,10 @@ class Session:
 
     def _usual(self, inputs: Mapping[str, npt.ArrayLike], missing: Sequence[str]) -> dict[str, Array]:
         """Return defaults for missing inputs of a language model: an empty past, a mask of ones, positions."""
-        ids = inputs.get("input_ids")
-        if ids is None or np.ndim(ids) != 2 or not any(name.startswith((PAST, STATE)) for name in self.inputs):
+        ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if ids is None or np.ndim(ids) not in (2, 3) or not any(is_past(name) for name in self.inputs):
             return {}
-        batch, length = np.shape(ids)
+        batch, length = np.shape(ids)[:2]
         given = {name: np.shape(array) for name, array in inputs.items() if name.startswith(PAST)}
         lengths = {shape[2] for name, shape in given.items() if len(shape) == 4 and name not in self._windows}
         if len(lengths) != 1 and given:  # A cache of a window does not show how many tokens came before.
@@ -387,7 +384,7 @@ class Session:
                 if not given and sizes is not None:
                     window = self._windows.get(name, 0)
                     defaults[name] = np.zeros((batch, sizes[0], window, sizes[1]), kind_of(entry))
-            elif name.startswith(STATE):
+            elif name.startswith(STATES):
                 state = entry.shape[1:]
                 if not given and all(isinstance(size, int) for size in state):
                     defaults[name] = np.zeros((batch, *state), kind_of(entry))
@@ -413,10 +410,8 @@ class Session:
         return f"[{', '.join(str(size) for size in self._entries[name].shape)}]"
 
     def __repr__(self) -> str:
-        past = sum(name.startswith((PAST, STATE)) for name in self.inputs)
-        inputs = [name for name in self.inputs if not name.startswith((PAST, STATE))] + (
-            [f"{past} of the past"] if past else []
-        )
+        past = sum(is_past(name) for name in self.inputs)
+        inputs = [name for name in self.inputs if not is_past(name)] + ([f"{past} of the past"] if past else [])
         adapters = f", adapters {', '.join(self._loaded)}" if self._loaded else ""
         return f"Session({self._path.name!r}: {', '.join(inputs)}; {len(self.slots):,} slots{adapters})"
 
@@ -524,9 +519,16 @@ class Session:
         return _value(array, "cuda" if self.providers[0] == CUDA else "cpu")
 
 
-def _new_name(name: str) -> str:
+def new_name(name: str) -> str:
     """Return the name of the output that continues an input of the past."""
-    return f"present.{name.removeprefix(PAST).removeprefix(STATE)}"
+    if name.startswith((PAST, STATE)):
+        return f"present.{name.removeprefix(PAST).removeprefix(STATE)}"
+    return f"present{name.removeprefix('past')}"
+
+
+def is_past(name: str) -> bool:
+    """Whether an input of a graph belongs to the past of a language model."""
+    return name.startswith((PAST, *STATES))
 
 
 def _only_graph(path: Path) -> Path:
@@ -545,7 +547,7 @@ def _only_graph(path: Path) -> Path:
     return files[0] if files else path
 
 
-def _prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
+def prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
     """Return the tokens and their mask, `[batch, length]`."""
     tokens = np.atleast_2d(np.asarray(input_ids, np.int64))
     if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.shape[0] == 0:

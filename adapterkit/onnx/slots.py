@@ -28,8 +28,8 @@ from ..io.lazy import as_array, from_numpy
 from ..io.ort_adapter import OrtAdapter, write_ort_adapter
 from ..io.safetensors import write as write_safetensors
 from ..naming.binding import find_sites, renamed
-from .building import FREE, Array, Building, Dtype, element_type
-from .experts import Experts
+from .building import FREE, Array, Branch, Building, Dtype, element_type
+from .experts import EXPERT, Experts
 from .heads import in_parts
 from .layers import Conv, GraphLayer, LeftMatMul
 from .model_file import GraphSource, opened
@@ -274,6 +274,41 @@ class Slots:
         self.slots_by_target[key] = place, self._slots(factors, layer, place, position)
         return self._values(update, layer, key)
 
+    def stacked(
+        self, place: ResolvedTarget, branch: Branch, sizes: tuple[int, int, int], dtype: Dtype
+    ) -> dict[str, Value]:  # fmt: skip
+        """Return slots for the factors of a change of a stack of experts; see selected.py.
+
+        Args:
+            place: the target.
+            branch: collects the nodes that read the slots.
+            sizes: the numbers of experts, of outputs and of inputs.
+            dtype: the dtype of the stack.
+
+        Raises:
+            Unsupported: the target has several updates, whose factors may depend on each other.
+        """
+        key = self.building.keep(place), 0
+        if len(place.updates) > 1:
+            methods = ", ".join(update.method for update in place.updates)
+            why = f"{methods} at one stack of experts cannot share slots"
+            raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode constant (mode='constant')")
+        if key not in self.slots_by_target:
+            (experts, out, into), rank = sizes, self._open("r")
+            shapes = {"A": (experts, rank, into), "B": (experts, out, rank), "s": (experts, out)}
+            defaults = {name: np.full([1 if n >= FREE else n for n in shape], float(name == "s"))
+                        for name, shape in shapes.items()}  # fmt: skip
+            self.slots_by_target[key] = (
+                place,
+                {
+                    name: self._slot(f"{_stem(place, 0)}.{name}", from_numpy(default), shapes[name], default, dtype)
+                    for name, default in defaults.items()
+                },
+            )
+        slots = self.slots_by_target[key][1]
+        values = {name: Value(branch, slot.shape, slot.dtype, slot.value) for name, slot in slots.items()}
+        return {name: value.cast(dtype) for name, value in values.items()}
+
     def _values(self, update: Update, layer: GraphLayer | Ended, key: tuple[int, int]) -> Update:
         """Return the update with its slots in place of its tensors."""
         place, slots = self.slots_by_target[key]
@@ -374,7 +409,7 @@ def _stem(place: ResolvedTarget, position: int) -> str:
 
 def _target_of(place: ResolvedTarget) -> Target:
     """Return a target under the graph's name; an expert's name already shows which rows of the stack it has."""
-    within = any(issubclass(spot.kind, Experts) for spot in place.spots)
+    within = any(issubclass(spot.kind, Experts) or EXPERT in spot.node.metadata_props for spot in place.spots)
     return Target(place.target.path, rows=None if within else place.target.rows)
 
 

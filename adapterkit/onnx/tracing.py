@@ -46,7 +46,8 @@ def traced(
 
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     try:
-        with quiet():
+        # Without gradients: a `Scan` could not write to its state otherwise.
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 model, tuple(args), kwargs=dict(kwargs or {}), dynamo=True, optimize=False, verbose=False, **given
             )
@@ -83,11 +84,26 @@ def _plain(graph: ir.Model, inside: str) -> None:
         for name, value in list(part.initializers.items()):
             if inside and name.startswith(f"{inside}."):
                 value.name = name.removeprefix(f"{inside}.")
-        for node in part:
+        for node in list(part):
+            _without_added_bias(node)
             for key in list(node.metadata_props):
                 if key not in SCOPES:
                     del node.metadata_props[key]
             _without(node.metadata_props, inside)
+
+
+def _without_added_bias(node: ir.Node) -> None:
+    """Remove the zeros that onnxscript adds to a three-dimensional convolution without a bias.
+
+    They have the shape `[out, 2]` instead of `[out]`, which onnxruntime refuses (onnxscript 0.7, `aten_conv3d`).
+    """
+    bias = node.inputs[2] if node.op_type == "Conv" and len(node.inputs) == 3 else None
+    expand = None if bias is None else bias.producer()
+    if expand is None or expand.op_type != "Expand" or expand.inputs[1] is None:
+        return
+    shape = expand.inputs[1].producer()
+    if shape is not None and shape.op_type == "Concat" and len(shape.inputs) == 2:
+        node.resize_inputs(2)
 
 
 def _without(notes: dict[str, str], inside: str) -> None:

@@ -31,6 +31,13 @@ _TYPES = {
     "int32": np.int32,
 }
 
+STATE = "past."
+"""Prefix of the names of states in graphs of onnxruntime-genai's builder, such as the last inputs of a convolution.
+These graphs do not mask padding in such layers."""
+
+STATES = (STATE, "past_conv.", "past_ssm.", "past_recurrent.")
+"""Prefixes of the names of all states of a language model: `adapterkit export` writes those of transformers.js."""
+
 Feeds = Mapping[str, Array]
 
 Sizes = Mapping[str, int]
@@ -134,7 +141,13 @@ def _name_sizes(entry: OrtInput, known: Sizes, named: dict[str, int]) -> None:
 
 def _count_past(shapes: dict[str, list[int]]) -> None:
     """Extend the mask of a causal language model to cover its past."""
-    past = next((shape[2] for name, shape in shapes.items() if "past" in name and len(shape) == 4), None)
+    past = next(
+        (
+            shape[2] for name, shape in shapes.items()
+            if "past" in name and len(shape) == 4 and not name.startswith(STATES)
+        ),
+        None,
+    )  # fmt: skip
     mask, tokens = shapes.get("attention_mask"), shapes.get("input_ids")
     if past is not None and mask is not None and tokens is not None and len(mask) == len(tokens) == 2:
         mask[1] = past + tokens[1]

@@ -16,6 +16,7 @@ from onnxruntime import quantization
 
 import adapterkit as ak
 from adapterkit.errors import AdapterkitError, Malformed
+from adapterkit.onnx.trial_inputs import SIZES
 
 TOOLS = Path(__file__).parents[2] / "tools" / "fuzz"
 
@@ -281,7 +282,8 @@ def test_mutated_graphs_raise_typed_errors_alone(tmp_path, monkeypatch):
 
 def test_outputs_that_no_graph_gives_twice_are_not_judged(tmp_path, monkeypatch):
     """The outputs of the original graph are noisy, here by random numbers, so the changed graph cannot be judged."""
-    monkeypatch.setattr("adapterkit.onnx.checking._noise", lambda *_: 0.01)
+    measured = []
+    monkeypatch.setattr("adapterkit.onnx.checking._noise", lambda *given: measured.append(given) or 0.01)
     W = np.random.default_rng(0).standard_normal((4, 8), np.float32)
     nodes = [
         helper.make_node("MatMul", ["x", "up.weight"], ["a"], "/up/MatMul"),
@@ -297,3 +299,5 @@ def test_outputs_that_no_graph_gives_twice_are_not_judged(tmp_path, monkeypatch)
     report = ak.onnx.inject(tmp_path / "noisy.onnx", adapter, tmp_path / "out.onnx")
     assert report.difference is None
     assert "rounding alone changes the original graph's outputs by" in report.note
+    # A measurement starts a session and runs the whole graph, so make only one for each input that is tried.
+    assert len(measured) == len(SIZES)

@@ -167,6 +167,12 @@ class Clipping:
         return path
 
 
+def _norm_scales(base: dict[str, Any]) -> list[Any]:
+    """Return the factors of the base's batch norms; all have torch's epsilon."""
+    names = [name.removesuffix("running_var") for name in base if name.endswith("running_var")]
+    return [base[f"{n}weight"].astype("f8") / np.sqrt(base[f"{n}running_var"].astype("f8") + 1e-5) for n in names]
+
+
 class Place(NamedTuple):
     """Where a layer's change is computed, and which ranges around the layer do not clip.
 
@@ -200,6 +206,7 @@ class Adapted(Clipping):
         self.scaled, self.others = scaled, others
         self.config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         base, parts = load_file(weights), load_file(adapter / "adapter_model.safetensors")
+        self.norms = _norm_scales(base)
         layers: dict[str, dict[str, Any]] = {}
         for key, array in parts.items():
             layer, _, kind = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
@@ -224,20 +231,28 @@ class Adapted(Clipping):
         if not near or near[0][0] > 0.03 or (len(near) > 1 and near[1][0] < 4 * near[0][0]):
             raise Unfit(f"no weight of the graph is surely {layer}'s")
         _, node, V, g, turned = near[0]
-        spread = g.reshape(-1, *[1] * (W.ndim - 1))
-        changed, factor = self._formula(layer, tensors, V / spread)
+        spread = np.ones([1] * W.ndim)
+        norm = self._norm_of(g) if node.op_type == "Conv" and abs(g - 1).max() > 0.03 else None
+        if norm is not None:
+            # Few bits hold a norm's small factors badly, or not at all. The formulas see the base's weight.
+            spread = norm.reshape(-1, *[1] * (W.ndim - 1))
+        seen = V if norm is None else W
+        changed, factor = self._formula(layer, tensors, seen)
         place = self.others if factor is None else self.scaled
         x, last, bias = self._around(node, b, place)
-        wanted = changed * spread - V if place.beside else changed * spread
+        change = (changed - seen) * spread
+        wanted = change if place.beside else V + change
         given = [x, self.constant(wanted.T if turned else wanted)]
         shift = None
-        if bias is not None and factor is not None:
+        if bias is not None and factor is not None and (norm is None or b is not None):
             reader, at = bias
             held = self.constants[reader.input[at]]
+            # Behind a norm, the graph's vector is the norm's shift and the layer's scaled bias.
+            more = (held if norm is None else (b * norm).reshape(held.shape)) * (factor - 1)
             if place.beside:
-                shift = (held * (factor - 1)).reshape(-1, *([1, 1] if node.op_type == "Conv" else []))
+                shift = more.reshape(-1, *([1, 1] if node.op_type == "Conv" else []))
             else:
-                reader.input[at] = self.constant(held * factor)
+                reader.input[at] = self.constant(held + more)
         if not place.beside:
             node.input[:2] = given
             return
@@ -254,6 +269,14 @@ class Adapted(Clipping):
         else:
             self.add("Identity", [f"{end} changed"], end)
         self.nodes = [*kept, *self.nodes, *tail]
+
+    def _norm_of(self, g: Any) -> Any:
+        """Return the factors of the base's norm that are nearest to the factors of a weight in the graph."""
+        fits = [scale for scale in self.norms if len(scale) == len(g)]
+        best = min(fits, key=lambda scale: float(abs(scale - g).max()), default=None)
+        if best is None or abs(best - g).max() > 0.03 * abs(g).max():
+            raise Unfit("a convolution holds factors of no norm")
+        return best
 
     def _formula(self, layer: str, tensors: dict[str, Any], V: Any) -> tuple[Any, Any]:
         """Return a changed weight, and the factor of the bias or None."""
@@ -285,7 +308,11 @@ class Adapted(Clipping):
             if len(readers) != 1:
                 break
             (reader,) = readers
-            if reader.op_type == "Clip":
+            if reader.op_type == "Clip" and any(not self.constants[end].any() for end in reader.input[1:3]):
+                # The range may stand for a Relu, which comes after the change.
+                if place.beside:
+                    break
+            elif reader.op_type == "Clip":
                 if place.beside and place.sum and bias is not None:
                     break  # The change is added first; then the sum's range clips.
                 if place.beside and place.product and bias is None:
