@@ -227,7 +227,7 @@ def test_gpt2s_upcast_attention_takes_a_prefix_where_transformers_does_not_upcas
     for model in (plain, eager, fused):
         ak.torch.inject(model, adapter)
     torch.testing.assert_close(run(fused), run(plain), rtol=1e-5, atol=1e-5)
-    with pytest.raises(Unsupported, match="reorder_and_upcast_attn.*attn_implementation='sdpa'"):
+    with pytest.raises(Unsupported, match=r"reorder_and_upcast_attn.*attn_implementation='sdpa'"):
         run(eager)
 
 
