@@ -2,11 +2,11 @@
 
 MODEL is a folder that transformers saved. The graph of a causal language model has the cache as inputs and outputs:
 keys and values, and the states of layers such as Mamba's. The graph of an encoder or a classifier has the tokens as
-inputs. An encoder-decoder model becomes the graphs that optimum loads, and a model that reads images becomes the graphs that
-transformers.js loads. For any other torch module, --model names a Python function that returns the module, and MODEL,
-if given, is the module's weight file. The command writes the graph, the config and the tokenizer to DIR. With --mode
-slots, it also writes an .onnx_adapter file for each adapter. Unless --no-check is given, the command runs the graph and
-compares its outputs with the outputs of the torch model.
+inputs. An encoder-decoder model becomes the graphs that optimum loads, and a model that reads images becomes the
+graphs that transformers.js loads. For any other torch module, --model names a Python function that returns the module,
+and MODEL, if given, is the module's weight file. The command writes the graph, the config and the tokenizer to DIR.
+With --mode slots, it also writes an .onnx_adapter file for each adapter. Unless --no-check is given, the command runs
+the graph and compares its outputs with the outputs of the torch model.
 """
 
 from __future__ import annotations
