@@ -169,7 +169,6 @@ def resolve(
     ended = with_tied(ended, adapter, spots, tying)
     _refuse_orders(ended)
     ended = [replace(at, asked=whole.get(at.asked, at.asked)) for at in ended]
-    ended = [replace(at, asked=whole.get(at.asked, at.asked)) for at in ended]
     ended += norms.values()
     if base is not None:
         ended = [with_base_bias(place, base) for place in ended]
