@@ -161,7 +161,7 @@ class CheckOutcome:
             graphs round activations to integers, they are compared without this rounding, if that is possible.
         note: why `difference` is None, or what the check could not cover.
         reference: the largest difference between ONNX's reference implementation and onnxruntime; None if the
-            reference implementation did not run, or is itself wrong.
+            reference implementation did not run, or is itself wrong on the original graph.
         saturation: the values that static quantization clips; None if the graph has no static quantization.
     """
 
@@ -353,7 +353,8 @@ def _checked_beside(
         (p, f) for one, f in zip(adapters, factors, strict=True) for p in resolve(source.model, one, weights, tying)
     ]
     other: bytes | None = None
-    if smooth or not rough:  # A dequantized layer does not round its activations, so the written graph must not either.
+    # A dequantized layer does not round its activations. If the written graph must round them, the two would differ.
+    if smooth or not rough:
         with contextlib.suppress(NotMergeable, Unsupported):
             fold(folds, building, "dequantize")
             other = inline(source.model)
@@ -512,8 +513,8 @@ def _run_both(
         wanted: the graph that `out` is compared with; None to only run `out`.
         out: the written graph.
         more: inputs that only `out` has, such as slots.
-        exact: require equal outputs. If they differ, compare again without onnxruntime's optimizations, and accept only
-            a difference that the graph's kinds of operators explain.
+        exact: require equal outputs. If they differ, compare again without onnxruntime's optimizations, and accept a
+            difference up to `_most_empty`, or more if a `MoE` was split.
         plain: the graph without the adapter, to see whether the adapter has any effect on these inputs.
         judged: False to return a difference without raising.
         given: inputs to run on, by name.
@@ -594,7 +595,7 @@ def _run_both(
 
 
 def _most_empty(model: bytes) -> float:
-    """Return the largest accepted difference between a graph with empty slots and the original graph; 0 if exact."""
+    """Return the largest accepted difference between a graph with empty slots and the original graph, often 0."""
     if _rounds_outputs(model):
         return STEP
     # A fused attention in 16 bits rounds less often than the nodes that replace it in a graph with slots.

@@ -226,7 +226,7 @@ def _projected(P: Array, layer: GraphLayer, target: Target) -> Array:
 def _of_heads(array: Array, heads: int, d: int) -> Array:
     """Split keys or values `[n, groups * d]` into `[heads, n, d]`."""
     split = array.reshape(len(array), -1, d).swapaxes(0, 1)
-    # In grouped-query attention, several query heads share a key head, so repeat it for each of them.
+    # In grouped-query attention, several query heads share a key head, so repeat the key head for each of them.
     return np.repeat(split, heads // len(split), 0)
 
 
@@ -354,7 +354,7 @@ def _embedding(target: Target, model: ir.Model) -> Spot:
     elif len(spots) > 1:
         spots = [spot for spot in spots if "input_ids" in (read_by(spot.node) or "")]
     if len(spots) != 1:
-        why = "the graph has no embedding of tokens that matches" if not spots else "several embeddings match"
+        why = "no embedding of tokens matches the target" if not spots else "several embeddings match the target"
         raise TargetNotFound(why, where=str(target), cure="Use the name of the token embedding as the target")
     return spots[0]
 

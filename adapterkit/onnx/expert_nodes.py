@@ -121,7 +121,7 @@ def _apart(stack: Array) -> Array:
 
 
 def _separated(W: Value) -> Value:
-    """Do the same as `_apart` with nodes of the graph."""
+    """Reorder rows as `_apart` does, but with nodes in the graph."""
     return W.reshape(W.shape[0] // 2, 2, *W.shape[1:]).swapaxes(0, 1).reshape(*W.shape)
 
 

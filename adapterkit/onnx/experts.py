@@ -433,7 +433,7 @@ def stacks_of(nodes: Sequence[ir.Node]) -> dict[str, ExpertStack]:
 
 
 def as_floats(places: Sequence[ResolvedTarget], building: Building) -> list[ResolvedTarget]:
-    """Replace each `QMoE` that contains a target by a `MoE` with dequantized weights; return the moved targets."""
+    """Replace each `QMoE` that contains a target by a `MoE` with dequantized weights; return the new targets."""
     new: dict[ir.Node, ir.Node] = {}
     spots: dict[Spot, Spot] = {}
     for spot in (spot for place in places for spot in place.spots):
