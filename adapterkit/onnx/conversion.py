@@ -1,4 +1,4 @@
-"""Convert a model to the form that layers are searched in: a recent operator set, and no calls of local functions."""
+"""Convert a model to the form in which layers can be found: a recent opset, and no calls of local functions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .operands import is_constant
 from .validating import check_model
 
 INLINED = "adapterkit.inlined"
-"""Key of a model's `meta`, which is not written to files: the names of the local functions that are inlined."""
+"""Key in a model's `meta` for the names of the local functions that were inlined; `meta` is not written to files."""
 
 LAYERS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Gather", "Einsum"})
-"""Operators of layers."""
+"""Operators whose nodes can be layers."""
 
 
 def modern(model: ir.Model, path: Path | None) -> ir.Model:
-    """Return the model in a recent opset and without local functions; ONNX's own tools convert it if needed.
+    """Return the model in a recent opset and without local functions; convert it with ONNX's own tools if needed.
 
     Raises:
         Unsupported: the model's operator set cannot be converted.
@@ -35,9 +35,9 @@ def modern(model: ir.Model, path: Path | None) -> ir.Model:
 
 
 def inlined_note(model: ir.Model) -> str | None:
-    """Return a note on the local functions that `modern` inlined; None if the model has none."""
+    """Return a note that names the local functions that `modern` inlined; None if it inlined none."""
     names = model.meta.get(INLINED)
-    return None if names is None else f"the calls of local functions became their nodes ({names})"
+    return None if names is None else f"calls of local functions were replaced by the functions' nodes ({names})"
 
 
 def _without_functions(model: ir.Model) -> ir.Model:
@@ -53,14 +53,15 @@ def _without_functions(model: ir.Model) -> ir.Model:
     _name_layers(copy)
     try:
         return InlinePass()(copy).model
-    except Exception:  # The pass raises several types of errors. `resolve` refuses layers inside such functions.
+    except Exception:  # The pass raises several types of errors. `resolve` refuses layers in functions that remain.
         return model
 
 
 def _is_the_same_in(function: ir.Function, opsets: Mapping[str, int]) -> bool:
-    """Whether a function's operators mean the same in the model's operator sets as in those of the function.
+    """Whether the operators that a function uses mean the same in the model's opsets as in the function's opsets.
 
-    Most new versions of an operator only add types of tensors. They have the same inputs, outputs and attributes.
+    Two versions of an operator count as the same if they have the same inputs, outputs and attributes, because most new
+    versions only add dtypes.
     """
     from onnx.defs import SchemaError, get_schema
 
@@ -87,10 +88,11 @@ def _is_the_same_in(function: ir.Function, opsets: Mapping[str, int]) -> bool:
 
 
 def _name_layers(model: ir.Model) -> None:
-    """Give a layer in a local function the name of the function's call, if it is the only layer there and has no name.
+    """Name the only layer of a local function after the function's call, unless the layer's name already has a path.
 
-    The call of a module has the module's path in its name, as in `/block/fc/Linear`. Each such call gets a copy of the
-    function. The layer's node in this copy is named as exporters name the nodes of a module: `/block/fc/MatMul`.
+    A call that stands for a module has the module's path in its name, as in `/block/fc/Linear`. Each such call gets its
+    own copy of the function. In this copy, the layer's node gets the name that exporters give to a node of the module:
+    `/block/fc/MatMul`.
     """
     for number, call in enumerate(list(model.graph.all_nodes())):
         function = model.functions.get(call.op_identifier())
@@ -127,16 +129,18 @@ def _recent(model: ir.Model, path: Path | None) -> ir.Model:
     except Exception as error:  # The converter raises RuntimeError and others.
         first = first_line(error)
         why = f"the model's operator set {version} cannot be converted to {OPSET} ({first})"
-        raise Unsupported(why, path=path, cure="Export it with a newer operator set") from None
+        raise Unsupported(why, path=path, cure="Export the model with a newer operator set") from None
 
 
 def _inputs_for_outside(model: ir.Model) -> dict[str, tuple[ir.TensorProtocol, bool]]:
     """Turn tensors with external data into inputs, because ONNX's opset converter would drop references to data files.
 
-    The converter needs the values of small tensors, e.g. the sizes of a Reshape, so small tensors are loaded.
+    Small tensors and tensors of subgraphs are loaded instead. The converter needs the values of small tensors, for
+    example the sizes of a Reshape.
 
     Returns:
-        a map from each tensor's name to the tensor, and to whether it was already an input.
+        a map from the name of each tensor that became an input to the tensor, and to whether the name already was an
+        input of the graph.
     """
     outside: dict[str, tuple[ir.TensorProtocol, bool]] = {}
     for graph in model.graphs():
@@ -156,7 +160,7 @@ def _inputs_for_outside(model: ir.Model) -> dict[str, tuple[ir.TensorProtocol, b
 
 
 def _with_outside(model: ir.Model, outside: Mapping[str, tuple[ir.TensorProtocol, bool]]) -> ir.Model:
-    """Turn the inputs in `outside` back into tensors with external data, after the conversion of a model."""
+    """Undo `_inputs_for_outside` after the conversion: turn the inputs back into tensors with external data."""
     named = {value.name: value for value in model.graph.inputs}
     for name, (tensor, was_input) in outside.items():
         value = named[name]

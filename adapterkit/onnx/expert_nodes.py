@@ -1,11 +1,12 @@
-"""Split a `MoE` node into nodes for each expert, so that slots at experts cost as little as slots at other layers.
+"""Split a `MoE` node into separate nodes for each expert, so that slots of experts cost no more than other slots.
 
-A `MoE` applies an activation between the two weights of an expert, so nodes after it cannot add a change. A changed
-stack in front of it would be computed again in each call, for all experts: with 32 experts of 512 x 512, this took 40
-times as long as the `MoE` itself. Split, each product with a weight of an expert is a layer like any other. A call
-computes only the experts that its tokens select, because each expert is in a branch of an If.
+A `MoE` applies an activation between the two weights of an expert, so nodes after the `MoE` cannot add a change. Nodes
+before it would compute the changed weights of all experts again in each call: with 32 experts of 512 x 512, this took
+40 times as long as the `MoE` itself. After the split, each product with an expert's weight is a layer like any other. A
+call computes only the experts that its tokens select, because each expert is in a branch of an If.
 
-The nodes sort the pairs of a token and one of its experts by expert, so that each expert computes its tokens at once:
+Each token selects k experts, which gives `tokens * k` pairs. The nodes sort the pairs by expert, so that each expert
+computes all of its tokens at once:
 
     shares, chosen = top k of softmax(router)        # [tokens, k]
     order = argsort(chosen)                          # [tokens * k]
@@ -13,7 +14,7 @@ The nodes sort the pairs of a token and one of its experts by expert, so that ea
     results = concat(If(count[e] > 0, expert_e(rows[start[e]:end[e]]), no rows) for e in experts)
     y = sum over k of shares * results[argsort(order)]
 
-This computes what onnxruntime's CPU kernel computes, up to rounding.
+Up to rounding, the result equals the result of onnxruntime's CPU kernel:
 https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/contrib_ops/cpu/moe/moe_cpu.cc
 """
 
@@ -38,11 +39,11 @@ if TYPE_CHECKING:
     from .resolved import ResolvedTarget
 
 ACTIVATIONS = ("relu", "gelu", "silu", "identity", "swiglu")
-"""The activations of `MoE` nodes that nodes can compute."""
+"""The values of a `MoE` node's `activation_type` that a split supports."""
 
 
 class ExpertGemm(Gemm):
-    """A weight of one expert of a split `MoE`. Formulas see all rows of the gate, then all rows of the up."""
+    """The Gemm of one expert's weight, in a split `MoE`."""
 
     op_type = "Gemm"
     fused: ClassVar[bool] = False
@@ -59,17 +60,22 @@ class ExpertGemm(Gemm):
         return given, end
 
     def _bias_after(self, out: ir.Value) -> None:
-        return None  # The node itself adds the bias; a number that is added after it belongs to the activation.
+        return None  # The Gemm itself adds the bias; an Add after it belongs to the activation.
 
 
 class FusedExpertGemm(ExpertGemm):
-    """The gate and the up of one expert of a split `MoE`."""
+    """The Gemm of one expert's fused gate and up, in a split `MoE`.
+
+    In the stored weight, rows of the gate and rows of the up alternate. Formulas get all rows of the gate first, and
+    then all rows of the up.
+    """
 
     fused = True
 
     @property
     def result(self) -> ir.Value:
-        # A Reshape, a Transpose and a Reshape convert the output to the order of rows in which formulas see it.
+        # After the Gemm, a Reshape, a Transpose and a Reshape move the gate before the up, which is the order in which
+        # formulas get the output.
         out = self.node.outputs[0]
         for op in ("Reshape", "Transpose", "Reshape"):
             reader = next((use.node for use in out.uses() if use.node.op_type == op), None)
@@ -105,25 +111,25 @@ GEMMS: tuple[type[ExpertGemm], ...] = (ExpertGemm, FusedExpertGemm)
 
 
 def is_fused(node: ir.Node) -> bool:
-    """Whether a weight of an expert fuses gate and up."""
+    """Whether a Gemm of a split `MoE` multiplies by a weight that fuses gate and up."""
     return node.metadata_props.get(EXPERT, "").endswith(f".{FUSED}")
 
 
 def _apart(stack: Array) -> Array:
-    """Convert alternating rows of gate and up to all rows of the gate, then all rows of the up."""
+    """Reorder rows that alternate between gate and up: all rows of the gate first, then all rows of the up."""
     return stack.reshape(-1, 2, *stack.shape[1:]).swapaxes(0, 1).reshape(stack.shape)
 
 
 def _separated(W: Value) -> Value:
-    """Convert alternating rows of gate and up to all rows of the gate, then all rows of the up."""
+    """Reorder rows as `_apart` does, but with nodes in the graph."""
     return W.reshape(W.shape[0] // 2, 2, *W.shape[1:]).swapaxes(0, 1).reshape(*W.shape)
 
 
 def with_split(places: Sequence[ResolvedTarget], building: Building) -> list[ResolvedTarget]:
-    """Split the `MoE` nodes of targets into nodes for each expert, if nodes can compute what they compute.
+    """Split each `MoE` node that contains a target into nodes for each expert, if the split supports the `MoE`.
 
     Returns:
-        the targets, each with the new nodes that hold its weight.
+        the targets. A target in a split `MoE` refers to the new nodes that read its weight.
     """
     at = dict.fromkeys(spot.node for place in places for spot in place.spots if issubclass(spot.kind, Experts))
     turned = {spot.node for place in places if place.turned for spot in place.spots}
@@ -148,7 +154,7 @@ def with_split(places: Sequence[ResolvedTarget], building: Building) -> list[Res
 
 
 def _can_split(node: ir.Node) -> bool:
-    # The CPU kernel ignores `use_sparse_mixer`, but other kernels do not.
+    # The CPU kernel ignores `use_sparse_mixer`, but other kernels do not, so the split would compute something else.
     plain_routing = not attribute(node, "use_sparse_mixer", 0)
     return node.op_type == "MoE" and attribute(node, "activation_type", "relu") in ACTIVATIONS and plain_routing
 
@@ -157,12 +163,12 @@ def split(node: ir.Node, building: Building) -> dict[tuple[bool, int], ir.Node]:
     """Replace a `MoE` by nodes for each expert.
 
     Args:
-        node: the node; its weights have the layout of `Experts`.
-        building: collects the changes to the model.
+        node: the `MoE`; its weights have the layout of `Experts`.
+        building: the model that is being changed.
 
     Returns:
-        a map to the nodes with the weights. A key consists of whether it is the first weight of an expert, and the
-        number of the expert.
+        a map from a weight to the Gemm that reads it. A weight's key is a pair: True if it is the first weight of its
+        expert, and the expert's index.
     """
     graph, given, router = node.graph, node.inputs[0], node.inputs[1]
     assert graph is not None
@@ -177,8 +183,8 @@ def split(node: ir.Node, building: Building) -> dict[tuple[bool, int], ir.Node]:
     x = _reshaped(x, [-1, hidden])
     odds = Value(branch, (None, experts), element_type(router), router).cast(np.float32)
     odds = odds.apply("Softmax", [odds], np.copy, odds.sizes, attributes={"axis": -1})
-    # If experts are equally likely, the kernel selects the last ones, but TopK the first ones. This is frequent: the
-    # tokens of a padding may all be zero. So reverse the order of the experts.
+    # If several experts are equally likely, the kernel selects the last of them, but TopK selects the first. This
+    # happens often, because padding tokens may be all zeros. So reverse the order of the experts.
     odds = odds[:, list(range(experts))[::-1]]
     top = _top(odds, _whole_numbers(branch, [k]), (None, k), largest=True)
     shares = SYMBOLS.take_along_axis(odds, top, 1)
@@ -213,7 +219,7 @@ def split(node: ir.Node, building: Building) -> dict[tuple[bool, int], ir.Node]:
     back = _top(order, count, (None,), largest=False)
     y = _reshaped(_gathered(concatenated(results, 0), back).cast(np.float32), [-1, k, hidden])
     y = (y * shares[:, :, None]).sum(1).cast(dtype)
-    # Without `allowzero`, which opset 13 lacks, a size of 0 tokens would mean the size of another axis.
+    # Without `allowzero`, Reshape takes a size of 0 to mean the same size as in its input. Opset 13 has no `allowzero`.
     zero: dict[str, Attribute] = {"allowzero": 1} if branch.opset >= 14 else {}
     y = y.apply("Reshape", [y, whole], np.reshape, None, attributes=zero)
     graph.insert_before(node, branch.nodes)
@@ -223,14 +229,14 @@ def split(node: ir.Node, building: Building) -> dict[tuple[bool, int], ir.Node]:
 
 
 def _computed(node: ir.Node, expert: int, x: Value, nodes: dict[tuple[bool, int], ir.Node]) -> Value:
-    """Compute the output of one expert for the rows `x`; add the nodes with its weights to `nodes`."""
+    """Compute the output of one expert for the rows `x`; register the Gemms of the expert's weights in `nodes`."""
     stem, kind = stem_of(node), attribute(node, "activation_type", "relu")
     assert stem is not None
 
     def product(x: Value, weights: type[Experts], name: str) -> Value:
         vector = weights.vector or 0
         stacks = (weight_at(node, weights.position), *node.inputs[vector : vector + 1])
-        # The number of the expert is constant, so onnxruntime selects the weights once, when a session starts.
+        # The expert's index is a constant, so onnxruntime selects the weights only once, when a session starts.
         taken = [_item(Value(x.branch, shape_of(one), x.dtype, one), expert) for one in stacks if one is not None]
         out = x.branch.node("Gemm", [x.value, *(one.value for one in taken)], {"transB": 1}, x.dtype, None)
         made = x.branch.nodes[-1]
@@ -243,7 +249,7 @@ def _computed(node: ir.Node, expert: int, x: Value, nodes: dict[tuple[bool, int]
     if kind == "swiglu":
         inner = h.shape[1] // 2
         h = _reshaped(_reshaped(h, [-1, inner, 2]).swapaxes(1, 2), [-1, 2 * inner])
-    # As the kernel does, compute the activation of float16 in float32.
+    # Compute the activation in float32 even if the graph is float16, as the kernel does.
     return product(_activated(node, kind, h.cast(np.float32)).cast(x.dtype), SecondExperts, "down_proj")
 
 
@@ -269,7 +275,7 @@ def _sigmoid(x: Value) -> Value:
 
 
 def _top(x: Value, count: Value, sizes: Sizes, largest: bool) -> Value:
-    """Return the positions of the largest or smallest numbers along the last axis, in order; ties keep their order."""
+    """Return the sorted indices of the `count` largest or smallest values on the last axis; ties keep their order."""
     words = {"axis": -1, "largest": int(largest)}
     node = x.branch.node("TopK", [x.value, count.value], words, np.int64, None, position=1)
     return Value(x.branch, sizes, np.int64, node)
@@ -302,7 +308,7 @@ def _subgraph(name: str, branch: Branch, out: ir.Value) -> ir.Attr:
 
 
 def _item(stack: Value, number: int) -> Value:
-    """Return one item of the first axis."""
+    """Return the entry with the index `number` along the first axis."""
     index = stack.branch.building.literal(np.array(number, np.int64))
     node = stack.branch.node("Gather", [stack.value, index], {"axis": 0}, stack.dtype, stack.shape[1:])
     return Value(stack.branch, stack.shape[1:], stack.dtype, node)

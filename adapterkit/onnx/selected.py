@@ -1,16 +1,16 @@
-"""Stacks of experts in torch's exports of transformers' models: a Gather selects the weights for each token.
+"""Add updates of stacks of experts to graphs in which a Gather selects the experts' weights for each token.
 
-The graph multiplies each token by the selected weight: `MatMul(Gather(stack, experts), x)`. A change of the stack is
-computed beside this product: the same indices select the factors of the change. So the graph never computes the change
-of a whole stack:
+torch's exporter writes such graphs for transformers' models. The graph multiplies each token by the selected weight:
+`y = MatMul(Gather(stack, experts), x)`. The update's change is added to this product. Its factors are selected by the
+same indices as the weights, so the graph never computes the change of a whole stack:
 
     y' = y + y * (s[experts] - 1) + s[experts] * (B[experts] @ (A[experts] @ x))
 
-For each expert, `W' = s * (W + B @ A)`. Some models, such as Llama 4, multiply the tokens by all weights of a stack:
-`MatMul(x, stack)`. There, the factors are used as they are.
+This replaces each expert's weight W by `s * (W + B @ A)`. Some models, such as Llama 4, multiply the tokens by all
+weights of a stack: `MatMul(x, stack)`. In these graphs, the factors of all experts are used, without a selection.
 
-Slots hold A `[e, r, in]`, B `[e, out, r]` and s `[e, out]`. They are computed from an update's tensors and the stack;
-see open_factors.py.
+Slots hold A `[e, r, in]`, B `[e, out, r]` and s `[e, out]`. The values of the slots are computed from an update's
+tensors and the stack; see open_factors.py.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Product:
-    """The product of a token's row and the weight of its expert.
+    """A MatMul that multiplies tokens by the weights of experts.
 
     Attributes:
         node: the MatMul.
         left: True for `W @ x`, where x has the shape `[in, n]`; False for `x @ W`.
-        turned: whether a Transpose swaps the axes of the selected weight first.
+        turned: whether a Transpose swaps the axes of the selected weights before the MatMul.
     """
 
     node: ir.Node
@@ -55,7 +55,7 @@ class Product:
 
     @property
     def by_rows(self) -> bool:
-        """Whether a stored weight has one row per output."""
+        """Whether an expert's weight is stored as `[out, in]`; otherwise, it is stored as `[in, out]`."""
         return self.left != self.turned
 
     @property
@@ -66,9 +66,9 @@ class Product:
 
 
 def product_of(node: ir.Node) -> Product | None:
-    """Return the only product that reads the weights selected by a node; None if other nodes read them.
+    """Return the product that reads the weights which `node` selects; None if anything else reads these weights, too.
 
-    If the node itself is a product with a whole stack, return this product.
+    If `node` is a MatMul with a whole stack, return the product of this MatMul.
     """
     if node.op_type == "MatMul":
         return Product(node, is_constant(weight_at(node, 0)), False)
@@ -90,7 +90,7 @@ def product_of(node: ir.Node) -> Product | None:
 
 
 class SelectedExperts(GraphLayer):
-    """A stack `[e, out, in]` or `[e, in, out]`, and the node that selects weights from it."""
+    """A node that selects weights from a stack of experts, `[e, out, in]` or `[e, in, out]`."""
 
     position = 0
     axes: ClassVar[Container[int]] = (3,)
@@ -120,11 +120,12 @@ class SelectedExperts(GraphLayer):
 
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array, int], Array]) -> Callable[[], Array]:
-        """Return a function that computes the stack expert by expert.
+        """Return a function that computes the changed stack, one expert after the other.
 
         Args:
-            node: the node.
-            f: changes the weight of one expert, as stored, in float64; its second argument is the expert's number.
+            node: the node that reads the stack.
+            f: returns the changed weight of one expert. Its arguments are the stored weight, in float64, and the
+                expert's number.
         """
         copy = detached_copy(cls.operand_of(node))
 
@@ -138,7 +139,7 @@ class SelectedExperts(GraphLayer):
 
 
 class MultipliedExperts(SelectedExperts):
-    """A stack `[e, in, out]`, and the node that multiplies tokens `[e, n, in]` by all of its weights."""
+    """A node that multiplies tokens `[e, n, in]` by all weights of a stack of experts, `[e, in, out]`."""
 
     position = 1
 
@@ -153,7 +154,7 @@ class MultipliedExperts(SelectedExperts):
 
 
 class LeftMultipliedExperts(MultipliedExperts):
-    """A stack `[e, out, in]`, and the node that multiplies all of its weights by tokens `[e, in, n]`."""
+    """A node that multiplies all weights of a stack of experts, `[e, out, in]`, by tokens `[e, in, n]`."""
 
     position = 0
 
@@ -162,17 +163,18 @@ SELECTED: tuple[type[SelectedExperts], ...] = (SelectedExperts, MultipliedExpert
 
 
 def refuse_selected(place: ResolvedTarget) -> None:
-    """Refuse updates that a stack of selected experts cannot have.
+    """Check that the updates of a stack of selected experts can be added to the graph.
 
     Raises:
-        Unsupported: an update changes the output, or a bias.
+        Unsupported: an update changes the layer's output instead of the weight. Or an update changes a bias, and the
+            graph adds a bias or the update needs one.
     """
     for update in place.updates:
         bias = update.changes_bias and (update.needs_bias or any(_adds_bias(spot.node) for spot in place.spots))
         if bias or isinstance(update, OutputUpdate):
             what = "a bias, and the biases of experts are in another stack" if bias else "the output of a layer"
             why = f"{update.method} changes {what}"
-            raise Unsupported(why, where=str(place.asked), cure="Keep it in the torch model")
+            raise Unsupported(why, where=str(place.asked), cure="Apply the adapter to the torch model instead")
 
 
 def _adds_bias(node: ir.Node) -> bool:
@@ -194,7 +196,7 @@ def _adds_bias(node: ir.Node) -> bool:
 
 
 def _behind_axes(value: ir.Value) -> ir.Node | None:
-    """Return the node that computes a value, before nodes that only change its axes."""
+    """Return the node that computes a value, ignoring later nodes that only change the value's axes."""
     node = value.producer()
     while node is not None and node.op_type in ("Squeeze", "Unsqueeze", "Reshape", "Identity") and node.inputs[0]:
         node = node.inputs[0].producer()
@@ -202,19 +204,28 @@ def _behind_axes(value: ir.Value) -> ir.Node | None:
 
 
 def expert_of(place: ResolvedTarget, number: int) -> ResolvedTarget:
-    """Return a target with the updates of one expert."""
+    """Return a copy of a stack's target, in which each update is reduced to its part for one expert."""
     experts = (wide(update).expert(number) for update in place.updates)
     return replace(place, updates=tuple(one.map(lambda leaf: from_numpy(np.asarray(leaf))) for one in experts))
 
 
 def part_of_expert(W: Array, place: ResolvedTarget) -> Array:
-    """Return the part of an expert's stored weight that a target changes, `[out, in]`; it shares memory with W."""
+    """Return a view of the part of an expert's stored weight `W` that a target changes, `[out, in]`."""
     seen = W.T if place.target.layout.startswith("e in") else W
     return seen[slice(*place.target.rows)] if place.target.rows else seen
 
 
 def attach_selected(place: ResolvedTarget, building: Building, slots: Slots | None) -> None:
-    """Add the change of a stack beside each product with the weights selected from it."""
+    """Add a stack's updates to each product with weights of the stack.
+
+    Args:
+        place: the stack, with its updates.
+        building: the model that is being changed.
+        slots: creates slots for the updates' factors; None to store the factors in the graph.
+
+    Raises:
+        Unsupported: as in `refuse_selected`; or the shape of the experts' indices is unknown.
+    """
     refuse_selected(place)
     for spot in place.spots:
         node, product = spot.node, product_of(spot.node)
@@ -248,14 +259,14 @@ def attach_selected(place: ResolvedTarget, building: Building, slots: Slots | No
 
 
 def _chosen(node: ir.Node, factor: Value, place: ResolvedTarget) -> Value:
-    """Return the items of a factor for the experts that a node selects."""
-    if node.op_type == "MatMul":  # All experts
+    """Return the parts of a stacked factor that belong to the experts which a node selects."""
+    if node.op_type == "MatMul":  # A MatMul uses all experts.
         return factor
     indices = node.inputs[1]
     assert indices is not None
     if indices.shape is None:
-        why = f"the graph does not show the shape of the experts' numbers that {node.name} ({node.op_type}) reads"
-        cure = "Infer the shapes first: onnx.shape_inference.infer_shapes"
+        why = f"the shape of the indices with which {node.name} ({node.op_type}) selects experts is unknown"
+        cure = "Infer the graph's shapes first, with onnx.shape_inference.infer_shapes"
         raise Unsupported(why, where=str(place.asked), cure=cure)
     lead = len(indices.shape) - (node.op_type == "GatherND")
     words = {name: one for name, one in node.attributes.items() if name == "axis"}
@@ -264,7 +275,7 @@ def _chosen(node: ir.Node, factor: Value, place: ResolvedTarget) -> Value:
 
 
 def _sizes(place: ResolvedTarget) -> tuple[int, int, int]:
-    """Return the numbers of experts, of outputs and of inputs of the product with a stack."""
+    """Return the number of experts in a stack, and the numbers of outputs and inputs of the product with the stack."""
     product = product_of(place.spots[0].node)
     assert product is not None
     experts, first, second = place.spots[0].shape
@@ -272,7 +283,10 @@ def _sizes(place: ResolvedTarget) -> tuple[int, int, int]:
 
 
 def stack_factors(place: ResolvedTarget) -> dict[str, Array]:
-    """Return the factors of a change of a stack: A `[e, r, in]`, B `[e, out, r]` and s `[e, out]`, float64."""
+    """Return the factors of the change of a stack: A `[e, r, in]`, B `[e, out, r]` and s `[e, out]`, float64.
+
+    The product uses them as `s * (W + B @ A)`.
+    """
     spot, product = place.spots[0], product_of(place.spots[0].node)
     assert product is not None
     experts, out, _ = _sizes(place)
@@ -290,14 +304,14 @@ def stack_factors(place: ResolvedTarget) -> dict[str, Array]:
             size = spot.shape[1] if seen_by_rows else spot.shape[2]
             B = np.pad(B, ((first, size - stop), (0, 0)))
             s = np.pad(s, (first, size - stop), constant_values=1.0)
-        if seen_by_rows != product.by_rows:  # The formula sees the transpose of the product's weight.
+        if seen_by_rows != product.by_rows:  # The updates see the transpose of the product's weight, so swap A and B.
             s, B, A = np.ones(out), A.T, B.T
         found.append((s, B, A))
     return {name: np.stack([each[at] for each in found]) for at, name in ((2, "A"), (1, "B"), (0, "s"))}
 
 
 def _factors(one: ResolvedTarget, shape: tuple[int, ...], W: Array | None, scaled: bool) -> tuple[Array, Array, Array]:
-    """Return s, B and A of one expert; if not `scaled`, s is 1."""
+    """Return the factors s, B and A of one expert; without `scaled`, all values of s are 1."""
     updates: Sequence[Any] = [wide(update) for update in one.updates]
     ones = np.ones(shape[0])
     pairs = [update.pair(shape) if isinstance(update, Additive) else None for update in updates]

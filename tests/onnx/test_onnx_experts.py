@@ -438,7 +438,7 @@ def test_slots_of_single_experts_and_the_router(tmp_path, fused, method, mode):
     adapters = {"one": adapter(0, names), "two": adapter(100, names), "few": adapter(200, names[:2])}
     report = ak.onnx.inject(tmp_path / "base", adapters["one"], tmp_path / "out", mode=mode)
     assert report.difference is not None, report.note
-    assert "1 MoE node became nodes for each expert" in report.note
+    assert "1 MoE node was split into nodes for each expert" in report.note
     session = ak.onnx.Session(tmp_path / "out", adapters)
     for name in ("one", None, "few", "two", "one"):
         wanted = layer(changed(W, adapters[name]) if name else W, X, fused)

@@ -301,7 +301,7 @@ def test_what_a_session_refuses(classifier, tmp_path):
         (UsageError, "no adapter 'three'", (feeds, "three")),
         (Unsupported, r"use the same slot.*ops\.add", (feeds, {"one": 1, "two": 1})),
         (UsageError, "no output 'logit'", (feeds, None, ["logit"])),
-        (ShapeMismatch, "cannot run it", ({**feeds, "input_ids": feeds["input_ids"][:, :2]},)),
+        (ShapeMismatch, "cannot run the model", ({**feeds, "input_ids": feeds["input_ids"][:, :2]},)),
     ):
         with pytest.raises(error, match=match):
             session.run(*words)

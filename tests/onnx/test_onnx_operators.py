@@ -200,7 +200,7 @@ def test_a_function_that_holds_a_weight_is_inlined(opset, own, held, mode, tmp_p
     np.testing.assert_allclose(ran(path), FIRST @ SQUARE.T, rtol=1e-4, atol=1e-3)
     got, report = in_second_call(mode, path, tmp_path / "out.onnx")
     np.testing.assert_allclose(got, SECOND, rtol=1e-4, atol=1e-4 * abs(SECOND).max())
-    assert "the calls of local functions became their nodes (Linear, Twice)" in report.note
+    assert "calls of local functions were replaced by the functions' nodes (Linear, Twice)" in report.note
     assert not onnx.load(tmp_path / "out.onnx").functions
 
 

@@ -104,7 +104,7 @@ def test_a_task_that_is_told_is_in_the_graph(graphs, tmp_path, close):
     model = trained(llama, poly(target_modules=["q_proj"]), tmp_path / "adapter")
     out = ak.onnx.inject(graphs(llama), tmp_path / "adapter", tmp_path / "out.onnx", call={"task_ids": 1}).out
     close(run(out), model(input_ids=IDS, task_ids=torch.tensor([1, 1, 1])).logits, tolerance=1e-5)
-    with pytest.raises(UsageError, match="is not a value for task_ids"):
+    with pytest.raises(UsageError, match="is not a valid value for task_ids"):
         ak.onnx.inject(graphs(llama), tmp_path / "adapter", tmp_path / "out.onnx", call={"task_ids": [0, 1]})
 
 
