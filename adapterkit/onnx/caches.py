@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .pretrained_calls import Cache, PretrainedModel
+    from .pretrained_types import Cache, PretrainedModel
 
 KEY, VALUE, CONV = "key", "value", "conv"
 """Kinds of tensors that a cache holds, apart from recurrent states."""

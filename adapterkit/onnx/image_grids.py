@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .pretrained_calls import PretrainedModel
+    from .pretrained_types import PretrainedModel
 
 SEGMENTED = "adapterkit_flash_segments"
 """Name of the attention that is registered in transformers. The towers pass the segments to it, because of `flash`."""

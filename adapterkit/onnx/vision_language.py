@@ -26,7 +26,8 @@ from .tracing import quiet
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .pretrained_calls import ModelConfig, Nested, Open, PretrainedModel
+    from .pretrained_calls import Nested, Open
+    from .pretrained_types import ModelConfig, PretrainedModel
 
 VISION, EMBEDDING, MERGED = "vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"
 
