@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .pretrained_calls import Cache, PretrainedModel
+    from .pretrained_types import Cache, PretrainedModel
 
 KEY, VALUE, CONV = "key", "value", "conv"
 """Kinds of tensors that a cache holds, apart from recurrent states."""
@@ -178,7 +178,7 @@ class Past:
 
     def tensors_of(self, cache: Any) -> list[Tensor]:
         """Return the tensors that a cache holds, in the order of the graph's outputs."""
-        return [_held(cache.layers[one.layer], one) for one in self.tensors]
+        return [_tensor_of(cache.layers[one.layer], one) for one in self.tensors]
 
 
 def _attributes(model: PretrainedModel) -> dict[str, Tensor]:
@@ -252,7 +252,7 @@ def _layer(like: Any, tensors: Mapping[tuple[str, int], Tensor], library: Any) -
     return layer
 
 
-def _held(layer: Any, one: PastTensor) -> Tensor:
+def _tensor_of(layer: Any, one: PastTensor) -> Tensor:
     if one.grows:
         return getattr(layer, f"{one.kind}s")  # type: ignore[no-any-return]
     return getattr(layer, "conv_states" if one.kind == CONV else "recurrent_states")[one.number or 0]  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ..io.strict_json import JsonValue
-    from .pretrained_calls import PretrainedModel
+    from .pretrained_types import PretrainedModel
 
 NAME = "genai_config.json"
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .pretrained_calls import PretrainedModel
+    from .pretrained_types import PretrainedModel
 
 SEGMENTED = "adapterkit_flash_segments"
 """Name under which the attention function is registered in transformers. It must contain `flash`: otherwise, the towers

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .exporting import Adapters
-    from .pretrained_calls import PretrainedModel
+    from .pretrained_types import PretrainedModel
 
 
 # Export a torch module that a user's function returns together with example inputs.

@@ -22,7 +22,8 @@ from .vision_language import EMBEDDING, MERGED, VISION, image_shape, vision_lang
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .pretrained_calls import Cache, Nested, PretrainedModel
+    from .pretrained_calls import Nested
+    from .pretrained_types import Cache, PretrainedModel
 
 ENCODER, DECODER, WITH_PAST = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
 

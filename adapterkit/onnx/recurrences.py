@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .pretrained_calls import PretrainedModel
+    from .pretrained_types import PretrainedModel
 
     Kernel = Callable[..., Any]
 

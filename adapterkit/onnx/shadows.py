@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .calls import CallWords, Heard
     from .layers import GraphLayer
     from .outlets import Ended
-    from .pretrained_calls import PretrainedModel
+    from .pretrained_types import PretrainedModel
 
 SHADOW = "shadow"
 

@@ -26,7 +26,8 @@ from .tracing import quiet
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .pretrained_calls import ModelConfig, Nested, Open, PretrainedModel
+    from .pretrained_calls import Nested, Open
+    from .pretrained_types import ModelConfig, PretrainedModel
 
 VISION, EMBEDDING, MERGED = "vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"
 
@@ -155,7 +156,7 @@ def _pictures(model: PretrainedModel) -> Images:
     import torch
     from torch import nn
 
-    class VisionPart(nn.Module):
+    class PicturePart(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
@@ -167,7 +168,7 @@ def _pictures(model: PretrainedModel) -> Images:
 
     shape = image_shape(model.config.vision_config)
     examples = tuple((_drawn(model, 1, *shape, seed=seed),) for seed in (0, 1))
-    return Images(VisionPart().eval(), ("pixel_values",), examples, ({},))
+    return Images(PicturePart().eval(), ("pixel_values",), examples, ({},))
 
 
 def _masked(model: PretrainedModel) -> Images:
@@ -181,7 +182,7 @@ def _masked(model: PretrainedModel) -> Images:
     base: Any = next(part for part in model.modules() if hasattr(part, "vision_model") and hasattr(part, "connector"))
     patch = int(model.config.vision_config.patch_size)
 
-    class VisionPart(nn.Module):
+    class MaskedImagePart(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
@@ -203,7 +204,7 @@ def _masked(model: PretrainedModel) -> Images:
         mask[0, 0, height - patch :] = False  # Mask out pixels of one image, so that the check covers them.
         examples.append((_drawn(model, texts, images, channels, height, width, seed=seed), mask))
     shapes = ({0: "batch_size", 1: "images"}, {0: "batch_size", 1: "images"})
-    return Images(VisionPart().eval(), ("pixel_values", "pixel_attention_mask"), tuple(examples), shapes)
+    return Images(MaskedImagePart().eval(), ("pixel_values", "pixel_attention_mask"), tuple(examples), shapes)
 
 
 def _grids(model: PretrainedModel, tower: Any) -> Images:
@@ -214,7 +215,7 @@ def _grids(model: PretrainedModel, tower: Any) -> Images:
     import torch
     from torch import nn
 
-    class VisionPart(nn.Module):
+    class PatchPart(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
@@ -232,7 +233,7 @@ def _grids(model: PretrainedModel, tower: Any) -> Images:
     for seed, rows in enumerate(GRIDS):
         grid = torch.tensor([(frames, high // 2 * merge, wide // 2 * merge) for frames, high, wide in rows])
         examples.append((_drawn(model, int(grid.prod(1).sum()), numbers, seed=seed), grid))
-    return Images(VisionPart().eval(), ("pixel_values", GRID), tuple(examples), ({0: "patches"}, {0: "images"}))
+    return Images(PatchPart().eval(), ("pixel_values", GRID), tuple(examples), ({0: "patches"}, {0: "images"}))
 
 
 def image_shape(config: ModelConfig) -> tuple[int, int, int]:
