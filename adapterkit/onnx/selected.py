@@ -47,11 +47,13 @@ class Product:
         node: the MatMul.
         left: True for `W @ x`, where x has the shape `[in, n]`; False for `x @ W`.
         turned: whether a Transpose swaps the axes of the selected weight first.
+        axes: the number of axes of the selected weights, if a Transpose shows it.
     """
 
     node: ir.Node
     left: bool
     turned: bool
+    axes: int | None = None
 
     @property
     def by_rows(self) -> bool:
@@ -72,20 +74,24 @@ def product_of(node: ir.Node) -> Product | None:
     """
     if node.op_type == "MatMul":
         return Product(node, is_constant(weight_at(node, 0)), False)
-    value, turned = node.outputs[0], False
-    for _ in range(2):
+    value, turned, axes = node.outputs[0], False, None
+    for _ in range(3):
         uses = list(value.uses())
         if len(uses) != 1 or value.is_graph_output():
             return None
         reader = uses[0].node
         if reader.op_type == "MatMul" and reader.domain in ("", "ai.onnx"):
-            return Product(reader, uses[0].idx == 0, turned)
+            return Product(reader, uses[0].idx == 0, turned, axes)
         order: list[int] = list(attribute(reader, "perm", ()))
-        if turned or reader.op_type != "Transpose" or len(order) < 2:
+        kept = list(range(len(order)))
+        if reader.op_type != "Transpose" or len(order) < 2:
             return None
-        if order != [*range(len(order) - 2), len(order) - 1, len(order) - 2]:
-            return None
-        value, turned = reader.outputs[0], True
+        # Without optimization, torch's exports have a Transpose that keeps the order of all axes.
+        if order != kept:
+            if turned or order != [*kept[:-2], kept[-1], kept[-2]]:
+                return None
+            turned = True
+        value, axes = reader.outputs[0], len(order)
     return None
 
 
@@ -253,14 +259,17 @@ def _chosen(node: ir.Node, factor: Value, place: ResolvedTarget) -> Value:
         return factor
     indices = node.inputs[1]
     assert indices is not None
-    if indices.shape is None:
+    product = product_of(node)
+    axes = None if product is None else product.axes
+    if indices.shape is not None:
+        axes = len(indices.shape) - (node.op_type == "GatherND") + 2
+    if axes is None:
         why = f"the graph does not show the shape of the experts' numbers that {node.name} ({node.op_type}) reads"
         cure = "Infer the shapes first: onnx.shape_inference.infer_shapes"
         raise Unsupported(why, where=str(place.asked), cure=cure)
-    lead = len(indices.shape) - (node.op_type == "GatherND")
     words = {name: one for name, one in node.attributes.items() if name == "axis"}
     out = factor.branch.node(node.op_type, [factor.value, indices], words, factor.dtype, None)
-    return Value(factor.branch, (*[None] * lead, *factor.shape[1:]), factor.dtype, out)
+    return Value(factor.branch, (*[None] * (axes - 2), *factor.shape[1:]), factor.dtype, out)
 
 
 def _sizes(place: ResolvedTarget) -> tuple[int, int, int]:
