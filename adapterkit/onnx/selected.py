@@ -26,17 +26,16 @@ import onnx_ir as ir
 from ..core.updates import Additive, OutputUpdate, WeightUpdate
 from ..errors import Unsupported
 from ..io.lazy import from_numpy
-from .building import Array, Branch, Building, behind, element_type
-from .folding import through, wide
+from .building import Array, Branch, Building, Dtype, behind, element_type
 from .layers import GraphLayer, weight_at
 from .operands import attribute, detached_copy, is_constant, numbers, shape_of
+from .resolved import through, wide
 from .values import Value, plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .resolved import ResolvedTarget
-    from .slots import Slots
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -219,8 +218,18 @@ def part_of_expert(W: Array, place: ResolvedTarget) -> Array:
     return seen[slice(*place.target.rows)] if place.target.rows else seen
 
 
-def attach_selected(place: ResolvedTarget, building: Building, slots: Slots | None) -> None:
-    """Add the change of a stack beside each product with the weights selected from it."""
+SlotsOf = Callable[["ResolvedTarget", Branch, tuple[int, int, int], Dtype], dict[str, Value]]
+"""The method `stacked` of `Slots`."""
+
+
+def attach_selected(place: ResolvedTarget, building: Building, slots_of: SlotsOf | None) -> None:
+    """Add the change of a stack beside each product with the weights selected from it.
+
+    Args:
+        place: the target.
+        building: collects the changes to the model.
+        slots_of: returns slots for the factors of the change; None to store the factors as constants.
+    """
     refuse_selected(place)
     for spot in place.spots:
         node, product = spot.node, product_of(spot.node)
@@ -229,7 +238,7 @@ def attach_selected(place: ResolvedTarget, building: Building, slots: Slots | No
         assert issubclass(spot.kind, SelectedExperts)
         stack = spot.kind.operand_of(node)
         dtype, y = element_type(stack), product.node.outputs[0]
-        if slots is None:
+        if slots_of is None:
             key = building.keep(place)
             arrays = stack_factors(place)
             named = {
@@ -239,7 +248,7 @@ def attach_selected(place: ResolvedTarget, building: Building, slots: Slots | No
             }
             factors = {name: Value(branch, arrays[name].shape, dtype, value) for name, value in named.items()}
         else:
-            factors = slots.stacked(place, branch, _sizes(place), dtype)
+            factors = slots_of(place, branch, _sizes(place), dtype)
         chosen = {name: _chosen(node, factor, place) for name, factor in factors.items()}
         x, old = plain(product.x, branch), plain(y, branch)
         x, old = (Value(branch, one.sizes, dtype, one.value) for one in (x, old))
