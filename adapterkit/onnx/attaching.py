@@ -250,7 +250,7 @@ def _attach_selected(place: ResolvedTarget, building: Building, slots: Slots | R
     if isinstance(slots, RowSlots):
         why = "its experts are selected for each token, so the rows of a batch cannot use different adapters"
         raise Unsupported(why, where=str(place.asked), cure="Inject the adapter with --mode slots (mode='slots')")
-    attach_selected(place, building, slots)
+    attach_selected(place, building, None if slots is None else slots.stacked)
 
 
 def _attach_experts(

@@ -17,7 +17,6 @@ import onnx_ir as ir
 
 from ..core.updates import Additive, Update
 from ..errors import Malformed, NotMergeable, Unsupported
-from ..io.lazy import as_array
 from ..merging.planned_update import PlannedUpdate as Folded
 from .biases import settle_biases
 from .building import Array, Branch, Building, kind_of
@@ -31,11 +30,11 @@ from .norms import groups_of
 from .operands import detached_copy, numbers, shape_of
 from .packed import EXPLAINED, MOST_LOST, as_float, is_packed, packing_of
 from .recurrent import Recurrent
-from .resolved import ResolvedTarget, Spot
-from .values import computed_over
+from .resolved import ResolvedTarget, Spot, through
+from .selected import SelectedExperts, expert_of, part_of_expert, refuse_selected
 
 if TYPE_CHECKING:
-    from ..io.lazy import Leaf
+    pass
 
 PlannedUpdate = tuple[ResolvedTarget, float]
 """A target of one adapter, and that adapter's weight in the merge."""
@@ -266,8 +265,6 @@ class Folding:
         )
 
     def _selected(self, value: ir.Value) -> None:
-        from .selected import SelectedExperts, expert_of, part_of_expert, refuse_selected
-
         kind = self.spot.kind
         assert issubclass(kind, SelectedExperts)
         for place, _ in self.at:
@@ -369,26 +366,6 @@ def _added(at: list[PlannedUpdate], W: Array, start: int = 0) -> Array:
             change = factor * (through(place, part)[0] - part)
             after[rows] += change.T if place.turned else change
     return after
-
-
-def through(place: ResolvedTarget, W: Any, b: Any = None) -> tuple[Any, Any]:
-    """Apply a target's updates in order to a weight and a bias; return both."""
-    for update in place.updates:
-        loaded = wide(update)
-        loaded = loaded.settled(W) if b is not None and loaded.bias_sees_weight else loaded
-        b = loaded.new_bias(b) if b is not None else b
-        W = loaded.new_weight(W) if W is not None and loaded.changes_weight else W
-    return W, b
-
-
-def wide(update: Update) -> Update:
-    """Return an update with its floating-point tensors in float64; integers and booleans keep their dtype."""
-
-    def wide(leaf: Leaf) -> Array:
-        array = as_array(leaf)
-        return array if array.dtype.kind in "iub" else array.astype(np.float64)
-
-    return computed_over(update, wide)
 
 
 def seen_by(W: Array, spot: Spot) -> Array:

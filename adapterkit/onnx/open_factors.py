@@ -20,8 +20,9 @@ from ..core.updates import Additive, OutputUpdate, Update, WeightUpdate, tensor
 from ..errors import Unsupported
 from ..io.lazy import from_numpy
 from .building import Array, Branch, Building
-from .folding import part_of, seen_by, through, wide
+from .folding import part_of, seen_by
 from .heads import in_packed
+from .resolved import through, wide
 from .values import Unsayable
 
 if TYPE_CHECKING:

@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from ..io.lazy import as_array
+from .values import computed_over
+
 if TYPE_CHECKING:
     from ..core.adapter import Target
+    from ..core.updates import Update
     from ..io.lazy import Leaf
     from ..io.strict_json import JsonValue
     from .building import Array
@@ -186,3 +190,23 @@ class ResolvedTarget:
             "method": self.method, "confidence": round(self.confidence, 4),
             **({"folded_norm": self.norm.name} if self.norm is not None else {}),
         }  # fmt: skip
+
+
+def through(place: ResolvedTarget, W: Any, b: Any = None) -> tuple[Any, Any]:
+    """Apply a target's updates in order to a weight and a bias; return both."""
+    for update in place.updates:
+        loaded = wide(update)
+        loaded = loaded.settled(W) if b is not None and loaded.bias_sees_weight else loaded
+        b = loaded.new_bias(b) if b is not None else b
+        W = loaded.new_weight(W) if W is not None and loaded.changes_weight else W
+    return W, b
+
+
+def wide(update: Update) -> Update:
+    """Return an update with its floating-point tensors in float64; integers and booleans keep their dtype."""
+
+    def wide(leaf: Leaf) -> Array:
+        array = as_array(leaf)
+        return array if array.dtype.kind in "iub" else array.astype(np.float64)
+
+    return computed_over(update, wide)

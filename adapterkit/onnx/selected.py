@@ -26,17 +26,16 @@ import onnx_ir as ir
 from ..core.updates import Additive, OutputUpdate, WeightUpdate
 from ..errors import Unsupported
 from ..io.lazy import from_numpy
-from .building import Array, Branch, Building, behind, element_type
-from .folding import through, wide
+from .building import Array, Branch, Building, Dtype, behind, element_type
 from .layers import GraphLayer, weight_at
 from .operands import attribute, detached_copy, is_constant, numbers, shape_of
+from .resolved import through, wide
 from .values import Value, plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .resolved import ResolvedTarget
-    from .slots import Slots
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,11 +46,13 @@ class Product:
         node: the MatMul.
         left: True for `W @ x`, where x has the shape `[in, n]`; False for `x @ W`.
         turned: whether a Transpose swaps the axes of the selected weights before the MatMul.
+        axes: the number of axes of the selected weights, if a Transpose shows it.
     """
 
     node: ir.Node
     left: bool
     turned: bool
+    axes: int | None = None
 
     @property
     def by_rows(self) -> bool:
@@ -72,20 +73,24 @@ def product_of(node: ir.Node) -> Product | None:
     """
     if node.op_type == "MatMul":
         return Product(node, is_constant(weight_at(node, 0)), False)
-    value, turned = node.outputs[0], False
-    for _ in range(2):
+    value, turned, axes = node.outputs[0], False, None
+    for _ in range(3):
         uses = list(value.uses())
         if len(uses) != 1 or value.is_graph_output():
             return None
         reader = uses[0].node
         if reader.op_type == "MatMul" and reader.domain in ("", "ai.onnx"):
-            return Product(reader, uses[0].idx == 0, turned)
+            return Product(reader, uses[0].idx == 0, turned, axes)
         order: list[int] = list(attribute(reader, "perm", ()))
-        if turned or reader.op_type != "Transpose" or len(order) < 2:
+        kept = list(range(len(order)))
+        if reader.op_type != "Transpose" or len(order) < 2:
             return None
-        if order != [*range(len(order) - 2), len(order) - 1, len(order) - 2]:
-            return None
-        value, turned = reader.outputs[0], True
+        # Without optimization, torch's exports have a Transpose that keeps the order of all axes.
+        if order != kept:
+            if turned or order != [*kept[:-2], kept[-1], kept[-2]]:
+                return None
+            turned = True
+        value, axes = reader.outputs[0], len(order)
     return None
 
 
@@ -215,13 +220,17 @@ def part_of_expert(W: Array, place: ResolvedTarget) -> Array:
     return seen[slice(*place.target.rows)] if place.target.rows else seen
 
 
-def attach_selected(place: ResolvedTarget, building: Building, slots: Slots | None) -> None:
+SlotsOf = Callable[["ResolvedTarget", Branch, tuple[int, int, int], Dtype], dict[str, Value]]
+"""The method `stacked` of `Slots`."""
+
+
+def attach_selected(place: ResolvedTarget, building: Building, slots_of: SlotsOf | None) -> None:
     """Add a stack's updates to each product with weights of the stack.
 
     Args:
         place: the stack, with its updates.
         building: the model that is being changed.
-        slots: creates slots for the updates' factors; None to store the factors in the graph.
+        slots_of: creates slots for the updates' factors; None to store the factors in the graph.
 
     Raises:
         Unsupported: as in `refuse_selected`; or the shape of the experts' indices is unknown.
@@ -234,7 +243,7 @@ def attach_selected(place: ResolvedTarget, building: Building, slots: Slots | No
         assert issubclass(spot.kind, SelectedExperts)
         stack = spot.kind.operand_of(node)
         dtype, y = element_type(stack), product.node.outputs[0]
-        if slots is None:
+        if slots_of is None:
             key = building.keep(place)
             arrays = stack_factors(place)
             named = {
@@ -244,7 +253,7 @@ def attach_selected(place: ResolvedTarget, building: Building, slots: Slots | No
             }
             factors = {name: Value(branch, arrays[name].shape, dtype, value) for name, value in named.items()}
         else:
-            factors = slots.stacked(place, branch, _sizes(place), dtype)
+            factors = slots_of(place, branch, _sizes(place), dtype)
         chosen = {name: _chosen(node, factor, place) for name, factor in factors.items()}
         x, old = plain(product.x, branch), plain(y, branch)
         x, old = (Value(branch, one.sizes, dtype, one.value) for one in (x, old))
@@ -264,14 +273,17 @@ def _chosen(node: ir.Node, factor: Value, place: ResolvedTarget) -> Value:
         return factor
     indices = node.inputs[1]
     assert indices is not None
-    if indices.shape is None:
+    product = product_of(node)
+    axes = None if product is None else product.axes
+    if indices.shape is not None:
+        axes = len(indices.shape) - (node.op_type == "GatherND") + 2
+    if axes is None:
         why = f"the shape of the indices with which {node.name} ({node.op_type}) selects experts is unknown"
         cure = "Infer the graph's shapes first, with onnx.shape_inference.infer_shapes"
         raise Unsupported(why, where=str(place.asked), cure=cure)
-    lead = len(indices.shape) - (node.op_type == "GatherND")
     words = {name: one for name, one in node.attributes.items() if name == "axis"}
     out = factor.branch.node(node.op_type, [factor.value, indices], words, factor.dtype, None)
-    return Value(factor.branch, (*[None] * lead, *factor.shape[1:]), factor.dtype, out)
+    return Value(factor.branch, (*[None] * (axes - 2), *factor.shape[1:]), factor.dtype, out)
 
 
 def _sizes(place: ResolvedTarget) -> tuple[int, int, int]:
