@@ -268,6 +268,8 @@ def _matmul(of: _Unrounding, node: ir.Node) -> ir.Value:
 
 
 def _conv(of: _Unrounding, node: ir.Node) -> ir.Value:
+    if attribute(node, "channels_last", 0):
+        raise Unknown
     b = _vector(of, node, 8)
     y = of.node("Conv", [of.float_of(node, 0), of.float_of(node, 3, 0), b], _words(node, *CONVOLUTION))
     return of.rounded(y, node, 7)

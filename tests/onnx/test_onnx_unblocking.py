@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import onnx
 import onnx_graphs as graphs
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -21,6 +22,7 @@ import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import CheckFailed, TargetNotFound, Unsupported
 from adapterkit.methods import METHODS
+from adapterkit.onnx.unrounded import obstacle
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -270,6 +272,7 @@ def test_integer_convolutions_that_read_channels_last(form, mode, tmp_path):
     optimized(tmp_path / "q.onnx", path)
     kinds = {(node.domain, node.op_type) for node in onnx.load(path).graph.node}
     assert ("com.microsoft", "QLinearConv") in kinds
+    assert (obstacle(ir.load(path)) or "").startswith("QLinearConv ")  # Its float form would read channels first.
     W, g = model.second.weight, torch.Generator().manual_seed(3)
     lora = METHODS["lora"](A=torch.randn(2, *W.shape[1:], generator=g) / 20, B=torch.randn(len(W), 2, generator=g) / 2)
     adapter = Adapter({Target("second"): (lora,)})

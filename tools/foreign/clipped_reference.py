@@ -117,8 +117,7 @@ class Clipping:
             both = [self._value(given, 0, -1), right]
             if len(given) > 8 and given[8]:
                 both.append(self._bias(given, 8))
-            self.add(PAIRS[op], both, f"{out} free", **words)
-            self._clip(f"{out} free", out, given[6], given[7])
+            self._computed(node, PAIRS[op], both, words, given[6:8])
         elif op == "QGemm":
             both = [self._value(given, 0, -1), self._value(given, 3, 0 if words.get("transB", 0) else 1)]
             if len(given) > 6 and given[6]:
@@ -128,8 +127,7 @@ class Clipping:
             if ends:
                 self._clip(f"{out} free", out, given[7], given[8])
         elif op in SINGLES:
-            self.add(SINGLES[op], [self._value(given, 0, -1)], f"{out} free", **words)
-            self._clip(f"{out} free", out, given[3], given[4])
+            self._computed(node, SINGLES[op], [self._value(given, 0, -1)], words, given[3:5])
         elif op == "QLinearConcat":
             parts = [self._value(given, at, -1) for at in range(2, len(given), 3)]
             self.add("Concat", parts, f"{out} free", **words)
@@ -147,6 +145,22 @@ class Clipping:
             for at, one in enumerate(given):
                 node.input[at] = self.name(one)
             self.nodes.append(node)
+
+    def _computed(
+        self, node: onnx.NodeProto, op: str, given: list[str], words: dict[str, Any], ends: list[str]
+    ) -> None:
+        """Add an operator in floats and the range of its output; onnxruntime may give images their channels last."""
+        out = node.output[0]
+        last = any(one.name == "channels_last" and one.i for one in node.attribute)
+        if last:
+            self.add("Transpose", given[:1], f"{out} input", perm=[0, 3, 1, 2])
+            given = [f"{out} input", *given[1:]]
+        self.add(op, given, f"{out} free", **words)
+        self._clip(f"{out} free", f"{out} first" if last else out, *ends)
+        if last:
+            self.add("Transpose", [f"{out} first"], out, perm=[0, 2, 3, 1])
+            self.floats.add(out)
+            self.steps[out] = self.steps[f"{out} first"]
 
     def _bias(self, given: Sequence[str], at: int) -> str:
         steps = self.constants[given[1]].astype("f8") * self.constants[given[4]].astype("f8")
