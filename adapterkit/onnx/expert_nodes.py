@@ -239,9 +239,9 @@ def _computed(node: ir.Node, expert: int, x: Value, nodes: dict[tuple[bool, int]
         # The expert's index is a constant, so onnxruntime selects the weights only once, when a session starts.
         taken = [_item(Value(x.branch, shape_of(one), x.dtype, one), expert) for one in stacks if one is not None]
         out = x.branch.node("Gemm", [x.value, *(one.value for one in taken)], {"transB": 1}, x.dtype, None)
-        made = x.branch.nodes[-1]
-        made.metadata_props[EXPERT] = path_of(stem, expert, name)
-        nodes[weights.first, expert] = made
+        gemm = x.branch.nodes[-1]
+        gemm.metadata_props[EXPERT] = path_of(stem, expert, name)
+        nodes[weights.first, expert] = gemm
         out.shape = ir.Shape((None, taken[0].shape[0]))
         return Value(x.branch, (None, taken[0].shape[0]), x.dtype, out)
 

@@ -306,7 +306,7 @@ def stack_factors(place: ResolvedTarget) -> dict[str, Array]:
     simple = all(isinstance(update, Additive) for update in place.updates)
     stack = None if simple else spot.kind.stored_array(spot.node)
     shape = part_of_expert(np.broadcast_to(0.0, spot.shape[1:]), place).shape
-    found = []
+    triples = []
     for number in range(experts):
         one = expert_of(place, number)
         W = None if stack is None else part_of_expert(stack[number].astype(np.float64), place)
@@ -318,8 +318,8 @@ def stack_factors(place: ResolvedTarget) -> dict[str, Array]:
             s = np.pad(s, (first, size - stop), constant_values=1.0)
         if seen_by_rows != product.by_rows:  # The updates see the transpose of the product's weight, so swap A and B.
             s, B, A = np.ones(out), A.T, B.T
-        found.append((s, B, A))
-    return {name: np.stack([each[at] for each in found]) for at, name in ((2, "A"), (1, "B"), (0, "s"))}
+        triples.append((s, B, A))
+    return {name: np.stack([each[at] for each in triples]) for at, name in ((2, "A"), (1, "B"), (0, "s"))}
 
 
 def _factors(one: ResolvedTarget, shape: tuple[int, ...], W: Array | None, scaled: bool) -> tuple[Array, Array, Array]:
