@@ -147,7 +147,7 @@ def worked_out(
         raise Unsupported(
             f"the updates of one target ({methods}) cannot share slots",
             where=str(target),
-            cure="Inject it with --mode constant (mode='constant')",
+            cure="Inject the adapter with --mode constant (mode='constant')",
         )
     spot = place.spots[0]
     norm = place.norm

@@ -1,11 +1,13 @@
-"""Replace convolutions in onnxruntime's own layouts by plain ones, which adapters can be attached to.
+"""Replace convolutions in onnxruntime's own layouts by plain convolutions, to which adapters can be attached.
 
 At `GraphOptimizationLevel.ORT_ENABLE_ALL`, onnxruntime stores kernels and activations in blocks of channels, for one
-kind of processor. A graph that is saved so computes something else on a processor with another block size, and the file
-does not say which size it has. The block size is therefore found from the base's weights: only one size gives a weight
-of the base back. The plain graph runs anywhere, and onnxruntime blocks it again when it loads it.
+kind of processor. A graph that is saved in this layout gives wrong results on a processor with another block size, and
+the file does not record the block size. The block size is therefore found from the base's weights: only with the right
+size does a stored kernel turn back into a weight of the base. The plain graph runs on any processor. When onnxruntime
+loads the plain graph, it stores the channels in blocks again.
 
-The stored kernels stay in the file. Nodes put them in order, and onnxruntime computes these nodes once, at loading.
+The blocked kernels stay in the file. New nodes convert them to the plain layout, and onnxruntime runs these nodes only
+once, when it loads the graph.
 https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/core/optimizer/nchwc_transformer.cc
 """
 
@@ -38,11 +40,12 @@ ELEMENTWISE = frozenset(
 POOLS = frozenset({"MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"})
 
 SAME = 0.02
-"""Largest distance, relative to the weight, between a kernel and the base's weight with a factor for each channel."""
+"""Largest accepted distance between a kernel and a base weight, relative to the kernel. Each output channel of the base
+weight is first multiplied by the factor that fits best."""
 
 
 class _Unknown(Exception):
-    """The graph has something blocked that this module does not know; the message says what."""
+    """The blocked nodes cannot be replaced; the message gives the reason."""
 
 
 def is_reordered(model: ir.Model) -> bool:
@@ -51,16 +54,17 @@ def is_reordered(model: ir.Model) -> bool:
 
 
 def unblock(model: ir.Model, base: Checkpoint | None) -> str | None:
-    """Replace all blocked nodes of a graph by plain ones, if the base's weights show the size of the blocks.
+    """Replace all blocked nodes of a graph by plain nodes, if the base's weights show the block size.
 
-    Integer convolutions that read channels last are replaced by those that read channels first, without the base.
+    Also replace integer convolutions that read channels last by integer convolutions that read channels first; this
+    does not need the base.
 
     Args:
         model: the graph, which is changed.
-        base: the weights that the graph was exported from.
+        base: the weights that the graph was exported from; if None, blocked nodes are not replaced.
 
     Returns:
-        Why blocked nodes remain; None if none do.
+        The reason why blocked nodes could not be replaced; None if all were replaced, or if `base` is None.
     """
     for node in [node for node in nodes_of(model) if _is_channels_last(node)]:
         _channels_first(model, node)
@@ -84,7 +88,10 @@ def _is_channels_last(node: ir.Node) -> bool:
 
 
 def _channels_first(model: ir.Model, node: ir.Node) -> None:
-    """Replace an integer convolution that reads channels last by ONNX's; both store the kernel in the same order."""
+    """Replace an integer convolution that reads channels last by ONNX's `QLinearConv`, which reads channels first.
+
+    The kernel stays unchanged, because both operators store it in the same order.
+    """
     building, graph, old = Building(model), node.graph, node.outputs[0]
     branch = Branch(building, node.name or node.op_type)
     axes = list(range(len(shape_of(node.inputs[3]))))  # type: ignore[arg-type]
@@ -104,13 +111,15 @@ def _channels_first(model: ir.Model, node: ir.Node) -> None:
 
 
 class _Channels:
-    """The channels of a blocked value and of all values with the same channels.
+    """The channels of a blocked value. Values that must have equally many channels share one such object.
 
     Attributes:
-        padded: their number with those that fill the last block; None until the block size is known.
-        stated: their number in the model, if a node says it.
-        parts: the values whose channels a Concat joins.
-        full: whether the last block is full, as onnxruntime requires for a Concat.
+        padded: the number of channels, including the zero channels that fill the last block; None if no kernel shows
+            this number.
+        stated: the number of channels in the model, without those that fill the last block; None if no node gives it.
+        parts: if a Concat writes the value, the values that the Concat joins.
+        full: whether no zero channels fill the last block, as onnxruntime requires for a Concat and for grouped
+            convolutions.
     """
 
     def __init__(self, padded: int | None, stated: int | None = None) -> None:
@@ -120,12 +129,13 @@ class _Channels:
 
 
 class _Region:
-    """The blocked values of a graph, found without changing it.
+    """The blocked values of a graph. Finding them does not change the graph.
 
     Attributes:
-        channels: blocked value -> its channels.
-        convs: the convolutions, in order.
-        size: the block size, if a node says it.
+        channels: a map from each blocked value to its channels.
+        convs: the blocked convolutions, in order.
+        nodes: all nodes that read or write blocked values, in order.
+        size: the block size, if a Reshape node shows it; otherwise None.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -153,7 +163,7 @@ class _Region:
             at = -1 if attribute(node, "channels_last", 0) else 1
             size = None if x is None or x.shape is None else x.shape[at]
             if not isinstance(size, int):
-                raise _Unknown(f"the graph does not say how many channels {_name(node)} reads")
+                raise _Unknown(f"the graph does not record how many channels {_name(node)} reads")
             self.channels[out] = _Channels(None, size)
         elif op == "ReorderOutput":
             self._state(blocked[0], int(attribute(node, "channels", 0)), node)
@@ -167,15 +177,15 @@ class _Region:
     def _conv(self, node: ir.Node) -> None:
         x, W, bias, more = (*node.inputs, None, None)[:4]
         if x is None or not is_constant(W) or (bias is not None and not is_constant(bias)):
-            raise _Unknown(f"{_name(node)} reads a computed kernel")
+            raise _Unknown(f"the kernel or the bias of {_name(node)} is not a constant")
         shape = shape_of(W)  # type: ignore[arg-type]
         if len(shape) != 4 or (more is not None and more not in self.channels):
-            raise _Unknown(f"{_name(node)} has inputs of another layout")
+            raise _Unknown(f"{_name(node)} has a kernel without 4 axes, or a fourth input that is not blocked")
         self.convs.append(node)
         out = node.outputs[0]
         if _is_depthwise(node):
             if x not in self.channels:
-                raise _Unknown(f"{_name(node)} reads a plain value")
+                raise _Unknown(f"the depthwise convolution {_name(node)} reads an input that is not blocked")
             self.channels[out] = self.channels[x]
             self.channels[out].padded = shape[0]
         else:
@@ -198,7 +208,8 @@ class _Region:
             self.channels[out] = joined = _Channels(None)
             joined.parts, joined.full = tuple(blocked), True
         elif op == "Reshape" and len(others) == 1 and is_constant(others[0]):
-            # Before an addition, onnxruntime gives the blocks an axis if it cannot prove that the shapes are equal.
+            # onnxruntime adds an axis for the channels of a block before an addition if it cannot prove that the added
+            # shapes are equal.
             sizes = [int(size) for size in numbers(others[0])]
             if sizes[:4] != [0, -1, 0, 0] or len(sizes) > 5:
                 raise _Unknown(f"{_name(node)} changes the blocked layout")
@@ -208,7 +219,7 @@ class _Region:
             raise _Unknown(f"the operator {op} of {_name(node)} reads blocked values")
 
     def _join(self, one: ir.Value, other: ir.Value) -> None:
-        """Record that two values have the same channels."""
+        """Record that two values have equally many channels."""
         kept, gone = self.channels[one], self.channels[other]
         if kept is gone:
             return
@@ -223,31 +234,32 @@ class _Region:
     def _state(self, value: ir.Value, number: int, node: ir.Node) -> None:
         channels = self.channels[value]
         if channels.stated not in (None, number):
-            raise _Unknown(f"{_name(node)} writes {number} channels, but another node {channels.stated}")
+            raise _Unknown(f"{_name(node)} writes {number} channels, but another node requires {channels.stated}")
         channels.stated = number
 
 
 def _size(region: _Region, base: Checkpoint) -> int:
-    """Return the only block size with which a kernel is a weight of the base.
+    """Return the block size: the only size with which some kernel, in the plain layout, is a weight of the base.
 
     Raises:
-        _Unknown: no block size gives a weight of the base, or several do.
+        _Unknown: no block size fits the shapes of all kernels; or no kernel is a weight of the base with exactly one
+            block size.
     """
     sizes = [size for size in SIZES if region.size in (None, size) and _divides(region, size)]
     if not sizes:
-        raise _Unknown("no size of the blocks divides the channels of all kernels")
+        raise _Unknown("no block size fits the numbers of channels of all kernels")
     for node in region.convs:
         fits = [size for size in sizes if _is_of_base(_ordered(node, size, node.inputs[0] in region.channels), base)]
         if len(fits) == 1:
             return fits[0]
-    raise _Unknown("its kernels, put in order, are no weights of the base")
+    raise _Unknown("no kernel matches a weight of the base with exactly one block size")
 
 
 def _divides(region: _Region, size: int) -> bool:
-    """Whether the kernels' shapes are possible for a block size."""
+    """Whether all kernels can have their shapes with a block size."""
     for node in region.convs:
         out, into, *_ = shape_of(node.inputs[1])  # type: ignore[arg-type]
-        # Fewer input channels than a block has are not blocked.
+        # onnxruntime does not block the input of a kernel with fewer input channels than a block has.
         wrong = into % size != 0 if node.inputs[0] in region.channels else into >= size
         if out % size or (wrong and not _is_depthwise(node)):
             return False
@@ -261,19 +273,19 @@ def _is_depthwise(node: ir.Node) -> bool:
 
 
 def _ordered(node: ir.Node, size: int, blocked: bool) -> Array:
-    """Return the kernel of a convolution as `[out, in, height, width]`."""
+    """Return the kernel of a convolution in the plain layout, `[out, in, height, width]`."""
     W = numbers(node.inputs[1])  # type: ignore[arg-type]
     shape, order = _axes(W.shape, size, blocked and not _is_depthwise(node))
     return W.reshape(shape).transpose(order).reshape(W.shape)
 
 
 def _axes(shape: Sequence[int], size: int, inputs: bool) -> tuple[list[int], list[int]]:
-    """Return the stored axes of a kernel, and their order in a plain kernel.
+    """Return the sizes of a blocked kernel's axes, and the permutation of these axes that gives the plain kernel.
 
     Args:
-        shape: the kernel's shape, with full blocks.
+        shape: the kernel's shape, `[out, in, height, width]`, including the channels that fill the last block.
         size: the number of channels in a block.
-        inputs: whether the input's channels are also stored in blocks.
+        inputs: whether the input channels are also stored in blocks.
     """
     out, into, height, width = shape
     if inputs:
@@ -282,12 +294,15 @@ def _axes(shape: Sequence[int], size: int, inputs: bool) -> tuple[list[int], lis
 
 
 def _is_of_base(V: Array, base: Checkpoint) -> bool:
-    """Whether a kernel is a base weight with some factor for each output channel, as a folded norm leaves it."""
+    """Whether a kernel equals a base weight, up to one factor for each output channel.
+
+    A norm that was folded into the convolution leaves such factors.
+    """
     for leaf in base.tensors.values():
         shape = leaf.shape
         if len(shape) != 4 or not leaf.dtype.floating or shape[2:] != V.shape[2:] or int(np.prod(shape[1:])) < 2:
             continue
-        # Channels that fill a block are zeros.
+        # The kernel may have more channels than the weight: channels of zeros, which fill the last block.
         if not 0 <= len(V) - shape[0] < max(SIZES) or not 0 <= V.shape[1] - shape[1] < max(SIZES):
             continue
         W = as_array(leaf).astype(np.float64).reshape(shape[0], -1)
@@ -312,7 +327,7 @@ class _Unblocking:
         self.model, self.region, self.size = model, region, size
         self.building = Building(model)
         self.counts = {id(channels): self._count(channels) for channels in region.channels.values()}
-        for node in region.convs:  # Check all before the first change.
+        for node in region.convs:  # Check all kernels before the first change.
             self._check(node)
 
     def done(self) -> None:
@@ -336,10 +351,10 @@ class _Unblocking:
         self.model.graph.opset_imports.pop(BLOCKED, None)
 
     def _count(self, channels: _Channels) -> int:
-        """Return the number of channels in the model.
+        """Return the number of channels in the model, without those that fill the last block.
 
         Raises:
-            _Unknown: the nodes contradict each other.
+            _Unknown: the nodes contradict each other about this number.
         """
         if channels.parts:
             count = sum(self._count(self.region.channels[part]) for part in channels.parts)
@@ -353,11 +368,11 @@ class _Unblocking:
         whole = -(-count // self.size) * self.size
         stated = count if channels.stated is None else channels.stated
         if count != stated or channels.padded not in (None, whole) or (channels.full and count != whole):
-            raise _Unknown("its nodes do not agree about the number of channels")
+            raise _Unknown("the graph's nodes contradict each other about a number of channels")
         return count
 
     def _used(self, channels: _Channels) -> int:
-        """Return how many channels have numbers other than 0, in the kernels that write or read them."""
+        """Return the number of channels up to the last one that is not zero in a kernel or bias that uses them."""
         most, channels_of = 0, self.region.channels.get
         for node in self.region.convs:
             x = node.inputs[0]
@@ -373,20 +388,23 @@ class _Unblocking:
         return most
 
     def _check(self, node: ir.Node) -> None:
-        """Refuse a kernel with numbers for channels that only fill a block."""
+        """Refuse a kernel that is not zero at input channels that only fill the last block."""
         x = node.inputs[0]
         assert x is not None
         if x not in self.region.channels or _is_depthwise(node) or attribute(node, "group", 1) > 1:
             return
         into = self._channels(x)
         if into < shape_of(node.inputs[1])[1] and _ordered(node, self.size, True)[:, into:].any():  # type: ignore[arg-type]
-            raise _Unknown(f"the kernel of {_name(node)} has numbers for channels that do not exist")
+            raise _Unknown(f"the kernel of {_name(node)} is not zero at channels that only fill a block")
 
     def _channels(self, value: ir.Value) -> int:
         return self.counts[id(self.region.channels[value])]
 
     def _shaped(self, old: ir.Value, new: ir.Value) -> None:
-        """Record the channels of a value that replaces a blocked one; the nodes that read it come later."""
+        """Record the channels of `new`, which replaces the blocked value `old`.
+
+        The nodes that read `new` are replaced later, and need the number of its channels.
+        """
         if old in self.region.channels:
             self.region.channels[new] = self.region.channels[old]
             new.shape = ir.Shape([None, self._channels(old), None, None])
@@ -446,13 +464,13 @@ class _Unblocking:
         return self.building.literal(np.asarray(sizes, np.int64))
 
     def _cut(self, branch: Branch, value: ir.Value, ends: Sequence[int], shape: Sequence[int]) -> ir.Value:
-        """Return the first channels of a kernel or a bias."""
+        """Return the first channels of a kernel or a bias; `ends` gives their number for each axis."""
         given = [self._sizes([0] * len(ends)), self._sizes(ends), self._sizes(range(len(ends)))]
         return branch.node("Slice", [value, *given], None, np.float32, shape)
 
 
 def _last(used: object) -> int:
-    """Return the number of channels up to the last one that is not 0."""
+    """Return the number of entries of a vector up to the last one that is not 0."""
     at = np.flatnonzero(np.asarray(used))
     return int(at[-1]) + 1 if len(at) else 0
 
