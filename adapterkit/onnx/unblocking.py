@@ -98,16 +98,39 @@ def _channels_first(model: ir.Model, node: ir.Node) -> None:
     zero = node.inputs[7]
     assert isinstance(graph, ir.Graph)
     kinds = [np.dtype(np.uint8) if one is None else element_type(one) for one in (node.inputs[2], zero)]
-    x = branch.node("Transpose", [node.inputs[0]], {"perm": [0, axes[-1], *axes[1:-1]]}, kinds[0], None)
+    first, last = [0, axes[-1], *axes[1:-1]], [0, *axes[2:], 1]
+    # Undo the Transposes that onnxruntime added. Otherwise a change would be added before the output is rounded, and
+    # the range of the output would clip it.
+    before = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if _transposes(before, last):
+        x = before.inputs[0]  # type: ignore[union-attr]
+    else:
+        x = branch.node("Transpose", [node.inputs[0]], {"perm": first}, kinds[0], None)
     words = {name: one.value for name, one in node.attributes.items() if name != "channels_last"}
     y = branch.node("QLinearConv", [x, *node.inputs[1:]], words, kinds[1], None)
-    new = branch.node("Transpose", [y], {"perm": [0, *axes[2:], 1]}, kinds[1], None)
+    new = branch.node("Transpose", [y], {"perm": last}, kinds[1], None)
     for one in branch.nodes:
         one.metadata_props.update(node.metadata_props)
     graph.insert_before(node, branch.nodes)
+    after = [use.node for use in old.uses() if _transposes(use.node, first)]
+    for one in after:
+        if not one.outputs[0].is_graph_output():
+            ir.convenience.replace_all_uses_with(one.outputs[0], y)
     takes_over(old, new, branch)
     graph.remove(node, safe=True)
+    for turn in (*after, new.producer(), before):
+        turns = _transposes(turn, first) or _transposes(turn, last)
+        if turn is None or not turns or turn.graph is not graph:
+            continue
+        if not any(out.uses() or out.is_graph_output() for out in turn.outputs):
+            graph.remove(turn, safe=True)
     building.settle()
+
+
+def _transposes(node: ir.Node | None, order: Sequence[int]) -> bool:
+    """Whether a node is a Transpose into an order of axes."""
+    known = node is not None and node.op_type == "Transpose" and node.domain in ("", "ai.onnx")
+    return known and list(attribute(node, "perm", ())) == list(order)  # type: ignore[arg-type]
 
 
 class _Channels:

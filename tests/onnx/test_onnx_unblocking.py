@@ -293,3 +293,23 @@ def test_integer_convolutions_that_read_channels_last(form, mode, tmp_path):
         assert abs(graphs.run(out, X.numpy()) - before).max() / abs(before).max() <= 1.5 * own
         feeds = ak.onnx.fit(out, adapter, base_weights=base)
     assert abs(graphs.run(out, X.numpy(), **feeds) - wanted).max() / abs(wanted).max() <= 3 * own
+
+
+def test_channels_last_do_not_clip_a_change_more_than_channels_first(tmp_path):
+    """A change larger than the calibrated range is added after the output is rounded, as before the optimization."""
+    model = randomized(Plain)
+    blocked(model, tmp_path)
+    quantize_static(tmp_path / "float.onnx", tmp_path / "q.onnx", Once(), weight_type=QuantType.QInt8)
+    optimized(tmp_path / "q.onnx", tmp_path / "last.onnx")
+    W, g = model.second.weight, torch.Generator().manual_seed(3)
+    lora = METHODS["lora"](A=torch.randn(2, *W.shape[1:], generator=g) / 2, B=torch.randn(len(W), 2, generator=g))
+    with torch.no_grad():
+        before = model(X).numpy()
+        W += (lora.B @ lora.A.flatten(1)).reshape(W.shape)
+        wanted = model(X).numpy()
+    assert abs(wanted).max() > 4 * abs(before).max()
+    ak.onnx.inject(
+        tmp_path / "last.onnx", Adapter({Target("second"): (lora,)}), tmp_path / "out.onnx",
+        base_weights=tmp_path / "base.safetensors", check=False,
+    )  # fmt: skip
+    assert abs(graphs.run(tmp_path / "out.onnx", X.numpy()) - wanted).max() <= 0.05 * abs(wanted).max()
