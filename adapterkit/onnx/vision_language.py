@@ -311,7 +311,7 @@ class Decoder:
         self.embedding, self.module = EmbeddingPart().eval(), TextDecoderPart().eval()
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the embeddings of tokens, each followed by zeros in place of features for the decoder's first layers."""
+        """Return the embeddings of tokens, each followed by zeros for the features of the decoder's first layers."""
         import torch
 
         if self.outside is not None:
