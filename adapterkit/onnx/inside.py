@@ -70,7 +70,7 @@ def changed_inside(
     if changing and (layer.bias is not None or any(update.needs_bias for update in changing)):
         if layer.bias is None or place.target.rows:
             why = "the update changes a bias, but the target is a row slice"
-            why = f"the update adds a bias, but a {layer.node.op_type} node has none" if layer.bias is None else why
+            why = f"the update adds a bias, but this {layer.node.op_type} node has none" if layer.bias is None else why
             raise Unsupported(why, where=str(place.asked), cure="Keep the adapter in the torch model")
         changed = cast("Value | None", chain.bias)
         bias = changed

@@ -683,8 +683,8 @@ def test_configs_that_are_not_of_their_file_are_refused(saved, tmp_path):
     for case, changes, why in (
         ("prompt of llama", {"num_virtual_tokens": 5}, r"\[4, 8\].* the config states \[5, 8\]"),
         ("prompt of llama", {"num_transformer_submodules": 3}, "must be 1 or 2, but is 3"),
-        ("prefix of llama", {"token_dim": 6}, "do not divide"),
-        ("prefix of llama", {"num_layers": None}, "do not divide"),
+        ("prefix of llama", {"token_dim": 6}, "must be a multiple of"),
+        ("prefix of llama", {"num_layers": None}, "must be a multiple of"),
         ("multitask", {"num_tasks": 2}, "the config states"),
         ("adaption prompt", {"adapter_len": 3}, "the config states"),
         ("prompt of llama", {"cpt_mask": [1]}, "does not know"),

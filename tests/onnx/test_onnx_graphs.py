@@ -391,7 +391,7 @@ def test_biases_of_recurrent_layers(kind, biased, tmp_path):
         shift = Adapter({Target("rnn.weight_ih_l0"): (METHODS["dense"](d=torch.ones(len(made.weight_ih_l0))),)})
         for change, error, why in (
             (ak.onnx.merge, NotMergeable, "the layer does not have"),
-            (ak.onnx.inject, Unsupported, f"the {kind} has none"),
+            (ak.onnx.inject, Unsupported, f"this {kind} node has none"),
         ):
             with pytest.raises(error, match=why):
                 change(path, shift, tmp_path / "bad.onnx")
