@@ -58,9 +58,11 @@ def qwen2_vl():
 
 
 def gemma3():
+    """Without a tied head, which would repeat the last token whatever the layers compute."""
     config = transformers.Gemma3Config(
         text_config={**TEXT, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
         vision_config=TOWER, image_token_id=MARK, mm_tokens_per_image=4,
+        tie_word_embeddings=False,
     )  # fmt: skip
     return transformers.Gemma3ForConditionalGeneration(config)
 
