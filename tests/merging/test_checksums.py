@@ -80,7 +80,7 @@ def test_a_record_that_makes_no_sense_is_refused(out: Path) -> None:
     with pytest.raises(UsageError, match="no checksums"):
         ak.verify(out)
     (out / RECORD).unlink()
-    with pytest.raises(UsageError, match="no record"):
+    with pytest.raises(UsageError, match="no merge record"):
         ak.verify(out)
 
 
