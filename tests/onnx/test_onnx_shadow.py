@@ -314,7 +314,7 @@ def test_what_is_refused(fixed, made, tmp_path):
         ),
         (base(gpt2).config.to_dict(), ShapeMismatch, "but a GPT2Model has"),
         (json.loads(base(llama).config.to_json_string()) | {"intermediate_size": 14}, ShapeMismatch, "LlamaModel"),
-        (json.loads(base(llama).config.to_json_string()) | {"model_type": "bert"}, Unsupported, "like a BertModel"),
+        (json.loads(base(llama).config.to_json_string()) | {"model_type": "bert"}, Unsupported, "for a BertModel"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(error, match=match) as raised:

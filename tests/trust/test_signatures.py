@@ -133,7 +133,7 @@ def test_certificates_both_ways(tmp_path: Path, merged: Path) -> None:
         check_signature(merged, ours.out, trust=[tmp_path / "other.crt"])
     with pytest.raises(UsageError, match="of kind certificate"):
         check_signature(merged, ours.out, key=write_key(tmp_path, leaf_key, "leaf")[1])
-    with pytest.raises(Malformed, match="not for this key"):
+    with pytest.raises(Malformed, match="belongs to another key"):
         sign(merged, tmp_path / "x.sig", key=private, certificate=roots)
     with pytest.raises(Malformed, match="no certificate"):
         sign(merged, tmp_path / "x.sig", key=private, certificate=private)
