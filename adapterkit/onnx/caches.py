@@ -1,11 +1,12 @@
 """Describe the past of a language model for its export: the tensors that each layer of its cache holds.
 
-The sizes come from the model's own cache after a first call, because their names in a config depend on the
-architecture. A layer of the cache may hold keys and values, states of convolutions and recurrences, or both.
+The tensors' sizes are read from the model's own cache after a first call. They are not read from the config, whose keys
+for these sizes depend on the architecture. A layer of the cache may hold keys and values, states of convolutions and
+recurrences, or both.
 
-Keys and values have the names that optimum uses, `past_key_values.N.key`. The names of states are those of
-transformers.js: `past_conv.N`, and `past_ssm.N` or `past_recurrent.N`; its classes such as `Lfm2ForCausalLM` look for
-them. If a layer has several states of one kind, their number follows: `past_conv.N.0`.
+The graph's inputs for keys and values have the names that optimum uses, such as `past_key_values.N.key`. The inputs for
+states have the names that transformers.js expects, for example in `Lfm2ForCausalLM`: `past_conv.N`, and `past_ssm.N` or
+`past_recurrent.N`. If a layer has several states of one kind, the state's number follows: `past_conv.N.0`.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ class PastTensor:
     """One tensor of the past.
 
     Attributes:
-        layer: the number of the layer.
-        kind: `key`, `value`, `conv`, or the name of a recurrent state.
-        number: the number of the state, in layers with several states of one kind; None in other layers.
-        sizes: the sizes after the batch; 0 for the number of tokens.
+        layer: the index of the layer.
+        kind: `key`, `value`, `conv`, or the kind of a recurrent state, such as `ssm`.
+        number: the number of the state, if the layer has several states of one kind; otherwise None.
+        sizes: the sizes of all axes but the first, the batch; the size of the axis of tokens is given as 0.
         dtype: the dtype.
     """
 
@@ -52,23 +53,23 @@ class PastTensor:
 
     @property
     def grows(self) -> bool:
-        """Whether the tensor has an axis of tokens."""
+        """Whether the tensor has an axis of tokens, so that it grows with each call."""
         return self.kind in (KEY, VALUE)
 
     @property
     def axes(self) -> dict[int, str]:
-        """The dynamic axes. transformers.js makes an empty past of the size that it knows by the name `batch_size`."""
+        """The dynamic axes' names, by axis. transformers.js looks for `batch_size` to create an empty past."""
         return {0: "batch_size", 2: "past"} if self.grows else {0: "batch_size"}
 
     def name(self, present: bool = False) -> str:
-        """Return the name of the graph's input, or of its output."""
+        """Return the name of the graph's input for this tensor; if `present`, of the graph's output."""
         if self.grows:
             return f"{'present' if present else 'past_key_values'}.{self.layer}.{self.kind}"
         stem = f"{'present' if present else 'past'}_{self.kind}.{self.layer}"
         return stem if self.number is None else f"{stem}.{self.number}"
 
     def example(self, batch: int, past: int, rng: torch.Generator) -> Tensor:
-        """Return a random tensor after `past` tokens; zeros if a state follows no token."""
+        """Return an example of this tensor after `past` tokens: random values, or zeros if `past` is 0."""
         import torch
 
         sizes = [past if self.grows and at == 1 else size for at, size in enumerate(self.sizes)]
@@ -78,11 +79,11 @@ class PastTensor:
 
 
 class Past:
-    """The past of a language model: its tensors, and the caches of transformers that hold them.
+    """The past of a language model: describes its tensors, and creates the transformers caches that hold them.
 
     Attributes:
         tensors: the tensors, in the order of the graph's inputs.
-        last: gets the recurrent state that a layer reads from the cache.
+        last: the recurrent state that a layer read last from the cache.
         has_attention: whether a layer holds keys and values.
         has_states: whether a layer holds states.
     """
@@ -92,18 +93,19 @@ class Past:
 
         Args:
             model: the model.
-            word: the name of its parameter for the cache.
+            word: the name of the model's parameter for the cache.
             source: the model's folder, for errors.
             given: the other arguments of the call.
 
         Raises:
-            Unsupported: the cache holds something else.
+            Unsupported: the model does not run with a cache of transformers, keeps states outside of this cache, or
+                leaves this cache empty.
         """
         import torch
 
         name, cure = type(model).__name__, "Export the torch model with adapterkit.onnx.export"
         kind: Any = import_module("transformers").DynamicCache
-        # Old versions of transformers have no caches that depend on the config, and no states in caches.
+        # In old versions of transformers, a `DynamicCache` takes no config and holds no states.
         cache: Cache = kind(config=model.config) if "config" in inspect.signature(kind).parameters else kind()
         before = _attributes(model)
         try:
@@ -126,7 +128,7 @@ class Past:
         self.has_states = not all(one.grows for one in self.tensors)
 
     def names(self, present: bool = False) -> list[str]:
-        """Return the names of the graph's inputs, or of its outputs."""
+        """Return the names of the graph's inputs for the tensors; if `present`, of the graph's outputs."""
         return [one.name(present) for one in self.tensors]
 
     def axes(self) -> list[dict[int, str]]:
@@ -134,16 +136,17 @@ class Past:
         return [one.axes for one in self.tensors]
 
     def example(self, batch: int, past: int, rng: torch.Generator) -> list[Tensor]:
-        """Return an example of all tensors."""
+        """Return an example of each tensor; see `PastTensor.example`."""
         return [one.example(batch, past, rng) for one in self.tensors]
 
     def cache(self, tensors: Sequence[Tensor] | None, *, first: bool = False) -> Cache:
         """Return a cache that holds the tensors; an empty cache for None.
 
         Args:
-            tensors: the tensors.
-            first: let the cache say that it is empty, for models that use the types of tokens in a first call only. In
-                later calls, these types do not change the result: new tokens may attend to all earlier tokens.
+            tensors: the tensors, in the order of the graph's inputs.
+            first: True to make the cache report that it is empty, because some models use the types of tokens only in
+                the first call. In later calls, these types do not change the result: new tokens may attend to all
+                earlier tokens.
         """
         empty: Any = import_module("transformers").DynamicCache
         cache: Any = (type("FirstCache", (empty,), {"is_initialized": False}) if first else empty)()
@@ -162,10 +165,10 @@ class Past:
         return cast("Cache", cache)
 
     def mask(self, mask: Tensor, length: int) -> Tensor:
-        """Return the mask that the model takes: of all tokens, or of the call's tokens if no layer has an attention.
+        """Return the mask to pass to the model: of all tokens, or of the call's tokens if no layer has an attention.
 
-        Such models multiply the mask with the call's hidden states. In models with both, transformers itself cuts the
-        mask for the layers with states.
+        Models without any attention multiply the hidden states of the call by the mask. If only some layers have an
+        attention, transformers itself cuts the mask for the other layers.
         """
         return mask if self.has_attention else mask[:, mask.shape[1] - length :]
 
@@ -179,7 +182,7 @@ class Past:
 
 
 def _attributes(model: PretrainedModel) -> dict[str, Tensor]:
-    """Return the tensors that are attributes of a model's parts, but neither parameters nor buffers."""
+    """Return the tensors that are plain attributes of a model's modules, neither parameters nor buffers, by path."""
     import torch
 
     return {
@@ -191,7 +194,7 @@ def _attributes(model: PretrainedModel) -> dict[str, Tensor]:
 
 
 def _heard(read: Callable[..., Tensor | None], last: LastState) -> Callable[..., Tensor | None]:
-    """Return a function that reads a state from a cache, and also sets `last`."""
+    """Return a function that calls `read`, and also stores the state that `read` returns in `last`."""
 
     def get_recurrent_state(*args: object, **kwargs: object) -> Tensor | None:
         state = read(*args, **kwargs)
@@ -219,13 +222,14 @@ def _tensors(layers: Sequence[Any], recurrent: str) -> list[PastTensor]:
 
 
 def _layer(like: Any, tensors: Mapping[tuple[str, int], Tensor], library: Any) -> Any:
-    """Return a layer of a cache, which holds tensors.
+    """Return a new cache layer that holds the tensors, to be used in place of the layer `like`.
 
-    Layers of a sliding window become layers of all keys and values; the model's mask hides those before the window.
+    For a layer with a sliding window, return a layer that keeps all keys and values: the model's mask hides the tokens
+    before the window.
     """
     states = hasattr(like, "conv_states")
     if getattr(like, "keys", None) is None and not states:
-        return type(like)()  # A layer without a past, or one that reads the keys and values of another layer.
+        return type(like)()  # This layer has no past, or it uses the keys and values of another layer.
     both = states and getattr(like, "keys", None) is not None
     if not states:
         layer = library.DynamicLayer()
@@ -238,7 +242,7 @@ def _layer(like: Any, tensors: Mapping[tuple[str, int], Tensor], library: Any) -
         if kind in (KEY, VALUE):
             continue
         word = "conv_states" if kind == CONV else "recurrent_states"
-        state = tensor.clone()  # Layers write to their states, and a graph must not write to its inputs.
+        state = tensor.clone()  # A layer overwrites its states, but a graph must not overwrite its inputs.
         getattr(layer, word)[number] = state
         getattr(layer, f"is_{word}_initialized")[number] = True
         layer.has_previous_state[number] = True

@@ -1,6 +1,7 @@
 """Write `genai_config.json` beside an exported language model, so that onnxruntime-genai can load the folder.
 
-The graph's inputs and outputs have the names that onnxruntime-genai uses; the config adds the sizes and token ids.
+The graph's inputs and outputs already have the names that onnxruntime-genai uses. The config lists these names, and
+adds sizes and token ids.
 onnxruntime-genai's model builder writes the same format: https://onnxruntime.ai/docs/genai/reference/config.html
 """
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 NAME = "genai_config.json"
 
 KIND, CONVOLUTIONS = "decoder", "lfm2"
-"""The `type` in the config for any architecture, and for those with states of convolutions only.
+"""Values for the config's `type`. `lfm2` is for models whose only states, besides keys and values, are those of
+convolutions; `decoder` is for all other models.
 
 onnxruntime-genai's other types differ only in the cache layout."""
 
@@ -32,10 +34,10 @@ LONGEST = 2048
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 PAST, PRESENT = "past_key_values.%d.", "present.%d."
-"""Patterns for the names of cached keys and values; `%d` is the number of the layer."""
+"""Patterns for the names of cached keys and values; `%d` stands for the layer's index."""
 
 STATES = {"conv": ("past_conv.%d",), "recurrent": ("past_ssm.%d", "past_recurrent.%d")}
-"""A map from onnxruntime-genai's name for each kind of state to the patterns for the names of the graph's inputs."""
+"""Patterns for the names of the graph's state inputs, by onnxruntime-genai's name for the kind of state."""
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -49,9 +51,10 @@ def write_genai_config(model: PretrainedModel, graph: Path, out: Path) -> list[P
         out: the folder to write to.
 
     Returns:
-        the path in a list. The list is empty, and no file is written, if onnxruntime-genai cannot run the graph. This
-        is the case if the graph has no cached keys and values, if the sizes of keys and values differ between layers,
-        if a layer has several states of one kind, or if the model's configs name no end-of-text token.
+        a list with the config's path. The list is empty, and no file is written, if onnxruntime-genai cannot run the
+        graph. This is the case if the graph has no cached keys and values, if the sizes of keys and values differ
+        between layers, if a state has an unknown name (such as a second state of the same kind) or an unexpected
+        shape, or if the model's configs have no end-of-text token.
     """
     config = _config(model, opened(graph).model, graph.name)
     if config is None:
@@ -75,7 +78,7 @@ def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, Jso
     heads, width = sizes.pop() if len(sizes) == 1 else (None, None)
     if not isinstance(heads, int) or not isinstance(width, int):
         return None
-    # onnxruntime-genai counts all layers, also those without keys and values.
+    # onnxruntime-genai expects the number of all layers, including layers without keys and values.
     count = 1 + max(int(part) for name in known & shapes.keys() for part in name.split(".") if part.isdigit())
     text_config = model.config.get_text_config()
     ids = _token_ids(model)
@@ -102,14 +105,15 @@ def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, Jso
     }  # fmt: skip
     alone = states.keys() == {"conv"}
     if alone:
-        # onnxruntime-genai makes these states itself, `[batch, hidden_size, conv_cache_size]`.
+        # onnxruntime-genai creates these states with shape `[batch, hidden_size, conv_cache_size]`, so the graph must
+        # use this shape.
         wide = {tuple(shapes[name % at][1:]) for name in states.values() for at in numbers if name % at in shapes}
         hidden, length = wide.pop() if len(wide) == 1 else (None, None)
         if hidden != decoder["hidden_size"] or not isinstance(length, int):
             return None
         kinds = ["full_attention" if at in layers else "conv" for at in range(count)]
         decoder |= {"layer_types": [*kinds], "conv_cache_size": length}
-    # The graph returns the whole cache as a new tensor, so it cannot write into the buffer that it reads.
+    # The graph returns the whole cache as a new tensor, so the inputs and outputs of the cache cannot share a buffer.
     search: dict[str, JsonValue] = {"do_sample": False, "max_length": longest, "past_present_share_buffer": False}
     whole: dict[str, JsonValue] = {
         **ids, "context_length": longest, "decoder": decoder,

@@ -1,9 +1,10 @@
 """Trace vision towers that read the patches of several images as one sequence, for any number and size of images.
 
-Such towers (Qwen2-VL and others) get the patches `[patches, numbers]` and a grid `[images, 3]`: the frames, rows and
+Such towers (Qwen2-VL and others) get the patches `[patches, values]` and a grid `[images, 3]`: the frames, rows and
 columns of each image. In transformers, loops over the images compute the positions of patches, the windows of patches,
-and the attention inside of each image, which torch cannot trace for other grids. The towers take all of these as
-arguments instead. Here, they are computed for each patch from its number, with operations on whole tensors.
+and the segments in which patches attend to each other. A trace of these loops is valid only for the traced grid. But
+the towers also accept the results of the loops as arguments. This module computes these arguments from the index of
+each patch, with operations on whole tensors, which torch can trace.
 
 The towers' attention runs once over all patches, with a mask that separates the images, windows or frames.
 """
@@ -23,17 +24,19 @@ if TYPE_CHECKING:
     from .pretrained_types import PretrainedModel
 
 SEGMENTED = "adapterkit_flash_segments"
-"""Name of the attention that is registered in transformers. The towers pass the segments to it, because of `flash`."""
+"""Name under which the attention function is registered in transformers. It must contain `flash`: otherwise, the towers
+do not pass the segments to the function."""
 
 POSITIONS, SEGMENTS, WINDOWS, TAPS = (
     "get_vision_position_ids", "get_vision_attention_seqlens", "get_vision_window_index",
     "get_vision_interpolation_indices_and_weights",
 )  # fmt: skip
-"""Functions of transformers that compute a tower's arguments, unless the caller passes them."""
+"""Names of the transformers functions that compute the positions, segments, windows and interpolation of a tower,
+unless the tower's caller passes these arguments."""
 
 
 def tower_of(model: PretrainedModel) -> nn.Module | None:
-    """Return the part of a model that reads patches and their grid, and takes the computed arguments."""
+    """Return the first part of a model that takes `grid_thw` and accepts the computed arguments; None if none does."""
     for part in model.modules():
         names = inspect.signature(part.forward).parameters
         if "grid_thw" in names and {POSITIONS, SEGMENTS} <= _used(part):
@@ -47,15 +50,15 @@ def _used(tower: nn.Module) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class Patches:
-    """The place of each patch, all of shape `[patches]`; computed by `patches_of`.
+    """The location of each patch in its image, as `patches_of` computes it. All tensors have shape `[patches]`.
 
     Attributes:
-        image: the number of the image.
-        frame: the frame in the image.
-        row: the row in the frame.
-        column: the column in the frame.
-        rows: the number of rows of the image.
-        columns: the number of columns of the image.
+        image: the index of the patch's image.
+        frame: the index of the frame in the image.
+        row: the index of the row in the frame.
+        column: the index of the column in the frame.
+        rows: how many rows of patches the image has.
+        columns: how many columns of patches the image has.
     """
 
     image: Tensor
@@ -67,12 +70,14 @@ class Patches:
 
 
 def patches_of(grid: Tensor, count: Tensor, merge: int) -> Patches:
-    """Return the place of each patch. In a frame, the patches of a square of `merge` rows and columns are neighbours.
+    """Compute the location of each patch in its image.
+
+    A frame is a sequence of squares of `merge` rows and `merge` columns; the patches of one square follow each other.
 
     Args:
         grid: frames, rows and columns of each image, `[images, 3]`.
-        count: the numbers of the patches, `[patches]`.
-        merge: the size of the squares.
+        count: the indices of the patches in the sequence of all images' patches, `[patches]`.
+        merge: the number of rows, and of columns, in a square.
     """
     sizes = grid[:, 0] * grid[:, 1] * grid[:, 2]
     ends = sizes.cumsum(0)
@@ -88,19 +93,20 @@ def patches_of(grid: Tensor, count: Tensor, merge: int) -> Patches:
 
 
 def arguments_of(tower: Any, grid: Tensor, patches: Tensor) -> dict[str, Any]:
-    """Return the arguments that transformers would compute from the grid in Python.
+    """Return the tower's arguments that transformers would otherwise compute with loops over the grid.
 
     Args:
         tower: the tower; its attributes give the sizes of squares and windows.
-        grid: frames, rows and columns of each image.
-        patches: the tower's input, `[patches, numbers]`.
+        grid: frames, rows and columns of each image, `[images, 3]`.
+        patches: the tower's input, `[patches, values]`.
     """
     import torch
 
     merge, used = int(tower.spatial_merge_size), _used(tower)
     count = torch.arange(patches.shape[0])
     each = patches_of(grid, count, merge)
-    # One segment for each frame of each image; the attention compares these numbers.
+    # In `cu_seqlens`, pass the segment index of each patch instead of the segments' ends, because `_attention` compares
+    # these indices. Each frame of each image is one segment.
     given: dict[str, Any] = {
         "position_ids": torch.stack([each.row, each.column], 1), "max_seqlen": 1,
         "cu_seqlens": each.image * (each.frame.max() + 1) + each.frame,
@@ -114,7 +120,10 @@ def arguments_of(tower: Any, grid: Tensor, patches: Tensor) -> dict[str, Any]:
 
 
 def _windows(tower: Any, grid: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the order of the squares of patches, window by window, and the window of each patch in this order."""
+    """Return the squares of patches, sorted by window, and the window of each patch in this order.
+
+    The squares are indices, `[squares]`; the windows are indices, `[patches]`.
+    """
     import torch
 
     merge = int(tower.spatial_merge_size)
@@ -122,7 +131,8 @@ def _windows(tower: Any, grid: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]
     squares = grid // torch.tensor([1, merge, merge])
     each = patches_of(squares, torch.arange(patches.shape[0] // merge**2), 1)
     across, down = (each.columns + size - 1) // size, (each.rows + size - 1) // size
-    # All windows have `size * size` places, so that the numbers of places order the squares; some places are empty.
+    # Count `size * size` places in every window, so that sorting squares by the index of their place sorts them by
+    # window. Windows at the edge of an image leave some places empty.
     places = squares[:, 0] * ((squares[:, 1] + size - 1) // size) * ((squares[:, 2] + size - 1) // size)
     window = (places.cumsum(0) - places)[each.image] + each.frame * down * across
     window = window + each.row // size * across + each.column // size
@@ -131,7 +141,10 @@ def _windows(tower: Any, grid: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _taps(tower: Any, each: Patches) -> tuple[Tensor, Tensor]:
-    """Return the entries of a table of positions that are mixed for each patch, and their weights."""
+    """Return, for each patch, the entries of the position table to interpolate between, and their weights.
+
+    Both have shape `[patches, entries]`.
+    """
     library = import_module("transformers.vision_utils")
     side = int(tower.num_grid_per_side)
     options = (
@@ -147,7 +160,7 @@ def _taps(tower: Any, each: Patches) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def in_segments(tower: Any) -> Iterator[None]:
-    """Let a tower's attention run once over all patches, for the block."""
+    """For the block, run a tower's attention once over all patches, with a mask that separates the segments."""
     functions: Any = import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
     functions.register(SEGMENTED, _attention)
     before = tower.config._attn_implementation
@@ -161,7 +174,11 @@ def in_segments(tower: Any) -> Iterator[None]:
 def _attention(
     _: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, cu_seq_lens_q: Tensor, **_more: object
 ) -> tuple[Tensor, None]:
-    """Compute the attention of patches, `[1, heads, patches, width]`, to patches with the same `cu_seq_lens_q`."""
+    """Compute attention between patches of the same segment.
+
+    `query`, `key` and `value` have shape `[1, heads, patches, width]`. `cu_seq_lens_q` is the segment index of each
+    patch, `[patches]`, not the ends of the segments as in transformers.
+    """
     import torch
 
     weights = (query @ key.transpose(-1, -2)) * scaling

@@ -1,4 +1,4 @@
-"""Continue texts with images, in the graphs of a language model that reads images."""
+"""Generate the continuation of texts with images, with the graphs of a language model that reads images."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ if TYPE_CHECKING:
 
     Run = Callable[[str, Mapping[str, Array]], dict[str, Array]]
 
-_PROCESSOR = "Pass all that the model's processor returns"
+_PROCESSOR = "Pass all arrays that the model's processor returns"
 
 CAUSAL = -1
-"""The type of generated tokens: models know 0 and 1, and let tokens of any other type attend to earlier tokens only."""
+"""The token type of generated tokens. Models define the types 0 and 1; a token of any other type attends only to
+earlier tokens."""
 
 
 class ImageTexts:
-    """Texts with images, for the graphs of one folder.
+    """A batch of texts with images, and the graphs that continue these texts.
 
     Args:
-        parts: the sessions of the graphs, by file name.
+        parts: the sessions of the model's graphs, by file name.
         inputs: the inputs of all texts, by the names that processors of transformers use.
-        mark: the token that stands for a part of an image.
-        path: the folder, for errors.
+        mark: the id of the token that stands for a part of an image.
+        path: the model's folder, for error messages.
 
     Raises:
         UsageError: an input is unknown, or missing.
@@ -58,12 +59,12 @@ class ImageTexts:
             raise UsageError(f"no input {self._types} was given", path=path, cure=cure)
 
     def written(self, run: Run, count: int, ends: Sequence[int]) -> Array:
-        """Continue the texts greedily; return all tokens, `[batch, length + new]`.
+        """Generate greedily; return the ids of the given and the new tokens, `[batch, length + new]`.
 
         Args:
-            run: runs a graph, by its file name.
-            count: the largest number of tokens to add.
-            ends: the tokens that end a text.
+            run: a function that takes a graph's file name and its inputs, and returns the graph's outputs.
+            count: the largest number of tokens to generate.
+            ends: the ids of the tokens that end a text. Texts that end before others are padded with the first id.
         """
         tokens, mask, types = self.tokens, self.mask, self._given.get(self._types or "")
         embedded = self._merged(run)
@@ -87,12 +88,12 @@ class ImageTexts:
             embedded = run(EMBEDDING, {"input_ids": new})["inputs_embeds"]
             if types is not None:
                 types = np.concatenate([types, np.full_like(new, CAUSAL)], 1)
-            # In three rows, the next position follows the largest one.
+            # Positions in images have three rows; the next position in each row is 1 more than the largest of all rows.
             places = places.max((0, 2))[None, :, None].repeat(3, 0) + 1 if places.ndim == 3 else places[:, -1:] + 1
         return tokens
 
     def _merged(self, run: Run) -> Array:
-        """Return the embeddings of all tokens, with image features in place of those of image tokens."""
+        """Return the embeddings of all tokens; image features replace the embeddings of image tokens."""
         embedded = run(EMBEDDING, {"input_ids": self.tokens})["inputs_embeds"].copy()
         marks = self.tokens == self._mark
         features = self._features(run) if "pixel_values" in self._given else np.zeros((0, embedded.shape[-1]))
@@ -111,7 +112,7 @@ class ImageTexts:
         arrays = {name: self._given[other].astype(vision.types[name][0]) for name, other in self._images.items()}
         pixels = arrays["pixel_values"]
         if pixels.ndim == 5:
-            # Images of zeros fill up the texts with fewer images; transformers drops them, too.
+            # Texts with fewer images than others are padded with images of zeros. Drop these, as transformers does.
             real = pixels.reshape(-1, *pixels.shape[2:]).any((1, 2, 3))
             arrays = {name: array.reshape(-1, *array.shape[2:])[real][None] for name, array in arrays.items()}
         if vision.types["pixel_values"][1][0] == 1 and pixels.ndim == 4:
@@ -122,7 +123,11 @@ class ImageTexts:
         return rows
 
     def _places(self) -> Array:
-        """Return the positions of all tokens: `[batch, length]`, or `[3, batch, length]` for positions in images."""
+        """Return the positions of all tokens.
+
+        The shape is `[batch, length]`, or `[3, batch, length]` if the decoder takes separate positions for the frames,
+        rows and columns of images.
+        """
         if "position_ids" in self._given:
             return self._given["position_ids"]
         places: Array = np.maximum(self.mask.cumsum(1) - 1, 0)
@@ -135,9 +140,14 @@ class ImageTexts:
         return threefold
 
     def _in_images(self, marks: Array, grids: Iterator[Array]) -> Array:
-        """Return the positions in one text, `[3, tokens]`: frames, rows and columns; outside of images, all are equal.
+        """Return the positions of one text's tokens, `[3, tokens]`: the frame, the row and the column of each token.
 
-        After an image, the positions continue after its largest row or column.
+        Outside of images, the three positions of a token are equal. The first position after an image is the image's
+        first position plus the number of its token rows or token columns, whichever is larger.
+
+        Args:
+            marks: whether each token is an image token, `[tokens]`.
+            grids: the frames, rows and columns of the next images; one is taken for each image of the text.
         """
         pieces, at = [np.zeros((3, 0), np.int64)], 0
         edges = [0, *(np.flatnonzero(np.diff(marks.astype(np.int8))) + 1), len(marks)]

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     Open = dict[int, str] | Sequence["Open"] | None
 
 INSIDE = "model"
-"""Name of the attribute that holds the model inside the wrapper modules of this file."""
+"""The name of the attribute in which wrapper modules (`ExportWords.module`) store the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportWords:
-    """The description of a model's call, for an export.
+    """A description of how a model is called, which `export` needs to trace the model.
 
     Attributes:
-        module: a wrapper that takes positional tensors and returns tensors.
+        module: a module that calls the model: it takes tensors as positional arguments, and returns tensors.
         examples: example arguments of several sizes; the first one is traced.
         inputs: names of the inputs; nested inputs are flattened.
         outputs: names of the outputs.
@@ -45,14 +45,16 @@ class ExportWords:
 
 
 def words_of(model: PretrainedModel, source: Path) -> ExportWords:
-    """Describe a model's call, from the model's class and the signature of `forward`.
+    """Describe how a causal language model, an encoder or a classifier is called.
+
+    The description depends on the model's class and on the parameters of the model's `forward`.
 
     Args:
         model: a transformers model in evaluation mode.
         source: the model's folder, for errors.
 
     Raises:
-        Unsupported: the kind of model is unknown.
+        Unsupported: the model does not read tokens, or does not keep its past in a cache of transformers.
     """
     if "input_ids" not in inspect.signature(model.forward).parameters:
         cure = "Export the torch model with adapterkit.onnx.export"
@@ -139,7 +141,7 @@ def _causal(model: PretrainedModel, source: Path) -> ExportWords:
 
 
 def cache_word(model: PretrainedModel) -> str:
-    """Return the name of the parameter for the cache: transformers 5 renamed it."""
+    """Return the name of the parameter of `forward` that takes the cache; transformers 5 renamed this parameter."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 

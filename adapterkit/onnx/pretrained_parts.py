@@ -28,36 +28,36 @@ if TYPE_CHECKING:
 ENCODER, DECODER, WITH_PAST = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
 
 FILES = (ENCODER, DECODER, WITH_PAST, VISION, EMBEDDING, MERGED)
-"""The names of all graphs that an export may write for the parts of a model."""
+"""The file names of all graphs that an export may write for a model that becomes several graphs."""
 
 MASKED = ("input_ids",)
-"""Main inputs that an encoder reads together with a mask."""
+"""Values of transformers' `main_input_name` for which the encoder also reads an attention mask."""
 
 UNMASKED = {"input_features": ("whisper",), "pixel_values": ("vision-encoder-decoder",)}
-"""Main inputs that an encoder reads alone, without a mask, each with the `model_type`s of such encoder-decoders."""
+"""Values of transformers' `main_input_name` for which the encoder reads no mask, with the supported `model_type`s."""
 
 _WHOLE = "Export the torch model with adapterkit.onnx.export"
 
 
 def parts_of_model(model: PretrainedModel, source: Path) -> dict[str, ExportWords]:
-    """Return the parts of a model to export as graphs, by file name; empty if the model becomes one graph.
+    """Describe how each part of a model is called, if the parts become separate graphs.
+
+    The result maps the file name of each graph to the description. It is empty if the model becomes one graph.
 
     Args:
-        model: a transformers model in evaluation mode. Its attention implementation is set to `eager`, which can be
-            traced.
+        model: a transformers model in evaluation mode. If it has several parts, its attention implementation is set to
+            `eager`, which can be traced.
         source: the model's folder, for errors.
 
     Raises:
-        Unsupported: the kind of encoder-decoder is unknown, or the model computes more than its parts do.
+        Unsupported: the encoder-decoder is of an unknown type or does not generate tokens, or the parts cannot be
+            called separately.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         return _encoder_decoder(model, source)
     if hasattr(model, "get_image_features") and "pixel_values" in inspect.signature(model.forward).parameters:
         return vision_language(model, source)
     return {}
-
-
-# Encoder-decoders.
 
 
 def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWords]:
@@ -78,8 +78,8 @@ def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWo
     lengths = {1: 5, 2: 4} if masked else {1: 0, 2: 0}
     inputs = {batch: _main_input(model, main, batch, length) for batch, length in lengths.items()}
     with torch.no_grad(), quiet():
-        # Run the encoder to get the sizes of its output. Their names in a config depend on the architecture, and for
-        # sounds and images, the number of positions is fixed.
+        # Run the encoder to get the sizes of its output, because the config stores them under keys that depend on the
+        # architecture. For audio and images, the number of positions is fixed.
         hidden = {batch: _encode(model, *given).shape[1:] for batch, given in inputs.items()}
     heads = _heads(model, hidden[2], source)
     sequence = {0: "batch_size", 1: "encoder_sequence"} if masked else {0: "batch_size"}
@@ -96,7 +96,7 @@ def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWo
 
 
 def _main_input(model: PretrainedModel, main: str, batch: int, length: int) -> tuple[Tensor, ...]:
-    """Return an example of the encoder's inputs."""
+    """Return example inputs of the encoder: the main input, and a mask if the encoder reads one."""
     import torch
 
     rng = torch.Generator().manual_seed(batch)
@@ -140,7 +140,11 @@ def _decode(model: PretrainedModel, ids: Tensor, hidden: Tensor, mask: Tensor | 
 
 
 def _empty_cache(past: Sequence[Sequence[Tensor]] = ()) -> Cache:
-    """Return a cache that holds a past. Attentions read the encoder's keys and values from it, if it contains them."""
+    """Return a cache that contains the tensors of `past`; an empty cache by default.
+
+    `past` has four tensors for each layer, in the order of `KEPT`. With a past, attention layers read the encoder's
+    keys and values from the cache instead of computing them.
+    """
     transformers = import_module("transformers")
     parts = [[pair[start : start + 2] for pair in past] for start in (0, 2)]
     cache: Cache = transformers.EncoderDecoderCache(*(transformers.DynamicCache(part) for part in parts))
@@ -150,7 +154,7 @@ def _empty_cache(past: Sequence[Sequence[Tensor]] = ()) -> Cache:
 
 
 def _heads(model: PretrainedModel, hidden: Sequence[int], source: Path) -> list[tuple[tuple[int, int], ...]]:
-    """Return, for each layer, `(heads, head size)` of the decoder's key and value, then of the encoder's."""
+    """Return four pairs `(heads, head size)` for each layer, one for each cached tensor, in the order of `KEPT`."""
     import torch
 
     cache, kind = _empty_cache(), next(model.parameters()).dtype
@@ -160,7 +164,7 @@ def _heads(model: PretrainedModel, hidden: Sequence[int], source: Path) -> list[
         both = zip(pairs(cache.self_attention_cache), pairs(cache.cross_attention_cache), strict=True)
         sizes = [tuple((one.shape[1], one.shape[3]) for one in (*self_pairs, *cross)) for self_pairs, cross in both]
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        why = f"the past of a {type(model).__name__} does not consist of keys and values ({first_line(error)})"
+        why = f"the cache of a {type(model).__name__} does not consist of keys and values ({first_line(error)})"
         raise Unsupported(why, path=source, cure=_WHOLE) from None
     if not sizes:
         raise Unsupported(f"a {type(model).__name__} does not cache keys and values", path=source, cure=_WHOLE)
@@ -168,16 +172,17 @@ def _heads(model: PretrainedModel, hidden: Sequence[int], source: Path) -> list[
 
 
 KEPT = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
-"""Optimum's names for the cached tensors of each layer."""
+"""Optimum's names for the four cached tensors of each layer."""
 
 
 def _decoder(
     model: PretrainedModel, hidden: Mapping[int, Sequence[int]], heads: Sequence[tuple[tuple[int, int], ...]],
     masked: bool, past: bool,
 ) -> ExportWords:  # fmt: skip
-    """Describe the decoder's call: for the first token, or with a past.
+    """Describe how the decoder is called: for the first token, or with the past of earlier tokens.
 
-    With a past, the decoder does not read the encoder's output: the past contains the keys and values of this output.
+    With a past, the decoder does not read the encoder's output, because the past contains the keys and values that were
+    computed from that output.
     """
     import torch
     from torch import nn
@@ -192,8 +197,8 @@ def _decoder(
         ) -> tuple[Tensor, list[list[Tensor]]]:
             if pasts:
                 first = pasts[0][2]
-                # Pass zeros in place of the encoder's output, because attentions read the encoder's keys and values
-                # from the past.
+                # Pass zeros as the encoder's output: attention layers do not use it, because they read the encoder's
+                # keys and values from the past.
                 states = first.new_zeros(first.shape[0], first.shape[2], width)
             assert states is not None
             cache = _empty_cache(pasts or ())

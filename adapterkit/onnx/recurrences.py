@@ -2,11 +2,11 @@
 
 In transformers, such a layer has two branches. The branch for one token continues the layer's state; the branch for a
 sequence calls a kernel that loops in Python, over the tokens or over chunks of them. torch cannot trace such a loop for
-a dynamic number of tokens, and some of these kernels begin with an empty state even if the layer has one.
+a dynamic number of tokens, and some of these kernels always begin with an empty state, even after a past.
 
-Here, each of these kernels becomes a `Scan` over the tokens, whose body is the model's own kernel for one token. The
-body begins with the layer's state, so one graph runs a prompt, a single token, and several tokens after a past. All
-projections stay outside of the `Scan`, as matrix products over all tokens.
+Here, each of these kernels becomes a `Scan` over the tokens. The body of the `Scan` calls one of the model's own
+kernels for a single token. The `Scan` begins with the layer's state, so one graph runs a prompt, a single token, and
+several tokens after a past. All projections stay outside of the `Scan`, as matrix products over all tokens.
 
 Kernels are recognized by their parameters, which are those of the packages mamba-ssm and flash-linear-attention; all
 architectures of transformers share them.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Kernel = Callable[..., Any]
 
 SELECTIVE = frozenset({"hidden_states", "dt", "A", "B", "C", "delta_bias", "return_last_state"})
-"""Parameters of `selective_scan_fn` of mamba-ssm. This kernel has no parameter for the state to begin with."""
+"""Parameters of `selective_scan_fn` of mamba-ssm. This kernel has no parameter for the initial state."""
 
 STEP = frozenset({"state", "hidden_states", "dt", "A", "B", "C", "dt_bias", "dt_softplus"})
 """Parameters of `selective_state_update` of mamba-ssm, which runs one token and writes to `state`."""
@@ -43,27 +43,30 @@ DELTA = frozenset({"query", "key", "value", "g", "beta", "chunk_size", "initial_
 """Parameters of `chunk_gated_delta_rule` and `chunk_kda` of flash-linear-attention."""
 
 SSM, RECURRENT = "ssm", "recurrent"
-"""Names of the state: of a state space model, and of other recurrences."""
+"""The kinds of states in the names of a graph's inputs and outputs: of state space models, and of other recurrences."""
 
 
 @dataclass
 class LastState:
-    """The state that a layer read last from the cache, for kernels that do not get it as an argument.
+    """The state that the current layer read from the cache; `SELECTIVE` kernels do not get it as an argument.
 
     Attributes:
-        state: the state; None if the layer has none.
-        calls: how many kernels have used this state, for layers that call a kernel for each head.
+        state: the state; None if the cache has no state for the layer.
+        calls: how many times a kernel has used this state. Some layers call the kernel once for each head.
     """
 
     state: Tensor | None = None
     calls: int = 0
 
     def read(self, state: Tensor | None) -> None:
-        """Set the state that the next kernels begin with."""
+        """Store the state that a layer has read, from which the next calls of a kernel begin."""
         self.state, self.calls = state, 0
 
     def next(self, like: Tensor) -> Tensor:
-        """Return the state for the next call of a kernel: the whole state, or its part for one head."""
+        """Return the initial state for the next call of a kernel: the whole state, or its part for one head.
+
+        Without a state, return zeros in the shape of `like`.
+        """
         import torch
 
         state, at = self.state, self.calls
@@ -74,7 +77,11 @@ class LastState:
 
 
 def kernels_of(model: PretrainedModel) -> Iterator[tuple[ModuleType, str, str]]:
-    """Yield the sequence kernels in the Python modules of a model: the module, the kernel's name, and its state's."""
+    """Yield each kernel for sequences in the Python modules that define a model's layers.
+
+    Yields:
+        the Python module, the kernel's name in this module, and the kind of its state (`SSM` or `RECURRENT`).
+    """
     modules = {type(part).__module__: sys.modules[type(part).__module__] for part in model.modules()}
     for module in modules.values():
         for name, kernel in list(vars(module).items()):
@@ -89,11 +96,11 @@ def kernels_of(model: PretrainedModel) -> Iterator[tuple[ModuleType, str, str]]:
 
 @contextmanager
 def as_scans(model: PretrainedModel, last: LastState) -> Iterator[None]:
-    """Replace a model's sequence kernels for the block.
+    """Inside the `with` block, replace a model's kernels for sequences by kernels that are exported as `Scan`.
 
     Args:
-        model: the model, whose classes call the kernels by their names in the classes' Python modules.
-        last: gets the state that each layer reads from the cache.
+        model: the model. The kernels are replaced in the Python modules of its classes.
+        last: the object in which the caller stores each state that a layer reads from the cache.
     """
     replaced: list[tuple[ModuleType, str, Kernel]] = []
     try:
@@ -129,7 +136,7 @@ def _selective(kernel: Kernel, step: Kernel, last: LastState) -> Kernel:
 
         def body(state: Tensor, columns: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
             x, dt, B, C, *rest = columns
-            new = whole(state)  # The kernel writes to the state.
+            new = whole(state)  # Copy the state, because the kernel writes to its argument.
             gate = rest[0] if rest else None
             y = step(new, x, dt, A, B, C, D, z=gate, dt_bias=delta_bias, dt_softplus=delta_softplus)
             return new, whole(y)
@@ -194,7 +201,7 @@ def _delta(kernel: Kernel) -> Kernel:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a copy whose strides depend on its sizes only: torch compares those of a state before and after a step."""
+    """Return a contiguous copy. torch's `scan` requires a state to have the same strides before and after a step."""
     import torch
 
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -211,7 +218,7 @@ def _scan(
     body: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]], state: Tensor, columns: tuple[Tensor, ...],
     axis: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run `body` for each index of an axis; return the last state, and the outputs stacked along this axis."""
+    """Run `body` for each index of the columns' `axis`; return the last state, and the outputs stacked along `axis`."""
     import torch
     from torch._higher_order_ops.scan import scan
 

@@ -1,10 +1,12 @@
-"""Export language models that read images as the graphs that transformers.js loads.
+"""Export vision-language models of transformers to the ONNX graphs that transformers.js loads.
 
-`vision_encoder.onnx` computes image features from pixels, `embed_tokens.onnx` computes embeddings from tokens, and
-`decoder_model_merged.onnx` reads embeddings, in which image features replace the embeddings of image tokens.
+`vision_encoder.onnx` computes image features from pixels, and `embed_tokens.onnx` computes embeddings from tokens. The
+caller replaces the embeddings of image tokens by image features. `decoder_model_merged.onnx` computes logits from the
+result.
 
-The parts are found by the methods and arguments that a model declares (`get_image_features`, `image_grid_thw`,
-`token_type_ids`, `get_rope_index` and others), and are compared with the whole model before the export.
+The parts of a model are found by the names of its methods and of their parameters (`get_image_features`,
+`image_grid_thw`, `token_type_ids`, `get_rope_index` and others). Before the export, the logits of the parts are
+compared with the logits of the whole model.
 """
 
 from __future__ import annotations
@@ -35,35 +37,37 @@ CLOSE = 1e-4
 """Largest accepted relative difference between the parts' logits and the whole torch model's logits, in float32."""
 
 CLOSE_NARROW = 3e-2
-"""Largest accepted relative difference of these logits in 16 bits."""
+"""The limit that replaces `CLOSE` if the model's dtype is not float32."""
 
 TYPES = ("token_type_ids", "mm_token_type_ids")
-"""Names of the argument that tells image tokens from others."""
+"""Possible names of the argument that is 1 for image tokens and 0 for other tokens."""
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
-"""Names of the token for a part of an image in a model's config."""
+"""Possible names of the config's field with the id of the image token, which stands for a part of an image."""
 
 GRID = "image_grid_thw"
-"""Name of the argument with the frames, rows and columns of each image."""
+"""Name of the argument that counts each image's frames, and its rows and columns of patches."""
 
 NAMED = {"qwen2_vl": {GRID: "grid_thw"}}
-"""For each model type, other names that its class in transformers.js gives to inputs of the vision encoder."""
+"""Inputs of the vision encoder whose name in transformers.js differs from the name in transformers, by model type. Each
+entry maps the name in transformers to the name in transformers.js."""
 
 GRIDS = (((1, 4, 6), (1, 8, 4)), ((1, 10, 2),))
-"""Grids of the images of the examples, in squares of merged patches: two images of different sizes, and another one."""
+"""The images of two examples: each image's frames, and its rows and columns of patches, for a tower that merges 2 x 2
+patches. `_grids` scales the rows and columns for other towers. The images differ in size."""
 
 _WHOLE = "Export the torch model with adapterkit.onnx.export"
 
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """The images of a model's call.
+    """A module that computes a model's image features, and the arguments that the module takes.
 
     Attributes:
-        module: the part of the model that computes image features.
-        names: the names of the arguments in the model's call.
-        examples: examples of these arguments; the first one is traced.
-        shapes: the dynamic axes of each argument.
+        module: the module.
+        names: the names that the model gives to the module's arguments.
+        examples: examples of the module's arguments; the first example is traced.
+        shapes: the names of the dynamic axes of each argument.
     """
 
     module: nn.Module
@@ -73,14 +77,14 @@ class Images:
 
 
 def vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWords]:
-    """Return the graphs of a language model that reads images, by file name.
+    """Describe the graphs of a vision-language model for the export; return the descriptions by file name.
 
     Args:
         model: a transformers model in evaluation mode. Its attention implementation is set to `eager`.
-        source: the model's folder, for errors.
+        source: the model's folder, which errors name.
 
     Raises:
-        Unsupported: the model cannot be called part by part, or computes something else then.
+        Unsupported: the model cannot be called part by part, or its parts compute other logits than the whole model.
     """
     import torch
 
@@ -130,7 +134,7 @@ def vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWor
 
 
 def _images(model: PretrainedModel) -> Images:
-    """Describe the images that a model reads, by the arguments of its method `get_image_features`."""
+    """Describe how a model takes images, according to the parameters of its method `get_image_features`."""
     asked = inspect.signature(model.get_image_features).parameters
     tower = tower_of(model) if GRID in asked else None
     if tower is not None:
@@ -152,7 +156,7 @@ def _reads(part: nn.Module, name: str) -> bool:
 
 
 def _pictures(model: PretrainedModel) -> Images:
-    """Describe images of one size, `[images, channels, height, width]`."""
+    """Describe images that all have the config's size, `[images, channels, height, width]`."""
     import torch
     from torch import nn
 
@@ -172,9 +176,10 @@ def _pictures(model: PretrainedModel) -> Images:
 
 
 def _masked(model: PretrainedModel) -> Images:
-    """Describe images with a mask of pixels, `[texts, images, channels, height, width]` (Idefics 3, SmolVLM).
+    """Describe images, `[texts, images, channels, height, width]`, with a mask of their pixels (Idefics 3, SmolVLM).
 
-    transformers drops images of zeros, which fill up the texts with fewer images; the graph takes no such images.
+    If a text has fewer images than another, processors add images of zeros to it, and transformers' model drops these
+    images. The graph does not drop them, so they must not be passed to it.
     """
     import torch
     from torch import nn
@@ -201,16 +206,17 @@ def _masked(model: PretrainedModel) -> Images:
     examples = []
     for seed, (texts, images) in enumerate(((2, 3), (1, 1))):
         mask = torch.ones(texts, images, height, width, dtype=torch.bool)
-        mask[0, 0, height - patch :] = False  # Mask out pixels of one image, so that the check covers them.
+        mask[0, 0, height - patch :] = False  # Mask out some pixels, so that the check covers masks.
         examples.append((_drawn(model, texts, images, channels, height, width, seed=seed), mask))
     shapes = ({0: "batch_size", 1: "images"}, {0: "batch_size", 1: "images"})
     return Images(MaskedImagePart().eval(), ("pixel_values", "pixel_attention_mask"), tuple(examples), shapes)
 
 
 def _grids(model: PretrainedModel, tower: Any) -> Images:
-    """Describe images of any size as patches and their grid (Qwen2-VL and others).
+    """Describe images of any size, which are passed as patches and as grids (Qwen2-VL and others).
 
-    If a tower also returns features for the decoder's first layers, they follow the image features in each row.
+    If the tower also returns features for the decoder's first layers, each row of the module's output consists of the
+    image features and these features.
     """
     import torch
     from torch import nn
@@ -237,7 +243,7 @@ def _grids(model: PretrainedModel, tower: Any) -> Images:
 
 
 def image_shape(config: ModelConfig) -> tuple[int, int, int]:
-    """Return the channels, the height and the width of a model's images."""
+    """Return the number of channels, the height and the width of a model's images."""
     size = config.image_size
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return int(getattr(config, "num_channels", 3)), int(height), int(width)
@@ -254,18 +260,19 @@ def _drawn(model: PretrainedModel, *shape: int, seed: int) -> Tensor:
 
 
 class Decoder:
-    """The embeddings and the decoder of a model.
+    """Two parts of a model: one computes embeddings from tokens, the other computes logits from embeddings.
 
     Attributes:
         model: the whole model.
-        words: the names of the decoder's arguments between the embeddings and the past.
-        word: the name of the argument for the cache.
-        past: the past.
-        rotary: whether the positions have three rows: frames, rows and columns of images.
-        offset: the number that the model adds to positions.
-        deep: how many features for the decoder's first layers follow the embedding in each row.
-        embedding: the module that computes embeddings.
-        module: the module that computes logits.
+        words: the names of the arguments that the decoder takes after the embeddings and before the past.
+        word: the name of the model's parameter for the cache.
+        past: a description of the model's past.
+        rotary: whether a token's position has three numbers (its frame, row and column in an image).
+        offset: the position id of the first token in transformers; the graph's position ids start at 0.
+        deep: the number of the decoder's first layers that get image features of their own. In each row, these features
+            follow the embedding.
+        embedding: the module that computes embeddings from tokens.
+        module: the module that computes logits from embeddings.
     """
 
     def __init__(self, model: PretrainedModel, types: str | None, source: Path) -> None:
@@ -305,16 +312,16 @@ class Decoder:
         self.embedding, self.module = EmbeddingPart().eval(), TextDecoderPart().eval()
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the embeddings of tokens, with zeros for the features of the decoder's first layers."""
+        """Return the embeddings of tokens, each followed by zeros for the features of the decoder's first layers."""
         import torch
 
         if self.outside is not None:
-            ids = ids.masked_fill(ids == self.outside, 0)  # The vocabulary has no embedding of an image token.
+            ids = ids.masked_fill(ids == self.outside, 0)  # The image token has no embedding.
         embedded: Tensor = self.model.get_input_embeddings()(ids)
         return torch.nn.functional.pad(embedded, (0, embedded.shape[-1] * self.deep))
 
     def positions(self, mask: Tensor) -> Tensor:
-        """Return the positions of texts without images."""
+        """Return the position ids of texts without images, `[batch, tokens]`, or `[3, batch, tokens]` if `rotary`."""
         places = (mask.cumsum(1) - 1).clamp(min=0)
         return places[None].expand(3, -1, -1) if self.rotary else places
 
@@ -335,15 +342,19 @@ class Decoder:
 
     @contextmanager
     def _deep(self, embedded: Tensor) -> Iterator[Tensor]:
-        """Yield the embeddings alone; the text model gets the features for its first layers, for the block."""
+        """Yield the embeddings without the features for the first layers.
+
+        Inside the block, a hook passes these features to the text model.
+        """
         import torch
 
         if not self.deep or self.text is None:
             yield embedded
             return
         embedded, *deep = embedded.chunk(self.deep + 1, -1)
-        # The text model adds these features at the indices `visual_pos_masks`, which usually is a mask. The numbers of
-        # all rows of the batch add them at all tokens; they are zero at other tokens than image tokens.
+        # The text model adds the features to its hidden states at the index `visual_pos_masks`, usually a mask of the
+        # image tokens. This index selects all texts of the batch, so that the features are added at all tokens; at
+        # tokens other than image tokens, the features are zero.
         more = {"visual_pos_masks": torch.arange(embedded.shape[0]), "deepstack_visual_embeds": deep}
 
         def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -357,12 +368,12 @@ class Decoder:
 
 
 def _offset(model: PretrainedModel) -> int:
-    """Return the number that a model adds to the positions of tokens before it calls its `forward`."""
+    """Return the position id of the first token in a call by `generate`; 0 if `generate` passes no position ids."""
     import torch
 
     ids = tokens(model, 1, 3)
     prepare = model.prepare_inputs_for_generation
-    # transformers 4 numbers the tokens itself.
+    # In transformers 4, `generate` also passes the tokens' positions in the cache.
     more = {"cache_position": torch.arange(3)} if "cache_position" in inspect.signature(prepare).parameters else {}
     prepared = prepare(ids, attention_mask=torch.ones_like(ids), is_first_iteration=True, **more)
     places = prepared.get("position_ids")
@@ -373,17 +384,17 @@ def _image_token(model: PretrainedModel) -> int:
     for word in IMAGE_TOKENS:
         if getattr(model.config, word, None) is not None:
             return int(getattr(model.config, word))
-    raise ValueError("its config has no image_token_id")
+    raise ValueError("its config has neither image_token_id nor image_token_index")
 
 
 def _decoder_of(model: PretrainedModel, images: Images, source: Path) -> Decoder:
-    """Return the decoder with the fewest arguments with which the parts compute the same as the whole model.
+    """Return a decoder with which the parts compute the same logits as the whole model.
 
-    Some models also use the image tokens elsewhere, for example for a mask that is not causal. Their decoder reads the
-    types of tokens. If it still differs, the exported graphs would run, but compute something else.
+    Some models need to know which tokens are image tokens, for example for an attention mask that is not causal. Only
+    their decoders take the types of tokens as an argument.
 
     Raises:
-        ValueError: the logits differ.
+        ValueError: the logits differ with each decoder, so the exported graphs would run, but give wrong results.
     """
     import torch
 
@@ -395,11 +406,14 @@ def _decoder_of(model: PretrainedModel, images: Images, source: Path) -> Decoder
             apart = max(_compared(model, images, given, decoder) for given in images.examples)
         if apart <= (CLOSE if decoder.dtype == torch.float32 else CLOSE_NARROW):
             return decoder
-    raise ValueError(f"the logits differ by {apart:.2g} if they are computed from embeddings")
+    raise ValueError(f"the logits differ by {apart:.2g} between the parts and the whole model")
 
 
 def _compared(model: PretrainedModel, images: Images, given: Sequence[Tensor], decoder: Decoder) -> float:
-    """Return the difference between the parts' logits and the whole model's, relative to the largest logit."""
+    """Return the largest difference between the logits of the parts and of the whole model; set `decoder.deep`.
+
+    The difference is relative to the whole model's largest logit.
+    """
     import torch
 
     mark, features = _image_token(model), images.module(*given)
@@ -417,7 +431,7 @@ def _compared(model: PretrainedModel, images: Images, given: Sequence[Tensor], d
     # Pass the types of tokens, as processors do: some models let image tokens attend to each other.
     kinds = {name: (ids == mark).long() for name in TYPES if name in asked}
     mask = torch.ones_like(ids)
-    # Give the images of several texts to one text.
+    # This call has a single text. If the example has images of several texts, assign all of them to this text.
     one = [each.flatten(0, 1)[None] if given[0].ndim == 5 else each for each in given]
     pixels: Mapping[str, Tensor] = dict(zip(images.names, one, strict=True))
     whole = model(input_ids=ids, attention_mask=mask, **pixels, **kinds, return_dict=True).logits

@@ -61,6 +61,13 @@ RIGHT = {
          ("Reshape", ["0", "out"], "1", "s", {}), added("Add", ["1", "q.bias"], "/q/BiasAdd")],
         {"q.bias": b, "in": np.array([-1, IN]), "out": np.array([2, 3, OUT])}, linear, None,
     ),
+    "sizes of tf2onnx": (
+        [PRODUCT, ("Shape", ["x"], "2", "z", {}), ("Cast", ["2"], "3", "t", {"to": TensorProto.INT32}),
+         ("Slice", ["3", "from", "to"], "4", "u", {}), ("Concat", ["4", "out"], "5", "v", {"axis": 0}),
+         ("Cast", ["5"], "6", "w", {"to": TensorProto.INT64}), ("Reshape", ["0", "6"], "1", "s", {}),
+         added("Add", ["1", "u"], "n")],
+        {"u": b, "from": np.array([0]), "to": np.array([2]), "out": np.array([OUT], "i4")}, linear, BASE,
+    ),
     "heads": (
         [PRODUCT, ("Reshape", ["0", "out"], "1", "s", {}), added("Add", ["1", "q.bias"])],
         {"q.bias": b.reshape(2, 4), "out": np.array([2, 3, 2, 4])},
@@ -226,7 +233,10 @@ def test_only_the_layers_own_bias_changes(name, method, tmp_path):
             np.testing.assert_array_equal(ran(out, x), ran(path, x))
 
 
-@pytest.mark.parametrize(("weight", "bias"), [("q.w_0", "q.b_0"), ("q_weights", "q_offset")])
+PADDLE = [("q.w_0", "q.b_0"), ("q_weights", "q_offset"), ("q.w_0_deepcopy_4", "q.b_0_deepcopy_5")]
+
+
+@pytest.mark.parametrize(("weight", "bias"), PADDLE)
 def test_names_of_paddle(weight, bias, tmp_path):
     """An unnamed Add of a vector with another shape; only the names show that it is the bias."""
     nodes = [("MatMul", ["x", weight], "0", "m", {}), added("Add", ["0", bias], "n")]
@@ -235,6 +245,26 @@ def test_names_of_paddle(weight, bias, tmp_path):
     for change in (ak.onnx.inject, ak.onnx.merge):
         report = change(path, Adapter({Target(weight): (update,)}), tmp_path / "out.onnx")
         np.testing.assert_allclose(ran(report.out, X), linear(X, new, changed_bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("weight", "bias"), PADDLE)
+@pytest.mark.parametrize("is_bias", [True, False])
+def test_a_base_with_names_of_paddle(is_bias, weight, bias, tmp_path):
+    """The graph lost the vector's name: paddle2onnx folds the Reshape of a convolution's bias."""
+    stored = {weight.partition("_deepcopy")[0]: KERNEL, bias if is_bias else "p.b_0": b}
+    nodes = [("Conv", ["x", weight], "0", "Conv.24", {}), added("Add", ["0", "p2o.pd_op.reshape.0.0"], "Add.0")]
+    tensors = {weight: KERNEL, "p2o.pd_op.reshape.0.0": b.reshape(1, -1, 1, 1)}
+    path = saved(tmp_path / "base.onnx", IMAGE, nodes, tensors)
+    update, new, changed_bias = changed("ia3", KERNEL)
+    adapter = Adapter({Target(weight): (update,)})
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        with pytest.raises(Unsupported, match=r"1\) its bias.*contain") as error:
+            change(path, adapter, tmp_path / "out.onnx")
+        assert weight in (error.value.cure or "")
+        save_file(stored, tmp_path / "base.safetensors")
+        report = change(path, adapter, tmp_path / "out.onnx", base_weights=tmp_path / "base.safetensors")
+        wanted = convolved(IMAGE, new, changed_bias if is_bias else b)
+        np.testing.assert_allclose(ran(report.out, IMAGE), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("change", [ak.onnx.inject, ak.onnx.merge])

@@ -293,3 +293,39 @@ def test_numbers_of_calls_and_of_modules(apart, tmp_path, close):
     adapter = Adapter({Target(name): (update,) for name, update in updates.items()})
     for change in (ak.onnx.inject, ak.onnx.merge):
         close(torch.tensor(graphs.run(change(path, adapter, tmp_path / "out.onnx").out, x)), model(x), before)
+
+
+class Cell(nn.Module):
+    """A recurrent cell that a loop calls; its weights have equal shapes, and neither is called `weight`."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTMCell(8, 8)
+
+    def forward(self, x):
+        h = c = x[:, 0]
+        for t in range(1, x.shape[1]):
+            h, c = self.cell(x[:, t], (h, c))
+        return h
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_a_module_with_several_weights(dynamo, tmp_path, close):
+    torch.manual_seed(0)
+    model, x, path = Cell().eval(), torch.randn(2, 4, 8), tmp_path / "base.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), str(path), **EXPORTS["dynamo" if dynamo else "legacy"])
+    names = {place.target for place in ak.onnx.layers(path)}
+    assert names == {"cell.weight_ih", "cell.weight_hh"}
+    update, before = lora(32, 8), model(x).detach()
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        with pytest.raises(TargetNotFound, match="several weights") as error:
+            change(path, Adapter({Target("cell"): (update,)}), tmp_path / "out.onnx")
+        assert all(name in (error.value.cure or "") for name in names)
+        for name in names:
+            changed = copy.deepcopy(model)
+            with torch.no_grad():
+                changed.get_parameter(name).add_(0.25 * update.B @ update.A)
+            report = change(path, Adapter({Target(name): (update,)}), tmp_path / "out.onnx")
+            close(torch.tensor(graphs.run(report.out, x)), changed(x).detach(), before)

@@ -112,7 +112,7 @@ def _inputs(path: Path, sizes: Mapping[str, int], more: Mapping[str, Any]) -> di
         elif "bool" in entry.type or "mask" in entry.name:
             feeds[entry.name] = np.ones(shape, "bool" if "bool" in entry.type else "f4")
         else:
-            feeds[entry.name] = (0.5 * rng.normal(size=shape)).astype("f4")
+            feeds[entry.name] = (0.5 * rng.normal(size=shape)).astype("f8" if "double" in entry.type else "f4")
     return feeds
 
 
@@ -195,8 +195,10 @@ def layers_of(path: Path, reference: Reference, scratch: Path) -> tuple[dict[str
     base = scratch / f"{path.stem}.safetensors"
     held = {name if name in parameters else f"{name}.weight": _stored(each) for name, each in found.items()}
     for name, each in found.items():
-        if each.bias is not None and name not in parameters:
-            held[f"{name}.bias"] = torch.from_numpy(each.bias.astype("f4"))
+        paddle = re.sub(r"\.w_0(_deepcopy_\d+)?$", ".b_0", name)
+        bias = f"{name}.bias" if name not in parameters else paddle if paddle != name else None
+        if each.bias is not None and bias is not None:
+            held[bias] = torch.from_numpy(each.bias.astype("f4"))
     save_file(held, base)
     return found, base, named
 

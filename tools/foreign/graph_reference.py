@@ -166,6 +166,8 @@ class Reference:
         after = readers(graph, y)
         while "Conv" in node.op_type and [one.op_type in ("Slice", "Squeeze") for one in after] == [True]:
             after = readers(graph, after[0].output[0])
+        if "MatMul" in node.op_type and [one.op_type for one in after] == ["Reshape"]:
+            after = readers(graph, after[0].output[0])  # Dense layers of TensorFlow; the vector is along the last axis.
         if node.op_type == "Gather" or [one.op_type for one in after] != ["Add"]:
             return None
         other = next((name for name in after[0].input if known.is_constant(name)), y)
