@@ -79,7 +79,7 @@ _HOME = {
     "verify": "merging",
     "write": "writing",
 }
-"""Public name -> the module that defines it; `module:name` if the module uses another name."""
+"""A map from each public name to the module that defines it, or to `module:name` if the module uses another name."""
 
 __all__ = [
     "FORMATS",

@@ -56,10 +56,10 @@ def convert(
         format: the format of `src`; detected from its headers if absent.
         base: the base model; some formats need it to resolve names or to order rows. For `onnx_adapter`, this may be an
             ONNX graph with slots (`.onnx`): the written file gets the names, types and layout of these slots.
-        compat: another interpretation of `src`; see `read`.
+        compat: how to interpret `src`, if not as its training tool does; see `read`.
         on_loss: what to do with updates that the format cannot express: `refuse`, `fold`, `promote` or `drop`; see
             `write`.
-        max_error: with `on_loss="promote"`, the largest relative error that is allowed in a change.
+        max_error: with `on_loss="promote"`, the largest relative error that the change of a rewritten update may have.
         profile: the program that will load the output, if it supports only a part of the format, such as `"vllm"`.
         match_base: use the weight names that `base` stores, and split or join updates to match the stored weights.
         rename: rules that rename targets, each `FROM=TO` or `@FILE`.
@@ -71,7 +71,7 @@ def convert(
         The path, the format, the number of targets, one line for each omitted or rewritten update, and warnings.
 
     Raises:
-        UsageError: `dst` is `src`, or `match_base` is set without a base.
+        UsageError: `dst` is `src`, `to` is not a format, or `match_base` is set without a base.
         StorageError: `dst` exists, and `overwrite` is not set.
         AdapterkitError: as for `read` and `write`.
 
@@ -88,7 +88,7 @@ def convert(
         given = {"profile": profile, "max_error": max_error, "on_loss": on_loss if on_loss != "refuse" else None}
         for name, value in given.items():
             if value is not None:
-                why = f"{name} is {value}, but the slots of the graph determine the content of the file"
+                why = f"{name}={value} has no effect, because the slots of the graph determine the file's content"
                 cure = f"Omit --{name.replace('_', '-')} ({name}=)"
                 raise UsageError(why, where=name, cure=cure)
         adapter = read(source, format or detect(source), compat=compat, **reading)
@@ -134,7 +134,10 @@ def _for_slots(
 
 
 def base_warnings(sources: Iterable[str], adapters: Iterable[Adapter], base: Checkpoint | None) -> list[str]:
-    """Return a warning for each adapter whose files name a base other than `base`; no warnings if `base` is None."""
+    """Return a warning for each difference between `base` and the base that an adapter's files record.
+
+    Without a base, nothing is compared.
+    """
     if base is None:
         return []
     differences = check_base([*zip(sources, adapters, strict=True)], base, strict=False)
@@ -163,17 +166,18 @@ def inspect(
             checkpoint.
         base: the base of an adapter. If it is set, the result also says whether the adapter fits the base.
         format: the format of an adapter; detected from its headers if absent.
-        compat: another interpretation of an adapter; see `read`.
-        layers: measure how much an adapter changes each layer; this reads its values.
+        compat: how to interpret an adapter, if not as its training tool does; see `read`.
+        layers: measure how much an adapter changes each layer; this reads all tensor values of the adapter.
         rename: rules that rename targets to names in the base, each `FROM=TO` or `@FILE`.
-        base_weights: for a graph, the weights of its base model; comparing values finds layers that names do not.
+        base_weights: for a graph, the weights of its base model. Comparing values with these weights finds the layers
+            of nodes whose names do not show the layer.
         reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
 
     Returns:
-        The description; `record()` returns plain data, and notebooks show a table.
+        The description. Its `record()` returns plain data; notebooks show it as a table.
 
     Raises:
-        UsageError: an option does not fit the content of `src`.
+        UsageError: an argument does not apply to `src`, such as `base_weights` if `src` is not a graph.
         UnknownFormat: `src` is neither an adapter nor a base.
         AdapterkitError: as for `read`.
 
@@ -204,23 +208,27 @@ def names(
     allow_partial: bool = False,
     strict_base: bool = False,
 ) -> NameMap:
-    """Match an adapter's targets to the weights of a base, and list the rules that matched them. Only headers are read.
+    """Match an adapter's targets to the weights of a base, and list the rules that were used. Only headers are read.
 
     Args:
         base: a folder, a weight file, an address on a hub, or an open checkpoint.
         adapter: the adapter, or its path. If absent, the function lists the base's weight names, each with the names
             that other tools use for this weight.
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
-        allow_partial: put each target without a weight into `missing`, instead of raising `TargetNotFound`.
+        allow_partial: list each target that matches no weight in `missing`, instead of raising `TargetNotFound`.
         strict_base: refuse a base whose name, config or fingerprint differs from the values in the adapter's files.
 
     Returns:
-        A dict with `base`, `model_type` and `family` (the architecture file for the base, or None). With an adapter,
-        the dict also has three lists. `targets` has records with `target` (the name in the adapter), `path` (the name
-        in the base), `rows`, `layout` and `tensor`. `rules` has each rule with the number of targets that the rule
-        resolved. `missing` has the targets without a weight. Without an adapter, the dict has `weights`. Names that
-        differ only in numbers share one record: the name with `#` for each number, the number of modules with this
-        name, and `names`, the names that other tools use.
+        A dict with `base`, `model_type` and `family` (the name of the architecture file for the base, or None).
+
+        With an adapter, the dict also has three lists. `targets` has a record for each matched target, with `target`
+        (the name in the adapter), `path` (the name in the base), `rows`, `layout` and `tensor` (the stored tensor).
+        `rules` has each rule, and the number of targets that the rule resolved. `missing` has the targets that match no
+        weight.
+
+        Without an adapter, the dict also has the list `weights`. Module names that differ only in numbers share one
+        record. A record has `name` (with `#` for each number), `tensors` (the number of modules with such a name) and
+        `names` (the names that other tools use).
 
     Raises:
         CheckFailed: `strict_base` is set, and the adapter names another base.
@@ -267,7 +275,7 @@ def report(
     Args:
         adapters: one adapter or several, each an `Adapter`, a path or an address.
         base: the base of the adapters, to compare changes with weights, and to measure adapters that need weights.
-        merged: the merged model, to measure how much of each change this model contains; requires `base`.
+        merged: the merged model, to measure how much of each adapter's change it contains; requires `base`.
         out: an HTML file to write the report to.
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
         gate: the result of `adapterkit.gate`, its record, or a file with the output of `adapterkit gate --json`; the
@@ -280,7 +288,7 @@ def report(
 
     Raises:
         UsageError: `adapters` is empty, or `merged` is set without `base`.
-        StorageError: `out` exists.
+        StorageError: `out` exists, and `overwrite` is not set.
         Unsupported: `out` is set, and the package that draws charts is not installed.
         AdapterkitError: an adapter cannot be read, or the adapters belong to different models.
     """
@@ -298,7 +306,8 @@ def report(
         raise UsageError("--merged requires --base", where="merged", cure="Also pass --base BASE (base=)")
     if out is not None:
         check_free(Path(out), overwrite)
-    record: Any = getattr(gate, "record", None)  # Do not import `Gate` to check: its package imports transformers.
+    # Look for the attribute instead of calling `isinstance`: importing `Gate` would also import transformers.
+    record: Any = getattr(gate, "record", None)
     gate_record: Any = gate if record is None else record()
     figures = None if gate_record is None else gate_figures(gate_record)
     checkpoint = None if base is None else opened(base)
@@ -317,7 +326,7 @@ def report(
 def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
     """Read an adapter, and resolve its names with the base if the adapter fits the base.
 
-    If the adapter does not fit, it is read without the base, and the report says that it does not fit.
+    Otherwise, read the adapter without the base. The report then says that the adapter does not fit.
     """
     if base is None:
         return read(path)
@@ -328,7 +337,7 @@ def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
 
 
 def _names_for(adapters: Sequence[Adapter | str | PathLike[str]]) -> list[str]:
-    """Return a name for each adapter: the shortest end of its path that no other adapter's path shares."""
+    """Return a short name for each adapter: the end of its path, as long as needed to make all names different."""
     from os import fspath
 
     parts = [

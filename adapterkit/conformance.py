@@ -1,7 +1,7 @@
 """Run the specification's test vectors on a program that reads adapterkit files (spec/README.md, section 16).
 
-Any program can be tested. The test calls the program with a verb and paths, and the program prints one line of JSON per
-path. The vectors contain the expected results, so the tests do not need this package's own adapter reader.
+Any program can be tested. `conformance` calls the program with a verb and paths, and the program prints one line of
+JSON per path. The vectors contain the expected results, so testing does not need this package's own adapter reader.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ BATCH = 100
 
 CONTEXTS = ("embeddings", "decoder_embeddings", "past", "attention", "prefix", "vocabulary")
 OUTPUTS = ("merged.weight", "merged.bias", "y", *CONTEXTS)
-"""Names of the tensors that `compute` prints. A vector has their expected values in its base file, next to inputs."""
+"""The names of the tensors that the verb `compute` can print. A case's base file contains the expected values of these
+tensors, and also the weights and the inputs."""
 
 TEXTS = {"canonical": ("canonical", "canonical"), "rules": ("values", "value")}
-"""Verb that answers with a list of texts -> (field of this list in the answer, field of an expected text in a case)."""
+"""Verb that answers with a list of texts -> the name of this list in the answer, and the name of the field that holds
+the expected text in each entry of the vector."""
 
 SIGNED_ZEROS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-"""Dtypes that have a negative zero."""
+"""The dtypes that have a negative zero."""
 
 SECONDS = 300
 """The time limit for one batch, in seconds."""
@@ -47,8 +49,9 @@ class CaseOutcome:
             writer.
         requirements: the requirements of the specification that the case tests, such as R-10.4.
         verb: the verb with which the program was called.
-        passed: whether the program printed the expected result; None if the program lacks a formula for the case.
-        why: the difference from the expected result; empty if the case passed.
+        passed: whether the program printed the expected result; None if the case was not decided, because the program
+            does not support the case's method, verb or formula.
+        why: the difference from the expected result, or what the program does not support; empty if the case passed.
     """
 
     case: str
@@ -80,10 +83,11 @@ Case = TypedDict(
 """One test case: an entry of the vectors' index. Section 16 of the specification defines the fields."""
 
 Line = Mapping[str, object]
-"""The JSON object that the program printed for a path; its fields and types are not yet checked."""
+"""The JSON object that the program printed as its answer; the names and types of its fields are not checked yet."""
 
 Ask = Callable[[str, Sequence[Path]], Iterable[Line]]
-"""A function that runs a verb on paths. It returns one answer per path; for `compute` and `merge`, a single answer."""
+"""A function that takes a verb and paths, and returns the program's answers: one per path, but a single answer
+for `compute` and `merge`."""
 
 
 def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list[CaseOutcome]:
@@ -92,12 +96,12 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
     Args:
         command: the program and its first arguments, to which a verb and paths are appended; or a Python function that
             takes the verb and the paths, and returns the answers.
-        suite: the folder `vectors` of the specification, or the archive of this folder from a release. Default: the
+        suite: the specification's folder `vectors`, or the zip archive of this folder from a release. Default: the
             folder in this checkout.
 
     Raises:
-        UsageError: the folder has no index of vectors.
-        Corrupt: the digest of a vector differs from the digest in the index.
+        UsageError: `suite` has no `index.json`.
+        Corrupt: a vector is missing, or its digest differs from its digest in `index.json`.
 
     Example:
         >>> from adapterkit.conformance import conformance
@@ -110,12 +114,14 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
     root = suite or Path(__file__).parents[1] / "spec" / "vectors"
     if not (root / "index.json").is_file():
         cure = "Pass the folder spec/vectors of the specification, or its archive, with --suite PATH (suite=)"
-        raise UsageError("the folder has no index.json of vectors", path=root, cure=cure)
+        raise UsageError("the folder has no index.json, which lists the vectors", path=root, cure=cure)
     cases: list[Case] = json.loads((root / "index.json").read_text("utf-8"))["cases"]
     for name, digest in {name: digest for case in cases for name, digest in case["inputs"].items()}.items():
         if not (root / name).is_file() or hashlib.sha256((root / name).read_bytes()).hexdigest() != digest:
             raise Corrupt(
-                "the file is not the vector that index.json lists", path=root / name, cure="Download the suite again"
+                "the vector is missing, or its sha256 is not the one in index.json",
+                path=root / name,
+                cure="Download the suite again",
             )
     ask: Ask = command if callable(command) else partial(_lines, command)
     results = []
@@ -149,11 +155,11 @@ def _methods(case: Case) -> list[str]:
 
 
 def _foreign(case: Case, line: Line, known: set[str]) -> bool:
-    """Whether the program refuses a case because it does not know the case's method; R-7.1 allows this refusal."""
+    """Whether the program refused a case because it does not know the case's method; R-7.1 allows this refusal."""
     where, wanted = str(line.get("where", "")), case["expected"]
     if line.get("error") != "Unsupported" or not where.startswith("updates["):
         return False
-    # Also accept `updates[0] (q)`: an error during a computation adds the name of the target.
+    # The test above also accepts `updates[0] (q)`, because errors of `compute` and `merge` add the target's name.
     reads = case["verb"] not in ("compute", "merge")
     right = reads and wanted.get("error") == "Unsupported" and wanted.get("where", "") in where
     return not right and not known.issuperset(_methods(case))
@@ -184,13 +190,13 @@ def _judged(case: Case, line: Line) -> CaseOutcome:
         if line.get("ok"):
             why = f"the program accepted the file, but the expected answer is {wanted['error']}"
         elif line.get("error") != wanted["error"]:
-            why = f"{line.get('error')} instead of {wanted['error']}"
+            why = f"the error is {line.get('error')} instead of {wanted['error']}"
         elif wanted.get("exact") and line.get("where") != wanted.get("where"):
             why = f"the location {line.get('where')!r} is not {wanted.get('where')!r}"
         elif wanted.get("where", "") not in str(line.get("where")):
             why = f"the location {line.get('where')!r} does not contain {wanted.get('where')!r}"
     elif not line.get("ok"):
-        why = f"the program refused it: {line.get('error')} at {line.get('where')!r}"
+        why = f"the program refused the file: {line.get('error')} at {line.get('where')!r}"
     elif "tensors" in wanted and line.get("tensors") != wanted["tensors"]:
         why = f"the tensors are {line.get('tensors')} instead of {wanted['tensors']}"
     elif line.get("digest") != wanted.get("digest", line.get("digest")):
@@ -208,12 +214,12 @@ def _rewritten(case: Case, line: Line, path: Path) -> CaseOutcome:
     if not line.get("ok") or not isinstance(got, list) or len(got) != len(wanted):
         return _outcome(case, False, f"{line.get('error', 'the answer does not have one text for each expected text')}")
     pairs = enumerate(zip(got, wanted, strict=True))
-    why = next((f"number {at}: {one!r} instead of {other!r}" for at, (one, other) in pairs if one != other), "")
+    why = next((f"text number {at} is {one!r} instead of {other!r}" for at, (one, other) in pairs if one != other), "")
     return _outcome(case, not why, why)
 
 
 def _merged(case: Case, line: Line, expected: Path | None) -> CaseOutcome:
-    """Compare all bytes of a merged base; a case without an expected base tests that the program refuses the merge."""
+    """Compare all bytes of a merged base; if `expected` is None, check that the program refuses the merge."""
     from .io import safetensors
 
     judged = _judged(case, line) if expected is None else None
@@ -222,7 +228,7 @@ def _merged(case: Case, line: Line, expected: Path | None) -> CaseOutcome:
     if expected is None or line.get("error") == "Unsupported":
         return _outcome(case, None, "the program does not support merges")
     if not line.get("ok"):
-        return _outcome(case, False, f"{line.get('error', 'no tensors')}")
+        return _outcome(case, False, f"{line.get('error', 'the answer has no tensors')}")
     wanted = {
         name: [leaf.dtype.name, list(leaf.shape), bytes(leaf.fetch()).hex()]
         for name, leaf in safetensors.read(expected).items()
@@ -250,9 +256,9 @@ def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list
 
 
 def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
-    """Compare all tensors that the program computed for a method with the expected tensors.
+    """Compare the tensors that the program computed with the expected tensors in the case's base file `expected`.
 
-    `passed` is None if the program answers Unsupported for some tensors, and all other tensors are right.
+    `passed` is None if the program answers Unsupported for some paths, and the tensors of all other paths are right.
     """
     import numpy as np
 
@@ -260,14 +266,14 @@ def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
 
     outputs = line.get("outputs")
     if not line.get("ok") or not isinstance(outputs, dict):
-        return _outcome(case, False, f"{line.get('error', 'no outputs')}")
+        return _outcome(case, False, f"{line.get('error', 'the answer has no outputs')}")
     without = {path for path, each in outputs.items() if each.get("error") == "Unsupported"}
     lacking = bool(outputs) and len(without) == len(outputs)
     judged = _judged(case, next(iter(outputs.values()), {})) if "error" in case["expected"] else None
     if judged is not None and (judged.passed or not lacking):
         return judged
     if lacking:
-        return _outcome(case, None, "the program has no formula")
+        return _outcome(case, None, "the program has no formula for the case")
     tolerance = case["expected"].get("tolerance", 0.0)
     extra = {f"{path}.{name}" for path, arrays in outputs.items() if "error" not in arrays for name in arrays}
     for name, leaf in safetensors.read(expected).items():
@@ -293,9 +299,9 @@ def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
             return _outcome(case, False, why)
         far = np.abs(values - wanted.reshape(-1)) > tolerance * np.maximum(1, np.abs(wanted.reshape(-1)))
         if far.any() or not np.isfinite(values).all():
-            return _outcome(case, False, f"{name} differs at {int(far.argmax())}")
+            return _outcome(case, False, f"{name} differs at element {int(far.argmax())}")
     if extra:
-        return _outcome(case, False, f"the answer has {min(extra)}, which the case does not define")
+        return _outcome(case, False, f"the answer has {min(extra)}, which the case does not expect")
     if without:
         return _outcome(case, None, f"the program has no formula for {', '.join(sorted(without))}")
     return _outcome(case, True)

@@ -29,13 +29,13 @@ class WriteResult:
     """The result of writing an adapter.
 
     Attributes:
-        out: the path or the URI.
-        format: the written format.
+        out: the path or the URI of the output.
+        format: the name of the format in which the adapter was written.
         targets: the number of targets.
         updates: the number of updates.
         losses: one line for each update that was omitted or rewritten; see `on_loss`.
         warnings: further warnings, for example that the adapter was made for another base.
-        already_done: True if the same output already existed, so that nothing was written.
+        already_done: True if nothing was written, because the destination already had the same output.
     """
 
     out: str
@@ -67,16 +67,16 @@ class Destination:
     """The destination of an adapter, checked before any work is done.
 
     Args:
-        out: the path or the URI.
-        sources: the adapters that are read. If all their model cards name the same licence, the card of a pushed
-            adapter names this licence too.
+        out: the path or the URI to write to.
+        sources: the adapters (or tuned models) that are read. If all their model cards name the same licence, the card
+            of a pushed adapter names this licence too.
         overwrite: replace an existing output.
         format: the format to write.
         base: the base that is read.
         inputs: other files that are read.
 
     Raises:
-        UsageError: the destination is one of the sources.
+        UsageError: the destination is on a hub, and a source has the same address.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class Destination:
         return [file for source in self.inputs for file in files_read(located(source))]
 
     def check(self) -> None:
-        """Refuse a path that exists, or that would replace one of the sources. A hub is only checked during the push.
+        """Refuse a path that is taken, or whose files are inputs. A hub's files are checked only during the push.
 
         Raises:
-            UsageError: the destination is one of the sources.
-            StorageError: the path exists.
+            UsageError: the output would replace one of the files that are read.
+            StorageError: the path exists, and `overwrite` is not set; or another process is writing there.
         """
         if self.remote:
             return
@@ -122,8 +122,8 @@ class Destination:
             adapter: the adapter.
             on_loss: what to do with updates that the format cannot express; see `adapterkit.write`.
             profile: the program that will load the output, if it supports only a part of the format.
-            max_error: with `on_loss="promote"`, the largest relative error that is allowed in a change.
-            base: the base, if it is already open.
+            max_error: with `on_loss="promote"`, the largest relative error that an approximated change may have.
+            base: the opened base; None to use the `base` that the constructor got.
             made_from: a digest of all inputs and options, which is stored with the output.
             warnings: warnings to include in the result.
         """

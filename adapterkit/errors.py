@@ -1,6 +1,6 @@
-"""The errors that adapterkit raises on purpose: a root class and its subclasses. Each error has a location and a cure.
+"""The errors that adapterkit raises on purpose: a base class and its subclasses. An error can name a place and a cure.
 
-The library never prints, exits or asks questions. The command line turns an error into one line and an exit code.
+The library never prints, exits or asks questions. The command line prints the error and exits with its exit code.
 """
 
 from __future__ import annotations
@@ -17,35 +17,37 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 Path = str | PathLike[str]
 
 MAX_LINE = 800
-"""The longest line of an error, in characters. Longer lines are cut: a name from a file can have 70,000 characters."""
+"""The maximum length of a line in an error message, in characters. Longer lines are cut, because a name from a file can
+have 70,000 characters."""
 
 MAX_LINES = 200
 MAX_TEXT = 3000
-"""The longest error of several lines, in characters: about one screen. Further lines are only counted."""
+"""The maximum length of an error message with several lines, in characters: about one screen. A longer message ends
+with the number of omitted lines."""
 
 MAX_PATH = 4096
-"""The longest path in an error, in characters: the limit of Linux."""
+"""The maximum length of a path in an error, in characters. Linux has the same limit."""
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/{1,2})(\S+)")
 """Matches a url. One slash is enough, because `pathlib` turns two slashes into one. A Windows drive such as `C:/` does
 not match, because the scheme needs at least two letters."""
 
 _USER = re.compile(r"(?!\[)[^/@]*:(?!\d{1,5}/)[^@]*@|[^/?#@]*@")
-"""Matches a user name and password before a host. It does not match `host:5000/name@sha256:...`, which has neither."""
+"""Matches a user name, or a user name and password, before a host. `host:5000/name@sha256:...` has neither."""
 
 _QUERY = re.compile(r"\?[^#]*")
 _FRAGMENT = re.compile(r"#(?![\w.-]*$).*", re.DOTALL)
 _PARAMETER = re.compile(r"(?i)([?&][\w-]*(?:token|sig|signature|key|secret|password|credential|auth)[\w-]*=)[^\s&#/]+")
-"""Matches a secret in a url's query if the scheme is missing, as in the path of a file on a hub."""
+"""Matches a secret in a query even if the url has no scheme, as in the path of a file on a hub."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
 
 def public(text: str) -> str:
-    """Return the text with all secrets in urls replaced by `...`.
+    """Return the text without secrets: `...` replaces secrets in urls, and `<token>` replaces Hugging Face tokens.
 
-    This is the only function that removes secrets. It is applied to errors, lineage, origin files, reports and all
-    output of the command line. It removes user names and passwords before the host, and the whole query (`?token=`,
+    No other function removes secrets. This function is applied to errors, lineage, origin files, reports and all output
+    of the command line. In a url, it removes user names and passwords before the host, and the whole query (`?token=`,
     `X-Amz-Signature`, ...), because no list could name all secret parameters.
     """
     if ":/" in text:
@@ -63,7 +65,7 @@ def _without_secrets(match: re.Match[str]) -> str:
 
 
 def brief(text: str) -> str:
-    """Cut long lines in the middle, and omit the lines beyond `MAX_LINES` or `MAX_TEXT`."""
+    """Shorten a message: cut the middle out of long lines, and omit the lines that exceed `MAX_LINES` or `MAX_TEXT`."""
     if not text.isascii():  # Escape lone surrogates, which JSON can hold and no terminal can print.
         text = text.encode("utf-8", "backslashreplace").decode()
     if len(text) <= MAX_LINE:
@@ -89,7 +91,7 @@ def _cut(text: str, limit: int) -> str:
 
 
 class AdapterkitError(Exception):
-    """Root of all errors raised on purpose.
+    """The base class of all errors that adapterkit raises on purpose.
 
     Whenever a text is assigned to an attribute, `public` removes secrets from urls, and `brief` shortens a long text.
 
@@ -128,7 +130,7 @@ class AdapterkitError(Exception):
         return f"{text}. {self.cure}" if self.cure else text
 
     def at(self, path: Path | None = None, where: str | None = None) -> AdapterkitError:
-        """Set the path and the location, unless the error already has them, and return the same error."""
+        """Set `path` and `where` if the error does not have them yet, and return the same error."""
         self.path = self.path or (None if path is None else str(path))
         self.where = self.where or where
         return self
@@ -143,7 +145,7 @@ ONE_WEIGHT_EACH = "Give one weight for each adapter: --weight W for each (weight
 
 
 class UsageError(AdapterkitError):
-    """The call itself is invalid: options exclude each other, or the number of weights is wrong."""
+    """The call itself is invalid. For example, two options exclude each other, or the number of weights is wrong."""
 
     code = "usage"
 
@@ -155,7 +157,7 @@ class Malformed(AdapterkitError):
 
 
 class UnknownFormat(AdapterkitError):
-    """No format, or more than one, recognises the input."""
+    """No format recognises the input, or several formats do."""
 
     code = "unknown-format"
 
@@ -167,7 +169,7 @@ class ShapeMismatch(AdapterkitError):
 
 
 class TargetNotFound(AdapterkitError):
-    """A target matches no weight of the base, or more than one."""
+    """A target matches no weight of the base, or several weights."""
 
     code = "target-not-found"
 
@@ -180,7 +182,7 @@ class Unsupported(AdapterkitError):
 
 
 class NotMergeable(AdapterkitError):
-    """An update cannot be added to weights."""
+    """An update cannot be merged into the weights, or its method does not have the formula that is needed."""
 
     code = "not-mergeable"
     exit_code = 3
@@ -191,8 +193,8 @@ class Unrepresentable(AdapterkitError):
 
     Attributes:
         items: one line for each update or value that the format cannot express.
-        places: the updates that the writer could store as another method, each as (target, index in the target's list
-            of updates).
+        places: the refused updates that the writer could perhaps store with another method, as pairs (target, index of
+            the update among the target's updates).
     """
 
     code = "unrepresentable"
@@ -242,7 +244,7 @@ class NetworkError(AdapterkitError):
 
 
 class AccessDenied(NetworkError):
-    """A hub needs a token, another token, or acceptance of a licence."""
+    """A hub denies access: it requires a token, another token, or acceptance of a licence."""
 
     code = "access"
 
@@ -256,10 +258,10 @@ class RemoteNotFound(NetworkError):
 _CURES = {
     errno.ENOSPC: "Free some space on that file system or write elsewhere, then run the same command again",
     errno.EDQUOT: "Raise the quota or write elsewhere, then run the same command again",
-    errno.EACCES: "Check the owner and the mode of that path",
-    errno.EPERM: "Check the owner and the mode of that path",
-    errno.EEXIST: "Move the file at that path, or at a parent of it: a folder with this name is needed",
-    errno.ENOTDIR: "Move the file at that path, or at a parent of it: a folder with this name is needed",
+    errno.EACCES: "Check the owner and the permissions of that path",
+    errno.EPERM: "Check the owner and the permissions of that path",
+    errno.EEXIST: "A folder is needed at that path: move the file that is at the path or at one of its parents",
+    errno.ENOTDIR: "A folder is needed at that path: move the file that is at the path or at one of its parents",
     errno.ENOENT: "Check the spelling of the path",
     errno.EISDIR: "Pass a file, not a folder",
     errno.EROFS: "The file system is mounted read-only; write elsewhere",
@@ -267,7 +269,7 @@ _CURES = {
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
-    """Return the typed form of an `OSError` from reading or writing `path`."""
+    """Return a `StorageError` for an `OSError` that was raised while `path` was read or written."""
     reason = (error.strerror or str(error)).lower()
     return StorageError(reason, path=path, cure=_CURES.get(error.errno or 0, "Check the disk and its file system"))
 
@@ -277,7 +279,7 @@ R = TypeVar("R")
 
 
 def places_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function whose first argument is a file, so that its errors name the file.
+    """Decorate a function whose first argument is a file: errors that the function raises get the path of this file.
 
     The first argument is a path, or an object whose `root` is a path. Errors that already name a file stay unchanged.
     A `UsageError` also stays unchanged, because it is about the call and not about a file.
@@ -299,7 +301,7 @@ def places_errors(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def shown(value: object, most: int = 120) -> str:
-    """Return the `repr` of a value from a file in at most `most` characters, for a message.
+    """Return the `repr` of a value that was read from a file, cut to at most `most` characters, for a message.
 
     Large integers are described by their size: Python refuses to print more than 4300 digits, and YAML and numpy
     headers can contain such integers in hexadecimal.

@@ -1,10 +1,11 @@
-"""Write an adapter in any format; on request, rewrite updates in a method that the format supports.
+"""Write an adapter in any format; with `on_loss="promote"`, also convert updates to methods that the format supports.
 
-A writer first checks all updates. If the format cannot express some of them, the writer raises `Unrepresentable`, which
-lists them in `places`, and writes nothing. Promotion rewrites these updates and calls the writer again. Low-rank
-changes become a LoRA with exactly their factors, without a decomposition. Other changes become a weight difference
-(`Dense`) if the format supports weight differences, or the nearest LoRA if the caller accepts an error. Promotion needs
-the package `ops`, which the writers in `formats` may not import; therefore promotion is in this module.
+A writer first checks all updates. If the format cannot express some updates, the writer writes nothing and raises
+`Unrepresentable`; the error's `places` lists the refused updates. *Promotion* converts the refused updates to other
+methods and calls the writer again. Updates with low-rank factors become a LoRA with exactly these factors, without a
+decomposition. Other updates become a weight difference (`Dense`) if the format supports weight differences, or the
+nearest LoRA if the caller accepts an error (`max_error`). Promotion needs the package `ops`. The modules in `formats`
+may not import `ops`, so promotion is in this module.
 """
 
 from __future__ import annotations
@@ -37,17 +38,19 @@ if TYPE_CHECKING:
     from .io.lazy import DType, Lazy, Shape
     from .ops.lowering import Delta
 
-ACCEPT = "Accept an error with max_error=/--max-error, pass the base if a formula needs it, or write another format"
+ACCEPT = (
+    "Accept an error with --max-error E (max_error=E), pass the base if a formula needs it, or write another format"
+)
 
 _REPORT = "Nothing was written. Report this bug, or write adapterkit's own format"
 _SLACK = 1e-4
-"""The relative tolerance with which the reported error of a promotion is checked. A hundredth of this number is allowed
-in addition, for rounding to float32."""
+"""The measured error of a promotion may exceed its limit by this fraction of the limit. It may also exceed the limit by
+a hundredth of this number, because the tensors are rounded to float32."""
 
 Written = list[str]
 Ask = Callable[["Adapter"], Written]
 Promoted = tuple["Target", "Update", str]
-"""The promotion of one target: the target, the update that replaces all its updates, and a line for the user."""
+"""The promotion of one target: the target, the new update that replaces all updates there, and a line for the user."""
 
 
 def write(
@@ -62,11 +65,11 @@ def write(
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> list[str]:
-    """Validate and write an adapter; return one line for each omitted or rewritten update. See `Format.write`.
+    """Validate and write an adapter; return one line for each omitted or rewritten update.
 
-    In every format, the output is staged next to `path` and renamed into place when it is complete: after an error,
-    `path` is unchanged. If `path` is a folder with an adapter, the files that the format owns are replaced, and all
-    others stay.
+    `Format.write` describes the lines. In every format, the output is written next to `path` and renamed to `path` when
+    the output is complete, so `path` is unchanged after an error. If `path` is a folder with an adapter, the files that
+    the format owns are replaced, and all other files stay.
 
     Before the rename, the output is read back and compared with the adapter; a difference raises `Miswritten`.
 
@@ -74,28 +77,30 @@ def write(
         adapter: the adapter to write.
         path: the file or folder to write.
         format: the format to write.
-        base: the base, for formats that need it to resolve names or to order rows.
+        base: the base, for formats that need it to resolve names or to order the rows of weights.
         on_loss: what to do with updates that the format cannot express; see `Format.write`.
         profile: the program that will load the output, if it supports only a part of the format, such as `"vllm"`.
-            Scalings and ranks that the program ignores are folded into the tensors; updates that the program cannot
-            run are refused.
-        max_error: with `on_loss="promote"`, the largest relative Frobenius error that is accepted if the format can
-            store a change only as a LoRA that approximates it; None accepts no error.
+            Scalings that the program ignores are folded into the tensors. If the program supports only one rank for all
+            modules, smaller ranks are padded with zeros. Updates that the program cannot run are refused.
+        max_error: with `on_loss="promote"`, a change that the format cannot store exactly may become a LoRA with at
+            most this relative Frobenius error. None accepts only exact replacements.
         overwrite: replace an existing file or folder at `path`; if False, an existing file or folder is an error.
         made_from: a digest of all inputs and options. The digest is stored with the output, so that a later run with
             the same digest can skip the work; see `adapterkit.io.staging`.
 
     Raises:
         StorageError: `path` exists and `overwrite` is False, `path` is neither a file nor a folder, another process is
-            writing it, or the disk is full.
-        Miswritten: the written files differ from the adapter; the error names target and field.
-        UsageError: the format needs the base to read the files back, but no base was given.
+            writing `path`, or the disk is full.
+        Miswritten: the written files differ from the adapter; the error names the target and the field.
+        UsageError: the format needs the base to read the files back, but no base was given; or `max_error` is not
+            between 0 and 1, or is given without `on_loss="promote"`.
         AdapterkitError: see `Format.write`.
     """
     check_adapter(adapter)
     if max_error is not None and (on_loss != "promote" or not 0 < max_error < 1):
         raise UsageError(
-            f"max_error is {max_error}", cure="Pass a number between 0 and 1, with on_loss='promote'/--on-loss promote"
+            f"max_error must be between 0 and 1 and needs on_loss='promote', got {max_error} with on_loss={on_loss!r}",
+            cure="Pass a number between 0 and 1, with on_loss='promote'/--on-loss promote",
         )
     below = None if base is None else opened(base)
 
@@ -114,15 +119,16 @@ def write(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Promotion:
-    """Rewrite the updates that a format refuses, in the methods that the format supports.
+    """Replace updates that a format refuses by updates of methods that the format supports.
+
+    The new updates are equivalent to the original updates, or approximate them within `max_error`.
 
     Attributes:
         lora: whether the format supports LoRA.
         dense: whether the format supports weight differences (`Dense`).
-        identities: whether a weight difference may become a LoRA of full rank that has the identity as one of its
-            factors.
-        whole: whether the format supports whole parameters, so that the base's weight plus a difference may be written.
-        max_error: the accepted relative Frobenius error of each change; None accepts no error.
+        identities: whether a weight difference may become a LoRA of full rank, with the identity as one factor.
+        whole: whether a weight difference may become a whole weight, the sum of the base's weight and the difference.
+        max_error: the accepted relative Frobenius error of each change; None accepts only exact replacements.
         base: the base, for formulas that read its weights.
     """
 
@@ -139,10 +145,10 @@ class Promotion:
         return cls(lora, writer.differences, writer.identities, whole, max_error, base)
 
     def ask(self, adapter: Adapter, write: Ask) -> Written:
-        """Write the adapter; promote the updates that the writer refuses, and retry until the writer accepts all.
+        """Write the adapter by calling `write`. While `write` refuses updates, promote these updates and try again.
 
         Returns:
-            The writer's lines, and a line for each promoted update.
+            A line for each promoted target, and then the lines that `write` returned.
 
         Raises:
             Unrepresentable: the writer refuses updates that cannot be promoted.
@@ -155,8 +161,8 @@ class Promotion:
                 refused = {target for target, _ in refusal.places}
                 changed, promotion_lines = self._promoted(adapter, refused)
                 if not promotion_lines:
-                    # Try to promote all targets: the writer may refuse a LoRA because it conflicts with updates at
-                    # other targets.
+                    # None of the refused updates can be promoted. The writer may refuse a LoRA because of updates at
+                    # other targets, so promote all targets.
                     changed, promotion_lines = self._promoted(adapter, {*adapter.updates} if refused else set())
                 if not promotion_lines:
                     if any(not _is_vector(adapter.updates.get(target, ())) for target in refused):
@@ -165,17 +171,17 @@ class Promotion:
                 adapter, lines = changed, lines + promotion_lines
 
     def suggest(self, adapter: Adapter, refusal: Unrepresentable) -> None:
-        """If promotion can write all refused updates without loss, put promotion first in the error's cure."""
+        """If promotion can replace all refused updates without loss, begin the error's cure with this advice."""
         refused = {target for target, _ in refusal.places}
         groups = [adapter.updates.get(target, ()) for target in refused]
         if groups and all(self._is_exact(each) for each in groups):
-            promote = "Write them in another method without loss, with on_loss='promote'/--on-loss promote"
+            promote = "Convert the updates to another method without loss, with on_loss='promote'/--on-loss promote"
             refusal.cure = f"{promote}. Or: {refusal.cure}" if refusal.cure else promote
 
     def _is_exact(self, group: Sequence[Update]) -> bool:
-        """Whether the updates of a target can be rewritten without loss, as one LoRA or as one weight difference.
+        """Whether promotion can replace the updates of a target without loss by one LoRA or one weight difference.
 
-        False if the updates are already in this form.
+        False for a single LoRA. A single weight difference can only become a LoRA with an identity as one factor.
         """
         if not group or (len(group) == 1 and isinstance(group[0], LoRA)):
             return False
@@ -195,7 +201,7 @@ class Promotion:
         return (adapter.replace(updates=updates) if lines else adapter), lines
 
     def _one(self, adapter: Adapter, target: Target) -> Promoted | None:
-        """Return one update that replaces all updates of a target, or None if they cannot be promoted."""
+        """Return the promotion of a target to one update; None if the updates of the target cannot be promoted."""
         group = adapter.updates[target]
         line = f"wrote {' and '.join(dict.fromkeys(update.method for update in group))} at {target} as"
         if len(group) == 1 and isinstance(group[0], LoRA):
@@ -215,9 +221,9 @@ class Promotion:
             return None
 
     def _of_difference(self, target: Target, update: Dense, line: str) -> Promoted | None:
-        """Return an update that replaces a weight difference, for a format that cannot store weight differences.
+        """Promote a weight difference, for a format that cannot store weight differences.
 
-        The result is None if the difference cannot be replaced.
+        The new update is a LoRA with an identity as one factor, or a whole weight. None if neither is possible.
         """
         shape = weight_shape(target, [update], self.base)
         if not target.stacked and shape is not None and len(shape) > 1:
@@ -232,7 +238,10 @@ class Promotion:
         return None
 
     def _nearest(self, alone: Adapter, error: float, line: str) -> Promoted | None:
-        """Return the LoRA of the smallest rank whose error is accepted."""
+        """Return the promotion to the LoRA of the smallest rank at which the relative error is at most `error`.
+
+        Return None if the target does not become a single LoRA.
+        """
         from .ops import promote
 
         cuts: list[Any] = []
@@ -242,27 +251,27 @@ class Promotion:
             return None
         lost = cuts[0].error / cuts[0].norm if cuts[0].norm else 0.0
         if lost > error * (1 + _SLACK) + _SLACK * 1e-2:
-            why = f"its error is {lost:.1e} of the change, but only {error:.1e} is accepted"
+            why = f"the relative error of the LoRA is {lost:.1e}, but at most {error:.1e} is accepted"
             raise _mispromoted(target, next(iter(alone.updates.values())), why)
         _check_error(alone, target, group[0], lost, self.base)
         return target, group[0], f"{line} a LoRA of rank {_rank(group[0], target)}, relative error {lost:.1e}"
 
 
 def _is_vector(group: Sequence[Update]) -> bool:
-    """Whether all updates change norms or biases, which a LoRA cannot approximate."""
+    """Whether all updates change only vectors (norms or biases), which a LoRA cannot approximate."""
     return bool(group) and all(isinstance(update, Dense) and not _is_matrix(update) for update in group)
 
 
 def _is_matrix(update: Dense) -> bool:
-    """Whether a weight difference has an input and an output axis."""
+    """Whether an update changes a weight with an input and an output axis, not only a vector."""
     return update.D is not None and len(update.D.shape) > 1
 
 
 def _by_identity(update: Dense, shape: Sequence[int]) -> LoRA:
     """Return a weight difference D as a LoRA of full rank: one factor is D, the other factor is an identity.
 
-    The identity has the smaller of D's two sizes. If only the bias changes, the LoRA has two zero factors of rank 1;
-    diffusers converts the `diff` of Wan's head in the same way.
+    The identity's size is the smaller of `out` and `in * k`. The diffusers library also converts the tensor `diff` of
+    the head of Wan models to such a LoRA. If `update` changes only the bias, both factors are zeros of rank 1.
     """
     out, columns = shape[0], math.prod(shape[1:])
     leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
@@ -289,7 +298,7 @@ def _zeros(shape: Shape, kind: DType) -> Lazy:
 
 
 def _weight_at(target: Target, update: Dense, base: Checkpoint) -> Lazy | None:
-    """Return the base's stored parameter at a target; None if the base has no parameter of this name and shape."""
+    """Return the base's stored weight at a target; None if the base stores no whole weight of D's shape there."""
     try:
         site = bind(Adapter({target: (update,)}), base).sites[0]
     except AdapterkitError:
@@ -299,12 +308,15 @@ def _weight_at(target: Target, update: Dense, base: Checkpoint) -> Lazy | None:
 
 
 def _sum(weight: Lazy, update: Dense) -> Lazy:
-    """Add a difference to a weight; round the sum once to the weight's dtype."""
+    """Return the weight plus the scaled difference, rounded once to the weight's dtype."""
     return rounded_lazy(load(weight) + load(update.tensors["D"]) * update.scaling, weight.dtype)
 
 
 def _in_factors(target: Target, group: Sequence[Update], base: Checkpoint | None) -> Any:
-    """Return one LoRA with the factors of all updates; None if an update has no factors or the shape is unknown."""
+    """Return one LoRA that concatenates the factors of all updates.
+
+    Return None if an update has no low-rank factors, or if the shape of the weight is unknown.
+    """
     from .ops.lowering import Change, low_rank
 
     additive = [u for u in group if isinstance(u, Additive) and type(u).pair is not Additive.pair]
@@ -323,7 +335,7 @@ def _in_factors(target: Target, group: Sequence[Update], base: Checkpoint | None
 
 
 def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
-    """Return B and A. Formats cannot store factors of rank 0; in their place, return zero factors of rank 1."""
+    """Return B and A. If their rank is 0, return zeros of rank 1, because formats cannot store factors of rank 0."""
     import numpy as np
 
     out, columns = delta.shape
@@ -331,7 +343,7 @@ def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
 
 
 def _difference(alone: Adapter, base: Checkpoint | None, line: str) -> Promoted | None:
-    """Return the sum of all updates' changes to the weight, as one weight difference."""
+    """Return the promotion of all updates to one weight difference, the sum of their changes; None without a change."""
     from .ops.alignment import places
     from .ops.lowering import dense
 
@@ -350,10 +362,10 @@ def _difference(alone: Adapter, base: Checkpoint | None, line: str) -> Promoted 
 
 
 def _check_exact(target: Target, group: Sequence[Update], promoted: Update, base: Checkpoint | None) -> None:
-    """Check with random inputs that the promoted update equals the sum of the original updates.
+    """Check with random inputs that the promoted update computes the same function as the original updates together.
 
     Raises:
-        Miswritten: the promoted update is not the sum of the original updates.
+        Miswritten: the functions differ.
     """
     # Pass the promoted update first: its dtype decides the tolerance, and the originals may have a narrower dtype.
     if why := unlike({target: (promoted,)}, {target: tuple(group)}, base, frozenset()):
@@ -361,16 +373,16 @@ def _check_exact(target: Target, group: Sequence[Update], promoted: Update, base
 
 
 def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float, base: Checkpoint | None) -> None:
-    """Check that a promoted update differs from the adapter's original change by no more than the reported error.
+    """Check that a promoted update differs from the original weight change by no more than the reported error.
 
-    The original change is computed again, with the base's weight if the formula reads it. A reported error of 0 still
-    allows rounding.
+    The original change is computed again, with the base's weight if the formula reads the weight. Even with a reported
+    error of 0, differences from rounding are allowed.
 
     Args:
-        alone: the adapter with one target.
+        alone: an adapter with only the original updates of one target.
         target: the target of the promoted update.
         promoted: a LoRA or a weight difference.
-        stated: the relative Frobenius error that was reported to the caller.
+        stated: the reported relative Frobenius error.
         base: the base, for formulas that read the weight.
 
     Raises:
@@ -386,11 +398,11 @@ def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float
     norm = float(np.linalg.norm(D.numpy().astype("f8")))
     error = float(np.linalg.norm((D.double() - change.double().reshape(D.shape)).numpy())) / norm if norm else 0.0
     if error > stated * (1 + _SLACK) + _SLACK * 1e-2:
-        raise _mispromoted(given, group, f"the error is {error:.1e} of the change, not {stated:.1e}")
+        raise _mispromoted(given, group, f"the relative error is {error:.1e}, but {stated:.1e} was computed")
 
 
 def _shaped(alone: Adapter) -> bool:
-    """Whether the shape of the weight follows from the updates alone, without a base."""
+    """Whether the updates alone determine the shape of the weight, so that no base is needed."""
     try:
         return all(bool(view_shape(target, group)) for target, group in alone.updates.items())
     except UsageError:
@@ -399,7 +411,9 @@ def _shaped(alone: Adapter) -> bool:
 
 def _mispromoted(target: Target, group: Sequence[Update], why: str) -> Miswritten:
     names = " and ".join(dict.fromkeys(update.method for update in group))
-    return Miswritten(f"the promoted form of {names} differs: {why}", where=str(target), cure=_REPORT)
+    return Miswritten(
+        f"the promoted update does not match the original {names}: {why}", where=str(target), cure=_REPORT
+    )
 
 
 def _type(target: Target, group: Sequence[Update]) -> DType:
@@ -409,9 +423,9 @@ def _type(target: Target, group: Sequence[Update]) -> DType:
 
 
 def _when_read(make: Callable[[], Any]) -> Any:
-    """Return the update that `make` returns. To save memory, its tensors are not kept: each access calls `make` again.
+    """Return the update that `make` returns, without keeping its tensors in memory; None if `make` returns None.
 
-    Return None if `make` returns None.
+    Each access to the data of a tensor calls `make` again.
     """
     first = make()
     if first is None:

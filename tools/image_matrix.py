@@ -180,18 +180,20 @@ def outcome_of(family: ImageFamily, image_format: str, method: str, targets: dic
 HEADER = """\
 # Methods, formats and families of image, video and audio models
 
-Written by `tools/image_matrix.py`. Each cell shows what the writer of a format does with an adapter of this family and
-method, if the adapter has diffusers' names:
+`tools/image_matrix.py` writes this page. There is one table for each format. A row is a family of models, and a column
+is a method. Each cell shows how the format's writer handles an adapter whose modules have diffusers' names:
 
-- `=`: the format supports the method.
-- `L`: with `--on-loss promote`, the writer writes an exactly equal LoRA.
+- `=`: the writer keeps the method.
+- `L`: with `--on-loss promote`, the writer writes a LoRA with exactly the same change.
 - `D`: with `--on-loss promote`, the writer writes a weight difference.
-- A number: the writer refuses the adapter; the list of reasons below explains each number.
+- A number: the writer refuses the adapter; the list at the end of the page gives the reason with this number.
 
-Some weights, such as queries, keys and values, are one fused weight under the authors' names. If a cell has two marks,
-the second applies to such weights when the adapter has separate factors for each part. In a format without weight
-differences, a weight difference becomes a LoRA of full rank, with the identity as one factor, as in diffusers' own
-conversion. With `--base`, methods that depend on the weight become weight differences in formats that support these.
+Some weights that are separate in diffusers, such as queries, keys and values, are one fused weight in the files of the
+model's authors. If a cell has two marks, the second mark is for these weights, in an adapter with different factors for
+each of them. If a format cannot store weight differences, a weight difference becomes a LoRA of full rank, one factor
+of which is the identity. diffusers' own conversion does the same. The tables show conversions without `--base`. With
+`--base`, an update whose change depends on the base's weight becomes a weight difference, if the format can store
+weight differences.
 
 XLabs' files support LoRA on FLUX's attention. BFL's control files support LoRA and complete norm weights, both on FLUX.
 """

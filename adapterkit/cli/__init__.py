@@ -45,7 +45,7 @@ def main() -> None:
         number = getattr(signal, name, None)
         if (
             number is not None and signal.getsignal(number) == signal.SIG_DFL
-        ):  # Under `nohup`, SIGHUP is ignored: a handler would end the command after all.
+        ):  # `nohup` makes the process ignore SIGHUP. With a handler instead, a hangup would end the command.
             signal.signal(number, _interrupted)
     # Collect garbage less often: a file of 10^5 tensors makes 10^6 long-lived objects, and each collection visits all
     # objects.

@@ -1,7 +1,7 @@
-"""The click group of all commands: import a command's module on first use, write the help, and catch all errors.
+"""The click group of all commands. It imports a command's module on first use, writes the help, and catches all errors.
 
-The help of each command ends with examples. After some commands succeed, the next command is suggested. Any exception
-of a command becomes one error message and an exit code.
+The help of each command ends with examples. After some commands succeed, the group suggests the next command. If a
+command raises any exception, the group prints one error message and returns an exit code.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ NEXT: Mapping[str, str] = {
     "search": "adapterkit combine {out} -o OUT",
     "validate": "adapterkit merge {base} {src} -o MERGED --plan",
 }
-"""Command -> the command to suggest next. Nothing is suggested if a parameter in braces has no value."""
+"""Command -> the command to suggest after its success. If a parameter in braces has no value, nothing is suggested."""
 
 
 def epilog(command: str) -> str | None:
@@ -123,11 +123,15 @@ def epilog(command: str) -> str | None:
 
 
 def next_step(command: str, given: Mapping[str, object]) -> str | None:
-    """Return the command to suggest next, or None.
+    """Return the command line to suggest after a command.
 
     Args:
         command: the name of the command that succeeded.
         given: the values of that command's parameters.
+
+    Returns:
+        The command line. None if `NEXT` has no suggestion or a value for it is missing, if the command only made a
+        plan, or if it has already verified its result.
     """
     import shlex
     import string
@@ -178,7 +182,7 @@ class Carried(Exception):
 
 @contextmanager
 def carried() -> Iterator[None]:
-    """Wrap in `Carried` the exceptions that click would misinterpret."""
+    """Wrap the exceptions that click would misinterpret (`OSError` and `EOFError`) in `Carried`."""
     try:
         yield
     except (OSError, EOFError) as error:
@@ -212,21 +216,21 @@ def typed(error: BaseException) -> AdapterkitError:
     if isinstance(error, click.Abort | KeyboardInterrupt):
         return Interrupted("Interrupted", cure="Run the same command again; merge and pull resume where they stopped.")
     if isinstance(error, click.UsageError):
-        # Click prints choices on separate lines with tabs: join the lines.
+        # Click puts each possible value of an option on a separate line: join the lines.
         return UsageError(" ".join(error.format_message().split()).removesuffix("."), cure=_usage_cure(error))
     if isinstance(error, OSError):
         return storage_error(error, error.filename or "a file")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return StorageError(f"not enough memory ({str(error) or 'allocation failed'})", cure=_NO_MEMORY)
     why = f"{type(error).__name__}: {error}".removesuffix(": ")
-    return Bug(f"{why} (this is a bug in adapterkit)", cure="Run it again with --debug for the traceback to report")
+    return Bug(f"{why} (this is a bug in adapterkit)", cure="Run the command with --debug, and report the traceback")
 
 
 def _usage_cure(error: click.UsageError) -> str:
     """Return the cure for an error from click.
 
-    If an argument is missing, the cure shows an example. If an option is unknown, the cure shows the usage line. In all
-    other cases, the cure is to try --help.
+    If an argument or a required option is missing, the cure shows an example. If an option is unknown, the cure shows
+    the usage line. The cure always names --help, too.
     """
     context = error.ctx
     if context is None:
@@ -257,7 +261,7 @@ _AFTER = re.compile(
 
 
 def as_flags(text: str) -> str:
-    """Shorten a pair of flag and Python argument, such as `base=/--base` or `--base (base=)`, to the flag."""
+    """Replace each pair of a flag and a Python argument, such as `base=/--base` or `--base (base=)`, by the flag."""
     return _AFTER.sub(r"\1", _BOTH.sub(r"\1", text))
 
 
@@ -304,13 +308,13 @@ def _discard_output() -> None:
 
 
 def _escape_unprintable() -> None:
-    """Print a backslash escape for each character that the terminal's encoding lacks; no `UnicodeEncodeError`."""
+    """Print characters that the terminal's encoding lacks as backslash escapes, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-_NO_MEMORY = "Free some memory or use a machine with more, then run the same command again"
+_NO_MEMORY = "Free some memory, or use a machine with more memory, then run the same command again"
 
 
 # The group of commands.
@@ -362,7 +366,7 @@ def write_options(command: click.Command, ctx: click.Context, formatter: click.H
         rows = []
         for name, record in shown:
             at = home.get(name, "Options")
-            if name == "rank" and reads_rank:  # Here --rank is the expected rank of a file.
+            if name == "rank" and reads_rank:  # --rank is the rank that `read` expects, not the rank of the result.
                 at = "Reading adapters and bases"
             if at == heading:
                 rows.append(record)
@@ -396,7 +400,7 @@ class HelpContext(click.Context):
 
 
 def completing() -> bool:
-    """Whether a shell runs this process to get completions; see `completion`."""
+    """Whether a shell runs this process only to get completions for a command line; see `completion`."""
     return "_ADAPTERKIT_COMPLETE" in os.environ
 
 
@@ -433,7 +437,7 @@ class Commands(click.Group):
             from .completion import with_completions
 
             return with_completions(command)
-        # Commands are plain click commands; their help gets its section headings here.
+        # `command` is a plain `click.Command`, which lists all options in one section. Make its help use `SECTIONS`.
         command.context_class = HelpContext
         command.format_options = partial(write_options, command)  # type: ignore[method-assign]
         return command
@@ -451,7 +455,7 @@ class Commands(click.Group):
 
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None:
-            # Read no defaults for `doctor`: it reports unreadable files of defaults, and must not fail because of them.
+            # Read no defaults for `doctor`: it reports errors in files of defaults, so it must not fail on such errors.
             defaults = {} if name == "doctor" else for_command(name, command)
             ctx.default_map = {name: defaults}
             lines = ctx.meta.get(STAGES)
@@ -466,13 +470,13 @@ class Commands(click.Group):
             formatter.write_dl([(name, self._summary(name)) for name in self.list_commands(ctx)])
 
     def _summary(self, name: str) -> str:
-        """Return the first line of a module's docstring, read from the source: importing all modules is slow."""
+        """Return the first line of a module's docstring. It is read from the source, because imports are slow."""
         module = f"{self.package}.{name}"
         loader = getattr(find_spec(module), "loader", None)
         read = getattr(loader, "get_source", None)
         source = read(module) if read else None
         if source and source.startswith('"""') and "\\" not in source.partition("\n")[0]:
-            return str(source.partition("\n")[0]).strip('"')  # Parsing 24 modules would take 40 ms.
+            return str(source.partition("\n")[0]).strip('"')  # Do not parse the source: 24 modules would take 40 ms.
         return (import_module(module).__doc__ or "").strip().partition("\n")[0]
 
     def make_context(

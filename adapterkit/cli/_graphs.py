@@ -1,4 +1,4 @@
-"""The `merge` command for ONNX graphs, and the lines that all commands print about graphs."""
+"""The `merge` command for ONNX graphs, and the text that all commands print about graphs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
 
 MOST_SHOWN = 8
-"""The maximum number of targets for which a quantization error is printed; --json shows all targets."""
+"""Quantization errors are printed for at most this many targets; --json shows all targets."""
 
 
 def damage_lines(record: Mapping[str, object]) -> Iterator[str]:
     """Yield a line for each target that was quantized again, worst first, and one line about changes kept as factors.
 
+    If there are more than `MOST_SHOWN` targets, one line stands for the rest.
+
     Args:
-        record: the record of a merge. `damage` maps each target to the quantization `error` and to `kept`, the share of
-            the change that is left. `beside` lists the targets whose change was attached as floating-point factors.
+        record: the record of a merge. `damage` maps each target to `error`, the quantization error, and `kept`, the
+            share of the change that is left after quantization. `beside` lists the targets whose changes were attached
+            as floating-point factors instead.
     """
     every, beside = part_or_none(record, "damage") or {}, texts(record, "beside")
     damage = {name: part(every, name) for name in every}
@@ -45,39 +48,49 @@ def damage_lines(record: Mapping[str, object]) -> Iterator[str]:
 
 ONLY_FOLDERS = {
     "method": "Combine the adapters first with adapterkit combine, then merge the result",
-    "dtype": "Export the model with this --dtype instead", "device": "Omit it: graphs are merged on the CPU",
-    "shard_size": "Omit it: the weights of a graph are written to one file",
-    "engine": "Omit it: graphs are merged on this machine", "address": "Omit it: graphs are merged on this machine",
-    "nodes": "Omit it: graphs are merged on this machine", "bandwidth": "Omit it: graphs are merged on this machine",
-    "price": "Omit it: graphs are merged on this machine", "node_tasks": "Omit it: graphs are merged on this machine",
+    "dtype": "Export the model with this --dtype instead",
+    "device": "Omit the option: graphs are merged on the CPU",
+    "shard_size": "Omit the option: the weights of a graph are written to one file",
+    "engine": "Omit the option: graphs are merged on this machine",
+    "address": "Omit the option: graphs are merged on this machine",
+    "nodes": "Omit the option: graphs are merged on this machine",
+    "bandwidth": "Omit the option: graphs are merged on this machine",
+    "price": "Omit the option: graphs are merged on this machine",
+    "node_tasks": "Omit the option: graphs are merged on this machine",
     "onto": "Export the 16-bit weights, then merge into the exported graph",
-    "seed": "Omit it: graphs are rounded to the nearest value",
-    "memory": "Omit it: graphs are always merged in small blocks",
-    "link": "Omit it: the weights of a graph are always copied", "stream": "Fetch the graph first with adapterkit pull",
+    "seed": "Omit the option: merged weights of a graph are rounded to the nearest value",
+    "memory": "Omit the option: graphs are always merged in small blocks",
+    "link": "Omit the option: the weights of a graph are always copied",
+    "stream": "Fetch the graph first with adapterkit pull",
     "parameters": "--set requires --method; combine the adapters first with adapterkit combine",
-    "checksums": "Omit it: checksums are not recorded for graphs", "tokenizer": "Copy the tokenizer next to the graph",
-    "verified": "Omit it: the result is run and compared anyway, unless --no-check is given",
-    "consumer": "Ollama does not run graphs: merge into a GGUF model",
-    "calibration": "Graphs are rounded to the nearest value: merge into the folder of weights, then export the result",
-    "keep": "Graphs are rounded to the nearest value: merge into the folder of weights, then export the result",
-    "remainder": "Graphs have no remainder: merge into the folder of weights, then export the result",
-    "strict_licence": "Graphs have no model card: adapterkit inspect shows the licences of base and adapters",
+    "checksums": "Omit the option: checksums are not recorded for graphs",
+    "tokenizer": "Copy the tokenizer next to the graph",
+    "verified": "Omit the option: without --no-check, the merged graph is run and compared anyway",
+    "consumer": "Merge into a GGUF model instead: Ollama does not run graphs",
+    "calibration": "Merge into the folder of weights, then export the result: a graph's weights are rounded to nearest",
+    "keep": "Merge into the folder of weights, then export the result: a graph's weights are rounded to nearest",
+    "remainder": "Merge into the folder of weights, then export the result: graphs have no remainder",
+    "strict_licence": "Omit the option, because graphs have no model card; adapterkit inspect shows the licences of "
+    "base and adapters",
 }  # fmt: skip
-"""Parameter that does not work for a graph -> the cure in the error message."""
+"""A map from each parameter that does not work for a graph to the cure in the error."""
 
 ONLY_GRAPHS = ("base_weights", "keep_change", "check")
 """Parameters that work only for graphs."""
 
 
 def graph_in(base: str) -> str | None:
-    """Return the path of the ONNX file for a path or a hub address; see `reporting.inspecting.graph_file`."""
+    """Return `base` if it is an ONNX file, or the only ONNX file in the folder `base`; None for anything else."""
     from ..reporting.inspecting import graph_file
 
     return graph_file(base)
 
 
 def graph_or_folder(model: str, out: str | None) -> str:
-    """Return the graph to read; or `model` itself if it is a folder of graphs and `out` does not end in .onnx."""
+    """Return the path of the ONNX file at `model`; or `model` itself if there is none, or if all its graphs are meant.
+
+    All graphs of a folder are meant if `out` is a path that does not end in .onnx.
+    """
     from ..reporting.inspecting import graph_folder
 
     if out is not None and not out.lower().endswith(".onnx") and graph_folder(model) is not None:
@@ -86,7 +99,10 @@ def graph_or_folder(model: str, out: str | None) -> str:
 
 
 def is_graphs(base: str, out: str | None) -> str | None:
-    """Return the path of the graph or the folder of graphs at `base`; None if `base` is a folder or file of weights."""
+    """Return the path of the graph, or of the folder of graphs, at `base`; None if `base` has no graphs.
+
+    A folder that also has weights counts as a folder without graphs.
+    """
     from ..reporting.inspecting import graph_folder
 
     graph = graph_or_folder(base, out)
@@ -106,7 +122,7 @@ def merge_graph(
     base_weights: str | None, quantized: str | None, keep_change: str | None, tied: str | None, strict_base: bool,
     check: bool, overwrite: bool, only_plan: bool, rename: Sequence[str], allow_partial: bool,
 ) -> None:  # fmt: skip
-    """Run `adapterkit.onnx.merge`, or `adapterkit.onnx.plan`."""
+    """Merge adapters into a graph with `adapterkit.onnx.merge`; with `only_plan`, only print `adapterkit.onnx.plan`."""
     from ..errors import UsageError
 
     for name, option in given(ctx, tuple(ONLY_FOLDERS)):
@@ -143,11 +159,11 @@ def merge_graph(
 
 
 def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Path]]:
-    """Return a digest of all inputs and options of the merged graph (see `made_from`), and the files that are read.
+    """Return a digest of all inputs and options of the merge (see `made_from`), and the files that the merge reads.
 
     Args:
         model: the graph, or the folder of graphs.
-        sources: the adapters and bases that are read.
+        sources: the paths of the adapters and of the base's weights; None entries are ignored.
     """
     from ..formats import files_read
     from ..io.locations import located
@@ -160,7 +176,8 @@ def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Pat
         source = opened(model)
         files = [] if source.path is None else [source.path, *source.data]
         beside = [] if source.path is None else [source.path.parent / "config.json"]
-        files += [file for file in beside if file.is_file()]  # The config says whether head and embedding are tied.
+        # The config changes the result, too: it says whether the output head shares its weight with the embedding.
+        files += [file for file in beside if file.is_file()]
     files += [file for path in sources if path is not None for file in files_read(located(path))]
     return made_from(files, ("onnx", "onnx-ir", "numpy")), files
 
@@ -205,13 +222,18 @@ def refuse(
 
 
 def warn(warnings: Sequence[str]) -> None:
-    """Print the warnings of a report on standard error; the record of `--json` includes them too."""
+    """Print the warnings of a report on standard error; with `--json`, standard output has these warnings, too."""
     for line in warnings:
         click.echo(f"warning: {line}", err=True)
 
 
 def targets_view(record: Mapping[str, object], every: bool = False) -> View:
-    """Return a table of the targets in a graph and their nodes; if there are many, one row for each module."""
+    """Yield a table with a row for each target in a graph; if there are many targets, with a row for each module.
+
+    Args:
+        record: the record of a merge, an injection or a plan.
+        every: whether to list all targets, even if there are many.
+    """
     targets = _render.in_order(parts(record, "targets"))
     if every or len(targets) <= _render.FEW:
         rows = [
@@ -235,7 +257,7 @@ def targets_view(record: Mapping[str, object], every: bool = False) -> View:
 
 
 def graphs_lines(record: Mapping[str, object]) -> Iterator[str]:
-    """Yield a line for each graph of a folder: the number of its targets, and the result of its check."""
+    """Yield a line for each graph of a folder, with the number of the graph's targets and the result of its check."""
     graphs = part_or_none(record, "graphs") or {}
     for name in graphs:
         each = part(graphs, name)
@@ -243,7 +265,7 @@ def graphs_lines(record: Mapping[str, object]) -> Iterator[str]:
 
 
 def checked(record: Mapping[str, object]) -> str:
-    """Return the largest difference that the check of a graph found, and a note about the check, as text."""
+    """Return the result of a graph's check as text: the largest difference and the note, or `not checked`."""
     parts = []
     if record["difference"] is not None:
         parts.append(f"largest difference {number(record, 'difference'):.2g}, relative to the output")

@@ -40,7 +40,7 @@ class CliSettings:
 
     @classmethod
     def of(cls, words: Sequence[str]) -> CliSettings:
-        """Read these options from the unparsed arguments, because they also apply to the parser's errors."""
+        """Read the settings from the raw arguments and the environment, because they also apply to parsing errors."""
         given = words[: words.index("--")] if "--" in words else words
         debug, quiet = (os.environ.get(f"ADAPTERKIT_{word}", "") not in ("", "0") for word in ("DEBUG", "QUIET"))
         verbose = sum({"-v": 1, "--verbose": 1, "-vv": 2}.get(word, 0) for word in given)
@@ -51,7 +51,7 @@ class CliSettings:
 
 
 def format_name(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
-    """Check the name of a format. The formats are imported only if the option is given."""
+    """Check that a value is the name of a format, or None."""
     from ..formats import FORMATS
 
     if value is not None and value not in FORMATS:
@@ -61,11 +61,11 @@ def format_name(_ctx: click.Context, _param: click.Parameter, value: str | None)
 
 
 _PLAIN = 1_000_000
-"""A number without a unit must be at least this many bytes: someone who types `5` means 5GB."""
+"""Without a unit, fewer bytes than this are refused: someone who types `--memory 5` probably means 5GB."""
 
 
 def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
-    """Parse a number of bytes with an optional decimal or binary unit: 5GB, 500MB, 2GiB, 1000000."""
+    """Convert a size such as 5GB, 500MB, 2GiB or 1000000 to a number of bytes; None stays None."""
     if value is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", value.strip(), re.IGNORECASE)
@@ -80,7 +80,7 @@ def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) 
 
 
 class ComputeType(click.Choice[str]):
-    """A torch dtype by any of its usual names: float16, fp16, half, F16, torch.float16."""
+    """A choice of torch dtypes that accepts every usual name of a dtype: float16, fp16, half, F16, torch.float16."""
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from ..io.lazy import dtype_named
@@ -97,14 +97,17 @@ def device_name(_ctx: click.Context, _param: click.Parameter, value: str) -> str
 
 
 def _rules(_ctx: click.Context, _param: click.Parameter, value: Sequence[str]) -> tuple[str, ...]:
-    """Return the rename rules, with @FILE replaced by the rules in the file, so that the digest covers these rules."""
+    """Return the rename rules, with @FILE replaced by the rules in the file.
+
+    Otherwise, the digest of a command's inputs and options would not change if the rules in the file change.
+    """
     from ..naming.renames import rule_texts
 
     return rule_texts(value) if value else ()
 
 
 RUNNING = "adapterkit.running"
-"""Key in click's `Context.meta` for the running command's context. The group has no other access to that context."""
+"""Key in click's `Context.meta` for the context of the running command; the group gets this context in no other way."""
 
 
 def _remember(ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
@@ -113,7 +116,7 @@ def _remember(ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
 
 
 def flags(command: F) -> F:
-    """Add the options that every command has; `CliSettings` holds their values."""
+    """Add --json, --quiet, --verbose and --debug to a command. `CliSettings` holds their values."""
     for name, text in (
         ("--debug", "Show a traceback with each error. ADAPTERKIT_DEBUG=1 does the same."),
         ("--verbose", "Show each step; -vv also shows details."),
@@ -128,7 +131,7 @@ def flags(command: F) -> F:
 
 
 STATED = "adapterkit.stated"
-"""Key in click's `Context.meta` for the arguments of `adapterkit.read` that supply values missing from a file."""
+"""Key in click's `Context.meta` for the options that are passed to `adapterkit.read`, as a dict of its arguments."""
 
 
 V = TypeVar("V")
@@ -141,7 +144,7 @@ def _state(ctx: click.Context, param: click.Parameter, value: V) -> V:
 
 
 def stated() -> dict[str, Any]:
-    """Return the values of options that `adapterkit.read` takes as arguments: `--alpha`, `--rank`, `--family`, ..."""
+    """Return the arguments for `adapterkit.read` that were set with options, such as `--alpha` or `--family`."""
     return dict(click.get_current_context().meta.get(STATED, {}))
 
 
@@ -153,21 +156,21 @@ def stating(command: F) -> F:
 
 
 def compat(command: F) -> F:
-    """Add the options for the interpretation of adapters, and for values that the files of adapters do not state."""
+    """Add `--compat`, `--alpha`, `--rank`, `--strict` and `--family`: how to interpret and check adapter files."""
     for option in (_family, _strict, _rank, _alpha, _compat):
         command = option(command)
     return command
 
 
 def reading(command: F) -> F:
-    """Add the options for reading a single adapter."""
+    """Add the options of `compat`, `--strict-base`, `--base` and `--from`, for commands that read a single adapter."""
     for option in (compat, strict_base_of_read, base, source_format):
         command = option(command)
     return command
 
 
 def reading_to_cut(command: F) -> F:
-    """Add the options for reading a single adapter, for commands whose `--rank` is the rank of the result."""
+    """Add the options of `reading` except `--rank`, for commands whose `--rank` is the rank of the result."""
     for option in (_family, _strict, _alpha, _compat, strict_base_of_read, base, source_format):
         command = option(command)
     return command
@@ -176,14 +179,20 @@ def reading_to_cut(command: F) -> F:
 def in_reading(
     adapters: Sequence[Adapter | str], compat: str | None, base: str | None
 ) -> tuple[Adapter | str, ...]:  # fmt: skip
-    """Read the adapters if an option changes their interpretation; otherwise return the paths unchanged."""
+    """Read the adapters if an option changes how they are read; otherwise return their paths unchanged.
+
+    Args:
+        adapters: the paths of the adapters. Adapters in memory are returned unchanged.
+        compat: the value of `--compat`: another formula, or a layout of stacked experts.
+        base: the base, which some formats need to resolve names.
+    """
     options = stated()
     if compat is None and not options:
         return tuple(adapters)
     from ..formats import FORMATS, read
 
-    # Pass a layout of stacked experts as `experts_order`. Formats without stacked experts ignore this argument, so one
-    # command can name adapters of several formats.
+    # If `compat` is a layout of stacked experts, pass it as `experts_order`: formats without stacked experts ignore
+    # this argument, but refuse an unknown `compat`. So one command can read adapters of several formats.
     name = "experts_order" if compat in FORMATS["peft"].experts_orders else "compat"
     options |= {} if compat is None else {name: compat}
     return tuple(
@@ -192,7 +201,7 @@ def in_reading(
 
 
 def base_warnings(sources: Sequence[str], adapters: Sequence[Adapter | str], base: str | None) -> list[str]:
-    """Compare the base with the values that adapters' files record about their base; return a warning per difference.
+    """Return a warning for each difference between `base` and the base that an adapter's files record.
 
     Args:
         sources: the names of the adapters, for the warnings.
@@ -238,19 +247,19 @@ _family = click.option(
 allow_partial = click.option("--allow-partial", is_flag=True, help="Skip targets that the base does not have.")
 rename = click.option(
     "--rename", multiple=True, callback=_rules, metavar="FROM=TO|@FILE|family:NAME",
-    help="Rename a target, or the start of its name; {n} stands for a number. @FILE reads one rule from each line. "
+    help="Rename a target, or the start of its name; {n} stands for a number. @FILE names a file with a rule per line. "
     "family:NAME gives the model_type of a base without config.json. Repeatable.",
 )  # fmt: skip
 overwrite = click.option("--overwrite", is_flag=True, help="Replace existing output.")
 weights = click.option(
     "-w", "--weight", "weights", type=float, multiple=True, metavar="W",
-    help="Weight of an adapter; repeat it in the order of the adapters. Default: 1 each.",
+    help="Weight of an adapter. Repeat the option for each adapter, in the order of the adapters. Default: 1 each.",
 )  # fmt: skip
 tied = click.option(
     "--tied", metavar="CHOICE",
-    help="If the output head shares its weight with the embedding: merge (an update changes both), untie (an update "
-    "changes only the layer it names; token rows change both), or a choice for each kind of update, e.g. "
-    "rows=untie,embedding=merge. Default: what PEFT did in training.",
+    help="Which layers an update changes if the output head shares its weight with the embedding. merge: both layers. "
+    "untie: only the layer that the update names; token rows still change both layers. Or a choice for each kind of "
+    "update, e.g. rows=untie,embedding=merge. Default: the layers that the adapter's training tool changed.",
 )  # fmt: skip
 _STRICT_BASE = "Refuse a base other than the one that an adapter names, instead of printing a warning."
 strict_base = click.option("--strict-base", is_flag=True, help=_STRICT_BASE)
@@ -261,7 +270,8 @@ strict_licence = click.option(
 strict_base_of_read = click.option(
     "--strict-base", is_flag=True, callback=_state, expose_value=False, help=_STRICT_BASE
 )  # fmt: skip
-"""`--strict-base` for commands that read all adapters with `adapterkit.read`: that function compares the base."""
+"""`--strict-base` for commands that read all adapters with `adapterkit.read`, which compares the adapters' base itself.
+"""
 
 
 # Options that define how adapters are combined: a method, `--set name=value`, weights, or a recipe.
@@ -275,8 +285,8 @@ def method_and_settings(default: str | None) -> Callable[[F], F]:
         for option in (
             click.option(
                 "--data", metavar="FILE", multiple=True,
-                help="Texts for methods that learn from data: a file with one text per line, JSON Lines with a 'text' "
-                "field, or 'builtin'. Repeat the option to give each adapter its own texts. Requires a base.",
+                help="Texts for methods that learn from data: a file with one text per line, a JSON Lines file with a "
+                "'text' field, or 'builtin'. Repeat the option to give each adapter its own texts. Requires --base.",
             ),
             click.option(
                 "--set", "parameters", multiple=True, metavar="NAME=VALUE",
@@ -294,7 +304,7 @@ def method_and_settings(default: str | None) -> Callable[[F], F]:
 
 
 def learned_data(files: Sequence[str], sources: Sequence[Adapter | str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {"data": ...} for `ops.combine`, computed from files of texts; an empty dict if there are no files.
+    """Return {"data": ...}, the argument of `ops.combine` for methods that learn from texts; {} if there are no files.
 
     Args:
         files: the values of `--data`.
@@ -314,7 +324,7 @@ def learned_data(files: Sequence[str], sources: Sequence[Adapter | str], options
     if COMBINERS[resolved(name, options.get("compat"), len(sources))[0]].data is None:
         raise UsageError(f"{name} does not use data", where="--data", cure="Omit --data, or choose another --method")
     if options.get("base") is None:
-        raise UsageError("texts need a model that reads them", where="--data", cure="Add --base BASE")
+        raise UsageError("learning from texts requires a base model", where="--data", cure="Add --base BASE")
     from ..searching import TextData
 
     source = TextData(
@@ -331,11 +341,19 @@ def combination(
     adapters: Sequence[S], method: str | None, weights: Sequence[float], parameters: Sequence[str],
     given: Mapping[str, object], recipe: Recipe | None = None,
 ) -> tuple[list[S] | list[str], dict[str, Any]]:  # fmt: skip
-    """Return the adapters and the arguments of `ops.combine`; the command line takes precedence over the recipe.
+    """Return the adapters and the arguments of `ops.combine`, from the command line and the recipe.
+
+    Args:
+        adapters: the adapters from the command line.
+        method: the value of `--method`.
+        weights: the values of `--weight`.
+        parameters: the values of `--set`. Each value replaces the recipe's value of the same parameter.
+        given: further arguments of `ops.combine`. Each argument that is not None replaces the recipe's value.
+        recipe: the recipe, which names adapters, weights and the method.
 
     Raises:
-        UsageError: adapters, weights or the method are typed in addition to a recipe, no adapter is named, or a setting
-            is not NAME=VALUE.
+        UsageError: adapters, weights or the method are typed in addition to a recipe, no adapter is named, or a value
+            of `--set` is not NAME=VALUE.
     """
     from ..errors import UsageError
 
@@ -357,12 +375,16 @@ def combination(
 
 recipe_option = click.option(
     "--recipe", metavar="FILE",
-    help="Read adapters, method, weights and parameters from a YAML file like mergekit's.",
+    help="Read adapters, method, weights and parameters from a YAML file in the format of mergekit's.",
 )  # fmt: skip
 
 
 def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str], Recipe | None]:
-    """Return the adapters and the recipe, which is --recipe or a single argument that ends in .yml or .yaml."""
+    """Return the adapters, and the recipe or None. A recipe is given as --recipe or as the only argument, a YAML file.
+
+    A YAML file is recognized by its name, which ends in .yml or .yaml. If this file is the argument, the adapters are
+    empty: the recipe names them.
+    """
     from ..ops.recipes import read_recipe
 
     if recipe is None and len(adapters) == 1 and str(adapters[0]).lower().endswith((".yml", ".yaml")):
@@ -372,7 +394,7 @@ def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str
 
 @contextmanager
 def named_by(recipe: Recipe | None) -> Iterator[None]:
-    """Add a location to errors about an adapter: the key in the recipe that names this adapter."""
+    """If the block raises an error about an adapter of the recipe, add the adapter's key in the recipe to the error."""
     from ..errors import AdapterkitError
 
     try:
@@ -389,7 +411,8 @@ def setting(text: str) -> tuple[str, object]:
     """Split `density=0.5` into a name and a value.
 
     Raises:
-        UsageError: the text is not NAME=VALUE.
+        UsageError: the text is not NAME=VALUE, NAME is an argument of `combine` and not a parameter of a method, or
+            VALUE is not valid YAML.
     """
     import yaml
 
@@ -407,31 +430,31 @@ def setting(text: str) -> tuple[str, object]:
         raise UsageError(f"{value!r} is not valid YAML", where="--set", cure=cure) from None
 
 
-# Defaults of options: from the environment, from a project's file, and from the user's own file.
+# Users can set defaults of options in the environment, in a project's file, and in their own file.
 #
-#     ADAPTERKIT_DEVICE=cpu                      every command that has --device
-#     ADAPTERKIT_MERGE_DEVICE=cpu                only merge
+#     ADAPTERKIT_DEVICE=cpu                      for every command that has --device
+#     ADAPTERKIT_MERGE_DEVICE=cpu                only for merge
 #     [tool.adapterkit]            device = "cpu"      in pyproject.toml, here or in a folder above
 #     [tool.adapterkit.merge]      device = "cpu"
 #     device = "cpu"  /  [merge]                       in adapterkit.toml, or in ~/.config/adapterkit/config.toml
 #
 # The command line has precedence over the environment, the environment over the project's file, and the project's file
 # over the user's file. Within one source, a default for one command has precedence over a default for all commands.
-# ADAPTERKIT_CONFIG names the only file to read; if it is empty, no file is read.
+# If ADAPTERKIT_CONFIG is set, only the file that it names is read; if it is empty, no file is read.
 
 
 PREFIX = "ADAPTERKIT_"
 _PROGRAM_VARIABLES = ("CACHE", "CONFIG", "DEBUG", "KERNEL", "PATIENCE", "PROGRESS", "QUIET", "VERBOSE")
 
 OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in _PROGRAM_VARIABLES)
-"""Environment variables of adapterkit that are not defaults of options."""
+"""Environment variables that adapterkit reads for other purposes than the default of an option."""
 
 TYPED = frozenset({
     "address", "dst", "engine", "figures", "json", "only_plan", "out", "overwrite", "sarif", "uri",
 })  # fmt: skip
-"""Parameters for which users cannot set defaults: the files to write or replace, and the machine that does the work.
+"""Parameters for which users cannot set defaults: what is written or replaced, and which machine does the work.
 
-They must be typed, because a file of defaults in a downloaded folder could otherwise choose their values.
+These options must be typed, because a file of defaults in a downloaded folder could otherwise choose their values.
 """
 
 _MOST = 1 << 20
@@ -444,10 +467,10 @@ class Default:
 
     Attributes:
         option: the option, such as `--device`.
-        command: the command that the default applies to, or None for all commands with this option.
+        command: the command to which the default applies; None for all commands with this option.
         value: the value from the file or variable.
-        source: the environment variable, or the file and the key.
-        parameter: click's name for the option.
+        source: the name of the environment variable, or the file and the key.
+        parameter: the name of the option's parameter in click.
     """
 
     option: str
@@ -461,8 +484,9 @@ def for_command(name: str, command: click.Command) -> dict[str, JsonValue]:
     """Return a command's defaults (parameter -> value) in the form of click's `default_map`.
 
     Raises:
-        UsageError: a file sets an option that does not exist, or that must be typed on the command line.
-        Malformed: a file is not valid TOML.
+        UsageError: the command's table in a file sets an option that does not exist, or that must be typed.
+        Malformed: a file is not valid TOML, or a value in it does not fit its option.
+        StorageError: the file that ADAPTERKIT_CONFIG names cannot be read.
     """
     return {each.parameter: each.value for each in reversed([*settings_of(name, command)])}
 
@@ -514,8 +538,8 @@ def _entries(
         elif not every:
             cure = nearest(word, options) or "Remove the line"
             if word.replace("-", "_") in TYPED:
-                cure = "Type it on the command line: options that choose what is written or replaced have no default"
-            why = f"{command} has no option --{word} that can have a default"
+                cure = "Type it on the command line: this option cannot have a default"
+            why = f"{command} has no option --{word}, or this option cannot have a default"
             raise UsageError(why, path=path, where=str(key), cure=cure)
 
 
@@ -523,7 +547,8 @@ def files() -> Iterator[tuple[Path, Mapping[str, JsonValue]]]:
     """Yield the files of defaults and their content, highest precedence first.
 
     Raises:
-        Malformed: a file is not valid TOML.
+        Malformed: a file is not valid TOML, its `tool.adapterkit` is not a table, or the file that ADAPTERKIT_CONFIG
+            names is too large.
         StorageError: the file that ADAPTERKIT_CONFIG names cannot be read.
     """
     named = os.environ.get("ADAPTERKIT_CONFIG")
@@ -541,7 +566,11 @@ def files() -> Iterator[tuple[Path, Mapping[str, JsonValue]]]:
 
 
 def _project() -> tuple[Path, Mapping[str, JsonValue]] | None:
-    """Return the nearest adapterkit.toml or pyproject.toml with a table for adapterkit, here or in a folder above."""
+    """Return the path and the content of the project's file of defaults; None if there is no such file.
+
+    The file is the first adapterkit.toml, or pyproject.toml with `tool.adapterkit`, in the working directory and the
+    folders above.
+    """
     try:
         folder = Path.cwd()
     except OSError:  # The folder was removed.
@@ -578,7 +607,7 @@ def _bytes(path: Path, *, needed: bool = False) -> bytes:
     except OSError as error:
         if not needed:
             return b""
-        cure = "Set ADAPTERKIT_CONFIG to a file, or leave it empty to read no file"
+        cure = "Set ADAPTERKIT_CONFIG to a readable file, or to an empty text to read no file"
         raise StorageError(f"the file cannot be read: {error.strerror}", path=path, cure=cure) from None
     if len(data) > _MOST:
         if not needed:
@@ -589,7 +618,10 @@ def _bytes(path: Path, *, needed: bool = False) -> bytes:
 
 
 def unknown(commands: Mapping[str, click.Command]) -> Iterator[tuple[str, str]]:
-    """Yield (source, why) for every variable and key that no command uses; `doctor` reports them."""
+    """Yield (source, hint) for every environment variable and every key in a file of defaults that no command uses.
+
+    The hint names a similar variable or key, or says that no command uses it. `doctor` reports these pairs.
+    """
     options = {name: options_of(command) for name, command in commands.items()}
     everywhere = {key for known in options.values() for key in known}
     variables = {f"{PREFIX}{key.replace('-', '_').upper()}" for key in everywhere} | OWN_VARIABLES

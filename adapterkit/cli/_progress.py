@@ -1,7 +1,7 @@
 """Show on standard error what a command does: the current step, and the progress of long work.
 
-The step appears after two seconds without output; with -v, every step appears. Progress is a bar on a terminal, and a
-line every few seconds in a log; short work shows nothing.
+By default, steps are printed once a command has run for a few seconds; with -v, every step is printed. On a terminal,
+progress is a bar; in a log, it is a line every few seconds. For short work, no progress is shown.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PATIENCE = 2.0
-"""If a command prints nothing on a terminal for this many seconds, a line with the current step is printed."""
+"""On a terminal, the steps of a command are printed once the command has run for this many seconds."""
 
 PLAIN_PATIENCE = 5.0
-"""The same limit if standard error is not a terminal (e.g. a log). ADAPTERKIT_PATIENCE overrides both limits."""
+"""`PATIENCE` if standard error is not a terminal, but a log for example. ADAPTERKIT_PATIENCE overrides both values."""
 
 AGAIN = 10.0
-"""Seconds between two lines about the same step."""
+"""The line about a step is repeated after this many seconds."""
 
 STAGES = "adapterkit.stages"
 """Key in click's `Context.meta` for the `StageLines` of the running command."""
 
 busy = threading.Event()
-"""This event is set while a progress meter is active, so that `StageLines` prints nothing."""
+"""The event is set while a progress meter is active. `StageLines` then prints no step unless -v is given."""
 
 
 class StageLines(logging.Handler):
-    """Print the steps of a command: by default, only long steps; with -v, every step; with -vv, also details."""
+    """Print the steps of a command: by default, only after `PATIENCE`; with -v, every step; with -vv, also details."""
 
     def __init__(self, command: str, verbose: int) -> None:
         super().__init__(logging.DEBUG if verbose > 1 else logging.INFO)
@@ -59,7 +59,7 @@ class StageLines(logging.Handler):
         with self.spoken:
             if record.levelno >= logging.INFO:
                 self.text = record.getMessage()
-                # Once a command has run for `patience` seconds, print each further step when it begins.
+                # Once a command has run for `patience` seconds, print every new step as soon as the step begins.
                 late = now - self.started >= self.patience and not busy.is_set()
                 if self.verbose or late:
                     self._say(now)
@@ -81,7 +81,7 @@ class StageLines(logging.Handler):
         self._print(f"{self.command}: {self.text}" + (f" ({seconds:.0f} s)" if seconds >= 1 else ""))
 
     def finish(self) -> None:
-        """Print how long the command took, and with -vv how much memory it used."""
+        """Print how long the command took, and with -vv the largest amount of memory that it used."""
         seconds = time.monotonic() - self.started
         memory = ""
         if self.verbose > 1 and sys.platform != "win32":
@@ -106,7 +106,7 @@ def _patience() -> float:
 
 @contextmanager
 def stage_lines(settings: CliSettings) -> Iterator[StageLines | None]:
-    """Print the steps of a command while it runs; print nothing with --quiet."""
+    """Print the steps of the command that runs in the block, as `StageLines` does; with --quiet, print nothing."""
     if settings.quiet:
         yield None
         return
@@ -128,13 +128,13 @@ def stage_lines(settings: CliSettings) -> Iterator[StageLines | None]:
 
 
 DELAY = 1.0
-"""Seconds until a bar appears; work that takes less time shows no bar."""
+"""A bar appears after this many seconds, so that short work shows no bar."""
 
 INTERVAL = 5.0
 """The default number of seconds between two plain lines of progress; ADAPTERKIT_PROGRESS overrides it."""
 
 TELLING = 0.02
-"""The remaining time is estimated once this share of the work is done."""
+"""The remaining time is shown once this share of the work is done; earlier estimates would be too inexact."""
 
 NARROW = 72
 """On a terminal with fewer columns, the bar is shown without bytes and speed."""
@@ -163,7 +163,7 @@ class Lines:
             click.echo(line(self.label, done, total, now - self.start, sizes=self.sizes), err=True)
 
     def close(self) -> None:
-        """Do nothing: a plain meter has nothing to close."""
+        """Do nothing: only a bar must be closed."""
 
 
 class Bar:
@@ -180,13 +180,13 @@ class Bar:
             self.drawn.update(self.drawn.task_ids[0], completed=done, total=total)
 
     def close(self) -> None:
-        """Stop drawing and leave the last state of the bar on the terminal."""
+        """Stop the updates of the bar, and leave its last state on the terminal."""
         if self.drawn is not None:
             self.drawn.stop()
 
 
 class _Heard:
-    """A meter that calls another meter, and stops `StageLines` from printing lines until the work is done."""
+    """A meter that wraps another meter, and keeps `busy` set until the work is done."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
@@ -195,7 +195,7 @@ class _Heard:
         if done < total:
             busy.set()
         else:
-            busy.clear()  # Let `StageLines` print again: steps after the last byte may also take long.
+            busy.clear()  # Let `StageLines` print again: the steps after this work may also take long.
         self.meter(done, total)
 
     def close(self) -> None:
@@ -204,12 +204,12 @@ class _Heard:
 
 @contextmanager
 def progress(settings: CliSettings, label: str, *, sizes: bool = True) -> Iterator[Meter | None]:
-    """Yield a progress meter for some work, or None with --quiet.
+    """Yield a progress meter for the work in the block; with --quiet, yield None.
 
     Args:
         settings: the output settings of the command.
-        label: the name of the work.
-        sizes: whether progress is counted in bytes; if not, only the percentage is shown.
+        label: the name of the work, which is shown before the progress.
+        sizes: whether the work is counted in bytes. If not, bytes and speed are not shown.
     """
     if settings.quiet:
         yield None
@@ -234,7 +234,7 @@ def line(label: str, done: int, total: int, seconds: float, *, sizes: bool = Tru
     """Return a line of progress as plain text: percentage, bytes, speed and remaining time."""
     speed = done / seconds if seconds > 0 else 0.0
     share = f"{done / total:.0%}" if total else "100%"
-    # Estimate no time at first, because the early speed includes imports and slow starts.
+    # Show no remaining time at first, because imports and slow starts make the first speed too low.
     left = f", {clock((total - done) / speed)} left" if speed > 0 and done >= total * TELLING else ""
     if not sizes:
         return f"{label}: {share}{left}"

@@ -1,4 +1,4 @@
-"""Print results on standard output: tables on a terminal, aligned text elsewhere, JSON with --json."""
+"""Print results on standard output: tables on a terminal, aligned columns elsewhere, or JSON with --json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ._options import CliSettings
 
 @dataclass(frozen=True, slots=True)
 class TextTable:
-    """A table with headings. Columns without any value are hidden; columns of numbers are right-aligned.
+    """A table with headings. Columns in which every cell is empty are hidden; columns of numbers are right-aligned.
 
     Attributes:
         columns: the headings.
@@ -50,11 +50,12 @@ class TextTable:
 View = Iterable[TextTable | str]
 
 _LARGE = 1 << 20
-"""msgspec formats JSON of at least this many characters; for shorter JSON, its import takes longer than it saves."""
+"""JSON of at least this many characters is indented by msgspec. For shorter JSON, importing msgspec takes longer than
+the json module does."""
 
 
 def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Mapping[str, object]], View]) -> None:
-    """Print a result: `record` as JSON, or the lines and tables that `view` makes from it."""
+    """Print a result: `record` as JSON with --json, otherwise the lines and tables that `view` makes from `record`."""
     if settings.json:
         click.echo(as_json(record))
         return
@@ -75,7 +76,7 @@ def part(record: Mapping[str, object], name: str) -> Mapping[str, object]:
 
 
 def part_or_none(record: Mapping[str, object], name: str) -> Mapping[str, object] | None:
-    """Return the entry `name` of a record; None if it is absent, null or empty. It must itself be a record."""
+    """Return the entry `name` of a record; None if absent, null or empty. Any other entry must be a record."""
     return part(record, name) if record.get(name) else None
 
 
@@ -87,7 +88,7 @@ def parts(record: Mapping[str, object], name: str) -> Sequence[Mapping[str, obje
 
 
 def texts(record: Mapping[str, object], name: str) -> list[str]:
-    """Return the elements of a list in a record, as texts; an absent list is empty."""
+    """Return the elements of the list `name` in a record, each as text. An absent entry is an empty list."""
     value = record.get(name, ())
     assert isinstance(value, Iterable), name
     return [str(each) for each in value]
@@ -116,10 +117,10 @@ def folded(line: str) -> str:
     if len(line) <= width:
         return line
     margin = len(line) - len(line.lstrip())
-    # Indent the continuation of `  name   value` up to the value, if at least half of the width is left.
+    # In a line such as `  name   value`, align the continuation with the value if the value starts in the left half.
     pair = re.match(r"  \S+(?: \S+)* {2,}", line)
     inset = len(pair[0]) if pair is not None and len(pair[0]) <= width // 2 else margin + 2
-    # Long names are not broken: reduce the indent until the longest word fits.
+    # Words are never broken, so a long name needs room: reduce the indent until the longest word fits.
     inset = max(margin, min(inset, width - max(map(len, line.split()))))
     return textwrap.fill(
         line, max(width, 20), subsequent_indent=" " * inset, break_long_words=False, break_on_hyphens=False,
@@ -128,20 +129,20 @@ def folded(line: str) -> str:
 
 
 def as_json(value: object) -> str:
-    """Return a record as valid JSON: infinities and NaN become null, paths become text."""
+    """Return a record as valid JSON. Infinities and NaN become null, paths become text, and secrets are removed."""
     import json
 
     text = json.dumps(_plain(value), allow_nan=False)
     if len(text) < _LARGE:
         return json.dumps(json.loads(text), indent=2)
-    # With an indent, json.dumps runs in pure Python and takes 10 s for 45,000 targets; msgspec gives the same text.
+    # With an indent, json.dumps runs in pure Python and takes 10 s for 45,000 targets. msgspec returns the same text.
     from msgspec.json import format as indented
 
     return indented(text, indent=2)
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Remove secrets and escape control characters: names in files may contain terminal codes.
+    """Remove secrets from a text and escape its control characters, because names in files may contain terminal codes.
 
     Args:
         text: the text.
@@ -165,7 +166,7 @@ def cell(value: object) -> str:
 
 
 def size(count: int) -> str:
-    """Return a number of bytes with a decimal unit, in the form that `--shard-size` accepts."""
+    """Return a number of bytes as text with a decimal unit, such as `1.25 GB`. `--shard-size` accepts it up to TB."""
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB", "PB"):
         if value < 999.5:
@@ -201,7 +202,7 @@ def _aligned(table: TextTable) -> list[str]:
 
 
 def _cells(values: Sequence[object]) -> list[str]:
-    """Return the text of each cell of a column. Equal values are formatted once: long columns repeat a few values."""
+    """Return the text of each cell of a column. Equal values are formatted once, because long columns repeat a few."""
     known: dict[tuple[type, object], str] = {}
     texts = []
     for value in values:
@@ -214,11 +215,14 @@ def _cells(values: Sequence[object]) -> list[str]:
 
 
 GAP = 2
-"""Characters between two columns of a table."""
+"""Number of spaces between two columns of a table."""
 
 
 def _print_drawn(table: TextTable) -> None:
-    """Print a table. If it is too wide, drop spare columns; if that is not enough, wrap cells, or print each row."""
+    """Print a table. If it is too wide, first drop spare columns, then wrap cells.
+
+    If the table is still too wide, print each row as a list of names and values.
+    """
     import shutil
     import textwrap
 
@@ -269,7 +273,7 @@ def _widths(texts: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _print_records(texts: Sequence[Sequence[str]]) -> None:
-    """Print a table that is too wide for the terminal: each row becomes a list of names and values."""
+    """Print each row as its first cell, followed by one line for each other cell, with the column's heading."""
     names = [column[0] for column in texts[1:]]
     width = max(map(len, names), default=0)
     for first, *rest in zip(*(column[1:] for column in texts), strict=True):
@@ -279,15 +283,16 @@ def _print_records(texts: Sequence[Sequence[str]]) -> None:
                 click.echo(folded(f"  {name.ljust(width)}  {text}"))
 
 
-# Tables of many targets. By default, a row covers one module in all layers; with --all, each target has a row.
+# Tables of targets. If there are more than `FEW` targets, a row covers one module in all layers. With --all, each
+# target has its own row.
 
 
 FEW = 24
-"""With more targets or tensors than this, each row is a module, unless --all is typed."""
+"""A table of more targets or tensors than this has one row for each module, unless --all is typed."""
 
 every = click.option(
     "--all", "every", is_flag=True,
-    help="List every target. Without this flag, if there are more than 24, print one row for each module.",
+    help="List every target. By default, a table of more than 24 targets has one row for each module.",
 )  # fmt: skip
 
 HINT = "--all lists every target"
@@ -297,7 +302,7 @@ Record = Mapping[str, object]
 
 
 def in_order(records: Sequence[Record]) -> list[Record]:
-    """Sort records by the names of their targets, with numbers in numeric order: 2 before 10."""
+    """Return the records in the order of their targets' names. Numbers in names are compared by value: 2 before 10."""
     from ..reporting.grid import natural
 
     return sorted(records, key=lambda record: natural(_target(record)))
@@ -311,7 +316,7 @@ def by_module(records: Sequence[Record]) -> list[tuple[str, list[Record], dict[s
     """Group the records of targets by module, in the order in which a transformer block computes its modules.
 
     Returns:
-        (module, its records, target -> layer) for each module.
+        a tuple for each module: the module's name, its records, and a map from every target to its layer.
     """
     from ..reporting.grid import cells, reading_order
 
@@ -324,7 +329,10 @@ def by_module(records: Sequence[Record]) -> list[tuple[str, list[Record], dict[s
 
 
 def ranges(layers: Sequence[str]) -> str:
-    """Return layers as ranges, such as `0-21` or `0-3, 8`; if a layer is not a plain number, return the count."""
+    """Return layers as ranges, such as `0-21` or `0-3, 8`. If a layer is not a number, return the number of layers.
+
+    More than four ranges are shortened to the number of layers, the first three ranges and the last layers.
+    """
     if not all(layer.isdecimal() for layer in layers):
         return f"{len(layers):,}"
     runs: list[list[int]] = []
@@ -338,18 +346,18 @@ def ranges(layers: Sequence[str]) -> str:
 
 
 def layers_of(group: Sequence[Record], layers: Mapping[str, str]) -> str:
-    """Return the layers of a module's records in the form of `ranges`."""
+    """Return the layers of a module's records as text; see `ranges`."""
     named = dict.fromkeys(layers[_target(each)] for each in group)
     return ranges([layer for layer in named if layer])
 
 
 def largest(group: Sequence[Record], name: str) -> Record | None:
-    """Return the record with the largest value of a field, or None if no value is above zero."""
+    """Return the record with the largest value of the field `name`, or None if every value is zero or unknown."""
     return max((each for each in group if each[name]), key=lambda each: number(each, name), default=None)
 
 
 def together(group: Sequence[Record], name: str) -> object:
-    """Return the total norm: the root of the sum of the squared norms. Return None if one of the norms is unknown."""
+    """Return the root of the sum of the squared norms in the field `name`, or None if one of the norms is unknown."""
     if any(each[name] is None for each in group):
         return None
     return short(math.hypot(*(number(each, name) for each in group)))
@@ -361,10 +369,10 @@ def short(value: object) -> object:
 
 
 def span(values: Sequence[object]) -> object:
-    """Return the smallest and the largest value as `2-8`, or one value if all are equal; None if all are unknown.
+    """Return the smallest and the largest value as `2-8`, one value if all are equal, or None if all are unknown.
 
     Args:
-        values: numbers, or texts of numbers, or None.
+        values: numbers, numbers as texts, or None. Texts are compared by character, so their digits must line up.
     """
     numbers = [value for value in values if isinstance(value, (int, float))]
     if numbers:

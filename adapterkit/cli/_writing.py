@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 PLACES = {"out", "dst", "overwrite", "every"}
-"""Parameters that do not change the content of the output."""
+"""Names of parameters that do not change the content of the output; `made_from` ignores them."""
 
 
 def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
@@ -28,7 +28,7 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
 
     Args:
         files: all files that the command reads.
-        packages: distributions, in addition to adapterkit, whose versions can change the output.
+        packages: names of other distributions than adapterkit whose versions can change the output.
 
     Raises:
         StorageError: a file cannot be read.
@@ -53,12 +53,12 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
 
 
 def is_done(settings: CliSettings, out: str, digest: str | None, overwrite: bool) -> bool:
-    """Whether `out` already has the unchanged output of a run with the same inputs; if it has, print a line."""
+    """Whether `out` is the unchanged output of an earlier run with the same digest; if so, print that it exists."""
     from ..io.staging import Staging, take_over
 
     if overwrite or digest is None:
         return False
-    take_over(Path(out))  # If a run was killed before its last rename, its output is in a staging folder.
+    take_over(Path(out))  # If a run was killed during its renames, the previous output is still in a staging folder.
     if not Staging(Path(out)).is_finished(digest):
         return False
     show(settings, {"out": out, "already_done": True}, _view)
@@ -73,21 +73,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 on_loss = click.option(
     "--on-loss", type=click.Choice(ON_LOSS), default="refuse", show_default=True,
-    help="What to do with updates that the format cannot hold: refuse to write, fold scales into the factors, promote "
-    "to a more general method, or drop.",
+    help="How to treat updates that the format cannot hold. refuse: write nothing; fold: multiply scales into the "
+    "factors; promote: rewrite updates in a more general method; drop: omit updates.",
 )  # fmt: skip
 max_error = click.option(
     "--max-error", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="E",
-    help="With --on-loss promote: accept a LoRA that approximates a change with at most this relative error.",
+    help="With --on-loss promote: accept a LoRA as an approximation of a change if its relative error is at most E.",
 )  # fmt: skip
-dtype = click.option("--dtype", metavar="D", help="Dtype of computed factors, e.g. BF16; float32 or wider if absent.")
+dtype = click.option("--dtype", metavar="D", help="Dtype of computed factors, e.g. BF16. Default: float32 or float64.")
 
 
 def writing(default: str) -> Callable[[F], F]:
     """Add the options for the destination and the format of the result.
 
     Args:
-        default: the default format, for the help.
+        default: the words for the default format in the help.
     """
     out = click.option("-o", "--out", metavar="DST", required=True, help="File, folder or hub URI to write.")
     target_format = click.option(
@@ -106,7 +106,7 @@ def writing(default: str) -> Callable[[F], F]:
 class CommandDestination:
     """A command's destination, which recognises output of an earlier run of the same command.
 
-    Its arguments are the arguments of `adapterkit.destination.Destination`.
+    The arguments are those of `adapterkit.destination.Destination`; `target_format` is its `format`.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class CommandDestination:
         self.made_from: str | None = None
 
     def is_done(self, settings: _options.CliSettings) -> bool:
-        """Whether an earlier run wrote the same output from the same inputs; if it did, print a line about it.
+        """Whether an earlier run wrote this output from the same inputs. If so, print that it exists.
 
         Raises:
             UsageError: the destination is one of the sources.
@@ -134,12 +134,12 @@ class CommandDestination:
         return False
 
     def write(self, adapter: Adapter, on_loss: str) -> dict[str, JsonValue]:
-        """Write the adapter and return the result as plain data."""
+        """Write the adapter, and return the record of the `WriteResult`."""
         return self.place.write(adapter, on_loss, made_from=self.made_from).record()
 
 
 def refuse_place(out: str) -> None:
-    """Refuse an address on a hub as the output of a command that can only write to disk.
+    """Raise an error if the output of a command that can only write to disk is an address on a hub.
 
     Raises:
         Unsupported: `out` is an address on a hub.
@@ -148,11 +148,11 @@ def refuse_place(out: str) -> None:
     from ..io.locations import is_address
 
     if is_address(out):
-        raise Unsupported("graphs are not pushed to hubs", path=out, cure="Write to a path on this disk")
+        raise Unsupported("this command cannot write to a hub", path=out, cure="Write to a path on this disk")
 
 
 def outcome(record: Mapping[str, object]) -> Iterable[str]:
-    """Yield lines about the written output, and about the updates that the format cannot express."""
+    """Yield lines about the written output, about updates that the format cannot express, and about warnings."""
     updates, targets = counted(integer(record, "updates"), "update"), counted(integer(record, "targets"), "target")
     if record.get("already_done"):
         yield f"already done: {record['out']} contains this result"
@@ -163,7 +163,7 @@ def outcome(record: Mapping[str, object]) -> Iterable[str]:
 
 
 def cuts_view(record: Mapping[str, object], every: bool) -> View:
-    """Yield a table with rank, norm and error of each target or module, and a line with the error of the adapter."""
+    """Yield a table with rank, norm and error of each target or module, and a line with the error over all targets."""
     cuts = _render.in_order(parts(record, "cuts"))
     if every or len(cuts) <= _render.FEW:
         columns = ("target", "method", "rank before", "rank", "norm", "relative error")

@@ -1,8 +1,8 @@
 """Write a bill of materials for an adapter or a model.
 
 PATH is an adapter, a merged model or an ONNX graph. The result is a CycloneDX 1.6 ML-BOM. It lists every file with its
-SHA-256 digest, and each licence with its obligations. It names the base and the adapters as ancestors. The document
-depends only on the files, unless --serial is given.
+SHA-256 digest, and each licence with its obligations. It names the base and the adapters as ancestors. Without
+--serial, the same files give the same document, unless SOURCE_DATE_EPOCH changes its time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ._writing import is_done, made_from, refuse_place
 
 @click.command(help=__doc__)
 @click.argument("path")
-@click.option("-o", "--out", metavar="FILE", help="File to write; without it, the document is printed.")
+@click.option("-o", "--out", metavar="FILE", help="File to write. Default: print the document.")
 @click.option("--serial", is_flag=True, help="Add a random serial number to the document, for publishing.")
 @_options.overwrite
 @_options.flags

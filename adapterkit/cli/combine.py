@@ -1,7 +1,7 @@
 """Combine several adapters into one.
 
 Each A is an adapter in any known format. 'adapterkit list combine' shows the methods and their parameters. A recipe is
-a YAML file like mergekit's. It has the merge_method with its parameters, and the models with theirs.
+a YAML file in the form of mergekit's configs. It states the merge_method, the models, and the parameters of each.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ if TYPE_CHECKING:
     from ..ops import Cut
 
 _THRESHOLDS = {-3: 32 << 20, -1: 64 << 20, -2: 16 << 20}
-"""Number of a parameter of glibc's `mallopt` -> bytes: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD."""
+"""A map from parameters of glibc's `mallopt` to sizes in bytes: M_MMAP_THRESHOLD (-3), M_TRIM_THRESHOLD (-1) and
+M_TOP_PAD (-2)."""
 
 
 def keep_freed_memory() -> None:
-    """Let the process use freed memory again, up to 64 MB, instead of returning it to the system after each array.
+    """Let the process keep up to 64 MB of freed memory for new arrays, instead of returning it to the system.
 
     By default, glibc unmaps an array of a few megabytes when it is freed, and the kernel must map and zero new pages
-    for the next array. This took a quarter of the time of `combine --method knots_ties`. Only commands call this
-    function, because it changes the whole process. It does nothing if the C library is not glibc.
+    for the next array. This work took a quarter of the time of `combine --method knots_ties`. Only commands call
+    this function, because it changes the whole process. It does nothing if the C library has no `mallopt`.
     """
     if sys.platform != "linux":
         return
     import ctypes
 
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:  # Other C libraries lack the function.
+    if set_option is not None:  # C libraries other than glibc may lack `mallopt`.
         for name, size in _THRESHOLDS.items():
             set_option(name, size)
 
@@ -51,15 +52,15 @@ def keep_freed_memory() -> None:
 @recipe_option
 @click.option(
     "--rank", type=int, metavar="R",
-    help="Cut the result to this rank at each target. Default: cut a dense result to the largest rank of the adapters, "
-    "but only if the format cannot hold dense updates.",
+    help="Cut the result to rank R at each target. Default: no cut. If the format cannot hold dense updates, dense "
+    "results are cut to the largest rank of the adapters.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=None, metavar="N", help="Seed for methods with random numbers; default: 0.")
+@click.option("--seed", type=int, default=None, metavar="N", help="Random seed of the method. Default: 0.")
 @click.option("--disjoint", is_flag=True, help="Allow adapters that have no target in common.")
 @_writing.dtype
 @_options.base
 @_options.strict_base_of_read
-@click.option("--compat", metavar="NAME", help="Compute as another tool does: mergekit or peft.")
+@click.option("--compat", metavar="NAME", help="Compute with the method names and defaults of mergekit or peft.")
 @_options.rename
 @_options.stating
 @_writing.writing("the format of the adapters if they share one, otherwise adapterkit")
@@ -114,7 +115,9 @@ def command(
     record |= {"cuts": [cut.record() for cut in cuts], "relative_error": _error(cuts)}
     notes = [] if read_from is None else [*read_from.notes]
     if read_from is not None and read_from.tokenizer is not None:
-        notes.append("the recipe's tokenizer is not used: adapters have no tokenizer. Use 'adapterkit merge --recipe'")
+        notes.append(
+            "combine ignores the recipe's tokenizer; 'adapterkit merge --recipe' writes a model with this tokenizer"
+        )
     record["warnings"] = [
         *notes,
         *combined.recipe[-1].args.get("warnings", ()),
@@ -136,25 +139,28 @@ def _check_writable(outline: Adapter, name: str, base: str | None, on_loss: str,
 
 
 def _error(cuts: Sequence[Cut]) -> float | None:
-    """Return the error from cutting ranks at all targets, relative to the norm of the result; None without cuts."""
+    """Return the error of all rank cuts together, relative to the norm of the changes before the cuts.
+
+    Return None if nothing was cut, or if all changes are zero.
+    """
     whole = math.hypot(*(cut.norm for cut in cuts))
     return math.hypot(*(cut.error for cut in cuts)) / whole if whole else None
 
 
 def method_record(combined: Adapter) -> dict[str, object]:
-    """Return the combining method and its parameters, as the lineage of the result records them."""
+    """Return the method with which adapters were combined, and its parameters, from the lineage of the result."""
     args = combined.recipe[-1].args
     return {key: args.get(key) for key in ("method", "parameters", "weights", "each", "seed", "rank", "compat")}
 
 
 def _format_of(sources: Sequence[str], detect: Callable[[str], str]) -> str:
-    """Return the format of the sources if all have the same format, otherwise adapterkit's own format."""
+    """Return the name of the sources' format if all have the same format, otherwise `adapterkit`."""
     formats = {detect(source) for source in sources}
     return formats.pop() if len(formats) == 1 else "adapterkit"
 
 
 def _used(name: str, record: Mapping[str, object]) -> str:
-    """Return a parameter's value as text; if adapters have different values, return all values in order."""
+    """Return a parameter's value as text. If adapters have their own values, list each adapter's value in order."""
     shared, per_adapter = part(record, "parameters")[name], parts(record, "each") if record["each"] else ()
     if not any(name in each for each in per_adapter):
         return str(shared)
@@ -175,5 +181,5 @@ def _view(record: Mapping[str, object]) -> View:
         yield (
             f"cut to rank {said_ranks} at {counted(len(cuts), 'target')}: relative error over all targets {error:.4g}, "
             f"at most {largest:.4g} at {worst['target']}; "
-            "a higher --rank keeps more, --to adapterkit keeps everything"
+            "a higher --rank keeps more, --to adapterkit without --rank keeps everything"
         )

@@ -29,7 +29,7 @@ PATHS = frozenset({
     "a", "adapter", "adapters", "b", "base", "base_weights", "calibration", "dst", "experts", "figures", "file",
     "folders", "merged", "model", "onto", "out", "recipe", "src", "suite", "tuned",
 })  # fmt: skip
-"""The names of the parameters that are paths."""
+"""Names of the parameters whose values are completed as paths."""
 
 
 def _formats() -> Iterable[str]:
@@ -54,7 +54,7 @@ VALUES: dict[str, Callable[[], Iterable[str]]] = {
     "tied": lambda: ("merge", "untie"),
     "tokenizer": lambda: ("base", "adapter"),
 }
-"""Names of parameters -> functions or lists with the values that the parameter accepts."""
+"""A map from the names of parameters to functions that return the values to complete."""
 
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class _Completed(_Text):
 
 
 def with_completions(command: click.Command) -> click.Command:
-    """Give a command's plain text parameters types that can complete values."""
+    """Give each parameter of a command that is in `VALUES` or `PATHS` a type that completes its values."""
     for param in command.params:
         name = param.name or ""
         if isinstance(param.type, click.Choice):
@@ -95,7 +95,7 @@ def script(shell: str, program: str = "adapterkit") -> str:
 
     Args:
         shell: bash, zsh or fish.
-        program: the name of the program.
+        program: the name of the program that the script completes.
     """
     from click.shell_completion import get_completion_class
 
@@ -104,7 +104,7 @@ def script(shell: str, program: str = "adapterkit") -> str:
     completion_class = get_completion_class(shell)
     assert completion_class is not None
     completion: Any = completion_class(adapterkit, {}, program, VARIABLE)
-    # Use the template directly: `source()` would run bash to check the version, and any bash since 2014 is new enough.
+    # Use the template directly, because `source()` runs bash only to warn about versions before 4.4 (2016).
     return str(completion.source_template % completion.source_vars())
 
 

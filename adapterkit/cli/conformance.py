@@ -1,9 +1,9 @@
 r"""Test another program that reads adapterkit files.
 
-The program CMD runs on the test vectors of the specification. It is called with a verb (check, base, canonical, compute
-or merge) and paths, and must print one line of JSON for each path. Section 16 of the specification defines these lines.
-A program may support only some methods: cases that it answers with Unsupported are counted separately. The exit code is
-1 if a case fails.
+The program CMD runs on the test vectors of the specification. It is called with a verb (check, base, canonical, rules,
+compute or merge) and paths. It must print one line of JSON for each path; for compute and merge, one line in all.
+Section 16 of the specification defines these lines. A program may support only some methods: cases of other methods are
+counted separately if the program answers Unsupported. The exit code is 1 if a case fails.
 
 \b
 Examples:
@@ -26,7 +26,9 @@ from ._render import TextTable, View, part, parts, show, texts
 @click.command(help=__doc__)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- CMD...")
 @click.option(
-    "--suite", type=click.Path(path_type=Path), help="Folder spec/vectors, or the conformance archive of a release."
+    "--suite",
+    type=click.Path(path_type=Path),
+    help="Test vectors: the folder spec/vectors, or the conformance archive of a release.",
 )
 @_options.flags
 @click.pass_context
@@ -57,7 +59,7 @@ def _counts(counter: Counter[tuple[str, bool | None]], names: Iterable[str]) -> 
 
 
 def _number(rule: str) -> list[int]:
-    """Return the numbers in a requirement such as R-3.1, as a key for sorting."""
+    """Return a key that sorts requirements by their numbers, such as [3, 1] for R-3.1."""
     return [int(number) for number in rule.removeprefix("R-").split(".")]
 
 

@@ -56,7 +56,7 @@ MODULES = ("module", "targets", "equal", "largest error", "in layer", "least cos
 )  # fmt: skip
 @click.option(
     "--signs/--no-signs", default=True, show_default=True,
-    help="Also compare the signs of single elements, which takes longer.",
+    help="Also compare the signs of the changes' elements, which takes longer.",
 )  # fmt: skip
 @_render.every
 @_options.rename
@@ -102,7 +102,7 @@ def _view(record: Mapping[str, object], every: bool) -> View:
 
 
 def _module_rows(targets: Sequence[Mapping[str, object]]) -> list[list[object]]:
-    """Return one row for each module: total norms, the largest error and its layer, and the smallest cosine."""
+    """Return one row for each module, with total norms, the largest error with its layer, and the smallest cosine."""
     rows: list[list[object]] = []
     for module, group, layers in by_module(targets):
         most = largest(group, "relative_error")

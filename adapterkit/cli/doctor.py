@@ -38,7 +38,7 @@ class Check:
         name: the package, device, folder or feature that was checked.
         status: `ok`, `warn` (works with a limitation) or `broken` (something necessary does not work).
         found: the result of the check, as text.
-        cure: the remedy for a problem; empty if there is none.
+        cure: the remedy, or None if there is nothing to repair.
     """
 
     name: str
@@ -70,7 +70,7 @@ def all_checks() -> Iterator[Check]:
 
 
 def kernel() -> Check:
-    """Check for the compiled inner loop of a merge, which may be missing on platforms without a binary wheel."""
+    """Check whether merges can use compiled loops, which may be missing on platforms without a binary wheel."""
     from ..native import OFF, loops
 
     if loops() is not None:
@@ -78,12 +78,12 @@ def kernel() -> Check:
     if os.environ.get(OFF):
         return Check("compiled merge", "ok", f"switched off by {OFF}: merges use numpy")
     cure = "Install a C compiler, then: pip install --force-reinstall --no-deps --no-binary adapterkit adapterkit"
-    state = "missing: merges use numpy, which gives the same bits about three times slower"
+    state = "missing: merges use numpy, which takes about three times as long and gives the same bits"
     return Check("compiled merge", "warn", state, cure)
 
 
 def plugins() -> Iterator[Check]:
-    """Report the methods, formats and other parts that installed packages add, and the parts that cannot be used."""
+    """Report the methods, formats and other plug-ins that installed packages add. Warn if a plug-in cannot be used."""
     from ..formats import FORMATS
     from ..formats.adapterhub.families import FAMILIES as ADAPTERHUB
     from ..formats.peft.families import FAMILIES as PEFT
@@ -96,14 +96,14 @@ def plugins() -> Iterator[Check]:
         refused = registry.refused()
         for name, package in registry.packages().items():
             if name in refused:
-                cure = f"Rename it in the package, or: pip uninstall {package.split()[0]}"
+                cure = f"Rename the {registry.noun} in the package, or: pip uninstall {package.split()[0]}"
                 yield Check(f"{registry.noun} {name}", "warn", refused[name], cure)
             else:
                 yield Check(f"{registry.noun} {name}", "ok", f"by {package}")
 
 
 def defaults() -> Iterator[Check]:
-    """Report the defaults of options from the environment and from files, and settings that no command uses."""
+    """Report the defaults that environment variables and files set for options. Warn about settings without effect."""
     from . import adapterkit
     from ._options import TYPED, files, settings_of, unknown
 
@@ -132,7 +132,12 @@ def defaults() -> Iterator[Check]:
 
 
 def imported(package: str, otherwise: str) -> Check:
-    """Check that a package can be imported: an installed package may be broken."""
+    """Check that a package can be imported, because an installed package may be broken.
+
+    Args:
+        package: the name of the package.
+        otherwise: the status of the check if the import fails.
+    """
     try:
         module = import_module(package)
     except Exception as error:
@@ -142,12 +147,12 @@ def imported(package: str, otherwise: str) -> Check:
 
 
 def providers() -> Check:
-    """Check onnxruntime and its devices. Warn if onnxruntime-gpu is also installed: the two overwrite each other."""
+    """Check onnxruntime and its devices. Warn if onnxruntime-gpu is installed too: both write the same files."""
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
     check = imported("onnxruntime", "warn")
     if len(both) > 1:
-        cure = "pip uninstall onnxruntime onnxruntime-gpu, then install one of them"
-        return Check("onnxruntime", "warn", "two packages that overwrite each other are installed", cure)
+        cure = "pip uninstall onnxruntime onnxruntime-gpu, then pip install one of the two"
+        return Check("onnxruntime", "warn", "onnxruntime and onnxruntime-gpu overwrite each other's files", cure)
     if check.status != "ok":
         return check
     version = _version(both[0]) if both else check.found
@@ -164,12 +169,11 @@ def providers() -> Check:
 
 
 def _plainly(names: Sequence[str]) -> str:
-    """Return the short names of execution providers."""
     return ", ".join(name.removesuffix("ExecutionProvider") for name in names) or "nothing"
 
 
 def devices() -> Check:
-    """Report the CUDA devices that torch can use. Without devices, warn only if a CUDA driver is installed."""
+    """Report the CUDA devices that torch can use. If there are none, warn only if a CUDA driver is installed."""
     try:
         import torch
 
@@ -185,7 +189,7 @@ def devices() -> Check:
 
 
 def space(name: str, folder: Path) -> Check:
-    """Check the free space on the file system of a folder."""
+    """Check that the file system of a folder has at least `LOW_SPACE` bytes of free space."""
     import shutil
 
     free = shutil.disk_usage(folder).free
@@ -196,7 +200,7 @@ def space(name: str, folder: Path) -> Check:
 
 
 def memory() -> Check:
-    """Report the memory that is available to a new program; some systems do not report it."""
+    """Report the available and the total memory, if they are known. Warn if less than `LOW_MEMORY` is available."""
     free, total = _memory()
     if total is None:
         return Check("memory", "ok", "unknown: the system does not report it")
@@ -215,7 +219,7 @@ def copies(folder: Path) -> Iterator[Check]:
     else:
         yield Check("copy_file_range", "warn", f"{kernel}; copies take longer", cure)
     shared = _try_in(folder, _reflink)
-    # Never warn about this: most file systems cannot share blocks.
+    # Do not warn if this fails, because most file systems cannot share blocks.
     yield Check("reflink", "ok", "works here" if shared is None else "not on this file system; bytes are copied")
     direct = _try_in(folder, _direct_write)
     state = "works here" if direct is None else f"not here ({direct}); files are written through the page cache"
@@ -260,7 +264,7 @@ def _cores() -> int:
 
 
 def _memory() -> tuple[int | None, int | None]:
-    """Return the available and the total memory in bytes. If a container has a lower limit, use the container's."""
+    """Return the available and the total memory in bytes. Neither exceeds the container's memory limit."""
     lines = _text("/proc/meminfo").splitlines()
     sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines) if rest}
     free, total = sizes.get("MemAvailable"), sizes.get("MemTotal")

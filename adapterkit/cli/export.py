@@ -1,12 +1,12 @@
 """Export a model with adapters to ONNX.
 
-MODEL is a folder that transformers saved. The graph of a causal language model has the key-value cache as inputs and
-outputs; the graph of an encoder or a classifier has the tokens as inputs. An encoder-decoder model becomes the graphs
-that optimum loads, and a model that reads images becomes the graphs that transformers.js loads. For any other torch
-module, --model names a Python function that returns the module, and MODEL, if given, is the module's weight file. The
-command writes the graph, the config and the tokenizer to DIR. With --mode slots, it also writes an .onnx_adapter file
-for each adapter. Unless --no-check is given, the command runs the graph and compares its outputs with the torch
-model's.
+MODEL is a folder that transformers saved. The graph of a causal language model has the cache as inputs and outputs:
+keys and values, and the states of layers such as Mamba's. The graph of an encoder or a classifier has the tokens as
+inputs. An encoder-decoder model becomes the graphs that optimum loads, and a model that reads images becomes the
+graphs that transformers.js loads. For any other torch module, --model names a Python function that returns the module,
+and MODEL, if given, is the module's weight file. The command writes the graph, the config and the tokenizer to DIR.
+With --mode slots, it also writes an .onnx_adapter file for each adapter. Unless --no-check is given, the command runs
+the graph and compares its outputs with the outputs of the torch model.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ ONLY_FOLDERS_OF_TRANSFORMERS = ("dtype", "share_weights")
 @click.option("--adapter", "adapters", metavar="A", multiple=True, help="Adapter in any known format. Repeatable.")
 @click.option(
     "--mode", type=click.Choice(["merged", "attached", "slots"]), default="merged", show_default=True,
-    help="merged folds the adapters into the weights; attached adds them as separate nodes; slots makes them inputs "
-    "that can be exchanged at run time.",
+    help="merged: add the adapters to the weights; attached: add the adapters as separate nodes; slots: make the "
+    "adapters' tensors inputs of the graph, so that adapters can be exchanged at run time.",
 )  # fmt: skip
 @click.option(
     "--dtype", type=_options.ComputeType(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
@@ -48,13 +48,14 @@ ONLY_FOLDERS_OF_TRANSFORMERS = ("dtype", "share_weights")
 )  # fmt: skip
 @click.option(
     "--share-weights", is_flag=True,
-    help="Write the graph into the folder MODEL and let it use the safetensors files there, without a second copy.",
+    help="Write the graph into the folder MODEL. The graph reads its weights from the safetensors files there, so no "
+    "second copy is written.",
 )  # fmt: skip
-@click.option("--opset", type=int, metavar="N", help="ONNX operator set version; default: torch's choice.")
+@click.option("--opset", type=int, metavar="N", help="Version of the ONNX operator set. Default: torch's choice.")
 @_options.rename
 @_options.compat
 @_options.strict_base_of_read
-@click.option("--check/--no-check", default=True, show_default=True, help="Run the result and check it.")
+@click.option("--check/--no-check", default=True, show_default=True, help="Run the graph and check its outputs.")
 @_options.overwrite
 @_options.flags
 @click.pass_context
@@ -76,7 +77,7 @@ def command(
     }  # fmt: skip
     decided = None
     if factory is None and model is not None and not share_weights:
-        # Compute a digest only for folders: a model from the user's function depends on code, not only on files.
+        # Compute a digest only for folders, because a model from the user's function also depends on code.
         decided = _decided_by(model, adapters)
         if is_done(ctx.obj, out, decided, overwrite):
             return
@@ -101,7 +102,7 @@ def _decided_by(model: str, adapters: tuple[str, ...]) -> str | None:
 
     folder = located(model)
     if find_spec("transformers") is None or not folder.is_dir():
-        return None  # Compute no digest: the export refuses this model anyway.
+        return None  # Do not read the files for a digest, because the export refuses this model anyway.
     files = [file for file in files_below(folder) if file.is_file()]
     files += [file for adapter in adapters for file in files_read(located(adapter))]
     return made_from(files, ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"))
@@ -119,7 +120,7 @@ def _view(record: Mapping[str, object]) -> View:
 
 
 def _try(record: Mapping[str, object]) -> View:
-    """Yield lines of Python that run the exported graph."""
+    """Yield the Python code that runs the exported graphs, line by line."""
     graph, graphs = Path(str(record["out"])), texts(record, "graphs") if record.get("graphs") else []
     adapters = [Path(file) for file in texts(record, "files") if file.endswith(".onnx_adapter")]
     yield "in Python:"

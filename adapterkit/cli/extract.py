@@ -1,8 +1,8 @@
 """Extract an adapter from a fine-tuned model and its base.
 
 TUNED and BASE are folders of weights, or weight files, of the same architecture. Each changed matrix becomes a LoRA, or
-an update of the method that --method names. Changes of norms and biases, and changed or new rows of token embeddings,
-are stored without loss.
+an update of the method that --method names. Changes of norms and biases are stored without loss, and so
+are changed or new rows of token embeddings.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ if TYPE_CHECKING:
 @click.argument("tuned")
 @click.option("--base", required=True, metavar="BASE", help="Weights from which TUNED was fine-tuned.")
 @click.option("--rank", type=int, metavar="R", help="Rank of each changed matrix.")
-@click.option("--energy", type=float, metavar="E", help="Minimum share of the squared norm to keep, from 0 to 1.")
-@click.option("--error", type=float, metavar="E", help="Maximum relative error.")
+@click.option("--energy", type=float, metavar="E", help="Minimum share of a change's squared norm to keep (0 to 1).")
+@click.option("--error", type=float, metavar="E", help="Maximum error, relative to the norm of the change.")
 @click.option(
     "--scope", type=click.Choice(["target", "all"]), default="target", show_default=True,
-    help="Apply --rank, --energy or --error to each matrix, or to the whole model. With all, --rank is the average.",
+    help="target: apply --rank, --energy or --error to each matrix; all: apply it to the whole model, where --rank is "
+    "the average rank.",
 )  # fmt: skip
 @click.option("--target", "targets", multiple=True, metavar="GLOB", help="Extract only these targets. Repeatable.")
 @click.option(
     "--embeddings", type=click.Choice(["rows", "low-rank"]), default="rows", show_default=True,
-    help="Keep the changed rows of token embeddings, or treat embeddings like any other matrix.",
+    help="rows: store the changed rows of token embeddings; low-rank: treat embeddings like any other matrix.",
 )  # fmt: skip
 @click.option(
     "--method", default="lora", show_default=True, metavar="METHOD",
@@ -60,7 +61,7 @@ def command(
     from ..io.checkpoint import opened
     from ..naming.binding.fitting import check_tuned
 
-    # By default, write a folder for PEFT; a single .safetensors file can only be in adapterkit's own format.
+    # PEFT's format is always a folder, so the default for a single .safetensors file is adapterkit's own format.
     target_format = target_format or ("adapterkit" if out.endswith(".safetensors") else "peft")
     destination = _writing.CommandDestination(out, [tuned], overwrite, target_format=target_format, base=base)
     if destination.is_done(settings):

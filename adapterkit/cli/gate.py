@@ -1,9 +1,9 @@
 """Check that a merged model or graph behaves like its adapters.
 
 BASE is the folder or hub address of a transformers model; each A is an adapter. The base runs with the adapters,
-without the adapters, and with random changes of the same size. --merged and --onnx name the merged model and the graph
-to compare. By default, texts in the package are used; --data names other texts. The exit code is 1 if a threshold is
-missed, and 3 if the effect is too small for a decision.
+without the adapters, and with random changes of the same size. --merged names a merged model, and --onnx names a graph.
+Their outputs are compared with the base with adapters. The models run on texts from the package, or on the texts of
+--data. The exit code is 1 if a threshold is missed, and 3 if the adapters' effect is too small for a decision.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ RESULTS = {True: "passed", False: "failed", None: "undecided"}
 @click.option("--merged", metavar="OUT", help="Merged model to check: a transformers folder, quantized or not.")
 @click.option(
     "--onnx", metavar="GRAPH",
-    help="Graph of base and adapters to check; if the graph has slots, the adapters are loaded into them.",
+    help="ONNX graph to check, made from the base and the adapters. If the graph has slots, the adapters are loaded "
+    "into them.",
 )  # fmt: skip
 @click.option(
     "--data", default="builtin", show_default=True, metavar="FILE",
-    help="Texts to run on, one per line, or JSON Lines with a 'text' field.",
+    help="File of texts to run on: one text per line, or JSON Lines with a 'text' field.",
 )  # fmt: skip
 @_options.weights
 @click.option("--texts", type=click.IntRange(1), default=8, show_default=True, help="Number of texts.")
@@ -41,7 +42,7 @@ RESULTS = {True: "passed", False: "failed", None: "undecided"}
 )
 @click.option(
     "--new-tokens", type=click.IntRange(0), default=16, show_default=True,
-    help="Number of greedily generated tokens to compare, for each of four texts.",
+    help="Number of tokens to generate greedily after the beginning of each of four texts, to compare. 0 skips this.",
 )  # fmt: skip
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Random seed for choosing texts and making random changes."
@@ -67,15 +68,15 @@ RESULTS = {True: "passed", False: "failed", None: "undecided"}
 )  # fmt: skip
 @click.option(
     "--max-scale-error", type=float, default=0.1, show_default=True, metavar="SHARE",
-    help="Maximum error of the change's scale; in a correct merge, the scale is 1.",
+    help="Maximum of |1 - scale|. The scale is the share of the change that the model contains: 1 in a correct merge.",
 )  # fmt: skip
 @click.option(
     "--max-part-error", type=float, default=0.3, show_default=True, metavar="SHARE",
-    help="Maximum error of a module's change, relative to the change; rounding errors are not counted.",
+    help="Maximum error of any module's change, relative to that change; rounding errors are not counted.",
 )  # fmt: skip
 @click.option(
     "--min-agreement", type=float, metavar="SHARE",
-    help="Minimum share of greedily generated tokens that equal those of the base with adapters.",
+    help="Minimum share of greedily generated tokens that are equal to the tokens of the base with adapters.",
 )  # fmt: skip
 @click.option(
     "--max-perplexity", type=float, metavar="RATIO",

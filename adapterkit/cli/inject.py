@@ -3,7 +3,7 @@
 MODEL.onnx is the graph; A is an adapter in any known format. The weights of the graph are not changed. Unless
 --no-check is given, the new graph is run, and its outputs are compared with an independent computation. MODEL.onnx may
 also be a folder that optimum or onnxruntime-genai wrote. In this case, the adapter is attached to each graph that
-contains some of its targets, and all other files are copied to the folder OUT.onnx.
+contains targets of the adapter, and all other files are copied to the folder OUT.onnx.
 """
 
 from __future__ import annotations
@@ -28,41 +28,42 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="MODEL.onnx")
 @click.argument("adapter", metavar="A")
 @click.option(
-    "-o", "--out", metavar="OUT.onnx", required=True, help="File to write, or folder if MODEL.onnx is a folder."
+    "-o", "--out", metavar="OUT.onnx", required=True, help="File to write; a folder if MODEL.onnx is a folder."
 )
 @_options.allow_partial
 @click.option(
     "--mode", type=click.Choice(["constant", "slots", "rows", "inputs"]), default="constant", show_default=True,
     help="constant: write the adapter into the graph; slots: make the adapter's tensors optional inputs of the graph; "
-    "rows: like slots, but stacked, so that each row of a batch picks an adapter; inputs: like slots, but as required "
-    "inputs, which every runtime supports.",
+    "rows: stack these inputs over several LoRAs, so that each row of a batch can use its own LoRA; inputs: make the "
+    "tensors required inputs, which every runtime supports.",
 )  # fmt: skip
 @click.option(
     "--base-weights", metavar="DIR",
-    help="Weights of the base, to find layers whose names the graph lacks. config.json in DIR describes the model.",
+    help="Weights of the base. They show which layers of the base are in the graph, if the graph has lost the names. "
+    "config.json in DIR describes the model.",
 )  # fmt: skip
 @click.option(
     "--call", "words", metavar="ARGUMENT=NAME", multiple=True,
-    help="For an adapter that reads an argument of the model, such as attention_mask: the name of the graph's value "
-    "for this argument. task_ids=N sets the task of all rows. Repeatable.",
+    help="If the adapter reads an argument of the model, such as attention_mask: NAME is the name of this argument's "
+    "value in the graph. task_ids=N sets the task of all rows. Repeatable.",
 )  # fmt: skip
 @click.option(
     "--expert",
     "experts",
     metavar="A",
     multiple=True,
-    help="Adapter of an expert, if the file of a router refers to the expert but does not contain it. Repeat the "
-    "option in the router's order.",
+    help="Adapter that is an expert of A, if A is a router whose file does not contain its experts. Repeat the option "
+    "in the router's order.",
 )
 @click.option(
     "--calibration", metavar="FILE.npz",
-    help="Inputs for the check, such as the calibration data of a quantizer: one array for each input, by name.",
+    help="Inputs for the check, such as a quantizer's calibration data. The file has one array for each input's name.",
 )  # fmt: skip
 @_options.tied
 @_options.strict_base
 @_options.rename
 @_options.compat
-@click.option("--check/--no-check", default=True, show_default=True, help="Run the result and check it.")
+@click.option("--check/--no-check", default=True, show_default=True, help="Run the new graph and check its outputs.")
 @_options.overwrite
 @_render.every
 @_options.flags
@@ -99,7 +100,7 @@ def command(
 def _inputs(path: str, check: bool) -> dict[str, Array]:
     """Return the arrays in the file of --calibration, keyed by name."""
     if not check:
-        raise click.UsageError("--calibration gives the inputs of the check, but --no-check switches the check off")
+        raise click.UsageError("--calibration provides inputs for the check that --no-check omits. Omit one of the two")
     from ..io.lazy import as_array
     from ..io.numpy_files import read_npz
 
@@ -107,12 +108,12 @@ def _inputs(path: str, check: bool) -> dict[str, Array]:
 
 
 def _call(words: tuple[str, ...]) -> dict[str, str | int]:
-    """Parse the options --call. Return {argument of the model: name of a graph value, or a number}."""
+    """Parse the values of --call. Return a map from arguments of the model to names of graph values, or to numbers."""
     options: dict[str, str | int] = {}
     for given in words:
         word, equals, value = given.partition("=")
         if not (word and equals and value):
-            raise click.UsageError(f"--call {given!r} is not ARGUMENT=NAME")
+            raise click.UsageError(f"--call must be ARGUMENT=NAME, got {given!r}")
         options[word] = int(value) if value.isdecimal() else value
     return options
 

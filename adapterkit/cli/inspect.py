@@ -40,12 +40,12 @@ from ._render import (
 
 @click.command(help=__doc__)
 @click.argument("src")
-@click.option("--base-weights", metavar="DIR", help="For a graph: weights of its base, to find layers by values.")
+@click.option("--base-weights", metavar="DIR", help="For a graph: weights of its base, to identify layers by value.")
 @click.option(
     "--all", "every", is_flag=True,
-    help="List every target or tensor. Without this flag, if there are more than 24, print one row for each module.",
+    help="List every target or tensor. By default, a table of more than 24 of them has one row for each module.",
 )  # fmt: skip
-@click.option("--layers", is_flag=True, help="Show how much the adapter changes each layer; this reads all values.")
+@click.option("--layers", is_flag=True, help="Show how much the adapter changes each layer. This reads all tensors.")
 @_options.reading
 @_options.rename
 @_options.flags
@@ -128,12 +128,12 @@ def _adapter_view(record: Mapping[str, object], every: bool) -> View:
         if named["part"]:
             yield f"loaded in part by: {', '.join(named['part'])}"
         again = f"adapterkit list loaders {quote(str(record['path']))}"
-        yield f"'{again}' shows which tools load it after a conversion, and why other tools do not"
+        yield f"'{again}' shows which tools load the adapter after a conversion, and why other tools do not"
     if record["unknown_fields"]:
         yield f"fields that the format does not define (kept): {', '.join(texts(record, 'unknown_fields'))}"
     for args in (part(step, "args") for step in parts(record, "recipe")):
         if "subfolder" in args:
-            yield f"read from the subfolder {args['subfolder']}, the only adapter in the folder"
+            yield f"read from the subfolder {args['subfolder']}, which contains the only adapter in the folder"
     names = part_or_none(record, "names")
     if names:
         used = "; ".join(f"{each['rule']} ({integer(each, 'targets'):,})" for each in parts(names, "rules"))
@@ -179,7 +179,7 @@ def _aligned_pairs(pairs: Iterable[tuple[str, str]]) -> Iterable[str]:
 
 
 class _ModuleRows:
-    """The targets of one module, whose names differ only in the number of the layer."""
+    """The updates of one module that share a row of the table, because they differ only in their targets' names."""
 
     def __init__(self, module: str, first: Mapping[str, object]) -> None:
         self.module, self.first, self.layers, self.parameters, self.count = module, first, dict[str, None](), 0, 0
@@ -230,7 +230,7 @@ def _short(value: str) -> str:
 
 
 def _update_rows(updates: Sequence[Mapping[str, object]]) -> list[list[object]]:
-    """Return the rows of the table of updates. Rows of updates that differ only in their names are formatted once."""
+    """Return the rows of the table of updates. Updates that differ only in the target's name are formatted once."""
     known: dict[int, list[object]] = {}
     rows = []
     for update in updates:
@@ -273,7 +273,7 @@ def _base_view(record: Mapping[str, object], every: bool) -> View:
     files = counted(len(texts(record, "files")), "file")
     yield f"  {counted(integer(totals, 'tensors'), 'tensor')} in {files}, {_amounts(totals)}"
     if record.get("architecture"):
-        yield f"  GGUF of {record['architecture']}" + (f": {record['name']}" if record.get("name") else "")
+        yield f"  GGUF, architecture {record['architecture']}" + (f": {record['name']}" if record.get("name") else "")
     if packed := part_or_none(record, "quantized"):
         yield "  " + _packed(packed)
     if record.get("families"):
@@ -296,7 +296,10 @@ def _base_view(record: Mapping[str, object], every: bool) -> View:
 
 
 def _packed(quantized: Mapping[str, object]) -> str:
-    """Return a line with a base's quantization scheme, and the number of parameters before quantization."""
+    """Return a line with a base's quantization scheme and its number of quantized weights.
+
+    The line also has the number of parameters before quantization.
+    """
     if quantized["scheme"] is None:
         return f"quantized in an unsupported way: {quantized['why']}"
     weights = counted(integer(quantized, "weights"), "weight")
@@ -305,7 +308,7 @@ def _packed(quantized: Mapping[str, object]) -> str:
 
 
 def _tensor_groups(tensors: Sequence[Mapping[str, object]]) -> list[list[object]]:
-    """Return one row for each group of tensors whose names differ only in the number of the layer."""
+    """Return one row for the tensors of each module that have the same shape and dtype, over all layers."""
     from ..reporting.grid import cells
 
     where = cells(str(tensor["name"]) for tensor in tensors)
@@ -336,15 +339,15 @@ def _graph_view(record: Mapping[str, object], every: bool) -> View:
         rows = [[*([place["graph"]] if within else []), *_layer_row(place)] for place in places]
         yield TextTable((*(["graph"] if within else []), *columns), rows)
     else:
-        headings = ("module", "targets", "layers", "shape", "node of the first", "found by", "confidence")
-        yield TextTable(headings, [_places_row(*group) for group in by_module(places)], ("node of the first", "shape"))
+        headings = ("module", "targets", "layers", "shape", "first node", "found by", "confidence")
+        yield TextTable(headings, [_places_row(*group) for group in by_module(places)], ("first node", "shape"))
     yield _layer_counts(record)
     if len(places) > FEW and not every:
         yield HINT
 
 
 def _places_row(module: str, group: Sequence[Mapping[str, object]], layers: Mapping[str, str]) -> list[object]:
-    """Return the row of a module in a graph. If a value differs between layers, show a list or a range."""
+    """Return the row of a module in a graph. If layers have different values, the cell has a list or a range."""
     rows = [_layer_row(place) for place in group]
     shapes, methods = ([*dict.fromkeys(str(row[at]) for row in rows)] for at in (1, 4))
     confidence = span([row[5] for row in rows if row[5]])

@@ -1,7 +1,7 @@
 """List formats, methods, combiners, quant schemes or loaders.
 
 'list loaders' lists the known tools that load adapter files. 'list loaders FILE' shows for each tool whether it loads
-the file unchanged, or after a conversion (with the command to type), or not at all (with the reason).
+the file unchanged, only after a conversion (with the arguments of convert), or not at all (with the reason).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def formats() -> list[dict[str, JsonValue]]:
 
 
 def methods() -> list[dict[str, object]]:
-    """Return a record of each method, sorted by name: its tensors with shapes, its attributes with defaults."""
+    """Return a record of each method, sorted by name, with the tensors' shapes and the attributes' defaults."""
     from ..methods import METHODS
 
     return [
@@ -83,7 +83,7 @@ def methods() -> list[dict[str, object]]:
 
 
 def combiners() -> list[dict[str, object]]:
-    """Return a record of each combiner, sorted by name: its parameters with defaults and meanings."""
+    """Return a record of each combiner, sorted by name, with the parameters' defaults and meanings."""
     from ..ops import COMBINERS
 
     return [
@@ -149,7 +149,7 @@ def _loaders_of(
 
 
 def _with_base(answer: Answer) -> Answer:
-    """Add `--base BASE` to a conversion, for a file that cannot be read without the base."""
+    """Add `--base BASE` to the arguments of a conversion, because the file cannot be read without the base."""
     from dataclasses import replace
 
     if not answer.convert or "--base" in answer.convert:
@@ -158,7 +158,7 @@ def _with_base(answer: Answer) -> Answer:
 
 
 def answer_records(answers: Sequence[Answer]) -> list[dict[str, str]]:
-    """Return, as plain data, the answer for each tool: whether it loads the file, and why not."""
+    """Return a record for each tool: whether the tool loads the file, why it does not, and a conversion that helps."""
     fields = ("tool", "title", "loads", "why", "convert")
     return [{name: getattr(answer, name) for name in fields} for answer in answers]
 

@@ -59,15 +59,15 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--keep-change", type=click.Choice(["float", "packed"]),
-    help="For a quantized graph: float keeps the change as floating-point factors next to the quantized weights. With "
-    "--quantized requantize, packed quantizes weight and change together, even if much of the change is lost. "
-    "Default for --quantized requantize: float for each weight that would lose more than 5 % of its change, packed for "
-    "the others.",
+    help="How to store the change of a quantized graph. float: as floating-point factors beside the quantized weights; "
+    "packed (only with --quantized requantize): quantize weight and change together, even if much of the change is "
+    "lost. Default for --quantized requantize: float for each weight that would lose more than 5 % of its change, "
+    "packed for the others.",
 )  # fmt: skip
 @click.option(
     "--keep", type=click.Choice(["adapter"]),
-    help="With --quantized requantize: adjust values before rounding, so that the quantized weights keep more of the "
-    "adapter's change.",
+    help="With --quantized requantize: adjust the merged weights before rounding, so that the quantized weights keep "
+    "more of the adapter's change.",
 )  # fmt: skip
 @click.option(
     "--calibration", metavar="TEXTS",
@@ -77,8 +77,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--remainder", type=click.IntRange(min=1), metavar="RANK",
-    help="With --quantized requantize: write the rounding error as a LoRA of this rank to OUT/remainder, to load "
-    "together with OUT.",
+    help="With --quantized requantize: write a LoRA of this rank to OUT/remainder. Loaded together with OUT, it "
+    "corrects a part of the rounding error.",
 )  # fmt: skip
 @click.option(
     "--for", "consumer", type=click.Choice(["ollama"]),
@@ -102,8 +102,8 @@ if TYPE_CHECKING:
 @_options.strict_licence
 @click.option(
     "--vocab", type=click.Choice(["grow", "keep"]),
-    help="If an adapter has more tokens than the base: grow adds the new rows, keep omits them. Default: grow if the "
-    "adapter's file contains all new rows.",
+    help="If an adapter has more tokens than the base: grow adds the new embedding rows, keep omits them. Default: "
+    "grow if the adapter's file contains all new rows.",
 )  # fmt: skip
 @click.option(
     "--stream", is_flag=True, help="Download one weight file of the base at a time; the disk never holds all of them."
@@ -119,12 +119,12 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--bandwidth", callback=_options.byte_count, metavar="SIZE",
-    help="With --nodes: bytes per second between a node and the store, each way, e.g. 1.25GB for 10 Gbit/s.",
+    help="With --nodes: bytes per second between a node and the store in each direction, e.g. 1.25GB for 10 Gbit/s.",
 )  # fmt: skip
 @click.option("--price", type=click.FloatRange(min=0), metavar="P", help="With --nodes: price of one node per hour.")
 @click.option(
     "--node-tasks", type=click.IntRange(min=1), metavar="N",
-    help="With --nodes: number of tasks that a node runs at once; Ray itself runs one for each processor. Default: 1.",
+    help="With --nodes: number of tasks that a node runs at once. Default: 1. Ray itself runs one for each processor.",
 )  # fmt: skip
 @click.option(
     "--verify",
@@ -134,10 +134,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--base-weights", metavar="DIR",
-    help="For a graph: weights of its base, to find layers whose names the graph lacks.",
+    help="For a graph: weights of its base. They show which layers are in the graph, if the graph has lost the names.",
 )  # fmt: skip
 @click.option(
-    "--check/--no-check", default=True, show_default=True, help="For a graph: run the merged graph and check it."
+    "--check/--no-check", default=True, show_default=True, help="For a graph: run the result and check its outputs."
 )
 @_options.flags
 @click.pass_context
@@ -216,7 +216,7 @@ def command(
     activations = None
     if calibration is not None:
         if _given_file(calibration) is None and not is_remote(base):
-            # Find faults of the merge before the model runs.
+            # Plan first, so that errors of the merge appear before the model runs on the texts.
             plan(
                 base, read, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
                 allow_partial=allow_partial, seed=seed, memory=memory, link=link, rename=rename, vocab=vocab,
@@ -266,7 +266,7 @@ def command(
 
 
 def _with_texts(calibration: str, planned: Plan) -> list[JsonValue]:
-    """Return the warnings of a plan, after checking the texts from which the merge will compute activations.
+    """Check the texts of --calibration; return the plan's warnings without the warning that activations are missing.
 
     Raises:
         UsageError, Malformed, StorageError: the texts cannot be read.
@@ -288,7 +288,7 @@ def _activations(
     weights: Sequence[float] | None, device: str, tied: str | None, rename: tuple[str, ...], overwrite: bool,
     allow_partial: bool,
 ) -> str:  # fmt: skip
-    """Return the calibration file for rounding; if --calibration names texts, compute the file from these texts."""
+    """Return the path of the calibration file. If --calibration names texts, compute the file from the texts first."""
     from ..io.locations import is_address
 
     given = _given_file(calibration)
@@ -309,14 +309,14 @@ def _activations(
 
 @contextmanager
 def _headers_of(base: str) -> Iterator[str]:
-    """Yield a local path of the base for a plan; for a base on a hub, download only headers and small files."""
+    """Yield a path of the base for a plan. For a base on a hub, download only headers and small files if possible."""
     from ..errors import Unsupported
     from ..io.locations import is_remote, ranged
 
     with ExitStack() as stack:
         here = base
         if is_remote(base):
-            # Suppress this error: if a base is not in safetensors, `plan` downloads the whole base, as `merge` does.
+            # If the base is not in safetensors, leave its address unchanged: `plan` then downloads the whole base.
             with suppress(Unsupported):
                 here = str(stack.enter_context(ranged(base, whole=True)).path)
         yield here
@@ -348,7 +348,7 @@ def _simulated(planned: Plan, most: int, bandwidth: int, price: float | None, ta
 def _cluster_view(cluster: Mapping[str, object]) -> View:
     yield (
         f"simulated: --engine ray, {counted(integer(cluster, 'tasks'), 'task')} at once on a node, "
-        f"{size(integer(cluster, 'bandwidth'))} per second each way between a node and the store"
+        f"{size(integer(cluster, 'bandwidth'))} per second in each direction between a node and the store"
     )
     priced = cluster["price"] is not None
     columns = ("nodes", "time", "from the store", "to the store", "link busy", "node hours")
@@ -385,7 +385,7 @@ def _remainder(
 ) -> dict[str, JsonValue]:  # fmt: skip
     """Write the LoRA of --remainder to OUT/remainder.
 
-    Return the LoRA's path and rank, and the norm of the rounding error without and with the LoRA.
+    Return a record with the LoRA's path and rank, and the norms of the rounding error without and with the LoRA.
     """
     import math
     from pathlib import Path
@@ -422,7 +422,7 @@ def _combined(
 
 
 def _tokenizers_of(adapters: Sequence[str]) -> Iterator[str]:
-    """Yield a warning if combined adapters have tokenizers: the merged model gets the tokenizer of the base."""
+    """Yield a warning if combined adapters have tokenizers, because the merged model gets the tokenizer of the base."""
     from pathlib import Path
 
     from ..merging.companions import has_tokenizer
@@ -466,7 +466,7 @@ def _report_view(record: Mapping[str, object]) -> View:
     if "modelfile" in record:
         yield f"{record['modelfile']}: run ollama create NAME -f {record['modelfile']}"
     if "calibration" in record:
-        yield f"{record['calibration']}: the activations for rounding; adapterkit verify requires them (--calibration)"
+        yield f"{record['calibration']}: activations for rounding; adapterkit verify requires this file (--calibration)"
     if "remainder" in record:
         yield _remainder_line(part(record, "remainder"))
     if (resumed := texts(record, "resumed")) and not record.get("already_done"):
@@ -479,7 +479,7 @@ def _report_view(record: Mapping[str, object]) -> View:
 def _remainder_line(record: Mapping[str, object]) -> str:
     lost, left = number(record, "lost"), number(record, "left")
     share, targets = 1 - left**2 / (lost**2 or 1.0), counted(integer(record, "targets"), "target")
-    kept = f"{targets}, restores {share:.0%} of what rounding lost (squared norm)"
+    kept = f"{targets}, corrects {share:.0%} of the rounding error (squared norm)"
     return f"{record['path']}: LoRA of rank {record['rank']}, {kept}"
 
 
@@ -508,11 +508,11 @@ def _names(record: Mapping[str, object]) -> Iterator[str]:
 
 
 def _extremes(norms: Mapping[str, object]) -> Iterator[str]:
-    """Yield the smallest and the largest norm of a change; they show whether an adapter does nothing or too much."""
+    """Yield the smallest and the largest norm of a target's change; they show adapters that do nothing or too much."""
     if norms:
         sizes = {name: max(map(float, texts(norms, name))) for name in norms}
         low, high = (choose(sizes, key=lambda name: sizes[name]) for choose in (min, max))
-        yield f"norm of a change: {sizes[low]:.4g} ({low}) to {sizes[high]:.4g} ({high})"
+        yield f"norms of the changes: {sizes[low]:.4g} ({low}) to {sizes[high]:.4g} ({high})"
 
 
 def _warnings(record: Mapping[str, object]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Show which weights of a base an adapter's targets match.
 
 BASE is a folder of weights or one weight file; ADAPTER is an adapter in any known format. Only headers are read. The
-rules that translate the adapter's names to those of the base are listed below the table; --rename adds your own rules.
+rules that map the adapter's names to the base's names are listed below the table; --rename adds your own rules.
 Without ADAPTER, the table shows the names of the base and the names that other tools use for the same weights.
 """
 

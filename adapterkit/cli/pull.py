@@ -23,7 +23,7 @@ from ._render import TextTable, View, counted, integer, parts, show, size
     "include",
     multiple=True,
     metavar="PATTERN",
-    help="Download only files that match, e.g. '*.json'. Repeatable.",
+    help="Download only files whose names match PATTERN, e.g. '*.json'. Repeatable.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be downloaded, but write nothing.")
 @click.option(
@@ -61,7 +61,7 @@ def _scan(uri: str) -> None:
     if findings.fails():
         first = findings.findings[0].record()
         place = ": ".join(part for part in (first["file"], first["where"]) if part)
-        why = f"the scan has {counted(len(findings.findings), 'finding')}, the worst in {place}: {first['title']}"
+        why = f"the scan has {counted(len(findings.findings), 'finding')}; the worst is in {place}: {first['title']}"
         cure = f"adapterkit scan {uri} shows all findings; to download anyway, pull without --scan"
         raise CheckFailed(why, path=uri, cure=cure)
 
@@ -74,8 +74,8 @@ def _view(record: Mapping[str, object]) -> View:
         yield f"{record['uri']}: {files} to download"
         return
     if record["already_done"]:
-        yield f"already done: {record['out']} holds {files} from {record['uri']}, unchanged"
+        yield f"already done: {record['out']} contains {files} from {record['uri']}, unchanged"
         return
     plain = sum(str(file["digest"]).startswith("unknown:") for file in listed)
-    verified = f"{plain} verified by size alone, as the hub has no digest" if plain else "all verified"
+    verified = f"{plain} verified by size alone, because the hub has no digest" if plain else "all verified"
     yield f"{record['out']}: {files} from {record['uri']}, {size(integer(record, 'fetched'))} downloaded, {verified}"

@@ -22,16 +22,16 @@ from ._render import TextTable, View, show, texts
 @click.argument("uri")
 @click.option(
     "--to", "target_format", callback=_options.format_name, metavar="FORMAT",
-    help="Convert the adapter to this format first; without it, the files are uploaded unchanged.",
+    help="Convert the adapter to this format first. By default, the files are uploaded unchanged.",
 )  # fmt: skip
 @_options.base
 @click.option(
     "--on-loss", type=click.Choice(ON_LOSS), default="refuse", show_default=True,
-    help="What to do with updates that the --to format cannot hold; see adapterkit convert --help.",
+    help="How to treat updates that the --to format cannot hold; see adapterkit convert --help.",
 )  # fmt: skip
 @click.option(
     "--shard-size", callback=_options.byte_count, metavar="SIZE",
-    help="Split the weight files of a model into files of at most this size, e.g. 5GB. Default: no splitting.",
+    help="Split the weight files of a model into files of at most this size, e.g. 5GB. Default: unchanged.",
 )  # fmt: skip
 @click.option("--private", is_flag=True, help="If the repository does not exist, create it as private.")
 @click.option(
@@ -55,7 +55,7 @@ def command(
 
     target = parse(uri)
     if revision is not None and target.revision is not None:
-        raise click.UsageError("the branch is given twice: type it after the @ or with --revision")
+        raise click.UsageError("the branch is given twice: type it either after the @ or with --revision, not both")
     pushed = push(
         src, target if revision is None else target.at(revision), format=target_format, base=base, on_loss=on_loss,
         shard_size=shard_size, private=private, tag=tag, message=message, licence=licence,

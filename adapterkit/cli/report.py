@@ -1,8 +1,8 @@
 """Write an HTML page that shows what adapters change.
 
-Each A is an adapter in any known format. The page shows norms by layer, spectra, ranks, overlaps and conflicts
-between the adapters, and conclusions in words. The page works without a network. With --base, changes are compared with
-the weights of the base.
+Each A is an adapter in any known format. The page shows norms by layer, spectra and ranks, overlaps and conflicts
+between the adapters, and conclusions as sentences. The page works without a network. With --base, the page also
+compares the adapters' changes with the weights of the base.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ._writing import is_done, made_from
 @_options.strict_base_of_read
 @click.option(
     "--merged", metavar="OUT",
-    help="Merged model: show how much of each change it contains. Requires --base.",
+    help="Merged model. The page shows how much of each adapter's change it contains. Requires --base.",
 )  # fmt: skip
 @click.option(
-    "--gate", metavar="FILE", help="Output of 'adapterkit gate ... --json', to show in a separate section of the page."
+    "--gate", metavar="FILE", help="Output of 'adapterkit gate ... --json'. The page shows it in a separate section."
 )
 @click.option("-o", "--out", metavar="HTML", help="Page to write; without it, only the conclusions are printed.")
 @click.option("--figures", metavar="DIR", help="Folder to write every chart to, as PNG and SVG.")
@@ -81,4 +81,4 @@ def _view(record: Mapping[str, object]) -> View:
     if "out" in record:
         yield f"{record['out']}: {size(integer(record, 'bytes'))}, opens in any browser"
     else:
-        yield "-o report.html writes the page with all numbers and charts"
+        yield "Add -o report.html to write the page with all numbers and charts"

@@ -1,7 +1,7 @@
 """Find the combination of adapters with the lowest loss on texts.
 
 Each A is an adapter in any known format. A trial combines the adapters, attaches the result to the base in memory and
-measures the loss. Trials are recorded in RECIPE.trials: run an interrupted search again to resume it.
+measures the loss. Trials are recorded in RECIPE.trials. To resume an interrupted search, run the same command again.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from ..searching.result import Search
 
 SHOWN = 8
-"""The table shows this many trials, the best first."""
+"""The maximum number of trials in the printed table, which starts with the best trial."""
 
 
 def bounds(text: str) -> tuple[str, tuple[float, float]]:
-    """Split `scale=0.2:2` into a name and two numbers.
+    """Parse the text of `--tune`, such as `scale=0.2:2`, into a parameter's name and its bounds.
 
     Raises:
-        UsageError: the text is not NAME=LOW:HIGH.
+        UsageError: the text does not have the form NAME=LOW:HIGH.
     """
     from ..errors import UsageError
 
@@ -35,8 +35,8 @@ def bounds(text: str) -> tuple[str, tuple[float, float]]:
     try:
         low, high = map(float, pair.split(":"))
     except ValueError:
-        why = f"{text!r} is not NAME=LOW:HIGH"
-        raise UsageError(why, where="--tune", cure="Type it as in --tune scale=0.2:2") from None
+        why = f"{text!r} does not have the form NAME=LOW:HIGH"
+        raise UsageError(why, where="--tune", cure="Type, for example, --tune scale=0.2:2") from None
     return name, (low, high)
 
 

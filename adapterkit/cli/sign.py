@@ -67,7 +67,7 @@ def command(
 
 
 def _password(file: str | None) -> bytes | None:
-    """Return the password of the key from a file or the environment. No message or file may contain the password."""
+    """Read the password of the key from a file or the environment. Never put this password into a message or a file."""
     from ..errors import storage_error
     from ..io.inputs import open_input
     from ..provenance.signing import PASSWORD

@@ -1,8 +1,8 @@
 """Open a local web page that runs these commands.
 
-The page can read and write files in each FOLDER; default: the current folder. It is reachable only from this machine
-(127.0.0.1) and only through the printed address, which contains a secret key. Each job shows the command line that does
-the same.
+The page can read and write files in each FOLDER; default: the current folder. The page is reachable only from this
+machine (127.0.0.1) and only through the printed address, which contains a secret key. For each job, the page shows the
+equivalent command line.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def command(settings: _options.CliSettings, folders: tuple[str, ...], port: int,
 
     def started(address: str) -> None:
         # Do not use `show`: it removes secrets, such as the key in this address.
-        click.echo(json.dumps({"address": address}) if settings.json else f"{address}\nCtrl-C ends it")
+        click.echo(json.dumps({"address": address}) if settings.json else f"{address}\nPress Ctrl-C to stop")
         if browser:
             click.launch(address)
 
-    busy.set()  # Print no "still working" lines while the page waits for its user.
+    busy.set()  # Print no "still working" lines: the server may wait for its user for hours.
     try:
         roots = [Path(folder).expanduser() for folder in folders] or [Path.cwd()]
         serve(adapterkit, PATHS, roots, port, started, hubs=hubs)

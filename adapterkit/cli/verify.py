@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--base", metavar="BASE", help="The base that the adapters were merged into.")
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="A",
-    help="A merged adapter. Repeat the option, or name the other adapters after the first one.",
+    help="Adapter that was merged. Repeat the option, or type all other adapters after the first one.",
 )  # fmt: skip
 @_options.weights
 @_options.compat
@@ -61,7 +61,7 @@ def command(
 ) -> None:  # fmt: skip
     """Run `adapterkit.verify`, and `adapterkit.provenance.check_signature`."""
     if more and len(adapters) > 1:
-        raise click.UsageError("type --adapter before each adapter, or only before the first one")
+        raise click.UsageError("type --adapter before each adapter, or only before the first adapter")
     if (base is None) != (not adapters) and (signature is None or base is None):
         raise click.UsageError("--base and --adapter require each other: type both or neither")
     if signature is None and (key or trust or identity or issuer):
@@ -103,7 +103,7 @@ def record_of(
     allow_partial: bool, seed: int | None = None, sample: int | None = None, rename: Sequence[str] = (),
     strict_base: bool = False, calibration: str | None = None,
 ) -> dict[str, object]:  # fmt: skip
-    """Verify with a progress meter and return the verification as plain data."""
+    """Verify a merge, show a progress meter, and return the result as plain data."""
     from ..merging import verify
 
     with progress(settings, "verify") as meter:
@@ -116,7 +116,7 @@ def record_of(
 
 
 def verdict(record: Mapping[str, object]) -> View:
-    """Yield the lines and the table that show a verification."""
+    """Yield the lines and the table to print for the result of `verify`."""
     if "signature" in record:
         yield from _signature(part(record, "signature"))
     if "tensors" not in record:
@@ -126,7 +126,7 @@ def verdict(record: Mapping[str, object]) -> View:
     kind = "file" if files else "tensor"
     checked = counted(files or integer(record, "tensors"), kind)
     if record["ok"]:
-        yield f"verified: {checked} checked, all {'as written' if files else 'equal bit by bit'}"
+        yield f"verified: {checked} checked, all {'equal to the recorded checksums' if files else 'equal bit by bit'}"
         return
     yield from _other_bases(record)
     differences = parts(record, "differences")
@@ -151,7 +151,7 @@ def _signature(signed: Mapping[str, object]) -> View:
     yield from (f"not signed: {name}" for name in texts(signed, "not_covered"))
     statement = part_or_none(signed, "statement")
     if statement is None:
-        yield "the signature does not name base and lineage: it was not made by adapterkit"
+        yield "the signature names no base and no lineage, because another tool made it"
         return
     sources = part_or_none(statement, "made_from") or {}
     yield f"signed as: {statement['kind']}, by adapterkit {statement['adapterkit']}"

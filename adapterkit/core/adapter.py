@@ -1,4 +1,4 @@
-"""`Adapter`: the type that the readers of all formats return, and that all other functions take."""
+"""`Adapter`: the class that the readers of all formats return, and that operations and writers take."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def collection_off() -> Iterator[None]:
-    """Switch garbage collection off inside the block, if it is on.
+    """Turn Python's garbage collector off inside the block; after the block, turn it on again if it was on before.
 
     While the number of objects grows, the collector scans all objects again and again. With tens of thousands of
-    targets, the scans took a third of the time and freed no memory, because all new objects stay in use.
+    targets, these scans took a third of the time and freed no memory, because all new objects stay in use.
     """
     was = gc.isenabled()
     gc.disable()
@@ -55,8 +55,8 @@ def collection_off() -> Iterator[None]:
 
 
 LAYOUTS = ("out *in", "in out *k", "e out *in", "e in out *k")
-"""Axis orders of stored weights. `out *in` is for linear layers and convolutions; `in out *k` is for embeddings and for
-GPT-2's Conv1D. Stacked experts have the same orders with a leading `e`."""
+"""The possible axis orders of a stored weight. `out *in` is for linear layers and convolutions; `in out *k` is for
+embeddings and for GPT-2's Conv1D. Stacked experts have the same axis orders with a leading `e`."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -64,11 +64,12 @@ class Target:
     """One location in a base: a weight with its bias, a slice of a weight, or the whole model.
 
     Attributes:
-        path: dotted path of a module (its `weight` and `bias`) or of a parameter, named as in the base. An empty
-            path is the whole model; only context updates and routers without their experts may have it.
+        path: dotted path of a module, which stands for its `weight` and `bias`, or of a single parameter; names are
+            those of the base. An empty path is the whole model. Only context updates and routers without their experts
+            may have an empty path.
         layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see the weight as `[out,
-            in, *k]`. A leading `e` means a stack with one weight per expert: each tensor of an update has the
-            same leading axis.
+            in, *k]`. A leading `e` means that the weight is a stack with one weight per expert; each tensor of an
+            update then has a leading axis of the same size.
         rows: start and stop on the `out` axis, if the update applies to a slice of a fused weight.
     """
 
@@ -94,10 +95,10 @@ Updates = Mapping[Target, tuple[Update, ...]]
 
 
 def order_counts(targets: Sequence[tuple[Target, Sequence[Update]]]) -> bool:
-    """Whether the result depends on the order in which all updates of one weight are applied.
+    """Whether targets at the same weight must be applied in their order to get the right result.
 
-    The order matters if two targets share rows, and at least one of their updates is not additive. Otherwise the
-    changes are simply added. The targets may come from several adapters.
+    The order matters if two targets share rows, and at least one update of these two targets is not additive.
+    Otherwise the order does not matter, because all changes are added. The targets may come from several adapters.
     """
     plain = [all(update.kind == "additive" for update in updates) for _, updates in targets]
     places = [(target.layout, target.rows) for target, _ in targets]
@@ -133,7 +134,7 @@ class BaseRef:
 class Step:
     """One step of an adapter's lineage: the name of an operation, and its arguments as plain data.
 
-    Lineage is stored in files, so secrets are removed from urls in the arguments.
+    The lineage is stored in files, so secrets are removed from URLs in the arguments.
     """
 
     op: str
@@ -153,7 +154,7 @@ def _public(value: object) -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Foreign:
-    """Content of a source file that `Adapter` has no field for, kept so that writing the same format loses nothing."""
+    """Content of a source file that `Adapter` has no field for. Writers of this format store it again."""
 
     format: str
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -217,7 +218,7 @@ class Adapter:
         return tuple(sorted(rank for rank in ranks if isinstance(rank, int)))
 
     def map(self, f: Callable[[Leaf], Leaf]) -> Adapter:
-        """Return the adapter with each tensor `t` replaced by f(t). For a shared tensor, f is called once."""
+        """Return a copy with each tensor `t` replaced by f(t). If updates share a tensor, f is called once for it."""
         seen: dict[int, Leaf] = {}
         kept: list[Leaf] = []
 
@@ -232,28 +233,30 @@ class Adapter:
         )
 
     def load(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Adapter:
-        """Return the adapter with all tensors loaded in torch on `device`. `dtype` converts floating-point tensors."""
+        """Return a copy with torch tensors on `device`. If `dtype` is given, cast floating-point tensors to it."""
         return self.map(lambda leaf: as_torch(leaf, device, dtype))
 
     def replace(self, **changes: Unpack[AdapterChanges]) -> Adapter:
-        """Return the same adapter with other field values."""
+        """Return a copy of the adapter with the given fields replaced."""
         return dataclasses.replace(self, **changes)
 
     def step(self, op: str, **args: JsonValue) -> Adapter:
-        """Return the same adapter with one more step in its lineage."""
+        """Return a copy of the adapter with one more step in its lineage."""
         return self.replace(recipe=(*self.recipe, Step(op, args)))
 
     def validate(self) -> None:
-        """Check each update against its method's shape strings and rules, and check that all updates of a target agree.
+        """Check each update against its method's shape strings and rules, and that a target's updates fit together.
 
-        Also check that lineage, base and foreign content are plain JSON: the native format and the digest need this.
+        Also check that the base, the lineage, the foreign content, the extensions and the target paths are plain JSON,
+        because the native format stores them as JSON.
 
         Raises:
-            AdapterkitError: a check fails; the message names the target or the field of the first error.
+            AdapterkitError: the adapter has no updates, or a check fails. The message names the target or the field of
+                the first error.
         """
         if not self.updates:
-            cure = "Was it saved before training, or were all of its keys renamed?"
-            raise UsageError("the adapter holds no updates", cure=cure)
+            cure = "Was the adapter saved before training, or were all keys in its file renamed?"
+            raise UsageError("the adapter has no updates", cure=cure)
         passed = set[Hashable]()
         for target, updates in self.updates.items():
             form = _form(target, updates)
@@ -278,7 +281,7 @@ class Adapter:
         check_json([target.path for target in self.updates], "targets")
 
     def check_values(self) -> None:
-        """Read every tensor, one at a time, and check its values for NaN, infinities, and indices out of range.
+        """Read one tensor after another, and check that it contains no NaN, no infinity and no index out of range.
 
         Raises:
             Malformed: a value is wrong; the message names the first target, field and position.
@@ -291,19 +294,19 @@ class Adapter:
                     raise _placed(error, target, update).at(path=update.file) from None
 
     def find(self, path: str) -> dict[Target, tuple[Update, ...]]:
-        """Return the targets that have this dotted path, each with its updates.
+        """Return the targets whose dotted path is `path`, each with its updates.
 
         Raises:
-            TargetNotFound: the path has no update; the message suggests the most similar path.
+            TargetNotFound: no target has this path; the message suggests the most similar path.
         """
         matches = {target: updates for target, updates in self.updates.items() if target.path == path}
         if not matches:
-            cure = nearest(path, (target.path for target in self.updates)) or "Print adapter.updates to see its targets"
+            cure = nearest(path, (target.path for target in self.updates)) or "Print adapter.updates to see all targets"
             raise TargetNotFound(f"no update changes {path!r}", where=path, cure=cure)
         return matches
 
     def digest(self) -> str:
-        """Return the sha256 of targets, methods, values and tensor bytes.
+        """Return the sha256, as hexadecimal text, of all targets, methods, attribute values and tensors.
 
         Adapters with equal digests compute the same function.
         """
@@ -321,20 +324,21 @@ class Adapter:
         return digest.hexdigest()
 
     def bind(self, base: Checkpoint | str | PathLike[str], *, rename: str | Sequence[str] = ()) -> Adapter:
-        """Translate the targets into the names and layouts of `base`, and check every shape against it.
+        """Translate the targets into the names and layouts of `base`, and check that all updates fit their weights.
 
-        If the base stores one target's weight in several tensors, or several weights in one tensor, updates are split
-        or joined. For example, an adapter of a live model in transformers 5 becomes an adapter of the base as stored on
-        a hub, or the reverse. The lineage records the rules that changed names. It also records the fingerprint of the
-        base, unless an earlier step recorded one.
+        If the base stores one target's weight in several tensors, updates are split. If the base stores the weights of
+        several targets in one tensor, updates are joined. For example, an adapter for a model in memory, as
+        transformers 5 builds it, becomes an adapter for the checkpoint on a hub, or the reverse. The lineage records
+        the rules that changed names. It also records the base's fingerprint, unless an earlier step recorded a
+        fingerprint.
 
         Args:
             base: an open checkpoint, or its path.
-            rename: rules that rename targets, each `FROM=TO` or `@FILE`; the first rule that matches a name applies.
+            rename: rules that rename targets, each `FROM=TO` or `@FILE`. The first rule that matches a name is applied.
 
         Raises:
             TargetNotFound: a target matches no weight of the base, or several.
-            ShapeMismatch: the shape of an update does not fit the weight.
+            ShapeMismatch: an update does not fit the shape of its weight.
             NotMergeable, Unsupported: an update cannot be split or joined.
         """
         from ..naming.binding import bind
@@ -350,7 +354,7 @@ class Adapter:
 
         Args:
             path: the target's dotted path.
-            base: the base, for formulas that read W.
+            base: the base; required if an update's formula reads W.
 
         Returns:
             float32 `[out, in, *k]`; `[e, out, in, *k]` for stacked experts.
@@ -358,7 +362,7 @@ class Adapter:
         Raises:
             TargetNotFound: no update applies at the path.
             NotMergeable: the update changes outputs or context, not only weights.
-            UsageError: the formula reads W, but `base` is missing.
+            UsageError: an update's formula reads W, but `base` is None.
         """
         from ..naming.binding import delta
 
@@ -375,11 +379,13 @@ def _tensor_head(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def canonical(value: object) -> str:
-    """Return canonical JSON: sorted keys, no spaces, only the escapes that JSON requires, no NaN or infinity.
+    """Return a value as canonical JSON.
+
+    Canonical JSON has sorted keys, no spaces, only the escapes that JSON requires, and no NaN or infinity.
 
     Raises:
-        Malformed: JSON cannot express the value: a number that is not finite, keys of several types, half of a
-            surrogate pair, or a Python object.
+        Malformed: canonical JSON cannot express the value, because it contains a number that is not finite, a mapping
+            with keys of several types, half of a surrogate pair, or an object that is not plain data.
     """
     try:
         text = _ENCODER.encode(value)
@@ -391,7 +397,7 @@ def canonical(value: object) -> str:
 
 
 def config_hash(config: Mapping[str, object]) -> str | None:
-    """Return the sha256 of the canonical JSON of a base's config; None if it contains NaN or an infinity."""
+    """Return the sha256 of the canonical JSON of a base's config; None if canonical JSON cannot express the config."""
     try:
         return hashlib.sha256(canonical(config).encode()).hexdigest()
     except Malformed:
@@ -399,23 +405,27 @@ def config_hash(config: Mapping[str, object]) -> str | None:
 
 
 DEEPEST = 100
-"""Deepest nesting of lineage and foreign content; Python's JSON encoder fails at about 1000 levels."""
+"""The maximum nesting depth of lineage and foreign content; Python's JSON encoder fails at about 1000 levels."""
 
 MOST_VALUES = 1 << 22
-"""The maximum number of values in one record. YAML aliases can refer to lists of aliases, so a small file can expand to
-billions of values."""
+"""The maximum number of values that one call of `check_json` accepts. YAML aliases can refer to lists of aliases, so a
+small file can expand to billions of values."""
 
 TOO_LARGE = 10**4300
-"""The smallest integer that Python refuses to print or parse: integers may have at most 4300 decimal digits."""
+"""The smallest integer that Python refuses to print or parse: its default limit is 4300 decimal digits."""
 
 
 def check_json(value: object, where: str) -> None:
     """Check that a value is plain JSON.
 
-    Values from YAML and pickles may contain dates, NaN, keys of any type and lone surrogates.
+    Values from YAML and pickles may contain dates, NaN, keys of any type and lone surrogates, which JSON cannot store.
+
+    Args:
+        value: the value.
+        where: the name of the value, such as `foreign`, with which the error's location begins.
 
     Raises:
-        Malformed: the value is not plain JSON; the message says where.
+        Malformed: the value, or a value inside it, is not plain JSON.
     """
     left = [MOST_VALUES]
     _check_json(value, where, 0, left)
@@ -425,7 +435,7 @@ def _check_json(value: object, where: str, depth: int, left: list[int]) -> None:
     left[0] -= 1
     if depth > DEEPEST or left[0] < 0:
         why = (
-            f"values are nested more than {DEEPEST} deep"
+            f"values are nested more than {DEEPEST} levels deep"
             if depth > DEEPEST
             else f"there are more than {MOST_VALUES} values"
         )
@@ -436,7 +446,7 @@ def _check_json(value: object, where: str, depth: int, left: list[int]) -> None:
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str) or not (key.isascii() or _encodes(key)):
-                raise Malformed(f"the key {shown(key)} is not text", where=where, cure=_CORRECT)
+                raise Malformed(f"the key {shown(key)} is not valid text", where=where, cure=_CORRECT)
             _check_json(inner, f"{where}.{key}", depth + 1, left)
     elif isinstance(value, list | tuple):
         for number, inner in enumerate(value):
@@ -461,9 +471,9 @@ def _encodes(text: str) -> bool:
 
 
 def _form(target: Target, updates: tuple[Update, ...]) -> Hashable:
-    """Return a key for the cache of target checks: everything that the checks read, except the path.
+    """Return a key for the set of checked targets: everything that the checks of a target read, except its path.
 
-    Return None if a damaged value makes the key unhashable.
+    Return None if the key is not hashable, because the adapter contains a damaged value.
     """
     form = bool(target.path), target.layout, target.rows, tuple([update.form for update in updates])
     try:
@@ -477,20 +487,22 @@ def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
     context = [update.kind == "context" for update in updates]
     whole = [update.kind == "context" or getattr(update, "of_model", False) for update in updates]
     if not target.path and not all(whole):
-        raise Malformed("a target has no path", where="path", cure=_REWRITE)
+        raise Malformed("a target has no path, but an update that needs a path", where="path", cure=_REWRITE)
     if any(context) and (target.layout, target.rows) != (LAYOUTS[0], None):
         raise Malformed("a context update must not have a layout or rows", where=f"{target}: layout", cure=_REWRITE)
     kinds = [update.kind for update in updates]
     if "output" in kinds and set(kinds[kinds.index("output") :]) & {"additive", "weight"}:
         why = "an update of the weight follows an update of the output"
         raise Malformed(
-            why, where=str(target), cure="Put updates of the weight first: the output is computed with them"
+            why,
+            where=str(target),
+            cure="Put updates of the weight first: the output is computed with the changed weight",
         )
     if target.layout not in LAYOUTS:
         known = f"Known: {', '.join(LAYOUTS)}"
         raise Malformed(f"unknown layout {target.layout!r}", where=f"{target}: layout", cure=known)
     if target.rows is not None and not 0 <= target.rows[0] < target.rows[1]:
-        raise Malformed("rows must be a start and a larger stop", where=f"{target}: rows", cure=_REWRITE)
+        raise Malformed("rows must be a start of at least 0 and a larger stop", where=f"{target}: rows", cure=_REWRITE)
 
 
 def _check_update(target: Target, update: Update, together: dict[str, object]) -> None:
@@ -499,14 +511,14 @@ def _check_update(target: Target, update: Update, together: dict[str, object]) -
         dims = update.dims(target.stacked)
         for axis, size in _shared(dims).items():
             if together.setdefault(axis, size) != size:
-                why = f"{axis} is {size} here, but {together[axis]} in the target's rows or in its previous update"
+                why = f"{axis} is {size} here, but {together[axis]} in the rows or in the previous update of the target"
                 raise ShapeMismatch(why, cure=_REWRITE)
     except AdapterkitError as error:
         raise _placed(error, target, update) from None
 
 
 def _shared(dims: Dims) -> dict[str, object]:
-    """Return the sizes that must agree for all updates of a target; the first size of `rest` counts as `in`."""
+    """Return the axis sizes that all updates of a target must share; the first size of `rest` counts as `in`."""
     rest = dims.get("rest")
     shared: dict[str, object] = {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims}
     return shared | ({"in": rest[0]} if rest and isinstance(rest, tuple) else {})
@@ -518,7 +530,7 @@ def _placed(error: AdapterkitError, target: Target, update: Update) -> Adapterki
 
 
 def check_adapter(value: object) -> None:
-    """Raise an error if a value is not an `Adapter`, for example a path.
+    """Raise an error if a value, such as a path, is not an `Adapter`.
 
     Raises:
         UsageError: the value has another type.
@@ -529,11 +541,11 @@ def check_adapter(value: object) -> None:
 
 
 def _row(update: Update, stacked: bool) -> tuple[object, ...]:
-    """Return the method, shapes, rank and scaling of an update, for a table."""
+    """Return the cells of an update in the HTML table: its method, shapes, rank and scaling."""
     shapes = " ".join(f"{name}{list(leaf.shape)}" for name, leaf in update.tensors.items())
     return update.method, shapes, update.dims(stacked).get("r"), update.attributes.get("scaling")
 
 
-_CORRECT = "Correct it in the file, or write the file again with the tool that made it"
+_CORRECT = "Correct this value in the file, or write the file again with the tool that made it"
 _REWRITE = "Write the adapter again with the tool that made it"
-_PLAIN = "Correct the source file: it may hold strings, finite numbers, and keys that are strings"
+_PLAIN = "Correct the source file: keys must be text, and values text, finite numbers, true, false or null"

@@ -1,8 +1,8 @@
 """List what the licences of a merged model's parts (base and adapters) require, and where these licences conflict.
 
 The licences are data in `spec/licences.toml`. A model card may name a wrong licence, and only lawyers can say whether
-changed weights are an adapted work. So the functions return sentences for warnings; only `check_licences` raises an
-error.
+changed weights are an adapted work. So these functions return sentences for warnings, and only `check_licences` turns
+the sentences into an error.
 
 A licence may be an SPDX expression: `MIT OR Apache-2.0`, `(GPL-3.0 OR MIT) AND CC-BY-4.0`, `GPL-2.0 WITH exception`.
 The grammar is that of SPDX 3.0, annex B: AND binds closer than OR, and case does not matter.
@@ -26,17 +26,18 @@ from ..io.strict_yaml import load_yaml
 IDENTIFIER = r"[A-Za-z0-9.+-]{1,64}"
 _TOKEN = re.compile(rf"\s*([()]|{IDENTIFIER}(?=[\s()]|$))")
 _MOST = 64
-"""The maximum number of alternatives in an expression; also the maximum number of words."""
+"""The maximum number of alternatives that an expression may offer, and of words that it may contain."""
 
 Alternatives = tuple[tuple[str, ...], ...]
-"""Sets of licences. The user of the model chooses one set, and must comply with all licences in this set."""
+"""Sets of licences. A user of the model chooses one set, and must comply with all licences in this set."""
 
 
 @cache
 def alternatives(text: str) -> Alternatives | None:
-    """Return the sets of licences that an expression offers, in lower case; None if the text is not an expression.
+    """Return the sets of licences between which an SPDX expression lets the user choose, in lower case.
 
-    A licence with an exception is one licence, `gpl-2.0 with classpath-exception-2.0`.
+    A licence with an exception counts as one licence, such as `gpl-2.0 with classpath-exception-2.0`. Return None if
+    the text is not an expression, or is too large.
 
     Example:
         >>> alternatives("MIT AND (GPL-3.0 OR Apache-2.0)")
@@ -53,7 +54,7 @@ def alternatives(text: str) -> Alternatives | None:
 
 
 def _words(text: str) -> list[str] | None:
-    """Return the words of an expression in reverse order; None if the text has other characters."""
+    """Return the words of an expression, last word first; None if there are too many words or other characters."""
     words: list[str] = []
     at = 0
     while text[at:].strip():
@@ -109,23 +110,26 @@ def _bounded(alternatives_: Alternatives) -> Alternatives:
 
 
 Licence = Mapping[str, str]
-"""A card's licence fields; all may be empty. `license_name` and `license_link` are used if `license` is `other`."""
+"""The licence fields of a model card that are present. If `license` is `other`, `license_name` names the licence."""
 
 KEYS = ("license", "license_name", "license_link")
 MAX_CARD = 1 << 20
 
 
 def licence_called(name: str | Licence | None) -> Licence:
-    """Return the licence for an identifier, such as `apache-2.0`, or for the metadata of a card."""
+    """Convert an identifier, such as `apache-2.0`, to a `Licence`; None gives an empty one. A `Licence` is kept."""
     return {"license": name} if isinstance(name, str) else name or {}
 
 
 def licence_of(card: str) -> Licence:
-    """Return the licence in a card's metadata; empty if it is neither an identifier nor an SPDX expression."""
+    """Return the licence in the metadata of a card's text; empty if `license` is not valid.
+
+    `license` may be an identifier, an SPDX expression, or a list of these.
+    """
     card_fields = dict(metadata(card))
     listed = card_fields.get("license")
     if isinstance(listed, list) and all(isinstance(each, str) and alternatives(each) for each in listed):
-        # A card does not say whether a list is a choice, so all of its licences count.
+        # A card does not say whether a user may choose from the list, so assume that all of its licences apply.
         card_fields["license"] = " AND ".join(
             each if re.fullmatch(IDENTIFIER, each) else f"({each})" for each in listed
         )
@@ -136,7 +140,7 @@ def licence_of(card: str) -> Licence:
 
 
 def licence_at(path: Path) -> Licence:
-    """Return the licence that a model card states; the card is in the folder `path`, or next to the file `path`."""
+    """Return the licence in the model card `README.md`, which is in the folder `path` or next to the file `path`."""
     card = (path if path.is_dir() else path.parent) / "README.md"
     try:
         with open_input(card) as file:
@@ -146,7 +150,7 @@ def licence_at(path: Path) -> Licence:
 
 
 def metadata(card: str) -> Mapping[str, Any]:
-    """Return the metadata at the head of a card; empty if it is not a YAML mapping."""
+    """Return the metadata at the head of a model card; empty if the card has none, or if it is not a YAML mapping."""
     head = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---", card, re.DOTALL)
     try:
         fields = load_yaml(head[1].encode("utf-8", "replace")) if head else None
@@ -161,14 +165,14 @@ def metadata(card: str) -> Mapping[str, Any]:
 FORMAT = 1
 
 BASE = "the base"
-"""The name of the base in lists of a merged model's parts."""
+"""The name that stands for the base in a list of a merged model's parts."""
 
 Part = tuple[str, Licence]
-"""The name of a part (`BASE`, or the name of an adapter), and the licence in the part's card."""
+"""One part of a merged model: its name (`BASE`, or the name of an adapter), and the licence in its card."""
 
 
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The requirements of a family of licences; see the head of `spec/licences.toml`."""
+    """The requirements of a family of licences; the head of `spec/licences.toml` explains each field."""
 
     asks: str
     commercial: bool = True
@@ -202,7 +206,7 @@ def _table() -> _LicenceTable:
     table = msgspec.toml.decode(read_input(path), type=_LicenceTable)
     if table.format != FORMAT:
         why = f"the table has format {table.format}, but this version reads format {FORMAT}"
-        raise Malformed(why, path=path, cure="Correct it")
+        raise Malformed(why, path=path, cure="Install adapterkit again")
     return table
 
 
@@ -219,18 +223,18 @@ def terms_of(licence: Licence) -> Terms | None:
 
 
 def spdx_of(licence: Licence) -> str | None:
-    """Return the SPDX identifier of a licence; None if it lacks an identifier, like most community licences."""
+    """Return the SPDX identifier of a licence; None if the licence has none, like most community licences."""
     entry = _table().licences.get(_id(licence))
     return None if entry is None else entry.spdx
 
 
 def is_expression(licence: Licence) -> bool:
-    """Whether a card names several licences, or one with an exception."""
+    """Whether the licence in a card is an expression of several words: several licences, or one with an exception."""
     return " " in _id(licence)
 
 
 def spdx_expression_of(licence: Licence) -> str | None:
-    """Return an expression with SPDX's identifiers; None if one of its licences has no known identifier."""
+    """Return an expression with each licence's SPDX identifier; None if the table has none for one of the licences."""
     words = re.findall(rf"\(|\)|{IDENTIFIER}", licence.get("license", ""))
     tokens, exception = [], False
     for word in words:
@@ -244,9 +248,9 @@ def spdx_expression_of(licence: Licence) -> str | None:
 
 
 def choices(licence: Licence) -> list[list[Licence]]:
-    """Return the sets of single licences among which the users of a card's model may choose.
+    """Return the sets of single licences from which a user of the model may choose one set.
 
-    If at least one set has only known licences, sets with an unknown licence are left out.
+    If the table of licences has all licences of at least one set, only such sets are returned.
     """
     options = alternatives(licence.get("license", "")) if is_expression(licence) else None
     if options is None:
@@ -260,7 +264,10 @@ _MOST_READINGS = 256
 
 
 def _readings(parts: Sequence[Part]) -> list[list[Part]]:
-    """Return each combination of choices that the cards allow, as a list of (part, single licence)."""
+    """Return each way to choose one set of licences for every part, as a list of (part's name, single licence).
+
+    At most `_MOST_READINGS` ways are returned.
+    """
     each = [[[(name, licence) for licence in some] for some in choices(licence)] for name, licence in parts]
     return [[part for some in choice for part in some] for choice in islice(product(*each), _MOST_READINGS)]
 
@@ -272,17 +279,18 @@ def called(licence: Licence) -> str:
 
 
 def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
-    """Return the contradictions between the licences of a model's parts, one sentence each.
+    """Return a sentence for each contradiction between the licences of a model's parts.
+
+    If a card lets the user choose between licences, the choice with the fewest contradictions counts.
 
     Args:
         parts: base and adapters, in order. Parts without a licence, and licences that the table lacks, are ignored.
-            If a card lets users choose, the choice with the fewest contradictions counts.
     """
     return min((_contradictions(reading) for reading in _readings(parts)), key=len)
 
 
 def _contradictions(parts: Sequence[Part]) -> tuple[str, ...]:
-    """Return the contradictions between single licences."""
+    """Return the contradictions between parts if each part has only a single licence."""
     known = [(name, licence, terms) for name, licence in parts if (terms := terms_of(licence)) is not None]
     if len(known) < 2:
         return ()
@@ -299,7 +307,7 @@ def _contradictions(parts: Sequence[Part]) -> tuple[str, ...]:
                 problems.append(f"{pair}: each of them must cover the whole model")
             elif _adds_limits(terms, others) or _adds_limits(others, terms):
                 problems.append(
-                    f"{pair}: one must cover the whole model without further limits, but the other adds limits"
+                    f"{pair}: one licence must cover the whole model without further limits, but the other adds limits"
                 )
             elif terms.commercial != others.commercial:
                 strict = name if not terms.commercial else other
@@ -308,12 +316,12 @@ def _contradictions(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _adds_limits(whole: Terms, other: Terms) -> bool:
-    """Whether two licences conflict: `whole` must cover the model without further limits, but `other` adds limits."""
+    """Whether the licence `whole` must cover the whole model without further limits, but `other` adds limits."""
     return whole.whole and not whole.restricts and other.restricts
 
 
 def passed_over(stated: Licence, parts: Sequence[Part]) -> tuple[str, ...]:
-    """Return a sentence for each requirement that a part's licence has and the merged model's licence lacks.
+    """Return a sentence for each part whose licence has requirements that the merged model's licence lacks.
 
     Args:
         stated: the licence in the merged model's card.
@@ -332,7 +340,10 @@ def passed_over(stated: Licence, parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _omits(stated: Licence, licence: Licence) -> bool:
-    """Whether the result's licence omits a requirement of a part's licence; both are single licences."""
+    """Whether `stated`, the merged model's licence, omits a requirement of `licence`, the licence of a part.
+
+    Both are single licences.
+    """
     stated_terms, terms = terms_of(stated), terms_of(licence)
     if stated_terms is None or terms is None or _id(licence) == _id(stated) or _id(stated) in _reached(licence):
         return False
@@ -355,12 +366,12 @@ def unknown(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def check_licences(parts: Sequence[Part], against: Sequence[str], path: Path | str) -> None:
-    """Refuse contradictions between licences, and parts whose licence is missing or unknown.
+    """Raise an error if licences contradict each other, or if a part's licence is missing or unknown.
 
     Args:
         parts: base and adapters, including those without a licence.
         against: the sentences of `conflicts` and `passed_over`.
-        path: the merged or pushed file or folder, for the error.
+        path: the merged or pushed file or folder, which the error names.
 
     Raises:
         CheckFailed: `against` is not empty, or a part's licence is missing or not in the table.
@@ -368,18 +379,18 @@ def check_licences(parts: Sequence[Part], against: Sequence[str], path: Path | s
     problems = [*against, *unknown(parts)]
     if problems:
         cure = (
-            "Choose parts whose licences agree, name the licence in the README.md of each, or leave out "
+            "Choose parts whose licences agree, name the licence in the README.md of each part, or leave out "
             "--strict-licence (strict_licence=False): the contradictions are then only warnings"
         )
         raise CheckFailed(f"licences: {'; '.join(problems)}", path=path, cure=cure)
 
 
 def parts_of(record: Mapping[str, object]) -> list[Part]:
-    """Return the parts that a merge's record lists, each with the licence in its card."""
+    """Return the base and the adapters in the record of a merge, each with the licence from its card."""
     licences = record.get("licences")
     pairs = licences.items() if isinstance(licences, Mapping) else ()
     parts = [(str(name), licence) for name, licence in pairs if isinstance(licence, Mapping)]
-    # Put the base first: records are written with sorted keys, so the original order is lost.
+    # Put the base first: a record is written with sorted keys, so the order of the parts is lost.
     return sorted(parts, key=lambda part: part[0] != BASE)
 
 
@@ -392,9 +403,10 @@ def _cited(name: str, licence: Licence) -> str:
 
 
 def _reached(licence: Licence) -> set[str]:
-    """Return all licences that a merged model may have if a part has `licence`.
+    """Return the other licences that a merged model may have if one of its parts has `licence`.
 
-    A licence lists compatible licences, each of which may list further compatible licences; all are included.
+    The table lists compatible licences for a licence. A compatible licence may have further compatible licences, which
+    are included, too.
     """
     reached: set[str] = set()
     left = [_id(licence)]

@@ -1,6 +1,7 @@
 """Text metadata of adapters: trigger words, training settings, and the fingerprint of the base.
 
-After reading, the metadata is in `Adapter.foreign`. After an operation, it is in the lineage.
+After reading, the metadata is in `Adapter.foreign`, or in the lineage step `read` if the format's reader stores no
+metadata in `foreign`. After an operation, the metadata is in the lineage.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ SHAPES = "base_shapes"
 """Name of the argument in which a lineage step stores a digest of its base's tensor names and shapes."""
 
 KEYS_OF_FILES = {FINGERPRINT: "adapterkit.base_fingerprint", SHAPES: "adapterkit.base_shapes"}
-"""Argument of a lineage step -> the metadata key that holds the same value in formats without lineage, such as PEFT."""
+"""Argument of a lineage step -> the metadata key under which formats without lineage, such as PEFT, store its value."""
 
 MODEL_TYPE = "model_type"
-"""Name of the argument in which a lineage step stores the `model_type` of its base, as in transformers."""
+"""Name of the argument in which a lineage step stores the `model_type` from its base's transformers config."""
 
 _MODULE = re.compile(r"transformers\.models\.(\w{1,60})\.modeling_\w{1,60}")
 
 REPORT = "adapterkit_merge.json"
-"""Name of the report that a merge writes into its output."""
+"""Name of the file in a merge's output folder that contains the report of the merge."""
 
 _OF_ONE_FILE = frozenset({
     "modelspec.hash_sha256", "ss_network_alpha", "ss_network_args", "ss_network_dim", "sshs_hash", "sshs_legacy_hash",
     "sshs_model_hash",
 })  # fmt: skip
-"""Metadata keys whose values become wrong when an adapter is changed: ranks, scales, and hashes of the file's bytes."""
+"""Metadata keys whose values become wrong if the adapter is changed: ranks, scales, and hashes of the source file."""
 
 _STRUCTURAL = _OF_ONE_FILE | {"adapterkit", "format", "lora_adapter_metadata", "ss_network_module"}
-"""Metadata keys that describe only the file itself: its container, ranks, scales, and hashes of its bytes."""
+"""Metadata keys that describe only the source file: its format, ranks, scales, and hashes of its bytes."""
 
 _TRIGGERS = ("modelspec.trigger_phrase", "trigger_words", "trigger_word", "trigger_phrase", "activation text")
 """Metadata keys whose values are comma-separated lists of trigger words."""
@@ -59,7 +60,10 @@ def metadata_of(adapter: Adapter) -> dict[str, str]:
 
 
 def read_with(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
-    """Store a file's text metadata in the lineage step `read`, for formats that do not store it in `foreign`."""
+    """Return the adapter with its file's text metadata in the lineage step `read`, the last step.
+
+    This is for readers of formats that store no metadata in `foreign`.
+    """
     if not metadata:
         return adapter
     *before, read = adapter.recipe
@@ -67,7 +71,10 @@ def read_with(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
 
 
 def with_metadata(pairs: Iterable[tuple[str, str]], adapter: Adapter) -> list[tuple[str, str]]:
-    """Return the (key, value) pairs for a new file's header: `pairs`, then the metadata of the adapter's source files.
+    """Return the (key, value) pairs for a new file's header.
+
+    The result contains `pairs`, then the metadata of the adapter's source files, then the fingerprints and shape
+    digests of its bases. A key in `pairs` keeps its value.
 
     Args:
         pairs: the pairs that the format requires, or the pairs from the source file's header.
@@ -84,13 +91,13 @@ def with_metadata(pairs: Iterable[tuple[str, str]], adapter: Adapter) -> list[tu
 def merged_metadata(adapters: Sequence[Adapter], names: Sequence[str] | None = None) -> dict[str, str]:
     """Merge the text metadata of several adapters.
 
-    If a key has the same value in all adapters, the key is kept. Trigger words are joined. Any other key is split into
-    one key per adapter, with the adapter's name in brackets: `ss_tag_frequency (style)`.
+    If a key has the same value in all adapters, the key is kept. Lists of trigger words are joined. Any other key is
+    split into one key per adapter, with the adapter's name in parentheses: `ss_tag_frequency (style)`.
 
     Args:
         adapters: the adapters, in order.
-        names: the names of the adapters. Default: the `ss_output_name` or `modelspec.title` of each adapter, or else
-            its position, counted from 1.
+        names: the names of the adapters. Default: the `ss_output_name` or `modelspec.title` of each adapter. An
+            adapter that has neither, or shares this name with another adapter, gets its position, counted from 1.
     """
     each = [metadata_of(adapter) for adapter in adapters]
     called = _names(each) if names is None else list(names)
@@ -119,17 +126,17 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def fingerprints_of(adapter: Adapter) -> tuple[str, ...]:
-    """Return all base fingerprints in an adapter's lineage and in its file's metadata, without duplicates."""
+    """Return the base fingerprints that an adapter's lineage and metadata record, without duplicates."""
     return _of_bases(adapter, FINGERPRINT)
 
 
 def shapes_of(adapter: Adapter) -> tuple[str, ...]:
-    """Return all digests of the base's tensor names and shapes in the lineage and the metadata, without duplicates."""
+    """Return the digests of the base's tensor names and shapes that lineage and metadata record, without duplicates."""
     return _of_bases(adapter, SHAPES)
 
 
 def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
-    """Return the values that lineage steps record for an argument, and the values of the matching metadata key."""
+    """Return the values of the argument `name` in all lineage steps, and of the metadata key that matches it."""
     texts = [_strings(step.args.get(METADATA)) for step in adapter.recipe]
     if adapter.foreign is not None:
         texts.append(_strings(adapter.foreign.data.get(METADATA)))
@@ -138,10 +145,11 @@ def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
 
 
 def model_types_of(adapter: Adapter) -> tuple[str, ...]:
-    """Return the base's model types according to an adapter's lineage and source file, without duplicates.
+    """Return the model types of the base that an adapter's lineage and config state, without duplicates.
 
-    A PEFT config without a task type contains the module path of the base's class, which contains the model type. An
-    AdapterHub config contains `model_type`.
+    A PEFT config without a task type contains the import path of the base's class, such as
+    `transformers.models.llama.modeling_llama`, and this path contains the model type. An AdapterHub config contains
+    `model_type`.
     """
     types = [*_arguments(adapter.recipe, MODEL_TYPE)]
     config = None if adapter.foreign is None else adapter.foreign.data.get("config")
@@ -154,7 +162,7 @@ def model_types_of(adapter: Adapter) -> tuple[str, ...]:
 
 
 def model_class_of(adapter: Adapter) -> tuple[str, str]:
-    """Return the names of the base's class and of its module, as PEFT's config states them; both are "" if unknown."""
+    """Return the name of the base's class and of the class's module, as the PEFT config states them; "" if unknown."""
     config = None if adapter.foreign is None else adapter.foreign.data.get("config")
     mapping = config.get("auto_mapping") if isinstance(config, Mapping) else None
     fields = mapping if isinstance(mapping, Mapping) else {}
@@ -173,7 +181,7 @@ def _arguments(steps: Iterable[Step | Mapping[str, Any]], name: str) -> Iterator
 
 
 def _strings(value: object) -> dict[str, str]:
-    """From a mapping or a list of pairs, return the entries in which key and value are text; {} for any other value."""
+    """Return the entries of a mapping, or of a list of pairs, whose key and value are text; {} for any other value."""
     pairs = value.items() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return {
         pair[0]: pair[1]

@@ -1,11 +1,11 @@
 """Registries: find the methods, formats and other extensible parts of adapterkit by name.
 
-Each module of a package defines one entry, and the module's name is the entry's name. Listing the names imports no
-module; getting an entry imports only its module. If a registry sets `several`, a module may define several entries, and
-listing imports all modules.
+Each module of a registry's package defines one entry, and the module's name is the entry's name. Listing the names
+imports no module, and looking up an entry imports only the module of this entry. If a registry sets `several`, a module
+may define several entries, and listing the names imports all modules.
 
-Other packages add entries as Python entry points in the registry's group. The entry point has the name of the entry's
-module. Such an entry cannot replace a built-in entry.
+Other packages add entries as Python entry points in the registry's group. An entry point must have the name of the
+module that defines the entry. Such an entry cannot replace a built-in entry.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A mapping from name to entry. An entry is the only class in its module that derives from `root`.
+    """A mapping from name to entry. An entry is a class that derives from `root`; by default, a module has only one.
 
     Args:
-        noun: the name for an entry in messages, such as "method".
-        package: the package whose modules are the built-in entries; modules with a leading underscore are private.
-        group: the entry point group for entries of other packages.
+        noun: the word for an entry in error messages, such as "method".
+        package: the package whose modules define the built-in entries, except modules with a leading underscore.
+        group: the group of Python entry points in which other packages add entries.
         root: the class that all entries derive from.
         several: whether a module may define several entries. If so, each entry class sets `name`.
     """
@@ -45,10 +45,11 @@ class Registry(Mapping[str, T], Generic[T]):
         self._loaded: dict[str, T] = {}
 
     def __getitem__(self, name: str) -> T:
-        """Return the entry.
+        """Return the entry with this name; import its module if necessary.
 
         Raises:
-            Unsupported: the registry has no entry with that name.
+            Unsupported: the registry has no entry with this name, or several packages add one.
+            TypeError: the module of the entry does not define exactly one entry, or the entry point is wrong.
         """
         if not isinstance(name, str):
             raise Unsupported(f"{shown(name)} is not the name of a {self.noun}", cure=f"Known: {', '.join(self)}")
@@ -77,7 +78,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @cached_property
     def _third_party(self) -> Mapping[str, list[EntryPoint]]:
-        """Return the entry points of installed packages, keyed by name, including names of built-in entries."""
+        """Map each name that installed packages add, including names of built-in entries, to its entry points."""
         announced = _announcements(tuple(sys.path))
         if announced is not None and f"[{self.group}]".encode() not in announced:
             return {}
@@ -86,17 +87,20 @@ class Registry(Mapping[str, T], Generic[T]):
         points: dict[str, list[EntryPoint]] = {}
         for point in entry_points(group=self.group):
             several = points.setdefault(point.name, [])
-            # Remove duplicates: a package in two folders of `sys.path` is listed twice.
+            # Skip duplicates: a package that is in two folders of `sys.path` is listed twice.
             if point.value not in [each.value for each in several]:
                 several.append(point)
         return points
 
     def packages(self) -> dict[str, str]:
-        """Return each name that installed packages add -> the packages that add it: `acme-adapters 1.0, other 2.1`."""
+        """Map each name that installed packages add to the packages that add it: `acme-adapters 1.0, other 2.1`."""
         return {name: ", ".join(map(_package, points)) for name, points in sorted(self._third_party.items())}
 
     def refused(self) -> dict[str, str]:
-        """Return each name of `packages()` that cannot be used -> the reason: built in, or added by two packages."""
+        """For each name in `packages()` that cannot be used, return a sentence with the reason.
+
+        The reason is that the name is built in, or that several packages add it.
+        """
         return {
             name: f"{packages} adds the {self.noun} {name!r}, which is built in and cannot be replaced"
             if name in self._builtin
@@ -116,10 +120,13 @@ class Registry(Mapping[str, T], Generic[T]):
         raise Unsupported(f"unknown {self.noun} {name!r}", cure=cure)
 
     def _foreign(self, name: str, entry: object) -> T:
-        """Check an entry of another package: its entry point must have the module's name, which files store."""
+        """Check that another package's entry derives from `root`, and that its module has the name of the entry point.
+
+        Files store this name.
+        """
         fits = inspect.isclass(entry) and issubclass(entry, self.root)
         if not fits or entry.__module__.rpartition(".")[2] != name:
-            why = f"{self.group}: {name} must be a {self.root.__name__} in a module of that name, not {entry}"
+            why = f"{self.group}: {name} must be a {self.root.__name__} in a module named {name}, not {entry}"
             raise TypeError(why)
         return cast(T, entry)
 
@@ -145,15 +152,19 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 def _package(point: EntryPoint) -> str:
-    """Return the name and version of the package that declares an entry point."""
+    """Return the name and version of an entry point's package, or its value if the package is unknown."""
     return point.value if point.dist is None else f"{point.dist.name} {point.dist.version}"
 
 
 @lru_cache
 def _announcements(places: tuple[str, ...]) -> bytes | None:
-    """Return the texts of all installed packages' `entry_points.txt`; None if an entry of `sys.path` is an archive.
+    """Return the joined texts of all `entry_points.txt` files of installed packages.
 
-    `importlib.metadata` is not used, because it parses all metadata, which takes as long as a short command.
+    Return None if there may be further packages, because an entry of `sys.path` is an archive or cannot be listed, or
+    an import hook finds packages elsewhere.
+
+    `importlib.metadata` is not used here: it parses the metadata of every package, which takes as long as a short
+    command.
     """
     if any(hasattr(finder, "find_distributions") and finder is not PathFinder for finder in sys.meta_path):
         return None

@@ -1,8 +1,8 @@
 """Shape strings such as `"r in *k"` document and check the shapes of tensor fields; tests create examples from them.
 
 A shape string is a list of axes separated by spaces. An axis is an integer, a name, or a product or quotient of
-integers and names (`out/b`, `r*n`). At most one axis is `*name`, which stands for any number of axes. When a tensor's
-shape is compared with a shape string, the names get their sizes.
+integers and names (`out/b`, `r*n`). At most one axis is `*name`, which stands for any number of axes. Comparing a shape
+string with a tensor's shape gives each name its size.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Axes:
         return all(axis.lstrip("*").isalnum() or axis.lstrip("*").isidentifier() for axis in self.axes)
 
     def index(self, axis: str) -> int | None:
-        """Return the index of an axis. After a starred axis, the index is negative, counted from the back.
+        """Return the index of an axis in a tensor's shape; None if no axis of the string is exactly `axis`.
 
-        Return None if no axis of the string is exactly `axis`.
+        The index of an axis after the starred axis is negative, because it must be counted from the back.
         """
         if axis not in self.axes:
             return None
@@ -64,6 +64,11 @@ class Axes:
 
     def bind(self, shape: tuple[int, ...], dims: Dims, what: str) -> None:
         """Compare a tensor's shape with this string, and add the sizes of the string's names to `dims`.
+
+        Args:
+            shape: the tensor's shape.
+            dims: the sizes that are known from other tensors.
+            what: the name of the tensor, for the error.
 
         Raises:
             ShapeMismatch: the shape does not match this string, or contradicts a size in `dims`.
@@ -85,7 +90,7 @@ class Axes:
                 raise _mismatch(self, shape, dims, what)
 
     def sizes(self, dims: Mapping[str, int | tuple[int, ...]]) -> tuple[int, ...]:
-        """Return the shape that this string describes if its names have the sizes in `dims`."""
+        """Return the shape that results if the names of this string have the sizes in `dims`."""
         shape: list[int] = []
         for axis in self.axes:
             if axis.startswith("*"):
@@ -108,14 +113,14 @@ def _parse(text: str) -> Axes:
 def tensor(
     shape: str, *, optional: bool = False, integer: bool = False, below: str = "", distinct: bool = False
 ) -> Any:
-    """Declare a dataclass field for a tensor with a shape string.
+    """Declare a dataclass field that holds a tensor whose shape must match a shape string.
 
     Args:
         shape: the shape string.
         optional: True if the tensor may be missing (None).
         integer: True if the tensor contains indices instead of real numbers.
-        below: the axis, or product of axes, that the indices refer to; each index is below the axis's size. If the
-            tensor has two rows (the first and second indices of pairs), `below` names one axis for each row.
+        below: the axis, or product of axes, that the indices refer to; each index must be less than the axis's size. If
+            the tensor has two rows (the first and the second index of each pair), `below` names one axis for each row.
         distinct: True if no index (or pair) may repeat.
     """
     indices = {"integer": integer, "below": tuple(below.split()), "distinct": distinct}
@@ -157,7 +162,7 @@ def _factors(axis: str) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
 def _value(part: str | int, dims: Mapping[str, int | tuple[int, ...]]) -> int:
     size = dims[part] if isinstance(part, str) else part
     if not isinstance(size, int):
-        raise ValueError(f"{part} stands for several axes")
+        raise ValueError(f"{part} stands for several axes, so it has no single size")
     return size
 
 
@@ -171,13 +176,13 @@ def _evaluate(axis: str, dims: Mapping[str, int | tuple[int, ...]]) -> int:
 def _mismatch(axes: Axes, shape: tuple[int, ...], dims: Dims, what: str) -> ShapeMismatch:
     known = ", ".join(f"{name}={size}" for name, size in dims.items())
     why = f"the shape {list(shape)} does not match [{axes.text}]" + (f" with {known}" if known else "")
-    return ShapeMismatch(why, where=what, cure="Other tensors of the update, or the file's rank, contradict this shape")
+    return ShapeMismatch(why, where=what, cure="Compare the shape with the other tensors and with the file's rank")
 
 
-# Check those rules of a method that its shape strings cannot express: ranges of values, positions, and conditions.
+# Check rules that shape strings cannot express: ranges of attribute values, positions in tensors, and conditions.
 
 
-DAMAGED = "The file is damaged, or the tool that wrote it has a fault; write it again"
+DAMAGED = "The file is damaged, or the tool that wrote it has a bug; write the file again"
 _TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
 
 
@@ -186,10 +191,10 @@ def attribute(
     most: float | None = None,
     positive: bool = False, since: int = 1,
 ) -> Any:  # fmt: skip
-    """Declare a field for a plain value, with rules beyond its type.
+    """Declare a dataclass field that holds an attribute, which is plain data, with rules for its value.
 
     Args:
-        default: the value if neither the file nor the caller states one; without a default, the attribute is required.
+        default: the value if neither the file nor the caller gives one. Without a default, the attribute is required.
         among: the allowed strings or numbers.
         least: the smallest allowed number.
         most: the largest allowed number.
@@ -204,15 +209,15 @@ def check_attribute(name: str, value: object, field: dataclasses.Field[object]) 
     """Check a value against the type and the rules of its field.
 
     Raises:
-        Malformed: the value has another type, is not finite, or is out of range.
-        Unsupported: the value is a string that the method does not know.
+        Malformed: the value has another type than the field, is not finite, or is out of range.
+        Unsupported: the value is not in the list of the field's allowed values.
     """
     _check_type(name, value, _type_name(field.type))
     _check_range(name, value, field.metadata)
 
 
 def plain(value: object, field: dataclasses.Field[object]) -> object:
-    """Return a value as plain data; an integer in a float field becomes a float."""
+    """Convert an integer in a float field to a float; return any other value unchanged."""
     return float(value) if type(value) is int and _type_name(field.type) == "float" else value
 
 
@@ -220,7 +225,7 @@ def _check_type(name: str, value: object, annotation: str) -> None:
     allowed = _TYPES.get(annotation)
     if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and annotation != "bool")):
         raise Malformed(f"{value!r} is not of type {annotation}", where=name, cure=DAMAGED)
-    # Compare the number with infinity instead of converting it: an integer may be too large for a float.
+    # Do not convert the number to a float: an integer may be too large. Comparisons with infinity work for any integer.
     if (
         annotation == "float"
         and isinstance(value, int | float)
@@ -246,15 +251,15 @@ def _type_name(annotation: object) -> str:
     return annotation if isinstance(annotation, str) else str(getattr(annotation, "__name__", annotation))
 
 
-# Check integer fields that hold positions: each position must be on its axis, and some fields forbid repetition.
+# Check tensors of positions: each position must be less than its axis's size, and some fields forbid repetition.
 
 
 def misplaced(update: Update, sizes: Mapping[str, int | tuple[int, ...]]) -> Iterator[tuple[str, str]]:
-    """For each field with a position outside its axis, yield the field's name and a description of the error.
+    """Yield the name of each field that has a position outside its axis, and a description of the error.
 
     Args:
-        update: the update; `below` in a field's declaration names the axis of the positions, or a product of axes.
-        sizes: sizes of axes that do not follow from the update's tensors.
+        update: the update. The argument `below` of a field's `tensor()` names the axis to which the positions refer.
+        sizes: the sizes of axes that do not follow from the shapes of the update's tensors.
     """
     fields = update.tensor_fields()
     placed = {name: leaf for name, leaf in update.tensors.items() if fields[name].metadata["below"]}
@@ -270,7 +275,7 @@ def misplaced(update: Update, sizes: Mapping[str, int | tuple[int, ...]]) -> Ite
 
 
 def repeated(update: Update) -> str:
-    """Return the first field that repeats a position (or pair) although its declaration forbids it; "" if none does."""
+    """Return the name of the first field declared `distinct` that repeats a position or a pair; "" if there is none."""
     import numpy as np
 
     fields = update.tensor_fields()
@@ -279,7 +284,7 @@ def repeated(update: Update) -> str:
         if not tensor.nbytes:
             continue
         index = tensor.numpy()
-        # Compare pairs as pairs: one number that combines both would overflow for large positions.
+        # Sort pairs by two keys: a single number that combines both positions would overflow if they are large.
         rows = [index] if len(fields[name].metadata["below"]) == 1 else [index[..., 0, :], index[..., 1, :]]
         order = np.lexsort(rows, axis=-1)
         sorted_rows = [np.take_along_axis(row, order, -1) for row in rows]
@@ -289,7 +294,7 @@ def repeated(update: Update) -> str:
 
 
 def _size(axis: str, sizes: Mapping[str, int | tuple[int, ...]]) -> int | None:
-    """Return the size of an axis or product, or None if it is unknown."""
+    """Return the size of an axis or of a product of axes; None if `sizes` lacks a name."""
     try:
         return Axes.parse(axis).sizes(sizes)[0]
     except KeyError:
@@ -297,7 +302,8 @@ def _size(axis: str, sizes: Mapping[str, int | tuple[int, ...]]) -> int | None:
 
 
 MOST_EXPONENT = 63
-"""The largest exponent in a rule. A rule with a larger exponent is false, because the power could use up all memory."""
+"""The largest exponent in a rule. An expression with a larger exponent has no value, because computing the power could
+use up all memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,11 +313,11 @@ class Rule:
     Attributes:
         require: the expression that must be true.
         define: the axis whose size the rule defines; if the tensors give the axis another size, the update is refused.
-        value: the expression for the size of this axis.
-        when: an expression; the rule applies only if it is true. Empty: the rule always applies.
-        where: the field or attribute that an error names.
-        error: the class of the error, `ShapeMismatch` or `Malformed`.
-        meaning: an explanation of the failure, in plain words.
+        value: the expression for the size of the axis `define`.
+        when: an expression; the rule applies only if this expression is true. Empty: the rule always applies.
+        where: the field or attribute that the error names.
+        error: the class of the error if `require` is not true, `ShapeMismatch` or `Malformed`.
+        meaning: the start of this error's message, which explains the failure in plain words.
     """
 
     require: str = ""
@@ -327,8 +333,8 @@ def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
     """Check an update against its method's rules, in order, and add the sizes that the rules define to `dims`.
 
     Args:
-        update: the update, after its forms, attributes and shapes have been checked.
-        dims: the sizes of the update's axes; rules read these sizes and add further sizes.
+        update: the update; its attributes and shapes must already be checked.
+        dims: the sizes of the update's axes. Rules read these sizes, and may add sizes of further axes.
         stack: True if the tensors have a leading axis of experts.
 
     Raises:
@@ -351,7 +357,7 @@ def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
 
 
 def check_fits(update: Update, shape: Shape) -> None:
-    """Check the conditions in an update's `fits` for a weight of shape `[out, in, *k]`.
+    """Check that an update fits a weight of shape `[out, in, *k]`: all conditions in the update's `fits` must hold.
 
     Raises:
         ShapeMismatch: a condition does not hold.
@@ -360,8 +366,8 @@ def check_fits(update: Update, shape: Shape) -> None:
         return
     fields = update.tensor_fields()
     leaves = [(fields[name].metadata["axes"].axes, leaf) for name, leaf in update.tensors.items()]
-    # If a tensor has more axes than its shape string, the first axis is the axis of experts. Skip shape strings with a
-    # starred axis, because they match any number of axes.
+    # If a tensor has one axis more than its shape string, the first axis counts experts. Skip shape strings with a
+    # starred axis: they match any number of axes, so they do not show whether the tensor has an axis of experts.
     stack = any(len(leaf.shape) > len(axes) for axes, leaf in leaves if not any(axis.startswith("*") for axis in axes))
     seen = {"out": shape[0], "in": shape[1] if len(shape) > 1 else 0, "columns": math.prod(shape[1:])}
     seen["kernel"] = max(len(shape) - 2, 0)
@@ -369,16 +375,16 @@ def check_fits(update: Update, shape: Shape) -> None:
     for rule in update.fits:
         if (not rule.when or _compiled(rule.when)(names)) and not _compiled(rule.require)(names):
             known = names.shown(rule.require)
-            why = f"{rule.meaning}: {rule.require} does not hold with {known}; the weight is {list(shape)}"
+            why = f"{rule.meaning}: {rule.require} does not hold with {known}; the weight has the shape {list(shape)}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
 
 class _NoValue(Exception):
-    """A part of an expression has no value: an axis without a size, a division by 0, or arithmetic with a text."""
+    """A part of an expression has no value, for example an axis without a size, a division by 0, or a text in a sum."""
 
 
 class _Names:
-    """Look up the values of an expression's names: sizes of axes, and attributes of an update."""
+    """Look up the names in an expression, which are axes and attributes of an update."""
 
     def __init__(self, update: Update, dims: Mapping[str, object], stack: bool) -> None:
         self.update, self.dims, self.stack = update, dims, stack
@@ -386,18 +392,18 @@ class _Names:
     def value(self, name: str) -> int | str:
         name = name.removesuffix("_")
         value = self.dims[name] if name in self.dims else self.update.attributes.get(name)
-        # Refuse a starred axis: it has several sizes, and rules compute with integers.
+        # Refuse the name of a starred axis: it has several sizes, but rules compute with integers.
         if not isinstance(value, int | str):
             raise _NoValue(name)
         return int(value) if isinstance(value, bool) else value
 
     def axes(self, tensor: str) -> int | None:
-        """Return the number of a tensor's axes without the experts' axis; None if the tensor is absent."""
+        """Return how many axes a tensor has, not counting the experts' axis; None if the tensor is absent."""
         leaf = getattr(self.update, tensor)
         return None if leaf is None else len(leaf.shape) - self.stack
 
     def shown(self, expression: str) -> str:
-        """Return the names in an expression with their values, as `r=8, out=64`; names without a value are omitted."""
+        """Return an expression's names and values as text, such as `r=8, out=64`; names without a value are omitted."""
         return ", ".join(f"{name}={value}" for name in names_in(expression) if (value := self._known(name)) is not None)
 
     def _known(self, name: str) -> int | str | None:
@@ -408,7 +414,7 @@ class _Names:
 
 
 class _Given(_Names):
-    """Look up the values of an expression's names in two mappings instead of an update."""
+    """Look up the names in an expression in two mappings instead of an update."""
 
     def __init__(self, values: Mapping[str, object], axes: Mapping[str, int]) -> None:
         self.values, self.given_axes = values, axes
@@ -429,7 +435,7 @@ def value_of(expression: str, values: Mapping[str, object], axes: Mapping[str, i
     Args:
         expression: the expression.
         values: name -> the size of an axis, or the value of an attribute.
-        axes: name of each tensor that is present -> the number of its axes, without the experts' axis.
+        axes: name of each tensor that is present -> how many axes it has, not counting the experts' axis.
     """
     value = _compiled(expression)(_Given(values, axes))
     return None if value is False else value
@@ -437,7 +443,7 @@ def value_of(expression: str, values: Mapping[str, object], axes: Mapping[str, i
 
 @cache
 def names_in(expression: str) -> tuple[str, ...]:
-    """Return the axes and attributes that an expression reads, in order."""
+    """Return the names of the axes and attributes whose values an expression reads, in order."""
     tree = ast.parse(_without_keywords(expression), mode="eval")
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     asked = {
@@ -450,7 +456,7 @@ def names_in(expression: str) -> tuple[str, ...]:
 
 
 def _without_keywords(expression: str) -> str:
-    """Return the expression with `in_` for the axis `in`, which is a keyword of Python."""
+    """Replace the axis name `in` by `in_` in an expression, because `in` is a keyword of Python."""
     return re.sub(r"\bin\b(?!')", "in_", expression)
 
 
@@ -483,10 +489,9 @@ _OF_EQUALS: dict[type[ast.AST], Callable[[Any, Any], bool]] = {ast.Eq: operator.
 
 @cache
 def _compiled(expression: str) -> Callable[[_Names], int | str | Literal[False]]:
-    """Compile an expression into a function.
+    """Compile an expression into a function that returns the expression's value, or False if it has none.
 
-    The function returns False if the expression has no value. False is unambiguous, because values are integers or
-    texts.
+    No value is False itself, because values are integers (true is 1) or texts.
     """
     evaluate = _evaluator(ast.parse(_without_keywords(expression), mode="eval").body)
 
@@ -520,7 +525,7 @@ def _evaluator(node: ast.expr) -> Evaluate:
             return lambda names: int((all if every else any)(part(names) for part in parts))
         case ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right]):
             return _pair(type(op), _evaluator(left), _evaluator(right))
-    raise ValueError(f"the grammar of rules does not contain {ast.unparse(node)}")
+    raise ValueError(f"the grammar of rules does not allow {ast.unparse(node)}")
 
 
 def _pair(op: type[ast.AST], left: Evaluate, right: Evaluate) -> Evaluate:

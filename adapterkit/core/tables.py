@@ -1,4 +1,4 @@
-"""HTML tables for notebooks: the `_repr_html_` methods of results return them."""
+"""Build the HTML tables with which a notebook shows results; `_repr_html_` methods return these tables."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ MOST_ROWS = 60
 
 
 def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return an HTML table. The text is escaped, because names come from files that nobody has checked.
+    """Return an HTML table. All text is escaped, because names come from untrusted files.
 
     Args:
         title: the text above the table.
         columns: the names of the columns.
-        rows: the cells; rows beyond `MOST_ROWS` are only counted.
+        rows: the cells of each row. Rows beyond `MOST_ROWS` are not shown, only counted.
     """
     every = list(rows)
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
@@ -32,7 +32,7 @@ def _cell(value: object) -> str:
 
 
 def counts(names: Iterable[str]) -> str:
-    """Return a text with the count of each name, the most frequent name first: `14 lora, 2 ia3`."""
+    """Count each name and return the counts as text, the most frequent name first: `14 lora, 2 ia3`."""
     counts_by_name: dict[str, int] = {}
     for name in names:
         counts_by_name[name] = counts_by_name.get(name, 0) + 1

@@ -1,4 +1,4 @@
-"""The demo: merge adapters for variants of a task into a small model; verify and score the results, all offline."""
+"""The offline demo: merge adapters for variants of a task into a small model, then verify and score each result."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def run(progress: Progress | None = None) -> dict[str, Any]:
 
     Returns:
         Plain data: `images`, the number of images; `plain`, the accuracy of the base on its original task; and `rows`,
-        one for each variant of the task. A row has the method, the accuracy (0 to 1) of the base and of the merged
-        model on the variant, whether the merge was verified, and the duration in seconds.
+        one for each variant of the task. A row has the variant's name, the method, the number of targets, the
+        accuracy (0 to 1) of the base and of the merged model on the variant, whether the verification passed, and the
+        duration in seconds.
     """
     from .model import DATA, TASKS, accuracy, build, held_out
 

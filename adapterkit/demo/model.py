@@ -1,4 +1,4 @@
-"""A small transformer that reads 8x8 handwritten digits; also the tasks of its adapters, and a function to score it.
+"""The demo's model, a small transformer that reads 8x8 handwritten digits; the adapters' tasks; and a score function.
 
 Images are uint8 `[n, 8, 8]` with values 0 (paper) to 16 (ink); labels are uint8 `[n]`, 0 to 9. A token is a patch of
 2x2 pixels, so an image is 16 tokens. `tools/train_demo.py` trains the model with this module.

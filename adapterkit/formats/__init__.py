@@ -88,7 +88,7 @@ def read(
         alpha: LoRA's alpha, for a file that does not store alpha.
         rank: the expected rank; a file with a different rank is an error.
         strict: refuse every setting that the format does not define, even a harmless one.
-        experts_order: the layout of stacked experts' factors, for when neither the file nor the base shows it:
+        experts_order: the layout of the factors of stacked experts, if neither the file nor the base shows this layout:
             `"rank_major"` (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (PEFT before
             0.19: the columns of lora_A are the outputs). Formats without stacked experts ignore this argument.
         strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter records.
@@ -100,7 +100,7 @@ def read(
 
     Raises:
         AdapterkitError: see `Format.read`.
-        CheckFailed: `strict_base` is set, and the base is not the one that is recorded in the adapter.
+        CheckFailed: `strict_base` is set, and the base differs from the base that the adapter records.
         UsageError: `strict_base` is set, but no base is given.
     """
     source, formats, member = _searched(path, FORMATS if format is None else [format])
@@ -118,7 +118,7 @@ def read(
     if compat is not None and compat not in reader.compat | reader.experts_orders:
         known = ", ".join(sorted(reader.compat)) or "none"
         cure = f"Known: {known}. Without --compat (compat=), the adapter computes the training tool's formula"
-        raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=cure)
+        raise UsageError(f"the format {name} does not accept --compat {compat} (compat=)", path=path, cure=cure)
     if experts_order is not None:
         compat = _with_order(compat, experts_order, reader)
     checkpoint = None if base is None else opened(base)
@@ -144,7 +144,7 @@ def read(
 
 @inputs_kept()
 def outline(path: str | PathLike[str], format: str) -> Adapter:  # noqa: A002 - the public contract's word
-    """Read the targets and shapes of an adapter whose values need a base; see `Format.outline`.
+    """Read an adapter's targets and shapes without a base, even if its values depend on a base; see `Format.outline`.
 
     Raises:
         AdapterkitError: see `Format.outline`.
@@ -181,7 +181,7 @@ def save(
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> list[str]:
-    """Write an adapter without changing its methods; `adapterkit.write` also rewrites methods that the format lacks.
+    """Write an adapter. Unlike `adapterkit.write`, do not try other methods if the format refuses an update.
 
     The output is written next to `path` and renamed to `path` when it is complete. After an error, `path` is unchanged.
     If `path` is a folder with an adapter, the format's own files in the folder are replaced, and all other files stay.
@@ -254,14 +254,14 @@ def files_read(source: str | PathLike[str]) -> list[Path]:
     if path.is_dir():
         tensors = [f"*{suffix}" for suffix in TENSORS]
         return [f for f in files_below(path) if matches(f.name, [*named, *tensors]) and f.is_file()]
-    # No format stores further files next to an ONNX graph, so its folder is not searched.
+    # No format stores further files next to an ONNX graph, so do not search the graph's folder.
     beside = sorted(path.parent.iterdir()) if path.is_file() and path.suffix.lower() != ".onnx" else ()
     return [f for f in (path, *(other for other in beside if matches(other.name, named))) if f.is_file()]
 
 
 @inputs_kept()
 def recognised(path: str | PathLike[str]) -> tuple[str, ...]:
-    """List all formats that recognise the headers at `path`. If a folder has only one tensor file, check that file.
+    """List all formats that recognise the headers at `path`. If a folder has only one tensor file, try this file, too.
 
     Raises:
         StorageError: nothing exists at `path`.
@@ -275,7 +275,9 @@ def _only(formats: Sequence[str], path: str | PathLike[str]) -> str:
     if len(formats) == 1:
         return formats[0]
     if formats:
-        raise UnknownFormat(f"could be {' or '.join(formats)}", path=path, cure="Name the format with --from (format=)")
+        raise UnknownFormat(
+            f"the format could be {' or '.join(formats)}", path=path, cure="Name the format with --from (format=)"
+        )
     from ._image.file import tensor_names
     from ._others import adapter_modules, other_file
 
@@ -287,21 +289,21 @@ def _only(formats: Sequence[str], path: str | PathLike[str]) -> str:
         raise UnknownFormat(why, path=path, where=key, cure=kind.cure)
     module = next(iter(adapter_modules(source)), None)
     if module is not None:
-        why = "its keys have the endings of an adapter's keys, but no known family of models has all of its modules"
-        cure = "Name its format and the base that has these modules: --from (format=) and --base (base=)"
+        why = "the file's keys end like an adapter's keys, but no known family of models has all modules of these keys"
+        cure = "Name the format with --from (format=), and give the base that has these modules with --base (base=)"
         raise UnknownFormat(why, path=path, where=module, cure=cure)
     cure = f"Tried: {', '.join(FORMATS)}"
     if is_model(source):
         name = public(os.fspath(path))
         cure = (
-            f"It is a whole model. Extract an adapter from it: adapterkit extract {name} --base BASE "
-            "(base=) --rank 64 (rank=) -o ADAPTER. Then use this adapter"
+            f"This is a whole model. Extract an adapter from it: adapterkit extract {name} --base BASE "
+            "(base=) --rank 64 (rank=) -o ADAPTER. Then pass ADAPTER instead of the model"
         )
     raise UnknownFormat("not an adapter in any known format", path=path, cure=cure)
 
 
 def is_model(source: str | PathLike[str]) -> bool:
-    """Whether a path is a whole model, such as a base or a tuned model: `opened` must find tensors there."""
+    """Whether a local path is a whole model, such as a base or a tuned model, so that `opened` finds tensors there."""
     if is_address(source):
         return False
     try:
@@ -335,11 +337,9 @@ def _searched(path: str | PathLike[str], names: Iterable[str]) -> tuple[Path, li
     if not members:
         return file, formats, None
     if len(members) > 1 or not _holds_only(source, members[0]):
-        what = "several adapters" if len(members) > 1 else "an adapter and other files"
+        what = "several adapters in subfolders" if len(members) > 1 else "an adapter in a subfolder, and other files"
         named = ", ".join(f"{public(str(path))}#{name}" for name in members)
-        raise UnknownFormat(
-            f"the folder has {what} in subfolders", path=path, cure=f"Choose the adapter to read: {named}"
-        )
+        raise UnknownFormat(f"the folder has {what}", path=path, cure=f"Choose the adapter to read: {named}")
     return *_recognised(source / members[0], names), members[0]
 
 
@@ -370,7 +370,7 @@ def _as_member(adapter: Adapter, member: str) -> Adapter:
 
 
 def unknown_fields(adapter: Adapter) -> list[str]:
-    """List the settings of the source file that its format does not define; the reader stored them in the adapter."""
+    """List the settings that the reader kept, although the source file's format does not define these settings."""
     return sorted({name for step in adapter.recipe if step.op == "read" for name in step.args.get(UNKNOWN, ())})
 
 

@@ -51,7 +51,7 @@ def make_folder(folder: Path) -> None:
         StorageError: the folder cannot be created.
     """
     if folder.suffix.lower() in TENSORS and not folder.is_dir():
-        why = "this format writes a folder, but the path ends like a file"
+        why = f"this format writes a folder, but the path ends in {folder.suffix}, like a tensor file"
         cure = "Pass a folder, or choose a format that writes one file, such as --to adapterkit (format='adapterkit')"
         raise UsageError(why, path=folder, cure=cure)
     try:
@@ -60,7 +60,7 @@ def make_folder(folder: Path) -> None:
         raise storage_error(error, folder) from error
 
 
-# Read and write torch state dicts, and the small settings file next to a state dict that stores alpha.
+# Read and write torch state dicts, and the small settings file that stores alpha next to a state dict.
 
 
 def keys_of(path: Path) -> list[str]:
@@ -124,20 +124,20 @@ def read_settings(file: Path, known: tuple[str, ...], example: str) -> dict[str,
     """Read the settings file next to a state dict. The file must have a nonzero `alpha`.
 
     Raises:
-        UsageError: the settings file is missing, and the state dict does not store alpha.
+        UsageError: the settings file is missing. Alpha is then unknown, because the state dict does not store it.
         Malformed: the file has unknown settings, or an invalid alpha.
     """
     if not file.exists():
-        why = f"the tensor file has no alpha; {file.name} next to that file must state alpha"
-        raise UsageError(why, path=file, cure=f"Write the file: {example}")
+        why = "this settings file is missing; it must contain alpha, because the tensor file next to it has no alpha"
+        raise UsageError(why, path=file, cure=f"Write this file with the content {example}")
     settings = read_json(file, strict=True)
     unknown = next((name for name in settings if name not in known), None)
     if unknown is not None or "alpha" not in settings:
         why = "the settings have no alpha" if unknown is None else f"unknown setting {unknown!r}"
-        raise Malformed(why, path=file, cure=f"The file must be {example}")
+        raise Malformed(why, path=file, cure=f"The file must contain {example}")
     if not is_finite(settings["alpha"], f"{file.name}: alpha"):
         why = "alpha is zero, so the adapter would do nothing"
-        raise Malformed(why, path=file, where="alpha", cure="Correct alpha")
+        raise Malformed(why, path=file, where="alpha", cure="Set alpha to the value used in training")
     return settings
 
 
@@ -160,16 +160,14 @@ def load_yaml(data: bytes, where: str) -> dict[str, JsonValue]:
     """
     value = strict_yaml.load_yaml(data, where=where)
     if not isinstance(value, dict):
-        raise Malformed(
-            "the YAML is not a mapping with names as keys", where=where, cure="Fetch or write the file again"
-        )
+        raise Malformed("the YAML document is not a mapping", where=where, cure="Fetch or write the file again")
     return value
 
 
 def dump_yaml(value: Mapping[str, object], read: str = "") -> bytes:
     """Return a mapping as YAML bytes, with the keys in the mapping's order.
 
-    If the YAML text `read` contains an equal mapping, return the bytes of `read` instead.
+    If the YAML text `read` contains an equal mapping, return the bytes of `read` instead, with its comments and layout.
     """
     import yaml
 

@@ -1,4 +1,4 @@
-"""Define a format: its name, what it can express, and three functions: sniff, read and write."""
+"""The base class `Format`: a format states what it can express, and defines `sniff`, `read` and `write`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORMULA = "formula"
 
 
 UNKNOWN = "unknown_fields"
-"""The argument of the lineage's `read` step that lists the file's unknown fields, which the reader stored."""
+"""The key in the lineage's `read` step under which a reader lists the fields that the format does not define."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,11 @@ class Departure:
     """A difference between a tool's forward and the paper's formula; `compat` selects one of the two.
 
     Attributes:
-        trained: a description of the formula in the tool's forward; readers apply this formula by default.
-        formula: a description of the paper's formula; `compat="formula"` selects it.
+        trained: a description of the formula that the tool's forward computes. Readers use this formula by default.
+        formula: a description of the paper's formula. Readers use this formula if `compat` is `"formula"`.
         at_layer: a function that returns an update as the tool computes it at a given layer; None if the difference is
-            the same at all layers. Readers do not know the layer and apply the paper's formula. The engines know the
-            layer and call this function; see `_trained`.
+            the same at all layers. If the function is set, readers use the paper's formula, because they do not know
+            the layer. Merges and injections know the layer and call the function; see `_trained`.
     """
 
     trained: str
@@ -66,7 +66,7 @@ class LayerFacts:
 
 
 def derived(compute: Callable[[], T]) -> T:
-    """Return a class attribute that is computed at first use, so that detecting a format stays fast."""
+    """Define a class attribute whose value is computed at its first use, so that detecting a format stays fast."""
     return cast(T, _Derived(compute))
 
 
@@ -83,7 +83,7 @@ class _Derived(Generic[T]):
 
 
 class Format:
-    """A file format of adapters. Each subclass has its own module, with the name of the format.
+    """A file format of adapters. Each subclass has its own module, whose name is the format's name.
 
     Detection imports every format's module. So import heavy modules inside `read` and `write`.
 
@@ -102,17 +102,17 @@ class Format:
         models: `image` if the format's names are only for image, video and audio models; `language` if the format's
             names are only for other models; empty if the format accepts any name.
         differences: whether the format can store any change of a weight as a full matrix, and so can express any
-            method.
+            method that changes weights.
         identities: whether the writer may write a full weight change as a LoRA of full rank, because the format's tool
-            does so. All other writers refuse such a LoRA, because the file would be as large as the base.
+            does so. All other writers refuse to write such a LoRA, because the file would be as large as the base.
         profiles: names of programs that load only a part of the format; `fit` rewrites an adapter for one of these
             programs.
         dtypes: the element types that the format supports; empty if it supports all. Tensors with other types may be
             rounded to one of these types.
         file: the name of the tensor file in a folder; empty if the format's code chooses the name.
-        owns: names, or patterns of names, of the files of an adapter in this format; the files are in the adapter's
-            folder or next to its tensor file. A new adapter in the folder replaces all of these files, even files that
-            the new adapter does not need. All other files in the folder stay.
+        owns: the names, or name patterns, of the files that belong to an adapter in this format. The files are in the
+            adapter's folder or next to its tensor file. If a new adapter is written to the folder, all these files are
+            removed, even those that the new adapter does not have. All other files in the folder stay.
     """
 
     url: ClassVar[str] = ""
@@ -136,7 +136,7 @@ class Format:
         return cls.departures
 
     def sniff(self, path: Path) -> bool:
-        """Whether the headers of `path` are those of this format.
+        """Whether the headers of the file or folder at `path` belong to this format.
 
         An implementation must accept every file in the format. It must not read tensor data or raise errors.
         """
@@ -155,7 +155,7 @@ class Format:
         Args:
             path: a file or a folder.
             compat: one of `self.compat`: `"formula"` for the paper's formula, or the name of a way to understand an
-                ambiguous file. None: compute what the training tool's forward pass computes.
+                ambiguous file. With None, the adapter computes the same function as the training tool's forward.
             base: the base, if the file alone does not determine module names or weight layouts.
 
         Raises:
@@ -199,7 +199,7 @@ class Format:
     def fit(
         self, adapter: Adapter, profile: str, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> tuple[Adapter, list[str]]:
-        """Rewrite an adapter for one program, without changing its function; return one line for each change.
+        """Rewrite an adapter for one program, without changing what the adapter computes; return one line per change.
 
         Args:
             adapter: the adapter that will be written.

@@ -1,9 +1,9 @@
-"""Check that two groups of updates of one weight compute the same function, without dense matrices.
+"""Check that two groups of updates of one weight compute the same function, without computing dense weight changes.
 
-Additive updates are applied to a few fixed random inputs; for a LoRA, as `B @ (A @ x)`. If any update is not additive,
-the updates are applied to a fixed random weight. All computation is in float64. The allowed error is that of rounding
-to the stored element types. Rounding errors of single elements are independent, so the total error is the root of a sum
-of squares.
+Additive updates are applied to a few fixed random inputs x. A LoRA, for example, computes `B @ (A @ x)`. If any update
+is not additive, the updates are applied to a fixed random weight instead. All computation is in float64. The allowed
+error is the error that rounding to the stored element types can cause. The elements' rounding errors are independent,
+so the total error is the square root of the sum of their squares.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 PROBES = 4
-"""The number of random inputs."""
+"""The number of random inputs to which additive updates are applied."""
 
 SIGMAS = 8.0
-"""The allowed error, in standard deviations of rounding; correct values exceed it in about five of a million runs."""
+"""The allowed error, in standard deviations of the rounding error. About 5 of a million correct runs exceed it."""
 
 ALONE = 2.0**-20
 """The allowed relative error of a weight change: scalings and alphas may be rounded to float32 several times."""
@@ -88,13 +88,13 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
         with np.errstate(over="ignore", invalid="ignore"):
             return _compared(weight.answers(asked), weight.answers(got))
     except AdapterkitError as error:
-        return f"the written and the read update cannot be compared ({error.why})"
+        return f"the written update cannot be compared with the update that was read back ({error.why})"
     except ValueError as error:  # Some formulas raise this for wrong shapes.
-        return f"the written and the read update cannot be compared ({error})"
+        return f"the written update cannot be compared with the update that was read back ({error})"
 
 
 def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) -> bool:
-    """Whether the groups have only LoRAs, with equal A and equal `scaling * B`. False may also mean unknown.
+    """Whether the groups have only LoRAs, with equal A and equal `scaling * B`. False can also mean undecided.
 
     Writers often fold a scaling into B. This check is fast because it multiplies no matrices; the general check with
     random inputs would take ten times as long as the conversion.
@@ -112,7 +112,7 @@ def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) ->
 
 
 def _near_scaled(one: LoRA, other: LoRA, unit: float, least: float) -> bool:
-    """Whether `scaling * B` of two LoRAs is equal, up to rounding. False may also mean unknown.
+    """Whether `scaling * B` of two LoRAs is equal, up to rounding. False can also mean undecided.
 
     The first B, times the quotient of the scalings, is compared with the second B, element by element. Multiplying only
     by the quotient avoids overflow and underflow. Values of at most 32 bits are multiplied in float32, and the rounding
@@ -201,7 +201,7 @@ class _WeightAnswers:
                         raise ShapeMismatch(why, where=str(target), cure=cure)
 
     def answers(self, group: Updates) -> dict[tuple[str, int], _Answer]:
-        """Map ("weight" or "bias", number of the expert) to the outputs of a group.
+        """Return the outputs of a group, keyed by ("weight" or "bias", expert number).
 
         Targets that change different rows of the weight share one entry.
         """
@@ -235,7 +235,7 @@ class _WeightAnswers:
             yield "bias", self._rounded(changed - b, changed)
 
     def _has_bias(self, target: Target, updates: Sequence[Update]) -> bool:
-        """Whether to compare biases. If the base has no bias, updates that only transform a bias have no effect."""
+        """Whether to compare biases. Updates that only transform a bias have no effect if the base has no bias."""
         adds = any(update.changes_bias and update.needs_bias for update in updates)
         return adds or self.base is None or not biasless(self.base, target.path)
 
@@ -298,7 +298,7 @@ class _WeightAnswers:
             shape = weight_shape(target, updates, self.base) if updates else None
             if shape is not None:
                 return shape
-        # An update of equal blocks fits weights of many sizes. Compare the updates on the largest of these sizes.
+        # VeRA and RandLoRA use slices of shared tensors, so they fit weights of many sizes. Use the largest size.
         for update in every:
             if (shape := update.largest_shape()) is not None:
                 return shape
@@ -307,7 +307,7 @@ class _WeightAnswers:
         known = {axis: n for each in dims for axis, n in each.items() if axis in ("out", "in") and isinstance(n, int)}
         if known and all(isinstance(each.get("out"), int) or isinstance(each.get("in"), int) for each in dims):
             return known.get("out", 3), known.get("in", 3)
-        why = f"the adapter does not show the shape of the weight of {target}; only the base does"
+        why = f"the shape of the weight of {target} does not follow from the adapter's tensors"
         raise UsageError(why, cure="Give the base with --base (base=)")
 
 
@@ -343,7 +343,7 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
         if not ((error <= allowed) | (a == b) | (np.isnan(a) & np.isnan(b))).all():
             size, worst = float(np.nan_to_num(np.abs(a)).max()), float(np.nan_to_num(error).max())
             return (
-                f"the change of the {key[0]} differs by {worst / size if size else math.inf:.1e} of the change's size"
+                f"the change of the {key[0]} differs by {worst / size if size else math.inf:.1e}, relative to its size"
             )
     return ""
 
@@ -360,7 +360,7 @@ def _unlike_values(asked: list[Update], got: list[Update], unit: float, least: f
         return f"the file has {' and '.join(update.method for update in got) or 'nothing'} instead of this update"
     for place in dict.fromkeys((*ours, *theirs)):
         if place not in ours or place not in theirs:
-            return f"the file {'has no' if place in ours else 'has'} {place}"
+            return f"the file {'has no' if place in ours else 'has unexpected'} {place}"
         if not _near(ours[place], theirs[place], unit, least):
             return f"the values of {place} differ"
     return ""

@@ -1,6 +1,7 @@
-"""Join LoRAs of different rows of a weight into one LoRA of the weight. Example: LoRAs of gate and up in one weight.
+"""Join LoRAs of different rows of a weight into one LoRA of the whole weight.
 
-The factors are concatenated, never multiplied. Rows without an update get zeros.
+Example: the LoRAs of gate and up, if the base stores gate and up in one weight. The LoRAs' factors are concatenated.
+Rows without an update get zeros.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ Updates = Mapping[Target, tuple[Update, ...]]
 def with_joined_rows(
     updates: Updates, base: Checkpoint | None, sizes: Mapping[str, int] | None = None
 ) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
-    """Join plain LoRAs of different rows of a weight. Some formats can only express updates of a whole weight.
+    """Join LoRAs without a bias that change different rows of one weight.
+
+    Some formats can only express updates of a whole weight.
 
     Args:
         updates: the updates by target.
@@ -37,8 +40,8 @@ def with_joined_rows(
             the LoRAs are not joined.
 
     Returns:
-        the updates, and one line for each joined LoRA with a larger rank than its parts. The rank grows unless all
-        parts have the same A. Targets that cannot be joined are unchanged.
+        the updates, and one line for each joined LoRA whose rank is larger than the rank of its parts. The rank grows
+        unless all parts have the same A. LoRAs that cannot be joined are unchanged.
     """
     groups: dict[Target, list[Target]] = {}
     for target, given in updates.items():
@@ -63,16 +66,16 @@ def with_joined_rows(
 
 
 def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
-    """Join plain LoRAs of the same target into one.
+    """Join all updates of a target into one LoRA, if all of them are LoRAs without a bias.
 
-    Example: LoRAs of gate and up, in a weight that interleaves the rows of gate and up.
+    Example: the LoRAs of gate and up, if the base interleaves the rows of gate and up in one weight.
 
     Args:
         updates: the updates by target.
 
     Returns:
-        the updates, and one line for each joined LoRA with a larger rank than its parts. The rank grows unless all
-        LoRAs of a target have the same A and change different rows.
+        the updates, and one line for each joined LoRA whose rank is larger than the rank of its parts. The rank grows
+        unless all LoRAs of a target have the same A and change different rows.
     """
     result = dict(updates)
     lines = []
@@ -95,7 +98,7 @@ def _summed(given: Sequence[LoRA], axis: int) -> LoRA:
 
 
 def _disjoint(Bs: Sequence[Lazy], axis: int) -> bool:
-    """Whether in each row at most one of the matrices is nonzero. The sum of such matrices is exact."""
+    """Whether each row is zero in all matrices except at most one. The sum of such matrices is exact."""
     from ..io.lazy import as_array
 
     writers = summed((as_array(B) != 0).any(axis=axis + 1).astype(int) for B in Bs)
@@ -139,7 +142,8 @@ def _joined(parts: Sequence[tuple[Target, LoRA]], out: int) -> LoRA:
 
 
 def _scaled(B: Lazy, factor: float) -> Lazy:
-    # The joined LoRA has only one scaling. So multiply B by the quotient of the scalings, in float32 or float64.
+    # The joined LoRA has the first LoRA's scaling. So multiply the B of another LoRA by the quotient of its scaling and
+    # the first scaling, in float32 or float64.
     return B if factor == 1 else arrange.times(arrange.widened(B, "F64" if B.dtype.name == "F64" else "F32"), factor)
 
 

@@ -1,4 +1,4 @@
-"""Shared code of formats: pairs of factors, one alpha for all modules, stored leftovers, inexpressible updates."""
+"""Code that formats share: A and B factors, one alpha per file, leftovers, and updates that a format cannot express."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 # Shared code for language-model formats that store one pair of factors, A and B, for each module.
 #
-# Most of these formats support only LoRA, or LoRA and DoRA. They differ in names, in the order of axes and rows, and
-# in where the scaling is stored.
+# Most of these formats support only LoRA, or LoRA and DoRA. The formats differ in the tensors' names, in the order of
+# axes and rows, and in where the scaling is stored.
 
 
 Pair = LoRA | DoRA | ALoRA
 Pairs = dict["Target", Pair]
 Slots = dict[str, Any]
-"""The tensors of one module, by field of the update."""
+"""A map from the fields of an update, such as `A`, to the tensors of one module in a file."""
 
 EXACT = 1 << 53
-"""Floats represent all integers up to this one exactly. Integers in JSON and YAML may be larger."""
+"""A float represents every integer up to 2**53 exactly. Integers in JSON and YAML may be larger."""
 
 LARGEST_RANK = 1 << 31
 
@@ -44,25 +44,27 @@ DAMAGED = "Write the file again with the tool that made it"
 
 
 def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) -> dict[str, Slots]:
-    """Return the tensors by module, then by the update's field. The ending of a key determines the field.
+    """Group the tensors of a file by module, then by the update's field, which follows from the ending of the key.
 
     Args:
         tensors: the tensors by key.
-        slots: the update's fields, by the ending of keys. Every module must have the fields A and B.
+        slots: a map from endings of keys, such as `.lora_A.weight`, to fields of the update. Every module must have the
+            fields A and B.
         what: the format's name, for messages.
 
     Raises:
         Malformed: a key has no known ending, a module lacks A or B, or there are no tensors.
-        Unsupported: a factor's dtype is not a type of real numbers.
+        Unsupported: a tensor's dtype is not one of `REAL`.
     """
     groups: dict[str, Slots] = {}
     for key, tensor in tensors.items():
         end = next((end for end in slots if key.endswith(end)), None)
         if end is None or key == end:
-            raise Malformed(f"this is not a key of {what}", where=key, cure=f"Its keys end in {', '.join(slots)}")
+            endings = " or ".join(slots)
+            raise Malformed(f"this is not a key of {what}", where=key, cure=f"Each key must end in {endings}")
         if tensor.dtype.name not in REAL:
             raise Unsupported(
-                f"this factor has dtype {tensor.dtype}", where=key, cure=f"Convert it to {', '.join(REAL)}"
+                f"this tensor has dtype {tensor.dtype}", where=key, cure=f"Convert it to {' or '.join(REAL)}"
             )
         groups.setdefault(key.removesuffix(end), {})[slots[end]] = tensor
     if not groups:
@@ -80,14 +82,15 @@ def pair(slots: Slots, scaling: float) -> Pair:
 
 
 def check_factors(where: str, slots: Slots) -> int:
-    """Return the rank. Check that A has the shape `[rank, in]`, and B the shape `[out, rank]`.
+    """Check that A has the shape `[rank, in]` and B the shape `[out, rank]`, and return the rank.
 
     Raises:
-        ShapeMismatch: A and B do not have these shapes.
+        ShapeMismatch: A and B do not have these shapes, or the rank is 0.
     """
     A, B = slots["A"].shape, slots["B"].shape
     if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
-        raise ShapeMismatch(f"A is {list(A)}, B is {list(B)}", where=where, cure=DAMAGED)
+        why = f"A has the shape {list(A)} and B {list(B)}, but they must be [rank, in] and [out, rank]"
+        raise ShapeMismatch(why, where=where, cure=DAMAGED)
     return int(A[0])
 
 
@@ -106,12 +109,12 @@ def expressible(
     Args:
         adapter: the adapter to write.
         format_name: the format's name, for messages.
-        on_loss: how to treat updates that the format cannot express.
-        why: a function that returns the reason why the format cannot express an update; empty if it can. It is called
-            only for updates with one of the `methods`.
+        on_loss: `drop` omits updates that the format cannot express. With any other value, such updates are an error.
+        why: a function that returns the reason why the format cannot express an update; empty if the format can. The
+            function is called only for updates with one of the `methods`.
         methods: the methods that the format supports.
-        dtypes: the dtypes that A and B may have. The default is what `grouped` accepts; a writer that converts tensors
-            may accept other dtypes.
+        dtypes: the names of the dtypes that tensors of updates may have; integer tensors are not checked. The default
+            is the dtypes that `grouped` accepts. A writer that converts tensors may accept other dtypes.
 
     Raises:
         Unrepresentable: some updates cannot be expressed and `on_loss` is not `drop`, or no update can be expressed.
@@ -124,7 +127,7 @@ def expressible(
             reason = f"{update.method} is not supported, only {' and '.join(m.__name__ for m in methods)}"
         else:
             other = _kinds(update) - {*dtypes}
-            reason = why(target, update) or (f"its factors have dtype {', '.join(sorted(other))}" if other else "")
+            reason = why(target, update) or (f"its tensors have dtype {', '.join(sorted(other))}" if other else "")
             reason = reason or ("the target has more than one update" if target in kept else "")
         if reason:
             items.append(f"{target}: {reason}")
@@ -141,13 +144,16 @@ def expressible(
 
 
 def _kinds(update: Pair) -> set[str]:
-    """Return the names of the dtypes of the factors. Integer tensors are not factors."""
+    """Return the dtype names of an update's tensors, except integer tensors such as an aLoRA's invocation tokens."""
     fields = update.tensor_fields()
     return {dtype_of(leaf).name for n, leaf in update.tensors.items() if not fields[n].metadata["integer"]}
 
 
 def unfit(target: Target, update: Pair, *, stacked: bool = False, bias: bool = False) -> str:
-    """Return the reason why two plain matrices A and B cannot express an update; empty if they can."""
+    """Return the reason why two plain matrices A and B cannot express an update; empty if they can.
+
+    With `stacked` or `bias`, updates of stacked experts or updates with a bias are allowed.
+    """
     if target.rows is not None:
         return "it changes only some rows of a weight"
     if target.stacked and not stacked:
@@ -172,7 +178,7 @@ def to_rank(update: Pair, rank: int, stacked: bool = False) -> Pair:
 
 
 def in_row_order(update: Pair, order: Order) -> Pair:
-    """Return the update with its rows in another order. Use it if a format reorders the rows of a weight."""
+    """Reorder an update's rows (its outputs), for formats that store the rows of a weight in another order."""
     changes = {}
     for name, leaf in update.tensors.items():
         axis = update.tensor_fields()[name].metadata["axes"].index("out")
@@ -182,14 +188,14 @@ def in_row_order(update: Pair, order: Order) -> Pair:
 
 
 def of_rows(update: Pair, start: int, stop: int) -> Pair:
-    """Cut the rows `start:stop` from an update of a fused weight. A stays the same."""
+    """Return the part of an update that changes the rows `start:stop` of a fused weight. A stays the same."""
     names = [name for name, field in update.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
     tensors = update.tensors
     return update.replace(**{name: part(as_lazy(tensors[name]), start, stop) for name in names if name in tensors})
 
 
 def over_rows(updates: Iterable[Pair]) -> Pair:
-    """Join updates of consecutive row blocks into one update of the fused weight. A and the scaling must be equal."""
+    """Join updates of consecutive row blocks into one update of the fused weight. All must have equal A and scaling."""
     first, *others = updates
     names = [name for name, field in first.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
     names_present = [name for name in names if name in first.tensors]
@@ -228,7 +234,8 @@ def whole_rank(value: object, where: str) -> int:
 def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
     """Return the layout in which the base stores a weight.
 
-    Without a base, assume an embedding's layout if the weight has the name of an embedding.
+    The base does not show the layout if there is no base, if the base lacks the weight, or if the weight is square. In
+    these cases, assume `in out *k` if the weight has the name of an embedding, and `out *in` otherwise.
     """
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     out, in_ = update.B.shape[0], update.A.shape[1]
@@ -237,7 +244,8 @@ def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
     return "in out *k" if path.rpartition(".")[2] in EMBEDDINGS else "out *in"
 
 
-# Choose the single alpha or scaling that a file stores for all modules. Fold scalings that differ from it into B.
+# Choose the value of an alpha or scaling that a file stores only once, for all modules. If a module needs another
+# scaling, fold this scaling into the module's B.
 
 
 def of_one_alpha(
@@ -253,11 +261,11 @@ def of_one_alpha(
 
     Args:
         adapter: the adapter to write.
-        why: a function that returns the reason why the format cannot express an update; empty if it can.
+        why: a function that returns the reason why the format cannot express an update; empty if the format can.
         format_name: the format's name, for messages.
-        on_loss: how to treat updates that the format cannot express.
+        on_loss: `drop` omits updates that the format cannot express; `fold` and `promote` allow folding scalings.
         first: the source file's alpha; None if unknown.
-        one_rank: whether all modules must have the same rank.
+        one_rank: whether the format needs the same rank in all modules. Smaller ranks are then padded with zeros.
 
     Raises:
         Unrepresentable: see `expressible` and `one_number`.
@@ -285,7 +293,7 @@ def one_alpha(
 
 
 def of_one_rank(pairs: Pairs) -> Pairs:
-    """Pad all updates with zeros to the largest of their ranks. Their functions stay the same."""
+    """Pad all updates with zeros to the largest rank among them. The functions of the updates stay the same."""
     rank = max(map(rank_of, pairs.values()))
     return {target: to_rank(update, rank) for target, update in pairs.items()}
 
@@ -300,16 +308,19 @@ def one_number(
     default: float,
     first: float | None = None,
 ) -> tuple[float, Pairs, list[str]]:
-    """Choose the one value, such as an alpha, from which a tool computes all scalings. Fold other scalings into B.
+    """Choose the one value, such as an alpha, from which a tool computes the scalings of all modules.
+
+    If the tool would compute a scaling that differs from an update's own, the update's scaling is folded into B.
 
     Args:
         pairs: the updates by target.
-        of: a function that returns the value for an update's exact scaling; None if there is no such value.
-        gives: a function that returns the scaling of an update for a given value.
+        of: a function that returns the value that yields exactly the scaling of an update; None if no value does.
+        gives: a function that returns the scaling that the tool computes for an update from a given value.
         format_name: the format's name, for messages.
         on_loss: `fold` and `promote` allow folding scalings.
         default: the value to use if `of` returns None for every update.
-        first: the source file's value. It is chosen unless another value fits more updates.
+        first: the source file's value. If several values fit the largest number of updates, and this is one of them,
+            it is chosen.
 
     Raises:
         Unrepresentable: the value does not fit all updates, and `on_loss` does not allow folding.
@@ -345,7 +356,10 @@ def of_no_number(pairs: Pairs, *, format_name: str, on_loss: str) -> tuple[Pairs
 
 
 def folded(update: Pair, scaling: float) -> Pair:
-    """Give an update another scaling but the same function: multiply B and the bias by `old / new`, and round once."""
+    """Return an update with another scaling that computes the same function, up to one rounding.
+
+    B and the bias are multiplied by `old scaling / new scaling`.
+    """
     if update.scaling == scaling:
         return update
     factor = update.scaling / scaling
@@ -354,7 +368,7 @@ def folded(update: Pair, scaling: float) -> Pair:
 
 
 def whole_number(value: float) -> float:
-    """Return 16.0 as 16, because tools write 16. Floats with a fraction, or of at least 2**53, stay floats."""
+    """Return a whole float as an int (16.0 as 16), as tools write it. Floats of at least 2**53 in size stay floats."""
     return int(value) if float(value).is_integer() and abs(value) < 1 << 53 else value
 
 
@@ -363,7 +377,8 @@ FOLDING = ("fold", "promote")
 
 _ALLOW = "Allow folding the scaling into B with --on-loss fold (on_loss='fold')"
 
-# Store contents of a file that no field of an adapter can express (leftovers), for the same format's writer.
+# Leftovers are contents of a source file that no field of an adapter can express. The adapter stores them, so that the
+# same format's writer can write them again.
 
 
 T = TypeVar("T")
@@ -385,7 +400,7 @@ def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A00
 
 
 class Leftovers(TypedDict, total=False):
-    """The leftovers that readers of all formats may store in the adapter: the order of the file's keys."""
+    """The leftovers that the reader of any format may store: `order`, the keys of the source file in their order."""
 
     order: list[str]
 
@@ -410,11 +425,11 @@ def all_expressible(
 
     Args:
         updates: the updates to write.
-        find: a function that returns the updates that the format cannot express. After some updates are omitted, it is
-            called again on the remaining ones, until it returns none.
+        find: a function that returns the updates that the format cannot express. If updates are omitted, `find` is
+            called again on the remaining updates, until `find` returns nothing.
         format_name: the format's name, for messages.
         place: a phrase for messages that names the output, such as "a file of this format".
-        on_loss: `drop` omits updates that the format cannot express. With any other value, they are an error.
+        on_loss: `drop` omits updates that the format cannot express. With any other value, these updates are an error.
 
     Raises:
         Unrepresentable: some updates cannot be expressed and `on_loss` is not `drop`, or no update can be expressed.

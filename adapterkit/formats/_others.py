@@ -29,7 +29,7 @@ class OtherFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         name: the name of the kind, with its article, such as "an IP-Adapter".
-        keys: regular expressions. A file has this kind if each expression matches at least one key.
+        keys: regular expressions. A file is of this kind if each expression matches at least one of the file's keys.
         why: the reason why such files are not read.
         cure: the advice for the user at the end of the error.
         sources: where the expressions were taken from.
@@ -42,7 +42,7 @@ class OtherFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sources: list[str]
 
     def key_of(self, names: Iterable[str]) -> str:
-        """Return a key that matches the first expression, if the file has this kind; otherwise an empty string."""
+        """Return a key that matches the first expression, or an empty string if the file is not of this kind."""
         known = list(names)
         keys_found = [next((name for name in known if re.search(pattern, name)), "") for pattern in self.keys]
         return keys_found[0] if all(keys_found) else ""
@@ -55,7 +55,7 @@ class _OtherFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @cache
 def other_files() -> tuple[OtherFile, ...]:
-    """Return the kinds of files that are not read, in the order in which they are tried."""
+    """Return the kinds of files in `other_files.toml`, in the order in which `other_file` tries them."""
     installed = Path(__file__).parent / "data" / "other_files.toml"
     path = installed if installed.is_file() else Path(__file__).parents[2] / "spec" / "other_files.toml"
     record = msgspec.toml.decode(read_input(path), type=_OtherFiles)
@@ -84,12 +84,13 @@ _ALPHA = re.compile(r"(.+)\.(alpha)")
 
 
 def adapter_modules(path: Path) -> dict[str, dict[str, Lazy | safetensors.Entry]]:
-    """Return a file's tensors by module, then by the ending of their keys.
+    """Group the tensors of an adapter's file by module, then by the ending of the key.
 
-    Return an empty dict if any key has no ending of adapters' keys, or if all keys end in `alpha`.
+    Return an empty dict if any key does not end like a key of an adapter, such as in `.lora_A.weight`, or if all keys
+    end in `.alpha`.
 
     Args:
-        path: a tensor file; for anything else, the result is empty.
+        path: a tensor file. If `path` is anything else, the result is an empty dict.
     """
     try:
         if not path.is_file():

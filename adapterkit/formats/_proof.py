@@ -1,8 +1,9 @@
-"""Check a writer: read the file back, and compare it with the adapter that the writer was given.
+"""Check a writer's output: read it back, and compare the result with the adapter that the writer was given.
 
-The check runs after the writer of every format, including formats of plug-ins. A writer that drops a scaling, renames a
-target or transposes a factor raises an error instead of producing a wrong file. Unchanged tensors are compared
-directly. If a writer folded, fused or split tensors, `_functions` compares the functions that the updates compute.
+The check runs after the writer of every format, including formats of plug-ins. If a writer drops a scaling, renames a
+target or transposes a factor, the check raises an error, so the wrong file is not kept. Tensors that the writer did not
+change are compared directly. If a writer folded, fused or split tensors, `_functions` compares the functions that the
+updates compute.
 """
 
 from __future__ import annotations
@@ -31,19 +32,22 @@ if TYPE_CHECKING:
     from ._format import Format
 
 SINGLE = 2.0**-22
-"""The allowed relative error of a scaling, because many formats store the scaling or alpha in float32."""
+"""The allowed relative error of a number such as the scaling; many formats store the scaling or alpha in float32."""
 
 WHOLE, RUN = 1 << 16, 1 << 12
-"""Tensors of at most WHOLE bytes are compared completely; larger tensors only at three samples of RUN bytes each."""
+"""Tensors of at most WHOLE bytes are compared completely. In larger ones, three samples of RUN bytes are compared."""
 
 COMPUTED = 1 << 20
-"""Computed tensors of more bytes are not compared with the file, because a comparison computes the tensor again."""
+"""The size in bytes up to which tensors that the writer computed are compared with the bytes on disk.
+
+Each comparison computes the tensor again, which takes too long for larger tensors.
+"""
 
 MOST_CHOICES = 256
-"""The limit for trying all subsets of a weight's updates, if some were omitted; see `_Proof._choices`."""
+"""The number of choices from which `_Proof._choices` stops trying all subsets of the omitted updates of a weight."""
 
 SPOTS = 32
-"""The largest number of tensors that are compared with the bytes on disk; reading each tensor takes 70 us."""
+"""The largest number of tensors per file that are compared with the bytes on disk; reading each one takes 70 us."""
 
 
 @inputs_kept()
@@ -82,9 +86,9 @@ def prove(
     try:
         proof.check(asked, got)
     except Miswritten:
-        # Maybe only the prefixes of names differ. Some formats store only a layer's number. Their readers use the
-        # base's names, or without a base the usual names (`model.layers.0...`). So read again, with a stand-in for the
-        # base that has the adapter's names.
+        # Perhaps the names of the targets differ only in their prefixes. Some formats store only a layer's number, and
+        # their readers take the rest of the name from the base. Without a base, they use the usual names
+        # (`model.layers.0...`). So read the file again, with a stand-in for the base that has the adapter's names.
         if base is not None:
             raise
         with suppress(AdapterkitError):
@@ -95,9 +99,9 @@ def prove(
 
 
 def _named(line: str) -> Iterator[str]:
-    """Yield the texts in a report line that may be targets: each word, and each text from the beginning to a colon.
+    """Yield every text in a report line that may be a target.
 
-    Targets may contain spaces.
+    These are all words of the line, and each text from its beginning to a colon, because targets may contain spaces.
     """
     yield from (word.rstrip(":") for word in line.split())
     *ends, _ = line.removeprefix(LEFT_OUT).strip().split(": ")
@@ -106,7 +110,7 @@ def _named(line: str) -> Iterator[str]:
 
 
 def _in_parts(name: str) -> Iterator[str]:
-    """Yield the names that the parts of a fused module may have in diffusers' naming."""
+    """Translate a native name to diffusers' naming. Yield one name for each part of a fused weight."""
     from ._image.translate import parts_of
 
     path, bracket, rows = name.partition("[")
@@ -114,7 +118,7 @@ def _in_parts(name: str) -> Iterator[str]:
 
 
 def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
-    """Read the file back. If reading needs a base, but none was given, use a stand-in with the adapter's names.
+    """Read the file back. If reading needs a base, but none was given, use `stand_in(asked)` as the base.
 
     Raises:
         Miswritten: the file cannot be read, although the adapter fits the base.
@@ -122,7 +126,7 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
         UsageError: the file cannot be read without the base.
     """
     foreign = asked.foreign
-    # Read with the `compat` of the adapter's source file, because the file may only be valid with this `compat`.
+    # Read with the `compat` with which the adapter's source file was read. The written file may be invalid without it.
     compat = foreign.data.get("compat") if foreign is not None and foreign.format == name else None
     try:
         return writer.read(path, compat=compat, base=base)
@@ -147,7 +151,7 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
 
 
 def stand_in(adapter: Adapter) -> Checkpoint:
-    """Return a base without values that has the adapter's target names, and the shapes that the adapter shows."""
+    """Return a stand-in for the base: the weights that the adapter changes, with their shapes but without values."""
     from ..io.checkpoint import Checkpoint
     from ..naming.binding import view_shape
 
@@ -186,7 +190,7 @@ class _Proof:
     Attributes:
         name: the name of the format.
         base: the base, or None.
-        left_out: texts from the lines that report omitted updates. Some of these texts are targets.
+        left_out: texts from the lines that report omitted updates. Each target in these lines is one of the texts.
         changed: the fields that the writer reported as changed, as `TARGET:METHOD.FIELD`.
         dtypes: the element types that the format supports; empty if it supports all.
     """
@@ -198,10 +202,11 @@ class _Proof:
     dtypes: frozenset[str]
 
     def check(self, asked: Adapter, got: Adapter) -> None:
-        """Check all targets.
+        """Check that both adapters have the same updates, except for omissions and changes that the writer reported.
 
         Raises:
-            Miswritten: a target differs.
+            Miswritten: the updates of a target differ.
+            Unrepresentable: the reader assumes another layout of a weight than the adapter has.
         """
         ours, theirs = asked.updates, got.updates
         if ours.keys() == theirs.keys() and all(_same(group, theirs[target]) for target, group in ours.items()):
@@ -219,7 +224,8 @@ class _Proof:
         for path, group in _by_path(ours).items():
             self._check_path(group, there.pop(path, {}))
         for group in there.values():
-            # Some formats store all modules of a kind. If the adapter has no update of a module, the file has zeros.
+            # Some formats store tensors for every module of a kind: zeros for modules that the adapter does not update.
+            # So a target that only the file has is correct if its updates change nothing.
             self._check_path({}, group)
 
     def _check_path(self, asked: Updates, got: Updates) -> None:
@@ -255,9 +261,9 @@ class _Proof:
         )
 
     def _as_reported(self, target: Target, asked: tuple[Update, ...], got: tuple[Update, ...]) -> tuple[Update, ...]:
-        """Return the updates to write, as the writer reported them.
+        """Return the updates that were to be written, with the changes that the writer reported.
 
-        If the writer reported a field as changed, the field has the value that was read back.
+        Each field that the writer reported as changed gets the value that was read back.
         """
         if not self.changed or [u.method for u in asked] != [u.method for u in got]:
             return asked
@@ -267,23 +273,23 @@ class _Proof:
         )
 
     def _choices(self, asked: Updates) -> list[Updates]:
-        """Return the sets of updates that the file may contain.
+        """Return every set of updates that a correct file may contain.
 
-        Updates of a target that the writer reported as omitted may be missing.
+        If the writer reported that it omitted updates of a target, some or all updates of this target may be missing.
         """
         choices: list[Updates] = [asked]
         for target, group in asked.items():
             if str(target) in self.left_out:
                 some = [c for size in range(len(group)) for c in combinations(group, size)]
-                # Many omitted rows would give too many subsets. In this case, extend only the last one, which omits all
-                # rows so far if each target has one update.
+                # The number of choices grows exponentially with the number of omitted targets. So from the limit on,
+                # extend only the last choice. It omits all reported targets so far, if each target has one update.
                 before = choices if len(choices) < MOST_CHOICES else [choices[-1]]
                 choices = [*choices, *({**choice, target: c} for choice in before for c in some)]
         return [{target: left for target, left in choice.items() if left} for choice in choices]
 
 
 def _difference(asked: Updates, got: Updates) -> str:
-    """Return the first target that differs. If its methods are equal, add the first field that differs."""
+    """Return the first target that differs. If its methods are equal, append the first method and field that differ."""
     for target in dict.fromkeys((*asked, *got)):
         ours, theirs = asked.get(target, ()), got.get(target, ())
         if [u.method for u in ours] != [u.method for u in theirs]:
@@ -295,16 +301,17 @@ def _difference(asked: Updates, got: Updates) -> str:
 
 
 def _ways(asked: Adapter, got: Adapter, base: Checkpoint | None) -> list[Callable[[Updates], Updates]]:
-    """Return functions that may give the targets of both adapters the same names.
+    """Return functions that rename targets; one of them may give the targets of both adapters the same names.
 
-    The first function changes nothing.
+    The first function renames nothing.
     """
     from ._image.deciding import candidates, denoiser_targets, families_of_all, origin_of
     from ._image.translate import in_components, in_parts
 
     ways: list[Callable[[Updates], Updates]] = [dict, in_components]
     names = families_of_all(target.path for target in (*asked.updates, *got.updates))
-    # The names of few modules may fit several families of models. So also use metadata, base and shapes to choose one.
+    # If an adapter has few modules, their names may fit several model families. So also try the families that the
+    # metadata, the base and the shapes suggest.
     inside = denoiser_targets(asked.updates, ())
     stated = tuple(each.name for each in candidates(asked.updates, inside, origin_of(asked, base))) if inside else ()
     for known in dict.fromkeys((names, stated)):
@@ -359,7 +366,7 @@ def _close(one: object, other: object) -> bool:
 
 
 def equal(one: Leaf | None, other: Leaf | None) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes. For large tensors, compare samples of the bytes."""
+    """Whether two tensors have the same dtype, shape and bytes. In large tensors, compare only samples if possible."""
     if one is other:
         return True
     if one is None or other is None:
@@ -379,7 +386,7 @@ def equal(one: Leaf | None, other: Leaf | None) -> bool:
 
 
 def _check_bytes(name: str, file: str, written: Written) -> None:
-    """Compare samples of the bytes on disk with the tensors that were to be written.
+    """Compare the last bytes of some tensors on disk with the tensors that were to be written.
 
     Raises:
         Miswritten: the bytes differ.
@@ -388,7 +395,7 @@ def _check_bytes(name: str, file: str, written: Written) -> None:
     for key, leaf in leaves[:: -(-len(leaves) // SPOTS) or 1]:
         tensor = written.sources[key]
         if tensor.span is None and leaf.nbytes > COMPUTED:
-            continue  # It takes too long to compute a large tensor again.
+            continue  # To compare the tensor, it would be computed again, which takes too long.
         size = leaf.dtype.itemsize
         count = min(leaf.nbytes, RUN) // size
         first = leaf.nbytes // size - count
@@ -398,4 +405,4 @@ def _check_bytes(name: str, file: str, written: Written) -> None:
             )
 
 
-_REPORT = "Nothing was written. This is a fault of the format's writer: report it, or write another format"
+_REPORT = "Nothing was written. This is a bug in the format's writer: report the bug, or write another format"

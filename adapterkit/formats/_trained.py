@@ -1,7 +1,8 @@
 """Rewrite an update so that it computes what its training tool's forward computes at a given layer.
 
 The forward may depend on the layer's kernel or padding. A file with OFT or LoRA does not show whether a layer is a
-convolution, or how the layer pads its input. The engines know the layer, so they call this module before they compute.
+convolution, or how the layer pads its input. Merges and injections know the layer, so they call this module before they
+compute.
 Updates stay unchanged if the adapter was not read from a tool's file, or was read with `compat="formula"`.
 """
 
@@ -31,7 +32,7 @@ def as_trained(
 
     Args:
         updates: the updates of one target.
-        recipe: the adapter's lineage, which contains the formats of the source files.
+        recipe: the adapter's lineage. Its `read` steps name the formats of the source files.
         shape: the shape of the layer's weight, `[out, in, *k]`.
         target: the updates' target, for errors.
         padding: a phrase that says how the layer pads its input. Empty if unknown, or if the layer pads with zeros and
@@ -47,7 +48,7 @@ Rule = Callable[["Update", LayerFacts], "Update"]
 
 
 def _rules(recipe: Sequence[Step], methods: Collection[str]) -> list[Rule]:
-    """Return the `at_layer` functions of the departures that the adapter's source formats have."""
+    """Return the `at_layer` functions of the source formats for these methods. Omit files read with the formula."""
     names = {
         str(step.args.get("format"))
         for step in recipe
@@ -71,11 +72,11 @@ def _by_rules(
 def sites_as_trained(
     sites: Iterable[Site], recipe: Sequence[Step], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[Site]:
-    """Return the sites with `as_trained` applied to their updates. The padding of layers is unknown here.
+    """Apply `as_trained` to the updates of each site, with an unknown padding, and return the sites.
 
     Args:
-        sites: the places in a base where the adapter's updates apply. Sites stay unchanged if they change stacked
-            weights, or only some rows of a weight.
+        sites: the places in a base where the adapter's updates apply. Sites of stacked weights, and sites of only some
+            rows of a weight, stay unchanged.
         recipe: the adapter's lineage.
         shapes: the stored shape of each tensor of the base, by name.
 
@@ -96,12 +97,12 @@ def sites_as_trained(
 
 # Compute updates of convolutions with zero padding, as in training, even if the layer pads with other values.
 #
-# PEFT, sd-scripts and LyCORIS build their own convolution, or call `torch.nn.functional.conv2d`. They copy only the
-# width of the layer's padding. So their update always pads its input with zeros.
+# PEFT, sd-scripts and LyCORIS build their own convolution, or call `torch.nn.functional.conv2d`. They copy the width of
+# the layer's padding, but not its values. So an update that these tools train always gets an input padded with zeros.
 
 
 def lora_among_zeros(update: Update) -> Update | None:
-    """Return the update with zero padding, for a LoRA with or without groups. For other methods, return None."""
+    """Return a LoRA, with or without groups, as an update that pads its input with zeros; None for other methods."""
     if isinstance(update, LoRA):
         from ..methods.grouped_lora import GroupedLoRA
 
@@ -110,7 +111,7 @@ def lora_among_zeros(update: Update) -> Update | None:
 
 
 def refused(update: Update, layer: LayerFacts, trainer: str) -> Unsupported:
-    """Return the error for an update whose trainer computes a function that no method can compute.
+    """Return the error for an update if its trainer computed a function that no method of adapterkit can compute.
 
     Args:
         update: the update.

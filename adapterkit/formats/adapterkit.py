@@ -1,4 +1,4 @@
-"""The native format: a safetensors file with the metadata key `adapterkit`; spec/README.md defines it."""
+"""The native format, which spec/README.md defines: a safetensors file with the metadata key `adapterkit`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ SPEC = "1.1"
 KEY = "adapterkit"
 FILE = "adapter.safetensors"
 MAX_RECORD = 256 << 20
-"""The largest size, in bytes, of a record in a file of its own (`NAME.onnx_adapter.json`).
+"""The largest accepted size, in bytes, of a `NAME.onnx_adapter.json` file, which contains only a record.
 
-In adapterkit's own files, the record is the JSON in the metadata key.
+In adapterkit's own format, the record is not a file, but the value of the metadata key `adapterkit`.
 """
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
@@ -126,7 +126,7 @@ class Native(Format):
     ) -> list[str]:
         unknown = [f"{t}: {u.method} is not a registered method" for t, u in adapter if u.method not in METHODS]
         if unknown:
-            cure = "Write separate updates instead of an update that combines several"
+            cure = "Replace an update that combines several updates by these updates"
             raise Unrepresentable("the format can store only updates with registered methods", items=unknown, cure=cure)
         tensors: dict[str, Leaf] = {}
         record = encode_record(adapter, tensors)
@@ -180,14 +180,14 @@ def encode_record(adapter: Adapter, tensors: dict[str, Leaf]) -> Record:
 
 
 def version_of(adapter: Adapter) -> str:
-    """Return the oldest version of the spec that can express an adapter, so that old releases can read the file."""
+    """Return the oldest version of the spec that can express an adapter, so that older releases can read its file."""
     return max((METHODS[update.method].since[update.stated_version - 1] for _, update in adapter), default="1.0")
 
 
 def _encode_update(target: Target, update: Update, store: Callable[[str, Leaf], str]) -> UpdateRecord:
     tensors = {name: store(f"{target.path}.{name}".lstrip("."), leaf) for name, leaf in update.tensors.items()}
-    # msgspec omits a field only if its value is the default object itself. So replace a layout that is equal to the
-    # default with this object.
+    # msgspec omits a field only if its value is the same object as the default. So if the layout is equal to a known
+    # layout, use the known layout's object.
     layout = next((known for known in LAYOUTS if known == target.layout), target.layout)
     place = TargetRecord(target.path, layout, target.rows)
     version = update.stated_version
@@ -238,12 +238,12 @@ def _keep_unknown(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     unknown = {name: value for name, value in fields.items() if name not in known}
     kept = known.get("extensions", {})
     if not isinstance(kept, dict) or kept.keys() & unknown.keys():
-        raise ValueError("extensions are not an object, or repeat a field of the record - at `$.extensions`")
+        raise ValueError("this is not a JSON object, or repeats a field of the record - at `$.extensions`")
     return {**known, "extensions": kept | unknown}
 
 
 def _check_version(version: object) -> bool:
-    """Check that this release can read the version. Return whether its MINOR number is newer than this release's."""
+    """Check that this release can read a record of this version. Return whether the version's MINOR number is newer."""
     if not isinstance(version, str) or not re.fullmatch(rf"{NUMBER}\.{NUMBER}", version):
         why = f"{shown(version)} is not a version of the form MAJOR.MINOR, such as 1.0"
         raise Malformed(why, where=f"metadata {KEY}: version", cure=_REWRITE)
@@ -286,7 +286,7 @@ def _decode(record: Record, tensors: Mapping[str, Lazy]) -> Adapter:
         )
     )
     if unused:
-        raise Malformed("no update refers to this tensor", where=next(iter(unused)), cure=_REWRITE)
+        raise Malformed("no update refers to this tensor, nor does `foreign`", where=next(iter(unused)), cure=_REWRITE)
     base = None if record.base is None else BaseRef(**msgspec.structs.asdict(record.base))
     recipe = tuple(Step(step.op, step.args) for step in record.recipe)
     return Adapter(updates, base, recipe, foreign, record.extensions)
@@ -305,7 +305,7 @@ def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Upd
 
 
 def _check_names(what: str, given: Mapping[str, object], fields: Mapping[str, dataclasses.Field[object]]) -> None:
-    """Check that `fields` has all given names, and that all fields without a default are given."""
+    """Check that all given names are in `fields`, and that all fields without a default are given."""
     for name in given:
         if name not in fields:
             raise Malformed(f"unknown name {name!r}", where=what, cure=f"Known: {', '.join(fields) or 'none'}")

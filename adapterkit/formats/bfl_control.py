@@ -1,7 +1,8 @@
 """Read and write Black Forest Labs' control LoRA for FLUX.
 
-Names are native. LoRAs have a bias, `lora_B.bias`, but no alpha. Scales of norms are replaced. The LoRA of `img_in` has
-more input channels than the base, so it only fits a base whose `img_in` was enlarged with zeros.
+Modules have the names of Black Forest Labs' own code (native names). Each LoRA has a bias, `lora_B.bias`, but no alpha.
+The file also has new scales of norms, which replace the base's scales. The LoRA of `img_in` has more input channels
+than the base's `img_in`, so the LoRA only fits a base whose `img_in` was enlarged with zeros.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _NORM = re.compile(r"(?:double_blocks\.\d+\.(?:img|txt)_attn|single_blocks\.\d+)
 
 
 class BflControl(ImageFormat):
-    """Files such as the LoRAs of FLUX.1 Depth and FLUX.1 Canny."""
+    """Files such as the LoRAs FLUX.1 Depth and FLUX.1 Canny."""
 
     url = "https://github.com/black-forest-labs/flux/blob/main/src/flux/modules/lora.py"
     description = "Black Forest Labs' control LoRA for FLUX: native names, biases, scales of norms"
@@ -44,7 +45,7 @@ class BflControl(ImageFormat):
 
     def sniff(self, path: Path) -> bool:
         keys = tensor_names(path)
-        # Other models also have a `final_layer`. So check that FLUX has all names.
+        # Other models also have names such as `final_layer`. So require that FLUX has all names in the file.
         parsed = list(map(self.parse, keys))
         stems = {key.stem for key in parsed if key is not None and key.slot != "set_weight"}
         return None not in parsed and bool(stems) and all(map(_of_flux, stems))
@@ -66,7 +67,7 @@ class BflControl(ImageFormat):
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """Translate targets to native names.
 
-        The native name of a replaced norm ends in `scale`. In diffusers, the parameter is called `weight`.
+        A target that replaces a norm then ends in `.scale`, the native name of the norm's parameter.
         """
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
         return {_scale(target, group): group for target, group in changed.items()}, losses
@@ -84,12 +85,15 @@ class BflControl(ImageFormat):
 
 
 def _scale(target: Target, group: Iterable[Update]) -> Target:
-    """Return the target of a norm's parameter `scale` if the updates replace the norm; otherwise the target itself."""
+    """If the updates replace a norm, return the target of the norm's parameter `scale`. Otherwise return `target`."""
     whole = all(update.method == "replacement" for update in group)
     norm = _NORM.fullmatch(f"{rooted(target.path)[1]}.scale")
     return replace(target, path=f"{target.path}.scale") if whole and norm else target
 
 
 def _of_flux(name: str) -> bool:
-    """Whether FLUX has a module with this name. A prefix is no proof: names of HunyuanVideo's blocks begin alike."""
+    """Whether FLUX has a module with this name.
+
+    A check of the prefix is not enough, because the names of HunyuanVideo's blocks begin with the same words.
+    """
     return any(family.name == "flux" for family in families_of(name, "native"))

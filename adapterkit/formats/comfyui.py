@@ -1,8 +1,9 @@
 """Read and write files with ComfyUI's names: `diffusion_model.`, the module's dotted path, and a slot.
 
-ai-toolkit, musubi-tuner and others write the same names with the slots `lora_A` and `lora_B`, without alpha. DiffSynth,
-the Lightning distillations, fal and ACE-Step omit the prefix or write PEFT's prefix. A file without ComfyUI's prefix is
-recognised only if one known family has all of its names, because nothing else shows the kind of model.
+ai-toolkit, musubi-tuner and others write the same names with the slots `lora_A` and `lora_B`, without alpha. Files of
+DiffSynth, the Lightning distillations, fal and ACE-Step have no prefix or PEFT's prefix. A file without ComfyUI's
+prefix is recognised only if one known family has all of the file's names, because nothing else shows the kind of
+model.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
 
 _ENDS = "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True))
 _BARE = {"lora_A": "down", "lora_B": "up"}
-"""Slots that loralib also has; a file with these slots has ComfyUI's format only if its names have ComfyUI's prefix."""
+"""The endings of keys that loralib also writes.
+
+So a key with one of these endings is ComfyUI's only if the key begins with ComfyUI's prefix.
+"""
 
 _KEY = re.compile(rf"((?:diffusion_model|text_encoders\.\w+\.transformer)\..+?)\.({_ENDS}|{'|'.join(_BARE)})")
 _OTHER = re.compile(
@@ -83,7 +87,7 @@ _OTHER = re.compile(
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[\w-]+)*")
 
 _ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-"""ComfyUI's names for CLIP as the first and as the second text encoder, for adapters of unknown families."""
+"""ComfyUI's names for the CLIP text encoders, by component. The names are used if the adapter's family is unknown."""
 
 
 class Comfyui(ImageFormat):
@@ -145,9 +149,9 @@ class Comfyui(ImageFormat):
         return {stem: Target(others.get(stem) or _path(stem, part, fitting)) for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Rename targets to ComfyUI's naming.
+        """Rename targets to ComfyUI's naming, and store the families that fit the targets.
 
-        Also store the possible families. `stem` needs these families to name text encoders.
+        `stem` needs these families to name text encoders.
         """
         targets = denoiser_targets(updates, ())
         self._fitting = tuple(family.name for family in candidates(updates, targets, origin)) if targets else ()
@@ -172,19 +176,20 @@ class Comfyui(ImageFormat):
 
 
 def _apart(update: Update) -> tuple[Update, ...]:
-    """Split a LoRA with a bias into a LoRA and a dense change of the bias, as ComfyUI splits BFL's control LoRAs."""
+    """Split a LoRA with a bias into a LoRA and a `dense` update, as ComfyUI does for BFL's control LoRAs."""
     if not isinstance(update, LoRA) or update.bias is None:
         return (update,)
     return (update.replace(bias=None), Dense(D=None, d=update.bias, scaling=update.scaling))
 
 
 def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
-    """Reorder the rows of fused weights in DiffSynth's files.
+    """Reorder the rows of fused weights in DiffSynth's files, and remove `default` from the keys.
 
-    The files have all rows of one head (queries, keys, values) before those of the next head. The result has all
-    queries first, then all keys, then all values. DiffSynth trains MiniMax-H3 in the authors' order of rows. All other
-    tools reorder the rows when they load the model. The shapes are the same, so only PEFT's adapter name `default` in
-    the keys identifies DiffSynth's files. This name is removed, because it would mark the written file as DiffSynth's.
+    In DiffSynth's files, all rows of one head (its queries, keys and values) come before the rows of the next head. In
+    the result, all queries come first, then all keys, then all values. DiffSynth trains MiniMax-H3 with the rows in the
+    order of the model's authors, while all other tools reorder the rows when they load the model. Both orders have the
+    same shapes, so only PEFT's adapter name `default` in the keys identifies DiffSynth's files. If a written file had
+    this name, readers would take the file for DiffSynth's.
 
     Raises:
         Malformed: the rows do not form whole heads.
@@ -209,7 +214,7 @@ def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
 
 
 def _by_part(leaf: Lazy, size: int) -> Lazy:
-    """Put all queries first, then all keys, then all values. The rows in `leaf` are ordered by head."""
+    """Return the rows of `leaf`, which are ordered by head, as all queries, then all keys, then all values."""
 
     def ordered(array: Array) -> Array:
         parts = array.reshape(-1, 3, size, *array.shape[1:]).swapaxes(0, 1)
@@ -224,7 +229,7 @@ def _says_part(stem: str) -> bool:
 
 
 def _rest(stem: str) -> str:
-    """Return a module's name without prefixes, which files may repeat, and without the names of torch's wrappers."""
+    """Return a module's name without prefixes, which may be repeated, and without the names of torch's wrappers."""
     if not WRAPPERS.isdisjoint(words := stem.split(".")):
         stem = ".".join(word for word in words if word not in WRAPPERS)
     while root := next((root for root in PREFIXES if stem.startswith(root)), ""):
@@ -242,7 +247,7 @@ def _path(stem: str, part: str, fitting: Sequence[ImageFamily]) -> str:
 
     Args:
         stem: the module's name in the file.
-        part: the component that contains the module, if it is not a text encoder; empty if unknown.
+        part: the component that contains all modules outside the text encoders; empty if unknown.
         fitting: the families that fit all names of the file.
     """
     root, rest = rooted(stem)
@@ -259,7 +264,7 @@ def _path(stem: str, part: str, fitting: Sequence[ImageFamily]) -> str:
     if len(encoders_there) == 1:
         encoder = next(iter(encoders_there))
     elif not encoder and word != "clip_h":
-        why = f"the file does not show which text encoder {word} is: one of {', '.join(sorted(encoders_there))}"
+        why = f"the text encoder {word} can be any of {', '.join(sorted(encoders_there))}; the file does not show which"
         cure = "Name the family with --family (family=), or read the file together with the transformer's LoRA"
         raise TargetNotFound(why if known else f"no family has a text encoder {word}", where=stem, cure=cure)
     prefixes = {prefix for _, prefix in known}
@@ -270,9 +275,9 @@ def _path(stem: str, part: str, fitting: Sequence[ImageFamily]) -> str:
 
 @lru_cache(maxsize=64)
 def _words(paths: frozenset[str], named: tuple[str, ...]) -> dict[tuple[str, str], tuple[str, str]]:
-    """Map (text encoder, kind) to (ComfyUI's name, prefix of modules).
+    """Return a map from (component of a text encoder, kind) to (ComfyUI's name of the encoder, prefix of its modules).
 
-    Omit a text encoder if the families that fit the targets have different values.
+    The map omits a text encoder if the families that fit the targets have different names or prefixes for it.
     """
     targets = [Target(path) for path in paths]
     inside = [rooted(path)[1] for path in paths if not component_is_encoder(path)]
@@ -292,14 +297,15 @@ def component_is_encoder(path: str) -> bool:
 
 
 def _encoder(component: str, rest: str, paths: frozenset[str], named: tuple[str, ...]) -> tuple[str, str]:
-    """Return ComfyUI's names for a text encoder and for one of its modules. The first is empty if unknown."""
+    """Return ComfyUI's names for a text encoder and for one of its modules. An unknown encoder's name is empty."""
     kind = encoder_kind(rest)
     word, prefix = _words(paths, named).get((component, kind), ("", ""))
     if not word:
         word = {"clip": _ENCODERS.get(component, ""), "t5": "t5xxl"}.get(kind, "")
     if kind == "llm":
         before = next(each for each in reversed(LLM_PREFIXES) if rest.startswith(f"{each}layers."))
-        # If the module's prefix is not that of diffusers' model, return no name: readers would find another module.
+        # If the module does not have the prefix of the family's model in diffusers, return no name for the encoder,
+        # because a reader would find another module under the written name.
         word = word if before == prefix else ""
         rest = f"model.{rest.removeprefix(before)}"
     return word, rest

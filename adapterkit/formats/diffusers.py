@@ -1,7 +1,7 @@
 """Read and write diffusers' LoRA files for whole pipelines. A key begins with the name of a component.
 
-diffusers has had three styles of keys. Since 0.35, the header may contain PEFT's config of each component, under the
-key `lora_adapter_metadata`. Without this key, every scaling is 1.
+Releases of diffusers have written three styles of keys. Since 0.35, the header may contain PEFT's config of each
+component, under the key `lora_adapter_metadata`. In files with neither this key nor alphas, every scaling is 1.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ SLOTS = {
 }  # fmt: skip
 
 SCALE = "set_weight"
-"""The slot of a norm's scale. FLUX's control LoRAs replace the scales of the norms for queries and keys."""
+"""The slot of a norm's new scale. FLUX's control LoRAs replace the scales of the norms of queries and keys."""
 
 _LOKR = re.compile(rf"({_PART}\..+)\.(lokr_(?:w[12](?:_[ab])?|t2))")
 
@@ -75,7 +75,7 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
 }  # fmt: skip
 """A map from the endings of keys to slots.
 
-OneTrainer writes `dora_scale` and `oft_R`, ai-toolkit writes `magnitude`.
+OneTrainer writes `dora_scale` and `oft_R`; ai-toolkit writes `magnitude`.
 """
 
 
@@ -84,7 +84,7 @@ class Diffusers(ImageFormat):
 
     url = "https://huggingface.co/docs/diffusers/main/en/api/loaders/lora"
     description = (
-        "diffusers' pipelines: LoRA and DoRA for each part, scalings in the header; all three generations of keys"
+        "diffusers' pipelines: LoRA and DoRA for each component, scalings in the header; all three styles of keys"
     )
     identities = True
     methods = frozenset({"dora", "lokr", "lora", "replacement"})
@@ -92,7 +92,10 @@ class Diffusers(ImageFormat):
     rules = Rules(peft=True, slots=(*SLOTS, SCALE, "lokr_"))
     naming = "diffusers"
     _whole_norms: bool = True
-    """Whether diffusers' loader for the adapter's family accepts replaced norms. `renamed` sets this."""
+    """Whether diffusers' loader may accept replaced norms. `renamed` sets this attribute.
+
+    It is true if the loader accepts them for at least one family that fits the adapter, or if no family fits.
+    """
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
         if write:
@@ -102,7 +105,8 @@ class Diffusers(ImageFormat):
     def rules_in(self, file: Path, hints: ImageHints) -> Rules:
         """Return the rules for writing.
 
-        Torch files have no header for scalings. So alphas are written, unless the source file has none.
+        Torch files have no header that could store scalings. So the rules for a torch file allow only a scaling of 1,
+        unless the source file has alphas; the new file then has alphas, too.
         """
         if file.suffix not in TORCH_SUFFIXES or len(hints.without_alpha) < len(hints.stems):
             return self.rules
@@ -156,7 +160,7 @@ class Diffusers(ImageFormat):
         return stem
 
     def prepared(self, updates: Updates) -> Updates:
-        """Move separate changes of biases into the LoRAs of the same modules, as diffusers' own converter does."""
+        """Join each separate change of a bias with the LoRA of the same module, as diffusers' own converter does."""
         return _with_biases(updates)
 
     def why_not(self, target: Target, update: Update, rules: Rules) -> str:
@@ -176,7 +180,8 @@ class Diffusers(ImageFormat):
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """Rename targets to diffusers' naming.
 
-        If a component has both LoKrs and other low-rank updates, the rarer kind cannot be written.
+        One component cannot have both LoKr updates and LoRA or DoRA updates. So if a component has both, the kind with
+        fewer updates is refused.
         """
         fitting = candidates(updates, denoiser_targets(updates, ()), origin)
         self._whole_norms = not fitting or any(family.facts.whole_norms for family in fitting)
@@ -213,7 +218,7 @@ class Diffusers(ImageFormat):
             why = f"the tensors are {update.method}, but {CONFIG} states use_dora={settings.use_dora}"
             raise Malformed(why, where=stem, cure="The header does not belong to these tensors; write the file again")
         if bool(settings.lora_bias) != (update.tensors.get("bias") is not None):
-            why = f"{CONFIG} states lora_bias={settings.lora_bias}, but the tensors contradict this"
+            why = f"{CONFIG} states lora_bias={settings.lora_bias}, which contradicts the module's tensors"
             raise Malformed(why, where=stem, cure="The header does not belong to these tensors; write the file again")
         if update.scaling != 1:
             raise Malformed(f"the file has both an alpha and {CONFIG}", where=stem, cure="Remove one of the two")
@@ -239,10 +244,10 @@ class Diffusers(ImageFormat):
 
 
 def _path(stem: str) -> str:
-    """Return the target path of a module. Keys of a U-Net may omit the component's name.
+    """Return the target path of a module. A name without a component belongs to the U-Net.
 
-    SimpleTuner writes PEFT's prefix after the component. If a model was wrapped twice, keys repeat the component. mflux
-    calls the output of FLUX.2's attention `to_out`; diffusers calls the same module `to_out.0`.
+    SimpleTuner writes PEFT's prefix after the component. If the model was wrapped twice, the name repeats the
+    component. mflux calls the output of FLUX.2's attention `to_out`; diffusers calls the same module `to_out.0`.
     """
     root, rest = rooted(stem)
     rest = rest.removeprefix("base_model.model.")
@@ -253,9 +258,10 @@ def _path(stem: str) -> str:
 
 
 def _with_biases(updates: Updates) -> Updates:
-    """Move changes of biases into the LoRAs of the same modules.
+    """Join each separate change of a bias with the LoRA of the same module.
 
-    In one component, all LoRAs must have a bias, so the others get a bias of zeros.
+    `lora_bias` is one setting for a whole component. So if one LoRA of a component has a bias, the component's other
+    LoRAs get a bias of zeros.
     """
     joined: dict[Target, tuple[Update, ...]] = {}
     for target, group in updates.items():
@@ -300,7 +306,7 @@ def _settings(text: str) -> dict[str, PeftSettings]:
             f"the header's {CONFIG} is not valid JSON ({error})", where=CONFIG, cure="Write the file again"
         ) from None
     if not isinstance(fields, dict) or not all("." in name for name in fields):
-        why = "this is not a JSON object whose fields all begin with the name of a component"
+        why = "this is not a JSON object in which every key is COMPONENT.FIELD, such as transformer.r"
         raise Malformed(why, where=CONFIG, cure="Write the file again with diffusers")
     parts: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
@@ -312,8 +318,8 @@ def _settings(text: str) -> dict[str, PeftSettings]:
 def _say(settings: Mapping[str, PeftSettings], scales: Mapping[str, tuple[int, float, object]]) -> bool:
     """Whether a reader of the header's configs would get these ranks, scalings and methods.
 
-    Without configs, diffusers assumes one rank per component and a scaling of 1. If there are none, return whether this
-    is true.
+    Without configs, diffusers assumes that each component has a single rank, and that all scalings are 1. So if
+    `settings` is empty, return whether this holds for `scales`.
     """
     if not settings:
         parts: dict[str, set[int]] = {}
@@ -331,7 +337,7 @@ def _say(settings: Mapping[str, PeftSettings], scales: Mapping[str, tuple[int, f
 
 
 def _composed(scales: Mapping[str, tuple[int, float, object]]) -> dict[str, JsonValue]:
-    """Create the configs for the header. The component is the prefix of each field's name."""
+    """Create the configs for the header, as one dict. Each field's name begins with its component, as in `unet.r`."""
     parts: dict[str, dict[str, tuple[int, float, Any]]] = {}
     for stem, scale in scales.items():
         part, _, name = stem.partition(".")

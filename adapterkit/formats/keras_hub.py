@@ -11,8 +11,9 @@ share it:
 
 The B of a LoRA is `[heads * dim, rank]`, so each head has its own part `[dim, rank]`. The writer makes each different
 column of these parts a row of `lora_kernel_b`. If there are more than `dim` such columns, `lora_kernel_b` is the
-identity, and `lora_kernel_a` is the whole change. Both ways are exact, but may need a larger rank. For all other
-layers, A and B are only transposed, and padded to the file's rank.
+identity, and `lora_kernel_a` is the whole change. Both ways are exact, except for rounding to the file's dtype, but the
+file may need a larger rank than the LoRA. For all other layers, A and B are only transposed, and padded to the file's
+rank.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class KerasLayer(NamedTuple):
 
     @property
     def shares(self) -> bool:
-        """Whether all heads share `lora_kernel_b`. This is so if the kernel's last axis is the width of a head."""
+        """Whether all heads share `lora_kernel_b`, because the last axis of the kernel is the width of a head."""
         return self.axes.endswith("dim")
 
 
@@ -78,11 +79,11 @@ class _KerasRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class KerasFamily:
-    """A group of Keras Hub's backbones whose layers have the same order.
+    """A group of Keras Hub's backbones that have their layers in the same order.
 
     Attributes:
         name: the group's name in spec/keras_hub.toml.
-        record: the group's entry in this file.
+        record: the group's entry in spec/keras_hub.toml.
     """
 
     name: str
@@ -90,12 +91,15 @@ class KerasFamily:
 
     @cached_property
     def layers(self) -> Mapping[str, KerasLayer]:
-        """The layers of a block, by our names of the modules, such as `self_attn.q_proj`."""
+        """The layers of a block, by the module's path in a block of the base, such as `self_attn.q_proj`."""
         return {path: KerasLayer(*layer) for path, layer in self.record.modules.items()}
 
     @cached_property
     def table(self) -> NameTable:
-        """A table from our names to texts such as `{n}.query`: the block's number and Keras's name of the layer."""
+        """A table from the base's module paths to texts such as `{n}.query`.
+
+        In these texts, `{n}` is the block's number, and `query` is the layer's name in Keras Hub.
+        """
         return NameTable({f"model.layers.{{n}}.{path}": f"{{n}}.{layer.name}" for path, layer in self.layers.items()})
 
     def number(self, block: int, layer: KerasLayer) -> int:
@@ -103,7 +107,7 @@ class KerasFamily:
         return self.record.first + self.record.stride * block + layer.offset
 
     def at(self, number: int) -> tuple[int, str] | None:
-        """Return (number of the block, our module name) for a number in a file; None if no layer with LoRA has it."""
+        """Return (block number, module path in the block) for a layer number; None if that layer cannot have LoRA."""
         block, offset = divmod(number - self.record.first, self.record.stride)
         path = next((path for path, layer in self.layers.items() if layer.offset == offset), None)
         return None if path is None or block < 0 else (block, path)
@@ -130,10 +134,13 @@ MODEL_TYPE = "adapterkit_model_type"
 """The root attribute in which adapterkit stores transformers' `model_type`. Keras neither writes nor reads it."""
 
 DEFAULT = ("query", "value")
-"""The layers that `load_lora_weights` adapts without a call of `enable_lora`. It fails if a file lacks one of them."""
+"""The layers that `load_lora_weights` adapts if `enable_lora` was not called before.
+
+Without that call, `load_lora_weights` fails if the file lacks one of these layers.
+"""
 
 MOST_ELEMENTS = 1 << 31
-"""The largest number of elements that the reader creates for a B. A hostile file could state many heads."""
+"""The largest B, in elements, that the reader creates. B grows with the square of the number of heads in the file."""
 
 _FACTORS = {"F16", "F32", "F64"}
 _GIVE = "Give the base, with its config.json: --base (base=)"
@@ -201,17 +208,17 @@ class KerasHub(Format):
 
 
 def _family(base: Checkpoint | None, stored: str) -> tuple[KerasFamily, str]:
-    """Return (family, model type), according to the base's config, or without a config, to the file.
+    """Return (family, model type). The type is from the base's config, or without a config, from the file.
 
     Raises:
         UsageError: neither the base's config nor the file states the model type.
         Unsupported: the order of the layers of this model type is unknown.
-        Malformed: the file is for another family than the base's.
+        Malformed: the file states a model type of another family than the base's.
     """
     config = None if base is None else base.config
     kind = stored if config is None else str(config.get("model_type", ""))
     if not kind:
-        why = "the file stores layers by their number; only the base's model type shows which modules they are"
+        why = "the file has only the numbers of layers; the base's model type is needed to know the layers' modules"
         raise UsageError(why, where="config.json: model_type", cure=_GIVE)
     family = families().get(kind)
     if family is None:
@@ -244,7 +251,7 @@ def _layers(tensors: Mapping[str, Lazy]) -> tuple[int, dict[int, dict[str, Lazy]
                 raise Malformed("this is not a key of Keras Hub's LoRA files", where=key, cure=cure)
     rank = tensors.get(RANK)
     if rank is None or rank.shape != () or rank.dtype.name not in ("I32", "I64"):
-        raise Malformed("the file has no rank", where=RANK, cure=DAMAGED)
+        raise Malformed("the rank is missing, or is not a single I32 or I64", where=RANK, cure=DAMAGED)
     value = int(rank.numpy())
     for index, slots in layers.items():
         if len(slots) != 2:
@@ -272,7 +279,9 @@ def _decode(
         if place is None:
             cure = "Is this the base that the adapter was trained on?"
             raise Malformed(
-                f"{family.name} has no layer with this number that can have LoRA", where=f"lora/{number}", cure=cure
+                f"in {family.name} models, no layer that can have LoRA has this number",
+                where=f"lora/{number}",
+                cure=cure,
             )
         block, path = place
         layer = family.layers[path]
@@ -290,7 +299,10 @@ def _pair(layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads 
     a, b = slots[A_KEY], slots[B_KEY]
     right = len(a.shape) == len(layer.axes.split()) and len(b.shape) == 2 and rank > 0 and 0 not in (*a.shape, *b.shape)
     if not right or a.shape[-1] != rank or b.shape[0] != rank:
-        why = f"{A_KEY} is {list(a.shape)}, {B_KEY} is {list(b.shape)}; this is layer {layer.name} of rank {rank}"
+        why = (
+            f"{A_KEY} is {list(a.shape)}, {B_KEY} is {list(b.shape)}; these are not the shapes of the layer "
+            f"{layer.name} with rank {rank}"
+        )
         raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
     if layer.axes == "heads dim out" and heads is not None and a.shape[:2] != (heads.query, heads.dim):
         raise _other_heads(where, a.shape[:2], heads)
@@ -302,7 +314,10 @@ def _pair(layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads 
     if heads is not None and (count, b.shape[1]) != wanted:
         raise _other_heads(where, (count, b.shape[1]), heads)
     if count * count * rank * b.shape[1] > MOST_ELEMENTS:
-        why = f"{count} heads with rank {rank} would give a B of {count * b.shape[1]} x {count * rank}"
+        why = (
+            f"{count} heads with rank {rank} would give a B of {count * b.shape[1]} x {count * rank}, which has more "
+            f"than {MOST_ELEMENTS} elements"
+        )
         raise Unsupported(
             why, where=where, cure="Merge the file in Keras Hub, and compare the models: adapterkit extract"
         )
@@ -327,7 +342,7 @@ def _count(path: str, heads: Heads) -> int:
 
 
 def _wide(pairs: Pairs) -> Pairs:
-    """Convert all factors to one dtype, because files have one: float64 if any factor is float64, otherwise float32."""
+    """Convert all factors to one dtype, as a file requires: float64 if any factor is float64, otherwise float32."""
     kinds = {as_lazy(leaf).dtype.name for update in pairs.values() for leaf in (update.A, update.B)}
     kind = "F64" if "F64" in kinds else "F32"
     return {
@@ -337,7 +352,10 @@ def _wide(pairs: Pairs) -> Pairs:
 
 
 def _check_shapes(pairs: Pairs, base: Checkpoint | None) -> None:
-    """Check that updates fit the base's weights. The writer uses their shapes also for the same layer in other blocks.
+    """Check that updates fit the base's weights.
+
+    If the adapter has no update of a layer in some blocks, the writer stores zeros for these blocks. The zeros have the
+    shapes of the layer's update in another block.
 
     Raises:
         ShapeMismatch: an update does not fit.
@@ -355,10 +373,10 @@ def _check_shapes(pairs: Pairs, base: Checkpoint | None) -> None:
 
 
 def _by_layer(pairs: Pairs, names: TableNames) -> dict[tuple[int, str], Pair]:
-    """Return the updates by (number of the block, our name of the module in the block).
+    """Return a map from (block number, module path in the block) to updates.
 
     Raises:
-        UsageError: two targets with different prefixes are the same module.
+        UsageError: two targets, with different prefixes, belong to the same layer of Keras Hub.
     """
     by_layer: dict[tuple[int, str], Pair] = {}
     for target, update in pairs.items():
@@ -366,7 +384,7 @@ def _by_layer(pairs: Pairs, names: TableNames) -> dict[tuple[int, str], Pair]:
         assert foreign is not None
         block, path = str(names.table.back(foreign)).removeprefix("model.layers.").split(".", 1)
         if (int(block), path) in by_layer:
-            why = "another target of the adapter is the same layer of Keras Hub"
+            why = "another target of the adapter belongs to the same layer of Keras Hub"
             raise UsageError(why, where=str(target), cure="Write the two as separate files, or remove one of them")
         by_layer[int(block), path] = update
     return by_layer
@@ -374,17 +392,17 @@ def _by_layer(pairs: Pairs, names: TableNames) -> dict[tuple[int, str], Pair]:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """The numbers of blocks and heads of the base."""
+    """The number of blocks in the base, and the base's numbers of heads."""
 
     blocks: int
     heads: Heads
 
     @classmethod
     def of(cls, base: Checkpoint | None) -> _Sizes:
-        """Read the numbers.
+        """Read the numbers from the base's config.
 
         Raises:
-            UsageError: the base's config does not state them.
+            UsageError: the config does not state a number.
         """
         assert base is not None
         config: Mapping[str, object] = base.config or {}
@@ -396,7 +414,11 @@ class _Sizes:
 
 
 class _KerasWriter:
-    """Encode pairs with scaling 1. Keras Hub adapts a layer in all blocks, so missing pairs become zeros."""
+    """Encode pairs of factors, whose scaling is 1, as the tensors of a file.
+
+    Keras Hub adapts a layer such as `query` in all blocks. So if the adapter has no pair for the layer in a block, the
+    file has zeros there.
+    """
 
     def __init__(
         self, family: KerasFamily, by_layer: Mapping[tuple[int, str], Pair], sizes: _Sizes, least: int
@@ -404,7 +426,7 @@ class _KerasWriter:
         self.family, self.by_layer, self.sizes = family, by_layer, sizes
         beyond = max(block for block, _ in by_layer)
         if beyond >= sizes.blocks:
-            why = f"the adapter changes block {beyond}, and the base has {sizes.blocks} blocks"
+            why = f"the adapter changes the block with index {beyond}, but the base has only {sizes.blocks} blocks"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
         self.dtype: DType = as_lazy(next(iter(by_layer.values())).A).dtype
         adapted = {path for _, path in by_layer}
@@ -426,7 +448,7 @@ class _KerasWriter:
         return tensors
 
     def notes(self, rank: int) -> list[str]:
-        """Return lines for the user: how the rank grew, and which call must precede loading, if any."""
+        """Return lines for the user: a larger rank than `rank`, and the call that must precede loading, if any."""
         names = [self.family.layers[path].name for path in self.adapted]
         lines = []
         if self.rank > rank:
@@ -438,7 +460,7 @@ class _KerasWriter:
         return lines
 
     def _needs(self, path: str, update: Pair) -> int:
-        """Return the rank that a pair needs in the file."""
+        """Return the rank that the file must have at least, so that it can store a pair."""
         layer = self.family.layers[path]
         if not layer.shares:
             return rank_of(update)
@@ -449,7 +471,7 @@ class _KerasWriter:
         """Return the number of heads of a projection. Check that the rows of B fit these heads."""
         count, heads = _count(path, self.sizes.heads), self.sizes.heads
         if update.B.shape[0] != count * heads.dim:
-            why = f"B has {update.B.shape[0]} rows, and the base has {count} heads of width {heads.dim}"
+            why = f"B has {update.B.shape[0]} rows, which do not fit the base's {count} heads of width {heads.dim}"
             raise ShapeMismatch(why, where=path, cure="Is this the base that the adapter was trained on?")
         return count
 
@@ -469,7 +491,10 @@ class _KerasWriter:
             a = padded(turned(A), self.rank, 1)
             if layer.axes == "heads dim out":
                 if A.shape[1] != heads.query * heads.dim:
-                    why = f"A has {A.shape[1]} columns, and the base has {heads.query} heads of width {heads.dim}"
+                    why = (
+                        f"A has {A.shape[1]} columns, which do not fit the base's {heads.query} heads of width "
+                        f"{heads.dim}"
+                    )
                     raise ShapeMismatch(why, where=path, cure="Is this the base that the adapter was trained on?")
                 a = a.reshape(heads.query, heads.dim, self.rank)
             return a, padded(turned(B), self.rank, 0)
@@ -515,19 +540,20 @@ class _KerasWriter:
         return _computed(shape, self.dtype, a), _computed((self.rank, dim), self.dtype, b)
 
     def _shape(self, path: str) -> tuple[int, int]:
-        """Return [out, in] of a module, from its update in another block."""
+        """Return (out, in) of a module without an update, from the update of the same module in another block."""
         return next((u.B.shape[0], u.A.shape[1]) for (_, name), u in self.by_layer.items() if name == path)
 
 
 def _shared_rows(B: Array, count: int) -> tuple[Array, list[tuple[int, int, int]]]:
-    """Return the different rows of `lora_kernel_b` for a B, and where they are used.
+    """Return the rows that `lora_kernel_b` needs for a B, and the heads that use each row.
 
     Args:
         B: the factor `[heads * dim, r]`.
         count: the number of heads.
 
     Returns:
-        The different rows that are not zero, `[n, dim]`. And for each use of a row, (head, row of A, index of the row).
+        (rows, uses). `rows` is `[n, dim]`; its rows are distinct, and none is zero. `uses` has an entry (head, row of
+        A, index in `rows`) for each use of a row.
     """
     import numpy as np
 

@@ -1,6 +1,7 @@
 """Read and write files of kohya's sd-scripts: LoRA, LoCon, DoRA and OFT for image models and their text encoders.
 
-A key has three parts: a prefix for the pipeline's component, the module's path with underscores for dots, and a slot.
+A key has three parts: a prefix that stands for a component of the pipeline, the module's path with underscores instead
+of dots, and a slot such as `lora_down.weight`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SLOTS = {
 }  # fmt: skip
 
 _WORDS = {word: slot for slot, word in SLOTS.items()} | {"oft_R.weight": "oft_R", "oft_R.scaled_oft": "oft_scaled"}
-"""A map from the endings of keys to slots. `oft_R` is OneTrainer's. It is only read, never written."""
+"""A map from the ends of keys to slots. The keys with `oft_R` are OneTrainer's; they are read, but never written."""
 
 _KEY = re.compile(
     r"((?:lora_unet|lora_transformer|lora_te[1234]?|lora_prior_(?:unet|te)|oft_unet|Hunyuan_video_I2V_lora)_[^.]+)\.(.+)"
@@ -77,8 +78,8 @@ class Kohya(ImageFormat):
     def targets(
         self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        # Parts of a module, such as q, k and v, may have their own stems: `NAME.0`, `NAME.1` and so on. Resolve the
-        # module's name only.
+        # The parts of a fused weight, such as q, k and v, have the stems `NAME.0`, `NAME.1` and so on. Resolve only
+        # `NAME`, because the model has no modules with the numbered names.
         whole = {stem.partition(".")[0]: module for stem, module in modules.items()}
         paths = resolve(whole, metadata, base)
         rows = rows_of(modules)
@@ -87,7 +88,8 @@ class Kohya(ImageFormat):
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """Rename targets to the names that sd-scripts uses.
 
-        They are LDM's names for SDXL, diffusers' names for Stable Diffusion 1 and 2, and native names for other models.
+        sd-scripts uses LDM's names for SDXL, diffusers' names for Stable Diffusion 1 and 2, and native names for other
+        models.
         """
         from ._image.deciding import candidates, denoiser_targets
         from ._image.translate import in_naming
@@ -127,7 +129,7 @@ class Kohya(ImageFormat):
 
 
 def _foreign(key: str) -> bool:
-    """Whether a key has one of kohya's prefixes and a slot that only LyCORIS has."""
+    """Whether LyCORIS wrote a key that has one of kohya's prefixes, judged by the key's slot."""
     match = _KEY.fullmatch(key)
     slot = match[2] if match else ""
     return bool(match) and slot.startswith(LYCORIS) and not key.startswith("oft_unet_")
@@ -137,12 +139,13 @@ LYCORIS = (
     "hada_", "lokr_", "oft_blocks", "a1.", "a2.", "b1.", "b2.", "bm.", "w_norm", "b_norm", "diff", "on_input",
     "q_layer", "p_layer", "lambda_layer", "rescale",
 )  # fmt: skip
-"""Prefixes of slots that only LyCORIS has."""
+"""The beginnings of LyCORIS's slots. sd-scripts has only `oft_blocks` of these, in keys with the prefix `oft_unet_`."""
 
 
-# Read kohya's OFT for FLUX. It rotates each part of a fused weight separately. Part N has the slot `oft_blocks.N`:
-# queries, keys and values are parts 0 to 2, and the MLP in linear1 is part 3. Other weights have only part 0. All
-# modules in a file have the same number of blocks and the same alpha. Source: `networks/oft_flux.py` of sd-scripts.
+# Read kohya's OFT for FLUX, which rotates each part of a fused weight separately. Part N has the slot `oft_blocks.N`:
+# queries, keys and values are parts 0 to 2, and the MLP in linear1 is part 3. Weights that are not fused have only part
+# 0. All modules in a file have the same number of blocks and the same alpha. Source: `networks/oft_flux.py` of
+# sd-scripts.
 
 
 PART = re.compile(r"oft_blocks\.(\d+)")
@@ -151,17 +154,17 @@ _PARTS = {"qkv": 3, "linear1": 4}
 
 
 def parts(module: ImageModule) -> list[ImageModule]:
-    """Split a module into its numbered parts, with the names `MODULE.NUMBER`. Return a module without parts unchanged.
+    """Split a module into its numbered parts, named `MODULE.NUMBER`. A module without parts is returned unchanged.
 
     Raises:
-        Malformed: a part is missing, or the module has both numbered and unnumbered blocks.
+        Malformed: a part is missing, or the module has both `oft_blocks` and `oft_blocks.N`.
     """
     numbered = {int(match[1]): slot for slot in module.tensors if (match := PART.fullmatch(slot))}
     if not numbered:
         return [module]
     lost = next((number for number in range(len(numbered)) if number not in numbered), None)
     if lost is not None or "oft_blocks" in module.tensors:
-        why = "it has both numbered and unnumbered blocks" if lost is None else f"the file lacks its part {lost}"
+        why = "the module has both oft_blocks and oft_blocks.0" if lost is None else f"oft_blocks.{lost} is missing"
         raise Malformed(why, where=module.where, cure=AGAIN)
     return [_part(module, number, numbered[number]) for number in range(len(numbered))]
 
@@ -175,10 +178,10 @@ def _part(module: ImageModule, number: int, slot: str) -> ImageModule:
 
 
 def rows_of(modules: Mapping[str, ImageModule]) -> dict[str, tuple[int, int]]:
-    """Return the range of rows of each part of a fused weight, by the part's name.
+    """Return the range of rows that each part of a fused weight covers, by the part's name.
 
     Raises:
-        ShapeMismatch: the tensor of a part does not have the shape of square blocks.
+        ShapeMismatch: the tensor of a part does not have three axes, [blocks, size, size].
     """
     rows: dict[str, tuple[int, int]] = {}
     for stem, module in modules.items():
@@ -188,7 +191,7 @@ def rows_of(modules: Mapping[str, ImageModule]) -> dict[str, tuple[int, int]]:
         shape = module.tensors["oft_blocks"].shape
         if len(shape) != 3:
             raise ShapeMismatch(
-                f"the shape {list(shape)} is not that of square blocks", where=module.keys["oft_blocks"], cure=AGAIN
+                f"the shape is {list(shape)}, not [blocks, size, size]", where=module.keys["oft_blocks"], cure=AGAIN
             )
         start = 0 if number == "0" else rows[f"{bare}.{int(number) - 1}"][1]
         rows[stem] = (start, start + shape[0] * shape[1])
@@ -196,9 +199,9 @@ def rows_of(modules: Mapping[str, ImageModule]) -> dict[str, tuple[int, int]]:
 
 
 def number_of(target: Target) -> int | None:
-    """Return the number of the part that the target is in a weight of FLUX; None if it is no such part.
+    """Return the number N in the slot `oft_blocks.N` for a target in FLUX; None if the target has no such slot.
 
-    A weight that is not fused has only part 0.
+    N is 0 for a weight that is not fused. For a fused weight, the target's rows must be exactly those of one part.
     """
     if not of_flux(target):
         return None
@@ -233,9 +236,9 @@ def uneven(updates: Updates) -> Iterator[tuple[Target, str]]:
             yield (
                 target,
                 (
-                    f"oft must adapt all {count} parts of a fused weight separately"
+                    f"OFT must adapt all {count} parts of a fused weight separately"
                     if count > 1
-                    else "oft must adapt this weight as a whole, not only some rows"
+                    else "OFT must adapt this weight as a whole, not only some rows"
                 ),
             )
         elif forms_of[target] != next(iter(forms_of.values())):

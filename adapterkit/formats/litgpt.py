@@ -1,7 +1,7 @@
 """Read and write litgpt's LoRA: `lit_model.pth.lora`, `hyperparameters.yaml` and `model_config.yaml` in a folder.
 
-litgpt fuses q, k and v into one weight, in this order. The file has one A and one B for this weight, in which the
-factors of all adapted parts are concatenated.
+litgpt fuses q, k and v into one weight, in this order. The file has one A and one B for the fused weight. Both are
+concatenations of the factors of those parts (q, k or v) that are adapted.
 """
 
 from __future__ import annotations
@@ -50,14 +50,17 @@ _FLAGS = tuple(f"lora_{name}" for name in ("query", "key", "value", "projection"
 
 @cache
 def _qkv() -> NameTable:
-    """Return a table from our names of q, k and v to `WEIGHT.PART`: litgpt's fused weight, and the name of the part."""
+    """Return a table that translates adapterkit's names of q, k and v to `WEIGHT.PART`.
+
+    WEIGHT is litgpt's name of the fused weight, and PART is `query`, `key` or `value`.
+    """
     return NameTable(
         {hub_path: f"transformer.h.{{n}}.{LITGPT_QKV}.{name}" for name, hub_path in litgpt_parts().items()}
     )
 
 
 class LitgptHints(Leftovers, total=False):
-    """The leftovers of a checkpoint: settings, model config, the texts of both files, and the numbers of heads."""
+    """The leftovers of a checkpoint: settings, model config, the text of both files, and the heads (query, kv, dim)."""
 
     settings: dict[str, Any]
     model: dict[str, Any]
@@ -122,7 +125,7 @@ def _decode(
 ) -> Iterator[tuple[Target, LoRA]]:
     kind = model.get("mlp_class_name", MLP[0])
     if kind not in MLP:
-        why = f"the model has {kind}, whose module names are unknown"
+        why = f"the model has an MLP of the class {kind}, whose module names are unknown"
         raise Unsupported(why, where=f"{MODEL}: mlp_class_name", cure=f"Known: {', '.join(MLP)}")
     rank = whole_rank(settings.get("lora_r"), f"{SETTINGS}: lora_r")
     alpha = is_finite(settings.get("lora_alpha"), f"{SETTINGS}: lora_alpha")
@@ -149,8 +152,11 @@ def _split(
     A, B = slots["A"], slots["B"]
     rows = sum(sizes[name] for name in enabled)
     if len(A.shape) != 2 or A.shape[0] != rank * len(enabled) or B.shape != (rows, rank):
-        why = f"A is {list(A.shape)}, B is {list(B.shape)}; adapted: {' and '.join(enabled) or 'nothing'}, rank {rank}"
-        raise ShapeMismatch(why, where=module, cure=f"Does {SETTINGS} belong to this checkpoint?")
+        why = (
+            f"A is {list(A.shape)}, B is {list(B.shape)}; {SETTINGS} enables {' and '.join(enabled) or 'no part'} with "
+            f"rank {rank}, so A must be [{rank * len(enabled)}, in] and B [{rows}, {rank}]"
+        )
+        raise ShapeMismatch(why, where=module, cure=f"Fetch the {SETTINGS} that belongs to this checkpoint")
     start = 0
     for index, name in enumerate(enabled):
         hub_path = _qkv().back(f"{module}.{name}")
@@ -161,7 +167,11 @@ def _split(
 
 
 class _LitgptWriter:
-    """Encode pairs of one rank and scaling. litgpt adapts a module in all layers, so missing pairs become zeros."""
+    """Encode pairs that all have the same rank and scaling.
+
+    litgpt adapts a module either in all layers or in none. If the adapter lacks a pair for some layers, the file gets
+    pairs of zeros there.
+    """
 
     def __init__(
         self,
@@ -191,15 +201,15 @@ class _LitgptWriter:
 
     def fused(self, layer: int, enabled: list[str]) -> tuple[Lazy, Lazy]:
         updates_of_parts = [self.updates.get(litgpt_parts()[name].replace("{n}", str(layer))) for name in enabled]
-        # Read the input size from an update of q, k or v, which at least one layer has. Other modules may have larger
-        # inputs, such as the last module of the MLP.
+        # Read the input size from an update of q, k or v; at least one layer has such an update. An update of another
+        # module may have another input size. For example, the last module of the MLP has larger inputs.
         names = {_below(litgpt_parts()[name]) for name in enabled}
         width = next(update.A.shape[1] for path, update in self.updates.items() if _below(path) in names)
         sizes = dict(zip(litgpt_parts(), self.heads.sizes, strict=True)) if self.heads else {}
         pairs = []
         for name, update in zip(enabled, updates_of_parts, strict=True):
             if update is None and not sizes:
-                why = f"layer {layer} has no {name}, and the number of zero rows to write depends on the base's heads"
+                why = f"layer {layer} has no update for {name}, and the number of zero rows depends on the base's heads"
                 raise UsageError(why, where=LITGPT_QKV, cure="Give the base, with its config.json: --base (base=)")
             pairs.append(self.zero(sizes[name], width) if update is None else (as_lazy(update.A), as_lazy(update.B)))
         return joined([A for A, _ in pairs]), joined([B for _, B in pairs])
@@ -211,7 +221,7 @@ class _LitgptWriter:
         alike = (u for path, u in self.updates.items() if _below(path) == _below(hub_path))
         like = next(((u.B.shape[0], u.A.shape[1]) for u in alike), self.shapes.get(hub_path))
         if like is None:
-            why = "litgpt adapts a module in all layers; only the base shows the width of this module"
+            why = "litgpt needs a pair of zeros for this module, and only the base shows the module's shape"
             raise UsageError(why, where=foreign, cure="Give the base with --base (base=)")
         return _named_pair(foreign, *self.zero(*like))
 
@@ -225,7 +235,7 @@ def _below(hub_path: str) -> str:
 
 
 def _shapes(base: Checkpoint | None) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the base's matrices by module name, without the prefix of a language model."""
+    """Return the shapes of the base's matrices by module name. A name has no prefix such as `language_model.`."""
     tensors = {} if base is None else base.tensors
     shapes = {name.removesuffix(".weight"): leaf.shape for name, leaf in tensors.items() if len(leaf.shape) == 2}
     return {bare: shape for name, shape in shapes.items() for bare in without_prefix(name)}
@@ -240,7 +250,7 @@ def _named(path: str) -> str | None:
 
 
 def _flag(target: Target) -> str:
-    """Return the name of the setting that enables adapters in a module."""
+    """Return the setting that enables LoRA in the target's module, without the prefix `lora_`: `query`, `mlp`, ..."""
     foreign = next(filter(None, map(_named, without_prefix(target.path))))
     if f".{LITGPT_QKV}." in foreign:
         return foreign.rpartition(".")[2]
@@ -269,7 +279,7 @@ def _saved_heads(hints: LitgptHints, base: Checkpoint | None) -> Heads | None:
 
 
 def _count(hints: LitgptHints, base: Checkpoint | None, pairs: Pairs) -> int:
-    """Return the number of layers in the config, but at least the last adapted layer's number plus 1."""
+    """Return the config's number of layers, or the highest number of an adapted layer plus 1 if that is larger."""
     stated = ((None if base is None else base.config) or {}).get("num_hidden_layers") or hints.get("model", {}).get(
         "n_layer"
     )
@@ -281,7 +291,7 @@ def _text(path: Path, *, needed: bool) -> str:
     """Read the text of a settings file. If the file is missing and not `needed`, return an empty string."""
     if not path.exists():
         if needed:
-            cure = "Fetch the file: it states the rank, alpha and the adapted modules"
+            cure = "Fetch the file, because it states the rank, alpha and which modules are adapted"
             raise StorageError("the file is missing", path=path, cure=cure)
         return ""
     try:
@@ -291,7 +301,7 @@ def _text(path: Path, *, needed: bool) -> str:
 
 
 def _save(path: Path, tensors: Mapping[str, Lazy], settings: Mapping[str, object], hints: LitgptHints) -> None:
-    """Write the folder. Write the settings last, so that readers reject an incomplete folder."""
+    """Write the folder. The settings are written last, so that readers reject the folder after an interruption."""
     folder, file = (path.parent, path) if path.name.endswith(".lora") else (path, path / TENSORS)
     make_folder(folder)
     save(file, tensors, "model")

@@ -1,9 +1,13 @@
 """Read and write loralib's checkpoints: a torch file with `lora_A` and `lora_B`, and `loralib.json` next to it.
 
-The JSON file states alpha and the adapted blocks. For an embedding, `B @ A` is the transposed change of the weight. The
-outputs of a `MergedLinear` consist of blocks of equal size. It adapts some blocks, and stores their pairs in one A and
-one B. The torch file does not show the number of blocks, or which blocks are adapted. A `Conv2d` has separate parts of
-A and B for each row of its kernel, which together equal a LoRA with a larger rank.
+For an embedding, `B @ A` is the transposed change of the weight.
+
+The outputs of a `MergedLinear` consist of blocks of equal size, some of which are adapted. The factors of all adapted
+blocks are stored in one A and one B. The torch file shows neither the number of blocks nor which blocks are adapted. So
+`loralib.json` states this, in addition to alpha.
+
+For a `Conv2d`, A is `[r * k, in * k]` and B is `[out * k, r * k]`. loralib reshapes `B @ A` to `[out, in, k, k]`. The
+result equals a LoRA of rank `r * k * k`.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ SETTINGS = "loralib.json"
 _EXAMPLE = '{"alpha": <lora_alpha>}, with "enable_lora": [true, false, true] if the model has a MergedLinear'
 _SLOTS = {".lora_A": "A", ".lora_B": "B"}
 _OTHERS = (".parametrizations.", ".loras.")
-"""Texts in keys of other tools. These keys have the same endings as loralib's."""
+"""Parts of keys that only other tools write, such as minLoRA. The ends of these keys are the same as loralib's."""
 
 
 class LoralibSettings(TypedDict, total=False):
@@ -119,15 +123,15 @@ def _decode(
 
 
 def _alone(path: str, slots: Slots, enabled: list[bool] | None, weight: Lazy | None) -> bool:
-    """Whether a pair adapts the only adapted block of a MergedLinear. Otherwise the pair adapts a whole weight.
+    """Whether a pair adapts a MergedLinear in which one block is adapted; if not, the pair adapts a whole weight.
 
     Raises:
-        UsageError: the answer depends on the base, and no base is given.
+        UsageError: only the base's weight shows which of the two is true, and no base is given.
     """
     if enabled is None or sum(enabled) != 1 or len(enabled) == 1:
         return False
     if weight is None:
-        why = "this pair may belong to a plain layer, or to the block that enable_lora adapts"
+        why = "the pair may adapt a whole layer, or only the block of a MergedLinear that enable_lora marks as true"
         raise UsageError(why, where=path, cure="Give the base with --base (base=)")
     return slots["B"].shape[0] * len(enabled) in weight.shape
 
@@ -139,11 +143,14 @@ def _merged(
     if len(A.shape) != 2 or len(B.shape) != 2 or not B.shape[1] or A.shape[0] % B.shape[1]:
         raise ShapeMismatch(f"A is {list(A.shape)}, B is {list(B.shape)}", where=path, cure=DAMAGED)
     if enabled is None:
-        why = "the tensors of this MergedLinear do not show which blocks of outputs it adapts"
+        why = "the tensors of this MergedLinear do not show which blocks of its outputs are adapted"
         raise UsageError(why, where=path, cure=f"Write {SETTINGS}: {_EXAMPLE}")
     rank, count = B.shape[1], A.shape[0] // B.shape[1]
     if count != sum(enabled) or B.shape[0] % count:
-        why = f"{count} pairs with {B.shape[0]} outputs do not fit the {sum(enabled)} equal blocks of enable_lora"
+        why = (
+            f"A and B have {count} pairs with {B.shape[0]} rows in total, but enable_lora marks {sum(enabled)} blocks "
+            "of equal size as adapted"
+        )
         raise ShapeMismatch(why, where=path, cure=f"Correct {SETTINGS}")
     size, positions = B.shape[0] // count, [index for index, flag in enumerate(enabled) if flag]
     weight = None if base is None else base.tensors.get(f"{path}.weight")
@@ -155,15 +162,20 @@ def _merged(
 
 
 def _convolution(path: str, slots: Slots, alpha: float, shape: tuple[int, ...]) -> LoRA:
-    """Decode a Conv2d whose kernel has the given shape.
+    """Decode the pair of a Conv2d whose weight has the shape `shape`, `[out, in, k, k]`.
 
-    loralib reshapes `B @ A` to the kernel's shape. Each row of the kernel has separate parts of B and A.
+    loralib reshapes `B @ A` from `[out * k, in * k]` to the weight's shape. So each output has k rows of B. The product
+    of each row and A gives one of k equal parts of the output's `in * k * k` flattened values.
     """
     out, in_, k, _ = shape
     A, B = slots["A"], slots["B"]
     rank = A.shape[0] // k
     if A.shape != (rank * k, in_ * k) or B.shape != (out * k, rank * k) or not rank or shape[3] != k:
-        raise ShapeMismatch(f"A is {list(A.shape)}, B is {list(B.shape)}, W is {list(shape)}", where=path, cure=DAMAGED)
+        why = (
+            f"A is {list(A.shape)}, B is {list(B.shape)}, and the base's weight is {list(shape)}; for a square kernel, "
+            f"A must be [r * {k}, {in_ * k}] and B [{out * k}, r * {k}]"
+        )
+        raise ShapeMismatch(why, where=path, cure=DAMAGED)
     whole = A.map(lambda a: _kron(k, a), (k * rank * k, in_, k, k))
     wide: Slots = {"A": whole, "B": B.reshape(out, k * rank * k)}
     return LoRA(**wide, scaling=alpha / rank)
@@ -198,7 +210,7 @@ def _spelled(
         rank = {rank_of(update) for _, update in group}
         if len(rank) > 1:
             raise Unrepresentable(
-                "a MergedLinear has the same rank in all blocks", items=[path], cure="Write another format"
+                "all blocks of a MergedLinear must have the same rank", items=[path], cure="Write another format"
             )
         tensors |= {f"{path}.lora_{field}": joined([as_lazy(u.tensors[field]) for _, u in group]) for field in "AB"}
     return tensors, enabled
@@ -207,9 +219,9 @@ def _spelled(
 def _enabled(
     path: str, group: list[tuple[tuple[int, int], Pair]], enabled: list[bool] | None, base: Checkpoint | None
 ) -> list[bool]:
-    """Return a list that states for each equal block of a weight's outputs whether a pair adapts the block.
+    """Return `enable_lora` for `loralib.json`: one flag for each block of the weight's outputs, true if it is adapted.
 
-    All weights must have the same list.
+    The file has one such list for all weights. So if `enabled` is given, this weight must match it.
     """
     size = group[0][0][1] - group[0][0][0]
     weight = None if base is None else base.tensors.get(f"{path}.weight")
@@ -224,7 +236,7 @@ def _enabled(
     if [rows for rows, _ in group] != [(i * size, (i + 1) * size) for i, flag in enumerate(enabled) if flag]:
         items = [f"{path}: rows {', '.join(f'{a} to {b}' for (a, b), _ in group)}"]
         raise Unrepresentable(
-            "loralib splits all weights into the same number of equal blocks, and adapts the same blocks in all",
+            f"{SETTINGS} has one enable_lora for all weights, so the same blocks of equal size must be adapted in each",
             items=items,
             cure="Write another format",
         )

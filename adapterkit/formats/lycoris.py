@@ -1,6 +1,7 @@
 """Read and write LyCORIS's files: LoHa, LoKr, OFT, BOFT, GLoRA, IA3, LoCon and full weight differences.
 
-Keys have the same parts as kohya's. Keys with the prefix `lycoris_` may be for any kind of model.
+A key has the same three parts as a key of kohya's sd-scripts. A file whose keys begin with `lycoris_` may be for any
+kind of model, not only for image models.
 """
 
 from __future__ import annotations

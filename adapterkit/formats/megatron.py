@@ -1,7 +1,8 @@
 """Read and write LoRA of Megatron-Bridge and NeMo 2: a state dict, and `megatron.json` with alpha next to it.
 
-The state dict is a torch or safetensors file. Plain LoRA has one pair for a fused weight; canonical LoRA has a pair for
-each part of the weight. If the processes of a training saved a checkpoint in several files, gather these files first.
+The state dict is a torch or safetensors file. Plain LoRA has one pair (A, B) for a fused weight; canonical LoRA has a
+pair for each part of the weight. Only a single file can be read. If each process of a distributed training saved its
+own file, merge these files first.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     from ._kit import Pair
 
 
-# Convert LoRA in Megatron's layout: one pair (A, B) for each fused weight, or in canonical LoRA, for each part.
+# Convert LoRA in Megatron's layout. It has one pair (A, B) for each fused weight, or, in canonical LoRA, one pair for
+# each part of the weight.
 
 
 SLOTS = {".linear_in.weight": "A", ".linear_out.weight": "B"}
@@ -50,7 +52,7 @@ Modules = Mapping[str, tuple[str, ...]]
 
 
 def is_of(keys: list[str], modules: Modules) -> bool:
-    """Whether at least one key belongs to one of these modules."""
+    """Whether at least one key is A or B of one of `modules`."""
     ends = tuple(module + end for module in modules for end in SLOTS)
     return any(key.endswith(ends) for key in keys)
 
@@ -60,11 +62,13 @@ def decode(
 ) -> tuple[dict[Target, tuple[Pair, ...]], dict[str, JsonValue]]:
     """Return the updates, and a dict of leftovers for the writer.
 
-    The leftovers are the prefix of names, the order of keys, and whether pairs are for fused weights.
+    The leftovers are the module names' prefix (such as `decoder.layers.`), the order of the keys, and whether a pair
+    adapts a fused weight.
 
     Raises:
-        Malformed: a key belongs to none of these modules.
-        ShapeMismatch: A and B do not fit each other, or B does not fit the parts of the fused weight.
+        Malformed: a key belongs to none of `modules`, or two pairs adapt the same weight.
+        ShapeMismatch: A and B do not fit each other, or the rows of B cannot be split into the fused weight's parts.
+        TargetNotFound: a name in the file is the name of no module, or of several modules, in the base.
     """
     names_of_base = _BaseNames(base)
     updates: dict[Target, tuple[Pair, ...]] = {}
@@ -72,14 +76,14 @@ def decode(
     for name, slots in grouped(tensors, SLOTS, "Megatron").items():
         match = LAYER.fullmatch(name)
         if match is None or match["module"] not in modules:
-            raise Malformed("adapterkit cannot convert this Megatron module", where=name, cure=DAMAGED)
+            raise Malformed("adapterkit does not know this module of Megatron", where=name, cure=DAMAGED)
         prefix, weights = match["prefix"], modules[match["module"]]
         fused = fused or len(weights) > 1
         update = LoRA(**slots, scaling=alpha / check_factors(name, slots))
         for weight, part in zip(weights, _split(name, update, weights, heads), strict=True):
             target = Target(names_of_base.named(f"model.layers.{match['n']}.{weight}"))
             if target in updates:
-                raise Malformed("the weight has a second pair", where=name, cure=DAMAGED)
+                raise Malformed(f"a second pair adapts {target}", where=name, cure=DAMAGED)
             updates[target] = (part,)
     return updates, {"prefix": prefix, "fused": fused, "order": list(tensors)}
 
@@ -91,7 +95,7 @@ def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[]
         return
     sizes = heads().sizes if weights == QKV else (out // 2, out - out // 2)
     if sum(sizes) != out or (weights != QKV and out % 2):
-        why = f"it has {out} outputs, which do not fit {' and '.join(weights)}"
+        why = f"B has {out} rows, which cannot be split into {' and '.join(weights)}"
         raise ShapeMismatch(why, where=name, cure="Is this the base that the adapter was trained on?")
     whole: Pair = update
     if weights == QKV:
@@ -103,13 +107,16 @@ def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[]
 
 
 def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
-    """Return a function for `expressible`: it returns why these modules cannot express an update; empty if they can."""
+    """Return the function that `expressible` calls to learn why `modules` cannot express an update.
+
+    The function returns an empty string if they can.
+    """
     known = {weight for weights in modules.values() for weight in weights}
 
     def why(target: Target, update: Pair) -> str:
         match = LAYER_PATH.fullmatch(target.path)
         if match is None or match["module"] not in known:
-            return "its module is not in a Megatron layer"
+            return "LoRA of Megatron has no module for this weight"
         return unfit(target, update)
 
     return why
@@ -118,13 +125,13 @@ def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
 def encode(
     pairs: Pairs, modules: Modules, prefix: str, heads: Callable[[], Heads], fused: bool | None
 ) -> tuple[dict[str, Lazy], bool]:
-    """Return the tensors by key, and whether they have one pair for each fused weight.
+    """Return the tensors by key, and true if each fused weight has one pair, or false if each part has its own pair.
 
-    This is possible only if all parts of each fused weight have pairs with the same A and scaling. If `fused` is false,
-    each part gets its own pair.
+    One pair for a fused weight is possible only if the pairs of all its parts have the same A and scaling. If this is
+    not possible for some weight, or if `fused` is false, every part gets its own pair.
     """
     if LAYER.fullmatch(f"{prefix}0.x") is None:
-        why = f"the stored data of the Megatron file is damaged: names begin with {prefix!r}"
+        why = f"the stored data of the Megatron file is damaged: the prefix of the module names is {prefix!r}"
         raise Malformed(why, cure="Remove the data: adapter.replace(foreign=None)")
     layers = _by_layer(pairs)
     groups = [weights for weights in modules.values() if len(weights) > 1]
@@ -148,7 +155,7 @@ def _joined(updates: list[Pair], weights: tuple[str, ...], heads: Callable[[], H
     if weights != QKV:
         return whole
     if sum(heads().sizes) != whole.B.shape[0]:
-        why = f"{whole.B.shape[0]} outputs of q, k and v do not fit the base's heads"
+        why = f"q, k and v together have {whole.B.shape[0]} outputs, but the base's heads have {sum(heads().sizes)}"
         raise ShapeMismatch(why, where="linear_qkv", cure="Is this the base that the adapter was trained on?")
     return in_row_order(whole, lambda: by_group(heads()))
 
@@ -163,7 +170,7 @@ def _by_layer(pairs: Pairs) -> dict[int, dict[str, Pair]]:
 
 
 def _fits(slots: Mapping[str, Pair], weights: tuple[str, ...]) -> bool:
-    """Whether the pairs of a fused weight's parts can be one pair. This is also true if no part has a pair."""
+    """Whether the pairs of a fused weight's parts can be joined into one pair. True if none of the parts has a pair."""
     updates = [slots[weight] for weight in weights if weight in slots]
     if not updates:
         return True
@@ -174,7 +181,7 @@ def _fits(slots: Mapping[str, Pair], weights: tuple[str, ...]) -> bool:
 
 
 class _BaseNames:
-    """Translate module names to the base's names, which may have another prefix. Without a base, keep the names."""
+    """Translates module names to the base's names, which may have another prefix. Without a base, nothing changes."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         self.modules: dict[str, list[str]] | None = None
@@ -196,9 +203,9 @@ class _BaseNames:
 
 
 def heads_again(kept: tuple[int, int, int] | None, base: Checkpoint | None, where: str) -> Callable[[], Heads]:
-    """Return a function that returns the base's numbers of heads, or the numbers in `kept` if there is no base.
+    """Return a function that returns the base's heads, or those in `kept` (query heads, kv heads, dim) without a base.
 
-    The function raises UsageError if there is neither.
+    The function raises UsageError if there is neither a base nor `kept`.
     """
     from ..naming.heads import heads_of
 
@@ -206,7 +213,7 @@ def heads_again(kept: tuple[int, int, int] | None, base: Checkpoint | None, wher
         if base is None and kept:
             return Heads(*kept)
         if base is None:
-            why = "the order of this weight's rows depends on the base's numbers of heads"
+            why = "the order of this weight's rows depends on how many attention heads the base has"
             raise UsageError(why, where=where, cure="Give the base, with its config.json: --base (base=)")
         return heads_of(base.config, where)
 
@@ -222,7 +229,11 @@ PREFIX = "decoder.layers."
 
 
 class MegatronHints(Leftovers, total=False):
-    """The leftovers: the prefix of names, whether pairs are for fused weights, the numbers of heads, and alpha."""
+    """The leftovers of a file, for the writer.
+
+    `prefix` is the prefix of the module names. `fused` is true if a pair adapts a fused weight. `heads` is (query
+    heads, kv heads, dim).
+    """
 
     prefix: str
     fused: bool

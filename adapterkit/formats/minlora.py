@@ -1,6 +1,7 @@
 """Read and write minLoRA's checkpoints: a torch file of parametrizations, and `minlora.json` with alpha next to it.
 
-For an embedding, A and B are swapped. For a convolution, one axis of A contains both the inputs and the kernel.
+For an embedding, A and B are stored transposed, and the change of the weight is `A @ B`. For a convolution, A is
+`[r, in * kernel]`: its second axis contains both the inputs and the positions of the kernel.
 """
 
 from __future__ import annotations
@@ -87,12 +88,16 @@ def _decode(tensors: Mapping[str, Lazy], alpha: float, base: Checkpoint | None) 
 
 
 def _with_kernel(path: str, slots: Slots, base: Checkpoint | None) -> Slots:
-    """Split A's last axis into the axes of inputs and kernel that the base's weight has."""
+    """Reshape A from `[r, in * kernel]` to `[r, in, *kernel]`; the base's weight is `[out, in, *kernel]`."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     if weight is None or len(weight.shape) < 3:
         return dict(slots)
     if slots["A"].shape[1] != weight.nbytes // weight.dtype.itemsize // weight.shape[0]:
-        raise ShapeMismatch(f"A is {list(slots['A'].shape)}, W is {list(weight.shape)}", where=path, cure=DAMAGED)
+        why = (
+            f"A is {list(slots['A'].shape)}, and the base's weight is {list(weight.shape)}; the length of "
+            "A's second axis must be the product of the weight's sizes after the first"
+        )
+        raise ShapeMismatch(why, where=path, cure=DAMAGED)
     return {**slots, "A": slots["A"].reshape(-1, *weight.shape[1:])}
 
 

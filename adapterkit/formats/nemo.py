@@ -1,8 +1,8 @@
-"""NeMo 1's LoRA: a `.nemo` archive, which is a tar file of `model_config.yaml` and `model_weights.ckpt`.
+"""Read and write NeMo 1's LoRA: a `.nemo` archive, which is a tar file of `model_config.yaml` and `model_weights.ckpt`.
 
 Both of NeMo's variants can be read and written: `nemo` (one pair for query, key and value) and `canonical` (separate
-pairs). The config in the archive has alpha and the numbers of heads. If the tensors are split over ranks, NeMo must
-merge them first.
+pairs). The config in the archive has alpha and the numbers of heads. Tensors that are split over the ranks of parallel
+training cannot be read; merge them with NeMo first.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ PREFIX = "model.decoder.layers."
 LARGEST = 8 << 30
 """The size limit, in bytes, of the tensor file in an archive."""
 EXPANDED = 64
-"""The size limit of the tensor file, as a multiple of the archive's size."""
+"""The size limit of the tensor file, as a multiple of the archive's size. It stops decompression bombs."""
 MEMBERS = 64
 PIECE = 2 << 20
-"""The limit, in bytes, for one read of the archive; the headers of members need a few hundred bytes."""
+"""The limit, in bytes, for one read from the archive. A member's header usually has only a few hundred bytes."""
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
 
@@ -57,8 +57,8 @@ _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lz
 class NemoHints(Leftovers, total=False):
     """The data that the reader keeps for the writer.
 
-    `prefix` is the prefix of the keys. `fused` says whether query, key and value have one pair. `heads` is (query
-    heads, key-value heads, size of a head). `text` is the YAML text of `config`.
+    `prefix` is the prefix of the keys. `fused` is true if query, key and value share one pair. `heads` is (query heads,
+    key-value heads, size of a head). `text` is the YAML text of `config`.
     """
 
     prefix: str
@@ -122,7 +122,7 @@ def _name(member: tarfile.TarInfo) -> str:
 
 
 def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
-    """Load the config and the tensors. The tensors are held in memory, because the extracted file is deleted."""
+    """Load the config and the tensors. The tensors are read into memory, because the extracted file is deleted."""
     config: bytes | None = None
     tensors: dict[str, Lazy] | None = None
     try:
@@ -152,7 +152,7 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
     except OSError as error:
         raise storage_error(error, path) from error
     if config is None or tensors is None:
-        raise Malformed(f"the archive lacks {CONFIG} or {TENSORS}", path=path, cure=DAMAGED)
+        raise Malformed(f"{CONFIG} or {TENSORS} is missing from the archive, or is too large", path=path, cure=DAMAGED)
     return config, tensors
 
 
@@ -164,10 +164,10 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 
 
 class _Bounded(io.RawIOBase):
-    """The decompressed contents of an archive. This class limits the size of one read, and the total size.
+    """The decompressed contents of an archive, with a limit for one read and a limit for the total size.
 
-    The limits protect memory: the file states the size of a header, and `tarfile` reads all of the header at once. In
-    a compressed archive, the bytes of a skipped member are decompressed, too.
+    The first limit protects memory, because `tarfile` reads a header at once, with the size that the file states. The
+    second limits time, because the bytes of a skipped member must be decompressed, too.
     """
 
     def __init__(self, source: IO[bytes], limit: int) -> None:
@@ -190,7 +190,9 @@ class _Bounded(io.RawIOBase):
     def read(self, size: int = -1, /) -> bytes:
         if not 0 <= size <= PIECE or self.tell() > self.limit:
             raise Malformed(
-                f"reading needs {size:,} bytes at once, or bytes after the first {self.limit:,}", cure=DAMAGED
+                f"a read of {size:,} bytes at byte {self.tell():,} is not allowed: at most {PIECE:,} bytes can be read "
+                f"at once, and only from the first {self.limit:,} bytes",
+                cure=DAMAGED,
             )
         return bytes(self.source.read(size))
 
@@ -204,7 +206,7 @@ def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
     """Open a tar archive, which may be compressed in any way that `tarfile` supports.
 
     Yields:
-        the archive, and the opened file if it is not compressed, otherwise None.
+        the archive, and its open file; instead of the file, None if the archive is compressed.
     """
     with open_input(path) as file:
         head = file.read(6)
@@ -217,10 +219,10 @@ def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
 
 
 def _copy(archive: tarfile.TarFile, member: tarfile.TarInfo, plain: BinaryIO | None, copy: BinaryIO) -> None:
-    """Copy the contents of a member.
+    """Copy the contents of a member to the open file `copy`.
 
-    The kernel copies from an uncompressed archive, three times as fast as Python. Python copies sparse members, because
-    their data is not contiguous in the file.
+    From an uncompressed archive (`plain`), the kernel copies the data, three times as fast as a loop in Python. A
+    sparse member is copied in Python, because its data is not contiguous in the archive.
     """
     done = 0
     if plain is not None and member.sparse is None:
@@ -249,7 +251,7 @@ def _check(config: Mapping[str, object]) -> float:
             raise Unsupported(f"{name} is {shown(config[name])}", where=CONFIG, cure="Merge the ranks with NeMo first")
     alpha = is_finite(tuning.get("alpha", tuning.get("adapter_dim")), f"{CONFIG}: peft.lora_tuning.alpha")
     if not alpha:
-        raise Malformed("alpha is zero", where=f"{CONFIG}: peft.lora_tuning.alpha", cure="Correct alpha")
+        raise Malformed("alpha is 0", where=f"{CONFIG}: peft.lora_tuning.alpha", cure="Set it to the training's alpha")
     return alpha
 
 
@@ -267,9 +269,9 @@ def _heads(config: Mapping[str, object]) -> Callable[[], Heads]:
 def _config(
     hints: NemoHints, base: Checkpoint | None, alpha: float, rank: int, fused: bool, keys: list[str]
 ) -> dict[str, object]:
-    """Return the source config with a new alpha, rank and variant.
+    """Return the config that was read, with the given alpha and rank, and the variant that `fused` determines.
 
-    Without a source config, return a config with only the fields that NeMo needs.
+    If no config was read, return one with only the fields that NeMo needs. The sizes come from the base's config.
     """
     read = dict(hints.get("config", {}))
     if not read and base is not None and base.config is not None:

@@ -1,9 +1,10 @@
 """Read and write files of NOLA's reference implementation, https://github.com/UCDvision/NOLA, for GPT-2.
 
-A file is a torch dict `{"model_state_dict": ...}`. Its keys contain `nola_query` or `nola_value` for an attention, and
-`p1_nola` or `p2_nola` for an MLP. The file stores a seed for each factor, but no random matrices: the reader draws them
-again with torch's generator. `nola.json` next to the file has LoRA's alpha and the type of the device that drew the
-matrices. The adapter keeps the file's seeds; only an adapter with seeds can be written in this format.
+A file is a torch dict `{"model_state_dict": ...}`. The tensors' keys contain `nola_query` or `nola_value` for attention
+layers, and `p1_nola` or `p2_nola` for MLPs. The file stores a seed for each factor, but no random matrices. The reader
+draws these matrices again from the seed, with torch's generator. `nola.json` next to the file has LoRA's alpha and the
+type of the device that drew the matrices. The adapter keeps the file's seeds; only an adapter with seeds can be written
+in this format.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ LARGEST = 4 << 30
 _PARTS: dict[str, tuple[str, int | None]] = {
     "nola_query": ("c_attn", 0), "nola_value": ("c_attn", 2), "p1_nola": ("c_fc", None), "p2_nola": ("c_proj", None),
 }  # fmt: skip
-"""For each word in keys: the adapted module, and the index of the adapted third of its outputs (None: all outputs)."""
+"""A map from a word in keys to (adapted module, index of the adapted third of its outputs; None for all outputs)."""
 
 _KEY = re.compile(
     rf"(?:module\.)?(?P<path>.+)\.(?P<part>{'|'.join(_PARTS)})\.lora_(?P<factor>[AB])\.(?P<slot>weight|seed|coefficients)"
@@ -59,7 +60,7 @@ class NolaSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class NolaHints(Leftovers, total=False):
-    """The settings in `nola.json`, kept for the writer. The seeds are kept as tensors, in `Foreign.tensors`."""
+    """The settings in `nola.json`, which the writer needs again. The seeds are not here, but in `Foreign.tensors`."""
 
     alpha: float
     device: Literal["cpu", "cuda"]
@@ -107,7 +108,7 @@ class Nola(Format):
                 tensors |= _spelled(update, str(stem), seeds)
                 alphas.add(_alpha(update, hints.get("alpha", 0.0)))
         if len(alphas) > 1:
-            lost.append(f"the scalings need more than one alpha: {', '.join(f'{a:g}' for a in sorted(alphas))}")
+            lost.append(f"the updates need more than one alpha: {', '.join(f'{a:g}' for a in sorted(alphas))}")
         if lost and (on_loss != "drop" or len(alphas) != 1):
             cure = "Write adapterkit's format, which stores the random matrices: --to adapterkit"
             raise Unrepresentable(
@@ -124,7 +125,7 @@ def _place(target: Target) -> tuple[str, int | None]:
 
 
 def _stems(seeds: Mapping[str, object]) -> dict[tuple[str, int | None], str]:
-    """Return, for each (module, index) as in `_place`, the prefix that the keys of its A and B have."""
+    """Return the common prefix of the keys of A and B, by the (module, index) that `_place` returns."""
     matches = {key.removesuffix(".lora_A.seed"): _KEY.fullmatch(key) for key in seeds if key.endswith(".lora_A.seed")}
     parts = {stem: (match["path"], *_PARTS[match["part"]]) for stem, match in matches.items() if match}
     return {(f"{path}.{module}", third): stem for stem, (path, module, third) in parts.items()}
@@ -138,7 +139,7 @@ def _why_not(update: Update, stem: str | None, seeds: Mapping[str, Leaf], device
     for factor, (mix, start, bases) in factors.items():
         seed = seeds.get(f"{stem}.lora_{factor}.seed")
         if seed is None or start is None or bases is None:
-            return "the file needs the seeds of torch's generator, which the adapter does not have"
+            return "the file needs the seeds of torch's generator, but the adapter has no seeds for this update"
         if as_lazy(mix).dtype.name != "F32":
             return "its coefficients are not F32"
         tensors = {factor + slot: as_lazy(leaf) for slot, leaf in zip(_ENDS, (start, seed, mix), strict=True)}
@@ -148,7 +149,7 @@ def _why_not(update: Update, stem: str | None, seeds: Mapping[str, Leaf], device
 
 
 def _drawn(slots: Mapping[str, Lazy], factor: str, device: str, bases: Lazy) -> bool:
-    """Whether the seed yields exactly these random matrices."""
+    """Whether the factor's seed in `slots` yields exactly the random matrices `bases`."""
     from numpy import array_equal
 
     return array_equal(_bases(slots, factor, device).numpy(), bases.numpy())
@@ -182,16 +183,16 @@ def _settings(path: Path) -> NolaSettings:
 
 
 def _groups(tensors: Mapping[str, Lazy]) -> dict[tuple[str, str], dict[str, Lazy]]:
-    """Group the tensors by (path of an attention or MLP, word of `_PARTS`), then by factor and slot, such as `Aseed`.
+    """Group the tensors by (path of an attention or MLP, key of `_PARTS`), then by factor and slot, as in `Aseed`.
 
     Raises:
-        Malformed: a key is not NOLA's, or a key is missing.
+        Malformed: a key does not have the form of NOLA's keys, or a tensor of a group is missing.
     """
     groups: dict[tuple[str, str], dict[str, Lazy]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise Malformed("this is not a tensor of NOLA", where=key, cure="Save only lora_state_dict(model)")
+            raise Malformed("the key is not one of NOLA's keys", where=key, cure="Save only lora_state_dict(model)")
         groups.setdefault((match["path"], match["part"]), {})[match["factor"] + match["slot"]] = tensor
     for (path, part), slots in groups.items():
         missing = next(iter(sorted(_SLOTS - slots.keys())), None)
@@ -207,11 +208,11 @@ def _check(where: str, slots: Mapping[str, Lazy]) -> None:
         weight, seed, mix = (slots[factor + slot] for slot in ("weight", "seed", "coefficients"))
         if len(weight.shape) != 2 or len(mix.shape) != 1 or seed.shape != (1,) or seed.dtype.name != "I64":
             shapes = f"{list(weight.shape)}, {list(seed.shape)} and {list(mix.shape)}"
-            why = f"the shapes {shapes} are not those of a weight, a seed and coefficients"
+            why = f"weight, seed and coefficients are {shapes}; they must be [n, m], [1] of I64, and [k]"
             raise ShapeMismatch(why, where=f"{where}.lora_{factor}", cure="Save the checkpoint again")
         size = math.prod(weight.shape) * mix.shape[0] * mix.dtype.itemsize
         if size > LARGEST or mix.dtype.name != "F32":
-            why = f"the random matrices need {size} bytes of {mix.dtype}; the limit is {LARGEST} bytes of F32"
+            why = f"the random matrices are {mix.dtype} of {size} bytes; they must be F32 of at most {LARGEST} bytes"
             raise Unsupported(why, where=f"{where}.lora_{factor}", cure="Train with fewer random matrices, in float32")
 
 
@@ -231,15 +232,15 @@ def _update(slots: Mapping[str, Lazy], settings: NolaSettings) -> NOLA:
 
 
 def _bases(slots: Mapping[str, Lazy], factor: str, device: str) -> Lazy:
-    """Return the random matrices of one factor. They are drawn only when their values are read."""
+    """Return the random matrices of one factor, lazily: the generator runs when the values are read."""
     seed, shape = slots[f"{factor}seed"], (*slots[f"{factor}coefficients"].shape, *slots[f"{factor}weight"].shape)
 
     def fetch() -> bytes:
         import torch
 
         if device == "cuda" and not torch.cuda.is_available():
-            why = "a CUDA device drew its random matrices; the CPU's generator draws other numbers"
-            raise Unsupported(why, where=SETTINGS, cure="Convert the file once on a machine with a CUDA device")
+            why = "a CUDA device drew the random matrices; from the same seed, the CPU's generator yields other values"
+            raise Unsupported(why, where=SETTINGS, cure="Convert the file on a machine with a CUDA device")
         generator = torch.Generator(device).manual_seed(int(seed.numpy()[0]))
         drawn = torch.empty(shape, device=device).uniform_(-1, 1, generator=generator)
         return drawn.cpu().numpy().tobytes()

@@ -1,7 +1,7 @@
 """Read and write LoRA files of `olive convert-adapters`, whose factors are inputs of an ONNX graph.
 
-Both factors are transposed, compared with PEFT, and B includes the scaling. The file is `.onnx_adapter`, `.npz` or
-`.safetensors`.
+Compared with PEFT, both factors are transposed, and B is already multiplied by the scaling. The file's suffix is
+`.onnx_adapter`, `.npz` or `.safetensors`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _KEY = re.compile(r"model\.(?:\w+\.)+lora_[AB]\.(?:weight|quant\.(?:weight|scale
 
 
 class OliveHints(Leftovers, total=False):
-    """The two version numbers that an .onnx_adapter file contains."""
+    """The version numbers of the adapter and of the model, which an .onnx_adapter file contains."""
 
     adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
     model_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
@@ -98,7 +98,7 @@ class Olive(Format):
 
 
 def has_olives_names(path: Path) -> bool:
-    """Whether an `.onnx_adapter` file has only values with Olive's names."""
+    """Whether all values in an `.onnx_adapter` file have names in Olive's form, `model.<module>.lora_A.<...>`."""
     try:
         return _all_olives(read_ort_adapter(path).tensors)
     except AdapterkitError:
@@ -128,5 +128,5 @@ def _save(path: Path, tensors: Mapping[str, Lazy], hints: OliveHints) -> None:
 
 def _why_not(target: Target, update: Pair) -> str:
     if not _KEY.fullmatch(f"{target.path}.lora_A.weight"):
-        return "its name does not begin with model."
+        return "its name does not have Olive's form, model.<module>"
     return unfit(target, update)

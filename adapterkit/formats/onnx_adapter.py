@@ -1,8 +1,8 @@
 """Read and write onnxruntime's `.onnx_adapter` files, which hold named values for the inputs of an ONNX graph.
 
-The adapter file has only names and values. Methods and targets are in adapterkit's record, which is a second file: its
-name is the adapter file's name plus `.json`. The record has the same contents as the metadata key in adapterkit's own
-files. The format `olive` reads files without a record, if the values have Olive's names.
+The adapter file has only names and values. A second file, adapterkit's record, states methods and targets. The record's
+file name is that of the adapter file plus `.json`. The record has the same contents as the metadata key in adapterkit's
+own files. An adapter file without a record can be read with the format `olive`, if the values have Olive's names.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ FORMAT = "onnx_adapter"
 
 
 class OnnxAdapterHints(Leftovers, total=False):
-    """The two version numbers that the file contains."""
+    """The version numbers of the adapter and of the model, which the file contains."""
 
     adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
     model_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
 
 
 class OnnxAdapter(Format):
-    """Files from `onnxruntime.AdapterFormat`, with a record in a JSON file next to each."""
+    """Files from `onnxruntime.AdapterFormat`. Next to each file is a JSON file with adapterkit's record."""
 
     url = "https://onnxruntime.ai/docs/genai/tutorials/finetune.html"
     description = "onnxruntime: an .onnx_adapter file, and a record that says what its values mean"
@@ -57,11 +57,11 @@ class OnnxAdapter(Format):
         file = read_ort_adapter(path)
         record = sidecar(path)
         if not record.exists():
-            why = f"the file has only names and values; {record.name} next to it must say what they mean"
+            why = f"the record {record.name}, which states the meaning of the file's values, is missing"
             raise UsageError(
                 why,
                 path=path,
-                cure="Fetch that file, or name the format if Olive wrote this one: --from olive (format='olive')",
+                cure=f"Fetch {record.name}, or if Olive wrote the file, name the format: --from olive (format='olive')",
             )
         try:
             if record.stat().st_size > MAX_RECORD:
@@ -100,8 +100,8 @@ def write_slots_record(
 
     Args:
         adapter: the adapter in the adapter file.
-        names: for each update, in order, a map from the update's fields to names of the graph's inputs.
-        others: the names of all other values. They are scalings, which the record has, too.
+        names: a map for each update, in the adapter's order, from the update's fields to names of the graph's inputs.
+        others: the names of the file's other values. They are scalings, which are also in the record.
         path: the adapter file.
     """
     record = encode_record(adapter.replace(foreign=None), {})

@@ -1,8 +1,9 @@
 """PEFT's folder for experts with shared outer factors: all experts of a stack have the same A, or the same B.
 
-SGLang serves such adapters with `--experts-shared-outer-loras`, and Megatron-Bridge trains them. The outer factor is
-the A of gate and up, and the B of down; its shape is `[1, ...]`. The other (inner) factor has one slice per expert.
-SGLang also reads stacks without shared factors, with the shapes `[e, r, in]` and `[e, out, r]`.
+SGLang serves such adapters with `--experts-shared-outer-loras`, and Megatron-Bridge trains them. The shared (outer)
+factor is A in the gate and up projections, and B in the down projection; its shape is `[1, ...]`. The other (inner)
+factor has one slice per expert. SGLang also reads stacks without shared factors, with the shapes `[e, r, in]` and
+`[e, out, r]`.
 """
 
 from __future__ import annotations
@@ -84,15 +85,15 @@ FORMAT = "shared_outer"
 PREFIX = "base_model.model."
 SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _OFF = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
-"""Fields of PEFT's config that would change the meaning of the tensors; the reader refuses them if they are set."""
+"""Fields of PEFT's config that would change the meaning of the tensors. The reader refuses configs that set them."""
 
 
 def read_folder(path: Path, base: Checkpoint | None) -> Adapter:
-    """Read an adapter, lazily.
+    """Read an adapter. Its tensors are loaded when they are first used.
 
     Raises:
         Malformed, ShapeMismatch, Unsupported: the tensors do not have the layout of this format.
-        UsageError: the number of experts is unknown.
+        UsageError: all experts share both factors, and no base shows the number of experts.
     """
     try:
         config, tensors = load(path)
@@ -111,7 +112,7 @@ def read_folder(path: Path, base: Checkpoint | None) -> Adapter:
 def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
     wrong = next((name for name in _OFF if config.get(name)), None)
     if wrong is not None:
-        why = f"{wrong} is {config[wrong]!r}, which cannot be combined with stacks that share factors"
+        why = f"{wrong} is {config[wrong]!r}, but a folder with shared outer factors must not set this field"
         raise Unsupported(why, where=f"{CONFIG}: {wrong}", cure="Export the adapter again without this field")
     return whole_rank(config.get("r"), f"{CONFIG}: r"), is_finite(config.get("lora_alpha"), f"{CONFIG}: lora_alpha")
 
@@ -142,7 +143,7 @@ def _decode(
     for name in (name for name in modules if name in alone):
         slots = modules[name]
         if set(slots) != {"A", "B"}:
-            raise Malformed("this module has only one of the two factors", where=name, cure=DAMAGED)
+            raise Malformed("this module has only one of the factors A and B", where=name, cure=DAMAGED)
         if check_factors(name, slots) != rank:
             raise ShapeMismatch(f"the rank differs from the config's rank {rank}", where=name, cure=DAMAGED)
         yield (
@@ -154,26 +155,34 @@ def _decode(
 def _experts(
     name: str, slots: Slots, numbered: Mapping[int, Slots], rank: int, alpha: float, base: Checkpoint | None
 ) -> Iterator[tuple[Target, tuple[LoRA, ...]]]:
-    """Yield the updates of one stack of experts; inner factors may also have separate keys for single experts."""
+    """Yield the updates of one stack of experts. `numbered` has the inner factors that are stored for each expert."""
     match = STACK.fullmatch(name)
     if match is None:
         raise Malformed(
-            "this factor has three axes, but its module is not a stack of experts", where=name, cure=DAMAGED
+            "a factor here has three axes, but this is not the name of a stack of experts", where=name, cure=DAMAGED
         )
     shapes = {field: leaf.shape for field, leaf in slots.items()}
     # Refuse axes of size 0. Such tensors take no bytes, so a small file could claim any number of experts.
     if any(len(shape) != 3 or 0 in shape for shape in shapes.values()):
-        raise ShapeMismatch(f"the factors' shapes {shapes} are not those of a stack", where=name, cure=DAMAGED)
+        raise ShapeMismatch(
+            f"the shapes {shapes} are not those of a stack, [e or 1, r, in] and [e or 1, out, r]",
+            where=name,
+            cure=DAMAGED,
+        )
     counts = {shape[0] for shape in shapes.values()} | ({len(numbered)} if numbered else set())
     count = max(counts)
     if counts - {1, count}:
-        raise ShapeMismatch(f"the factors' shapes {shapes} have different numbers of experts", where=name, cure=DAMAGED)
+        raise ShapeMismatch(
+            f"the shapes {shapes} and the keys of {len(numbered)} single experts show different numbers of experts",
+            where=name,
+            cure=DAMAGED,
+        )
     if count == 1:
         count = expert_count(None if base is None else base.config)
         if not count:
             why = "all experts share one A and one B, and the number of experts is unknown"
             raise UsageError(why, where=name, cure="Give the base with --base (base=)")
-    # All experts get the same tensor object, so that a writer also stores the factor only once.
+    # All experts get the same object for a shared factor, so that a writer stores this factor only once, too.
     only = {field: arrange.item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     stacked = match["leaf"] == "gate_up_proj"
     factors = []
@@ -194,7 +203,7 @@ def _experts(
 
 
 def _bound(updates: dict[Target, tuple[Update, ...]], base: Checkpoint) -> dict[Target, tuple[Update, ...]]:
-    """Rename targets to the base's names; targets that the base already has stay unchanged."""
+    """Bind targets to the base's names. Targets that the base already has stay unchanged."""
     modules_here = set(modules_of(base.tensors))
     lost = {target: group for target, group in updates.items() if target.path not in modules_here}
     placed = bind(Adapter(lost), base).adapter.updates if lost else {}
@@ -215,7 +224,7 @@ def write_folder(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | 
 
     Raises:
         Unrepresentable: experts have different outer factors, and `on_loss` is not `promote`; or a method is not LoRA.
-        UsageError: experts are in a stack, and there is no base to show the family of models.
+        UsageError: experts are in a stack, and no base is given that shows the model family.
     """
     hints = leftovers(adapter, FORMAT, SharedOuterHints)
     before = hints.get("config", {})
@@ -238,17 +247,17 @@ def write_folder(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | 
 
 
 def _apart(adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Split stacks of experts into one LoRA per expert, with the names in a hub's checkpoint.
+    """Split stacks of experts into one LoRA per expert, with the names that the model's checkpoints on the hub use.
 
     Raises:
-        UsageError: experts are in a stack, and there is no base to show the family of models.
+        UsageError: experts are in a stack, and no base is given that shows the model family.
     """
     stacks = {target: group for target, group in adapter.updates.items() if target.stacked}
     if not stacks:
         return adapter
     family = architecture_of(None if base is None else base.config)
     if family is None:
-        why = "the experts are in a stack, and only the base's family shows which rows of the stack are gate and up"
+        why = "the experts are in a stack, and only the base shows which rows of the stack are gate and up"
         raise UsageError(why, where=str(next(iter(stacks))), cure="Give the base, with its config.json: --base (base=)")
     apart = translated(stacks, moves_of(stacks, family, WEIGHT))
     updates: dict[Target, Any] = {}
@@ -272,12 +281,16 @@ def _spelled(pairs: Pairs, experts: int, promote: bool) -> tuple[dict[str, Lazy]
     _check_all(stacks, counts, experts)
     apart = [name for name, experts_here in stacks.items() if _shared(name, experts_here) is None]
     if apart and not promote:
-        items = [f"{name}: each of its experts has a separate {'B' if _writes(name) else 'A'}" for name in apart]
+        items = [f"{name}: not all experts have the same {'B' if _writes(name) else 'A'}" for name in apart]
         cure = (
             "Allow ranks to grow, which is exact, with --on-loss promote (on_loss='promote'), or write --to peft "
             "--profile sglang (format='peft', profile='sglang')"
         )
-        raise Unrepresentable("this layout has one outer factor for all experts", items=items, cure=cure)
+        raise Unrepresentable(
+            "a folder with shared outer factors stores one outer factor for all experts of a stack",
+            items=items,
+            cure=cure,
+        )
     wide = rank * max([counts[name] for name in apart], default=1)
     tensors: dict[str, Lazy] = {}
     for name, experts_here in stacks.items():
@@ -296,7 +309,7 @@ def _check_all(stacks: Mapping[str, Mapping[int, Pair]], counts: Mapping[str, in
         if len(experts_here) < counts[name]
     ]
     if gaps and not experts:
-        why = "all experts of a module are in one stack, and their number is unknown"
+        why = "a stack has one slice for each expert of the model, and the number of experts is unknown"
         raise Unrepresentable(why, items=gaps, cure="Give the base with --base (base=)")
 
 
@@ -306,7 +319,7 @@ def _writes(name: str) -> bool:
 
 
 def _shared(name: str, experts_here: Mapping[int, Pair]) -> Lazy | None:
-    """Return the outer factor if it is the same for all experts; otherwise None."""
+    """Return the outer factor that all experts share; None if the experts have different outer factors."""
     leaves = [as_lazy(each.B if _writes(name) else each.A) for each in experts_here.values()]
     alike = all(leaf.shape == leaves[0].shape and arrange.equal(leaf, leaves[0]) for leaf in leaves[1:])
     return leaves[0] if alike else None
@@ -317,11 +330,11 @@ def _stack(
 ) -> dict[str, Lazy]:
     """Return the tensors A and B of a stack, by key.
 
-    If the experts have different outer factors, these factors are concatenated along the rank. The inner factor of each
-    expert is padded with zeros at the rank indices of all other experts.
+    If the experts have different outer factors (`only` is None), these are concatenated along the rank. The inner
+    factor of each expert is padded with zeros at the rank indices of all other experts.
     """
     writes, first = _writes(name), next(iter(experts_here.values()))
-    axis = 1 if writes else 0  # The axis of the rank in the outer factor; in the inner factor, it is 1 - axis.
+    axis = 1 if writes else 0  # The axis of the rank in the outer factor. In the inner factor, this is 1 - axis.
     outers, inners = [], []
     for e in range(count):
         given = experts_here.get(e)

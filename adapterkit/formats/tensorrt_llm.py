@@ -1,8 +1,8 @@
 """Read and write LoRA as TensorRT-LLM's two arrays, `model.lora_weights.npy` and `model.lora_config.npy`.
 
 A row of the first array has A and B of one module, flattened and padded with zeros. B includes the scaling. The same
-row of the second array has the module's number, the layer and the rank. The numbers of inputs and outputs come from the
-base.
+row of the second array has the number of the module's kind, the layer and the rank. The arrays do not contain the
+numbers of inputs and outputs, so reading needs the base.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _REAL = ("F16", "BF16", "F32")
 
 
 class TensorRTHints(Leftovers, total=False):
-    """Kept for the writer: the config's number of columns, the width of the weights, and the paths in row order."""
+    """Kept for the writer: the config's number of columns, the length of the weights' rows, and the rows' paths."""
 
     columns: int
     width: Annotated[int, msgspec.Meta(ge=0, le=1 << 28)]
@@ -71,13 +71,13 @@ class TensorRtLlm(Format):
         try:
             rows = _rows(weights, config)
             if base is None:
-                why = "the arrays do not state the width of a module, so A and B cannot be separated"
+                why = "the arrays do not contain the modules' numbers of inputs, so A and B cannot be separated"
                 raise UsageError(why, where=CONFIG, cure="Give the base with --base (base=)")
             updates = {t: (u,) for t, u in _decode(weights, rows, base)}
         except AdapterkitError as error:
             raise error.at(path=path) from None
         if len(updates) != len(rows):
-            raise Malformed("one module has two rows", path=path, where=CONFIG, cure=DAMAGED)
+            raise Malformed("two rows belong to the same module", path=path, where=CONFIG, cure=DAMAGED)
         data = {"columns": config.shape[2], "width": weights.shape[2], "paths": [target.path for target in updates]}
         return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
 
@@ -97,26 +97,28 @@ def _rows(weights: Lazy, config: Lazy) -> list[tuple[int, int, int]]:
     """Return (number of the module's kind, layer, rank) for each row."""
     if weights.dtype.name not in _REAL or config.dtype.name != "I32":
         raise Unsupported(
-            f"the dtypes are {weights.dtype} (weights) and {config.dtype} (config)", where=WEIGHTS, cure=DAMAGED
+            f"the weights must be F16, BF16 or F32, and the config I32; they are {weights.dtype} and {config.dtype}",
+            where=WEIGHTS,
+            cure=DAMAGED,
         )
     if len(weights.shape) != 3 or len(config.shape) != 3 or weights.shape[:2] != config.shape[:2]:
-        why = f"the shapes do not match: weights {list(weights.shape)}, config {list(config.shape)}"
+        why = f"the arrays must have three axes and agree in the first two: {list(weights.shape)}, {list(config.shape)}"
         raise ShapeMismatch(why, where=CONFIG, cure=DAMAGED)
     if config.shape[0] != 1 or config.shape[2] not in (3, 4) or not config.shape[1]:
-        raise ShapeMismatch(f"config is {list(config.shape)}, not [1, modules, 3 or 4]", where=CONFIG, cure=DAMAGED)
+        raise ShapeMismatch(f"the shape is {list(config.shape)}, not [1, rows, 3 or 4]", where=CONFIG, cure=DAMAGED)
     rows: list[tuple[int, int, int]] = []
     for module, layer, rank, *dora in config.numpy()[0].tolist():
         where = f"{CONFIG}: row {len(rows)}"
         if any(dora):
             raise Unsupported(
-                "this is DoRA, whose magnitude TensorRT-LLM divides by norms of the base", where=where, cure=_PEFT
+                "this row is DoRA; its magnitude is stored divided by norms of the base", where=where, cure=_PEFT
             )
         if module not in modules():
             raise Unsupported(
                 f"the module number {module} is unknown", where=where, cure=f"Known: {', '.join(map(str, modules()))}"
             )
         if layer < 0 or rank < 1:
-            raise Malformed(f"layer {layer} or rank {rank} is out of range", where=where, cure=DAMAGED)
+            raise Malformed(f"the layer {layer} is below 0, or the rank {rank} is below 1", where=where, cure=DAMAGED)
         rows.append((module, layer, rank))
     return rows
 
@@ -128,10 +130,14 @@ def _decode(weights: Lazy, rows: list[tuple[int, int, int]], base: Checkpoint) -
         path, fused = _place(places, module, layer, where)
         weight = base.tensors.get(f"{path}.weight")
         if weight is None or len(weight.shape) != 2:
-            raise ShapeMismatch("the base has no matrix with this name", where=path, cure="Is this the right base?")
+            raise ShapeMismatch(
+                "the base has no matrix with this name",
+                where=path,
+                cure="Is this the base that the adapter was trained on?",
+            )
         out, in_ = weight.shape
         if rank * (in_ + out) > weights.shape[2]:
-            why = f"A and B of rank {rank} for {[out, in_]} need more than the {weights.shape[2]} values of a row"
+            why = f"a row has {weights.shape[2]} values, too few for rank {rank} and a weight of shape {[out, in_]}"
             raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
         A, B = _factor(weights, position, 0, (rank, in_)), _factor(weights, position, rank * in_, (out, rank))
         slots: Slots = {"A": A, "B": _swapped(B) if fused else B}
@@ -139,7 +145,7 @@ def _decode(weights: Lazy, rows: list[tuple[int, int, int]], base: Checkpoint) -
 
 
 def _places(base: Checkpoint) -> dict[tuple[str, int], list[str]]:
-    """Return, for each (module's name inside its layer, layer), the paths of the base's modules there."""
+    """Return a map from (a module's name inside its layer, layer) to the paths of all such modules in the base."""
     places: dict[tuple[str, int], list[str]] = {}
     for name in dict.fromkeys(modules_of(base.tensors)):
         match = LAYER_PATH.fullmatch(name)
@@ -162,7 +168,7 @@ def _factor(weights: Lazy, row: int, start: int, shape: tuple[int, int]) -> Lazy
 
 
 def _swapped(B: Lazy) -> Lazy:
-    """Swap the first half of the outputs (up) and the second half (gate)."""
+    """Swap the two halves of the outputs, gate and up, which TensorRT-LLM and the base store in opposite orders."""
     half = B.shape[0] // 2
     return joined([part(B, half, B.shape[0]), part(B, 0, half)])
 
@@ -182,7 +188,9 @@ def _encode(pairs: Pairs, hints: TensorRTHints) -> tuple[Lazy, Lazy]:
     if rows[0].dtype.name not in _REAL:
         items = [f"the factors have dtype {rows[0].dtype}"]
         raise Unrepresentable(
-            "TensorRT-LLM stores only F16, BF16 and F32", items=items, cure="Convert the factors first"
+            "TensorRT-LLM stores only F16, BF16 and F32",
+            items=items,
+            cure="Convert the factors: adapterkit resize --rank R --dtype BF16",
         )
     weights = joined(rows, 1)
     config = (1, len(flat), len(records) // len(flat))
@@ -200,12 +208,12 @@ def _why_not(target: Target, update: Pair) -> str:
     if target.stacked or ".experts." in target.path:
         return "these arrays cannot store experts; TensorRT-LLM reads experts from PEFT's folders: " + _EXPERTS
     if match is None or match["module"] not in (*numbers(), FUSED):
-        return "TensorRT-LLM does not adapt its module"
+        return "TensorRT-LLM does not support LoRA of its module"
     return unfit(target, update)
 
 
 def _save(folder: Path, weights: Lazy, config: Lazy) -> None:
-    """Write the folder. The config is written last, so that readers reject a folder whose writing was interrupted."""
+    """Write the folder. The config comes last, so that a folder from an interrupted write is not read as complete."""
     make_folder(folder)
     write_npy(folder / WEIGHTS, weights)
     write_npy(folder / CONFIG, config)
@@ -215,7 +223,8 @@ _EXPERTS = "--to peft --profile tensorrt_llm (format='peft', profile='tensorrt_l
 _PEFT = "Give the PEFT folder from which TensorRT-LLM's files were made"
 
 
-# TensorRT-LLM's numbers for the modules that can have LoRA; spec/architectures/namings has the modules' names.
+# Define TensorRT-LLM's numbers for the kinds of modules that can have LoRA. Their names are in
+# spec/architectures/namings.
 #
 # Source: `LORA_MODULE_IDS` in tensorrt_llm/lora_manager.py.
 
@@ -224,12 +233,12 @@ NUMBERS = {
     "attn_qkv": 0, "attn_q": 1, "attn_k": 2, "attn_v": 3, "attn_dense": 4, "mlp_h_to_4h": 5, "mlp_4h_to_h": 6,
     "mlp_gate": 7,
 }  # fmt: skip
-"""A map from TensorRT-LLM's name of a module inside a layer to the module's number."""
+"""A map from TensorRT-LLM's name for a kind of module, such as `attn_q`, to its number."""
 
 
 @cache
 def numbers() -> dict[str, int]:
-    """Map our names of modules inside a layer to TensorRT-LLM's numbers, including the module of fused q, k and v."""
+    """Map our names of modules inside a layer, including `self_attn.qkv_proj`, to TensorRT-LLM's numbers."""
     places = namings_of("tensorrt_llm")[0].places()
     names = {key.rpartition("{n}.")[2]: place.name.rpartition("{n}.")[2] for key, place in places.items()}
     return {hub_path: NUMBERS[name] for hub_path, name in {"self_attn.qkv_proj": "attn_qkv", **names}.items()}
@@ -242,4 +251,4 @@ def modules() -> dict[int, str]:
 
 
 FUSED = "mlp.gate_up_proj"
-"""A module with the same number as `mlp.gate_proj`. Its outputs are stored as up, then gate."""
+"""A fused module, which has the number of `mlp.gate_proj`. TensorRT-LLM stores its outputs as up, then gate."""

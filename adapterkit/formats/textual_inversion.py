@@ -1,4 +1,4 @@
-"""Textual inversion: embeddings of new tokens in the files of AUTOMATIC1111, diffusers, kohya and SDXL's trainers.
+"""Read and write textual inversions (embeddings of new tokens) of AUTOMATIC1111, diffusers, kohya and SDXL's trainers.
 
 AUTOMATIC1111 writes a torch file with the tensors in a dict `string_to_param`. diffusers writes one tensor, whose key
 is the token. kohya writes `emb_params`, and does not store the token. Files for SDXL have one tensor for each text
@@ -34,17 +34,17 @@ KOHYA = "emb_params"
 TOKEN = "*"
 
 ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-"""A map from the key of a text encoder's tensor to the pipeline's component."""
+"""A map from the key of a text encoder's tensor to the text encoder's name in a diffusers pipeline."""
 
 _BESIDE = ("adapter_config.json", "config.json")
-"""Names of files next to a tensor file; if one of them exists, the tensor is not a token embedding."""
+"""If a file with one of these names is next to a tensor file, the tensor file contains no token embedding."""
 
 
 class TextualInversionFiles(Format):
     """Files with token embeddings.
 
-    The writer uses the form of the source file. Without a source file, it uses SDXL's form if the adapter has an
-    embedding for the second text encoder, otherwise diffusers' form.
+    The writer uses the form of the source file. If there is none, the writer uses SDXL's form for an adapter that has
+    an embedding for the second text encoder, and otherwise diffusers' form.
     """
 
     url = "https://huggingface.co/docs/diffusers/main/en/using-diffusers/textual_inversion_inference"
@@ -91,7 +91,7 @@ FORMAT = "textual_inversion"
 
 
 def _load(path: Path) -> tuple[dict[str, Lazy], Metadata, dict[str, JsonValue] | None]:
-    """Return the tensors, the metadata, and the dict that contains the tensors in AUTOMATIC1111's files (or None)."""
+    """Return the tensors, the metadata, and the other entries of AUTOMATIC1111's dict (None for other tools' files)."""
     if path.suffix not in TORCH_SUFFIXES and not is_torch_file(path):
         return *load_tensors(path), None
     value = read_torch_value(path)
@@ -105,7 +105,9 @@ def _load(path: Path) -> tuple[dict[str, Lazy], Metadata, dict[str, JsonValue] |
     around = {name: inner for name, inner in value.items() if name != WRAPPED}
     bad = next((name for name, inner in around.items() if not _plain(inner)), None)
     if bad is not None:
-        raise Malformed("this is neither a plain value nor a dict of plain values", where=str(bad), cure=_AGAIN)
+        raise Malformed(
+            "this is neither null, text, a number or a boolean, nor a dict of such values", where=str(bad), cure=_AGAIN
+        )
     return _tensors(wrapped), [], around
 
 
@@ -123,14 +125,14 @@ def _plain(value: object) -> bool:
 
 
 def _form(tensors: Mapping[str, Lazy]) -> str:
-    """Return the name of the form that these tensors have; empty if the form is unknown."""
+    """Return the form of a file with these tensors: `sdxl`, `kohya` or `diffusers`; empty if it is none of them."""
     if not tensors or any(len(leaf.shape) not in (1, 2) or not leaf.dtype.floating for leaf in tensors.values()):
         return ""
     if tensors.keys() <= ENCODERS.keys():
         return "sdxl"
     if tensors.keys() == {KOHYA}:
         return "kohya"
-    # A token has no dots, but the name of a parameter has. So refuse keys with dots.
+    # In diffusers' form, the key is the token. A key with a dot is the name of a parameter, not a token.
     return "diffusers" if len(tensors) == 1 and "." not in next(iter(tensors)) else ""
 
 
@@ -139,7 +141,9 @@ def _decode(
 ) -> Adapter:
     if "t5xxl" in tensors:
         raise Unsupported(
-            "the file has an embedding for a T5", where="t5xxl", cure="Remove it: only CLIP's embeddings are supported"
+            "the file has an embedding for the text encoder T5, but only those for CLIP are supported",
+            where="t5xxl",
+            cure="Remove the tensor t5xxl from the file",
         )
     format_name = _form(tensors)
     if not format_name:
@@ -150,7 +154,7 @@ def _decode(
     updates = {}
     for name, leaf in tensors.items():
         if 0 in leaf.shape:
-            raise Malformed(f"the embedding has shape {list(leaf.shape)}", where=name, cure=_AGAIN)
+            raise Malformed(f"the embedding has no elements; its shape is {list(leaf.shape)}", where=name, cure=_AGAIN)
         part = ENCODERS.get(name, "text_encoder")
         rows = leaf if len(leaf.shape) == 2 else leaf.reshape(1, *leaf.shape)
         updates[Target(f"{part}.{EMBEDDING}")] = (TextualInversion(P=cast(Any, rows), token=token),)
@@ -165,7 +169,7 @@ def _decode(
 
 
 def _token(tensors: Mapping[str, Lazy], wrapper: Mapping[str, JsonValue] | None, format_name: str, path: Path) -> str:
-    """Return the token from where the tools read it: the key, the name inside the file, or the file's name."""
+    """Return the token. Depending on the form, it is the tensor's key, the name inside the file, or the file's name."""
     if wrapper is not None:
         return str(wrapper.get("name") or path.stem)
     return next(iter(tensors)) if format_name == "diffusers" else path.stem
@@ -185,7 +189,7 @@ def _expressible(adapter: Adapter, on_loss: str) -> tuple[dict[str, TextualInver
             items.append(f"{target}: the file cannot store {update.method} for this target")
     tokens = {update.token for update in inversions.values()}
     if len(tokens) > 1:
-        items.append("the adapter has several tokens, but a file has one")
+        items.append("the adapter has several tokens, but a file can have only one")
     if (items and on_loss != "drop") or not inversions or len(tokens) > 1:
         cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
         raise Unrepresentable("a file can store only the CLIP embeddings of one token", items=items, cure=cure)
@@ -197,7 +201,7 @@ def _token_of(inversions: Mapping[str, TextualInversion]) -> str:
 
 
 def _keys(inversions: Mapping[str, TextualInversion], data: Mapping[str, Any], *, wrapped: bool) -> dict[str, Lazy]:
-    """Return the tensors by key. If the source file has the same form, use its keys and shapes."""
+    """Return the tensors by key. If the source file has the form of the new file, use the source's keys and shapes."""
     words = {part: name for name, part in ENCODERS.items()}
     kept = wrapped or "wrapper" not in data
     old, flat = (data.get("keys", {}), data.get("flat", [])) if kept else ({}, [])
@@ -219,7 +223,10 @@ def _save_wrapped(path: Path, tensors: Mapping[str, Lazy], around: Mapping[str, 
 
 
 def _renamed(inversions: Mapping[str, TextualInversion], tensors: Mapping[str, Lazy], file: Path) -> list[str]:
-    """Return a line for each component whose token changes, because only diffusers' files store the token."""
+    """Return a line for each component whose token changes, because the file does not store the token.
+
+    AUTOMATIC1111's files store the token, so this function is not called for them; diffusers' files have it as the key.
+    """
     token = next(iter(tensors)) if _form(tensors) == "diffusers" else file.stem
     why = f"becomes {token!r}, the name of the file; it was {_token_of(inversions)!r}"
     changed = [part for part, update in inversions.items() if update.token != token]

@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 SUFFIX = "pulling"
 CONNECTIONS = 4
 HEADROOM = 1 << 20
-"""Bytes that must be free in addition to the sizes of the files. Folders and the record of the origin need them."""
+"""Bytes that must be free in addition to the sizes of the files, for folders and for the file with the commit."""
 
 if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
@@ -42,9 +42,10 @@ class Pulled:
 
     Attributes:
         uri: the requested uri, pinned to the commit.
-        out: the folder that was written.
-        files: name in the folder -> (size in bytes, digest).
-        fetched: the number of bytes that this call downloaded; bytes from an interrupted run do not count.
+        out: the folder that was (or would be) written.
+        files: a map from each file's name in the folder to its size in bytes and its digest.
+        fetched: the number of bytes that this call downloaded; bytes from an interrupted run do not count. After a dry
+            run, the total size of the files.
         dry: True if the pull was a dry run, which writes nothing.
         already: True if the folder already contained the same files, unchanged, from an earlier pull.
     """
@@ -84,18 +85,20 @@ def pull(
 ) -> Pulled:
     """Download a repository, or one of its folders or files, into the folder `dest`.
 
-    If the hub lists a digest of a file, the downloaded bytes are compared with the digest, and downloaded again if it
-    differs. When all files are complete, a rename moves them to `dest`. To continue an interrupted pull, make the same
-    call again. The commit is recorded in a file in `dest`; `adapterkit.read` adds it to the adapter's lineage.
+    If the hub lists a digest of a file, the downloaded bytes are compared with the digest. If they do not match, they
+    are downloaded again. When all files are complete, a rename moves them to `dest`. To continue an interrupted pull,
+    make the same call again. A file in `dest` records the commit; `adapterkit.read` adds the commit to the adapter's
+    lineage.
 
     Args:
         uri: `hf://org/repo[@revision][/path]`, `org/repo`, or a uri of another hub.
-        dest: the folder to write. It may exist only if it is empty or contains an earlier pull of the same uri.
+        dest: the folder to write. Without `overwrite`, it must be missing, empty, or contain an earlier pull of the
+            same uri at the same commit, with all files unchanged.
         include: patterns such as `*.safetensors`; only files whose name matches a pattern are downloaded.
         overwrite: replace the content of `dest`.
         dry_run: list the files, and write nothing.
         progress: a function that is called as `progress(bytes_done, bytes_in_total)`, in the calling thread.
-        token: a token; if absent, the token that the hub's own tools use.
+        token: the access token; if absent, the token that the hub's own tools use.
 
     Raises:
         NetworkError: the repository, revision or file does not exist, access is denied, or the hub is not reachable.
@@ -119,7 +122,7 @@ def pull(
 
 
 def source_at(remote: Remote) -> Source:
-    """Return the origin of a remote's files, pinned to its commit."""
+    """Return the record of where a remote's files come from: the uri at its commit, the repository and the commit."""
     return Source(public(str(remote.uri.at(remote.commit))), public(remote.uri.name), remote.commit)
 
 
@@ -127,7 +130,7 @@ def choose(remote: Remote, include: Sequence[str] = ()) -> dict[str, RemoteFile]
     """Return the files to download for a uri, keyed by their names in the folder to write.
 
     Raises:
-        RemoteNotFound: no file matches.
+        RemoteNotFound: the uri's path does not exist, or no file there matches `include`.
     """
     path = remote.uri.path
     files = remote.below(path)
@@ -137,8 +140,8 @@ def choose(remote: Remote, include: Sequence[str] = ()) -> dict[str, RemoteFile]
     if include:
         chosen = {n: file for n, file in chosen.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in include)}
     if not chosen:
-        cure = f"Its files are: {', '.join(file.path for file in files[:5])}"
-        raise RemoteNotFound("the repository has no matching file to fetch", path=str(remote.uri), cure=cure)
+        cure = f"Files in the repository: {', '.join(file.path for file in files[:5])}"
+        raise RemoteNotFound("the repository has no matching file", path=str(remote.uri), cure=cure)
     return chosen
 
 
@@ -146,7 +149,7 @@ def bring(
     remote: Remote, source: Source, wanted: Mapping[str, RemoteFile], target: Path, progress: Progress | None,
     *, overwrite: bool = True,
 ) -> int:  # fmt: skip
-    """Download files into a staging folder and rename it to `target`; return the number of downloaded bytes."""
+    """Download files into a staging folder, then move them to `target`; return the number of downloaded bytes."""
     stage = Staging(target, SUFFIX)
     with stage.locked():
         check_free(stage.target, overwrite)
@@ -225,8 +228,8 @@ class _Transfer:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(part, copy)
         first.parent.mkdir(parents=True, exist_ok=True)
-        # Rename last. If the process is killed before the rename, the next run finds the complete file under its
-        # temporary name.
+        # Rename last. If the process is killed before the rename, the next run finds the complete file in `parts` and
+        # does not download it again.
         os.replace(part, first)
 
     def _count(self, change: int) -> None:
@@ -249,20 +252,20 @@ def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
         if part.name not in {file.digest.replace(":", "-") for file in wanted.values()}:
             part.unlink()
     if not same:
-        # Write the plan atomically. After a crash, half a plan would differ from the plan of the next run, and so the
-        # next run would delete `out`.
+        # Write the plan atomically. Otherwise a crash could leave half a plan. The next run would compare its own plan
+        # with this half, find a difference, and delete the finished files in `out`.
 
         write_bytes(plan, names_text.encode())
 
 
 def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
-    # Subtract the bytes from an interrupted run, which are already on the disk.
+    # Subtract the bytes that an interrupted run has already written to the disk.
     present = sum(entry.stat().st_size for entry in stage.rglob("*") if entry.is_file())
     needed = sum(file.size for file in wanted.values()) - present + HEADROOM
     free = shutil.disk_usage(stage).free
     if needed > free:
-        cure = "Free some space, write to another disk, or fetch fewer files with --include"
-        raise StorageError(f"the pull needs {needed:,} bytes more, but {free:,} are free", path=stage.parent, cure=cure)
+        cure = "Free some disk space, write to another disk, or fetch fewer files with --include"
+        raise StorageError(f"the pull needs {needed:,} more bytes, but {free:,} are free", path=stage.parent, cure=cure)
 
 
 def _is_there(target: Path, source: Source, listing: Mapping[str, tuple[int, str]]) -> bool:

@@ -46,13 +46,15 @@ class Pushed:
         uri: the uri that was pushed to. After a push it is pinned to `commit`.
         commit: the commit with the pushed files; None after a dry run.
         created: True if the repository was (or would be) created.
-        added, replaced, unchanged, removed: the names of the files in the repository to which this happened (or would
-            happen). Files are removed only on hubs where a push replaces the whole artifact.
-        card: the text of the generated card; None if an existing card was kept.
-        tag: the tag that was set.
+        added, replaced, unchanged, removed: the paths in the repository of the files that were (or would be) added,
+            replaced, left unchanged or removed. Files are removed only on hubs where a push replaces the whole
+            artifact.
+        card: the text of the generated card; None if the push contains no generated card.
+        tag: the tag that was set, or None.
         dry: True if the push was a dry run, which writes nothing.
-        warnings: one sentence for each problem with the licences. Either the card's licence lacks a requirement of the
-            licence of the base or an adapter, or two of these licences contradict each other.
+        warnings: one sentence for each problem with the licences. There are two kinds of problems: the base or an
+            adapter has a licence with a requirement that the card's licence lacks; or two of them have licences that
+            contradict each other.
     """
 
     uri: str
@@ -81,7 +83,7 @@ def push(
     path: str | os.PathLike[str],
     uri: str | Uri,
     *,
-    format: str | None = None,  # noqa: A002 - the public contract's word
+    format: str | None = None,  # noqa: A002 - the public name of the argument
     base: str | os.PathLike[str] | None = None,
     on_loss: str = "refuse",
     shard_size: int | None = None,
@@ -100,29 +102,32 @@ def push(
     is created.
 
     A model card is generated if neither the local folder nor the hub has a README.md. A generated card also replaces an
-    existing README.md in two cases: the local one is a copy of the base's card, which a merge made; or the one on the
-    hub was generated, and this push replaces the files that it describes.
+    existing README.md in three cases:
+
+    - The local README.md is the copy of the base's card that a merge made.
+    - The README.md on the hub was generated, nobody has edited it, and this push replaces other files there.
+    - The hub is an OCI registry, where each push replaces the whole artifact, and there is no local README.md.
 
     Args:
-        path: an adapter in any format, or a base: a file, a folder or a uri. Hidden files are not pushed.
+        path: an adapter in any format, or a model; a local file or folder, or a uri. Hidden files are not pushed.
         uri: `hf://org/repo[@branch][/folder]`, `oci://registry/name:tag`, or a uri of another hub.
         format: convert the adapter to this format; if absent, push its files unchanged.
         base: the adapter's base; some formats need it for the conversion.
         on_loss: as for `adapterkit.write`.
-        shard_size: the largest weight file of a model, in bytes; larger files are split for the push. If absent, the
-            files are pushed unchanged.
+        shard_size: the maximum size of a weight file of a model, in bytes; larger files are split for the push. If
+            absent, the files are pushed unchanged.
         private: create a missing repository as private.
         tag: set this tag on the commit.
         message: the commit message.
         licence: the licence for the generated card: an identifier such as `apache-2.0`, or a mapping of `license`,
-            `license_name` and `license_link`. If absent, the licence in the card at `path` is used, or else that in the
-            card on the hub.
-        strict_licence: raise an error in three cases: the card's licence lacks a requirement of the licence of the base
-            or an adapter; two of these licences contradict each other; or one of them is unknown. If False, the first
-            two cases give a warning.
+            `license_name` and `license_link`. If absent, the licence in the card at `path` is used, or else the
+            licence in the card on the hub.
+        strict_licence: raise an error in three cases: the base or an adapter has a licence with a requirement that the
+            card's licence lacks; two of them have licences that contradict each other; or a licence, including the
+            card's, is missing or unknown. If False, the first two cases give a warning.
         overwrite: replace existing files that have other content. If False, such files are an error.
         dry_run: compare the files with the hub, and write nothing.
-        token: a token; if absent, the token that the hub's own tools use.
+        token: the access token; if absent, the token that the hub's own tools use.
 
     Raises:
         NetworkError: access is denied, somebody else pushed, or the hub is not reachable.
@@ -160,7 +165,8 @@ def push_placed(folder: Path, placed: Mapping[str, Placed], remote: Remote, over
         overwrite: replace existing files that have other content.
 
     Raises:
-        AdapterkitError: as for `push`; Corrupt if the hub no longer has an uploaded file.
+        Corrupt: the hub no longer has an uploaded file.
+        AdapterkitError: as for `push`.
     """
     there = remote.there()
     card = card_there(remote, there)
@@ -178,10 +184,10 @@ OUTPUT = "what is pushed"
 def _licences(
     source: Path, stated: Licence, card: str, base: str | os.PathLike[str] | None
 ) -> tuple[list[Part], Licence, tuple[str, ...]]:
-    """Return the parts of an output with their licences, the output's own licence, and one sentence a problem.
+    """Return the parts of an output with their licences, the output's own licence, and a sentence for each problem.
 
-    The folder of a merged model contains a copy of the base's card, which the push replaces. So if no licence is
-    passed, the licence of the base is used.
+    If no licence is passed, the output's licence is the licence in the card at `source`, or else in `card`. The folder
+    of a merged model contains a copy of the base's card, so a merged model then has the licence of its base.
     """
     record = record_at(source)
     parts = parts_of(record) if record else []
@@ -192,7 +198,7 @@ def _licences(
 
 
 def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, private: bool, tag: str | None) -> Pushed:
-    """Make a commit if any file changes, and set the tag."""
+    """Make a commit if the push changes any file, then set the tag if there is one."""
     changed = [*pushed.added, *pushed.replaced]
     if changed or pushed.removed:
         commit = remote.send(payload.files, changed, payload.digests(), message, private)
@@ -206,10 +212,11 @@ def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, privat
 
 
 def _compared(payload: Payload, there: Mapping[str, RemoteFile] | None, remote: Remote, generated: bool) -> Pushed:
-    """Compare the files of a push with those on the hub; return which ones it will add, replace, keep and remove.
+    """Compare the files of a push with the files on the hub; return which files the push will add, replace or remove.
 
-    A card on the hub is kept, because a person may have edited it. But an unedited generated card is replaced if the
-    push replaces the files that the card describes.
+    A generated card does not replace a card on the hub, because a person may have edited that card. There are two
+    exceptions: the card on the hub is an unedited generated card, and the push replaces other files; or the push
+    replaces the whole artifact.
     """
     pushed = _all_compared(payload, there, remote)
     if payload.card is None or payload.card_name not in (there or {}) or remote.whole:
@@ -247,11 +254,12 @@ def begun(name: str, kind: str) -> tuple[Remote, Path]:
 
     Args:
         name: the uri of the output.
-        kind: the name of the folder in the cache that contains the output's folder. The name of the output's folder is
-            computed from the uri, so that the same command finds the folder of an interrupted run.
+        kind: the subfolder of the cache that contains the output's folder. The name of the output's folder is computed
+            from the uri, so that the same command finds the folder of an interrupted run.
 
     Raises:
-        AdapterkitError: as for `push`; a missing permission is reported before anything is written.
+        AdapterkitError: as for `push`. If the hub cannot be read, or does not accept pushes, the error is raised before
+            anything is written.
     """
     uri = parse(name)
     remote = remote_at(uri)
@@ -273,7 +281,7 @@ def outgoing(
     sources: Sequence[str | PathLike[str]] = (),
     unchanged: Callable[[], object] = lambda: None,
 ) -> Iterator[Path]:
-    """Yield a local path to write to; if the block ends without an error, push the content of this path.
+    """Yield a local path to write to. If the block ends without an error, push the files at this path.
 
     After an error, the local folder is kept. The same command continues its work there.
 
@@ -284,7 +292,8 @@ def outgoing(
         unchanged: a function to call if nothing was pushed, because the hub already had all files.
 
     Raises:
-        AdapterkitError: as for `push`; a missing permission is reported before anything is written.
+        AdapterkitError: as for `push`. If the hub cannot be read, or does not accept pushes, the error is raised before
+            anything is written.
     """
     remote, folder = begun(name, "outgoing")
     uri = remote.uri
@@ -325,7 +334,7 @@ class IncrementalPush:
 
     Attributes:
         path: the local folder with the sketches and all other files.
-        uri: the uri to upload weight files to.
+        uri: the uri of the output, to which weight files are uploaded.
     """
 
     def __init__(self, remote: Remote, folder: Path, overwrite: bool) -> None:
@@ -334,10 +343,10 @@ class IncrementalPush:
         self.notes = folder / "placed"
 
     def begin(self, names: Iterable[str]) -> None:
-        """Claim the target on the hub. Call this before tasks upload weight files, whose names are `names`.
+        """Claim the target on the hub. Call this before tasks upload the weight files, which are listed in `names`.
 
         Raises:
-            StorageError: the hub already has files there, and `overwrite` is not set.
+            StorageError: the hub already has files that a push would replace or remove, and `overwrite` is not set.
             NetworkError: access is denied, or the hub is not reachable.
         """
         there = self.remote.there() or {}
@@ -367,7 +376,7 @@ class IncrementalPush:
             self._note(name).unlink(missing_ok=True)
 
     def check(self) -> None:
-        """If the hub has lost an uploaded file, remove the finished local folder, so that the merge runs again."""
+        """If the hub has lost an uploaded file, delete the local folder of the output, so that the merge runs again."""
         if self.path.exists() and not all(self.holds(name) for name in self._sketches()):
             shutil.rmtree(self.path)
 
@@ -415,12 +424,13 @@ def placing(
     finished.
 
     Args:
-        name: the uri.
+        name: the uri of the output.
         overwrite: replace existing files.
         unchanged: a function to call if nothing was pushed, because the hub already had all files.
 
     Raises:
-        AdapterkitError: as for `push`; a missing permission is reported before anything is written.
+        AdapterkitError: as for `push`. If the hub cannot be read, or does not accept pushes, the error is raised before
+            anything is written.
     """
     remote, folder = begun(name, "placing")
     place = IncrementalPush(remote, folder, overwrite)
@@ -434,11 +444,11 @@ def placing(
 
 
 def put(uri: str, name: str, file: Path) -> Placed:
-    """Upload one weight file of an output. It becomes visible later, when another process pushes the output.
+    """Upload one weight file of an output. The file becomes visible later, when another process pushes the output.
 
     Args:
         uri: the output's uri.
-        name: the name of the file in the output.
+        name: the name of the weight file in the output.
         file: the local file.
 
     Raises:

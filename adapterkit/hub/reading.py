@@ -34,26 +34,26 @@ from .remote import Remote, RemoteFile, Uri
 from .transfer import cache_folder, fetch, locked, read_range, scratch, turn
 
 OTHER_FORMS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz"}
-"""Suffixes of weights in other formats. Such files are not downloaded if the uri also has safetensors files."""
+"""Suffixes of weight files that are not safetensors. They are not downloaded if the uri also has safetensors files."""
 
 WEIGHTS = OTHER_FORMS | {".safetensors"}
 COMPANIONS = ("adapter_config.json", "config.json")
-"""If a uri names a single weight file, these files next to it are downloaded too: the weights need their config."""
+"""If a uri names a single weight file, these files are downloaded from the same folder: the weights need a config."""
 
 FIRST_READ = 1 << 16
 MAX_SMALL = 16 << 20
 FRESH = 60.0
-"""How long the commit of a branch is remembered, in seconds, so that all accesses in a command see the same commit."""
+"""The number of seconds for which the commit of a branch is remembered, so that a whole command sees one commit."""
 
 _seen: dict[tuple[str, str], tuple[float, Remote]] = {}
 
 
 def fetched(name: str) -> Path:
-    """Return the local path of an adapter or a model on a hub. If it is not in the cache, download and verify it.
+    """Return the local path of an adapter or a model from a hub. Download and verify files that are not in the cache.
 
     The cache is the folder `$ADAPTERKIT_CACHE`, or `adapterkit` in the user's cache folder. It has a subfolder for each
-    commit. If the uri has safetensors files, weights in other formats are not downloaded. If it has weights at its top
-    level, the weights in subfolders are not downloaded. In offline mode, a branch means its last known commit.
+    commit. If the uri has safetensors files, weights in other formats are not downloaded. If some weights are not in a
+    subfolder, the weights in subfolders are not downloaded. In offline mode, a branch stands for its last known commit.
 
     Raises:
         AdapterkitError: as for `pull`.
@@ -62,9 +62,10 @@ def fetched(name: str) -> Path:
     commit = _commit(uri)
     folder = _cache(uri) / commit.replace(":", "-") / hashlib.sha256(uri.path.encode()).hexdigest()[:16]
     inside = PurePosixPath(uri.path).name
-    # If the record of the origin exists, all files exist: `bring` renames the folder into place when it is complete.
+    # The file `NOTE` records where the files came from. If it exists, the download is complete: `bring` downloads them
+    # into a temporary folder and renames the temporary folder at the end.
     if not (folder / NOTE).is_file():
-        # Lock the folder: several tasks of a cluster may start on this machine together, and need the same adapter.
+        # Lock the folder: several tasks of a cluster may start on this machine together and need the same adapter.
         with _turn(folder):
             if not (folder / NOTE).is_file():
                 remote = remote_of(uri)
@@ -98,7 +99,10 @@ def needed(remote: Remote) -> dict[str, RemoteFile]:
 
 
 def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
-    """Return the files that may contain the external data of an ONNX graph: their name starts with the graph's name."""
+    """Return the files that may contain an ONNX graph's external data.
+
+    They are in the graph's folder, and their names start with the graph's file name without `.onnx`.
+    """
     if graph.suffix != ".onnx":
         return {}
     near = [file for file in remote.files if PurePosixPath(file.path).parent == graph.parent]
@@ -107,11 +111,11 @@ def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
 
 @contextmanager
 def headers(name: str) -> Iterator[Path]:
-    """Yield a local folder or file with real headers but sparse data, for code that reads only headers.
+    """Yield a local folder or file for code that reads only headers: its safetensors files have no tensor data.
 
-    JSON files are downloaded whole and verified. The headers of safetensors files are fetched by range requests. If the
-    block reads tensor data, the data is also fetched by range requests. Ranges cannot be verified. A repository without
-    safetensors files is downloaded whole.
+    JSON files are downloaded whole and verified. The headers of safetensors files are fetched by range requests, and
+    written to sparse files. If the block reads tensor data, the data is also fetched by range requests. The bytes of a
+    range cannot be verified. If the uri has no safetensors files, all needed files are downloaded, as by `fetched`.
 
     Raises:
         AdapterkitError: as for `pull`.
@@ -144,13 +148,13 @@ def _sketch(remote: Remote, wanted: Mapping[str, RemoteFile], folder: Path) -> N
 
 
 def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
-    """Write a sparse file with the real header of a remote file. Each read of its data fetches the data from the hub.
+    """Write a sparse file that has only a remote file's header. Reading a tensor from it fetches the data from the hub.
 
     The modification time of the sparse file is computed from the remote file's digest. A merge plan identifies its
-    inputs by size and modification time. So a merge can be resumed only if the remote file is unchanged.
+    inputs by size and modification time. So an interrupted merge can be resumed only if the remote file is unchanged.
 
     Returns:
-        The first bytes of the file: the header, and any data that came in the same request.
+        The first bytes of the remote file: the header, and any tensor data that came in the same request.
     """
     start = read_range(remote, file, 0, min(FIRST_READ, file.size))
     length = 8 + (struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0)
@@ -170,7 +174,7 @@ def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
 
     def read(span: Span) -> bytearray:
         end = span.offset + span.nbytes
-        if end <= length:  # A file that is copied unchanged: its header is already in memory.
+        if end <= length:  # Copying a whole file also reads its header, which is in memory.
             return bytearray(start[span.offset : end])
         return bytearray(read_range(remote, file, span.offset, span.nbytes))
 
@@ -179,19 +183,19 @@ def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
 
 
 def remote_of(uri: Uri) -> Remote:
-    """Return the repository of a uri with its commit resolved. The hub is asked for a commit at most once a minute."""
+    """Return the repository of a uri. The hub is asked for its commit at most once in `FRESH` seconds."""
     key, now = (os.environ.get("HF_ENDPOINT", ""), str(uri)), time.monotonic()
     when, remote = _seen.get(key, (0.0, None))
     if remote is None or now - when > FRESH:
         remote = remote_at(uri)
-        # Resolve the commit first: if this fails, the remote is not cached.
+        # Ask for the commit before the remote is cached: if the request fails, the remote must not be cached.
         _ = remote.commit
         _seen[key] = (now, remote)
     return remote
 
 
 def _commit(uri: Uri) -> str:
-    """Return the commit of a uri, and remember it for offline mode."""
+    """Return the commit of a uri, and save it on disk for offline mode. In offline mode, return the saved commit."""
     from huggingface_hub import constants
 
     reference = _cache(uri) / "refs" / quote(uri.revision or "main", safe="")
@@ -213,27 +217,27 @@ def _commit(uri: Uri) -> str:
 def _cache(uri: Uri) -> Path:
     """Return the cache folder of a repository.
 
-    For schemes other than `hf`, the folder's name ends with a digest, because replacing `:` and `/` can make different
-    names equal.
+    The folder's name is the repository's name with `:` and `/` replaced, so two names could give the same folder. For
+    schemes other than `hf`, a digest of the repository's name is appended to prevent this.
     """
     folder_name = uri.name.replace("://", "--").replace(":", "-").replace("/", "--")
     apart = "" if uri.scheme == "hf" else f"-{hashlib.sha256(uri.name.encode()).hexdigest()[:8]}"
     return cache_folder() / "hub" / (folder_name + apart)
 
 
-# Stream a base from a hub: fetch only the headers of all weight files, then download and verify each file when it is
-# needed.
+# Stream a base from a hub: first fetch only the headers of all weight files. Later, when a merge needs the tensors of a
+# weight file, download and verify this file.
 
 
 NOT_STREAMED = "Omit --stream (stream=), so that the whole base is downloaded first"
 
 
 class Shards:
-    """A base on a hub whose local weight files are sparse until they are downloaded.
+    """A base on a hub that is streamed: each local weight file has only its header until `bring` downloads the file.
 
     Attributes:
         path: the base's local path.
-        begun: True if the download of a weight file has started; a later run can continue this download.
+        begun: True if the download of a weight file has started. Then a later run can continue this download.
     """
 
     def __init__(self, remote: Remote, folder: Path) -> None:
@@ -250,7 +254,7 @@ class Shards:
         wanted = needed(self.remote)
         if not any(name.endswith(".safetensors") for name in wanted):
             raise Unsupported("only safetensors files can be streamed", path=str(self.remote.uri), cure=NOT_STREAMED)
-        # Keep the downloads of an interrupted run, which are in `parts`. Write the sparse files again, which is fast.
+        # Keep `parts`, which has the downloads of an interrupted run. Write the sparse files in `base` again.
         shutil.rmtree(self.folder / "base", ignore_errors=True)
         (self.folder / "parts").mkdir(exist_ok=True)
         for name, file in wanted.items():
@@ -264,10 +268,11 @@ class Shards:
         source_at(self.remote).save(self.folder / "base")
 
     def bring(self, paths: Iterable[str]) -> None:
-        """Download weight files that are still sparse; reuse bytes that were fetched together with the header.
+        """Download the given weight files, except those that have already been downloaded.
 
         Raises:
-            Corrupt: the bytes do not have the listed digest, or the header differs from the one that was fetched first.
+            Corrupt: a file does not have the digest that the hub lists, or its header differs from the header that was
+                fetched first.
             NetworkError: the hub is not reachable, or refuses.
         """
         for path in paths:
@@ -282,8 +287,8 @@ class Shards:
             if not part.exists():
                 part.write_bytes(start)
             fetch(self.remote, file, part, lambda _: None)
-            # The plan was made from the sparse file's header, which was fetched by a range request and could not be
-            # verified. Compare this header with that of the verified file.
+            # The merge plan was made from the sparse file's header. That header was fetched by a range request, so it
+            # could not be verified then. Compare it with the header of the verified file.
             with open(part, "rb") as whole:
                 header = start[: 8 + int.from_bytes(start[:8], "little")]
                 same = whole.read(len(header)) == header
@@ -294,30 +299,31 @@ class Shards:
         except OSError as error:
             raise storage_error(error, error.filename or part) from error
         if not same:
-            why = "the header was damaged in the first transfer, so the plan made from it is wrong"
+            why = "the header was damaged when it was first fetched, so the plan made from this header is wrong"
             raise Corrupt(why, path=str(self.remote.uri), where=file.path, cure="Run the same command again")
         del ELSEWHERE[path]
 
     def drop(self, paths: Iterable[str]) -> None:
-        """Free the disk space of weight files."""
+        """Empty the given weight files, to free their disk space."""
         for path in paths:
             os.truncate(path, 0)
 
     def close(self) -> None:
-        """Stop reading sparse files through the hub."""
+        """Stop fetching the data of sparse files from the hub."""
         for path in self.files:
             ELSEWHERE.pop(path, None)
 
 
 @contextmanager
 def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
-    """Yield a base on a hub for the duration of a merge. Its weight files are in a hidden folder next to `out`.
+    """Yield a base on a hub, whose weight files are downloaded one by one into a hidden folder next to `out`.
 
-    If an interrupted run left a partly downloaded weight file, its download is continued.
+    At the end of the block, the folder is removed. After an error of the network or the disk, it is kept, so that a
+    later run can continue a download.
 
     Raises:
-        UsageError: `name` is a local path.
-        Unsupported: the base is not made of safetensors files.
+        UsageError: `name` is a local path, not a uri.
+        Unsupported: the base has no safetensors files.
         AdapterkitError: as for `pull`.
     """
     from ..io.locations import is_remote
@@ -332,12 +338,12 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
             try:
                 yield shards
             except StorageError:
-                if not shards.begun:  # Nothing was downloaded that a later run could use.
+                if not shards.begun:  # No download has started, so a later run could not use the folder.
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
             finally:
                 shards.close()
-    # Keep the downloaded files: a later run can continue after these errors.
+    # Keep the downloaded files: after these two kinds of errors, a later run can continue.
     except (NetworkError, StorageError):
         raise
     except AdapterkitError:
@@ -348,27 +354,27 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-# Read a base on a hub in byte ranges. The weight files are sparse files in a temporary folder. Their bytes are
-# downloaded when they are needed.
+# Read a base on a hub in byte ranges. The weight files are sparse files in a temporary folder. Each range of bytes is
+# downloaded when it is needed.
 #
-# A task on a cluster needs only a few of hundreds of weight files, or only parts of these files. If a task needs almost
-# all bytes of a file, the whole file is downloaded and verified by its digest. Ranges cannot be verified, because hubs
-# list no digests of ranges.
+# A base may have hundreds of weight files. A task on a cluster needs only a few of them, or only parts of these few. If
+# a task needs almost all bytes of a file, the whole file is downloaded and verified by its digest. Ranges cannot be
+# verified, because hubs list no digests of ranges.
 
 
 WHOLE = 0.9
-"""If a task needs at least this share of a file's bytes, the whole file is downloaded, because it can be verified."""
+"""If a task needs at least this share of a file's bytes, the whole file is downloaded, so that it can be verified."""
 
 AHEAD = 8 << 20
-"""The size of a request, in bytes. Longer ranges are split into several requests. `RangedFile.read` fetches at least
-this many bytes at once, because packed weights are read in many small consecutive pieces."""
+"""The largest size of a request, in bytes. Longer ranges are split into several requests. For a shorter range,
+`RangedFile.read` downloads this many bytes, because packed weights are read in many small consecutive pieces."""
 
 Run = tuple[int, int]
-"""The offset of a range's first byte, and the offset after its last byte."""
+"""A range of bytes: the offset of the first byte, and the offset after the last byte."""
 
 
 def pinned(name: str) -> str:
-    """Return a uri with its current commit, so that other machines read the same files.
+    """Return a uri with its revision replaced by the current commit, so that other machines read the same files.
 
     Raises:
         AdapterkitError: as for `pull`.
@@ -384,7 +390,7 @@ class RangedFile:
         remote: the repository.
         file: the remote file.
         path: the sparse file.
-        start: the first bytes of the file, including the whole header; the sparse file already contains these bytes.
+        start: the first bytes of the file, including the whole header, which the sparse file already contains.
     """
 
     def __init__(self, remote: Remote, file: RemoteFile, path: Path, start: bytes) -> None:
@@ -394,7 +400,7 @@ class RangedFile:
         self.lock, self.stamp = threading.Lock(), os.stat(path).st_mtime_ns
 
     def read(self, span: Span) -> bytearray:
-        """Return the bytes of a range. If some are missing, download them, together with bytes after the range."""
+        """Return the bytes of a range. If some of them are missing, download them, and also bytes after the range."""
         begin, end = span.offset, span.offset + span.nbytes
         with self.lock:
             if missing := gaps(self.present, [(begin, end)]):
@@ -408,7 +414,7 @@ class RangedFile:
         return data
 
     def bring(self, wanted: list[Run]) -> None:
-        """Download ranges, or the whole file if the ranges cover almost all of it."""
+        """Download the missing bytes of the given ranges, or the whole file if these bytes are almost all of it."""
         with self.lock:
             missing = gaps(self.present, wanted)
             if sum(end - begin for begin, end in missing) >= WHOLE * (self.file.size - len(self.header)):
@@ -435,7 +441,7 @@ class RangedFile:
                     target.write(data)
 
             writing = threading.Lock()
-            # Read all results: this raises the first exception of a worker.
+            # Iterate over all results: this raises the first exception of a worker.
             for _ in pool.map(one, pieces):
                 pass
         self.present = joined([*self.present, *missing])
@@ -448,7 +454,7 @@ class RangedFile:
         with open(part, "rb") as whole:
             same = whole.read(len(self.header)) == self.header
         if not same:
-            why = "the header was damaged in the first transfer, so the plan made from it is wrong"
+            why = "the header was damaged when it was first fetched, so the plan made from this header is wrong"
             raise Corrupt(why, path=str(self.remote.uri), where=self.file.path, cure="Run the same command again")
         os.replace(part, self.path)
         self.present = [(0, self.file.size)]
@@ -461,7 +467,7 @@ class RangedFile:
 
 
 def joined(runs: Iterable[Run]) -> list[Run]:
-    """Sort ranges, and join adjacent and overlapping ones."""
+    """Return ranges in order, with adjacent and overlapping ranges joined."""
     result: list[Run] = []
     for begin, end in sorted(runs):
         if result and begin <= result[-1][1]:
@@ -472,7 +478,7 @@ def joined(runs: Iterable[Run]) -> list[Run]:
 
 
 def gaps(present: list[Run], wanted: Iterable[Run]) -> list[Run]:
-    """Return the parts of the wanted ranges that are not in `present`, the ranges that have been downloaded."""
+    """Return the parts of the wanted ranges that are missing from `present`, the ranges that have been downloaded."""
     missing: list[Run] = []
     for begin, end in joined(wanted):
         for first, last in present:
@@ -490,7 +496,7 @@ class Ranged:
     """A base whose weight files are downloaded in byte ranges.
 
     Attributes:
-        path: the local folder or single file; all headers are complete.
+        path: the local folder or single file; the headers of all weight files are complete.
         uri: the base's uri, pinned to its commit.
     """
 
@@ -499,7 +505,7 @@ class Ranged:
         wanted = needed(remote)
         weights = {name: file for name, file in wanted.items() if name.endswith(".safetensors")}
         if not weights:
-            cure = "Pull it onto a disk that all nodes share ('adapterkit pull'), and pass the folder"
+            cure = "Pull the base to a disk that all nodes share ('adapterkit pull'), and pass the folder's path"
             raise Unsupported("only safetensors files can be read in byte ranges", path=str(remote.uri), cure=cure)
         for name, file in wanted.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -517,7 +523,7 @@ class Ranged:
             self.path = folder / inside
 
     def bring(self, spans: Iterable[Span]) -> None:
-        """Download ranges of the weight files, so that these ranges can be read from the local files.
+        """Download the given ranges of the weight files, so that they can be read from the local files.
 
         Raises:
             Corrupt: a file that was downloaded whole does not have the listed digest.
@@ -547,7 +553,7 @@ class Ranged:
 
 @contextmanager
 def ranged(name: str, *, whole: bool) -> Iterator[Ranged]:
-    """Yield a base on a hub that is read in byte ranges. At the end of the block, its temporary folder is removed.
+    """Yield a base whose weights are read from a hub in byte ranges. After the block, its temporary folder is removed.
 
     Args:
         name: the uri.

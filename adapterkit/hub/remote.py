@@ -1,7 +1,7 @@
 """The interface of a hub: list the files of a commit, read their bytes, and push.
 
-A location on a hub is a uri: `scheme://...` or `org/repo`. This module parses uris, and checks the file names that hubs
-list.
+A uri names a location on a hub: `scheme://...` or `org/repo`. This module has the classes for uris, and checks the file
+names that hubs list.
 """
 
 from __future__ import annotations
@@ -32,30 +32,32 @@ def check_name(name: str, kind: type[AdapterkitError] = Malformed) -> None:
 
     Raises:
         AdapterkitError: (an instance of `kind`) the name leads outside the folder, is absolute, names a drive or a
-            device, or is too long.
+            device, is too long, or cannot be stored on some systems.
     """
     fault = _fault(name)
     if fault:
         shown = name if len(name) <= 80 else f"{name[:80]}..."
-        raise kind(f"the name of a file {fault}", where=repr(shown), cure="Do not use it: nothing was written")
+        raise kind(f"the name of a file {fault}", where=repr(shown), cure="Nothing was written. Use another name")
 
 
 def check_names(names: Iterable[str]) -> None:
     """Check the names of all files in a repository, and check that no name is both a file and a folder.
 
     Raises:
-        Malformed: a name is not allowed.
+        Malformed: `check_name` refuses a name, a name occurs twice, or a name is both a file and a folder.
     """
     seen: set[str] = set()
     for name in names:
         check_name(name)
         if name in seen:
-            raise Malformed("a file is listed twice", where=name, cure="Do not use it: nothing was written")
+            cure = "Nothing was written. Tell the repository's owner"
+            raise Malformed("the hub lists this file twice", where=name, cure=cure)
         seen.add(name)
     for name in seen:
         folder = next((str(p) for p in PurePosixPath(name).parents if str(p) in seen), None)
         if folder:
-            raise Malformed("this name is both a file and a folder", where=folder, cure="Nothing was written")
+            cure = "Nothing was written. Tell the repository's owner"
+            raise Malformed("this name is both a file and a folder", where=folder, cure=cure)
 
 
 def _fault(name: str) -> str | None:
@@ -67,24 +69,24 @@ def _fault(name: str) -> str | None:
     if len(name.encode(errors="surrogatepass")) > MAX_PATH or any(len(p.encode()) > MAX_NAME for p in parts):
         return "is too long for a file system"
     if any(part.endswith((" ", ".")) or _DEVICES.fullmatch(part) for part in parts):
-        return "is a name that some systems cannot store"
+        return "cannot be stored on some systems"
     return None
 
 
-# Names on hubs: `scheme://...`, where each hub defines its own syntax, or plain `org/repo[@revision]`.
+# A uri is either `scheme://...`, with a syntax that the scheme's hub defines, or plain `org/repo[@revision]`.
 
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.*)", re.DOTALL)
-"""Matches the scheme of a uri. One slash is enough, because `pathlib` turns `//` into `/`."""
+"""Matches the scheme and the rest of a uri. One slash is accepted too, because `pathlib` turns `//` into `/`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Uri:
-    """A repository at a revision, or a file or folder in it.
+    """A repository at a revision, or a file or folder in this repository.
 
     Attributes:
         repo: the repository's name on its hub, e.g. `org/name`.
-        revision: a branch, tag or commit; None for the hub's default. In the text of a uri, its slashes are `%2F`.
+        revision: a branch, tag or commit; None for the hub's default. In the text of a uri, `%2F` stands for a slash.
         path: a file or folder inside the repository; empty for the whole repository.
         scheme: the hub's scheme.
     """
@@ -109,14 +111,14 @@ class Uri:
 
 
 def scheme_of(text: str) -> tuple[str | None, str]:
-    """Split a name into its scheme (None if it has none) and the rest."""
+    """Split a name into its scheme and the rest. The scheme is None if the name has no scheme."""
     match = _SCHEME.fullmatch(text)
     return (match[1].lower(), match[2]) if match else (None, text)
 
 
 @dataclass(frozen=True, slots=True)
 class Address(Uri):
-    """A location without commits. Its uri may end with `#` and a digest of the location's file list."""
+    """A location without commits, e.g. a bucket. Its uri may end with `#` and a digest of the location's file list."""
 
     def __str__(self) -> str:
         path = f"/{self.path}" if self.path else ""
@@ -154,7 +156,7 @@ class Placed:
     Attributes:
         path: the path inside the repository.
         digests: the digests of the bytes.
-        mark: the hub's identifier of the stored bytes, such as an ETag; empty if the hub addresses bytes by digest.
+        mark: the hub's identifier of the stored bytes, such as an ETag; empty if the hub identifies bytes by digest.
     """
 
     path: str
@@ -173,8 +175,8 @@ class RemoteFile:
     Attributes:
         path: the path inside the repository.
         size: the size in bytes.
-        digest: `sha256:...` or `md5:...` of the content, or `git:...`, the sha1 that git computes for a small file. If
-            the hub lists no digest, it is `unknown:...`, a hash of other values that change with the content.
+        digest: `sha256:...` or `md5:...` of the content, or `git:...`, the sha1 that git computes for a file. If the
+            hub lists no digest, this is `unknown:...`, a hash of other values that change with the content.
     """
 
     path: str
@@ -192,14 +194,14 @@ class Remote(ABC):
 
     Args:
         uri: the repository and its revision.
-        token: a token; if absent, the token that the hub's own tools use.
+        token: an access token. If absent, the token that the hub's own tools have stored is used.
     """
 
     form: ClassVar[str]
     """The syntax of uris on this hub, for error messages."""
 
     whole: ClassVar[bool] = False
-    """True if a push replaces the whole artifact. It then removes all files that are not in the push."""
+    """True if a push replaces the whole artifact, so that files that are not in the push are removed."""
 
     cards_below: ClassVar[bool] = False
     """True if each folder of a repository can have its own model card."""
@@ -256,7 +258,9 @@ class Remote(ABC):
             collected.append(file)
             if len(collected) > MAX_FILES:
                 raise Malformed(
-                    f"the repository has more than {MAX_FILES:,} files", path=str(self.uri), cure="Add a folder's path"
+                    f"the repository has more than {MAX_FILES:,} files",
+                    path=str(self.uri),
+                    cure="Add the path of a folder to the uri",
                 )
         try:
             check_names(file.path for file in collected)
@@ -272,7 +276,7 @@ class Remote(ABC):
         """
         below = tuple(f for f in self.files if not path or f.path == path or f.path.startswith(f"{path}/"))
         if not below:
-            cure = nearest(path, (file.path for file in self.files)) or "See the files with 'adapterkit pull --dry-run'"
+            cure = nearest(path, (file.path for file in self.files)) or "List the files: 'adapterkit pull --dry-run'"
             raise RemoteNotFound("the repository has no such file or folder", path=str(self.uri), cure=cure)
         return below
 
@@ -290,12 +294,12 @@ class Remote(ABC):
             failure = self.failure(error)
             if failure is None:
                 raise
-        # Raise the error outside of the handler. Otherwise Python would attach the caught exception as the context, and
-        # a traceback would show the request's headers with the token.
+        # Raise the error after the `except` block. Inside the block, Python would attach the caught exception to the
+        # new error, and a traceback would show the request's headers with the token.
         raise failure
 
     def there(self) -> Mapping[str, RemoteFile] | None:
-        """Return the files that exist now at the target of a push, keyed by path; None if the repository is missing.
+        """Return the files that the target of a push has now, keyed by path; None if the repository does not exist.
 
         Raises:
             NetworkError: access is denied, or the hub is not reachable.
@@ -306,10 +310,10 @@ class Remote(ABC):
             return None
 
     def check_writable(self) -> None:
-        """Check that this kind of hub accepts pushes.
+        """Raise an error if adapterkit cannot push to this kind of hub.
 
         Raises:
-            Unsupported: this kind of hub does not accept pushes.
+            Unsupported: adapterkit cannot push to this kind of hub.
         """
         if type(self).send is Remote.send:
             why = f"adapterkit cannot push to {self.uri.scheme}://"
@@ -322,11 +326,11 @@ class Remote(ABC):
         """Upload files, and make all of them visible at once.
 
         Args:
-            files: all files of the push, keyed by path.
+            files: the content of all files of the push, keyed by path.
             changed: the paths of the files that the hub lacks, or has with other content.
             digests: the digests of all files, keyed by path.
             message: the commit message.
-            private: create a missing repository as private.
+            private: if the repository does not exist, create it as a private repository.
 
         Returns:
             The commit.
@@ -335,7 +339,7 @@ class Remote(ABC):
         raise AssertionError("a hub that accepts pushes overrides this method")
 
     def begin(self) -> None:
-        """Prepare for `place`: claim the target or create the repository. If a permission is missing, this fails.
+        """Prepare for `place`: reserve the target or create the repository. If a permission is missing, fail now.
 
         Raises:
             NetworkError: access is denied, another push is running, or the hub is not reachable.
@@ -347,7 +351,7 @@ class Remote(ABC):
             raise Unsupported(why, path=str(self.uri), cure="Write to hf://, oci:// or s3://")
 
     def place(self, path: str, file: Path, digests: Digests) -> Placed:
-        """Upload one file. It becomes visible when any process passes the returned `Placed` to `send`.
+        """Upload one file. The file becomes visible when this or another process passes the result to `send`.
 
         Args:
             path: the path inside the repository.
@@ -379,9 +383,9 @@ def largest_first(files: Sequence[RemoteFile]) -> list[RemoteFile]:
 
 
 def lost(place: str, name: str) -> Corrupt:
-    """Return the error for a file that was uploaded, but that the hub no longer has."""
+    """Return the error for an uploaded file that the hub no longer has."""
     why = "the hub no longer has a file that a task uploaded"
-    cure = "Another program writes there: choose another output, or run the same command again to upload the file again"
+    cure = "Run the same command again, which uploads the file again; write to an output that no other program changes"
     return Corrupt(why, path=place, where=name, cure=cure)
 
 

@@ -1,4 +1,4 @@
-"""Download one file into a partial file, so that any later process can continue; verify the file by its digest.
+"""Download a file so that a later process can continue after an interruption, and verify the file by its digest.
 
 This module also manages the local folders for files from hubs: the cache, scratch folders, and locks on folders.
 """
@@ -40,7 +40,7 @@ def locked(stage: Path) -> Iterator[None]:
     stage.mkdir(exist_ok=True)
     with open(stage / "lock", "wb") as lock:
         if not _lock(lock):
-            raise StorageError("another process is writing here", path=stage, cure="Wait for it")
+            raise StorageError("another process is writing here", path=stage, cure="Wait until that process ends")
         yield
 
 
@@ -84,7 +84,7 @@ def scratch() -> Iterator[Path]:
 
 
 def _sweep(root: Path) -> None:
-    """Remove the folders of dead processes: no process holds their locks. On systems without `flock`, do nothing."""
+    """Remove the folders whose locks no process holds: their processes have died. Without `flock`, do nothing."""
     if not _has_locks():
         return
     for file in root.glob("*.lock"):
@@ -105,8 +105,8 @@ def _has_locks() -> bool:
 def _lock(file: BinaryIO, *, wait: bool = False) -> bool:
     """Lock an open file for this process until it is closed; return False if another process holds the lock."""
     if not _has_locks():
-        # Windows has no flock, so return True. The folder is protected in another way: Windows refuses to rename a
-        # folder with open files.
+        # Windows has no flock, so return True without a lock. The folder is protected in another way: Windows refuses
+        # to rename a folder that contains open files.
         return True
     import fcntl
 
@@ -121,13 +121,13 @@ HASHED_AT_ONCE = 1 << 20
 
 
 def digests(file: Path) -> tuple[int, str, str]:
-    """Return a file's size in bytes, its `sha256:...` digest and its `git:...` digest; the file is read once.
+    """Return a file's size in bytes, its `sha256:...` digest and its `git:...` digest. The file is read only once.
 
     Raises:
         StorageError: the file cannot be read.
     """
-    # Compute both digests. Hubs list the sha256 of a large (LFS) file. For a small file, they list git's digest, which
-    # is the sha1 of a short header and the content.
+    # Compute both digests, because a hub lists only one of them: the sha256 for a large (LFS) file, and git's digest
+    # for a small file. Git's digest is the sha1 of a short header and the content.
     try:
         size = file.stat().st_size
         whole, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
@@ -151,8 +151,8 @@ def digests_of(content: Content) -> Digests:
 
 
 def hasher(digest: str, size: int) -> hashlib._Hash | None:
-    """Return a hash object for a digest's algorithm; None for `unknown:...`, which is not a digest of the content."""
-    # Declare that sha1 and md5 are not used for security, because Python in FIPS mode refuses them otherwise.
+    """Return a hash object for a digest's algorithm; None for `unknown:...`, which is not computed from the content."""
+    # Tell hashlib that sha1 and md5 are not used for security. Otherwise Python in FIPS mode refuses them.
     kind = digest.partition(":")[0]
     if kind == "git":
         return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
@@ -171,10 +171,10 @@ def same(file: Path, size: int, digest: str) -> bool:
 
 
 def check_listed(there: Remote, digests: Mapping[str, Digests]) -> None:
-    """Check that the hub lists every pushed file with the digest of the local file.
+    """Check that the hub lists every pushed file with the size and the digest of the local file.
 
     Raises:
-        Corrupt: a file is missing or has another digest.
+        Corrupt: a file is missing, or has another size or digest.
     """
     listed = {file.path: file for file in there.files}
     for name, (size, *names) in digests.items():
@@ -182,18 +182,19 @@ def check_listed(there: Remote, digests: Mapping[str, Digests]) -> None:
         if file is None or file.size != size or file.digest not in names:
             cure = "The local file changed during the push, or the hub damaged it: push again with --overwrite "
             cure += "(in Python overwrite=True)"
-            raise Corrupt("the hub does not list the pushed file", path=str(there.uri), where=name, cure=cure)
+            why = "the hub does not list this pushed file with the local file's size and digest"
+            raise Corrupt(why, path=str(there.uri), where=name, cure=cure)
 
 
-# Download one file into a partial file, so that any later process can continue; verify the complete file.
+# Download a file into a partial file, which a later process can continue, and verify the complete file.
 
 
 CHUNK = 1 << 20
 ASKED = 16 << 20
-"""The largest total size of the range requests in progress, in bytes. A killed process loses at most these bytes.
+"""The total size of the range requests that run at the same time, in bytes. A killed process loses at most this much.
 
-With one request for the whole rest of a file, it could lose more: all bytes in the buffers of both machines and of the
-network, and the size of these buffers is not limited.
+A single request for the whole rest of a file could lose more: all bytes that are in the buffers of the two machines and
+of the network, which can be large.
 """
 
 ANEW = 3
@@ -206,20 +207,20 @@ def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], N
     Args:
         remote: the repository.
         file: the file to download.
-        part: the partial file. The bytes that it already has are only hashed, not downloaded again.
-        count: a function that is called with the number of new bytes, or with a negative number if that many bytes must
-            be downloaded again. It may raise an error to stop the download.
-        asked: the number of bytes in one request. The next request is made when all of them are in the file.
+        part: the partial file. The bytes that it already has are hashed, but not downloaded again.
+        count: a function that is called with the number of bytes that were added, for a progress bar. If bytes must be
+            downloaded again, the number is negative. The function may raise an error to stop the download.
+        asked: the number of bytes in one request. The next request is made when all these bytes are in the file.
 
     Raises:
-        Corrupt: the bytes do not have the listed digest, even after several downloads.
+        Corrupt: the file does not have the digest that the hub lists, even after `ANEW` downloads.
         NetworkError: the hub is not reachable, or refuses.
         StorageError: the partial file is not writable.
     """
     for _ in range(ANEW):
         if _Fetching(remote, file, count, asked).into(part):
             return
-        # Subtract the partial file's bytes from the progress, because they are downloaded again.
+        # Subtract the partial file's bytes from the progress, because these bytes are downloaded again.
         count(-part.stat().st_size)
         part.unlink()
     why = f"the downloaded bytes do not have the digest {file.digest} that the hub lists"
@@ -227,7 +228,7 @@ def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], N
 
 
 def read_range(remote: Remote, file: RemoteFile, start: int, length: int) -> bytes:
-    """Return `length` bytes of a file from byte `start`. They are not verified: a part of a file has no digest.
+    """Return `length` bytes of a file from byte `start`, unverified: hubs list digests only of whole files.
 
     Raises:
         NetworkError: the hub is not reachable, refuses, or answers with another range.
@@ -251,7 +252,7 @@ def read_range(remote: Remote, file: RemoteFile, start: int, length: int) -> byt
 
 
 class _Fetching:
-    """Try once to download a file: hash the bytes of the partial file, then request the rest piece by piece."""
+    """One attempt to download a file: hash the bytes of the partial file, then request the rest piece by piece."""
 
     def __init__(self, remote: Remote, file: RemoteFile, count: Callable[[int], None], asked: int) -> None:
         self.remote, self.file, self.count, self.asked = remote, file, count, asked
@@ -270,7 +271,7 @@ class _Fetching:
         return self.digest is None or self.digest.hexdigest() == self.file.digest.partition(":")[2]
 
     def _replay(self, target: BinaryIO) -> None:
-        """Hash the bytes that an earlier run downloaded. If they are more than the size of the file, delete them."""
+        """Hash the bytes that the partial file already has. If it is larger than the remote file, empty it first."""
         if target.seek(0, os.SEEK_END) > self.file.size:
             target.truncate(0)
         target.seek(0)
@@ -278,19 +279,19 @@ class _Fetching:
             self._lock(chunk)
 
     def _rest(self, target: BinaryIO) -> None:
-        """Download the remaining bytes. Each new megabyte resets the count of failed attempts, for bad connections."""
+        """Download the remaining bytes. Give up after `ATTEMPTS` attempts in a row without progress."""
         attempt = 0
         while self.done < self.file.size:
             before, end = self.done, min(self.done + self.asked, self.file.size)
             met = self._piece(target, end)
-            # Less than a megabyte does not count as progress. Otherwise a server that sends a few bytes per attempt
-            # could keep this loop running forever.
+            # Less than a megabyte does not count as progress, unless it completes the piece. Otherwise a server that
+            # sends a few bytes per attempt could keep this loop running forever.
             attempt = 0 if self.done >= min(end, before + CHUNK) else attempt + 1
             if self.done < end and (attempt >= ATTEMPTS or not pause(attempt, met.wait)):
                 raise NetworkError(f"gave up: {met}", path=str(self.remote.uri), where=self.file.path, cure=_AGAIN)
 
     def _piece(self, target: BinaryIO, end: int) -> Passing:
-        """Append the bytes of one request. Return the failure to report if bytes are missing."""
+        """Make one request and append its bytes. Return the failure to report if some bytes did not arrive."""
         try:
             for chunk in _chunks(self.remote, self.file, self.done, end):
                 _written(target, chunk)
@@ -315,9 +316,10 @@ class _Fetching:
 
 
 def _written(target: BinaryIO, chunk: bytes) -> None:
-    """Write bytes.
+    """Write bytes to a file.
 
-    Disk errors become StorageError, so that callers can tell them from network errors, which may also be OSErrors.
+    An error of the disk becomes a StorageError. Otherwise callers could not tell it from a network error, because both
+    may be OSErrors.
     """
     try:
         target.write(chunk)
@@ -326,7 +328,7 @@ def _written(target: BinaryIO, chunk: bytes) -> None:
 
 
 def _chunks(remote: Remote, file: RemoteFile, start: int, end: int) -> Iterator[bytes]:
-    """Yield the bytes of a file from `start` to `end`. If the hub ignores the range, skip the bytes before `start`."""
+    """Request the bytes from `start` to `end`. If the hub sends the whole file, yield its bytes from `start` on."""
     with remote.opened(file, start, end if end < file.size else None) as (begin, coming):
         if not 0 <= begin <= start:
             raise Passing("the hub did not send the requested range")
@@ -342,4 +344,4 @@ def _chunks(remote: Remote, file: RemoteFile, start: int, end: int) -> Iterator[
 
 
 _AGAIN = "Run the same command again: it continues where it stopped"
-_DAMAGED = "The hub, or a proxy on the way, damages the file: try another network, or tell the repository's owner"
+_DAMAGED = "Use another network, or tell the repository's owner: the hub or a proxy damages the file"

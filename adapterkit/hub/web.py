@@ -1,4 +1,4 @@
-"""The HTTP client for all hubs: it checks redirects, sends secrets to one origin only, and limits reply sizes."""
+"""The HTTP client for all hubs. It checks redirects, sends secrets to one origin only, and limits reply sizes."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
     from ..io.strict_json import JsonValue
 
-# Retry requests that fail for a temporary reason. All requests to all hubs use this module.
+# Retry requests that fail for a temporary reason.
 
 
 T = TypeVar("T")
 
 ATTEMPTS = 6
 FIRST_WAIT = 0.5
-"""Seconds to wait before the second attempt; doubled for each further attempt."""
+"""The wait before the second attempt, in seconds. It doubles for each further attempt."""
 
 LONGEST_WAIT = 300.0
-"""Longest wait in seconds. If the hub asks for a longer wait, the request fails at once."""
+"""The longest wait that a hub may ask for, in seconds. If the hub asks for more, the request fails at once."""
 
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses that are worth a retry."""
@@ -45,7 +45,7 @@ class Passing(Exception):
     """A temporary failure.
 
     Attributes:
-        wait: the seconds that the hub asks to wait; None if the reply does not state a time.
+        wait: the number of seconds for which the hub asks to wait; None if the reply does not state a time.
     """
 
     def __init__(self, why: str, wait: float | None = None) -> None:
@@ -54,11 +54,12 @@ class Passing(Exception):
 
 
 def retrying(act: Callable[[], T], passing_of: Callable[[Exception], Passing | None]) -> T:
-    """Return the result of `act`; after a temporary failure, call it again, at most `ATTEMPTS` times in all.
+    """Call `act` and return its result. After a temporary failure, call `act` again; at most `ATTEMPTS` calls in all.
 
     Args:
-        act: the request; running it twice must be harmless.
-        passing_of: a function that returns a `Passing` for a temporary failure, and None if a retry is useless.
+        act: a function that makes the request; calling it twice must be harmless.
+        passing_of: a function that gets an exception. It returns a `Passing` if the failure is temporary, and None if
+            a retry is useless.
 
     Raises:
         Exception: the error of the last attempt.
@@ -74,7 +75,7 @@ def retrying(act: Callable[[], T], passing_of: Callable[[Exception], Passing | N
 
 
 def pause(attempt: int, asked: float | None) -> bool:
-    """Wait before the next attempt and return True. If the hub asks for a wait over the limit, return False at once."""
+    """Wait before the next attempt and return True. If `asked` is more than `LONGEST_WAIT`, return False at once."""
     if asked is not None and asked > LONGEST_WAIT:
         return False
     # Add a random delay, so that parallel connections do not retry at the same time.
@@ -84,7 +85,7 @@ def pause(attempt: int, asked: float | None) -> bool:
 
 
 def retry_after(value: str | None) -> float | None:
-    """Return the seconds to wait from a `Retry-After` header, which contains a number or a date."""
+    """Return the seconds to wait from a `Retry-After` header, a number or a date; None if it is absent or invalid."""
     if not value:
         return None
     try:
@@ -106,18 +107,19 @@ READ_TIMEOUT = 30.0
 
 MAX_HOPS = 5
 MAX_ERROR_BODY = 64 << 10
-"""The maximum number of bytes to read of an error's body. Hubs explain an error in a few hundred bytes."""
+"""The maximum number of bytes that are read from the body of an error. Hubs explain errors in a few hundred bytes."""
 
 MAX_TOLD = 64 << 20
-"""The largest document to read from a hub, in bytes. Documents are manifests, lists of files and tokens.
+"""The largest document that is read from a hub, in bytes. A document is, for example, one page of a file list.
 
-Errors have the lower limit `MAX_ERROR_BODY`. Files have no limit. The largest documents in practice are pages of a
-repository's file list, with 1,000 entries of about 1 KB. The pages of S3 have a similar size.
+The bodies of errors and the replies with tokens have lower limits: `MAX_ERROR_BODY` and `MAX_ANSWER`. The files of a
+repository have no limit. In practice, the largest documents are pages of file lists, which have 1,000 entries of about
+1 KB. The pages of S3 have a similar size.
 """
 
 
 class Refused(Exception):
-    """An HTTP refusal: its status, and the hub's error code and message if it sends them."""
+    """The hub refused a request: the HTTP status, and the hub's error code and message if the reply has them."""
 
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
         super().__init__(f"{status} {code}".rstrip())
@@ -129,28 +131,30 @@ def answered(
     method: str, url: str, headers: Mapping[str, str], secret: Mapping[str, str], place: str,
     content: bytes | None = None,
 ) -> Iterator[httpx2.Response]:  # fmt: skip
-    """Yield an open response whose body is not read yet.
+    """Send a request, follow safe redirects, and yield the open response. Its body has not been read.
 
     Args:
         method: the HTTP method.
         url: the url.
         headers: headers that are sent to every server, including after redirects.
-        secret: headers that are sent only to the url's own origin, and never after a redirect to another origin.
-        place: the uri for error messages.
+        secret: headers that are sent only to the url's own origin. After a redirect to another origin, they are not
+            sent any more.
+        place: the uri to show in error messages.
         content: the request body.
 
     Raises:
         Passing: the hub answered with a status in `PASSING`.
-        NetworkError: a redirect is unsafe, or there are too many redirects.
+        NetworkError: a redirect is unsafe, or there are `MAX_HOPS` redirects.
     """
     from huggingface_hub.utils import get_session, httpx
 
     home, at_home, timeout = origin(url), True, httpx.Timeout(READ_TIMEOUT, connect=10.0)
     for _ in range(MAX_HOPS):
-        # After a redirect to another origin, send no secrets, even if a later redirect leads back to the first origin:
-        # the url of that later redirect was chosen by the other server.
+        # After a redirect to another origin, send no more secrets, even if a later redirect leads back to the first
+        # origin. The other server chose the url of that later redirect.
         at_home = at_home and origin(url) == home
-        # Request uncompressed replies, so that ranges and digests refer to the stored bytes, and no reply can expand.
+        # Request uncompressed replies, so that ranges and digests refer to the stored bytes. Also, a small compressed
+        # reply could otherwise expand to a huge one.
         sent = {**headers, **(secret if at_home else {}), "Accept-Encoding": "identity"}
         # Follow redirects here, one by one, so that each redirect is checked and only the first origin gets the
         # secrets.
@@ -171,8 +175,8 @@ def answered(
 def body_of(response: httpx2.Response, place: str, limit: int | None = None) -> bytes:
     """Read the whole body of an open response, up to `limit` bytes (`MAX_TOLD` if absent).
 
-    All code that keeps a body in memory must use this function: a server may send forever, and `Response.read` has no
-    limit. `answered` requests uncompressed replies, so decoding cannot make the body larger.
+    Code that keeps a whole body in memory must use this function, because a server may send bytes forever, and
+    `Response.read` has no limit. `answered` requests uncompressed replies, so decoding does not enlarge the body.
 
     Raises:
         NetworkError: the body is longer than `limit`.
@@ -181,7 +185,7 @@ def body_of(response: httpx2.Response, place: str, limit: int | None = None) -> 
     for chunk in response.iter_raw(CHUNK):
         body += chunk
         if len(body) > limit:
-            cure = "Check the address of the hub, and tell its owner"
+            cure = "Check the address of the hub, and tell the hub's owner"
             raise NetworkError(f"the hub's reply is longer than {limit:,} bytes", path=place, cure=cure)
     return bytes(body)
 
@@ -198,13 +202,13 @@ def error_body_of(response: httpx2.Response) -> bytes:
 
 @contextmanager
 def guarded(endpoint: str, place: str) -> Iterator[None]:
-    """Limit replies and protect the token in the requests that huggingface_hub makes inside the block.
+    """Make huggingface_hub's requests inside the block safe: limit the size of replies, and protect the token.
 
-    Pushes use huggingface_hub's functions, which have two weaknesses. They read replies of any length. They send the
+    Pushes call huggingface_hub's functions, which have two weaknesses. They read replies of any length. They send the
     token to any upload url in a reply, even if the reply came from another server after a redirect.
 
-    The limits are hooks of huggingface_hub's client, which the whole process shares. Other threads may be downloading
-    large files with it, so `GET` requests outside of `/api/` are not limited.
+    Both protections are hooks in huggingface_hub's HTTP client, which the whole process shares. Other threads may use
+    the client to download large files, so replies to `GET` requests outside of `/api/` are not limited.
     """
     from huggingface_hub.utils import get_session, httpx
 
@@ -236,7 +240,7 @@ def guarded(endpoint: str, place: str) -> Iterator[None]:
             response.stream = Bounded(response.stream)  # type: ignore[arg-type]
 
     client = get_session()
-    # Assign new lists instead of appending: another thread may be iterating over the old lists.
+    # Assign new lists of hooks instead of appending: another thread may be iterating over the old lists.
     with _HOOKS:
         hooks = client.event_hooks
         client.event_hooks = {
@@ -254,30 +258,30 @@ def guarded(endpoint: str, place: str) -> Iterator[None]:
 
 
 def begins_at(response: httpx2.Response) -> int:
-    """Return the offset of a response's first byte; a server that ignores ranges starts at 0."""
+    """Return the offset of a response's first byte in the file: 0 if the server ignored the range, -1 if unknown."""
     if response.status_code != 206:
         return 0
     first = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    # If the header is invalid, return -1. It is not a valid offset, so callers refuse the response.
+    # If the header is invalid, return -1, which is not a valid offset, so that callers refuse the response.
     return int(first) if first.isdigit() else -1
 
 
 def range_header(start: int, end: int | None) -> dict[str, str]:
-    """Return the header to request bytes `start` up to but not including `end` (None: the end of the file)."""
+    """Return the header that requests bytes from `start` up to but not including `end` (None: the end of the file)."""
     if not start and end is None:
         return {}
     return {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
 
 
 def is_transport(error: Exception) -> bool:
-    """Whether an exception is a connection failure. It is False if offline mode prevented the request."""
+    """Whether an exception is a failure of the connection. False if offline mode prevented the request."""
     from huggingface_hub.utils import httpx
 
     return isinstance(error, (httpx.TransportError, ConnectionError)) and not is_offline(error)
 
 
 def is_offline(error: Exception) -> bool:
-    """Whether an exception says that offline mode prevented a request."""
+    """Whether an exception means that offline mode prevented a request."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     return isinstance(error, OfflineModeIsEnabled)
@@ -289,15 +293,15 @@ def offline(place: str) -> NetworkError:
 
 
 def redacted(text: str, token: str | None) -> str:
-    """Return a server's text with tokens and secrets in urls removed; `token` is the token that the server received."""
+    """Return a server's text without tokens and without secrets in urls. `token` is the token that was sent, if any."""
     if token:
         text = text.replace(token, "<token>")
-    # Also remove any text that looks like a token: a server may quote the request's header in its message.
+    # Also remove any text that looks like a token, because the message may quote a header of the request.
     return public(re.sub(r"hf_[A-Za-z0-9]+|([Bb]earer|[Bb]asic)\s+\S+", "<token>", text))
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
-    """Return the scheme, host and port of a url; its secrets are sent to another url only if all three are equal."""
+    """Return the scheme, host and port of a url. Two urls may get the same secrets only if all three are equal."""
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
@@ -312,24 +316,24 @@ def _next(place: str, url: str, location: str) -> str:
 
 
 _HOOKS = threading.Lock()
-_ELSEWHERE = "Check the hub's address, proxies and the network you are in"
+_ELSEWHERE = "Check the hub's address, your proxy settings and your network"
 
 
-# Registry authentication: find credentials that `docker login` or `oras login` stored; exchange them for a token.
+# Log in to registries: find the credentials that `docker login` or `oras login` stored, and exchange them for a token.
 #
 # Source: https://distribution.github.io/distribution/spec/auth/token/. Credential helper programs are never run,
 # because a config file must not be able to start a process.
 
 
 MAX_ANSWER = 1 << 20
-"""Largest reply to a token request, in bytes; tokens with many scopes take about 10 KB."""
+"""The largest reply to a token request, in bytes. Even tokens with many scopes take only about 10 KB."""
 
 DOCKER_HUB = {"docker.io", "index.docker.io", "registry-1.docker.io"}
-"""Three names of Docker Hub: one in users' uris, one in credential stores, and one for requests."""
+"""The host names of Docker Hub: in users' uris, in files with stored credentials, and in requests."""
 
 
 def is_near(host: str) -> bool:
-    """Whether a host is this machine. Like other tools, adapterkit uses plain HTTP for a local registry."""
+    """Whether a host is this machine. For a registry on this machine, adapterkit uses plain HTTP, as other tools do."""
     name = urlsplit(f"//{host}").hostname or ""
     try:
         return ipaddress.ip_address(name).is_loopback
@@ -343,7 +347,7 @@ class Admission:
     Args:
         host: the registry's host name, with a port if it has one.
         url: the url of the repository.
-        place: the uri for error messages.
+        place: the uri to show in error messages.
         token: `user:password` or a bearer token. If absent, the credentials that other tools have stored are used.
     """
 
@@ -364,7 +368,7 @@ class Admission:
         return _basic(self.token) if ":" in self.token else f"Bearer {self.token}"
 
     def ask(self, challenge: str) -> bool:
-        """Answer a `WWW-Authenticate` challenge. Return True if the headers changed and the request can be retried."""
+        """Set the headers that a `WWW-Authenticate` challenge asks for. Return True if they changed: then retry."""
         kind, _, rest = challenge.partition(" ")
         parameters = dict(re.findall(r'(\w+)="([^"]*)"', rest))
         before = dict(self.headers)
@@ -376,10 +380,11 @@ class Admission:
 
     def _token(self, challenge: Mapping[str, str]) -> str:
         realm = urlsplit(challenge["realm"])
-        # The password is sent to this url. Plain HTTP is allowed only if both the registry and the url are local.
+        # The password is sent to the realm's url. Allow plain HTTP only if registry and realm are on this machine.
         if realm.scheme != "https" and not (realm.scheme == "http" and is_near(self.host) and is_near(realm.netloc)):
-            why = f"the registry asks to get a token from {realm.scheme or 'nowhere'}://{realm.hostname or ''}"
-            raise NetworkError(why, path=self.place, cure="That is not safe: check the name of the registry")
+            server = f"{realm.scheme or 'nowhere'}://{realm.hostname or ''}"
+            why = f"the registry's token server, {server}, does not use https"
+            raise NetworkError(why, path=self.place, cure="Check the name of the registry")
         asked = urlencode({key: challenge[key] for key in ("service", "scope") if key in challenge})
         url = challenge["realm"] + ("&" if realm.query else "?") + asked
         secret = {"Authorization": self._credentials} if self._credentials else {}
@@ -397,7 +402,8 @@ def _token_in(body: bytes, place: str) -> str:
             return token
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
-    raise NetworkError("the registry's answer has no token", path=place, cure="Is it an OCI registry?")
+    cure = "Check that the host is an OCI registry"
+    raise NetworkError("the reply of the registry's token server has no token", path=place, cure=cure)
 
 
 def _left(host: str) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Split, join, transpose and scale lazy tensors, for conversions between formats.
 
-Only `times` and `widened` change numbers; all other functions move them. So a conversion followed by its inverse
-restores the bytes. The source tensors are read only when a result is fetched.
+Only `times` computes new values. All other functions move elements, add zeros, or convert to a wider dtype. So a
+conversion followed by its inverse restores the bytes, unless a tensor was scaled or converted to a wider dtype. The
+source tensors are read only when a result is fetched.
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ if TYPE_CHECKING:
     Order = Callable[[], Array]
 
 AT_ONCE = 1 << 18
-"""A tensor of up to this many bytes is read whole, even if only parts are needed: three small reads would take longer
-than one read of this size."""
+"""A tensor in a file with at most this many bytes is read whole, even if only parts of it are needed. Three small reads
+would take longer than one read of this size."""
 
 REAL = ("F64", "F32", "F16", "BF16")
-"""Element types that all formats of language models support."""
+"""The dtypes that all adapter formats for language models support."""
 
 
 def turned(leaf: Lazy) -> Lazy:
-    """Return a tensor with its last two axes swapped; a second swap returns the original object.
+    """Return a tensor with its last two axes swapped. Swapping the result again returns the original object.
 
-    This makes it cheap to check a file with transposed factors: the reader swaps the axes again and gets the original
-    object, so the comparison needs no second transpose.
+    This makes it cheap to check a written file with transposed factors. The reader swaps the axes again and gets the
+    original object, so the comparison does not transpose the data a second time.
     """
     *lead, rows, columns = leaf.shape
     shape = (*lead, columns, rows)
-    if isinstance(leaf.source, _Turned) and leaf.source.leaf.shape == shape:  # False after a reshape.
+    if isinstance(leaf.source, _Turned) and leaf.source.leaf.shape == shape:  # Unequal after a reshape.
         return leaf.source.leaf
     return Lazy(shape, leaf.dtype, _Turned(leaf))
 
@@ -57,7 +58,7 @@ class _Turned:
     """Reads a tensor with its last two axes swapped.
 
     Attributes:
-        leaf: the tensor.
+        leaf: the tensor before the swap.
     """
 
     leaf: Lazy
@@ -67,12 +68,12 @@ class _Turned:
 
 
 def is_moved(leaf: Lazy) -> bool:
-    """Whether a tensor's numbers are read from a file, perhaps transposed, and not computed."""
+    """Whether a tensor's values are not computed: they come from a file, at most with two axes swapped."""
     return leaf.span is not None or (isinstance(leaf.source, _Turned) and is_moved(leaf.source.leaf))
 
 
 def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
-    """Return the bytes of the given runs of a tensor's elements; None if reading the whole tensor is as fast.
+    """Return the bytes of some runs of a tensor's elements; None if only the whole tensor can be read.
 
     Args:
         leaf: the tensor.
@@ -85,7 +86,7 @@ def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
         return [bytes(leaf.read(first, count)) for first, count in places]
     if not isinstance(leaf.source, _Turned) or len(leaf.source.leaf.shape) != 2:
         return None
-    # A run of elements lies in a few rows of the transposed matrix. Make only these rows contiguous.
+    # Each run of elements lies in a few rows of the transposed matrix. Copy only these rows into C order.
     swapped = leaf.source.leaf.numpy().T
     width = swapped.shape[1]
     rows = []
@@ -109,7 +110,7 @@ def part(leaf: Lazy, start: int, stop: int, axis: int = 0, step: int = 1) -> Laz
     """
     at = axis % len(leaf.shape)
     if not 0 <= start <= stop <= leaf.shape[at]:
-        why = f"axis {at} of a tensor {list(leaf.shape)} has no positions {start} to {stop}"
+        why = f"axis {at} of a tensor of shape {list(leaf.shape)} does not have positions {start} to {stop}"
         raise DoesNotFit(why, cure=TAKE_OUT)
     if (start, stop, step) == (0, leaf.shape[at], 1):
         return leaf
@@ -118,7 +119,7 @@ def part(leaf: Lazy, start: int, stop: int, axis: int = 0, step: int = 1) -> Laz
 
 
 def spread(leaf: Lazy, size: int, start: int, step: int, axis: int = 0) -> Lazy:
-    """Spread a tensor along an axis: put its positions at every `step`-th position from `start`, and zeros elsewhere.
+    """Spread a tensor along an axis: move position i to position `start + i * step`, and put zeros elsewhere.
 
     The axis of the result has length `size`.
     """
@@ -135,14 +136,14 @@ def spread(leaf: Lazy, size: int, start: int, step: int, axis: int = 0) -> Lazy:
 
 
 def item(leaf: Lazy, index: int) -> Lazy:
-    """Return item `index` along the first axis of a tensor; only this item is read from the file."""
+    """Return `leaf[index]`, an item along the first axis. Only this item is read from the file."""
     return run(leaf, index * math.prod(leaf.shape[1:]), leaf.shape[1:])
 
 
 def run(leaf: Lazy, first: int, shape: tuple[int, ...]) -> Lazy:
     """Return consecutive elements of a tensor, from element `first` in C order, as a tensor of shape `shape`.
 
-    Only these elements are read from the file. Some files store many factors in one array, and reading the whole array
+    Only these elements are read from the file. Some files store many factors in one array, so reading the whole array
     for each factor would take long.
     """
     count = math.prod(shape)
@@ -155,7 +156,7 @@ def run(leaf: Lazy, first: int, shape: tuple[int, ...]) -> Lazy:
 
 
 def joined(leaves: Sequence[Lazy], axis: int = 0) -> Lazy:
-    """Concatenate tensors along an axis. The result has the narrowest dtype that can hold all numbers exactly."""
+    """Concatenate tensors along an axis. The dtype of the result can represent all values exactly; see `same_type`."""
     alike = same_type(leaves)
     shape = list(alike[0].shape)
     shape[axis] = sum(leaf.shape[axis] for leaf in alike)
@@ -169,12 +170,12 @@ def joined(leaves: Sequence[Lazy], axis: int = 0) -> Lazy:
 
 
 def stacked(leaves: Sequence[Lazy]) -> Lazy:
-    """Stack tensors of one shape along a new first axis."""
+    """Stack tensors of the same shape along a new first axis."""
     return joined([leaf.reshape(1, *leaf.shape) for leaf in leaves])
 
 
 def overlaid(leaves: Sequence[Lazy]) -> Lazy:
-    """Merge tensors of the same shape into one. At each position, at most one of the tensors may be nonzero."""
+    """Merge tensors of the same shape into one. At each index, at most one of the tensors may be nonzero."""
     alike = same_type(leaves)
 
     def fetch() -> memoryview:
@@ -183,7 +184,7 @@ def overlaid(leaves: Sequence[Lazy]) -> Lazy:
         whole = alike[0].numpy().copy()
         for leaf in alike[1:]:
             values = leaf.numpy()
-            # Compare the numbers, not their bits: the bits of -0.0 are not zero.
+            # Compare the values, not their bits: the bits of -0.0 are not all zero.
             np.copyto(whole, values, where=as_array(leaf) != 0)
         return bytes_of(whole)
 
@@ -225,12 +226,12 @@ def zeros(shape: tuple[int, ...], dtype: DType) -> Lazy:
 
 
 def times(tensor: Leaf, factor: float) -> Lazy:
-    """Multiply a tensor by a number in float64, and round once to the tensor's dtype.
+    """Multiply a tensor by a number. The products are computed in float64, and rounded once to the tensor's dtype.
 
-    Fetching the result raises `Malformed` in two cases: a finite number overflows the dtype; or all products are below
-    the dtype's smallest normal number, and so would lose digits or become zero.
+    Fetching the result raises `Malformed` in two cases: a product of finite numbers overflows the dtype; or all
+    products are smaller than the dtype's smallest normal number, so they would lose digits or become zero.
     """
-    cure = "Write a format that stores the scaling separately, such as adapterkit's own"
+    cure = "Write a format that stores the scaling apart from the factors, such as adapterkit's own"
     leaf = as_lazy(tensor)
 
     def fetch() -> memoryview:
@@ -243,12 +244,12 @@ def times(tensor: Leaf, factor: float) -> Lazy:
         # Accept a NaN or infinity if the source has one: the multiplication did not cause it.
         place = first_in(rounded.view(leaf.dtype.numpy), leaf.dtype)
         if place is not None and first_not_finite(leaf) is None:
-            why = f"a scaling of {factor:g} moves the number at {list(place)} out of the range of {leaf.dtype}"
+            why = f"a scaling of {factor:g} moves the element at {list(place)} out of the range of {leaf.dtype}"
             raise Malformed(why, cure=cure)
         largest = float(np.abs(exact).max(initial=0))
         limits: Any = ml_dtypes.finfo
         if 0 < largest < float(limits(leaf.dtype.array).smallest_normal):
-            why = f"a scaling of {factor:g} makes all numbers too small for {leaf.dtype} to keep all digits"
+            why = f"a scaling of {factor:g} makes all elements so small that {leaf.dtype} would lose digits"
             raise Malformed(why, cure=cure)
         return bytes_of(rounded)
 
@@ -256,7 +257,7 @@ def times(tensor: Leaf, factor: float) -> Lazy:
 
 
 def widened(leaf: Lazy, name: str) -> Lazy:
-    """Convert a tensor to the dtype `name`. The conversion is exact if this dtype is wider."""
+    """Convert a tensor to the dtype `name`. The conversion is exact if this dtype is wider than the tensor's."""
     if leaf.dtype.name == name:
         return leaf
     dtype = DTYPES[name]
@@ -264,11 +265,11 @@ def widened(leaf: Lazy, name: str) -> Lazy:
 
 
 def same_type(leaves: Sequence[Lazy]) -> list[Lazy]:
-    """Convert tensors to the narrowest dtype that can hold all numbers exactly."""
+    """Convert tensors to a common dtype that holds all values exactly: their own if all are equal, else F64 or F32."""
     names = {leaf.dtype.name for leaf in leaves}
     if len(names) == 1:
         return list(leaves)
-    # A mix of BF16 and F16 becomes F32, because neither BF16 nor F16 can represent all numbers of the other.
+    # A mix of BF16 and F16 becomes F32, because neither BF16 nor F16 can represent all values of the other.
     wide = "F64" if "F64" in names else "F32"
     return [widened(leaf, wide) for leaf in leaves]
 

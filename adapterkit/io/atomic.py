@@ -1,4 +1,7 @@
-"""Write files atomically: a file appears complete or not at all. Remember its source tensors while it is checked."""
+"""Write files atomically: a file appears complete or not at all.
+
+While a writer checks its file, this module also remembers the tensors from which the file was written.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,10 @@ if TYPE_CHECKING:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a temporary file next to `path`. If the block succeeds, sync the file and rename it to `path`.
 
-    If the block raises an error, the temporary file is removed. A killed process leaves its temporary file; the next
-    writer of `path` reuses it, because its name is computed from `path`. Two writers of the same path wait for each
-    other. The file's mode follows the umask, as for any new file.
+    If the block raises an error, the temporary file is removed. A killed process leaves its temporary file behind. The
+    next writer of `path` reuses this file, because the temporary file's name depends only on `path`. If two writers
+    have the same path, the second waits until the first is done. The file's mode follows the umask, as for any new
+    file.
 
     Raises:
         StorageError: the folder is not writable, or the disk is full.
@@ -35,7 +39,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 # Empty the file: a killed writer may have left data in it.
                 file.truncate(0)
                 yield file
-                # Sync before the rename: after a crash, the new name must not point to missing data.
+                # Sync before the rename. Otherwise, after a crash, `path` could be a file without its data.
                 file.flush()
                 os.fsync(file.fileno())
                 if os.name == "nt":  # Windows cannot rename an open file.
@@ -56,16 +60,16 @@ def part_of(path: Path) -> Path:
 
 
 def _alone(part: Path) -> BinaryIO:
-    """Open the temporary file and lock it; wait while another process or thread writes it."""
+    """Open the temporary file and lock it. If another process or thread is writing the file, wait."""
     while True:
-        # Do not truncate before the lock is held: another process may still be writing the file.
+        # Do not truncate the file before it is locked: another process may still be writing the file.
         file = open(part, "w+b", opener=_untouched)  # noqa: SIM115 - the caller closes it
         try:
             lock(file.fileno(), wait=True)
             if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
                 return file
         except FileNotFoundError:
-            pass  # The previous holder of the lock has renamed or removed the opened file, so open the path again.
+            pass  # The previous holder of the lock has renamed or removed the file, so open the path again.
         except BaseException:
             file.close()
             raise
@@ -73,7 +77,7 @@ def _alone(part: Path) -> BinaryIO:
 
 
 def _untouched(name: str, flags: int) -> int:
-    """Open a file without truncating it. Refuse a link: another user could have created it in a shared folder."""
+    """Open a file without truncating it. Refuse a symbolic link, which another user may have put in a shared folder."""
     return os.open(name, flags & ~os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
@@ -84,7 +88,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a folder to disk, so that renames inside it survive a crash. Do nothing on Windows, which cannot do this."""
+    """Sync a folder to disk, so that renames in it survive a crash. Windows cannot sync folders: do nothing there."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -100,7 +104,7 @@ def lock(handle: int, *, wait: bool = False) -> bool:
         import fcntl
     except (
         ImportError
-    ):  # Windows has no flock. There, os.replace onto an open file fails, which protects the file as well.
+    ):  # Windows has no flock. But it refuses to replace an open file, which protects the file as well.
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -111,25 +115,26 @@ def lock(handle: int, *, wait: bool = False) -> bool:
 
 # Remember the source tensors of a written file while the writer checks the file.
 #
-# After writing a file, a writer reads it back. Tensors that were only moved need no full comparison: the header is read
-# from the disk, and a sample of bytes is compared with the disk. All other reads return the source tensors, because
-# reading a tensor from the disk would take 70 us if the file was written around the page cache.
+# After writing a file, a writer reads it back. The header is read from the disk. If a tensor was moved to the file
+# without a computation, only a sample of its bytes is read from the disk and compared. All other reads of such tensors
+# return the source tensors. Reading a tensor from the disk would take 70 us if the file was written around the page
+# cache.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Written:
-    """A file that was written.
+    """The source tensors of a written file, and a function that reads the file.
 
     Attributes:
-        sources: the source tensors, by tensor name in the file.
-        read: a function that takes the file's path, and returns its tensors as lazy tensors, which read from the disk.
+        sources: the source tensors, keyed by the name that each tensor has in the file.
+        read: a function that takes the file's path and returns the file's tensors as lazy tensors.
     """
 
     sources: Mapping[str, Lazy]
     read: Callable[[str], Mapping[str, Lazy]]
 
     def on_disk(self, path: str) -> Mapping[str, Lazy]:
-        """Return the tensors in the file as lazy tensors, which read from the disk."""
+        """Return the file's tensors as lazy tensors that read from the disk, not from the source tensors."""
         token = _WRITTEN.set(None)
         try:
             return self.read(path)
@@ -142,7 +147,7 @@ _WRITTEN: ContextVar[dict[str, Written] | None] = ContextVar("_WRITTEN", default
 
 @contextmanager
 def sources_remembered() -> Iterator[dict[str, Written]]:
-    """Remember the source tensors of all files that are written in the block; reading such a file returns its sources.
+    """Remember the source tensors of files that are written in the block. Reading such a file returns these tensors.
 
     Yields:
         A map from the path of each written file to its `Written`.
@@ -158,7 +163,7 @@ def sources_remembered() -> Iterator[dict[str, Written]]:
 def remember(
     path: str | os.PathLike[str], sources: Mapping[str, Lazy], read: Callable[[str], Mapping[str, Lazy]]
 ) -> None:
-    """Inside `sources_remembered`, remember the source tensors of a file that was written."""
+    """Remember the source tensors of a written file until `sources_remembered` ends; outside of it, do nothing."""
     files = _WRITTEN.get()
     if files is not None:
         files[os.fspath(path)] = Written(sources, read)
@@ -171,9 +176,10 @@ def sources_of(path: str) -> Mapping[str, Lazy]:
 
 
 def source_of(path: str, name: str, dtype: DType, nbytes: int) -> Lazy | None:
-    """Return the source tensor of an entry in a written file.
+    """Return the source tensor that was written to a file under the name `name`.
 
-    The result is None if the source tensor is not remembered, or if its dtype or size differs from the file's header.
+    The result is None if no such tensor is remembered, or if its dtype or size differs from the arguments, which come
+    from the file's header.
     """
     source = sources_of(path).get(name)
     return source if source is not None and (source.dtype, source.nbytes) == (dtype, nbytes) else None

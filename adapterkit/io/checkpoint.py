@@ -1,4 +1,4 @@
-"""Open the weights of a base as a mapping of lazy tensors; compute the fingerprint of the weights."""
+"""Open the weights of a base as a mapping of lazy tensors, and compute a fingerprint of the weights."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Checkpoint:
 
     Attributes:
         root: the folder, or the single file.
-        tensors: the lazy tensors, keyed by name. They have the order of `files`, and within a file the file's order.
+        tensors: the lazy tensors, keyed by name, in the order of `files`, and for each file in the file's own order.
         files: the weight files, in order.
         home: the weight file of each tensor, keyed by the tensor's name.
-        metadata: the safetensors metadata of each weight file; empty for torch files.
+        metadata: the safetensors metadata of each weight file; empty for torch and GGUF files.
         config: the content of the model's `config.json`, if this file is next to the weights; otherwise None.
-        index: the parsed index file of a sharded checkpoint; None for a single file.
+        index: the parsed index file of a sharded checkpoint; None if the checkpoint has no index.
     """
 
     root: Path
@@ -66,12 +66,13 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a folder of safetensors shards, a safetensors file, or a torch `.bin` or `.pt` file. Only headers are read.
+    """Open a folder of safetensors or torch files, or a single safetensors, torch or GGUF file. Only headers are read.
 
     Raises:
-        StorageError: the path does not exist, or cannot be read.
+        StorageError: the path does not exist or cannot be read, or a file of a split GGUF model is missing.
         Malformed: the files contradict each other or their index.
-        UsageError: the folder has no weights, or has two complete sets of weights.
+        UsageError: the folder has no weights, both a single file and an index, or several safetensors files without an
+            index.
     """
     root = located(path)
     check_exists(root, path)
@@ -101,7 +102,7 @@ def read_shards(index: Path) -> dict[str, Lazy]:
 
 
 def opened(base: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
-    """Return a checkpoint unchanged, or open it from its path; see `open_checkpoint`."""
+    """Return a checkpoint unchanged; open a path with `open_checkpoint`."""
     return base if isinstance(base, Checkpoint) else open_checkpoint(base)
 
 
@@ -110,7 +111,7 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
 
     Args:
         path: the file.
-        strict: True to refuse repeated keys and non-finite numbers. False for the config of a base, because some
+        strict: whether to refuse repeated keys and non-finite numbers. Use False for the config of a base, because some
             configs contain `Infinity`.
 
     Raises:
@@ -122,7 +123,7 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
         check_size(data)
         value = (load_json if strict else json.loads)(data.decode("utf-8"))
         if path.name == "config.json" and b"\\ud" in data.lower():
-            json.dumps(value, ensure_ascii=False).encode()  # This raises an error for a lone surrogate.
+            json.dumps(value, ensure_ascii=False).encode()  # This raises a ValueError for a lone surrogate.
     except (ValueError, RecursionError) as error:
         raise Malformed(
             f"the file is not valid JSON ({error})", path=path, cure="Write or fetch the file again"
@@ -142,16 +143,16 @@ def contained(folder: Path, name: str) -> Path:
     strange = {"", ".", ".."} & set(name.split("/")) or "\\" in name or "\0" in name or ":" in name
     if strange or not all(map(_is_file_name, pure.parts)):
         raise Malformed(
-            f"{shown(name)} is not a plain name of a file inside the folder",
+            f"{shown(name)} is not a plain relative path inside the folder",
             path=folder,
             where=name,
-            cure="Do not use this file: repack the model",
+            cure="Do not use this model, or repack it with plain file names",
         )
     return folder / pure
 
 
 def _is_file_name(part: str) -> bool:
-    """Whether a string from JSON can be a file name: it is short enough, and has no lone surrogates."""
+    """Whether a string from JSON is short enough for a file name, and has no lone surrogates."""
     try:
         return len(part.encode()) <= LONGEST_NAME
     except UnicodeEncodeError:
@@ -167,7 +168,7 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], _Index | None]:
         index, whole = folder / index_name, folder / single
         if index.is_file() and whole.is_file():
             raise UsageError(
-                f"the folder holds both {single} and {index_name}", path=folder, cure="Remove the outdated one"
+                f"the folder holds both {single} and {index_name}", path=folder, cure="Remove the outdated file"
             )
         if index.is_file():
             return _indexed_files(index)
@@ -175,7 +176,7 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], _Index | None]:
             return (whole,), None
     files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if not files:
-        cure = f"A base folder holds {SINGLE}, {INDEX} with its shards, or {TORCH_SINGLE}"
+        cure = f"Pass a folder with {SINGLE}, with {INDEX} and its shards, or with {TORCH_SINGLE}"
         raise UsageError("this folder holds no weights", path=folder, cure=cure)
     if len(files) > 1:
         raise UsageError(
@@ -187,7 +188,7 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], _Index | None]:
 
 
 def _splits(file: Path) -> tuple[Path, ...]:
-    """Return all files of a GGUF model, in order; `file` is one of them. Most models have a single file."""
+    """Return all files of the GGUF model that `file` belongs to, in order. Any other file is returned alone."""
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", file.name)
     if match is None:
         return (file,)
@@ -205,7 +206,7 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], _Index]:
         why = "the index has no valid weight_map, a map from tensor names to file names"
         raise Malformed(why, path=path, where="weight_map", cure="Fetch the index again")
     if not isinstance(index.get("metadata"), dict | None):
-        why = f"metadata is {shown(index['metadata'])}, not an object"
+        why = f"metadata must be a JSON object, got {shown(index['metadata'])}"
         raise Malformed(why, path=path, where="metadata", cure="Fetch the index again")
     names = sorted(set(weight_map.values()))
     files = tuple(contained(path.parent, name) for name in names)
@@ -219,7 +220,7 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], _Index]:
 def _read_files(
     files: Sequence[Path],
 ) -> tuple[dict[str, Lazy], dict[str, Path], dict[Path, Mapping[str, str]]]:
-    """Read the headers of several files. Return the tensors by name, each tensor's file, and each file's metadata.
+    """Read the headers of files. Return the tensors by name, the file of each tensor, and the metadata of each file.
 
     Raises:
         Malformed: two files have a tensor of the same name.
@@ -253,7 +254,7 @@ def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
 
 
 def _begins_as_safetensors(file: Path) -> bool:
-    """Whether a file begins like a safetensors file: an 8-byte length, then JSON. The extension does not matter."""
+    """Whether a file, with any extension, begins like a safetensors file: an 8-byte length, then JSON."""
     try:
         with open_input(file) as opened_file:
             return opened_file.read(9)[8:] in (b"{", b" ", b"\n", b"\r", b"\t")
@@ -268,30 +269,32 @@ def raw(span: Span) -> Lazy:
 
 def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path]) -> None:
     weight_map = index["weight_map"]
-    # Check each file name once, not for each tensor: a check takes 15 us, and the index of a mixture of experts lists
-    # 45,000 tensors in 163 files.
+    # Check each file name once, not once for each tensor. A check takes 15 us, and the index of a large
+    # mixture-of-experts model lists 45,000 tensors in 163 files.
     files = {file: contained(path.parent, file) for file in dict.fromkeys(weight_map.values())}
     for name, file in weight_map.items():
         if name not in home or home[name] != files[file]:
-            why = f"the index assigns this tensor to {file}, but the file lacks it"
+            why = f"the index assigns this tensor to {file}, but the file does not have this tensor"
             raise Malformed(why, path=path, where=name, cure="Fetch the shards again")
     extra = next((name for name in home if name not in weight_map), None)
     if extra:
-        why = f"{home[extra].name} has this tensor, but the index lacks it"
+        why = f"{home[extra].name} has this tensor, but the index does not list it"
         raise Malformed(why, path=path, where=extra, cure="Rebuild the index")
 
 
-# A fingerprint is a short hash of a base's weights. It is computed so fast that every merge computes it.
+# A fingerprint is a short hash of a base's weights. Computing it is so fast that every merge does it.
 #
 # The hash covers the names, shapes and dtypes of all tensors, and a sample of their bytes. It does not depend on file
 # names and sharding. If a base changes, its fingerprint changes:
 #
-# - always, if a name, a shape or a dtype changed, or any element of a tensor that is small enough to be read whole;
+# - always, if the name, the shape or the dtype of a tensor changed;
+# - always, if any element changed in a tensor that is small enough to be read whole;
 # - always, if the change covers a run of at least 1/63 of a tensor's elements, such as an attention head or an MLP
 #   block. The reason: 64 blocks are read, evenly spaced from the first element to the last;
 # - almost always, if the changed elements are scattered over the model, as after training. If a fraction p of all
-#   elements changed, and n elements are read, the fingerprint stays the same with probability `(1 - p) ** n`. For 10
-#   billion bfloat16 parameters, n is about 16 million. If one in a million elements changed, the probability is 1e-7;
+#   elements changed, and n elements are read, the fingerprint stays the same with probability `(1 - p) ** n`. For a
+#   model of 13 billion bfloat16 parameters, n is about 7 million. If one in a million of its elements changed, this
+#   probability is about 0.001;
 # - seldom, if only a few elements or one row of a large table changed. Only a hash of all bytes detects such changes.
 
 
@@ -302,10 +305,10 @@ SAMPLE = 16 << 20
 """About this many bytes are read from all tensors together. Reading and hashing them takes about 100 ms."""
 
 LEAST, MOST = 256, 256 << 10
-"""Limits for the number of bytes that are read from one tensor. A smaller tensor is read whole."""
+"""The minimum and the maximum number of bytes that are sampled from one tensor. A smaller tensor is read whole."""
 
 BLOCKS = 64
-"""The number of blocks that are read from a tensor that is not read whole."""
+"""The number of blocks that are read from a tensor, unless it is so small that it is read whole."""
 
 
 @files_kept_open()
@@ -323,8 +326,8 @@ def fingerprint(base: Checkpoint) -> str:
             tensor = base.tensors[name]
             digest.update(f"{name}\0{tensor.dtype.name}\0{list(tensor.shape)}\0".encode())
             if tensor.span is None and tensor.part is None:
-                # The tensor's bytes are not one run of a file, so each partial read would compute the whole tensor.
-                # Compute it once.
+                # The tensor's bytes are not one range of a file, so each partial read would compute the whole tensor.
+                # Compute the tensor only once.
                 whole = bytes(tensor.fetch())
                 tensor = replace(tensor, part=partial(_part, whole, tensor.dtype.itemsize))
             for start, count in _places(tensor, share):
@@ -336,7 +339,7 @@ SHAPES_PREFIX = "shapes-1-sha256:"
 
 
 def shapes_digest(base: Checkpoint) -> str:
-    """Return a digest of a base's tensor names and shapes. It is equal for all bases of the same architecture.
+    """Return a digest of a base's tensor names and shapes. Two bases of the same architecture have the same digest.
 
     The digest omits dtypes: a copy of a base in another dtype has the same architecture, although its weights differ.
     """
@@ -351,7 +354,7 @@ def _part(whole: bytes, size: int, first: int, count: int) -> bytes:
 
 
 def _places(tensor: Lazy, share: int) -> list[tuple[int, int]]:
-    """Return the runs of elements to read, each as (first element, count). They are evenly spaced over the tensor."""
+    """Return the runs of elements to read, each as (first element, count), evenly spaced over the tensor."""
     elements, size = math.prod(tensor.shape), max(tensor.dtype.itemsize, 1)
     if elements * size <= share:
         return [(0, elements)] if elements else []

@@ -1,6 +1,6 @@
 """Tensors that are computed when they are read: scaled, summed or joined.
 
-They are computed in float64 and rounded once. Joined tensors of the same dtype are not rounded: all bits are kept.
+The results are computed in float64 and rounded once. Joining tensors of the same dtype keeps all bits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load(leaf: Leaf) -> Array:
 
 
 def computed(shape: Sequence[int], dtype: DType, make: Callable[[], Array]) -> Lazy:
-    """Return a lazy tensor that calls `make` at each read, and rounds the result to `dtype`."""
+    """Return a lazy tensor that calls `make` each time it is read, and rounds the returned array to `dtype`."""
 
     def fetch() -> Buffer:
         return _bytes_of(rounded(make(), dtype))
@@ -46,35 +46,44 @@ def computed(shape: Sequence[int], dtype: DType, make: Callable[[], Array]) -> L
 
 
 def rounded_lazy(values: Array, dtype: DType) -> Lazy:
-    """Return a lazy tensor with the given numbers, rounded once to `dtype`."""
+    """Return a lazy tensor with the given values, rounded once to `dtype`."""
     kept = rounded(values, dtype)
     return Lazy(tuple(kept.shape), dtype, kept.tobytes)
 
 
 def rounded(values: Array, dtype: DType) -> Array:
-    """Return the numbers rounded to `dtype`, as an array in C order.
+    """Return the values rounded to `dtype`, as an array in C order.
 
     Raises:
-        Malformed: a number is not finite, or overflows the dtype.
+        Malformed: a value is not finite, or overflows the dtype.
     """
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
         kept = np.ascontiguousarray(values, dtype=dtype.array)
     if dtype.floating and not np.isfinite(kept).all():
-        raise Malformed(f"a result is out of the range of {dtype}", cure="Choose smaller weights, or a wider dtype")
+        cure = "Choose smaller weights for the adapters (--weight, weights=), or a wider dtype (--dtype, dtype=)"
+        raise Malformed(f"a result is out of the range of {dtype}", cure=cure)
     return kept
 
 
 def times(leaf: Leaf, factor: float) -> Leaf:
-    """Multiply a tensor by a number. The result has the tensor's dtype if all products stay exact, else float32."""
+    """Multiply a tensor by a number.
+
+    Float32 and float64 tensors keep their dtype. Other tensors become float32, unless the products are exact in the
+    tensor's dtype.
+    """
     if factor == 1:
         return leaf
     return computed(leaf.shape, _exact_type(as_lazy(leaf).dtype, factor), lambda: load(leaf) * factor)
 
 
 def total(leaves: Sequence[Leaf], factors: Sequence[float], shape: Shape | None = None) -> Leaf:
-    """Return the sum of `factors[i] * leaves[i]` in float32 or float64. The default shape is the first tensor's."""
+    """Return the sum of `factors[i] * leaves[i]`, with the shape `shape` (None: the shape of the first tensor).
+
+    The dtype is float64 if one of the tensors is float64, otherwise float32. But for a single tensor and no `shape`, it
+    is the dtype that `times` gives.
+    """
     if len(leaves) == 1 and shape is None:
         return times(leaves[0], factors[0])
     shape = tuple(leaves[0].shape) if shape is None else shape
@@ -88,7 +97,7 @@ def total(leaves: Sequence[Leaf], factors: Sequence[float], shape: Shape | None 
 
 
 def joined(leaves: Sequence[Leaf], axis: int, factors: Sequence[float] | None = None) -> Leaf:
-    """Concatenate tensors along a non-negative axis; with `factors`, first multiply each tensor by its factor."""
+    """Concatenate tensors along a non-negative axis. If `factors` is given, first multiply tensor i by `factors[i]`."""
     several = list(leaves) if factors is None else [times(*each) for each in zip(leaves, factors, strict=True)]
     if len(several) == 1:
         return several[0]
@@ -108,10 +117,11 @@ def wide(leaves: Sequence[Leaf]) -> DType:
 
 
 def _exact_type(dtype: DType, factor: float) -> DType:
-    """Return the dtype of a product: the tensor's dtype if it can hold the product exactly, else float32.
+    """Return the dtype for the product of a tensor and a factor.
 
-    A change of sign is always exact. Multiplying by another power of two is exact in BF16, which has the exponent range
-    of float32. In F16 it may be inexact, because F16's exponent range is narrow.
+    Float32 and float64 tensors keep their dtype. Narrower tensors keep it only if the product is exact, and otherwise
+    become float32. A change of sign is always exact. Multiplying by a power of two is exact in BF16, which has the
+    exponent range of float32. In F16 it may be inexact, because F16's exponent range is narrow.
     """
     power = abs(math.frexp(factor)[0]) == 0.5
     same = dtype.name in ("F32", "F64") or factor == -1 or (power and dtype.name == "BF16")
@@ -125,10 +135,10 @@ def _concatenated(
     dtype: np.dtype[np.generic] | str,
     axis: int,
 ) -> Array:
-    """Concatenate parts. Each part is copied right after it is read, while it is still in the CPU cache."""
+    """Read and concatenate tensors. Each is copied right after it is read, while its data is still in the CPU cache."""
     import numpy as np
 
-    # Allocate the result first and read the parts into it: np.concatenate would need all parts in memory as well.
+    # Allocate the result first and copy each part into it: np.concatenate would need all parts in memory at once.
     joined, end = np.empty(shape, dtype), 0
     for part in parts:
         start, end = end, end + part.shape[axis]
@@ -143,24 +153,24 @@ def _bytes_of(array: Array) -> memoryview:
 
 
 def _checked(leaf: Lazy) -> Array:
-    """Read the numbers in the dtype in which they are stored, and check that all of them are finite."""
+    """Read the values in the stored dtype, and check that all of them are finite."""
     values = leaf.numpy()
     check_finite(leaf, values=values)
     return values
 
 
-# Keep computed tensors until they are written: in memory up to a limit, and otherwise in a temporary file.
+# Keep computed tensors until they are written. Up to a limit, keep them in memory, and the rest in a temporary file.
 #
 # The output can be written only after all targets have been computed, because the last target may still raise an error.
 # Until then, combining eight adapters with 224 targets of `4096 x 4096` can take a gigabyte, because the ranks add up.
 
 
 IN_MEMORY = 64 << 20
-"""The largest total size of the tensors in memory, in bytes; further tensors go to the temporary file."""
+"""The largest total size of the tensors in memory, in bytes. All other tensors go to the temporary file."""
 
 
 class Spool:
-    """Keep tensors in memory and in a temporary file. Threads may share a spool.
+    """Keep computed tensors in memory and, above a limit, in a temporary file. Threads may share a spool.
 
     The temporary file is removed when the last tensor is deleted.
 
@@ -174,10 +184,10 @@ class Spool:
         self._file: BinaryIO | None = None
 
     def rounded_lazy(self, values: Array, dtype: DType) -> Lazy:
-        """Return a lazy tensor with the given numbers, rounded once to `dtype`.
+        """Keep the given values, rounded once to `dtype`, and return them as a lazy tensor.
 
         Raises:
-            Malformed: a number overflows the dtype, or is not finite.
+            Malformed: a value overflows the dtype, or is not finite.
             StorageError: there is no space for the temporary file.
         """
         kept = rounded(values, dtype)
@@ -189,7 +199,7 @@ class Spool:
                 start = self._append(kept)
             except OSError as error:
                 raise storage_error(error, Path(tempfile.gettempdir())) from None
-        # Store the shape and size separately, so that the lazy tensor does not keep the array in memory.
+        # Copy the shape and size into variables, so that the lazy tensor's function does not keep the array in memory.
         shape, count = tuple(kept.shape), kept.nbytes
         return Lazy(shape, dtype, lambda: self._read(start, count))
 

@@ -1,4 +1,4 @@
-"""Write files in another thread, bypassing the page cache, while tensors are computed; copy bytes inside the kernel."""
+"""Write files in another thread and around the page cache, and copy bytes between files inside the kernel."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 CHUNK = 32 << 20
-# Errors with which the kernel or the file system refuses to copy. After such an error, the caller must read and write
-# the bytes itself.
+# The kernel or the file system reports one of these errors if it does not support a copy. Then the caller must read and
+# write the bytes itself.
 _NOT_HERE = {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EPERM}
 
 
@@ -50,7 +50,7 @@ def copy_by_kernel(
 
 
 class OpenFiles:
-    """A cache of open files. Its size is limited, so that a base of hundreds of shards does not use up file handles."""
+    """A cache of open files, with a limited size, so that a base of hundreds of shards does not use up file handles."""
 
     def __init__(self, limit: int = 8, opener: Callable[[str, int], int] | None = None) -> None:
         self.limit, self.opener = limit, opener
@@ -72,13 +72,13 @@ class OpenFiles:
 
 
 class WriteBehind:
-    """Make the kernel write each range of a file to disk soon, and then remove its pages from the page cache.
+    """Make the kernel write each range of a file to disk soon, and then remove the range from the page cache.
 
-    This has three advantages. The kernel writes to disk during the computation, and not only at the final flush. It
+    This has three advantages. The kernel writes to disk during the computation, not only at the final flush. The kernel
     reuses the removed pages, which is faster than mapping new memory. Files of other programs stay in the page cache.
 
     Args:
-        lag: the number of most recent ranges whose pages stay in the cache.
+        lag: the number of recent ranges that stay in the page cache.
     """
 
     def __init__(self, lag: int = 3) -> None:
@@ -89,8 +89,8 @@ class WriteBehind:
         if not hasattr(os, "posix_fadvise"):
             return
         _let_go(file, start, nbytes)
-        # Advise twice for each range: the first call starts to write its dirty pages to disk, and a later call removes
-        # the pages, which are clean by then.
+        # Advise the kernel twice for each range. The first call makes the kernel start writing the range's dirty pages
+        # to disk. A later call makes it remove the pages, which are clean by then.
         self._written.append((file, start, nbytes))
         if len(self._written) > self.lag:
             _let_go(*self._written.pop(0))
@@ -124,13 +124,14 @@ def read_all(file: BinaryIO, data: memoryview) -> None:
 # Write files in another thread, while the caller computes. The writes bypass the page cache: the disk reads whole pages
 # of this process's memory.
 #
-# With the page cache, the kernel would copy every byte into new pages and evict these pages later. That takes half as
-# much processor time as a merge's arithmetic. The kernel would also evict files that other programs still read.
+# With the page cache, the kernel would copy every byte into new pages and evict these pages later. The copies and
+# evictions take half as much processor time as a merge's arithmetic. The kernel would also evict files that other
+# programs still read.
 
 
 PAGE = max(mmap.PAGESIZE, 4096)
-"""Direct writes have offsets, lengths and addresses that are multiples of this many bytes. No common disk needs a
-larger alignment."""
+"""The alignment of direct writes: offsets, lengths and addresses are multiples of this many bytes. No common disk needs
+a larger alignment."""
 
 PIECE = 4 << 20
 """The size of one write to the disk, in bytes."""
@@ -142,16 +143,16 @@ BUFFERED = (DEPTH + 1) * PIECE
 """The memory that a writer uses, in bytes; it does not depend on the size of the output."""
 
 BUFFER = 512 << 10
-"""Bytes are copied in steps of this size, so that each step stays in a core's cache between reading and writing."""
+"""Bytes are copied in steps of this size, so that a step's bytes are still in the CPU cache when they are written."""
 
 Moved = Callable[[int], None]
 
 
 @dataclass(slots=True)
 class _Piece:
-    """A piece of memory with bytes for a file.
+    """A block of memory with bytes that will be written to a file.
 
-    The bytes `memory[start:end]` will be written. `memory[0]` belongs at file offset `at`, which is a page boundary.
+    Only the bytes `memory[start:end]` will be written. `memory[0]` stands for file offset `at`, a page boundary.
     """
 
     memory: memoryview
@@ -175,13 +176,13 @@ class Writer:
 
     def begin(self, path: str, offset: int) -> None:
         """Start a run of bytes at offset `offset` of a file."""
-        # Direct writes need aligned offsets. So the memory starts at the last page boundary up to `offset`. The bytes
-        # between this boundary and `offset` are not written.
+        # Direct writes need aligned offsets. So the first byte of the memory stands for the last page boundary at or
+        # before `offset`. The bytes between this boundary and `offset` are not written.
         within = offset % PAGE
         self.filling = _Piece(self.filling.memory, path, offset - within, within, within)
 
     def room(self, nbytes: int) -> memoryview:
-        """Return memory for the next bytes; the caller fills it, then calls `filled`.
+        """Return memory for the next `nbytes` bytes. The caller fills the memory, then calls `filled`.
 
         Raises:
             OSError: an earlier piece could not be written.
@@ -194,7 +195,7 @@ class Writer:
         return self.filling.memory[self.filling.end : self.filling.end + nbytes]
 
     def filled(self, nbytes: int) -> None:
-        """Declare that the caller has filled the first `nbytes` bytes of the memory that `room` returned."""
+        """Add `nbytes` bytes to the run. The caller has put them at the start of the memory from `room`."""
         self.filling.end += nbytes
 
     def write(self, data: memoryview) -> None:
@@ -205,16 +206,16 @@ class Writer:
             self.filled(len(piece))
 
     def copy(self, source: BinaryIO, start: int, nbytes: int, moved: Moved = lambda _: None) -> None:
-        """Write the next bytes by copying them from an open, unbuffered file. If possible, disk blocks are shared.
+        """Write the next bytes by copying them from an open, unbuffered file. If possible, the files share disk blocks.
 
-        The kernel copies only if source and target have the same offset within a page. Otherwise it would copy page by
-        page, which is slower than reading and writing long runs of pages.
+        The kernel is asked to copy only if the offsets in source and target have the same distance from a page
+        boundary. Otherwise it would copy page by page, which is slower than reading and writing long runs of pages.
 
         Args:
-            source: the file.
-            start: the offset of the first byte.
+            source: the file to copy from.
+            start: the offset in `source` of the first byte.
             nbytes: the number of bytes.
-            moved: a function that is called with the number of copied bytes after each step.
+            moved: a function that is called after each step with the number of bytes that the step copied.
 
         Raises:
             EOFError: the source ends early.
@@ -243,14 +244,14 @@ class Writer:
         self.pool.shutdown()
         self.plain.close()
         self.direct.close()
-        # Release the memory now. `direct` refers to this object, so Python would free the memory only when its garbage
-        # collector runs.
+        # Release the memory now. `direct` refers back to this object. Because of this cycle, Python would free the
+        # memory only when the garbage collector runs.
         self.sent.clear()
         self.idle.clear()
         self.filling = _Piece(memoryview(b""))
 
     def _copy_by_kernel(self, source: BinaryIO, start: int, nbytes: int, moved: Moved) -> int:
-        """After all pending writes, copy in the kernel; return the number of copied bytes."""
+        """Let the kernel copy bytes, after all pending writes. Return the number of bytes that it copied."""
         path, at = self.filling.path, self.filling.at + self.filling.end
         if self.filling.end > self.filling.start:
             self.finish()
@@ -298,8 +299,8 @@ class Writer:
 
     def _write(self, piece: _Piece, stop: int) -> None:
         """Write a piece: whole pages directly, and partial pages at its ends through the page cache."""
-        # If an earlier piece failed, raise its error again: the caller waits only for the last piece of a run, and
-        # would not see it.
+        # If an earlier piece failed, raise its error again. The caller waits only for the last piece of a run, so
+        # otherwise it would not see the earlier error.
         if self.failure is not None:
             raise self.failure
         first = min(-(-piece.start // PAGE) * PAGE, stop)
@@ -318,12 +319,13 @@ class Writer:
         try:
             self._put(self.direct, piece, start, stop)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # EINVAL: the file system needs a larger alignment, or the write was short.
+            # EINVAL: the file system needs a larger alignment, or a short write has left a rest that is not aligned.
+            if error.errno != errno.EINVAL:
                 raise
             self._put(self.plain, piece, start, stop)
 
     def _past_the_cache(self, path: str, flags: int) -> int:
-        """Open with O_DIRECT if the system and the file system support it, otherwise normally."""
+        """Open a file with O_DIRECT if the operating system and the file system support it, otherwise normally."""
         try:
             return os.open(path, flags | os.O_DIRECT)
         except (AttributeError, OSError) as error:
@@ -340,7 +342,7 @@ class Writer:
 
 
 def _pages(nbytes: int) -> memoryview:
-    """Return new memory that starts at a page boundary, as direct writes require. (A bytearray may start anywhere.)"""
+    """Return new memory that starts at a page boundary, as direct writes require. A bytearray may start anywhere."""
     length = -(-nbytes // PAGE) * PAGE
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return memoryview(mmap.mmap(-1, length))

@@ -1,6 +1,7 @@
 """Find out which tools load an adapter file, which tools load it after a conversion, and why the others do not.
 
-Each tool has a data file in `spec/loaders`. Most statements in these files come from running the tool.
+Each tool has a data file in `spec/loaders`. Its README says which facts come from running the tool, and which from the
+tool's source or documentation.
 """
 
 from __future__ import annotations

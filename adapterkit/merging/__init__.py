@@ -62,12 +62,12 @@ def plan(
     calibration: str | PathLike[str] | None = None,
     options: MergeOptions | None = None,
 ) -> Plan:
-    """Plan a merge from the headers of files, without writing anything; `plan(...).record()` is plain data.
+    """Return the plan of a merge, which is made from the headers of files; nothing is written.
 
-    The arguments have the same meaning as for `merge`.
+    `plan(...).record()` returns the plan as plain data. The arguments have the same meaning as for `merge`.
 
     Raises:
-        AdapterkitError: in the cases in which `merge` refuses its inputs before it writes anything.
+        AdapterkitError: `merge` would refuse the same inputs before it writes anything.
     """
     from .planning import make_plan
     from .quantized import as_merged, unneeded  # pyright: ignore[reportAssignmentType] - binds no local `quantized`
@@ -124,65 +124,68 @@ def merge(
     same bytes as without the interruption.
 
     Args:
-        base: a folder of weights, one weight file, or an open checkpoint.
-        adapters: one adapter or several: paths or `Adapter`s.
+        base: a folder of weights, one weight file, the uri of a base on a hub, or an open checkpoint.
+        adapters: one adapter or a list of adapters, each given as a path, a uri or an `Adapter`.
         out: the folder to write, which must be empty or not exist; a `.safetensors` path if the base is one file; or
             an address on a hub, such as `oci://registry/name:tag`, to which the complete output is pushed.
         weights: one factor per adapter; default: 1.
         device: `auto` (CUDA if available), `cpu`, `cuda:N` or any torch device. With several devices, such as
-            `cuda:0,cuda:1`, the devices compute the files in turn. The code for torch devices was tested only with
-            torch's CPU device, not on a GPU.
+            `cuda:0,cuda:1`, each output file is computed on the next device of the list. The code for torch devices
+            was tested only with torch's CPU device, not on a GPU.
         dtype: the dtype to which all floating-point tensors are cast; default: the base's dtypes.
         shard_size: the largest size of an output file in bytes; default: the same files as the base.
-        engine: `local`: threads of this process. `ray`: one task per output file on a Ray cluster. A task uses the
-            credentials of its node to download inputs from hubs and, if `out` is on a hub, to upload its file. Local
-            inputs and outputs must have the same paths on all nodes.
+        engine: `local` runs the merge in threads of this process. `ray` runs one task per output file on a Ray cluster.
+            A task uses the credentials of its node to download inputs from hubs and, if `out` is on a hub, to upload
+            its file. Local inputs and outputs must have the same paths on all nodes.
         address: the address of the Ray cluster; default: the cluster to which this process is connected, or else a new
             local cluster.
         progress: a function that is called with (bytes done, total bytes) in the calling thread.
         tied: which layers an update changes if the base ties its head to its embedding. Default: the layers that the
             adapter's training tool changed. For PEFT, token rows change both layers, and any other update changes only
-            the layer that it names. `untie`: the layers that PEFT changes; the head is written as a separate tensor.
-            `merge`: every update changes both layers. Each kind of update may have its own choice, given as
-            `rows=untie,embedding=merge` or as a mapping. The kinds are `rows` (token rows), `replacement` (PEFT's
-            `modules_to_save`), `embedding` (other updates of the embedding) and `head` (other updates of the head).
+            the layer that it names, unless the adapter's config has `ensure_weight_tying`. `untie`: the layers that
+            PEFT changes without `ensure_weight_tying`; the head is written as a separate tensor. `merge`: every update
+            changes both layers. Each kind of update may have its own choice, given as `rows=untie,embedding=merge` or
+            as a mapping. The kinds are `rows` (token rows), `replacement` (PEFT's `modules_to_save`), `embedding`
+            (other updates of the embedding) and `head` (other updates of the head).
         allow_partial: whether to skip targets that the base does not have, instead of refusing the adapter.
         overwrite: whether to replace an existing output at `out`.
         quantized: how to merge into a quantized base. `dequantize`: merge into the dequantized weights, and write
             16-bit weights. `requantize`: merge into the dequantized weights, and quantize the result in the base's
-            scheme. `original`: merge into the weights `onto`.
-        onto: the 16-bit weights from which the quantized base was made.
-        keep: `adapter`, only with `requantize`: adjust merged weights before they are rounded, so that rounding does
-            not lose the adapters' effect on the inputs to which the adapters respond. The merge takes about ten times
-            as long as without `keep`, and needs whole weights in memory.
-        calibration: only with `keep`: a file of activations from `adapterkit.gating.calibrate`. Rounding then hardly
-            changes the outputs of layers for these activations; directions to which the adapters respond count more.
-            Far more of the adapters' effect survives than with `keep` alone. Each weight is quantized up to 200 times.
-        seed: the seed of stochastic rounding; default: round to the nearest. Each random draw depends only on the seed,
-            the tensor and the element.
-        memory: the largest amount of memory to use, in bytes, without the memory of the imported libraries; default:
-            half of the free memory.
+            scheme. `original`: merge into the 16-bit weights that you pass as `onto`.
+        onto: only with `original`: the 16-bit weights from which the quantized base was made.
+        keep: only with `requantize`: `adapter` adjusts the merged weights before they are rounded, so that rounding
+            does not lose the adapters' effect on the inputs to which the adapters respond. The merge takes about ten
+            times as long as without `keep`, and whole weights must fit into memory.
+        calibration: only with `keep`: a file of activations from `adapterkit.gating.calibrate`. The weights are then
+            rounded such that the layers' outputs for these activations hardly change. Rounding errors along the input
+            directions to which the adapters respond get more weight. Far more of the adapters' effect survives than
+            with `keep` alone. Each weight is quantized up to 200 times.
+        seed: the seed of stochastic rounding; default: round each value to the nearest. Each random number depends only
+            on the seed, the tensor's name and the element's index.
+        memory: the largest amount of memory to use, in bytes, not counting the memory of the imported libraries;
+            default: half of the free memory.
         link: whether to write hard links to unchanged files of the base instead of copies. Never modify such an output
             in place, because that modifies the base.
         tokenizer: `base`, `adapter` or a folder: where to copy the tokenizer from, with its vocabulary, added tokens
             and chat template. Default: the base's tokenizer. But if the adapter's folder has a complete tokenizer that
-            differs from the base's, and the base has an embedding for each of its tokens, the adapter's tokenizer is
-            copied, and the report contains a warning.
+            differs from the base's, and the base has an embedding for each token of this tokenizer, then the adapter's
+            tokenizer is copied, and the report contains a warning.
         strict_base: whether to refuse a base whose name, config or fingerprint differs from what an adapter records.
             If False, the report contains a warning instead.
         strict_licence: whether to refuse a merge if the licences of base and adapters contradict each other, or if a
             model card has no known licence. If False, the report only warns about contradictions.
-        vocab: what to do if an adapter was trained with more tokens than the base has rows. `grow`: add rows to the
-            embedding and the head, and change the config; a new row that is in no adapter's file becomes the mean of
-            the base's rows. `keep`: drop the added tokens. Default: grow if the adapters' files contain all new rows,
-            and refuse otherwise.
-        checksums: whether to compute a sha256 of the bytes while they are written, so that `verify` works without the
-            base; slower.
-        rename: rules for names that cannot be resolved, each `FROM=TO`: dotted names or prefixes, with `{n}` and other
-            placeholders for numbers. `@FILE` reads rules from a file, one per line. For each target, the first rule
-            that matches its name is used; each rule must match a target of one of the adapters. `family:NAME` states
-            the `model_type` of a base without a config, if names and shapes fit two families. `rows:by_head` or
-            `rows:by_part` states how a sharded MiniMax-H3 orders the rows of its fused query, key and value weights.
+        vocab: what to do if an adapter was trained with more tokens than the base's embedding has rows. `grow`: add
+            rows to the embedding and the head, and change the config; a new row that is in no adapter's file becomes
+            the mean of the base's rows. `keep`: drop the added tokens. Default: grow if the adapters' files contain all
+            new rows, and refuse the merge otherwise.
+        checksums: whether to compute sha256 checksums of the bytes while they are written, so that `verify` can check
+            the output without the base. This makes the merge slower.
+        rename: rules for target names that cannot be resolved. Each rule is `FROM=TO`; both sides are dotted names or
+            prefixes, with `{n}` and other placeholders for numbers. `@FILE` reads rules from a file, one per line. For
+            each target, the first rule that matches the target's name is used; each rule must match at least one target
+            of an adapter. `family:NAME` states the `model_type` of a base without a config, if names and shapes fit two
+            families. `rows:by_head` or `rows:by_part` states how a sharded MiniMax-H3 orders the rows of its fused
+            query, key and value weights.
         stream: for a base on a hub: whether to download one weight file at a time, verify it, and delete it after use.
         options: several of these arguments as one `MergeOptions`. An argument that is set there cannot also be given by
             name.
@@ -228,7 +231,7 @@ def _merged(
     onto: Base | None, stream: bool, tokenizer: str | PathLike[str] | None, strict_base: bool, strict_licence: bool,
     chosen: MergeOptions, place: PlacedOutput | None = None,
 ) -> Report:  # fmt: skip
-    """Merge into a local folder.
+    """Merge into a local folder or file.
 
     If `place` is not None, the tasks of a cluster upload the weight files to a hub instead.
     """
@@ -251,8 +254,9 @@ def _merged(
         from ..io.checkpoint import fingerprint, shapes_digest
 
         stored = read if isinstance(read, Original) else checkpoint
-        # Do not compute the fingerprint of a base that is not on disk. With `original`, compute the fingerprint of the
-        # 16-bit weights, because the adapters are merged into them.
+        # Do not compute the fingerprint of a base that is not on disk, because the fingerprint needs bytes of
+        # every weight. With `original`, compute the fingerprint of the 16-bit weights, because the adapters are merged
+        # into these weights.
         elsewhere = stream or (onto_uri if isinstance(read, Original) else uri) is not None
         taken = None if elsewhere else fingerprint(stored)
         planned = make_plan(read, named, chosen)
@@ -303,19 +307,20 @@ def verify(
         allow_partial: as in `merge`.
         progress: a function that is called with (bytes done, total bytes).
         seed: as in `merge`.
-        sample: the number of changed tensors, and also of unchanged tensors, to draw at random and compare; default:
-            compare all.
+        sample: the number of changed tensors to draw at random and compare; as many unchanged tensors are also
+            drawn and compared. Default: compare all tensors.
         rename: as in `merge`.
         calibration: the file of activations that the merge used for rounding, if any.
         strict_base: whether to refuse a base whose name, config or fingerprint differs from what an adapter records.
             If False, the result contains a warning instead.
 
     Returns:
-        The number of compared tensors, and all differences; a difference raises no error. It is also a difference if
-        the base's fingerprint is not the one in the merge's record or in an adapter.
+        The number of compared tensors, and all differences; a difference raises no error. A
+        fingerprint in the merge's record or in an adapter that differs from the base's fingerprint is also reported.
 
     Raises:
-        UsageError: adapters or a sample are given without a base; or the record has no checksums.
+        UsageError: adapters or a sample are given without a base; or no base is given, and the output has no recorded
+            checksums.
         CheckFailed: `strict_base` is set, and the base differs from the base that an adapter records.
         AdapterkitError: an input cannot be read, or the inputs do not fit together.
     """
@@ -357,8 +362,9 @@ def remainder(
 ) -> Adapter:
     """Return a LoRA that restores what quantization lost in a merge; use the LoRA together with the quantized model.
 
-    For each weight that the adapters change, the LoRA approximates the exact merge minus the stored weight. It is the
-    best approximation of the given rank in the Frobenius norm. One weight per processor is in memory, in float32.
+    For each weight that the adapters change, the LoRA approximates the difference between the exact merged weight and
+    the stored, quantized weight. The LoRA is the best approximation of the given rank in the Frobenius norm. One weight
+    per processor is in memory, in float32.
 
     Args:
         merged: the output of `merge` with `quantized="requantize"`.
@@ -377,7 +383,8 @@ def remainder(
         A LoRA whose base is `merged`.
 
     Raises:
-        UsageError: a model is not quantized, the rank is out of range, or quantization caused no error.
+        UsageError: `merged` or `base` is not quantized, no adapter changes a quantized weight, or the rank is out of
+            range.
         AdapterkitError: an input cannot be read, or the inputs do not fit together.
 
     Example:
@@ -391,7 +398,10 @@ def remainder(
     merged_model, given = opened(merged), opened(base)
     for each in (merged_model, given):
         if not is_quantized(each):
-            cure = "Pass the output of a merge with --quantized requantize (quantized='requantize'), and its base"
+            cure = (
+                "Pass the output of a merge with --quantized requantize (quantized='requantize'), and the quantized "
+                "base of this merge"
+            )
             raise UsageError("the weights are not quantized, so nothing was rounded", path=each.root, cure=cure)
     read = dequantized(given)
     return remainder_of(
@@ -402,13 +412,14 @@ def remainder(
 
 def _check_engine(engine: str, address: str | None, stream: bool) -> None:
     if engine not in ("local", "ray"):
-        raise Unsupported(f"unknown engine {engine!r}", cure="Known: local, ray")
+        raise Unsupported(f"unknown engine {engine!r}", cure="Choose --engine local or --engine ray (engine=)")
     if address is not None and engine != "ray":
-        raise UsageError("an address is given, but no cluster is used", cure="Choose --engine ray (engine=)")
+        cure = "Choose --engine ray (engine='ray'), or omit --address (address=)"
+        raise UsageError("the address of a cluster is given, but the engine is not ray", cure=cure)
     if stream and engine == "ray":
         raise UsageError(
-            "--stream does not work with --engine ray, whose tasks download only the parts of a base that they need",
-            cure="Omit --stream (stream=), or choose --engine local (engine=)",
+            "--stream does not work with --engine ray, because each task downloads only the bytes that it needs",
+            cure="Omit --stream (stream=), or choose --engine local (engine='local')",
         )
 
 
@@ -416,7 +427,10 @@ def _check_engine(engine: str, address: str | None, stream: bool) -> None:
 def _opened_base(
     base: Base, out: Path, stream: bool, engine: str
 ) -> Iterator[tuple[Checkpoint, StreamedBase | None, str | None]]:
-    """Yield (open base, downloader of its files or None, uri for the tasks of a cluster or None)."""
+    """Yield (the open base, the `StreamedBase` if the base is streamed, the uri that the tasks of a cluster read).
+
+    The second and the third value may be None.
+    """
     if engine == "ray" and not isinstance(base, Checkpoint) and is_remote(base):
         with ranged(base, whole=True) as local_base:
             yield opened(local_base.path), None, local_base.uri
@@ -453,9 +467,9 @@ def _named(
 
 
 def _folders(adapters: Source | Sequence[Source]) -> list[Path | None]:
-    """Return the folder of each adapter, or None if it has no folder on this disk.
+    """Return the local folder of each adapter, or None for an adapter that has no local folder.
 
-    For an `Adapter` in memory, the folder is deduced from the files of its tensors.
+    The folder of an `Adapter` object is the folder of the file with its tensors, if that folder has a config.
     """
     from ..core.adapter import Adapter
     from ..io.lazy import Lazy
@@ -511,22 +525,22 @@ def _coarse(planned: Plan) -> Iterator[str]:
         if bits is not None:
             yield (
                 f"{kinds.count(kind)} merged weights are rounded to {kind.name}, whose mantissa has {bits} bits: "
-                f"changes below 1/{2 ** (bits + 2)} of a weight are lost; write a wider type to keep all "
-                "changes: --dtype bfloat16 (dtype='bfloat16')"
+                f"changes below 1/{2 ** (bits + 2)} of a weight are lost; write a wider dtype to keep "
+                "smaller changes: --dtype bfloat16 (dtype='bfloat16')"
             )
 
 
 def _licences(
     planned: Plan, named: list[tuple[str, Adapter, float]], folders: list[Path | None]
 ) -> dict[str, Licence]:  # fmt: skip
-    """Return the licences of the base and the adapters, by the names that messages use for base and adapters."""
+    """Return the known licences of the base and the adapters: a map from the name in messages to the licence."""
     from ..core.licence_terms import BASE, licence_at, licence_called
     from ..core.metadata import metadata_of
 
     places = {BASE: planned.base.root}
     places |= {name: folder for (name, _, _), folder in zip(named, folders, strict=True) if folder is not None}
     licences = {name: licence_at(place) for name, place in places.items()}
-    # Adapters of image models state their licence in the metadata of their file.
+    # If no licence was found so far, use the one in the file's metadata: adapters of image models state it there.
     stated = {name: metadata_of(adapter).get("modelspec.license", "") for name, adapter, _ in named}
     licences |= {name: licence_called(text) for name, text in stated.items() if text and not licences.get(name)}
     return {name: licence for name, licence in licences.items() if licence}
@@ -535,11 +549,14 @@ def _licences(
 def _unnamed_tokens(planned: Plan, beside: Companions) -> Iterator[str]:
     """Yield warnings about what the user must change by hand if the vocabulary grows."""
     if not planned.base.root.is_dir():
-        yield f"the base is one file: set vocab_size to {(planned.vocabulary or {})['rows']} in the config yourself"
+        yield (
+            "the base is one file, so no config is written: "
+            f"set vocab_size to {(planned.vocabulary or {})['rows']} in the config yourself"
+        )
     elif (beside.tokenizer or {}).get("from") != "adapter":
         yield (
             "the base's tokenizer is kept, but it may lack the added tokens; "
-            'to copy another one: --tokenizer DIR (tokenizer="DIR")'
+            'to copy another tokenizer: --tokenizer DIR (tokenizer="DIR")'
         )
 
 
@@ -553,13 +570,13 @@ def _several(adapters: Source | Sequence[Source]) -> list[Source]:
     several: list[Source] = [adapters] if single else list(adapters)  # type: ignore[list-item, arg-type]
     for each in several:
         if not isinstance(each, (str, PathLike, Adapter)):
-            cure = "Each must be an adapter or its path"
+            cure = "Pass each adapter as an Adapter or as its path"
             raise UsageError(f"{shown(each)} of type {type(each).__name__} is not an adapter", cure=cure)
     return several
 
 
 _OF_FILES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".zip", ".tar", ".gz"}
-"""Endings of file names; a folder's name has such an ending only by mistake."""
+"""File extensions. An output folder whose name ends in one of them is refused, because a file was probably meant."""
 
 
 def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:
@@ -575,10 +592,11 @@ def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | No
         why = f"the base is a folder, so the output is a folder, too; {out.suffix} is the ending of a file name"
         raise UsageError(why, path=out, cure=f"Name a folder, such as {out.with_suffix('')}")
     if overlapped is not None:
-        raise UsageError(f"the output overlaps the input {overlapped}", path=out, cure="Write to another folder")
+        why = f"the output overlaps the input {overlapped}: they are the same path, or one contains the other"
+        raise UsageError(why, path=out, cure="Write to another folder")
     stage = Staging(out, SUFFIX)
-    # Do not refuse an existing output yet: an earlier run of this merge may have written it; `run_plan` compares
-    # digests.
+    # Do not refuse an existing output yet, because an earlier run of this merge may have written it. Later,
+    # `run_plan` compares the digests.
     check_free(out, overwrite or stage.folder.is_dir() or stage.has_record())
 
 

@@ -1,7 +1,7 @@
 """The two array libraries that compute merges: numpy on the CPU (without importing torch), and torch.
 
-Formulas use only operations that both libraries have. Memory, casts and devices differ between the libraries; this
-module gives them a common interface.
+Formulas use only operations that both libraries have. The libraries handle memory, casts and devices in different ways,
+so this module defines one interface, `Arrays`, for both.
 """
 
 from __future__ import annotations
@@ -26,35 +26,41 @@ if TYPE_CHECKING:
 CAST_AT_A_TIME = 1024
 
 KEPT = 31 << 20
-"""The size in bytes of an allocation that raises glibc's mmap threshold to its maximum (32 MiB)."""
+"""The size in bytes of an array that raises glibc's mmap threshold to about this size when the array is freed.
+
+The largest possible threshold is 32 MiB; freeing a larger array would not change the threshold.
+"""
 
 
 class Arrays(Protocol):
     """The operations that a merge needs from an array library."""
 
     def load(self, leaf: Leaf) -> Numbers:
-        """Load a leaf onto the device: real numbers in float64, integers in int64."""
+        """Load a tensor onto the device: floating-point values as float64, all others as int64."""
         ...
 
     def over(self, buffer: memoryview, dtype: DType) -> Numbers:
-        """View bytes in host memory as a flat array, without a copy."""
+        """Return a flat array over bytes in host memory, without a copy."""
         ...
 
     def empty(self, count: int) -> Numbers:
-        """Allocate a flat float64 array on the device."""
+        """Return a flat, uninitialised float64 array on the device."""
         ...
 
     def assign(self, target: Numbers, values: Numbers) -> None:
-        """Copy values into an array of the same shape, rounded to nearest in its dtype; the devices may differ."""
+        """Copy `values` into `target`, rounded to the nearest number of `target`'s dtype.
+
+        Both arrays have the same shape; they may be on different devices.
+        """
 
     def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
-        """Write raw + change into `out`, summed in float64 and rounded to the nearest.
+        """Write `raw + change` into `out`: compute the sum in float64, and round it to the nearest.
 
         `change` (float64) may be overwritten.
         """
 
     def finite(self, values: Numbers, dtype: DType) -> bool:
-        """Whether values of a dtype contain neither a NaN nor an infinity."""
+        """Whether `values`, which have the dtype `dtype`, contain neither a NaN nor an infinity."""
         ...
 
     def quiet(self) -> AbstractContextManager[None]:
@@ -75,9 +81,9 @@ class Workspace:
         self._kept: Array | None = None
 
     def take(self, count: int, use: str = "block") -> Numbers:
-        """Return uninitialised memory for `count` float64 numbers on the device.
+        """Return an uninitialised float64 array of `count` elements on the device.
 
-        Different values of `use` get separate memory.
+        The next call with the same `use` may return the same memory; different values of `use` get separate memory.
         """
         buffer = self._buffers.get(use)
         if buffer is None or len(buffer) < count:
@@ -85,7 +91,10 @@ class Workspace:
         return buffer[:count]
 
     def keep(self, count: int, dtype: DType) -> Array:
-        """Return host memory for `count` numbers as a numpy array; `take` never returns this memory."""
+        """Return an uninitialised numpy array of `count` elements in host memory.
+
+        The next call may return the same memory; `take` never returns it.
+        """
         import numpy as np
 
         nbytes = count * dtype.itemsize
@@ -114,7 +123,7 @@ def arrays_for(device: str) -> Arrays:
 
 
 def devices_for(device: str) -> list[Arrays]:
-    """Return the libraries for one device or for several, such as `cuda:0,cuda:1`.
+    """Return one array library per device; `device` is one device, or several such as `cuda:0,cuda:1`.
 
     Raises:
         UsageError: one of the devices does not exist.
@@ -123,7 +132,7 @@ def devices_for(device: str) -> list[Arrays]:
 
 
 def _has_cuda() -> bool:
-    """Whether torch finds a CUDA device; without a CUDA driver, torch is not imported."""
+    """Whether torch finds a CUDA device. Except on Windows, torch is imported only if there is a CUDA driver."""
     if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg")) and sys.platform != "win32":
         return False
     import torch
@@ -132,10 +141,10 @@ def _has_cuda() -> bool:
 
 
 class NumpyArrays:
-    """numpy with ml_dtypes' element types."""
+    """Computes with numpy, for which ml_dtypes provides the dtypes that numpy lacks."""
 
     def __init__(self) -> None:
-        import numpy as np  # Import before the workers start, so that the BLAS can be limited.
+        import numpy as np  # Import before the workers start: only a loaded BLAS can be limited to one thread.
 
         self.np = np
         # Allocate and free one large array. This raises glibc's mmap threshold, so that the memory of smaller freed
@@ -157,8 +166,8 @@ class NumpyArrays:
         self.np.copyto(cast("Array", target), cast("Array", values), casting="unsafe")
 
     def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
-        # The ufunc casts inputs and output in small buffers. A cast before the call would write a float64 copy of the
-        # base to memory.
+        # The ufunc casts its inputs and its output in small buffers. A cast before the call would instead write a whole
+        # float64 copy of the base to memory.
         one, other, into = cast("tuple[Array, Array, Array]", (raw, change, out))
         self.np.add(one, other, out=into, dtype=self.np.float64, casting="unsafe")
 
@@ -185,10 +194,10 @@ class _Quiet:
 
 
 class TorchArrays:
-    """torch on any device.
+    """Computes with torch on one device.
 
     Args:
-        device: the device to compute on; blocks are read into host memory and written from host memory.
+        device: the device. On every device, blocks are read into host memory and written from host memory.
     """
 
     def __init__(self, device: str) -> None:
@@ -217,17 +226,18 @@ class TorchArrays:
         into.copy_(self._once(total, into))
 
     def _once(self, values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Prepare float64 values for torch's cast to float16, which rounds twice: to float32, then to float16.
+        """Return values that torch casts to the correct float16, although torch rounds them to float32 first.
 
-        Round to float32 such that an inexact float32 has an odd last bit. This float32 never lies halfway between two
-        float16 numbers, and lies on the same side of each float16 number as the float64 value. So the second rounding
-        gives the correct float16. Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2007.70819
+        A value that is not exact in float32 becomes the neighbouring float32 whose last bit is odd. This float32 never
+        lies halfway between two float16 numbers, and it lies on the same side of each float16 number as the float64
+        value. So the second rounding gives the correct float16.
+        Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2007.70819
         """
         if target.dtype != self.torch.float16 or values.dtype != self.torch.float64:
             return values
         near = values.float()
         wide = near.double()
-        # Truncate towards zero by subtracting one from the bit pattern, which gives the next smaller magnitude.
+        # If the cast rounded away from zero, subtract one from the bit pattern, which gives the next smaller magnitude.
         bits = near.view(self.torch.int32) - (wide.abs() > values.abs()).int()
         odd = (bits | (wide != values).int()).view(self.torch.float32)
         return self.torch.where(wide.isfinite(), odd, near)
@@ -244,7 +254,7 @@ class TorchArrays:
 
 
 class _OneThread:
-    """A context in which torch uses one thread per worker; at its end, restore the main thread's number of threads."""
+    """A context in which torch uses one thread per worker. Restore the main thread's setting at the end."""
 
     def __init__(self, torch: ModuleType) -> None:
         self.torch = torch
@@ -254,6 +264,7 @@ class _OneThread:
         self.torch.set_num_threads(1)
 
     def __exit__(self, *_: object) -> None:
-        # torch keeps one number per thread. Restore it only for the main thread, because worker threads end.
+        # torch stores the number of threads separately for each calling thread. Restore this number only in the main
+        # thread, because a worker thread ends after this context.
         if threading.current_thread() is threading.main_thread():
             self.torch.set_num_threads(self.before)

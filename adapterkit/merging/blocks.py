@@ -43,7 +43,7 @@ class Block:
 
 
 def blocks(output: Output) -> list[Block]:
-    """Return the blocks of an output tensor in file order; they depend only on the tensor and its updates."""
+    """Return the blocks of an output tensor in file order. The blocks depend only on the tensor and its updates."""
     shape = output.shape or (1,)
     stacked = any(fold.target.stacked for fold in output.folds)
     experts = range(shape[0]) if stacked else (None,)
@@ -60,7 +60,7 @@ def blocks(output: Output) -> list[Block]:
 
 
 def _even(rows: int) -> int:
-    """Round a number of rows down to a multiple of `ROWS`, the number of rows in one product.
+    """Round a number of rows down to a multiple of `ROWS`, the number of rows in one matrix product.
 
     Return a number below `ROWS` unchanged.
     """
@@ -68,7 +68,7 @@ def _even(rows: int) -> int:
 
 
 def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Block]]:
-    """Group consecutive blocks into runs of about `nbytes`; a worker computes one run after another."""
+    """Group consecutive blocks into runs of at least `nbytes`; only the last run may be smaller. A run is one job."""
     run: list[Block] = []
     elements = 0
     for block in blocks_:
@@ -82,12 +82,12 @@ def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Bloc
 
 
 def part_of(fold: PlannedUpdate, block: Block) -> tuple[int, int] | None:
-    """Return the (first row, row after the last) that the planned update changes in a block; None if it changes none.
+    """Return (the first row that the planned update changes in a block, the row after the last such row).
 
-    Rows are counted from the start of the tensor.
+    Return None if the update changes no row of the block. Rows are counted from the start of the tensor.
     """
     if fold.target.rows is None or fold.axis == "in":
-        # The adapter may have been trained on fewer rows than the base has; it then changes only the first rows.
+        # An adapter that was trained with fewer rows than the base has changes only the first rows.
         last = block.stop if fold.target.stacked else min(block.stop, fold.shape[0] if fold.shape else block.stop)
         return (block.start, last) if block.start < last else None
     start, stop = max(block.start, fold.target.rows[0]), min(block.stop, fold.target.rows[1])
@@ -95,7 +95,7 @@ def part_of(fold: PlannedUpdate, block: Block) -> tuple[int, int] | None:
 
 
 def view_of(work: Numbers, fold: PlannedUpdate, part: tuple[int, int], block: Block) -> Numbers:
-    """Return a view of the changed part of a block, with the same order of axes as updates: `[out, in, *k]`."""
+    """Return a view of the changed part of a block, with the axes in the order that updates use: `[out, in, *k]`."""
     if fold.bias:
         return work[: part[1]] if fold.target.rows is None else work[slice(*fold.target.rows)]
     work = work[part[0] - block.start : part[1] - block.start]

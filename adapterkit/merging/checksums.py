@@ -1,9 +1,9 @@
 """Compute checksums of files while they are written, and compare files with recorded checksums.
 
-Workers write a file in runs of consecutive bytes, and the runs are not written in file order. So each run has a sha256,
+A file consists of runs of consecutive bytes, which the workers may write in any order. So each run has its own sha256,
 and a file's checksum is the sha256 over the checksums of its runs, in file order. Checksums are computed from the bytes
-in memory, and stored in the output's record. They later show, without the base, in which run a file is damaged. Files
-that no adapter changes have no checksums, because they are copies of the base's files.
+in memory, and stored in the output's record. The checksums later show, without the base, in which run a file is
+damaged. A file that is copied unchanged from the base has no checksums.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KEY = "written"
 
 
 def record_of(runs: Iterable[Run]) -> dict[str, JsonValue]:
-    """Return one file's entry in the output's record."""
+    """Return the checksums of one file in the form in which the output's record contains them."""
     ordered = sorted(runs)
     return {"sha256": over(ordered), "runs": [list(run) for run in ordered]}
 
@@ -56,7 +56,10 @@ def digest_of(file: BinaryIO, start: int, nbytes: int) -> str:
 
 
 def wrong_runs(path: Path, runs: list[Run]) -> list[str]:
-    """Return a sentence for each run in which a file differs from its checksums."""
+    """Return the differences between a file and its checksums, with one text for each run that does not match.
+
+    If the file is missing or has the wrong size, return one text about that instead.
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             end = sum(nbytes for _, nbytes, _ in runs)
@@ -75,7 +78,7 @@ def wrong_runs(path: Path, runs: list[Run]) -> list[str]:
 
 
 def recorded(folder: Path) -> dict[str, list[Run]]:
-    """Return the runs of each recorded file, in file order and without gaps.
+    """Return a map from each file in the output's record to its runs, in file order and without gaps.
 
     Raises:
         UsageError: the folder has no record, or the record has no checksums.
@@ -86,7 +89,7 @@ def recorded(folder: Path) -> dict[str, list[Run]]:
     try:
         sums = json.loads(path.read_text()).get(KEY)
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError("the output has no record of checksums", path=path, cure=cure) from None
+        raise UsageError("the output has no merge record, so it has no checksums", path=path, cure=cure) from None
     except OSError as error:
         raise storage_error(error, path) from error
     except (ValueError, AttributeError) as error:
@@ -109,8 +112,8 @@ def _runs(file: Mapping[str, Any]) -> list[Run]:
     runs, end = [(int(start), int(nbytes), str(digest)) for start, nbytes, digest in file["runs"]], 0
     for start, nbytes, _ in runs:
         if start != end or nbytes < 0:
-            raise ValueError(f"a run begins at byte {start}, but the next byte is {end}")
+            raise ValueError(f"a run begins at byte {start} instead of byte {end}, or has a negative length")
         end = start + nbytes
     if over(runs) != file["sha256"]:
-        raise ValueError("the checksum over all runs does not match")
+        raise ValueError("the sha256 of the file does not match the checksums of its runs")
     return runs

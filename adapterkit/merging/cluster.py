@@ -6,8 +6,8 @@ determine where a task reads and writes:
 
 * A task downloads inputs from hubs into scratch space on its node. The task downloads only those bytes of the base that
   its file needs.
-* If the output is on a hub, the task uploads its file from its node. The driver keeps a sketch of each file (a sparse
-  file with only the header), and makes the output visible when all files are uploaded.
+* If the output is on a hub, the task uploads its file from its node. The driver stores only a sparse file with the
+  header in place of each file, and makes the output visible when all files are uploaded.
 * Local paths must be on a file system that all nodes share.
 
 So no weight passes through Ray's object store or through the driver.
@@ -59,7 +59,7 @@ RETRIES = 16
 """How many times Ray restarts a task whose worker or node died."""
 
 THREADS = 2
-"""The number of threads per task, each with a reserved core; one computes while the other reads or writes."""
+"""The number of worker threads per task: one thread computes while the other reads or writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +94,12 @@ class TaskInputs:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The data about a written file that a task returns to the driver.
+    """The result that a task returns to the driver for the file that the task has written.
 
     Attributes:
         name: the name of the file.
         norms, runs: as for `StagingDir.finish`; empty if the file is in the stage that all nodes share.
-        placed: the hub's answer about the uploaded file; None if the file is in the stage that all nodes share.
+        placed: the value that the hub returned for the upload; None if the file is in the stage that all nodes share.
     """
 
     name: str
@@ -112,7 +112,7 @@ def recipe_of(
     base: Checkpoint | str, quantized: str | None, onto: Base | None, adapters: Sequence[Source],
     options: MergeOptions, device: str, *, placed: bool = False,
 ) -> ClusterRecipe:  # fmt: skip
-    """Return the recipe of a merge, in which all names can be opened on every node.
+    """Return the recipe of a merge, with absolute paths and pinned uris, so that every node opens the same files.
 
     Args:
         base: the open base, or its uri if the tasks read it from a hub.
@@ -124,15 +124,16 @@ def recipe_of(
         placed: whether tasks upload their files to a hub. If so, there is no stage that all nodes share.
 
     Raises:
-        UsageError: there is no shared stage, and an adapter exists only in memory or a calibration file is given.
+        UsageError: `placed` is set, and either an adapter exists only in memory or a calibration file is given.
     """
     from ..core.adapter import Adapter
 
     if placed and any(isinstance(adapter, Adapter) for adapter in adapters):
-        why = "an adapter in memory cannot be given to the nodes of a cluster"
-        raise UsageError(why, cure=f"Write it with adapterkit.write. {_PUSH}")
+        why = "an adapter in memory cannot be sent to the nodes of a cluster without a shared disk"
+        cure = f"Write the adapter with adapterkit.write to a file system that all nodes share. {_PUSH}"
+        raise UsageError(why, cure=cure)
     if placed and options.calibration is not None:
-        why = "a calibration file cannot be given to the nodes of a cluster without a shared disk"
+        why = "a calibration file cannot be sent to the nodes of a cluster without a shared disk"
         raise UsageError(
             why, where="calibration", cure="Omit --calibration (calibration=), or merge into a local folder and push it"
         )
@@ -149,7 +150,7 @@ def on_ray(
     recipe: ClusterRecipe, named: Sequence[tuple[str, Adapter, float]], address: str | None,
     place: PlacedOutput | None = None,
 ) -> Engine:  # fmt: skip
-    """Return an engine that distributes the files of a plan over a cluster.
+    """Return an engine that runs one task on a cluster for each file of a plan.
 
     Args:
         recipe: the recipe of the merge.
@@ -160,7 +161,7 @@ def on_ray(
 
     Raises:
         Unsupported: Ray is not installed.
-        NetworkError: there is no cluster at the address.
+        NetworkError: the engine finds no cluster at the address when it runs.
     """
     try:
         import ray  # noqa: F401
@@ -181,7 +182,7 @@ def on_ray(
 
 
 def _prepare(plan: Plan, stage: StagingDir, place: PlacedOutput) -> None:
-    """Find the files of an interrupted run that are still on the hub; begin an upload of the missing files."""
+    """Keep the files that an interrupted run uploaded if the hub still has them; begin the upload of all others."""
     for file in plan.files:
         if stage.finished(file.name) and not place.holds(file.name):
             stage.drop(file.name)
@@ -195,7 +196,7 @@ def _prepare(plan: Plan, stage: StagingDir, place: PlacedOutput) -> None:
 
 
 def write_file(recipe: ClusterRecipe, digest: str, target: str, name: str) -> Shard:
-    """Run a task with a shared file system: write one file into the stage of `target`, unless the file is finished.
+    """Write one file into the stage of `target`, on a file system that all nodes share, unless the file is finished.
 
     Raises:
         Corrupt: the inputs differ from the driver's inputs.
@@ -209,7 +210,7 @@ def write_file(recipe: ClusterRecipe, digest: str, target: str, name: str) -> Sh
 
 
 def put_file(recipe: ClusterRecipe, digest: str, uri: str, name: str) -> Shard:
-    """Run a task without a shared file system: write one file into scratch space on this node, and upload it to `uri`.
+    """Write one file into scratch space on this node, and upload the file to `uri`; no shared file system is needed.
 
     Raises:
         Corrupt: the inputs differ from the driver's inputs, or the hub received other bytes.
@@ -227,14 +228,17 @@ def put_file(recipe: ClusterRecipe, digest: str, uri: str, name: str) -> Shard:
 
 
 _last: dict[str, TaskInputs] = {}
-"""A map from the digest of a plan to its inputs.
+"""A map from the digest of the last task's plan to the inputs of that task.
 
-A worker runs many tasks of a merge, but plans only once if no input can change.
+A worker process runs many tasks of a merge. If all inputs are uris, which cannot change, the process plans only once.
+Otherwise this map stays empty.
 """
 
 
 def inputs_of(recipe: ClusterRecipe, digest: str) -> TaskInputs:
-    """Return the plan of a recipe, made from headers, and the bases to download from; may return the last task's.
+    """Return the plan of a recipe, and the bases to download from. The plan is made from headers.
+
+    If the last task of this process had the same plan, its inputs may be returned again.
 
     Raises:
         Corrupt: the plan differs from the driver's plan.
@@ -247,7 +251,7 @@ def inputs_of(recipe: ClusterRecipe, digest: str) -> TaskInputs:
     with contextlib.ExitStack() as stack:
         inputs = _planned(recipe, stack)
         if inputs.plan.digest != digest:
-            why = "the base or the adapters differ from those that the driver planned with"
+            why = "the base or the adapters differ from those from which the driver made its plan"
             raise Corrupt(
                 why, path=recipe.base, cure="Give all nodes the same files and the same version of adapterkit"
             )
@@ -282,13 +286,13 @@ def _planned(recipe: ClusterRecipe, stack: contextlib.ExitStack) -> TaskInputs:
 
 def _seen(path: str) -> str:
     if not os.path.exists(path):
-        why = "the nodes of the cluster do not see this path"
-        raise StorageError(why, path=path, cure=f"Put it on a file system that all nodes share. {_PUSH}")
+        why = "this path does not exist on a node of the cluster"
+        raise StorageError(why, path=path, cure=f"Copy the inputs to a file system that all nodes share. {_PUSH}")
     return path
 
 
 def _write(inputs: TaskInputs, device: str, name: str, stage: StagingDir) -> None:
-    """Write one file of the plan into a stage, then delete the downloaded bytes of the bases."""
+    """Write one file of the plan into a stage, then delete the bytes that were downloaded for the file."""
     from .arrays import arrays_for
     from .execute import execute
 
@@ -312,9 +316,9 @@ def _write(inputs: TaskInputs, device: str, name: str, stage: StagingDir) -> Non
 
 
 def spans_of(file: OutputFile, base: Checkpoint) -> Iterator[Span]:
-    """Yield the spans of the base's files that an output file needs.
+    """Yield the byte ranges of the base's files that are needed to compute an output file.
 
-    Inputs of computed tensors, such as an embedding with new rows, are not included; they are read later.
+    The ranges for computed tensors, such as an embedding with new rows, are not included; these bytes are read later.
     """
     if file.whole is not None:
         yield Span(str(file.whole), 0, file.size)
@@ -330,10 +334,10 @@ def _check_space(needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         cure = (
-            "Free some space on the nodes, or set ADAPTERKIT_CACHE to another disk there, or make smaller files with "
+            "Free some space on the nodes, set ADAPTERKIT_CACHE on the nodes to a larger disk, or write smaller files: "
         )
         cure += "--shard-size (shard_size=)"
-        raise StorageError(f"a task needs {needed:,} bytes of scratch, but {free:,} are free", path=folder, cure=cure)
+        raise StorageError(f"a task needs {needed:,} bytes of disk, but only {free:,} are free", path=folder, cure=cure)
 
 
 @contextlib.contextmanager
@@ -392,7 +396,7 @@ def _connected(address: str | None) -> Iterator[None]:
 
 
 class _Stdout:
-    """A standard output that sends Ray's messages about dead nodes to stderr, so that the result stays clean."""
+    """A standard output that sends Ray's messages about dead nodes to stderr, so that stdout has only the result."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -447,10 +451,10 @@ def _results(ready: Sequence[object]) -> tuple[list[Shard], Exception | None]:
         try:
             shards.append(ray.get(reference))
         except ray.exceptions.RayTaskError as error:
-            # Show the task's error instead of Ray's, whose text contains the traceback of another machine.
+            # Raise the error of the task itself. The text of Ray's error contains a traceback from another machine.
             failure = error.cause if isinstance(error.cause, AdapterkitError) else error
         except ray.exceptions.RayError as error:
-            why = f"a task was lost {RETRIES} times ({str(error).splitlines()[0]})"
+            why = f"a task was lost, and {RETRIES} restarts did not help ({str(error).splitlines()[0]})"
             failure = NetworkError(why, cure="Check the cluster's nodes, then run the same command again")
     return shards, failure
 
@@ -465,20 +469,20 @@ def _end(waiting: Sequence[object]) -> None:
     ray.wait(list(waiting), num_returns=max(1, len(waiting)), timeout=10) if waiting else None
 
 
-_PUSH = "Or push it ('adapterkit push PATH s3://bucket/name'), and give this address instead of the path"
+_PUSH = "Or push it to a hub ('adapterkit push PATH s3://bucket/name'), and pass the hub's address instead of the path"
 
 
 SPEED = 1.2e9
-"""Bytes of merged bf16 weights that a task computes per second, with two threads and a LoRA of rank 16."""
+"""The number of bytes of merged bf16 weights that a task computes per second, with two threads and a rank-16 LoRA."""
 
 START = 5.0
 """Seconds from the start of a worker to its first task, for imports and for reading the base's headers."""
 
 TARGET = 1e-4
-"""Seconds of planning per target. The driver and every worker plan the whole merge."""
+"""The seconds of planning for each target of the adapters. The driver and every worker plan the whole merge."""
 
 DRIVER = 6.0
-"""Seconds that the driver needs in total before the first and after the last task, not counting the planning.
+"""Seconds that the driver needs before the first task and after the last task together, without the planning.
 
 `tools/bench nodes` measured 10.7 s for `START` and `DRIVER` together, on a busy machine of two processors.
 """
@@ -493,8 +497,8 @@ class Forecast:
         seconds: the time from the start of the command to the finished output.
         downloaded, uploaded: the bytes that nodes transfer from and to the store.
         busy: the mean used fraction of the nodes' bandwidth, in the busier direction.
-        node_hours: the number of nodes times the hours.
-        cost: node_hours times the price; None without a price.
+        node_hours: the number of nodes times the duration of the merge in hours.
+        cost: `node_hours` times the price of a node for an hour; None if no price was given.
     """
 
     nodes: int
@@ -517,7 +521,10 @@ class Forecast:
 
 @dataclass(slots=True)
 class _Task:
-    """A running task and its remaining phases: (0, bytes to download), (1, bytes to upload) or (None, seconds)."""
+    """A running task and its remaining phases.
+
+    Each phase is (0, bytes to download), (1, bytes to upload) or (None, seconds of start or computation).
+    """
 
     node: int
     phases: deque[tuple[int | None, float]] = field(default_factory=deque)
@@ -532,7 +539,7 @@ def simulate(
     Args:
         plan: the plan.
         nodes: the number of nodes.
-        bandwidth: bytes per second of each node's link, in each direction.
+        bandwidth: the speed of each node's network link in bytes per second, in each direction.
         price: the price of a node for an hour, in any currency.
         tasks: the number of tasks that a node runs at the same time.
         speed: bytes of merged weights that a task computes per second.
@@ -541,7 +548,7 @@ def simulate(
             targets.
 
     Raises:
-        UsageError: a number is not positive.
+        UsageError: `nodes`, `bandwidth`, `tasks` or `speed` is not positive, or `price` is negative.
     """
     for name, value in (("nodes", nodes), ("bandwidth", bandwidth), ("tasks", tasks), ("speed", speed)):
         if not (math.isfinite(value) and value > 0):
@@ -569,7 +576,7 @@ def doubling(most: int) -> list[int]:
 
 
 def factors_of(plan: Plan) -> Iterator[int]:
-    """Yield the size in bytes of each update of a plan; an update that changes several outputs is counted once."""
+    """Yield the size in bytes of each update of a plan; an update that changes several tensors is yielded once."""
     seen: set[int] = set()
     for output in plan.outputs():
         for planned in output.folds:
@@ -588,7 +595,7 @@ def _work(plan: Plan, file: OutputFile, speed: float) -> tuple[float, float, flo
 def _simulated(
     waiting: deque[tuple[float, float, float]], nodes: int, tasks: int, bandwidth: float, start: float, adapters: int
 ) -> float:
-    """Return the seconds until the last task ends."""
+    """Return the seconds from the start of the first task to the end of the last task."""
     running: list[_Task] = []
     # Like Ray, start each task on the node with the fewest running tasks.
     free = deque(node for _ in range(tasks) for node in range(nodes))

@@ -50,10 +50,10 @@ TOKENIZER = VOCABULARIES | {
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "special_tokens_map.json",
     "target.spm", "tokenizer_config.json",
 }  # fmt: skip
-"""All tokenizer files that transformers saves."""
+"""The names of tokenizer files. The files in the folder `TEMPLATES` also belong to the tokenizer."""
 
 TEMPLATES = "additional_chat_templates"
-"""Name of the folder with further chat templates."""
+"""The name of the folder in which transformers saves all chat templates except the default template."""
 
 CHOICES = ("base", "adapter")
 
@@ -63,10 +63,11 @@ class Companions:
     """The files to copy next to the weights.
 
     Attributes:
-        copies: (file, its name in the output).
+        copies: (path of the file, name in the output) for each file to copy.
         left_out: files of the base that are not copied.
-        tokenizer: plain data about where the tokenizer comes from; None if no adapter has a tokenizer.
-        warnings: a list of sentences.
+        tokenizer: plain data about where the tokenizer comes from; None if no adapter has a complete tokenizer, or if
+            the base is one file.
+        warnings: warnings for the user about the choice of the tokenizer.
     """
 
     copies: tuple[tuple[Path, str], ...] = ()
@@ -84,11 +85,11 @@ def companions(
         base: the base as the merge reads it.
         adapters: (name, folder) of each adapter that has a folder.
         chosen: where the tokenizer comes from: `base`, `adapter` or a folder. None means an adapter's tokenizer if it
-            is complete and fits the base, else the base's.
+            is complete and fits the base, else the base's tokenizer.
 
     Raises:
-        UsageError: the choice is unknown; or the choice is `adapter` or a folder, and there is no complete tokenizer,
-            there are several different ones, or the base lacks embeddings for some tokens.
+        UsageError: `chosen` is neither a known choice nor a folder. Or `chosen` is `adapter` or a folder, but there is
+            no complete tokenizer, the adapters' tokenizers differ, or the base lacks embeddings for some tokens.
         Malformed: a file of the base is a link to a path outside its folder.
     """
     if chosen is not None and chosen not in CHOICES:
@@ -123,7 +124,7 @@ def _tokenizer(
     whole = [(name, folder, files) for name, folder, files in contents if files.keys() & VOCABULARIES]
     differing = [each for each in whole if each[2] != base_contents]
     warnings = [
-        f"{name} has {', '.join(sorted(files))} but no vocabulary; these files are not used, "
+        f"{name} has {', '.join(sorted(files))} but no vocabulary file; these files are not used, "
         "because a mix of two tokenizers could be wrong"
         for name, _, files in contents
         if files
@@ -144,14 +145,14 @@ def _tokenizer(
     beyond = _beyond(folder, base)
     why = f"the base has no embedding for token {beyond}"
     if chosen == "adapter" and beyond is not None:
-        raise UsageError(f"{differs}, and {why}", path=folder, cure=f"{_flag('base')} keeps the base's")
+        raise UsageError(f"{differs}, and {why}", path=folder, cure=f"Pass {_flag('base')} to keep the base's")
     if chosen == "base" or beyond is not None:
-        kept = f"{differs}{f', and {why}' if beyond is not None else ''}; the base's is kept"
+        kept = f"{differs}{f', and {why}' if beyond is not None else ''}; the base's tokenizer is kept"
         return [], {"from": "base", "differs": True}, [*warnings, kept]
     copies = [(folder / file, file) for file in sorted(files)]
     for file, _ in copies:
         _check_inside(file, folder)
-    taken = f"{differs} and is used; {_flag('base')} keeps the base's"
+    taken = f"{differs}; the tokenizer of {name} is used. To keep the base's tokenizer, pass {_flag('base')}"
     return copies, {"from": "adapter", "adapter": name, "differs": True}, [*warnings, taken]
 
 
@@ -168,8 +169,8 @@ def _several(whole: Sequence[tuple[str, Path, Mapping[str, bytes]]], chosen: str
     """
     why = f"the tokenizers of {', '.join(name for name, _, _ in whole)} differ from each other"
     if chosen == "adapter":
-        raise UsageError(why, cure=f"{_flag('base')} keeps the base's; or merge one adapter at a time")
-    return f"{why}: the base's is kept"
+        raise UsageError(why, cure=f"Pass {_flag('base')} to keep the base's, or merge one adapter at a time")
+    return f"{why}; the base's tokenizer is kept"
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -203,9 +204,9 @@ _NUMBERED = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def _tokens(file: Path) -> list[int]:
-    """Return some of the token ids in a file, always including the largest.
+    """Return some of the token ids in a tokenizer file, always including the largest.
 
-    The list has no token id if the file is not in transformers' format.
+    If the file is not in transformers' format, the list contains no token id.
     """
     try:
         content = json.loads(file.read_text("utf-8"))
@@ -235,7 +236,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _check_inside(file: Path, folder: Path) -> None:
-    """Refuse a link to a file outside a folder: with such a link, a downloaded model could have any file copied.
+    """Refuse a link to a file outside `folder`, so that a downloaded model cannot have any file of the user copied.
 
     The links in huggingface_hub's cache are allowed: `snapshots/COMMIT/config.json` is a link to `blobs/HASH` of the
     same repository.
@@ -269,7 +270,8 @@ def write_modelfile(out: str | PathLike[str], *, overwrite: bool = False) -> Pat
     Raises:
         Unsupported: Ollama cannot read the model: it is a single safetensors file, a GGUF model in several files, or
             quantized but not in GGUF.
-        UsageError: the name starts or ends with a space or has a line break, which a Modelfile cannot contain.
+        UsageError: the name of `out` starts or ends with a space, or contains a line break. A Modelfile cannot contain
+            such a name.
         StorageError: another Modelfile exists, or the folder is not writable.
     """
     path = Path(out)
@@ -283,9 +285,10 @@ def write_modelfile(out: str | PathLike[str], *, overwrite: bool = False) -> Pat
         raise Unsupported("Ollama reads GGUF files and folders, not single weight files", path=path, cure=cure)
     if not packed and is_quantized(merged):
         cure = "Merge with --quantized dequantize (quantized='dequantize'), then run ollama create --quantize"
-        raise Unsupported("Ollama reads no quantized weights except in GGUF", path=path, cure=cure)
+        raise Unsupported("Ollama reads quantized weights only from GGUF files", path=path, cure=cure)
     if path.name != path.name.strip() or "\n" in path.name or "\r" in path.name:
-        raise UsageError("a Modelfile cannot contain this name", path=path, cure="Give OUT another name")
+        cure = "Choose a name without line breaks, and without a space at its start or end"
+        raise UsageError("a Modelfile cannot contain this name", path=path, cure=cure)
     # Write a path relative to the Modelfile, so that both can be moved together.
     text = f"FROM ./{path.name}\n" if packed else "FROM .\n"
     there = modelfile_path(path)

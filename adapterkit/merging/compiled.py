@@ -1,8 +1,8 @@
 """Compute low-rank changes and DoRA with the compiled loops `native/merge.c` and `native/normalize.c`.
 
 Both loops round once, and are several times as fast as the float64 computation with numpy. Their results have the same
-bits as numpy's. `merge.c` computes each element in float32, with an error bound. If the bound does not determine how
-the element is rounded, the loop computes this element again in float64. `normalize.c` computes in float64.
+bits as numpy's. `merge.c` computes each element in float32, with an error bound. If the bound is too large to tell how
+an element is rounded, the loop computes this element again in float64. `normalize.c` computes in float64.
 
 Adapters often change only parts of a tensor, such as q, k and v in one fused weight. So the rows are cut into segments
 in which the same updates apply, and the factors of all updates in a segment are joined into one product. A segment with
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 THIN = 256
-"""The largest rank of joined factors."""
+"""The largest rank of a product of joined factors; numpy computes a change of a higher rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def lowrank_blocks(output: Output, folds: Sequence[tuple[PlannedUpdate, list[Upd
 
     Args:
         output: the output tensor.
-        folds: the planned updates of the output, with loaded updates as numpy arrays.
+        folds: each planned update of the output with its loaded updates, whose tensors are numpy arrays.
     """
     shape, stacked = output.shape, any(fold.target.stacked for fold, _ in folds)
     if not folds or len(shape) < 2 + stacked or not takes(output.source.dtype, output.dtype):
@@ -64,13 +64,13 @@ def lowrank_blocks(output: Output, folds: Sequence[tuple[PlannedUpdate, list[Upd
 
 
 def _is_sum(fold: PlannedUpdate, shape: tuple[int, ...], stacked: bool) -> bool:
-    """Whether a change is a sum of low-rank products whose rows are rows of the stored tensor."""
+    """Whether a change can be added row by row to the stored tensor; `_joined` checks that it has low rank."""
     if not fold.additive or fold.bias or fold.target.stacked != stacked:
         return False
     if fold.axis == "out":
         return True
     # The tensor is stored as `[in, out]`. Refuse a target with `rows`, because these rows are columns of the tensor.
-    # Refuse a target with a kernel, because a row of the tensor would lack the kernel's axes.
+    # Refuse a weight with kernel axes, because A of shape `[r, in * k]` has more columns than the tensor has rows.
     return fold.target.rows is None and len(shape) == 2 + stacked
 
 
@@ -95,8 +95,8 @@ def _segments(folds: Sequence[PlannedUpdate], rows: int) -> list[Segment]:
 def _span(fold: PlannedUpdate, rows: int) -> tuple[int, int]:
     if fold.target.rows is not None:
         return fold.target.rows
-    # Stop at the last row that the adapter was trained on, because it may have been trained on the first rows of a
-    # vocabulary.
+    # The base may have more rows than the adapter was trained with, such as rows for added tokens. The change ends
+    # before these rows.
     return (0, rows) if fold.target.stacked else (0, min(rows, fold.shape[0]))
 
 
@@ -117,9 +117,9 @@ class LowRankBlocks:
         Both arrays are flat.
 
         Returns:
-            A map from the index of each planned update that depends on the base to its change's squared norm. None if
+            {index of a planned update: squared norm of its change}, for the changes that depend on the base. None if
             the block is too small for a call to pay off, if the loops cannot compute a change, or if the rounding of an
-            element is uncertain; `out` is then undefined.
+            element is uncertain; the content of `out` is then undefined.
         """
         if block.elements < LEAST:
             return None
@@ -166,7 +166,7 @@ class LowRankBlocks:
     def _joined(self, segment: Segment) -> LowRankSum | None:
         """Join all changes of a segment into one product.
 
-        Return None if a change is not a product, or the rank is too large.
+        Return None if a change is not a low-rank product, or if the rank of the joined product is above `THIN`.
         """
         import numpy as np
 
@@ -197,13 +197,13 @@ def _cast(values: Array, out: Array) -> None:
 WRITTEN = ("BF16", "F16")
 """The dtypes that the loops write.
 
-float32 is missing: it would need every sum in float64, and numpy computes these sums just as fast.
+The loops do not write float32, because they would have to compute every sum in float64, which numpy does just as fast.
 """
 
 PANEL, FILLED, CHUNK = 16, 32, 16
 
 LEAST = 1 << 14
-"""The smallest number of elements in a block for which a call of the library pays off."""
+"""The smallest number of elements in a block for which a call of the compiled library pays off."""
 
 
 class _Factors(ctypes.Structure):
@@ -256,7 +256,8 @@ class LowRankSum:
             self._panels = _panels(right, padded, np.float32)
             self._left = np.ascontiguousarray(left, np.float32)
         self._left64, self._right64 = np.ascontiguousarray(left), np.ascontiguousarray(right.T)
-        # By the Cauchy-Schwarz inequality, `sum_k w_k |b_k| |a_k|` is at most |b| |a|, if both norms are weighted by w.
+        # If product k is rounded w_k times, the error of an element is at most 2**-24 times `sum_k w_k |b_k| |a_k|`. By
+        # the Cauchy-Schwarz inequality, this sum is at most |b| |a|, if both norms are weighted by w.
         weights = np.sqrt(_roundings(rank))
         rows, columns = _norms(left * weights), _norms(right.T * weights)
         self._row_bound = _upwards(rows, 2.0**-24)
@@ -269,7 +270,7 @@ class LowRankSum:
 
         Returns:
             0.0, because the change does not depend on the base. None if the rounding of an element is uncertain even in
-            float64; `out` is then undefined, and numpy must compute the block.
+            float64; the content of `out` is then undefined, and numpy must compute the block.
         """
         loaded = cast("ctypes.CDLL", native.loops())
         factors = _Factors(
@@ -314,11 +315,11 @@ class NormalizedSum:
     def write(self, raw: Array, out: Array, kinds: tuple[DType, DType], start: int, stop: int) -> float | None:
         """Write rows `start` to `stop` of the new weight into `out`, rounded once. `raw` contains the base's rows.
 
-        Both are flat.
+        Both arrays are flat.
 
         Returns:
             The squared norm of the change. None if the rounding of an element is uncertain, or a row's norm is zero,
-            infinite or out of range; `out` is then undefined, and numpy must compute the block.
+            infinite or out of range; the content of `out` is then undefined, and numpy must compute the block.
         """
         import numpy as np
 
@@ -353,9 +354,9 @@ def _panels(right: Array, padded: int, dtype: type[np.floating[Any]]) -> Array:
 
 
 def _double_bounds(rows: Array, columns: Array, rank: int) -> tuple[Array, Array]:
-    """Return two arrays; entry i of the first times entry j of the second bounds the error of element (i, j).
+    """Return two arrays: entry i of the first array times entry j of the second bounds the error of element (i, j).
 
-    The error is the effect of the order of summation on the element, a float64 sum of `rank` products.
+    An element is a float64 sum of `rank` products. The error is how much the result depends on the order of summation.
 
     Args:
         rows: upper bounds for the norms of the left factor's rows.
@@ -372,9 +373,10 @@ def _roundings(rank: int) -> Array:
     """Return an upper bound for the number of float32 roundings of each product `b_k a_k` in the sum of an element.
 
     Both factors are rounded, and so is the product, unless a fused multiply-add adds it without rounding. Each sum that
-    contains the product is rounded, too. These are one sum for each later product in the same chunk of 16, one sum for
-    this chunk, and one for each later chunk. One more rounding covers two small errors: the float64 roundings of
-    numpy's sum, 2**-29 times as large as float32 roundings, and the squares of all these errors.
+    contains the product is rounded, too: the sum to which the product is added, one sum for each later product in the
+    same chunk of 16, the sum to which the chunk is added, and one sum for each later chunk. One more rounding covers
+    two small errors. These are the float64 roundings of numpy's sum, each 2**-29 times as large as a float32 rounding,
+    and the squares of all these errors.
     """
     import numpy as np
 
@@ -389,8 +391,8 @@ def _norms(factor: Array) -> Array:
     import numpy as np
 
     norms: Array = np.sqrt(np.einsum("ij,ij->i", factor, factor)) * (1 + 1e-9)
-    # Compute the bound of a row of tiny numbers from its maximum, because their squares underflow to zero. A bound of
-    # zero would mean that the row does not change the weight.
+    # If a row has only tiny elements, compute its bound from its largest element, because their squares underflow to
+    # zero. A bound of zero would mean that the row does not change the weight.
     tiny = np.abs(factor).max(axis=1, initial=0.0) if norms.min(initial=1.0) < 1e-100 else norms
     return np.where(norms < 1e-100, tiny * math.sqrt(factor.shape[1]), norms)
 

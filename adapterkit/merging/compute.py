@@ -50,13 +50,13 @@ def key_of(seed: int, name: str) -> Key:
 
 
 def stochastic(values: Numbers, first: int, key: Key, dtype: DType) -> Numbers:
-    """Round stochastically to values that are exact in `dtype`; return a flat float64 array.
+    """Return the values, stochastically rounded to numbers of `dtype`, as a flat float64 array.
 
     Each value is rounded down or up to a neighbouring number of `dtype`, with probabilities chosen so that the expected
     result equals the exact value.
 
     Args:
-        values: flat float64 array; values that are exact in the dtype, or not finite, stay unchanged.
+        values: flat float64 array. A value stays unchanged if it is exact in `dtype`, a NaN or an infinity.
         first: the index of the first element in its tensor.
         key: the Philox key of the tensor, see `key_of`.
         dtype: the type to round to, narrower than float64.
@@ -68,11 +68,19 @@ def stochastic(values: Numbers, first: int, key: Key, dtype: DType) -> Numbers:
 
 
 def draws(like: Numbers, first: int, key: Key) -> Numbers:
-    """Draw a number in [0, 1) for each element i: Philox word `i mod 4` at counter `i div 4`, divided by 2^32."""
+    """Return a flat float64 array with a random number in [0, 1) for each element.
+
+    Element i of the tensor gets Philox word `i mod 4` at counter `i div 4`, divided by 2^32.
+
+    Args:
+        like: a flat array; the result has the same length, library and device.
+        first: the index of the first element in its tensor.
+        key: the Philox key of the tensor.
+    """
     from array_api_compat import device
 
     # Philox is a function of a counter. So an element gets the same number in any block, on any worker, and in a
-    # resumed merge. A counter value gives four words, and a block may begin or end between these words.
+    # resumed merge. Each counter value gives four words, and a block may begin or end in the middle of these four.
     xp, start = namespace(like), first // 4
     places = xp.arange(start, (first + len(like) + 3) // 4, dtype=xp.int64, device=device(like))
     none = places * 0
@@ -83,7 +91,7 @@ def draws(like: Numbers, first: int, key: Key) -> Numbers:
 
 
 def _unit(values: Numbers, dtype: DType) -> Numbers:
-    """Return the distance between the two numbers of `dtype` around each value; it is exactly a power of two."""
+    """Return the distance between the two numbers of `dtype` around each value; each distance is a power of two."""
     import ml_dtypes
 
     info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
@@ -118,6 +126,8 @@ LARGEST = 2.0**500
 def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
     """Load the updates of a planned update into memory, in float64.
 
+    If a bias change depends on the weight, the loaded updates contain the change for this weight.
+
     Raises:
         Malformed: a factor contains a NaN or an infinity.
     """
@@ -147,7 +157,7 @@ def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
 
 
 def _whole_change(update: Update, W: Numbers, stacked: bool) -> Numbers:
-    """Apply one update to a whole weight (all experts of a stack) and return the new weight."""
+    """Return a whole weight after one update; a stacked weight contains all experts."""
     if not stacked:
         return cast("Numbers", update.new_weight(_tensor(W)))
     xp = namespace(W)
@@ -156,7 +166,10 @@ def _whole_change(update: Update, W: Numbers, stacked: bool) -> Numbers:
 
 
 def _whole_view(W: Numbers, fold: PlannedUpdate) -> Numbers:
-    """Return a view of a whole stored weight (all experts of a stack) with the axes that updates use."""
+    """Return a view of the target's rows in a stored weight, with the axes in the order that updates use.
+
+    A stacked weight contains all experts.
+    """
     axis = int(fold.target.stacked)
     W = W if fold.axis == "out" else W.swapaxes(axis, axis + 1)
     return W if fold.target.rows is None else W[(slice(None),) * axis + (slice(*fold.target.rows),)]
@@ -200,8 +213,8 @@ def norm_of(updates: list[Update], fold: PlannedUpdate) -> float:
     norms = []
     for expert in experts:
         parts = [u if expert is None else u.expert(expert) for u in updates]
-        # Let a single update compute its norm, because it may not need the product of its factors for this. The sum of
-        # several updates must be computed.
+        # A single update may be able to compute its norm without the product of its factors. For several updates, the
+        # sum of the products is needed.
         if len(parts) == 1 and isinstance(parts[0], Additive):
             norms.append(parts[0].delta_norm(shape))
         else:
@@ -214,7 +227,7 @@ def norm_of(updates: list[Update], fold: PlannedUpdate) -> float:
 def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
     """Whether the weight is one matrix, and all updates are products of rank `THIN` or less.
 
-    If so, one product of joined factors is faster than a product for each update.
+    If so, one product with the joined factors of all updates is faster than one product for each update.
     """
     if len(fold.shape) != 2 or fold.target.stacked:
         return False
@@ -225,8 +238,8 @@ def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
 def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
     """Join the low-rank factors of several planned updates into one LoRA, multiplied by the updates' weights.
 
-    All planned updates must have the same `axis`. The joined factors are in the workspace; the next call overwrites
-    them.
+    All planned updates must have the same `axis`. The joined factors are in the workspace, where the next call
+    overwrites them.
     """
     from ..methods.lora import LoRA
 
@@ -253,15 +266,16 @@ Folds = list[tuple["PlannedUpdate", list[Update]]]
 class _Loaded:
     """The loaded updates of one output tensor, shared by all workers that compute blocks of the tensor.
 
-    Without sharing, each worker would load the factors again; for an embedding of 150,000 rows, these are 20 MB.
+    Without sharing, each worker would load the factors again. For an embedding of 150,000 rows, the factors need 20 MB.
     """
 
     def __init__(self, output: Output) -> None:
-        # Hold the output, so that no other output can get its id while this entry exists.
+        # Keep a reference to the output. `_LOADED` uses its id as a key, and Python could give the id of a deleted
+        # output to another output.
         self.output, self._lock, self._folds = output, Lock(), Folds()
 
     def folds(self, arrays: Arrays) -> Folds:
-        """Return the updates; load them in the first call."""
+        """Return the updates; the first call loads them."""
         with self._lock:
             if not self._folds:
                 self._folds = [(fold, load_all(fold, arrays)) for fold in self.output.folds]
@@ -273,7 +287,7 @@ _LOCK = Lock()
 
 
 def _loaded(output: Output, arrays: Arrays) -> _Loaded:
-    """Return the entry of an output tensor on a device."""
+    """Return the shared `_Loaded` of an output tensor on a device; create it in the first call."""
     device = str(getattr(arrays, "device", "cpu"))
     with _LOCK:
         loaded = _LOADED.get((id(output), device))
@@ -380,7 +394,7 @@ class BlockMerger:
 
     @cached_property
     def _sums(self) -> bool:
-        """Whether the changes can be summed first and then added: all cover whole blocks and do not need the base."""
+        """Whether the changes can be summed before the base is added: each covers whole blocks and needs no base."""
         return all(
             fold.additive and not fold.bias and fold.target.rows is None and fold.shape[:1] == self.output.shape[:1]
             for fold, _ in self.folds
@@ -396,7 +410,8 @@ class BlockMerger:
         for position, (fold, updates, weight) in enumerate(self._terms):
             view = view_of(total, fold, (block.start, block.stop), block)
             cut = additive(cut_to(update, fold, block, (block.start, block.stop)) for update in updates)
-            # The workspace still contains an earlier block. So the first change overwrites it, and others are added.
+            # The workspace still contains an earlier block. So the first change overwrites this memory, and the other
+            # changes are added to it.
             if position == 0:
                 cut.pop(0).delta_into(_tensor(view), weight)
             _add(cut, view, weight)
@@ -429,8 +444,9 @@ class BlockMerger:
 
     def _fold(self, work: Numbers, block: Block) -> dict[int, float]:
         norms: dict[int, float] = {}
-        # Copy the base's weight, because `work` changes in place and every formula needs the base's weight. With a
-        # single formula no copy is needed: `_order` puts the formula first, when `work` is still the base's weight.
+        # Copy the base's weight, because `work` changes in place, and every update that is not additive needs the
+        # unchanged weight. A single such update needs no copy: `_order` puts it first, when `work` is still the base's
+        # weight.
         original = work * 1 if self._needs_original else work
         untouched = True
         for positions in self._ordered:
@@ -477,7 +493,7 @@ class BlockMerger:
 
     @cached_property
     def _ordered(self) -> list[list[int]]:
-        """For each adapter whose updates of this tensor must be applied in order, a list of the updates' indices."""
+        """The indices of the planned updates that must be applied in order, as one list for each adapter."""
         sources: dict[int, list[int]] = {}
         for position, (fold, _) in enumerate(self.folds):
             sources.setdefault(fold.source, []).append(position)
@@ -515,7 +531,7 @@ def _add(updates: Sequence[Additive], view: Numbers, weight: float) -> None:
 
 
 def _mix(new: Numbers, W: Numbers, view: Numbers, weight: float, *, replace: bool) -> float:
-    """Add `weight * (new - W)` to `view`, and return its squared norm.
+    """Add the change `weight * (new - W)` to `view`, and return the squared norm of the change.
 
     If `replace` is set and the weight is 1, overwrite `view` with `new` instead, which has less rounding.
     """

@@ -1,8 +1,10 @@
 """Execute a plan with worker threads that read, compute and write at the same time.
 
-A worker's memory does not grow with the model. It contains one input block, a float64 copy of this block, and some
-output blocks; with torch, `workers.DEPTH` of each. If the base is on a hub, `streamed_engine` downloads each file
-before its first use, and deletes the file after its last use.
+A worker's memory does not grow with the model. Each worker needs memory for one input block, a float64 copy of this
+block, and some output blocks. With torch, each worker needs `workers.DEPTH` times this memory.
+
+If the base is on a hub, `streamed_engine` downloads each file before its first use, and deletes the file after its last
+use.
 """
 
 from __future__ import annotations
@@ -41,15 +43,15 @@ def execute(
 
     Args:
         files: the files of the plan.
-        stage: the folder to write them into.
-        devices: one array library per device; the devices compute the files in turn.
+        stage: the staging folder to write the files into.
+        devices: one array library per device; each file is computed on the next device of the list.
         progress: a function that is called with (bytes done, total bytes).
         threads: the number of workers; at least one per device is started.
         link: whether to write hard links to unchanged files of the base.
         checksums: whether to record checksums of the written bytes.
 
     Raises:
-        AdapterkitError: the first error of any worker; the others stop.
+        AdapterkitError: the first error of any worker; the other workers then stop.
     """
     pending = [file for file in files if not stage.finished(file.name)]
     left = sum(output.nbytes for file in pending for output in file.outputs)
@@ -70,8 +72,8 @@ class _Scheduler:
     ) -> None:  # fmt: skip
         self.stage, self.devices, self.done, self.total, self.threads = stage, devices, done, total, threads
         self.link, self.checksums = link, checksums
-        # Limit the queues. A file is created at full size when its jobs are queued, so unlimited queues would create
-        # all files at once.
+        # Limit the length of the queues. A file is created at full size when its jobs are queued, so with unlimited
+        # queues all files would be created at the start.
         self.jobs: list[queue.Queue[Job | None]] = [queue.Queue(64) for _ in devices]
         self.written: queue.Queue[OpenFile | None] = queue.Queue()
         self.lock, self.settled, self.unfinished = threading.Lock(), threading.Condition(), 0
@@ -91,8 +93,8 @@ class _Scheduler:
             self.failure = self.failure or error
             raise
         finally:
-            # None ends the thread that flushes files. Send None after all workers have ended, because a worker could
-            # still send a file.
+            # None ends the thread that flushes files. Send None only after all workers have ended, because until then
+            # a worker may still send a file to this thread.
             _join(crew)
             self.written.put(None)
             _join([finisher])
@@ -133,7 +135,7 @@ class _Scheduler:
     def _release(self, progress: Progress | None) -> None:
         """Queue the last job of the oldest file when all earlier files are flushed to disk.
 
-        So an interrupted merge has at most one complete file that must be written again.
+        So if the merge is interrupted, at most one complete file must be written again.
         """
         while self.failure is None and self.unfinished:
             with self.settled:
@@ -252,7 +254,6 @@ def streamed_engine(device: str, base: StreamedBase) -> Engine:
 
 
 def _nth(devices: Sequence[Arrays], position: int) -> list[Arrays]:
-    """Return a list with one device: number `position` modulo the number of devices."""
     return [devices[position % len(devices)]]
 
 
@@ -265,7 +266,7 @@ def _sources(file: OutputFile) -> set[str]:
             if tensor.span is None:
                 cure = "Omit --stream (stream=), so that the whole base is downloaded first"
                 raise Unsupported(
-                    "a packed weight, or one that gains rows, cannot be streamed", where=output.name, cure=cure
+                    "a quantized weight, or a weight that gains rows, cannot be streamed", where=output.name, cure=cure
                 )
             recorded.add(tensor.span.path)
     return recorded

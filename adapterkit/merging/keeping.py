@@ -12,13 +12,13 @@ adds errors in all other directions, and these errors add up over the layers. Ea
 squared error; errors along V count `OFTEN` times as much as errors in other directions. One of the candidates is the
 shift 0, which is rounding to the nearest.
 
-`swept` rounds for given activations `X`. It minimizes the error of a layer's outputs, `tr((Q - M) H (Q - M)^T)` with
-`H = X^T X`. GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds a block of columns, and uses the
-inverse of H to move the error to the columns that are not rounded yet. Here the scheme packs the whole weight for each
-block. Afterwards, each block is rounded a second time to compensate for the errors of all other blocks; a row is
-changed only if its error decreases. The second round is needed because a scale may change after some of its columns
-were rounded. H is increased in the directions to which the adapter responds. Otherwise the adapter's change would be
-lost first, because it is small relative to the weight.
+`swept` uses recorded inputs `X` of the layer. It minimizes the error of the layer's outputs,
+`tr((Q - M) H (Q - M)^T)` with `H = X^T X`. GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds a block
+of columns, and uses the inverse of H to move the error to the columns that are not rounded yet. Here the scheme packs
+the whole weight for each block. Afterwards, each block is rounded a second time to compensate for the errors of
+all other blocks; a row is changed only if its error decreases. The second round is needed because a scale may change
+after some of the columns that use it were rounded. H is increased in the directions to which the adapter responds.
+Otherwise the adapter's change would be lost first, because it is small relative to the weight.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ WEAK = 1e-3
 """A direction is not kept if its singular value is at most this fraction of the largest singular value."""
 
 OFTEN = 8.0
-"""The weight of the squared error along the change's directions; the weight in other directions is 1.
+"""The factor for the squared error along the change's directions; for all other directions, the factor is 1.
 
-Percentage of a LoRA's effect that is kept, measured on SmolLM2-135M in nf4:
+Percentage of a LoRA's effect that survives with other factors, measured on SmolLM2-135M in nf4:
 
     factor          1 (nearest)   8    16    32   no limit
     all layers             4     37    63   -81       -277
@@ -52,15 +52,15 @@ Percentage of a LoRA's effect that is kept, measured on SmolLM2-135M in nf4:
 """
 
 ROUNDS = 24
-"""The largest number of times that a weight is packed."""
+"""The largest number of steps of the gradient ascent. Each step packs the weight once."""
 
 ENOUGH = 0.02
-"""The search ends when every row's error along the directions is at most this fraction of the row's first error."""
+"""The search ends when each row's smallest error along the directions is at most this fraction of its first error."""
 
 STILL, TURNED = 0.7, -0.2
-"""Thresholds for (a row's error after a step) / (its error before the step).
+"""Thresholds for the ratio of a row's error after a step to its error before the step, both along the directions.
 
-Above `STILL`, the error hardly changed; below `TURNED`, the error changed its sign.
+If the ratio is above `STILL`, the error hardly changed. If it is below `TURNED`, the error changed its sign.
 """
 
 LONGER, SHORTER = 1.6, 0.6
@@ -82,7 +82,7 @@ def directions(D: Array, seed: int) -> Array:
 
 
 def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Array:
-    """Return adjusted merged weights; after packing, they keep more of the change than the merged weights would.
+    """Adjust merged weights without data, so that they keep more of the adapter's change after packing.
 
     Args:
         trip: a function that packs weights `[experts, outputs, inputs]` and returns the dequantized result.
@@ -125,11 +125,11 @@ def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Ar
 
 
 def _weighed(error: Array, along: Array) -> Array:
-    """Return the squared error of each row, with `OFTEN` times the weight along the directions, `[experts, rows, 1]`.
+    """Return the squared error of each row, `[experts, rows, 1]`; errors along the directions count `OFTEN` times.
 
     Args:
-        error: the error, `[experts, outputs, inputs]`.
-        along: its part along the directions, `[experts, outputs, k]`.
+        error: the error of the packed weights, `[experts, outputs, inputs]`.
+        along: the error's components along the directions, `[experts, outputs, k]`.
     """
     import numpy as np
 
@@ -153,10 +153,12 @@ BLOCKS = 96
 """The largest number of blocks of a weight; the weight is packed twice for each block."""
 
 DAMPING = 0.01
-"""This multiple of the mean of H's diagonal is added to the diagonal, because texts do not activate all directions."""
+"""This multiple of the mean of H's diagonal is added to the diagonal. H must be invertible, but texts do not activate
+all directions.
+"""
 
 ADAPTER = 10.0
-"""The weight in H of the directions to which the adapter responds, as a multiple of the mean of H's diagonal."""
+"""This multiple of the mean of H's diagonal is added to H along each direction to which the adapter responds."""
 
 
 def weighting(inputs: Array, directions: Array) -> Array:
@@ -175,7 +177,7 @@ def weighting(inputs: Array, directions: Array) -> Array:
 
 
 def swept(trip: Callable[[Array], Array], merged: Array, H: Array) -> Array:
-    """Return adjusted merged weights; after packing, the outputs for the activations have a smaller error.
+    """Adjust a merged weight, so that after packing, its outputs for recorded activations have a smaller error.
 
     Args:
         trip: a function that packs a weight `[outputs, inputs]` and returns the dequantized result.
@@ -195,10 +197,7 @@ def swept(trip: Callable[[Array], Array], merged: Array, H: Array) -> Array:
 
 
 def _once(trip: Callable[[Array], Array], merged: Array, H: Array, step: int) -> Array:
-    """Round the blocks of columns one after another.
-
-    Move the error of each block to the columns that are not rounded yet.
-    """
+    """Round the blocks of columns one after another; after each block, change the remaining columns to compensate."""
     import numpy as np
 
     # Round the columns with the largest activations first, while many columns are left to compensate for their errors.
@@ -233,8 +232,8 @@ def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Arr
         tried = packed.copy()
         tried[:, now] -= np.linalg.solve(H[now, now], slope[:, now].T).T.astype(np.float32)
         again = trip(tried)
-        # With most schemes, only a few groups of columns change. Update E H from these columns only, because computing
-        # E H of the whole weight would take most of the time.
+        # `slope` is E H for the rounding error E. With most schemes, only a few groups of columns change. Update E H
+        # from these columns only, because computing E H of the whole weight would take most of the time.
         moved = (again - packed).astype(np.float64)
         columns = np.flatnonzero(moved.any(0))
         moved = moved[:, columns]
@@ -246,7 +245,7 @@ def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Arr
 
 
 def _lost(error: Array, H: Array) -> Array:
-    """Return the diagonal of E H E^T: the error of each output."""
+    """Return the diagonal of E H E^T for the error E of a weight: the squared error of each output."""
     import numpy as np
 
     wide = error.astype(np.float64)

@@ -16,7 +16,7 @@ from .ties import parse_tied
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
-    """The options of a merge as one value for `plan` and `merge`, instead of the arguments with the same names.
+    """The options of a merge. Pass them to `plan` or `merge` as `options=`, instead of arguments with the same names.
 
     Attributes:
         dtype: the dtype to which all floating-point tensors are cast, such as `"bf16"`; default: the base's dtypes.
@@ -28,10 +28,12 @@ class MergeOptions:
             half of the free memory.
         link: whether to write hard links to unchanged files of the base instead of copies.
         checksums: whether to compute a sha256 of the bytes while they are written.
-        rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`.
+        rename: rules for the adapters' names that cannot be found in the base, each `FROM=TO` or `@FILE`.
         vocab: `grow` or `keep`: what to do if an adapter was trained with more tokens than the base has; see `merge`.
-        keep: `adapter` adjusts requantized weights so that rounding does not lose the adapters' effect; see `merge`.
-        calibration: only with `keep`: the file of activations that the rounding uses; see `merge`.
+        keep: `adapter`: adjust merged weights before they are quantized again, so that rounding does not lose the
+            adapters' effect; see `merge`.
+        calibration: only with `keep`: a file of activations, so that rounding preserves the outputs for them; see
+            `merge`.
 
     Example:
         >>> options = adapterkit.MergeOptions(dtype="bf16", shard_size=5 << 30)  # doctest: +SKIP
@@ -54,9 +56,9 @@ class MergeOptions:
 
 
 def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:
-    """Return the options of a call, which are given as a `MergeOptions` or by name; no option may be given twice.
+    """Return the options of a call as one `MergeOptions`, with `tied` normalised and files of rename rules read.
 
-    Also read files of rename rules, and normalise `tied`.
+    A caller gives the options as a `MergeOptions` or by name. No option may be given in both ways.
 
     Raises:
         UsageError: an option is given twice, or `given` is not a `MergeOptions`.
@@ -68,13 +70,13 @@ def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:
     twice = [] if given is None else [name for name, value in named.items() if value != getattr(plain, name)]
     if twice:
         why = f"{twice[0]} is given twice, by name and in options"
-        cure = f"Give it only in options=MergeOptions({twice[0]}=...), or omit options="
+        cure = f"Give {twice[0]} only in options=MergeOptions({twice[0]}=...), or omit options="
         raise UsageError(why, where=twice[0], cure=cure)
     options = MergeOptions(**named) if given is None else given
     return replace(options, tied=parse_tied(options.tied), rename=rule_texts(options.rename))
 
 
-# Compute the memory that a merge may use, and the number of workers for which it suffices.
+# Compute the memory that a merge may use, and the number of workers that fit into this memory.
 
 
 def allowed(memory: int | None) -> int:
@@ -96,14 +98,14 @@ def most_workers() -> int:
 
 
 def workers_within(memory: int, each: int, tensor: str) -> int:
-    """Return the number of workers that fit into `memory` if each needs `each` bytes; at most `most_workers()`.
+    """Return the number of workers, at most `most_workers()`, that fit into `memory`; each worker needs `each` bytes.
 
     Raises:
         StorageError: the memory is too small for one worker.
     """
     if each > memory:
         raise StorageError(
-            f"the merge needs at least {each:,} bytes, but {memory:,} are allowed", path=None, where=tensor,
+            f"the merge needs {each:,} bytes of memory or more, but {memory:,} are allowed", path=None, where=tensor,
             cure="Allow more with --memory (memory=), or merge on a machine with more memory",
         )  # fmt: skip
     return max(1, min(most_workers(), memory // max(each, 1)))

@@ -32,7 +32,7 @@ BLOCK_ELEMENTS = 3 << 17
 """The number of elements in a block; its float64 copy (3 MB) stays in a processor core's cache."""
 
 STEPS = 4
-"""The number of temporary arrays of a block's size that a formula needs in addition to the block."""
+"""A formula needs at most this many temporary arrays in addition to the block; each is as large as the block."""
 
 
 class PackedRun(Protocol):
@@ -49,7 +49,12 @@ class PackedRun(Protocol):
         ...
 
     def compute(self, workspace: Workspace, write: Callable[[str, bytes], None]) -> dict[int, float]:
-        """Pass the bytes of each stored tensor to `write`, in order; return {index: squared norm of a change}."""
+        """Compute the run's bytes, and pass those of each stored tensor to `write` from first to last.
+
+        Returns:
+            {index: squared norm}. The first indices belong to the planned updates, the next to the damage, see
+            `requantize.damage`.
+        """
         ...
 
 
@@ -58,12 +63,12 @@ class PackedPart(Protocol):
 
     @property
     def packed(self) -> Packed:
-        """The stored weight, under the common name of its stored tensors."""
+        """The packed weight. If several share a stored tensor: the first weight, with the stored tensor's name."""
         ...
 
     @property
     def folds(self) -> tuple[PlannedUpdate, ...]:
-        """The planned updates of the weight."""
+        """The planned updates of all weights of the part."""
         ...
 
     @property
@@ -76,7 +81,7 @@ class PackedPart(Protocol):
         ...
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
-        """Return the bytes of every stored tensor, and {index: squared norm of a change}."""
+        """Return the bytes of every stored tensor, and {index: squared norm}, as in `PackedRun.compute`."""
         ...
 
 
@@ -140,22 +145,22 @@ class Plan:
 
     Attributes:
         base: the open base.
-        sources: the adapters.
+        sources: the adapters, bound to the base.
         files: the weight files of the output.
         tied: the choice for tied weights, see `parse_tied`; None if the adapters' files decide.
         config_changes: a map from keys of `config.json` to new values; a value None removes the key.
         dtype: the dtype to which all floating-point tensors are cast, or None.
         seed: the seed for stochastic rounding; None rounds to nearest.
         memory: the largest amount of memory to use, in bytes, without the memory of the imported libraries.
-        link: whether unchanged files of the base become hard links.
+        link: whether the output contains hard links to unchanged files of the base instead of copies.
         origin: the uri of the base if it came from a hub. It is stored here because the downloaded folder may be
             deleted before the report is made.
         checksums: whether checksums of the written bytes are recorded.
-        warnings: a list of sentences.
+        warnings: the warnings for the user, each a sentence.
         companions: the files to copy next to the weights.
         fingerprint: the fingerprint of the base's weights, see `io/checkpoint.py`; None if it was not computed.
         shapes: a digest of the names and shapes of the base's tensors; None if it was not computed.
-        licences: the licences of the base and the adapters, by the names that messages use for base and adapters.
+        licences: a map from the names of base and adapters, as messages write them, to their licences.
         vocabulary: plain data about a changed vocabulary; None if the base's vocabulary is kept.
     """
 
@@ -202,7 +207,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """A sha256 of everything on which the output depends: base, adapters, options, version of the library."""
-        # Use sizes and times of files, because a hash would have to read the whole base.
+        # Use the sizes and modification times of files, because hashing their contents would read the whole base.
         stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in self.base.files]
         headers = [hashlib.sha256(file.header).hexdigest() for file in self.files]
         head = [
@@ -221,12 +226,12 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """The number of bytes that the merge needs for blocks, float64 copies, factors and write buffers."""
+        """The memory in bytes that all workers need together for blocks, float64 copies, factors and write buffers."""
         return self._largest[0] * self.workers
 
     @property
     def workers(self) -> int:
-        """The number of computing threads: `most_workers()`, or fewer if the memory is too small.
+        """The number of computing threads: `most_workers()`, or fewer if `memory` is not enough for so many.
 
         Raises:
             StorageError: the memory is too small for one thread.
@@ -240,12 +245,13 @@ class Plan:
             computed = [
                 (BUFFERED + _memory_of(output, known), output.name) for output in self.outputs() if not output.copied
             ]
-            # Cache the value in `__dict__`, because the dataclass is frozen; a mixture of experts has 45,000 outputs.
+            # Cache the value, because a mixture of experts has 45,000 outputs. A plain assignment would raise an error,
+            # because the dataclass is frozen.
             object.__setattr__(self, "_cached_memory", max(computed, default=(0, "")))
         return cast("tuple[int, str]", self._cached_memory)
 
     def lineage(self, digests: bool = True) -> dict[str, JsonValue]:
-        """Return the record that is stored in the output.
+        """Return the record of how the output was made, which is stored in the output.
 
         The record has no paths and no times, so that equal merges write equal bytes.
 
@@ -279,7 +285,10 @@ class Plan:
 
 
 def _memory_of(output: Output, known: dict[Hashable, int]) -> int:
-    """Return `_block_bytes` of an output, from the cache `known` if another output has the same shape and updates."""
+    """Return the memory in bytes that one worker needs for an output.
+
+    `known` caches the result for outputs with the same shape, dtypes and forms of updates.
+    """
     if output.part is not None:
         return output.part.memory
     folds = [(fold.target.layout, fold.bias, tuple([update.form for update in fold.updates])) for fold in output.folds]

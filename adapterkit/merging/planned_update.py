@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenWeight:
-    """The weight of a target and its updates, for a change of the target's bias that depends on the weight.
+    """A target's weight and updates, which are needed to compute a change of the bias that depends on the weight.
 
     Attributes:
         name: the name of the base's weight.
         tensor: the base's weight.
         before: the planned updates of the same weight from earlier targets of the same adapter.
-        updates: all updates of the target, of weight and bias, in order.
+        updates: all updates of the target's weight and bias, in order.
     """
 
     name: str
@@ -37,12 +37,13 @@ class PlannedUpdate:
 
     Attributes:
         target: the target, with its layout and rows.
-        updates: the updates to apply, in order.
+        updates: the target's updates that change this tensor, in order.
         weight: the factor by which the change is multiplied.
-        source: the adapter's position in the merge.
+        source: the adapter's position in the merge's list of adapters; -1 if the change comes from no adapter.
         bias: whether the stored tensor is the target's bias instead of its weight.
-        shape: the shape of the stored tensor, with fewer rows if the adapter was trained only on its first rows.
-        seen: the target's weight, if this is a change of the bias that depends on the weight.
+        shape: the shape of the stored tensor; if the adapter was trained with another number of tokens, with as many
+            rows as in training.
+        seen: the target's weight, if the stored tensor is the bias and its change depends on the weight; else None.
     """
 
     target: Target
@@ -59,13 +60,13 @@ class PlannedUpdate:
 
     @property
     def axis(self) -> str:
-        """Which axis of the updates is the stored tensor's first axis, not counting experts: `in` or `out`."""
+        """`in` or `out`: the updates' axis that comes first in the stored tensor, not counting an axis of experts."""
         return "in" if self.target.layout.removeprefix("e ").startswith("in") else "out"
 
     @property
     def logical(self) -> tuple[int, ...]:
-        """The shape of one weight in the updates' layout, `[out, in, *k]`."""
-        # A bias or a vector is like a weight with one input.
+        """The shape that the updates expect, `[out, in, *k]`: the shape of one weight, or of one expert's weight."""
+        # Treat a bias or a vector as a weight with one input.
         first, second, *rest = self.shape[1:] if self.target.stacked else (*self.shape, 1)[: max(2, len(self.shape))]
         shape = (second, first, *rest) if self.axis == "in" else (first, second, *rest)
         return shape if self.target.rows is None else (self.target.rows[1] - self.target.rows[0], *shape[1:])
@@ -77,7 +78,7 @@ class PlannedUpdate:
 
 
 def factor_bytes(folds: Sequence[PlannedUpdate]) -> int:
-    """Return the memory in bytes that the factors of a weight's updates need during its merge."""
+    """Return the memory in bytes that the factors of a weight's updates need while the weight is merged."""
     leaves = (leaf for fold in folds for update in fold.updates for leaf in update.tensors.values())
     # Count the factors of several adapters twice, because `compute.side_by_side` also stores the joined factors.
     return sum(math.prod(leaf.shape) for leaf in leaves) * 8 * min(len(folds), 2)

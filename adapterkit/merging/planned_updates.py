@@ -34,9 +34,10 @@ class AdapterSource:
         name: the name of the adapter's file or folder.
         given: the adapter as it was read.
         adapter: the adapter, bound to the base.
-        weight: the factor by which its change is multiplied.
-        missing: the targets that the base does not have.
-        renamed: the first change of a prefix that resolved names, as (removed prefix, added prefix); None if none did.
+        weight: the factor by which the adapter's change is multiplied.
+        missing: the adapter's targets that the base does not have.
+        renamed: (removed prefix, added prefix) of the first change of a prefix that turned the adapter's names into
+            names in the base; None if no prefix was changed.
         rules: the rules that mapped the adapter's names to names in the base.
     """
 
@@ -51,16 +52,16 @@ class AdapterSource:
 
     @property
     def digest(self) -> str:
-        """The digest of the adapter as it was read; computed when first used, because it requires all tensors."""
+        """The digest of the adapter as it was read. The first access computes it, which reads all tensors."""
         if self._digest is None:
             object.__setattr__(self, "_digest", self.given.digest())
         return cast(str, self._digest)
 
     def record(self, digests: bool = True) -> dict[str, JsonValue]:
-        """Return plain data about the adapter; its base is identified by the name on a hub, never by a local path.
+        """Return plain data about the adapter; `base` is the base's name on a hub, and null if only a path is known.
 
         Args:
-            digests: whether to include the digest, which requires reading all tensors; if False, the digest is null.
+            digests: whether to include the digest; computing it reads all tensors. If False, the digest is null.
         """
         made_for = self.adapter.base.id if self.adapter.base else None
         return {
@@ -86,7 +87,7 @@ class Bindings:
         folds: a map from output tensors to their planned updates.
         names: a map from each output tensor to the base's stored tensor from which it is computed.
         config_changes: a map from keys of `config.json` to new values.
-        warnings: a list of sentences.
+        warnings: the warnings for the user, each a sentence.
         vocabulary: plain data about a changed vocabulary; None if the base's vocabulary is kept.
     """
 
@@ -114,8 +115,8 @@ def folds_by_tensor(
         adapters: (name, adapter, weight) of each adapter.
         tied: the choice for tied weights, see `parse_tied`.
         allow_partial: whether to skip targets that the base does not have.
-        rename: the user's rules for names.
-        vocab: what to do if an adapter has more tokens than the base, see `Vocabulary`.
+        rename: the user's rules that map names in the adapters to names in the base.
+        vocab: what to do if an adapter was trained with more tokens than the base has, see `Vocabulary`.
 
     Raises:
         AdapterkitError: an adapter does not fit the base.
@@ -160,7 +161,7 @@ def folds_by_tensor(
     elif tied != MERGE:
         refuse_tied_part(folds, base.tensors, config)
     changes |= vocabulary.config_changes(base.config, changes)
-    # Look up weights again, because a weight has more rows than before if the vocabulary grows.
+    # Look up each `SeenWeight.tensor` again: if the vocabulary grows, the tensor now has more rows.
     sorted_ = {name: tuple([_seen_in(base, fold) for fold in group]) for name, group in folds.items()}
     return Bindings(base, tuple(sources), sorted_, names, changes, warnings, vocabulary.record())
 
@@ -174,8 +175,8 @@ def _seen_in(base: Checkpoint, fold: PlannedUpdate) -> PlannedUpdate:
 def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
     """Refuse updates that do not change weights.
 
-    The caller runs this twice: before names are resolved, to fail early, and again afterwards, because the kind of some
-    updates depends on the base's shapes.
+    The caller makes this check twice: before names are resolved, to fail early, and again afterwards, because the kind
+    of some updates depends on the base's shapes.
     """
     for target, update in updates:
         if update.kind not in ("additive", "weight"):
@@ -186,7 +187,7 @@ def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
 def _folds(
     site: Site, before: Sequence[Site], weight: float, position: int, base: Checkpoint, aliases: Mapping[str, str]
 ) -> list[tuple[str, PlannedUpdate]]:
-    """Return (stored tensor, planned update) pairs for a target; `before` are earlier targets with the same weight."""
+    """Return (stored tensor, planned update) pairs for a site; `before` are the earlier sites with the same weight."""
     folds = []
     for stored, bias in ((site.weight, False), (site.bias, True)):
         if stored is None:

@@ -1,7 +1,7 @@
 """Make the plan of a merge from the headers of files. Every byte of the output follows from the plan and the inputs.
 
-The plan lists output files and, for each, its tensors in order. An output tensor is a stored tensor of the base with
-its planned updates. If a tensor has no updates and its dtype stays the same, its bytes are copied.
+The plan lists the output files, and the tensors of each file in order. An output tensor is computed from a stored
+tensor of the base and from planned updates. If it has no updates and its dtype stays the same, its bytes are copied.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ def make_plan(
     Raises:
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
         NotMergeable: an adapter's method changes outputs or the context, not weights.
-        UsageError: it is unknown which layers an update of a tied weight changes (see `tied`); or options contradict
-            each other.
+        UsageError: it is unknown which layers an update of a tied weight changes (see `tied`); or an option is invalid,
+            or contradicts another option or the base.
         Unsupported: a target's weight has no floating-point dtype.
+        StorageError: the memory is too small for one worker.
     """
     stage("planning from headers")
     # Do not cast a GGUF output: `as_merged` has already chosen its types, some of which safetensors does not have.
@@ -69,7 +70,7 @@ def make_plan(
 
         if options.seed is not None:
             raise UsageError(
-                "quantizing again always rounds to nearest",
+                "a seed selects stochastic rounding, but weights that are quantized again are rounded to the nearest",
                 cure="Omit --seed (seed=), or choose --quantized dequantize (quantized=)",
             )
         tensors, folds, parts, kept = repacked(base, names, folds)
@@ -86,9 +87,10 @@ def make_plan(
 
 
 def index_of(plan: Plan) -> bytes | None:
-    """Return the index of a sharded output: the base's index if it still fits, else a new index.
+    """Return the bytes of the output's index file, which maps tensors to weight files.
 
-    Return None if the output is one file and the base has no index.
+    They are the bytes of the base's index if it is still correct. Return None if the output has one weight file and the
+    base has no index.
     """
     if len(plan.files) == 1 and plan.base.index is None:
         return None
@@ -117,16 +119,16 @@ def _files(
 
 
 def _untouched(name: str, outputs: list[Output]) -> OutputFile | None:
-    """Return an output file that is a copy of a base file.
+    """Return the output file as a copy of the base's file with the same name.
 
-    None if a tensor in the base's file changes or is dropped.
+    Return None if there is no such file, or if its tensors are not exactly the unchanged tensors of the output file.
     """
     spans = [output.source.span for output in outputs if output.copied]
     paths = {span.path for span in spans if span is not None}
     if len(spans) < len(outputs) or len(paths) != 1 or None in spans:
         return None
-    # The copy has the base file's header. So the file must end with its last tensor, and contain only tensors of the
-    # output.
+    # A copy keeps the header of the base's file. So that file must contain no other tensors than the output file, and
+    # no bytes after its last tensor.
     path = Path(paths.pop())
     start = min(span.offset for span in spans if span is not None)
     if path.name != name or start + sum(output.nbytes for output in outputs) != path.stat().st_size:
@@ -158,7 +160,7 @@ def _grouping(
     common = next(iter(base.metadata.values()), {}) or {"format": "pt"}
     if is_gguf_output(base):
         if shard_size is not None:
-            why = "a merge into a GGUF model writes the same files as the base"
+            why = "the shard size has no effect: a merge into a GGUF model writes the same files as the base"
             raise UsageError(why, cure="Omit --shard-size (shard_size=)")
         for file, members in _by_home(base, tensors, None).items():
             yield file.name, members, {}
@@ -179,7 +181,7 @@ def _by_home(base: Checkpoint, names: Iterable[str], otherwise: Path | None) -> 
     A tensor that is not in the base is assigned to the file `otherwise`, or left out if `otherwise` is None.
     """
     members: dict[Path, list[str]] = {file: [] for file in base.files}
-    # Group by the id of the Path object, which is the same object for all tensors of a file. Hashing a path takes as
+    # Group by the id of the Path object, because all tensors of a file have the same object. Hashing a path takes as
     # long as ten lookups by id, and a mixture of experts has 45,000 tensors.
     lists: dict[int, list[str]] = {}
     for name in names:
@@ -235,5 +237,5 @@ def _check_floating(name: str, tensor: Lazy, base: Checkpoint) -> None:
     if not tensor.dtype.floating or tensor.dtype.torch.startswith("float8_e8"):
         raise Unsupported(
             f"a weight with dtype {tensor.dtype} cannot take an update", path=base.root, where=name,
-            cure="Merge into the floating-point weights that it was made from",
+            cure="Merge into the floating-point weights from which this base was made",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Choose how to merge into a quantized base, in one of three ways, and record the choice in the output."""
+"""Apply the user's choice among three ways to merge into a quantized base, and record the choice in the output."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     Onto = Checkpoint | str | PathLike[str]
 
 WHY = {
-    "dequantize": "the change is folded into the dequantized weights, which the adapter was trained on, and written in "
-    "16 bits, or in the dtype that was asked for; the output is no longer quantized",
-    "requantize": "the change is folded into the dequantized weights, which the adapter was trained on, and the result "
-    "is quantized again in the same scheme, which rounds it as coarsely as the weights: a change smaller than a step "
-    "may be lost, and the remaining part is measured for each target; unchanged weights keep their bytes",
-    "original": "the change is added to the 16-bit weights from which the base was quantized. They are closer to "
-    "the original model, but the adapter was not trained on them: its corrections of the quantization are added too",
+    "dequantize": "the adapter is merged into the dequantized weights, on which it was trained. The output has 16-bit "
+    "weights, or weights of the requested dtype, and is no longer quantized",
+    "requantize": "the adapter is merged into the dequantized weights, on which it was trained, and the result is "
+    "quantized again in the same scheme. A change that is smaller than a quantization step may be lost, so the part "
+    "that remains is measured for each target; unchanged weights keep their bytes",
+    "original": "the adapter is merged into the 16-bit weights from which the base was quantized. They are closer to "
+    "the original model, but the adapter was not trained on them: if it learned to correct errors of the quantization, "
+    "these corrections are added too",
 }
 """A map from each choice to its effect and the reason for it; the text is stored in the output's record."""
 
@@ -56,7 +57,7 @@ SAVED = (
     "An adapter that was trained with load_in_4bit or load_in_8bit belongs to the quantized weights: save them with "
     "from_pretrained(..., quantization_config=...).save_pretrained(DIR), and merge into DIR"
 )
-"""Advice for users whose trainer quantized the base while loading it."""
+"""Advice for users whose base is not quantized on disk, but was quantized when the trainer loaded it."""
 
 KEPT = ("adapter",)
 """The values of the argument `keep`."""
@@ -66,7 +67,7 @@ def as_merged(
     base: Checkpoint, quantized: str | None, onto: Onto | None = None, dtype: str | None = None,
     keep: str | None = None, calibration: str | PathLike[str] | None = None,
 ) -> Checkpoint:  # fmt: skip
-    """Return the base that the merge reads: the base unchanged, the dequantized base, or the weights `onto`.
+    """Return the base that the merge reads: the base itself, the dequantized base, or the weights in `onto`.
 
     Args:
         base: the base.
@@ -86,7 +87,11 @@ def as_merged(
     if quantized is not None and quantized not in WHY:
         raise UsageError(f"the choice {quantized!r} for quantized bases is unknown", cure=f"Known: {', '.join(WHY)}")
     if (onto is None) == (quantized == "original"):
-        why = "the 16-bit weights to merge into are missing" if onto is None else f"onto does not apply to {quantized}"
+        why = (
+            "the 16-bit weights to merge into are missing"
+            if onto is None
+            else f"onto has no effect with quantized={quantized!r}"
+        )
         raise UsageError(
             why, cure="Choose --quantized original (quantized=) and give the weights with --onto (onto=), or omit both"
         )
@@ -94,9 +99,7 @@ def as_merged(
         raise UsageError(f"the choice {keep!r} for keep is unknown", where="keep", cure=f"Known: {', '.join(KEPT)}")
     if calibration is not None and keep is None:
         cure = "Add --keep adapter (keep='adapter'), or omit --calibration (calibration=)"
-        raise UsageError(
-            "a calibration requires rounding that keeps the adapter's change", where="calibration", cure=cure
-        )
+        raise UsageError("a calibration file has an effect only with keep='adapter'", where="calibration", cure=cure)
     if isinstance(base, Dequantized) or not is_quantized(base):
         if keep is not None:
             raise _nothing_rounds(base)
@@ -135,7 +138,7 @@ def _nothing_rounds(base: Checkpoint) -> UsageError:
 
 
 def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[str] | None = None) -> Checkpoint:
-    """Return the base as the merge that wrote `merged` must have read it.
+    """Return the base in the form that was read by the merge that wrote `merged`.
 
     A quantized base is dequantized. If `merged` is quantized, the returned base also quantizes merged weights again.
 
@@ -159,7 +162,10 @@ def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[st
 
 
 def _calibration_of(recorded: JsonValue, given: str | PathLike[str] | None, merged: Checkpoint) -> Calibration | None:
-    """Return the calibration if it is the one in the merge's record; return None if the record has none."""
+    """Read the given calibration file, and check that the merge's record has its digest.
+
+    Return None if no file is given and the record has none.
+    """
     recorded_digest = recorded.get("calibration") if isinstance(recorded, dict) else None
     if recorded_digest is None and given is None:
         return None
@@ -181,7 +187,9 @@ def _calibration_of(recorded: JsonValue, given: str | PathLike[str] | None, merg
 def _original(base: Dequantized, onto: Checkpoint) -> Original:
     if is_quantized(onto):
         raise Unsupported(
-            f"the weights are themselves quantized ({_kind(onto)})", path=onto.root, cure="Give the 16-bit weights"
+            f"the weights in onto are themselves quantized ({_kind(onto)})",
+            path=onto.root,
+            cure="Pass --onto (onto=) with the 16-bit weights",
         )
     _check_same(base.tensors, onto)
     values = {field.name: getattr(onto, field.name) for field in fields(Checkpoint)}
@@ -190,7 +198,7 @@ def _original(base: Dequantized, onto: Checkpoint) -> Original:
 
 def _check_same(tensors: Mapping[str, Lazy], onto: Checkpoint) -> None:
     """Check that the 16-bit weights have the base's names and shapes."""
-    cure = "Give the weights that the base was quantized from"
+    cure = "Pass --onto (onto=) with the weights from which the base was quantized"
     for one, other, where in ((tensors, onto.tensors, "onto"), (onto.tensors, tensors, "the quantized base")):
         lost = sorted(set(one) - set(other))
         if lost:
@@ -202,7 +210,7 @@ def _check_same(tensors: Mapping[str, Lazy], onto: Checkpoint) -> None:
 
 
 def config_changes(base: Checkpoint) -> dict[str, JsonValue]:
-    """Return the changes of `config.json` that remove the quantization; empty if the output is quantized."""
+    """Return the changes of `config.json` if the output is no longer quantized, else an empty dict."""
     if not isinstance(base, Dequantized) or base.packs:
         return {}
     text = (base.config or {}).get("text_config")
@@ -211,7 +219,7 @@ def config_changes(base: Checkpoint) -> dict[str, JsonValue]:
 
 
 def quantized_record(base: Checkpoint) -> dict[str, JsonValue] | None:
-    """Return plain data for the record: the choice, its reason, the number of packed weights; None if not quantized."""
+    """Return the record of how a quantized base was merged into, as plain data; None if the base is not quantized."""
     if isinstance(base, Original):
         choice, weights = "original", base.weights
     elif isinstance(base, Dequantized):
@@ -230,4 +238,4 @@ def _kind(base: Checkpoint) -> str:
     try:
         return detect(base)
     except Unsupported:
-        return stated_method(base) or "of some kind"
+        return stated_method(base) or "unknown scheme"

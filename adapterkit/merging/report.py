@@ -42,8 +42,8 @@ class Report:
         norms: a map from each changed tensor to the Frobenius norms of its changes, one norm for each adapter.
         damage: a map from each weight that was quantized again to its `error` and `kept`, see `damage_of`.
         resumed: the names of the files that an earlier, interrupted run had finished.
-        carried: the names of the copied companion files: files of the base, and an adapter's tokenizer if it was
-            chosen.
+        carried: the names of the companion files in the output: copies of the base's files, and of an adapter's
+            tokenizer if that was chosen.
         left_out: the base's files that were not copied, such as weights in other formats or a replaced tokenizer.
         seconds: the time in seconds from the start of planning until the output was flushed to disk.
         already: whether an earlier run wrote the same output from the same inputs, so that nothing was written.
@@ -81,11 +81,11 @@ class Report:
 
 
 Engine = Callable[[Plan, StagingDir, "Progress | None"], dict[str, Norms]]
-"""A function that writes the unfinished weight files of a plan into a stage, and returns a map from files to norms."""
+"""A function that writes a plan's unfinished weight files into a stage, and returns {file name: norms}."""
 
 
 def local(device: str) -> Engine:
-    """Return an engine that runs a plan with threads of this process."""
+    """Return an engine that computes on `device`, with threads of this process."""
 
     def run(plan: Plan, stage: StagingDir, progress: Progress | None) -> dict[str, Norms]:
         from .execute import execute
@@ -108,7 +108,7 @@ def run_plan(
         out: the path of the output.
         engine: a function that writes the weight files.
         progress: a function that is called with (bytes done, total bytes).
-        started: the time of `time.perf_counter` when the work began.
+        started: the value of `time.perf_counter()` when the work began.
         overwrite: whether to replace an existing output.
         placed: whether the weight files at `out` are only sketches (sparse files with a header), because the real files
             are on a hub. If so, disk space is not checked, a finished output is recognised even if `overwrite` is set,
@@ -139,7 +139,7 @@ def run_plan(
 
 
 def _decided(plan: Plan) -> str:
-    """Return a digest of everything on which the output folder depends: the plan, and the companion files."""
+    """Return a digest of everything on which the output depends: the plan, its record and the companion files."""
     copies = plan.companions.copies
     try:
         beside = [[name, *listed([file])] for file, name in copies]
@@ -149,7 +149,7 @@ def _decided(plan: Plan) -> str:
 
 
 def _completed(plan: Plan, stage: StagingDir, started: float) -> Report:
-    """Return the report of an earlier run whose output is complete and unchanged, and delete the stage."""
+    """Return a report about the complete output that an earlier run wrote, and delete the stage."""
     record = stage.target / REPORT
     previous = json.loads(record.read_text()) if record.exists() else {"norms": {}}
     stage.discard()
@@ -185,7 +185,7 @@ def _write(
 
 
 def _apart(plan: Plan, norms_found: Norms) -> tuple[Norms, dict[str, dict[str, float]]]:
-    """Split the engine's norms into the changes' norms and the damage that quantizing again caused, by tensor name."""
+    """Split the engine's norms into the changes' norms and the damage from quantizing again, both by tensor name."""
     norms: Norms = {}
     damage = {}
     for output in plan.outputs():
@@ -213,7 +213,7 @@ def _carry(plan: Plan, out: Path) -> None:
 
 
 def _copy(file: Path, to: Path) -> None:
-    """Copy a file and flush it to disk, because the output must be on disk before it is renamed."""
+    """Copy a file and flush the copy to disk, because the output must be on disk before it is renamed."""
     shutil.copyfile(file, to)
     with open(to, "r+b") as copied:
         os.fsync(copied.fileno())
@@ -251,7 +251,7 @@ def _check_space(plan: Plan, out: Path, resumed: tuple[str, ...]) -> None:
         raise storage_error(error, out.parent) from error
     if needed > free:
         raise StorageError(
-            f"the merge needs {needed:,} bytes, but {free:,} are free",
+            f"the merge needs {needed:,} bytes on disk, but only {free:,} are free",
             path=out.parent,
             cure="Free some space or write elsewhere",
         )

@@ -33,32 +33,32 @@ if TYPE_CHECKING:
 MAX_WHOLE = 1 << 24
 """The largest number of elements of a merged weight that is kept in memory.
 
-A larger weight is merged anew when rows are requested.
+A larger weight is merged again each time that rows of it are requested.
 """
 
 RUN = 1 << 22
-"""The number of elements in a run of rows, if rows are packed separately."""
+"""If rows are packed separately, a run ends at the first group of rows with which it has this many elements."""
 
 KEPT_BYTES = 64
 """Bytes per element that `keep` needs for float64 copies of merged, shifted and packed weights and of differences."""
 
 TEXTS = (
-    "--keep adapter (keep='adapter') keeps more of the change if it knows activations: add --calibration builtin, or "
-    "a file from adapterkit.gating.calibrate (calibration=)"
+    "--keep adapter (keep='adapter') keeps more of the change with a calibration file: add --calibration builtin, or "
+    "pass a file from adapterkit.gating.calibrate (calibration=)"
 )
-"""The warning if there are no activations for the rounding."""
+"""The warning if weights are rounded with `keep` but without a calibration file."""
 
 DRAWN = (
-    "{}: the base has no tokenizer, so the activations come from random token ids. Activations from texts keep more: "
-    "copy the tokenizer's files into the base's folder"
+    "{}: the base has no tokenizer, so the activations come from random token ids. Activations from texts keep more of "
+    "the change: copy the tokenizer's files into the base's folder, and calibrate again"
 )
-"""The warning for a calibration without texts."""
+"""The warning if a calibration file has activations of random token ids; `{}` is the file's name."""
 
 SQUARE_BYTES = 48
-"""Rounding with activations needs this number times inputs^2 bytes: six float64 matrices `[inputs, inputs]`."""
+"""Rounding with activations needs this many bytes times inputs^2, for six float64 matrices `[inputs, inputs]`."""
 
 NORMS = 4
-"""The number of norms that measure the damage that quantizing causes; `damage` lists them."""
+"""The number of norms that `damage` returns, which measure how much quantizing again changes a weight."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +68,9 @@ class RepackedRun:
     Attributes:
         places: a map from each stored tensor to (offset of the run's first byte, number of bytes); the last run
             includes the padding at the end of the tensor.
-        weight: the weight.
-        groups: the blocks of these rows, in groups of adjacent blocks; empty if the bytes are copied.
+        weight: the packed weight to which the rows or bytes belong.
+        groups: the blocks of the run's rows, in groups of adjacent blocks; each group is packed separately. Empty if
+            the bytes are copied.
         at: the index of the weight's first planned update among all planned updates of the stored tensor.
         count: the number of planned updates of the stored tensor.
         source: the bytes to copy, if there are no groups.
@@ -96,7 +97,7 @@ class RepackedRun:
 
         packed, output = self.weight.rowwise, self.weight.output
         merger, left = BlockMerger(output, workspace), {name: nbytes for name, (_, nbytes) in self.places.items()}
-        # `merger.norms()` returns norms for the whole weight, so count them only in the first run.
+        # `merger.norms()` returns norms of changes of the whole weight, so count them only in the weight's first run.
         counted = merger.norms() if self.groups[0][0].first == 0 else {}
         squares = np.zeros(NORMS)
         for group in self.groups:
@@ -126,7 +127,7 @@ class RepackedRun:
 
 
 def damage(merged: Array, old: Array, new: Array) -> Array:
-    """Return the squared norms of `new - merged`, `merged`, `merged - old` and `new - old` over some rows.
+    """Return the squared norms of `new - merged`, `merged`, `merged - old` and `new - old` for some rows of a weight.
 
     Args:
         merged: the merged rows.
@@ -169,29 +170,29 @@ class Repacked:
 
     @property
     def rowwise(self) -> Rowwise:
-        """The packed weight if its rows are packed separately, else None."""
+        """The packed weight with the methods of `Rowwise`. Use it only if `apart` is true."""
         assert isinstance(self.packed, Rowwise)
         return self.packed
 
     @property
     def apart(self) -> bool:
-        """Whether runs of rows are computed separately."""
+        """Whether the weight is computed in separate runs of rows instead of as a whole."""
         return isinstance(self.packed, Rowwise) and self.packed.apart and not self.keeps
 
     @property
     def keeps(self) -> bool:
-        """Whether `keep` applies to this weight. It never applies to values that are cast instead of packed."""
+        """Whether the option `keep` applies to this weight; it never applies if packing is only a cast."""
         packed = self.packed
         return self.base.keep is not None and bool(self.folds) and len(packed.shape) > 1 and packed.merged == "F32"
 
     @property
     def memory(self) -> int:
-        """The memory that the computation takes, in bytes."""
+        """The memory in bytes that the computation needs."""
         return self._memory_by_rows if self.apart else self._memory_whole
 
     @property
     def _memory_by_rows(self) -> int:
-        """The memory for a group of rows before, during and after its merge, and for float64 copies of a block."""
+        """Memory in bytes for a group of rows before, during and after its merge, and for float64 copies of a block."""
         width, count = self.packed.shape[-1], math.prod(self.packed.shape)
         block = max(BLOCK_ELEMENTS, width) if all(fold.blockable for fold in self.folds) else count
         group = max((sum(block.elements for block in group) for group in self._groups()), default=0)
@@ -240,15 +241,15 @@ class Repacked:
                 group = []
 
     def rows_of(self, group: Sequence[Block]) -> tuple[int, int]:
-        """Return the packed weight's rows in consecutive blocks, as (first, end)."""
-        # Compute the rows from offsets in elements. A block of a stack counts only the rows of its expert, and a row of
-        # a block includes the kernel.
+        """Return (first row, row after the last) of consecutive blocks, as row numbers of the packed weight."""
+        # Compute the row numbers from offsets in elements, because blocks number rows in another way: a block of a
+        # stack counts from the first row of its expert, and a row of a block contains all kernel positions.
         width, last = self.packed.shape[-1], group[-1]
         return group[0].first // width, (last.first + last.elements) // width
 
     @property
     def _memory_whole(self) -> int:
-        """The memory for the stored tensors, two copies of the new tensors, the merged weight, and temporary arrays."""
+        """Bytes of memory for the old tensors, two copies of the new ones, the merged weight and temporary arrays."""
         stored = sum(self.base.stored.tensors[name].nbytes for name in self.packed.members)
         count = math.prod(self.packed.shape)
         if self.keeps:
@@ -257,7 +258,9 @@ class Repacked:
         return 3 * stored + 4 * min(count, MAX_WHOLE) + 32 * STEP
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
-        """Return the bytes of every stored tensor, and the squared norms of planned updates, then of the damage.
+        """Return the bytes of every stored tensor, and {index: squared norm}.
+
+        The first indices belong to the planned updates, the next `NORMS` indices to the damage.
 
         Raises:
             Malformed: an element of a factor or of the merged weight is not finite.
@@ -272,7 +275,7 @@ class Repacked:
         return parts | kept, norms
 
     def _packed(self, rows: Callable[[int, int], Array]) -> tuple[dict[str, bytes], Packed]:
-        """Return the bytes of the stored tensors that change, and the dequantized result."""
+        """Quantize rows; return the bytes of the stored tensors that change, and the new packed weight."""
         packed_rows = self.packed.pack(rows)
         parts = {name: self._bytes(name, array) for name, array in packed_rows.items()}
         return parts, self.base.unpacked_again(
@@ -280,9 +283,9 @@ class Repacked:
         )
 
     def _keeping(self, merged: _Merged) -> Callable[[int, int], Array]:
-        """Return a function (start, stop) -> rows of the adjusted merged weight, which keeps the change when packed.
+        """Adjust the merged weight, so that it keeps the adapter's change when it is packed; see `keeping`.
 
-        The module `keeping` describes the adjustment.
+        Return a function (start, stop) -> rows of the adjusted weight.
         """
         import numpy as np
 
@@ -312,9 +315,9 @@ class Repacked:
         return lambda start, stop: flat[start:stop]
 
     def _swept(self, M: Array, inputs: Array, directions: Array) -> Array:
-        """Return a matrix to pack instead of M; packing it hardly changes outputs for the calibration's activations.
+        """Return a matrix to pack instead of M, from `keeping.swept`.
 
-        See `keeping.swept`.
+        After packing, its outputs for the calibration's activations are closer to those of M.
         """
         target, count = self.folds[0].target, math.prod(self.packed.shape[:-1])
 
@@ -335,14 +338,14 @@ class Repacked:
         return next((each for each in inputs if each is not None), None)
 
     def _matrices(self, rows: Array, target: Target) -> Array:
-        """Return rows as `[experts, outputs, inputs]` in float32; without experts, the first axis has length 1."""
+        """Reshape all rows of the weight to `[experts, outputs, inputs]`, float32; without experts, `experts` is 1."""
         whole = rows.astype("f4").reshape(self.packed.shape)
         stacked = target.stacked and whole.ndim > 2
         seen = view(whole, self._whole_target(target, stacked))
         return seen.reshape(*seen.shape[:2], -1) if stacked else seen.reshape(1, len(seen), -1)
 
     def _rows(self, matrices: Array, target: Target) -> Array:
-        """Return the rows of the weight from the result of `_matrices`."""
+        """Invert `_matrices`: return the rows of the weight from `[experts, outputs, inputs]`."""
         import numpy as np
 
         stacked = target.stacked and len(self.packed.shape) > 2
@@ -411,7 +414,10 @@ class RepackedStack:
         return largest if all(weight.apart for weight in changed) else 2 * self.packed.written.nbytes + largest
 
     def runs(self) -> tuple[RepackedRun, ...] | None:
-        """Return the runs of all weights as in `Repacked.runs`; an unchanged weight is one run that is copied."""
+        """Return the runs of all weights; an unchanged weight is one run, whose bytes are copied.
+
+        Return None if a changed weight cannot be computed in runs.
+        """
         changed = [weight for weight in self.weights if weight.folds or weight.packed.changes]
         return tuple(self._runs()) if all(weight.apart for weight in changed) else None
 
@@ -451,7 +457,7 @@ class RepackedStack:
 
 
 class _Merged:
-    """A merged weight in the dtype that packing expects; callers can request any of its rows."""
+    """A merged weight in the dtype that packing expects; the method `rows` returns any of its rows."""
 
     def __init__(self, output: Output, workspace: Workspace) -> None:
         self.output = output
@@ -482,8 +488,8 @@ class _Merged:
 
     @cached_property
     def _whole(self) -> Array | None:
-        # Keep the merged weight if it is small enough, because rows are requested at least twice: to pack and to
-        # measure them.
+        # Keep the merged weight in memory if it is small enough, because all rows are requested at least twice: to pack
+        # them, and to measure the damage.
         count = math.prod(self.output.shape)
         if count > MAX_WHOLE:
             return None
@@ -502,7 +508,7 @@ class _Merged:
         return self._last[1]
 
     def _merge(self, block: Block, out: Array) -> None:
-        """Compute a block into a numpy array."""
+        """Merge a block of the weight, and write the result to the numpy array `out`."""
         source = self.output.source
         raw = self.arrays.over(memoryview(bytearray(source.read(block.first, block.elements))), source.dtype)
         target = self.arrays.over(out.view("u1").data, self.output.dtype)
@@ -520,17 +526,17 @@ def repacked(
     """Replace each packed weight with its stored tensors in the tables of a plan.
 
     Returns:
-        four values: a map from output tensors to source tensors; a map from output tensors to planned updates (the
-        updates of a packed weight are listed at its first stored tensor); a map from output tensors to the packed
-        weights that are quantized again; and the names of all stored tensors of packed weights, which keep their
-        dtypes.
+        four values: a map from output tensors to source tensors; a map from output tensors to planned updates, in which
+        a packed weight's updates are listed under its first stored tensor; a map from output tensors to the packed
+        weights that are quantized again; and the names of all stored tensors of packed weights, which no option casts
+        to another dtype.
 
     Raises:
         Unsupported: a packed weight would have to be written twice, or adapterkit cannot quantize in its scheme.
     """
     twice = next((name for name, source in names.items() if name != source and source in base.packed), None)
     if twice is not None:
-        why = f"the weight is a second name for {names[twice]}, which is packed"
+        why = f"the output would store the packed weight {names[twice]} a second time, which is not implemented"
         cure = "Choose --tied merge (tied='merge'), or --quantized dequantize (quantized='dequantize')"
         raise Unsupported(why, where=twice, cure=cure)
     stored = base.written
@@ -567,7 +573,7 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
 
     Raises:
         TargetNotFound: the calibration has no activations for any target.
-        ShapeMismatch: the calibration was made with another model.
+        ShapeMismatch: a target has another number of inputs than the calibration's activations for it.
     """
     base = plan.base
     if not isinstance(base, Dequantized) or base.keep is None:
@@ -586,7 +592,7 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
     for fold in folds:
         width, wanted = base.calibration.width(fold.target.path), math.prod(fold.logical[1:])
         if width is not None and width != wanted:
-            why = f"the calibration has {width} inputs, but the weight has {wanted}"
+            why = f"the calibration's activations are for {width} inputs, but the weight has {wanted} inputs"
             cure = "Run adapterkit.gating.calibrate on this base with these adapters"
             raise ShapeMismatch(why, path=calibration.path, where=fold.target.path, cure=cure)
     warnings = []
@@ -596,18 +602,21 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
         names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
         count = f"{len(lacking)} of {len(changed)} targets ({names})"
         name = calibration.path.name
-        warnings.append(f"{name} has no activations for {count}; they are rounded as with --keep adapter alone")
+        warnings.append(f"{name} has no activations for {count}; these are rounded as with --keep adapter alone")
     return tuple(warnings)
 
 
 def damage_of(norms: list[float]) -> dict[str, float]:
-    """Return `error`, relative to the merged weight, and `kept`, the fraction of the change that survived.
+    """Return `error`, the rounding error relative to the merged weight, and `kept`, how much of the change survived.
 
     `kept` is the length of the actual change along the intended change, divided by the norm of the intended change. It
     is 1 if the whole change survived, and 0 if nothing did.
+
+    Args:
+        norms: the square roots of the results of `damage`, summed over all rows of the weight.
     """
     error, merged, change, left = norms
-    # R, M, W are the new, the merged and the old weight. From |R - M|^2 = |R - W|^2 + |M - W|^2 - 2 <R - W, M - W>, the
-    # norms give the projection of R - W on M - W. So the weights need not be kept in memory.
+    # R, M and W are the new, the merged and the old weight. |R - M|^2 = |R - W|^2 + |M - W|^2 - 2 <R - W, M - W>. So
+    # the norms alone determine the projection of R - W on M - W, and the weights need not be kept in memory.
     kept = (left**2 + change**2 - error**2) / (2 * change**2) if change else 1.0
     return {"error": error / merged if merged else 0.0, "kept": kept}

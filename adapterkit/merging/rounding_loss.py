@@ -1,7 +1,7 @@
-"""Compute a LoRA that restores what quantization lost in a merge, to run together with the quantized model.
+"""Compute a LoRA that corrects the rounding errors of a quantized merge. It is loaded together with the merged model.
 
 Quantizing a merged weight again may lose most of a change that is small compared to a quantization step. The rounding
-error has a structure like that of the change, so a LoRA of small rank can represent a large part of the error. LQER
+error resembles the lost change, so a LoRA of small rank can represent a large part of the error. LQER
 (Zhang et al. 2024, https://arxiv.org/abs/2402.02446) restores the rounding errors of a whole model in the same way.
 """
 
@@ -51,16 +51,16 @@ def remainder_of(
     report: Report | None = None,
     progress: Progress | None = None,
 ) -> Adapter:
-    """Return the LoRA; see `adapterkit.merging.remainder`.
+    """Return a LoRA that corrects the rounding errors of a quantized merge; see `adapterkit.merging.remainder`.
 
     Args:
         merged: the output of the merge, with quantized weights.
-        base: the dequantized base.
+        base: the dequantized base of the merge.
         adapters: (name, adapter, weight) of each adapter.
         rank: the rank of the result.
-        allow_partial: as in the merge.
-        rename: the rules for names.
-        dtype: the dtype of the factors.
+        allow_partial: whether to skip targets that the base does not have, as in the merge.
+        rename: the merge's rules that map names in the adapters to names in the base.
+        dtype: the dtype of the LoRA's factors.
         report: a function that is called with a `Cut` for each weight.
         progress: a function that is called with (bytes done, total bytes).
     """
@@ -73,7 +73,7 @@ def remainder_of(
     outputs = make_plan(base, adapters, options).outputs()
     changed = [output for output in outputs if output.folds and output.name in stored.packed]
     if not changed:
-        cure = "A merge into weights that are not packed loses nothing; omit the remainder"
+        cure = "Omit --remainder, or do not call remainder(): without packed weights, quantization loses nothing"
         raise UsageError("no adapter changes a packed weight", path=merged.root, cure=cure)
     criterion = Criterion(rank)
     criterion.check()
@@ -104,7 +104,7 @@ def _sides(output: Output) -> tuple[int, int]:
 
 
 def _lost(output: Output, stored: Dequantized, criterion: Criterion, kind: DType) -> tuple[Target, Update, Cut]:
-    """Return the best LoRA for the difference between the exact merge and the stored weight."""
+    """Return (target, LoRA, report) for one output; the LoRA approximates the exact merge minus the stored weight."""
     from ..ops.resizing import Cut, seed_of
     from ..ops.sketching import dominant
 

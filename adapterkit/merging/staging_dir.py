@@ -1,7 +1,7 @@
-"""Manage the stage of a merge: a hidden folder next to the output, in which a merge writes and can be resumed.
+"""Manage the stage of a merge: a hidden folder in which the merge writes its files, so that it can be resumed.
 
-Finished files are in `out/`, their norms and checksums in `norms/`. All other files are unfinished and will be written
-again. `io/staging.py` renames the complete output.
+Finished files are in `out/`, and their norms and checksums in `norms/`. A resumed merge writes all other files again.
+`io/staging.py` renames the complete output.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SUFFIX = "merging"
 
 
 class StagingDir(Staging):
-    """The stage of one output path.
+    """The folder in which a merge builds one output.
 
     Args:
         out: the path of the output.
         digest: the digest of the plan; a stage that a merge with another plan left behind is deleted.
-        files: the names of the plan's files; files with these names are kept if an earlier run finished them.
+        files: the names of the plan's weight files; those that an earlier run finished are kept.
         single: whether the output is a single file instead of a folder.
     """
 
@@ -65,7 +65,7 @@ class StagingDir(Staging):
 
     @property
     def was_completed(self) -> bool:
-        """Whether an earlier run has moved the complete output to its path, but not deleted the stage."""
+        """Whether an earlier run of this plan moved the complete output to its path, but did not delete the stage."""
         return self.is_published and self._plan() == self.digest
 
     def finished(self, name: str) -> bool:
@@ -73,7 +73,7 @@ class StagingDir(Staging):
         return (self.out / name).exists()
 
     def norms_of(self, name: str) -> Norms:
-        """Return the norms that were recorded when a file was finished."""
+        """Return the norms in the record of a finished file, by tensor name."""
         return self._read_finished(name)["norms"]
 
     def runs_of(self, name: str) -> list[tuple[int, int, str]]:
@@ -94,7 +94,7 @@ class StagingDir(Staging):
     def finish(
         self, name: str, norms: Mapping[str, Sequence[float]], runs: Sequence[tuple[int, int, str]] = ()
     ) -> None:
-        """Flush a file in `parts/` to disk and move it to `out/`."""
+        """Finish a file: flush it to disk, record its norms and the checksums of its runs, and move it to `out/`."""
         part = self.parts / name
         with open(part, "rb") as file:
             os.fsync(file.fileno())
@@ -116,10 +116,10 @@ class StagingDir(Staging):
         (self.out / name).unlink(missing_ok=True)
 
     def link(self, name: str, file: Path) -> bool:
-        """Finish a file as a hard link to a file of the base; return False if the file system does not allow that."""
+        """Finish a file as a hard link to the base's file `file`; return False if the file system does not allow it."""
         try:
-            # If the file is a symbolic link, link to its target. Hubs' caches consist of symbolic links, and the output
-            # must not depend on a cache.
+            # If `file` is a symbolic link, link to the file to which it points. Hubs' caches consist of symbolic links,
+            # and the output must not break when a cache is deleted.
             os.link(file.resolve(), self.parts / name)
         except OSError as error:
             if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
@@ -132,7 +132,8 @@ class StagingDir(Staging):
         """Flush the whole output to disk, rename it to its path, and remove the stage.
 
         Args:
-            made_from: a digest of everything on which the output depends; a later run compares this digest.
+            made_from: a digest of everything on which the output depends. It is stored with the output, so that a later
+                run recognizes the output as complete. If None, no digest is stored.
 
         Raises:
             OSError: the output cannot be renamed; the previous output is restored.
@@ -154,13 +155,13 @@ class StagingDir(Staging):
     def discard(self, keep: Collection[str] = ()) -> None:
         """Remove the stage.
 
-        The file `plan` is removed last. If the process is killed earlier, the next run still recognises the completed
-        merge.
+        The file `plan` is removed last. So if the process is killed while it removes the stage, the next run still
+        recognises the completed merge.
         """
         super().discard({"plan", *keep})
 
     def _files(self) -> dict[str, Path]:
-        """Return a map from names in the record to the files of the output folder."""
+        """Return a map from each file's name in the output's record to its path in the stage."""
         folder = Path() if self.inside else Path(self.target.name)
         return {str(folder / file.relative_to(self.out)): file for file in files_below(self.out)}
 

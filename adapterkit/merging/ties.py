@@ -1,4 +1,4 @@
-"""Decide which layers each update changes if the embedding and the head are tied, and whether they stay one tensor.
+"""Decide which layers each update changes if a model ties its head to its embedding, and whether to untie the head.
 
 PEFT (0.21.2) attaches an update only to the module that the update names, so an update of a tied embedding does not
 change the head. Token rows are the exception: PEFT attaches them to both layers. The option `tied` overrides PEFT's
@@ -64,16 +64,17 @@ def settle_tie(
         tie: the base's tie.
         folds: a map from layer names in the adapters to planned updates. The function replaces the names of tied layers
             with names of output tensors.
-        names: a map from output tensors to stored tensors. The function adds the head if the output gets a separate
-            head.
+        names: a map from output tensors to stored tensors. If the output gets a separate head, the function adds the
+            head, and all other tensors that must be stored separately without the tie.
         adapters: the adapters of the merge, in the order of `PlannedUpdate.source`.
         tied: the result of `parse_tied`.
         config: the base's config.
-        warnings: a list of sentences; the function adds one for each omitted update.
+        warnings: a list of sentences. The function adds one for each omitted update, and one if PEFT ignores the head's
+            bias.
         rows: the number of rows of the tied tensor in the output.
 
     Returns:
-        The changes of the config, which untie the head if necessary.
+        The changes of the config that tie or untie the head, as the output needs it; empty if there are none.
 
     Raises:
         UsageError: it is unknown which layers training changed; or two different changes would apply to one tensor.
@@ -91,24 +92,24 @@ def settle_tie(
     bias = f"{tie.head.removesuffix('.weight')}.bias"
     if loses_bias(head, adapters) and (bias in names or bias in dict(tie.beside)):
         warnings.append(
-            f"{bias} is kept, as in PEFT's own merge; if token rows are trained at a tied head, PEFT's forward pass "
-            "omits this bias, so the merged model's logits differ from those of training by the bias"
+            f"{bias} is kept, as in PEFT's own merge. In training, PEFT omitted this bias, because token rows were "
+            "trained at a tied head. So the merged model's logits differ from those in training by the bias"
         )
     if not all(_equal(changed[layer], inputs) for layer in tie.inputs):
-        why = f"the adapter changes {' and '.join(tie.inputs)} differently, but a model stores one tensor for both"
-        cure = f"Inject it into a live model, which has both layers; {_MERGE} changes that tensor and the head"
+        why = f"the adapter changes {' and '.join(tie.inputs)} differently, but the model stores one tensor for them"
+        cure = f"Inject the adapter into a live model, which has separate layers; {_MERGE} applies each change to all"
         raise UsageError(why, where=tie.stored, cure=cure)
     if tied != UNTIE and _equal(inputs, head):
         folds |= dict.fromkeys((tie.stored, tie.head) if tie.apart else (tie.stored,), inputs)
         return kept_tied(config)
     names[tie.head] = tie.head if tie.apart else tie.stored
     written = {tie.stored: inputs, tie.head: _unscaled(head, adapter_folds, tie, untied_scale(config), rows)}
-    # Write separate embeddings for encoder and decoder, because BART's classes without the tie do not load `shared`.
+    # Write separate embeddings for encoder and decoder: when the tie is off, BART's classes do not load `shared`.
     for layer in tie.inputs:
         names.setdefault(layer, tie.stored)
         written[layer] = inputs
     # Write copies of the other tied tensors, because transformers ties all tensors of a class or none. For example,
-    # BERT's head loads a separate bias without the tie.
+    # when the tie is off, BERT's head loads a bias of its own.
     for copy, source in tie.beside:
         names.setdefault(copy, source)
         written[copy] = folds.get(source, [])
@@ -117,10 +118,11 @@ def settle_tie(
 
 
 def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str, JsonValue] | None) -> None:
-    """Refuse to change the embedding of a decoder that is part of a larger model, if the decoder ties it to its head.
+    """Refuse updates of a nested decoder's embedding, if the decoder ties its head to the embedding.
 
-    In TrOCR's published models, for example, only the decoder's config states this tie. The output would need a
-    separate head, whose name only the decoder's class knows.
+    The decoder is part of a larger model. In TrOCR's published models, for example, only the decoder's config states
+    this tie. The output would need a separate head, and only the decoder's class in transformers determines the
+    head's name.
 
     Args:
         folds: a map from stored names to planned updates.
@@ -128,7 +130,7 @@ def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str,
         config: the base's config, which contains the decoder's config.
 
     Raises:
-        UsageError: PEFT changed only the embedding, but a merge would change the head, too.
+        UsageError: PEFT changed only the embedding in training, but a merge would also change the head.
     """
     part = (config or {}).get("decoder")
     inside = [name for name in stored if name.startswith("decoder.")]
@@ -140,11 +142,11 @@ def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str,
             why = (
                 "the decoder ties its head to this embedding, but the adapter was trained to change only the embedding"
             )
-            raise UsageError(why, where=name, cure=f"Inject it into a live model; {_MERGE} changes both")
+            raise UsageError(why, where=name, cure=f"Inject the adapter into a live model; {_MERGE} changes both")
 
 
 def loses_bias(head: Sequence[PlannedUpdate], adapters: Sequence[Adapter]) -> bool:
-    """Whether PEFT trained token rows at a head; PEFT (0.21.2) then ignores the head's bias in the forward pass."""
+    """Whether PEFT trained token rows at the head; if so, PEFT's forward pass (0.21.2) ignores the head's bias."""
     return any(
         update.shared_as == "rows" and _tools(adapters[fold.source].recipe) == {"peft"}
         for fold in head
@@ -163,8 +165,8 @@ def acting(tie: Tie, adapter_folds: Folds, adapter: Adapter, tied: str | None, w
         warnings: a list of sentences; the function adds one for each omitted update.
 
     Returns:
-        A map from each name in `tie.layers` to the planned updates of this layer. Each planned update keeps the
-        adapter's target, even under the name of another layer that it also changes.
+        A map from each name in `tie.layers` to the planned updates of this layer. A planned update may be listed for
+        several layers; its `target` is always the layer that the adapter names.
 
     Raises:
         UsageError: it is unknown which layers training changed; or the changes cannot be applied to one tensor.
@@ -189,14 +191,14 @@ def acting(tie: Tie, adapter_folds: Folds, adapter: Adapter, tied: str | None, w
             module = name.removesuffix(".weight")
             warnings.append(
                 f"the update at {module} is not used: it had no effect while PEFT trained it, since the model calls "
-                f"{readers} instead; {_flag('embedding=untie,replacement=untie')} applies it there"
+                f"{readers} instead; {_flag('embedding=untie,replacement=untie')} applies the update to {readers}"
             )
             continue
         for fold in folds:
             shared = tuple(update for update in fold.updates if choice.of(update, name) == MERGE)
             for layer in tie.layers:
-                # In T5, encoder and decoder use `shared`. In T5Gemma 2, the encoder uses the decoder's embedding; there
-                # PEFT adapts only the layer that the update names.
+                # In T5, an update of `shared` changes the embeddings of encoder and decoder, which use that tensor. In
+                # T5Gemma 2, the encoder uses the decoder's embedding, but PEFT adapts only the named layer.
                 is_alias = name == tie.stored and tie.stored not in tie.inputs
                 is_named = layer == name or (is_alias and layer in tie.inputs)
                 updates = fold.updates if is_named else shared
@@ -207,7 +209,7 @@ def acting(tie: Tie, adapter_folds: Folds, adapter: Adapter, tied: str | None, w
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Chooses which layers an update changes: all that share the tied tensor (`merge`), or only the named layer."""
+    """Chooses which layers an update changes: all layers of the tie (`merge`), or only the named layer (`untie`)."""
 
     tie: Tie
     folds: Folds
@@ -215,7 +217,7 @@ class _Choice:
     tied: str | None
 
     def of(self, update: Update, name: str) -> str:
-        """Return the choice for an update at the layer `name`.
+        """Return `merge` or `untie` for an update at the layer `name`.
 
         Raises:
             UsageError: neither `tied` nor the adapter's file determines the choice.
@@ -248,7 +250,7 @@ class _Choice:
         return not rows or self._has_rows(self.tie.head)
 
     def _by_file(self, kind: str, name: str) -> str:
-        """Return the choice that corresponds to the tool that trained the adapter."""
+        """Return `merge` or `untie`, as the tool that trained the adapter treats tied layers."""
         tools = _tools(self.adapter.recipe)
         if kind == "rows" or tools == {"create"}:
             return UNTIE
@@ -256,15 +258,15 @@ class _Choice:
             # mlx-lm uses the tied embedding as the head, and its LoRAEmbedding.as_linear adds the same factors there.
             return MERGE
         if tools != {"peft"}:
-            raise self._unknown(name, "its file does not say which layers training changed")
+            raise self._unknown(name, "the adapter's file does not state which layers training changed")
         foreign = self.adapter.foreign.data if self.adapter.foreign else {}
         config = foreign.get("config")
         config = config if isinstance(config, dict) else {}
         alone = not any(layer in self.folds for layer in self.tie.layers if layer != name)
         if config.get("ensure_weight_tying") and alone:
             if name == self.tie.head:
-                raise self._unknown(name, "its config has ensure_weight_tying, but the embedding's part is missing")
-            # PEFT ties only modules named embed_tokens and lm_head, not `wte` or other names.
+                raise self._unknown(name, "its config has ensure_weight_tying, but it has no update for the embedding")
+            # With ensure_weight_tying, PEFT ties only modules with the names `embed_tokens` and `lm_head`, not `wte`.
             return MERGE if name.endswith("embed_tokens.weight") else UNTIE
         return UNTIE
 
@@ -278,13 +280,13 @@ class _Choice:
 
 
 def _extracted(adapter: Adapter) -> str | None:
-    """Return the choice that `extract` recorded, or None; `extract` looks for a separate head in the tuned model."""
+    """Return the choice that `extract` recorded, or None. It depends on whether the tuned model has a separate head."""
     settings = [step.args.get("tied") for step in adapter.recipe if step.op == "extract"]
     return str(settings[0]) if settings and settings[0] in (MERGE, UNTIE) else None
 
 
 def _tools(recipe: Iterable[Step | Mapping[str, Any]]) -> set[str]:
-    """Return the tools that made an adapter, from its lineage: names of formats, or `create` and `extract`."""
+    """Return the tools that made an adapter, according to its lineage: names of formats, `create` or `extract`."""
     formats: set[str] = set()
     for step in recipe:
         op, args = (step["op"], step["args"]) if isinstance(step, Mapping) else (step.op, step.args)
@@ -308,7 +310,7 @@ def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
         if any(same(fold, other) for other in kept):
             continue
         if kept and _starts_alike(fold, kept[0]):
-            # PEFT saves a copy of the base's weight next to the factors, once for an adapted embedding and once for an
+            # Next to the factors, PEFT saves a copy of the base's weight, once for an adapted embedding and once for an
             # adapted head. Drop the second copy.
             fold = replace(fold, updates=fold.updates[1:])
         kept.append(fold)
@@ -323,7 +325,7 @@ def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
 def _unscaled(
     head: list[PlannedUpdate], adapter_folds: Folds, tie: Tie, scale: float, rows: int
 ) -> list[PlannedUpdate]:
-    """Return planned updates that also scale an untied head: the model scales the head itself only if it is tied."""
+    """Return the head's updates and a scale of the untied head: T5-like models scale only a tied head's input."""
     if scale == 1:
         return head
     import numpy as np
@@ -338,7 +340,6 @@ def _unscaled(
 
 
 def _equal(one: Sequence[PlannedUpdate], other: Sequence[PlannedUpdate]) -> bool:
-    """Whether the planned updates of two layers are the same changes."""
     return one is other or (len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True)))
 
 
@@ -415,5 +416,5 @@ def _flag(choice: str) -> str:
 _MERGE = _flag(MERGE)
 _ADVICE = (
     f"{_flag(UNTIE)} lets each update change only the layer that it names, and writes the head as a separate tensor; "
-    f"{_MERGE} puts every change on the shared tensor, which changes all layers"
+    f"{_MERGE} applies every change to the shared tensor, which changes all layers that use it"
 )

@@ -40,7 +40,7 @@ PIECE = 4 << 20
 """The number of elements that are compared in one step."""
 
 NEAREST = 0.5001
-"""Elements within this distance of the exact result, in units in the last place, count as correctly rounded."""
+"""An element counts as correctly rounded if its error is at most this many units in the last place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class TensorDifference:
     Attributes:
         tensor: the name of the tensor.
         why: a description of the difference.
-        elements: the number of wrong elements; 0 if elements could not be compared.
+        elements: the number of wrong elements; 0 if they were not counted.
         largest: the largest absolute error of an element; 0 if no errors were computed.
     """
 
@@ -68,10 +68,11 @@ class BaseDifference:
     """A difference between two fingerprints: the recorded fingerprint of the base, and the given base's fingerprint.
 
     Attributes:
-        named_by: what contains the fingerprint: the adapter, or the file name of the merge's record.
+        named_by: the source of the recorded fingerprint: the adapter's name, or the file name of the merge's record.
         expected: the recorded fingerprint.
         given: the fingerprint of the given base.
-        how: `same architecture, other weights` or `other names or shapes of tensors`; empty if shapes are not recorded.
+        how: `same architecture, other weights` or `other names or shapes of tensors`; empty if the shapes of the base's
+            tensors were not recorded.
     """
 
     named_by: str
@@ -89,10 +90,10 @@ class Verification:
 
     Attributes:
         tensors: the number of tensors that were compared with the recomputed merge.
-        targets: how many of these tensors the adapters change.
+        targets: the number of these tensors that the adapters change.
         differences: the tensors that differ; if checksums were compared, the files that differ.
         files: the number of files that were compared with their recorded checksums.
-        base: the records with the fingerprint of another base.
+        base: the recorded fingerprints that differ from the given base's fingerprint.
         warnings: sentences about differences between the given base and the base that an adapter records.
     """
 
@@ -141,7 +142,9 @@ def compare(
     options = MergeOptions(tied=tied, allow_partial=allow_partial, seed=seed, rename=rename, vocab=vocab)
     plan = make_plan(base, adapters, options)
     differences = [
-        TensorDifference(name, "the base does not have it") for name in merged.tensors if name not in _names(plan)
+        TensorDifference(name, "the recomputed merge does not have it")
+        for name in merged.tensors
+        if name not in _names(plan)
     ]
     arrays, done = NumpyArrays(), 0
     outputs = _sampled(list(plan.outputs()), sample)
@@ -183,7 +186,7 @@ def check_written(merged: Checkpoint | str | PathLike[str], progress: Progress |
 def compare_bases(
     merged: Checkpoint, base: Checkpoint, adapters: Sequence[tuple[str, Adapter, float]]
 ) -> list[BaseDifference]:
-    """Return a difference for each record, of the merge or of an adapter, with a fingerprint that `base` lacks."""
+    """Return a difference for each record, of the merge or an adapter, that has the fingerprint of another base."""
     differences, given = [], fingerprint(base)
     record = merge_record(merged)
     recorded = record.get("base_fingerprint")
@@ -197,7 +200,7 @@ def compare_bases(
 
 
 def _sampled(outputs: list[Output], sample: int | None) -> list[Output]:
-    """Draw `sample` changed and `sample` unchanged tensors at random, anew in each call; None means all tensors."""
+    """Draw `sample` changed and `sample` unchanged tensors at random; None returns all tensors."""
     if sample is None:
         return outputs
     if sample <= 0:
@@ -214,7 +217,7 @@ def _names(plan: Plan) -> set[str]:
 
 
 def recorded_choices(merged: Checkpoint, base: Checkpoint) -> tuple[str | None, str | None]:
-    """Return a merge's choices (`tied`, `vocab`); deduce them from its output if it has no record."""
+    """Return a merge's choices (`tied`, `vocab`); deduce them from the output's tensors if the output has no record."""
     return _tied(merged, base), _vocab(merged, base)
 
 
@@ -297,8 +300,8 @@ def _compare_blocks(output: Output, tensor: Lazy, arrays: Arrays) -> TensorDiffe
 def _errors(exact: Array, there: memoryview, expected: bytearray, dtype: DType, within: float) -> Array:
     """Return the absolute errors of the elements that are not correctly rounded.
 
-    If the exact result is halfway between two numbers of the dtype, both count as correct, because another library's
-    float64 result may differ in the last bits.
+    If the exact result is halfway between two values of the dtype, both values count as correct, because the float64
+    result of another library may differ in the last bits.
     """
     import ml_dtypes
     import numpy as np

@@ -1,7 +1,7 @@
 """Merge adapters whose embedding and head had more or fewer rows in training than they have in the base.
 
 Users add tokens with `resize_token_embeddings` before training, so the stored base lacks the rows of these tokens. The
-adapter's file may contain them: PEFT saves the complete resized layers next to the factors.
+adapter's file may contain these rows, because PEFT saves the complete resized layers next to the factors.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ if TYPE_CHECKING:
 GROW, KEEP = "grow", "keep"
 
 PADDING = 32
-"""If the adapter lacks at most `1 / PADDING` of the base's rows, the missing rows at the base's end count as padding.
+"""If the base has more rows than the adapter was trained with, the base's last rows count as padding.
+
+These rows may be at most `1 / PADDING` of all rows of the base.
 
 According to configs and tokenizers, Qwen 2.5 pads 271 of 151,936 rows, Phi-3 53 of 32,064, DeepSeek 2,385 of 102,400.
 """
 
 _BLOCK = 1 << 20
-"""The number of elements per step when the mean row is computed."""
+"""The number of elements that are read per step to compute the mean row."""
 
 _ZEROS = "final_logits_bias"
-"""The bias of BART's and Marian's logits, `[1, rows]`; transformers fills new elements with zeros."""
+"""The name of the bias `[1, rows]` of BART's and Marian's logits; transformers fills new elements with zeros."""
 
 
 def parse_vocab(vocab: str | None) -> str | None:
@@ -59,11 +61,11 @@ class _Use:
     """The updates of one adapter for one tensor whose rows are tokens of the vocabulary.
 
     Attributes:
-        position: the adapter's index among the merge's adapters.
+        position: the adapter's index in the merge's list of adapters.
         adapter: the adapter's name.
         layer: the name of the tensor in the adapter; for a tied head, it differs from the stored name.
         stored: the stored name of the tensor.
-        axis: the axis of the updates whose indices are token ids, `in` or `out`.
+        axis: the axis of the updates that runs over token ids, `in` or `out`.
         updates: the updates.
         rows: the number of rows of the tensor in training; None if the adapter has only rows of individual tokens.
         tokens: the ids of the tokens for which the adapter has individual rows.
@@ -85,7 +87,7 @@ class _Use:
         return given_tokens | {token for token in self.tokens if start <= token < stop}
 
     def values(self, start: int, stop: int) -> Iterator[tuple[int, Array]]:
-        """Yield (row number, values at the start of training) for each row that `given` returns."""
+        """Yield (row number, values in the adapter's file) for each row that `given` returns."""
         wanted = self.given(start, stop)
         for update in self.updates:
             if isinstance(update, Replacement) and update.weight is not None and start < (self.rows or 0):
@@ -113,8 +115,9 @@ class Vocabulary:
 
     Args:
         base: the base as the merge reads it.
-        aliases: a map from names of tied layers to the stored tensor.
-        choice: `grow`, `keep`, or None: grow if the adapters' files contain all new rows, and refuse otherwise.
+        aliases: a map from the names of tied tensors to the name under which the base stores the tensor.
+        choice: `grow`, `keep`, or None. None adds rows if the adapters' files contain all new rows, and refuses
+            otherwise.
     """
 
     def __init__(self, base: Checkpoint, aliases: Mapping[str, str], choice: str | None) -> None:
@@ -140,12 +143,12 @@ class Vocabulary:
             shapes: the shapes of the base's tensors, including tied names.
 
         Returns:
-            The sites, with updates cut to the base's rows if `choice` is `keep`; and the shapes, with the adapter's
-            numbers of rows.
+            The sites, with updates cut to the base's rows if `choice` is `keep`; and `shapes`, in which each changed
+            tensor has the number of rows that the adapter was trained with.
 
         Raises:
             ShapeMismatch: the adapter has far fewer rows than the base.
-            NotMergeable: an update cannot be cut.
+            NotMergeable: an update cannot be cut to the base's rows.
         """
         sites, shapes = list(sites), dict(shapes)
         uses = [(at, use) for at, site in enumerate(sites) if (use := self._use(position, adapter, site)) is not None]
@@ -153,7 +156,7 @@ class Vocabulary:
             here = [(at, use) for at, use in uses if use.layer == layer]
             rows = {use.rows for _, use in here if use.rows is not None}
             table = self.tables[here[0][1].stored]
-            if len(rows) > 1:  # Skip updates with contradicting numbers of rows; the check of shapes will report them.
+            if len(rows) > 1:  # Skip updates with different numbers of rows; the later check of shapes refuses them.
                 continue
             tokens = max((token for _, use in here for token in use.tokens), default=-1)
             needed = max(next(iter(rows), table[0]), tokens + 1)
@@ -174,7 +177,7 @@ class Vocabulary:
         return sites, shapes
 
     def rows(self, position: int, layer: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of a layer's weight or bias, with the number of rows that it had in training."""
+        """Return `shape`, the shape of a layer's weight or bias, with the number of rows that it had in training."""
         rows = self.made_for.get((position, layer))
         return (rows, *shape[1:]) if shape and rows is not None else shape
 
@@ -192,14 +195,16 @@ class Vocabulary:
                 self.sizes[rows] = max(needed, self.sizes.get(rows, 0))
         if not self.sizes:
             if self.choice == GROW:
-                self.warnings.append('--vocab grow (vocab="grow") changes nothing: no adapter has more rows')
+                self.warnings.append(
+                    '--vocab grow (vocab="grow") changes nothing: no adapter has more rows than the base'
+                )
             return self.base
         if isinstance(self.base, Dequantized) and self.base.packs:
             cure = 'Merge with --quantized dequantize (quantized="dequantize"), or --vocab keep (vocab="keep")'
             raise Unsupported("the vocabulary of a quantized model cannot grow", path=self.base.root, cure=cure)
         tensors = dict(self.base.tensors)
-        # Grow all embeddings and heads that have the same number of rows, because a separate head needs as many rows as
-        # the embedding.
+        # Grow all embeddings and heads that have this number of rows, because a separate head needs as many rows as the
+        # embedding.
         for rows, needed in self.sizes.items():
             for name in self._growing(rows):
                 tensors[name] = self._grow(name, rows, needed)
@@ -210,11 +215,11 @@ class Vocabulary:
     def config_changes(
         self, config: Mapping[str, JsonValue] | None, changes: Mapping[str, JsonValue]
     ) -> dict[str, JsonValue]:
-        """Return the changes of the config that set the vocabulary size to the new number of rows.
+        """Return the entries of the config that change, with the new number of rows as the vocabulary size.
 
         Args:
             config: the config of the base.
-            changes: the other changes of the config.
+            changes: the entries of the config that the merge changes for other reasons.
         """
         config_changes: dict[str, Any] = {}
         if config is None:
@@ -237,7 +242,7 @@ class Vocabulary:
         return config_changes
 
     def record(self) -> dict[str, JsonValue] | None:
-        """Return plain data about the changed vocabulary; None if it is the base's vocabulary."""
+        """Return plain data about the added rows, or about the choice `keep`; None if there is neither."""
         if self.sizes:
             rows, needed = next(iter(self.sizes.items()))
             return {"choice": GROW, "from": rows, "rows": needed, "filled": dict(self.filled)}
@@ -263,8 +268,8 @@ class Vocabulary:
         """
         if rows - made_for > rows // PADDING and self.choice != KEEP:
             cure = (
-                "Is this the base that the adapter was trained on? If its further rows are padding, "
-                f"{_flag(KEEP)} changes the first {made_for} rows and keeps the others"
+                "Is this the base that the adapter was trained on? If the base's last rows are padding, "
+                f"{_flag(KEEP)} changes the first {made_for} rows and leaves the others unchanged"
             )
             raise ShapeMismatch(f"{adapter} was made for {made_for} rows; the base has {rows}", where=layer, cure=cure)
         self.warnings.append(
@@ -289,7 +294,7 @@ class Vocabulary:
         return tables + biases
 
     def _grow(self, name: str, rows: int, needed: int) -> Lazy:
-        """Return one tensor with its new rows.
+        """Return the base's tensor `name` with its new rows.
 
         Raises:
             ShapeMismatch, UsageError: as for `grown`.
@@ -298,7 +303,7 @@ class Vocabulary:
         if name.endswith(_ZEROS):
             self.filled[name] = "zeros"
             return _longer(tensor, (1, needed), lambda: bytes((needed - rows) * tensor.dtype.itemsize))
-        # Also use the rows of a tied head for the embedding, because an adapter's file may contain only these rows.
+        # For the embedding, also use the rows of a tied head: an adapter's file may contain only the head's rows.
         uses = sorted((use for use in self._holding(name)), key=lambda use: use.layer != use.stored)
         given = set[int]().union(*(use.given(rows, needed) for use in uses))
         if len({use.position for use in uses if use.given(rows, needed)}) > 1:
@@ -308,8 +313,8 @@ class Vocabulary:
             raise self._unknown(name, rows, needed, missing)
         who = " and ".join(dict.fromkeys(use.adapter for use in uses if use.given(rows, needed)))
         mean = (
-            f"the mean of the base's rows for {missing} of them, because no file has their values at the start of "
-            "training (transformers draws them around that mean)"
+            f"the mean of the base's rows for {missing} new rows, because no file has the values that these rows had "
+            "at the start of training (transformers draws new rows at random around this mean)"
         )
         self.filled[name] = " and ".join([*([f"from {who}"] if who else ()), *([mean] if missing else ())])
         return _longer(tensor, (needed, *tensor.shape[1:]), partial(_fresh, tensor, uses, rows, needed, bool(missing)))
@@ -326,22 +331,22 @@ class Vocabulary:
             f"of {name} are in no adapter's file"
         )
         cure = (
-            f"{_flag(GROW)} adds the rows, and fills those that are in no file with the mean of the base's rows; "
+            f"{_flag(GROW)} adds all new rows, and fills rows that are in no file with the mean of the base's rows; "
             f"{_flag(KEEP)} drops the added tokens. "
         )
         if is_head(name):
-            # PEFT saves an embedding next to the factors, but not a head without an adapter, not even with
-            # save_embedding_layers=True.
+            # PEFT saves a resized embedding next to the factors. It does not save a head that has no adapter, not even
+            # with save_embedding_layers=True.
             cure += (
-                "PEFT's files have a head's new rows only if the head is adapted, too. The resized model has the rows: "
-                "its save_pretrained makes a base into which the adapter merges exactly. "
+                "PEFT's files have a head's new rows only if the head is adapted, too. The resized model has these "
+                "rows: its save_pretrained makes a base into which the adapter merges exactly. "
             )
         cure += "Is this the base that the adapter was trained on?"
         return ShapeMismatch(why, path=self.base.root, where=name, cure=cure)
 
 
 def _rows_along(axis: str, updates: Sequence[Update], width: int) -> tuple[int | None, tuple[int, ...]] | None:
-    """Return (number of rows, ids of tokens with individual rows); None if `axis` cannot be the vocabulary's axis."""
+    """Return (number of rows, ids of tokens with individual rows); None if `axis` cannot be the axis of token ids."""
     rows: set[int] = set()
     tokens: list[int] = []
     for update in updates:
@@ -364,7 +369,7 @@ def _cut(use: _Use, rows: int) -> tuple[Update, ...]:
     """Cut the updates to the first `rows` rows of the vocabulary.
 
     Raises:
-        NotMergeable: a method's formula needs all rows of the weight together.
+        NotMergeable: an update's method cannot be computed for a part of the rows.
     """
     kept_updates: list[Update] = []
     for update in use.updates:
@@ -388,7 +393,7 @@ def _cut(use: _Use, rows: int) -> tuple[Update, ...]:
 
 
 def _without_tokens(update: Rows, tokens: Sequence[int], rows: int) -> Rows:
-    """Drop the rows of tokens that the base does not have; the result may have no rows."""
+    """Remove the rows of tokens that the base lacks from the update, even if no row is left."""
     kept = [at for at, token in enumerate(tokens) if token < rows]
     index, values = as_lazy(update.index), as_lazy(update.values)
     parts = {
@@ -407,7 +412,7 @@ def _first(tensor: Lazy, axis: int, count: int) -> Lazy:
 
 
 def _longer(tensor: Lazy, shape: tuple[int, ...], more: Callable[[], bytes]) -> Lazy:
-    """Return a tensor with the bytes of `more()` appended; `more` is called once, when the tensor is read."""
+    """Return a tensor with the bytes of `more()` appended; `more` is called once, when these bytes are first read."""
     size = tensor.dtype.itemsize
     stored_rows = tensor.nbytes // size
     more = cache(more)
@@ -424,13 +429,13 @@ def _longer(tensor: Lazy, shape: tuple[int, ...], more: Callable[[], bytes]) -> 
 
 
 def _fresh(tensor: Lazy, uses: Sequence[_Use], rows: int, needed: int, mean: bool) -> bytes:
-    """Return the bytes of a tensor's new rows: rows from the adapters' files, and the mean row for all others."""
+    """Return the bytes of a tensor's new rows: rows from the adapters' files, and the mean row if no file has a row."""
     import numpy as np
 
     table = np.zeros((needed - rows, *tensor.shape[1:]), np.float64)
     if mean:
         table[:] = _mean(tensor)
-    for use in reversed(uses):  # Write the rows of the first use last, because they take precedence.
+    for use in reversed(uses):  # Write the first use last, because its rows take precedence.
         for number, row in use.values(rows, needed):
             table[number - rows] = row.astype(np.float64)
     narrow = table if tensor.dtype.name == "F64" else table.astype(np.float32)
@@ -438,7 +443,7 @@ def _fresh(tensor: Lazy, uses: Sequence[_Use], rows: int, needed: int, mean: boo
 
 
 def _mean(tensor: Lazy) -> Array:
-    """Return the mean row of a tensor in float64, reading `_BLOCK` elements per step."""
+    """Return the mean row of a tensor in float64; read about `_BLOCK` elements per step."""
     import numpy as np
 
     rows, *rest = tensor.shape
@@ -453,7 +458,7 @@ def _mean(tensor: Lazy) -> Array:
 
 
 def _check_alike(name: str, uses: Sequence[_Use], rows: int, needed: int) -> None:
-    """Refuse adapters with different rows for the same new id, because the id may stand for different tokens.
+    """Refuse adapters with different rows for the same new id, because they may use the id for different tokens.
 
     Raises:
         UsageError: two adapters have different rows for the same token.

@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     import torch
 
 RUN = 32 << 20
-"""The number of output bytes in a job."""
+"""The number of output bytes in a job, approximately."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
     """Work on consecutive bytes of an output file: blocks of `output` to compute, or `nbytes` to copy from `source`.
 
-    With `parts`, the job is a packed weight, whose stored tensors may be anywhere in the file; with `run`, it is a run
-    of rows of a packed weight.
+    If `parts` is not empty, the job writes a packed weight, whose stored tensors may be anywhere in the file. With
+    `run`, the job writes only this run of the packed weight's rows.
     """
 
     file: OpenFile
@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class OpenFile:
-    """An output file that is being written: the number of unfinished jobs, norms of finished jobs, and checksums."""
+    """An output file that is being written, with the number of unfinished jobs and the results of finished jobs."""
 
     plan: OutputFile
     path: Path
@@ -65,7 +65,7 @@ class OpenFile:
 
 
 def create(path: Path, planned: OutputFile) -> None:
-    """Create the file at its full size, with its header."""
+    """Create an output file with its header and its full size; the tensors' bytes are written later."""
     with open(path, "wb") as file:
         file.write(planned.header)
         _reserve(file, planned.size)
@@ -149,12 +149,16 @@ def _pieces(job: Job) -> list[Job]:
 
 
 def norms_of(file: OpenFile) -> Norms:
-    """Return a map from each output tensor to one norm per planned update, summed over the jobs in a fixed order."""
+    """Return a map from each output tensor with planned updates to its norms, summed over the jobs in a fixed order.
+
+    The first norms belong to the planned updates, in order. A packed weight has `NORMS` more norms, which measure the
+    damage that quantizing causes.
+    """
     norms_by_output: Norms = {}
     for output in file.plan.outputs:
         squares = [0.0] * (len(output.folds) + (0 if output.part is None else NORMS))
-        # Sort by job, because a sum of floats depends on the order, and the records of equal merges must have equal
-        # bytes.
+        # Sort by job: a sum of floats depends on the order, but two equal merges must write the same bytes into their
+        # records.
         for _, norms in sorted(file.norms.get(output.name, ()), key=lambda pair: pair[0]):
             for fold, square in norms.items():
                 squares[fold] += square
@@ -165,10 +169,10 @@ def norms_of(file: OpenFile) -> Norms:
 
 # Pipelines move blocks from the disk to the computing device and back.
 #
-# On the host, a block is computed in the memory into which it was read. A device gets blocks through staging memory,
-# which is pinned for CUDA. The device receives blocks on one stream, computes on a second stream, and sends blocks back
-# on a third stream, with `DEPTH` blocks in flight. All torch devices share this code. On torch's CPU device the streams
-# do nothing, and tests compare the bytes with numpy's bytes. The code has not been run on a GPU.
+# On the host, a block is computed in the memory into which it was read. Blocks for another device go through staging
+# memory, which is pinned for CUDA. The device receives blocks on one stream, computes on a second stream, and sends
+# blocks back on a third stream, with `DEPTH` blocks in flight. All torch devices share this code. On torch's CPU device
+# the streams do nothing, and tests compare the bytes with numpy's bytes. The code has not been run on a GPU.
 
 
 DEPTH = 3
@@ -193,7 +197,7 @@ class Pipeline(Protocol):
     """Moves one worker's blocks through a device."""
 
     def computing(self) -> AbstractContextManager[object]:
-        """Return a context; loads and computations inside the context finish before later blocks are computed."""
+        """Return a context in which to load or compute tensors; this work finishes before later blocks are computed."""
         ...
 
     def through(
@@ -205,8 +209,8 @@ class Pipeline(Protocol):
             blocks: blocks of one tensor.
             source: the dtype of the bytes that are read.
             target: the dtype of the bytes that are written.
-            read: a function that fills memory with the bytes of a block.
-            compute: a function that computes a block from a flat array into a flat array.
+            read: a function of (block, memory) that fills the memory with the block's bytes.
+            compute: a function of (block, input, output) that reads one flat array and fills the other.
             written: the sink for the bytes, in the order of the blocks.
         """
 
@@ -217,7 +221,7 @@ def pipeline_for(arrays: Arrays) -> Pipeline:
 
 
 class HostPipeline:
-    """Computes block after block, from a reused buffer directly into the writer's memory."""
+    """Reads one block after another into a reused buffer, and computes each block directly into the writer's memory."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
@@ -243,13 +247,13 @@ def _grown(buffer: bytearray, nbytes: int) -> bytearray:
 
 
 class DevicePipeline:
-    """Keeps several blocks in flight, each in its slot. A slot is reused when its block was passed to the writer."""
+    """Keeps several blocks in flight, each in its slot. A slot is reused after its block was passed to the writer."""
 
     def __init__(self, arrays: TorchArrays) -> None:
         self.torch, self.device = arrays.torch, arrays.device
         module = self.torch.get_device_module(self.device)
         self.streams: Any = module if hasattr(module, "Stream") else self.torch.cpu
-        # On a device without streams, use blocking copies, because without streams only they guarantee the order.
+        # On a device without streams, use blocking copies, because only blocking copies guarantee the order there.
         self.has_streams = self.streams is not self.torch.cpu
         self.up, self.work, self.down = (self._stream() for _ in range(3))
         self.slots = [_Slot(self) for _ in range(DEPTH)]
@@ -338,7 +342,7 @@ def _bytes(tensor: torch.Tensor, nbytes: int) -> memoryview:
     return tensor.numpy().data[:nbytes]
 
 
-# A worker reads the bytes of a job, computes the result, and passes it to the worker's writer.
+# A worker reads the bytes of a job, computes the result, and passes the result to its writer.
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,8 +350,9 @@ class JobResult:
     """The result of a job.
 
     Attributes:
-        norms: a map from the index of each planned update to its change's squared norm.
-        runs: checksums of the written bytes, if they are recorded.
+        norms: a map from the index of each planned update to the squared norm of the update's change. For a packed
+            weight, the next `NORMS` indices measure the damage that quantizing causes.
+        runs: checksums of the written bytes; empty if the file's checksums are not recorded.
         written: a future that completes when the job's bytes are in the file, or raises the OSError that prevented it.
     """
 
@@ -357,7 +362,7 @@ class JobResult:
 
 
 class Worker:
-    """Does the jobs of one thread, with separate open files, pipeline and writer."""
+    """Does the jobs of one thread. Each worker has its own open files, pipeline and writer."""
 
     def __init__(self, arrays: Arrays, moved: Callable[[int], None]) -> None:
         self.arrays, self.moved, self.workspace = arrays, moved, Workspace(arrays)
@@ -368,10 +373,10 @@ class Worker:
         """Do one job. When the method returns, the job's bytes may not have reached the disk yet.
 
         Raises:
-            Corrupt: an input file became shorter.
+            Corrupt: an input file is shorter than when the merge began.
             StorageError: a file cannot be read or written.
             Malformed: as for `BlockMerger`.
-            ShapeMismatch: a formula cannot be computed with the tensors of its update.
+            ShapeMismatch: an update's formula cannot be computed with the update's tensors.
         """
         self.writer.begin(str(job.file.path), job.offset)
         try:
@@ -386,7 +391,7 @@ class Worker:
         except (ValueError, IndexError, ZeroDivisionError) as error:
             if job.output is None or not job.output.folds:
                 raise
-            # Catch numpy's errors for sizes that validation cannot exclude, such as a rank of 0.
+            # numpy raises these errors for sizes that validation cannot exclude, such as a rank of 0.
             updates = [update for fold in job.output.folds for update in fold.updates]
             methods = " and ".join(dict.fromkeys(update.method for update in updates))
             why = f"the formula of {methods} cannot be computed for this weight ({error})"
@@ -407,7 +412,7 @@ class Worker:
         return self._pack(job.output, job) if job.parts else self._compute(job.output, job)
 
     def _copy(self, job: Job) -> list[Run]:
-        """Let the operating system copy the bytes; for a checksum, read them again from the page cache."""
+        """Let the operating system copy the bytes; for a checksum, read the source again, from the page cache."""
         path, start = job.source
         source = self.open(path)
         self.writer.copy(source, start, job.nbytes, self.moved)
@@ -417,7 +422,7 @@ class Worker:
         self._pipeline = pipeline = self._pipeline or pipeline_for(self.arrays)
         with pipeline.computing():
             folder = BlockMerger(output, self.workspace)
-            # These norms cover the whole tensor, so count them in only one of the tensor's jobs.
+            # These norms are norms of the whole tensor, so count them in only one of the tensor's jobs.
             norms = folder.norms() if job.order == 0 else {}
 
         def compute(block: Block, raw: Numbers, out: Numbers) -> None:
@@ -435,7 +440,7 @@ class Worker:
         return norms if output.folds else {}, runs
 
     def _put(self, job: Job, offset: int, data: bytes | bytearray) -> list[Run]:
-        """Write bytes at `offset`; the stored tensors of a packed weight may be anywhere in the file."""
+        """Write bytes at `offset`, which may be anywhere in the file, as a new run of the writer."""
         self.writer.finish()
         self.writer.begin(str(job.file.path), offset)
         written = _Summed(self.writer, self.moved, job.file.summed)
@@ -443,7 +448,7 @@ class Worker:
         return written.runs(offset, len(data))
 
     def _pack_rows(self, run: PackedRun, job: Job) -> tuple[dict[int, float], list[Run]]:
-        """Write a run of rows of a packed weight: the first stored tensor at once, the others after the computation."""
+        """Write a run of a packed weight's rows. The first stored tensor is written at once, the others at the end."""
         assert job.output is not None
         offsets = {part.name: part.offset for part in job.parts}
         first, *others = run.places
@@ -476,7 +481,7 @@ class Worker:
 
 
 class _Summed:
-    """Passes bytes to the writer; if `summed` is set, also computes the bytes' sha256."""
+    """Passes bytes to the writer; if `summed` is true, also computes their sha256."""
 
     def __init__(self, writer: Writer, moved: Callable[[int], None], summed: bool) -> None:
         self.writer, self.moved = writer, moved
@@ -494,14 +499,14 @@ class _Summed:
         self.moved(nbytes)
 
     def write(self, data: bytes | bytearray) -> None:
-        """Write bytes that are in other memory."""
+        """Copy bytes into the writer's memory, and write them."""
         for start in range(0, len(data), BUFFER):
             piece = data[start : start + BUFFER]
             self.room(len(piece))[:] = piece
             self.filled(len(piece))
 
     def runs(self, offset: int, nbytes: int) -> list[Run]:
-        """Return the checksum of all bytes as one run of `nbytes` bytes at `offset`."""
+        """Return the checksum of all bytes as one run of `nbytes` bytes at `offset`; no run if `summed` was false."""
         return [] if self.digest is None else [(offset, nbytes, self.digest.hexdigest())]
 
 

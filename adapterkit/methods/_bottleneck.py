@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def row_shares(logits: Tensor, channel: int = -1) -> Tensor:
-    """Return the mean of `sigmoid(logits)` over all axes except the rows (axis 0) and the channels."""
+    """Return the mean of `sigmoid(logits)` over all axes except axis 0 (the rows of the batch) and `channel`."""
     channel %= logits.ndim
     places = tuple(axis for axis in range(1, logits.ndim) if axis != channel)
     shares = sigmoid(logits)
@@ -24,21 +24,19 @@ def row_shares(logits: Tensor, channel: int = -1) -> Tensor:
 
 
 def gated(P: Tensor, x: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
-    """Multiply keys and values `[1, 2, heads, n, d]` by the gates of each row of x `[batch, m, width]`.
+    """Multiply the keys and values P `[1, 2, heads, n, d]` by gates, for each row of x `[batch, m, width]`.
 
-    A gate computes one factor for both keys and values, or two separate factors. The result has the shape
-    `[batch, 2, heads, n, d]`.
+    If `gate` has one row, the keys and the values get the same factor; if it has two rows, they get separate factors.
+    The result has the shape `[batch, 2, heads, n, d]`.
     """
     return P * row_shares(x @ gate.mT + bias).swapaxes(1, 2)[..., None, None]
 
 
-# Base classes of bottleneck adapters: gate, norms and scale.
-
-
 class Sublayer(OutputUpdate):
-    """h' = h + change(h), or h + change(residual) if the adapter is parallel.
+    """h' = h + change(h), or h' = h + change(residual) if the adapter is parallel.
 
-    h is the sub-layer's output before the residual is added.
+    h is the sub-layer's output before the residual is added. A parallel adapter reads the sub-layer's input if the
+    residual is unknown.
     """
 
     placed = True
@@ -61,7 +59,7 @@ class Sublayer(OutputUpdate):
             raise Unsupported(why, cure="Pass residual=, the path of the module whose input is the residual")
 
     def changed(self, h: Tensor, layer: Layer) -> Tensor:
-        """Return the change for the adapter's input h."""
+        """Return the change that the adapter computes from its input h."""
         raise AssertionError("each subclass defines it")
 
     def after(self, h: Tensor, layer: Layer) -> Tensor:
@@ -77,14 +75,14 @@ class Sublayer(OutputUpdate):
         return self.after(change + skip, layer) if first else self.after(change, layer) + skip
 
     def read(self, hidden: Tensor, residual: Tensor | None, layer: Layer) -> tuple[Tensor, Tensor]:
-        """Return (input of the adapter, input of the adapter's skip connection)."""
+        """Return (the adapter's input, the value that its skip connection adds to the change)."""
         added = hidden if residual is None or not self.original_ln_before else hidden + residual
         read = layer.norm(added) if self.original_ln_before else hidden
         return read, {"true": hidden, "post_add": added, "false": read}[self.residual_before_ln]
 
 
 class Narrow(Sublayer):
-    """change = scaling * up(act(down(h))), times a gate if the adapter has one. Subclasses define `change`."""
+    """Adds scaling * up(act(down(h))), times a gate if present. Subclasses compute up(act(down(h))) in `change`."""
 
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = (
         ((), ("gate",), ("gate", "gate_bias")),
@@ -119,7 +117,7 @@ class Narrow(Sublayer):
         return change * shares
 
     def ungated(self, h: Tensor, layer: Layer) -> Tensor:
-        """Return the scaled change for the adapter's input, without the gate."""
+        """Return the scaled change for the adapter's input h, before a gate multiplies the change."""
         read = h if self.norm_before is None else layer_norm(h, self.norm_before, self.norm_before_bias, layer.channel)
         change = self.change(read, layer) * self.scaling
         factor = self.channel_scaling if self.scaling_factor is None else self.scaling_factor

@@ -1,4 +1,4 @@
-"""Base class of methods that store a few coefficients, at random positions; a transform makes the change from them."""
+"""Base class of methods that store a few coefficients at random positions, and transform them to a change of W."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..core.updates import Random
 
 SEED = 777
-"""The seed for the positions of a new update. PEFT has the same default, so PEFT files can express these positions."""
+"""The seed for the positions of a new update; PEFT's files store a seed instead of positions, by default this one."""
 
 
 class Coefficients(Additive):
@@ -22,8 +22,8 @@ class Coefficients(Additive):
     linear_only = True
     frozen: ClassVar[frozenset[str]] = frozenset({"index"})
     rules: ClassVar[tuple[Rule, ...]] = (
-        # Limit the size, because two numbers in a file determine it. Without the limit, a damaged file could require
-        # any amount of memory.
+        # Limit the size of F, because it depends only on two integers in the file. Without the limit, a damaged file
+        # could require any amount of memory.
         Rule(
             require="outputs * inputs <= 2 ** 34",
             where="outputs, inputs",

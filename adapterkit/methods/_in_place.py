@@ -1,4 +1,4 @@
-"""Base class of methods that replace a part of W with a low-rank product, and the decompositions that they use."""
+"""Base class of methods that replace a part of W by a low-rank product; cached SVD and QR decompositions of W."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class InPlace(WeightUpdate):
         raise AssertionError("each method defines it")
 
     def left(self) -> Tensor:
-        """Return the factor to the left of A in the product: B, or B times a diagonal matrix."""
+        """Return the factor that precedes A in the product: B, or B times a diagonal matrix."""
         return self.B
 
     def new_weight(self, W: Tensor) -> Tensor:
@@ -36,10 +36,10 @@ class InPlace(WeightUpdate):
         return new
 
 
-# Decompose weights, for methods whose formula needs a decomposition; each weight of a live model is decomposed once.
+# SVD and QR decompositions for methods whose formula needs them. Each weight of a live model is decomposed only once.
 #
-# No gradient flows through a decomposition: such a method decomposes the base's weight as it was before training, and
-# treats the result as a constant.
+# No gradient flows through a decomposition, because these methods decompose the base's weight as it was before
+# training, and treat the factors as constants.
 
 
 Decompose = Callable[[Namespace[N], N], tuple[N, ...]]
@@ -59,8 +59,8 @@ def qr(W: N) -> tuple[N, N]:
 
 
 def _kept(W: N, name: str, decompose: Decompose[N]) -> tuple[N, ...]:
-    """Decompose W. The parts of a torch tensor are cached until the tensor is freed, written to, moved or cast."""
-    # Skip the cache while torch.compile traces, because a lookup would break the graph.
+    """Decompose W. If W is a torch tensor, its factors are cached until W is freed, written to, moved or cast."""
+    # Skip the cache while torch.compile traces, because a lookup would cause a graph break.
     if not hasattr(W, "_version") or _compiling():
         return _parts(W, decompose)
     # Detect a changed tensor: `_version` counts in-place writes; `.to()` and `.data` change the other values.

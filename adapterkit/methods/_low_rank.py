@@ -21,7 +21,7 @@ class LowRank(Additive):
     """W' = W + B @ A. Subclasses compute both factors in `pair`."""
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return B `[out, r]` and A `[r, in * k]`, scaled, for a weight of `shape` = `[out, in, *k]`."""
+        """Return B `[out, r]` and A `[r, in * k]`, including all scales, for a weight of `shape` = `[out, in, *k]`."""
         raise NotMergeable(f"{self.method} has no formula")
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
@@ -91,7 +91,7 @@ class AcrossGroups(OutputUpdate):
         super().check_against(shape)
         kernel = tuple(self.A.shape[2:])
         if kernel != tuple(shape[2:]):
-            why = f"the adapter was made for a kernel of {list(kernel)}; the weight is {list(shape)}"
+            why = f"the adapter was made for a kernel of {list(kernel)}; the weight has the shape {list(shape)}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
     def read(self, x: Tensor, layer: Layer) -> Tensor:
@@ -100,7 +100,7 @@ class AcrossGroups(OutputUpdate):
         return layer.mix(h, self.across()) * self.scaling
 
     def across(self) -> Tensor:
-        """Return B as a matrix `[out, r]`; entries that would mix different groups are 0."""
+        """Return B as a matrix `[out, r]`, in which all elements that would mix different groups are 0."""
         out, share = self.B.shape
         return block_diagonal(self.B.reshape(self.groups, out // self.groups, share))
 

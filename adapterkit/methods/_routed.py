@@ -1,4 +1,4 @@
-"""Base class of routed methods: sums of low-rank changes, weighted by shares that depend on the input."""
+"""Base class of routed methods, which add several low-rank changes, weighted by shares that depend on the input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Routed(OutputUpdate):
-    """A change of a linear layer's output; subclasses have the axes `out` and `in`."""
+    """Changes the output of a linear layer. The tensors of subclasses have the axes `out` and `in`."""
 
     linear_only = True
 
@@ -33,12 +33,12 @@ def mixed(x: Tensor, shares: Tensor, A: Tensor, B: Tensor, layer: Layer) -> Tens
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Return a mask of the `count` largest entries along the last axis; among equal entries, the first ones."""
+    """Return a mask of the `count` largest entries along the last axis. Among equal entries, the first are chosen."""
     xp = namespace(scores)
     return xp.argsort(xp.argsort(-scores, axis=-1), axis=-1) < count
 
 
 def softmax_among(scores: Tensor, chosen: Tensor) -> Tensor:
-    """Return shares along the last axis: a softmax over the chosen entries, and 0 for the others."""
+    """Return the softmax of the chosen scores along the last axis, and 0 for all other scores."""
     xp = namespace(scores)
     return xp.where(chosen, softmax(xp.where(chosen, scores, -xp.inf)), 0.0)

@@ -1,11 +1,10 @@
-"""AdaMSS: low-rank changes of groups of rows, which share one basis of the inputs.
+"""AdaMSS: a low-rank change for each group of rows of W; all groups share one basis of the input space.
 
 https://openreview.net/forum?id=8ZdWmpYxT0
 
-The basis consists of the right singular vectors of W with the largest singular values. The groups come from k-means on
-the left singular vectors, as in PEFT. Each group has a pair of factors: D[o] = B[o] @ A[g] @ basis, where g is the
-group of output o. The bias counts as one more column of W; `basis_bias` is the column of the basis that corresponds to
-it.
+The basis consists of the right singular vectors of W with the largest singular values. PEFT computes the groups by
+k-means on the left singular vectors. Each group has a pair of factors: row o of the change is B[o] @ A[g] @ basis,
+where g is the group of row o. The bias counts as one more column of W, and `basis_bias` is the basis's column for it.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class AdaMSS(LowRank):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
-        """Create groups of consecutive rows of equal size; unlike PEFT, do not compute groups by k-means."""
+        """Divide the rows of W into groups of consecutive rows of about equal size; PEFT uses k-means instead."""
         groups, r = min(GROUPS, len(W)), min(rank, *W.shape)
         rows = namespace(W).arange(len(W), device=W.device)
         return cls.from_fields(
@@ -69,12 +68,12 @@ class AdaMSS(LowRank):
         return y if d is None else y + layer.per_channel(d)
 
     def _placed(self) -> Tensor:
-        """Return B as `[out, g * w]`: each row has its elements in the columns of its group."""
+        """Return B as `[out, g * w]`: each row of B is in the w columns of its group, and all other elements are 0."""
         xp, (groups, width, _) = namespace(self.A), self.A.shape
         onehot = xp.eye(groups, dtype=self.B.dtype, device=getattr(self.B, "device", None))
         onehot = onehot[xp.astype(self.group, xp.int64)]
         return (onehot[:, :, None] * self.B[:, None, :]).reshape(-1, groups * width)
 
     def _rows(self) -> Tensor:
-        """Return the A of all groups as `[g * w, r]`."""
+        """Return the factors A of all groups, stacked to `[g * w, r]`."""
         return self.A.reshape(-1, self.A.shape[2])

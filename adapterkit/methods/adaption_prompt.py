@@ -1,6 +1,6 @@
 """LLaMA-Adapter: gated attention to a prompt.  Zhang et al. 2023, https://arxiv.org/abs/2303.16199
 
-The target is an attention module. Its key and value projections are applied to P, without position encoding.
+The target is an attention module. Its key and value projections are applied to the prompt P, without position encoding.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class AdaptionPrompt(ContextUpdate):
-    """Adds gate * softmax(q @ k^T / sqrt(d)) @ v to the heads' outputs; all heads share one gate, or each has its own.
+    """Adds gate * softmax(q @ k^T / sqrt(d)) @ v to each head's output; k and v are the prompt's keys and values.
 
-    If `projected` is false, this term is added after the projection that mixes the heads, not before the projection.
-    PEFT does this for GPT-2.
+    `gate` has one element for all heads, or one element per head. If `projected` is false, the term is added after the
+    attention's output projection, not before it, as PEFT does for GPT-2.
     """
 
     place = "attention"

@@ -1,8 +1,8 @@
-"""Activated LoRA: y' = y + scaling * B @ A x, from the last invocation in each row of the batch to the row's end.
+"""Activated LoRA: y' = y + scaling * B @ A x at the positions from a row's last invocation to the row's end.
 
-Greenewald et al. 2025, https://arxiv.org/abs/2504.12397. An invocation is a given sequence of token ids. Positions
-before the last invocation, and rows without an invocation, keep the base's output. So a cache that the base computed is
-valid for these positions.
+Greenewald et al. 2025, https://arxiv.org/abs/2504.12397. The invocation is a fixed sequence of token ids. Positions
+before its last occurrence, and rows without the invocation, keep the base's output. So keys and values that the base
+computed and cached are valid for these positions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ALoRA(Routed):
-    """y' = y + scaling * (B @ A x + bias), beginning with a row's last invocation; x is `[rows, tokens, in]`."""
+    """y' = y + scaling * (B @ A x + bias), from each row's last invocation on; x is `[rows, tokens, in]`."""
 
     paper = "https://arxiv.org/abs/2504.12397"
     acts_on = "the output after the invocation tokens only"
@@ -50,9 +50,7 @@ class ALoRA(Routed):
         **attributes: object,
     ) -> Self:
         if invocation is None:
-            raise UsageError(
-                "no invocation given", where="invocation", cure="Pass invocation=, a list of token numbers"
-            )
+            raise UsageError("no invocation is given", where="invocation", cure="Pass invocation=, a list of token ids")
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
         return cls.from_fields(
             A=A, B=W.new_zeros(len(W), rank), invocation=namespace(W).asarray(invocation), **attributes
@@ -67,17 +65,17 @@ class ALoRA(Routed):
         return layer(x) + added
 
     def _active(self, ids: Tensor, x: Tensor) -> Tensor:
-        """Return a mask of the positions of x that do not precede the last invocation.
+        """Return a mask `[rows, tokens]` of the positions of x from the last invocation on.
 
-        The input x contains the last tokens of the sequence.
+        If earlier tokens are in a cache, x covers only the last tokens of `ids`.
         """
         if len(x.shape) != 3 or ids.shape[0] != x.shape[0]:
-            why = f"the layer's input is {list(x.shape)}, but the model reads {list(ids.shape)} tokens"
+            why = f"the layer's input has the shape {list(x.shape)}, but the token ids have the shape {list(ids.shape)}"
             raise UsageError(why, cure="Target a layer whose input is [rows, tokens, in]")
         xp = namespace(ids)
         so_far = xp.cumulative_sum(xp.astype(self._begins(ids), ids.dtype), axis=-1)
         active = (so_far > 0) & (so_far == so_far[:, -1:])
-        # Compute with arrays of positions instead of lengths, because the length of a sequence is unknown in an
+        # Compute positions with arrays, not with Python integers, because the length of a sequence is unknown in an
         # exported graph.
         ones = xp.ones_like(x[..., 0])
         count = xp.astype(xp.ones_like(ids), ids.dtype).sum(-1)[:, None]
@@ -86,7 +84,7 @@ class ALoRA(Routed):
         return xp.take_along_axis(whole, places, axis=-1) > 0
 
     def _begins(self, ids: Tensor) -> Tensor:
-        """Return a mask of the positions at which an invocation begins."""
+        """Return a mask of the positions in `ids` at which an occurrence of the invocation begins."""
         xp, behind = namespace(ids), len(self.invocation) - 1
         none = 0 * ids[:, :1] - 1
         ids = xp.concat([ids, *[none] * behind], axis=-1)

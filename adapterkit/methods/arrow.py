@@ -2,7 +2,8 @@
 
 Ostapenko et al. 2024, https://arxiv.org/abs/2405.11157. An expert's prototype is the input direction that its change
 amplifies most: the first right singular vector of B_e @ A_e. With general knowledge subtraction (Vahidifar et al. 2025,
-https://aclanthology.org/2025.acl-short.54), the mean of general experts has already been subtracted from each expert.
+https://aclanthology.org/2025.acl-short.54), the mean of the general experts' A and B has already been subtracted from
+each expert's A and B.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 
 
 class Arrow(Routed):
-    """share = softmax of |prototype_e x| / temperature over the `top_k` largest, at each position.
+    """share = softmax of |prototype_e x| / temperature over the `top_k` experts with the largest values, else 0.
 
-    A file with only the router contains an unused pair of factors, and no experts. `tasks` is the number of experts
-    that the router needs. `general` is the number of general experts, whose mean is subtracted from the other experts.
+    A file that contains only the router has no experts, but a pair of factors (`idle_A`, `idle_B`) that no formula
+    uses. `tasks` is the number of experts that the router needs. `general` is the number of general experts, whose mean
+    is subtracted from the other experts.
     """
 
     paper = "https://arxiv.org/abs/2405.11157"

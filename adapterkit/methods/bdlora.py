@@ -1,9 +1,9 @@
-"""BD-LoRA: LoRA with A or B block-diagonal, for serving on several devices.
+"""BD-LoRA: LoRA with a block-diagonal A or B, for serving on several devices.
 
 Wang et al. 2025, https://arxiv.org/abs/2510.23346
 
-W' = W + scaling * B @ A. The block-diagonal factor stores only its n blocks. Each block of A reads 1/n of the inputs;
-each block of B writes 1/n of the outputs.
+W' = W + scaling * B @ A. Only the n blocks of the block-diagonal factor are stored. Each block of A reads 1/n of the
+inputs; each block of B writes 1/n of the outputs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class BDLoRA(LowRank):
-    """W' = W + scaling * B @ A; either A or B is stored as the blocks on its diagonal."""
+    """W' = W + scaling * B @ A; either A or B is block-diagonal, and only its blocks are stored."""
 
     linear_only = True
     blocks = frozenset({"out", "in"})
@@ -46,12 +46,14 @@ class BDLoRA(LowRank):
         B_blocks: int | None = None,
         **attributes: object,
     ) -> Self:
-        """Start with B = 0. `B_blocks=n` divides B into n blocks, `A_blocks=n` divides A; default: `B_blocks=2`."""
+        """Start with B = 0. `B_blocks=n` divides B into n blocks; `A_blocks=n` divides A. Default: `B_blocks=2`."""
         (out, in_), n = W.shape, int(A_blocks)
         m = int(B_blocks) if B_blocks is not None else 0 if n else 2
         if rank % (n or m) or (in_ % n if n else out % m):
-            why = f"a weight {[out, in_]} does not split into {n or m} blocks of rank {rank}"
-            raise ShapeMismatch(why, cure="Pass a rank and numbers of blocks that divide evenly")
+            why = f"a weight {[out, in_]} and the rank {rank} cannot be divided into {n or m} equal blocks"
+            raise ShapeMismatch(
+                why, cure="Pass A_blocks= that divides rank and inputs, or B_blocks= that divides rank and outputs"
+            )
         A = random((n, rank // n, in_ // n)) if n else random((rank, in_))
         B = W.new_zeros(out, rank) if n else W.new_zeros(m, out // m, rank // m)
         names = ("A_blocks", "B") if n else ("A", "B_blocks")

@@ -55,6 +55,6 @@ class BOFT(WeightUpdate):
 
 
 def _apart(width: int, run: int, chunk: int) -> list[int]:
-    """Return 0 to `width` - 1 in a factor's order: in every run, the even-numbered chunks come before the odd ones."""
+    """Return the indices 0 to `width` - 1, reordered: in every run, even-numbered chunks come before odd ones."""
     firsts = [first for odd in (0, chunk) for first in range(odd, run, 2 * chunk)]
     return [start + first + i for start in range(0, width, run) for first in firsts for i in range(chunk)]

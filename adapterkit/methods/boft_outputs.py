@@ -1,8 +1,8 @@
 """BOFT as in LyCORIS: a butterfly product of block rotations on the outputs.  https://arxiv.org/abs/2309.14859
 
-The original BOFT (https://arxiv.org/abs/2311.06243) rotates inputs, and PEFT orders the chunks differently. In this
-method, a block of b outputs in factor i consists of pairs of outputs at a distance of b / 2 * 2^i, and the
-skew-symmetric matrix is not halved. LyCORIS's bypass mode also rotates the bias (`on_output`).
+The original BOFT (https://arxiv.org/abs/2311.06243) rotates inputs, and PEFT's BOFT orders the inputs in another way.
+In this method, a block of b outputs in factor i consists of pairs of outputs at a distance of b / 2 * 2^i. The
+skew-symmetric matrix square^T - square is not divided by 2. LyCORIS's bypass mode also rotates the bias (`on_output`).
 """
 
 from __future__ import annotations
@@ -65,6 +65,6 @@ class BOFTOutputs(WeightUpdate):
 
 
 def _paired(width: int, apart: int) -> list[int]:
-    """Return 0 to `width` - 1, reordered: in every run of 2 * `apart` numbers, i + `apart` follows i."""
+    """Return the indices 0 to `width` - 1, reordered: in every run of 2 * `apart` indices, i + `apart` follows i."""
     starts = range(0, width, 2 * apart)
     return [start + i + other for start in starts for i in range(apart) for other in (0, apart)]

@@ -1,6 +1,7 @@
 """C3A: W' = W + D, where D consists of circulant blocks.  Chen et al. 2024, https://arxiv.org/abs/2407.19342
 
-Element (i, j) of the block (m, n) is kernel[m, n, (j - i) mod b] / in. D acts as a block-circular convolution.
+Element (i, j) of block (m, n) is kernel[m, n, (j - i) mod b] / in, where `in` is the number of inputs of W. So D acts
+as a block-circular convolution.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Compacter: a bottleneck of sums of Kronecker products.  Mahabadi et al. 2021, https://arxiv.org/abs/2106.04647
+"""Compacter: a bottleneck adapter whose two matrices are sums of Kronecker products.
 
-Both linear layers are parameterised hypercomplex multiplications (Zhang et al. 2021, https://arxiv.org/abs/2102.08597):
-`h @ sum_i kron(rule_i, W_i) + bias`. Layers may share the rules, and may share the other factors.
+Mahabadi et al. 2021, https://arxiv.org/abs/2106.04647. Both linear layers are parameterised hypercomplex
+multiplications (Zhang et al. 2021, https://arxiv.org/abs/2102.08597): `h @ sum_i kron(rule_i, W_i) + bias`. Layers may
+share the rules, and may share the other factors.
 """
 
 from __future__ import annotations

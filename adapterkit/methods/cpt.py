@@ -2,7 +2,7 @@
 
 Blau et al. 2024, https://arxiv.org/abs/2410.17222
 
-PEFT's files store only the changed embeddings, so they are read as the method `prompt`.
+PEFT's files store only the changed embeddings, so such files are read as the method `prompt`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class CPT(ContextUpdate):
-    """Puts E + D * min(1, epsilon / |D|) in front of the embeddings of the input; |D| is the norm per token."""
+    """Puts E + D * min(1, epsilon / |D|) in front of the input's embeddings; |D| is the norm of each token's row."""
 
     place = "embeddings"
     frozen = frozenset({"E", "epsilon"})
@@ -50,7 +50,7 @@ class CPT(ContextUpdate):
     def embeddings(self, task: Tensor | int | None = None) -> Tensor:
         xp = namespace(self.E)
         square = (self.D * self.D).sum(1)
-        # Compute a norm only for tokens beyond the bound, because a norm has no derivative at 0.
+        # Compute a norm only for tokens whose change exceeds the bound, because a norm has no derivative at 0.
         inside = square <= self.epsilon * self.epsilon
         norm = xp.where(inside, self.epsilon * 0 + 1, square) ** 0.5
         kept: Tensor = xp.where(inside, norm * 0 + 1, self.epsilon / norm)

@@ -1,8 +1,8 @@
 """DEFT: W' = (I - Q right^T) W + scaling * Q R.  NeurIPS 2025, https://huggingface.co/docs/peft/package_reference/deft
 
 DEFT removes a subspace of the outputs from W, and replaces it with Q R. There are two forms. In the first, Q is the
-orthonormal factor of P's QR decomposition, and `right` equals Q. In the second, Q is P, and `right` is relu(P). Without
-R, the update only removes the subspace; this is the method PaRa.
+orthonormal factor of P's QR decomposition, and `right` equals Q. In the second, Q is P, and `right` is relu(P). If R is
+absent, the update only removes the subspace; this is the method PaRa.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 class DEFT(WeightUpdate):
-    """W' = W + Q @ (scaling * R - right^T @ W); (Q, right) = (Q', Q') with P = Q' T, or (P, relu(P))."""
+    """W' = W + Q @ (scaling * R - right^T @ W).
+
+    If `orthogonal` is true, Q and `right` are both the orthonormal factor of P's QR decomposition. Otherwise, Q is P,
+    and `right` is relu(P).
+    """
 
     linear_only = True
     blocks = frozenset({"in"})
@@ -35,7 +39,7 @@ class DEFT(WeightUpdate):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
-        """Start with R equal to the part of W that P removes, so that nothing changes before training."""
+        """Start with R = right^T @ W / scaling. This R restores the removed part, so W does not change at first."""
         update = cls.from_fields(P=random((len(W), min(rank, len(W)))) / 50, **attributes)
         _, right = update._projection()
         return update.replace(R=right.mT @ W / update.scaling)

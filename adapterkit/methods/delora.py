@@ -1,7 +1,7 @@
 """DeLoRA: LoRA with the direction decoupled from the strength.  Bini et al. 2025, https://arxiv.org/abs/2503.18225
 
 Row i of A and column i of B form a pair. Each of the r pairs is normalised, and `strength` bounds the sum of all pairs.
-Each input is multiplied by its entry of `w_norm`, the norm of the input's column of W at the start of training.
+Each input is multiplied by its element of `w_norm`, the norm that its column of W had at the start of training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..core.updates import Random
 
 SMALLEST = 1e-4
-"""Lower bound for a norm in a divisor."""
+"""The smallest value by which a row of A or a column of B is divided, even if its norm is smaller."""
 
 
 class DeLoRA(LowRank):
@@ -50,5 +50,5 @@ class DeLoRA(LowRank):
 
 
 def _norm(factor: Tensor, axis: int) -> Tensor:
-    # Clip before taking the square root, because its slope at 0 is infinite.
+    # Clip before taking the square root, because the square root's derivative at 0 is infinite.
     return namespace(factor).clip((factor * factor).sum(axis), SMALLEST**2, None) ** 0.5

@@ -1,6 +1,6 @@
 """Dense difference: W' = W + scaling * D, b' = b + scaling * d.  Every additive method can be converted to `Dense`.
 
-LyCORIS and kohya files call this `diff`, https://github.com/KohakuBlueleaf/LyCORIS (module "full").
+LyCORIS and kohya files store D under the key `diff`, https://github.com/KohakuBlueleaf/LyCORIS (module "full").
 """
 
 from __future__ import annotations

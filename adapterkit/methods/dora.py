@@ -1,8 +1,8 @@
 """DoRA: W' = magnitude * V / |V| with V = W + scaling * B @ A.  Liu et al. 2024, https://arxiv.org/abs/2402.09353
 
-The norm is taken over all axes except `out`: over a row of a linear layer, over an output channel's kernel of a
-convolution, or over a dimension of an embedding. Training treats the norm as a constant, as in section 4.3 of the
-paper, in PEFT, and in all later training tools.
+The norm is taken over all axes except `out`: for a linear layer, over a row; for a convolution, over an output
+channel's kernel; for an embedding, over all tokens, separately for each dimension. Training treats the norm as a
+constant, as in section 4.3 of the paper, in PEFT, and in all later training tools.
 """
 
 from __future__ import annotations

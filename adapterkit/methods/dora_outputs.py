@@ -1,7 +1,7 @@
 """DoRA on outputs, as AdapterHub trains it: y' = magnitude / |W + B @ A| * (y + scaling * B @ A @ x).
 
 The formula differs from Liu et al. 2024, https://arxiv.org/abs/2402.09353, in two ways: the norm omits the scaling, and
-the factor multiplies the layer's whole output, including the bias.
+the quotient magnitude / norm multiplies the layer's whole output, including the bias.
 """
 
 from __future__ import annotations

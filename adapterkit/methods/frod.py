@@ -1,7 +1,8 @@
 """FRoD: W' = U (S + diag(l)) V^T in a basis that layers share.  https://doi.org/10.1609/aaai.v40i31.39813
 
-All layers of a kind share the invertible matrix V. W = U diag(c) V^T defines U and the vector c; U has columns of
-length 1. Training starts with l = c, and changes l and the few nonzero elements of the sparse S.
+All layers of a kind share the invertible matrix V. The base's weight is W = U diag(c) V^T, which determines the vector
+c and U, whose columns have length 1. Training starts with l = c and S = 0, and changes l and the few elements at
+`index` of the sparse S.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class FRoD(WeightUpdate):
-    """W' = U @ (S + diag(l)) @ V^T; S has `values` at (row, column) = `index`.
+    """W' = U @ (S + diag(l)) @ V^T, where S has `values` at (row, column) = `index`, and 0 elsewhere.
 
-    U is W @ inverse(V^T) with columns scaled to length 1.
+    U is W @ inverse(V^T), with each column scaled to length 1.
     """
 
     linear_only = True
@@ -49,10 +50,10 @@ class FRoD(WeightUpdate):
 
 
 def _spanned(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """Return U and l with `W = U diag(l) V^T`; each column of U has length 1, or 0 if its entry of l is below 1e-12.
+    """Return U and l with `W = U diag(l) V^T`. Columns of U have length 1, or 0 for elements of l up to 1e-12.
 
-    The function computes in float64 for every dtype. With less precision, columns whose length should be 0 would get a
-    direction.
+    The function computes in float64 for every dtype. With less precision, rounding errors would turn columns that
+    should be 0 into columns of length 1.
     """
     xp = namespace(W)
     G = _solved(xp.astype(V, xp.float64), xp.astype(W, xp.float64))
@@ -64,7 +65,7 @@ def _spanned(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solved(V: Tensor, W: Tensor) -> Tensor:
-    """Return W @ inverse(V^T); uses the pseudoinverse if V is singular."""
+    """Return W @ inverse(V^T), or W times the pseudoinverse of V^T if V is singular."""
     linalg = namespace(V).linalg
     try:
         return linalg.solve(V, W.mT).mT

@@ -1,4 +1,4 @@
-"""LoRA with a gate: y' = y + mean(sigmoid(gate x)) * B @ A x, where the mean is over all positions of a row.
+"""LoRA with a gate: y' = y + mean(sigmoid(gate x)) * B @ A x; the mean is over a row's positions.
 
 Mao et al. 2021, https://arxiv.org/abs/2110.07577. The gate replaces the scaling. The gate reads the input, so the
 change cannot be written as a change of the weight.

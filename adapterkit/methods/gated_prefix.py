@@ -2,7 +2,8 @@
 
 Mao et al. 2021, https://arxiv.org/abs/2110.07577
 
-AdapterHub uses this prefix in UniPELT. The prefix is trained directly, or it is the stored output of a network.
+AdapterHub uses this prefix in UniPELT. Either the prefix itself was trained, or it is the output of a trained network,
+and only this output is stored.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class GatedPrefix(ContextUpdate):
-    """Puts keys P[0, 0] and values P[0, 1], multiplied by the row's gate, before the attention's keys and values."""
+    """Puts keys P[0, 0] and values P[0, 1], times each row's gates, before the attention's own keys and values."""
 
     place = "prefix"
     acts_on = "the keys and values of the attention"

@@ -1,4 +1,4 @@
-"""A prefix of one attention module that an MLP computes, multiplied by gates that depend on the module's input.
+"""A prefix of one attention module. An MLP computes the prefix, and gates that depend on the module's input scale it.
 
 AdapterHub uses this prefix in UniPELT, Mao et al. 2021, https://arxiv.org/abs/2110.07577.
 """
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class GatedPrefixMLP(PrefixMLP):
-    """The formula of `gated_prefix`, for keys and values that the network of `prefix_mlp` computes."""
+    """Puts keys and values that an MLP computes, times each row's gates, before the attention's own keys and values.
+
+    The formula of the MLP is that of `prefix_mlp`, and the formula of the gates is that of `gated_prefix`.
+    """
 
     place = "prefix"
     acts_on = "the keys and values of the attention"
@@ -36,7 +39,7 @@ class GatedPrefixMLP(PrefixMLP):
         return super().initial(W, b, rank, random, sizes={**attributes.pop("sizes"), "layers": 1}, **gate, **attributes)
 
     def past(self) -> None:  # type: ignore[override]
-        """Return None: gates need the attention's input, so no prefix can be computed for the whole model."""
+        """Return None: the gates need the attention's input, so the prefix is not known before the forward."""
 
     def prefix(self, x: Tensor) -> Tensor:
         out: Tensor = gated(self.computed(), x, self.gate, self.gate_bias)

@@ -1,7 +1,7 @@
 """GLoRA: W' = W + W * A + B, b' = b + b * D + E + W @ C.  Chavan et al. 2023, https://arxiv.org/abs/2306.07967
 
 A, B, C, D and E are called supports. In training, a search selects the form of each support: a product of two factors
-(d, u), a vector, a constant, or none.
+(d, u), a vector (no suffix), a constant (c), or none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class GLoRA(WeightUpdate):
     """W' = W + W * A + B, b' = b + b * D + E + W @ C.
 
-    At least one support is present, and each support has one form.
+    At least one support is present. Each support that is present has exactly one of its forms.
     """
 
     linear_only = True
@@ -84,7 +84,7 @@ class GLoRA(WeightUpdate):
         return any(name[0] in supports for name in self.tensors)
 
     def _support(self, name: str) -> Tensor:
-        """Return one of the five supports; A, B and C are returned as a matrix or a column."""
+        """Return a support: A, B or C as a matrix or a column, D or E as a vector; 0 if the support is absent."""
         leaves = [cast("Tensor", leaf) for field, leaf in self.tensors.items() if field[0] == name]
         vectors = leaves if name in "DE" else [leaf[..., None] for leaf in leaves]
         return leaves[0] @ leaves[1] if len(leaves) == 2 else cast("Tensor", sum(vectors))

@@ -2,8 +2,8 @@
 
 Jung et al. 2025, https://arxiv.org/abs/2505.20355
 
-Each block has rank q, and the g blocks of one slice of inputs together have rank r = g * q. The hybrid form adds a LoRA
-of the whole weight.
+The LoRA of each block has rank q. The g blocks that read the same slice of inputs together have rank r = g * q. The
+hybrid form adds a LoRA of the whole weight.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 class GraLoRA(Additive):
-    """W' = W + scaling * (D + B_whole @ A_whole); block (j, n) of D (outputs j, inputs n) is A[n, :, j] @ B[j, n]."""
+    """W' = W + scaling * (D + B_whole @ A_whole); block (j, n) of D is (A[n, :, j] @ B[j, n])^T.
+
+    j counts the slices of outputs, and n the slices of inputs. The index j of A, and the index n of B, stand for q
+    consecutive ranks.
+    """
 
     linear_only = True
     paper = "https://arxiv.org/abs/2505.20355"
@@ -48,7 +52,7 @@ class GraLoRA(Additive):
         return scaled
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return factors of rank g * r: the blocks' factors, with zeros outside of the blocks."""
+        """Return factors of rank g * r, or g * r + h in the hybrid form; elements outside of the blocks are 0."""
         A, B = self._blocks()
         xp = namespace(A)
         identity = xp.eye(len(A), dtype=A.dtype, device=getattr(A, "device", None))

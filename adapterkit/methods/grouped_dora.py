@@ -1,11 +1,11 @@
-"""DoRA for a convolution in groups, as PEFT trains it: y' = b + magnitude / n * (y - b + scaling * B @ A(x)).
+"""DoRA for a grouped convolution, as in PEFT: y' = b + magnitude / n * (y - b + scaling * B @ A(x)).
 
-Liu et al. 2024, https://arxiv.org/abs/2402.09353; https://github.com/huggingface/peft/pull/2403. A and B are those of
+Liu et al. 2024, https://arxiv.org/abs/2402.09353; https://github.com/huggingface/peft/pull/2403. A and B are as in
 `grouped_lora`: A reads the channels of all groups. W `[out, in / groups, *k]` has no entries for channels of other
 groups, so the change cannot be merged. For each output, n is the norm of W + scaling * B @ A over all channels; W
-counts as zero outside the output's group. With `regrouped`, n is PEFT's divisor instead: the norm of
-W + scaling * B' @ A in the shape of W, where B' is B read row by row as `[out / groups, r]`. With one group, both norms
-equal DoRA's.
+counts as zero for channels of other groups. With `regrouped`, n is PEFT's divisor instead: the norm of
+W + scaling * B' @ A in the shape of W, where B' is B read row by row as `[out / groups, r]`. If there is only one
+group, both norms equal DoRA's norm.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class GroupedDoRA(AcrossGroups):
-    """A reads all `inputs` channels; B has r / share groups; each output is rescaled."""
+    """A reads all `inputs` channels; B has r / share groups; each output is multiplied by magnitude / n."""
 
     paper = "https://arxiv.org/abs/2402.09353"
     since: ClassVar[tuple[str, ...]] = ("1.1",)
@@ -50,7 +50,7 @@ class GroupedDoRA(AcrossGroups):
         return (y - b + self.read(x, layer)) * factor + b
 
     def _norm(self, W: Tensor) -> Tensor:
-        """Return n `[out]`, for W `[out, in / groups, *k]`."""
+        """Return the norm n `[out]` of each output, for W `[out, in / groups, *k]`."""
         (r, *_), (out, _), groups = self.A.shape, self.B.shape, self.groups
         A, W = self.A.reshape(r, -1), W.reshape(out, -1)
         if self.regrouped:

@@ -1,11 +1,11 @@
 """LoRA across the groups of a convolution, as in PEFT: y' = y + scaling * (B @ A(x) + bias).
 
 Hu et al. 2021, https://arxiv.org/abs/2106.09685; https://github.com/huggingface/peft/pull/2403. A is a convolution
-without groups: it reads all channels. B mixes within groups: the rows of the first group read the first channels of
-A(x), and so on. So each output depends on channels of other groups, for which W `[out, in / groups, *k]` has no
-entries. A LoRA that stays within the groups is the method `lora`, and can be merged. With `zero_padded`, A pads its
-input with zeros and has no dilation, even if the layer uses another padding or a dilation: PEFT copies only the layer's
-kernel size, stride and amount of padding to A.
+without groups: it reads all channels. B mixes within groups: its rows for the first group of outputs read the first
+`share` channels of A(x), and so on. So each output depends on channels of other groups, for which
+W `[out, in / groups, *k]` has no entries. A LoRA that stays within the groups is the method `lora`, which can be
+merged. With `zero_padded`, A pads its input with zeros and has no dilation, even if the layer uses another padding or a
+dilation: PEFT copies only the layer's kernel size, stride and amount of padding to A.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""HRA: a chain of reflections on the inputs.  Yuan et al. 2024, https://arxiv.org/abs/2405.17484
+"""HRA: a product of reflections on the inputs.  Yuan et al. 2024, https://arxiv.org/abs/2405.17484
 
-W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T), where each u has length 1. With `gram_schmidt`, the vectors u
-are first made orthogonal. This makes the chain a single reflection, which depends only on the space that the vectors
-span.
+W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T), where each u_i is a column of `u`, scaled to length 1. With
+`gram_schmidt`, the columns are first made orthogonal. The product is then a single reflection, which depends only on
+the space that the columns span.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class HRA(WeightUpdate):
-    """Reflects W at one column of `u` after another or, with `gram_schmidt`, once: W' = W - 2 W @ U @ U^T."""
+    """W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T) or, with `gram_schmidt`, W' = W - 2 W @ U @ U^T.
+
+    u_i is column i of `u`, scaled to length 1. U is the factor Q of the QR decomposition of `u`.
+    """
 
     blocks = frozenset({"out"})
     paper = "https://arxiv.org/abs/2405.17484"

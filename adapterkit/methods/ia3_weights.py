@@ -1,7 +1,7 @@
 """IA3 as in LyCORIS: W' = W * (1 + w), with one w per output or per input.  https://arxiv.org/abs/2309.14859
 
 The original IA3 (https://arxiv.org/abs/2205.05638) also scales the bias. Here the bias stays unchanged, except in
-LyCORIS's bypass mode (`on_output`). The tensors contain the differences of the scales from 1.
+LyCORIS's bypass mode (`on_output`). The tensors contain the scales minus 1.
 """
 
 from __future__ import annotations

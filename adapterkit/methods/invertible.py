@@ -1,8 +1,8 @@
 """Invertible adapters: y1' = y1 + F(y2), y2' = y2 + G(y1').  Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00052
 
 The adapter is an additive coupling block (NICE, Dinh et al. 2014, https://arxiv.org/abs/1410.8516) after the
-embeddings. Its inverse is applied before the output head; for the inverse, the target is the head, and `reverse` is
-set.
+embeddings. y1 are the first channels of the embeddings, and y2 the others. The block's inverse is applied to the input
+of the output head. The inverse is a separate update: its target is the head, and `reverse` is true.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class Invertible(OutputUpdate):
-    """Applies the block to the output, or its inverse to the input.
+    """Applies the coupling block to the target's output or, with `reverse`, the block's inverse to the target's input.
 
-    F and G are two linear layers with an activation.
+    F and G each consist of two linear layers with an activation between them.
     """
 
     paper = "https://arxiv.org/abs/2005.00052"

@@ -1,6 +1,6 @@
 """KaSA: LoRA in place of the base's smallest singular values.  Wang et al. 2024, https://arxiv.org/abs/2412.06071
 
-W' = (W without its r smallest singular values) + scaling * B @ diag @ A.
+W' = (W without its r smallest singular values) + scaling * (B * diag) @ A.
 """
 
 from __future__ import annotations

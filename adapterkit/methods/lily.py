@@ -1,8 +1,9 @@
 """Lily: y' = y + scaling * (sum over e of share_e * B_e)^T A x, with shares from a router.
 
 Zhong et al. 2024, https://arxiv.org/abs/2407.09946. Layers of one kind share the matrices B, and neighbouring layers
-share A. The whole batch has the same shares: the mean of the router's shares over all rows and tokens. So the output of
-a row depends on the other rows in the batch. A new update has a separate B, unless the caller passes a B to share.
+share A. The whole batch has the same shares: the mean over all rows and tokens of the router's softmax. So the output
+of a row depends on the other rows in the batch. A new update gets its own B, unless the caller passes the B of another
+layer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Lily(Routed):
-    """share = mean of softmax(router @ A x) over all rows and tokens."""
+    """y' = y + scaling * (sum_e share_e * B_e)^T A x, share = mean of softmax(router @ A x) over rows and tokens."""
 
     paper = "https://arxiv.org/abs/2407.09946"
     acts_on = "the output (with shares that depend on the input)"

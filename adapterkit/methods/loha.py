@@ -1,7 +1,8 @@
 """LoHa: W' = W + scaling * (w1_a @ w1_b) * (w2_a @ w2_b).  Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098
 
 The elementwise product of two low-rank products has a rank of up to r * r. For convolutions, both products may have a
-Tucker core. Each is then `sum_ij t[i, j, *k] w_a[o, i] w_in[j, n]`, as in LyCORIS, https://arxiv.org/abs/2309.14859.
+Tucker core. Each product is then `sum_ij t[i, j, *k] w_a[o, i] w_in[j, n]`, as in LyCORIS,
+https://arxiv.org/abs/2309.14859.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class LoHa(Additive):
-    """W' = W + scaling * P1 * P2; P1 and P2 are both plain products, or both have a core."""
+    """W' = W + scaling * P1 * P2; P1 and P2 are low-rank products, both with or both without a core."""
 
     blocks = frozenset({"out"})
     forms = ((("w1_b", "w2_b"), ("t1", "w1_in", "t2", "w2_in")),)
@@ -52,8 +53,8 @@ class LoHa(Additive):
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return factors of rank r * r.
 
-        Column (i, j) of B is column i of w1_a times column j of w2_a; row (i, j) of A is row i of w1_b times row j of
-        w2_b.
+        Column (i, j) of B is the elementwise product of column i of w1_a and column j of w2_a, times `scaling`. Row
+        (i, j) of A is the elementwise product of row i of the first right factor and row j of the second.
         """
         one, two = _right(self.w1_b, self.t1, self.w1_in), _right(self.w2_b, self.t2, self.w2_in)
         B = (self.scaling * self.w1_a)[:, :, None] * self.w2_a[:, None, :]
@@ -61,5 +62,5 @@ class LoHa(Additive):
 
 
 def _right(b: Tensor | None, core: Tensor | None, inputs: Tensor | None) -> Tensor:
-    """Return the right factor of a product, `[r, in * k]`; with a core, the core times the inputs' factor."""
+    """Return the right factor of a product, `[r, in * k]`; with a core, this is the core times the factor `inputs`."""
     return b if b is not None else contracted(cast("Tensor", core), cast("Tensor", inputs))

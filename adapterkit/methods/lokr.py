@@ -1,9 +1,10 @@
 """LoKr: W' = W + scaling * kron(w1, w2).  Yeh et al. 2023, https://arxiv.org/abs/2309.14859
 
 Each factor may be a low-rank product; w2, which contains the kernel of a convolution, may also have a Tucker core. As
-in LyCORIS, output p * m + i belongs to row p of w1 and row i of w2, which has m rows; the same applies to inputs. With
-`stacked`, w2 `[s, n, k]` is a stack of s matrices. The Kronecker products of w1 `[a, c]` with these matrices are
-stacked to `[s, a * n, c * k]`, and reshaped to the weight's shape. PEFT trains LoKr on `nn.Conv1d` like this.
+in LyCORIS, output p * m + i belongs to row p of w1 and row i of w2, where m is the number of rows of w2. Inputs are
+ordered in the same way. With `stacked`, w2 `[s, n, k]` is a stack of s matrices. The Kronecker products of w1 `[a, c]`
+with these matrices are stacked to `[s, a * n, c * k]`, and reshaped to the weight's shape. PEFT trains LoKr on
+`nn.Conv1d` like this.
 """
 
 from __future__ import annotations
@@ -68,7 +69,10 @@ class LoKr(Additive):
         return D
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """Return two Kronecker products: of the left factors of w1 and w2, and of their right factors."""
+        """Return the Kronecker product of the left factors of w1 and w2, and that of the right factors.
+
+        The result is None if `stacked` is true.
+        """
         if self.stacked:
             return None
         left_1, right_1 = sides(self.w1_a, self.w1_b, self.w1)
@@ -86,12 +90,12 @@ class LoKr(Additive):
             return cast(Self, Dense(D=self._product.reshape(len(w1) * len(w2), -1)[start:stop], d=None))
         first, last = start // len(w2), -(-stop // len(w2))
         rows = kron(self.scaling * w1[first:last], w2)[start - first * len(w2) : stop - first * len(w2)]
-        # Return a dense update, because a block of rows of a Kronecker product may not be a Kronecker product.
+        # Return a dense update, because some rows of a Kronecker product may not form a Kronecker product.
         return cast(Self, Dense(D=rows, d=None))
 
     @property
     def _product(self) -> Tensor:
-        """The scaled product of both factors; it has as many elements as the weight."""
+        """The scaled Kronecker product of w1 and w2; it has as many elements as the weight."""
         w1: Tensor = self.scaling * self._first
         if not self.stacked:
             return kron(w1, self._second)

@@ -1,6 +1,7 @@
 """LoRA-XS: W' = W + scaling * B @ R @ A.  Balazy et al. 2024, https://arxiv.org/abs/2405.17604
 
-A and B consist of the first singular vectors of W before training, and stay fixed. Only the small matrix R is trained.
+A contains the first right singular vectors of W before training. B contains the first left singular vectors, each times
+its singular value. A and B stay fixed; only the small matrix R is trained.
 """
 
 from __future__ import annotations

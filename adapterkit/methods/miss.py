@@ -1,6 +1,7 @@
 """MiSS: W'[o, i] = W[o, i] + D[i mod r, o].  Kang and Yin 2024, https://arxiv.org/abs/2409.15371
 
-MiSS is the successor of Bone. The mini form has a narrower block than D, and also repeats it over the outputs.
+MiSS is the successor of Bone. The block D is repeated over the inputs. The mini form stores a narrower block, which is
+also repeated over the outputs.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class MiSS(Additive):
         return self.map(lambda leaf: times(leaf, weight))
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return the transposed block (repeated over the outputs) as B, and an identity repeated over inputs as A."""
+        """Return B, the transposed block (repeated over the outputs), and A, an identity repeated over the inputs."""
         some = self._any
         B = _repeated(some, 0, len(some), 0, shape[0]).mT
         identity = namespace(some).eye(len(some), dtype=some.dtype, device=getattr(some, "device", None))
@@ -63,6 +64,6 @@ class MiSS(Additive):
 
 
 def _repeated(block: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
-    """Return a rectangle of an infinite plane that is tiled with copies of a block."""
+    """Return rows `top` to `bottom` and columns `left` to `right` of an infinite plane that is tiled with a block."""
     rows, columns = block.shape
     return block[[i % rows for i in range(top, bottom)]][:, [o % columns for o in range(left, right)]]

@@ -1,6 +1,7 @@
 """MiSS's block affine form: W' = W + W @ B + B, block by block.  Kang and Yin 2024, https://arxiv.org/abs/2409.15371
 
-W is split into blocks of r x r. All blocks with the same r outputs share one B, which mixes the r inputs of each block.
+W is split into blocks of r x r. All blocks with the same r outputs share one matrix B[n], which mixes the r inputs of
+each block.
 """
 
 from __future__ import annotations

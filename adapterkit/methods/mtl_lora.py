@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 SHARPEST = 1e-6
-"""The smallest sharpness. Smaller values could overflow, and shares would be 0 or 1 unless weights are equal."""
+"""The smallest sharpness. A smaller one could overflow, and would make each share 0 or 1 unless weights are equal."""
 
 
 class MTLLoRA(LowRank):
-    """D = scaling * (sum_i w_i B_i) @ (values * A); the weight has two axes."""
+    """W' = W + scaling * (sum_i w_i B_i) @ diag(values) @ A, w = softmax(weights / sharpness)."""
 
     linear_only = True
     blocks = frozenset({"out", "in"})
@@ -44,8 +44,8 @@ class MTLLoRA(LowRank):
     ) -> Self:
         count = cls.sizes["count"] if count is None else count
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
-        # Start with pairs of opposite factors, which cancel out. Factors that start equal, such as zeros, would stay
-        # equal in training, and so would the weights.
+        # Start with pairs of opposite factors B, which cancel out. If all factors started with equal values, such as
+        # zeros, then the factors would stay equal in training, and so would their weights.
         Z = 0.1 * random((len(W), rank)) if count > 1 else W.new_zeros(len(W), rank)
         signs = W.new_tensor([(-1.0) ** i if i < count - count % 2 else 0.0 for i in range(count)])
         B = signs[:, None, None] * Z

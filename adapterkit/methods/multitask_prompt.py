@@ -1,4 +1,7 @@
-"""Multitask prompt tuning: one prompt, scaled for each task.  Wang et al. 2023, https://arxiv.org/abs/2303.02861"""
+"""Multitask prompt tuning: tasks share a prompt, and each task multiplies it elementwise by a low-rank matrix.
+
+Wang et al. 2023, https://arxiv.org/abs/2303.02861
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ if TYPE_CHECKING:
 class MultitaskPrompt(ContextUpdate):
     """Puts P * (columns[t] @ rows[t]), elementwise, in front of the input embeddings of task t.
 
-    With `decoder`, the first half of the rows is put in front of the encoder's input, and the second half in front of
-    the decoder's input.
+    With `decoder`, the first half of the n prompt tokens is put in front of the encoder's input, and the second half in
+    front of the decoder's input.
     """
 
     place = "embeddings"

@@ -1,7 +1,7 @@
-"""Find the family of a GGUF file, and compute how the file's rows are ordered relative to the hub's weights.
+"""Find the family of a GGUF file, and compute the order of its rows relative to the weights on the Hugging Face Hub.
 
-Tensor names and row orders are not in the code, but in spec/architectures, under the naming `gguf`.
-`tools/foreign/architectures` measures this data by converting tiny models with llama.cpp. Tensors that this data does
+The names of tensors and the orders of rows are data in spec/architectures, under the naming `gguf`.
+`tools/foreign/architectures` measures this data by converting tiny models with llama.cpp. Tensors that the data does
 not list are refused.
 """
 
@@ -35,12 +35,14 @@ ARCHITECTURE = "general.architecture"
 
 
 def family_of(name: str, modules: Collection[str], keys: Collection[str] = ()) -> Architecture:
-    """Find the family of a model or adapter file.
+    """Find the family of a GGUF model or adapter.
 
-    Several families share one `general.architecture`: Llama, Mistral and Mixtral are all `llama`. If the file has a
-    key-value that marks one of these families, only marked families are considered. The function chooses the family
-    that knows the most names of the file. It breaks ties by the fewest weights that have no GGUF name, and then by the
-    fewest GGUF names that the file lacks.
+    Several families can share one `general.architecture`: Llama, Mistral and Mixtral are all `llama`. Some of these
+    families are marked by a key-value. If the file has such a key-value, only the families that it marks are
+    considered; otherwise, families with a mark are considered only if there are no others.
+
+    The function chooses the family whose file lists the most tensors of the GGUF file. It breaks ties by the fewest
+    weights without a GGUF name, and then by the fewest GGUF names that the GGUF file lacks.
 
     Args:
         name: the file's `general.architecture`.
@@ -67,32 +69,33 @@ def _rank(family: Architecture, modules: Collection[str]) -> tuple[int, int, int
 
 
 def is_projector(values: Mapping[str, object]) -> bool:
-    """Whether a file's key-values show that it is an `mmproj` file, which holds a model's vision or audio part."""
+    """Whether a GGUF file is an `mmproj` file, which holds a model's vision or audio part, judged by its key-values."""
     kind, name = values.get("general.type"), values.get(ARCHITECTURE)
     return kind == "mmproj" or name == "clip"
 
 
 def place_of(family: Architecture, module: str) -> tuple[str, WeightPlace, dict[str, str]] | None:
-    """Return (key, place, numbers) of the weight in a GGUF module.
+    """Return the weight of the family that a GGUF tensor stores, as (weight, place, numbers).
 
-    None if the module has several weights or is unknown.
+    These are the weight's name template, its name and layout in GGUF, and the numbers in `module`. Return None if the
+    family does not list the tensor, or if the tensor stores several weights.
     """
     places = family.find(module, NAMING)
     return places[0] if len(places) == 1 else None
 
 
 FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
-"""A map from each fused tensor to its parts, in order. llama.cpp's `--fuse-qkv` and `--fuse-gate-up-exps` fuse tensors.
+"""A map from each tensor that llama.cpp's `--fuse-qkv` and `--fuse-gate-up-exps` write to its parts, in order.
 
-The rows of a part have the same order as in a tensor that stores only this part. Gate and up are joined for each
-expert.
+The rows of a part have the same order as in a tensor that stores only this part. In the tensor of all experts, each
+expert has its gate rows first, then its up rows.
 """
 
 
 def fused_places(family: Architecture, module: str) -> list[tuple[str, WeightPlace, dict[str, str]]]:
-    """Return the result of `place_of` for each part of a tensor that the converter fused.
+    """Return the result of `place_of` for each part of a tensor in `FUSED`.
 
-    Empty for any other tensor.
+    The list is empty for any other tensor, and if the family does not list one of the parts.
     """
     stem, _, leaf = module.rpartition(".")
     places = [place_of(family, f"{stem}.{part}") for part in FUSED.get(leaf, ())]
@@ -109,7 +112,7 @@ def fused_rows(module: str, rows: int, values: Mapping[str, object], name: str) 
         name: the file's `general.architecture`.
 
     Raises:
-        Unsupported: the key-values do not state the numbers of rows, or the numbers do not add up to `rows`.
+        Unsupported: the key-values do not state the numbers of heads, or the parts' rows do not add up to `rows`.
     """
     if module.endswith("ffn_gate_up_exps"):
         return [rows // 2, rows // 2]
@@ -123,11 +126,13 @@ def fused_rows(module: str, rows: int, values: Mapping[str, object], name: str) 
 
 
 def row_order(place: WeightPlace, rows: int, heads: Heads, where: str) -> Rows | None:
-    """Return `order`: row i of the file is row `order[i]` of the weight. None if both have the same order.
+    """Return `order`: row i of the file's tensor is row `order[i]` of the weight; None if both orders are equal.
 
     Raises:
+        UsageError: the number of the vision tower's heads is needed, but unknown.
         ShapeMismatch: the rows cannot be divided evenly among the heads.
-        Unsupported: the rows are in two tensors, or the heads of a linear attention are unknown.
+        Unsupported: the weight's rows are divided between two tensors, or the heads of linear attention or the number
+            of rotary rows are unknown.
     """
     if place.rows is None:
         return None
@@ -135,12 +140,12 @@ def row_order(place: WeightPlace, rows: int, heads: Heads, where: str) -> Rows |
         return rope_pairs(rows, sharing(heads, place.heads, where), where)
     if place.rows == "rotary":
         if not heads.rotary:
-            why = "the order of rows depends on the number of rotary rows of a head, which is unknown"
+            why = "the order of the tensor's rows depends on how many rows of a head are rotated, which is unknown"
             raise Unsupported(why, where=where, cure="Give a base whose config.json has partial_rotary_factor")
         return rotary_halves(rows, sharing(heads, place.heads, where), heads.rotary, where)
     if place.rows in SPLIT:
         raise Unsupported(
-            f"its rows are divided between two tensors, {place.name} and {place.beside}", where=where, cure=_MERGE
+            f"the rows are divided between two tensors, {place.name} and {place.beside}", where=where, cure=_MERGE
         )
     if place.rows == "linear_value":
         return by_value_head(rows, _linear(heads, where), where)
@@ -151,7 +156,7 @@ def row_order(place: WeightPlace, rows: int, heads: Heads, where: str) -> Rows |
 
 
 def column_order(place: WeightPlace, columns: int, heads: Heads, where: str) -> Rows | None:
-    """Return `order`: column i of the file is column `order[i]` of the weight. None if both have the same order.
+    """Return `order`: column i of the file's tensor is column `order[i]` of the weight; None if both orders are equal.
 
     Raises:
         ShapeMismatch, Unsupported: see `row_order`.
@@ -162,20 +167,20 @@ def column_order(place: WeightPlace, columns: int, heads: Heads, where: str) -> 
 def rows_apart(
     place: WeightPlace, shapes: tuple[tuple[int, ...], tuple[int, ...]], heads: Callable[[], Heads], where: str
 ) -> tuple[tuple[Rows, Rows], bool, int]:
-    """Return which rows of a weight are in which of the two tensors that store the weight.
+    """Return how the rows of a weight are divided between the two GGUF tensors that store it.
 
     Args:
         place: the weight's name and layout in GGUF.
-        shapes: the shapes of the two tensors.
+        shapes: the shapes of the two tensors that store the weight.
         heads: a function that returns the model's heads; it is called only if needed.
         where: the tensor, for errors.
 
     Returns:
-        a tuple: the rows in the first tensor and the rows in the second; whether the first tensor stores each head's
-        matrix transposed; the number of elements of a row.
+        a tuple: the indices of the weight's rows in the first and in the second tensor; whether the first tensor stores
+        each head's matrix transposed; the length of a row of the weight.
 
     Raises:
-        Unsupported: the two tensors do not fit each other.
+        Unsupported: the shapes of the two tensors do not fit each other, or the heads of linear attention are unknown.
         ShapeMismatch: the rows cannot be divided evenly among the heads.
     """
     first, second = shapes
@@ -183,13 +188,13 @@ def rows_apart(
         return latent(first[0], first[2], second[1]), True, first[1]
     if place.rows == "linear_qkvz" and len(first) == len(second) == 2 and first[1] == second[1]:
         return linear_qkvz(first[0] + second[0], _linear(heads(), where), where), False, first[1]
-    why = f"its rows are divided between two tensors with shapes {list(first)} and {list(second)}"
+    why = f"the rows are divided between two tensors with shapes {list(first)} and {list(second)}"
     raise Unsupported(why, where=where, cure=_MERGE)
 
 
 def _linear(heads: Heads, where: str) -> LinearHeads:
     if heads.linear is None:
-        why = "the order of rows depends on the key and value heads of the linear attention, which are unknown"
+        why = "the order of the tensor's rows depends on the heads of linear attention, which are unknown"
         raise Unsupported(why, where=where, cure="Give the base, with its config.json: --base (base=)")
     return heads.linear
 
@@ -210,16 +215,16 @@ def heads_in(values: Mapping[str, object], name: str, where: str) -> Heads:
     dim = values.get(f"{name}.attention.key_length", width // query if type(width) is int else 1)
     linear = [values.get(f"{name}.ssm.{key}") for key in ("group_count", "time_step_rank", "state_size", "inner_size")]
     if type(linear[1]) is int and type(linear[3]) is int and linear[1] > 0:
-        linear[3] //= linear[1]  # This key-value is the number of rows of all value heads together.
+        linear[3] //= linear[1]  # `inner_size` is the width of all value heads together; get the width of one head.
     rotary = values.get(f"{name}.rope.dimension_count")
     turned = rotary if type(rotary) is int and rotary > 0 else 0
     return Heads(query, kv, dim if type(dim) is int and dim > 0 else 1, linear_heads(*linear), turned)
 
 
 def _in_attention(count: object) -> object:
-    """Return the number of heads of a layer with attention.
+    """Return the number of heads in a layer with attention; return `count` if these layers have different numbers.
 
-    Hybrid models list a number per layer, 0 for a layer without attention.
+    Hybrid models list one number per layer. It is 0 for layers without attention.
     """
     several = {each for each in count if each != 0} if isinstance(count, list | tuple) else {count}
     return several.pop() if len(several) == 1 else count
@@ -238,7 +243,7 @@ def name_for(config: Mapping[str, object] | None) -> tuple[str, Architecture]:
     from .architectures import architecture_of, named
 
     if config is None:
-        why = "the names and the order of rows in a GGUF file depend on the base's architecture"
+        why = "the names and the row order in a GGUF file depend on the base's architecture, but no config was given"
         raise UsageError(why, where=ARCHITECTURE, cure="Give the base, with its config.json: --base (base=)")
     for each in (config, config.get("text_config")):
         architecture = architecture_of(each) if isinstance(each, dict) else None
@@ -258,7 +263,7 @@ def _chosen(family: Architecture, config: Mapping[str, object]) -> str:
             return name
     classes = sorted({each for condition in when.values() for each in condition.classes})
     why = f"{shown(config.get('architectures'))} is not supported for a base with model_type {family.family}"
-    known = f"llama.cpp's converter uses other names for that class; known: {', '.join(classes)}"
+    known = f"Supported classes: {', '.join(classes)}; llama.cpp's converter treats other classes as another family"
     raise Unsupported(why, where="config.json", cure=f"{known}. Merge the adapter into the GGUF model")
 
 

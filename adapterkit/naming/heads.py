@@ -1,7 +1,7 @@
 """Compute the orders in which file formats store the rows of attention heads.
 
-An order is an array of row numbers: row i of the format's tensor is row `order[i]` of the base's tensor. A row is one
-output of the layer: a row of a weight or of LoRA's B, or an element of a magnitude or bias.
+An order is an array of row indices: row i of the tensor in the file is row `order[i]` of the base's tensor. A row is
+one output of the layer: a row of a weight or of LoRA's B, or an element of a magnitude or bias.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _LARGEST = 1 << 24
 LINEAR_FIELDS = (
     "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
 )  # fmt: skip
-"""The config fields that state the numbers and widths of the heads of linear attention."""
+"""The config fields for linear attention: the numbers of its key and value heads, and the widths of such heads."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearHeads:
-    """The numbers of key heads and value heads of linear attention, and the width of each kind."""
+    """The heads of linear attention: the numbers of key heads and value heads, and the width of a head of each kind."""
 
     keys: int
     values: int
@@ -41,7 +41,7 @@ class Heads:
 
     Attributes:
         query: the number of query heads.
-        kv: the number of key heads, which equals the number of value heads.
+        kv: the number of key heads. There are as many value heads.
         dim: the number of rows of a head.
         linear: the heads of linear attention, if some layers use linear attention; otherwise None.
         rotary: the number of rows per head that the rotary embedding rotates; 0 if unknown.
@@ -70,16 +70,17 @@ def heads_of(config: Mapping[str, object] | None, where: str) -> Heads:
         where: the tensor or file that needs the heads, for error messages.
 
     Raises:
-        UsageError: there is no config, or it does not state the heads.
-        Malformed: a value is not a valid number.
+        UsageError: there is no config, or the config does not state the numbers or the width of the heads.
+        Malformed: a value in the config is not a valid number.
+        Unsupported: the blocks have different numbers of query heads per key head.
     """
     if config is None:
-        raise UsageError("the order of its rows depends on the base's number of heads", where=where, cure=_GIVE)
+        raise UsageError("the row order depends on the base's heads, and no config was given", where=where, cure=_GIVE)
     inner = config.get("text_config")
     attention_config = inner if isinstance(inner, dict) else config
     query = _count(attention_config, ("num_attention_heads", "n_head", "n_heads"), where)
-    # Check multi_query first: if it is set, all heads share one key, but Falcon's config still has num_kv_heads =
-    # num_attention_heads.
+    # Check multi_query before num_kv_heads: if multi_query is set, all query heads share one key head, but Falcon's
+    # config still has num_kv_heads = num_attention_heads.
     one = attention_config.get("multi_query") is True and attention_config.get("new_decoder_architecture") is not True
     fields = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
     kv = 1 if one else _count(attention_config, fields, where, _shared(attention_config, query, where))
@@ -96,7 +97,9 @@ def heads_of(config: Mapping[str, object] | None, where: str) -> Heads:
 
 
 def _shared(config: Mapping[str, object], query: int, where: str) -> int:
-    """Return the number of key heads of a Nemotron NAS, whose config states the query heads per key head of each block.
+    """Return the number of key heads; `query` if the config does not list blocks.
+
+    The config of a Nemotron NAS states, for each block, how many query heads share a key head.
 
     Raises:
         Unsupported: the blocks have different numbers of query heads per key head.
@@ -105,7 +108,7 @@ def _shared(config: Mapping[str, object], query: int, where: str) -> int:
     attentions = [b.get("attention") for b in blocks if isinstance(b, dict)] if isinstance(blocks, list) else []
     groups = {a.get("n_heads_in_group") for a in attentions if isinstance(a, dict)} - {None}
     if len(groups) > 1:
-        why = f"query heads share a key in groups of different sizes: {', '.join(map(str, sorted(groups, key=str)))}"
+        why = f"the blocks differ in query heads per key head: {', '.join(map(str, sorted(groups, key=str)))}"
         raise Unsupported(why, where=where, cure="Merge the adapter into the GGUF model of this base")
     group = groups.pop() if groups else 1
     return query // group if type(group) is int and 0 < group <= query else query
@@ -117,9 +120,9 @@ def linear_of(config: Mapping[str, object]) -> LinearHeads | None:
 
 
 def linear_heads(keys: object, values: object, key_dim: object, value_dim: object) -> LinearHeads | None:
-    """Check the numbers and return `LinearHeads`.
+    """Return `LinearHeads` with these values; None if a value is not a valid number.
 
-    None if a number is invalid or `values` is not a multiple of `keys`.
+    Also return None if `values` is not a multiple of `keys`.
     """
     counts = [count for count in (keys, values, key_dim, value_dim) if type(count) is int and 0 < count <= _LARGEST]
     return LinearHeads(*counts) if len(counts) == 4 and counts[1] % counts[0] == 0 else None
@@ -133,16 +136,21 @@ def _count(config: Mapping[str, object], names: tuple[str, ...], where: str, def
         if value == 0 == default:
             return 0
         raise Malformed(
-            f"{names[0]} is {shown(value)} in the base's config", where=where, cure="Fetch config.json again"
+            f"the base's config has an invalid {names[0]}: {shown(value)}", where=where, cure="Fetch config.json again"
         )
     return value
 
 
 def sharing(heads: Heads, which: str | None, where: str) -> int:
-    """Return the number of heads of the kind `which`, one of `query`, `kv` and `vision`.
+    """Return the number of heads among which a tensor's rows are divided.
+
+    Args:
+        heads: the model's numbers of heads.
+        which: `query`, `vision`, or `kv`; None means `kv`.
+        where: the tensor, for errors.
 
     Raises:
-        UsageError: the number of the vision tower's heads is unknown.
+        UsageError: the number of the vision tower's heads is needed, but unknown.
     """
     if which == "query":
         return heads.query
@@ -155,9 +163,9 @@ def sharing(heads: Heads, which: str | None, where: str) -> int:
 
 
 def rope_pairs(rows: int, heads: int, where: str) -> Rows:
-    """Return Meta's order of rows, in which two rows that are rotated together are adjacent.
+    """Return Meta's order of query or key rows, in which each pair of rows that RoPE rotates together is adjacent.
 
-    In transformers' order, row i of a head's first half is rotated together with row i of the second half.
+    In transformers' order, row i of a head's first half is rotated together with row i of the head's second half.
 
     Raises:
         ShapeMismatch: the rows cannot be divided evenly among the heads.
@@ -171,10 +179,10 @@ def rope_pairs(rows: int, heads: int, where: str) -> Rows:
 
 
 def rotary_halves(rows: int, heads: int, rotary: int, where: str) -> Rows:
-    """Return llama.cpp's order of query and key rows, for M-RoPE models in which adjacent rows are rotated together.
+    """Return llama.cpp's order of query or key rows, for M-RoPE models in which adjacent rows are rotated together.
 
-    llama.cpp's kernel rotates a row of the first half together with a row of the second half. So the file has, for each
-    head, the even rotated rows, then the odd rotated rows, then the rows that are not rotated.
+    llama.cpp's kernel rotates a row of the first half together with a row of the second half. So the file stores, for
+    each head, first the rotated rows with even index, then those with odd index, then the rows that are not rotated.
 
     Raises:
         ShapeMismatch: the rows cannot be divided evenly among the heads.
@@ -191,7 +199,7 @@ def rotary_halves(rows: int, heads: int, rotary: int, where: str) -> Rows:
 
 
 def by_group(heads: Heads) -> Rows:
-    """Return Megatron's order of fused queries, keys and values: for each group its queries, its key, its value."""
+    """Return Megatron's order of fused rows: for each key head the queries that share it, the key, then the value."""
     import numpy as np
 
     q, k, v = np.split(np.arange(sum(heads.sizes)), np.cumsum(heads.sizes)[:2])
@@ -200,10 +208,11 @@ def by_group(heads: Heads) -> Rows:
 
 
 def by_value_head(rows: int, heads: LinearHeads, where: str) -> Rows:
-    """Return llama.cpp's order of the rows of a linear attention's value heads.
+    """Return llama.cpp's order of the rows of value heads in linear attention.
 
-    In transformers, the value heads that share a key are adjacent. llama.cpp stores the first value head of each key,
-    then the second value head of each key, and so on, because ggml repeats keys in this order (llama.cpp #19468).
+    In transformers, the value heads that share a key head are adjacent. llama.cpp stores the first value head of each
+    key head, then the second value head of each key head, and so on, because ggml repeats key heads in this order
+    (llama.cpp #19468).
 
     Raises:
         ShapeMismatch: the rows cannot be divided evenly among the value heads.
@@ -217,7 +226,7 @@ def by_value_head(rows: int, heads: LinearHeads, where: str) -> Rows:
 
 
 def linear_qkv(rows: int, heads: LinearHeads, where: str) -> Rows:
-    """Return llama.cpp's order of linear attention's fused queries, keys and values; only the values are reordered."""
+    """Return llama.cpp's order of fused query, key and value rows in linear attention; only value rows are moved."""
     import numpy as np
 
     values = heads.values * heads.value_dim
@@ -228,10 +237,10 @@ def linear_qkv(rows: int, heads: LinearHeads, where: str) -> Rows:
 
 
 def linear_qkvz(rows: int, heads: LinearHeads, where: str) -> tuple[Rows, Rows]:
-    """Return the rows of queries, keys and values, and the rows of gates, in a weight ordered by key heads.
+    """Return two arrays of row indices of a fused weight: queries, keys and values; and gates.
 
-    For each key head, transformers stores its query, its key, its values and their gates (Qwen3-Next's
-    `in_proj_qkvz`).
+    The weight is ordered by key heads, as transformers stores Qwen3-Next's `in_proj_qkvz`: for each key head, its
+    query, its key, its values and the gates of these values.
     """
     import numpy as np
 
@@ -244,7 +253,10 @@ def linear_qkvz(rows: int, heads: LinearHeads, where: str) -> tuple[Rows, Rows]:
 
 
 def latent(heads: int, keys: int, values: int) -> tuple[Rows, Rows]:
-    """Return the rows of keys and the rows of values in a weight ordered by heads, as in DeepSeek's MLA."""
+    """Return the row indices of keys, and those of values, in a weight that stores each head's keys, then its values.
+
+    DeepSeek's MLA stores `kv_b_proj` in this order.
+    """
     import numpy as np
 
     rows = np.arange(heads * (keys + values)).reshape(heads, -1)
@@ -252,7 +264,7 @@ def latent(heads: int, keys: int, values: int) -> tuple[Rows, Rows]:
 
 
 def undone(order: Rows) -> Rows:
-    """Return the inverse of an order."""
+    """Return the inverse of `order`, which puts reordered rows back in their original order."""
     import numpy as np
 
     return np.argsort(order, kind="stable")

@@ -1,8 +1,8 @@
-"""Translate names of image and video models between namings, and name the parts of their pipelines.
+"""Translate module names of image and video models between namings, and find the part of the pipeline they belong to.
 
-The names are data, `spec/architectures/*.toml`. The naming `diffusers` has diffusers' names. The naming `native` has
-the names of the model's authors (LDM, BFL, Stability), which ComfyUI also loads. A family's file may have further
-namings.
+The names are data in `spec/architectures/*.toml`. The naming `diffusers` has diffusers' names. The naming `native` has
+the names that the model's authors (LDM, BFL, Stability) use; ComfyUI also loads models with these names. A family's
+file may have further namings.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from .architectures import Architecture, Head, WeightPlace, fill
 _WORD = re.compile(r"[A-Za-z]\w*?(?=[._]|$)")
 
 KOHYA = "kohya"
-"""Stands for the naming whose names sd-scripts writes with underscores for dots.
+"""Stands for the naming on which sd-scripts' names are based; sd-scripts replaces the dots by underscores.
 
-The family's file states which naming this is.
+Each family's file states which naming this is.
 """
 
 
 COMFYUI = "comfyui"
-"""The naming of ComfyUI's key maps: `native` in most families, a separate naming based on `native` in the others."""
+"""The naming of ComfyUI's key maps. Most families use `native` for it; the others have a separate naming."""
 
 FUSED = "diffusers_fused"
-"""diffusers' naming after `fuse_qkv_projections`; diffusers loads a LoKr of a fused weight in this naming."""
+"""The names that modules have after diffusers' `fuse_qkv_projections`.
+
+diffusers loads a LoKr of a fused weight under such a name.
+"""
 
 
 class ImageFamily:
@@ -59,10 +62,7 @@ class ImageFamily:
         return known and any(path in self.names(naming) for naming in self.namings)
 
     def has_all(self, names: Iterable[str]) -> bool:
-        """Whether the family has all of these modules, each in any naming.
-
-        Names that differ only in block numbers are looked up once.
-        """
+        """Whether the family has all of these modules. Each name may be in another naming."""
         literal = self.literal
         return all(name in self for name in {alike(name, literal): name for name in names}.values())
 
@@ -72,21 +72,21 @@ class ImageFamily:
         return frozenset(number for naming in self.namings for number in self.names(naming).literal)
 
     def modules(self, part: str) -> PatternNames:
-        """Return the module names of another pipeline part, if the authors' model file also contains that part."""
+        """Return the module names of another part of the pipeline, `part`, which `facts.modules` must list."""
         if part not in self._names:
             self._names[part] = names_of(_pattern(name) for name in self.facts.modules[part])
         return self._names[part]
 
     def unflattened(self, flat: str, naming: str) -> list[str]:
-        """List the dotted names in a naming that equal `flat` if dots are written as underscores."""
+        """List the dotted names in a naming that become `flat` if their dots are replaced by underscores."""
         return self.names(naming).unflattened(flat) if self.may_have(flat) else []
 
     def may_have(self, name: str) -> bool:
-        """Whether the family's file contains all words of a dotted or flattened name.
+        """Whether the text of the family's file contains all words of a dotted or flattened name.
 
-        This check avoids parsing most files.
+        If not, the family cannot have the name. This check avoids parsing most files.
         """
-        # Cache results by name without block numbers, so that all blocks of a model share one result.
+        # The key of the cache is the name without block numbers, so that all blocks of a model share one result.
         wanted = shape(name)
         if wanted not in self._words:
             self._words[wanted] = all(word in self.text for word in _WORD.findall(wanted))
@@ -107,7 +107,7 @@ class ImageFamily:
         return f"{COMFYUI} = " in self.text and COMFYUI in self.namings
 
     def names(self, naming: str) -> PatternNames:
-        """Return all names in one naming; no names if the family does not have the naming."""
+        """Return all module names of the family in one naming; empty if the family does not have this naming."""
         naming = self.wanted(naming)
         if naming not in self._names:
             places = (self.architecture.place(weight, naming) for weight in self.architecture.record.weights)
@@ -115,20 +115,22 @@ class ImageFamily:
         return self._names[naming]
 
     def naming_of(self, paths: Collection[str], preferred: str = "") -> str:
-        """Return a naming that has all of these names, preferably `preferred`; empty if no naming has all."""
+        """Return a naming that has all of these names, preferably `preferred`; an empty string if there is none."""
         preferred = self.wanted(preferred)
         order: list[str] = [*([preferred] if preferred in self.namings else []), *self.namings]
         return next((naming for naming in order if all(path in self.names(naming) for path in paths)), "")
 
     def moves(self, path: str, ours: str, theirs: str, ratio: float | None = None) -> tuple[Piece, ...]:
-        """Return where the rows of a module are in another naming; empty if that naming lacks some of the rows.
+        """Return which modules of another naming have the rows of a module.
+
+        The result is empty if the other naming lacks some of the rows.
 
         Args:
             path: the module's name.
             ours: the naming that `path` belongs to.
-            theirs: the naming to translate it to.
-            ratio: the module's number of outputs divided by its number of inputs; needed if several weights have this
-                name.
+            theirs: the other naming.
+            ratio: the module's number of outputs divided by its number of inputs. It is needed if `path` can mean
+                several weights, which differ in this ratio.
         """
         pieces = []
         for weight, place, numbers in self.architecture.find(path, ours):
@@ -143,11 +145,11 @@ class ImageFamily:
         return pieces_here if complete else ()
 
     def ratios(self, path: str) -> list[float]:
-        """List the possible ratios of a module's number of outputs to its number of inputs.
+        """List the ratios that a module's number of outputs to its number of inputs can have.
 
-        Empty if the family's file states none.
+        The list is empty if the family's file states no ratio.
         """
-        # Cache the ratios by name without block numbers, because callers need the ratios for every block.
+        # The key of the cache is the name without block numbers, because callers need the ratios for every block.
         kind = alike(path, self.literal)
         if kind not in self._ratios:
             self._ratios[kind] = self._ratios_of(path)
@@ -176,7 +178,7 @@ def _run(place: WeightPlace) -> Run:
 
 @cache
 def families() -> tuple[ImageFamily, ...]:
-    """List the families with a file; families whose names fit any number of blocks come last."""
+    """List all families of pipelines; generic families, whose names fit any number of blocks, come last."""
     all_families = [ImageFamily(head, text) for head, text in architectures.of_pipelines()]
     return tuple(sorted(all_families, key=lambda family: family.facts.generic))
 
@@ -184,14 +186,15 @@ def families() -> tuple[ImageFamily, ...]:
 def families_of_model(tensors: Iterable[str]) -> list[ImageFamily]:
     """List the families to which a whole U-Net or transformer may belong, given the names of its tensors in any naming.
 
-    A family fits if its file lists all modules of the model. If no file lists all, a family fits if its file lists more
-    than half of the modules, and no other file lists more of them. No family's file may list the remaining modules:
-    published checkpoints also have learned tokens and small networks, which no file lists.
+    A family fits if its file lists all modules of the model. If no file lists all modules, a family fits under three
+    conditions: its file lists more than half of the modules, no other file lists more of them, and no other file lists
+    any of the remaining modules. The remaining modules are those that no file lists: published checkpoints also have
+    learned tokens and small networks.
     """
     split = [rooted(name) for name in tensors]
     prefixed = [rest for root, rest in split if ROOTS.get(root[:-1]) == "denoiser"]
-    # If some names have the denoiser's prefix, use only these: a checkpoint for ComfyUI also has text encoders and a
-    # VAE.
+    # If some names have the denoiser's prefix, ignore all other names: a checkpoint for ComfyUI also has text encoders
+    # and a VAE.
     inside = prefixed or [rest for root, rest in split if ROOTS.get(root[:-1], "denoiser") in _DENOISERS]
     modules = {name.rpartition(".")[0] for name in inside if name.endswith((".weight", ".bias", ".scale"))}
     whole = [family for family in families() if modules and all(name in family for name in modules)]
@@ -212,10 +215,10 @@ _DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
 
 
 def looks_of_pipeline(paths: Iterable[str]) -> bool:
-    """Whether module names look like those of image, video and audio models rather than other models.
+    """Whether module names look like those of a pipeline's model (image, video, audio) rather than other models.
 
-    Use this for models whose family has no file. The function looks for the last two words of each name, such as
-    `attn.to_q`, in the families' files. It returns True if more matches are in the files of pipelines than in all other
+    Use this function for models whose family has no file. It looks for the last two words of each name, such as
+    `attn.to_q`, in all architecture files. It returns True if the files of pipelines have more matches than all other
     files. A single match is not enough, because the audio tower of a language model may also have a `to_q`.
     """
     ends = {".".join(path.split(".")[-2:]) + '"' for path in paths}
@@ -226,7 +229,7 @@ def looks_of_pipeline(paths: Iterable[str]) -> bool:
 
 @cache
 def encoders() -> dict[str, PatternNames]:
-    """Return the module names of text encoders by kind (`clip`, `t5`, `llm`); they are the same in all pipelines."""
+    """Return the module names of each kind of text encoder: `clip`, `t5`, `llm`. All pipelines use the same names."""
     llm = ("llama", "qwen3", "gemma2")
     blocks = {
         _pattern(weight).removeprefix("model.")
@@ -255,37 +258,37 @@ def encoders() -> dict[str, PatternNames]:
 
 
 LLM_PREFIXES = ("", "model.", "model.language_model.")
-"""Texts that may precede `layers.` in the names of a text encoder that is a language model.
+"""Prefixes that may precede `layers.` in the module names of a text encoder that is a language model.
 
-The text depends on the class that saved the model: with or without a head.
+The prefix depends on the class that saved the model: a class with or without a head.
 """
 
 
 def encoder_kind(rest: str) -> str:
-    """Return the kind of text encoder that has a module with this name, `clip`, `t5` or `llm`; empty if none has."""
+    """Return the kind of text encoder (`clip`, `t5` or `llm`) that has a module named `rest`; empty if none has."""
     return next((kind for kind, names in encoders().items() if rest in names), "")
 
 
 _TIED = {"t5": ("encoder.embed_tokens",)}
-"""Further names of tensors; the architecture files list only one name of each tensor."""
+"""Second names of tied tensors, by kind of text encoder: architecture files list only one name of each tensor."""
 
 
 @lru_cache(maxsize=8)
 def families_of_names(names: frozenset[str]) -> tuple[ImageFamily, ...]:
     """List the families that have all of these modules, in any naming.
 
-    The result is cached, because several format readers call this function.
+    The result is cached, because several format readers call this function with the same names.
     """
-    # Compare words first, because a file that lacks a word of a name need not be parsed.
+    # Compare words first: if a file lacks a word of a name, the file need not be parsed.
     shapes = {shape(name) for name in names}
     likely = [family for family in families() if all(map(family.may_have, shapes))]
     return tuple(family for family in likely if family.has_all(names))
 
 
 def families_with(names: Collection[str]) -> list[ImageFamily]:
-    """List the families that have all of these modules, in any naming, without generic families.
+    """List the families that have all of these modules, in any naming. Generic families are left out.
 
-    Empty if `names` is empty.
+    The list is empty if `names` is empty.
     """
     return [family for family in families_of_names(frozenset(names)) if names and not family.facts.generic]
 
@@ -318,38 +321,41 @@ ROOTS = {
         for word in ("clip_h", "umt5xxl", "llama", "qwen25_7b", "qwen3_06b", "qwen3_4b", "gemma2_2b", "byt5_small")
     },
 }
-"""A map from prefixes of names to parts of the pipeline; `denoiser` stands for the U-Net or the transformer."""
+"""A map from prefixes of module names to parts of the pipeline.
+
+`denoiser` stands for the U-Net or the transformer.
+"""
 
 PARTS = tuple(word for word, part in ROOTS.items() if word == part)
-"""The parts of pipelines, by diffusers' names."""
+"""diffusers' names of the parts of pipelines."""
 
 
 @cache
 def beside() -> dict[str, str]:
-    """Return a map from ComfyUI's names (or prefixes) of modules outside the denoiser to diffusers' names."""
+    """Return a map from ComfyUI's module names (or prefixes) to diffusers', for modules outside the denoiser."""
     return {theirs: ours for family in families() for ours, theirs in family.facts.beside.items()}
 
 
 def in_other_words(path: str, words: Mapping[str, str]) -> str:
-    """Replace the prefix of a path according to the map `words`.
+    """Replace the prefix of a path with the text to which the map `words` maps this prefix.
 
-    Return an empty string if no prefix in the map fits.
+    Return an empty string if the path has none of the prefixes in the map.
     """
     prefix = next((word for word in words if path == word or path.startswith(f"{word}.")), "")
     return words[prefix] + path[len(prefix) :] if prefix else ""
 
 
 def rooted(path: str) -> tuple[str, str]:
-    """Split a path into its prefix from `ROOTS`, including the dot (empty if there is no prefix), and the rest."""
+    """Split a path into a prefix listed in `ROOTS`, with its dot, and the rest. The prefix is empty if none fits."""
     root = next((root for root in ROOTS if path.startswith(f"{root}.")), "")
     return (f"{root}.", path[len(root) + 1 :]) if root else ("", path)
 
 
 @lru_cache(maxsize=1 << 16)
 def component_of(path: str) -> str | None:
-    """Return the part of the pipeline to which a dotted path belongs, from its prefix or the families' files.
+    """Return the part of the pipeline to which a dotted path belongs; None if unknown.
 
-    None if unknown.
+    The part follows from the path's prefix; without a prefix, from the families' files.
     """
     root, rest = rooted(path)
     if root:
@@ -368,17 +374,17 @@ def denoiser_of(paths: Iterable[str]) -> str:
 
 
 def is_xl(paths: Collection[str]) -> bool:
-    """Whether these module names of a U-Net, in any naming, show that it is Stable Diffusion XL."""
+    """Whether module names of a U-Net, in any naming, show that the model is Stable Diffusion XL."""
     return _only("sdxl", "sd", paths)
 
 
 def is_not_xl(paths: Collection[str]) -> bool:
-    """Whether these module names of a U-Net, in any naming, show that it is Stable Diffusion 1 or 2."""
+    """Whether module names of a U-Net, in any naming, show that the model is Stable Diffusion 1 or 2."""
     return _only("sd", "sdxl", paths)
 
 
 def _only(family: str, other: str, paths: Collection[str]) -> bool:
-    """Whether some name belongs only to `family`, and no name belongs only to `other`."""
+    """Whether at least one name is in `family` but not in `other`, and no name is in `other` but not in `family`."""
     one, two = (next(each for each in families() if each.name == name) for name in (family, other))
     membership = {(path in one, path in two) for path in paths}
     return (True, False) in membership and (False, True) not in membership
@@ -386,7 +392,8 @@ def _only(family: str, other: str, paths: Collection[str]) -> bool:
 
 # Describe module names as dotted patterns with `#` for numbers, and restore the dots of flattened names.
 #
-# kohya and LyCORIS write every dot as an underscore. Only a list of the existing names can undo this flattening.
+# kohya and LyCORIS flatten names: they write every dot as an underscore. Names also have underscores of their own, so
+# the dots can be restored only with a list of all names of the model.
 
 
 _NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
@@ -395,7 +402,13 @@ _NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
 
 @dataclass(frozen=True, slots=True)
 class PatternNames:
-    """The names of a family's modules in one naming; create instances with `names_of`."""
+    """The names of a family's modules in one naming; create instances with `names_of`.
+
+    Attributes:
+        patterns: the dotted names, with `#` for each number that may vary.
+        by_dots: a map from each dotted name with `#` for all its numbers to the patterns that it stands for.
+        by_underscores: the same map for flattened names.
+    """
 
     patterns: frozenset[str]
     by_dots: dict[str, tuple[str, ...]] = field(repr=False)
@@ -408,8 +421,8 @@ class PatternNames:
         """List the patterns that fit a dotted name."""
         wanted = shape(name)
         candidates = self.by_dots.get(wanted, ())
-        # A pattern without literal numbers fits every name that differs only in numbers. Other patterns need a
-        # comparison of the numbers.
+        # If a pattern has no literal numbers, it fits every name with the same words. If it has literal numbers, these
+        # must also be equal in the name.
         return [each for each in candidates if each == wanted or fill_numbers(each, numbers_in(each, name)) == name]
 
     @property
@@ -418,7 +431,7 @@ class PatternNames:
         return {number for pattern in self.patterns for number in _NUMBER.findall(pattern)}
 
     def unflattened(self, flat: str) -> list[str]:
-        """List the dotted names that equal `flat` if dots are written as underscores; there may be several."""
+        """List the dotted names that become `flat` if their dots are replaced by underscores; there may be several."""
         names: dict[str, None] = {}
         for pattern in self.by_underscores.get(shape(flat), ()):
             name = fill_numbers(pattern, numbers_in(pattern.replace(".", "_"), flat))
@@ -428,7 +441,7 @@ class PatternNames:
 
 
 def names_of(patterns: Iterable[str]) -> PatternNames:
-    """Build a `PatternNames` from patterns."""
+    """Build a `PatternNames` from dotted names, with `#` for each number that may vary."""
     dots: dict[str, list[str]] = {}
     underscores: dict[str, list[str]] = {}
     kept = dict.fromkeys(patterns)
@@ -453,36 +466,36 @@ def alike(name: str, literal: Collection[str]) -> str:
 
     Args:
         name: the name, dotted or flattened.
-        literal: the literal numbers in the patterns.
+        literal: the numbers to keep; see `PatternNames.literal`.
     """
     return _NUMBER.sub(lambda match: match[0] if match[0] in literal else "#", name)
 
 
 def flatten(name: str) -> str:
-    """Return a dotted name with underscores for dots."""
+    """Replace the dots of a name by underscores."""
     return name.replace(".", "_")
 
 
 def numbers_in(pattern: str, name: str) -> list[str]:
-    """Return the numbers in `name` at the positions of `#` in `pattern`. All other words of both must be equal."""
+    """Return the words of `name` at the positions of `#` in `pattern`; all other words must be the same in both."""
     words, parts = re.split(r"[._]", pattern), re.split(r"[._]", name)
     return [parts[i] for i, word in enumerate(words) if word == "#" and i < len(parts)]
 
 
 def fill_numbers(pattern: str, given: Iterable[str]) -> str:
-    """Replace each `#` in a pattern with the next number."""
+    """Replace the first `#` in a pattern with the first number of `given`, the second with the second, and so on."""
     values = iter(given)
     return re.sub("#", lambda _: next(values, "#"), pattern)
 
 
-# Describe how the rows of a fused weight in one naming correspond to rows in another naming.
+# Map the rows of a fused weight in one naming to the rows of weights in another naming.
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """Consecutive rows of a weight.
 
-    The weight is divided into `of` equal parts, and the rows are parts `start` to `stop`.
+    The weight is divided into `of` equal parts. The run has the parts from `start` up to, but not including, `stop`.
 
     Attributes:
         start: the index of the first part.
@@ -506,12 +519,12 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some rows of a module in one naming, and the same rows in another naming.
+    """Some rows of a module in one naming, and the place of these rows in another naming.
 
     Attributes:
-        path: the module in the other naming.
-        here: the rows in the module of the first naming.
-        there: the rows in `path`.
+        path: the name of the module that has these rows in the other naming.
+        here: the position of the rows in the module of the first naming.
+        there: the position of the rows in the module `path`.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""Types and tables for mapping names: moves, rules, the index of a base's names, parts of models, stored layouts."""
+"""Types and tables for mapping an adapter's names to a base: moves, rules, an index of names, words that name parts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ class PathPart(NamedTuple):
     """Some rows of a fused weight: the rows of one of its parts.
 
     Attributes:
-        number: the number of the part, counted from 0.
-        of: the number of equal parts.
+        number: the index of the part, counted from 0.
+        of: the number of parts. They have equal sizes, unless `heads` is true.
         interleaved: whether the part consists of every `of`-th row, starting at row `number`, instead of consecutive
             rows.
-        heads: whether the three parts are queries, keys and values; their sizes depend on the base's numbers of heads.
-        groups: whether rows are ordered by groups: the queries that share a key, the key, the value. Only with `heads`.
+        heads: whether the parts are queries, keys and values. Their sizes depend on the base's numbers of heads.
+        groups: whether the rows are ordered by key heads: the queries that share the key head, its key, its value. Only
+            if `heads` is true.
     """
 
     number: int
@@ -36,17 +37,17 @@ class PathPart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One part of a target, and its location in the base.
+    """One part of a target, and the place of this part in the base.
 
     Attributes:
         path: the name in the base.
         take: the rows of the target that belong to this part; None for all rows.
         into: the rows of the base's weight that correspond to `take`; None for all rows.
-        expert: if the target is a stack but the base has single experts: the expert's index in the target. Otherwise
+        expert: the expert's index in the target, if the target is a stack and the base has single experts. Otherwise
             None.
-        slot: if the base has a stack but the target is a single expert: the expert's index in the base. Otherwise None.
-        turn: the order of rows in the adapter and the order in the base, as two `WeightPlace` objects without names.
-            None if the orders are equal.
+        slot: the expert's index in the base, if the base has a stack and the target is a single expert. Otherwise None.
+        turn: the order of the rows in the adapter and their order in the base, as two `WeightPlace` objects without
+            names. None if the orders are equal.
     """
 
     path: str
@@ -58,17 +59,17 @@ class Move:
 
     @property
     def plain(self) -> bool:
-        """Whether only the name differs."""
+        """Whether the target is stored unchanged in the base, so that at most its name differs."""
         return (self.take, self.into, self.expert, self.slot, self.turn) == (None, None, None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
 class MoveRule:
-    """A rule that mapped names, for reports.
+    """A rule that mapped names of an adapter to a base, for reports.
 
     Attributes:
         kind: `user`, `exact`, `wrapper`, `architecture` or `prefix`.
-        text: a text that describes the rule; empty for `exact`.
+        text: a description of the rule; empty for `exact`.
         targets: the number of targets that the rule mapped.
     """
 
@@ -85,7 +86,7 @@ class Resolution:
     """The result of mapping an adapter's names to a base.
 
     Attributes:
-        moves: a map from each name in the adapter to the destinations of its parts in the base. There is one part,
+        moves: a map from each name in the adapter to the places of the target's parts in the base. There is one part,
             unless the base stores the target in several tensors.
         missing: the adapter's names that the base does not have.
         rules: the rules that were used, in the order in which they were tried.
@@ -99,7 +100,7 @@ class Resolution:
 
 
 def part_of(place: WeightPlace) -> PathPart | None:
-    """Return which rows of a tensor belong to the weight with this `WeightPlace`; None for all rows."""
+    """Return which rows of the tensor `place.name` belong to the weight; None if all rows do."""
     if place.qkv is not None:
         return PathPart(QKV.index(place.qkv), len(QKV), heads=True, groups=place.groups)
     if place.part is None or place.of is None:
@@ -108,9 +109,9 @@ def part_of(place: WeightPlace) -> PathPart | None:
 
 
 def ambiguous(target: str, readings: Sequence[str]) -> TargetNotFound:
-    """Return an error for a name that can mean several names in the base.
+    """Return an error for a target whose name can mean several modules of the base.
 
-    The error lists the names in the base, and the option that selects one of them.
+    The error lists up to four of these modules, and the option that selects one of them.
     """
     shown = " or ".join(sorted(readings)[:4])
     return TargetNotFound(
@@ -119,17 +120,20 @@ def ambiguous(target: str, readings: Sequence[str]) -> TargetNotFound:
     )  # fmt: skip
 
 
-# Index the names in a base: paths, templates with `#` for numbers, and endings of templates.
+# An index of the names in a base. A template is a name with `#` for each number.
 
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
-"""Words that torch.compile, FSDP, activation checkpointing and Fabric insert into paths; models never use them."""
+"""Words that torch.compile, FSDP, activation checkpointing and Fabric insert into paths.
+
+Models themselves never use these words.
+"""
 
 PERHAPS = frozenset({"module", "default"})
-"""Words that DistributedDataParallel and adapters insert into paths; models' own paths may also contain them."""
+"""Words that DistributedDataParallel and adapters insert into paths, but that a model's own paths may also contain."""
 
 Left = list[tuple[str, str]]
-"""Pairs (target, name) for the targets that are not mapped yet; `name` is the target's name after the earlier rules."""
+"""(target, name) pairs of the targets that are not mapped yet; earlier rules may have changed `name`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +141,10 @@ class Names:
     """The names in a base.
 
     Attributes:
-        paths: the dotted paths of modules with a weight or a bias, and of parameters.
-        outer: the paths of all modules, with or without own tensors, to which the targets in `anywhere` can be mapped.
-        anywhere: the targets that may be any module, with or without own tensors.
+        paths: the dotted paths of parameters, and of modules with a weight or a bias.
+        outer: the paths of all modules, also of modules without tensors of their own. Only the targets in `anywhere`
+            can be mapped to `outer`.
+        anywhere: the targets that may be mapped to a module without tensors of its own.
         families: a cache of `FamilyNames` objects, by family.
         experts: the number of experts in a layer, from the base's config; 0 if unknown.
     """
@@ -151,7 +156,7 @@ class Names:
     experts: int = 0
 
     def has(self, path: str, target: str) -> bool:
-        """Whether the base has the path, and the target may have this path."""
+        """Whether `target` can be mapped to `path`: the base has this path, and a target of this kind may have it."""
         return path in (self.outer if target in self.anywhere else self.paths)
 
     def lacks_weight(self, path: str) -> bool:
@@ -162,10 +167,10 @@ class Names:
     def templates(self) -> dict[str, str]:
         """Return a map from each template, such as `layers.#.mlp`, to one name that fits it, such as `layers.0.mlp`."""
         names = [name for name in (*self.paths, *self.outer) if "." in name]
-        # Join all names into one string for the substitution: a call for each of the 90,000 names of a large model
-        # takes three times as long.
+        # Join all names into one string and substitute once: with one call for each of the 90,000 names of a large
+        # model, this takes three times as long.
         templates = _NUMBERS.sub(".#", "\n".join(names)).split("\n")
-        if len(templates) != len(names):  # There are no names, or a name has a line break: substitute in each name.
+        if len(templates) != len(names):  # There are no names, or a name contains a line break.
             templates = [template_of(name) for name in names]
         examples = dict(zip(templates, names, strict=True))
         examples.update((shape_of(name), name) for name in (*self.paths, *self.outer) if "." not in name)
@@ -183,14 +188,13 @@ class Names:
 
     @cached_property
     def without_wrappers(self) -> tuple[Names, dict[str, str]] | None:
-        """Return the names without the words of wrappers, and a map from short to full names.
+        """Return the base's names without the words in `WRAPPERS`, and a map from each shortened name to its full name.
 
-        None if no name has such a word.
-
-        FSDP and torch.compile add such words to the names in a state dict, and PEFT adds `base_layer`.
+        Return None if no name can be shortened. FSDP and torch.compile add such words to the names in a state dict, and
+        PEFT adds `base_layer`, which is also removed.
         """
         off = WRAPPERS | {"base_layer"}
-        # Join all names into one string for the search: searching each of the 90,000 names of a large mixture of
+        # Join all names into one string and search it once: to search each of the 90,000 names of a large mixture of
         # experts takes 40 times as long.
         text = "\n".join(self.paths)
         if not any(word in text for word in off):
@@ -207,7 +211,7 @@ class Names:
 
 
 _NUMBERS = re.compile(r"\.(?:0|[1-9][0-9]{0,8})(?=[.\n]|\Z)")
-"""Matches numbers in names. A number as the first word does not match, because it names a part of a pipeline."""
+"""Matches numbers in names, except a number that is the first word, because it names a part of a pipeline."""
 
 
 def template_of(name: str) -> str:
@@ -220,7 +224,7 @@ def swap(name: str, off: str, on: str) -> str:
     return on + name[len(off) :] if name.startswith(off) else name
 
 
-# Find which part of a model a prefix names, so that a vision tower is not mapped to a language model.
+# Find the part of a model that a prefix names, so that a vision tower is not mapped to a language model.
 
 
 _KINDS: dict[str, dict[str, str]] = {
@@ -232,9 +236,9 @@ _KINDS: dict[str, dict[str, str]] = {
     "half": {"encoder": "encoder", "decoder": "decoder"},
     "role": {"thinker": "thinker", "talker": "talker"},
 }
-"""A map from each kind of part to the parts of this kind, each with the words in prefixes that name the part.
+"""The parts of models, by kind. Each part has the words that name it in a prefix.
 
-Parts of one kind may have the same shapes.
+Two parts of one kind may have the same shapes, so only such words tell them apart.
 """
 
 _KIND = {
@@ -254,7 +258,9 @@ def parts_of(kind: str, name: str) -> set[str]:
 
 @lru_cache(maxsize=1 << 10)
 def exchangeable(off: str, on: str) -> bool:
-    """Whether prefix `on` may replace `off`: their last words differ, and they do not name different parts or families.
+    """Whether the prefix `on` may replace the prefix `off` in a name.
+
+    The last words of the prefixes must differ, and the prefixes must not name different parts or different families.
 
     For example, `roberta.` may not replace `bert.`, and an encoder's prefix may not replace a decoder's.
     """
@@ -265,8 +271,9 @@ def exchangeable(off: str, on: str) -> bool:
     kinds = [
         ({_KIND[word][1] for word in words if _KIND[word][0] == kind}) for kind in _KINDS for words in (ours, theirs)
     ]
-    # `model.` may not replace `model.vision_tower.encoder.`, because `model.` is the text part. But a further word of a
-    # tower's prefix may be dropped: `model.video_tower.` may replace `model.video_tower.vision_model.`.
+    # `model.` may not replace `model.vision_tower.encoder.`, because `model.` is the prefix of the text part. But other
+    # words may be dropped if the tower's own word stays: `model.video_tower.` may replace
+    # `model.video_tower.vision_model.`.
     kept = {*off.split(".")} & {*on.split(".")} - {"", "model", "transformer"}
     if kinds[0] - {"text"} and not kinds[1] and not kept:
         return False
@@ -274,7 +281,7 @@ def exchangeable(off: str, on: str) -> bool:
 
 
 def keeps_parts(off: str, on: str) -> bool:
-    """Whether the change from `off` to `on` adds no word, or drops no words except `model` and `transformer`."""
+    """Whether the prefix `on` adds no words to `off`, or drops no words of `off` except `model` and `transformer`."""
     ours, theirs = off.split(".")[:-1], on.split(".")[:-1]
     dropped = {word for word in ours if word not in theirs}
     return dropped <= {"model", "transformer"} or all(word in ours for word in theirs)
@@ -282,9 +289,9 @@ def keeps_parts(off: str, on: str) -> bool:
 
 # List the weights that a base stores as [in, out], by the `model_type` of its config.
 #
-# The list is needed for square weights, whose shape does not show the layout. Sources: `Conv1D` in transformers'
-# modelling files of these families; for experts stored as `[expert, in, out]`, the entries with `transposed` in
-# spec/architectures.
+# The list is needed for square weights, whose shape does not show the layout. The sources are the uses of `Conv1D` in
+# transformers' modelling files of these families. Experts that are stored as `[expert, in, out]` are not in the list:
+# their entries in spec/architectures have `transposed`.
 
 
 _CONV1D = ("*.c_attn", "*.c_proj", "*.c_fc", "*.q_attn")
@@ -297,11 +304,14 @@ IN_OUT = {
     "clvp": ("*.mlp.c_fc", "*.mlp.c_proj"),
     "clvp_decoder": _CONV1D,
 }
-"""For each model_type, globs of the targets that are stored as [in, out]."""
+"""A map from a model_type to globs of the modules whose weights are stored as [in, out]."""
 
 
 def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None:
-    """Whether the base stores this target as [in, out]; None if the family is not in the list."""
+    """Whether the base stores the weight of the module `path` as [in, out].
+
+    Return None if neither `IN_OUT` nor the family's file lists such weights of the family.
+    """
     globs = IN_OUT.get(str((config or {}).get("model_type")))
     if globs is not None:
         return any(fnmatchcase(path, glob) for glob in globs)
@@ -312,7 +322,7 @@ def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None
 
 @cache
 def _transposed(family: Architecture) -> tuple[str, ...]:
-    """Return the names of a family's tensors with `transposed`, shortened to the part after the layer's number."""
+    """Return the names of a family's tensors that have `transposed`, each cut to the part from its last `#` on."""
     places = (family.place(weight, naming) for weight in family.record.weights for naming in ("hub", "transformers5"))
     names = (shape_of(HOLE.sub("0", place.name)) for place in places if place is not None and place.transposed)
     return tuple(dict.fromkeys(name[name.rfind("#") :] for name in names))

@@ -1,10 +1,11 @@
-"""Parse and apply the user's rules for names. A rule is `FROM=TO`, two dotted names with placeholders such as `{n}`.
+"""Parse and apply the user's rules for names. A rule is `FROM=TO`: two dotted names with placeholders such as `{n}`.
 
-Every operation accepts the same rules. A rule `@FILE` reads rules from a file, one per line; blank lines and lines that
-start with `#` are skipped.
+All operations accept the same rules. A rule `@FILE` reads rules from a file with one rule per line. Blank lines and
+lines that start with `#` are skipped.
 
 A rule `family:NAME` selects a family's file for a base whose config names no family. The rules `rows:by_head` and
-`rows:by_part` state how a base orders the rows of fused queries, keys and values, if files do not show the order.
+`rows:by_part` state how a base orders the rows of fused queries, keys and values, if the base's files do not show the
+order.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ _TEMPLATE = re.compile(r"[\w$/-]*(?:(?:\.|^)(?:[\w$/-]+|\{[a-z]\}))*\.?")
 
 @dataclass(frozen=True, slots=True)
 class Rename:
-    """One parsed rule. It replaces FROM in names that equal FROM or begin with FROM and a dot.
+    """One parsed rule. A rule `FROM=TO` replaces FROM in names that equal FROM or begin with FROM and a dot.
 
     Attributes:
         text: the rule as the user wrote it.
         pattern: a regular expression for names, with a group for each placeholder and a group for the rest of the name.
         to: the replacement for FROM, with placeholders.
-        family: the model type in a rule `family:NAME`; otherwise empty.
-        rows: `by_head` or `by_part` in a rule `rows:...`; otherwise empty.
+        family: NAME in a rule `family:NAME`, a model type; empty in other rules.
+        rows: `by_head` or `by_part` in a rule `rows:...`; empty in other rules.
     """
 
     text: str
@@ -51,11 +52,12 @@ class Rename:
 
 
 def read_rules(rename: str | Sequence[str | Rename]) -> tuple[str | Rename, ...]:
-    """Replace each `@FILE` among the rules with the rules in that file; `rename` may be a list or a single rule.
+    """Return the rules in `rename`, a list or a single rule, with each `@FILE` replaced by the rules in that file.
 
     Raises:
         StorageError: a file cannot be read.
         Malformed: a file is not text, or is too large for a rules file.
+        UsageError: a rules file contains an `@FILE`.
     """
     rules: list[str | Rename] = []
     for rule in [rename] if isinstance(rename, str) else rename:
@@ -67,26 +69,28 @@ def read_rules(rename: str | Sequence[str | Rename]) -> tuple[str | Rename, ...]
 
 
 def rule_texts(rename: str | Sequence[str | Rename]) -> tuple[str, ...]:
-    """Return the text of each rule, and of each rule in a rules file: plans and records must not depend on files.
+    """Return the texts of all rules, with each `@FILE` replaced by the rules in that file.
+
+    Plans and records store these texts, because a rules file may change or disappear.
 
     Raises:
-        StorageError, Malformed: see `read_rules`.
+        StorageError, Malformed, UsageError: see `read_rules`.
     """
     return tuple(rule.text if isinstance(rule, Rename) else rule for rule in read_rules(rename))
 
 
 def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | None = None) -> tuple[Rename, ...]:
-    """Parse rules.
+    """Parse the user's rules for names.
 
     Args:
-        rename: one rule or several, each `FROM=TO`, `@FILE` or `family:NAME`. An empty FROM puts TO before every name;
-            an empty TO removes FROM. Rules that are already parsed are returned unchanged, without the check against
-            `names`.
-        names: the names to rename; None skips the check that every rule matches one of them.
+        rename: one rule or several, each `FROM=TO`, `@FILE`, `family:NAME`, `rows:by_head` or `rows:by_part`. An empty
+            FROM puts TO before every name; an empty TO removes FROM. Rules that are already parsed are returned
+            unchanged, without the check against `names`.
+        names: the names to rename. Every rule `FROM=TO` must match at least one of them; None skips this check.
 
     Raises:
-        UsageError: a rule does not have exactly one `=`, or has a character that names cannot have, or a placeholder
-            only in TO; or a rule names a family without a file.
+        UsageError: a rule does not have exactly one `=`, has a character that names cannot have, has a placeholder only
+            in TO, or names an unknown family or an unknown order of rows. Or a rules file contains an `@FILE`.
         TargetNotFound: a rule matches none of `names`.
         StorageError, Malformed: see `read_rules`.
     """
@@ -107,7 +111,10 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
 
 
 def renamed_by(name: str, rules: Sequence[Rename]) -> tuple[str, Rename | None]:
-    """Apply the first rule that matches a name; return the new name and the rule, or the old name and None."""
+    """Apply the first rule that matches a name.
+
+    Return the new name and this rule; the unchanged name and None if no rule matches.
+    """
     for rule in rules:
         renamed = rule.apply(name)
         if renamed is not None:
@@ -180,9 +187,10 @@ def _parse(rule: str) -> Rename:
 
 
 BY_HEAD, BY_PART = "by_head", "by_part"
-"""Orders of rows. By head: each head's query, key and value side by side.
+"""Orders of the rows of fused queries, keys and values.
 
-By part: all queries, all keys, all values.
+`by_head`: for each head, the rows of its query, then its key, then its value. `by_part`: all queries, then all keys,
+then all values.
 """
 
 _FAMILY, _ROWS = "family:", "rows:"

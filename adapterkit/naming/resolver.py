@@ -1,8 +1,8 @@
 """Map the names in an adapter to the names in a base.
 
 For each target the resolver tries, in this order: a rule of the user; the exact name; the name without words that
-wrappers such as FSDP insert; the file of the base's family; a change of prefixes that maps every target. If a name can
-mean two modules of the base, the resolver raises an error instead of guessing.
+wrappers such as FSDP insert; the file of the base's family; a change of prefix that maps every target with this prefix.
+If a name can mean two modules of the base, the resolver raises an error instead of guessing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def resolve(
         base: the names in the base.
         architecture: the architecture of the base's family, if a file describes it.
         renames: the user's rules; the first rule that matches a name is used.
-        partial: whether targets that the base does not have are allowed.
+        partial: whether the base may lack some targets. If so, a change of prefix may also map only some of the targets
+            that are left at the end.
         fits: a function of (target, name in the base) that returns whether their shapes fit. It is called only if
             several names are possible.
 
@@ -82,8 +83,8 @@ def resolve(
     left = _by_renames(targets, base, renames, resolution)
     halves: Left = []
     if architecture is not None:
-        # If the base has only a bias under a name, map the target with the family's file. In Jev's heads, the bias is
-        # stored as `proj.bias`, but the weight as `weight`.
+        # If the base has only a bias under a target's name, do not take the exact name, because the family's file knows
+        # the name of the weight. For example, Jev's heads store the bias as `proj.bias`, but the weight as `weight`.
         halves = [each for each in left if base.lacks_weight(each[1]) and each[0] not in base.anywhere]
         left = [each for each in left if each not in halves] if halves else left
     left = _exact(left, base, resolution)
@@ -152,7 +153,9 @@ def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
 
 
 def _of_modules(left: Left) -> Left:
-    """Replace the name of a weight with the name of its module, which the other rules and the families' files use.
+    """Replace the name of a weight with the name of its module.
+
+    The rules that follow, and the families' files, use the names of modules.
 
     For example, PEFT's `target_parameters=["mlp.gate.weight"]` names the weight of a router. In Mixtral's files, the
     router's module is `block_sparse_moe.gate`.
@@ -210,7 +213,7 @@ def family_names(base: Names, architecture: Architecture) -> FamilyNames:
 
 
 class FamilyNames:
-    """The names that a family's file predicts for a base, with the prefix that the base's names have."""
+    """The names that a family's file predicts for a base, including the prefix that the base's names have."""
 
     def __init__(self, base: Names, architecture: Architecture) -> None:
         self.base, self.architecture = base, architecture
@@ -228,11 +231,15 @@ class FamilyNames:
         }
 
     def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
-        """Map each distinct way to find a name in the base to two namings: that of the name and that of the base."""
+        """Return a map from each set of weights in the base that `name` can mean to a pair of namings.
+
+        The first naming is the one that contains `name`, and the second is the one that the base uses. The map is empty
+        if the base has nothing that `name` can mean.
+        """
         readings: dict[tuple[Move, ...], tuple[str, str]] = {}
         rooted = [f"{self.root}.{name}"] if self.root and not name.startswith(f"{self.root}.") else []
-        # Also try the name with prefixes that the base lacks. If the base is one part of a model, its names lack the
-        # part's prefix, but the adapter's names may have the prefix.
+        # Also put prefixes that the base's names lack in front of `name`. If the base is one part of a model, its names
+        # lack the part's prefix, and the adapter's names may lack it too, but the names in the family's file have it.
         rooted += [off + name for off, on in dict.fromkeys(self.prefixes.values()) if off and not on]
         for variant in (*variants(name), *rooted):
             if self.loses_a_part(name, variant):
@@ -249,11 +256,11 @@ class FamilyNames:
 
     @cached_property
     def root(self) -> str:
-        """Return the name that the class without a head has inside the family's other classes: `vit` for a ViT.
+        """Return the name under which the family's classes with a head store the model without a head: `vit` for a ViT.
 
-        Empty if this name, such as `model`, is not the name of a family.
+        transformers calls this name `base_model_prefix`. Empty if the name, such as `model`, is not that of a family.
 
-        `AutoModel` loads the class without a head. The names in an adapter for this class therefore lack this word, as
+        `AutoModel` loads the class without a head. The names in an adapter for this class therefore lack the word, as
         in `layers.0.attention.q_proj`.
         """
         firsts = Counter(weight.partition(".")[0] for weight in self.architecture.record.weights)
@@ -263,8 +270,8 @@ class FamilyNames:
     def loses_a_part(self, name: str, suffix: str) -> bool:
         """Whether shortening `name` to `suffix` removes the only word that names a part of the model.
 
-        For example, ERNIE's `model.vision_tower.blocks.0` is not Cosmos's `blocks.0`: Cosmos calls its vision part
-        `visual`.
+        For example, ERNIE's `model.vision_tower.blocks.0` must not be mapped to Cosmos's `blocks.0`, because Cosmos
+        calls its vision part `visual`.
         """
         if not name.endswith(suffix):
             return False
@@ -279,14 +286,14 @@ class FamilyNames:
     def text_alone(self) -> bool:
         """Whether the family is only a text decoder: its file has a vocabulary, but no encoder, vision or audio part.
 
-        Such a family must not match the layers of a vision tower, even if names are equal: Gemma 3's tower and its text
-        model share names.
+        Targets in a vision tower must not be mapped to such a family, even if the names are equal. For example, the
+        layers of Gemma 3's vision tower and of its text model have the same names.
         """
         return bool(self.architecture.record.vocabulary) and not self.modalities and "encoder" not in self.words
 
     @cached_property
     def modalities(self) -> frozenset[str]:
-        """Return the modalities (vision, text, audio) that words in the family's names mention."""
+        """Return the modalities (vision, text, audio) to which words in the family's names refer."""
         return frozenset[str]().union(*(modalities_of(word) for word in self.words))
 
     @cached_property
@@ -298,13 +305,12 @@ class FamilyNames:
     def _prefix(self, templates: Sequence[str], in_part: bool = False) -> tuple[str, str]:
         """Find the change of prefix, as (removed, added), that maps the largest number of a naming's names to the base.
 
-        Saving a model without its head drops a prefix.
+        For example, a model that is saved without its head loses a prefix.
 
         Args:
             templates: the names in the naming.
-            in_part: whether the base has some of the family's names without any change. If so, a prefix is changed only
-                if the change maps every name with this prefix to the base, and the base has none of these names
-                unchanged.
+            in_part: whether the base has most names of the naming without any change. If so, a prefix is changed only
+                if the base has none of the names with this prefix, and has all of them after the change.
         """
         best, most = ("", ""), sum(template in self.shapes for template in templates)
         trials = {(off, on) for template in templates for off, on in ends(template, self.base) if "#" not in off}
@@ -336,7 +342,7 @@ class FamilyNames:
         return swap(fill(place.name, numbers), *self.prefixes[naming])
 
     def _experts(self, place: WeightPlace, numbers: Mapping[str, str], naming: str) -> int:
-        """Return the number of experts: for a stack from the base's config, otherwise by counting names in the base."""
+        """Return the number of experts: from the base's config for a stack, otherwise by counting the base's names."""
         if place.stacked:
             return self.base.experts
         each = self._path(place, {**numbers, "{e}": "{e}"}, naming)
@@ -349,9 +355,9 @@ class FamilyNames:
 
 
 WeightMatch = tuple[str, WeightPlace, dict[str, str]]
-"""(key of a weight, its `WeightPlace` in the naming of the searched name, numbers for the placeholders).
+"""One result of `Architecture.find`: (key of a weight, its `WeightPlace`, numbers for the placeholders).
 
-See `Architecture.find`.
+The `WeightPlace` belongs to the naming of the name that was searched for.
 """
 
 
@@ -363,16 +369,18 @@ def moves_to(
     experts: Callable[[WeightPlace, Mapping[str, str]], int],
     orders: bool = True,
 ) -> tuple[Move, ...] | None:
-    """Return where the weights of a name are in another naming; None if that naming lacks one of the weights.
+    """Return the moves that map a name to the tensors with the same weights in another naming.
+
+    None if the other naming lacks one of the weights.
 
     Args:
         architecture: the family.
         weights: the result of `Architecture.find` for the name.
         naming: the other naming.
-        path: a function of (place, numbers) that returns the place's name with the numbers filled in.
+        path: a function of (place, numbers) that returns the place's name, with numbers instead of placeholders.
         experts: a function of (place, numbers) that returns the number of experts.
-        orders: whether to record that the namings order rows differently; False for callers that reorder rows
-            themselves.
+        orders: whether the moves record that the two namings order rows differently. False for callers that reorder
+            the rows themselves.
     """
     moves: list[Move] = []
     for weight, ours, numbers in weights:
@@ -383,7 +391,7 @@ def moves_to(
         before, after = (WeightPlace("", rows=place.rows, heads=place.heads) for place in (ours, theirs))
         turn = (before, after) if orders and before != after else None
         if ours.half is not None:
-            # The experts of two weights are numbered together. Compute the expert's number within its own weight.
+            # Two weights share one numbering of experts. Compute the expert's number within its own weight.
             count = experts(theirs, numbers)
             expert_in_half = int(numbers["{e}"]) - ours.half * count
             if not 0 <= expert_in_half < count:
@@ -405,17 +413,16 @@ def moves_to(
 
 
 def translate(name: str, architecture: Architecture, naming: str, experts: int) -> tuple[Move, ...] | None:
-    """Find where the weights of a name are in another naming of the family, without a base.
+    """Return the moves that map a name to the tensors with the same weights in another naming, without a base.
 
-    None if the naming lacks one of the weights.
-
-    The result records no orders of rows, because each format reorders rows itself.
+    None if the other naming lacks one of the weights. The moves do not record the order of rows, because each format
+    reorders rows itself.
 
     Args:
         name: the name of a target.
         architecture: the family.
         naming: the naming to translate to.
-        experts: the number of experts in a stack with this name.
+        experts: the number of experts, in case the weight is a stack of experts.
 
     Raises:
         TargetNotFound: the name can mean two different weights.
@@ -437,7 +444,7 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
 
 
 def _joined(moves: list[Move]) -> tuple[Move, ...]:
-    """Replace moves of all parts of one tensor by one move of the whole tensor, if both namings have the same parts."""
+    """Replace the moves of all parts of a tensor by one move of the tensor, if both namings have the same parts."""
     first = moves[0]
     same = all((m.path, m.take, m.expert, m.slot) == (first.path, m.into, first.expert, first.slot) for m in moves)
     plain = all(move.turn is None for move in moves)
@@ -449,7 +456,7 @@ def _joined(moves: list[Move]) -> tuple[Move, ...]:
 def variants(name: str) -> Iterator[str]:
     """Yield a name, then the name with its first words removed, then the name with `model.` in front.
 
-    Such names occur in classes with another head or without a head.
+    The names in classes with another head, or without a head, differ in these words.
     """
     yield name
     words = name.split(".")
@@ -458,14 +465,14 @@ def variants(name: str) -> Iterator[str]:
             break
         yield ".".join(words[cut:])
     yield f"model.{name}"
-    # Also remove the prefix of a language model inside a larger model. Do not remove other words: they may name a
-    # vision tower, whose layers have the same names.
+    # Also remove the prefix of a language model inside a larger model, and put `model.` in front. Do not do this for
+    # other prefixes: they may name a vision tower, whose layers have the same names.
     yield from without_prefix(name)
 
 
 # Map names by replacing a prefix.
 #
-# A change is accepted if it maps every target with the prefix to a name in the base.
+# A replacement is accepted if it maps every target that has the prefix to a name in the base.
 
 
 Fits = Callable[[str, str], bool]
@@ -480,19 +487,21 @@ def by_prefixes(
     fits: Fits,
     loses_a_part: Callable[[str, str], bool] | None = None,
 ) -> Left:
-    """Map targets by changes of prefixes. A change is only used if it maps every target that has the prefix.
+    """Map targets by replacing a prefix; each replacement must map every target that has the prefix.
 
-    A change must not remove the name of a part of the model, such as a vision tower. `loses_a_part` knows these names
-    for the base's family. The same part has different names in different families: Idefics's text part is
-    `model.text_model.`, LLaVA's is `language_model.model.`.
+    A replacement must not remove the name of a part of the model, such as a vision tower. `loses_a_part` checks this
+    with the names in the file of the base's family. A replacement may change the name of a part, because the same part
+    has different names in different families: the text part is `model.text_model.` in Idefics, and
+    `language_model.model.` in LLaVA.
 
     Args:
         left: the targets that are not mapped yet.
         base: the names in the base.
         resolution: the result; the function adds moves and rules to it.
-        partial: whether the base may lack some targets. If so, the function finally adds the prefix that maps the most
-            of the remaining targets, if exactly one prefix does.
-        fits: a function that returns whether the shapes of a target and of a name in the base fit.
+        partial: whether the base may lack some targets. If so, the function finally puts one prefix in front of all
+            remaining targets: the prefix that maps the most of them. It does nothing if several prefixes map equally
+            many.
+        fits: a function of (target, name in the base) that returns whether their shapes fit.
         loses_a_part: a function of (name, changed name) that returns whether the change removes the name of a part;
             None if the family is unknown.
 
@@ -500,7 +509,7 @@ def by_prefixes(
         the targets that are still not mapped.
 
     Raises:
-        TargetNotFound: several prefixes map all targets that share a prefix.
+        TargetNotFound: the prefix of some targets has several replacements that map all of these targets.
     """
     templates = _trials(left, base)
     if loses_a_part is not None:
@@ -508,8 +517,8 @@ def by_prefixes(
             name: {p for p in pairs if keeps_parts(*p) and not loses_a_part(name, swap(name, *p))}
             for name, pairs in templates.items()
         }
-    # Try to replace the shortest prefix first, because the names then share a longer ending. So `decoder.layers`
-    # becomes `model.decoder.layers`, not `model.encoder.layers`, although both would fit.
+    # Try to replace the shortest prefix first, because the old and the new name then share a longer ending. For
+    # example, `decoder.layers` becomes `model.decoder.layers`, not `model.encoder.layers`, although both would fit.
     prefixes = sorted(
         {off for trials in templates.values() for off, _ in trials}, key=lambda prefix: (prefix.count("."), prefix)
     )
@@ -546,15 +555,16 @@ def _exchanged(
     taken: Collection[str],
     fits: Fits,
 ) -> str | None:
-    """Return the prefix to put in the place of `off`, so that every target of a group is mapped; None if there is none.
+    """Return the prefix that replaces `off` and then maps every target of a group; None if there is no such prefix.
 
     Raises:
-        TargetNotFound: several prefixes map the whole group.
+        TargetNotFound: several prefixes map every target of the group.
     """
     full = [on for on, count in _tried(group, off, templates, base, taken).items() if count == len(group)]
     if full:
-        # Also try to change only the first words of the prefix. VibeVoice has two towers with the same names and
-        # shapes, `acoustic.` and `semantic.`; only removing `model.` from `model.acoustic.` leads to the right tower.
+        # Also try to change only the first words of the prefix. For example, VibeVoice has two towers with the same
+        # names and shapes, `acoustic.` and `semantic.`. The prefix `model.acoustic.` is mapped to the right tower only
+        # if `model.` alone is removed.
         full += [
             on for on in _shorter(group, off, templates) if on not in full and _all_land(group, off, on, base, taken)
         ]
@@ -580,14 +590,13 @@ def _all_land(group: Left, off: str, on: str, base: Names, taken: Collection[str
 
 
 def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
-    """Return a list with the only candidate that merely adds words to `off`, or merely drops words from it.
+    """Return the candidate that only adds words to `off`, or only drops words from it, as a list of one candidate.
 
-    The list is empty if no candidate or several candidates do so. It is also empty if the only candidate keeps no words
-    of `off` except `model` and `transformer`, or if another candidate also keeps all words of `off` that the only
-    candidate keeps.
+    The list is empty if several candidates do so, or none. It is also empty if the candidate keeps no words of `off`
+    except `model` and `transformer`, or if another candidate also keeps all words of `off` that this candidate keeps.
 
-    Video-LLaVA has two towers of the same shape: `image_tower.vision_model.` becomes `image_tower.`, not
-    `video_tower.`.
+    For example, Video-LLaVA has two towers of the same shape, and `image_tower.vision_model.` becomes `image_tower.`,
+    not `video_tower.`.
     """
     words = off.split(".")[:-1]
     kept = {on: [word for word in words if word in on.split(".")] for on in candidates}
@@ -601,7 +610,7 @@ def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
 def _tried(
     group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]], base: Names, taken: Collection[str]
 ) -> dict[str, int]:
-    """Return a map from each possible replacement of a prefix to the number of targets that the replacement maps."""
+    """Return a map from each possible replacement of the prefix `off` to the number of targets that it maps."""
     ours = sorted({template_of(name) for _, name in group})
     tried = dict.fromkeys([on for template in ours for prefix, on in sorted(templates[template]) if prefix == off], 0)
     for on in tried:
@@ -623,9 +632,9 @@ def _placed(group: Left, rest: Left, off: str, on: str, base: Names, taken: set[
 
 
 def _trials(left: Left, base: Names) -> dict[str, set[tuple[str, str]]]:
-    """Return a map from each template to the changes of prefix to try.
+    """Return a map from each template to the changes of prefix to try, as (removed, added).
 
-    A change that removes a number is tried only if all names with this template have the same number there.
+    A change whose removed prefix has a number is tried only if all names of the template have the same number there.
     """
     names: dict[str, list[str]] = {}
     for _, name in left:
@@ -649,8 +658,8 @@ def _lands(target: str, name: str, off: str, on: str, base: Names, taken: Collec
 def ends(template: str, base: Names) -> set[tuple[str, str]]:
     """Return the changes of prefix, as (removed, added), that turn a template into a template of the base.
 
-    A change adds no layer number and keeps the word before the first number: `layers.#` is not renamed, only the
-    modules around it.
+    A change adds no layer number, and keeps the word before the first number. So it renames the modules around
+    `layers.#`, but not `layers` itself. A change that only removes a prefix may also remove `layers.#`.
     """
     words = template.split(".")
     keep = max(words.index("#") - 1 if "#" in words else len(words) - 1, 0)
@@ -660,7 +669,7 @@ def ends(template: str, base: Names) -> set[tuple[str, str]]:
         for shape in base.endings.get(end, ()):
             on = "".join(f"{word}." for word in shape.split(".")[: shape.count(".") + 1 - (len(words) - cut)])
             off = "".join(f"{word}." for word in words[:cut])
-            # Allow a change without an added prefix: the base may be a part of a model, such as a single layer.
+            # If no prefix is added, allow the change to remove a number: the base may be a single layer of a model.
             whole = cut <= keep or not on
             if whole and "#" not in on and (not on or not off or exchangeable(off, on)):
                 pairs.add((off, on))

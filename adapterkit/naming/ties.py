@@ -1,8 +1,8 @@
 """Find tied weights: an output head and input embeddings that use the same tensor.
 
 A checkpoint stores a tied tensor once, under the embedding's name, or twice with equal bytes. `spec/architectures/ties`
-lists the ties of transformers' classes. If a base's config names none of these classes, the names of the stored tensors
-decide.
+lists the ties of transformers' classes. If a base's config names none of these classes, the tie is found by the usual
+names of heads and embeddings among the stored tensors.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _HEAD_OF = {
     "gpt_neox": "embed_out", "bert": "cls.predictions.decoder", "roberta": "lm_head.decoder",
     "xlm-roberta": "lm_head.decoder", "distilbert": "vocab_projector", "whisper": "proj_out",
 }  # fmt: skip
-"""The name of the output head by model_type; the head of all other types is `lm_head`."""
+"""A map from model_type to the name of the output head; the head of all other types is `lm_head`."""
 
 _WITH_HEAD = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 """Endings of the names of classes that have an output head over the vocabulary."""
 
 _HEADLESS = ("Model", "Classification", "Answering", "Choice")
-"""Endings of the names of classes without such a head; their configs may still have `tie_word_embeddings`."""
+"""Endings of the names of classes without an output head; their configs may still have `tie_word_embeddings`."""
 
 _SCALED = frozenset({"longt5", "pop2piano", "switch_transformers", "t5", "udop"})
 """Model types that multiply the head's input by `d_model ** -0.5` if head and embeddings are tied."""
@@ -50,13 +50,14 @@ class Tie:
     """A tensor that the output head and the input embeddings share.
 
     Attributes:
-        stored: the tensor's name on disk: the embedding's name, or `shared`, which no layer of the model has.
+        stored: the tensor's name in the files: the embedding's name, or `shared.weight` for the tensor that an encoder
+            and a decoder share.
         inputs: the names of the input embeddings that use the tensor: `(stored,)`, or the embeddings of encoder and
             decoder.
         head: the name of the output head's weight.
-        apart: whether the files also contain the head's weight, although the config ties the head.
-        beside: pairs (name, stored name) of further tensors that transformers ties together with the head, such as the
-            bias of BERT's head.
+        apart: whether the files also contain the head's weight, although the head is tied.
+        beside: (name, stored name) for each other tensor that the model class ties and that is stored under one name
+            only, such as the bias of BERT's head.
     """
 
     stored: str
@@ -67,12 +68,12 @@ class Tie:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Return all names of the tensor in the model, the head's name last."""
+        """Return all names of the tensor in the model; the head's name comes last."""
         return (*self.inputs, self.head)
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Return a map from each name that is not in the files to the stored name."""
+        """Return a map from each of the tensor's names that is not in the files to its stored name."""
         kept = {self.stored, self.head} if self.apart else {self.stored}
         return {name: self.stored for name in self.layers if name not in kept}
 
@@ -92,13 +93,14 @@ def find_tie(names: Mapping[str, object], config: Mapping[str, object] | None) -
         if len(embeddings) != 1:
             return None
         stored = embeddings[0]
-    # Compare shapes, because other layers may also be named `output`; only the head has the shape of the embedding.
+    # Compare shapes, because other layers may also be named `output`. Only a tied head has the shape of the embedding.
     shape = getattr(names[stored], "shape", None)
     heads = [
         name for name in names
         if (name == head or _is(name, HEADS)) and name != stored and getattr(names[name], "shape", None) == shape
     ]  # fmt: skip
-    # The head of Llama 3.2 Vision has fewer rows than the embedding, so the head is a separate tensor.
+    # A head of another shape also counts as stored. For example, the head of Llama 3.2 Vision has fewer rows than the
+    # embedding, so it is a separate tensor.
     apart = bool(heads) or any(name == head or _is(name, _ONLY_HEADS) for name in names if name != stored)
     # Return None for CSM: its `tie_word_embeddings` ties the embeddings of two decoders, not a head.
     if known is None and not heads and _of_another_shape(f"{_head_of(config)}.weight", stored, names):
@@ -116,10 +118,10 @@ def find_tie(names: Mapping[str, object], config: Mapping[str, object] | None) -
 
 
 def aliases(base: Checkpoint) -> Mapping[str, str]:
-    """Return a map from the other names of a tied tensor to its stored name; empty if no tensor is tied.
+    """Return a map from a tied tensor's names that are not in the base's files to its stored name.
 
-    The result is cached for each base. Without a cache, time would grow with the square of the base's size, because
-    callers need the aliases for every target.
+    Empty if no tensor is tied. The result is cached for each base. Callers need it for every target, and computing it
+    goes through all names of the base, so without a cache, the time would grow with the square of the base's size.
     """
     if base not in _ALIASES:
         tie = find_tie(base.tensors, base.config)
@@ -141,13 +143,13 @@ def says_tied(config: Mapping[str, object] | None) -> bool:
 
 
 def ties_by_default(config: Mapping[str, object]) -> bool:
-    """Whether head and embeddings are tied, according to the config, or else the default of the model type."""
+    """Whether head and embeddings are tied, by the config if it sets this, otherwise by the model type's default."""
     explicit = _explicit(config)
     return config.get("model_type") in table().defaults if explicit is None else explicit is True
 
 
 def tie_of(stored: str, inputs: Sequence[str], head: str) -> Tie:
-    """Return the `Tie` of layers that share a tensor in a live model or in an ONNX graph.
+    """Return the `Tie` for layers that share a tensor in a live model or in an ONNX graph.
 
     Args:
         stored: the name of the embedding in the adapter.
@@ -158,7 +160,7 @@ def tie_of(stored: str, inputs: Sequence[str], head: str) -> Tie:
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a stored tensor is the table of a model's token embeddings."""
+    """Whether a stored tensor has the name of the weight of a model's token embeddings."""
     return _is(name, EMBEDDINGS)
 
 
@@ -168,7 +170,7 @@ def is_head(name: str) -> bool:
 
 
 def untied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
-    """Return the changes of the config that untie the head from the embeddings."""
+    """Return the keys to set in the config, with their values, to untie the head from the embeddings."""
     changes: dict[str, Any] = {"tie_word_embeddings": False}
     text = (config or {}).get("text_config")
     if isinstance(text, dict) and "tie_word_embeddings" in text:
@@ -179,7 +181,7 @@ def untied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
 
 
 def kept_tied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
-    """Return the changes of the config that keep the head tied; empty if no change is needed."""
+    """Return the keys to set in the config, with their values, to keep the head tied; empty if it stays tied anyway."""
     silent = _explicit(config or {}) is None and (config or {}).get("model_type") not in table().defaults
     return {"tie_word_embeddings": True} if silent else {}
 
@@ -187,7 +189,7 @@ def kept_tied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
 def untied_scale(config: Mapping[str, object] | None) -> float:
     """Return the factor by which the head's weight must be multiplied when the head is untied.
 
-    T5 and similar models scale the head's input only if the head is tied. The factor replaces this scale.
+    T5 and similar models scale the head's input, but only if the head is tied. The factor replaces this scale.
     """
     width = (config or {}).get("d_model")
     if str((config or {}).get("model_type")) not in _SCALED or not isinstance(width, int) or width < 1:
@@ -196,7 +198,7 @@ def untied_scale(config: Mapping[str, object] | None) -> float:
 
 
 def _inputs(stored: str) -> tuple[str, ...]:
-    """List the input embeddings that use a tensor; the tensor `shared` is used by encoder and decoder."""
+    """List the input embeddings that use a tensor; both the encoder's and the decoder's use a tensor named `shared`."""
     prefix, _, name = stored.removesuffix(".weight").rpartition(".")
     if name != "shared":
         return (stored,)
@@ -212,7 +214,8 @@ class TiesOfClasses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Model classes that tie the same weights.
 
     Attributes:
-        pairs: a map from a tied parameter's second name to its first name.
+        pairs: a map from a tied parameter's name to the name of the parameter whose tensor it uses, such as from
+            `lm_head.weight` to `model.embed_tokens.weight`.
         classes: the names of the classes.
     """
 
@@ -225,7 +228,7 @@ class TieTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         format: the version of the file's format.
-        defaults: the model types whose head is tied if config.json does not state `tie_word_embeddings`.
+        defaults: the model types whose head is tied if config.json lacks `tie_word_embeddings`.
         ties: the ties of each class.
         sources: where the data comes from.
     """
@@ -252,16 +255,16 @@ def _by_class() -> Mapping[str, dict[str, str]]:
 
 
 def _pairs_of(config: Mapping[str, object] | None) -> Mapping[str, str]:
-    """Return the ties of a base's class, as pairs of names in the live model; empty if the class is unknown."""
+    """Return `TiesOfClasses.pairs` for the class that a base's config names; empty if the class is unknown."""
     listed = (config or {}).get("architectures")
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     return next((_by_class()[name] for name in names if name in _by_class()), {})
 
 
 def _head_and_embedding(pairs: Mapping[str, str]) -> tuple[str, str] | None:
-    """Return the names of the tied head and embedding among the pairs that a class ties.
+    """Return (name of the head's weight, name of the embedding's weight) from the pairs that a class ties.
 
-    None unless there is exactly one such pair.
+    None unless exactly one pair ties a head to an embedding.
     """
     head_pairs = []
     for one, other in pairs.items():
@@ -271,7 +274,7 @@ def _head_and_embedding(pairs: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def _stored_as(name: str, names: Mapping[str, object], config: Mapping[str, object] | None) -> str | None:
-    """Return the stored name of a weight of the live model; None if the base does not store the weight."""
+    """Return the name under which a base stores a weight of the live model; None if it does not store the weight."""
     family = architecture_of(config)
     place = None
     if family is not None and name.removesuffix(".weight") in family.record.weights:
@@ -281,7 +284,16 @@ def _stored_as(name: str, names: Mapping[str, object], config: Mapping[str, obje
 
 
 def _says_tied(config: Mapping[str, object] | None, has_head: bool, known: bool) -> bool:
-    """Whether the head is tied: by the config, or by the model type's default, or because its weight is not stored."""
+    """Whether the head is tied. False without a config, or if neither the files nor the model's class have a head.
+
+    Otherwise, `tie_word_embeddings` in the config decides. If the config lacks this key, a stored head is tied if this
+    is the default of the model type, and a head that is not stored is tied if the model's class has a head.
+
+    Args:
+        config: the base's `config.json`.
+        has_head: whether the head's weight is stored.
+        known: whether the ties of the model's class include a head.
+    """
     if config is None:
         return False
     listed = config.get("architectures")
@@ -311,7 +323,7 @@ def _endings(modules: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _of_another_shape(head: str, stored: str, names: Mapping[str, object]) -> bool:
-    """Whether a base stores a head with the same dtype as the embeddings, but another shape."""
+    """Whether a base stores a head whose dtype is that of the embeddings, but whose shape differs."""
     one, other = names.get(head), names[stored]
     shapes = [getattr(each, "shape", ()) for each in (one, other)]
     alike = getattr(one, "dtype", None) == getattr(other, "dtype", None)

@@ -1,4 +1,7 @@
-"""Translate the names that tools for language models give to modules, in both directions, with tables of templates."""
+"""Translate module names between spec/architectures and tools for language models, in both directions.
+
+"Our name" is the key of a weight in spec/architectures. A table has pairs of templates: our name and the tool's name.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,8 @@ if TYPE_CHECKING:
     from ..io.safetensors import Entry
 
 
-# The names that tools for language models give to modules, and their translation in both directions.
-#
-# A table has pairs of templates.
-
-
 PREFIXES = ("base_model.model.", "language_model.model.", "model.language_model.", "language_model.")
-"""Prefixes that multimodal bases put before the names of their language model."""
+"""Prefixes that PEFT (`base_model.model.`) and multimodal bases put before the names of the language model."""
 
 
 class NameTable:
@@ -36,11 +34,11 @@ class NameTable:
         assert len({*self.pairs.values()}) == len(self.pairs), "two of our names have the same name in the tool"
 
     def there(self, name: str) -> str | None:
-        """Return the tool's name for our name; None if the table does not have our name."""
+        """Return the tool's name for `name`, which is our name; None if the table does not have it."""
         return _translate(name, self._there)
 
     def back(self, foreign: str) -> str | None:
-        """Return our name for a tool's name; None if the table does not have the tool's name."""
+        """Return our name for `foreign`, which is the tool's name; None if the table does not have it."""
         return _translate(foreign, self._back)
 
     @cached_property
@@ -53,12 +51,12 @@ class NameTable:
 
 
 class TableNames:
-    """A `NameTable` applied to one base, whose names may have a prefix that the table lacks.
+    """Translate names with a `NameTable`, for a base whose names may have a prefix that the table's names lack.
 
     Args:
         table: the table of the base's family.
-        modules: the base's names, if known. If given, `back` returns only names in the base, with a prefix such as
-            `language_model.` if the base has it.
+        modules: the base's names, if known. If they are given, `back` returns only names in the base, including a
+            prefix such as `language_model.` if the base's names have it.
     """
 
     def __init__(self, table: NameTable, modules: Iterable[str] | None = None) -> None:
@@ -72,14 +70,14 @@ class TableNames:
                     self.walked.setdefault(foreign, []).append(name)
 
     def there(self, hub_path: str) -> str | None:
-        """Return the tool's name for our name, which may have a prefix; None if the table does not have the name."""
+        """Return the tool's name for our name, which may have a prefix; None if the table does not have our name."""
         return next(filter(None, (self.table.there(name) for name in without_prefix(hub_path))), None)
 
     def back(self, foreign: str) -> str:
         """Return our name for a tool's name.
 
         Raises:
-            TargetNotFound: the table does not have the name, or not exactly one module of the base has it.
+            TargetNotFound: the table does not have the tool's name, or not exactly one module of the base has it.
         """
         if self.walked is None:
             name = self.table.back(foreign)
@@ -96,7 +94,10 @@ class TableNames:
 
 
 def without_prefix(name: str) -> Iterable[str]:
-    """Yield the name, and the name without each prefix in `PREFIXES` with which it begins."""
+    """Yield the name, and the name without each prefix in `PREFIXES` with which it begins.
+
+    If a shortened name does not begin with `model.`, the name with `model.` in front is yielded, too.
+    """
     yield name
     for prefix in PREFIXES:
         if name.startswith(prefix):
@@ -107,7 +108,7 @@ def without_prefix(name: str) -> Iterable[str]:
 
 
 def modules_of(names: Iterable[str]) -> Iterable[str]:
-    """Yield the names of stored tensors, and the names of their modules."""
+    """Yield the name of each stored tensor and, for a weight or a bias, also the name of its module."""
     for name in names:
         yield name
         module, _, leaf = name.rpartition(".")
@@ -131,7 +132,7 @@ def _translate(name: str, table: Mapping[str, str]) -> str | None:
     return _HOLE.sub(lambda _: next(numbers), template)
 
 
-# Provide litgpt's module names (from spec/architectures/namings) and the settings that enable LoRA for each module.
+# litgpt's names of modules (from spec/architectures/namings), and the setting that enables LoRA for each module.
 
 
 LITGPT_QKV = "attn.qkv"
@@ -139,23 +140,23 @@ LITGPT_QKV = "attn.qkv"
 
 @cache
 def litgpt_parts() -> dict[str, str]:
-    """Return a map from `query`, `key` and `value` to our template for that projection, in the order of rows."""
+    """Return a map from `query`, `key` and `value` to our templates, in the order of the fused projection's rows."""
     return {place.qkv: key for key, place in namings_of("litgpt")[0].places().items() if place.qkv is not None}
 
 
 @cache
 def litgpt_table() -> NameTable:
-    """Return the table of names for litgpt's modules that may have LoRA, without fused projections."""
+    """Return the table of names of the litgpt modules that may have LoRA, except the fused projection `attn.qkv`."""
     places = namings_of("litgpt")[0].places()
     names = {key: place.name for key, place in places.items() if place.name.endswith(tuple(FLAGS))}
     return NameTable(names | {"lm_head": "lm_head"})
 
 
 FLAGS = {"attn.proj": "projection", "mlp.fc_1": "mlp", "mlp.fc_2": "mlp", "mlp.proj": "mlp", "lm_head": "head"}
-"""A map from the end of a module's name to the setting that enables its LoRA."""
+"""A map from the ending of a module's name to the litgpt setting that enables its LoRA, without `lora_`."""
 
 MLP = ("LLaMAMLP", "GemmaMLP")
-"""Values of `mlp_class_name` that the table supports."""
+"""Values of litgpt's setting `mlp_class_name` whose modules the table has."""
 
 _LITGPT_KEY = re.compile(
     r"(?:transformer\.h\.\d+\.(?:attn\.(?:qkv|attn|proj)|mlp\.(?:fc|fc_1|fc_2|proj))|lm_head)\.lora_[AB]"
@@ -167,26 +168,26 @@ def is_litgpt(keys: Collection[str]) -> bool:
     return any(key.startswith("transformer.h.") for key in keys) and all(_LITGPT_KEY.fullmatch(key) for key in keys)
 
 
-# Provide the names of Megatron's adapter modules, each with the transformers weights that its layer contains.
+# Megatron's names of adapter modules. Each is mapped to the transformers modules that Megatron fuses into the layer.
 #
 # Sources: Megatron-Bridge's peft/lora.py and peft/canonical_lora.py; NeMo 1's adapter_mixins.py.
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-"""The parts of a fused projection, whose rows are ordered by groups: for each group its queries, its key, its value."""
+"""The parts of the fused projection, whose rows are ordered by groups: a group's queries, then its key and value."""
 
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-"""The parts of a fused MLP projection: gate before up, as on a single tensor-parallel rank."""
+"""The parts of the fused MLP projection. All rows of gate come before those of up, as on one tensor-parallel rank."""
 
 
 @cache
 def bridge() -> dict[str, tuple[str, ...]]:
-    """Return a map from Megatron-Bridge's and NeMo 2's adapter modules to our modules.
+    """Return a map from each adapter module of Megatron-Bridge and NeMo 2 to our modules.
 
     Names are relative to the layer.
 
-    Canonical LoRA has factors for each part of a fused weight. The factors' module is named after the part: `adapter_q`
-    for `q_proj`.
+    Canonical LoRA has separate factors for each part of a fused weight. Their module is named after the part:
+    `adapter_q` for `q_proj`.
     """
     fused: dict[str, list[str]] = {}
     for key, place in namings_of("megatron")[0].places().items():
@@ -211,14 +212,14 @@ NEMO = {
     _MLP + "lora_unfused_hto4h_adapter.up_adapter": GATE_UP[1:],
     _MLP + "lora_4htoh_adapter": ("mlp.down_proj",),
 }
-"""A map from NeMo 1's adapter modules to our modules; names are relative to the layer."""
+"""A map from each adapter module of NeMo 1 to our modules; names are relative to the layer."""
 
 LAYER = re.compile(r"(?P<prefix>(?:\w+\.)*layers\.)(?P<n>\d{1,9})\.(?P<module>.+)")
-"""Matches a module's name with any prefix, because each wrapper around a model adds a prefix."""
+"""Matches a module's name in a layer, with any prefix, because each wrapper around a model adds a prefix."""
 
 LAYER_PATH = re.compile(r"(?:\w+\.)*layers\.(?P<n>\d{1,9})\.(?P<module>.+)")
 
-# Translate names in Tinker's adapters that differ from PEFT's names.
+# The names in Tinker's adapters, as far as they differ from PEFT's names.
 #
 # Source: weights in tinker-cookbook, https://github.com/thinking-machines-lab/tinker-cookbook
 
@@ -228,7 +229,7 @@ EXPERTS = {
     "model.layers.{n}.mlp.experts.{e}.down_proj": "model.layers.{n}.mlp.experts.w2",
     "model.layers.{n}.mlp.experts.{e}.up_proj": "model.layers.{n}.mlp.experts.w3",
 }
-"""A map from our template for a single expert's module to Tinker's template for the stack."""
+"""A map from our template for one expert's module to Tinker's template for the stack of all experts."""
 
 HEAD = {"lm_head": "model.unembed_tokens"}
 
@@ -241,11 +242,11 @@ _MARKS = tuple(
 
 
 def is_tinker(keys: Iterable[str]) -> bool:
-    """Whether some keys occur only in Tinker's files."""
+    """Whether at least one key is of a kind that occurs only in Tinker's files."""
     return any(key.endswith(_MARKS) for key in keys)
 
 
-# Recognise SGLang's and Megatron-Bridge's form of adapters whose experts share the outer LoRA factors.
+# Recognise adapters whose experts share the outer LoRA factors, as SGLang and Megatron-Bridge store them.
 #
 # Sources: SGLang's lora/mem_pool.py (`--experts-shared-outer-loras`, sglang #21466 and #25141) and Megatron-Bridge's
 # export of such adapters (#5588, #6076).
@@ -258,14 +259,14 @@ OUTER = ("down_proj", "w2")
 """Modules whose outputs are the hidden states; their experts share B."""
 
 STACK = re.compile(rf"(?P<stem>.*\.experts)\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
-"""Matches the key of a stack with the factors of all experts."""
+"""Matches the module's name in the key of a tensor that stacks the factors of all experts."""
 
 EXPERT = re.compile(rf"(?P<stem>.*\.experts)\.(?P<e>\d{{1,9}})\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
-"""Matches the key of one expert's factor; the factor that the experts share may be in a stack."""
+"""Matches the module's name in the key of one expert's factor; the experts' shared factor may be in a stack."""
 
 
 def is_shared_outer(entries: Mapping[str, Lazy | Entry]) -> bool:
-    """Whether a file has SGLang's form with shared outer factors: tensors with three axes hold the experts' factors."""
+    """Whether a file stores shared outer factors as SGLang does: tensors with three axes hold the experts' factors."""
     # Check shapes first: counting axes excludes nearly every other file, and is faster than parsing 90,000 keys.
     stacks = [key for key, entry in entries.items() if len(entry.shape) == 3]
     return any(map(_is_stack, stacks)) and not is_tinker(entries)

@@ -1,6 +1,6 @@
 """The compiled loops: `merge.c`, `normalize.c`, `quantize.c`, `ggml.c`, `dropping.c`, in one library that ctypes loads.
 
-Each loop gives the same bits as the numpy code that it replaces. If the library is missing or does not run on this
+Each loop computes the same bits as the numpy code that it replaces. If the library is missing or does not run on this
 processor, numpy computes everything. `ADAPTERKIT_KERNEL=off` disables the library.
 """
 
@@ -16,7 +16,7 @@ LIBRARY = "_kernel.dll" if sys.platform == "win32" else "_kernel.so"
 """Name of the compiled library, next to this file."""
 
 VERSION = 11
-"""Version of the library's functions; a library of another version is not used."""
+"""The version that the library must report; a library of another version is not used."""
 
 OFF = "ADAPTERKIT_KERNEL"
 """The environment variable that disables the library if its value is `off`."""

@@ -1,11 +1,11 @@
 """Adapters in ONNX graphs: `inject` attaches an adapter, `eject` removes it, `merge` folds it into the weights.
 
-`layers` lists a graph's layers. `export` exports a torch model; `export_pretrained` exports a transformers folder. A
-slot is a graph input for one tensor of an adapter. A `Session` runs a graph with slots and swaps its adapters; a
-`FolderSession` does the same for a model of several graphs. `write_adapter` writes `.onnx_adapter` files, which both
-sessions load.
+`layers` lists a graph's layers. `export` exports a torch model; `export_pretrained` exports a folder that transformers
+saved. A slot is a graph input for one tensor of an adapter. A `Session` runs a graph with slots and swaps adapters; a
+`FolderSession` does the same for a model that consists of several graphs. `write_adapter` writes `.onnx_adapter` files,
+which both kinds of session load.
 
-This package is `adapterkit.onnx`; inside it, `import onnx` imports the onnx library.
+Inside this package, `import onnx` imports the onnx library, not `adapterkit.onnx`.
 """
 
 from __future__ import annotations

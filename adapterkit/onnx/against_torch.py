@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 NARROW_NOISE = 2.0
-"""For 16-bit outputs, the graph may differ from torch by this multiple of torch's own rounding error, because both the
-graph and torch round."""
+"""Limit for 16-bit outputs: the graph may differ from torch by this many times torch's own rounding error. The limit is
+above 1 because the graph rounds too."""
 
 Tree = TypeVar("Tree")
 
 Example = tuple[Sequence[object], Mapping[str, object]]
-"""Positional and named arguments of a torch model."""
+"""The positional arguments and the keyword arguments of one call of a torch model."""
 
 Run = tuple[Callable[[], AbstractContextManager[object]], Path | None]
-"""A function that attaches an adapter to the torch model, and the adapter file for the graph's slots (None if the graph
-has no slots)."""
+"""A function and a path. The function returns a context in which the adapter is attached to the torch model. The path
+is the adapter file to load into the graph's slots; None to load no file."""
 
 
 def compared(
@@ -42,14 +42,14 @@ def compared(
 
     Args:
         model: the torch model.
-        examples: pairs of positional and named arguments.
+        examples: the arguments of each call.
         out: the path of the graph.
-        session: a session of the graph; the loaded adapters stay loaded.
+        session: a session of the graph. The adapters that are loaded for the comparison stay loaded.
         runs: a map from each adapter's name to its `Run`; the key None is the run without an adapter.
-        judged: False to return the difference even if it is too large, instead of raising an error.
+        judged: False to return the difference instead of raising an error if the difference is too large.
 
     Raises:
-        CheckFailed: the difference is larger than rounding explains.
+        CheckFailed: the difference is larger than rounding can explain.
     """
     worst = 0.0
     for name, (attached, file) in runs.items():
@@ -71,7 +71,7 @@ def compared_packed(packed: Path, plain: Path, examples: Sequence[Example]) -> f
     """Return the largest difference between a graph with packed weights and the same graph with dequantized weights.
 
     Raises:
-        CheckFailed: the difference is larger than rounding explains.
+        CheckFailed: the difference is larger than rounding can explain.
     """
     from .session import Session
 
@@ -84,21 +84,26 @@ def compared_packed(packed: Path, plain: Path, examples: Sequence[Example]) -> f
 
 
 def by_reference(out: Path, session: Session, example: Example) -> float | None:
-    """Return the largest difference between onnxruntime and ONNX's reference; None if the reference cannot run it."""
+    """Return the largest difference between onnxruntime's outputs and those of ONNX's reference implementation.
+
+    Returns:
+        None if the reference implementation cannot run the graph.
+    """
     expected = reference_outputs(out, dict(zip(session.inputs, _numbers(example), strict=True)))
     return None if expected is None else difference_of(expected, session_outputs(session, example))
 
 
 def session_outputs(session: Session, example: Example, adapter: str | None = None) -> list[Array]:
-    """Run the session on a torch model's arguments, and return the outputs."""
+    """Run a graph on the arguments of a torch model's call, and return the graph's outputs."""
     return list(session.run(dict(zip(session.inputs, _numbers(example), strict=True)), adapter).values())
 
 
 def _most(model: nn.Module, example: Example, wanted: Sequence[Array]) -> float:
-    """Return the largest difference that rounding can cause; for 16-bit outputs, this is twice torch's rounding error.
+    """Return the largest difference that rounding can cause, relative to the largest output.
 
-    Torch's error is measured for each model: a model with a few large activations loses much precision in 16 bits, in
-    any runtime.
+    For 16-bit outputs, measure torch's own rounding error against a run in float32, and allow `NARROW_NOISE` times this
+    error. A fixed limit would be wrong for some models: a model with a few large activations loses much precision in 16
+    bits, in any runtime.
     """
     if not is_narrow(wanted):
         return MOST_NOISE
@@ -110,7 +115,7 @@ def _most(model: nn.Module, example: Example, wanted: Sequence[Array]) -> float:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Convert the model's tensors to float32, which represents 16-bit values exactly; restore them after the block."""
+    """Convert the model's 16-bit tensors to float32, which changes no value; restore the 16-bit tensors at the end."""
     import torch
 
     narrow = (torch.float16, torch.bfloat16)
@@ -152,7 +157,7 @@ def outputs_of(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, ob
 
 
 def _numbers(tree: object) -> list[Array]:
-    """Return the tensors in a nested value, as arrays, in the order in which torch flattens it."""
+    """Return the tensors in a nested value as arrays, in the order in which torch flattens the nested value."""
     import torch
     from torch.utils._pytree import tree_leaves
 
@@ -164,7 +169,7 @@ def _array(leaf: Tensor) -> Array:
     import ml_dtypes
     import torch
 
-    # numpy has no bfloat16, so pass the bits through int16.
+    # torch cannot convert bfloat16 to numpy, so view the bits as int16, and then as ml_dtypes' bfloat16.
     if leaf.dtype != torch.bfloat16:
         return np.asarray(leaf)
     return leaf.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)

@@ -1,4 +1,4 @@
-"""Attach an adapter to a graph: nodes that compute the adapter's formulas replace the output of each target."""
+"""Attach an adapter to a graph: at each target, add nodes that compute the output with the adapter's formulas."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..methods.replacement import Replacement
 from .biases import settle_biases
 from .building import Array, Branch, Building, before, behind
 from .calls import CallWords, Heard
+from .expert_nodes import with_split
 from .experts import Experts, PackedExperts
 from .inside import changed_inside, experts_changed, refuse_outputs
 from .integer_layers import MatMulIntegerToFloat, QAttention, opened_up
@@ -25,6 +26,7 @@ from .norms import computes_apart
 from .outlets import Ended
 from .resolved import FoldedNorm, ResolvedTarget, Spot
 from .rowwise import RowSlots
+from .selected import SelectedExperts, attach_selected
 from .values import Unsayable, Value, computed_over
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Slice:
-    """Some output channels of a layer, treated as a layer. Updates of some rows of a fused weight need such a view."""
+    """A range of a layer's output channels, treated as a layer, for updates of some rows of a fused weight."""
 
     def __init__(self, layer: GraphLayer | Normed | Ended, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)
@@ -49,7 +51,7 @@ class Slice:
         return self.cut(self.layer(x), self.rows)
 
     def cut(self, y: Value, rows: slice) -> Value:
-        """Return the channels `rows` of an output."""
+        """Return only the channels `rows` of the output `y`."""
         return y[(..., rows, *[slice(None)] * (-self.channel - 1))]
 
     @property
@@ -79,7 +81,7 @@ class Slice:
 
 
 class Normed:
-    """A layer into which a batch normalisation is folded; formulas see the layer without the normalisation."""
+    """A layer with a folded batch normalisation or scale. Formulas see the layer as it was before the folding."""
 
     def __init__(self, layer: GraphLayer, norm: FoldedNorm) -> None:
         self.layer, self.folded = layer, norm
@@ -96,8 +98,8 @@ class Normed:
     def __call__(self, x: Value) -> Value:
         if x is self.x:
             scale = self.folded.scale
-            # If a channel's scale is 0, the norm has removed the channel's values. Divide this channel by 1 instead of
-            # 0, because `around` multiplies it by 0 again.
+            # If a channel's scale is 0, the norm has set the channel to a constant. Divide such a channel by 1 instead
+            # of 0; the quotient does not matter, because `around` multiplies it by 0.
             back = 1 / np.where(abs(scale) < 1e-30, 1.0, scale)
             return (self.layer(x) - self._vector(self.folded.shift)) * self._vector(back)
         y = self.op(x, self.weight)
@@ -115,7 +117,7 @@ class Normed:
         return None if self.folded.bias is None else self._known(self.folded.bias)
 
     def around(self, new: Value) -> Value:
-        """Apply the norm to a new output. For the old output, the result is exactly the layer's output."""
+        """Apply the norm to the output `new`. If `new` equals `self(self.x)`, the result is exactly `layer.y`."""
         return self.layer.y + (new - self(self.x)) * self._vector(self.folded.scale)
 
     def _vector(self, array: Array) -> Value:
@@ -126,7 +128,7 @@ class Normed:
 
 
 class Turned:
-    """A layer with the first two axes of its weight swapped, as in embeddings."""
+    """A layer for which formulas see the weight with its first two axes swapped, as for embeddings."""
 
     def __init__(self, layer: GraphLayer | Normed | Ended) -> None:
         self.layer, self.x, self.branch, self.node = layer, layer.x, layer.branch, layer.node
@@ -151,7 +153,7 @@ class Turned:
 
 
 TargetView = GraphLayer | Ended | Normed | Slice | Turned
-"""A target as formulas see it."""
+"""The types of object that a formula may get as the target's layer."""
 
 
 def known_weight(layer: TargetView) -> Value:
@@ -162,7 +164,7 @@ def known_weight(layer: TargetView) -> Value:
     """
     weight = layer.weight
     if weight is None:
-        raise Unsayable("a module has no weight")
+        raise Unsayable("the target is a module without a weight")
     return weight
 
 
@@ -172,16 +174,16 @@ def attach(
     slots: Slots | RowSlots | None = None,
     words: CallWords | None = None,
 ) -> None:
-    """Insert the nodes of every target.
+    """Insert the nodes that apply the updates of every target.
 
-    If one node has several targets, each target is a range of rows of the node's weight.
+    If several targets are at one node, each target is a range of rows of the node's weight.
 
     Args:
         places_found: the targets.
         building: collects the changes to the model.
-        slots: creates graph inputs for the tensors of later adapters (see slots.py); None to store the tensors as
-            constants.
-        words: the inputs of the model's call; by default, the graph's own inputs.
+        slots: creates graph inputs for the adapter's tensors, so that other adapters can be loaded later (see
+            slots.py); None to store the tensors in the graph as constants.
+        words: the inputs of the model's call that the updates read; None to use the graph inputs with these names.
 
     Raises:
         Unsupported: a layer does not support the method of an update.
@@ -190,53 +192,73 @@ def attach(
     apart: dict[ir.Node, ir.Node] = {}
     places_found = opened_up(places_found, building)
     settle_biases(places_found, building)
-    stacks: dict[tuple[ir.Node, type[Experts]], list[ResolvedTarget]] = {}
-    for place in in_order(places_found, building.model.graph):
+    for place in places_found:
         if place.spots and issubclass(kind := place.spots[0].kind, Experts):
             _check_experts(place, kind, isinstance(slots, RowSlots))
-            stacks.setdefault((place.spots[0].node, kind), []).append(place)
+    if slots is not None:
+        places_found = with_split(places_found, building)
+    stacks: dict[tuple[ir.Node, type[Experts]], list[ResolvedTarget]] = {}
+    for place in in_order(places_found, building.model.graph):
+        if place.spots and issubclass(place.spots[0].kind, Experts):
+            for spot in place.spots:
+                assert issubclass(spot.kind, Experts)
+                stacks.setdefault((spot.node, spot.kind), []).append(place)
+            continue
+        if place.spots and issubclass(place.spots[0].kind, SelectedExperts):
+            _attach_selected(place, building, slots)
             continue
         for spot in place.spots:
             _attach(place, _apart(spot, building, apart), building, slots, words)
         if not place.spots:
             _attach(place, None, building, slots, words)
     for (node, kind), places in stacks.items():
-        assert not isinstance(slots, RowSlots)  # `_check_experts` raises for these.
+        assert not isinstance(slots, RowSlots)  # `_check_experts` has raised an error if these are experts.
         _attach_experts(node, kind, places, building, slots)
     words.shadows.close()
 
 
 def unchangeable(places: Sequence[ResolvedTarget], by_rows: bool) -> list[Target]:
-    """Return the adapter's targets that are experts which added nodes cannot change."""
+    """Return the targets whose updates added nodes cannot apply, because they are experts inside a single node.
+
+    With `by_rows`, these are all experts inside such nodes; otherwise, only the experts with packed weights.
+    """
     kind = Experts if by_rows else PackedExperts
     return [*dict.fromkeys(at.asked for at in places if at.spots and issubclass(at.spots[0].kind, kind))]
 
 
 def _check_experts(place: ResolvedTarget, kind: type[Experts], by_rows: bool) -> None:
-    """Raise an error if added nodes cannot change a node's experts.
+    """Raise an error if added nodes cannot change the experts that a node computes.
 
     Raises:
-        Unsupported: the experts are packed; or each row of a batch may have another adapter, and the node reads the
-            same weights for all rows.
+        Unsupported: the node reads packed weights; or, with `by_rows`, each row of a batch may use a different
+            adapter, but the node reads the same weights for all rows; or an update changes an output.
     """
     node = place.spots[0].node
     where = f"its experts are inside the node {node.name or node.outputs[0].name} ({node.op_type})"
     if issubclass(kind, PackedExperts):
-        why = f"{where}, which reads packed weights, so added nodes cannot change them"
-        cure = f"Merge it instead: adapterkit merge {_PACKED}; or omit such targets: {_PARTIAL}"
+        why = f"{where}, which reads packed weights, so added nodes cannot change the experts"
+        cure = f"Merge the adapter instead: adapterkit merge {_PACKED}; or omit such targets: {_PARTIAL}"
         raise Unsupported(why, where=str(place.asked), cure=cure)
     if by_rows:
-        why = f"{where}, which reads the same weights for all rows of a batch"
-        cure = f"Inject it with --mode slots (mode='slots'); or omit such targets: {_PARTIAL}"
+        why = f"{where}, which reads the same weights for all rows of a batch, but each row may use a different adapter"
+        cure = f"Inject the adapter with --mode slots (mode='slots'); or omit such targets: {_PARTIAL}"
         raise Unsupported(why, where=str(place.asked), cure=cure)
     refuse_outputs(place, node.op_type)
+
+
+def _attach_selected(place: ResolvedTarget, building: Building, slots: Slots | RowSlots | None) -> None:
+    if isinstance(slots, RowSlots):
+        why = "its experts are selected for each token, so the rows of a batch cannot use different adapters"
+        raise Unsupported(why, where=str(place.asked), cure="Inject the adapter with --mode slots (mode='slots')")
+    attach_selected(place, building, None if slots is None else slots.stacked)
 
 
 def _attach_experts(
     node: ir.Node, kind: type[Experts], places: Sequence[ResolvedTarget], building: Building, slots: Slots | None
 ) -> None:
-    """Change a stack of experts: nodes inserted before the experts' node compute the new stack from all updates."""
-    # Targets with the same rows, such as targets of two adapters, are next to each other.
+    """Change the stack of expert weights that a node reads: new nodes before this node compute the changed stack."""
+    # Updates of overlapping rows, such as those of two adapters, must be applied one after the other. Put their targets
+    # into different rounds; each round computes all of its changes at once.
     rounds: list[list[ResolvedTarget]] = []
     for place in places:
         free = (one for one in rounds if not any(_overlap(place, other) for other in one))
@@ -268,7 +290,7 @@ def _overlap(one: ResolvedTarget, other: ResolvedTarget) -> bool:
 
 
 def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spot:
-    """Split a fused attention node, and return the spot of the projection inside; return any other spot unchanged."""
+    """Split a fused attention node once, and return the spot of its projection; return any other spot unchanged."""
     if not issubclass(spot.kind, Attention):
         return spot
     if spot.node not in apart:
@@ -310,7 +332,7 @@ def _attach(
         y = core.around(y) if isinstance(core, Normed) else y
     except (AttributeError, TypeError) as error:  # The formula uses an array operation that graph values lack.
         outer = any(isinstance(update, OutputUpdate) for update in place.updates)
-        cure = _CONSTANT if slots is not None else _KEEP if outer else "Merge it instead"
+        cure = _CONSTANT if slots is not None else _KEEP if outer else "Merge the adapter instead"
         raise Unsupported(
             f"the formula cannot be written as nodes: {error}", where=str(place.asked), cure=cure
         ) from None
@@ -322,10 +344,10 @@ def _attach(
 def _new_weights(
     given: Sequence[Update], seen: TargetView, layer: GraphLayer, place: ResolvedTarget, slots: Slots | None
 ) -> list[Update]:
-    """Return updates from which nodes can compute the layer's new weight and bias.
+    """Return equal updates whose formulas for the weight and the bias can be written as nodes.
 
     Raises:
-        Unsayable: nodes cannot compute the weight from slots.
+        Unsayable: nodes cannot compute the weight from the slots of an update.
     """
     if slots is None:
         return [_weighable(update, seen, layer.branch) or _worked_out(update, seen) for update in given]
@@ -342,12 +364,12 @@ def _new_weights(
 def _change_inside(
     given: Sequence[Update], seen: TargetView, layer: GraphLayer, place: ResolvedTarget, slots: Slots | None, spot: Spot
 ) -> None:
-    """Change the weight and bias that a node reads: nodes before this node compute both from the updates."""
+    """Change the weight and bias that a node reads: new nodes before this node compute the changed values."""
     try:
         new = _new_weights(given, seen, layer, place, slots)
         changed_inside(layer, cast("FormulaLayer", seen), place, new, spot)
     except (AttributeError, TypeError) as error:  # The formula uses an array operation that graph values lack.
-        cure = _CONSTANT if slots is not None else "Merge it instead"
+        cure = _CONSTANT if slots is not None else "Merge the adapter instead"
         raise Unsupported(
             f"the formula cannot be written as nodes: {error}", where=str(place.asked), cure=cure
         ) from None
@@ -356,7 +378,7 @@ def _change_inside(
 
 
 def _weighable(update: Update, seen: TargetView, branch: Branch) -> Update | None:
-    """Return the update if nodes can compute the layer's new weight and bias; otherwise None."""
+    """Return the update if nodes can compute the layer's new weight and bias from it; otherwise None."""
     before = len(branch.nodes)
     try:
         chain = Composed(cast("FormulaLayer", seen), update)
@@ -369,12 +391,13 @@ def _weighable(update: Update, seen: TargetView, branch: Branch) -> Update | Non
 
 
 def in_order(places_found: Sequence[ResolvedTarget], graph: ir.Graph) -> list[ResolvedTarget]:
-    """Sort the targets: blocks that pass a state to the next block come first, in the order of the graph.
+    """Sort the targets: first those with an update that changes the target's input, in the order of the graph.
 
-    Attach these blocks first, because nodes that are added for layers inside a block read the block's state.
+    Attach these targets first, because nodes that are added for layers inside such a target read its changed input. A
+    shadow network passes its state from block to block, so the blocks must be in the graph's order.
 
     Raises:
-        Unsupported: a block that passes a state is inside a subgraph.
+        Unsupported: a target whose input is changed is inside a subgraph.
     """
     moving = [place for place in places_found if any(getattr(update, "moves_input", False) for update in place.updates)]
     if not moving:
@@ -383,14 +406,14 @@ def in_order(places_found: Sequence[ResolvedTarget], graph: ir.Graph) -> list[Re
     places: dict[ResolvedTarget, int] = {}
     for place in moving:
         if place.last is None or place.last not in at:
-            why = "the block passes a state to the next block, and the block is in a subgraph"
+            why = "an update changes the input of this target, and the target is in a subgraph"
             raise Unsupported(why, where=str(place.asked), cure=_KEEP)
         places[place] = at[place.last]
     return [*sorted(moving, key=lambda place: places[place]), *(place for place in places_found if place not in places)]
 
 
 def _layer(place: ResolvedTarget, spot: Spot | None, branch: Branch) -> GraphLayer | Ended:
-    """Return the object through which formulas use a target."""
+    """Return the object that formulas get as the target's layer: an `Ended` if the target has an outlet."""
     if spot is None:
         assert place.outlet is not None
         return Ended(place.outlet, branch)
@@ -405,14 +428,14 @@ def _layer(place: ResolvedTarget, spot: Spot | None, branch: Branch) -> GraphLay
 
 def _check(place: ResolvedTarget, layer: GraphLayer | Ended, bias: object) -> None:
     outer = [isinstance(update, OutputUpdate) for update in place.updates]
-    # An output update reads the layer's result, so a weight update cannot come after an output update.
+    # An output update reads the output of the changed weight, so no weight update may come after an output update.
     if outer != sorted(outer):
-        why = "an update of weights follows an update of the output"
-        raise Unsupported(why, where=str(place.asked), cure="Put updates of weights before updates of outputs")
+        why = "an update of the weight comes after an update of the output"
+        raise Unsupported(why, where=str(place.asked), cure="Put the updates of weights before the updates of outputs")
     for update in place.updates:
         if isinstance(update, OutputUpdate) and place.target.rows:
-            why = f"{update.method} changes the whole output, but the target is a row slice"
-            raise Unsupported(why, where=str(place.asked), cure="Target the layer as a whole")
+            why = f"{update.method} changes the whole output, but the target is only a range of the layer's rows"
+            raise Unsupported(why, where=str(place.asked), cure="Target the whole layer")
         if update.changes_bias and update.needs_bias and bias is None and not isinstance(update, Additive):
             why = f"{update.method} changes a bias that the layer does not have"
             raise Unsupported(why, where=str(place.asked), cure="Give the layer a bias")
@@ -423,7 +446,7 @@ def _check(place: ResolvedTarget, layer: GraphLayer | Ended, bias: object) -> No
 def _valued(
     update: Update, layer: GraphLayer | Ended, place: ResolvedTarget, position: int, slots: Slots | None
 ) -> Update:
-    """Return the update with graph values in place of its tensors, in the dtype that the layer computes in."""
+    """Return the update with its tensors replaced by graph values in the dtype in which the layer computes."""
     if slots is not None:
         return slots.opened(update, layer, place, position)
     building, dtype = layer.branch.building, layer.dtype
@@ -451,8 +474,8 @@ def _wide(leaf: Leaf) -> Array:
 
 
 def _sayable(update: Update, layer: TargetView, branch: Branch, constant: bool) -> Update:
-    """Return the update if nodes can express its formula; otherwise, if `constant`, an equal dense update."""
-    # Try the formula, and always remove the nodes that the trial appended.
+    """Return the update if its formula can be written as nodes; otherwise, if `constant`, an equal dense update."""
+    # Run the formula to see whether it fails, and remove the nodes that this trial appended to the branch.
     if isinstance(update, OutputUpdate):
         return update
     before = len(branch.nodes)
@@ -470,7 +493,7 @@ def _sayable(update: Update, layer: TargetView, branch: Branch, constant: bool) 
 def _slotted(
     update: Update, position: int, seen: TargetView, layer: GraphLayer | Ended, place: ResolvedTarget, slots: Slots
 ) -> Update:
-    """Return the update with slots for its tensors, or for factors computed from its tensors and the base's weight."""
+    """Return the update if its formula can be written as nodes; otherwise one with slots for factors."""
     try:
         return _sayable(update, seen, layer.branch, False)
     except (AttributeError, TypeError):
@@ -481,7 +504,11 @@ def _slotted(
 
 
 def _worked_out(update: Update, layer: TargetView) -> Update:
-    """Compute an update of a known weight in float64; return the change or the new weight, rounded once."""
+    """Apply an update to the layer's known weight in float64, and return the result as a constant update.
+
+    Returns:
+        For an additive update, the weight's change; otherwise, the new weight. Both are rounded only once.
+    """
     computed = computed_over(update, lambda leaf: _numbers(cast(Value, leaf)))
     if isinstance(computed, Additive):
         D: Any = computed.delta(layer.shape) if computed.changes_weight else None
@@ -501,7 +528,7 @@ def _numbers(value: Value) -> Array:
 
 
 def _constant(layer: TargetView, array: Tensor | None) -> Tensor | None:
-    """Return an array as a constant in the layer's dtype, typed as a `Tensor` for formulas."""
+    """Return an array as a constant graph value in the layer's dtype; declared as a `Tensor` for the type checker."""
     if array is None:
         return None
     kind = known_weight(layer).dtype
@@ -509,28 +536,30 @@ def _constant(layer: TargetView, array: Tensor | None) -> Tensor | None:
 
 
 def _output(layer: TargetView, updates: Sequence[Update], added: bool = False, more: bool = False) -> Value:
-    """Compute the layer's new output with the updates' formulas; for a grouped layer, change only weight and bias.
+    """Return the layer's output after the updates.
+
+    If the layer is not `direct`, as with groups, use only the updates' formulas for the weight and the bias.
 
     Args:
         layer: the layer.
         updates: the updates of the layer, in order.
-        added: True to compute the change of the output and add the change to the layer's output. If the update has no
-            effect, every bit of the output then stays the same.
+        added: True to compute only the change of the output, and add it to the layer's output. If the updates change
+            nothing, every bit of the output then stays the same.
         more: True to keep the layer's output and add to it the change of the product `W @ x`; see `computes_apart`.
     """
     outer = [update for update in updates if isinstance(update, OutputUpdate)]
     inner = updates[: len(updates) - len(outer)]
     weights = all(isinstance(update, WeightUpdate) for update in inner)
     sums = all(isinstance(update, Additive) for update in inner)
-    # Formulas are typed for tensors; graph values support the same operators.
+    # The formulas' type hints name torch tensors; graph values support the same operators.
     chain = cast("FormulaLayer", layer)
     for update in updates:
         chain = cast("FormulaLayer", Composed(chain, update))
-    # Only additive updates keep the output of the layer; other formulas compute a new product.
+    # The formulas of additive updates add to the layer's output; other formulas compute a new product instead.
     if (layer.direct and (sums if more else not added or not weights)) or not inner:
         return cast(Value, chain(cast("Tensor", layer.x)))
     if outer:
-        raise Unsayable("an output update follows an update of weights")
+        raise Unsayable("an update of the output comes after an update of the weight")
     if not added and not more:
         y = layer.op(layer.x, cast(Value, chain.weight))
         return y if chain.bias is None else y + layer.per_channel(cast(Value, chain.bias))
@@ -539,7 +568,7 @@ def _output(layer: TargetView, updates: Sequence[Update], added: bool = False, m
 
 
 def _insert(layer: GraphLayer | Ended, new: ir.Value, branch: Branch) -> None:
-    """Replace a layer's output, and its input if the update changes the input; remove nodes that become unused."""
+    """Replace a layer's output, and its input if an update changes the input; remove the layer's unused nodes."""
     last = layer.end.producer()
     if isinstance(layer, Ended) and layer.moved is not None:
         graph = None if layer.node is None else layer.node.graph
@@ -561,5 +590,5 @@ _PARTIAL = "--allow-partial (allow_partial=True)"
 
 _PACKED = "GRAPH A -o OUT --quantized requantize (quantized='requantize'), or with dequantize instead"
 _UNFOLDED = "Export the graph without folding: torch.onnx.export(..., optimize=False)"
-_KEEP = "Keep it in the torch model"
-_CONSTANT = "Inject it with --mode constant (mode='constant')"
+_KEEP = "Keep the adapter in the torch model"
+_CONSTANT = "Inject the adapter with --mode constant (mode='constant')"

@@ -1,8 +1,8 @@
-"""Find attentions in a graph, and attach prefixes: extra keys and values before the computed keys and values.
+"""Find attentions in a graph, and attach prefixes: learned keys and values that come before the computed ones.
 
-Exporters write an attention as `softmax(q @ k^T + mask) @ v`. A prefix adds columns of scores before the columns of the
-computed keys. The columns are inserted after the mask is added, so that the mask cannot hide the prefix. The prefix's
-values go before the computed values. The prefix is not part of any cache.
+Exporters write an attention as `softmax(q @ k^T + mask) @ v`. The prefix's scores are inserted before the scores of the
+computed keys, and its values before the computed values. The scores are inserted after the mask is added, so that
+the mask does not apply to the prefix. The prefix is not part of any cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TURNS = ("Transpose", "Reshape", "Cast", "Identity")
 _EXPORT = "Export the graph with torch's own exporter, and inject the adapter before the graph is optimized"
 
 Factors = tuple[tuple[str, ir.Value], ...]
-"""Pairs of an operator (`Mul` or `Div`) and a number, in the order in which the operators are applied."""
+"""Pairs of an operator (`Mul` or `Div`) and a scalar graph value, in the order in which the graph applies them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,11 +41,11 @@ class AttentionNodes:
     """The nodes of an attention.
 
     Attributes:
-        module: the module that the nodes belong to.
+        module: the module that contains these nodes.
         softmax: the node that turns scores into attention weights.
         scores: the node that multiplies queries by keys.
         mixed: the node that multiplies attention weights by values.
-        factors: the numbers that multiply the scores before the softmax.
+        factors: the scalars by which the graph multiplies or divides the scores before the softmax.
     """
 
     module: Module
@@ -65,10 +65,10 @@ class AttentionNodes:
 
     @property
     def width(self) -> int:
-        """The size of each head's values.
+        """The number of channels of each head's values.
 
         Raises:
-            Unsupported: the graph does not show the size.
+            Unsupported: the graph does not show this number.
         """
         return self._size(3)
 
@@ -85,11 +85,12 @@ class AttentionNodes:
 
 
 def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
-    """Return the attention that a target names.
+    """Return the attention in the module that `target` names.
 
     Raises:
         TargetNotFound: there is no such module.
-        Unsupported: the module does not contain exactly one softmax of scores, or adds a position bias to the scores.
+        Unsupported: the module does not contain exactly one attention softmax, or it adds a position bias to the
+            scores.
     """
     where = str(target)
     module = module_at(model, target.path, where)
@@ -97,15 +98,16 @@ def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
     way = _way_back(softmaxes[0].inputs[0]) if len(softmaxes) == 1 else None
     mixed = _product_of(softmaxes[0].outputs[0]) if len(softmaxes) == 1 else None
     if way is None or mixed is None:
-        raise Unsupported("the module does not have exactly one softmax of scores", where=where, cure=_EXPORT)
+        raise Unsupported("the module must contain exactly one attention softmax", where=where, cure=_EXPORT)
     return AttentionNodes(module, softmaxes[0], way[0], mixed, way[1])
 
 
 def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
-    """Insert prefixes before an attention's keys and values; the prefix of the first update comes first.
+    """Insert the updates' prefixes before the keys and values of the attention at `target`, in the updates' order.
 
     Raises:
-        ShapeMismatch: a prefix and the keys differ in the number or the size of heads.
+        ShapeMismatch: the number or the size of a prefix's heads does not fit the attention.
+        Unsupported: the attention's input that a prefix's gate reads is unknown.
         Also the errors of `attention_at`.
     """
     at = attention_at(building.model, target)
@@ -131,7 +133,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
 
 
 def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Dtype, target: Target) -> Value:
-    """Return a prefix's keys and values, `[rows or 1, 2, heads, n, d]`, repeated for query heads that share them."""
+    """Return a prefix's keys and values, `[rows or 1, 2, heads, n, d]`, repeated for each query head."""
 
     def value(leaf: Leaf) -> Value:
         array = as_array(leaf).astype(np.float64)
@@ -143,33 +145,33 @@ def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Dtype
     if at.heads % heads:
         why = f"the prefix was made for {heads} heads, but the attention has {at.heads}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
-    # In grouped-query attention, several query heads share a key head.
+    # In grouped-query attention, several query heads share one key head; the graph repeats it for each query head.
     shared = [head * heads // at.heads for head in range(at.heads)]
     out: Value = pasts if heads == at.heads else pasts[:, :, shared]
     return out
 
 
 def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Target) -> Value | None:
-    """Return the attention's input, if the prefix has a gate that reads it; otherwise None."""
+    """Return the attention's input if the prefix has a gate, which reads this input; otherwise None."""
     gate = update.tensors.get("gate")
     if gate is None:
         return None
     width = gate.shape[-1]
     entering = [v for v in at.module.entering if v.shape is not None and len(v.shape) == 3 and v.shape[2] == width]
     if len(entering) != 1:
-        why = f"{len(entering)} values of {width} channels enter the attention, but the prefix's gate reads exactly one"
+        why = f"the prefix's gate reads an input of {width} channels; the attention has {len(entering)} such inputs"
         raise Unsupported(why, where=str(target), cure=_EXPORT)
     return Value(branch, (None, None, width), element_type(entering[0]), branch.building.now(entering[0]))
 
 
 def _ones(at: AttentionNodes, branch: Branch, kind: Dtype) -> Value:
-    """Return ones `[rows, heads, 1, 1]`; multiplying a constant by this value repeats it for each row of the batch."""
+    """Return ones, `[rows, heads, 1, 1]`. Multiplying a constant by these ones repeats the constant for each row."""
     queries = Value(branch, (None, at.heads, None, None), kind, at.scores.inputs[0])
     return SYMBOLS.ones_like(queries[:, :, :1, :1])
 
 
 def _scores(keys: Value, at: AttentionNodes, branch: Branch) -> Value:
-    """Return the scores of queries against the prefix's keys, with the scaling of the graph's own scores."""
+    """Return the scores of the queries for the prefix's keys, scaled like the graph's own scores."""
     keys = _times(keys, _factors_of(at.scores.inputs[1]), branch)
     queries = Value(branch, (None, at.heads, None, keys.shape[-1]), keys.dtype, at.scores.inputs[0])
     return _times(queries @ keys.mT, at.factors, branch)
@@ -189,7 +191,7 @@ def _check_width(past: Value, at: AttentionNodes, target: Target) -> None:
 
 
 def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
-    """Return the node that multiplies queries by keys, and the factors between that node and the softmax's input."""
+    """Return the node that computes the scores in a softmax's input, and the factors in between; else None."""
     node = None if value is None else value.producer()
     if node is None:
         return None
@@ -197,9 +199,9 @@ def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
         return None if is_constant(node.inputs[1]) else (node, ())
     if node.op_type not in _BEFORE:
         return None
-    # T5 adds a learned table of relative positions to its scores here.
+    # T5 adds relative position biases from a learned table to its scores. The prefix's scores would have no such bias.
     if node.op_type == "Add" and any(_looks_up_positions(one) for one in node.inputs):
-        raise Unsupported("the attention adds position biases", where=node.name, cure="Keep it in the torch model")
+        raise Unsupported("the attention adds position biases", where=node.name, cure="Use the torch model instead")
     for operand, factor in _operands(node):
         behind = _way_back(operand)
         if behind is not None:
@@ -208,7 +210,7 @@ def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
 
 
 def _operands(node: ir.Node) -> Iterator[tuple[ir.Value | None, Factors]]:
-    """Yield each input that may hold the scores or keys, with the factor that the node applies to the input."""
+    """Yield each input that may hold the scores or keys, with the scalar that the node multiplies or divides it by."""
     for position, one in enumerate(node.inputs):
         if node.op_type not in ("Mul", "Div"):
             yield one, ()
@@ -219,7 +221,7 @@ def _operands(node: ir.Node) -> Iterator[tuple[ir.Value | None, Factors]]:
 
 
 def _factors_of(value: ir.Value | None) -> Factors:
-    """Return the numbers that multiply the keys before the product with the queries."""
+    """Return the factors that the graph applies to the keys before it multiplies the queries by the keys."""
     node = None if value is None else value.producer()
     if node is None or node.op_type not in (*_TURNS, "Mul", "Div"):
         return ()
@@ -230,7 +232,7 @@ def _factors_of(value: ir.Value | None) -> Factors:
 
 
 def without_factors(value: ir.Value | None) -> ir.Value:
-    """Return the queries before any multiplication by a number."""
+    """Return `value` before all multiplications and divisions by a scalar."""
     assert value is not None
     node = value.producer()
     if node is None or node.op_type not in ("Mul", "Div"):
@@ -240,7 +242,7 @@ def without_factors(value: ir.Value | None) -> ir.Value:
 
 
 def _is_number(value: ir.Value | None) -> bool:
-    """Whether a value is a single number that does not depend on the model's inputs."""
+    """Whether a value is a scalar constant, or is computed from one."""
     if value is None:
         return False
     if is_constant(value):
@@ -250,7 +252,7 @@ def _is_number(value: ir.Value | None) -> bool:
 
 
 def _looks_up_positions(value: ir.Value | None) -> bool:
-    """Whether a value comes from a table of numbers, like T5's relative position bias."""
+    """Whether a value is looked up in a constant table of floats, like T5's relative position bias."""
     seen, left = set[ir.Value](), [value]
     while left:
         one = left.pop()
@@ -266,7 +268,7 @@ def _looks_up_positions(value: ir.Value | None) -> bool:
 
 
 def _product_of(shares: ir.Value) -> ir.Node | None:
-    """Return the node that multiplies attention weights by the values."""
+    """Return the node that multiplies the attention weights `shares` by the values; None if there is none."""
     seen, left = set[ir.Node](), [shares]
     while left:
         for use in left.pop().uses():

@@ -1,9 +1,10 @@
 """Find out whether a vector that a graph adds to a layer's output is the layer's bias.
 
 Updates such as IA3 also change the bias. Exporters write a bias as an input of the layer's node, or as an Add right
-after it. Other tools store the bias with more axes, subtract it, or add it after a Reshape. But an added vector may
-instead be a parameter of the module around the layer. The base's weights show which of the two it is; without the base,
-the names that the exporter wrote show it. If neither shows it, the layer is refused.
+after this node. Other tools store the bias with more axes, subtract its negative, or add it after a Reshape. But an
+added vector need not be the bias: it may be a parameter of the module around the layer. The base's weights show whether
+the vector is the bias; without the base, the names that the exporter wrote may show it. If neither does, an error is
+raised.
 """
 
 from __future__ import annotations
@@ -32,27 +33,27 @@ if TYPE_CHECKING:
     from .building import Array
 
 KEEPS_ORDER = {"Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
-"""Operators that keep the order of numbers. If an Add of a vector follows such an operator, the Add can be moved before
-the operator, provided that the vector lies along the last axis."""
+"""Operators that keep the order of the elements. An Add of a vector after such an operator can be moved before the
+operator, provided that the vector lies along the last axis."""
 
 PASSES = KEEPS_ORDER | {
     "Transpose", "Cast", "QuantizeLinear", "DequantizeLinear", "Split", "Slice", "Dropout",
 }  # fmt: skip
-"""Operators that may be between a layer and an Add of its bias."""
+"""Operators that may be between a layer and the node that adds the layer's bias."""
 
 PADDLE = (("w_0", "b_0"), ("_weights", "_offset"))
-"""Ends of the names that PaddlePaddle gives the weight and the bias of a layer."""
+"""Pairs of suffixes that PaddlePaddle gives to the names of a layer's weight and bias."""
 
 _COPY = re.compile(r"_deepcopy_\d+$")
-"""The end that paddle2onnx appends to each parameter name; the numbers of a weight and its bias differ."""
+"""Suffix that paddle2onnx appends to each parameter's name; its number differs between a layer's weight and bias."""
 
 BROADCAST = {"MatMul", "Add", "Sub", "Mul", "Div", "Equal", "Cast", "Identity"}
 """Operators whose output has at least as many axes as each input."""
 
 WIDE = 64
-"""Largest number of values that are searched for the name of a bias."""
+"""Largest number of values to visit in one search through the graph, such as for the name of a bias."""
 
-_AGAIN = "Export the graph again, so that the bias is an input of the layer's node or of an Add after it"
+_AGAIN = "Export the graph again, so that the bias is an input of the layer's node or of an Add right after this node"
 
 
 def changes_bias(place: ResolvedTarget) -> bool:
@@ -61,7 +62,7 @@ def changes_bias(place: ResolvedTarget) -> bool:
 
 
 def with_base_bias(place: ResolvedTarget, base: Checkpoint) -> ResolvedTarget:
-    """Return a target with the bias that its layer has in the base, if the base contains the layer's name."""
+    """Return the target with `bias` set to its layer's bias in the base, if the base contains the layer's weight."""
     if not changes_bias(place) or not place.spots:
         return place
     for path in dict.fromkeys((place.target.path, place.asked.path)):
@@ -82,7 +83,7 @@ def with_base_bias(place: ResolvedTarget, base: Checkpoint) -> ResolvedTarget:
 
 
 def _paddle_biases(weight: str) -> list[str]:
-    """Return the names that PaddlePaddle may give the bias of the layer with this weight."""
+    """Return the names that PaddlePaddle may give to the bias of the layer whose weight has the name `weight`."""
     weight = _COPY.sub("", weight)
     return [f"{weight.removesuffix(end)}{bias}" for end, bias in PADDLE if weight.endswith(end)]
 
@@ -97,24 +98,27 @@ def _base_bias(base: Checkpoint, name: str) -> BaseBias | None:
 
 
 def settle_biases(places: Sequence[ResolvedTarget], building: Building) -> None:
-    """For each layer whose bias an update changes, prove which vector is the bias, and add it right after the layer.
+    """For each layer whose bias an update changes, find the bias; if needed, move its Add right after the layer.
 
-    If an added vector is not the bias of its layer, the layer's node is added to `building.apart`.
+    If the vector that is added to a layer's output is not the layer's bias, put the layer's node into
+    `building.apart`, so that updates do not change the vector.
 
     Raises:
-        Unsupported: it is unknown whether a vector that is added to a layer's output is the bias; or the bias is added
-            where no update can change it; or one node computes several layers with different biases.
+        Unsupported: it is unknown whether a vector that is added to a layer's output is the bias; or the graph adds
+            the bias at a place from which it cannot be moved; or one node computes several layers with different
+            biases.
     """
     for place in places:
         for spot in dict.fromkeys(place.spots):
             _refuse_shared(spot, place)
-            exempt = issubclass(spot.kind, Attention | Experts | Gather | Recurrent) or place.norm is not None
+            exempt = place.target.stacked or issubclass(spot.kind, Attention | Experts | Gather | Recurrent)
+            exempt = exempt or place.norm is not None
             if not exempt and changes_bias(place):
                 _settle(spot, place, building)
 
 
 def _refuse_shared(spot: Spot, place: ResolvedTarget) -> None:
-    """Refuse a node into which an optimizer merged several layers with equal weights and inputs."""
+    """Raise an error if an optimizer merged several layers, which have equal weights and inputs, into this node."""
     uses = list(spot.node.outputs[0].uses())
     if len(uses) < 2:
         return
@@ -132,14 +136,14 @@ def _refuse_shared(spot: Spot, place: ResolvedTarget) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Added:
-    """A vector that nodes add to a layer's output.
+    """A value that a node adds to a layer's output, or subtracts from it.
 
     Attributes:
-        node: the node that adds it.
-        value: the vector.
-        passed: nodes between the layer and this node.
-        negative: True if the node subtracts the vector instead of adding it.
-        first: whether nothing else is added to the output before the vector.
+        node: the node that adds the value.
+        value: the added value, which may be the layer's bias.
+        passed: the nodes between the layer and `node`.
+        negative: True if `node` is a Sub, which subtracts the value.
+        first: whether nothing else is added to the output before this value.
     """
 
     node: ir.Node
@@ -192,10 +196,10 @@ def _settle(spot: Spot, place: ResolvedTarget, building: Building) -> None:
 
 
 def _in_float_sums(layer: GraphLayer) -> bool:
-    """If a QLinearAdd adds a constant after a layer, replace it by DequantizeLinear, Add and QuantizeLinear.
+    """If a QLinearAdd adds a constant after a layer, replace this node by DequantizeLinear, Add and QuantizeLinear.
 
     Returns:
-        True if there was such a node.
+        Whether a node was replaced.
     """
     value = layer.result
     again = only_reader(value, "QuantizeLinear")
@@ -234,10 +238,10 @@ def _in_float_sums(layer: GraphLayer) -> bool:
 
 
 def _before_activation(layer: GraphLayer) -> bool:
-    """Take the bias out of an activation that onnxruntime fused with the Add after a layer: BiasGelu or FastGelu.
+    """If a BiasGelu or a FastGelu adds a vector after a layer, split this node into an Add and the activation.
 
     Returns:
-        True if there was such a node.
+        Whether a node was split.
     """
     uses = list(layer.result.uses())
     node = uses[0].node if len(uses) == 1 and uses[0].idx == 0 else None
@@ -267,10 +271,10 @@ def _zero(place: ResolvedTarget) -> bool:
 
 
 def _refuse_lost(place: ResolvedTarget, where: str) -> None:
-    """Refuse a layer that has a bias in the base, if no bias was found in the graph."""
+    """Raise an error if the layer has a bias in the base, because none was found in the graph."""
     if place.bias is None or _zero(place):
         return
-    why = "the base's layer has a bias, and it is unclear where the graph adds it"
+    why = "the layer has a bias in the base, but it is unclear where the graph adds this bias"
     raise Unsupported(why, where=where, cure="Export the graph again without optimizations")
 
 
@@ -287,19 +291,19 @@ def _is_bias(
     plain: bool,
     bias: ir.Value | None = None,
 ) -> bool:
-    """Whether a vector is the bias of a layer.
+    """Whether the vector that a node adds to a layer's output is the layer's bias.
 
     Args:
         layer: the layer.
         adds: the node that adds the vector.
-        vector: the vector, with one number for each output channel; None if it cannot be converted to this form.
+        vector: the vector, with one element for each output channel; None if it cannot be converted to this form.
         place: the layer's target.
-        plain: True if exporters write a bias in this way. In that case, the vector is the bias unless something shows
-            that it is not.
-        bias: the value that holds the vector; None if the layer's own node reads it.
+        plain: True if exporters usually write a bias in this way. The vector is then taken for the bias unless the base
+            or the nodes' names show that it is not.
+        bias: the graph value that holds the vector; None if the layer's own node reads the vector.
 
     Raises:
-        Unsupported: nothing shows whether the vector is the bias; or its numbers differ from the base's bias.
+        Unsupported: nothing shows whether the vector is the bias; or its values differ from those of the base's bias.
     """
     where = str(place.asked)
     named = bias is not None and _is_named(bias, place)
@@ -313,28 +317,28 @@ def _is_bias(
     if plain:
         return True
     why = (
-        f"a vector is added to its output ({_names(bias)[0]}), which is (1) its bias, which the update changes, or (2) "
-        "a parameter of the module around it, which stays as it is"
+        f"the graph adds the vector {_names(bias)[0]} to the layer's output; this is either (1) its bias, which the "
+        "update changes, or (2) a parameter of the module around the layer, which must not change"
     )
     if place.bias is not None and vector is None:
         raise Unsupported(why, where=where, cure=_AGAIN)
     weight = place.asked.path if _paddle_biases(place.asked.path) else f"{place.asked.path}.weight"
-    cure = f"Pass weights of the base that contain {weight}, which show whether the vector is its bias"
+    cure = f"Pass weights of the base that contain {weight}, to show whether the vector is the layer's bias"
     raise Unsupported(why, where=where, cure=f"{cure}: --base-weights DIR (base_weights=)")
 
 
 def _in_base(vector: Array, place: ResolvedTarget) -> bool | None:
-    """Whether a vector is the bias that a layer has in the base; None if the base does not show it.
+    """Whether a vector equals the bias that the target's layer has in the base; None if the shapes do not fit.
 
     Raises:
-        Unsupported: the base contradicts the graph.
+        Unsupported: the vector equals neither the layer's bias in the base nor another vector of the base.
     """
     assert place.bias is not None
     base, rows = place.bias.numbers, slice(*place.target.rows) if place.target.rows else slice(None)
     if base is None:
         if not vector.any() or _is_other(vector, place.bias):
             return False
-        why = "the graph adds a vector to the layer's output, but the base has no bias there and no equal vector"
+        why = "the graph adds a vector to the layer's output, but the base has no bias there, and no vector equal to it"
         raise Unsupported(why, where=str(place.asked), cure="Pass all weights of the base: --base-weights DIR")
     for part in (vector[rows], vector):
         if part.shape == base.shape:
@@ -342,13 +346,13 @@ def _in_base(vector: Array, place: ResolvedTarget) -> bool | None:
                 return True
             if _is_other(part, place.bias):
                 return False
-            why = "the vector that the graph adds to the layer's output holds other numbers than the base's bias"
+            why = "the graph adds a vector to the layer's output, but it holds other numbers than the base's bias"
             raise Unsupported(why, where=str(place.asked), cure="Is this the base that the graph was exported from?")
     return None
 
 
 def _is_other(vector: Array, bias: BaseBias) -> bool:
-    """Whether a vector equals one of the base's vectors that are not the layer's bias."""
+    """Whether a vector equals any vector in the base other than the layer's bias."""
     alike = (leaf for leaf in bias.others.values() if tuple(leaf.shape) == vector.shape)
     return any(_near(vector, as_array(leaf).astype(np.float32)) for leaf in alike)
 
@@ -361,7 +365,7 @@ def _near(one: Array, other: Array) -> bool:
 
 
 def _may_be_foreign(value: ir.Value, place: ResolvedTarget, layer: GraphLayer) -> bool:
-    """Whether a node adds something that cannot be the bias of a layer: a matrix, a scalar, or a residual."""
+    """Whether a value cannot be the layer's bias: the base has none, or the value is a matrix, scalar or residual."""
     if place.bias is not None and place.bias.numbers is None:
         return True
     if _is_named(value, place):
@@ -373,7 +377,7 @@ def _may_be_foreign(value: ir.Value, place: ResolvedTarget, layer: GraphLayer) -
 
 
 def _added(layer: GraphLayer) -> Iterator[_Added]:
-    """Yield the values that nodes add to a layer's output, directly or after nodes that keep or move the numbers."""
+    """Yield the values that nodes add to a layer's output, directly or after operators in `PASSES` and other sums."""
     waiting: list[tuple[ir.Value, tuple[ir.Node, ...], bool]] = [(layer.result, (), True)]
     for _ in range(WIDE):
         if not waiting:
@@ -396,7 +400,7 @@ def _added(layer: GraphLayer) -> Iterator[_Added]:
 
 
 def _may_be_bias(added: _Added, layer: GraphLayer, place: ResolvedTarget) -> bool:
-    """Whether a value that a node adds may be the bias of a layer, judging by the value's name or size."""
+    """Whether an added value may be the layer's bias, judging by its name, its size, and the nodes' modules."""
     if added.value is layer.stored_bias or added.node is (None if layer.after is None else layer.after[0]):
         return False
     if _is_named(added.value, place):
@@ -417,12 +421,13 @@ def _may_be_bias(added: _Added, layer: GraphLayer, place: ResolvedTarget) -> boo
 
 
 def _vector(added: _Added, layer: GraphLayer) -> Array | None:
-    """Return an added vector as one number per channel of the layer's output; None if it has no such form."""
+    """Return an added vector as `[out]`, for the layer's output channels; None if it cannot have this shape."""
     vector = numbers(added.value)
     vector = -vector if added.negative else vector
     if vector.size != layer.outputs:
         return None
-    # If the vector has more axes than the value that it is added to, the sum has these additional axes.
+    # If the vector has more axes than the value that it is added to, the sum has these additional axes. The output
+    # would lose the axes if the vector were instead added right after the layer.
     last = added.passed[-1].outputs[0] if added.passed else layer.result
     most = max(2 if not added.passed else 0, -layer.channel, _least_axes(last))
     shapes = [node for node in added.passed if node.op_type != "Identity"]
@@ -442,7 +447,7 @@ def _vector(added: _Added, layer: GraphLayer) -> Array | None:
 
 
 def _least_axes(value: ir.Value | None, depth: int = 5) -> int:
-    """Return the number of axes of a value, or fewer if the graph does not show it."""
+    """Return a lower bound for a value's number of axes; the exact number if the graph shows the value's shape."""
     if value is None or depth == 0:
         return 0
     if value.shape is not None:
@@ -454,13 +459,13 @@ def _least_axes(value: ir.Value | None, depth: int = 5) -> int:
 
 
 def _channel_after(nodes: Sequence[ir.Node], layer: GraphLayer) -> int | None:
-    """Return the axis of a convolution's channels after nodes that move whole axes, counted from the last axis.
+    """Return the axis, a negative index, at which a convolution's channels are after nodes that move axes.
 
     Returns:
-        None if a node changes the channels, or its effect is unknown.
+        None if a node cuts or removes the channels, or the effect of a node on the axes is unknown.
     """
     rank = 1 - layer.channel
-    axes = list(range(rank))  # The convolution's axes, in the order of the value; -1 for a new axis.
+    axes = list(range(rank))  # For each axis of the current value, the convolution's axis; -1 for a new axis.
     for node in nodes:
         given = [None if one is None or not is_constant(one) else numbers(one) for one in node.inputs[1:]]
         moved = node.attributes["axes"].as_ints() if "axes" in node.attributes else given[-1] if given else None
@@ -488,7 +493,7 @@ def _channel_after(nodes: Sequence[ir.Node], layer: GraphLayer) -> int | None:
 
 
 def _last_sizes(node: ir.Node, count: int) -> list[int] | None:
-    """Return the last sizes of the output of a Reshape or a similar node; None if they are not known."""
+    """Return the last `count` sizes of the output of a node such as a Reshape; None if they are not known."""
     sizes = node.outputs[0].shape
     last = None if sizes is None else list(sizes)[-count:]
     if last is not None and len(last) == count and all(isinstance(size, int) for size in last):
@@ -513,11 +518,11 @@ def _last_sizes(node: ir.Node, count: int) -> list[int] | None:
 
 
 def _brought(added: _Added, vector: Array, layer: GraphLayer) -> bool:
-    """Move the addition or subtraction of a vector, so that an Add right after the layer adds the vector.
+    """Replace the node that adds or subtracts a vector by an Add right after the layer.
 
     Returns:
-        False if that is impossible, because other nodes read the values in between, or the nodes are in different
-        graphs.
+        False if this is impossible, because other nodes also read a value between the layer and the node, or because
+        the nodes are in different graphs.
     """
     graph, building = layer.node.graph, layer.branch.building
     chain = [layer.result, *(node.outputs[0] for node in added.passed)]
@@ -554,7 +559,7 @@ def _is_named(value: ir.Value, place: ResolvedTarget) -> bool:
 
 
 def _names(value: ir.Value) -> list[str]:
-    """Return the names of a value and of the tensors that it is computed from, without the names of nodes' outputs."""
+    """Return the name of a value, and the names of the stored tensors and graph inputs that it is computed from."""
     return [one.name or "" for one in _behind(value) if one is value or _is_stored(one)]
 
 
@@ -564,7 +569,7 @@ def _is_stored(value: ir.Value) -> bool:
 
 
 def _depends(value: ir.Value) -> bool:
-    """Whether a value depends on the graph's inputs; also True if too many nodes compute the value to be sure."""
+    """Whether a value depends on the graph's inputs; also True if the value has too many ancestors to be sure."""
     behind = list(_behind(value))
     inputs = any(one.producer() is None and one.const_value is None for one in behind)
     return inputs or len(behind) >= WIDE
@@ -583,7 +588,7 @@ def _behind(value: ir.Value) -> Iterator[ir.Value]:
 
 
 def _modules(one: ir.Node, other: ir.Node) -> tuple[str, str] | None:
-    """Return the modules around two nodes, from the exporter's metadata or the nodes' names; None if unknown."""
+    """Return the module of each of two nodes, from the exporter's metadata or the nodes' names; None if unknown."""
     scopes = [listed(node.metadata_props.get(SCOPES))[-2:-1] for node in (one, other)]
     if all(scopes):
         return scopes[0][0], scopes[1][0]
@@ -591,7 +596,8 @@ def _modules(one: ir.Node, other: ir.Node) -> tuple[str, str] | None:
     if not all("/" in name for name in names):
         return None
     first, second = (name.rpartition("/")[0] for name in names)
-    # TensorFlow's names have a scope for each operation of a module, so different scopes do not show different modules.
+    # In TensorFlow's names, each operation of a module has its own scope, so two scopes may be in the same module. Such
+    # names do not begin with a slash.
     return (first, second) if first == second or all(name.startswith("/") for name in names) else None
 
 

@@ -25,20 +25,24 @@ OPSET = 13
 """The oldest opset that the added nodes support; models of an older opset are first converted to this one."""
 
 GENERATED = re.compile(r"(gemm_input_shape|gemm_output_shape|const_transpose_optimizer|_token_\d+)$")
-"""Names that onnxruntime's optimizers give to the shapes and permutations that they add."""
+"""Matches the names that onnxruntime's optimizers give to the shape and permutation tensors that they add."""
+
+INLINE = 1024
+"""New tensors of up to this many bytes are stored in the model's file."""
 
 FREE = 1 << 40
-"""Numbers from this one on stand for dynamic sizes, which are only known once an adapter is loaded; see slots.py."""
+"""Sizes of at least `FREE` are placeholders for dynamic sizes, which are only known once an adapter is loaded; see
+slots.py."""
 
 
 class Building:
-    """The nodes and tensors to add to one model. Tensors have keys; nodes that ask for the same key share one tensor.
+    """Collects the nodes and tensors to add to one model. Each new tensor has a key, and is created once per key.
 
     Args:
         model: the model that is being changed.
 
     Attributes:
-        apart: layers whose output contains a vector that is not their bias; see biases.py.
+        apart: the nodes of layers to whose output the graph adds a vector that is not the layer's bias; see biases.py.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -53,14 +57,14 @@ class Building:
         self.apart: set[ir.Node] = set()
 
     def now(self, value: ir.Value) -> ir.Value:
-        """Return the current replacement of a value of the original graph; the value itself if it was not replaced."""
-        # Follow all replacements: several targets may replace the same output, one after the other.
+        """Return the value that replaces `value` now; `value` itself if it was not replaced."""
+        # Follow the whole chain: several targets may replace the same output, one after the other.
         while value in self.moved:
             value = self.moved[value]
         return value
 
     def name(self, wanted: str) -> str:
-        """Return the wanted name, with a number appended if the name is taken."""
+        """Reserve a unique name, and return it: `wanted`, with a number appended if this name is taken."""
         name, count = wanted, 0
         while name in self.taken:
             count += 1
@@ -69,7 +73,7 @@ class Building:
         return name
 
     def tensor(self, key: Hashable, wanted: str, make: Callable[[], Array]) -> ir.Value:
-        """Return the initializer for `key`, created once. `settle` registers it with the graph if a node reads it."""
+        """Return the initializer for `key`, created once. `settle` adds it to the graph if a node reads it."""
         if key not in self.tensors:
             array = np.asarray(make(), order="C")  # `ascontiguousarray` would turn a scalar into shape [1].
             name = self.name(wanted)
@@ -80,7 +84,7 @@ class Building:
         return self.tensors[key]
 
     def literal(self, array: Array) -> ir.Value:
-        """Return the initializer that holds a small array."""
+        """Return an initializer that holds the array; equal arrays share one initializer."""
         return self.tensor(
             ("literal", array.dtype.str, array.shape, array.tobytes()), "adapterkit.constant", lambda: array
         )
@@ -89,7 +93,7 @@ class Building:
         """Return an optional input: an initializer with the default value, which is also listed as a graph input."""
         if key not in self.tensors:
             value = self.tensor(key, wanted, lambda: default)
-            # Declare the dynamic sizes, because the default has size 0 or 1 there.
+            # Set the shape with the dynamic sizes: the default has size 0 or 1 there, which would become a fixed size.
             value.shape = ir.Shape(shape)
             self.inputs.append(value)
         return self.tensors[key]
@@ -100,7 +104,7 @@ class Building:
         return id(thing)
 
     def settle(self) -> None:
-        """Register new tensors that have readers as the graph's initializers, and new inputs as the graph's inputs."""
+        """Add the new tensors and inputs that nodes read to the graph's initializers and inputs."""
         for value in self.tensors.values():
             if value.uses() and not value.is_initializer():
                 self.model.graph.register_initializer(value)
@@ -109,11 +113,11 @@ class Building:
         self.model.ir_version = max(self.model.ir_version or 0, 4)  # Before IR 4, initializers must also be inputs.
 
     def _rename_generated(self) -> None:
-        """Rename the tensors for shapes and permutations in a graph that onnxruntime optimized and wrote.
+        """Rename the shape and permutation tensors that onnxruntime added when it optimized and wrote this graph.
 
-        When onnxruntime optimizes the graph again, it may give the same names to tensors that it adds; such a graph
-        does not load. This happens if onnxruntime first removes nodes that read the old tensors, and later adds tensors
-        for the new nodes.
+        When onnxruntime optimizes the graph again, it may add tensors with the same names; the graph then does not
+        load. This happens if onnxruntime first removes nodes that read the old tensors, and later adds tensors for the
+        new nodes.
         """
         for name, value in list(self.model.graph.initializers.items()):
             constant = value.const_value
@@ -123,11 +127,11 @@ class Building:
 
 
 class Branch:
-    """The nodes of one target, in order, before they are inserted into its graph.
+    """The new nodes of one target, in the order in which they run, until they are inserted into the target's graph.
 
     Args:
         building: collects the changes to the model.
-        name: the prefix of the nodes' names.
+        name: the prefix of the new nodes' names.
     """
 
     def __init__(self, building: Building, name: str) -> None:
@@ -142,7 +146,7 @@ class Branch:
         self, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Attribute] | None,
         dtype: npt.DTypeLike, shape: Sequence[int | None] | None, position: int = 0, domain: str = "",
     ) -> ir.Value:  # fmt: skip
-        """Append a node, and return its output number `position`, which is the only output that other nodes read."""
+        """Append a node, and return its output at index `position`; other nodes cannot read its earlier outputs."""
         name = self.building.name(f"{self.name}/{op}")
         out = ir.Value(name=f"{name}_output", type=ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype))))
         # Omit a shape that has a size of FREE or more. Such a size stands for a dynamic size and must not be written to
@@ -155,12 +159,12 @@ class Branch:
         return out
 
     def back_to(self, count: int) -> None:
-        """Remove the nodes after the first `count`."""
+        """Keep the first `count` nodes, and remove the others."""
         _disconnect(self.nodes[count:])
         del self.nodes[count:]
 
     def waiting(self, results: Iterable[ir.Value]) -> list[ir.Node]:
-        """Return the nodes that compute the results and are not in a graph yet, in order."""
+        """Return the nodes that compute `results` and are not in a graph yet, in the order in which they run."""
         wanted, needed = set(results), []
         for node in reversed(self.nodes):
             if any(out in wanted for out in node.outputs):
@@ -169,7 +173,7 @@ class Branch:
         return [node for node in reversed(needed) if node.graph is None]
 
     def close(self) -> None:
-        """Release the nodes. Disconnect nodes that were not inserted, so that they do not count as readers."""
+        """Remove all nodes from the branch. Nodes that were not inserted no longer count as readers of their inputs."""
         _disconnect([node for node in self.nodes if node.graph is None])
         self.nodes.clear()
 
@@ -183,7 +187,7 @@ KEEPS_TYPE = frozenset({
 
 
 def element_type(value: ir.Value | None) -> Dtype:
-    """Return a value's numpy dtype: from the graph, or else from the nodes that produce the value, or else float32."""
+    """Return a value's numpy dtype: as the graph declares it, or as the nodes before it imply, or else float32."""
     while value is not None:
         dtype = value.const_value.dtype if value.dtype is None and value.const_value is not None else value.dtype
         if dtype is not None and dtype not in _UNKNOWN:
@@ -210,15 +214,15 @@ _UNKNOWN = (ir.DataType.UNDEFINED, ir.DataType.STRING)
 
 
 def kind_of(value: ir.Value) -> ir.DataType:
-    """Return `element_type` as an ONNX data type."""
+    """Return the result of `element_type` as an ONNX data type."""
     return ir.DataType.from_numpy(element_type(value))
 
 
 def _typed(name: str, value: Attribute) -> Attribute:
     """Return an attribute in the form that `ir.node` accepts.
 
-    For a list of integers, set the attribute type here. Otherwise, onnx-ir tests the list against each of its
-    protocols, which took a quarter of the time of an injection.
+    For a list of integers, create the attribute here. If onnx-ir has to find out the attribute's type, it tests the
+    list against each of its protocols, which took a quarter of the time of an injection.
     """
     if isinstance(value, list | tuple):
         whole = [one for one in value if type(one) is int]
@@ -240,11 +244,11 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
         yield from node.outputs
 
 
-# Insert a branch's nodes into a graph: after the node whose output they change, or before the nodes that read it.
+# Insert a branch's nodes into a graph: after the node whose output they replace, or before the nodes that read it.
 
 
 def behind(old: ir.Value, new: ir.Value, branch: Branch) -> None:
-    """Insert the nodes of `new` after the node of `old`, and make all readers of `old` read `new`."""
+    """Insert the nodes that compute `new` after the node that computes `old`, and replace `old` with `new`."""
     if new is old:
         return
     last = old.producer()
@@ -255,7 +259,7 @@ def behind(old: ir.Value, new: ir.Value, branch: Branch) -> None:
 
 
 def before(readers: Iterable[ir.Node], old: ir.Value, new: ir.Value, branch: Branch) -> None:
-    """Insert the nodes of `new` before the first of these readers of `old`, and make the readers read `new` instead."""
+    """Insert the nodes that compute `new` before the first of `readers`, and make `readers` read `new`, not `old`."""
     among = set(readers)
     uses = [use for use in old.uses() if use.node in among]
     graph, reading = _graph(uses[0].node), {use.node for use in uses}
@@ -265,7 +269,7 @@ def before(readers: Iterable[ir.Node], old: ir.Value, new: ir.Value, branch: Bra
 
 
 def takes_over(old: ir.Value, new: ir.Value, branch: Branch) -> None:
-    """Replace all uses of `old` with `new`, except inside the branch; a graph output keeps its name."""
+    """Replace all uses of `old` with `new`, except in the branch's nodes. If `old` is a graph output, keep its name."""
     branch_nodes = set(branch.nodes)
     for use in old.uses():
         if use.node not in branch_nodes:
@@ -279,7 +283,7 @@ def takes_over(old: ir.Value, new: ir.Value, branch: Branch) -> None:
 
 
 def readers_of(value: ir.Value, branch: Branch) -> list[ir.Node]:
-    """Return the nodes that read a value, except the nodes of the branch."""
+    """Return the nodes that read a value, without the branch's own nodes."""
     branch_nodes = set(branch.nodes)
     return [use.node for use in value.uses() if use.node not in branch_nodes]
 
@@ -298,7 +302,7 @@ def _graph(node: ir.Node) -> ir.Graph:
     return graph
 
 
-# Copy nodes, so that the copies compute the same on other values.
+# Copy nodes, so that the copies compute the same from other inputs.
 
 
 Copies = dict[ir.Value, ir.Value]
@@ -306,12 +310,12 @@ Copies = dict[ir.Value, ir.Value]
 
 
 def copied(nodes: Sequence[ir.Node], copies: Copies, name: Callable[[str], str]) -> list[ir.Node]:
-    """Copy nodes.
+    """Copy nodes, and make the copies read the replacements in `copies`.
 
     Args:
         nodes: the nodes, in the order in which they run.
-        copies: replacements for values that the nodes read; the new outputs are added to this map.
-        name: returns a unique name.
+        copies: a map from values that the nodes read to their replacements. The copies' outputs are added to this map.
+        name: returns a unique name for a copy, given the original's name.
 
     Raises:
         Unsupported: a node has a subgraph.
@@ -320,7 +324,7 @@ def copied(nodes: Sequence[ir.Node], copies: Copies, name: Callable[[str], str])
 
 
 def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Node:
-    # Refuse a subgraph: it may read outer values, which would also have to be replaced inside the subgraph.
+    # Refuse a subgraph: it may read values of the outer graph, and these would have to be replaced in it, too.
     if any(
         attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
     ):
@@ -342,12 +346,12 @@ def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Nod
 
 
 def between(start: ir.Value | None, end: ir.Value, among: Sequence[ir.Node]) -> list[ir.Node]:
-    """Return the nodes on the paths from one value to another, in order.
+    """Return the nodes that compute `end` from `start`, in the order in which they run.
 
     Args:
-        start: the first value; None for all nodes that contribute to `end`.
-        end: the last value.
-        among: the nodes to consider, in order.
+        start: the value that the paths begin at; None to return all nodes that contribute to `end`.
+        end: the value that the paths end at.
+        among: the nodes to consider, in the order in which they run.
     """
     after = set[ir.Value]() if start is None else {start}
     reached = []

@@ -1,7 +1,7 @@
-"""Provide the inputs of the model's call that formulas read, such as the token ids or the last layer's original output.
+"""Provide the inputs of the model's call that formulas read, such as the token ids.
 
-A formula may read all tokens, but a graph with cached keys and values only gets the new tokens. In that case, an extra
-input for the ids of the cached tokens is added to the graph, and the formula reads both inputs; see tokens.py.
+A formula may read all tokens, but a graph with cached keys and values only gets the new tokens. For such a formula, the
+graph gets an extra input for the ids of the cached tokens; the formula reads these ids and the new ones; see tokens.py.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from .tokens import Size
 
 
-# Compute the last layer's output without the adapter, with a copy of the nodes that compute this output.
-# The copy reads the same stored tensors. The cached keys and values were computed with the adapter, so the copy does
-# not use the cache, but computes from all tokens, including the tokens of the past.
+# Copy the nodes that compute the last layer's output, to also compute this output without the adapter.
+# The copy reads the same stored tensors. It does not use the cached keys and values, because these were computed with
+# the adapter; instead, it runs on all tokens, including the tokens of the past.
 
 
 WORD = "hidden_states"
@@ -51,18 +51,18 @@ KNOWN = ("last_hidden_state", WORD)
 
 
 def first_pass(words: CallWords, output_name: str | None) -> ir.Value:
-    """Copy the nodes that compute the last layer's output; return the copy's output for the tokens of the call.
+    """Copy the nodes that compute the last layer's output, and return the copy's output for the call's tokens.
 
     Args:
-        words: the inputs of the call, in a graph that is not changed yet.
-        output_name: the name of the last layer's output. By default, it is the output with a name in `KNOWN`, or the
-            input of the head that computes `logits`.
+        words: the inputs of the call; their graph must not have been changed yet.
+        output_name: the name of the last layer's output. None to use the graph output with a name in `KNOWN`, or else
+            the input of the head that computes `logits`.
 
     Raises:
         UsageError: the graph has no value named `output_name`; or `output_name` is None, and the graph does not show
             which value is the last layer's output.
-        Unsupported: a copied node has a subgraph, or the graph has a past and an input that cannot be extended to cover
-            the past.
+        Unsupported: a node to copy has a subgraph; or the graph has a past, and the values of some input
+            are unknown for the past's tokens.
     """
     building, graph = words.building, words.building.model.graph
     value, branch = _last(building.model, output_name), Branch(building, _NAME)
@@ -71,13 +71,13 @@ def first_pass(words: CallWords, output_name: str | None) -> ir.Value:
     end, ids = copies.get(value, value), words.input(TOKENS)
     if ids is not None:
         end = of_call(end, words, branch, plain(ids, branch))
-    # Insert the copy at the front, because added nodes anywhere in the graph may read the result.
+    # Insert the copy at the start of the graph, because nodes that are added anywhere may read its result.
     graph.insert_before(graph[0], branch.nodes)
     return end
 
 
 def _without_past(words: CallWords, branch: Branch) -> Copies:
-    """Return replacements for the graph's inputs: all tokens together, and an empty cache."""
+    """Return the values that the copy reads instead of the graph's inputs: all tokens, and an empty cache."""
     copies: Copies = {value: _emptied(value, branch) for value in past_inputs(words.building.model.graph).values()}
     ids, positions, mask = (words.input(name) for name in (TOKENS, POSITIONS, MASK))
     tokens = every_token(words, branch)
@@ -94,7 +94,7 @@ def _without_past(words: CallWords, branch: Branch) -> Copies:
 
 
 def _emptied(value: ir.Value, branch: Branch) -> ir.Value:
-    """Return cached keys or values, `[rows, heads, positions, width]`, cut to zero positions."""
+    """Return cached keys or values with no positions, `[rows, heads, 0, width]`."""
     zero, two = (branch.building.literal(np.array([n], dtype=np.int64)) for n in (0, 2))
     empty = branch.node("Slice", [value, zero, zero, two], None, element_type(value), None)
     empty.shape = None if value.shape is None else ir.Shape([*value.shape[:2], 0, *value.shape[3:]])
@@ -102,7 +102,7 @@ def _emptied(value: ir.Value, branch: Branch) -> ir.Value:
 
 
 def _like(value: ir.Value, other: ir.Value, branch: Branch) -> ir.Value:
-    """Cast an integer matrix to another value's dtype."""
+    """Cast the integer matrix `value` to the dtype of `other`."""
     return plain(value, branch).cast(element_type(other)).value
 
 
@@ -111,7 +111,9 @@ def _last(model: ir.Model, output_name: str | None) -> ir.Value:
     if output_name is not None:
         if output_name not in values:
             raise UsageError(
-                f"the graph has no value {output_name}", where=f"call: {WORD}", cure="Name an output of a node"
+                f"the graph has no value {output_name}",
+                where=f"call: {WORD}",
+                cure=f"Give the name of a node's output: --call {WORD}=NAME (call=)",
             )
         return values[output_name]
     for out in model.graph.outputs:
@@ -125,7 +127,7 @@ def _last(model: ir.Model, output_name: str | None) -> ir.Value:
 
 
 def _is_head(node: ir.Node) -> bool:
-    """Whether a node's output is `logits`, or becomes `logits` by adding a bias or by a cast."""
+    """Whether a node's output is the graph output `logits`, or becomes it through nodes that add a bias or cast."""
     value = node.outputs[0]
     while not value.is_graph_output():
         uses = list(value.uses())
@@ -138,26 +140,27 @@ def _is_head(node: ir.Node) -> bool:
 _NAME = "adapterkit/first_pass"
 
 
-# The inputs of the model's call that formulas read, as values of the graph.
-# Graphs of language models have inputs named `input_ids` and `attention_mask`. If a graph names an input differently,
-# the caller passes its name. A missing `task_ids` becomes a new input. `hidden_states`, the last layer's output without
-# the adapter, is computed by a copy of the nodes before the head. `OutputUpdate` explains each input.
+# Find the graph values for the inputs of the model's call that formulas read; `OutputUpdate` explains each input.
+# Graphs of language models have inputs named `input_ids` and `attention_mask`. If a graph's input has another name, the
+# caller passes this name. If the graph has no input `task_ids`, one is added. `hidden_states`, the last layer's output
+# without the adapter, is computed by `first_pass`.
 
 
 TASKS, LAST = "task_ids", "hidden_states"
 
 
 class CallWords:
-    """The inputs of a model's call that updates read, under their names in `OutputUpdate`.
+    """Finds the graph values for the inputs of the model's call that updates read, by their names in `OutputUpdate`.
 
     Args:
-        building: the model, which is not changed yet.
-        updates: the updates, whose `asks` and `hears` name the inputs.
-        given: a map from inputs to names of graph values; `task_ids` may also map to a number: the task of all rows.
+        building: the model; its graph must not have been changed yet.
+        updates: the updates; their `asks` and `hears` name the inputs that they read.
+        given: a map from an input's name in `OutputUpdate` to the name of a graph value. `task_ids` may also map to an
+            integer, which is then the task of all rows.
         config: returns the base's `config.json`, for formulas with a side network of the base's architecture.
 
     Raises:
-        UsageError: no update reads an input in `given`, or the graph has no value of the given name.
+        UsageError: `given` contains an input that no update reads, or the name of a value that the graph lacks.
         Unsupported: the graph lacks an input that an update reads.
     """
 
@@ -167,19 +170,18 @@ class CallWords:
     ) -> None:  # fmt: skip
         self.building, self.stated = building, dict(given or {})
         asked = {word for update in updates for kind in ("asks", "hears") for word in getattr(update, kind, ())}
-        # Ask for all inputs of the call if an update needs a side network or a first pass, because these read all
-        # inputs.
+        # A side network and a first pass read all inputs of the call, so `given` may then rename any of them.
         asked |= set(CALL) if asked & {SHADOW, LAST} else set()
         for word, value in self.stated.items():
             if word not in asked:
                 raise UsageError(
                     f"no update reads {word}",
                     where="call",
-                    cure=f"Updates read: {', '.join(sorted(asked)) or 'nothing'}",
+                    cure=f"Omit --call {word} (call=). Updates read: {', '.join(sorted(asked)) or 'no inputs'}",
                 )
             if not isinstance(value, str) and not (word == TASKS and type(value) is int and value >= 0):
-                cure = "Give the name of a value of the graph; for task_ids, the number of one task is also possible"
-                raise UsageError(f"{value!r} is not a value for {word}", where=f"call: {word}", cure=cure)
+                cure = f"Name a graph value: --call {word}=NAME (call=); {TASKS} may also be a task's number"
+                raise UsageError(f"{value!r} is not a valid value for {word}", where=f"call: {word}", cure=cure)
         self.new_inputs: dict[str, ir.Value] = {}
         last = self.stated.get(LAST)
         self.hidden = first_pass(self, last if isinstance(last, str) else None) if LAST in asked else None
@@ -187,26 +189,30 @@ class CallWords:
 
     @property
     def note(self) -> str:
-        """A sentence that names the inputs added to the graph, which every run must pass."""
-        meanings = {TASKS: "the number of a task for each row", EARLIER: "the tokens of the past, not of the call"}
+        """A text that names the inputs that were added to the graph. Every run must pass these inputs."""
+        meanings = {TASKS: "a task's number for each row", EARLIER: "the token ids of the past, without the call's"}
         return "; ".join(f"the input {value.name} takes {meanings[word]}" for word, value in self.new_inputs.items())
 
     def at(self, layer: GraphLayer | Ended) -> Heard:
-        """Return the inputs as a layer's formula sees them."""
+        """Return the inputs of the call for the formula of `layer`."""
         return Heard(self, layer)
 
     def input(self, word: str) -> ir.Value | None:
-        """Return the graph input for an input of the call, which `stated` may rename; None if the graph has none."""
+        """Return the graph input for the call's input `word`; None if the graph has none. `stated` may rename it."""
         name = self.stated.get(word, word)
         if not isinstance(name, str):
             return None
         existing = next((value for value in self.building.model.graph.inputs if value.name == name), None)
         if existing is None and word in self.stated:
-            raise UsageError(f"the graph has no input {name}", where=f"call: {word}", cure="Name one of its inputs")
+            raise UsageError(
+                f"the graph has no input {name}",
+                where=f"call: {word}",
+                cure=f"Give the name of an input: --call {word}=NAME (call=)",
+            )
         return existing
 
     def new(self, word: str, axes: Sequence[Size]) -> ir.Value:
-        """Add an integer input to the graph, once per name."""
+        """Return a new integer input of the graph; a later call with the same `word` returns the same input."""
         if word not in self.new_inputs:
             kind = ir.TensorType(ir.DataType.INT64)
             value = ir.Value(name=self.building.name(word), shape=ir.Shape(axes), type=kind)
@@ -216,7 +222,7 @@ class CallWords:
 
 
 class Heard:
-    """The inputs of a call, as a layer's formula sees them.
+    """The inputs of the model's call that a layer's formula gets as `layer.call`.
 
     Args:
         words: the inputs of the call.
@@ -232,12 +238,12 @@ class Heard:
             return self.shadow
         formula = {TOKENS: self._tokens, TASKS: self._tasks, LAST: self._last}.get(word)
         if formula is None:
-            why = f"its formula reads {word}, which is not an input of a graph"
-            raise Unsupported(why, cure="Keep it in the torch model")
+            why = f"its formula reads {word} from the model's call, which a graph cannot provide"
+            raise Unsupported(why, cure="Keep the adapter in the torch model")
         return formula()
 
     def get(self, word: str) -> Value | None:
-        """Return an optional input, or None if the call does not have it."""
+        """Return the optional input `word` as a mask, `[rows, positions]`; None if the graph has no such input."""
         value = self.words.input(word)
         return None if value is None else self._mask(value)
 
@@ -279,18 +285,18 @@ class Heard:
         return Value(self.layer.branch, hidden.sizes, hidden.dtype, hidden.value).cast(self.layer.dtype)
 
     def _mask(self, value: ir.Value) -> Value | None:
-        """Return the mask of the layer's positions, or ones if the graph's mask has another size, e.g. with a past."""
+        """Return the mask for the layer's positions; ones if the graph's mask has another size, e.g. with a past."""
         y = self.layer.y
         if value.shape is None or len(value.shape) != 2 or y.ndim != 3:
             return None
         ones = SYMBOLS.ones_like(y[..., 0]).cast(np.int64)
-        # Cut the mask to the layer's number of columns, because both branches of `Where` need one shape.
+        # Cut the mask to the layer's number of positions, because both inputs of `Where` must have the same shape.
         cut = last_columns(plain(value, self.layer.branch).cast(np.int64), ones)
         chosen = self.layer.branch.node("Where", [self._alike(value, ones), cut, ones.value], None, np.int64, None)
         return Value(self.layer.branch, ones.sizes, np.int64, chosen)
 
     def _alike(self, value: ir.Value, ones: Value) -> ir.Value:
-        """Return a boolean scalar of the graph: True if two matrices have the same sizes at run time."""
+        """Return a boolean scalar that the graph computes: True if two matrices have the same shape."""
         node = self.layer.branch.node
         sizes = [node("Shape", [one], None, np.int64, (2,)) for one in (value, ones.value)]
         same = node("Cast", [node("Equal", sizes, None, bool, (2,))], {"to": int(ir.DataType.INT64)}, np.int64, (2,))

@@ -1,6 +1,6 @@
-"""Compute the changed tensors of a merge in blocks, with the engine that also merges folders of weights.
+"""Compute the changed tensors of a graph merge block by block, with the engine that also merges checkpoints.
 
-If a node reads a weight through transpositions, the stored tensor is changed, and the transpositions stay.
+If a node reads a stored weight through Transpose nodes, the merge changes the stored tensor and keeps these nodes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .operands import attribute, numbers, shape_of
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
-    """The stored tensor that a node reads, directly or through transpositions.
+    """The stored tensor that a node reads, directly or through Transpose and Identity nodes.
 
     Attributes:
-        value: the stored tensor; or the operand itself, if nodes other than transpositions compute the operand.
+        value: the stored tensor; or the operand itself, if other nodes compute the operand.
         turned: True if the operand is `value` with its first two axes swapped.
         chain: the nodes from the stored tensor to the operand.
     """
@@ -38,13 +38,13 @@ class Stored:
 
 
 def stored_behind(operand: ir.Value) -> Stored:
-    """Return the stored tensor behind an operand, looking through transpositions."""
+    """Return the stored tensor that an operand comes from; only Transpose and Identity nodes may be in between."""
     source = unturned(operand)
     return source if source.value.const_value is not None else Stored(operand, False, ())
 
 
 def unturned(operand: ir.Value) -> Stored:
-    """Return the value before an operand's transpositions; the value may be stored or computed."""
+    """Follow an operand back through Transpose and Identity nodes; the value before them may be stored or computed."""
     value, turned, chain = operand, False, list[ir.Node]()
     while value.const_value is None:
         node = value.producer()
@@ -79,7 +79,7 @@ class StoredChange:
     Attributes:
         where: the target, for error messages.
         source: the tensor before the merge.
-        folds: the updates, converted to the axis order of the stored tensor.
+        folds: the planned updates of the tensor, converted to the axis order in which the tensor is stored.
     """
 
     where: str
@@ -87,7 +87,7 @@ class StoredChange:
     folds: tuple[PlannedUpdate, ...]
 
     def output(self, offset: int) -> Output:
-        """Return the tensor as a planned output at an offset in a file."""
+        """Return the plan to write the tensor at an offset in a file."""
         return Output(self.where, self.source.dtype, self.source.shape, offset, self.source, self.folds)
 
     def array(self) -> Array:
@@ -118,7 +118,7 @@ def lazily(make: Callable[[], Array], shape: tuple[int, ...], kind: ir.DataType)
 
 
 def bytes_of(tensor: ir.TensorProtocol) -> Lazy:
-    """Return a stored tensor of any dtype as bytes, for copying."""
+    """Return the bytes of a stored tensor of any dtype as a lazy U8 tensor, for copying."""
     kind, shape = DTYPES["U8"], (tensor.nbytes,)
     if isinstance(tensor, ir.ExternalTensor):
         return _outside(tensor, kind, shape)
@@ -151,8 +151,8 @@ class _Once:
 
     def part(self, first: int, count: int) -> memoryview:
         with self.lock:
-            # Count the elements that were read: the workers together read each element once, so the count shows when
-            # all are done.
+            # Together, the workers read each element once. So when the count of read elements reaches the size, no
+            # worker needs the array any more, and it can be freed.
             if self.stored_array is None:
                 self.stored_array, self.given = np.ascontiguousarray(self.make()).reshape(-1), 0
             data = self.stored_array
@@ -172,7 +172,7 @@ def from_array(make: Callable[[], Array], shape: tuple[int, ...], kind: ir.DataT
 
 
 class Changed(ir.LazyTensor):
-    """A tensor that is computed from its `change` when it is written."""
+    """A tensor that is computed by `change.array()` when it is written."""
 
     def __init__(self, change: StoredChange, kind: ir.DataType, shape: ir.Shape, name: str) -> None:
         super().__init__(lambda: ir.Tensor(change.array(), dtype=kind, name=name), kind, shape, cache=False, name=name)
@@ -180,7 +180,7 @@ class Changed(ir.LazyTensor):
 
 
 Fresh = dict[Hashable, ir.Value]
-"""A map from a key that identifies a changed tensor to the tensor's new initializer."""
+"""A map from the key of a changed tensor to the initializer that holds the tensor after the change."""
 
 
 def fresh_value(building: Building, fresh: Fresh, key: Hashable, old: ir.Value, change: StoredChange) -> ir.Value:
@@ -195,7 +195,7 @@ def fresh_value(building: Building, fresh: Fresh, key: Hashable, old: ir.Value, 
 
 
 def settled_from(building: Building, fresh: Fresh, value: ir.Value, old: ir.Value, key: Hashable) -> ir.Value:
-    """Register a new tensor; `settle` later gives it the old tensor's name if no node still reads the old tensor."""
+    """Register `value` as the initializer that replaces `old`. `settle` renames it if no node reads `old` any more."""
     value.metadata_props.update(old.metadata_props)
     value.meta["adapterkit.old"] = old
     building.model.graph.register_initializer(value)
@@ -204,7 +204,7 @@ def settled_from(building: Building, fresh: Fresh, value: ir.Value, old: ir.Valu
 
 
 def exchange(node: ir.Node, position: int, stored: Stored, new: ir.Value, building: Building) -> None:
-    """Connect a node to the new tensor, through copies of the nodes between the stored tensor and the node."""
+    """Make a node read `new` instead of the stored tensor, through copies of the nodes in `stored.chain`."""
     value = new
     for link in stored.chain:
         out = ir.Value(name=building.name(f"{new.name}/{link.op_type}_output"), type=link.outputs[0].type)
@@ -225,10 +225,10 @@ def exchange(node: ir.Node, position: int, stored: Stored, new: ir.Value, buildi
 
 
 def settle(fresh: Iterable[ir.Value]) -> None:
-    """Remove old tensors that no node reads any more; give their names, which tools rely on, to the new tensors."""
+    """Remove each old tensor that no node reads any more; give its name, which tools rely on, to its new tensor."""
     for value in fresh:
         old, graph = value.meta.pop("adapterkit.old"), value.graph
-        # If two layers shared `old`, each has a new tensor. Only the first of the new tensors gets the name.
+        # If two layers shared `old`, each layer has its own new tensor. Only the first one gets the name of `old`.
         stored = {} if graph is None else graph.initializers
         lost = old.name in stored and stored[old.name] is old and not old.uses()
         if lost and graph is not None and not old.is_graph_input() and not old.is_graph_output():

@@ -19,6 +19,7 @@ from ..io.ort_adapter import read_ort_adapter
 from ..io.stages import stage
 from .attaching import attach
 from .building import Array, Building
+from .experts import EXPERT
 from .experts import as_floats as experts_as_floats
 from .folding import fold, unpacked
 from .model_file import GraphSource, inline, opened
@@ -29,6 +30,7 @@ from .saturation import Saturation, quantizers
 from .saturation import compared as saturation
 from .slots import neutral_of, slots_of
 from .trial_inputs import SIZES, Feeds, Sizes, numbers_in, sizes_beside, trial_inputs_for
+from .unblocking import is_reordered, unblock
 from .unrounded import ROUGH, obstacle, rounds, unround
 from .widening import as_fed, started, widened, widened_note
 
@@ -48,18 +50,18 @@ FEW = 1 << 16
 """Largest number of input elements on which the reference implementation runs."""
 
 RECURRENT = (b"LSTM", b"GRU", b"RNN")
-"""Operators whose stored weights onnxruntime packs."""
+"""Operators whose stored weights onnxruntime packs, which changes the order of its sums; see `_computed`."""
 
 STATIC = (b"QuantizeLinear", b"QLinear", b"QGemm")
-"""Operators of static quantization."""
+"""Parts of the operator names of static quantization; `_saturation` skips graphs that contain none of them."""
 
 STEP = 1e-2
-"""Largest accepted relative difference between an integer operator and the same operator in floats: a few rounding
-steps."""
+"""Largest accepted difference between an integer operator and the same operator in floating point, relative to the
+largest output. It allows a few rounding steps."""
 
 HALF_STEP, ROUNDINGS = 1 / 256, 3.0
-"""Half a rounding step of 8 bits, relative to the largest number; how many times the effect of moving all numbers by
-half a step two correct graphs may differ."""
+"""`HALF_STEP` is half a rounding step of 8 bits, relative to the largest value. To find the accepted difference between
+two correct graphs, measure the effect of changes of up to half a step, and multiply it by `ROUNDINGS`."""
 
 
 def reference_outputs(model: Path | bytes, feeds: Feeds) -> list[Array] | None:
@@ -86,7 +88,7 @@ def reference_outputs(model: Path | bytes, feeds: Feeds) -> list[Array] | None:
 
 
 def _proto(model: Path | bytes) -> onnx.ModelProto | None:
-    """Return the whole model, or None if it has too many bytes."""
+    """Return the model with its data files, or None if it has more than `SMALL` bytes."""
     import onnx
 
     if isinstance(model, bytes):
@@ -101,15 +103,17 @@ def _proto(model: Path | bytes) -> onnx.ModelProto | None:
 
 
 TOLERANCE = {"f": 1e-5, "V": 3e-2}
-"""Largest allowed difference relative to the largest output: for float32 and float64 ("f"), and for 16 bits ("V")."""
+"""Largest accepted difference, relative to the largest output: "f" for outputs of float32 and float64, "V" for outputs
+of 16 bits or fewer."""
 
 NOISE, MOST_NOISE = 10.0, 1e-4
-"""Two limits for deep graphs, which round more. A difference may be `NOISE` times the difference between the graph's
-outputs with and without onnxruntime's optimizations, but never more than `MOST_NOISE`."""
+"""Two limits for deep graphs, which round more often. A graph's rounding noise is the difference between its outputs
+with and without onnxruntime's optimizations. A difference of up to `NOISE` times this noise is accepted, but never
+more than `MOST_NOISE`."""
 
 
 def difference_of(got: Sequence[object], wanted: Sequence[object]) -> float:
-    """Return the largest difference over all outputs, each relative to the largest number of that output."""
+    """Return the largest difference over all outputs; each is relative to the largest value of its output."""
     worst = 0.0
     for one, other in zip(got, wanted, strict=True):
         a, b = (np.asarray(array) for array in (one, other))
@@ -135,14 +139,13 @@ def is_narrow(outputs: Sequence[object]) -> bool:
 
 
 def most_of_oracles(outputs: Sequence[object]) -> float:
-    """Return how much rounding alone can make onnxruntime and the reference implementation differ."""
+    """Return the largest accepted difference between the outputs of onnxruntime and of the reference implementation."""
     return TOLERANCE["V"] if is_narrow(outputs) else MOST_NOISE
 
 
-# Run each written graph in onnxruntime on trial inputs, and compare it with a second graph whose change was made in
-# another way.
-# An injection is compared with merged weights, and a merge with an injection. An injection runs the formulas over graph
-# values; a merge runs them over float64 numbers.
+# Run each written graph in onnxruntime on trial inputs, and compare it with a second graph that was changed by another
+# method: an injection is compared with a merge, and a merge with an injection. An injection turns the formulas into
+# nodes; a merge computes them in float64. So an error in one of the two shows as a difference.
 
 
 LARGE = 1 << 29
@@ -154,11 +157,12 @@ class CheckOutcome:
     """The result of a check.
 
     Attributes:
-        difference: the largest difference, relative to the largest output. Graphs that round activations to integers
-            are compared without this rounding where possible.
+        difference: the largest difference between the graphs' outputs, relative to the largest output value. If the
+            graphs round activations to integers, they are compared without this rounding, if that is possible.
         note: why `difference` is None, or what the check could not cover.
-        reference: the largest difference between ONNX's reference implementation and onnxruntime, if it ran.
-        saturation: values clipped by static quantization, if the graph has any.
+        reference: the largest difference between ONNX's reference implementation and onnxruntime; None if the
+            reference implementation did not run, or is itself wrong on the original graph.
+        saturation: the values that static quantization clips; None if the graph has no static quantization.
     """
 
     difference: float | None
@@ -171,31 +175,33 @@ def checked_injection(
     model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, beside: Path | None,
     given: Feeds | None = None, *, alone: bool = False, tying: Tying | None = None, by_rows: bool = False,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare a graph that an injection wrote with a copy of the original graph whose weights are merged.
+    """Compare a graph that an injection wrote with a merge of the same adapter into the original graph.
 
     Args:
         model: the original graph.
         adapter: the injected adapter.
         base: the base's weights.
         out: the written graph.
-        beside: for a graph with slots, the `.onnx_adapter` file that fills the slots. The check feeds only that file,
-            as a user does, and so finds slots that the file does not fill. The graph with empty slots is also compared
-            with the original graph.
+        beside: for a graph with slots, the `.onnx_adapter` file that fills the slots. The check fills slots only from
+            this file, as a user does, and so finds slots that the file does not fill. It also compares the graph with
+            empty slots with the original graph.
         given: inputs to run on, by name.
-        alone: True if no other method can make the same change, as for attention prefixes. In that case, the check only
-            runs the graph.
+        alone: True if only an injection can make the change, as for attention prefixes. In that case, the check runs
+            the graph, but has no second graph to compare it with.
         tying: the choices for tied layers, as for the injection.
         by_rows: True if the slots are stacks of adapters. In that case, the check also runs a batch in which only one
             row uses the adapter.
 
     Raises:
-        CheckFailed: the difference is larger than rounding explains.
+        CheckFailed: the difference is larger than rounding explains, the written graph does not run, or the file in
+            `beside` leaves a slot unfilled.
     """
     stage("running the graph and comparing it")
     source = opened(model)
     if (why := _too_large(source)) is not None:
         return CheckOutcome(None, why)
-    plain, known = inline(source.model), sizes_beside(source.path)
+    known = sizes_beside(source.path)
+    plain = _in_order(source.model, base, given, known, out)
     fed = {} if beside is None else _fed(beside, out, source)
     if beside is not None:
         outcome = _compared(plain, out, _empty(out), exact=True, given=given, known=known)
@@ -203,7 +209,8 @@ def checked_injection(
             return outcome
     if alone:
         return _compared(None, out, {}, plain=plain, given=given, known=known)
-    if not adapter.updates:  # The adapter has only context, which has no effect without new tokens or with a past.
+    # An adapter of only context has no effect on inputs that have no new tokens, or that bring their own past.
+    if not adapter.updates:
         return _compared(plain, out, {}, exact=True, given=given, known=known)
     other: bytes | None = None
     blocked: str | None = None
@@ -215,8 +222,8 @@ def checked_injection(
         blocked = _obstacle(plain) if rough else None
         smooth = rough and blocked is None
         with contextlib.suppress(NotMergeable, Unsupported):  # A missing bias or a packed weight cannot be merged.
-            # Dequantize only if the graph can run without rounding its activations: a dequantized layer would not round
-            # them.
+            # Dequantize only if the whole graph can run without rounding activations. Otherwise, the two graphs would
+            # differ, because a dequantized layer does not round its activations.
             packed = None if rough and not smooth else "dequantize"
             fold([(place, 1.0) for place in places], building, packed)
             other = inline(source.model)
@@ -232,11 +239,14 @@ def checked_injection(
 def _compared_by_rows(
     wanted: bytes, plain: bytes, out: Path, fed: Feeds, known: Sizes, bare: bool
 ) -> float | None:  # fmt: skip
-    """Run two rows, with the adapter in the first row only; compare row 1 with merged weights, row 2 with the base.
+    """Run a batch of two, in which only the first row uses the adapter; compare each row with the graph it must equal.
+
+    The first row must equal the graph with merged weights, and the second row the original graph.
 
     Raises:
         CheckFailed: a row differs by more than rounding explains.
-        Unsupported: the graph does not run on a batch of two, so it is unknown whether the first axis is the batch.
+        Unsupported: the graph does not run on a batch of two, or the adapter changes no output whose first axis is the
+            batch.
     """
     stack = {name: np.concatenate([array, np.zeros_like(array)]) for name, array in fed.items()}
     why = "no inputs"
@@ -253,15 +263,16 @@ def _compared_by_rows(
         first = difference_of([a[:1] for a, _, _ in rows], [m[:1] for _, m, _ in rows])
         second = difference_of([a[1:] for a, _, _ in rows], [b[1:] for _, _, b in rows])
         if rows and difference_of([m for _, m, _ in rows], [b for _, _, b in rows]) > 0:
-            _judge(max(first, second), out, _most(wanted, feeds, merged, max(first, second), bare))
+            most, _ = _limit(wanted, feeds, merged, max(first, second), bare)
+            _judge(max(first, second), out, most)
             return max(first, second)
-        why = "no output has rows that the adapter changes"
-    cure = "Export the graph with a dynamic batch size, or inject with --mode slots (mode='slots')"
-    raise Unsupported(f"the graph does not run on a batch of two ({why})", path=out, cure=cure)
+        why = "the adapter changes no output whose first axis is the batch"
+    cure = "Export the model with a dynamic batch size, or inject the adapter with --mode slots (mode='slots')"
+    raise Unsupported(f"the graph cannot be checked on a batch of two ({why})", path=out, cure=cure)
 
 
 def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
-    """Return the tensors that a user feeds to a graph with slots, from the `.onnx_adapter` file beside it.
+    """Read the tensors that fill the slots of a graph from its `.onnx_adapter` file.
 
     Raises:
         CheckFailed: the file leaves a slot of the graph unfilled.
@@ -269,12 +280,12 @@ def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
     feeds = {name: as_array(leaf) for name, leaf in read_ort_adapter(beside).tensors.items()}
     slots = slots_of(opened(out).model).keys() - slots_of(source.model).keys() - {INDEX}
     if empty := sorted(slots - feeds.keys()):
-        raise CheckFailed(f"the adapter file does not fill the slot {empty[0]!r}", path=out, cure=_REPORT)
+        raise CheckFailed(f"the .onnx_adapter file has no tensor for the slot {empty[0]!r}", path=out, cure=_REPORT)
     return as_fed(feeds)
 
 
 def _empty(out: Path) -> Feeds:
-    """Return values for slots without defaults. With these values, the graph computes the same as the base."""
+    """Return a value for each slot that has no default. With these values, the graph computes the same as the base."""
     return as_fed(neutral_of(opened(out).model))
 
 
@@ -285,9 +296,10 @@ def checked_merge(
 ) -> CheckOutcome:  # fmt: skip
     """Compare the merged graph with an injection of the adapter into the original graph.
 
-    If packed weights were dequantized, the check also dequantizes the original's packed weights. If weights were
-    requantized, the difference includes the requantization error, so a difference is reported but does not fail the
-    check. A change beside a packed weight is compared with the same change in the dequantized weight.
+    If the merge dequantized packed weights, the check dequantizes the same weights of the original graph before the
+    injection. If the merge requantized weights, the difference includes the requantization error, so the check returns
+    the difference without judging it. If nodes beside a packed weight apply the change, the check compares with a merge
+    of the change into the dequantized weight.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -296,21 +308,21 @@ def checked_merge(
     if beside:
         return _checked_beside(model, adapters, factors, base, out, quantized, given, tying)
     if len(adapters) > 1 or factors[0] != 1:
-        return CheckOutcome(None, "the check needs an injection of the same change: one adapter, with weight 1")
+        return CheckOutcome(None, "the check can repeat the merge as an injection only for one adapter with weight 1")
     from ..io.checkpoint import opened as opened_base
 
     source = opened(model)
     if (why := _too_large(source)) is not None:
         return CheckOutcome(None, why)
-    plain, building = inline(source.model), Building(source.model)
     weights, known = None if base is None else opened_base(base), sizes_beside(source.path)
+    plain, building = _in_order(source.model, weights, given, known, out), Building(source.model)
     places = resolve(source.model, adapters[0], weights, tying)
     blocked = _obstacle(plain) if (rough := _rounds(source.model)) else None
     smooth = rough and blocked is None
-    # Other layers stay packed, and may round their inputs: a difference in the last bit would become a whole rounding
-    # step.
+    # Layers that the merge does not change stay packed, and may round their inputs. This rounding would turn a
+    # difference in the last bit into a whole rounding step, so run both graphs without it.
     bare = smooth or (quantized == "dequantize" and not _exact(source.model))
-    # No nodes can change packed experts, so compare with an injection into their dequantized weights.
+    # An injection cannot add nodes that change packed experts, so dequantize the experts before the injection.
     try:
         places = (unpacked if quantized == "dequantize" else experts_as_floats)(places, building)
         attach(places, building)
@@ -325,14 +337,14 @@ def _checked_beside(
     model: Model, adapters: Sequence[Adapter], factors: Sequence[float], base: Base | None, out: Path,
     quantized: str | None, given: Feeds | None, tying: Tying | None,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare two graphs: changes beside packed weights, and the same changes in dequantized weights."""
+    """Compare the written graph, which adds the change beside packed weights, with a merge into dequantized weights."""
     from ..io.checkpoint import opened as opened_base
 
     source = opened(model)
     if (why := _too_large(source)) is not None:
         return CheckOutcome(None, why)
-    plain, building = inline(source.model), Building(source.model)
     weights, known = None if base is None else opened_base(base), sizes_beside(source.path)
+    plain, building = _in_order(source.model, weights, given, known, out), Building(source.model)
     rough = _rounds(source.model)
     blocked = _obstacle(plain) if rough else None
     smooth = rough and blocked is None
@@ -341,7 +353,8 @@ def _checked_beside(
         (p, f) for one, f in zip(adapters, factors, strict=True) for p in resolve(source.model, one, weights, tying)
     ]
     other: bytes | None = None
-    if smooth or not rough:  # A dequantized layer would not round its activations.
+    # A dequantized layer does not round its activations. If the written graph must round them, the two would differ.
+    if smooth or not rough:
         with contextlib.suppress(NotMergeable, Unsupported):
             fold(folds, building, "dequantize")
             other = inline(source.model)
@@ -349,8 +362,37 @@ def _checked_beside(
     return _compared(other, out, {}, plain=plain, judged=judged, given=given, known=known, bare=bare, blocked=blocked)
 
 
+def _in_order(model: ir.Model, base: Checkpoint | None, given: Feeds | None, known: Sizes, out: Path) -> bytes:
+    """Return the original graph, with plain convolutions in place of convolutions in onnxruntime's own layouts.
+
+    Raises:
+        CheckFailed: the original graph and the graph with plain convolutions differ.
+    """
+    first = inline(model)
+    if not is_reordered(model):
+        return first
+    unblock(model, base)
+    second, most = inline(model), TOLERANCE["V"] if _rounds(model) else MOST_NOISE
+    for sizes in SIZES if given is None else SIZES[:1]:
+        try:
+            session = started(first)
+            feeds = trial_inputs_for(session, sizes, known) if given is None else _of_its_inputs(given, session)
+            results = session.run(None, feeds)
+        except Exception:  # onnxruntime's errors have no common base class; other sizes may run.
+            continue
+        if (difference := difference_of(started(second).run(None, feeds), results)) > most:
+            why = (
+                "the original graph's convolutions and the same convolutions in a plain layout differ by "
+                f"{difference:.3g} times the largest output: the graph was optimized for blocks of another size"
+            )
+            cure = "Optimize the graph again on this processor; or turn the check off: --no-check (check=False)"
+            raise CheckFailed(why, path=out, cure=cure)
+        break
+    return second
+
+
 def _exact(model: ir.Model) -> bool:
-    """Whether layers with packed weights compute in floating point in a session with default options.
+    """Whether a session with default options computes all layers with packed weights in floating point.
 
     onnxruntime may round the inputs of a node that it fuses with a DequantizeLinear, and the inputs of a MatMulNBits
     whose `accuracy_level` allows rounding.
@@ -367,14 +409,14 @@ def _rounds(model: ir.Model) -> bool:
 
 
 def _obstacle(model: bytes) -> str | None:
-    """Return None if a graph can run without rounding activations to integers, or the node that prevents this."""
+    """Return the operator and name of a node that cannot run without rounding activations; None if all nodes can."""
     import onnx
 
     return obstacle(ir.from_proto(onnx.ModelProto.FromString(model)))
 
 
 def _session(model: bytes | str, bare: bool) -> OrtSession:
-    """Start a session; if `bare`, do not round activations: two correct graphs may round differently."""
+    """Start a session. If `bare`, it does not round activations, because two correct graphs may round differently."""
     return started(_unrounded(model), optimized=False) if bare else started(model)
 
 
@@ -393,17 +435,17 @@ def _unrounded(model: bytes | str) -> bytes:
 
 
 INVALID = re.compile(r"InferenceError|Type Error|INVALID_GRAPH|[Ii]nvalid model")
-"""Matches onnxruntime's errors about graphs that break the rules of ONNX, such as nodes that mix types. It does not
-match errors about what this onnxruntime lacks: a kernel, a custom operator, or support for a newer opset."""
+"""Matches onnxruntime's errors about graphs that break the rules of ONNX, such as nodes that mix types. Other errors do
+not match: they mean that this onnxruntime lacks a kernel, a custom operator, or support for a newer opset."""
 
 
 def refuse_invalid(source: GraphSource) -> None:
-    """Refuse a graph that onnxruntime cannot load because the graph is invalid: with an adapter, it cannot either.
+    """Refuse an invalid original graph, which onnxruntime can load neither with nor without the adapter.
 
-    Converters to float16 write such graphs, because they miss some tensors in the branches of an If.
+    Converters to float16 write such graphs, because they forget to convert some tensors in the branches of an If.
 
     Raises:
-        Malformed: the graph is invalid; the error has onnxruntime's reason.
+        Malformed: the graph is invalid; the error quotes onnxruntime's reason.
     """
     if _too_large(source) is not None:
         return
@@ -411,7 +453,7 @@ def refuse_invalid(source: GraphSource) -> None:
         started(inline(source.model), optimized=False)
     except Exception as error:  # onnxruntime's errors have no common base class.
         if INVALID.search(str(error)):
-            why = f"onnxruntime does not load this graph, even without the adapter ({first_line(error)})"
+            why = f"onnxruntime cannot load this graph, even without the adapter ({first_line(error)})"
             cure = (
                 "Export or convert the model again, for example as separate parts instead of one merged decoder; to "
                 "write the file anyway, turn the check off: --no-check (check=False)"
@@ -420,10 +462,10 @@ def refuse_invalid(source: GraphSource) -> None:
 
 
 def _computed(model: bytes | str) -> bytes | str:
-    """Return a graph whose recurrent layers read their weights from nodes.
+    """Insert an Identity before each weight of a recurrent layer, so that the weight counts as computed, not as stored.
 
-    onnxruntime packs the stored weights of a recurrent layer, and then sums in another order than for weights that
-    nodes compute, as in a graph with slots.
+    onnxruntime packs stored weights of recurrent layers. The packed weights are summed in another order than computed
+    weights, as in a graph with slots. So compare two graphs with computed weights.
     """
     import onnx
 
@@ -452,7 +494,7 @@ def _too_large(source: GraphSource) -> str | None:
 
 
 def _compared(wanted: bytes | None, out: Path, more: Feeds, **options: Any) -> CheckOutcome:
-    """Compare two graphs, and note what the comparison did not run; see `_run_both`."""
+    """Call `_run_both`, and add a note if the check of a bfloat16 graph ran in float32."""
     outcome = _run_both(wanted, out, more, **options)
     if outcome.difference is None:
         return outcome
@@ -465,20 +507,21 @@ def _run_both(
     plain: bytes | None = None, judged: bool = True, given: Feeds | None = None, known: Sizes | None = None,
     bare: bool = False, blocked: str | None = None,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare two graphs on the same inputs: `given`, or made-up inputs of the first sizes with which the graphs run.
+    """Compare two graphs on the same inputs: `given`, or made-up inputs. Sizes are tried until both graphs run.
 
     Args:
-        wanted: a graph that must compute the same; None to only run `out`.
+        wanted: the graph that `out` is compared with; None to only run `out`.
         out: the written graph.
-        more: additional inputs of `out`.
-        exact: require equal bits from both graphs without onnxruntime's optimizations.
+        more: inputs that only `out` has, such as slots.
+        exact: require equal outputs. If they differ, compare again without onnxruntime's optimizations, and accept a
+            difference up to `_most_empty`, or more if a `MoE` was split.
         plain: the graph without the adapter, to see whether the adapter has any effect on these inputs.
         judged: False to return a difference without raising.
-        given: inputs, by name.
+        given: inputs to run on, by name.
         known: sizes from the configs beside the graph.
         bare: run both graphs without optimizations, and without rounding activations.
-        blocked: the node that prevents running without rounding activations. Then the limit is what rounding other
-            numbers in each layer does to this graph.
+        blocked: the node that cannot run without rounding activations, if the graph has one. In that case, the accepted
+            difference is at least `_most_rounded` of `wanted`.
     """
     first = wanted if wanted is not None else plain
     assert first is not None
@@ -507,27 +550,30 @@ def _run_both(
         difference = difference_of(got, results)
         untried = None
         if judged and not exact:
-            most = _most(wanted, feeds, results, difference, bare)
-            noise = _noise(wanted, feeds, results, bare) if not bare and difference > most == MOST_NOISE else 0.0
-            if most < difference <= NOISE * noise:
-                # Sums that cancel almost completely: no correct graph gives these outputs again. Try other inputs.
+            most, noise = _limit(wanted, feeds, results, difference, bare)
+            if not bare and most < difference <= NOISE * noise:
+                # Rounding alone changes these outputs this much, for example if sums cancel almost completely. So the
+                # difference does not show an error. Try other inputs.
                 why = f"on the inputs of the check, rounding alone changes the original graph's outputs by {noise:.2g}"
                 unseen = CheckOutcome(None, why, None, clipped)
                 continue
             if blocked is not None and difference > most:
                 most = max(most, _most_rounded(wanted, feeds, results))
-                # A difference within the limit shows nothing if rounding explains as much as the adapter changes.
+                # If rounding may change as much as the adapter does, a difference within the limit proves nothing.
                 if plain is not None and most >= difference_of(_of_plain(plain, feeds), results):
                     untried = f"the difference was not judged, because {_UNJUDGED.format(blocked)}"
             _judge(difference, out, most)
         if exact and difference > 0:
-            # Run both graphs without optimizations: in a graph with slots, onnxruntime fuses different nodes than in
-            # the original graph, and so rounds differently. If a MatMul is fused with a DequantizeLinear before it, the
-            # MatMul even rounds its input to 8 bits.
+            # In a graph with slots, onnxruntime fuses other nodes than in the original graph, and so rounds
+            # differently. A MatMul that is fused with a DequantizeLinear even rounds its input to 8 bits. So compare
+            # again without optimizations.
+            most = _most_empty(first)
+            if EXPERT.encode() in out.read_bytes():  # A split MoE sums in another order than a MoE node.
+                most = max(most, _limit(wanted, feeds, results, difference, bare)[0])
             results = started(_computed(wanted), optimized=False).run(None, feeds)
             got = started(_computed(str(out)), optimized=False).run(None, both)
             difference = difference_of(got, results)
-            _judge(difference, out, _most_empty(first))
+            _judge(difference, out, most)
         reference = _second(out, wanted, both, feeds, got) if judged else None
         seen = plain is None or difference_of(got, _session(plain, bare).run(None, feeds)) > 0
         for name in _conditions(opened(out).model, feeds):
@@ -535,7 +581,7 @@ def _run_both(
             if other is None:
                 untried = f"the branch for {name} = {not feeds[name].any()} does not run on the inputs of the check"
             difference = max(difference, other or 0.0)
-        # If the adapter changes nothing on these inputs, equality proves little, so try other sizes.
+        # If the adapter changes nothing on these inputs, equal outputs prove little, so try other sizes.
         if seen:
             return CheckOutcome(difference, untried, reference, clipped)
         why = "the adapter changes nothing on the inputs of the check"
@@ -549,34 +595,37 @@ def _run_both(
 
 
 def _most_empty(model: bytes) -> float:
-    """Return the largest accepted difference between a graph with empty slots and the original graph."""
+    """Return the largest accepted difference between a graph with empty slots and the original graph, often 0."""
     if _rounds_outputs(model):
         return STEP
-    # A fused attention of 16 bits rounds less often than the nodes into which it is split.
+    # A fused attention in 16 bits rounds less often than the nodes that replace it in a graph with slots.
     return TOLERANCE["V"] if b"Attention" in model and _computes_narrow(model) else 0.0
 
 
 def _rounds_outputs(model: bytes) -> bool:
-    """Whether a graph has integer operators that `opened_up` may split; this changes the last bit of their outputs."""
+    """Whether a graph has integer operators that `opened_up` may split, which changes the last bit of their outputs."""
     return any(op in model for op in (b"QLinear", b"QGemm", b"QAttention"))
 
 
 def _conditions(model: ir.Model, feeds: Feeds) -> list[str]:
-    """Return the inputs that select a branch of an If; optimum's merged decoders have a branch for runs with a past."""
+    """Return the bool inputs that select a branch of an If, such as `use_cache_branch` in optimum's merged decoders."""
     read = [node.inputs[0] for node in model.graph.all_nodes() if node.op_type == "If"]
     names = dict.fromkeys(root.name or "" for value in read for root in _roots(value))
     return [name for name in names if name in feeds and feeds[name].dtype == np.bool_]
 
 
 def _roots(value: ir.Value | None) -> list[ir.Value]:
-    """Return the graph input that a condition comes from; nodes with a single input, such as Squeeze, are skipped."""
+    """Follow a condition back to a graph input or a stored value, through the first input of each node."""
     while value is not None and (node := value.producer()) is not None:
         value = node.inputs[0] if node.inputs else None
     return [] if value is None else [value]
 
 
 def _flipped(wanted: bytes, out: Path, name: str, feeds: Feeds, both: Feeds, judged: bool, bare: bool) -> float | None:
-    """Compare both graphs in the other branch of an If; return None if the original graph does not run there.
+    """Negate the input `name`, which selects a branch of an If, and compare both graphs in the other branch.
+
+    Returns:
+        the difference, or None if the original graph does not run in that branch.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains, or only the written graph fails.
@@ -593,13 +642,15 @@ def _flipped(wanted: bytes, out: Path, name: str, feeds: Feeds, both: Feeds, jud
         raise CheckFailed(why, path=out, cure=_REPORT) from None
     difference = difference_of(got, results)
     if judged:
-        _judge(difference, out, _most(wanted, {**feeds, **other}, results, difference, bare))
+        most, _ = _limit(wanted, {**feeds, **other}, results, difference, bare)
+        _judge(difference, out, most)
     return difference
 
 
 def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Saturation | None:
     """Count the values that static quantization clips, with and without the adapter."""
-    # Only read a graph again if it contains the operator's name, because reading takes as long as an injection.
+    # Parse the original graph only if its bytes contain the name of an operator in `STATIC`, because parsing takes as
+    # long as an injection.
     if plain is None or not any(name in plain for name in STATIC):
         return None
     import onnx
@@ -619,8 +670,8 @@ def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Sa
 def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[object]) -> float | None:
     """Return the difference between onnxruntime and ONNX's reference implementation; raise if it is large.
 
-    The reference implementation may be wrong, too. So its result counts only if it agrees with onnxruntime on the
-    original graph.
+    The reference implementation may be wrong, too. So a large difference counts only if the two agree on the graph in
+    `first`; otherwise, return None.
     """
     expected = reference_outputs(widened(str(out)) or out, feeds)
     if expected is None:
@@ -653,7 +704,10 @@ def _of_plain(plain: bytes, feeds: Feeds) -> Sequence[object]:
 def _of_new_inputs(
     session: OrtSession, feeds: Feeds, sizes: Sequence[int], given: Feeds | None, known: Sizes | None
 ) -> Feeds:
-    """Return `given` values, or zeros, for inputs that only the written graph has, such as the task of each row."""
+    """Return values for the inputs that only the written graph has, such as the task of each row.
+
+    Each value comes from `given`, or consists of zeros.
+    """
     new = {entry.name for entry in session.get_inputs()} - feeds.keys()
     zeros = {
         name: np.zeros_like(array) for name, array in trial_inputs_for(session, sizes, known).items() if name in new
@@ -661,30 +715,34 @@ def _of_new_inputs(
     return zeros | {name: array for name, array in (given or {}).items() if name in zeros}
 
 
-def _most(wanted: bytes, feeds: Feeds, results: Sequence[object], difference: float, bare: bool) -> float:
-    """Return the largest difference that rounding explains."""
-    # Deep graphs round more, so measure the rounding noise: run the same graph without optimizations.
+def _limit(
+    wanted: bytes, feeds: Feeds, results: Sequence[object], difference: float, bare: bool
+) -> tuple[float, float]:  # fmt: skip
+    """Return the largest difference that rounding explains, and the graph's rounding noise (0 if not measured)."""
     if is_narrow(results):
-        return TOLERANCE["V"]
+        return TOLERANCE["V"], 0.0
     if difference <= TOLERANCE["f"]:
-        return TOLERANCE["f"]
+        return TOLERANCE["f"], 0.0
     # If later layers round their inputs to 8 bits, a difference in the last bit can become a whole rounding step.
     if _computes_narrow(_unrounded(wanted) if bare else wanted):
-        return TOLERANCE["V"]
-    return min(max(TOLERANCE["f"], NOISE * _noise(wanted, feeds, results, bare)), MOST_NOISE)
+        return TOLERANCE["V"], 0.0
+    # Deep graphs round more, so measure the rounding noise: run the same graph without optimizations.
+    noise = _noise(wanted, feeds, results, bare)
+    return min(max(TOLERANCE["f"], NOISE * noise), MOST_NOISE), noise
 
 
 def _noise(wanted: bytes, feeds: Feeds, results: Sequence[object], bare: bool) -> float:
-    """Return the difference between a graph's outputs with and without onnxruntime's optimizations."""
+    """Return how much onnxruntime's optimizations change a graph's outputs; `results` is one of the two runs."""
     form = _unrounded(wanted) if bare else wanted
     return difference_of(started(form, optimized=bare).run(None, feeds), results)
 
 
 def _most_rounded(wanted: bytes, feeds: Feeds, results: Sequence[object]) -> float:
-    """Return the largest difference between two correct graphs that round activations to integers.
+    """Return the largest accepted difference between two correct graphs that round activations to integers.
 
-    They may round a number in each layer differently. This moves all scales, weights and biases of the graph by about
-    half a rounding step, and measures what that does to the outputs. Infinity if the moved graphs do not run.
+    Two correct graphs may round the same activation differently. To estimate the effect, change the scales, weights and
+    biases at random by up to half a rounding step, and measure how much the outputs change. Return infinity if a graph
+    that was changed in this way does not run.
     """
     import onnx
 
@@ -709,15 +767,15 @@ def _most_rounded(wanted: bytes, feeds: Feeds, results: Sequence[object]) -> flo
 
 
 def _scales(op: str) -> bool:
-    """Whether the floats that an operator reads are scales, weights or biases."""
+    """Whether the stored floats among an operator's inputs are scales, weights or biases."""
     return op in ("QuantizeLinear", "DequantizeLinear", "QGemm", "MatMul", "Gemm", "Conv", "Add") or "QLinear" in op
 
 
 def _computes_narrow(model: bytes) -> bool:
-    """Whether a graph computes in integers, or in 16 bits or fewer, whatever dtype its outputs have.
+    """Whether a graph rounds activations to integers, or computes in float16 or bfloat16, whatever its outputs' dtype.
 
-    Converters to float16 keep 32-bit inputs and outputs and insert casts. Weights that are stored in 16 bits, but cast
-    to 32 bits before use, do not count.
+    The outputs' dtype is not enough, because converters to float16 keep 32-bit inputs and outputs and insert casts.
+    Weights that are stored in 16 bits, but cast to 32 bits before use, do not count.
     """
     import onnx
 

@@ -1,4 +1,4 @@
-"""Attach context to a graph: soft prompts and new tokens at the embedding, prefixes and prompts in attentions."""
+"""Attach context to a graph: soft prompts and new tokens at embeddings, prefixes and adaption prompts at attentions."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from .values import SYMBOLS, Value, computed_over, plain
 if TYPE_CHECKING:
     from ..io.lazy import Leaf
 
-# New tokens at a graph's embeddings: their ids follow the vocabulary, and their vectors are in a second table.
-# The new vectors replace looked-up rows at the embedding, or at the output of a module that also adds positions and
-# token types. At such a module, the positions of later tokens do not count the new tokens.
+# New tokens at a graph's embeddings. Their ids follow the ids of the vocabulary; their vectors are in a second table.
+# The new vectors replace rows of the embedding's output. If a module also adds positions and token types, the new
+# vectors replace rows of the module's output instead. In such a module, the positions of later tokens do not count the
+# new tokens.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,10 +38,10 @@ class NewTokens:
 
     Attributes:
         ids: the token ids.
-        new: True where a token is new.
+        new: for each position, True if its token is new.
         known: the token ids, with 0 in place of each new token.
-        vectors: the vectors of new tokens.
-        ids_note: a sentence that gives the ids of the new tokens.
+        vectors: for each position, the vector of its new token; row 0 of the table if the token is not new.
+        ids_note: a sentence that tells the user the ids of the new tokens.
     """
 
     ids: ir.Value
@@ -56,12 +57,12 @@ class NewTokens:
 
 
 def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTokens:
-    """Add nodes that separate an embedding's known tokens from new tokens; `more` holds the vectors of the new tokens.
+    """Add nodes that separate new tokens from the tokens of an embedding; `more` has one vector for each new token.
 
     Raises:
         ShapeMismatch: the vectors' size differs from the embedding's.
     """
-    # A layer's weight is [out, in]: for an embedding, `in` is the number of tokens.
+    # A layer's weight is [out, in]; for an embedding, this is [width, tokens].
     (dim, count), building = spot.shape[:2], branch.building
     if more.shape[-1] != dim:
         raise ShapeMismatch(
@@ -73,7 +74,7 @@ def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTo
     table = building.tensor(*key_and_name)
     first, zero = (building.literal(np.array(n, dtype=kind)) for n in (count, 0))
     new = branch.node("Not", [branch.node("Less", [ids, first], None, bool, None)], None, bool, None)
-    # Replace token ids outside of a table by 0, because a Gather reads each table for every token.
+    # Each Gather looks up every token, also tokens of the other table. Replace their ids by 0, which is always valid.
     known = branch.node("Where", [new, zero, ids], None, kind, None)
     shifted = branch.node("Sub", [ids, first], None, kind, None)
     row = branch.node("Where", [new, shifted, zero], None, kind, None)
@@ -82,21 +83,21 @@ def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTo
 
 
 def read_by(node: ir.Node) -> str | None:
-    """Return the name of the graph input whose ids an embedding looks up; None if it looks up other values."""
+    """Return the name of the graph input whose ids an embedding looks up; None if the graph computes the ids."""
     source = input_behind(node.inputs[1])
     return None if source is None else source.name
 
 
 def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
-    """Insert new tokens after a module of several embeddings.
+    """Insert the vectors of new tokens at the output of a module that adds several embeddings.
 
-    The positions of other tokens do not count the new tokens.
+    The nodes that this adds also change the positions of other tokens, so that they do not count the new tokens.
 
     Raises:
         TargetNotFound: the module does not embed tokens, or does not have exactly one output of the vectors' width.
         ShapeMismatch: the vectors' size differs from the embedding's.
-        Unsupported: the graph does not show how positions are counted; or it has inputs for past keys and values,
-            and the positions of later tokens would count the new tokens that the past contains.
+        Unsupported: the graph does not compute the positions that the module looks up; or the graph has inputs for past
+            keys and values, so the positions of later tokens would count the new tokens in the past.
     """
     where = str(target)
     module = module_at(building.model, target.path, where)
@@ -113,7 +114,7 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
         raise Unsupported(why, where=where, cure="Export the model without past keys and values")
     if not counted:
         why = "the graph does not compute the positions that the module looks up"
-        raise Unsupported(why, where=where, cure="Attach it to the torch model")
+        raise Unsupported(why, where=where, cure="Attach the adapter to the torch model instead")
     end = module.given(more.shape[-1], where)
     before([tokens[0].node], new.ids, new.known, branch)
     for node in counted:
@@ -124,30 +125,31 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
 
 
 def _uncounted(node: ir.Node, new: NewTokens, end: ir.Value, module: Module, branch: Branch) -> None:
-    """Shift position ids by the number of new tokens before each position."""
+    """Lower each position id by the number of new tokens up to that position, but not below 0."""
     at = node.inputs[1]
     assert at is not None
     passed = plain(new.new, branch).cast(np.int64).cumsum(1)
     fewer: Any = SYMBOLS.clip(plain(at, branch).cast(np.int64) - passed, 0, None)
     before([node], at, fewer.value, branch)
-    # Make the batch size of positions dynamic: before, all rows of a batch shared one row of positions; now, each row
-    # has its own.
+    # In the original graph, all rows of a batch share one row of positions. Now each row has its own positions, so make
+    # the batch axis of these values dynamic.
     for one in (node, *between(node.outputs[0], end, module.nodes)):
         for out in one.outputs:
             sizes = None if out.shape is None else list(out.shape)
             out.shape = ir.Shape([None, *sizes[1:]]) if sizes and sizes[0] == 1 else out.shape
 
 
-# Adaption prompts in a graph: the queries also attend to a prompt, and the result is added to the heads' outputs. The
-# prompt's keys and values are computed with the attention's own projections, once, when the prompt is attached.
+# Adaption prompts in a graph: the queries also attend to a prompt, and the result is added to the heads' outputs, or to
+# the attention's output. The attention's own projections compute the prompt's keys and values once, when the prompt is
+# attached.
 
 
 SEPARATE, FUSED = ("k_proj", "v_proj", "o_proj"), ("c_attn", "c_proj")
-"""Names of the projections in attentions: separate projections as in Llama, a fused projection as in GPT-2."""
+"""Names of an attention's projections: `SEPARATE` as in Llama, `FUSED` as in GPT-2, which fuses q, k and v."""
 
 
 def with_prompts(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
-    """Attach adaption prompts to an attention: queries attend to the prompts, and the result is added to the output.
+    """Add nodes with which an attention's queries also attend to adaption prompts, and add the results to its output.
 
     Raises:
         TargetNotFound: there is no such module.
@@ -190,7 +192,7 @@ def _projections(at: AttentionNodes, branch: Branch, model: ir.Model, target: Ta
 def _added(
     update: ContextUpdate, at: AttentionNodes, layers: Mapping[str, GraphLayer], branch: Branch, target: Target
 ) -> Value:
-    """Return the values to add to the heads' outputs, `[rows, positions, heads * d]`."""
+    """Return the result of attending to the prompt, `[rows, positions, heads * d]`, which is added to the outputs."""
     queries = without_factors(at.scores.inputs[0])
     kind, d = element_type(at.mixed.outputs[0]), at.width
 
@@ -222,17 +224,17 @@ def _projected(P: Array, layer: GraphLayer, target: Target) -> Array:
 
 
 def _of_heads(array: Array, heads: int, d: int) -> Array:
-    """Reshape `[n, groups * d]` to `[heads, n, d]`; query heads of one group get equal rows."""
+    """Split keys or values `[n, groups * d]` into `[heads, n, d]`."""
     split = array.reshape(len(array), -1, d).swapaxes(0, 1)
-    # In grouped-query attention, several query heads share a key head.
+    # In grouped-query attention, several query heads share a key head, so repeat the key head for each of them.
     return np.repeat(split, heads // len(split), 0)
 
 
-# Context of the whole model: soft prompts and new tokens at the embedding, prefixes as the initial past.
-# A soft prompt becomes new token ids after the vocabulary, like the tokens of textual inversion. To use the prompt,
-# begin an input with these ids, and extend the mask and the positions to cover them. If a module computes positions
-# itself, these positions do not count the prompt. A prefix becomes the default of the graph's inputs for past keys and
-# values, for a batch of one; the mask must cover the prefix.
+# Context of the whole model: soft prompts and new tokens at the embedding, and prefixes as the initial past.
+# A soft prompt becomes new tokens with ids after the vocabulary, like the tokens of textual inversion. To use the
+# prompt, begin an input with these ids, and extend the mask and the positions to cover them. If the embedding's module
+# computes the positions itself, they do not count the prompt. A prefix becomes the default of the graph's inputs for
+# past keys and values, for a batch of one. The mask and the positions must count the prefix.
 
 
 PLACES = ("embeddings", "vocabulary", "past", "prefix", "attention")
@@ -240,7 +242,7 @@ PLACES = ("embeddings", "vocabulary", "past", "prefix", "attention")
 
 
 def parted(adapter: Adapter) -> tuple[Adapter, list[tuple[Target, ContextUpdate]]]:
-    """Split an adapter into updates of layers, and context updates that can be attached to a graph."""
+    """Split an adapter into an adapter without the context that a graph supports, and a list of this context."""
     context = [(target, update) for target, update in adapter if isinstance(update, ContextUpdate) and _placed(update)]
     kept = {
         target: rest
@@ -251,7 +253,7 @@ def parted(adapter: Adapter) -> tuple[Adapter, list[tuple[Target, ContextUpdate]
 
 
 def of_attention(target: Target, update: ContextUpdate) -> bool:
-    """Whether an update is a prefix or prompt of a single attention, not of the whole model."""
+    """Whether a context update belongs to a single attention, not to the whole model."""
     return update.place in ("prefix", "attention") or (update.place == "past" and bool(target.path))
 
 
@@ -269,16 +271,16 @@ def _placed(update: object) -> bool:
 
 
 def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -> str:
-    """Attach prompts, new tokens and a prefix to a graph; return a sentence that says how to use them.
+    """Attach prompts, new tokens and prefixes to a graph; return notes that tell the user how to use them.
 
     Args:
         context: the second result of `parted`.
         building: the model that is being changed.
 
     Raises:
-        TargetNotFound: the graph shows no token embedding, or has no past.
+        TargetNotFound: no token embedding of the graph matches, or several do; or the graph has no past.
         ShapeMismatch: the sizes of the context and the graph differ.
-        Unsupported: there are two prefixes.
+        Unsupported: there are several prefixes for the whole model.
     """
     rows: list[tuple[Target, Array]] = []
     pasts: list[tuple[Target, Array]] = []
@@ -294,7 +296,11 @@ def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -
             tokens = in_float64.embeddings() if update.place == "embeddings" else in_float64.vocabulary()
             rows.append((target, _numbers(tokens)))
     if len(pasts) > 1:
-        raise Unsupported("a graph can have one prefix, not two", where=str(pasts[1][0]), cure="Inject one of them")
+        raise Unsupported(
+            "a graph can have only one prefix for the whole model, but the adapter has several",
+            where=str(pasts[1][0]),
+            cure="Inject an adapter that has only one of the prefixes",
+        )
     notes = [_with_tokens(target, more, building) for target, more in rows[:1]] if len(rows) == 1 else []
     if len(rows) > 1:
         notes.append(_with_tokens(rows[0][0], np.concatenate([more for _, more in rows]), building))
@@ -315,7 +321,7 @@ def _numbers(tokens: object) -> Array:
 
 
 def _with_tokens(target: Target, more: Array, building: Building) -> str:
-    """Extend an embedding: a new token looks up a row of a second table."""
+    """Extend an embedding, or a module of embeddings, by new tokens, whose vectors are in a second table."""
     if _is_module(target, building.model):
         return with_tokens_behind(target, more, building)
     spot, branch = _embedding(target, building.model), Branch(building, f"adapterkit/{target or 'prompt'}")
@@ -340,7 +346,7 @@ def _is_module(target: Target, model: ir.Model) -> bool:
 
 
 def _embedding(target: Target, model: ir.Model) -> Spot:
-    """Return the embedding of the graph's input tokens."""
+    """Return the embedding of the graph's input tokens. If the target has a path, the embedding must have this name."""
     spots = [spot for spot in spots_of(model) if spot.kind is Gather and read_by(spot.node) is not None]
     if target.path:
         names = [(spot, name) for spot in spots for names_here in spot.names.values() for name in names_here]
@@ -348,25 +354,25 @@ def _embedding(target: Target, model: ir.Model) -> Spot:
     elif len(spots) > 1:
         spots = [spot for spot in spots if "input_ids" in (read_by(spot.node) or "")]
     if len(spots) != 1:
-        why = "the graph shows no embedding of tokens" if not spots else "several embeddings may embed the tokens"
-        raise TargetNotFound(why, where=str(target), cure="Target the embedding by name")
+        why = "no embedding of tokens matches the target" if not spots else "several embeddings match the target"
+        raise TargetNotFound(why, where=str(target), cure="Use the name of the token embedding as the target")
     return spots[0]
 
 
 def _with_past(target: Target, past: Array, building: Building) -> str:
-    """Set the default values of the graph's inputs for past keys and values to a prefix."""
+    """Make a prefix the default value of the graph's inputs for past keys and values."""
     inputs = past_inputs(building.model.graph)
     layers, _, heads, length, width = past.shape
     if not inputs:
         cure = "Export the model with past keys and values (adapterkit export)"
-        raise TargetNotFound("the graph has no inputs of past keys and values", where=str(target), cure=cure)
+        raise TargetNotFound("the graph has no inputs for past keys and values", where=str(target), cure=cure)
     for (layer, _), value in inputs.items():
         sizes = [size if isinstance(size, int) else None for size in value.shape or ()]
         fits = len(sizes) == 4 and sizes[1] in (None, heads) and sizes[3] in (None, width)
         if not fits or layer >= layers or len(inputs) != 2 * layers:
             why = (
-                f"the prefix has {layers} layers with {heads} heads of {width}, "
-                f"but the graph's past has {len(inputs) // 2} layers of {sizes}"
+                f"the prefix has {layers} layers with {heads} heads of size {width}, "
+                f"but the graph's past has {len(inputs) // 2} layers of shape {sizes}"
             )
             raise ShapeMismatch(why, where=value.name, cure="Is this the base that the adapter was trained on?")
     for (layer, part), value in inputs.items():

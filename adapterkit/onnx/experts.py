@@ -1,11 +1,12 @@
-"""Experts in one node: `MoE` and `QMoE` of onnxruntime hold the weights of all experts of a layer, and select experts.
+"""Change experts in onnxruntime's nodes `MoE` and `QMoE`, which read the weights of all experts of a layer.
 
-The output is not a sum of products with these weights, so nodes after such a node cannot add a change. Instead, an
-injection computes a changed stack in front of the node, and a merge changes the stored stack.
+Such a node applies an activation between an expert's weights, so nodes after it cannot add a change. Instead, an
+injection adds nodes before it that compute the changed stack of weights, and a merge changes the stored stack. For
+slots, the node is split into separate nodes for each expert; see expert_nodes.py.
 
-Formulas see a stack `[expert, out, in]` as one matrix: the rows of expert 0, then those of expert 1, and so on. So each
-part of an expert is a range of rows, as in torch. In the node, the rows of fused gates and ups alternate, beginning
-with a gate.
+Formulas get a stack `[expert, out, in]` as one matrix: the rows of expert 0, then the rows of expert 1, and so on. Each
+part of an expert, such as its gate, is a range of these rows, as in torch. In the node's own stack, the rows of a fused
+gate and up alternate, beginning with a row of the gate.
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MoE
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.QMoE
 """
@@ -35,30 +36,42 @@ if TYPE_CHECKING:
 
 OPERATORS = ("MoE", "QMoE")
 
+EXPERT = "adapterkit.expert"
+"""Metadata key of each Gemm in a split `MoE`; see expert_nodes.py. The value is the name of the expert's weight that
+the Gemm multiplies by."""
+
+FUSED = "gate_up_proj"
+"""Last part of the name of a weight that fuses gate and up."""
+
 LAYER = re.compile(r"(?:^|.*[./])(?:layers|h|blocks)\.(\d+)(?=[./]|$)")
-"""Matches the start of a name, up to and including the number of the layer."""
+"""Matches the start of a name, up to and including the layer's number, as in `model.layers.0`."""
 
 
 def is_routed(node: ir.Node) -> bool:
-    """Whether a node holds the weights of several experts."""
+    """Whether a node is a `MoE` or `QMoE`, which reads the weights of several experts."""
     return node.domain == "com.microsoft" and node.op_type in OPERATORS
 
 
+def holds_experts(node: ir.Node) -> bool:
+    """Whether a node is a `MoE` or `QMoE`, or a node of a split `MoE` that reads the weight of one expert."""
+    return is_routed(node) or EXPERT in node.metadata_props
+
+
 def fused(node: ir.Node) -> int:
-    """Return the number of weights that the first stack fuses: 2 for gate and up, otherwise 1."""
+    """Return the number of weights in each expert's part of the first stack: 2 if it fuses gate and up, otherwise 1."""
     return 2 if attribute(node, "activation_type", "relu") == "swiglu" else 1
 
 
 def unknown_layout(node: ir.Node) -> str | None:
-    """Return why the layout of a node's weights is unknown; None if it is known."""
+    """Return why the layout of a node's weights is unknown or unsupported; None if it is supported."""
     packed = node.op_type == "QMoE"
     first, second, third = (2, 5, 8) if packed else (2, 4, 6)
     if any(_at(node, at) is None or not is_constant(weight_at(node, at)) for at in (first, second)):
         return "its weights are not constants"
     if _at(node, third) is not None:
-        return "it has a third weight (fc3), which onnxruntime's CPU kernel does not run"
+        return "it has a third weight (fc3), which onnxruntime's CPU kernel does not support"
     if fused(node) == 2 and attribute(node, "swiglu_fusion", 0) != 1:
-        return "its gates and ups are not interleaved, and onnxruntime's CPU kernel does not run this order"
+        return "the rows of its gates and ups do not alternate, and onnxruntime's CPU kernel supports no other order"
     if packed and (why := _unknown_packing(node)) is not None:
         return why
     one, two = (shape_of(_weight(node, at)) for at in (first, second))
@@ -66,13 +79,13 @@ def unknown_layout(node: ir.Node) -> str | None:
         return "its weights do not have three axes"
     per = 8 // _bits(node) if packed else 1
     hidden, inner = two[1], two[2] * per
-    # An older layout swaps the input and output axes. Its shapes can equal the shapes in this layout, so compare the
-    # width with another tensor.
+    # An older layout swaps the input and output axes. The shapes of the weights can be the same in both layouts, so
+    # compare the input width with the shape of another tensor.
     width = _width(node, 7 if packed else 5)
     if one != (two[0], fused(node) * inner, hidden // per) or hidden % per or (width is not None and width != hidden):
         return "its weights are stored in an older or a prepacked layout"
     if width is None and fused(node) == 1 and hidden != inner:
-        return "neither a bias nor the shape of its input shows which axis of its weights is the input"
+        return "neither a bias nor the shape of its input shows which axis of its weights is the input axis"
     return None
 
 
@@ -80,11 +93,11 @@ def _unknown_packing(node: ir.Node) -> str | None:
     if attribute(node, "quant_type", "int") != "int" or _bits(node) not in (2, 4, 8):
         return "its weights are not integers of 2, 4 or 8 bits"
     if _bits(node, "fc2") != _bits(node):
-        return "its two weights have different numbers of bits, which onnxruntime's CPU kernel does not run"
+        return "its two weights have different numbers of bits, which onnxruntime's CPU kernel does not support"
     if attribute(node, "weights_prepacked", 0) == 1:
         return "its weights are prepacked for one kind of processor"
     if any(one is not None for one in (*node.inputs[13:14], *node.inputs[15:])):
-        return "it has global scales or scales of activations"
+        return "it has global scales or activation scales"
     zeros = [one for one in node.inputs[11:13] if one is not None]
     if any(not is_constant(one) for one in (_at(node, 3), _at(node, 6), *zeros)):
         return "its scales or zero points are not constants"
@@ -92,7 +105,7 @@ def _unknown_packing(node: ir.Node) -> str | None:
 
 
 def _width(node: ir.Node, bias: int) -> int | None:
-    """Return the number of input channels, from the second bias or the input's shape; None if neither shows it."""
+    """Return the width of a node's input: the last size of the second bias, or of the input; None if unknown."""
     stack, x = _at(node, bias), node.inputs[0]
     shapes = [one.shape for one in (stack, x) if one is not None and one.shape is not None]
     return next((last for shape in shapes if isinstance(last := shape[-1], int)), None)
@@ -113,11 +126,13 @@ def _weight(node: ir.Node, position: int) -> ir.Value:
 
 
 class Experts(GraphLayer):
-    """The first weights of all experts, `[experts * out, in]`: each expert's gate and up, or a single weight.
+    """The stack of all experts' first weights, as a layer `[experts * out, in]`.
+
+    The first weight of an expert is its fused gate and up, or a single weight.
 
     Class attributes:
-        vector: the position of the biases among the node's inputs.
-        first: True for the first weights, which may fuse gates and ups.
+        vector: the position of the stacked biases among the node's inputs.
+        first: True for first weights, which may fuse gate and up; False for second weights.
     """
 
     op_type = "MoE"
@@ -135,7 +150,7 @@ class Experts(GraphLayer):
 
     @classmethod
     def sizes(cls, node: ir.Node) -> tuple[int, int, int]:
-        """Return the numbers of experts, of outputs and of inputs."""
+        """Return the number of experts, and the numbers of outputs and inputs of each expert's weight."""
         experts, out, in_ = shape_of(cls.operand_of(node))
         return experts, out, in_
 
@@ -146,12 +161,12 @@ class Experts(GraphLayer):
 
     @classmethod
     def parts(cls, node: ir.Node) -> int:
-        """Return how many of torch's weights are interleaved in each expert."""
+        """Return how many weights alternate by rows in each expert: 2 for a fused gate and up, otherwise 1."""
         return fused(node) if cls.first else 1
 
     @classmethod
     def by_matrix(cls, stack: Array, node: ir.Node) -> Array:
-        """Convert experts `[e, out, ...]` to torch's order of rows."""
+        """Convert experts `[e, out, ...]` from the node's order of rows to torch's: first the gate, then the up."""
         several, parts = stack.reshape(len(stack), -1, cls.parts(node), *stack.shape[2:]), cls.parts(node)
         return stack if parts == 1 else several.swapaxes(1, 2).reshape(stack.shape)
 
@@ -172,11 +187,12 @@ class Experts(GraphLayer):
 
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array, int], Array]) -> Callable[[], Array]:
-        """Return a function that computes the stack expert by expert.
+        """Return a function that computes the changed stack, one expert at a time to save memory.
 
         Args:
             node: the node.
-            f: changes the rows of one expert, `[out, in]` in float64; its second argument is the first row's number.
+            f: a function that returns the changed weight of one expert. It gets the weight, `[out, in]` in float64 and
+                torch's order of rows, and the index of the weight's first row in the matrix of all experts.
         """
         copy, out = detached_copy(cls.operand_of(node)), cls.sizes(node)[1]
 
@@ -203,7 +219,7 @@ class Experts(GraphLayer):
         return self._ordered(W.reshape(*self.sizes(self.node)), False, flat=False)
 
     def _ordered(self, stack: Value, apart: bool, flat: bool = True) -> Value:
-        """Convert experts `[e, out, ...]` between the node's order of rows and torch's."""
+        """Convert experts `[e, out, ...]` to torch's order of rows if `apart`, otherwise to the node's order."""
         (experts, out, *rest), parts = stack.shape, self.parts(self.node)
         if parts > 1:
             split = (out // parts, parts) if apart else (parts, out // parts)
@@ -237,7 +253,7 @@ class Experts(GraphLayer):
 
     @classmethod
     def changed_bias(cls, node: ir.Node, bias: ir.Value, f: Callable[[Array], Array]) -> Callable[[], Array]:
-        """Return a function that computes the stacked biases, changed by `f` in torch's order, `[experts * out]`."""
+        """Return a function that computes the changed biases; `f` gets them in torch's order, `[experts * out]`."""
         copy = detached_copy(bias)
 
         def make() -> Array:
@@ -248,16 +264,16 @@ class Experts(GraphLayer):
 
 
 class SecondExperts(Experts):
-    """The second weights of all experts, `[experts * hidden, inner]`."""
+    """The stack of all experts' second weights, as a layer `[experts * hidden, inner]`."""
 
     position, vector, first = 4, 5, False
 
 
 class PackedExperts(Experts):
-    """The first weights of a `QMoE`, packed along the inputs; each row, or each block of a row, has a scale.
+    """The stack of first weights in a `QMoE`, packed along the input axis; each row or block of a row has a scale.
 
     Class attributes:
-        middle: the position of the zero points, which are optional.
+        middle: the position of the optional zero points among the node's inputs.
     """
 
     op_type = "QMoE"
@@ -276,14 +292,14 @@ class PackedExperts(Experts):
 
     @classmethod
     def zeros(cls, node: ir.Node) -> Callable[[], Array | int]:
-        """Return a function that gives the zero points `[experts * out, blocks]`, or one number for all rows."""
+        """Return a function that computes the zero points `[experts * out, blocks]`, or one zero point for all rows."""
         stored, bits, (experts, out, in_) = _at(node, cls.middle), _bits(node), cls.sizes(node)
         if stored is None:
             return lambda: 1 << (bits - 1)
         copy, size = detached_copy(stored), attribute(node, "block_size", 0)
 
         def make() -> Array:
-            # With blocks, each row's zero points fill whole bytes. Without blocks, those of an expert's rows do.
+            # Zero points are packed into bytes. With blocks, each row begins a new byte; without, each expert does.
             if size:
                 return split(numbers(copy).reshape(experts * out, -1), bits)[:, : -(-in_ // size)]
             return split(numbers(copy).reshape(experts, -1), bits)[:, :out].reshape(experts * out, 1)
@@ -315,7 +331,7 @@ class PackedExperts(Experts):
 
 
 class SecondPackedExperts(PackedExperts):
-    """The second weights of a `QMoE`."""
+    """The stack of second weights in a `QMoE`, packed like the first."""
 
     position, vector, first, middle = 5, 7, False, 12
 
@@ -323,18 +339,23 @@ class SecondPackedExperts(PackedExperts):
 EXPERTS: tuple[type[Experts], ...] = (Experts, SecondExperts, PackedExperts, SecondPackedExperts)
 
 
-# Names of the experts in a graph. onnxruntime-genai's builder calls every layer of experts `moe`, so names in a graph
-# are `model.layers.0.moe.experts.3.gate_proj`, whatever their names in the model are.
+# Names of the experts in a graph. onnxruntime-genai's builder gives the name `moe` to the experts of every layer. So an
+# expert's weight is named `model.layers.0.moe.experts.3.gate_proj` in a graph, whatever its name in the torch model is.
 
 
 def layer_of(name: str) -> str | None:
-    """Return the number of the layer in a name; None if the name contains no layer number."""
+    """Return the layer number that a name contains, as text; None if the name contains none."""
     match = LAYER.match(dotted(name) if name.startswith("/") else name)
     return None if match is None else match.group(1)
 
 
 def stem_of(node: ir.Node) -> str | None:
-    """Return the name of a node's layer, such as `model.layers.0`; None if no name shows it."""
+    """Return the name of the model's layer that a node is in, such as `model.layers.0`.
+
+    The name comes from the node's metadata, its weights' names or its own name. Return None if none of them shows it.
+    """
+    if EXPERT in node.metadata_props:
+        return node.metadata_props[EXPERT].partition(".moe.experts.")[0]
     weights = (weight_at(node, at) for at in range(2, len(node.inputs)))
     names = [value.name or "" for value in weights if value is not None]
     for name in (*names, dotted(node.name or "")):
@@ -345,59 +366,74 @@ def stem_of(node: ir.Node) -> str | None:
 
 
 def path_of(stem: str, expert: int, part: str) -> str:
-    """Return the name of a part of an expert in a graph."""
+    """Return the name in a graph of a part of an expert, such as `gate_proj` or `down_proj`."""
     return f"{stem}.moe.experts.{expert}.{part}"
 
 
 def in_experts(spots: Sequence[Spot]) -> Iterator[Spot]:
-    """Yield the parts of each expert as layers, each with its rows and name."""
+    """Yield a spot for each part of each expert, such as its gate; the spot has the rows and the name of the part."""
     for spot in spots:
-        if not issubclass(spot.kind, Experts) or (stem := stem_of(spot.node)) is None:
+        if (weight := spot.node.metadata_props.get(EXPERT)) is not None:
+            stem, _, word = weight.rpartition(".")
+            for part, start, stop in _parts_of(word, spot.shape[0]):
+                rows = None if (start, stop) == (0, spot.shape[0]) else (start, stop)
+                names = {"initializer": (f"{stem}.{part}.weight",)}
+                yield replace(spot, names=names, rows=rows, shape=(stop - start, spot.shape[1]))
+            continue
+        if not issubclass(spot.kind, Experts) or (stem_here := stem_of(spot.node)) is None:
             continue
         experts, out, in_ = spot.kind.sizes(spot.node)
         for expert in range(experts):
-            for part, start, stop in _parts(spot.kind, spot.node, out):
+            word = "down_proj" if not spot.kind.first else FUSED if fused(spot.node) == 2 else "up_proj"
+            for part, start, stop in _parts_of(word, out):
                 rows = (expert * out + start, expert * out + stop)
-                names = {"initializer": (f"{path_of(stem, expert, part)}.weight",)}
+                names = {"initializer": (f"{path_of(stem_here, expert, part)}.weight",)}
                 yield replace(spot, names=names, rows=rows, shape=(stop - start, in_))
 
 
-def _parts(kind: type[Experts], node: ir.Node, out: int) -> list[tuple[str, int, int]]:
-    if not kind.first:
-        return [("down_proj", 0, out)]
-    if fused(node) == 1:
-        return [("up_proj", 0, out)]
-    return [("gate_proj", 0, out // 2), ("up_proj", out // 2, out), ("gate_up_proj", 0, out)]
+def _parts_of(word: str, out: int) -> list[tuple[str, int, int]]:
+    """Return the name, the first row and the row after the last for each part of a weight, and for the whole weight."""
+    parts = [("gate_proj", 0, out // 2), ("up_proj", out // 2, out)] if word == FUSED else []
+    return [*parts, (word, 0, out)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertStack:
-    """A layer of experts in a graph.
+    """The experts of one layer of the model.
 
     Attributes:
-        node: the node.
+        node: the `MoE` or `QMoE`, or the first node of a split `MoE`.
         stem: the layer's name, such as `model.layers.0`.
         experts: the number of experts.
+        fused: whether the first weight of an expert fuses gate and up.
     """
 
     node: ir.Node
     stem: str
     experts: int
+    fused: bool
 
 
 def stacks_of(nodes: Sequence[ir.Node]) -> dict[str, ExpertStack]:
-    """Return a map from the number of a layer to its experts, for nodes whose layout is known."""
+    """Return a map from a layer's number to the layer's experts; it skips nodes whose layout is unknown."""
     stacks: dict[str, ExpertStack] = {}
     for node in nodes:
-        stem = stem_of(node) if is_routed(node) and unknown_layout(node) is None else None
-        number = None if stem is None else layer_of(stem)
-        if stem is not None and number is not None:
-            stacks[number] = ExpertStack(node, stem, shape_of(_weight(node, 2))[0])
+        if (weight := node.metadata_props.get(EXPERT)) is not None:
+            stem, _, rest = weight.partition(".moe.experts.")
+            expert, _, word = rest.partition(".")
+            before = stacks.setdefault(layer_of(stem) or "", ExpertStack(node, stem, 0, False))
+            experts, both = max(before.experts, int(expert) + 1), before.fused or word == FUSED
+            stacks[layer_of(stem) or ""] = replace(before, experts=experts, fused=both)
+            continue
+        known = stem_of(node) if is_routed(node) and unknown_layout(node) is None else None
+        number = None if known is None else layer_of(known)
+        if known is not None and number is not None:
+            stacks[number] = ExpertStack(node, known, shape_of(_weight(node, 2))[0], fused(node) == 2)
     return stacks
 
 
 def as_floats(places: Sequence[ResolvedTarget], building: Building) -> list[ResolvedTarget]:
-    """Replace each `QMoE` among the targets' nodes by a `MoE` with dequantized weights; return the new targets."""
+    """Replace each `QMoE` that contains a target by a `MoE` with dequantized weights; return the new targets."""
     new: dict[ir.Node, ir.Node] = {}
     spots: dict[Spot, Spot] = {}
     for spot in (spot for place in places for spot in place.spots):
@@ -412,14 +448,15 @@ def as_floats(places: Sequence[ResolvedTarget], building: Building) -> list[Reso
 
 def _as_float(node: ir.Node, building: Building) -> ir.Node:
     if _at(node, 14) is not None:
-        why = f"{node.name or node.outputs[0].name} has separate router weights, which a MoE of floats does not have"
+        why = f"{node.name or node.outputs[0].name} has separate router weights, which a MoE node cannot have"
         raise Unsupported(why, where=node.name, cure="Merge with --quantized requantize (quantized='requantize')")
     inputs: list[ir.Value | None] = [*node.inputs[:2]]
     for kind in (PackedExperts, SecondPackedExperts):
         make, sizes = kind.detached(node), kind.sizes(node)
         dtype = ir.DataType.from_numpy(kind(node, Branch(building, "dequantize")).dtype)
         name = building.name(f"{(kind.operand_of(node).name or 'experts').removesuffix('.qweight')}.weight")
-        # Bind the current values of the loop, because the tensor is computed later, when it is written.
+        # Bind the loop's variables as defaults: the tensor is computed when it is written, after the loop has changed
+        # them.
         tensor = ir.LazyTensor(
             lambda make=make, sizes=sizes, dtype=dtype, name=name, kind=kind: ir.Tensor(  # type: ignore[misc]
                 np.ascontiguousarray(kind.together(make().reshape(sizes), node).astype(dtype.numpy())), dtype=dtype,
@@ -444,15 +481,15 @@ def _as_float(node: ir.Node, building: Building) -> ir.Node:
 
 
 class ExpertPacking(Packing):
-    """How a stack of a `QMoE` is packed. `shape` and the rows of `numbers` treat all experts as one matrix."""
+    """The packing of a stack in a `QMoE`. `shape` and the rows of `numbers` treat all experts as one matrix."""
 
     def source(self, spot: Spot) -> Lazy:
-        """Return the dequantized stack as one matrix, in torch's order of rows, float32."""
+        """Return the dequantized stack as one float32 matrix, with its rows in torch's order."""
         return lazily(spot.kind.detached(spot.node), self.shape, ir.DataType.FLOAT)
 
 
 def packing_of(spot: Spot, building: Building, fresh: Fresh) -> ExpertPacking:
-    """Return how a stack of a `QMoE` is packed."""
+    """Return the packed numbers of a stack in a `QMoE`, with functions that reorder and replace them."""
     kind, node = spot.kind, spot.node
     assert issubclass(kind, PackedExperts)
     (experts, out, in_), bits = kind.sizes(node), _bits(node)
@@ -461,7 +498,8 @@ def packing_of(spot: Spot, building: Building, fresh: Fresh) -> ExpertPacking:
     size = block or in_
     blocks, zero = -(-in_ // size), kind.zeros(node)()
     packed, factors = numbers(stored), numbers(scales)
-    # Pad the last block with zeros, which do not change its scale. onnxruntime has no padded blocks with zero points.
+    # Pad the last block of each row with zeros, which do not change the block's scale. onnxruntime supports no zero
+    # points for blocks that need padding.
     wide = ((0, 0), (0, blocks * size - in_))
     q = np.pad(split(packed.reshape(experts * out, -1), bits), wide, constant_values=1 << (bits - 1))
     numbers_found = numbers_in(node, q, zero, factors.reshape(experts * out, blocks), (0, (1 << bits) - 1), bits)

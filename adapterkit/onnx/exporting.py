@@ -1,4 +1,4 @@
-"""Export a torch model as a graph, with adapters merged, attached or as slots, and check it."""
+"""Export a torch model as an ONNX graph, with adapters merged, attached or as slots, and check the graph."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ..io.staging import staged
 from ..naming.binding import renamed
 from .against_torch import Run, by_reference, compared, compared_packed, outputs_of
 from .attaching import attach
-from .building import Building
+from .building import INLINE, Building
 from .checking import CheckOutcome
-from .model_file import INLINE, STAYS, placing, save_fresh
+from .model_file import STAYS, placing, save_fresh
 from .modules import same_end
 from .pretrained_parts import FILES
 from .quantizing import SCHEMES, as_floats, packed, prepare, with_exact_inputs
@@ -60,7 +60,7 @@ CARRIED = (
 """Config, tokenizer and processor files that are copied next to the graph."""
 
 GRAPHS = ("model.onnx", *FILES)
-"""Names of the graphs that an export of a folder writes: one graph, or the parts of a model."""
+"""File names of the graphs in an exported folder: one graph, or one graph for each part of the model."""
 
 OWNS = frozenset(
     {
@@ -72,14 +72,18 @@ OWNS = frozenset(
         *CARRIED,
     }
 )
-"""Names of the files of an export; files of an older export with these names are removed."""
+"""Names and name patterns of the files in an exported folder. A new export to the folder removes old files that
+match."""
 
 
 def check_folder(target: Path, overwrite: bool) -> None:
-    """Refuse an existing folder, unless `overwrite` is set and an export wrote the folder and all its weight files.
+    """Check that an export may write to a folder.
+
+    The folder may be missing or empty. If `overwrite` is set, it may also be the folder of an earlier export without
+    other weight files.
 
     Raises:
-        StorageError: the folder exists and may not be replaced, or its parent folder does not exist.
+        StorageError: the folder has files that must not be replaced, or its parent folder does not exist.
     """
     if not target.absolute().parent.is_dir():
         raise StorageError("no such folder", path=target.absolute().parent, cure="Make the folder first")
@@ -91,7 +95,7 @@ def check_folder(target: Path, overwrite: bool) -> None:
     cure = "Remove the folder yourself, or write to another path"
     if not any((target / name).is_file() for name in GRAPHS):
         raise StorageError("not a folder that an export wrote", path=target, cure=cure)
-    # Refuse a folder with other weights: it is another model, which an export must not replace.
+    # Weight files that no export writes belong to another model, which an export must not replace.
     other_files = sorted(name for name in os.listdir(target) if name.endswith(WEIGHTS) and name not in GRAPHS)
     if other_files:
         raise StorageError(f"the folder holds {other_files[0]}, which no export wrote", path=target, cure=cure)
@@ -101,7 +105,15 @@ def check_folder(target: Path, overwrite: bool) -> None:
 def published(target: Path, inputs: Iterable[Path] = (), made_from: str | None = None) -> Iterator[Path]:
     """Yield a folder to write an export to; when the block ends, that folder replaces `target`.
 
-    A file in `target` stays if exports never write files of that name. The inputs are never replaced.
+    Old files in `target` are removed if their names match `OWNS`; all other files there stay.
+
+    Args:
+        target: the folder of the export.
+        inputs: the files that the export reads. They are never replaced.
+        made_from: a digest of everything that determines the export; see `staged`.
+
+    Raises:
+        UsageError: the export would replace one of the inputs.
     """
     with staged(target, owns=OWNS, inputs=inputs, made_from=made_from) as folder:
         folder.mkdir(exist_ok=True)
@@ -109,16 +121,19 @@ def published(target: Path, inputs: Iterable[Path] = (), made_from: str | None =
 
 
 def moved(report: GraphReport, target: Path, carried: Sequence[Path] = ()) -> GraphReport:
-    """Return the report of an export, with the final paths in `target` instead of the paths in the scratch folder."""
+    """Return an export's report, with the final paths in `target` instead of the paths in the scratch folder."""
     files = tuple(target / file.name for file in (*report.files, *carried))
     return replace(report, out=target / report.out.name, files=files)
 
 
-# Attach adapters to live torch models while the models are traced or run; afterwards, the models are unchanged.
+# Change torch models in memory by adapters while the models are traced or run; afterwards, restore the models.
 
 
 def attached(model: nn.Module, adapters: Mapping[str, Adapter], mode: str) -> AbstractContextManager[object]:
-    """Return a context in which the live model is ready to be traced: with adapters merged, attached or absent."""
+    """Return a context in which the torch model can be traced.
+
+    In the context, the adapters are merged (mode `merged`), attached as hooks (`attached`) or absent (`slots`).
+    """
     if mode == "merged":
         return _merged(model, adapters)
     return injected(model, adapters if mode == "attached" else {})
@@ -126,7 +141,7 @@ def attached(model: nn.Module, adapters: Mapping[str, Adapter], mode: str) -> Ab
 
 @contextmanager
 def injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list[Handle]]:
-    """Inject adapters into the live model for the block."""
+    """Inject adapters into the torch model for the block; yield their handles."""
     from ..torch import inject
 
     handles: list[Handle] = []
@@ -141,12 +156,12 @@ def injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list
 
 @contextmanager
 def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]:
-    """Merge adapters into the live model's parameters for the block; afterwards, restore the original tensors."""
+    """Merge adapters into the torch model's parameters for the block; afterwards, restore the original tensors."""
     from ..torch.handle import changes
 
     with injected(model, adapters) as handles:
         changed = changes(handles) if handles else []
-    # Swap `data` and keep the parameters themselves, so that ties between them survive.
+    # Replace the `data` of each parameter, not the parameter: otherwise, tied parameters would no longer be tied.
     before = [parameter.data for parameter, _ in changed]
     try:
         for parameter, value in changed:
@@ -159,14 +174,16 @@ def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]
 
 # Share weights with the base's safetensors files: the graph refers to the bytes in these files instead of a copy.
 # Runtimes do not read files outside of a graph's folder, so the weights must be in that folder. If a file stores 16-bit
-# weights and the graph computes in 32 bits, a Cast node is added, which runtimes evaluate when they load the graph.
+# weights and the graph computes in 32 bits, a Cast node converts the weights when a runtime loads the graph.
 
 
 def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> list[str]:
-    """Replace stored tensors by references to equal tensors in safetensors files.
+    """Replace a graph's stored tensors by references to equal tensors in safetensors files.
+
+    Tensors of up to `INLINE` bytes stay in the graph.
 
     Args:
-        graph: an exported graph, whose tensors have the base's names.
+        graph: an exported graph. Its tensors have the names that they have in the base.
         weights: a safetensors file, or a folder of them.
         out: the file to which the graph will be written. It must be in the folder of the safetensors files, or in a
             parent of that folder.
@@ -175,7 +192,7 @@ def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> l
         the names of the shared tensors.
 
     Raises:
-        UsageError: no tensor of the graph equals a tensor of these files.
+        UsageError: no tensor of more than `INLINE` bytes equals a tensor of these files.
     """
     by_name = {name: leaf for name, leaf in opened_base(weights).tensors.items() if leaf.span is not None}
     building, shared = Building(graph), list[str]()
@@ -212,14 +229,18 @@ def _check_place(by_name: Mapping[str, Lazy], out: Path) -> None:
 
 
 def _alike(name: str, shape: tuple[int, ...], by_name: Mapping[str, Lazy]) -> list[Lazy]:
-    """Return stored tensors that may equal a graph's tensor: the name matches or, for tied weights, the shape."""
+    """Return the stored tensors that may equal a graph's tensor.
+
+    These are the tensors with the same name and shape. Tied weights may be stored under another name only, so if there
+    are none, return all tensors with the same shape.
+    """
     sized = {other: leaf for other, leaf in by_name.items() if leaf.shape == shape}
     named = [leaf for other, leaf in sized.items() if same_end(name, other)]
     return named or list(sized.values())
 
 
 def _same(tensor: ir.TensorProtocol, leaf: Lazy) -> bool:
-    """Whether two tensors are equal bit for bit; stored 16-bit numbers are first converted to the graph's float32."""
+    """Whether two tensors are equal bit for bit, after a stored 16-bit tensor is converted to a graph's float32."""
     theirs, ours = as_array(leaf), np.asarray(tensor.numpy(), order="C")
     if theirs.dtype != ours.dtype:
         if not leaf.dtype.floating or theirs.dtype.itemsize != 2 or ours.dtype != np.float32:
@@ -254,9 +275,9 @@ def _placed(value: ir.Value, leaf: Lazy, out: Path, building: Building) -> None:
     value.const_value, value.type = place, ir.TensorType(kind)
 
 
-# Export a torch model as a graph, with adapters merged, attached or as slots, and check it against torch.
-# onnxruntime runs the written graph on the example inputs. The outputs are compared with the outputs of the torch model
-# with injected adapters: merged weights, nodes and slots must all give the same numbers.
+# Export a torch model as a graph, with adapters merged, attached or as slots, and compare the graph with torch.
+# onnxruntime runs the written graph on the example inputs. In every mode, the graph's outputs must equal the outputs of
+# the torch model with injected adapters, up to rounding.
 
 
 if TYPE_CHECKING:
@@ -268,7 +289,7 @@ if TYPE_CHECKING:
 MODES = ("merged", "attached", "slots")
 
 RECORD = "adapterkit.export"
-"""Metadata key that records the mode and the adapters' digests."""
+"""Key of the graph's metadata that stores the mode, the adapters' digests, and the quantization if there is one."""
 
 
 def export(
@@ -291,7 +312,7 @@ def export(
     rename: str | Sequence[str] = (),
     allow_partial: bool = False,
 ) -> GraphReport:
-    """Write a torch model as a graph with torch's dynamo exporter; tensors and nodes keep the names of the modules.
+    """Export a torch model as an ONNX graph with torch's dynamo exporter; tensors and nodes keep the modules' names.
 
     Args:
         torch_model: the model, in evaluation mode; the export leaves it unchanged.
@@ -308,19 +329,20 @@ def export(
         output_names: names of the graph's outputs.
         dynamic_shapes: the dynamic sizes, in the form that `torch.onnx.export` takes.
         opset: the opset version; torch's default if not given.
-        inside: if `torch_model` is a wrapper, the attribute that holds the model; names are relative to that attribute.
-        also: more examples of `args`, in other sizes, on which the check also runs.
+        inside: if `torch_model` is a wrapper, the name of its attribute that holds the model. The names of tensors,
+            nodes and targets are then relative to that attribute.
+        also: more examples of `args`, for example with other sizes. The check also runs the graph on these examples.
         quantize: `int8` or `int4` packs the linear layers with onnxruntime's quantizers; see quantizing.py.
-            `GraphReport.damage` stores the error of each weight, and `GraphReport.difference` stores the error of the
-            outputs.
-        share: safetensors files in the folder of `out`, or that folder. The graph refers to the weights in these files
-            instead of storing a copy.
+            The report gives the error of each weight in `GraphReport.damage`, and the error of the outputs in
+            `GraphReport.difference`.
+        share: a safetensors file in the folder of `out`, or a folder of such files. The graph refers to the weights in
+            these files instead of storing a copy.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
         allow_partial: True if the graph is one part of a model, such as its encoder. With slots, the export then omits
             targets that the graph lacks (listed in `GraphReport.left`), and names the adapter files
             `PART.NAME.onnx_adapter`.
-        check: run the graph in onnxruntime and compare it with the torch model; a quantized graph is also compared with
-            the same graph with dequantized weights.
+        check: run the graph in onnxruntime, and compare its outputs with the torch model's. A quantized graph is also
+            compared with a copy of the graph whose weights are dequantized.
 
     Raises:
         UsageError: an argument is invalid, or the model is in training mode.
@@ -352,13 +374,13 @@ def export(
     stays: tuple[Path, ...] = ()
     if share is not None:
         weights = opened_base(share)
-        # Refuse files in the wrong folder before the tracing, which takes minutes.
+        # Refuse files in the wrong folder now, because the trace takes minutes.
         _check_place(weights.tensors, target)
         stays = weights.files
     numbered = steps(steps_of(mode, quantize, check))
     with placing(target, stays=stays, inputs=files_of_adapters(named)) as place, numbered:
         path = place.path
-        # The quantizer reads a float graph, which the check also covers.
+        # The quantizer reads a float graph from a file. The check compares this graph with torch, too.
         plain = path if quantize is None else place.scratch / "float.onnx"
         with attached(model, adapters, mode):
             if mode == "attached" and any(getattr(u, "asks", ()) for one in adapters.values() for _, u in one):
@@ -387,14 +409,19 @@ def export(
 def _split_by_target(
     graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None
 ) -> tuple[dict[str, Adapter], dict[str, tuple[Target, ...]]]:
-    """Return, for each adapter's name, the updates whose targets the graph has, and the targets that it lacks."""
+    """Split each adapter by whether the graph has its targets.
+
+    Returns:
+        the adapters with only the targets that the graph has, without adapters that have none of them; and for each
+        adapter, the targets that the graph lacks.
+    """
     split = {name: taken(graph, adapter, None, config) for name, adapter in adapters.items()}
     kept_parts = {name: kept for name, (kept, _) in split.items() if kept.updates}
     return kept_parts, {name: lost for name, (_, lost) in split.items()}
 
 
 def steps_of(mode: str, quantize: str | None, check: bool) -> int:
-    """Return how many steps an export reports: tracing, converting, and the optional steps."""
+    """Return the number of progress steps that an export reports: tracing, converting, and the optional steps."""
     return 2 + (mode == "slots") + (quantize is not None) + check
 
 
@@ -409,7 +436,9 @@ def files_of_adapters(adapters: Adapters) -> list[Path]:
 
 
 def _first_call(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """Run the model once before the trace: some formulas create a network in the first call, which a trace cannot do.
+    """Run the model once before the trace.
+
+    Some adapter formulas create a network in the model's first call, and a network cannot be created during a trace.
 
     Raises:
         Unsupported: a formula does not support this call.
@@ -425,7 +454,7 @@ def _checked(
     model: nn.Module, examples: Sequence[Example], plain: Path, out: Path, runs: Mapping[str | None, Run],
     quantize: str | None,
 ) -> CheckOutcome:  # fmt: skip
-    """Check the graph; if it is quantized, also check the float graph that it was made from."""
+    """Compare the graph's outputs with torch's; for a quantized graph, first compare the float graph's outputs."""
     from .session import Session
 
     stage("running the graph and comparing it with the model")
@@ -435,8 +464,8 @@ def _checked(
         session = Session(plain)
         difference = compared(model, examples, plain, session, runs)
         if quantize is not None:
-            # Check the packed layers against dequantized weights, without rounding the layers' inputs. The error of the
-            # packing itself is reported, but does not fail the check.
+            # Compare the packed layers with layers that have dequantized weights, and round no layer's inputs, so that
+            # both must agree. The difference from torch is the error of quantizing: it is reported, but not judged.
             unpacked, exact = plain.with_name("unpacked.onnx"), plain.with_name("exact.onnx")
             as_floats(out, unpacked)
             with_exact_inputs(out, exact)
@@ -463,7 +492,11 @@ def _runs(model: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: st
 
 
 def _named(adapter: Adapters) -> dict[str, One]:
-    """Return adapters under their given names, or else under the names of their files or folders."""
+    """Return adapters by name.
+
+    Without given names, an adapter in a file or folder has the name of that file or folder, and an `Adapter` in memory
+    is named `adapter`.
+    """
     if adapter is None:
         return {}
     if isinstance(adapter, Mapping):
@@ -490,16 +523,17 @@ def _check_call(model: object, out: Path, adapters: Mapping[str, object], mode: 
     if mode not in MODES:
         raise UsageError(f"unknown mode {mode!r}", where="mode", cure=f"Known: {', '.join(MODES)}")
     if not isinstance(model, nn.Module):
-        raise UsageError(f"a {type(model).__name__} is not a torch module", cure="Pass an nn.Module")
+        raise UsageError(f"the model is a {type(model).__name__}, not a torch module", cure="Pass an nn.Module")
     if model.training:
         raise UsageError("the model is in training mode", cure="Call model.eval() first")
     if mode == "slots" and not adapters:
         raise UsageError(
-            "mode slots needs an adapter", where="adapter", cure="Pass the adapters that the slots are for"
+            "mode slots needs an adapter", where="adapter", cure="Pass the adapters to make slots for (adapter=)"
         )
     for name in adapters:
         if not name or name.startswith(".") or any(sign in name for sign in "/\\:\0"):
-            raise UsageError(f"{name!r} cannot name a file", where="adapter", cure="Give the adapter another name")
+            why = f"the adapter's name {name!r} cannot name a file"
+            raise UsageError(why, where="adapter", cure="Give the adapter another name")
     if out.is_dir():
         raise UsageError("the output is a folder, but must be a file", path=out, cure="Pass the path of a .onnx file")
     if not out.parent.is_dir():
@@ -523,7 +557,7 @@ def _check_weights(quantize: str | None, share: object) -> None:
 
 
 def _file(out: Path, name: str, part: bool) -> Path:
-    """Return the path of the adapter file for a graph's slots; if `part`, the file's name starts with the graph's."""
+    """Return the path of an adapter file for a graph's slots; if `part`, its name begins with the name of the graph."""
     return out.with_name(f"{out.stem}.{name}.onnx_adapter" if part else f"{name}.onnx_adapter")
 
 
@@ -536,8 +570,8 @@ def _opened(
         for place in resolve(graph, adapter, tying=Tying(config=config)):
             first = places.setdefault((str(place.asked), str(place.target)), place)
             if _form(first) != _form(place):
-                why = f"the method or the tensors of {name} differ from those of a previous adapter at the same target"
-                raise Unsupported(why, where=str(place.asked), cure="Export a model for each kind of adapter")
+                why = f"adapter {name!r} has another method or other tensors at this target than a previous adapter"
+                raise Unsupported(why, where=str(place.asked), cure="Export one graph for each kind of adapter")
     building = Building(graph)
     slots = Slots(building)
     attach(list(places.values()), building, slots)
@@ -549,7 +583,7 @@ def _opened(
 def _form(place: ResolvedTarget) -> list[object]:
     """Return the properties that two adapters must share at a target to use the same slots."""
     return [
-        # Omit `scaling`: it has a separate slot, so adapters may have different scalings.
+        # Adapters may have different scalings, because the scaling has a separate slot.
         (update.method, sorted(update.tensors), {k: v for k, v in update.attributes.items() if k != "scaling"})
         for update in place.updates
     ]

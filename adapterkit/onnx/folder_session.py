@@ -18,10 +18,12 @@ from ..io.inputs import read_input
 from ..io.locations import located
 from .building import Array
 from .folders import parts_of
+from .image_texts import ImageTexts
 from .pretrained_parts import DECODER, ENCODER, FILES, WITH_PAST
 from .reading import loaded
 from .session import PAST, Provider, Session
 from .slots import slotted
+from .vision_language import EMBEDDING, IMAGE_TOKENS, MERGED
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -29,14 +31,14 @@ if TYPE_CHECKING:
     from .reading import Base, Source
 
 ENDS = ("generation_config.json", "config.json")
-"""Config files with the ids of the first and the last token of a text; the first file that has an id is used."""
+"""Config files that may contain the ids of special tokens. An id is read from the first file that contains it."""
 
 
 class FolderSession:
-    """A model of several graphs in onnxruntime, in a folder that `adapterkit export` or optimum wrote.
+    """Run a folder of graphs, which `adapterkit export` or optimum wrote, as one model in onnxruntime.
 
     Args:
-        folder: the folder.
+        folder: the folder with the graphs.
         adapters: the adapters to load, by name; see `load`.
         providers: the execution providers, as for `Session`.
 
@@ -75,7 +77,9 @@ class FolderSession:
     def load(
         self, name: str, adapter: Adapter | str | PathLike[str] | None = None, *, base_weights: Base | None = None
     ) -> None:
-        """Load an adapter under a name, or replace the adapter of that name; each graph gets the targets that it has.
+        """Load an adapter into all graphs that have slots for its targets.
+
+        If an adapter of that name is loaded, it is replaced.
 
         Args:
             name: the adapter's name in calls of `run` and `generate`.
@@ -99,7 +103,7 @@ class FolderSession:
         self._adapters[name] = set(by_part)
 
     def _files(self, name: str) -> dict[str, Path]:
-        """Return, for each graph, the adapter file that an export wrote."""
+        """Return the adapter files that an export wrote beside the graphs, by the file name of the graph."""
         files = {key: self._path / f"{key.removesuffix('.onnx')}.{name}.onnx_adapter" for key in self.parts}
         there = {key: file for key, file in files.items() if file.is_file()}
         if not there:
@@ -124,12 +128,12 @@ class FolderSession:
                 seen |= set(slotted_part.updates)
         lost = [target for target in adapter.updates if target not in seen]
         if lost:
-            cure = "Give the graphs slots for it: inject an adapter with this target, with --mode slots (mode='slots')"
+            cure = "Make the slots: inject an adapter that has this target, and pass --mode slots (mode='slots')"
             raise TargetNotFound("no graph of the folder has slots for this target", where=str(lost[0]), cure=cure)
         return by_part
 
     def unload(self, name: str) -> None:
-        """Remove an adapter.
+        """Remove an adapter from all graphs.
 
         Raises:
             UsageError: no adapter of this name is loaded.
@@ -162,26 +166,38 @@ class FolderSession:
         self, inputs: Mapping[str, npt.ArrayLike] | npt.ArrayLike, *, max_new_tokens: int = 32,
         adapter: str | None = None, start: int | None = None, end: int | Sequence[int] | None = None,
     ) -> Array:  # fmt: skip
-        """Generate texts greedily from the encoder's inputs, which are texts, sounds or images.
+        """Generate texts greedily, with an encoder-decoder or with a language model that reads images.
 
         Args:
-            inputs: the encoder's inputs by name, or `input_ids` alone. By default, no token is masked.
+            inputs: a mapping from input names to arrays, like the output of a transformers processor, or only the array
+                of `input_ids`. An encoder-decoder takes the encoder's inputs; without an `attention_mask`, no token is
+                masked. A language model that reads images takes `input_ids`, `attention_mask`, `pixel_values`, and
+                the other inputs of its graphs, such as `image_grid_thw`. For several texts, its `attention_mask` is
+                required, and the texts must be padded on the left.
             max_new_tokens: the largest number of tokens to generate.
             adapter: the adapter's name; None for the bare model.
-            start: the first token; by default, `decoder_start_token_id` of the configs in the folder.
-            end: the token or tokens that end a text; by default, `eos_token_id` of the configs.
+            start: the id of the first token that an encoder-decoder's decoder reads; by default,
+                `decoder_start_token_id` of the config files in the folder.
+            end: the id or ids of the tokens that end a text; by default, `eos_token_id` of the config files.
 
         Returns:
-            the tokens, `[batch, 1 + new]`, beginning with `start`. Texts that end before others are padded with `end`.
+            the token ids. An encoder-decoder gives `[batch, 1 + new]`, where the first token is `start`. A language
+            model that reads images gives `[batch, length + new]`, which includes the given texts. Texts that end before
+            others are padded with the first id of `end`.
 
         Raises:
-            UsageError: the folder is not an encoder-decoder, or no config gives the first token.
+            UsageError: the folder has neither kind of model, an input is unknown or missing, or no config file has the
+                id of the first token or of the image token.
+            ShapeMismatch: the images do not fit the image tokens of the texts.
             Also the errors of `run`.
         """
+        if {EMBEDDING, MERGED} <= {*self.parts}:
+            return self._continued(inputs, max_new_tokens, adapter, end)
         if not {*FILES[:3]} <= {*self.parts}:
             lacking = ", ".join(name for name in FILES[:3] if name not in self.parts)
-            cure = "Export it with adapterkit export, or call run for each graph"
-            raise UsageError(f"not an encoder-decoder: the folder lacks {lacking}", path=self._path, cure=cure)
+            cure = "Export the model with adapterkit export, or call run for each graph"
+            why = f"neither an encoder-decoder nor a language model that reads images: the folder lacks {lacking}"
+            raise UsageError(why, path=self._path, cure=cure)
         given = (
             dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": np.atleast_2d(np.asarray(inputs, np.int64))}
         )
@@ -209,11 +225,25 @@ class FolderSession:
                 break
         return tokens
 
+    def _continued(
+        self, inputs: Mapping[str, npt.ArrayLike] | npt.ArrayLike, count: int, adapter: str | None,
+        end: int | Sequence[int] | None,
+    ) -> Array:  # fmt: skip
+        given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
+        marks = [token for name in IMAGE_TOKENS if isinstance(token := self._token(name), int)]
+        if not marks:
+            cure = "Copy the model's config.json to the folder"
+            raise UsageError("no config file in the folder has image_token_id", path=self._path, cure=cure)
+        texts = ImageTexts(self.parts, given, marks[0], self._path)
+        told_ends = self._token("eos_token_id") if end is None else end
+        ends = [told_ends] if isinstance(told_ends, int) else list(told_ends or ())
+        return texts.written(lambda part, feeds: self.run(part, feeds, adapter), count, ends)
+
     async def generate_async(
         self, inputs: Mapping[str, npt.ArrayLike] | npt.ArrayLike, *, max_new_tokens: int = 32,
         adapter: str | None = None, start: int | None = None, end: int | Sequence[int] | None = None,
     ) -> Array:  # fmt: skip
-        """Call `generate` in a thread."""
+        """Run `generate` in a thread, with the same arguments."""
         call = partial(
             self.generate, inputs, max_new_tokens=max_new_tokens, adapter=adapter, start=start, end=end
         )  # fmt: skip
@@ -227,7 +257,7 @@ class FolderSession:
     def _named_token(self, word: str, argument: str) -> int:
         token = self._token(word)
         if not isinstance(token, int):
-            raise UsageError(f"no config names {word}", path=self._path, cure=f"Pass {argument}=")
+            raise UsageError(f"no config file in the folder has {word}", path=self._path, cure=f"Pass {argument}=")
         return token
 
     def _token(self, word: str) -> int | list[int] | None:
@@ -238,7 +268,7 @@ class FolderSession:
             try:
                 value = json.loads(read_input(file).decode("utf-8")).get(word)
             except (ValueError, AttributeError) as error:
-                raise Malformed(f"not a config ({error})", path=file, cure="Copy it again") from None
+                raise Malformed(f"not a config ({error})", path=file, cure="Copy the file again") from None
             if isinstance(value, int) or (isinstance(value, list) and all(isinstance(one, int) for one in value)):
                 return value
         return None

@@ -4,7 +4,7 @@ Optimum writes `encoder_model.onnx`, `decoder_model.onnx`, `decoder_with_past_mo
 `decoder_model_merged.onnx` for one model; onnxruntime-genai lists a model's parts in `genai_config.json`. An adapter
 may have targets in several graphs; each graph gets the updates of its own targets. The graph of an encoder names its
 layers without the word `encoder`, so `layers.0.self_attn.q_proj` may be in the encoder or in the decoder. Therefore,
-the names of files are compared first: they show which part of the model a graph holds.
+a target is searched only in graphs that may hold its part of the model, which the file names show.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ if TYPE_CHECKING:
     from .tying import Tying
 
 DEEP = 2
-"""How many levels of folders are searched, counting the model's folder as one: diffusers has one folder for each
-part."""
+"""Number of folder levels that are searched for graphs: the model's folder, and its subfolders, because diffusers
+writes each part of a model to a subfolder."""
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
-"""Suffixes of weight files of other frameworks. A changed folder gets no copies of these files, because they hold the
-old weights."""
+"""Suffixes of other frameworks' weight files. These files are not copied to the folder of the changed model, because
+they hold the old weights."""
 
 TAKES = {"decoder": {"decoder", "text"}, "text": {"text", "encoder", "decoder"}}
-"""A map from the part that a file's name mentions to the parts whose targets the file may have. For example, a file
-named `decoder` may hold the language model of a vision-language model; its targets belong to `text`."""
+"""A map from the part in a file's name to the parts whose targets may be in the file's graph. For example, a file named
+`decoder` may hold the language model of a vision-language model, whose targets belong to the part `text`."""
 
 GENAI = {"decoder": "decoder", "encoder": "encoder", "vision": "vision", "speech": "audio", "embedding": "embedding"}
-"""A map from each section of `genai_config.json` to the part of the model in the section's file."""
+"""A map from each section of `genai_config.json` to the part of the model that the section's graph holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,8 @@ class GraphPart:
     Attributes:
         path: the graph's file.
         name: the file's path relative to the folder.
-        role: the part of the model that the graph holds; None if the file's name does not show it.
+        role: the part of the model that the graph holds; None if the folder has only one graph, or if neither
+            `genai_config.json` nor the file's name shows the part.
         data: the files with the graph's external data.
     """
 
@@ -88,7 +89,7 @@ class GraphPart:
         return self.path, *self.data
 
     def may_hold(self, target: Target) -> bool:
-        """Whether the graph may have this target, judging by the names of the file and the target."""
+        """Whether the graph may have this target, judging by the graph's role and subfolder and the target's name."""
         words = target.path.split(".")
         folder = self.name.parts[0]
         if len(self.name.parts) > 1 and any(word == folder for word in words[:1]):
@@ -98,7 +99,11 @@ class GraphPart:
 
 
 def folder_of(model: Model, out: str | PathLike[str]) -> Path | None:
-    """Return the model's folder if a folder must be written; None for a single graph, in a file or in memory."""
+    """Return the model's folder if the output is a folder, too; None if the output is a single graph.
+
+    Raises:
+        UsageError: the model is a folder of several graphs, but `out` is a `.onnx` file.
+    """
     if not isinstance(model, str | PathLike) or str(model).lower().endswith(".onnx"):
         return None
     path = Path(model)
@@ -114,13 +119,13 @@ def folder_of(model: Model, out: str | PathLike[str]) -> Path | None:
 
 
 def only_graph(model: Model) -> Model:
-    """Return the graph of a folder with one graph; return anything else unchanged, for `opened` to check."""
+    """If the model is a folder with one graph, return the graph's path; return any other model unchanged."""
     graphs = graphs_in(Path(model)) if isinstance(model, str | PathLike) and Path(model).is_dir() else []
     return graphs[0] if len(graphs) == 1 else model
 
 
 def graphs_in(folder: Path) -> list[Path]:
-    """Return the graphs in a folder and in its subfolders."""
+    """Return the `.onnx` files in a folder and in its direct subfolders, sorted."""
     files = [file for file in files_below(folder) if file.suffix.lower() == ".onnx"]
     return sorted(file for file in files if len(file.relative_to(folder).parts) <= DEEP)
 
@@ -130,14 +135,15 @@ def parts_of(folder: Path) -> list[GraphPart]:
 
     Raises:
         UsageError: the folder has no graph.
-        Malformed: `genai_config.json` cannot be read, or it names a graph that is missing.
+        Malformed: `genai_config.json` is damaged.
+        Also the errors of `opened`, for each graph.
     """
     graphs = graphs_in(folder)
     if not graphs:
         raise UsageError(
-            "no graph is in this folder",
+            "the folder has no graph",
             path=folder,
-            cure="Pass a folder with .onnx files; adapterkit export MODEL -o FOLDER writes one",
+            cure="Pass a folder with .onnx files; to make one: adapterkit export MODEL -o FOLDER",
         )
     roles = _roles_of_genai(folder)
     names = [graph.relative_to(folder) for graph in graphs]
@@ -167,13 +173,13 @@ def _roles_of_genai(folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """An adapter, split by graphs.
+    """An adapter, split into the parts for each graph of a folder. Graphs are identified by `GraphPart.name`.
 
     Attributes:
-        whole: the adapter.
-        of: for each graph, its part of the adapter; None if the graph has none of the targets.
+        whole: the adapter before the split.
+        of: for each graph, the adapter with only the graph's targets; None if the graph has none of the targets.
         lost: targets that no graph has.
-        lacking: for each graph, the targets that it lacks although another form of the same graph has them.
+        lacking: for each graph, the targets that another form of the same graph has, but this graph lacks.
     """
 
     whole: Adapter
@@ -183,13 +189,13 @@ class Division:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Sentences about omitted targets."""
+        """Warnings that name the omitted targets, one for each reason."""
         lines = [left_line(lost, f"{name.as_posix()} does not have them") for name, lost in self.lacking.items()]
         return (*left_line(self.lost, "no graph has them"), *(line for each in lines for line in each))
 
 
 def left_line(lost: Sequence[Target], why: str) -> tuple[str, ...]:
-    """Return a sentence about omitted targets; an empty tuple if no target is omitted."""
+    """Return a tuple with one warning that names omitted targets; an empty tuple if no target is omitted."""
     if not lost:
         return ()
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
@@ -199,19 +205,20 @@ def left_line(lost: Sequence[Target], why: str) -> tuple[str, ...]:
 def left_out(
     model: ir.Model, adapter: Adapter, base: Checkpoint | None, tying: Tying
 ) -> tuple[Adapter, tuple[str, ...]]:
-    """Return the part of an adapter whose targets a graph has, and a sentence about the other targets.
+    """Return an adapter with only the targets that a graph has, and a warning that names the other targets.
+
+    If the graph has none of the targets, return the whole adapter and no warning.
 
     Raises:
-        TargetNotFound: the graph has none of the targets.
+        TargetNotFound: as in `taken`.
     """
     kept, lost = taken(model, adapter, base, tying.config, tying.role)
-    # If no target is left, return the whole adapter: the later search by name then raises the error with the nearest
-    # names.
+    # For a whole adapter, the caller's search by name raises TargetNotFound with the nearest names.
     return (kept if kept.updates else adapter), left_line(lost if kept.updates else (), "the graph does not have them")
 
 
 def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | None, allow_partial: bool) -> Division:
-    """Give each graph the updates of its own targets.
+    """Split an adapter, so that each graph gets the updates of its own targets.
 
     Raises:
         TargetNotFound: no graph has any of the targets; or `allow_partial` is not set, and a target is in no graph, or
@@ -222,7 +229,7 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
     rest, context = parted(adapter)
     if context and len(parts) > 1:
         why = f"{context[0][1].method} cannot be attached in a model of several graphs"
-        cure = "Inject it into one graph (pass the .onnx file), or export the torch model with the adapter attached"
+        cure = "Pass one graph (the .onnx file), or export the torch model with the adapter attached"
         raise Unsupported(why, where=str(context[0][0]) or None, cure=cure)
     by_part: dict[Path, Adapter | None] = {}
     seen: set[Target] = set()
@@ -241,7 +248,8 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
     if lost and (not allow_partial or not seen):
         for part in parts:
             inside = rest.replace(updates={t: rest.updates[t] for t in lost})
-            by_expert(inside, opened(part.path).model, known_config(base, part.path))  # Raises for experts in one node.
+            # Raise Unsupported if a lost target is an expert in a node with all experts.
+            by_expert(inside, opened(part.path).model, known_config(base, part.path))
         raise _nowhere(lost, parts, bool(seen))
     lacking = {part.name: missing for part in parts if (missing := _lacking(part, parts, by_part))}
     if lacking and not allow_partial:
@@ -257,9 +265,9 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
 
 
 def _lacking(part: GraphPart, parts: Sequence[GraphPart], by_part: Mapping[Path, Adapter | None]) -> tuple[Target, ...]:
-    """Return the targets that a graph lacks, although another graph with the same layers has them.
+    """Return the targets that a graph lacks, although another form of the same graph has them.
 
-    The names of the files show which graphs must have the same layers.
+    The files' names show which graphs are forms of the same graph and so must have the same layers.
     """
     adapter = by_part[part.name]
     there = {} if adapter is None else adapter.updates
@@ -289,20 +297,25 @@ def _nowhere(lost: Sequence[Target], parts: Sequence[GraphPart], some: bool) -> 
     cure = near or "Is this the base that the adapter was trained on?"
     if some:
         cure = f"{cure}. To omit such targets: --allow-partial (allow_partial=True)"
-    return TargetNotFound(f"no graph of the folder has this target{more}: {graphs}", where=str(lost[0]), cure=cure)
+    why = f"no graph of the folder has this target{more}; the graphs are {graphs}"
+    return TargetNotFound(why, where=str(lost[0]), cure=cure)
 
 
 # Write a changed folder.
 
 
 def files_of_folder(folder: Path, parts: Sequence[GraphPart] | None = None) -> list[Path]:
-    """Return all files that a change of a folder reads: graphs, their data, and the files that are copied."""
+    """Return all files that are read to change a folder: graphs, their external data, and the files to copy."""
     known = parts_of(folder) if parts is None else parts
     return [*dict.fromkeys([*(file for part in known for file in part.files), *_others(folder, known)])]
 
 
 def _others(folder: Path, parts: Sequence[GraphPart]) -> Iterator[Path]:
-    """Yield the files beside the graphs, such as configs and tokenizers."""
+    """Yield the other files to copy, such as configs and tokenizers; hidden files and other weight files are omitted.
+
+    Raises:
+        Malformed: a file is a link to a file outside of the folder.
+    """
     graph_files = {file.resolve() for part in parts for file in part.files}
     home = folder.resolve()
     # In huggingface_hub's cache, files of a snapshot are links into `blobs`, two levels above the snapshot.
@@ -321,7 +334,7 @@ def inject_folder(
     base_weights: Base | None, rename: str | Sequence[str],
     allow_partial: bool, overwrite: bool, made_from: str | None, **options: object,
 ) -> GraphReport:  # fmt: skip
-    """Attach an adapter to the graphs of a folder; calls `injecting.inject` once for each graph.
+    """Attach an adapter to the graphs of a folder: call `inject` for each graph that has targets, and copy the others.
 
     Raises:
         TargetNotFound: a target is in none of the graphs, and `allow_partial` is not set.
@@ -345,7 +358,7 @@ def merge_folder(
     base_weights: Base | None, rename: str | Sequence[str], allow_partial: bool, overwrite: bool,
     made_from: str | None, **options: object,
 ) -> GraphReport:  # fmt: skip
-    """Fold adapters into the graphs of a folder; calls `merging.merge` once for each graph.
+    """Fold adapters into the graphs of a folder: call `merge` for each graph that has targets, and copy the others.
 
     Raises:
         TargetNotFound: a target is in none of the graphs, and `allow_partial` is not set.
@@ -374,7 +387,7 @@ def plan_folder(
     weights: Sequence[float] | None, rename: str | Sequence[str], allow_partial: bool,
     base_weights: Base | None, **options: object,
 ) -> tuple[ResolvedTarget, ...]:  # fmt: skip
-    """Return where `merge_folder` would fold adapters, without writing anything."""
+    """Return the targets that `merge_folder` would change, with their layers; write nothing."""
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     parts, read, base = _read(folder, several, base_weights, rename)
     _factors(weights, len(read))
@@ -425,11 +438,13 @@ def placed_folder(
     out: Path, parts: Sequence[GraphPart], others: Sequence[Path], folder: Path, inputs: Sequence[Path],
     overwrite: bool, made_from: str | None,
 ) -> Iterator[Path]:  # fmt: skip
-    """Yield a scratch folder. When the block ends, its files replace those in `out`; unrelated files in `out` stay.
+    """Yield a scratch folder to write the changed model to; when the block ends, move the written files to `out`.
+
+    Old files of the model in `out` are removed; unrelated files in `out` stay.
 
     Raises:
         UsageError: `out` is the model's own folder.
-        StorageError: `out` holds other graphs.
+        StorageError: `out` holds a graph of another model, or `out` exists and `overwrite` is not set.
     """
     if out.exists() and folder.exists() and out.is_dir() and out.samefile(folder):
         raise UsageError(
@@ -462,7 +477,7 @@ def _copied(files: Iterable[Path], home: Path, there: Path) -> None:
 def joined(
     reports: Mapping[str, GraphReport], scratch: Path, out: Path, files: Sequence[Path], warnings: tuple[str, ...]
 ) -> GraphReport:
-    """Return one report of all graphs, with the final paths of the files."""
+    """Join the reports of all graphs to one report, with the files' final paths in `out`."""
     moved = {
         name: replace(
             each, out=out / each.out.relative_to(scratch), files=tuple(out / f.relative_to(scratch) for f in each.files)

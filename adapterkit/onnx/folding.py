@@ -1,4 +1,4 @@
-"""Fold updates into the weights of the layers that an adapter names; all other layers keep their weights.
+"""Fold an adapter's updates into the weights of its target layers; all other layers keep their weights.
 
 Layers may share a stored tensor, because the layers are tied or because the exporter stored equal tensors once. In that
 case, the changed layer gets a separate copy, and the other layers keep the old tensor. Changes are computed in float64
@@ -17,12 +17,11 @@ import onnx_ir as ir
 
 from ..core.updates import Additive, Update
 from ..errors import Malformed, NotMergeable, Unsupported
-from ..io.lazy import as_array
 from ..merging.planned_update import PlannedUpdate as Folded
 from .biases import settle_biases
 from .building import Array, Branch, Building, kind_of
 from .changes import Fresh, Stored, StoredChange, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
-from .experts import Experts, PackedExperts
+from .experts import EXPERT, Experts, PackedExperts
 from .experts import as_floats as experts_as_floats
 from .experts import packing_of as packing_of_experts
 from .integer_layers import opened_up
@@ -31,11 +30,11 @@ from .norms import groups_of
 from .operands import detached_copy, numbers, shape_of
 from .packed import EXPLAINED, MOST_LOST, as_float, is_packed, packing_of
 from .recurrent import Recurrent
-from .resolved import ResolvedTarget, Spot
-from .values import computed_over
+from .resolved import ResolvedTarget, Spot, through
+from .selected import SelectedExperts, expert_of, part_of_expert, refuse_selected
 
 if TYPE_CHECKING:
-    from ..io.lazy import Leaf
+    pass
 
 PlannedUpdate = tuple[ResolvedTarget, float]
 """A target of one adapter, and that adapter's weight in the merge."""
@@ -46,19 +45,20 @@ def fold(
     damage: dict[str, Mapping[str, float]] | None = None, keep_change: str | None = None,
     beside: list[ResolvedTarget] | None = None,
 ) -> list[ir.Value]:  # fmt: skip
-    """Give every layer in `folds` a changed weight and bias; return the new values, which are computed lazily.
+    """Replace the weight and bias of every layer in `folds`; return the new initializers, which are computed lazily.
 
     Args:
-        folds: pairs of a target and its adapter's weight in the merge.
+        folds: pairs of a target and the merge weight of the target's adapter.
         building: the model that is being changed.
-        quantized: the choice for packed weights, one of `CHOICES`.
-        damage: a dictionary to which the function adds, for each target, the error of quantizing its changed weight
-            again, even if the change is attached beside the unchanged weight.
+        quantized: one of `CHOICES`, which say how packed weights are merged; None refuses packed weights, unless
+            `keep_change` is `float`.
+        damage: a dictionary for the errors of quantizing changed weights again, by target. The function adds an error
+            even if the change is then attached beside the unchanged weight.
         keep_change: one of `KEEPING`, the choices for the change of a packed weight: attached beside the unchanged
             weight, or quantized into it. By default, the change is attached if quantizing again would lose more than
             the fraction `MOST_LOST` of the change.
-        beside: a list to which the function adds the targets whose changes the caller must attach beside a packed
-            weight; None to attach no change.
+        beside: a list for the targets whose changes the caller must attach beside a packed weight; the function adds
+            these targets. If None, `keep_change` is ignored, and no change is left to attach.
     """
     opened = opened_up([place for place, _ in folds], building)
     folds = [(place, factor) for place, (_, factor) in zip(opened, folds, strict=True)]
@@ -67,8 +67,8 @@ def fold(
         folds = [(place, factor) for place, (_, factor) in zip(floating, folds, strict=True)]
     settle_biases([place for place, _ in folds], building)
     fresh: Fresh = {}
-    # Fold all targets of a node together, so that the node's weight is rounded only once.
-    # The queries, keys and values of one packed layer are separate spots at the same node.
+    # Fold all targets of a node together, so that the node's weight is rounded only once. For example, the queries,
+    # keys and values of one packed layer are separate spots at the same node.
     by_node: dict[Any, tuple[Spot, list[PlannedUpdate]]] = {}
     for place, factor in folds:
         for spot in dict.fromkeys(place.spots):
@@ -84,7 +84,7 @@ def fold(
 
 
 def unpacked(places: Sequence[ResolvedTarget], building: Building) -> list[ResolvedTarget]:
-    """Return the same targets with their packed layers converted to floating point."""
+    """Convert the packed layers of targets to floating point in the graph; return the targets with the new layers."""
     places = experts_as_floats(opened_up(places, building), building)
     fresh: Fresh = {}
     nodes: dict[Any, Spot] = {}
@@ -106,9 +106,9 @@ class Folding:
 
     Attributes:
         spot: the layer.
-        at: the layer's targets, each with its adapter's weight in the merge.
+        at: the layer's targets, each paired with the merge weight of its adapter.
         building: the model that is being changed.
-        fresh: the new tensors of the whole merge; see `Fresh`.
+        fresh: the new tensors of all layers of this merge; see `Fresh`.
     """
 
     spot: Spot
@@ -135,12 +135,16 @@ class Folding:
         """Change the layer's bias and weight; return the targets whose changes must be attached beside the layer.
 
         Args:
-            quantized: the choice for a packed weight.
-            damage: a dictionary to which the error of a requantized weight is added.
-            keep: the choice for the change of a packed weight. An empty string attaches the change if quantizing would
-                lose too much of it; None always quantizes the change.
+            quantized: one of `CHOICES`, as for `fold`.
+            damage: a dictionary to which the error of quantizing the changed weight again is added.
+            keep: one of `KEEPING`. An empty string attaches the change if quantizing the changed weight again would
+                lose more than `MOST_LOST` of the change; None never attaches the change.
+
+        Raises:
+            Unsupported: the layer does not support this change, or its weight is packed and no choice was given.
+            NotMergeable: the updates need a bias that the layer does not have.
         """
-        if any(key.startswith(BEFORE) for key in self.spot.node.metadata_props):
+        if any(key == EXPERT or key.startswith(BEFORE) for key in self.spot.node.metadata_props):
             why = "an injected adapter already changes the weight of this layer"
             raise Unsupported(why, where=self.name, cure="Remove it first, with adapterkit.onnx.eject")
         layer, packed = self.spot.kind(self.spot.node, Branch(self.building, "merge")), is_packed(self.spot)
@@ -171,6 +175,8 @@ class Folding:
             self._recurrent(layer.operand, self.spot.kind)
         elif issubclass(self.spot.kind, Experts):
             self._experts(layer.operand, self.spot.kind)
+        elif self.at[0][0].target.stacked:
+            self._selected(layer.operand)
         elif normed is not None and any(update.changes_weight for update in self.updates):
             make = partial(_behind_norm, self.spot, self.at, self.spot.kind.detached(self.spot.node))
             new = self._replacement(layer.operand, make, "weight", id(layer.operand))
@@ -186,10 +192,12 @@ class Folding:
         return []
 
     def _apart(self, must: bool) -> list[ResolvedTarget]:
-        """Return the targets to attach beside the layer, with their updates scaled by the adapters' weights.
+        """Return the targets to attach beside the layer, with their updates scaled by the adapters' merge weights.
+
+        If attached updates cannot express the merge, return an empty list.
 
         Raises:
-            Unsupported: `must` is set, and the sum of the attached updates is not equal to the merge.
+            Unsupported: `must` is set, and attached updates cannot express the merge.
         """
         if self.spot.kind.inside:
             if must:
@@ -230,7 +238,7 @@ class Folding:
             refuse_fused_bias(layer, self.name)
         if (bias is None or constant_bias) and any(update.needs_bias for update in changing if update.changes_bias):
             why = "the update changes a bias that the layer does not have"
-            raise NotMergeable(why, where=self.name, cure="Inject it instead of merging")
+            raise NotMergeable(why, where=self.name, cure="Inject the adapter instead of merging it")
         if bias is None:
             return
         kind, node = self.spot.kind, self.spot.node
@@ -256,8 +264,26 @@ class Folding:
             kind.position, self._replacement(value, make, "weight", id(value), kind.__name__)
         )
 
+    def _selected(self, value: ir.Value) -> None:
+        kind = self.spot.kind
+        assert issubclass(kind, SelectedExperts)
+        for place, _ in self.at:
+            refuse_selected(place)
+
+        def changed(W: Array, number: int) -> Array:
+            new = W.copy()
+            for place, factor in self.at:
+                before = part_of_expert(W, place)
+                after, _ = through(expert_of(place, number), before)
+                part_of_expert(new, place)[...] += factor * (np.asarray(after) - before)
+            return _rounded(new, kind_of(value), self.name)
+
+        make = kind.changed(self.spot.node, changed)
+        new = self._replacement(value, make, "weight", id(value), "stack")
+        self.spot.node.replace_input_with(kind.position, new)
+
     def _replacement(self, old: ir.Value, make: Callable[[], Array], *key: Hashable) -> ir.Value:
-        """Return a tensor that replaces an old one, in the same dtype; the new tensor is computed as a whole."""
+        """Return a new initializer of the dtype of `old`, to replace `old`; `make` later computes the whole array."""
         kind, name = kind_of(old), self.name
         change = StoredChange(name, from_array(lambda: _rounded(make(), kind, name), shape_of(old), kind), ())
         return fresh_value(self.building, self.fresh, (*key, *self.key), old, change)
@@ -265,7 +291,7 @@ class Folding:
     def _weight(self, value: ir.Value) -> None:
         stored = stored_behind(value)
         change = StoredChange(self.name, lazy_of(stored.value), self._folds(stored, shape_of(stored.value)))
-        # Nodes with the same tensor and the same changes share the result.
+        # Nodes that share a stored tensor and have the same changes also share the changed tensor.
         key = ("weight", id(stored.value), *self.key)
         new = fresh_value(self.building, self.fresh, key, stored.value, change)
         exchange(self.spot.node, self.spot.kind.position, stored, new, self.building)
@@ -275,7 +301,7 @@ class Folding:
 
 
 def _stored(place: ResolvedTarget, factor: float, spot: Spot, stored: Stored, shape: tuple[int, ...]) -> Folded:
-    """Return a target's weight updates, for the axis order of the stored tensor."""
+    """Return a target's weight updates as a planned update whose layout is the axis order of the stored tensor."""
     turned = (spot.kind.turns(spot.node) != place.turned) != stored.turned
     target = replace(place.target, layout="in out *k" if turned else "out *in")
     updates = tuple(update for update in place.updates if update.changes_weight)
@@ -297,7 +323,8 @@ def _bias(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array], b
             bias_flat = np.zeros_like(flat) if norm.bias is None else norm.bias
             scale = norm.scale[rows]
         seen = None if W is None else part_of(W if norm is None else norm.weight, place)
-        # With a folded norm, the graph holds `scale * b + shift`, so multiply the change of b by the scale.
+        # If a norm is folded into the layer, the graph's bias is `scale * b + shift`. So a change of `b`, the base's
+        # bias, must be multiplied by the scale.
         after[rows] += factor * scale * (through(place, seen, bias_flat[rows])[1] - bias_flat[rows])
     return after.reshape(before.shape)
 
@@ -305,8 +332,8 @@ def _bias(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array], b
 def _behind_norm(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array]) -> Array:
     """Return the changed weight of a layer with a folded norm, in the node's axis order, in float64.
 
-    The updates apply to the base's weight. Their change is then multiplied by the norm's scale, like the graph's
-    weight.
+    The updates apply to the base's weight. The graph's weight is the base's weight multiplied by the norm's scale, so
+    the change is multiplied by this scale, too.
     """
     V = seen_by(weight_of().astype(np.float64), spot).copy()
     for place, factor in at:
@@ -319,7 +346,7 @@ def _behind_norm(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Ar
 
 
 def _matrix(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array], shape: tuple[int, ...]) -> Array:
-    """Return the changed matrix in its stored shape, in float64."""
+    """Return the changed weight in the shape of the stored weight, in float64."""
     before = seen_by(weight_of().astype(np.float64), spot)
     after = before.copy()
     for place, factor in at:
@@ -329,7 +356,7 @@ def _matrix(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array],
 
 
 def _added(at: list[PlannedUpdate], W: Array, start: int = 0) -> Array:
-    """Apply the updates of all targets whose rows are in `W`; `W` holds the layer's rows from row `start` on."""
+    """Return `W` with the updates of all targets whose rows `W` contains; `W` begins at row `start` of the layer."""
     after = W.copy()
     for place, factor in at:
         first, last = place.target.rows or (start, start + len(W))
@@ -341,33 +368,13 @@ def _added(at: list[PlannedUpdate], W: Array, start: int = 0) -> Array:
     return after
 
 
-def through(place: ResolvedTarget, W: Any, b: Any = None) -> tuple[Any, Any]:
-    """Apply a target's updates in order to a weight and a bias; return both."""
-    for update in place.updates:
-        loaded = wide(update)
-        loaded = loaded.settled(W) if b is not None and loaded.bias_sees_weight else loaded
-        b = loaded.new_bias(b) if b is not None else b
-        W = loaded.new_weight(W) if W is not None and loaded.changes_weight else W
-    return W, b
-
-
-def wide(update: Update) -> Update:
-    """Return an update with its tensors in float64."""
-
-    def wide(leaf: Leaf) -> Array:
-        array = as_array(leaf)
-        return array if array.dtype.kind in "iub" else array.astype(np.float64)
-
-    return computed_over(update, wide)
-
-
 def seen_by(W: Array, spot: Spot) -> Array:
-    """Convert a weight from a node's axis order to the axis order of formulas, or back."""
+    """Convert a weight from a node's axis order to the order that the adapter formulas use, or back."""
     return W.swapaxes(0, 1) if spot.kind.turns(spot.node) else W
 
 
 def part_of(W: Array, place: ResolvedTarget) -> Array:
-    """Return the rows of a weight that a target names, in the axis order that its updates use."""
+    """Return the part of a weight to which a target's updates apply, in the axis order that these updates use."""
     W = W.swapaxes(0, 1) if place.turned else W
     return W[slice(*place.target.rows)] if place.target.rows else W
 
@@ -377,7 +384,7 @@ def _rounded(array: Array, kind: ir.DataType, name: str) -> Array:
         return array
     with np.errstate(over="ignore"):
         out = np.ascontiguousarray(array).astype(kind.numpy())
-    # Refuse only new NaNs and infinities, from an overflow: the base itself may already have some.
+    # Refuse NaNs and infinities only if the conversion made them: the base itself may already contain some.
     if not np.isfinite(out.astype(np.float64)).all() and np.isfinite(array).all():
         cure = "Merge with a smaller weight of the adapter: --weight (weights=)"
         raise Malformed(f"merging gives values that are too large for {kind.name}", where=name, cure=cure)

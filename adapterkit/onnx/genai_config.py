@@ -1,6 +1,7 @@
 """Write `genai_config.json` beside an exported language model, so that onnxruntime-genai can load the folder.
 
-The graph's inputs and outputs have the names that onnxruntime-genai uses; the config adds the sizes and token ids.
+The graph's inputs and outputs already have the names that onnxruntime-genai uses. The config lists these names, and
+adds sizes and token ids.
 onnxruntime-genai's model builder writes the same format: https://onnxruntime.ai/docs/genai/reference/config.html
 """
 
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ..io.strict_json import JsonValue
-    from .pretrained_calls import PretrainedModel
+    from .pretrained_types import PretrainedModel
 
 NAME = "genai_config.json"
 
-KIND = "decoder"
-"""The `type` in the config for any architecture: onnxruntime-genai's other types differ only in the cache layout."""
+KIND, CONVOLUTIONS = "decoder", "lfm2"
+"""Values for the config's `type`. `lfm2` is for models whose only states, besides keys and values, are those of
+convolutions; `decoder` is for all other models.
+
+onnxruntime-genai's other types differ only in the cache layout."""
 
 LONGEST = 2048
 """Maximum length of a text in tokens, used if the model's config has no limit."""
@@ -30,7 +34,10 @@ LONGEST = 2048
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 PAST, PRESENT = "past_key_values.%d.", "present.%d."
-"""Patterns for the names of cached keys and values; `%d` is the number of the layer."""
+"""Patterns for the names of cached keys and values; `%d` stands for the layer's index."""
+
+STATES = {"conv": ("past_conv.%d",), "recurrent": ("past_ssm.%d", "past_recurrent.%d")}
+"""Patterns for the names of the graph's state inputs, by onnxruntime-genai's name for the kind of state."""
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -44,9 +51,10 @@ def write_genai_config(model: PretrainedModel, graph: Path, out: Path) -> list[P
         out: the folder to write to.
 
     Returns:
-        the path in a list. The list is empty, and no file is written, if onnxruntime-genai cannot run the graph. This
-        is the case if the graph has no cached keys and values, if the sizes of keys and values differ between layers,
-        or if the model's configs name no end-of-text token.
+        a list with the config's path. The list is empty, and no file is written, if onnxruntime-genai cannot run the
+        graph. This is the case if the graph has no cached keys and values, if the sizes of keys and values differ
+        between layers, if a state has an unknown name (such as a second state of the same kind) or an unexpected
+        shape, or if the model's configs have no end-of-text token.
     """
     config = _config(model, opened(graph).model, graph.name)
     if config is None:
@@ -58,11 +66,20 @@ def write_genai_config(model: PretrainedModel, graph: Path, out: Path) -> list[P
 
 def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, JsonValue] | None:
     shapes = {value.name or "": list(value.shape or ()) for value in graph.graph.inputs}
-    layers = sum(f"{PAST}key" % at in shapes for at in range(len(shapes)))
-    sizes = {tuple(shapes[f"{PAST}{part}" % at][1::2]) for at in range(layers) for part in ("key", "value")}
+    layers = [at for at in range(len(shapes)) if f"{PAST}key" % at in shapes]
+    numbers = range(len(shapes))
+    states = {
+        kind: name for kind, names in STATES.items() for name in names if any(name % at in shapes for at in numbers)
+    }  # fmt: skip
+    known = {name % at for name in (*states.values(), f"{PAST}key", f"{PAST}value") for at in numbers}
+    if any(name.startswith("past") and name not in known for name in shapes):
+        return None
+    sizes = {tuple(shapes[f"{PAST}{part}" % at][1::2]) for at in layers for part in ("key", "value")}
     heads, width = sizes.pop() if len(sizes) == 1 else (None, None)
     if not isinstance(heads, int) or not isinstance(width, int):
         return None
+    # onnxruntime-genai expects the number of all layers, including layers without keys and values.
+    count = 1 + max(int(part) for name in known & shapes.keys() for part in name.split(".") if part.isdigit())
     text_config = model.config.get_text_config()
     ids = _token_ids(model)
     if "eos_token_id" not in ids:
@@ -76,18 +93,31 @@ def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, Jso
         "inputs": {
             **{word: word for word in INPUTS if word in shapes},
             "past_key_names": f"{PAST}key", "past_value_names": f"{PAST}value",
+            **{f"past_{kind}_names": name for kind, name in states.items()},
         },
         "outputs": {
             "logits": "logits", "present_key_names": f"{PRESENT}key", "present_value_names": f"{PRESENT}value",
+            **{f"present_{kind}_names": name.replace("past", "present") for kind, name in states.items()},
         },
         "num_attention_heads": _whole(getattr(text_config, "num_attention_heads", None), heads),
-        "num_hidden_layers": layers,
+        "num_hidden_layers": count,
         "num_key_value_heads": heads,
     }  # fmt: skip
-    # The graph returns the whole cache as a new tensor, so it cannot write into the buffer that it reads.
+    alone = states.keys() == {"conv"}
+    if alone:
+        # onnxruntime-genai creates these states with shape `[batch, hidden_size, conv_cache_size]`, so the graph must
+        # use this shape.
+        wide = {tuple(shapes[name % at][1:]) for name in states.values() for at in numbers if name % at in shapes}
+        hidden, length = wide.pop() if len(wide) == 1 else (None, None)
+        if hidden != decoder["hidden_size"] or not isinstance(length, int):
+            return None
+        kinds = ["full_attention" if at in layers else "conv" for at in range(count)]
+        decoder |= {"layer_types": [*kinds], "conv_cache_size": length}
+    # The graph returns the whole cache as a new tensor, so the inputs and outputs of the cache cannot share a buffer.
     search: dict[str, JsonValue] = {"do_sample": False, "max_length": longest, "past_present_share_buffer": False}
     whole: dict[str, JsonValue] = {
-        **ids, "context_length": longest, "decoder": decoder, "type": KIND,
+        **ids, "context_length": longest, "decoder": decoder,
+        "type": CONVOLUTIONS if alone else KIND,
         "vocab_size": _whole(getattr(text_config, "vocab_size", None), 0),
     }  # fmt: skip
     return {"model": whole, "search": search}

@@ -1,7 +1,8 @@
-"""Find queries, keys and values that a graph packs into one layer, as onnxruntime-genai's `qkv_proj` does.
+"""Find the queries, keys and values in a layer that packs them, such as `qkv_proj` in graphs of onnxruntime-genai.
 
-An adapter names `q_proj`, `k_proj` and `v_proj`. The number of rows of each comes from the head counts of the attention
-that reads the layer, or from the sizes of a Split. So nothing is guessed, and the base's weights are not needed.
+An adapter has separate targets `q_proj`, `k_proj` and `v_proj`. The number of rows of each part is computed from the
+head counts of the attention node that reads the layer, or read from the sizes of a Split node. So no size is guessed,
+and the base's weights are not needed.
 """
 
 from __future__ import annotations
@@ -23,22 +24,23 @@ if TYPE_CHECKING:
 PARTS = ("q_proj", "k_proj", "v_proj")
 
 FUSED = {"qkv_proj": PARTS, "gate_up_proj": ("gate_proj", "up_proj")}
-"""A map from the last segment of a layer's name in Phi-3 to the layers into which the builder splits that layer, in the
-order of rows."""
+"""A map from the last segment of a layer's name in Phi-3 to the names of the layers into which the model builder of
+onnxruntime-genai splits that layer, in the order of their rows."""
 
 PACKED = "qkv_proj"
-"""The builder's name for the layer that packs `PARTS`."""
+"""The model builder's name for the layer that packs `PARTS`."""
 
 
 def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Adapter, dict[Target, Target]]:
-    """Split the updates of a layer that the graph stores as several separate layers.
+    """Split the updates of each fused layer that the graph stores as several separate layers; see `FUSED`.
 
     Args:
         adapter: the adapter.
-        rows_of: returns the number of rows of the layer at a path in the graph; None if there is no such layer.
+        rows_of: a function that takes the path of a layer in the graph, and returns the layer's number of rows; None if
+            the graph has no such layer.
 
     Returns:
-        the adapter with split updates, and a map from each part's target to the target that was split.
+        the adapter with split updates, and a map from each new target to the target that was split.
     """
     whole: dict[Target, Target] = {}
     updates: dict[Target, tuple[Update, ...]] = {}
@@ -61,13 +63,13 @@ def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Ad
 
 
 def in_packed(target: Target, names: Collection[str]) -> Target:
-    """If a target is a part of a packed layer, return a target for the part's rows; otherwise return it unchanged.
+    """If a target is a part of a packed layer, return a target for the part's rows of that layer.
 
-    This is needed if a graph has slots for the packed layer: the slots' nodes are between the layer and its attention,
-    so head counts no longer show the parts.
+    Any other target is returned unchanged. The conversion is needed for a graph with slots at the packed layer: the
+    slots' nodes are between the layer and its attention node, so `in_heads` does not find the parts.
 
     Args:
-        target: a target under the graph's own name; its rows are those of the packed layer.
+        target: a target with its name in the graph. Its rows count from the first row of the packed layer.
         names: the names of the weights in the graph.
     """
     stem, _, word = target.path.rpartition(".")
@@ -79,14 +81,17 @@ def in_packed(target: Target, names: Collection[str]) -> Target:
 BETWEEN = {
     "Reshape", "SimplifiedLayerNormalization", "LayerNormalization", "RotaryEmbedding", "Cast", "Transpose", "Identity",
 }  # fmt: skip
-"""Operators that may be between one part of a packed layer and its attention: none of them mixes the parts."""
+"""Operators that may be between one part of a packed layer and the attention node. None of them mixes the parts."""
 
 DEEP = 8
-"""Largest number of nodes that the search for the attention visits after a packed layer."""
+"""Largest number of nodes after a packed layer's Split that the search for the attention node visits."""
 
 
 def in_heads(spots: Sequence[Spot]) -> list[Spot]:
-    """Return the spots, with each packed layer of queries, keys and values replaced by three spots, one for each."""
+    """Return three spots for each packed layer: one for the queries, one for the keys and one for the values.
+
+    Other layers, and packed layers whose parts cannot be found, have no spots in the result.
+    """
     return [part for spot in spots for part in _parts(spot)]
 
 
@@ -105,7 +110,7 @@ def _parts(spot: Spot) -> Iterator[Spot]:
 
 
 def _sizes(value: ir.Value, rows: int) -> tuple[int, int, int] | None:
-    """Return the number of rows of queries, keys and values; None if no attention or Split shows them."""
+    """Return how many rows the queries, keys and values have; None if no attention node or Split shows these counts."""
     node = _reader(value)
     if node is not None and node.op_type == "Add" and any(is_constant(one) for one in node.inputs):
         value = node.outputs[0]  # Skip the bias.
@@ -126,7 +131,7 @@ def _sizes(value: ir.Value, rows: int) -> tuple[int, int, int] | None:
 
 
 def _is_read_as(value: ir.Value, position: int) -> bool:
-    """Whether an attention reads a value as queries (0), keys (1) or values (2)."""
+    """Whether an attention node reads `value` as its queries (position 0), keys (1) or values (2)."""
     for _ in range(DEEP):
         node = _reader(value)
         if node is None:
@@ -140,6 +145,6 @@ def _is_read_as(value: ir.Value, position: int) -> bool:
 
 
 def _reader(value: ir.Value) -> ir.Node | None:
-    """Return the only node that reads a value."""
+    """Return the node that reads a value; None if several nodes read it, or if it is an output of the graph."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None

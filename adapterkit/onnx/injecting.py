@@ -25,6 +25,7 @@ from .building import Building
 from .calls import CallWords
 from .checking import CheckOutcome, checked_injection, refuse_invalid
 from .contexts import of_attention, parted, place
+from .conversion import inlined_note
 from .experts import Experts
 from .folders import folder_of, inject_folder, left_line, left_out, only_graph
 from .model_file import GraphSource, opened, placing, save
@@ -35,6 +36,7 @@ from .routed import remember_family
 from .saturation import clipping
 from .slots import neutral_of, write_adapter, write_slot_values
 from .tying import Tying
+from .unblocking import unblock
 
 if TYPE_CHECKING:
     import onnx
@@ -48,11 +50,11 @@ if TYPE_CHECKING:
 
 
 def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
-    """Add to an adapter the experts that its router selects from; return an adapter that needs none unchanged.
+    """Return the adapter with `experts` added to its router; unchanged if none are passed and the router lacks none.
 
     Raises:
-        Unsupported: the order of the router's logits is the order of the torch model's modules. A graph does not show
-            this order.
+        Unsupported: the router is X-LoRA's classifier. Its logits are in the order of the torch model's modules, and a
+            graph does not show this order.
         Also the errors of `with_experts` in `adapterkit/torch/inject.py`.
     """
     if not experts and not any(getattr(update, "lacks_experts", False) for _, update in adapter):
@@ -63,8 +65,8 @@ def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
 
 
 def _no_order() -> NoReturn:
-    why = "the classifier's logits are in the order of the torch model's modules, which a graph does not show"
-    cure = "Inject the adapter into the torch model, and write it with its experts"
+    why = "X-LoRA's classifier has its logits in the order of the torch model's modules, and a graph lacks this order"
+    cure = "Inject the adapter and its experts into the torch model, and write them to one adapter file"
     raise Unsupported(why, where="(model): xlora", cure=cure)
 
 
@@ -103,19 +105,20 @@ def inject(
             own targets, and all other files are copied.
         mode: `constant` writes the adapter into the graph. `slots` makes the adapter's tensors optional inputs, and
             writes the adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime. `rows`
-            stacks these inputs over several LoRAs, so that each row of a batch can have its own LoRA. `inputs` makes
-            the tensors required inputs, which every runtime can swap; the rank of their LoRA factors is at least 1.
+            is like `slots`, but each input stacks the tensors of several LoRAs, so that each row of a batch can use its
+            own LoRA. `inputs` makes the tensors required inputs, which every runtime can swap. A LoRA's factors then
+            have a rank of at least 1.
             With `inputs`, `OUT.slots.safetensors` stores the adapter's tensors under the names of the inputs.
             `OUT.neutral.safetensors` and `OUT.neutral.onnx_adapter` store tensors with which the graph computes the
             base model.
-        base_weights: the weights that the graph was exported from, to find layers whose names are lost. If the adapter
-            has a side network (Shadow), the network's architecture is read from the base's `config.json`, or from the
-            `config.json` beside the graph.
-        call: a map from the usual name of a model input to the name of a graph value, if the graph uses another name.
-            `{"task_ids": 1}` sets one task for all rows; without it, the graph gets a new input for the task.
-            `{"hidden_states": "NAME"}` names the output of the last layer.
-        experts: adapters that a router (Arrow, X-LoRA) selects from, if the router's file does not contain them; in the
-            router's order.
+        base_weights: the weights of the model that the graph was exported from. With them, layers are also found if the
+            graph has lost their names. If the adapter has a side network (Shadow), the network's architecture is read
+            from the base's `config.json`, or from the `config.json` beside the graph.
+        call: a map from the usual name of a model input, such as `input_ids`, to the graph's name for this value;
+            needed only for names that differ. `{"task_ids": 1}` sets one task for all rows; without this entry, the
+            graph gets a new input for the task. `{"hidden_states": "NAME"}` names the output of the last layer.
+        experts: the adapters that a router (Arrow, X-LoRA) selects from, in the router's order; needed if the router's
+            file does not contain them.
         tied: which layers an update changes if the embedding and the head have equal weights, as in `adapterkit.merge`.
             By default, the same layers as in the tool that trained the adapter.
         strict_base: refuse a base whose name, config or fingerprint differs from the base that the adapter names. By
@@ -131,8 +134,8 @@ def inject(
         TargetNotFound: the graph has no layer for a target, or several that cannot be distinguished.
         ShapeMismatch: the shape of a tensor does not fit its layer.
         Unsupported: a layer does not support the method of an update.
-        Malformed: the file is not a model; its data is missing, too short or outside of its folder; or it is so invalid
-            that onnxruntime does not load it.
+        Malformed: the file is not a model; its external data is missing, too short or outside the model's folder; or
+            the model is so invalid that onnxruntime does not load it.
         UsageError: layers are tied, and neither the adapter nor `tied` shows which of these layers an update changes.
         CheckFailed: the written graph does not compute what merged weights compute, or `strict_base` is set and the
             base differs. No file is left at `out`.
@@ -157,23 +160,24 @@ def inject(
         wrong = (*wrong, *lost)
     if context and mode != "constant":
         cure = (
-            "Inject it with --mode constant (mode='constant'): runs without a prompt's new tokens do not use the "
-            "prompt, and runs with a past do not use the prefix"
+            "Inject the adapter with --mode constant (mode='constant'). To run without a prompt, omit its new tokens "
+            "from the input; a prefix is used only by runs without a past"
         )
         raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
+    unblock(source.model, base)  # Before `Building`, which collects the names that are taken.
     building = Building(source.model)
     used = place(context, building)
     places = resolve(source.model, rest, base, tying)
     if allow_partial and (inside := unchangeable(places, mode == "rows")) and len(inside) < len(rest.updates):
         rest = rest.replace(updates={target: group for target, group in rest.updates.items() if target not in inside})
         places = [at for at in places if at.asked not in inside]
-        wrong = (*wrong, *left_line(inside, "added nodes cannot change experts there"))
+        wrong = (*wrong, *left_line(inside, "added nodes cannot change these experts"))
     slots = _slots(mode, building)
     words = CallWords(building, [update for _, update in rest], call, partial(config_of, base, source.path))
     try:
         attach(places, building, slots, words)
     except Unsupported:
-        if check is not False:  # If the graph mixes types inside a layer, that is the reason to report.
+        if check is not False:  # Report an invalid graph first, e.g. one that mixes dtypes: it may cause this error.
             refuse_invalid(opened(model))
         raise
     building.settle()
@@ -201,7 +205,8 @@ def inject(
                 refuse_invalid(opened(model))
         warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(outcome.saturation, source.model))
     slow = None if slots is None else _recomputed(places)
-    note = "; ".join(filter(None, [used, words.note, slow, outcome.note])) or None
+    inlined = inlined_note(source.model)
+    note = "; ".join(filter(None, [used, words.note, slow, inlined, outcome.note])) or None
     return GraphReport(
         target, place_.files, tuple(places), outcome.difference, note, reference=outcome.reference,
         saturation=outcome.saturation, warnings=warnings,
@@ -209,13 +214,16 @@ def inject(
 
 
 def _recomputed(places: Sequence[ResolvedTarget]) -> str | None:
-    """Return a note that each call computes the weights of experts; None if the adapter changes no experts."""
+    """Return a note for the report on the MoE nodes with slots; None if the adapter changes no experts."""
     nodes = {spot.node for place in places for spot in place.spots if issubclass(spot.kind, Experts)}
     if not nodes:
         return None
+    split = sum(node.graph is None for node in nodes)  # `with_split` removed these nodes.
+    if split == len(nodes):
+        return f"{split} MoE {'nodes were' if split > 1 else 'node was'} split into nodes for each expert"
     return (
-        f"each call, with or without an adapter, computes the weights of all experts in {len(nodes)} MoE "
-        f"{'nodes' if len(nodes) > 1 else 'node'} anew; --mode constant (mode='constant') computes them once"
+        f"every run, with or without an adapter, computes the weights of all experts in {len(nodes)} MoE "
+        f"{'nodes' if len(nodes) > 1 else 'node'} again; --mode constant (mode='constant') computes them once"
     )
 
 
@@ -223,13 +231,13 @@ def _beside(out: Path, adapter: Source) -> Path:
     """Return the path of the adapter file to write beside a graph with slots.
 
     Raises:
-        UsageError: the path equals the path of the model, or of the file that the adapter is read from.
+        UsageError: the path is `out` itself, or the path of the file that the adapter is read from.
     """
     file = out.with_name(f"{out.stem}.onnx_adapter")
     source = None if isinstance(adapter, Adapter) else Path(adapter)
     if file == out or (source is not None and source.exists() and file.exists() and source.samefile(file)):
         why = "the adapter file for the graph's slots would replace this file"
-        raise UsageError(why, path=file, cure="Give the output another name: -o OUT.onnx, out=")
+        raise UsageError(why, path=file, cure="Choose another name for the output: -o OUT.onnx (out=)")
     return file
 
 
@@ -243,7 +251,7 @@ def _slots(mode: str, building: Building) -> Slots | RowSlots | None:
 
 
 def _write_values(path: Path, adapter: Adapter, base: Base | None) -> None:
-    """Write files for a graph's required inputs: the adapter's tensors, and tensors that keep the base model."""
+    """Write files for a graph's required inputs: the adapter's tensors, and tensors that give the base's output."""
     write_adapter(path, adapter, path.with_name(f"{path.name}.slots.safetensors"), base_weights=base)
     feeds = neutral_of(opened(path).model)
     for ending in (".safetensors", ".onnx_adapter"):
@@ -261,11 +269,11 @@ def keep_original(source: GraphSource) -> None:
         raise Unsupported(
             "the graph already has an injected adapter",
             path=source.path,
-            cure="Eject it first, in Python: adapterkit.onnx.eject(MODEL, OUT)",
+            cure="Eject the adapter first, in Python: adapterkit.onnx.eject(MODEL, OUT)",
         )
     runs, rest, end = [], [], 0
     for name, data in _inline(model):
-        # Search only after the previous tensor's bytes, because the tensors are in the order of the file.
+        # `_inline` returns the tensors in the order of the file, so search only after the previous tensor's bytes.
         at = source.original.find(data, end)
         if at >= 0:
             runs.append([at, len(data), name])
@@ -281,7 +289,7 @@ def keep_original(source: GraphSource) -> None:
 
 
 def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
-    """Return the names and bytes of large tensors stored in the main graph, in the order of the file."""
+    """Return the names and bytes of the main graph's tensors of at least 256 bytes, in the order of the file."""
     constants = ((name, value.const_value) for name, value in model.graph.initializers.items())
     return [
         (name, tensor.tobytes())
@@ -296,11 +304,13 @@ def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
 
     Args:
         model: a file that `inject` wrote.
-        out: the file to write. If the original has data files, put `out` into their folder.
+        out: the file to write. If the original has external data files, put `out` into their folder, because a model
+            refers to these files by relative paths.
 
     Raises:
         UsageError: the model has no injected adapter.
-        Corrupt: the restored bytes differ from the original.
+        Malformed: the file is not an ONNX model.
+        Corrupt: the stored data of the original is damaged, or the restored bytes differ from the original.
     """
     path, target = Path(path_text(model)), Path(path_text(out))
     try:

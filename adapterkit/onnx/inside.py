@@ -29,12 +29,12 @@ def refuse_outputs(place: ResolvedTarget, op_type: str) -> None:
     """Refuse updates that change more than a weight and a bias.
 
     Raises:
-        Unsupported: an update changes the output.
+        Unsupported: an update changes the output itself, as an `OutputUpdate` does.
     """
     for update in place.updates:
         if isinstance(update, OutputUpdate):
-            why = f"{update.method} changes an output that a {op_type} computes inside the node"
-            raise Unsupported(why, where=str(place.asked), cure="Keep it in the torch model")
+            why = f"{update.method} changes an output that exists only inside a {op_type} node"
+            raise Unsupported(why, where=str(place.asked), cure="Keep the adapter in the torch model")
 
 
 def changed_inside(
@@ -44,13 +44,14 @@ def changed_inside(
 
     Args:
         layer: the node's layer.
-        seen: the layer as the updates see it, e.g. some of its rows.
+        seen: the layer as the updates see it, e.g. only the target's rows.
         place: the target.
         updates: the updates, with graph values in place of tensors.
-        spot: the layer's position in the graph.
+        spot: the layer's node in the graph, and which of the node's outputs belong to the layer.
 
     Raises:
-        Unsupported: an update changes a bias, but the node has no bias, or the target is a range of rows.
+        Unsupported: an update needs a bias, but the node has none; or an update changes the bias, but the target is
+            only a range of rows.
     """
     branch, chain = layer.branch, seen
     for update in updates:
@@ -59,7 +60,7 @@ def changed_inside(
     if any(update.changes_weight for update in updates):
         part = cast(Value, chain.weight)
         if place.norm is not None:
-            # The graph stores the base's weight multiplied by the norm's scale, so multiply the change by it, too.
+            # The graph stores the base's weight multiplied by the norm's scale, so multiply the change by this scale.
             rows = slice(*place.target.rows) if place.target.rows else slice(None)
             current = W[rows] if place.target.rows else W
             part = current + (part - cast(Value, seen.weight)) * W.like(place.norm.factors(groups_of(spot))[rows])
@@ -69,8 +70,8 @@ def changed_inside(
     if changing and (layer.bias is not None or any(update.needs_bias for update in changing)):
         if layer.bias is None or place.target.rows:
             why = "the update changes a bias, but the target is a row slice"
-            why = f"the update adds a bias, but the {layer.node.op_type} has none" if layer.bias is None else why
-            raise Unsupported(why, where=str(place.asked), cure="Keep it in the torch model")
+            why = f"the update adds a bias, but this {layer.node.op_type} node has none" if layer.bias is None else why
+            raise Unsupported(why, where=str(place.asked), cure="Keep the adapter in the torch model")
         changed = cast("Value | None", chain.bias)
         bias = changed
         if changed is not None and place.norm is not None:
@@ -86,7 +87,7 @@ def changed_inside(
         _reads(layer.node, layer.position, layer.operand, operands[0])
     if bias is not None:
         node, read = (layer.node, layer.constant_bias) if layer.after is None else layer.after
-        # If the weight and the bias have equal numbers, both inputs may be one tensor, so search after the weight.
+        # The weight and the bias may be one tensor, if their elements are equal. So search only after the weight.
         first = layer.position + 1 if node is layer.node else 0
         at = next(at for at, one in enumerate(node.inputs) if at >= first and weight_at(node, at) is read)
         _reads(node, at, read, bias)
@@ -94,9 +95,9 @@ def changed_inside(
 
 
 def experts_changed(layer: GraphLayer, parts: Sequence[tuple[ResolvedTarget, FormulaLayer, Sequence[Update]]]) -> None:
-    """Insert nodes that compute the changed stack of all experts and their biases, and make the node read the results.
+    """Insert nodes that compute the changed weights and biases of all experts, and make the node read the results.
 
-    All parts of a stack are joined at once: joining them one after the other would copy the stack for each part.
+    All parts of a stack are joined at once. Joining one part after the other would copy the whole stack for each part.
 
     Args:
         layer: the stack of experts.
@@ -142,14 +143,14 @@ def _joined(whole: Value, parts: Sequence[tuple[tuple[int, int], Value]]) -> Val
 
 
 def _reads(node: ir.Node, position: int, base: ir.Value | None, new: Value) -> None:
-    """Make a node read a computed weight or bias; record the name of the base's tensor for `fit`."""
+    """Make a node read a computed weight or bias; record the name of the base's tensor for `weight_at`."""
     if base is not None and base.name is not None and is_constant(base):
         node.metadata_props[f"{BEFORE}.{position}"] = base.name
     node.replace_input_with(position, new.value)
 
 
 def _whole(W: Value, part: Value, place: ResolvedTarget) -> Value:
-    """Return the layer's whole weight with the target's part replaced."""
+    """Return the layer's whole weight, with the target's rows replaced by `part`."""
     if place.turned:
         part = part.swapaxes(0, 1)
     if not place.target.rows:

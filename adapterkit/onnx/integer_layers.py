@@ -1,7 +1,8 @@
-"""Layers whose operators compute with integers: their weights, and their dequantized inputs and outputs.
+"""Layers whose operators compute with integers, with the weights, inputs and outputs that formulas need as floats.
 
 An adapter's nodes compute in floats. They read the dequantized input of the operator, and their result is added to the
 dequantized output. The operator itself stays, so that a graph with empty slots computes the same integers as before.
+The exception is an operator that may include a Relu; see `opened_up`.
 https://onnx.ai/onnx/operators/onnx__QLinearMatMul.html
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
@@ -30,9 +31,10 @@ class IntegerLayer(GraphLayer):
     Class attributes:
         domain: the operator's domain.
         parts: the positions of the weight, its scale and its zero point among the node's inputs.
-        origin: the positions of the input, its scale and its zero point; for a float input, only the position of the
-            input.
-        out: the positions of the output's scale and zero point; None if the output is floating-point.
+        origin: the positions of the layer's input, its scale and its zero point among the node's inputs; if the layer's
+            input is in floats, only its position.
+        out: the positions of the output's scale and zero point among the node's inputs; None if the output is in
+            floats.
         floating: the layer class whose operator computes the same with a float weight.
     """
 
@@ -50,7 +52,7 @@ class IntegerLayer(GraphLayer):
             return False
         weight, scale = node.inputs[cls.parts[0]], node.inputs[cls.parts[1]]
         operands = [weight, scale, _at(node, cls.parts[2])]
-        if cls.out is not None:  # Static quantization stores all scales.
+        if cls.out is not None:  # Static quantization stores the scales of inputs and outputs, too.
             operands += [_at(node, position) for position in (*cls.origin[1:], *cls.out)]
         if weight is None or scale is None or not all(one is None or is_constant(one) for one in operands):
             return False
@@ -81,7 +83,7 @@ class IntegerLayer(GraphLayer):
 
     @classmethod
     def stored(cls, node: ir.Node) -> list[ir.Value | None]:
-        """Return the integers, their scale and their zero point."""
+        """Return the integer weight, its scale and its zero point."""
         return [_at(node, position) for position in cls.parts]
 
     @classmethod
@@ -97,7 +99,7 @@ class IntegerLayer(GraphLayer):
         return ir.Value(name=bias.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
 
     def put(self, arrays: Sequence[ir.Value]) -> None:
-        """Replace the node's integers, scales and zero points; keep the float value of an integer bias."""
+        """Replace the node's weight, scale and zero point; requantize an integer bias, whose scale thereby changes."""
         vector = None if self.vector is None else _at(self.node, self.vector)
         b = None if vector is None else numbers(vector)
         before = None if b is None else _scale(self.node, self.parts[1])
@@ -105,7 +107,7 @@ class IntegerLayer(GraphLayer):
             self.node.replace_input_with(position, value)
         if b is None or before is None or b.dtype.kind not in "iu" or self.vector is None:
             return
-        # The scale of an integer bias is the input's scale times the weight's scale, and the latter has changed.
+        # The scale of an integer bias is the input's scale times the weight's scale, which has changed.
         again = np.rint(b.astype(np.float64) * before.reshape(-1) / _scale(self.node, self.parts[1]).reshape(-1))
         name = f"{vector.name}.merged"  # type: ignore[union-attr]
         self.node.replace_input_with(self.vector, initializer(self.branch.building, name, again.astype(b.dtype)))
@@ -115,7 +117,7 @@ class IntegerLayer(GraphLayer):
 
         Args:
             W: the weight, in the axis order of `floating`.
-            x: the input; by default, the node's input before it is rounded.
+            x: the input; by default, the node's input before it is quantized.
         """
         bias, node = self.float_bias(self.node), self.node
         x = x or self.read
@@ -132,7 +134,7 @@ class IntegerLayer(GraphLayer):
 
     @property
     def constant_bias(self) -> ir.Value | None:
-        # Formulas need a float bias; see `bias`.
+        # The node may store the bias as integers. Formulas need floats, which `bias` returns.
         return None
 
     @property
@@ -145,7 +147,7 @@ class IntegerLayer(GraphLayer):
     @property
     def read(self) -> ir.Value:
         float_value = float_input(self.node, self.origin)
-        assert float_value is not None  # `opened_up` creates it.
+        assert float_value is not None  # `opened_up` adds a DequantizeLinear if the graph has no float value.
         return float_value
 
     @property
@@ -154,7 +156,7 @@ class IntegerLayer(GraphLayer):
         if self.out is None or _at(self.node, self.out[0]) is None:
             return out
         back = only_reader(out, "DequantizeLinear")
-        assert back is not None  # `opened_up` creates it.
+        assert back is not None  # `opened_up` adds a DequantizeLinear if the graph has none.
         return back.outputs[0]
 
     @property
@@ -198,14 +200,14 @@ class QLinearConv(IntegerLayer, Conv):
 
 
 class DynamicQuantizeMatMul(IntegerLayer):
-    """`x @ W`, where the node quantizes x; onnxruntime's optimizer writes this operator for dynamic quantization."""
+    """`x @ W` with a float x, which the node quantizes; onnxruntime's optimizer writes it for dynamic quantization."""
 
     op_type, domain = "DynamicQuantizeMatMul", MICROSOFT
     position, parts, origin, vector = 1, (1, 2, 3), (0,), 4
 
 
 class MatMulIntegerToFloat(IntegerLayer):
-    """`x @ W`, where another node has quantized x, because several layers read the quantized x."""
+    """`x @ W` with an integer x, which another node has quantized, because several layers read it."""
 
     op_type, domain = "MatMulIntegerToFloat", MICROSOFT
     position, parts, origin, vector = 1, (1, 3, 5), (0, 2, 4), 6
@@ -220,7 +222,7 @@ class QAttention(IntegerLayer, Attention):
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        # Refuse a past: the float operator can take a past, but the conversion to it does not connect the past.
+        # Refuse a node that outputs a past (keys and values for later calls): `in_floats` does not connect the past.
         return super().takes(node) and not any(out.uses() or out.is_graph_output() for out in node.outputs[1:])
 
     @classmethod
@@ -244,12 +246,12 @@ def _scale(node: ir.Node, position: int) -> Array:
 
 
 def _along(small: Array, axis: int, axes: int) -> Array:
-    """Return one scale, or a scale for each channel, in a shape that broadcasts with the weight."""
+    """Return a scale or zero point, or one for each channel, in a shape that broadcasts with the weight."""
     return small.reshape(-1, *[1] * (axes - 1 - axis)) if small.size > 1 else small.reshape(-1)
 
 
 def float_input(node: ir.Node, given: Sequence[int]) -> ir.Value | None:
-    """Return the value that a node's input was quantized from, or a dequantized copy; None if the graph has neither."""
+    """Return a node's input in floats: before quantization, or dequantized again; None if the graph has neither."""
     x = node.inputs[given[0]]
     if len(given) == 1 or x is None:
         return x
@@ -267,7 +269,7 @@ def float_input(node: ir.Node, given: Sequence[int]) -> ir.Value | None:
 
 
 def initializer(building: Building, name: str, array: Array) -> ir.Value:
-    """Return a new initializer, registered with the graph."""
+    """Return an initializer that is registered with the graph; equal arrays under the same `name` share one."""
     value = building.tensor(("stored", name, array.tobytes()), name, lambda: array)
     if not value.is_initializer():
         building.model.graph.register_initializer(value)
@@ -275,11 +277,14 @@ def initializer(building: Building, name: str, array: Array) -> ir.Value:
 
 
 def opened_up(places: Sequence[ResolvedTarget], building: Building) -> list[ResolvedTarget]:
-    """Add the dequantized inputs and outputs that adapters of integer operators need; return the targets.
+    """Dequantize the inputs and outputs of integer operators, so that adapters can read and change them as floats.
 
-    If the range of an operator's output ends at the zero point, the operator may include a Relu. A change must be added
-    before the Relu, so such an operator is replaced by a float operator between a DequantizeLinear and a
-    QuantizeLinear.
+    If the zero point of an operator's output is the lowest or highest integer, the operator may include a Relu. A
+    change must be added before the Relu, so such an operator is replaced by a float operator between a DequantizeLinear
+    and a QuantizeLinear.
+
+    Returns:
+        the targets, with the new nodes in place of replaced ones.
     """
     done: dict[tuple[ir.Node, type[GraphLayer]], tuple[ir.Node, type[GraphLayer]]] = {}
     spots: dict[Spot, Spot] = {}
@@ -327,14 +332,14 @@ def _kind(zero: ir.Value | None) -> Dtype:
 
 
 def _rectified(back: ir.Node) -> bool:
-    """Whether the input of a DequantizeLinear has a range that ends at its zero point."""
+    """Whether the zero point of a DequantizeLinear is the lowest or highest integer; see `rectifies`."""
     return rectifies(ir.node("QuantizeLinear", [None, *back.inputs[1:]]))
 
 
 def _in_floats(
     node: ir.Node, kind: type[IntegerLayer], quantizer: ir.Node, building: Building
 ) -> tuple[ir.Node, type[GraphLayer]]:
-    """Replace an operator by a float operator, whose output `quantizer` quantizes again."""
+    """Replace an integer operator by a float operator whose output `quantizer` reads; return its node and class."""
     graph, branch = node.graph, Branch(building, node.name or node.op_type)
     assert graph is not None
     layer = kind(node, branch)
@@ -360,7 +365,7 @@ def _in_floats(
 
 
 def in_module_of(node: ir.Node, branch: Branch) -> None:
-    """Copy a node's exporter metadata to the nodes that replace it, and name the Add of a bias `{node.name}_bias`."""
+    """Copy a node's metadata to the branch's nodes, which replace it, and name the Add of a bias `{node.name}_bias`."""
     for one in branch.nodes:
         if one.op_type not in ("DequantizeLinear", "Transpose"):
             one.metadata_props.update(node.metadata_props)

@@ -21,22 +21,22 @@ from .operands import attribute, detached_copy, is_constant, numbers, shape_of
 from .values import Unsayable, Value
 
 BEFORE = "adapterkit.weight"
-"""Prefix of a metadata key of a node. The key ends with the position of a computed input; the key's value is the name
-of the base's tensor."""
+"""Prefix of a metadata key of nodes whose weight or bias is computed by injected nodes. In `adapterkit.weight.1`, 1 is
+the position of the computed input. The value is the name of the base's tensor, which the node read before."""
 
 
 def weight_at(node: ir.Node, position: int) -> ir.Value | None:
-    """Return the weight or bias that a node reads; if injected nodes compute the input, return the base's tensor."""
+    """Return the weight or bias that a node reads; if injected nodes compute it, return the base's tensor instead."""
     name, graph, read = node.metadata_props.get(f"{BEFORE}.{position}"), node.graph, node.inputs[position]
     if name is None:
         return read
     value = graph.initializers.get(name) if isinstance(graph, ir.Graph) else None
-    # Some exporters share a tensor through an Identity, so the base's tensor may be the output of a node.
+    # Some exporters share a tensor through an Identity, so the base's tensor may be an Identity's output.
     return value or _behind(read, name) or read
 
 
 def _behind(value: ir.Value | None, name: str) -> ir.Value | None:
-    """Return the value called `name`: `value` itself, or a value that it is computed from; None if there is none."""
+    """Return the value called `name`: `value`, or a value from which `value` is computed; None if there is none."""
     waiting, seen = [value], set[ir.Value]()
     while waiting:
         one = waiting.pop()
@@ -51,18 +51,17 @@ def _behind(value: ir.Value | None, name: str) -> ir.Value | None:
 
 
 class GraphLayer:
-    """A node with a weight that formulas can replace; each subclass is for one operator.
+    """A node whose weight an adapter can change; each subclass is for one operator.
 
     Class attributes:
         op_type: the node's operator.
         position: the position of the weight among the node's inputs.
-        axes: the possible numbers of axes of the weight.
-        inside: True if the output is not a function of `x @ W` alone. Nodes after such a node cannot express a change,
-            so nodes before it compute the changed weight; see inside.py.
-        whole: True if the stored tensor and the weight have different axes, so that a merge computes the tensor as a
-            whole.
-        indexed: True if the input consists of indices, not of numbers in the weight's type.
-        vector: the position of the bias among the node's inputs; None if the node adds no bias.
+        axes: how many axes the weight may have.
+        inside: True if the output is not a function of `x @ W` alone. Nodes after such a node cannot express a change
+            of the weight, so nodes before it compute the changed weight; see inside.py.
+        whole: True if the stored tensor and the weight have different axes. A merge then replaces the whole tensor.
+        indexed: True if the layer's input is a tensor of indices, whose dtype is not the weight's dtype.
+        vector: the position of the bias among the node's inputs; None if the operator adds no bias.
 
     Args:
         node: the node.
@@ -72,7 +71,8 @@ class GraphLayer:
         after: the Add that adds the layer's bias after the node, and the bias; None if the node itself adds the bias.
         apart: True if the vector that is added to the product is not the layer's bias; see biases.py.
         call: the inputs of the model's call, for formulas that read them; see calls.py.
-        moved: the new input of a module whose input a formula replaced; None for layers.
+        moved: the value with which a formula replaced the module's input; always None for a plain layer, see `Ended`
+            in outlets.py.
     """
 
     op_type: ClassVar[str] = ""
@@ -91,21 +91,26 @@ class GraphLayer:
         self.after = None if self.apart or self.stated_bias is not None else self._bias_after(plain)
         end = plain if self.after is None else dequantized(self.after[0].outputs[0])
         self.given, self.end = self.unfolded(self.read, end)
-        # Some converters remove the types of values. The input has the type of the weight, unless it consists of
-        # indices.
+        # Some converters remove the dtypes of values. Then the input is assumed to have the weight's dtype, unless it
+        # consists of indices.
         self.x = self._value(self.given, like=None if self.indexed else self.dtype)
         self.y = self._value(self.end, like=self.dtype)
         self.call: object = None
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        """Whether a node is a layer of this kind; its weight must not depend on the model's inputs."""
+        """Whether this class can represent a node. The node's weight must not depend on the model's inputs."""
         known = node.op_type == cls.op_type and node.domain in ("", "ai.onnx") and len(node.inputs) > cls.position
         weight = weight_at(node, cls.position) if known else None
         return weight is not None and is_constant(weight) and len(shape_of(weight)) in cls.axes
 
     def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Skip Reshapes around the node that merge the batch and position axes; return the input and the output."""
+        """Return the layer's input and output outside of any Reshapes that merge the batch and position axes.
+
+        Args:
+            given: the input that the node reads.
+            end: the output, after an Add of the bias.
+        """
         return given, end
 
     @property
@@ -115,7 +120,7 @@ class GraphLayer:
 
     @property
     def result(self) -> ir.Value:
-        """The output, before another node adds a bias."""
+        """The output of the node, before any other node adds a bias to it."""
         return self.node.outputs[0]
 
     @classmethod
@@ -127,7 +132,7 @@ class GraphLayer:
         """
         weight = weight_at(node, cls.position)
         if weight is None:
-            why = f"a {node.op_type} lacks its input {cls.position}, the weight"
+            why = f"a {node.op_type} node has no weight: its input {cls.position} is missing"
             raise Malformed(why, where=node.name or node.op_type, cure="The graph is damaged: export it again")
         return weight
 
@@ -159,7 +164,7 @@ class GraphLayer:
 
     @property
     def channel(self) -> int:
-        """The axis of the output's channels."""
+        """The axis of the output that holds the channels, counted from the back."""
         return -1
 
     @property
@@ -187,7 +192,7 @@ class GraphLayer:
 
     @property
     def constant_bias(self) -> ir.Value | None:
-        """The bias that the node itself adds; None if it adds none, or if the graph computes it."""
+        """The bias that the node itself adds; None if the node adds none, or if the bias is not constant."""
         bias = self.stated_bias
         return bias if is_constant(bias) else None
 
@@ -200,7 +205,7 @@ class GraphLayer:
 
     @property
     def adds_more(self) -> bool:
-        """Whether the node adds something other than the layer's bias, so formulas must keep the node's output."""
+        """Whether the node adds something that is not the layer's bias, so formulas cannot compute the output anew."""
         return self.stated_bias is not None and self.bias is None
 
     @property
@@ -245,7 +250,7 @@ class GraphLayer:
         if x is self.x:
             return self.y
         if self.adds_more:
-            raise Unsayable(f"the {self.node.op_type} adds more than a bias")
+            raise Unsayable(f"the {self.node.op_type} node adds something that is not a bias")
         y = self.op(x, self.weight)
         return y if self.bias is None else y + self.per_channel(self.bias)
 
@@ -426,13 +431,14 @@ class Gemm(GraphLayer):
         super().__init__(node, branch)
         for name in ("alpha", "beta"):
             if attribute(node, name, 1.0) != 1.0:
-                why = f"a Gemm has a {name} other than 1"
-                raise Unsupported(why, where=node.name, cure="Fold the factor into the weight first")
+                why = f"this Gemm has {name} = {attribute(node, name, 1.0)}, but only {name} = 1 is supported"
+                cure = "Multiply the weight by alpha and the bias by beta, and set both attributes to 1"
+                raise Unsupported(why, where=node.name, cure=cure)
 
     @property
     def constant_bias(self) -> ir.Value | None:
         bias = super().constant_bias
-        # A Gemm may also add a matrix or a scalar, e.g. a residual that onnxruntime's optimizer fused.
+        # A Gemm may also add a matrix or a scalar, e.g. a residual that onnxruntime's optimizer fused into it.
         return None if bias is None or not by_channel(shape_of(bias), self.outputs, -1) else bias
 
     def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -445,8 +451,8 @@ class Gemm(GraphLayer):
         first, second, *_ = self.stored_shape(self.node)
         ends = (second, first) if self.turns(self.node) else (first, second)
         before, after = (*whole.shape[:-1], ends[1]), (*out.shape[:-1], ends[0])
-        # A Reshape may also join axes to the layer's channels, such as the heads of torch's MultiheadAttention, or
-        # give the rows other axes.
+        # A Reshape may do more than merge the batch and position axes. It may merge axes into the layer's channels,
+        # such as the heads of torch's MultiheadAttention, or split the rows into other axes.
         pairs = [*zip(before, whole.shape, strict=True), *zip(after, out.shape, strict=True)]
         pairs += zip(before[:-1], after[:-1], strict=True)
         apart = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
@@ -458,13 +464,13 @@ class Gemm(GraphLayer):
 
     def op(self, x: Value, w: Value) -> Value:
         if attribute(self.node, "transA", 0):
-            # The input of a Gemm has two axes, even if the graph does not say so.
+            # The input of a Gemm always has two axes, even if the graph does not store the input's shape.
             x = Value(self.branch, x.sizes or (None, None), x.dtype, x.value, x.known).swapaxes(0, 1)
         return super().op(x, w)
 
 
 def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
-    """Return the only node that reads a value, if it has this operator and is in the same graph; otherwise None."""
+    """Return the only node that reads a value, if its operator is `op_type` and it is in the same graph; else None."""
     uses, made_by = list(value.uses()), value.producer()
     if len(uses) != 1 or value.is_graph_output() or made_by is None or uses[0].node.graph is not made_by.graph:
         return None
@@ -472,7 +478,10 @@ def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
 
 
 def before_rounding(output: ir.Value | None) -> ir.Value:
-    """Return the value that a node reads, before any QuantizeLinear and DequantizeLinear."""
+    """Return the value that was quantized and dequantized to give `output`; if none was, return `output`.
+
+    A QuantizeLinear that may stand for a Relu is not skipped.
+    """
     assert output is not None
     back = output.producer()
     there = back.inputs[0].producer() if _is(back, "DequantizeLinear") and back.inputs[0] is not None else None  # type: ignore[union-attr]
@@ -481,7 +490,11 @@ def before_rounding(output: ir.Value | None) -> ir.Value:
 
 
 def dequantized(value: ir.Value) -> ir.Value:
-    """Return the value after any QuantizeLinear and DequantizeLinear; a change that is added there is not clipped."""
+    """Return the result of quantizing and dequantizing a value, if the graph does so; otherwise the value itself.
+
+    A change is added after these two nodes, because the QuantizeLinear would clip it. A QuantizeLinear that may stand
+    for a Relu is not skipped.
+    """
     there = only_reader(value, "QuantizeLinear")
     there = None if there is None or rectifies(there) else there
     back = None if there is None else only_reader(there.outputs[0], "DequantizeLinear")
@@ -489,9 +502,10 @@ def dequantized(value: ir.Value) -> ir.Value:
 
 
 def rectifies(node: ir.Node) -> bool:
-    """Whether the range of a QuantizeLinear ends at 0, so that it may stand for a Relu or Clip of the float model.
+    """Whether a QuantizeLinear may stand for a Relu or Clip of the float model, because its range ends at 0.
 
-    onnxruntime's static quantizer removes a Relu or a Clip before a QuantizeLinear that clips the same values.
+    onnxruntime's static quantizer removes a Relu or a Clip before a QuantizeLinear that clips the same values. If the
+    zero point is not constant, the range is unknown, and the function returns True.
     """
     zero = node.inputs[2] if len(node.inputs) > 2 else None
     if zero is not None and not is_constant(zero):
@@ -509,7 +523,9 @@ def _is(node: ir.Node | None, op_type: str) -> bool:
 
 
 def bias_after(node: ir.Node, out: ir.Value, outputs: int, channel: int) -> tuple[ir.Node, ir.Value] | None:
-    """If the only reader of a layer is an Add of one number per channel, return the Add and its constant; else None.
+    """Return the Add that adds a bias to a layer's output, and the bias; None if there is no such Add.
+
+    The Add must be the only node that reads the output, and must add a constant with one element per channel.
 
     Args:
         node: the layer's node.
@@ -524,13 +540,13 @@ def bias_after(node: ir.Node, out: ir.Value, outputs: int, channel: int) -> tupl
     if other is None or not is_constant(other) or not by_channel(shape_of(other), outputs, channel):
         return None
     # A constant with more axes than the layer's output is not a bias, because the sum would get more axes. If the graph
-    # does not show the output's axes, count the axes of the node's inputs: most layers keep their number.
+    # does not show the output's axes, count those of the node's inputs: most outputs have as many axes as the input.
     most = max(2, -channel, *(axes_of(value) for value in (out, *node.inputs[:2])))
     return (add, other) if len(shape_of(other)) <= most else None
 
 
 def axes_of(value: ir.Value | None) -> int:
-    """Return the number of axes of a value; 0 if the graph does not show it."""
+    """Return how many axes a value has; 0 if neither its shape nor a Transpose that computes it shows the number."""
     if value is None or value.shape is not None:
         return 0 if value is None or value.shape is None else len(value.shape)
     order = attribute(node, "perm", ()) if (node := value.producer()) is not None and _is(node, "Transpose") else ()
@@ -538,7 +554,7 @@ def axes_of(value: ir.Value | None) -> int:
 
 
 def by_channel(shape: Sequence[int], outputs: int, channel: int) -> bool:
-    """Whether an array has one number per output channel; an array of another shape may be a mask or position table."""
+    """Whether an array of this shape has one element per output channel; others may be masks or position tables."""
     at = len(shape) + channel
     return at >= 0 and shape[at] == outputs and math.prod(shape) == outputs
 
@@ -555,11 +571,12 @@ PACKED_BIASES = {"MultiHeadAttention": 3, "PackedMultiHeadAttention": 3, "Decode
 
 
 def refuse_fused_bias(layer: GraphLayer, where: str) -> None:
-    """Refuse to change a bias that a fused node adds to the layer's output.
+    """Raise an error if a fused node adds a bias to the layer's output, because this bias cannot be changed there.
+
+    If the fused node also adds the output of another layer, the bias may belong to that layer.
 
     Raises:
-        Unsupported: a fused node adds a bias to the layer's output. If the node also adds the output of another layer,
-            the bias may belong to that layer.
+        Unsupported: a fused node adds a bias to the layer's output.
     """
     for use in [] if layer.inside else layer.result.uses():
         node, position = use.node, FUSED_BIASES.get(use.node.op_type)
@@ -576,7 +593,7 @@ def refuse_fused_bias(layer: GraphLayer, where: str) -> None:
 
 
 def _adds_at(node: ir.Node, at: int, outputs: int) -> bool:
-    """Whether an attention adds a nonzero bias to its queries (`at` is 0), keys (1) or values (2)."""
+    """Whether an attention node may add a nonzero bias to its queries (`at` is 0), keys (1) or values (2)."""
     position = PACKED_BIASES[node.op_type]
     bias = node.inputs[position] if len(node.inputs) > position else None
     if bias is None or at > 2:
@@ -595,7 +612,7 @@ class Conv(GraphLayer):
     """A convolution along any number of axes, grouped or not."""
 
     op_type = "Conv"
-    floating_type: ClassVar[str] = "Conv"  # Packed and fused convolutions have another operator.
+    floating_type: ClassVar[str] = "Conv"  # In packed and fused convolutions, `op_type` differs.
     axes = range(3, 9)
     vector: ClassVar[int | None] = 2
 
@@ -688,11 +705,11 @@ class Gather(GraphLayer):
 
 
 KEPT = ("num_heads", "scale", "mask_filter_value", "unidirectional")
-"""Attributes that Attention and MultiHeadAttention share."""
+"""The attributes that `taken_apart` copies from an Attention to the MultiHeadAttention that replaces it."""
 
 
 class Attention(GraphLayer):
-    """The projections to queries, keys and values, which are rows of one weight."""
+    """The projections to queries, keys and values of a fused attention, which stores them as one weight."""
 
     op_type = "Attention"
     vector: ClassVar[int | None] = 2
@@ -744,8 +761,9 @@ def taken_apart(node: ir.Node, building: Building) -> ir.Node:
     more = [*(node.inputs[8:] if packed else node.inputs[4:]), *[o for o in node.outputs[1:] if o.uses()]]
     more = [one for one in more if one is not None]
     if more or attribute(node, "do_rotary", 0) != 0:
-        why = "an Attention node has a past, a position bias or rotary embeddings"
-        raise Unsupported(why, where=node.name, cure="Merge it instead, or inject before the graph is optimized")
+        why = "this Attention node cannot be split: it has a past, a position bias or rotary embeddings"
+        cure = "Merge the adapter instead, or inject it into the graph before the graph is optimized"
+        raise Unsupported(why, where=node.name, cure=cure)
     x, W, bias, mask = (*node.inputs, None, None)[:4]
     mask = (*node.inputs, None)[5] if packed else mask
     assert x is not None

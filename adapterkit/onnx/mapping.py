@@ -14,6 +14,7 @@ from .model_file import opened
 from .modules import same_end
 from .resolved import METHODS, NEAR, Known, Spot, distance
 from .resolving import NUMBERED, OF_MODULES, by_name, plain_call, spots_of, with_several_weights
+from .unblocking import unblock
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -31,7 +32,7 @@ class Place:
         method: how the name was found, one of `METHODS`; None if no name was found.
         confidence: 1 minus the relative distance from the base's weight. For a layer that was not compared with a
             weight: 1 if it has a name, otherwise 0.
-        note: why no node was found for a weight of the base.
+        note: if the base has this layer's weight, but no node was found for it, the reason; otherwise None.
     """
 
     target: str | None
@@ -41,7 +42,7 @@ class Place:
     note: str | None = None
 
     def record(self) -> dict[str, JsonValue]:
-        """Return the layer as plain data."""
+        """Return the layer as a dictionary that JSON can store."""
         first = self.spots[0] if self.spots else None
         return {
             "target": self.target, "method": self.method, "confidence": round(self.confidence, 4), "note": self.note,
@@ -54,25 +55,27 @@ class Place:
 
 @places_errors
 def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
-    """Return every layer of a graph that an adapter can name.
+    """Return all layers of a graph that an adapter can change, each with its name and how the name was found.
 
     Args:
         model: an ONNX file, or an in-memory model.
-        base_weights: the weights that the graph was exported from. If passed, the function searches the graph for each
-            of these matrices, by name and by values. A layer that was found by name is compared with the base's matrix.
+        base_weights: the weights of the model that the graph was exported from. If passed, the function searches the
+            graph for each of the base's weights (except vectors), first by name, then by values. A layer that was found
+            by name is compared with the base's weight.
 
     Returns:
         the layers in the order of the graph; with `base_weights`, first the base's layers in the base's order, then all
-        others.
+        other layers of the graph.
 
     Raises:
         Malformed, StorageError: as in `inject`.
     """
-    spots = spots_of(opened(model).model)
-    if base_weights is None:
+    graph, base = opened(model).model, None if base_weights is None else opened_base(base_weights)
+    unblock(graph, base)
+    spots = spots_of(graph)
+    if base is None:
         return _named(spots)
-    known, places = by_name(spots), []
-    base = opened_base(base_weights)
+    known, places = by_name(spots), list[Place]()
     for name, tensor in base.tensors.items():
         # Skip vectors, which are norms and biases.
         if len(tensor.shape) > 1 and tensor.dtype.floating:
@@ -82,12 +85,12 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
 
 
 def _named(spots: Sequence[Spot]) -> list[Place]:
-    """Group layers that have the same name in the graph."""
+    """Group the nodes that call the same layer: nodes with the same name that read the same tensors."""
     groups: dict[tuple[str | None, str | None, Any], list[Spot]] = {}
     several = with_several_weights(spots)
     for spot in spots:
         method, name = _best(spot, several)
-        # A later call of a module has the module's name with a number: `qkv_proj_1`.
+        # Exporters append a number to the name of the node for a module's second call: `qkv_proj_1`.
         first = (plain_call(name), method, spot.sources) if name is not None and method == "path" else None
         key = first if first in groups else (name, method, spot.sources)
         groups.setdefault(key, []).append(spot)

@@ -1,8 +1,9 @@
 """Find layers by the values of their weights, if a graph has lost the names, and compare layers with the base.
 
-A layer whose weight equals a base weight is a certain match. If no weight is equal, as in quantized graphs, the nearest
-weight of the same shape is accepted, provided that this weight is close and all others are far. A quantized copy of a
-weight is within `NEAR`; a weight of another checkpoint of the same network is not.
+A layer is a certain match if its weight, or some rows of its weight, equal a base weight. If no weight is equal, as in
+quantized graphs, the layer with the nearest weight of the same shape is accepted. The distance of this weight must be
+at most `NEAR`, and the second nearest must be at least `APART` times as far away. A quantized copy of a weight is
+within `NEAR` of it. The same layer's weight in another checkpoint is not.
 """
 
 from __future__ import annotations
@@ -33,17 +34,20 @@ class _Near:
 
 
 def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: TargetNotFound) -> Known:
-    """Find an adapter's targets in a graph by comparing weights with the base; return their names and layers.
+    """Find an adapter's targets in a graph by comparing the weights of the graph's layers with the base's weights.
 
     Args:
         adapter: the adapter.
         base: the base's weights.
         spots: the layers of the graph.
-        error: the error that the search by name raised.
+        error: the error that the search by name raised. It is raised again if the base lacks a target's weight.
+
+    Returns:
+        a map from the name of each target's weight to the method that found the layers, and the layers.
 
     Raises:
-        TargetNotFound: no layer has the values of a target's weight, or several different layers are about equally
-            near.
+        TargetNotFound: no layer has the values of a target's weight; several different layers are about equally near;
+            or several nodes have the weight, and another base weight has equal values.
     """
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     bound = find_sites(adapter, shapes, partial=False, config=base.config)
@@ -58,7 +62,8 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         try:
             method, matching = nearest(W, spots, str(asked))
         except TargetNotFound:
-            # `compare` finds the norm or scale again, by the adapter's name of the target.
+            # `compare` later searches for the norm or scale again, by the target's name in the adapter. So accept one
+            # only if this name leads to the same base weight.
             scaled = _behind_scale(base, site.weight, W, spots) if _named(base, asked) == [site.weight] else []
             if not scaled:
                 raise
@@ -66,7 +71,8 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         twin = _twin(base, site.weight, W) if len(matching) > 1 else None
         if twin is not None:
             why = (
-                f"{len(matching)} nodes have this weight, and the base's {twin} has equal values: the layer is unclear"
+                f"{len(matching)} nodes have this weight, and the base's {twin} has equal values, so it is unclear "
+                "which of the nodes belong to the target"
             )
             raise TargetNotFound(why, where=str(asked), cure="Use a graph that keeps the modules' names")
         known[name] = (method, matching)
@@ -74,11 +80,11 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
 
 
 def compare(places: Sequence[ResolvedTarget], base: Checkpoint) -> list[ResolvedTarget]:
-    """Compare layers that were found by name with the base's weights; return them with the norms folded into them.
+    """Check layers that were found by name against the base's weights; return all targets, with any folded norms.
 
     Raises:
         TargetNotFound: a layer's weight differs from the base's weight by more than quantization explains.
-        Unsupported: a norm may be folded into a layer whose weight the base lacks.
+        Unsupported: a norm may be folded into a layer for which the base has no floating-point weight.
     """
     compared = []
     for place in places:
@@ -98,7 +104,7 @@ def compare(places: Sequence[ResolvedTarget], base: Checkpoint) -> list[Resolved
 
 
 def _named(base: Checkpoint, asked: Target) -> list[str]:
-    """Return the names that a target's weight may have in the base."""
+    """Return the names of the base's weights that may be the target's weight."""
     full_name = f"{asked.path}.weight"
     if full_name in base.tensors:
         return [full_name]
@@ -106,7 +112,7 @@ def _named(base: Checkpoint, asked: Target) -> list[str]:
 
 
 def _compare_rows(place: ResolvedTarget, W: Array) -> None:
-    """Compare a target's rows of a packed layer with the base's weight, because wrong head counts give other rows.
+    """Check a target's rows of a packed layer against the base's weight: wrong head counts would select other rows.
 
     Raises:
         TargetNotFound: the rows differ from the base's weight by more than quantization explains.
@@ -117,13 +123,13 @@ def _compare_rows(place: ResolvedTarget, W: Array) -> None:
         part = stored[slice(*spot.rows)] if spot.rows else stored
         far = float(np.linalg.norm(part - W)) / max(float(np.linalg.norm(W)), 1e-30) if part.shape == W.shape else 9.0
         if far > NEAR:
-            why = f"its rows of the packed layer differ from the base's weight (a relative distance of {far:.2f})"
+            why = f"the target's rows of the packed layer differ from the base's weight (relative distance {far:.2f})"
             cure = "Is this the base that the graph was exported from?"
             raise TargetNotFound(why, where=str(place.asked), cure=cure)
 
 
 def _twin(base: Checkpoint, name: str, W: Array) -> str | None:
-    """Return the name of another base weight with equal values, or None. Matching nodes may belong to that weight."""
+    """Return the name of another base weight with equal values, to which the same nodes may belong; None if none."""
     same = (
         n for n, t in base.tensors.items() if n != name and t.shape == base.tensors[name].shape and t.dtype.floating
     )
@@ -148,19 +154,19 @@ def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot
     second = near[1].distance if len(near) > 1 else float("inf")
     if near and near[0].distance <= NEAR and second >= APART * near[0].distance:
         return "nearest", by_weight[near[0].spot.sources, near[0].spot.kind]
-    best = f"the nearest has a distance of {near[0].distance:.2f}" if near else "none has its shape"
+    best = f"the nearest weight has a distance of {near[0].distance:.2f}" if near else "no weight has its shape"
     if near and near[0].distance <= NEAR:
-        best = f"two are about equally near, with distances of {near[0].distance:.3f} and {second:.3f}"
+        best = f"two weights are about equally near, with distances of {near[0].distance:.3f} and {second:.3f}"
     cure = "Is this the base that the graph was exported from?"
     scaled = next((one.spot.node for one in near if is_scaled(one.spot, W)), None)
     if scaled is not None:
         best = f"{scaled.op_type} {scaled.name} stores it with each output channel multiplied by a factor"
-        cure = "Inject into the graph before it is optimized: optimizers fold a scale after a layer into its weight"
+        cure = "Use the graph before it is optimized: optimizers fold a scale after a layer into the layer's weight"
     raise TargetNotFound(f"no layer of the graph has this weight: {best}", where=where, cure=cure)
 
 
 def _by_weight(spots: Sequence[Spot]) -> dict[Any, list[Spot]]:
-    """Group nodes that share a stored weight: together, they are one candidate."""
+    """Group the nodes that share a stored weight, because they count as one candidate."""
     groups: dict[Any, list[Spot]] = {}
     for spot in spots:
         groups.setdefault((spot.sources, spot.kind), []).append(spot)
@@ -168,7 +174,7 @@ def _by_weight(spots: Sequence[Spot]) -> dict[Any, list[Spot]]:
 
 
 def _behind_scale(base: Checkpoint, name: str, W: Array, spots: Sequence[Spot]) -> list[Spot]:
-    """Return the layers that store a base weight with a norm or scale of the base; no layer if that is ambiguous."""
+    """Return the nodes whose weight is a base weight with a norm or scale of the base folded in; none if ambiguous."""
     candidates = []
     for same in _by_weight(spots).values():
         ways = [distance(W, same[0]), scaled_distance(base, name, same[0])]
@@ -195,9 +201,9 @@ def _as_rows(W: Array, spots: Sequence[Spot]) -> list[Spot]:
 
 
 def _same(stored: Array, W: Array) -> Array:
-    """Return, for each number, whether it matches.
+    """Return, for each element, whether the stored value matches the base's value.
 
-    A stored 16-bit number may differ slightly, because converters to float16 round numbers and replace tiny numbers.
+    A stored 16-bit value may differ slightly, because converters to float16 round values and replace tiny values.
     """
     if stored.dtype.itemsize > 2:
         return np.asarray(stored == W)

@@ -18,6 +18,7 @@ from ..naming.binding import renamed
 from .attaching import attach
 from .building import Building
 from .checking import CheckOutcome, checked_merge, refuse_invalid
+from .conversion import inlined_note
 from .folders import folder_of, graphs_in, left_out, merge_folder, only_graph, plan_folder
 from .folding import PlannedUpdate, fold
 from .model_file import GraphSource as Opened
@@ -62,11 +63,12 @@ def merge(
         out: the file to write. If the model has external data, the result gets one new data file beside it. If the
             model is a folder, this is the folder to write: each graph gets the updates of its own targets, and all
             other files are copied.
-        weights: one factor per adapter; 1 by default.
-        base_weights: the weights that the graph was exported from, to find layers whose names are lost.
-        quantized: the choice for packed weights. `dequantize` folds into the dequantized numbers and writes a
-            floating-point layer. `requantize` quantizes the merged weight again in the same scheme;
-            `GraphReport.damage` stores the error.
+        weights: one factor per adapter; each is 1 by default.
+        base_weights: the weights of the model that the graph was exported from. With them, layers are also found if the
+            graph has lost their names.
+        quantized: how to merge into packed weights. `dequantize` adds the change to the dequantized weight and writes
+            a floating-point layer. `requantize` quantizes the merged weight again in the same scheme;
+            `GraphReport.damage` stores the error of this quantization.
         keep_change: how to store the change of a packed weight. `float` keeps the weight unchanged and attaches the
             change beside it, as floating-point factors. `packed` quantizes the changed weight again, even if most of
             the change is lost. By default, `requantize` attaches a change if quantizing again would lose more than 5 %
@@ -88,8 +90,8 @@ def merge(
         NotMergeable: an update changes something other than weights.
         Unsupported: a weight is packed and neither `quantized` nor `keep_change` is given; its packing scheme is
             unknown; or the change cannot be attached beside the weight.
-        Malformed: the file is not a model; it is so invalid that onnxruntime does not load it; or a result does not fit
-            its dtype.
+        Malformed: the file is not a model; it is so invalid that onnxruntime does not load it; or a merged value does
+            not fit its dtype.
         UsageError: layers are tied, and neither the adapter nor `tied` shows which of these layers an update changes.
         CheckFailed: the written graph does not compute what injected adapters compute, or `strict_base` is set and the
             base differs. No file is left at `out`.
@@ -102,8 +104,8 @@ def merge(
         cure = "Also pass --quantized requantize (quantized='requantize')"
         raise UsageError("a change can only be packed if weights are quantized again", where="keep_change", cure=cure)
     if keep_change == "float" and quantized == "dequantize":
-        cure = "Omit one: --keep-change (keep_change=) or --quantized (quantized=)"
-        raise UsageError("dequantized weights take the whole change, so none is kept", where="keep_change", cure=cure)
+        cure = "Omit either --keep-change (keep_change=) or --quantized (quantized=)"
+        raise UsageError("dequantized weights take the whole change; no part is kept", where="keep_change", cure=cure)
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     if (folder := folder_of(model, out)) is not None:
         return merge_folder(
@@ -134,8 +136,9 @@ def merge(
                 refuse_invalid(opened(model))
         warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(outcome.saturation, source.model))
     places = tuple(place for place, _ in folds)
+    note = "; ".join(filter(None, [inlined_note(source.model), outcome.note])) or None
     return GraphReport(
-        target, place.files, places, outcome.difference, outcome.note, damage, outcome.reference,
+        target, place.files, places, outcome.difference, note, damage, outcome.reference,
         saturation=outcome.saturation, warnings=warnings, beside=tuple(dict.fromkeys(str(at.asked) for at in beside)),
     )  # fmt: skip
 
@@ -152,7 +155,7 @@ def plan(
     rename: str | Sequence[str] = (),
     allow_partial: bool = False,
 ) -> tuple[ResolvedTarget, ...]:
-    """Return where `merge` would fold adapters into a graph or a folder of graphs, without writing anything.
+    """Return the targets of a graph or a folder of graphs into which `merge` would fold adapters; write nothing.
 
     Raises:
         TargetNotFound, ShapeMismatch, NotMergeable, Malformed, UsageError, CheckFailed: as in `merge`.
@@ -182,7 +185,7 @@ def _resolved(
     rename: str | Sequence[str],
     allow_partial: bool,
 ) -> tuple[list[Adapter], list[float], list[PlannedUpdate], tuple[str, ...]]:
-    """Return the adapters, their factors, the targets to fold into, and warnings about the base."""
+    """Return the adapters, their factors, the updates to fold at each target, and warnings."""
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
     if not several or len(factors) != len(several) or not np.isfinite(factors).all():
@@ -209,4 +212,4 @@ def _refuse(adapter: Adapter) -> None:
     for target, update in adapter:
         if update.kind in ("output", "context"):
             why = f"{update.method} changes {update.acts_on}, not its weights"
-            raise NotMergeable(why, where=str(target), cure="Inject it instead")
+            raise NotMergeable(why, where=str(target), cure="Inject the adapter instead")

@@ -1,4 +1,4 @@
-"""Open model files without reading their external data, check them, and write them completely or not at all."""
+"""Open and check ONNX model files without reading their external data; write model files completely or not at all."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ from ..merging.execute import execute
 from ..merging.options import most_workers
 from ..merging.planned import Output, OutputFile
 from ..merging.staging_dir import StagingDir
-from .building import OPSET
+from .building import INLINE
 from .changes import Changed, bytes_of
+from .conversion import modern
 from .validating import check_model
 
 
@@ -37,15 +38,16 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
     """Check the files that hold the model's external data; return their paths.
 
     Raises:
-        Malformed: a file is missing, too short, outside of the model's folder, or a hard link.
+        Malformed: a data file is missing, too short, outside of the model's folder, or a hard link; or the offset or
+            the length of a tensor in its data file is invalid.
     """
     files: dict[Path, int] = {}
     for tensor in external(model):
         where = tensor.name or "a tensor"
         file = contained(path.parent, str(tensor.location))
         real = _inside(file, path, where)
+        # ONNX allows a reference to external data without a length; the shape and the dtype then determine the length.
         offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
-        # If a reference does not give the length, compute the length from the shape and the dtype.
         need = offset + length
         if offset < 0 or length < tensor.nbytes:
             raise Malformed(
@@ -55,16 +57,17 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
         if real.stat().st_size < need:
             why = f"the file has {real.stat().st_size} bytes, but {need} are needed"
             raise Malformed(why, path=file, where=where, cure="Fetch the data file again")
-        # Read the real file: a hub's cache stores files as links, and runtimes refuse links that leave the folder.
+        # Make the tensor refer to the real file: a hub's cache stores files as links, and runtimes refuse links that
+        # lead out of the model's folder.
         tensor._base_dir, tensor._location = str(real.parent), real.name
         tensor.meta["adapterkit.location"] = file.relative_to(path.parent).as_posix()
     return tuple(files)
 
 
 def _inside(file: Path, model: Path, where: str) -> Path:
-    """Resolve a data file's links; refuse a file outside of the model's folder.
+    """Return a data file's path with all links resolved; refuse hard links, and files outside of the model's folder.
 
-    If the model is a link, the folder that it points to is also allowed.
+    If the model file is itself a link, the data file may also be in the folder of the file that the link points to.
     """
     try:
         real, home = file.resolve(strict=True), model.resolve(strict=True).parent
@@ -104,11 +107,11 @@ PAGE = 4096
 
 
 def streamed(values: Sequence[ir.Value], out: Path) -> list[Path]:
-    """Write tensors atomically into a new data file beside `out`, and make the values refer to that file.
+    """Write the values' tensors atomically to a new data file beside `out`, and make the values refer to this file.
 
     Raises:
-        StorageError: the file exists, or cannot be written.
-        Malformed: a result does not fit its dtype.
+        StorageError: the data file exists already, or cannot be written.
+        Malformed: merging gives values that are too large for a tensor's dtype.
     """
     file = out.with_name(f"{out.name}.data")
     if file.exists():
@@ -144,7 +147,7 @@ def _outputs(values: Iterable[ir.Value]) -> Iterable[Output]:
 
 
 def worked_out(values: Iterable[ir.Value]) -> None:
-    """Compute the values of changed tensors, so that they can be stored in the model's own file."""
+    """Compute changed tensors and keep their arrays in memory, because they are stored in the model file itself."""
 
     def compute(value: ir.Value) -> None:
         tensor = value.const_value
@@ -157,12 +160,12 @@ def worked_out(values: Iterable[ir.Value]) -> None:
 
 
 def alignment(nbytes: int) -> int:
-    """Return the alignment of a tensor in a data file, in bytes."""
+    """Return the alignment in bytes, in a data file, of a tensor that has `nbytes` bytes."""
     return PAGE if nbytes > 1 << 20 else 64
 
 
 def placed(tensor: ir.TensorProtocol, file: Path, offset: int) -> ir.ExternalTensor:
-    """Return a tensor that refers to its bytes in a file."""
+    """Return an external tensor like `tensor`, whose data are the bytes at `offset` in `file`."""
     return ir.ExternalTensor(
         file.name,
         offset,
@@ -174,21 +177,18 @@ def placed(tensor: ir.TensorProtocol, file: Path, offset: int) -> ir.ExternalTen
     )
 
 
-# A rewritten model shares the external data of the original: it refers to the same bytes, and only the new tensors are
-# written, to a small data file.
+# A rewritten model shares the external data of the original: its tensors refer to the same data files. Only its new
+# tensors are written, to a small data file.
 
-
-INLINE = 1024
-"""New tensors of up to this many bytes are stored in the model's file."""
 
 APART = 1 << 26
-"""If an export's tensors together have more bytes than this, they are written to a data file beside the model."""
+"""If the tensors of a new model have more bytes in total, they are written to a data file beside the model."""
 
 STAYS = "adapterkit.stays"
-"""Metadata key of a tensor that stays in its data file, while all other tensors are rewritten."""
+"""Key of a tensor's metadata: `save_merged` and `save_fresh` leave a tensor with this key in its present data file."""
 
 LIMIT = 2**31 - 2**20
-"""Largest size of a model file in bytes, because protobuf is limited to 2 GB."""
+"""Largest total size in bytes of the tensors inside a model file. Protobuf limits the whole file to 2 GiB."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -197,8 +197,8 @@ class GraphSource:
 
     Attributes:
         model: the model.
-        path: the model's file; None for an in-memory model.
-        data: the files with the model's external data.
+        path: the path of the model file; None for an in-memory model.
+        data: the paths of the files with the model's external data.
         original: the bytes of the model's file; for an in-memory model, the bytes that saving would write.
     """
 
@@ -214,7 +214,8 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> GraphSource:
     Raises:
         StorageError: the model cannot be read.
         NetworkError: the model is on a hub and cannot be downloaded.
-        Malformed: the file is not a model, or its external data is missing, too short, or outside of its folder.
+        Malformed: the file is not a model, or its external data is missing, too short, or outside of the
+            model's folder.
         Unsupported: the opset is too old to be converted, or an in-memory model is too large for a file.
     """
     if isinstance(model, ir.Model):
@@ -223,7 +224,7 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> GraphSource:
         if _large(copy):
             cure = "Save it with external data (onnx_ir.save with external_data=), and pass the file's path"
             raise Unsupported("the model has more than 2 GB in memory, which is too large for one ONNX file", cure=cure)
-        return GraphSource(_modern(copy, None), None, (), ir.to_proto(copy).SerializeToString())
+        return GraphSource(modern(copy, None), None, (), ir.to_proto(copy).SerializeToString())
     path = located(model)
     try:
         with open_input(path) as file:
@@ -232,7 +233,7 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> GraphSource:
         raise storage_error(error, path) from error
     loaded = _parsed(data, path)
     files = checked_data(loaded, path)
-    return GraphSource(_modern(loaded, path), path, files, data)
+    return GraphSource(modern(loaded, path), path, files, data)
 
 
 def _parsed(data: bytes, path: Path) -> ir.Model:
@@ -242,89 +243,18 @@ def _parsed(data: bytes, path: Path) -> ir.Model:
     try:
         proto.ParseFromString(data)
         if not proto.HasField("graph") or not proto.opset_import:
-            raise Malformed("not an ONNX model: no graph", path=path, cure="Export it again")
+            raise Malformed("not an ONNX model: no graph", path=path, cure="Export the model again")
         check_model(proto, path)
         return ir.from_proto(proto)
     except AdapterkitError:
         raise
     except Exception as error:  # protobuf and onnx-ir raise many types of errors for damaged files.
         first = first_line(error)
-        raise Malformed(f"not an ONNX model ({first})", path=path, cure="Export it again") from None
-
-
-def _without_functions(model: ir.Model) -> ir.Model:
-    """Replace each call of a local function by the function's nodes, so that an adapter can change one call alone."""
-    if not model.functions:
-        return model
-    from onnx_ir.passes.common import InlinePass
-
-    copy = model.clone()
-    try:
-        return InlinePass()(copy).model
-    except Exception:  # E.g. a function uses another opset. An adapter for layers inside the function is refused later.
-        return model
-
-
-def _modern(model: ir.Model, path: Path | None) -> ir.Model:
-    """Return the model in a recent opset and without local functions; ONNX's own tools convert it if needed."""
-    model = _without_functions(model)
-    version = model.graph.opset_imports.get("", OPSET)
-    if version >= OPSET:
-        return model
-    from onnx import version_converter
-
-    outside = _inputs_for_outside(model)
-    try:
-        converted = version_converter.convert_version(ir.to_proto(model), OPSET)
-        check_model(converted, path)
-        return _with_outside(ir.from_proto(converted), outside)
-    except AdapterkitError:
-        raise
-    except Exception as error:  # The converter raises RuntimeError and others.
-        first = first_line(error)
-        why = f"the model's operator set {version} cannot be converted to {OPSET} ({first})"
-        raise Unsupported(why, path=path, cure="Export it with a newer operator set") from None
-
-
-def _inputs_for_outside(model: ir.Model) -> dict[str, tuple[ir.TensorProtocol, bool]]:
-    """Turn tensors with external data into inputs, because ONNX's opset converter would drop references to data files.
-
-    The converter needs the values of small tensors, e.g. the sizes of a Reshape, so small tensors are loaded.
-
-    Returns:
-        a map from each tensor's name to the tensor, and to whether it was already an input.
-    """
-    outside: dict[str, tuple[ir.TensorProtocol, bool]] = {}
-    for graph in model.graphs():
-        for name, value in list(graph.initializers.items()):
-            tensor = value.const_value
-            if not isinstance(tensor, ir.ExternalTensor):
-                continue
-            if tensor.nbytes <= INLINE or graph is not model.graph:
-                value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=name)
-                continue
-            outside[name] = tensor, value.is_graph_input()
-            graph.initializers.pop(name)
-            value.const_value, value.shape, value.type = None, tensor.shape, ir.TensorType(tensor.dtype)
-            if not value.is_graph_input():
-                graph.inputs.append(value)
-    return outside
-
-
-def _with_outside(model: ir.Model, outside: Mapping[str, tuple[ir.TensorProtocol, bool]]) -> ir.Model:
-    """Turn the inputs in `outside` back into tensors with external data, after the conversion of a model."""
-    named = {value.name: value for value in model.graph.inputs}
-    for name, (tensor, was_input) in outside.items():
-        value = named[name]
-        if not was_input:
-            model.graph.inputs.remove(value)
-        value.const_value = tensor
-        model.graph.register_initializer(value)
-    return model
+        raise Malformed(f"not an ONNX model ({first})", path=path, cure="Export the model again") from None
 
 
 def inline(model: ir.Model) -> bytes:
-    """Serialize a model with all of its tensors inside."""
+    """Return a model as the bytes of one ONNX file that contains all tensors; this loads the model's external data."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
@@ -342,8 +272,8 @@ def save(model: ir.Model, source: GraphSource, out: Path, fresh: Iterable[ir.Val
     Args:
         model: the model.
         source: the opened model that the new model was made from.
-        out: the file to write, inside a `placing` block.
-        fresh: values whose tensors are new.
+        out: the path to write to: the `path` of the `WrittenModel` that a `placing` block yielded.
+        fresh: the values whose tensors are not in the source's data files.
 
     Raises:
         StorageError: the file cannot be written.
@@ -376,10 +306,10 @@ def _serialized(model: ir.Model, out: Path) -> bytes:
 def save_merged(
     model: ir.Model, source: GraphSource, out: Path, fresh: Iterable[ir.Value], apart: bool = False
 ) -> None:
-    """Write a model with changed tensors, with only a few blocks in memory; see `save`.
+    """Write a model, and compute its changed tensors while it is written; for the arguments, see `save`.
 
-    If the model has external data, is large, or `apart` is set, the tensors are written to one new data file. Tensors
-    that no node reads are dropped.
+    If the model has external data, is large, or `apart` is set, all tensors except small ones are written to one new
+    data file, with only a few blocks in memory at a time. Tensors that no node reads are dropped.
     """
     for graph in model.graphs():
         for name, value in list(graph.initializers.items()):
@@ -408,7 +338,7 @@ class WrittenModel:
     Attributes:
         path: the path at which the model is written and checked.
         scratch: a folder for temporary files, which is removed at the end.
-        files: all written files, the model last; set when the model is in place.
+        files: all written files, the model file last; set when the model is in place.
     """
 
     path: Path
@@ -421,24 +351,26 @@ def placing(
     out: Path, source: GraphSource | None = None, *, shares: bool = False, stays: Iterable[Path] = (),
     inputs: Iterable[Path] = (), overwrite: bool = True, made_from: str | None = None,
 ) -> Iterator[WrittenModel]:  # fmt: skip
-    """Yield a path to write a model to; when the block ends, the model and the files beside it move into place.
+    """Yield a `WrittenModel`, to whose `path` the block writes a model; at the end, move the written files into place.
 
     Usually, the model is written to a staging folder. If the model refers to data files that are already in the folder
-    of `out`, the model is written in place: it can only run beside these files, because onnx and onnxruntime do not
-    follow links to them. The old file at `out` is then kept in the staging folder. After an error, the old file is
-    restored; if the process was killed, the next run restores it.
+    of `out`, the model is written to `out` itself. A copy in a staging folder could not be checked, because onnx and
+    onnxruntime do not follow links to these data files. While the model is written to `out`, the old file at `out` is
+    kept in the staging folder. After an error, the old file is restored; if the process was killed, the next run
+    restores it.
 
     Args:
         out: the model's destination.
         source: the model that the new model is made from.
-        shares: True if the model refers to its source's data files; they are copied if `out` is in another folder.
-        stays: more files in the folder of `out` that the model refers to.
+        shares: True if the new model refers to the data files of `source`; these files are copied if `out` is in
+            another folder.
+        stays: other files in the folder of `out` that the new model refers to.
         inputs: other files that are read, and so must not be replaced.
         overwrite: replace an existing model.
         made_from: a digest of everything that determines the output; see `adapterkit.io.staging`.
 
     Raises:
-        UsageError: `out` is a folder, the model itself, or another input.
+        UsageError: `out` is a folder, a file of `source`, or another input.
         StorageError: the model cannot be written, or it would replace a file that belongs to another model.
     """
     _check_out(source, out)
@@ -467,7 +399,7 @@ def placing(
 def _in_place(
     out: Path, named: Mapping[Path, Path], read: Sequence[Path], overwrite: bool, made_from: str | None
 ) -> Iterator[WrittenModel]:
-    """Write a model beside existing data files; after an error, restore the old files."""
+    """Write a model beside existing data files; after an error, remove the new files and restore the old file."""
     check_free(out, overwrite)
     check_inputs([out], read)
     stage = Staging(out)
@@ -495,7 +427,7 @@ def _in_place(
 
 
 def _is_of(file: Path, out: Path) -> bool:
-    """Whether a file is in a model's folder and its name begins with the model's name."""
+    """Whether a file belongs to the model at `out`: it is in the same folder, and its name begins with the model's."""
     return file.parent == out.parent and file.name.startswith((f"{out.name}.", f"{out.stem}.onnx_adapter"))
 
 
@@ -515,15 +447,15 @@ def _check_unshared(stage: Path, names: Iterable[Path], out: Path) -> None:
         there = out.parent / name
         if not there.exists() or _same(there, stage / name):
             continue
-        # Search the bytes for the name, which protobuf stores as plain bytes.
+        # Search the bytes of the other models for the data file's name: protobuf stores names as plain bytes.
         for other in out.parent.glob("*.onnx"):
             if other.name != out.name and os.fsencode(name.as_posix()) in other.read_bytes():
-                why = f"the file exists, and {other.name} refers to it as its data"
+                why = f"the file exists already, as a data file of the model {other.name}"
                 raise StorageError(why, path=there, cure="Write to another path")
 
 
 def _take_in(values: Iterable[ir.Value], out: Path) -> None:
-    """Load external tensors into the model's file, except those in its new data file and those marked to stay."""
+    """Load external tensors into memory, except tensors in the new data file and tensors with the key `STAYS`."""
     for value in values:
         tensor = value.const_value
         data_file = out.with_name(f"{out.name}.data")
@@ -556,7 +488,10 @@ def _large(model: ir.Model) -> bool:
 
 
 def _apart(fresh: Iterable[ir.Value], out: Path, wanted: bool) -> None:
-    """Write new tensors to a data file. Its name contains a hash of the tensors, so that it replaces no other file."""
+    """Write large new tensors to a data file if `wanted`.
+
+    The name of the data file contains a hash of the tensors, so that no other data file is replaced.
+    """
     large = [(v, v.const_value) for v in fresh if v.const_value is not None and v.const_value.nbytes > INLINE]
     if not wanted or not large:
         return

@@ -14,10 +14,10 @@ from .building import element_type
 from .operands import is_constant
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""Key of node metadata: the names of the modules around the node."""
+"""Key of a node's metadata under which torch's new exporter stores the names of the modules around the node."""
 
 CLASSES = "pkg.torch.onnx.class_hierarchy"
-"""Key of node metadata: the classes of the modules around the node."""
+"""Key of a node's metadata under which torch's new exporter stores the classes of the modules around the node."""
 
 _LIST = 1 << 16
 """Longest list that is parsed, in characters; a list in an untrusted file may have any length."""
@@ -28,7 +28,7 @@ def listed(text: str | None) -> list[str]:
     if not text or len(text) > _LIST:
         return []
     try:
-        # Parse Python's repr, in which torch writes the list; it is not JSON.
+        # torch writes the list as Python's `repr`, which is not JSON.
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return []
@@ -43,7 +43,8 @@ def same_end(one: str, other: str) -> bool:
 def dotted(path: str) -> str:
     """Convert a path in a node's name to the module's dotted name.
 
-    torch's old exporter repeats a Sequential's name in the names of the modules inside it: `/layer2/layer2.0/conv1`.
+    torch's old exporter repeats a Sequential's name in the names of the modules inside it. Therefore,
+    `/layer2/layer2.0/conv1` becomes `layer2.0.conv1`.
     """
     words = path.strip("/").split("/")
     following = [*words[1:], ""]
@@ -51,8 +52,8 @@ def dotted(path: str) -> str:
 
 
 # Modules of the exported model, found by the names that exporters write.
-# Bottlenecks, ReFT and invertible adapters attach to modules of several layers. torch's exporters record the modules
-# around each node: the new exporter in the node's metadata, the old one in the node's name.
+# Bottlenecks, ReFT and invertible adapters attach to modules that consist of several layers. torch's exporters record
+# the modules around each node: the new exporter in the node's metadata, the old exporter in the node's name.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,8 +63,9 @@ class Module:
     Attributes:
         path: the module's name in the graph.
         nodes: the module's nodes, in order.
-        entering: floating-point values from outside that the module reads.
-        leaving: floating-point values of the module that nodes outside read.
+        entering: the activations that the module reads but does not compute.
+        leaving: the activations that the module computes, if they are outputs of the graph or nodes outside of the
+            module read them.
     """
 
     path: str
@@ -73,43 +75,43 @@ class Module:
 
     @property
     def read(self) -> ir.Value | None:
-        """The value that the module reads; None if it reads none or several."""
+        """The activation that the module reads; None if the module reads no activation, or several."""
         return self.entering[0] if len(self.entering) == 1 else None
 
     def fed(self, channels: int | None, where: str) -> ir.Value:
-        """Return the input with this number of channels; if there are several, the one that the residual Add reads.
+        """Return the module's input with `channels` channels; if it has several, the one that the residual Add reads.
 
         Raises:
-            TargetNotFound: the module has no such value, or more than one.
+            TargetNotFound: the module has no such input, or more than one.
         """
         candidates = [value for value in self.entering if len(_sizes(value)) == 3 and _sizes(value)[2] == channels]
         if len(candidates) > 1:
-            # Select by the module's own Add: this Add is the residual connection, and one of its operands is the
-            # module's input.
+            # Select the input that the module's own Add reads: this Add is the residual connection, so one of its
+            # operands is the module's input.
             adds = [node for node in self.nodes if node.op_type == "Add" and modules_of(node)[-1:] == (self.path,)]
             candidates = [value for value in candidates if any(value in node.inputs for node in adds)]
         if len(candidates) != 1:
-            why = f"{len(candidates)} values of {channels} channels enter the module {self.path}, but it must read one"
+            why = f"the module {self.path} reads {len(candidates)} values with {channels} channels; it must read one"
             raise TargetNotFound(why, where=where, cure="Export the model again with torch's exporter")
         return candidates[0]
 
     def given(self, channels: int | None, where: str) -> ir.Value:
-        """Return the output with this number of channels.
+        """Return the module's output with `channels` channels; if `channels` is None, with any number of channels.
 
         Raises:
-            TargetNotFound: the module has no such value, or more than one.
+            TargetNotFound: the module has no such output, or more than one.
         """
         candidates = [value for value in self.leaving if channels is None or _sizes(value)[-1:] == [channels]]
         # Skip the keys and values of a cache, which have an extra axis for the heads.
         rows = [value for value in candidates if len(_sizes(value)) == 3] or candidates
         if len(rows) != 1:
-            why = f"{len(rows)} values of {channels} channels leave the module {self.path}, but it must return one"
+            why = f"the module {self.path} returns {len(rows)} values with {channels} channels; it must return one"
             raise TargetNotFound(why, where=where, cure="Export the model again with torch's exporter")
         return rows[0]
 
 
 def module_at(model: ir.Model, path: str, where: str) -> Module:
-    """Return the module of a graph that has this path in the base.
+    """Return the module in a graph whose path in the base is `path`.
 
     Raises:
         TargetNotFound: no node is in such a module, or several modules match the path; the error gives the nearest
@@ -120,7 +122,7 @@ def module_at(model: ir.Model, path: str, where: str) -> Module:
     fits = [path] if path in known else [name for name in known if same_end(name, path)]
     if len(fits) != 1:
         why = "the graph has no weight and no module of this name" if not fits else "several modules match this name"
-        raise TargetNotFound(why, where=where, cure=nearest(path, known) or "Export it with torch's own exporter")
+        raise TargetNotFound(why, where=where, cure=nearest(path, known) or "Export the model with torch's exporter")
     nodes = tuple(node for node, names in inside.items() if fits[0] in names)
     return Module(fits[0], nodes, tuple(_entering(nodes)), tuple(_leaving(nodes)))
 
@@ -132,12 +134,12 @@ def modules_of(node: ir.Node) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1 << 16)
 def _scope_modules(scopes: str | None, name: str) -> tuple[str, ...]:
-    """Parse module names from a node's metadata or name; cached, because every target asks for every node."""
+    """Parse module names from a node's metadata or name; cached, because each target needs the names of all nodes."""
     listed_names = listed(scopes)
     if listed_names:
         return tuple(module for module in listed_names[:-1] if module)
     parts = name.split("/")
-    # Only names that torch's older exporter wrote contain modules; these names start with a slash.
+    # Only torch's old exporter writes the modules into a node's name, and its names start with a slash.
     if parts[0] or len(parts) < 3:
         return ()
     return tuple(dict.fromkeys(dotted("/".join(parts[1:end])) for end in range(2, len(parts))))
@@ -156,7 +158,7 @@ def _leaving(nodes: Sequence[ir.Node]) -> list[ir.Value]:
 
 
 def _is_activation(value: ir.Value) -> bool:
-    """Whether a value is an activation: floating-point, not constant, with an axis for channels."""
+    """Whether a value is an activation: floating-point, not constant, and not known to have fewer than two axes."""
     broad = value.shape is None or len(value.shape) > 1
     return broad and element_type(value).kind in "fV" and not is_constant(value)
 

@@ -1,8 +1,8 @@
-"""Find norms as targets: nodes that scale channels by a vector, such as a saved LayerNorm or a tuned RMSNorm.
+"""Find the norms that an adapter changes: nodes that scale channels by a vector, such as a LayerNorm or an RMSNorm.
 
-A norm's node itself multiplies by the vector, so nodes before the norm compute the changed vector; see inside.py. Some
-exporters store equal vectors once. Therefore, a norm is found by the name of its node, and by the name of its vector
-only if no other node reads the vector.
+The node of a norm itself multiplies by the vector. Therefore, the changed vector is computed by nodes before the norm;
+see inside.py. Some exporters store the equal vectors of several norms as one tensor. Therefore, a norm is found by the
+name of its node, and by the name of its vector only if no other node reads the vector.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NODE = re.compile(
 )
 
 STATISTICS = {"ReduceMean", "ReduceSum", "LpNormalization"}
-"""Operators that compute statistics. In a module with one of them, a Mul by a vector belongs to a norm."""
+"""Operators that compute statistics. If a module contains one of them, a Mul by a vector in it belongs to a norm."""
 
 
 class NormLayer(GraphLayer):
@@ -74,21 +74,21 @@ class RMSNorm(NormLayer):
 
 
 class SkipNorm(NormLayer):
-    """A LayerNorm of a sum; onnxruntime's optimizer fuses the two into one node."""
+    """A LayerNorm of a sum: onnxruntime's optimizer fuses the Add and the LayerNorm into one node."""
 
     operators = ((MICROSOFT, "SkipLayerNormalization"),)
     position, vector = 2, 3
 
 
 class SkipRMSNorm(NormLayer):
-    """An RMS norm of a sum."""
+    """An RMSNorm of a sum, fused with the Add like `SkipNorm`."""
 
     operators = ((MICROSOFT, "SkipSimplifiedLayerNormalization"),)
     position, vector = 2, None
 
 
 class ScaledNorm(NormLayer):
-    """The node that multiplies by the weight, in a module whose norm consists of several nodes."""
+    """The Mul by a norm's weight, in a graph in which the norm consists of several nodes."""
 
     operators = (("", "Mul"),)
     vector = None
@@ -113,7 +113,7 @@ class ScaledNorm(NormLayer):
 
 
 class LeftScaledNorm(ScaledNorm):
-    """A `ScaledNorm` whose weight is the first factor."""
+    """A `ScaledNorm` whose weight is the first input of the Mul."""
 
     position = 0
 
@@ -121,11 +121,11 @@ class LeftScaledNorm(ScaledNorm):
 NORMS: tuple[type[NormLayer], ...] = (NormLayer, RMSNorm, SkipNorm, SkipRMSNorm, ScaledNorm, LeftScaledNorm)
 
 UNSHIFTED = (RMSNorm, SkipRMSNorm, ScaledNorm, LeftScaledNorm)
-"""Kinds of norms whose vector may be 1 plus the model's weight; only the base's weights show whether it is."""
+"""Kinds of norms whose vector in the graph may be `1 + weight`. Only the base's weights show whether it is."""
 
 
 def _module(node: ir.Node) -> str:
-    """Return the module that a node is in, from the exporter's metadata or the node's name."""
+    """Return the name of the module that a node is in, from the exporter's metadata or the node's name; else empty."""
     scopes = listed(node.metadata_props.get(SCOPES))[-2:-1]
     if scopes:
         return scopes[0]
@@ -134,7 +134,7 @@ def _module(node: ir.Node) -> str:
 
 
 def norms_of(model: ir.Model) -> dict[str, list[Spot]]:
-    """Return the norms of a graph, by the name of their module."""
+    """Return a map from the name of each module that is a norm to the nodes of the norm."""
     nodes = list(nodes_of(model))
     computing = {_inside(node) for node in nodes if node.op_type in STATISTICS}
     spots_by_module: dict[str, list[Spot]] = {}
@@ -159,7 +159,7 @@ def _inside(node: ir.Node) -> str:
 
 
 def _named(stored: Sequence[ir.Value]) -> str:
-    """Return the module's name from the name of its weight; empty if another node also reads the weight."""
+    """Return a norm's module name from the name of its weight; empty if another node also reads the weight."""
     if len(stored) != 1 or len(list(stored[0].uses())) != 1:
         return ""
     name = stored[0].name or ""
@@ -169,17 +169,17 @@ def _named(stored: Sequence[ir.Value]) -> str:
 def norms_at(
     model: ir.Model, adapter: Adapter, others: Mapping[str, Any], base: Checkpoint | None, role: str | None = None
 ) -> dict[Target, ResolvedTarget]:
-    """Return the targets that are norms.
+    """Return the adapter's targets that are norms, with their nodes in the graph.
 
     Args:
         model: the graph.
         adapter: the adapter.
-        others: a map whose keys are the names of other layers' weights.
+        others: a map whose keys are the names of other layers' weights; targets with these names are skipped.
         base: the weights that the graph was exported from.
         role: the part of the model that the graph holds, such as `encoder`, according to the graph's file name.
 
     Raises:
-        ShapeMismatch: an update does not fit a norm's channels.
+        ShapeMismatch: an update and its norm have different numbers of channels.
         TargetNotFound: a norm's values differ from the base's.
         Unsupported: the graph stores the vector as `1 + weight`, or may do so and no base is given to compare with.
     """
@@ -201,7 +201,7 @@ def _is_same(name: str, path: str, role: str | None) -> bool:
     """Whether a norm has a target's name, except for a prefix.
 
     The names in an encoder's or a decoder's graph do not contain the word `encoder` or `decoder`, so only the file's
-    name shows which of the two the graph is.
+    name shows which of the two parts the graph holds.
     """
     if not same_end(name, path):
         return False
@@ -227,7 +227,7 @@ def _check_numbers(target: Target, spots: Sequence[Spot], base: Checkpoint | Non
     if base is None or name is None:
         if any(issubclass(spot.kind, UNSHIFTED) for spot in spots):
             why = "the graph may store this norm as 1 + weight"
-            cure = "Pass the base's weights, which show whether it does: --base-weights DIR (base_weights=)"
+            cure = "Pass the base's weights, to compare the norm with them: --base-weights DIR (base_weights=)"
             raise Unsupported(why, where=str(target), cure=cure)
         return
     stored = as_array(base.tensors[name]).astype(np.float64)

@@ -2,11 +2,12 @@
 
 torch's exporters, onnxruntime and onnxsim fold `y' = s * (y - mean) + beta` with `s = gamma / sqrt(var + eps)` into a
 convolution or linear layer. The graph then holds `s * W`, and the base holds `W`. An adapter changes `W`, so its change
-must be multiplied by `s` in the graph. The scale `s` is computed from the base's statistics and verified with the
+must be multiplied by `s` in the graph. The scale `s` is computed from the base's statistics and checked against the
 graph's weight.
 
-Optimizers also fold a vector of the base that multiplies a layer's output, as the layer scale of ConvNeXt. Any vector
-of the base can be one, so it must be much nearer to the graph's weight than every other explanation.
+Optimizers also fold a vector that multiplies a layer's output into the layer, such as the layer scale of ConvNeXt. Any
+vector of the base can be such a scale. Therefore, a vector is accepted only if the base's weight times this vector is
+much nearer to the graph's weight than all other candidates are.
 """
 
 from __future__ import annotations
@@ -37,10 +38,14 @@ if TYPE_CHECKING:
     from .resolved import ResolvedTarget, Spot
 
 ALIKE = 1e-3
-"""A norm with all scales within this distance of 1 is ignored, if the layer also matches the base without the norm."""
+"""A norm whose scales differ from 1 by at most this is ignored, if the layer also matches the base without the norm."""
 
 EPSILONS = (1e-5, 1e-3, 1e-4, 1e-6, 1e-2, 1e-8)
-"""Candidates for `eps`, which weight files do not store. The first is torch's default, the second TensorFlow's."""
+"""Candidates for `eps`, which weight files do not store: torch's default, then TensorFlow's, then other values."""
+
+CHANCE = 16.0
+"""Largest decrease of the sum of squared errors that a wrong `eps` may cause by chance, as a multiple of the mean
+squared error: the square of four standard deviations."""
 
 _FUSED = re.compile(r"bn_?fusion|fuse_?bn|bn_?fuse|mul_?fusion|_weight_fused$", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
@@ -61,47 +66,47 @@ def computes_apart(layer: GraphLayer | Ended, place: ResolvedTarget) -> bool:
 
 
 def refuse_folded(places: Sequence[ResolvedTarget]) -> None:
-    """Refuse layers that may have a folded norm, if there are no base weights to verify the norm.
+    """Refuse layers into which a norm may be folded; called for layers whose weight in the base is not given.
 
     Raises:
-        Unsupported: the graph has signs of a folded norm.
+        Unsupported: the metadata, the names or the bias of a layer's node suggest a folded norm.
     """
     for place in places:
         for spot in place.spots:
             if (trace := _trace(spot, place.target.path)) is not None:
                 why = (
-                    f"a batch normalisation or a scale may be folded into this layer ({trace}), and would also scale "
-                    "the change"
+                    f"a batch normalisation or a scale may be folded into this layer ({trace}); it would also have to "
+                    "scale the adapter's change"
                 )
-                cure = "Pass the base's weights, which show whether there is one: --base-weights DIR (base_weights=)"
+                cure = "Pass the base's weights, to compare the layer with them: --base-weights DIR (base_weights=)"
                 raise Unsupported(why, where=str(place.asked), cure=cure)
 
 
 def is_norm(node: ir.Node) -> bool:
-    """Whether the exporter's metadata says that a node computes a batch normalisation, alone or fused with others."""
+    """Whether the exporter's metadata names a batch normalisation as an origin of a node, which may be fused."""
     notes = [*listed(node.metadata_props.get(CLASSES)), *listed(node.metadata_props.get(SCOPES))[-1:]]
     return any("batchnorm" in word.lower() or "batch_norm" in word.lower() for word in notes[-3:])
 
 
 def _trace(spot: Spot, path: str) -> str | None:
-    """Return the evidence that a norm may be folded into a layer, or None."""
+    """Return the evidence that a norm may be folded into a layer, as a clause for the error; None without evidence."""
     if not issubclass(spot.kind, Conv | Gemm | MatMul):
         return None
     bias = _bias_of(spot)
     if only_reader(dequantized(spot.node.outputs[0]), "BatchNormalization") is not None:
         return None
     if is_norm(spot.node):
-        return "the node's metadata names one"
+        return "the node's metadata names a batch normalisation"
     names = [*spot.names.get("initializer", ()), *spot.names.get("folded_from", ())]
-    # Ignore the sizes of a Reshape, which are int64.
+    # Skip int64 tensors: they are the sizes of a Reshape, not a bias.
     stored_array = () if bias is None else sources(bias)
     biases = [source.name or "" for source in stored_array if element_type(source) != np.int64]
     if any(_FUSED.search(name) for name in (*names, *biases, spot.node.name or "")):
-        return "a tensor's name shows it"
+        return "the name of the node or of a tensor shows it"
     # Check the names of a convolution's parameters: exporters keep these names, but folding a norm writes new tensors
     # with made-up names. For a linear layer, a made-up name proves nothing, because an exporter that transposes the
     # weight also drops its name.
-    if not issubclass(spot.kind, Conv) or path in names:  # The stored tensor has the target's name.
+    if not issubclass(spot.kind, Conv) or path in names:  # In `names`: the target is itself a stored tensor.
         return None
     if not any(same_end(name, f"{path}.weight") for name in names):
         return f"its weight has the name {names[0]}" if names else "its weight has no name"
@@ -128,17 +133,32 @@ def _bias_of(spot: Spot) -> ir.Value | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Guess:
-    """A candidate for what is folded: a norm of the base with a value of `eps`, or a vector; and the distance."""
+    """A candidate for folding: a norm of the base with one value of `eps`, or a vector of the base.
+
+    Attributes:
+        name: the name of the norm or vector in the base.
+        scale: the factor of each output channel, `[out]`.
+        shift: the term that is added to each output channel, `[out]`.
+        of_weight: the relative distance between the graph's weight and the base's weight with the candidate folded in.
+        of_bias: the relative distance between the biases.
+        is_vector: whether the candidate is a vector.
+    """
 
     name: str
     scale: Array
     shift: Array
-    distance: float
+    of_weight: float
+    of_bias: float
     is_vector: bool = False
+
+    @property
+    def distance(self) -> float:
+        """The larger of the two distances: the bias must match too, because several norms can have similar scales."""
+        return max(self.of_weight, self.of_bias)
 
 
 def with_norms(place: ResolvedTarget, base: Checkpoint, name: str) -> ResolvedTarget:
-    """Compare a layer that was found by name with the base's weight, and find a norm that is folded into the layer.
+    """Check a layer that was found by name against the base's weight, and find a norm or vector folded into the layer.
 
     Args:
         place: the target.
@@ -146,8 +166,8 @@ def with_norms(place: ResolvedTarget, base: Checkpoint, name: str) -> ResolvedTa
         name: the name of the target's weight in the base.
 
     Raises:
-        TargetNotFound: the layer's weight differs from the base's weight; or it is about equally near to the base's
-            weight and to that weight with a norm folded in.
+        TargetNotFound: the layer's weight differs from the base's weight, with or without a folded norm or vector. Or
+            two of these possibilities match the layer about equally well.
     """
     spot, stored = place.spots[0], as_array(base.tensors[name]).astype(np.float64)
     far = distance(stored.astype(np.float32), spot)
@@ -166,7 +186,8 @@ def with_norms(place: ResolvedTarget, base: Checkpoint, name: str) -> ResolvedTa
         if alike:
             return place
         why = (
-            f"the layer is about as near to the base's weight ({far:.3f}) as to that weight times the norm {best.name}"
+            f"the layer's weight is about as near to the base's weight (distance {far:.3f}) as to the base's weight "
+            f"scaled by the norm {best.name}"
         )
         raise TargetNotFound(
             why, where=str(place.asked), cure="Use a graph whose weights are quantized less, or not at all"
@@ -178,23 +199,23 @@ def _vector_of(guesses: Sequence[_Guess], far: float, place: ResolvedTarget) -> 
     """Return the vector of the base that is folded into a layer, or None.
 
     Args:
-        guesses: the guesses for the layer, the nearest first.
+        guesses: the candidates for the layer, the nearest first.
         far: the distance between the graph's weight and the base's weight without any scale.
         place: the target, for the error.
 
     Raises:
-        TargetNotFound: two vectors that differ are about equally near.
+        TargetNotFound: two different vectors match the layer about equally well.
     """
     best = next((guess for guess in guesses if guess.is_vector), None)
     norm = next((guess.distance for guess in guesses if not guess.is_vector), float("inf"))
-    # Do not accept a vector just because the plain weight is far: the many vectors of a base may include one that
-    # explains a part of what quantization did. Quantization leaves a rest that no vector explains.
+    # Do not accept a vector just because it fits better than no vector: a base has many vectors, and one of them may
+    # reduce the error of quantization a little by chance. No vector removes most of this error.
     if best is None or best.distance > NEAR or APART * best.distance > min(far, norm):
         return None
     size = float(abs(best.scale).max())
     other = next((one for one in guesses if one.is_vector and abs(one.scale - best.scale).max() > ALIKE * size), None)
     if other is not None and other.distance < APART * best.distance:
-        why = f"the layer is about as near to the base's weight times {best.name} as times {other.name}"
+        why = f"the base's weight matches the layer about equally well if scaled by {best.name} or by {other.name}"
         raise TargetNotFound(
             why, where=str(place.asked), cure="Use a graph whose weights are quantized less, or not at all"
         )
@@ -202,7 +223,7 @@ def _vector_of(guesses: Sequence[_Guess], far: float, place: ResolvedTarget) -> 
 
 
 def scaled_distance(base: Checkpoint, name: str, spot: Spot) -> float | None:
-    """Return the relative distance between a layer's weight and a base weight with the nearest norm or scale.
+    """Return the relative distance between a layer and a base weight, after the best norm or vector is folded in.
 
     Args:
         base: the base's weights.
@@ -227,18 +248,15 @@ def _may_hold(spot: Spot, W: Array) -> bool:
 def _plain(place: ResolvedTarget, far: float | None, scaled: bool = False) -> ResolvedTarget:
     if far is not None and far <= NEAR:
         return place
-    how = "another shape" if far is None else f"a distance of {far:.2f}"
+    how = "its shape differs from the base's" if far is None else f"its distance from the base's is {far:.2f}"
     cure = "Is this the base that the graph was exported from?"
     if scaled:
-        how = (
-            "those of the base, with each channel multiplied by a factor that no batch normalisation of the base has, "
-            "nor any of its vectors"
-        )
+        how = "each channel is multiplied by a factor that comes from no batch normalisation and no vector of the base"
         cure = (
-            "Pass the weights with the statistics of the norms (running_mean, running_var) and the layers' scales: "
+            "Pass base weights that contain the norms' statistics (running_mean, running_var) and the layers' scales: "
             "--base-weights DIR (base_weights=)"
         )
-    raise TargetNotFound(f"the layer of this name holds other values ({how})", where=str(place.asked), cure=cure)
+    raise TargetNotFound(f"the layer with this name holds other values ({how})", where=str(place.asked), cure=cure)
 
 
 def _bias_in_base(base: Checkpoint, weight: str) -> Array | None:
@@ -261,26 +279,26 @@ def _weight_of(spot: Spot) -> Array:
 
 
 def is_scaled(spot: Spot, W: Array) -> bool:
-    """Whether a layer's weight equals the base's weight `W` if each output channel is multiplied by some factor."""
+    """Whether a layer's weight is the base's weight `W` with each output channel multiplied by some factor."""
     W = W.swapaxes(0, 1) if issubclass(spot.kind, ConvTranspose) else W
     if W.shape != spot.shape:
         return False
     V, rows = _weight_of(spot), _by_channel(spot, W)
-    if rows.shape[1] < 2:  # One number for each channel is a multiple of any other number.
+    if rows.shape[1] < 2:  # With one element per channel, a factor always exists.
         return False
     _, rest, _ = _factors(V, rows)
     return bool(rest <= 1e-3 * np.linalg.norm(V))
 
 
 def _factors(V: Array, rows: Array) -> tuple[Array, float, Array]:
-    """Return the best factor of each channel by least squares, what it leaves of the weight, and each row's square."""
+    """Return each channel's least-squares factor, the norm of the remaining error, and each row's sum of squares."""
     squares = (rows * rows).sum(1)
     factors = (V * rows).sum(1) / np.maximum(squares, 1e-300)
     return factors, float(np.linalg.norm(V - factors[:, None] * rows)), squares
 
 
 def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None) -> Iterator[_Guess]:
-    """Yield the norms and vectors of the base that may be folded into a layer with the base's weight and bias."""
+    """Yield the norms and vectors that may be folded into a layer with the weight `W` and the bias `b` in the base."""
     V, rows = _weight_of(spot), _by_channel(spot, W)
     bias_value = _bias_of(spot)
     weight = None if bias_value is None else numbers(bias_value).reshape(-1).astype(np.float64)
@@ -288,28 +306,32 @@ def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None) -> Iterato
     size = max(float(np.linalg.norm(V)), 1e-300)
 
     def guess(name: str, scale: Array, shift: Array, is_vector: bool) -> _Guess:
-        # The rest after the best factors is orthogonal to the rows, so this is the norm of `V - scale * rows`.
-        off = float(np.sqrt(rest**2 + float(((scale - factors) ** 2 * squares).sum()))) / size
+        # The error that the best factors leave is orthogonal to the rows, so this is the norm of `V - scale * rows`.
+        off, of_bias = float(np.sqrt(rest**2 + float(((scale - factors) ** 2 * squares).sum()))) / size, 0.0
         if weight is not None:
             wanted = shift if b is None else scale * b + shift
-            # Use the larger of the distances of the weight and the bias. Both must match, because several norms can
-            # have similar scales.
-            off = max(off, float(abs(weight - wanted).max()) / max(float(abs(weight).max()), 1e-300))
-        return _Guess(name, scale, shift, off, is_vector)
+            of_bias = float(abs(weight - wanted).max()) / max(float(abs(weight).max()), 1e-300)
+        return _Guess(name, scale, shift, off, of_bias, is_vector)
 
     for name, gamma, beta, mean, var in _norms(base, len(V)) if weight is not None else ():
-        for eps in EPSILONS:
-            scale = gamma / np.sqrt(np.maximum(var, 0) + eps)
-            yield guess(name, scale, beta - scale * mean, False)
-    # One number for each channel is a multiple of any other number. A bias that is not at the layer may be scaled or
-    # not.
+        scales = [gamma / np.sqrt(np.maximum(var, 0) + eps) for eps in EPSILONS]
+        ways = [guess(name, scale, beta - scale * mean, False) for scale in scales]
+        # Rounding to a few bits changes a weight more than another `eps` does, so the nearest weight can belong to a
+        # wrong `eps`. Therefore, first compare the biases, which integer graphs store in 32 bits. Then take the first
+        # `eps` whose weight is not clearly farther than the nearest weight; see `CHANCE`.
+        least = min(one.of_bias for one in ways)
+        ways = [one for one in ways if one.of_bias <= APART * least]
+        best = min(one.of_weight for one in ways)
+        yield next(one for one in ways if V.size * (one.of_weight**2 - best**2) <= CHANCE * best**2)
+    # With one element per channel, every vector would match. If the base has a bias and the layer does not, the graph
+    # adds the bias elsewhere, and it cannot be checked whether the bias is scaled.
     if rows.shape[1] > 1 and (weight is not None or b is None):
         for name, scale in _vectors(base, len(V)):
             yield guess(name, scale, np.zeros_like(scale), True)
 
 
 def _vectors(base: Checkpoint, channels: int) -> Iterator[tuple[str, Array]]:
-    """Yield name and numbers of the base's tensors that have one number for each channel, as a layer scale has."""
+    """Yield the name and the array of each base tensor that has one element per channel, as a layer scale does."""
     for name, leaf in base.tensors.items():
         if leaf.dtype.floating and leaf.shape and max(leaf.shape) == channels == math.prod(leaf.shape):
             yield name, as_array(leaf).astype(np.float64).reshape(-1)

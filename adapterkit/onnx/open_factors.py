@@ -20,8 +20,9 @@ from ..core.updates import Additive, OutputUpdate, Update, WeightUpdate, tensor
 from ..errors import Unsupported
 from ..io.lazy import from_numpy
 from .building import Array, Branch, Building
-from .folding import part_of, seen_by, through, wide
+from .folding import part_of, seen_by
 from .heads import in_packed
+from .resolved import through, wide
 from .values import Unsayable
 
 if TYPE_CHECKING:
@@ -71,7 +72,10 @@ class OpenFactors(Additive):
 
 
 def template(update: Update, place: ResolvedTarget) -> OpenFactors | None:
-    """Return neutral factors in the shapes of an update's slots; None if more than a weight and a bias changes."""
+    """Return factors that change nothing, in the shapes of an update's slots; None if the update needs other slots.
+
+    Factors can only express changes of a layer's weight and bias.
+    """
     if isinstance(update, OutputUpdate) or place.turned or not place.spots or getattr(update, "asks", None):
         return None
     rows = place.target.rows
@@ -112,8 +116,8 @@ def worked_out(
     Args:
         model: the graph with slots.
         adapter: the adapter.
-        target: the target under the adapter's name.
-        named: the target under the graph's name, as the graph lists it with its slots.
+        target: the target, with its name in the adapter.
+        named: the target, with its name in the graph's list of slots.
         base: the base's weights.
 
     Raises:
@@ -128,18 +132,22 @@ def worked_out(
     packed = in_packed(named, by_name(spots_of(model)))
     whole = adapter.replace(updates={target if packed is named else packed: adapter.updates[target]})
     held_by = None if base is None else opened_base(base)
-    # The target has two names. If the graph's name omits the word `encoder` or `decoder` of the adapter's name, the
-    # graph holds this part of the model.
+    # If the target's name in the adapter contains `encoder` or `decoder` and its name in the graph does not, the graph
+    # holds only this part of the model.
     omitted = {"encoder", "decoder"} & ({*target.path.split(".")} - {*named.path.split(".")})
     tying = replace(Tying.of(held_by, None), role=next(iter(omitted), None))
     (place, *_) = resolve(model, whole, held_by, tying)
+    if place.target.stacked:
+        from .selected import stack_factors
+
+        return [_open_factors(stack_factors(place))]
     update, *more = place.updates
     if more:
         methods = ", ".join(update.method for update in place.updates)
         raise Unsupported(
-            f"{methods} at one target cannot share slots",
+            f"the updates of one target ({methods}) cannot share slots",
             where=str(target),
-            cure="Inject it with --mode constant (mode='constant')",
+            cure="Inject the adapter with --mode constant (mode='constant')",
         )
     spot = place.spots[0]
     norm = place.norm

@@ -18,16 +18,19 @@ THROUGH = frozenset(
 """Operators that may be between a stored tensor and a constant operand."""
 
 DEEP = 16
-"""Largest number of nodes between a stored tensor and an operand; an untrusted graph may have any number."""
+"""Largest number of nodes between a stored tensor and an operand. An untrusted graph may have arbitrarily many."""
 
 
 def nodes_of(model: ir.Model) -> Iterator[ir.Node]:
-    """Yield every node, including those in subgraphs, but not in functions, where a change would affect all calls."""
+    """Yield every node of the main graph and of its subgraphs.
+
+    Nodes in ONNX functions are omitted, because a change of a function would affect all of its calls.
+    """
     yield from model.graph.all_nodes()
 
 
 def is_constant(value: ir.Value | None, depth: int = DEEP) -> bool:
-    """Whether a value does not depend on the model's inputs."""
+    """Whether a value is computed only from stored tensors, by fewer than `depth` successive operators of `THROUGH`."""
     if value is None or depth == 0:
         return False
     if value.const_value is not None:
@@ -47,7 +50,7 @@ def sources(value: ir.Value) -> list[ir.Value]:
 
 
 def numbers(value: ir.Value) -> Array:
-    """Return the numbers of a constant value, computed by ONNX's reference implementation.
+    """Return a constant value as an array, computed by ONNX's reference implementation.
 
     Raises:
         Malformed: the nodes that compute the value have invalid inputs.
@@ -58,7 +61,7 @@ def numbers(value: ir.Value) -> Array:
     assert node is not None
     given = [None if one is None else numbers(one) for one in node.inputs]
     try:
-        # Compute two common operators here, because the reference implementation would copy the numbers.
+        # Compute two common operators here, because the reference implementation would copy the array.
         if node.op_type == "Identity":
             return _some(given[0])
         if node.op_type == "Transpose":
@@ -66,7 +69,7 @@ def numbers(value: ir.Value) -> Array:
             return _some(given[0]).transpose(order)
         return _run(node, given)
     except Exception as error:  # The reference implementation raises any type of error.
-        why = f"the numbers of {value.name!r} cannot be computed ({first_line(error)})"
+        why = f"the constant value {value.name!r} cannot be computed ({first_line(error)})"
         raise Malformed(why, where=node.name, cure="Export the model again") from None
 
 
@@ -122,10 +125,10 @@ def attribute(node: ir.Node, name: str, default: Default) -> Default: ...
 
 
 def attribute(node: ir.Node, name: str, default: object) -> object:
-    """Return a node's attribute, or the default. A default of None means that the attribute is a list of integers.
+    """Return a node's attribute, or `default` if the node does not have it. For a list of integers, pass None.
 
     Raises:
-        Malformed: the attribute has another type than the default.
+        Malformed: the attribute and the default have different types; not checked if the default is None.
     """
     entry = node.attributes.get(name)
     if entry is None:

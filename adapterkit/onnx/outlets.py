@@ -1,9 +1,9 @@
-"""Find output sites: graph values that are a target's output, the residual added to it, and the norm of the sum.
+"""Find output sites: a target's output in a graph, the residual that is added to this output, and the norm of the sum.
 
-Some modules, like BERT's `BertOutput`, add a residual themselves: a value that they read only for this sum. In other
-blocks, the sum is outside the module. For these, the update names the module whose input is the residual, and the
-module that normalises the sum. Sites are found before anything is attached. If a site's value is replaced later,
-`Building.now` returns the new value.
+Some modules, like BERT's `BertOutput`, add a residual themselves; such a module reads the residual only for this sum.
+In other models, the sum is outside the module. In this case, the update names the module whose input is the residual,
+and the module that normalises the sum. Sites are found before anything is attached. If a value of a site is replaced
+later, `Building.now` returns the new value.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Outlet:
     """The output site of a target.
 
     Attributes:
-        end: the target's output; None for a layer, because the layer's node has the output.
-        read: the target's input; None if the target reads several values, or for a layer.
+        end: the target's output; None for a layer, because `GraphLayer.end` is its output.
+        read: the target's input; None for a layer, or if the target does not read exactly one value.
         residual: the value that is added to the target's output.
         norm: the normalisation of that sum.
         hidden: the output before the module adds a residual; None if the module does not add one.
-        nodes: the nodes of the module, if an update replaces the module's input.
+        nodes: the nodes of the module, if an update replaces the module's input; else empty.
     """
 
     end: ir.Value | None = None
@@ -58,11 +58,12 @@ class Outlet:
 
 
 def outlet(model: ir.Model, target: Target, updates: Sequence[Update], is_layer: bool) -> Outlet | None:
-    """Return the output site of a target for output updates; None for a plain layer.
+    """Return the output site of a target; None for a layer whose updates name neither a residual nor a norm.
 
     Raises:
         TargetNotFound: the graph does not have the module, or a module that an update names.
-        Unsupported: the updates name different residuals.
+        Unsupported: the updates name different residuals or norms, or modules from which the residual or the norm
+            cannot be taken; or an update omits the norm of the block around the target.
     """
     where = str(target)
     outer = [update for update in updates if isinstance(update, OutputUpdate)]
@@ -70,7 +71,7 @@ def outlet(model: ir.Model, target: Target, updates: Sequence[Update], is_layer:
     named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
     if len(named) > 1:
         cure = "Put each update into a separate adapter, or change the order of the updates"
-        raise Unsupported("the updates of one target have different residuals", where=where, cure=cure)
+        raise Unsupported("the updates of one target name different residuals or norms", where=where, cure=cure)
     residual, norm = next(iter(named), ("", ""))
     if norm and not all(update.whole for update in placed):
         why = "the block around the target normalises the output, so the norm cannot be omitted"
@@ -92,7 +93,7 @@ def outlet(model: ir.Model, target: Target, updates: Sequence[Update], is_layer:
 def _read(model: ir.Model, target: Target, path: str, where: str) -> ir.Value:
     module = module_at(model, _beside(target, path), where)
     if module.read is None:
-        why = f"the module {module.path} reads {len(module.entering)} values, so its input is not the residual"
+        why = f"the residual must be the only input of {module.path}, but it has {len(module.entering)} inputs"
         raise Unsupported(why, where=where, cure="Correct the update's `residual`")
     return module.read
 
@@ -111,14 +112,14 @@ def _beside(target: Target, path: str) -> str:
 
 
 def _residual_outlet(module: Module, end: ir.Value) -> Outlet | None:
-    """Return the output site of a module that adds a residual at its end, and may normalise the sum; else None."""
+    """Return the output site of a module that ends with a residual sum or with a norm of this sum; else None."""
     sums = [(node, at) for node in module.nodes for at in (0, 1) if _adds(module, node, at)]
     if len(sums) != 1:
         return None
     (node, at) = sums[0]
     total = node.outputs[0]
     through = between(total, end, module.nodes)
-    # Refuse a constant matrix after the sum: it belongs to another layer, not to a normalisation.
+    # A constant matrix after the sum belongs to another layer, not to a normalisation. So the module does not end here.
     if any(len(one.shape or ()) > 1 and is_constant(one) for n in through for one in n.inputs if one is not None):
         return None
     read = [value for value in module.entering if value is not node.inputs[at]]
@@ -127,7 +128,7 @@ def _residual_outlet(module: Module, end: ir.Value) -> Outlet | None:
 
 
 def _adds(module: Module, node: ir.Node, at: int) -> bool:
-    """Whether input `at` of an Add is a residual: an outside value that no other node of the module reads."""
+    """Whether input `at` of an Add is a residual: a value from outside the module that only this node in it reads."""
     if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
         return False
     given, other = node.inputs[at], node.inputs[1 - at]
@@ -178,7 +179,7 @@ class Ended:
 
     @property
     def adds_more(self) -> bool:
-        """Whether the layer's node adds something that is not its bias."""
+        """Whether the layer's node adds something other than the layer's bias."""
         return self.layer is not None and self.layer.adds_more
 
     @property
@@ -191,9 +192,9 @@ class Ended:
             y: Value = self.layer(x)
             return y
         if x is not self.x and not self.outlet.nodes:
-            raise Unsayable("a graph contains a module's output only for the module's own input")
+            raise Unsayable("the formula changes the module's input, for which the graph does not compute an output")
         if self.asked is not None and self.asked is not x:
-            raise Unsayable("a module has one output, and the formula calls it with two inputs")
+            raise Unsayable("the formula calls the module with two inputs, but the graph computes it only once")
         self.asked = x
         return self.y
 
@@ -223,7 +224,7 @@ class Ended:
 
     def op(self, x: Value, w: Value) -> Value:
         if self.layer is None:
-            raise Unsayable("a module has no weight to replace")
+            raise Unsayable("the formula replaces a weight, but the target is a module, which has none")
         y: Value = self.layer.op(x, w)
         return y
 
@@ -252,7 +253,7 @@ class Ended:
 
 
 class _Unread(Value):
-    """The input of a module that reads several values: formulas may pass it on, but not compute with it."""
+    """The input of a module that reads several values, or none. A formula may pass it on, but not compute with it."""
 
     __slots__ = ()
 

@@ -73,13 +73,13 @@ class PackedNumbers(Grouped):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
-    """The layout of an integer tensor as a matrix. Each row, or each group of columns in a row, has one scale.
+    """How to arrange an integer tensor as a matrix in which each row, or each group of columns in a row, has one scale.
 
     Attributes:
         shape: the tensor's shape.
         scale: the stored scales: one for the tensor, one per channel, or one per block.
         axis: the axis along which the scales differ.
-        block: the number of entries along the axis that share a scale; 0 for a scale per channel.
+        block: the number of successive elements along the axis that share a scale; 0 if the scales have no blocks.
     """
 
     shape: tuple[int, ...]
@@ -107,7 +107,10 @@ class Seen:
         return np.broadcast_to(small.reshape(-1, 1), (self.scale.size, 1))
 
     def small(self, wide: Array | int, like: Array) -> Array:
-        """Convert `[rows, groups]` back to the shape and dtype of the stored tensor `like`."""
+        """Convert scales or zero points `[rows, groups]` to the shape and dtype of the stored tensor `like`.
+
+        A single integer, the zero point of all groups, is not converted: `like` is returned.
+        """
         if isinstance(wide, int):
             return like
         if not self.block:
@@ -133,7 +136,7 @@ class Seen:
 def numbers_in(
     node: ir.Node, q: Array, zero: Array | int, scale: Array, limits: tuple[int, int], bits: int
 ) -> PackedNumbers:
-    """Combine integers `[rows, columns]` with zero points and scales `[rows, groups]` into packed numbers."""
+    """Return a packed weight of integers `[rows, columns]` and of zero points and scales `[rows, groups]`."""
     return PackedNumbers(
         node.name or "", q.shape, DTYPES["F32"], (), scale.shape[1], None, bits, q, zero, scale, limits
     )  # fmt: skip
@@ -146,12 +149,12 @@ def unknown(node: ir.Node) -> Unsupported:
 
 
 def split(rows: Array, bits: int) -> Array:
-    """Unpack numbers of a few bits from bytes to `[rows, columns]`, int32."""
+    """Unpack integers of `bits` bits each from bytes to `[rows, columns]`, int32."""
     return unpacked(rows, bits).astype(np.int32)
 
 
 def joined_bits(rows: Array, bits: int) -> Array:
-    """Pack numbers of a few bits into bytes, lowest bits first; pad rows with zeros."""
+    """Pack integers of `bits` bits each into bytes, lowest bits first; fill the last byte of each row with zeros."""
     per = 8 // bits
     full = np.pad(rows, ((0, 0), (0, -rows.shape[1] % per))).astype(np.uint8)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
@@ -160,8 +163,8 @@ def joined_bits(rows: Array, bits: int) -> Array:
 
 
 # Layers that onnxruntime's tools write: fused layers, and layers that compute with packed weights.
-# An attached adapter leaves the packed numbers unchanged. Its nodes compute in floating point, on the layer's input
-# before it is quantized.
+# An attached adapter leaves the packed weight unchanged. The adapter's nodes compute in floating point, and read the
+# layer's input before this input is quantized.
 # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 
 
@@ -183,7 +186,7 @@ class FusedMatMul(MatMul):
     def op(self, x: Value, w: Value) -> Value:
         if not attribute(self.node, "transA", 0):
             return super().op(x, w)
-        # Use a FusedMatMul, not a Transpose: a Transpose needs the number of axes, which such graphs do not show.
+        # Use a FusedMatMul, not a Transpose: a Transpose needs the number of axes, and optimized graphs do not give it.
         turned = self._of(x, w).mT
         words, domain = {"transA": 1}, "com.microsoft"
         out = self.branch.node("FusedMatMul", [x.value, turned.value], words, x.dtype, None, domain=domain)
@@ -246,7 +249,7 @@ class MatMulNBits(GraphLayer):
 
 
 class MatMulInteger(GraphLayer):
-    """`Mul(Cast(MatMulInteger(quantized x, W8)), scales)`, the result of dynamic quantization."""
+    """`Mul(Cast(MatMulInteger(quantized x, W8)), scales)`, the nodes that dynamic quantization writes for a layer."""
 
     op_type = "MatMulInteger"
 
@@ -294,7 +297,7 @@ class MatMulInteger(GraphLayer):
 
 
 class ConvInteger(MatMulInteger, Conv):
-    """A convolution like `MatMulInteger`; an Add of its bias may follow."""
+    """A dynamically quantized convolution, with the same nodes as `MatMulInteger`; an Add of the bias may follow."""
 
     op_type = "ConvInteger"
     vector = None
@@ -311,7 +314,7 @@ class ConvInteger(MatMulInteger, Conv):
 
     @classmethod
     def added(cls, node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
-        """Return the Add of a constant to each channel, and the constant; None if there is no such node."""
+        """Return the Add of the bias that follows the convolution, and the bias; None if no such Add follows."""
         scaled = _scaled(node)
         assert scaled is not None
         y, shape = scaled[0], cls.stored_shape(node)
@@ -325,7 +328,7 @@ class ConvInteger(MatMulInteger, Conv):
 
 
 def unpacked(rows: Array, bits: int) -> Array:
-    """Unpack numbers of a few bits from bytes, lowest bits first; keeps the dtype uint8."""
+    """Unpack integers of `bits` bits each from bytes, lowest bits first, to `[rows, columns]`, uint8."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     each: Array = (rows[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
     return each.reshape(len(rows), -1)
@@ -347,7 +350,7 @@ def _quantizer(node: ir.Node) -> ir.Node | None:
 
 
 def _scaled(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """Return a MatMulInteger's output after cast and scales, and the weight's scales; None for other patterns."""
+    """Return the output of the Cast and the Mul after a MatMulInteger, and the weight's scales; else None."""
     quantizer, cast = _quantizer(node), only_reader(node.outputs[0], "Cast")
     mul = None if cast is None else only_reader(cast.outputs[0], "Mul")
     if quantizer is None or cast is None or mul is None:
@@ -366,24 +369,24 @@ def _scaled(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
 
 
 CHOICES = {choice: WHY[choice] for choice in ("dequantize", "requantize")}
-"""The choices of a merge for packed weights, each with its meaning."""
+"""Map from each value of a merge's argument `quantized` to its meaning."""
 
 EXPLAINED = (
     "Choose: (1) keep_change='float' (--keep-change float): keep the weight unchanged, and store the change beside it "
-    "as floating-point factors; (2) quantized='dequantize' (--quantized dequantize): fold into the dequantized weight "
-    "and write a floating-point layer; (3) quantized='requantize' (--quantized requantize): quantize the result "
-    "again in the same scheme, and report how much of the change is left"
+    "as floating-point factors; (2) quantized='dequantize' (--quantized dequantize): fold the change into the "
+    "dequantized weight, and write a floating-point layer; (3) quantized='requantize' (--quantized requantize): "
+    "quantize the changed weight again in the same scheme, and report how much of the change is left"
 )
 
 KEEPING = {
     "float": "keep each packed weight unchanged, and store its change beside it as floating-point factors",
     "packed": "quantize each changed weight again, however much of the change is lost",
 }
-"""The choices of a merge for the change of a packed weight, each with its meaning."""
+"""Map from each value of a merge's argument `keep_change` to its meaning."""
 
 MOST_LOST = 0.05
-"""The largest fraction of a change that quantizing again may lose. By default, a change that would lose more is
-attached beside the weight."""
+"""The largest fraction of a change that may be lost when the changed weight is quantized again. By default, if more
+would be lost, the change is stored beside the unchanged weight."""
 
 PACKED = re.compile(r"(?:_quantized|_q|(?:_DQ)?_Q\d)$")
 """Suffixes that quantizers append to the name of a weight."""
@@ -420,7 +423,7 @@ def _floating(kind: type[GraphLayer]) -> type[GraphLayer] | None:
 
 
 def _plain_operands(spot: Spot, layer: GraphLayer, value: ir.Value) -> ir.Node:
-    """Remove the QuantizeLinear and DequantizeLinear of a node's weight, input and output; return the node."""
+    """Remove the QuantizeLinear and DequantizeLinear nodes at a node's weight, input and output; return the node."""
     node, other = spot.node, 1 - spot.kind.position
     before = [one.producer() for one in node.inputs[:2] if one is not None]
     node.replace_input_with(other, layer.read)
@@ -436,7 +439,7 @@ def _plain_operands(spot: Spot, layer: GraphLayer, value: ir.Value) -> ir.Node:
 def _unpacked(
     spot: Spot, layer: GraphLayer, plain: type[GraphLayer] | None, building: Building, fresh: Fresh
 ) -> ir.Value:
-    """Return the dequantized weight, computed when it is written; layers with the same packed weight share it."""
+    """Return the dequantized weight, which is computed when it is written; layers with one packed weight share it."""
     operand = layer.operand
     inputs = [id(operand), *(id(one) for one in spot.node.inputs[2:])]
     key: Hashable = tuple(inputs) if plain is not None else id(operand)
@@ -455,13 +458,13 @@ def _unpacked(
         tensor = ir.LazyTensor(worked_out, kind, sizes, cache=False, name=name)
         fresh[key] = ir.Value(name=name, shape=sizes, type=ir.TensorType(kind), const_value=tensor)
         building.model.graph.register_initializer(fresh[key])
-        # Keep the operand alive, so that its id is not reused.
+        # Keep the operand alive: its id is in a key of `fresh`, and Python reuses the ids of deleted objects.
         building.keep(operand)
     return fresh[key]
 
 
 def _plain_node(layer: GraphLayer, value: ir.Value) -> ir.Node:
-    """Replace a node that computes with packed weights by a MatMul, followed by an Add if the node has a bias."""
+    """Replace a node that computes with packed weights by floating-point nodes; return the first of these nodes."""
     branch, graph, last = layer.branch, layer.node.graph, layer.result.producer()
     assert graph is not None
     assert last is not None
@@ -515,8 +518,8 @@ class Packing:
         stored: the stored tensor, and whether the layer reads it transposed.
         shape: the stored weight's shape.
         numbers: the weight as rows of integers, with their zero points and scales.
-        rows: a function that converts a weight in its stored axis order to rows.
-        put: a function that replaces the layer's integers, zero points and scales.
+        rows: a function that converts a weight in its stored axis order to the rows of `numbers`.
+        put: a function that replaces the layer's integers, zero points and scales by new packed numbers.
     """
 
     stored: Stored
@@ -652,7 +655,7 @@ def _in_linear(
 def _in_product(
     spot: Spot, node: ir.Node, stored: Stored, building: Building, fresh: Fresh
 ) -> Packing:  # fmt: skip
-    """Return the packing of `Cast(q) * scale`: 8-bit weights, dequantized without quantization operators."""
+    """Return the packing of `Cast(q) * scale`: integer weights that are dequantized without a DequantizeLinear."""
     cast = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
     made_by = None if cast is None else cast.producer()
     scale = next((v for v in node.inputs if v is not None and v is not cast and v.const_value is not None), None)
@@ -692,7 +695,7 @@ def _copied(spot: Spot, node: ir.Node, stored: Stored, inputs: list[ir.Value], b
 
 
 def replaced(building: Building, fresh: Fresh, old: ir.Value | None, array: Array) -> ir.Value:
-    """Return a new tensor in place of an old one, in the same dtype. Equal replacements of one tensor are shared."""
+    """Return a new tensor that can replace `old`, in its dtype. Equal replacements of one tensor are shared."""
     assert old is not None
     assert old.const_value is not None
     kind = old.const_value.dtype

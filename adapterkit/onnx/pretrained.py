@@ -50,26 +50,29 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .exporting import Adapters
-    from .pretrained_calls import PretrainedModel
+    from .pretrained_types import PretrainedModel
 
 
 # Export a torch module that a user's function returns together with example inputs.
 
 
 EXPORT_OPTIONS = frozenset({"kwargs", "input_names", "output_names", "dynamic_shapes", "opset", "inside", "also"})
-"""Arguments of `export` that the user's function may return; the caller's `opset` takes precedence."""
+"""Arguments of `export` that the user's function may set in the dictionary that it returns. If the caller also sets
+`opset`, the caller's value is used."""
 
 
 def export_factory(
     factory: str, out: str | PathLike[str], *, weights: str | PathLike[str] | None = None, overwrite: bool = False,
     **options: object,
 ) -> GraphReport:  # fmt: skip
-    """Export the module that a function returns: write a folder with `model.onnx` and adapter files for its slots.
+    """Export the torch module that a function returns to a folder.
+
+    The folder contains `model.onnx` and, for a graph with slots, the adapter files that fill the slots.
 
     Args:
-        factory: `module:function`, imported with the working folder first on Python's path. The function takes no
-            arguments. It returns `(torch module, example arguments)`, optionally followed by a dictionary of arguments
-            of `export` (those in `EXPORT_OPTIONS`, which describe the module's call).
+        factory: `module:function`. The working folder is added to Python's path for the import. The function takes no
+            arguments. It returns `(torch module, example arguments)`, optionally followed by a dictionary of those
+            arguments of `export` that are in `EXPORT_OPTIONS`.
         out: the folder to write; a rename creates it when the export is complete.
         weights: a file or folder of weights to load into the module; it must contain all of the module's parameters and
             buffers.
@@ -78,7 +81,7 @@ def export_factory(
             returns.
 
     Raises:
-        UsageError: there is no such function, or the function returns something else.
+        UsageError: the function does not exist, fails, or returns something else than described above.
         ShapeMismatch: the weights do not fit the module.
         Also the errors of `export`. After an error, `out` is unchanged.
     """
@@ -99,7 +102,7 @@ def _call_factory(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str
     module, colon, name = factory.partition(":")
     if not (module and colon and name):
         raise UsageError(f"{factory!r} does not name a function", where="model", cure="Pass module:function")
-    # Add the working folder to the path, because for a console command Python only adds the command's folder.
+    # For a console command, Python adds only the folder of the command to the path, so add the working folder.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -107,7 +110,7 @@ def _call_factory(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str
     except AdapterkitError:
         raise
     except Exception as error:  # The user's code may raise anything.
-        why = f"{factory} cannot be called ({type(error).__name__}: {error})"
+        why = f"{factory} cannot be imported or called ({type(error).__name__}: {error})"
         raise UsageError(why, where="model", cure="Pass a function that takes no arguments") from error
     parts: tuple[Any, ...] = result if isinstance(result, tuple) else (result,)
     if len(parts) not in (2, 3) or not isinstance(parts[0], nn.Module) or not isinstance(parts[1], tuple | list):
@@ -115,7 +118,7 @@ def _call_factory(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str
         raise UsageError(f"{factory} does not return a module and its arguments", where="model", cure=cure)
     more = dict(parts[2]) if len(parts) == 3 else {}
     if foreign := sorted(more.keys() - EXPORT_OPTIONS, key=str):
-        cure = f"Omit it; a function may return: {', '.join(sorted(EXPORT_OPTIONS))}"
+        cure = f"Remove it from the returned dictionary, which may have: {', '.join(sorted(EXPORT_OPTIONS))}"
         raise UsageError(
             f"{factory} returns the argument {foreign[0]}, which only the caller may set", where="model", cure=cure
         )
@@ -146,13 +149,15 @@ def export_pretrained(
     check: bool = True, overwrite: bool = False, made_from: str | None = None, rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> GraphReport:  # fmt: skip
-    """Export a transformers folder to a folder with `model.onnx`, adapter files for slots, config and tokenizer.
+    """Export a transformers folder to a folder with `model.onnx`, the config and the tokenizer.
 
-    For a causal language model, the folder also contains `genai_config.json`, which onnxruntime-genai needs.
+    If the mode is `slots`, the new folder also contains the adapter files. If the model is a causal language model, the
+    folder also contains `genai_config.json`, which onnxruntime-genai needs.
 
-    An encoder-decoder becomes several graphs. Classes of optimum such as `ORTModelForSeq2SeqLM` load them. A language
-    model that reads images becomes the graphs that transformers.js loads; see `pretrained_parts`. If there are several
-    graphs, an adapter gets one `.onnx_adapter` file for each graph that has some of the adapter's targets.
+    An encoder-decoder is exported as several graphs, which classes of optimum such as `ORTModelForSeq2SeqLM` load. A
+    language model that reads images is exported as the graphs that transformers.js loads; see `pretrained_parts`. If
+    there are several graphs, an adapter gets one `.onnx_adapter` file for each graph that has some of the adapter's
+    targets.
 
     Args:
         model: a folder that transformers saved; nothing is downloaded, and no code in the folder is run.
@@ -162,8 +167,8 @@ def export_pretrained(
         dtype: the dtype in which the graph computes.
         opset: the opset version; torch's default if not given.
         quantize: see `export`.
-        share_weights: write to the model's own folder, and make the graph refer to the safetensors files there instead
-            of a copy. If the graph computes in 32 bits, it casts 16-bit weights.
+        share_weights: write to the model's own folder, and let the graph read its weights from the safetensors files
+            there instead of storing a copy. If these weights have 16 bits and `dtype` has 32, the graph casts them.
         check: run the result in onnxruntime and compare it with the torch model.
         overwrite: replace a folder that an export wrote.
         made_from: a digest of everything that determines the output, stored with the output for later runs.
@@ -190,7 +195,7 @@ def export_pretrained(
         check_folder(target, overwrite)
     if strict_base:
         check_base([*read_adapters(adapter).items()], source, strict=True)
-    # Tracing takes minutes, so first check for links that leave the folder.
+    # Check for links that leave the folder before tracing, because tracing takes minutes.
     if not share_weights:
         _to_carry(source)
     with quiet():
@@ -226,8 +231,8 @@ def export_pretrained(
 
 
 def _make_traceable(model: nn.Module) -> None:
-    """Let experts select their weights by index: torch cannot export transformers' default, a grouped product."""
-    choose = getattr(model, "set_experts_implementation", None)  # transformers 4 has one implementation.
+    """Let experts select their weights by index: torch cannot export transformers' default, a grouped matmul."""
+    choose = getattr(model, "set_experts_implementation", None)  # transformers 4 offers no choice.
     if choose is not None:
         choose("batched_mm")
 
@@ -260,7 +265,11 @@ def _check_for_parts(adapter: Adapters, source: Path, model: nn.Module, rename: 
 def _whole(
     reports: Mapping[str, GraphReport], scratch: Path, target: Path, carried: Sequence[Path], adapter: Adapters
 ) -> GraphReport:  # fmt: skip
-    """Return one report of all parts; warn about targets that no graph has, because no output depends on them."""
+    """Return one report for all graphs of a model.
+
+    The report warns about targets that no graph has. Their layers are not exported, because no output of the model
+    depends on them.
+    """
     adapters = read_adapters(adapter) if any(report.left for report in reports.values()) else {}
     unused = [
         at
@@ -279,9 +288,7 @@ def _check_sharing(source: Path, target: Path, share_weights: bool) -> None:
         cure = "Write to another folder, or share the weights: --share-weights (share_weights=True)"
         raise UsageError("the output is the model's own folder", path=target, cure=cure)
     if share_weights and not same_folder:
-        why = (
-            "a graph that shares the model's weights must be in the model's folder: runtimes do not read files outside"
-        )
+        why = "a graph that shares the model's weights must be in their folder: runtimes read no files from elsewhere"
         raise UsageError(why, path=target, cure=f"Write to {source}")
     taken = [target / name for name in GRAPHS if (target / name).exists()]
     if share_weights and taken:
@@ -289,7 +296,7 @@ def _check_sharing(source: Path, target: Path, share_weights: bool) -> None:
 
 
 def _carried(source: Path, out: Path) -> list[Path]:
-    """Copy the config and tokenizer files; return the copies."""
+    """Copy the config and tokenizer files to `out`, and return the paths of the copies."""
     copied = []
     for file in _to_carry(source):
         try:
@@ -301,13 +308,13 @@ def _carried(source: Path, out: Path) -> list[Path]:
 
 
 def _to_carry(source: Path) -> list[Path]:
-    """Return the config and tokenizer files; refuse a link to a file outside of the model's folder.
+    """Return the config and tokenizer files, and refuse links to files outside of the model's folder.
 
-    In huggingface_hub's cache, a link may lead to any file in the cache of the model's repository.
+    In huggingface_hub's cache, links to all files of the same repository are allowed.
     """
     home = source.resolve()
     root = home.parent.parent if home.parent.name == "snapshots" else home
-    # In huggingface_hub's cache, files of a snapshot are links into `blobs`, two levels above the snapshot.
+    # In huggingface_hub's cache, the files in `snapshots/REVISION` are links to files in `blobs`, beside `snapshots`.
     files = [source / name for name in CARRIED if (source / name).is_file()]
     for file in files:
         if not file.resolve().is_relative_to(root):

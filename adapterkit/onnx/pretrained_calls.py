@@ -3,90 +3,34 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, cast
 
 from ..errors import Unsupported
+from .caches import Past
 from .tracing import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from .pretrained_types import Cache, PretrainedModel
+
     Nested = Tensor | Sequence["Nested"] | None
     Open = dict[int, str] | Sequence["Open"] | None
 
 INSIDE = "model"
-"""Name of the attribute that holds the model inside the wrapper modules of this file."""
-
-
-class ModelConfig(Protocol):
-    """A config of transformers; each architecture has its own attributes."""
-
-    model_type: str
-
-    def get_text_config(self) -> ModelConfig: ...
-
-    def __getattr__(self, name: str) -> Any: ...
-
-
-class PretrainedOutput(Protocol):
-    """The outputs of a transformers model, by name."""
-
-    logits: Tensor
-    last_hidden_state: Tensor
-
-    def __getitem__(self, name: str) -> Tensor: ...
-
-    def get(self, name: str) -> object: ...
-
-
-class CacheLayer(Protocol):
-    """The cached keys and values of one layer."""
-
-    keys: Tensor
-    values: Tensor
-
-
-class Cache(Protocol):
-    """A cache of transformers; only `EncoderDecoderCache` has the last three attributes."""
-
-    layers: Sequence[CacheLayer]
-    self_attention_cache: Cache
-    cross_attention_cache: Cache
-    is_updated: dict[int, bool]
-
-
-class PretrainedModel(Protocol):
-    """The attributes of transformers' `PreTrainedModel` that an export uses."""
-
-    config: ModelConfig
-    main_input_name: str
-
-    @property
-    def forward(self) -> Callable[..., object]: ...
-
-    def __call__(self, *args: object, **kwargs: object) -> PretrainedOutput: ...
-
-    def parameters(self) -> Iterator[Tensor]: ...
-
-    def get_encoder(self) -> Callable[..., PretrainedOutput]: ...
-
-    def get_input_embeddings(self) -> nn.Embedding: ...
-
-    def get_image_features(self, *, pixel_values: Tensor) -> object: ...
-
-    def set_attn_implementation(self, name: str) -> None: ...
+"""The name of the attribute in which wrapper modules (`ExportWords.module`) store the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportWords:
-    """The description of a model's call, for an export.
+    """A description of how a model is called, which `export` needs to trace the model.
 
     Attributes:
-        module: a wrapper that takes positional tensors and returns tensors.
+        module: a module that calls the model: it takes tensors as positional arguments, and returns tensors.
         examples: example arguments of several sizes; the first one is traced.
         inputs: names of the inputs; nested inputs are flattened.
         outputs: names of the outputs.
@@ -101,14 +45,16 @@ class ExportWords:
 
 
 def words_of(model: PretrainedModel, source: Path) -> ExportWords:
-    """Describe a model's call, from the model's class and the signature of `forward`.
+    """Describe how a causal language model, an encoder or a classifier is called.
+
+    The description depends on the model's class and on the parameters of the model's `forward`.
 
     Args:
         model: a transformers model in evaluation mode.
         source: the model's folder, for errors.
 
     Raises:
-        Unsupported: the kind of model is unknown.
+        Unsupported: the model does not read tokens, or does not keep its past in a cache of transformers.
     """
     if "input_ids" not in inspect.signature(model.forward).parameters:
         cure = "Export the torch model with adapterkit.onnx.export"
@@ -147,7 +93,7 @@ def _encoder(model: PretrainedModel) -> ExportWords:
         outputs_now = model(**dict(zip(inputs, example(1, 2), strict=True)), return_dict=True)
     outputs = [name for name in ("logits", "last_hidden_state", "pooler_output", "start_logits", "end_logits")
                if isinstance(outputs_now.get(name), torch.Tensor)]  # fmt: skip
-    shapes = tuple({0: "batch", 1: "sequence"} for _ in inputs)
+    shapes = tuple({0: "batch_size", 1: "sequence"} for _ in inputs)
     examples = (example(2, 5), example(1, 3))
     return ExportWords(EncoderCall().eval(), examples, tuple(inputs), tuple(outputs), (shapes,))
 
@@ -156,57 +102,47 @@ def _causal(model: PretrainedModel, source: Path) -> ExportWords:
     import torch
     from torch import nn
 
-    transformers = import_module("transformers")
     asked = inspect.signature(model.forward).parameters
-    word = "past_key_values" if "cache" not in asked else "cache"
+    word = cache_word(model)
     input_names = ["input_ids", "attention_mask", *(["position_ids"] if "position_ids" in asked else [])]
+    past = Past(model, word, source, {"input_ids": tokens(model, 1, 2)})
 
     class DecoderCall(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, ids: Tensor, mask: Tensor, *rest: Nested) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-            cache: Cache = transformers.DynamicCache(rest[-1])
-            given = dict(zip(input_names, (ids, mask, *rest[:-1]), strict=True))
-            logits = self.model(**given, **{word: cache}, use_cache=True, return_dict=True).logits
-            return logits, pairs(cache)
+        def forward(self, ids: Tensor, mask: Tensor, *rest: Nested) -> tuple[Tensor, list[Tensor]]:
+            cache = past.cache(cast("list[Tensor]", rest[-1]))
+            given = dict(zip(input_names, (ids, past.mask(mask, ids.shape[1]), *rest[:-1]), strict=True))
+            with past.scans(self.model):
+                logits = self.model(**given, **{word: cache}, use_cache=True, return_dict=True).logits
+            return logits, past.tensors_of(cache)
 
-    sizes = past_sizes(model, word, source)
-    kind = next(model.parameters()).dtype
     rng = torch.Generator().manual_seed(0)
 
-    def example(batch: int, length: int, past: int) -> tuple[Nested, ...]:
-        mask = torch.ones(batch, past + length, dtype=torch.int64)
+    def example(batch: int, length: int, before: int) -> tuple[Nested, ...]:
+        mask = torch.ones(batch, before + length, dtype=torch.int64)
         # Mask out one position of the past, so that the check covers left padding.
-        mask[0, : int(batch > 1 and past > 0)] = 0
-        positions = torch.arange(past, past + length)[None].repeat(batch, 1)
-        # Use a random past instead of zeros, so that the outputs depend on it.
-        cache = [
-            tuple(torch.randn(batch, heads, past, width, generator=rng).to(kind) for heads, width in pair)
-            for pair in sizes
-        ]
-        return (tokens(model, batch, length), mask, *([positions] if "position_ids" in input_names else []), cache)
+        mask[0, : int(batch > 1 and before > 0)] = 0
+        positions = torch.arange(before, before + length)[None].repeat(batch, 1)
+        places = [positions] if "position_ids" in input_names else []
+        return (tokens(model, batch, length), mask, *places, past.example(batch, before, rng))
 
     axes = {"input_ids": "sequence", "attention_mask": "total", "position_ids": "sequence"}
     return ExportWords(
         DecoderCall().eval(),
         (example(2, 3, 5), example(1, 4, 0), example(1, 1, 4)),
-        (*input_names, *past_names("past_key_values", len(sizes))),
-        ("logits", *past_names("present", len(sizes))),
-        (*({0: "batch", 1: axes[name]} for name in input_names[:2]),
-         (*({0: "batch", 1: axes[name]} for name in input_names[2:]), past_axes(len(sizes)))),
+        (*input_names, *past.names()),
+        ("logits", *past.names(present=True)),
+        (*({0: "batch_size", 1: axes[name]} for name in input_names[:2]),
+         (*({0: "batch_size", 1: axes[name]} for name in input_names[2:]), past.axes())),
     )  # fmt: skip
 
 
-def past_names(word: str, layers: int) -> list[str]:
-    """Return the names of the inputs or outputs for cached keys and values, as in optimum."""
-    return [f"{word}.{at}.{part}" for at in range(layers) for part in ("key", "value")]
-
-
-def past_axes(layers: int) -> list[tuple[dict[int, str], ...]]:
-    """Return the dynamic axes of cached keys and values."""
-    return [({0: "batch", 2: "past"},) * 2 for _ in range(layers)]
+def cache_word(model: PretrainedModel) -> str:
+    """Return the name of the parameter of `forward` that takes the cache; transformers 5 renamed this parameter."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def tokens(model: PretrainedModel, batch: int, length: int) -> Tensor:
@@ -220,22 +156,3 @@ def tokens(model: PretrainedModel, batch: int, length: int) -> Tensor:
 def pairs(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     """Return the keys and values of each layer of a cache."""
     return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def past_sizes(model: PretrainedModel, word: str, source: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Run the model once; return, for each layer, `(heads, head size)` of the keys and of the values."""
-    # Read these sizes from a real cache, because their names in a config depend on the architecture.
-    import torch
-
-    cache: Cache = import_module("transformers").DynamicCache()
-    try:
-        with torch.no_grad(), quiet():
-            model(input_ids=tokens(model, 1, 2), **{word: cache}, use_cache=True)
-        sizes = [((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in pairs(cache)]
-    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        why = f"the past of a {type(model).__name__} does not consist of keys and values ({error})"
-        raise Unsupported(why, path=source, cure="Export the torch model with adapterkit.onnx.export") from None
-    if not sizes:
-        why = f"a {type(model).__name__} does not cache keys and values"
-        raise Unsupported(why, path=source, cure="Export the torch model with adapterkit.onnx.export")
-    return sizes

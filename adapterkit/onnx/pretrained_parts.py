@@ -1,8 +1,8 @@
 """Export models as several graphs: encoder-decoders, and language models that read images.
 
 The files have the names that optimum and transformers.js expect. An encoder-decoder becomes `encoder_model.onnx`,
-`decoder_model.onnx` for the first token and `decoder_with_past_model.onnx` for the others. A language model that reads
-images becomes `vision_encoder.onnx`, `embed_tokens.onnx` and `decoder_model_merged.onnx`, which reads embeddings.
+`decoder_model.onnx` for the first token and `decoder_with_past_model.onnx` for the others. See `vision_language` for
+language models that read images.
 """
 
 from __future__ import annotations
@@ -11,59 +11,53 @@ import inspect
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import Unsupported, first_line
 from ..torch.pretrained import silent
-from .pretrained_calls import ExportWords, pairs, past_axes, past_names, past_sizes, tokens
+from .pretrained_calls import ExportWords, cache_word, pairs, tokens
 from .tracing import quiet
+from .vision_language import EMBEDDING, MERGED, VISION, image_shape, vision_language
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .pretrained_calls import Cache, ModelConfig, Nested, PretrainedModel
+    from .pretrained_calls import Nested
+    from .pretrained_types import Cache, PretrainedModel
 
 ENCODER, DECODER, WITH_PAST = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
 
-VISION, EMBEDDING, MERGED = "vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"
-
 FILES = (ENCODER, DECODER, WITH_PAST, VISION, EMBEDDING, MERGED)
-"""The names of all graphs that an export may write for the parts of a model."""
+"""The file names of all graphs that an export may write for a model that becomes several graphs."""
 
 MASKED = ("input_ids",)
-"""Main inputs that an encoder reads together with a mask."""
+"""Values of transformers' `main_input_name` for which the encoder also reads an attention mask."""
 
 UNMASKED = {"input_features": ("whisper",), "pixel_values": ("vision-encoder-decoder",)}
-"""Main inputs that an encoder reads alone, without a mask, each with the `model_type`s of such encoder-decoders."""
-
-CLOSE = 1e-4
-"""Largest accepted relative difference between the parts' logits and the whole torch model's logits, in float32."""
-
-CLOSE_NARROW = 3e-2
-"""Largest accepted relative difference of these logits in 16 bits."""
+"""Values of transformers' `main_input_name` for which the encoder reads no mask, with the supported `model_type`s."""
 
 _WHOLE = "Export the torch model with adapterkit.onnx.export"
 
 
 def parts_of_model(model: PretrainedModel, source: Path) -> dict[str, ExportWords]:
-    """Return the parts of a model to export as graphs, by file name; empty if the model becomes one graph.
+    """Describe how each part of a model is called, if the parts become separate graphs.
+
+    The result maps the file name of each graph to the description. It is empty if the model becomes one graph.
 
     Args:
-        model: a transformers model in evaluation mode. Its attention implementation is set to `eager`, which can be
-            traced.
+        model: a transformers model in evaluation mode. If it has several parts, its attention implementation is set to
+            `eager`, which can be traced.
         source: the model's folder, for errors.
 
     Raises:
-        Unsupported: the kind of encoder-decoder is unknown, or the model computes more than its parts do.
+        Unsupported: the encoder-decoder is of an unknown type or does not generate tokens, or the parts cannot be
+            called separately.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         return _encoder_decoder(model, source)
     if hasattr(model, "get_image_features") and "pixel_values" in inspect.signature(model.forward).parameters:
-        return _vision_language(model, source)
+        return vision_language(model, source)
     return {}
-
-
-# Encoder-decoders.
 
 
 def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWords]:
@@ -84,11 +78,11 @@ def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWo
     lengths = {1: 5, 2: 4} if masked else {1: 0, 2: 0}
     inputs = {batch: _main_input(model, main, batch, length) for batch, length in lengths.items()}
     with torch.no_grad(), quiet():
-        # Run the encoder to get the sizes of its output. Their names in a config depend on the architecture, and for
-        # sounds and images, the number of positions is fixed.
+        # Run the encoder to get the sizes of its output, because the config stores them under keys that depend on the
+        # architecture. For audio and images, the number of positions is fixed.
         hidden = {batch: _encode(model, *given).shape[1:] for batch, given in inputs.items()}
     heads = _heads(model, hidden[2], source)
-    sequence = {0: "batch", 1: "encoder_sequence"} if masked else {0: "batch"}
+    sequence = {0: "batch_size", 1: "encoder_sequence"} if masked else {0: "batch_size"}
     names = ("input_ids", "attention_mask") if masked else (main,)
     encoder = ExportWords(
         _encoder_module(model), tuple(inputs[batch] for batch in (2, 1)), names, ("last_hidden_state",),
@@ -102,7 +96,7 @@ def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWo
 
 
 def _main_input(model: PretrainedModel, main: str, batch: int, length: int) -> tuple[Tensor, ...]:
-    """Return an example of the encoder's inputs."""
+    """Return example inputs of the encoder: the main input, and a mask if the encoder reads one."""
     import torch
 
     rng = torch.Generator().manual_seed(batch)
@@ -112,14 +106,8 @@ def _main_input(model: PretrainedModel, main: str, batch: int, length: int) -> t
         return tokens(model, batch, length), mask
     # Whisper's second convolution halves the number of frames.
     frames = (model.config.num_mel_bins, 2 * model.config.max_source_positions) if main == "input_features" else (0, 0)
-    shape = _image_shape(model.config.encoder) if main == "pixel_values" else frames
+    shape = image_shape(model.config.encoder) if main == "pixel_values" else frames
     return (torch.randn(batch, *shape, generator=rng).to(next(model.parameters()).dtype),)
-
-
-def _image_shape(config: ModelConfig) -> tuple[int, int, int]:
-    size = config.image_size
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return int(getattr(config, "num_channels", 3)), int(height), int(width)
 
 
 def _encode(model: PretrainedModel, given: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -141,22 +129,22 @@ def _encoder_module(model: PretrainedModel) -> nn.Module:
     return EncoderPart().eval()
 
 
-def _cache_word(model: PretrainedModel) -> str:
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
 def _decode(model: PretrainedModel, ids: Tensor, hidden: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
     more = {} if mask is None else {"attention_mask": mask}
     # T5Gemma reads the attribute `last_hidden_state`; other models also take a tuple.
     encoded = import_module("transformers.modeling_outputs").BaseModelOutput(last_hidden_state=hidden)
     return model(
-        decoder_input_ids=ids, encoder_outputs=encoded, **more, **{_cache_word(model): cache}, use_cache=True,
+        decoder_input_ids=ids, encoder_outputs=encoded, **more, **{cache_word(model): cache}, use_cache=True,
         return_dict=True,
     ).logits  # fmt: skip
 
 
 def _empty_cache(past: Sequence[Sequence[Tensor]] = ()) -> Cache:
-    """Return a cache that holds a past. Attentions read the encoder's keys and values from it, if it contains them."""
+    """Return a cache that contains the tensors of `past`; an empty cache by default.
+
+    `past` has four tensors for each layer, in the order of `KEPT`. With a past, attention layers read the encoder's
+    keys and values from the cache instead of computing them.
+    """
     transformers = import_module("transformers")
     parts = [[pair[start : start + 2] for pair in past] for start in (0, 2)]
     cache: Cache = transformers.EncoderDecoderCache(*(transformers.DynamicCache(part) for part in parts))
@@ -166,7 +154,7 @@ def _empty_cache(past: Sequence[Sequence[Tensor]] = ()) -> Cache:
 
 
 def _heads(model: PretrainedModel, hidden: Sequence[int], source: Path) -> list[tuple[tuple[int, int], ...]]:
-    """Return, for each layer, `(heads, head size)` of the decoder's key and value, then of the encoder's."""
+    """Return four pairs `(heads, head size)` for each layer, one for each cached tensor, in the order of `KEPT`."""
     import torch
 
     cache, kind = _empty_cache(), next(model.parameters()).dtype
@@ -176,7 +164,7 @@ def _heads(model: PretrainedModel, hidden: Sequence[int], source: Path) -> list[
         both = zip(pairs(cache.self_attention_cache), pairs(cache.cross_attention_cache), strict=True)
         sizes = [tuple((one.shape[1], one.shape[3]) for one in (*self_pairs, *cross)) for self_pairs, cross in both]
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        why = f"the past of a {type(model).__name__} does not consist of keys and values ({first_line(error)})"
+        why = f"the cache of a {type(model).__name__} does not consist of keys and values ({first_line(error)})"
         raise Unsupported(why, path=source, cure=_WHOLE) from None
     if not sizes:
         raise Unsupported(f"a {type(model).__name__} does not cache keys and values", path=source, cure=_WHOLE)
@@ -184,16 +172,17 @@ def _heads(model: PretrainedModel, hidden: Sequence[int], source: Path) -> list[
 
 
 KEPT = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
-"""Optimum's names for the cached tensors of each layer."""
+"""Optimum's names for the four cached tensors of each layer."""
 
 
 def _decoder(
     model: PretrainedModel, hidden: Mapping[int, Sequence[int]], heads: Sequence[tuple[tuple[int, int], ...]],
     masked: bool, past: bool,
 ) -> ExportWords:  # fmt: skip
-    """Describe the decoder's call: for the first token, or with a past.
+    """Describe how the decoder is called: for the first token, or with the past of earlier tokens.
 
-    With a past, the decoder does not read the encoder's output: the past contains the keys and values of this output.
+    With a past, the decoder does not read the encoder's output, because the past contains the keys and values that were
+    computed from that output.
     """
     import torch
     from torch import nn
@@ -208,8 +197,8 @@ def _decoder(
         ) -> tuple[Tensor, list[list[Tensor]]]:
             if pasts:
                 first = pasts[0][2]
-                # Pass zeros in place of the encoder's output, because attentions read the encoder's keys and values
-                # from the past.
+                # Pass zeros as the encoder's output: attention layers do not use it, because they read the encoder's
+                # keys and values from the past.
                 states = first.new_zeros(first.shape[0], first.shape[2], width)
             assert states is not None
             cache = _empty_cache(pasts or ())
@@ -236,8 +225,8 @@ def _decoder(
         )  # fmt: skip
 
     across = {1: "encoder_sequence"} if masked else {}
-    sequence = {0: "batch", **across}
-    self_axes, cross = {0: "batch", 2: "past"}, {0: "batch", **({2: "encoder_sequence"} if masked else {})}
+    sequence = {0: "batch_size", **across}
+    self_axes, cross = {0: "batch_size", 2: "past"}, {0: "batch_size", **({2: "encoder_sequence"} if masked else {})}
     layers = range(len(heads))
     inputs = (
         "input_ids", *(["encoder_attention_mask"] if masked else []), *([] if past else ["encoder_hidden_states"]),
@@ -245,133 +234,8 @@ def _decoder(
     )  # fmt: skip
     outputs = ("logits", *(f"present.{at}.{each}" for at in layers for each in (KEPT[:2] if past else KEPT)))
     shapes = (
-        {0: "batch", 1: "sequence"}, sequence if masked else None, None if past else sequence,
+        {0: "batch_size", 1: "sequence"}, sequence if masked else None, None if past else sequence,
         [(self_axes, self_axes, cross, cross) for _ in layers] if past else None,
     )  # fmt: skip
     examples = (example(2, 3, 4), example(1, 1, 2)) if past else (example(2, 3, 0), example(1, 1, 0))
     return ExportWords(DecoderPart().eval(), examples, inputs, outputs, shapes)
-
-
-# Language models that read images: image features replace the embeddings of image tokens.
-
-
-def _vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWords]:
-    import torch
-    from torch import nn
-
-    with silent():
-        model.set_attn_implementation("eager")
-    transformers = import_module("transformers")
-    word, asked = _cache_word(model), inspect.signature(model.forward).parameters
-    words = ["attention_mask", *(["position_ids"] if "position_ids" in asked else [])]
-    kind = next(model.parameters()).dtype
-
-    class VisionPart(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, pixels: Tensor) -> Tensor:
-            output = self.model.get_image_features(pixel_values=pixels)
-            features: Any = getattr(output, "pooler_output", output)
-            return features if isinstance(features, torch.Tensor) else torch.stack(list(features))
-
-    class EmbeddingPart(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids: Tensor) -> Tensor:
-            embedded: Tensor = self.model.get_input_embeddings()(ids)
-            return embedded
-
-    class TextDecoderPart(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, embedded: Tensor, mask: Tensor, *rest: Nested) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-            cache: Cache = transformers.DynamicCache(rest[-1])
-            given = dict(zip(words, (mask, *rest[:-1]), strict=True))
-            logits = self.model(
-                inputs_embeds=embedded, **given, **{word: cache}, use_cache=True, return_dict=True
-            ).logits
-            return logits, pairs(cache)
-
-    rng = torch.Generator().manual_seed(0)
-    vision, embedding, decoder = VisionPart().eval(), EmbeddingPart().eval(), TextDecoderPart().eval()
-    try:
-        pixels = torch.randn(1, *_image_shape(model.config.vision_config), generator=rng).to(kind)
-        other = torch.randn(pixels.shape, generator=rng).to(kind)
-        _check_parts(model, vision, embedding, decoder, pixels, words)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        why = f"a {type(model).__name__} cannot be called part by part like LLaVA ({first_line(error)})"
-        raise Unsupported(why, path=source, cure=_WHOLE) from None
-    sizes = past_sizes(model, word, source)
-    width = embedding(tokens(model, 1, 1)).shape[-1]
-
-    def example(batch: int, length: int, past: int) -> tuple[Nested, ...]:
-        mask = torch.ones(batch, past + length, dtype=torch.int64)
-        mask[0, : int(batch > 1 and past > 0)] = 0  # Mask out one position, so that the check covers padding.
-        positions = torch.arange(past, past + length)[None].repeat(batch, 1)
-        embedded = torch.randn(batch, length, width, generator=rng).to(kind)
-        cache = [
-            tuple(torch.randn(batch, heads, past, size, generator=rng).to(kind) for heads, size in pair)
-            for pair in sizes
-        ]
-        return (embedded, mask, *([positions] if "position_ids" in words else []), cache)
-
-    axes = {"inputs_embeds": "sequence", "attention_mask": "total", "position_ids": "sequence"}
-    names = ("inputs_embeds", *words)
-    shapes = [{0: "batch", 1: axes[name]} for name in names]
-    return {
-        VISION: ExportWords(vision, ((pixels,), (other,)), ("pixel_values",), ("image_features",), ({},)),
-        EMBEDDING: ExportWords(
-            embedding, ((tokens(model, 2, 3),), (tokens(model, 1, 1),)), ("input_ids",), ("inputs_embeds",),
-            ({0: "batch", 1: "sequence"},),
-        ),
-        MERGED: ExportWords(
-            decoder, (example(2, 3, 5), example(1, 4, 0), example(1, 1, 4)),
-            (*names, *past_names("past_key_values", len(sizes))), ("logits", *past_names("present", len(sizes))),
-            (*shapes[:2], (*shapes[2:], past_axes(len(sizes)))),
-        ),
-    }  # fmt: skip
-
-
-def _check_parts(
-    model: PretrainedModel, vision: nn.Module, embedding: nn.Module, decoder: nn.Module, pixels: Tensor,
-    decoder_words: Sequence[str],
-) -> None:  # fmt: skip
-    """Check that the parts give the same logits as the whole model, with image features in place of image tokens.
-
-    Some models also use the image tokens elsewhere, for example for a mask that is not causal, or for row and column
-    positions. The exported graphs of such models would run, but compute something else.
-
-    Raises:
-        ValueError: the logits differ.
-    """
-    import torch
-
-    words = ("image_token_id", "image_token_index")
-    marks = [int(getattr(model.config, word)) for word in words if getattr(model.config, word, None) is not None]
-    if not marks:
-        raise ValueError("its config has no image_token_id")
-    mark = marks[0]
-    with torch.no_grad(), quiet():
-        features = vision(pixels)
-        count = features.shape[0] * features.shape[1]
-        around = tokens(model, 1, 6)
-        around[around == mark] = (mark + 1) % int(model.config.get_text_config().vocab_size)
-        ids = torch.cat([around[:, :2], torch.full((1, count), mark), around[:, 2:]], 1)
-        asked = inspect.signature(model.forward).parameters
-        # Pass token types, with which processors mark image tokens: some models let image tokens attend to each other.
-        kinds = {name: (ids == mark).long() for name in ("token_type_ids", "mm_token_type_ids") if name in asked}
-        mask = torch.ones_like(ids)
-        whole = model(input_ids=ids, pixel_values=pixels, attention_mask=mask, **kinds, return_dict=True).logits
-        embedded = embedding(ids.masked_fill(ids == mark, int(around[0, 0]))).clone()
-        embedded[ids == mark] = features.reshape(count, -1).to(embedded.dtype)
-        given = {"attention_mask": mask, "position_ids": torch.arange(ids.shape[1])[None]}
-        logits, _ = decoder(embedded, *(given[name] for name in decoder_words), None)
-    apart = float((whole.float() - logits.float()).abs().max() / whole.float().abs().max())
-    if not apart <= (CLOSE if whole.dtype == torch.float32 else CLOSE_NARROW):
-        raise ValueError(f"the logits differ by {apart:.2g} if they are computed from embeddings")

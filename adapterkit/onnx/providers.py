@@ -22,10 +22,11 @@ WORDS = {
     "coreml": "CoreMLExecutionProvider", "directml": "DmlExecutionProvider", "dml": "DmlExecutionProvider",
     "migraphx": "MIGraphXExecutionProvider", "qnn": "QNNExecutionProvider", "webgpu": "WebGpuExecutionProvider",
 }  # fmt: skip
-"""A map from each provider's short name to onnxruntime's name."""
+"""A map from short names of providers to onnxruntime's names."""
 
 EXACT = {CUDA: {"use_tf32": "0"}}
-"""Options with which a provider computes in full float32 precision: by default, CUDA may round to TF32."""
+"""A map from a provider to the options that make it compute in full float32 precision. By default, CUDA may round
+float32 inputs to TF32."""
 
 
 class OrtInput(Protocol):
@@ -108,7 +109,7 @@ class OrtSession(Protocol):
 
 
 def named(provider: str) -> str:
-    """Return onnxruntime's name of a provider; accepts short names such as `openvino`."""
+    """Return onnxruntime's name for a provider. Short names such as `openvino` are translated; others are unchanged."""
     return WORDS.get(provider.lower(), provider)
 
 
@@ -120,14 +121,14 @@ def best_provider() -> str:
 
 @cache
 def runs_on(provider: str) -> bool:
-    """Whether a session with a graph of one node starts on a provider, without a fallback to another provider."""
+    """Whether onnxruntime can run on a provider: try a graph of one node, and check that no other provider is used."""
     onnxruntime: Any = import_module("onnxruntime")
     if provider not in onnxruntime.get_available_providers():
         return False
     if provider in OF_NVIDIA and not _has_driver():
         return False
     if provider in OF_NVIDIA and hasattr(onnxruntime, "preload_dlls"):
-        # Load the CUDA libraries from pip's nvidia packages, because the loader does not search these packages.
+        # Load the CUDA libraries from pip's nvidia packages, because the system's loader does not find them there.
         onnxruntime.preload_dlls()
     try:
         session = onnxruntime.InferenceSession(_one_node(), quiet_options(), providers=[provider])
@@ -138,16 +139,19 @@ def runs_on(provider: str) -> bool:
 
 
 def with_options(provider: str) -> list[object]:
-    """Return a provider with its options, and the CPU as fallback for operators without a kernel on that provider."""
+    """Return the `providers` argument of a session: the provider with its options, then the CPU.
+
+    onnxruntime runs an operator on the CPU if the provider has no kernel for it.
+    """
     first = (provider, EXACT[provider]) if provider in EXACT else provider
     return [first] if provider == CPU else [first, CPU]
 
 
 def quiet_options() -> object:
-    """Return session options that log nothing."""
+    """Return session options with which onnxruntime prints only fatal errors."""
     onnxruntime: Any = import_module("onnxruntime")
     options: Any = onnxruntime.SessionOptions()
-    # 4 means fatal. onnxruntime would print messages of other levels to stderr, not through Python's logging.
+    # 4 means fatal. onnxruntime prints messages to stderr, so Python's logging cannot filter them.
     options.log_severity_level = 4
     quiet: object = options
     return quiet
@@ -157,8 +161,8 @@ def session_of(model: bytes | str, optimized: bool = True) -> OrtSession:
     """Start a quiet onnxruntime session on the best provider.
 
     Args:
-        model: the bytes of a model, or its path.
-        optimized: False to keep onnxruntime from fusing nodes.
+        model: the bytes of an ONNX model, or the path of its file.
+        optimized: False to turn off onnxruntime's graph optimizations, such as fusing nodes.
     """
     onnxruntime: Any = import_module("onnxruntime")
     options: Any = quiet_options()

@@ -1,9 +1,9 @@
-"""Quantize an exported graph with onnxruntime's quantizers, and measure the error of its weights.
+"""Quantize an exported graph with onnxruntime's quantizers, and measure the rounding error of each weight.
 
-Weights are rounded in blocks of 32 inputs (`MatMulNBits`). For 8 bits, the graph lets onnxruntime round each layer's
-input in blocks of 32, too: without this, onnxruntime would unpack whole weights for each token. Dynamic quantization is
-not used: it rounds the whole input with one scale, and models with a few large activations would lose most of their
-precision.
+Weights are rounded in blocks of 32 inputs (`MatMulNBits`). For 8 bits, the graph lets onnxruntime also round each
+layer's input in blocks of 32. Otherwise, onnxruntime would unpack whole weights for each token. Dynamic quantization is
+not used, because it rounds the whole input with one scale, so models with a few large activations would lose most of
+their precision.
 Adapters that are attached as nodes or slots stay in floating point.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
@@ -35,14 +35,16 @@ SCHEMES: dict[str, dict[str, Any]] = {"int8": {"bits": 8, "accuracy_level": 4}, 
 kernels. Level 4 allows kernels to compute in 8-bit integers."""
 
 BLOCK = 32
-"""Number of inputs that share a scale."""
+"""The number of inputs whose weights share a scale."""
 
 _PREPARED = {"onnx.quant.pre_process": "onnxruntime.quant"}
 """Metadata that onnxruntime's quantizers expect; without it, they log a warning."""
 
 
 def prepare(graph: ir.Model, names: Collection[str]) -> None:
-    """Rewrite linear layers to the form that quantizers support: `MatMul` with a stored `[in, out]` weight, and `Add`.
+    """Rewrite linear layers to the form that onnxruntime's quantizers support.
+
+    This form is a `MatMul` with a stored `[in, out]` weight, followed by an `Add` if the layer has a bias.
 
     Args:
         graph: a traced export, in which each weight has its own Transpose.
@@ -78,7 +80,7 @@ def _prepare_gemm(node: ir.Node, names: Collection[str], building: Building, fre
 
 
 def _turned(node: ir.Node, W: ir.Value, building: Building, fresh: Fresh) -> ir.Value:
-    """Return the weight as `[in, out]`, with a new name if other nodes, e.g. embeddings, read the original tensor."""
+    """Return the transposed weight, `[in, out]`, with a new name, because other nodes may read the original tensor."""
     tensor = W.const_value
     assert tensor is not None
     if W not in fresh:
@@ -97,10 +99,10 @@ def _turned(node: ir.Node, W: ir.Value, building: Building, fresh: Fresh) -> ir.
 
 
 def packed(model: Path, scheme: str, out: Path) -> dict[str, dict[str, float]]:
-    """Pack the linear layers of a graph, and write the graph; return the rounding error of each weight.
+    """Quantize the linear layers of a graph, write the graph to `out`, and return the rounding error of each weight.
 
     Args:
-        model: a prepared file, in a scratch folder.
+        model: the file of a graph that `prepare` has changed. A temporary file is written beside it.
         scheme: one of `SCHEMES`.
         out: the file to write.
 
@@ -139,13 +141,13 @@ def _in_bits(model: Path, scheme: Mapping[str, object], out: Path) -> None:
     quantizers: Any = import_module("onnxruntime.quantization.matmul_nbits_quantizer")
     quantizer = quantizers.MatMulNBitsQuantizer(onnx.load(model), block_size=BLOCK, is_symmetric=True, **scheme)
     quantizer.process()
-    # A single protobuf file is limited to 2 GB.
+    # Store the weights in a separate file, because a single protobuf file is limited to 2 GB.
     quantizer.model.save_model_to_file(str(out), use_external_data_format=True)
 
 
 @contextmanager
 def _unheard() -> Iterator[None]:
-    """Silence the quantizers, and remove the handler that their import adds to the root logger."""
+    """Silence the quantizers' logging, and remove the handler that importing them adds to the root logger."""
     root = logging.getLogger()
     handlers, level, disabled = root.handlers[:], root.level, logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -158,7 +160,7 @@ def _unheard() -> Iterator[None]:
 
 
 def _damage(model: Path, packed: ir.Model) -> dict[str, dict[str, float]]:
-    """Return a map from each module's name to its weight's relative error, in the Frobenius norm."""
+    """Return a map from each quantized module to its weight's relative rounding error, in the Frobenius norm."""
     initializers = opened(model).model.graph.initializers
     errors: dict[str, dict[str, float]] = {}
     for spot in spots_of(packed):
@@ -175,7 +177,7 @@ def _damage(model: Path, packed: ir.Model) -> dict[str, dict[str, float]]:
 
 
 def with_exact_inputs(packed: Path, out: Path) -> None:
-    """Write a graph whose packed layers do not round their inputs, to check the packing alone."""
+    """Write a copy of a quantized graph that does not round the inputs of layers, to check only its weights."""
     model = opened(packed).model
     for node in nodes_of(model):
         if node.op_type == "MatMulNBits":
@@ -184,7 +186,7 @@ def with_exact_inputs(packed: Path, out: Path) -> None:
 
 
 def as_floats(packed: Path, out: Path) -> None:
-    """Write a graph with dequantized weights, to compare this graph with the packed graph."""
+    """Write a copy of a quantized graph with dequantized weights, so that a check can compare the two graphs."""
     model = opened(packed).model
     building, fresh = Building(model), Fresh()
     for spot in spots_of(model):

@@ -35,7 +35,7 @@ def loaded(adapter: Source, base_weights: Base | None) -> tuple[Adapter, Checkpo
 
 
 def inputs_of(adapter: Source, base_weights: Base | None) -> list[Path]:
-    """Return the files of an adapter and of the base's weights."""
+    """Return the paths of all files from which an adapter and the base's weights are read."""
     from ..formats import files_of, files_read
 
     files = [] if base_weights is None else list(opened_base(base_weights).files)
@@ -43,7 +43,7 @@ def inputs_of(adapter: Source, base_weights: Base | None) -> list[Path]:
 
 
 def name_of(adapter: Source) -> str:
-    """Return the name of an adapter for messages."""
+    """Return the name of an adapter for messages: the name of its file or folder, or `Adapter` for an object."""
     return type(adapter).__name__ if isinstance(adapter, Adapter) else Path(adapter).name
 
 
@@ -51,7 +51,7 @@ def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | No
     """Return a warning for each adapter that names another base than `base`; an empty tuple if `base` is None.
 
     Raises:
-        CheckFailed: there would be a warning, and `strict` is set.
+        CheckFailed: `strict` is set, and an adapter names another base.
     """
     if base is None:
         return ()
@@ -61,11 +61,15 @@ def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | No
 
 
 GENAI_TYPE = "genai_model_type"
-"""Key under which `known_config` returns the model type in `genai_config.json`, if there is no other config."""
+"""If there is only a `genai_config.json`, `known_config` returns the model type from this file under this key."""
 
 
 def known_config(base: Checkpoint | None, path: Path | None) -> Mapping[str, object] | None:
-    """Return the exported model's config, or else the model type in `genai_config.json` beside the graph, or None."""
+    """Return the exported model's config.
+
+    If there is none, return `{GENAI_TYPE: type}` with the model type from `genai_config.json` beside the graph; None if
+    there is no such file, either.
+    """
     try:
         return config_of(base, path)
     except UsageError:
@@ -78,7 +82,7 @@ def known_config(base: Checkpoint | None, path: Path | None) -> Mapping[str, obj
 
 
 def config_of(base: Checkpoint | None, path: Path | None) -> Mapping[str, object]:
-    """Return the config of the exported model, from the base or from the graph's folder.
+    """Return the config of the exported model: the base's config, or else `config.json` in the graph's folder.
 
     Raises:
         UsageError: there is no config.
@@ -88,6 +92,6 @@ def config_of(base: Checkpoint | None, path: Path | None) -> Mapping[str, object
         return base.config
     beside = None if path is None else path.parent / "config.json"
     if beside is None or not beside.is_file():
-        why = "the adapter's network is built from the base's config.json, and there is none beside the graph"
+        why = "the base's config.json is needed to build the adapter's network, but there is none beside the graph"
         raise UsageError(why, path=path, cure="Pass the base's folder: --base-weights DIR (base_weights=DIR)")
     return read_json(beside)

@@ -1,8 +1,9 @@
-"""Recurrent layers: one node with the weights and biases of all gates and directions.
+"""Read and change the weights of recurrent layers (RNN, GRU, LSTM).
 
-Nodes before such a layer compute the changed weight, because nodes beside the layer cannot express the change. The
-order of gates differs: torch has `r z n` for GRU and `i f g o` for LSTM; ONNX has `z r h` and `i o f c`. Formulas see
-weights and biases in torch's order.
+A single node has the weights and biases of all gates and directions. New nodes compute the changed weight, and the
+layer reads it: nodes beside the layer could not express the change. The order of gates differs: torch has `r z n` for
+GRU and `i f g o` for LSTM; ONNX has `z r h` and `i o f c`. The methods' formulas get weights and biases in torch's
+order.
 https://onnx.ai/onnx/operators/onnx__LSTM.html
 https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
 """
@@ -26,20 +27,23 @@ BIASES = 3
 """The position of the biases among the inputs of a recurrent node."""
 
 GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
-"""For each operator and each gate in ONNX's order, the position of the gate in torch's order."""
+"""A map from each operator to its gates in ONNX's order. Each gate is given by its position in torch's order."""
 
 GATES_BACK = {op: tuple(int(at) for at in np.argsort(order)) for op, order in GATES.items()}
-"""For each operator and each gate in torch's order, the position of the gate in ONNX's order."""
+"""A map from each operator to its gates in torch's order. Each gate is given by its position in ONNX's order."""
 
 _CALL = re.compile(r"/(?:GRU|LSTM|RNN)(?:_(\d+))?$")
 
 
 class Recurrent(GraphLayer):
-    """One direction's weight `[gates * hidden, in]` and bias `[gates * hidden]`, for the inputs or the hidden state.
+    """The weight and bias of a recurrent layer for one direction, for either the inputs or the hidden state.
+
+    The weight is `[gates * hidden, in]`, and the bias is `[gates * hidden]`. `Recurrent` itself is for the inputs and
+    the forward direction.
 
     Class attributes:
         direction: the index of the direction in the stacked tensor.
-        part: the weight's name in torch, `ih` or `hh`.
+        part: `ih` for the inputs, `hh` for the hidden state, as in torch's names of weights.
     """
 
     inside = True
@@ -81,7 +85,9 @@ class Recurrent(GraphLayer):
 
     @property
     def constant_bias(self) -> ir.Value | None:
-        """The biases, `[directions, 2 * gates * hidden]`; in each row, the inputs' biases precede the hidden state's.
+        """The biases of the node, `[directions, 2 * gates * hidden]`; None if it has none.
+
+        Each row has first the biases for the inputs, then the biases for the hidden state.
 
         Raises:
             Unsupported: the biases depend on the graph's inputs.
@@ -89,7 +95,7 @@ class Recurrent(GraphLayer):
         bias = weight_at(self.node, BIASES) if self.has_bias else None
         if bias is not None and not is_constant(bias):
             why = f"the bias of the {self.node.op_type} depends on the graph's inputs"
-            raise Unsupported(why, where=self.node.name, cure="Export the model again")
+            raise Unsupported(why, where=self.node.name, cure="Export the model with constant biases")
         return bias
 
     @property
@@ -111,18 +117,18 @@ class Recurrent(GraphLayer):
 
     @classmethod
     def bias_half(cls) -> int:
-        """Return 0 if the bias belongs to the inputs, 1 if it belongs to the hidden state."""
+        """Return the half of a row of biases that belongs to this class: 0 for the inputs, 1 for the hidden state."""
         return ("ih", "hh").index(cls.part)
 
     @classmethod
     def detached_bias(cls, node: ir.Node, bias: ir.Value) -> Callable[[], Array]:
-        """Return a function that returns the bias as it is now, even if the node is changed later."""
+        """Return a function that computes the present bias in torch's order, even if the node is changed later."""
         copy, order = detached_copy(bias), GATES_BACK[node.op_type]
         return lambda: _reordered(np.split(numbers(copy)[cls.direction], 2)[cls.bias_half()], order)
 
     @classmethod
     def changed_bias(cls, node: ir.Node, bias: ir.Value, f: Callable[[Array], Array]) -> Callable[[], Array]:
-        """Return a function that computes the stacked biases after `f` has changed the bias of this weight."""
+        """Return a function that computes the biases of all directions, with `f` applied to the bias of this class."""
         copy, order, back = detached_copy(bias), GATES[node.op_type], GATES_BACK[node.op_type]
 
         def make() -> Array:
@@ -143,7 +149,7 @@ class Recurrent(GraphLayer):
         return Value(self.branch, (self._directions(), 2 * self.shape[0]), element_type(biases), biases)
 
     def _placed(self, new: Value, stacked: Value) -> Value:
-        """Return a stacked tensor with this direction's part replaced."""
+        """Return the tensor `stacked` of all directions, with this direction's part replaced by `new`."""
         pieces = [new[None] if at == self.direction else stacked[at : at + 1] for at in range(stacked.shape[0])]
         return pieces[0] if len(pieces) == 1 else concatenated(pieces, 0)
 
@@ -151,7 +157,7 @@ class Recurrent(GraphLayer):
         return 1 + (attribute(self.node, "direction", "forward") == "bidirectional")
 
     def _stacked(self) -> Value:
-        """Return the tensor that the node reads now, which may already include the change of another direction."""
+        """Return the weights of all directions that the node reads now, which may already include another change."""
         weights = self.node.inputs[self.position]
         return Value(self.branch, (self._directions(), *self.shape), element_type(weights), weights)
 
@@ -162,7 +168,7 @@ class Recurrent(GraphLayer):
 
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array], Array]) -> Callable[[], Array]:
-        """Return a function that computes the stacked tensor after `f` has changed the weight of this direction."""
+        """Return a function that computes the weights of all directions, with `f` applied to the weight of this one."""
         copy, order, back = detached_copy(cls.operand_of(node)), GATES[node.op_type], GATES_BACK[node.op_type]
 
         def make() -> Array:
@@ -175,7 +181,7 @@ class Recurrent(GraphLayer):
 
     @classmethod
     def name(cls, node: ir.Node) -> str | None:
-        """Return the weight's name in torch, from the node's path."""
+        """Return the weight's name in torch, such as `gru.weight_ih_l0`; None if the node has no module path."""
         match = _CALL.search(node.name or "")
         if match is None or not (node.name or "").startswith("/"):
             return None

@@ -19,22 +19,22 @@ class GraphReport:
     """The result of changing a graph.
 
     Attributes:
-        out: the written model.
+        out: the path of the written graph or folder.
         files: all written files.
         found: the adapter's targets, each with its layers in the graph.
         difference: the largest difference that the check found; None if the check did not run.
-        note: why the check did not run; for an adapter with prompts, new tokens or a prefix, how to use them.
-        damage: for each target with a requantized weight, `error` (relative to the merged weight) and `kept` (the
-            fraction of the change that is left).
+        note: why the check did not run. If the adapter has prompts, new tokens or a prefix, also how to use them.
+        damage: for each target whose merged weight was quantized again, `error` (relative to the merged weight) and
+            `kept` (the fraction of the change that is left). For an export with `quantize`, `error` for each module.
         reference: the largest difference between ONNX's reference implementation and onnxruntime on the written graph;
             None if the reference implementation did not run, e.g. because of operators outside of ONNX.
         saturation: for static quantization, the number of values that the graph clips without and with the adapter;
             None if the check did not run.
         warnings: sentences for the user, each with a remedy.
         parts: for a folder of graphs, the report of each changed graph, by the graph's name.
-        beside: targets whose packed weight stays unchanged, with the change attached as floating-point factors; if
-            quantizing again was tried, `damage` stores the resulting error.
-        left: for each adapter of an export with `allow_partial`, the targets that the graph lacks.
+        beside: targets whose packed weight is unchanged, because the change is attached beside it as floating-point
+            factors. If quantizing the merged weight was tried, `damage` has the error that this would have caused.
+        left: for an export with `allow_partial`, a map from each adapter's name to its targets that the graph lacks.
     """
 
     out: Path
@@ -51,7 +51,7 @@ class GraphReport:
     left: Mapping[str, tuple[Target, ...]] = field(default_factory=dict)
 
     def record(self) -> dict[str, JsonValue]:
-        """Return the report as plain data."""
+        """Return the report as a dictionary that can be written as JSON."""
         if self.parts:
             targets = [{"graph": name, **at.record()} for name, part in self.parts.items() for at in part.found]
             files = [file.relative_to(self.out).as_posix() for file in self.files]

@@ -1,4 +1,4 @@
-"""Types for layers of a graph, norms that are folded into layers, and the positions of an adapter's targets.
+"""Types for a graph's layers, for norms that are folded into layers, and for an adapter's targets in a graph.
 
 The module `resolving` creates these objects, with the help of `heads`, `norms`, `matching`, `packed` and `tying`.
 """
@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from ..io.lazy import as_array
+from .values import computed_over
+
 if TYPE_CHECKING:
     from ..core.adapter import Target
+    from ..core.updates import Update
     from ..io.lazy import Leaf
     from ..io.strict_json import JsonValue
     from .building import Array
@@ -21,16 +25,23 @@ if TYPE_CHECKING:
     from .outlets import Outlet
 
 METHODS = ("scopes", "folded_from", "initializer", "path", "heads", "values", "packed", "nearest")
-"""The methods that find a layer's name, in the order in which they are tried: the exporter's module scopes; the
-exporter's metadata about a folded parameter; the name of the stored tensor; the name of the node; the head counts of
-the attention that reads a packed layer; a base weight with equal values; equal rows of a weight that packs several
-layers; the base weight with the nearest values."""
+"""The methods that find a layer's name, in the order in which they are tried.
+
+- `scopes`: the exporter's metadata about the module of the node.
+- `folded_from`: the exporter's metadata about a folded parameter.
+- `initializer`: the name of the stored tensor.
+- `path`: the name of the node.
+- `heads`: the head counts of the attention that reads a packed layer.
+- `values`: a base weight with equal values.
+- `packed`: a base weight whose values equal some rows of a weight that packs several layers.
+- `nearest`: the base weight with the nearest values.
+"""
 
 NEAR = 0.15
 """Largest relative distance, in the Frobenius norm, between a base weight and its rounded copy in the graph."""
 
 APART = 3.0
-"""The nearest candidate is accepted if the second nearest is at least this many times as far away as the nearest."""
+"""How many times as far away as the nearest candidate the second nearest must be, for the nearest to be accepted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,8 +51,9 @@ class Spot:
     Attributes:
         node: the node.
         kind: the kind of layer.
-        names: for each method in `METHODS`, the names that it found for the layer's weight. They end with `.weight`.
-        shape: the weight's shape as formulas see it, `[out, in, *k]`.
+        names: a map from each method in `METHODS` to the names that it found for the layer's weight, such as
+            `fc.weight`.
+        shape: the weight's shape as the methods' formulas get it, `[out, in, *k]`.
         sources: the stored tensors that the node's weight is computed from.
         rows: if the node packs several layers, the range of the node's outputs that belong to this layer.
     """
@@ -55,7 +67,7 @@ class Spot:
 
 
 Known = dict[str, tuple[str, list[Spot]]]
-"""A map from each weight's name to a pair: the method that found the name, and the layers with that weight."""
+"""A map from each weight's name to a pair: the method that found the name, and all layers with that name."""
 
 
 def distance(W: Array, spot: Spot) -> float | None:
@@ -71,17 +83,19 @@ def distance(W: Array, spot: Spot) -> float | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FoldedNorm:
-    """A batch normalisation or a scale folded into a layer: where the base computes `y`, the graph `scale * y + shift`.
+    """A batch normalisation or a scale that is folded into a layer of the graph.
+
+    If the base's layer computes `y`, the graph's layer computes `scale * y + shift`.
 
     Attributes:
-        name: the norm's name in the base, or the scale's.
-        scale: `gamma / sqrt(var + eps)`, or the numbers of the scale, `[out]`, float64.
-        shift: `beta - scale * mean`, or zeros, `[out]`, float64.
-        weight: the base's weight as formulas see it, `[out, in, *k]`, float64.
-        bias: the base's bias, `[out]`, float64; None if the module has none.
-        kind: what is folded, for messages.
-        is_rounded: whether the graph stores the layer's weight in few bits, so that only the base has the weight that
-            updates see. This stays true where the weight is dequantized to be merged into.
+        name: the name of the norm or of the scale in the base.
+        scale: `gamma / sqrt(var + eps)` for a norm, the stored values for a scale, `[out]`, float64.
+        shift: `beta - scale * mean` for a norm, zeros for a scale, `[out]`, float64.
+        weight: the base's weight as the methods' formulas get it, `[out, in, *k]`, float64.
+        bias: the bias of the base's layer, `[out]`, float64; None if the layer has none.
+        kind: the word for the norm or the scale in messages.
+        is_rounded: whether the graph stores the layer's weight in few bits. If so, updates are computed with the base's
+            weight, even after a merge has dequantized the graph's weight.
     """
 
     name: str
@@ -121,19 +135,19 @@ class BaseBias:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResolvedTarget:
-    """An adapter's target in a graph.
+    """An adapter's target, and the layers or the module of a graph to which it belongs.
 
     Attributes:
-        target: the target under the graph's own name, in the layout `out *in`.
-        asked: the target under the adapter's name.
+        target: the target with its name in the graph. The layout is `out *in`, except for a stack of experts.
+        asked: the target with its name in the adapter.
         updates: the updates at the target.
         spots: the target's layers, one for each call of the module.
-        method: how the layers were found, one of `METHODS`.
+        method: the method that found the layers, one of `METHODS`.
         confidence: 1 if found by name or by equal values; if found by the nearest values, 1 minus the relative
             distance.
-        turned: True if the updates see the weight with its first two axes swapped.
-        outlet: the position of the target's output in the graph, if no single node produces this output. A module
-            without a weight has an outlet and no layers.
+        turned: whether the updates apply to the weight with its first two axes swapped.
+        outlet: the output site of a module without a weight, which has no layers in `spots`. A layer has an outlet only
+            if its updates also read a residual or a norm.
         norm: the batch normalisation or the scale that an exporter or optimizer folded into the layer.
         bias: the layer's bias in the base; None if it is unknown.
     """
@@ -158,21 +172,41 @@ class ResolvedTarget:
 
     @property
     def last(self) -> ir.Node | None:
-        """The target's node; for a module, the module's last node."""
+        """The node of the target's first layer; for a module without a weight, the node that computes its output."""
         if self.spots:
             return self.spots[0].node
         return None if self.outlet is None or self.outlet.end is None else self.outlet.end.producer()
 
     @property
     def nodes(self) -> list[str]:
-        """The names of the target's nodes; for a module, only the name of its last node."""
+        """The names of the nodes of all layers in `spots`; for a module without a weight, the name of its last node."""
         return [spot.node.name or "" for spot in self.spots] or [(self.last and self.last.name) or ""]
 
     def record(self) -> dict[str, JsonValue]:
-        """Return the target as plain data."""
+        """Return the target as a dictionary that can be written as JSON."""
         return {
             "target": str(self.asked), "name": self.target.path, "nodes": self.nodes,
             "weight": sorted({source.name or "" for spot in self.spots for source in spot.sources}),
             "method": self.method, "confidence": round(self.confidence, 4),
             **({"folded_norm": self.norm.name} if self.norm is not None else {}),
         }  # fmt: skip
+
+
+def through(place: ResolvedTarget, W: Any, b: Any = None) -> tuple[Any, Any]:
+    """Apply a target's updates in order to a weight and a bias; return both."""
+    for update in place.updates:
+        loaded = wide(update)
+        loaded = loaded.settled(W) if b is not None and loaded.bias_sees_weight else loaded
+        b = loaded.new_bias(b) if b is not None else b
+        W = loaded.new_weight(W) if W is not None and loaded.changes_weight else W
+    return W, b
+
+
+def wide(update: Update) -> Update:
+    """Return an update with its floating-point tensors in float64; integers and booleans keep their dtype."""
+
+    def wide(leaf: Leaf) -> Array:
+        array = as_array(leaf)
+        return array if array.dtype.kind in "iub" else array.astype(np.float64)
+
+    return computed_over(update, wide)

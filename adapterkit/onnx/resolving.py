@@ -18,7 +18,8 @@ from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
 from .biases import with_base_bias
 from .building import element_type
-from .experts import EXPERTS, Experts, in_experts
+from .expert_nodes import GEMMS
+from .experts import EXPERT, EXPERTS, Experts, in_experts
 from .heads import in_heads, in_parts
 from .integer_layers import INTEGER
 from .layers import (
@@ -47,6 +48,8 @@ from .recurrent import RECURRENT, Recurrent
 from .resolved import METHODS, NEAR, Known, ResolvedTarget, Spot, distance
 from .roles import elsewhere
 from .routed import by_expert, compare_experts
+from .selected import SELECTED, SelectedExperts, product_of
+from .unblocking import unblock
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -54,23 +57,23 @@ if TYPE_CHECKING:
 
 
 KINDS: tuple[type[GraphLayer], ...] = (
-    MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul, Einsum,
-    FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER,
+    *GEMMS, MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul,
+    Einsum, FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER, *SELECTED,
 )  # fmt: skip
-"""The kinds of layers; a node is a layer of at most one kind, except nodes with several weights."""
+"""The kinds of layers whose node has one weight. A node is of the first kind that accepts it."""
 
 SEVERAL: tuple[type[GraphLayer], ...] = (*RECURRENT, *EXPERTS)
-"""The kinds of nodes with several weights: a recurrent layer, or the experts of a layer."""
+"""The kinds of layers whose node has several weights: recurrent layers and experts. Each weight has its own kind."""
 
 
 def kinds_of(node: ir.Node) -> list[type[GraphLayer]]:
-    """Return the kinds of layers at a node: at most one kind, or one per weight for a node with several weights."""
+    """Return the kinds of layers at a node: one for each of its weights; none if the node is not a supported layer."""
     kind = next((kind for kind in KINDS if kind.takes(node)), None)
     return [kind for kind in SEVERAL if kind.takes(node)] if kind is None else [kind]
 
 
 # Exporters write names in different places, which are searched in the order of `METHODS`. If the base is given, layers
-# without a name are found by the values of their weights. Nothing is guessed.
+# without a name are found by the values of their weights. If several layers fit, this is an error.
 
 
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
@@ -87,28 +90,29 @@ def resolve(
     Args:
         model: the graph.
         adapter: the adapter, whose updates change weights or the outputs of layers.
-        base: the weights that the graph was exported from, to find layers without names and to verify layers with
-            names.
+        base: the weights that the graph was exported from. They show which layer a target means if layers have no
+            names, and they are compared with the layers that were found by name.
         tying: the caller's choice for tied layers, and the base's config, whose `model_type` selects the naming.
 
     Raises:
         TargetNotFound: the graph has no layer for a target, or several that cannot be distinguished; the error gives
             the nearest names.
         ShapeMismatch: the shape of a tensor does not fit its layer.
-        Unsupported: a graph cannot have such a target; or a norm may be folded into a layer, and no base is given to
-            verify it.
-        UsageError: layers are tied, and neither the adapter nor `tying` shows which of these layers an update changes.
+        Unsupported: an update cannot be applied in this graph; or a norm may be folded into a layer, and no base is
+            given to verify it.
+        UsageError: layers are tied, and neither the adapter nor `tying` determines which of them an update changes.
     """
     stage("finding the targets in the graph")
     from .tying import Tying, with_tied
 
     _refuse(adapter)
     tying = tying or Tying.of(base, None)
+    left = unblock(model, base)
     spots = spots_of(model)
     known = by_name(spots)
     for target in adapter.updates:
         if elsewhere(target.path, tying.role, known):
-            why = f"the target is in another part of the model: by its file name, this graph is the {tying.role}"
+            why = f"the graph is the model's {tying.role}, according to its file name, and lacks this target"
             cure = "Pass the folder of the model. To omit such targets: --allow-partial (allow_partial=True)"
             raise TargetNotFound(why, where=str(target), cure=cure)
     adapter, whole = by_expert(adapter, model, tying.config)
@@ -127,19 +131,25 @@ def resolve(
             cure = f"Name one as the target: {', '.join(weights)}" if weights else ""
             cure = cure or "Use the graph before it is optimized: there, each weight has a name"
             raise TargetNotFound(why, where=error.where, cure=cure) from None
+        if model.functions:
+            names = ", ".join(function.name for function in model.functions.values())
+            why = f"the graph has local functions of another operator set, whose layers cannot be changed: {names}"
+            cure = "Export the model with one operator set, or inline functions: onnx.inliner.inline_local_functions"
+            raise Unsupported(why, where=error.where, cure=cure) from None
         if (node := _other_operator(model, error.where or "", spots)) is not None:
             unknown = f"a {node.op_type} ({node.name or node.outputs[0].name})"
             why = f"its weight is read by {unknown}, which is not a layer to which adapters can be attached here"
             cure = "Merge the adapter before the export, or export the model with torch.nn.Linear or Conv layers there"
             if any(_is_packed(one) for one in node.inputs):
-                cure = "Inject or merge before the graph is quantized, or quantize it to MatMulNBits"
+                cure = "Inject or merge before the graph is quantized, or quantize the graph to MatMulNBits"
             if len(_lost(layered, known, tying.config)) < len(layered.updates):
                 cure = f"{cure}. To omit such targets: --allow-partial (allow_partial=True)"
             raise Unsupported(why, where=error.where, cure=cure) from None
         if (node := _reordered(model, error.where or "", base)) is not None:
+            at = f"{node.name or node.op_type} (operator {node.domain}.{node.op_type})"
             why = (
-                "the graph stores this weight in another order than the base: onnxruntime reordered convolutions "
-                f"for one kind of processor, as in {node.name or node.op_type} (operator {node.domain}.{node.op_type})"
+                "the graph stores this weight in another order than the base: onnxruntime reordered convolutions for "
+                f"one kind of processor (see {at}). The order cannot be restored: {left}"
             )
             cure = (
                 "Inject into the graph before it is optimized, or optimize it no further than "
@@ -147,7 +157,7 @@ def resolve(
             )
             raise Unsupported(why, where=error.where, cure=cure) from None
         raise
-    places = _without_modules([_resolved(site, asked, known, renamed) for site, asked in sites])
+    places = _without_modules([_resolved(site, asked, known, renamed, base) for site, asked in sites])
     if base is None:
         refuse_folded(places)
     else:
@@ -156,19 +166,18 @@ def resolve(
         places = compare(places, base)
         compare_experts(places, whole, base)
     ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in places]
-    # Put inner layers first, because the modules around them read the new outputs of the inner layers.
     ended = with_tied(ended, adapter, spots, tying)
     _refuse_orders(ended)
-    ended = [replace(at, asked=whole.get(at.asked, at.asked)) for at in ended]
     ended = [replace(at, asked=whole.get(at.asked, at.asked)) for at in ended]
     ended += norms.values()
     if base is not None:
         ended = [with_base_bias(place, base) for place in ended]
+    # Put layers before modules, and inner modules before outer ones: a module reads the new outputs of those inside it.
     return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
 
 
 def _reordered(model: ir.Model, where: str, base: Checkpoint | None) -> ir.Node | None:
-    """If a target is a convolution of the base, return a convolution in onnxruntime's blocked channel layout."""
+    """Return a convolution in onnxruntime's blocked channel layout, if the target at `where` is a convolution."""
     weight_name = f"{where}.weight"
     shapes = (
         []
@@ -189,14 +198,15 @@ def taken(
     Args:
         model: a graph that may have only some of the adapter's layers, such as one part of a model.
         adapter: the adapter, whose updates change weights or the outputs of layers.
-        base: the weights that the graph was exported from, to find layers without names by their values.
+        base: the weights that the graph was exported from, by whose values layers without names are found.
         config: the base's config.
         role: the part of the model that the graph holds, such as `encoder`; None if its file's name does not show it.
 
     Raises:
         TargetNotFound: a target may be a layer whose name is lost, and no base is given to compare values; or two
-            targets are the same layer.
+            targets match the same layer.
     """
+    unblock(model, base)
     spots = spots_of(model)
     known = by_name(spots)
     whole_adapter, refused = adapter, list[Target]()
@@ -233,7 +243,7 @@ def _rows_of(known: Known) -> Callable[[str], int | None]:
 
 
 def _lost(adapter: Adapter, known: Known, config: Config) -> tuple[Target, ...]:
-    """Return the targets whose names are missing in a graph."""
+    """Return the targets that match no name of a layer in the graph."""
     names = _in_words_of(adapter, known)
     shapes = {name: at[0].shape for name, (_, at) in names.items() if len({spot.shape for spot in at}) == 1}
     modules = [name.removesuffix(".weight") for name in shapes]
@@ -246,7 +256,10 @@ def _lost(adapter: Adapter, known: Known, config: Config) -> tuple[Target, ...]:
 
 
 def _check_apart(sites: Sequence[Site], origins: Sequence[Target]) -> None:
-    """Refuse two targets that match one layer: a graph's names omit the word `encoder`, so `decoder` may match, too."""
+    """Refuse two targets that match the same layer.
+
+    If the names in an encoder's graph lack the word `encoder`, the targets in the decoder match them, too.
+    """
     seen: dict[tuple[Any, ...], Target] = {}
     for site, origin in zip(sites, origins, strict=True):
         first = seen.setdefault((site.weight or site.target.path, site.target.rows), origin)
@@ -271,23 +284,23 @@ def _in_numbers(adapter: Adapter, target: Target, base: Checkpoint, spots: Seque
 
 
 def _check_named(adapter: Adapter, lost: Sequence[Target], spots: Sequence[Spot]) -> None:
-    """Refuse to omit targets if the graph has layers of the same shape whose names are lost."""
+    """Refuse to omit a target that fits the shape of a layer without a name, because the target may be that layer."""
     nameless = [spot for spot in spots if not is_named(spot)]
     for target in lost if nameless else ():
         plain = replace(target, layout="out *in")
         alike = sum(fits(plain, adapter.updates[target], spot.shape) for spot in nameless)
         if alike:
-            why = f"it may be one of {alike} layers of the graph whose names are lost"
+            why = f"the target may be one of {alike} layers of the graph whose names are lost"
             cure = "Pass the weights that the graph was exported from: --base-weights DIR (base_weights=)"
             raise TargetNotFound(why, where=str(target), cure=cure)
 
 
 NUMBERED = re.compile(r"onnx::|val_\d|_v_\d|\d")
-"""Pattern of the names that exporters make up."""
+"""A pattern for names that exporters make up, such as `onnx::MatMul_12`, for tensors without a name in the model."""
 
 
 def is_named(spot: Spot) -> bool:
-    """Whether a layer has a name that an exporter did not make up."""
+    """Whether a layer has a name from the model, not only names that an exporter made up."""
     return any(not NUMBERED.match(name) for method in METHODS for name in spot.names.get(method, ()))
 
 
@@ -295,36 +308,41 @@ def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> ir.Nod
     """Return the node that reads a target's weight, if its operator is not a supported layer; otherwise None."""
     layers = {spot.node for spot in spots}
     for node in nodes_of(model):
-        if node in layers or node.op_type in THROUGH or not path:
+        selects = node.op_type == "Gather" and not is_constant(node.outputs[0])
+        if node in layers or (node.op_type in THROUGH and not selects) or not path:
             continue
         constants = [one for one in node.inputs if one is not None and one.producer() is not node and is_constant(one)]
         stored = [source for one in constants for source in sources(one)]
         wide = [one for one in stored if one.shape is None or len(one.shape) > 1 or _is_packed(one)]
         names = [_MARK.sub(".weight", one.name or "") for one in wide]
+        names += [name for one in wide for name in listed(one.metadata_props.get(_FOLDED))]
         modules = listed(node.metadata_props.get(SCOPES))[-2:-1] if names else []
         inside = [dotted((node.name or "").rpartition("/")[0])] if names else []
-        if any(same_end(name, f"{path}.weight") for name in names) or any(
-            same_end(m, path) for m in (*modules, *inside) if m
-        ):
+        # Also compare the path without `.weight`, because a target may be a parameter, such as a stack of experts.
+        read = any(same_end(name, full) for name in names for full in (f"{path}.weight", path))
+        if read or any(same_end(m, path) for m in (*modules, *inside) if m):
             return node
     return None
 
 
 def _is_packed(value: ir.Value | None) -> bool:
-    """Whether a value is a constant of several bytes: some operators store a packed weight as bytes without a shape."""
+    """Whether a value is a constant with several elements of at most one byte, even if it has only one axis.
+
+    Some operators store a packed weight as a plain sequence of bytes.
+    """
     if value is None or not is_constant(value) or element_type(value).itemsize > 1:
         return False
     return any(one.const_value is not None and one.const_value.size > 1 for one in sources(value))
 
 
 def _modules(model: ir.Model, adapter: Adapter, known: Known) -> dict[Target, ResolvedTarget]:
-    """Return the targets that are modules, not layers with a weight."""
+    """Resolve the targets that are modules without a weight; other targets are omitted."""
     places: dict[Target, ResolvedTarget] = {}
     for target, updates in adapter.updates.items():
         weight = f"{target.path}.weight"
         if any(update.kind != "output" for update in updates) or any(same_end(name, weight) for name in known):
             continue
-        with contextlib.suppress(TargetNotFound):  # The target may be a layer without a name; `_sites` reports it.
+        with contextlib.suppress(TargetNotFound):  # `_sites` looks for the target among layers without a name.
             ends = outlet(model, target, updates, is_layer=False)
             places[target] = ResolvedTarget(target, target, updates, (), "scopes", 1.0, outlet=ends)
     return places
@@ -343,12 +361,12 @@ def spots_of(model: ir.Model) -> list[Spot]:
 
 
 def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
-    """Map each module path in node names to the prefix that this path lacks, but the module's parameter names have.
+    """Return a map from each module path in node names to the prefix that the module's parameter names have before it.
 
     torch's older exporter names nodes after the modules that are called. A ModuleList or ModuleDict is never called, so
     node names such as `/self_attn/q_proj/Add` lack its name. Parameters that kept their names, such as
-    `layers.0.self_attn.q_proj.bias`, show the full path. A module path with two different prefixes is omitted, because
-    it is ambiguous.
+    `layers.0.self_attn.q_proj.bias`, show the full path, so the prefix is `layers.0.`. A module path with two different
+    prefixes is omitted, because it is ambiguous.
     """
     prefixes_by_path: dict[str, set[str]] = {}
     for node in nodes:
@@ -365,7 +383,7 @@ def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
 
 
 def _refuse_orders(places: Sequence[ResolvedTarget]) -> None:
-    """Refuse targets at one node if their order matters, because a graph adds the changes of all targets."""
+    """Refuse several targets at one layer if the order of their updates matters: a graph simply adds their changes."""
     by_spot: dict[Spot, list[ResolvedTarget]] = {}
     for at in places:
         if all(update.kind in ("additive", "weight") for update in at.updates):
@@ -373,7 +391,7 @@ def _refuse_orders(places: Sequence[ResolvedTarget]) -> None:
                 by_spot.setdefault(spot, []).append(at)
     for here in by_spot.values():
         if order_counts([(at.asked, at.updates) for at in here]):
-            why = "several targets of one adapter are at one weight, and not all of their updates are plain sums"
+            why = "several targets of one adapter are at one weight, and the order of their updates changes the result"
             cure = "Merge the adapter into the base (`adapterkit merge`), and export the result"
             raise Unsupported(why, where=str(here[-1].asked), cure=cure)
 
@@ -382,7 +400,7 @@ def _refuse(adapter: Adapter) -> None:
     for target, update in adapter:
         if update.kind == "context":
             why = f"{update.method} changes {update.acts_on}, which is not a layer of a graph"
-            raise Unsupported(why, where=str(target), cure="Attach it to the torch model, and export that model")
+            raise Unsupported(why, where=str(target), cure="Attach the adapter in torch, and export the torch model")
 
 
 def _seen(node: ir.Node, kind: type[GraphLayer]) -> tuple[int, ...]:
@@ -394,11 +412,17 @@ def _seen(node: ir.Node, kind: type[GraphLayer]) -> tuple[int, ...]:
 def _names(
     node: ir.Node, kind: type[GraphLayer], stored: Sequence[ir.Value], containers: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
-    if issubclass(kind, Experts):
-        return {}  # Each part of an expert has a name; see `in_experts`.
+    if issubclass(kind, Experts) or EXPERT in node.metadata_props:
+        return {}  # `in_experts` finds a name for each part of an expert.
     if issubclass(kind, Recurrent):
         name_here = kind.name(node)
         return {} if name_here is None else {"path": (name_here,)}
+    if issubclass(kind, SelectedExperts):
+        # A stack is a parameter, not the weight of a module, so its name does not end with `.weight`.
+        return {
+            "folded_from": tuple(n for value in stored for n in listed(value.metadata_props.get(_FOLDED))),
+            "initializer": tuple(value.name for value in stored if value.name),
+        }
     names = {
         "scopes": () if is_norm(node) else _scope_names(node),
         "folded_from": tuple(n for value in stored for n in listed(value.metadata_props.get(_FOLDED))),
@@ -423,14 +447,14 @@ def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
 
 
 OF_MODULES = ("scopes", "path")
-"""The methods that only show a layer's module, and call the layer's weight `weight`."""
+"""The methods that find only the name of a layer's module, and assume that the module's weight is called `weight`."""
 
 
 def with_several_weights(spots: Sequence[Spot]) -> dict[str, list[str]]:
-    """Find modules whose own nodes have different weights, such as an LSTMCell that a loop calls.
+    """Find modules with several different weights, such as an LSTMCell that a loop calls.
 
     Returns:
-        the name `module.weight`, which is wrong for these weights -> the names of the stored tensors.
+        a map from `module.weight`, which is not the name of any of these weights, to the names of the stored tensors.
     """
     by_module: dict[str, list[Spot]] = {}
     for spot in spots:
@@ -438,7 +462,7 @@ def with_several_weights(spots: Sequence[Spot]) -> dict[str, list[str]]:
             by_module.setdefault(name, []).append(spot)
     several = {}
     for name, same in by_module.items():
-        # Optimizers copy the weight of a module that is called several times, so values decide if tensors differ.
+        # Compare values, because optimizers copy the weight of a module that is called several times.
         different = [*{spot.sources: spot for spot in same if not issubclass(spot.kind, Recurrent | Experts)}.values()]
         if len(different) > 1 and not all(_same_weight(different[0], spot) for spot in different[1:]):
             stored = (_stored_names(spot) for spot in different)
@@ -459,7 +483,7 @@ def _stored_names(spot: Spot) -> tuple[str, ...]:
 
 
 def by_name(spots: Sequence[Spot]) -> Known:
-    """Map each weight's name to the first method that found the name, and to the layers with that weight."""
+    """Return a map from each weight's name to the first method that found it, and to all layers with that name."""
     known: Known = {}
     several = with_several_weights(spots)
     spots = [*spots, *in_heads(spots), *in_experts(spots)]
@@ -472,7 +496,7 @@ def by_name(spots: Sequence[Spot]) -> Known:
         if method == "path":
             some |= _calls(some)
         for name, at in some.items():
-            # Keep the first method for a name: `METHODS` is in the order of reliability.
+            # Keep the first method that found the name, because earlier methods in `METHODS` are more reliable.
             known.setdefault(
                 name, (method, _by_node_name(name, at) if method in ("folded_from", "initializer") else at)
             )
@@ -480,14 +504,15 @@ def by_name(spots: Sequence[Spot]) -> Known:
 
 
 def plain_call(name: str) -> str:
-    """Return the name of a module for the name of its later call, without the number of the call."""
+    """Remove the number that exporters append to a module's name for its later calls: `fc_1` becomes `fc`."""
     return _CALL.sub("", f"{name}.weight").removesuffix(".weight")
 
 
 def _without_modules(places: Sequence[ResolvedTarget]) -> list[ResolvedTarget]:
-    """Remove nodes that belong to another target of the adapter, whose name looks like a later call of a module.
+    """Remove layers from a target such as `fc` if they also belong to a target such as `fc_1`.
 
-    If an adapter targets `fc` and `fc_1`, both are modules, even if the exporter stored their equal weights once.
+    `fc_1` may be an exporter's name for the second call of `fc`. But if an adapter targets both names, both are
+    modules, even if the exporter stored their equal weights once.
     """
     spots_of_modules = {
         place.target.path: {*place.spots} for place in places if plain_call(place.target.path) != place.target.path
@@ -507,7 +532,7 @@ def _without_modules(places: Sequence[ResolvedTarget]) -> list[ResolvedTarget]:
 
 
 def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
-    """Group the repeated calls of a module: in node names of later calls, a number follows the module's name."""
+    """Add the layers of later calls, such as `fc_1`, to those of the first call `fc`, if both read the same tensor."""
     calls = {name: list(at) for name, at in some.items()}
     for name, at in some.items():
         plain = _CALL.sub("", name)
@@ -517,7 +542,10 @@ def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
 
 
 def _by_node_name(name: str, spots: list[Spot]) -> list[Spot]:
-    """Select a module's nodes by node name, because modules with equal weights may share one stored weight."""
+    """Return the layers whose nodes belong to the module `name`; all layers if no node does.
+
+    Modules with equal weights may share one stored tensor, so the name of the tensor does not identify the module.
+    """
     names_of_spots = [
         {*spot.names.get("scopes", ()), *(_CALL.sub("", p) for p in spot.names.get("path", ()))} for spot in spots
     ]
@@ -528,7 +556,7 @@ def _by_node_name(name: str, spots: list[Spot]) -> list[Spot]:
 
 
 Placed = list[tuple[Site, Target]]
-"""Pairs of a site, under the graph's names, and the adapter's target for it."""
+"""Pairs: a site with its name in the graph, and the target with its name in the adapter."""
 
 Config = Mapping[str, object] | None
 
@@ -551,21 +579,21 @@ BUILDER_NAMES = (
     ("self_attn", "attn"), ("attn", "self_attn"), ("moe.router", "mlp.router"), ("moe.router", "mlp.gate"),
     ("moe.router", "feed_forward.gate"), ("moe.router", "block_sparse_moe.gate"), ("moe.router", "router.proj"),
 )  # fmt: skip
-"""Pairs of names for the same layer; the graph's name comes first. onnxruntime-genai's builder calls every attention
-`attn`, and every router of experts `moe.router`."""
+"""Pairs of names for the same layer: the name in the graph, then the name in the adapter. onnxruntime-genai's builder
+names every attention layer `attn`, and every router of experts `moe.router`."""
 
 
 def _in_words_of(adapter: Adapter, known: Known) -> Known:
-    """Return a graph's names, and aliases in which attentions and routers have the names that the adapter uses.
+    """Return a graph's names, and aliases with the names that the adapter uses for attention layers and routers.
 
-    This must run before family names are translated: one family also names a layer `attn.q_proj`, but the rows of that
-    layer have another order.
+    This must run before names are translated between families. One family also has a layer `attn.q_proj`, but the rows
+    of that layer have another order.
     """
     return {alias: known[name] for alias, name in _renamed_parts(adapter, known).items()} | known
 
 
 def _renamed_parts(adapter: Adapter, known: Known) -> dict[str, str]:
-    """Map the adapter's names of attention and router weights to the graph's names, if the two differ in one part."""
+    """Return a map from the adapter's names of weights to the graph's, for names that differ as in `BUILDER_NAMES`."""
     renamed: dict[str, str] = {}
     for one, other in BUILDER_NAMES:
         asked = any(f".{other}." in f".{target.path}." for target in adapter.updates)
@@ -583,19 +611,40 @@ def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:
     return list(zip(sites, bound.origins, strict=True))
 
 
-def _resolved(site: Site, asked: Target, known: Known, renamed: Mapping[str, str]) -> ResolvedTarget:
-    """Return the target at a site. `renamed` maps the adapter's weight names to the graph's, if the two differ."""
+def _resolved(
+    site: Site, asked: Target, known: Known, renamed: Mapping[str, str], base: Checkpoint | None
+) -> ResolvedTarget:  # fmt: skip
+    """Return the target at a site, with the graph's layers for it. `_renamed_parts` returns the argument `renamed`."""
     name = site.weight
-    if site.target.stacked:
-        raise Unsupported(
-            "the target is a stack of experts, and the graph has no such stack",
-            where=str(asked),
-            cure="Merge the experts' updates before the export",
-        )
     if name is None:
         raise TargetNotFound("the graph has no weight there", where=str(asked), cure="Target a layer that has a weight")
     method, spots = known[name]
     shape = spots[0].shape
+    if site.target.stacked != issubclass(spots[0].kind, SelectedExperts):
+        node = spots[0].node
+        stack = "a stack of experts" if site.target.stacked else "one weight"
+        other = "one weight" if site.target.stacked else "a stack of experts"
+        why = f"the update changes {stack}, but the graph has {other} there ({node.name or node.op_type})"
+        raise Unsupported(why, where=str(asked), cure="Merge the adapter into the base, and export the result")
+    if site.target.stacked:
+        product = product_of(spots[0].node)
+        by_columns = product is not None and not product.by_rows
+        if base is None and shape[1] == shape[2] and by_columns and not site.target.layout.startswith("e in"):
+            # This layout is also the default for an adapter that was read without its base.
+            why = (
+                f"the weights of this stack are square ({shape[1]} x {shape[2]}), and the graph reads their rows as "
+                "inputs; without the base, it is unknown whether the rows of the update are inputs or outputs"
+            )
+            cure = "Pass the weights that the graph was exported from: --base-weights DIR (base_weights=)"
+            raise Unsupported(why, where=str(asked), cure=cure)
+        swapped = _swapped(site.target)
+        if not fits(site.target, site.updates, shape) and fits(swapped, site.updates, shape):
+            site = replace(site, target=swapped)
+        try:
+            check_site(replace(site, bias=None), {name: shape}, biasless=True)
+        except AdapterkitError as error:
+            raise error.at(where=str(asked)) from None
+        return ResolvedTarget(site.target, asked, site.updates, tuple(spots), method, 1.0)
     turned = _turned(site, shape, spots[0].kind)
     seen = (shape[1], shape[0], *shape[2:]) if turned else shape
     path = site.target.path if name not in renamed else renamed[name].removesuffix(".weight")
@@ -607,6 +656,11 @@ def _resolved(site: Site, asked: Target, known: Known, renamed: Mapping[str, str
     return ResolvedTarget(_in_rows(plain.target, spots[0]), asked, site.updates, tuple(spots), method, 1.0, turned)
 
 
+def _swapped(target: Target) -> Target:
+    """Return a target that is a stack of experts, with `in` and `out` swapped in its layout."""
+    return replace(target, layout="e out *in" if target.layout.startswith("e in") else "e in out *k")
+
+
 def _in_rows(target: Target, spot: Spot) -> Target:
     if spot.rows is None:
         return target
@@ -615,10 +669,10 @@ def _in_rows(target: Target, spot: Spot) -> Target:
 
 
 def _turned(site: Site, shape: tuple[int, ...], kind: type[GraphLayer]) -> bool:
-    """Whether the updates see the weight with its first two axes swapped.
+    """Whether the updates apply to the weight with its first two axes swapped.
 
-    Token rows index tokens, which are the inputs of an embedding and the outputs of a head. Updates that store whole
-    weights may store them in the base's axis order, with `in` first.
+    Updates of token rows have one row for each token. Tokens are the inputs of an embedding, but the outputs of a head.
+    Updates that store whole weights may store them in the base's axis order, with `in` first.
     """
     dims = [update.dims() for update in site.updates if update.kind != "output"]
     whole = any("rest" in each for each in dims) and not any("in" in each for each in dims)

@@ -1,4 +1,4 @@
-"""Use the names of files and targets to tell which part of a model a graph holds, and which graphs hold the same part.
+"""Tell from names which part of a model a graph or a target belongs to, and which graphs hold the same part.
 
 Folders for transformers.js and sentence-transformers contain the same model several times: `model.onnx`,
 `model_fp16.onnx`, `model_q4.onnx`, `model_O2.onnx`. Each of these graphs must get the whole adapter.
@@ -15,8 +15,8 @@ FILE_WORDS = (
     ("audio", "audio"), ("embedding", "embedding"), ("embed", "embedding"), ("decoder", "decoder"), ("text", "text"),
     ("encoder", "encoder"),
 )  # fmt: skip
-"""Pairs of a word in a file's or a folder's name and the part of the model that the file or folder holds. The first
-word that matches decides."""
+"""Pairs: a word in the name of a file or folder, and the part of the model that the file or folder holds. If a name
+contains several of these words, the pair that comes first here counts."""
 
 PATH_WORDS = {
     "encoder": "encoder", "decoder": "decoder", "text_decoder": "decoder", "vision_model": "vision",
@@ -24,22 +24,27 @@ PATH_WORDS = {
     "audio_model": "audio", "speech_encoder": "audio", "audio_encoder": "audio", "language_model": "text",
     "text_model": "text", "text_encoder": "text", "vae": "vae",
 }  # fmt: skip
-"""A map from a segment of a target's path to the part of the model that the target belongs to. The first segment that
-matches decides."""
+"""A map from a segment of a target's path to the part of the model that the target belongs to. If a path contains
+several of these segments, the one that comes first in the path counts."""
 
 _FORM = re.compile(
     r"[_.\-](?:[bf]p?16|fp32|float16|bfloat16|q\d(?:f16)?|bnb4|u?int\d+|qu?int8|quant(?:ized)?|dynamic|static|o[1-4]|"
     r"optimized|simplified|slim|avx2|avx512|vnni|arm64)$",
     re.IGNORECASE,
 )
-"""Pattern of a word at the end of a file's name, such as `fp16` or `O2`. It says how the graph was converted, not which
-part of the model the graph holds."""
+"""Matches a word such as `_fp16` or `_O2` at the end of a file's name. Such a word shows how the graph was converted,
+not which part of the model the graph holds."""
 
 
 def role_of(name: Path) -> str | None:
-    """Return the part of a model that a graph holds, from its file name relative to the model's folder, or None."""
+    """Return the part of a model that a graph holds, judging by the graph's path; None if the path does not show it.
+
+    Args:
+        name: the path of the graph's file, relative to the model's folder. A name that contains both `encoder` and
+            `decoder` does not show the part.
+    """
     words = re.split(r"[_\-.]+", name.stem.lower())
-    # If the file's name does not show the part, as in `model.onnx`, use the name of the folder that contains it.
+    # If the file's name does not show the part, as in `text_encoder/model.onnx`, use the first folder's name.
     if len(name.parts) > 1 and not any(word == each for word, _ in FILE_WORDS for each in words):
         words = re.split(r"[_\-.]+", name.parts[0].lower())
     if {"encoder", "decoder"} <= {*words}:
@@ -48,13 +53,13 @@ def role_of(name: Path) -> str | None:
 
 
 def elsewhere(path: str, role: str | None, names: Iterable[str]) -> bool:
-    """Whether a target is in the decoder and the graph is the encoder, or the reverse.
+    """Whether a target belongs to the decoder but the graph is the encoder, or the reverse.
 
     Args:
         path: the target's path.
-        role: the part that the graph holds, according to its file name.
-        names: the names of the graph's layers. If one of these names contains the target's part, the file's name is
-            ignored.
+        role: the part that the graph holds, according to the graph's file name; see `role_of`.
+        names: the names of the graph's layers. If one of them has the target's part (`encoder` or `decoder`) as a
+            segment, the graph holds that part, too, and the result is False.
     """
     role_here = next((PATH_WORDS[word] for word in path.split(".") if word in PATH_WORDS), None)
     if {role_here, role} != {"encoder", "decoder"}:
@@ -63,14 +68,15 @@ def elsewhere(path: str, role: str | None, names: Iterable[str]) -> bool:
 
 
 def same_layers(one: Path, other: Path) -> bool:
-    """Whether `other` must contain each layer of `one`, judging by their names without words such as `fp16` or `O2`.
+    """Whether the graph in the file `other` must contain each layer of the graph in the file `one`.
 
-    The names must be equal, or the name of `other` must continue the name of `one`.
+    This is so if both files are in the same folder, and their names are equal without words such as `fp16` and `O2`,
+    or the name of `other` continues the name of `one`.
     """
     if one.parent != other.parent:
         return False
     first, second = _plain(one.stem), _plain(other.stem)
-    # A name that continues with other words, such as `decoder_model_merged`, is a larger graph.
+    # A file with a longer name holds a larger graph: `decoder_model_merged` has all layers of `decoder_model`.
     return first == second or re.match(rf"{re.escape(first)}[_.\-]", second) is not None
 
 

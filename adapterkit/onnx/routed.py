@@ -1,8 +1,8 @@
-"""Map an adapter's targets in experts to the parts of the experts in a graph; see experts.py.
+"""Map an adapter's targets in experts to the single experts inside a graph's `MoE` and `QMoE` nodes; see experts.py.
 
 An adapter changes single experts, such as `mlp.experts.3.gate_proj`, or stacks of them, such as
-`mlp.experts.gate_up_proj`. Stacks are split into updates of single experts. The family's file shows which weights a
-stack fuses, and the order of their rows.
+`mlp.experts.gate_up_proj`. Updates of a stack are split into updates of single experts. The architecture file of the
+model's family shows which weights a stack fuses, and in which order the stack stores their rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..io.lazy import as_array
 from ..naming.architectures import Architecture, WeightPlace, architecture_of
 from ..naming.binding.moving import moved
 from ..naming.moves import Move, PathPart
-from .experts import LAYER, ExpertStack, fused, is_routed, layer_of, path_of, stacks_of, stem_of, unknown_layout
+from .experts import LAYER, ExpertStack, holds_experts, layer_of, path_of, stacks_of, stem_of, unknown_layout
 from .modules import same_end
 from .operands import nodes_of
 from .reading import GENAI_TYPE
@@ -36,26 +36,27 @@ if TYPE_CHECKING:
     from .resolved import ResolvedTarget
 
 TYPES = {"gptoss": "gpt_oss", "qwen3_5_moe_text": "qwen3_5_moe"}
-"""A map from onnxruntime-genai's model types to transformers', where the two differ."""
+"""A map from a model type in onnxruntime-genai to the model type in transformers, for models whose two types differ."""
 
 PARTS = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj", "w1": "gate_proj", "w3": "up_proj",
          "w2": "down_proj"}  # fmt: skip
-"""A map from the names of an expert's weights to the names in a graph, for models that store the weights separately."""
+"""A map from the name of an expert's weight to the weight's name in a graph, for models that store gate, up and down in
+separate weights."""
 
 FAMILY = "adapterkit.model_type"
-"""Metadata key of a graph with slots at experts, for the model type."""
+"""Metadata key that stores the model type in a graph with slots at experts; see `remember_family`."""
 
 Config = Mapping[str, object] | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """The meaning of a target's name: a weight of one expert or of all experts.
+    """The weight that a target's path refers to, in one expert or in all experts.
 
     Attributes:
-        part: one of the values of `PARTS`.
-        expert: the number of the expert; None for a stack of all experts.
-        rows: the rows of the target that belong to the weight; None for all rows.
+        part: the weight's name in a graph: one of the values of `PARTS`, or `gate_up_proj` for both fused weights.
+        expert: the number of the expert; None if the target is a stack of all experts.
+        rows: the rows of the target that belong to this weight; None if all rows do.
     """
 
     part: str
@@ -66,23 +67,27 @@ class _Reading:
 def by_expert(
     adapter: Adapter, model: ir.Model, config: Config, refused: list[Target] | None = None
 ) -> tuple[Adapter, dict[Target, Target]]:
-    """Split an adapter's updates of experts into updates of single experts, if one node of the graph holds the experts.
+    """Give targets in experts the graph's names, and split updates of stacks into updates of single experts.
+
+    A target is changed only if the experts of its layer are in a `MoE` or `QMoE` node of the graph, or in the nodes
+    that replace such a node in a graph with slots.
 
     Args:
         adapter: the adapter.
         model: the graph.
         config: the base's config, whose `model_type` selects the family.
-        refused: a list for targets that cannot be changed. If it is given, these targets are added to it and omitted
-            from the result; otherwise, such a target raises an error.
+        refused: a list that receives the targets whose experts cannot be changed in the graph; the result does not
+            contain these targets. If `refused` is None, such a target raises `Unsupported`.
 
     Returns:
-        the adapter, with the graph's names of experts; and a map from each of these names to the adapter's target.
+        the adapter with the new targets; and a map from each new target to the target in `adapter`.
 
     Raises:
-        Unsupported: the layout of a node's weights is unknown, or a stack's family is unknown.
+        Unsupported: the experts of a target cannot be changed in the graph, for example because the layout of the
+            node's weights or the model's family is unknown.
         ShapeMismatch: the adapter and the graph have different numbers of experts.
     """
-    nodes = [node for node in nodes_of(model) if is_routed(node)]
+    nodes = [node for node in nodes_of(model) if holds_experts(node)]
     if not nodes:
         return adapter, {}
     stacks, family = stacks_of(nodes), _family(adapter, config, model)
@@ -99,7 +104,7 @@ def by_expert(
             stack = stacks.get(number)
             if stack is None:
                 node = next(node for node in nodes if (stem := stem_of(node)) and layer_of(stem) == number)
-                raise _refused(target, node, unknown_layout(node) or "no name shows its layer")
+                raise _refused(target, node, unknown_layout(node) or "no name in the graph shows the node's layer")
             _check(target, given, stack, readings, model)
         except Unsupported:
             if refused is None:
@@ -114,11 +119,11 @@ def by_expert(
 
 
 def compare_experts(places: Sequence[ResolvedTarget], whole: Mapping[Target, Target], base: Checkpoint) -> None:
-    """Compare a graph's experts with the base's weights. The weights are looked up under the adapter's names.
+    """Check that a graph's experts have the base's weights. The targets' names in the adapter select these weights.
 
     Args:
-        places: the targets of an adapter.
-        whole: the second result of `by_expert`.
+        places: the targets of an adapter, found in the graph.
+        whole: the map from each of these targets to the adapter's target, which `by_expert` returned.
         base: the weights that the graph was exported from.
 
     Raises:
@@ -158,26 +163,26 @@ def _check(
 ) -> None:
     if not readings:
         why = "the order of rows in this stack of experts depends on the model's family, which is unknown"
-        cure = "Pass the model's folder: its config.json names the family: --base-weights DIR (base_weights=DIR)"
+        cure = "Pass the model's folder, whose config.json names the family: --base-weights DIR (base_weights=DIR)"
         raise Unsupported(why, where=str(target), cure=cure)
     count = updates[0].dims(True).get("e") if target.stacked else stack.experts
     if count != stack.experts:
         why = f"the adapter has {count} experts, but the graph has {stack.experts}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
-    # onnxruntime-genai's builder multiplies Gemma 4's `down_proj` weights by one scale per expert. A change would have
-    # to be multiplied by this scale, too.
+    # onnxruntime-genai's builder multiplies Gemma 4's `down_proj` weights by one scale per expert. An adapter's change
+    # would have to be multiplied by this scale, too; otherwise, the change would have the wrong size.
     scale = f"{stack.stem}.moe.router.scale"
     if any(reading.part == "down_proj" for reading in readings) and scale in model.graph.initializers:
-        raise _refused(target, stack.node, "a scale of each expert is folded into its weights")
-    if fused(stack.node) == 1 and any(reading.part == "gate_proj" for reading in readings):
-        raise _refused(target, stack.node, "its experts have no gate")
+        raise _refused(target, stack.node, "each expert's weights in the graph are already multiplied by a scale")
+    if not stack.fused and any(reading.part == "gate_proj" for reading in readings):
+        raise _refused(target, stack.node, "the node's experts have no gate")
     loose = [update.method for update in updates if update.changes_bias and target.stacked]
     if loose:
-        raise _refused(target, stack.node, f"{loose[0]} changes a bias, and the biases are in another stack")
+        raise _refused(target, stack.node, f"{loose[0]} changes a bias, but the biases of experts are in another stack")
 
 
 def _refused(target: Target, node: ir.Node, why: str) -> Unsupported:
-    """Return the error for a target inside a node."""
+    """Return the error for a target that cannot be changed because its experts are inside a node."""
     text = f"its experts are inside the node {node.name or node.outputs[0].name} ({node.op_type}), and {why}"
     return Unsupported(text, where=str(target), cure=OTHERWISE)
 
@@ -186,18 +191,17 @@ OTHERWISE = (
     "Merge the adapter into the base (adapterkit merge BASE A -o OUT), and build the graph from the result; or omit "
     "such targets: --allow-partial (allow_partial=True)"
 )
-"""The cure for targets inside nodes that cannot be changed."""
+"""The cure in errors about targets that cannot be changed because they are inside a node."""
 
 
 def remember_family(model: ir.Model, adapter: Adapter, config: Config) -> None:
-    """Store the model type in a graph with slots at experts, so that other adapters can be written for these slots."""
+    """Store the model type in a graph with slots at experts, so that adapters can later be written for these slots."""
     kind = _type_of(adapter, config, model)
-    if kind is not None and any(is_routed(node) for node in nodes_of(model)):
+    if kind is not None and any(holds_experts(node) for node in nodes_of(model)):
         model.metadata_props[FAMILY] = kind
 
 
 def _family(adapter: Adapter, config: Config, model: ir.Model) -> Architecture | None:
-    """Return the family that the base's config, the graph or the adapter names."""
     kind = _type_of(adapter, config, model)
     return None if kind is None else architecture_of({"model_type": kind})
 
@@ -214,10 +218,11 @@ def _type_of(adapter: Adapter, config: Config, model: ir.Model) -> str | None:
 
 
 def _readings(path: str, family: Architecture | None) -> tuple[_Reading, ...]:
-    """Return the weights of experts that a name refers to; empty for other names, or if the family is unknown.
+    """Return the weights of experts that a target's path refers to.
 
-    Only the part of a name after the layer's number is compared, because the words before it differ between classes of
-    one family.
+    The result is empty if the path refers to no expert, or if it refers to a stack and the family is unknown. Only the
+    part of the path after the layer's number is compared, because the segments before this number differ between the
+    classes of a family.
     """
     layer = LAYER.match(path)
     inner = "" if layer is None else path[layer.end() :].strip(".")

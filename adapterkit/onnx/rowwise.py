@@ -1,9 +1,9 @@
-"""A different adapter for each row of a batch: slots for stacked adapters, and an input that selects one for each row.
+"""Add slots for a stack of adapters to a graph, and an input that selects an adapter for each row of the batch.
 
-So one run can serve texts with different adapters, as servers of many LoRAs need. Each target has two slots: `A`,
+One run can then serve texts with different adapters, as servers of many LoRAs need. Each target has two slots: `A`,
 `[adapters, in, rank]`, and `B`, `[adapters, rank, out]`. `B` includes the scaling. All targets share the input
-`adapter_index`, `[batch]`. By default, the slots hold an adapter of rank 0, with which the graph's results equal the
-base's bit for bit.
+`adapter_index`, `[batch]`. By default, the slots contain one adapter of rank 0. With this adapter, the graph's
+results equal the base's bit for bit.
 """
 
 from __future__ import annotations
@@ -32,23 +32,24 @@ if TYPE_CHECKING:
     from .resolved import ResolvedTarget
 
 INDEX = "adapter_index"
-"""Name of the input that gives each row the number of its adapter."""
+"""Name of the input that contains, for each row of the batch, the index of the row's adapter in the stack."""
 
 ROWS = "adapterkit.rows"
-"""Metadata key of a model. Its value is the name of the input `adapter_index`."""
+"""Metadata key that only models with slots for stacked adapters have. Its value is `INDEX`."""
 
 LARGE = 1 << 28
-"""A model is not copied to infer shapes if its file contains tensors with more bytes than this."""
+"""Shapes are not inferred if a model's tensors, without external data, have more bytes than this, because inference
+copies the model."""
 
 LINEAR = (
     MatMul, Gemm, MatMulNBits, MatMulInteger, Attention, QAttention, QLinearMatMul, DynamicQuantizeMatMul,
     MatMulIntegerToFloat,
 )  # fmt: skip
-"""Kinds of layers whose first axis is the batch and whose last axis is the channels."""
+"""Kinds of layers whose inputs and outputs have the batch on the first axis and the channels on the last axis."""
 
 
 class TargetRows(Protocol):
-    """The input and the output of a layer, or of a view of some of its rows."""
+    """A layer, or a view of some rows of the layer's weight: its input `x`, and a call that returns its output."""
 
     x: Value
 
@@ -56,7 +57,7 @@ class TargetRows(Protocol):
 
 
 class RowSlots:
-    """Adds slots for stacked adapters to a graph.
+    """Adds slots for a stack of adapters to a graph.
 
     Args:
         building: the model that is being changed.
@@ -70,15 +71,16 @@ class RowSlots:
         self.shapes = _shapes(building.model)
 
     def output(self, seen: TargetRows, layer: GraphLayer | Ended, place: ResolvedTarget) -> Value:
-        """Return a layer's output, with the change of each row's adapter.
+        """Return a layer's output, to which the change by each row's adapter is added.
 
         Args:
-            seen: the layer, or a view of the layer's rows that the target names.
+            seen: the layer, or a view of the rows of the layer's weight that the target consists of.
             layer: the layer.
             place: the target.
 
         Raises:
-            Unsupported: the method is not LoRA, or the first axis of the layer's input is not the batch.
+            Unsupported: the target's update is not a single LoRA without a bias, the layer is of another kind than
+                `LINEAR`, or the first axis of the layer's input is not the batch.
         """
         _check(place)
         key = self.building.keep(place)
@@ -89,8 +91,11 @@ class RowSlots:
         sizes = None if shape is None else len(shape)
         flat = sizes == 2
         if (sizes is not None and sizes not in (2, 3)) or (flat and not _is_batch(shape, self.building.model)):
-            why = f"rows cannot have different adapters: the layer's input has {sizes} axes, without a batch axis"
-            raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode slots (mode='slots')")
+            why = (
+                f"the rows of a batch cannot have different adapters here: the layer's input has {sizes} axes, and its "
+                "first axis is not known to be the batch"
+            )
+            raise Unsupported(why, where=str(place.asked), cure="Inject the adapter with --mode slots (mode='slots')")
         one = self.building.literal(np.array([1]))
         rows = branch.node("Unsqueeze", [x.value, one], None, x.dtype, None) if flat else x.value
         for name in ("A", "B"):
@@ -117,11 +122,11 @@ class RowSlots:
         return slots_made
 
     def record(self) -> None:
-        """List each target's slots in the model's metadata, which `fit` reads."""
+        """List each target's slots in the model's metadata, from which `fit` reads them."""
         listed = []
         for place, slots in self.slots_by_target.values():
             record, update = SlotRecord.of(place), place.updates[0]
-            # List the slot of B also as the slot of the scaling, because B includes the scaling.
+            # B includes the scaling, so the slot for the scaling is the slot for B.
             fields = {"A": slots["A"].name or "", "B": slots["B"].name or "", "scaling": slots["B"].name or ""}
             record.updates.append(SlotUpdate(update.method, fixed_attributes(update, fields), fields))
             listed.append(record.plain())
@@ -130,19 +135,24 @@ class RowSlots:
 
 
 def _check(place: ResolvedTarget) -> None:
-    cure = "Inject it with --mode slots (mode='slots'), and run the rows of each adapter together"
+    cure = "Inject the adapter with --mode slots (mode='slots'), and run the rows of each adapter as one batch"
     if len(place.updates) != 1 or place.updates[0].method != "lora" or place.updates[0].changes_bias:
         methods = ", ".join(update.method for update in place.updates)
-        raise Unsupported(f"rows cannot have different adapters of {methods}", where=str(place.asked), cure=cure)
+        raise Unsupported(
+            f"rows of a batch cannot have different adapters of {methods}", where=str(place.asked), cure=cure
+        )
     if place.norm is not None or place.turned or not all(issubclass(spot.kind, LINEAR) for spot in place.spots):
         kinds = ", ".join(sorted({spot.node.op_type for spot in place.spots})) or "module"
-        raise Unsupported(f"rows cannot have different adapters at a {kinds}", where=str(place.asked), cure=cure)
+        raise Unsupported(
+            f"rows of a batch cannot have different adapters at a {kinds}", where=str(place.asked), cure=cure
+        )
 
 
 def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
-    """Return the shapes that ONNX infers for values whose shapes the exporter did not write.
+    """Infer the shapes of all nodes' outputs; return a map from names to shapes, empty if the inference fails.
 
-    The number of axes must be known, because a matrix and a stack of matrices need different nodes.
+    `RowSlots.output` uses these shapes for values whose shapes the exporter did not write. It must know the number of
+    axes, because a matrix and a stack of matrices need different nodes.
     """
     import onnx
 
@@ -152,21 +162,24 @@ def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
     try:
         proto = onnx.shape_inference.infer_shapes(ir.to_proto(model))
         worked_out = ir.from_proto(proto)
-    except Exception:  # ONNX's errors have no common base class. Without shapes, faults only show in the later check.
+    except Exception:  # ONNX's errors have no common base class. Without shapes, only the later check finds bad axes.
         return {}
     outputs = (out for node in worked_out.graph for out in node.outputs)
     return {out.name: out.shape for out in outputs if out.name is not None and out.shape is not None}
 
 
 def _is_batch(shape: ir.Shape | None, model: ir.Model) -> bool:
-    """Whether the first axis of a matrix is the batch, and not a joint axis for the tokens of all texts."""
+    """Whether the first axis of a matrix is the batch, rather than one axis for the tokens of all texts.
+
+    It is the batch if an input of the graph has the same dynamic size on its first axis.
+    """
     first = None if shape is None else shape[0]
     batches = [one.shape[0] for one in model.graph.inputs if one.shape is not None and len(one.shape) > 1]
     return first is not None and not isinstance(first, int) and any(str(one) == str(first) for one in batches)
 
 
 def factors_of(update: Update) -> dict[str, Array]:
-    """Return a LoRA's factors as a stack of one adapter, in the layout of the slots, float64."""
+    """Return a LoRA's A and B, with the scaling in B, as a stack of one adapter in the slots' layout, float64."""
     A, B = (as_array(update.tensors[name]).astype(np.float64) for name in ("A", "B"))
     return {"A": A.T[None], "B": B.T[None] * float(getattr(update, "scaling", 1.0))}
 
@@ -174,11 +187,11 @@ def factors_of(update: Update) -> dict[str, Array]:
 def stacked(
     names: Sequence[str | None], loaded: Mapping[str, Mapping[str, Array]], slots: Mapping[str, OrtInput]
 ) -> dict[str, Array]:  # fmt: skip
-    """Return the slots' values for a batch.
+    """Return the values of the slots and of `adapter_index` for a batch; zeros pad factors to the largest rank.
 
     Args:
-        names: the adapter of each row; None for the base.
-        loaded: for each adapter, a map from slots to the adapter's factors, as stacks of one adapter.
+        names: the name of each row's adapter; None for rows that use the base alone.
+        loaded: a map from each adapter's name to the adapter's factors by slot, as stacks of one adapter.
         slots: all slots by name, with their declared shapes.
     """
     order = list(dict.fromkeys(names))

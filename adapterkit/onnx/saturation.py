@@ -29,19 +29,21 @@ CURE = (
 
 
 MOST_MOVED, TIMES = 0.01, 3.0
-"""Limits for a warning. With the adapter, rounding and clipping change the outputs by more than `MOST_MOVED` of the
-largest output value, and by more than `TIMES` times as much as without it."""
+"""Limits for a warning if no node clips more values with the adapter than without it. There is a warning if, with the
+adapter, rounding and clipping change the outputs by more than `MOST_MOVED` of the largest output value, and by more
+than `TIMES` times as much as without the adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Saturation:
-    """Values that quantization clips.
+    """The numbers of values that quantization clips without and with the adapter.
 
     Attributes:
-        nodes: for each QuantizeLinear that clips values, how many it clips without and with the adapter.
-        values: the number of quantized values.
-        moved: two numbers, without and with the adapter: by how much rounding and clipping activations changes the
-            outputs, relative to the largest output value. None if the graph cannot be run without rounding and
+        nodes: a map from the name of each QuantizeLinear that clips values to two counts: the number of values that
+            the node clips without the adapter, and the number with it.
+        values: the number of all values that the QuantizeLinear nodes of the graph with the adapter quantize.
+        moved: how much the outputs change if activations are rounded and clipped, relative to the largest output value:
+            a number without the adapter, and a number with it. None if the graph cannot be run without rounding and
             clipping.
     """
 
@@ -61,7 +63,11 @@ class Saturation:
 
     @property
     def warning(self) -> str | None:
-        """The warning for the user; None if quantization distorts the model about as much without the adapter."""
+        """The warning for the user; None if quantization distorts the model about as much without the adapter.
+
+        There is a warning if a node clips more values with the adapter than without it, or if `moved` is above the
+        limits `MOST_MOVED` and `TIMES`.
+        """
         worst = max(self.nodes, key=lambda name: self.nodes[name][1] - self.nodes[name][0], default=None)
         more = worst is not None and self.nodes[worst][1] > self.nodes[worst][0]
         before, after = self.moved or (0.0, 0.0)
@@ -80,7 +86,7 @@ class Saturation:
         return f"{count}. {CURE}"
 
     def record(self) -> dict[str, JsonValue]:
-        """Return the numbers as plain data."""
+        """Return the counts and `moved` as JSON data."""
         nodes = {name: list(counts) for name, counts in self.nodes.items()}
         moved = None if self.moved is None else list(self.moved)
         return {"before": self.before, "after": self.after, "values": self.values, "nodes": nodes, "moved": moved}
@@ -97,13 +103,13 @@ def quantizers(model: ir.Model) -> list[ir.Node]:
 
 
 def compared(before: ir.Model, after: ir.Model, feeds: Mapping[str, Array], more: Mapping[str, Array]) -> Saturation:
-    """Count clipped values without and with the adapter.
+    """Run the graph without and with the adapter, and count the values that each QuantizeLinear clips.
 
     Args:
         before: the original graph.
         after: the graph with the adapter.
-        feeds: inputs of the original graph.
-        more: additional inputs of the graph with the adapter.
+        feeds: the inputs' values for both graphs.
+        more: the values of inputs that only the graph with the adapter has.
     """
     without, _ = _clipped(before, feeds)
     counts, values = _clipped(after, {**feeds, **more})
@@ -112,7 +118,12 @@ def compared(before: ir.Model, after: ir.Model, feeds: Mapping[str, Array], more
 
 
 def clipping(saturation: Saturation | None, model: ir.Model) -> tuple[str, ...]:
-    """Return a warning if static quantization clips more values with the adapter than before."""
+    """Return a warning if static quantization distorts the model more with the adapter, or if this was not checked.
+
+    Args:
+        saturation: the result of the check; None if the check did not run.
+        model: the graph.
+    """
     if saturation is not None:
         return () if saturation.warning is None else (saturation.warning,)
     if not quantizers(model):
@@ -122,7 +133,7 @@ def clipping(saturation: Saturation | None, model: ir.Model) -> tuple[str, ...]:
 
 
 def _clipped(model: ir.Model, feeds: Mapping[str, Array]) -> tuple[dict[str, int], int]:
-    """Return the number of clipped values of each node, and the number of all values."""
+    """Return the number of values that each quantizing node clips, by name, and the number of all quantized values."""
     nodes, outputs = quantizers(model), list(model.graph.outputs)
     seen = list(dict.fromkeys(node.inputs[0] for node in nodes))
     # Declare the quantizers' inputs as outputs, so that a run returns them.
@@ -146,16 +157,16 @@ def _run(model: ir.Model, names: list[str], feeds: Mapping[str, Array]) -> dict[
     wanted = [name for name in names if name not in taken]
     for value in [value for value in model.graph.outputs if value.name in inputs]:
         model.graph.outputs.remove(value)
-    # Do not optimize: a quantizer that is fused with its neighbours has no input that can be read.
+    # Do not optimize: onnxruntime would fuse quantizers with other nodes, and the quantizers' inputs would not exist.
     session = started(inline(model), optimized=False)
-    # onnxruntime returns all outputs for an empty list of names.
+    # If no name is wanted, do not run: for an empty list of names, onnxruntime would return all outputs.
     given = {name: array for name, array in feeds.items() if name in taken}
     results = session.run(wanted, given) if wanted else []
     return {**{name: np.asarray(feeds[name]) for name in inputs}, **dict(zip(wanted, results, strict=True))}
 
 
 def _beyond(node: ir.Node, x: Array) -> int:
-    """Return how many values of x a node clips."""
+    """Return how many values of the input `x` a QuantizeLinear clips."""
     scale, zero = (None if one is None else numbers(one) for one in (*node.inputs[1:3], None)[:2])
     kind = np.dtype(np.uint8) if zero is None else zero.dtype
     if zero is None and (output_dtype := attribute(node, "output_dtype", 0)):
@@ -174,6 +185,6 @@ def _beyond(node: ir.Node, x: Array) -> int:
     steps, middle = (array.astype(np.float64).reshape(spread if array.size > 1 else -1) for array in (scale, zeros))
     low, high = float(limits.min), float(limits.max)
     q = np.rint(x.astype(np.float64) / steps) + middle
-    # If an end of the range is the zero point, do not count clipping there: this range implements a Relu, and clips on
-    # purpose.
+    # If the lowest or highest integer is the zero point, do not count clipping there: such a range implements a Relu,
+    # and is meant to clip.
     return int((((q < low) & (middle > low)) | ((q > high) & (middle < high))).sum())

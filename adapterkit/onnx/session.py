@@ -25,7 +25,7 @@ from .model_file import opened
 from .providers import CPU, CUDA, OrtBinding, OrtInput, OrtSession, OrtValue, best_provider, named, quiet_options
 from .rowwise import INDEX, ROWS, stacked
 from .slots import KIND, SAFETENSORS, fills_of, fit, neutral
-from .trial_inputs import sizes_beside, windows_beside
+from .trial_inputs import STATE, STATES, sizes_beside, windows_beside
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -37,7 +37,7 @@ _KINDS = {
     "float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16", "bool": "bool",
     **{name: name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
 }  # fmt: skip
-"""A map from onnxruntime's name of each element type to numpy's name."""
+"""A map from onnxruntime's name for an element type to numpy's name for it."""
 
 
 def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str | PathLike[str] | None) -> None:
@@ -48,7 +48,7 @@ def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str
         ShapeMismatch: the tensor has another dtype or shape.
     """
     if name not in slots:
-        cure = nearest(name, slots) or ("Is it an adapter for this model?" if slots else "Export the model with slots")
+        cure = nearest(name, slots) or ("Is the adapter for this model?" if slots else "Export the model with slots")
         raise TargetNotFound(f"the model has no slot {name}", path=path, cure=cure)
     declared, kind = slots[name].shape, kind_of(slots[name])
     if array.dtype != kind:
@@ -66,10 +66,12 @@ def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str
 
 
 def check_together(feeds: Mapping[str, Array], slots: Mapping[str, OrtInput], path: str | PathLike[str] | None) -> None:
-    """Check that one update's tensors have equal dynamic sizes, such as the rank. A missing tensor counts as size 0.
+    """Check that the tensors of each update have the same dynamic sizes, such as the rank.
+
+    In a missing tensor, each dynamic size counts as 0.
 
     Raises:
-        ShapeMismatch: two tensors have different sizes.
+        ShapeMismatch: a dynamic size differs between two tensors of an update.
     """
     stems = {name.rpartition(".")[0] for name in feeds}
     open_sizes: dict[tuple[str, str], int] = {}
@@ -81,7 +83,7 @@ def check_together(feeds: Mapping[str, Array], slots: Mapping[str, OrtInput], pa
             row_count = feeds[name].shape[axis] if name in feeds else 0
             word = size.removeprefix(f"{name}.")
             if open_sizes.setdefault((stem, word), row_count) != row_count:
-                why = f"{word} is {row_count} here and {open_sizes[stem, word]} in another tensor of the same update"
+                why = f"size {word} is {row_count}, but {open_sizes[stem, word]} in another tensor of the same update"
                 raise ShapeMismatch(why, path=path, where=name, cure=_WRITE_ADAPTER)
 
 
@@ -89,12 +91,12 @@ def kind_of(entry: OrtInput) -> Dtype:
     """Return the numpy dtype of a session's input or slot.
 
     Raises:
-        Unsupported: numpy has no such dtype.
+        Unsupported: numpy has no dtype for the entry's type.
     """
     name = _KINDS.get(entry.type.removeprefix("tensor(").removesuffix(")"))
     if name is None:
         raise Unsupported(
-            f"the input has the type {entry.type}, which numpy does not have",
+            f"numpy has no dtype for the input's type {entry.type}",
             where=entry.name,
             cure="Run the model with onnxruntime itself",
         )
@@ -105,27 +107,26 @@ def kind_of(entry: OrtInput) -> Dtype:
 
 
 PAST = "past_key_values."
-"""Prefix of the names of a language model's cached keys and values."""
-
-STATE = "past."
-"""Prefix of the names of other states of a language model, such as the last inputs of a convolution."""
+"""Prefix of the names of a language model's inputs for cached keys and values."""
 
 MOST_NAMED = 4
-"""Largest number of inputs that an error lists."""
+"""Largest number of inputs, or of a folder's graphs, that an error lists."""
 
 _WRITE_ADAPTER = "Write the adapter for this model with adapterkit.onnx.write_adapter"
 
 
-# Slots are fed by name, as values on the session's device. onnxruntime's own `LoraAdapter` is not used, for four
-# reasons. A run that outlives the `LoraAdapter` reads freed memory. Bindings ignore a `LoraAdapter`. If two adapters
-# set the same slot, onnxruntime silently uses the first one. From Python, a `LoraAdapter` stays in CPU memory.
+# A session passes the slots' values to onnxruntime by name, on the session's device. It does not use onnxruntime's own
+# `LoraAdapter`, for four reasons. A run that outlives the `LoraAdapter` reads freed memory. Bindings ignore a
+# `LoraAdapter`. If two adapters set the same slot, onnxruntime silently uses the first one. From Python, a
+# `LoraAdapter` stays in CPU memory.
 
 
 Provider = str | tuple[str, Mapping[str, Any]]
 """A provider: its name, or its name and options."""
 
 Choice = str | Mapping[str, float] | Sequence[str | None] | None
-"""The adapters of a run: a name, a map from names to weights, a list with a name for each row of the batch, or None."""
+"""The adapters of a run: one name; a map from names to weights; a list with a name or None for each row of the batch;
+or None for the base alone."""
 
 
 class Session:
@@ -146,7 +147,8 @@ class Session:
 
     Raises:
         StorageError, Malformed: the model cannot be read, or onnxruntime refuses it.
-        UsageError: a requested provider is not available here.
+        Unsupported: onnxruntime has no kernel for a node of the model.
+        UsageError: a requested provider does not run on this machine, or the folder has several graphs.
     """
 
     def __init__(
@@ -160,7 +162,7 @@ class Session:
         fills = fills_of(metadata)
         entries = {entry.name: entry for entry in self._session.get_inputs()}
         self._entries = {name: entry for name, entry in entries.items() if name not in fills}
-        # onnxruntime's name for inputs with a default is overridable initializers.
+        # onnxruntime calls an input that has a default value an overridable initializer.
         self._slots = {entry.name: entry for entry in self._session.get_overridable_initializers()}
         self._slots |= {name: entry for name, entry in entries.items() if name in fills}
         declared = {name: (entry.shape, kind_of(entry)) for name, entry in self._slots.items() if name in fills}
@@ -182,7 +184,7 @@ class Session:
 
     @property
     def types(self) -> dict[str, tuple[str, tuple[int | str | None, ...]]]:
-        """The dtype and the sizes of each input; a dynamic size is a name."""
+        """A map from each required input to its dtype and sizes; a dynamic size is a name or None."""
         return {name: (str(kind_of(entry)), tuple(entry.shape)) for name, entry in self._entries.items()}
 
     @property
@@ -194,19 +196,19 @@ class Session:
         self, name: str, adapter: Adapter | str | PathLike[str], *, rename: str | Sequence[str] = (),
         base_weights: Base | None = None,
     ) -> None:  # fmt: skip
-        """Load an adapter under a name to the session's device, or replace the adapter of that name.
+        """Load an adapter onto the session's device; if an adapter of this name is already loaded, replace it.
 
         Args:
             name: the adapter's name in calls of `run`.
-            adapter: a file that `write_adapter` wrote for this model's slots, an adapter, or the path of an adapter in
-                any format. An `.onnx_adapter` file that Olive wrote for its own graph is also accepted.
+            adapter: an adapter, the path of an adapter in any format, or the path of a file that `write_adapter` wrote
+                for this model's slots. An `.onnx_adapter` file that Olive wrote for its own graph is also accepted.
             rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
             base_weights: the base's weights, for adapter files whose values depend on them.
 
         Raises:
             TargetNotFound: the model has no slot for a tensor, or a rule matches no target; the error gives the nearest
                 name.
-            UsageError: rules are given for an `.onnx_adapter` file, which has names of slots instead of targets.
+            UsageError: rules are given for a file whose tensors have the names of slots instead of targets.
             ShapeMismatch: a tensor does not fit its slot, or the other tensors of its update.
             Malformed: the file is damaged.
         """
@@ -214,23 +216,24 @@ class Session:
         values: Mapping[str, Lazy] | None = {} if path is None else _slot_values(path)
         ready_made = values is not None and path is not None
         values = values or {}
-        # Read a file with Olive's names as an adapter: the names belong to slots in Olive's graph, but contain the
-        # targets.
+        # If this model does not have the slots in a file by Olive, read the file like an adapter in any other format:
+        # Olive's slot names contain the targets' names.
         if ready_made and path is not None and not values.keys() & self._slots.keys() and has_olives_names(Path(path)):
             ready_made = False
         if ready_made:
             assert path is not None
             if rename:
                 cure = "Omit --rename (rename=), or pass the adapter that the file was written from"
-                raise UsageError("a file of slots has no targets to rename", path=path, cure=cure)
+                raise UsageError("the file has names of slots, so there are no targets to rename", path=path, cure=cure)
             feeds = {key: as_array(leaf) for key, leaf in values.items()}
         else:
             feeds = fit(self._path, adapter, rename=rename, base_weights=base_weights)
         for key, array in feeds.items():
             check_slot(key, array, self._slots, path)
         check_together(feeds, self._slots, path)
-        # Files for required slots also fill the slots of other targets, with tensors that change nothing. Without
-        # these, adapters of disjoint targets can be used together.
+        # If the model's slots are required inputs, an adapter file fills all of them: for targets without an update, it
+        # contains tensors that change nothing. Drop these tensors. Otherwise, two adapters could not be used together
+        # even if they have no common target, because both would fill the same slots.
         same = {key for key, array in self._unchanging.items() if key in feeds and np.array_equal(feeds[key], array)}
         stems = {key.rpartition(".")[0] for key in feeds.keys() - same}
         feeds = {key: array for key, array in feeds.items() if key.rpartition(".")[0] in stems}
@@ -256,15 +259,17 @@ class Session:
             inputs: an array for each required input (`self.inputs`), and optionally for slots and other optional
                 inputs. For one text, a language model only needs `input_ids`: by default, the past is empty, no token
                 is masked, and positions count up.
-            adapter: the adapter's name; or a mapping from names to weights, for several adapters without a common
+            adapter: the adapter's name; or a mapping from names to weights, for several adapters that have no common
                 target; or, for a model that `inject` wrote with `mode="rows"`, a list with a name or None for each row
                 of the batch. With None, the results equal the base's bit for bit.
             outputs: the names of the outputs to return; all by default.
 
         Raises:
-            UsageError: an input is missing, unknown or of another dtype; or no adapter of this name is loaded.
-            ShapeMismatch: an input has another shape than the model declares.
-            Unsupported: two adapters use the same slot, or an adapter with a weight other than 1 has no scaling.
+            UsageError: an input is missing, unknown or of another dtype; an output is unknown; no adapter of this name
+                is loaded; or a list of adapters does not fit the model or the batch.
+            ShapeMismatch: onnxruntime cannot run the model on these inputs, for example because of their shapes.
+            Unsupported: two adapters use the same slot, an input and an adapter set the same slot, or an adapter with a
+                weight other than 1 has no scaling.
         """
         feeds = {name: _value(self._checked(name, array)) for name, array in inputs.items()}
         if missing := [name for name in self.inputs if name not in feeds]:
@@ -278,21 +283,23 @@ class Session:
         names = list(self.outputs if outputs is None else outputs)
         for name in names:
             if name not in self.outputs:
-                raise UsageError(f"no output {name!r}", path=self._path, cure=nearest(name, self.outputs) or _OUTPUTS)
+                raise UsageError(
+                    f"the model has no output {name!r}", path=self._path, cure=nearest(name, self.outputs) or _OUTPUTS
+                )
         if adapter is not None and not isinstance(adapter, str | Mapping):
             chosen = self._of_rows(list(adapter), inputs)
         else:
             chosen = self._chosen(adapter)
         if both := sorted(feeds.keys() & chosen.keys()):
-            cure = "Omit the input or the adapter"
+            cure = "Omit this input, or omit the adapter"
             raise Unsupported(
-                "the slot is set twice: by an input and by the adapter", path=self._path, where=both[0], cure=cure
+                "this slot is set twice: by an input and by the adapter", path=self._path, where=both[0], cure=cure
             )
         feeds = self._neutral | feeds | chosen
         try:
             results = self._session.run_with_ort_values(names, feeds)
         except Exception as error:  # onnxruntime's errors have no common base class.
-            why = f"onnxruntime cannot run it ({first_line(error)})"
+            why = f"onnxruntime cannot run the model ({first_line(error)})"
             cure = "Pass inputs whose sizes match each other"
             raise ShapeMismatch(why, path=self._path, cure=cure) from None
         return {name: _array(result) for name, result in zip(names, results, strict=True)}
@@ -315,18 +322,19 @@ class Session:
             all tokens, `[batch, length + new]`.
 
         Raises:
-            UsageError: the model is not a language model with a past, the prompt is empty, a mask is missing or
-                excludes the last token, or padded texts would change the states of convolutions.
+            UsageError: the model is not a language model with a past, the prompt is empty, a mask is missing, does
+                not fit the tokens or excludes the last token, or padding would change the states of convolutions.
             Also the errors of `run`.
         """
-        past = [name for name in self.inputs if name.startswith((PAST, STATE))]
+        past = [name for name in self.inputs if is_past(name)]
         if "logits" not in self.outputs or not past or "input_ids" not in self.inputs:
-            cure = "Export a language model with adapterkit export; for other models, call run"
-            raise UsageError("not a language model with a past", path=self._path, cure=cure)
-        tokens, mask = _prompt(input_ids, attention_mask)
+            cure = "Export the language model with adapterkit export. For other models, call run"
+            why = "generate needs a model with the input input_ids, inputs for a past, and the output logits"
+            raise UsageError(why, path=self._path, cure=cure)
+        tokens, mask = prompt(input_ids, attention_mask)
         if not mask.all() and any(name.startswith(STATE) for name in past):
-            why = "the states of its layers would contain the padding of shorter texts"
-            raise UsageError(why, path=self._path, where="attention_mask", cure="Pass texts of one length")
+            why = "the states of the model's convolutions would include the padding of shorter texts"
+            raise UsageError(why, path=self._path, where="attention_mask", cure="Pass texts of equal length")
         ends = [end] if isinstance(end, int) else list(end)
         feeds: dict[str, Array] = {"input_ids": tokens}
         done = np.zeros(len(tokens), bool)
@@ -339,11 +347,11 @@ class Session:
             done |= np.isin(new, ends)
             if done.all():
                 break
-            feeds = {"input_ids": new[:, None]} | {name: outputs[_new_name(name)] for name in past}
+            feeds = {"input_ids": new[:, None]} | {name: outputs[new_name(name)] for name in past}
         return tokens
 
     def _places(self, mask: Array, length: int) -> dict[str, Array]:
-        """Return those that the model reads: the mask of all tokens, and the positions of the last `length` tokens."""
+        """Return the mask of all tokens, and the positions of the last `length` tokens, if the model reads them."""
         arrays_by_name = {"attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -length:]}
         return {
             name: array.astype(kind_of(self._entries[name]))
@@ -369,14 +377,17 @@ class Session:
         return await asyncio.to_thread(call)
 
     def _usual(self, inputs: Mapping[str, npt.ArrayLike], missing: Sequence[str]) -> dict[str, Array]:
-        """Return defaults for missing inputs of a language model: an empty past, a mask of ones, positions."""
-        ids = inputs.get("input_ids")
-        if ids is None or np.ndim(ids) != 2 or not any(name.startswith((PAST, STATE)) for name in self.inputs):
+        """Return values for a language model's missing inputs, except those without a default.
+
+        The defaults are an empty past, a mask of ones, and positions that count up from the past's length.
+        """
+        ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if ids is None or np.ndim(ids) not in (2, 3) or not any(is_past(name) for name in self.inputs):
             return {}
-        batch, length = np.shape(ids)
+        batch, length = np.shape(ids)[:2]
         given = {name: np.shape(array) for name, array in inputs.items() if name.startswith(PAST)}
         lengths = {shape[2] for name, shape in given.items() if len(shape) == 4 and name not in self._windows}
-        if len(lengths) != 1 and given:  # A cache of a window does not show how many tokens came before.
+        if len(lengths) != 1 and given:  # The cache of a sliding window does not show how many tokens came before.
             return {}
         past = lengths.pop() if given else 0
         defaults: dict[str, Array] = {}
@@ -387,22 +398,22 @@ class Session:
                 if not given and sizes is not None:
                     window = self._windows.get(name, 0)
                     defaults[name] = np.zeros((batch, sizes[0], window, sizes[1]), kind_of(entry))
-            elif name.startswith(STATE):
+            elif name.startswith(STATES):
                 state = entry.shape[1:]
                 if not given and all(isinstance(size, int) for size in state):
                     defaults[name] = np.zeros((batch, *state), kind_of(entry))
             elif name == "attention_mask" and batch == 1:  # Several texts may be padded, so require a mask.
                 defaults[name] = np.ones((batch, past + length), kind_of(entry))
             elif name == "position_ids" and np.all(np.asarray(inputs.get("attention_mask", 1)) == 1):
-                # If the mask has padding, the caller must pass the positions, because they may begin at any number.
+                # If the mask has padding, the caller must pass the positions, because they may start at any number.
                 defaults[name] = np.arange(past, past + length, dtype=kind_of(entry))[None].repeat(batch, 0)
         return defaults
 
     def _cache_sizes(self, entry: OrtInput) -> tuple[int, int] | None:
-        """Return the number and the size of the heads of cached keys or values; None if they are unknown."""
+        """Return the number of heads and the head size of a cache input; None if one of them is unknown."""
         if len(entry.shape) != 4:
             return None
-        # onnxruntime-genai's builder leaves the size of heads open, and writes it to its config.
+        # onnxruntime-genai's builder declares the head size as dynamic, and writes it to genai_config.json.
         known = (self._sizes.get("heads"), self._sizes.get("head_size"))
         heads, size = (
             one if isinstance(one, int) else other for one, other in zip(entry.shape[1::2], known, strict=True)
@@ -413,18 +424,17 @@ class Session:
         return f"[{', '.join(str(size) for size in self._entries[name].shape)}]"
 
     def __repr__(self) -> str:
-        past = sum(name.startswith((PAST, STATE)) for name in self.inputs)
-        inputs = [name for name in self.inputs if not name.startswith((PAST, STATE))] + (
-            [f"{past} of the past"] if past else []
-        )
+        past = sum(is_past(name) for name in self.inputs)
+        inputs = [name for name in self.inputs if not is_past(name)] + ([f"{past} of the past"] if past else [])
         adapters = f", adapters {', '.join(self._loaded)}" if self._loaded else ""
         return f"Session({self._path.name!r}: {', '.join(inputs)}; {len(self.slots):,} slots{adapters})"
 
     def binding(self, adapter: Choice = None) -> OrtBinding:
-        """Return an onnxruntime binding with an adapter's slots; bind inputs and outputs to it, then call `run_bound`.
+        """Return an onnxruntime binding that sets an adapter's slots, for `run_bound`.
 
-        With a binding, outputs such as past keys and values stay on the device. To use an adapter with a binding, pass
-        it here: with a binding, onnxruntime ignores the adapters in run options.
+        Bind the inputs and the outputs to it, then call `run_bound`. With a binding, outputs such as past keys and
+        values stay on the device. To use an adapter with a binding, pass the adapter here, because onnxruntime ignores
+        the adapters in run options if there is a binding.
 
         Raises:
             UsageError, Unsupported: as in `run`.
@@ -432,24 +442,24 @@ class Session:
         binding = self._session.io_binding()
         if adapter is not None and not isinstance(adapter, str | Mapping):
             raise UsageError(
-                "a binding takes one adapter", path=self._path, cure="Call run for a batch with several adapters"
+                "a binding cannot have different adapters for different rows", path=self._path, cure="Call run instead"
             )
         for key, value in (self._neutral | self._chosen(adapter)).items():
             binding.bind_ortvalue_input(key, value)
         return binding
 
     def run_bound(self, binding: OrtBinding) -> None:
-        """Run the model on a binding, which receives the outputs.
+        """Run the model with the inputs of a binding, and write the outputs to the binding.
 
         Raises:
-            UsageError: onnxruntime refuses the binding, e.g. because an input is not bound.
+            UsageError: onnxruntime cannot run the model, for example because an input is not bound.
         """
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors have no common base class.
             why, cure = (
-                f"onnxruntime cannot run it ({first_line(error)})",
-                "Bind every input, and each output that you need",
+                f"onnxruntime cannot run the model ({first_line(error)})",
+                "Bind every input to the binding, and each output that you need",
             )
             raise UsageError(why, path=self._path, cure=cure) from None
 
@@ -457,14 +467,14 @@ class Session:
         entry = self._entries.get(name) or self._slots.get(name)
         if entry is None:
             cure = nearest(name, self.inputs) or f"The inputs are {', '.join(self.inputs)}"
-            raise UsageError(f"no input {name!r}", path=self._path, cure=cure)
+            raise UsageError(f"the model has no input {name!r}", path=self._path, cure=cure)
         array, kind = np.asarray(given), kind_of(entry)
         if array.dtype != kind:
             raise UsageError(
                 f"the array has dtype {array.dtype}, but the input has {kind}",
                 path=self._path,
                 where=name,
-                cure="Cast the array",
+                cure="Cast the array to the input's dtype",
             )
         return array
 
@@ -480,7 +490,7 @@ class Session:
         for name, weight in weights.items():
             loaded = self._named(name)
             if both := sorted(feeds.keys() & loaded.keys()):
-                cure = "Combine them with adapterkit.ops.add, and load the result"
+                cure = "Combine the two adapters with adapterkit.ops.add, and load the result"
                 raise Unsupported(f"{name!r} and another adapter use the same slot", where=both[0], cure=cure)
             feeds |= {key: value for key, (_, value) in loaded.items()}
             if weight != 1:
@@ -488,18 +498,19 @@ class Session:
         return feeds
 
     def _of_rows(self, names: list[str | None], inputs: Mapping[str, npt.ArrayLike]) -> dict[str, OrtValue]:
-        """Return the stacked slots for a batch with an adapter for each row.
+        """Return the values of the stacked slots and of `adapter_index`, for a batch with an adapter for each row.
 
         Raises:
-            UsageError: the model has no stacked slots, or the batch has another size than `names`.
+            UsageError: the model has no stacked slots, `names` and the batch have different lengths, or an adapter is
+                not loaded.
         """
         if not self._by_rows:
-            cure = "Inject with --mode rows (mode='rows'), or run the rows of each adapter separately"
-            raise UsageError("the model takes one adapter for the whole batch", path=self._path, cure=cure)
+            cure = "Inject the adapter with --mode rows (mode='rows'), or run the rows of each adapter separately"
+            raise UsageError("the model has no slots for a different adapter in each row", path=self._path, cure=cure)
         sizes = {np.shape(array)[0] for array in inputs.values() if np.ndim(array)}
         if len(names) not in sizes:
-            why = f"{len(names)} adapters for a batch of {max(sizes, default=0)}"
-            raise UsageError(why, path=self._path, where="adapter", cure="Give a name or None for each row")
+            why = f"the list has {len(names)} adapters for a batch of {max(sizes, default=0)} rows"
+            raise UsageError(why, path=self._path, where="adapter", cure="Pass a list with a name or None for each row")
         for name in names:
             if name is not None:
                 self._named(name)
@@ -512,10 +523,10 @@ class Session:
         return self._stacks[order] | {INDEX: self._placed(index)}
 
     def _weighed(self, name: str, loaded: Mapping[str, tuple[Array, OrtValue]], weight: float) -> dict[str, OrtValue]:
-        """Return the scaling slots of an adapter, multiplied by a weight."""
+        """Return the values for an adapter's scaling slots, multiplied by a weight."""
         stems = {key.rpartition(".")[0] for key in loaded}
         if bare := sorted(stem for stem in stems if f"{stem}.scaling" not in loaded):
-            cure = "Run it with weight 1, or scale it with adapterkit.ops.scale and load the result"
+            cure = "Use the adapter with weight 1, or scale the adapter with adapterkit.ops.scale and load the result"
             raise Unsupported(f"{name!r} has no scaling that a weight could multiply", where=bare[0], cure=cure)
         keys = [f"{stem}.scaling" for stem in sorted(stems)]
         return {key: self._placed((loaded[key][0] * weight).astype(loaded[key][0].dtype)) for key in keys}
@@ -524,13 +535,20 @@ class Session:
         return _value(array, "cuda" if self.providers[0] == CUDA else "cpu")
 
 
-def _new_name(name: str) -> str:
-    """Return the name of the output that continues an input of the past."""
-    return f"present.{name.removeprefix(PAST).removeprefix(STATE)}"
+def new_name(name: str) -> str:
+    """Return the name of the output whose value becomes the given input of the past in the next run."""
+    if name.startswith((PAST, STATE)):
+        return f"present.{name.removeprefix(PAST).removeprefix(STATE)}"
+    return f"present{name.removeprefix('past')}"
+
+
+def is_past(name: str) -> bool:
+    """Whether an input of a graph belongs to the past of a language model."""
+    return name.startswith((PAST, *STATES))
 
 
 def _only_graph(path: Path) -> Path:
-    """Return the graph of a folder with one graph; return a file unchanged.
+    """Return the path of a folder's only graph; return the path of a file unchanged.
 
     Raises:
         UsageError: the folder has several graphs.
@@ -545,12 +563,17 @@ def _only_graph(path: Path) -> Path:
     return files[0] if files else path
 
 
-def _prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
-    """Return the tokens and their mask, `[batch, length]`."""
+def prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
+    """Check the tokens and the mask of a prompt; return both as arrays, `[batch, length]`.
+
+    Raises:
+        UsageError: there are no tokens; the mask is missing for several texts, has another shape than the tokens or
+            other values than 0 and 1; or the mask excludes the last token.
+    """
     tokens = np.atleast_2d(np.asarray(input_ids, np.int64))
     if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.shape[0] == 0:
-        why = f"the prompt has shape {list(tokens.shape)}"
-        raise UsageError(why, where="input_ids", cure="Pass texts of at least one token: [batch, length]")
+        why = f"the prompt's shape must be [batch, length], without a size of 0, but it is {list(tokens.shape)}"
+        raise UsageError(why, where="input_ids", cure="Pass one or more texts of at least one token")
     if attention_mask is None:
         if len(tokens) > 1:
             cure = "Pass attention_mask= with 0 for padding on the left and 1 for tokens"
@@ -559,18 +582,18 @@ def _prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
     mask = np.atleast_2d(np.asarray(attention_mask, np.int64))
     if mask.shape != tokens.shape or not np.isin(mask, (0, 1)).all():
         why = (
-            f"the mask has shape {list(mask.shape)}, or values other than 0 and 1; "
-            f"the tokens have shape {list(tokens.shape)}"
+            f"the mask must have the tokens' shape {list(tokens.shape)} and only the values 0 and 1; "
+            f"its shape is {list(mask.shape)}"
         )
         raise UsageError(why, where="attention_mask", cure="Pass 0 or 1 for each token (attention_mask=)")
     if not mask[:, -1].all():
         cure = "Pad on the left, for example with tokenizer.padding_side = 'left'"
-        raise UsageError("the mask excludes the last token", where="attention_mask", cure=cure)
+        raise UsageError("the mask excludes the last token of a text", where="attention_mask", cure=cure)
     return tokens, mask
 
 
 def _slot_values(path: str | PathLike[str]) -> dict[str, Lazy] | None:
-    """Return the tensors of a file, by slot name; None for an adapter in another format."""
+    """Return a map from slots to a file's tensors; None if the file's tensors do not have the names of slots."""
     if is_ort_adapter(path):
         return dict(read_ort_adapter(path).tensors)
     if not str(path).lower().endswith(SAFETENSORS) or not Path(path).is_file():
@@ -604,7 +627,7 @@ def _array(value: OrtValue) -> Array:
 
 def _started(path: Path, providers: Sequence[Provider] | None) -> OrtSession:
     onnxruntime: Any = import_module("onnxruntime")
-    options = quiet_options()  # Otherwise, onnxruntime warns about every slot, because no slot is constant.
+    options = quiet_options()  # By default, onnxruntime warns about every slot, because no slot is constant.
     given = [(one, {}) if isinstance(one, str) else (one[0], dict(one[1])) for one in providers or ()]
     asked = [(named(name), options_) for name, options_ in given]
     wanted: list[Any] = [(name, options_here) if options_here else name for name, options_here in asked]
@@ -619,12 +642,12 @@ def _started(path: Path, providers: Sequence[Provider] | None) -> OrtSession:
     except Exception as error:
         if "NOT_IMPLEMENTED" in str(error) or type(error).__name__ == "NotImplemented":
             why, cure = (
-                f"onnxruntime has no kernel for the model here ({first_line(error)})",
-                "Export it in float32 or float16",
+                f"onnxruntime has no kernel for a node of the model ({first_line(error)})",
+                "Export the model in float32 or float16",
             )
             raise Unsupported(why, path=path, cure=cure) from None
         raise Malformed(
-            f"onnxruntime refuses the model ({first_line(error)})", path=path, cure="Export it again"
+            f"onnxruntime refuses the model ({first_line(error)})", path=path, cure="Export the model again"
         ) from None
     _refuse([name for name in names if name not in session.get_providers()], available)
     return session
@@ -632,7 +655,7 @@ def _started(path: Path, providers: Sequence[Provider] | None) -> OrtSession:
 
 def _refuse(lacking: Sequence[str], available: Sequence[str]) -> None:
     if lacking:
-        cure = f"onnxruntime here was built with {', '.join(available)}; adapterkit doctor shows which of these run"
+        cure = f"This onnxruntime was built with {', '.join(available)}; adapterkit doctor shows which of these run"
         raise UsageError(f"{', '.join(lacking)} does not run here", where="providers", cure=cure)
 
 

@@ -1,8 +1,8 @@
-"""Add Shadow's side network to a graph, and pass its state from block to block.
+"""Add Shadow's side network to a graph, and pass the network's state from block to block.
 
 torch's exporter traces the network, whose class and sizes come from the base's `config.json`. The network reads the
-graph's inputs. If there is a past, the network reads the past's tokens again, because the cache does not contain the
-network's states.
+graph's inputs. If the graph has a past, each call passes the past's tokens to the network again, because the cache
+does not contain the network's states.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ if TYPE_CHECKING:
     from .calls import CallWords, Heard
     from .layers import GraphLayer
     from .outlets import Ended
-    from .pretrained_calls import PretrainedModel
+    from .pretrained_types import PretrainedModel
 
 SHADOW = "shadow"
 
 Fixed = tuple[int, int] | None
-"""The fixed numbers of rows and positions of every call; None if they are dynamic."""
+"""The numbers of rows and positions, if they are the same in every call; None if they are dynamic."""
 
 
 class Shadows:
-    """The state of Shadow's side network, which each block passes to the next block.
+    """Adds Shadow's side network to a graph, and keeps the network's state for the next block.
 
     Args:
         words: the inputs of the model's call.
@@ -65,7 +65,11 @@ class Shadows:
         self.waiting: tuple[Branch, ir.Value, ir.Value] | None = None
 
     def reached(self, update: Shadow, heard: Heard) -> ir.Value:
-        """Return the state before a block: the state of the previous block, or the network's output."""
+        """Return the state that a block gets.
+
+        This is the state from the previous block. For the first block, it is the graph's input for `shadow`, or the
+        network's output if the graph has no such input.
+        """
         if self.waiting is not None:
             branch, y, state = self.waiting
             last, self.waiting, self.value = y.producer(), None, state
@@ -76,13 +80,13 @@ class Shadows:
         return self.value if self.value is not None else _network(update, heard, self._model())
 
     def close(self) -> None:
-        """Drop the state that the last block passes on, because no block reads it."""
+        """Drop the last block's state, because there is no next block that reads it."""
         if self.waiting is not None:
             self.waiting[0].close()
             self.waiting = None
 
     def _model(self) -> PretrainedModel:
-        """Return a model of the base's architecture without weights."""
+        """Create the side network: a model of the base's architecture, without weights."""
         if find_spec("transformers") is None:
             cure = "pip install 'adapterkit[transformers]'"
             raise UsageError("creating the side network needs transformers, which is not installed", cure=cure)
@@ -91,12 +95,13 @@ class Shadows:
         kind = config.get("model_type")
         if not isinstance(kind, str) or kind not in auto.CONFIG_MAPPING:
             raise Unsupported(
-                f"transformers has no model type {kind!r} for the side network", cure="Install a newer transformers"
+                f"transformers has no model type {kind!r}, which the side network needs",
+                cure="Install a newer transformers",
             )
         from .tracing import quiet
 
         try:
-            # Use the meta device, on which a model takes no memory: the weights come from the adapter.
+            # On the meta device, the model takes no memory. It needs no weights, because they come from the adapter.
             with quiet(), torch.device("meta"):
                 model: PretrainedModel = auto.AutoModel.from_config(auto.CONFIG_MAPPING[kind].from_dict(dict(config)))
                 return model
@@ -106,14 +111,18 @@ class Shadows:
 
 
 class State:
-    """The network's state, which a block reads and passes to the next block; see `OutputUpdate`."""
+    """Gives the network's state to a block's update, and passes the new state to the next block; see `OutputUpdate`."""
 
     def __init__(self, shadows: Shadows, heard: Heard) -> None:
         self.shadows, self.heard = shadows, heard
         self.kept: Value | None = None
 
     def state(self, update: Shadow) -> Value:
-        """Return the state before the block. If it is as wide as the block's input, it gets the input's sizes."""
+        """Return the state that the block gets, in the dtype of the block's input `x`.
+
+        If `x` has three axes, and the state's width is unknown or equals that of `x`, the state is declared with the
+        sizes of `x`. Otherwise, only its width is declared.
+        """
         x, branch = self.heard.layer.x, self.heard.layer.branch
         value = self.shadows.reached(update, self.heard)
         width = None if value.shape is None else value.shape[-1]
@@ -121,11 +130,15 @@ class State:
         return Value(branch, cast(Sizes, sizes), element_type(value), value).cast(x.dtype)
 
     def keep(self, value: Value) -> None:
-        """Set the state for the next block."""
+        """Keep the state that the next block gets."""
         self.kept = value
 
     def hand_on(self, y: ir.Value) -> bool:
-        """Pass the state on to the next block; return False if there is no state. `y` is the block's output."""
+        """Pass the kept state to the next block; return False if no state was kept.
+
+        Args:
+            y: the block's output, after which the state's nodes are inserted.
+        """
         if self.kept is None:
             return False
         self.shadows.waiting = self.heard.layer.branch, y, self.kept.value
@@ -133,7 +146,7 @@ class State:
 
 
 def _network(update: Shadow, heard: Heard, model: PretrainedModel) -> ir.Value:
-    """Append the network's nodes to the block's branch; return the network's output."""
+    """Append the network's nodes to the block's branch; return the network's output for the call's tokens."""
     given, branch = _given(update, heard), heard.layer.branch
     traced = _traced(model, update, heard.layer, given, _fixed(given, branch.building.model))
     _check_operators(traced, branch)
@@ -159,7 +172,7 @@ def _check_operators(network: ir.Model, branch: Branch) -> None:
 def _traced(
     model: PretrainedModel, update: Shadow, layer: GraphLayer | Ended, given: Mapping[str, ir.Value], sizes: Fixed
 ) -> ir.Model:
-    """Return the network as a separate graph, with the main graph's fixed sizes or with dynamic sizes."""
+    """Trace the network into a separate graph, with the fixed `sizes`, or with dynamic sizes if `sizes` is None."""
     import torch
 
     from ..torch.call_recorder import Standing
@@ -188,10 +201,10 @@ def _traced(
 
 
 def _fixed(given: Mapping[str, ir.Value], model: ir.Model) -> Fixed:
-    """Return the numbers of rows and positions, if they are fixed and equal for all inputs and there is no past.
+    """Return the numbers of rows and positions, if the graph has no past and all inputs have the same fixed sizes.
 
-    Tracing with fixed sizes takes a third of the time of tracing with dynamic sizes. And devices that do not support
-    dynamic sizes can still run the graph.
+    Fixed sizes have two advantages. Tracing takes a third of the time that it takes with dynamic sizes, and devices
+    that do not support dynamic sizes can run the graph.
     """
     if past_inputs(model.graph) or any(value.shape is None for value in given.values()):
         return None
@@ -204,7 +217,7 @@ def _fixed(given: Mapping[str, ir.Value], model: ir.Model) -> Fixed:
 
 
 def _given(update: Shadow, heard: Heard) -> dict[str, ir.Value]:
-    """Return the network's inputs: the graph's inputs, extended to cover the past."""
+    """Return the values of the network's inputs, by name: the graph's inputs, joined with the past if there is one."""
     words, graph = heard.words, heard.words.building.model.graph
     given = {name: value for name in CALL if (value := words.input(name)) is not None}
     past = past_inputs(graph)
@@ -212,7 +225,7 @@ def _given(update: Shadow, heard: Heard) -> dict[str, ir.Value]:
     for value in graph.inputs:
         if value not in known and not value.is_initializer():
             why = f"the graph's input {value.name} is not an input of the side network"
-            cure = f"Map it to an input, for example --call {MASK}={value.name} (call={{{MASK!r}: {value.name!r}}})"
+            cure = f"Map this input of the graph, e.g. --call {MASK}={value.name} (call={{{MASK!r}: {value.name!r}}})"
             raise Unsupported(why, cure=cure)
     return _tokens(update, heard, given, bool(past)) | _beside(heard, given)
 
@@ -230,7 +243,10 @@ def _tokens(update: Shadow, heard: Heard, given_inputs: Mapping[str, ir.Value], 
 
 
 def _embedded(ids: ir.Value, own_ids: ir.Value, heard: Heard) -> ir.Value:
-    """Embed tokens with a copy of the base's embedding."""
+    """Return the embeddings of the tokens `ids`.
+
+    If `ids` are not the graph's own tokens `own_ids`, a copy of the base's embedding computes the embeddings.
+    """
     building, branch = heard.words.building, heard.layer.branch
     end = _embedding(own_ids, heard)
     if ids is own_ids:
@@ -254,11 +270,11 @@ def _embedding(ids: ir.Value, heard: Heard) -> ir.Value:
 
 
 def _beside(heard: Heard, given_inputs: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
-    """Return the mask and the positions, if the graph has them."""
+    """Return the attention mask and the positions, if the graph has inputs for them."""
     given = {}
     for name in (MASK, POSITIONS):
         if name in given_inputs and (given_inputs[name].shape is None or len(given_inputs[name].shape or ()) != 2):
-            raise Unsupported(f"{name} is not a matrix", where=given_inputs[name].name, cure=_EXPORT)
+            raise Unsupported(f"the input for {name} is not a matrix", where=given_inputs[name].name, cure=_EXPORT)
         if name in given_inputs:
             given[name] = whole_numbers(given_inputs[name], heard.layer.branch)
     if POSITIONS in given:

@@ -2,8 +2,8 @@
 
 A slot's default leaves the base unchanged. Inner sizes such as the rank are dynamic. In the default, they are 0, or 1
 for operators such as Conv that do not compute correctly with empty tensors. Scalars such as `scaling` are slots of
-shape `[1]`. While the graph is built, an adapter's formula runs on the slots. During this, each dynamic size is
-represented by a number that is too large for a real size.
+shape `[1]`. The graph is built by running an adapter's formula on the slots. During this run, each dynamic size is
+represented by a placeholder that is too large to be a real size.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ..io.lazy import as_array, from_numpy
 from ..io.ort_adapter import OrtAdapter, write_ort_adapter
 from ..io.safetensors import write as write_safetensors
 from ..naming.binding import find_sites, renamed
-from .building import FREE, Array, Building, Dtype, element_type
-from .experts import Experts
+from .building import FREE, Array, Branch, Building, Dtype, element_type
+from .experts import EXPERT, Experts
 from .heads import in_parts
 from .layers import Conv, GraphLayer, LeftMatMul
 from .model_file import GraphSource, opened
@@ -54,11 +54,11 @@ RECORD = "adapterkit.slots"
 """Metadata key of a model. Its value is JSON that lists each target's slots."""
 
 REQUIRED = "adapterkit.required"
-"""Metadata key of a model whose slots are required inputs. The key's value maps each slot to the number that fills the
-slot without an adapter."""
+"""Metadata key of a model whose slots are required inputs. The key's value is JSON that maps each slot's name to a
+number. A slot that is filled with its number changes nothing."""
 
 FIXED = frozenset({"out", "in", "k", "rest", "columns", "hidden", "first", "second", "outs", "ins", "shorts", "longs"})
-"""Axes with a fixed size, which comes from the base's layer or is equal in all layers."""
+"""Names of axes whose size is fixed: the size comes from the base's layer, or is equal in all layers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +67,7 @@ class Slot:
 
     Attributes:
         value: the input; it is also an initializer of the graph.
-        shape: the sizes of the slot; a number of at least `FREE` stands for a dynamic size.
+        shape: the sizes of the slot; a size of at least `FREE` is a placeholder for a dynamic size.
         dtype: the dtype of the slot.
     """
 
@@ -96,8 +96,8 @@ class SlotRecord:
     """The slots of one target.
 
     Attributes:
-        asked: the target under the adapter's name.
-        target: the target under the graph's name.
+        asked: the target, with its name in the adapter.
+        target: the target, with its name in the graph.
         updates: the slots of each of the target's updates, in order.
     """
 
@@ -107,7 +107,7 @@ class SlotRecord:
 
     @classmethod
     def of(cls, place: ResolvedTarget) -> SlotRecord:
-        """Return the record of a target, without any slots yet."""
+        """Return a new record for a target; it lists no slots yet."""
         return cls(Target(place.asked.path, rows=place.asked.rows), _target_of(place), [])
 
     def plain(self) -> dict[str, JsonValue]:
@@ -127,7 +127,7 @@ def recorded(model: ir.Model, path: Path | None) -> list[SlotRecord]:
 
     Raises:
         TargetNotFound: the model has no slots that this version can read.
-        Malformed: the list is damaged, or has a slot that the graph does not have.
+        Malformed: the list is damaged, or names a slot that the graph does not have.
     """
     text = model.metadata_props.get(RECORD)
     if text is None:
@@ -164,7 +164,10 @@ def fixed_attributes(update: Update, fields: Collection[str]) -> dict[str, JsonV
 
 
 def _baked(update: Update, fields: Mapping[str, str]) -> dict[str, JsonValue]:
-    """Return attributes that are constants in a graph's nodes; an empty dictionary for slots of computed factors."""
+    """Return the update's attributes that are constants in the graph's nodes.
+
+    There are none if the slots hold computed factors, because these factors already include all attributes.
+    """
     return {} if is_worked_out(update, fields) else fixed_attributes(update, fields)
 
 
@@ -175,7 +178,7 @@ def slots_of(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def fills_of(metadata: Mapping[str, str]) -> dict[str, float]:
-    """Return the slots that every run must fill, each with the number that fills it if there is no adapter.
+    """Return a map from each slot that every run must fill to the number that fills the slot if there is no adapter.
 
     Raises:
         Malformed: the metadata is damaged.
@@ -191,12 +194,12 @@ def fills_of(metadata: Mapping[str, str]) -> dict[str, float]:
 
 
 def sizes_of(value: ir.Value) -> tuple[list[object], Dtype]:
-    """Return the sizes of a slot, with names for dynamic sizes, and its numpy dtype."""
+    """Return the sizes of a slot and its numpy dtype; a dynamic size is given by its name."""
     return list(value.shape or ()), element_type(value)
 
 
 def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[object], Dtype]]) -> dict[str, Array]:
-    """Return tensors for required slots, with which the graph gives the base's results; every dynamic size is 1.
+    """Return tensors for required slots that leave the base's results unchanged; every dynamic size is 1.
 
     Args:
         fills: a map from each slot to the number that fills the slot; see `fills_of`.
@@ -210,7 +213,7 @@ def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[ob
 
 
 def neutral_of(model: ir.Model) -> dict[str, Array]:
-    """Return tensors for a graph's required slots with which it computes the same as the base."""
+    """Return tensors for a graph's required slots that leave the base's results unchanged."""
     declared = {name: sizes_of(value) for name, value in slots_of(model).items()}
     return neutral(fills_of(model.metadata_props), declared)
 
@@ -224,11 +227,11 @@ _AGAIN = "Write the model with slots again"
 
 
 class Slots:
-    """Adds slots to a graph: one for each tensor of an update. Several nodes that call the same module share the slots.
+    """Adds slots to a graph, one for each tensor of an update. All nodes that call the same module share its slots.
 
     Args:
         building: the model that is being changed.
-        required: whether to make the slots required inputs, without defaults. Every runtime can swap such inputs.
+        required: whether to make the slots required inputs, without defaults. Every runtime can set such inputs.
     """
 
     def __init__(self, building: Building, required: bool = False) -> None:
@@ -253,7 +256,9 @@ class Slots:
         """
         if isinstance(update, OutputUpdate) and update.asks:
             why = f"{update.method} cannot have slots: its formula reads the model's inputs {', '.join(update.asks)}"
-            raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode constant (mode='constant')")
+            raise Unsupported(
+                why, where=str(place.asked), cure="Inject the adapter with --mode constant (mode='constant')"
+            )
         key = self.building.keep(place), position
         if key not in self.slots_by_target:
             try:
@@ -267,12 +272,52 @@ class Slots:
     def factored(
         self, update: Update, layer: GraphLayer | Ended, place: ResolvedTarget, position: int
     ) -> Update | None:
-        """Return slots for factors computed from an update and the base's weight; None if there are no such factors."""
+        """Return an update whose slots hold factors; None if factors cannot express the given update.
+
+        `fit` computes the factors from the given update and the base's weight.
+        """
         if (factors := template(update, place)) is None:
             return None
         key = self.building.keep(place), position
         self.slots_by_target[key] = place, self._slots(factors, layer, place, position)
         return self._values(update, layer, key)
+
+    def stacked(
+        self, place: ResolvedTarget, branch: Branch, sizes: tuple[int, int, int], dtype: Dtype
+    ) -> dict[str, Value]:  # fmt: skip
+        """Return the slots of a stack of experts: the factors A, B and s of the stack's change; see selected.py.
+
+        Args:
+            place: the target.
+            branch: collects the nodes that read the slots.
+            sizes: the numbers of experts, of outputs and of inputs.
+            dtype: the dtype of the stack.
+
+        Raises:
+            Unsupported: the target has several updates, whose factors may depend on each other.
+        """
+        key = self.building.keep(place), 0
+        if len(place.updates) > 1:
+            methods = ", ".join(update.method for update in place.updates)
+            why = f"the updates of one stack of experts ({methods}) cannot share slots"
+            raise Unsupported(
+                why, where=str(place.asked), cure="Inject the adapter with --mode constant (mode='constant')"
+            )
+        if key not in self.slots_by_target:
+            (experts, out, into), rank = sizes, self._open("r")
+            shapes = {"A": (experts, rank, into), "B": (experts, out, rank), "s": (experts, out)}
+            defaults = {name: np.full([1 if n >= FREE else n for n in shape], float(name == "s"))
+                        for name, shape in shapes.items()}  # fmt: skip
+            self.slots_by_target[key] = (
+                place,
+                {
+                    name: self._slot(f"{_stem(place, 0)}.{name}", from_numpy(default), shapes[name], default, dtype)
+                    for name, default in defaults.items()
+                },
+            )
+        slots = self.slots_by_target[key][1]
+        values = {name: Value(branch, slot.shape, slot.dtype, slot.value) for name, slot in slots.items()}
+        return {name: value.cast(dtype) for name, value in values.items()}
 
     def _values(self, update: Update, layer: GraphLayer | Ended, key: tuple[int, int]) -> Update:
         """Return the update with its slots in place of its tensors."""
@@ -282,7 +327,8 @@ class Slots:
             assert factors is not None
             update = factors.replace(adds_more=computes_apart(layer, place))
         values = {name: Value(layer.branch, slot.shape, slot.dtype, slot.value) for name, slot in slots.items()}
-        # Cast slots to the layer's dtype: a slot has the dtype of the module's first call, and other calls may differ.
+        # Cast slots to the layer's dtype: a slot has the dtype of the module's first call, and the module's other calls
+        # may have another dtype.
         return update.replace(**{n: v if v.dtype.kind in "iu" else v.cast(layer.dtype) for n, v in values.items()})
 
     def record(self) -> None:
@@ -335,7 +381,10 @@ class Slots:
         return slots_made
 
     def _shape(self, update: Update, name: str, leaf: Leaf, fixed: bool) -> tuple[int, ...]:
-        """Return a tensor's shape, with numbers from FREE on for dynamic sizes; if `fixed`, no size is dynamic."""
+        """Return the shape of a tensor's slot. Placeholders of at least `FREE` stand for dynamic sizes.
+
+        If `fixed`, no size is dynamic.
+        """
         if fixed:
             return tuple(leaf.shape)
         axes: Axes = update.tensor_fields()[name].metadata["axes"]
@@ -360,35 +409,35 @@ class Slots:
         # Use the tensor as key: updates that share a tensor, such as VeRA's projections, share its slot.
         key = self.building.keep(leaf), kind.str
         value = self.building.slot(key, name, default.astype(kind), declared)
-        # Record the number that fills the default. If the default is empty, record 0: a required input is filled with
-        # this number when it has another size.
+        # Record the number that fills the default. `neutral` fills a required input with it. An empty default has no
+        # such number, so record 0.
         self.fills[value.name or ""] = float(default.flat[0]) if default.size else 0.0
         return Slot(value, shape, kind)
 
 
 def _stem(place: ResolvedTarget, position: int) -> str:
-    """Return the prefix of the names of an update's slots, before a dot and the field's name."""
+    """Return the prefix of an update's slots: a slot is named by this prefix, a dot and the field's name."""
     one = "" if len(place.updates) == 1 else f".{position}"
     return f"{_target_of(place)}{one}.{place.updates[position].method}"
 
 
 def _target_of(place: ResolvedTarget) -> Target:
-    """Return a target under the graph's name; an expert's name already shows which rows of the stack it has."""
-    within = any(issubclass(spot.kind, Experts) for spot in place.spots)
+    """Return the target, with its name in the graph. Omit the rows of an expert, because its name shows them."""
+    within = any(issubclass(spot.kind, Experts) or EXPERT in spot.node.metadata_props for spot in place.spots)
     return Target(place.target.path, rows=None if within else place.target.rows)
 
 
 def _neutral(
     update: Update, shapes: dict[str, tuple[int, ...]], place: ResolvedTarget, inner: int, tried: Sequence[int]
 ) -> dict[str, Array]:  # fmt: skip
-    """Return tensors with which an update changes nothing, bit for bit.
+    """Return tensors for an update that leave the base's results unchanged, bit for bit.
 
     Args:
         update: the update.
-        shapes: the shapes of the tensors, with numbers from FREE on for dynamic sizes.
+        shapes: the shapes of the tensors, with placeholders of at least `FREE` for dynamic sizes.
         place: the update's target.
-        inner: the size for dynamic axes in the result.
-        tried: sizes for dynamic axes; with at least one of these sizes, the update must change nothing.
+        inner: the size of dynamic axes in the result.
+        tried: sizes of dynamic axes to try. With at least one of these sizes, the tensors must change nothing.
 
     Raises:
         Unsupported: there are no such tensors.
@@ -397,12 +446,15 @@ def _neutral(
         # Try size 1 as well, because some formulas cannot handle empty tensors.
         if any(_changes_nothing(update, _filled(update, shapes, size, fill), place) for size in tried):
             return _filled(update, shapes, inner, fill)
-    why = f"no tensors of {update.method} leave the base unchanged"
-    raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode constant (mode='constant')")
+    why = f"slots need default values, but no values of {update.method}'s tensors leave the base unchanged"
+    raise Unsupported(why, where=str(place.asked), cure="Inject the adapter with --mode constant (mode='constant')")
 
 
 def _filled(update: Update, shapes: dict[str, tuple[int, ...]], inner: int, fill: float) -> dict[str, Array]:
-    """Return tensors that are filled with one number; dynamic axes have size `inner`."""
+    """Return tensors that are filled with the update's neutral numbers, or else with `fill`.
+
+    Dynamic axes have size `inner`.
+    """
     arrays_by_name = {}
     for name, leaf in update.tensors.items():
         kind = np.int64 if as_array(leaf).dtype.kind in "iu" else np.float64
@@ -432,7 +484,7 @@ def _changes_nothing(update: Update, tensors: dict[str, Array], place: ResolvedT
 
 
 class _Stub:
-    """A layer in numpy, to try an output update."""
+    """A linear layer in numpy, on which the formula of an output update is tried."""
 
     channel = -1
 
@@ -477,11 +529,12 @@ def fit(
     model: Model, adapter: Adapter | str | PathLike[str], *, base_weights: Base | None = None,
     rename: str | Sequence[str] = (),
 ) -> dict[str, Array]:  # fmt: skip
-    """Return an adapter's tensors under the names of a model's slots.
+    """Match an adapter's tensors with a model's slots, and return the values to feed to the slots.
 
     Args:
         model: an ONNX file or in-memory model to which `inject` or `export` gave slots.
-        adapter: the adapter, or its path. It may have any rank, and any subset of the targets with slots.
+        adapter: the adapter, or its path. It may have any rank that the slots' shapes allow, and any subset of the
+            targets with slots.
         base_weights: the base's weights, for adapter files whose values depend on them.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
@@ -489,9 +542,10 @@ def fit(
         A map from each slot's name to an array, in the slot's dtype.
 
     Raises:
-        TargetNotFound: the model does not contain a target, or its slots at a target are for another method.
+        TargetNotFound: the model has no slots for a target, or the slots of a target are for another method.
         ShapeMismatch: a tensor does not fit its slot.
-        Unsupported: two different tensors have the same slot.
+        Unsupported: two different tensors have the same slot; or an attribute that has no slot differs from the
+            constant in the model's nodes.
         Malformed: the model's list of slots is damaged.
     """
     (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
@@ -503,13 +557,13 @@ def write_adapter(
     model: Model, adapter: Adapter | str | PathLike[str], out: str | PathLike[str], *, base_weights: Base | None = None,
     rename: str | Sequence[str] = (),
 ) -> Path:  # fmt: skip
-    """Write an adapter as an `.onnx_adapter` file for the slots of a model; see `fit` for the arguments.
+    """Write an adapter as an `.onnx_adapter` file that fills the slots of a model; see `fit` for the arguments.
 
     onnxruntime's `LoraAdapter` and `Session` load the file. A second file beside it describes the tensors, so that
     `adapterkit.read` can read them back. If `out` ends with `.safetensors`, the tensors are written in that format,
-    under the names of the inputs, for runtimes that do not read `.onnx_adapter` files; `Session` also loads such a
-    file. If the slots are required inputs, the file also has a tensor that changes nothing for each slot that the
-    adapter does not fill.
+    under the names of the slots, for runtimes that do not read `.onnx_adapter` files; `Session` also loads such a
+    file. If the slots are required inputs, the adapter may not fill all of them. For each other slot, the file then has
+    a tensor that changes nothing.
     """
     from ..formats.onnx_adapter import write_slots_record
 
@@ -518,14 +572,14 @@ def write_adapter(
     feeds = neutral_of(opened(model).model) | feeds
     write_slot_values(feeds, out)
     if str(out).lower().endswith(SAFETENSORS) or not all(names):
-        return Path(out)  # Stacks and computed factors are for this graph only, and cannot be read back.
+        return Path(out)  # Values of stacks, experts and computed factors cannot be read back.
     named = {name for fields in names for name in fields.values()}
     write_slots_record(read, names, [name for name in feeds if name not in named], Path(out))
     return Path(out)
 
 
 def slotted(model: Model, adapter: Adapter) -> tuple[Adapter, tuple[Target, ...]]:
-    """Split an adapter into the updates that a graph has slots for, and the targets that have no slots.
+    """Return the part of an adapter that a graph has slots for, and the adapter's targets that have no slots.
 
     Raises:
         TargetNotFound: the graph has no slots at all.
@@ -551,7 +605,7 @@ KIND = {"format": "adapterkit.slots"}
 
 
 def write_slot_values(feeds: Mapping[str, Array], out: str | PathLike[str]) -> None:
-    """Write tensors for slots as a safetensors file, or else as an `.onnx_adapter` file."""
+    """Write tensors for slots: as safetensors if `out` ends with `.safetensors`, else as an `.onnx_adapter` file."""
     tensors = {name: from_numpy(array) for name, array in feeds.items()}
     if str(out).lower().endswith(SAFETENSORS):
         write_safetensors(out, tensors, KIND)
@@ -562,10 +616,11 @@ def write_slot_values(feeds: Mapping[str, Array], out: str | PathLike[str]) -> N
 def _fitted(
     model: Model, adapter: Adapter, base: Base | None
 ) -> tuple[Adapter, dict[str, Array], list[dict[str, str]]]:
-    """Split the adapter's targets like the graph's layers.
+    """Match an adapter's tensors with the slots of a graph.
 
     Returns:
-        the split adapter; a map from slots to arrays; and for each update, a map from its fields to slots.
+        the adapter, with its updates split like the graph's layers; a map from slots to arrays;
+        and for each update, a map from its fields to slots.
     """
     source = opened(model)
     slots, records = slots_of(source.model), recorded(source.model, source.path)
@@ -581,7 +636,7 @@ def _fitted(
                 names.append(dict[str, str]())
             else:
                 filled = fill(update, fields, target, slots, feeds)
-                # A graph has other names for experts than the model, so such an update cannot be read back.
+                # Experts have other names in the graph than in the model, so an expert's update cannot be read back.
                 names.append(dict[str, str]() if target in experts else filled)
     return adapter, feeds, names
 
@@ -589,7 +644,7 @@ def _fitted(
 def _as_stored(
     adapter: Adapter, source: GraphSource, records: list[SlotRecord], base: Base | None
 ) -> tuple[Adapter, dict[Target, Target], Collection[Target]]:
-    """Split an adapter's updates like the graph's layers.
+    """Split updates of fused layers and of stacks of experts into the parts that have separate slots.
 
     Returns:
         the adapter with split updates; a map from each part's target to the target that was split; the targets that are
@@ -602,7 +657,11 @@ def _as_stored(
 
 
 def _rows_in(records: list[SlotRecord], slots: dict[str, ir.Value]) -> Callable[[str], int | None]:
-    """Return a function that maps a path to the number of rows of the target there, from the shapes of its slots."""
+    """Return a function that takes a target's path, and returns the target's number of rows.
+
+    The number of rows is read from the shape of a slot; it is 0 if the shape does not show it. The function returns
+    None for a path without slots.
+    """
     rows: dict[str, int | None] = {}
     for record in records:
         for update in record.updates:
@@ -614,10 +673,10 @@ def _rows_in(records: list[SlotRecord], slots: dict[str, ir.Value]) -> Callable[
 
 
 def _records_of(adapter: Adapter, records: list[SlotRecord]) -> list[SlotRecord]:
-    """Return the slots of each of an adapter's targets.
+    """Return a list with one record of slots for each of the adapter's targets, in order.
 
     Raises:
-        TargetNotFound: a target has no slots; the error gives the nearest name.
+        TargetNotFound: a target has no slots; the error gives the nearest name that has slots.
     """
     known: dict[str, list[tuple[Target, SlotRecord]]] = {}
     for record in records:
@@ -648,7 +707,10 @@ def _record_at(target: Target, records: list[tuple[Target, SlotRecord]], asked: 
 def _paired(
     updates: tuple[Update, ...], record: SlotRecord, target: Target, slots: dict[str, ir.Value]
 ) -> list[tuple[Update, dict[str, str]]]:
-    """Pair updates with their slots. There may be fewer updates than in the record, but in the same order."""
+    """Pair each of a target's updates with its slots.
+
+    Some updates of the record may be missing, but the others must be in the record's order.
+    """
     pairs, left = [], list(record.updates)
     for update in updates:
         while left and left[0].method != update.method:
@@ -657,17 +719,20 @@ def _paired(
             methods = ", ".join(each.method for each in record.updates)
             cure = nearest(f"{record.target}.{update.method}", slots) or _INJECT_SLOTS
             raise TargetNotFound(
-                f"the model has no slots for {update.method} there; it has slots for {methods}",
+                f"the model has no slots for {update.method} at this target; it has slots for {methods}",
                 where=str(target),
                 cure=cure,
             )
         slot_update = left.pop(0)
-        # An attribute that has no slot is a constant in the graph's nodes, so its value must be equal.
+        # An attribute that has no slot is a constant in the graph's nodes, so the adapter must have the same value.
         if (fixed := _baked(update, slot_update.fields)) != slot_update.attributes:
             name = next(
                 name for name in (fixed | slot_update.attributes) if fixed.get(name) != slot_update.attributes.get(name)
             )
-            why = f"{name} is {fixed.get(name)!r}, but {slot_update.attributes.get(name)!r} in the model's nodes"
+            why = (
+                f"{name} is {fixed.get(name)!r} in the adapter, but {slot_update.attributes.get(name)!r} in the "
+                "model's nodes"
+            )
             raise Unsupported(why, where=f"{target}: {update.method}", cure=_INJECT_SLOTS)
         pairs.append((update, slot_update.fields))
     return pairs
@@ -690,7 +755,7 @@ def _fill(
         kind = slots[name].dtype
         cast = array if array.dtype.kind in "iu" or kind is None else array.astype(kind.numpy())
         if name in feeds and not np.array_equal(feeds[name], cast):
-            raise Unsupported("two tensors have the same slot", where=name, cure=_INJECT_SLOTS)
+            raise Unsupported("two tensors with different values have the same slot", where=name, cure=_INJECT_SLOTS)
         feeds[name] = cast
     return {field: fields[field] for field in update.tensors}
 
@@ -700,7 +765,7 @@ RANKED = ("lora", "open_factors")
 
 
 def _padded(update: Update, field: str, array: Array, slot: ir.Value) -> Array:
-    """Pad a LoRA's factor with zeros, which change nothing, to the fixed rank of its slot."""
+    """Pad a factor with zeros to the rank of its slot, if this rank is fixed. The zeros change no result."""
     if update.method not in RANKED or field not in ("A", "B") or slot.shape is None or len(slot.shape) != array.ndim:
         return array
     axis = 0 if field == "A" else 1
@@ -713,7 +778,7 @@ def _padded(update: Update, field: str, array: Array, slot: ir.Value) -> Array:
 
 
 def _by_rows(model: ir.Model) -> bool:
-    """Whether the slots of a graph are stacks of adapters."""
+    """Whether each slot of the graph holds a stack of several adapters' factors; see rowwise.py."""
     from .rowwise import ROWS
 
     return ROWS in model.metadata_props
@@ -722,7 +787,7 @@ def _by_rows(model: ir.Model) -> bool:
 def _fill_rows(
     update: Update, fields: dict[str, str], target: Target, slots: dict[str, ir.Value], feeds: dict[str, Array]
 ) -> dict[str, str]:  # fmt: skip
-    """Add an update's factors to `feeds`, for stacked slots, as a stack of one adapter."""
+    """Add an update's factors to `feeds`, as a stack of one adapter; used if the slots hold stacks of adapters."""
     from .rowwise import factors_of
 
     for field, array in factors_of(update).items():
@@ -740,10 +805,13 @@ def _check(name: str, array: Array, slot: ir.Value, target: Target) -> None:
     )
     if not fits:
         why = (
-            f"the shape is {list(array.shape)}, but the slot's shape is "
+            f"the tensor's shape is {list(array.shape)}, but the slot's shape is "
             f"{[size if isinstance(size, int) else 'any' for size in declared]}"
         )
-        cure = "Was this adapter made for this base? A convolution's rank is fixed by --mode inputs (mode='inputs')"
+        cure = (
+            "Pass an adapter that was made for this base. With --mode inputs (mode='inputs'), the slots of "
+            "convolutions have a fixed rank"
+        )
         raise ShapeMismatch(why, where=f"{target}: {name}", cure=cure)
 
 

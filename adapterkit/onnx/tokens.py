@@ -1,7 +1,7 @@
-"""Find the token ids of the call and of the past in a graph, and the positions of all tokens.
+"""Add nodes that give the token ids and the positions of all tokens: of the past and of the call.
 
-The cache does not contain the past's tokens, so the graph gets a new input for these tokens. With this input, formulas
-that read all tokens give the same results for the call's tokens as a run without a past.
+The cache holds the past's keys and values, but not its token ids, so the graph gets a new input for these ids. With
+this input, formulas that read all tokens give the same results for the call's tokens as a run without a past.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .building import Branch, Building
 from .values import SYMBOLS, Value, concatenated, plain
 
 TOKENS, EMBEDS, MASK, POSITIONS = CALL = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-"""Names of the inputs of a model's call."""
+"""Names of the inputs of a model's call. A graph may use other names for them; see `Call.input`."""
 
 
 Size = int | str | ir.SymbolicDim
-"""A size of a graph value's axis, or the name of a dynamic size."""
+"""The size of one axis of a graph's value; a dynamic size is given by its name."""
 
 
 class Call(Protocol):
@@ -30,17 +30,17 @@ class Call(Protocol):
 
     Attributes:
         building: the model.
-        new_inputs: a map from names to inputs that were added to the graph.
+        new_inputs: the inputs that `new` added to the graph, by name.
     """
 
     building: Building
     new_inputs: dict[str, ir.Value]
 
     def input(self, word: str) -> ir.Value | None:
-        """Return the graph input for an input of the call; None if the graph has no such input."""
+        """Return the graph input for the call's input `word`; None if the graph has no such input."""
 
     def new(self, word: str, axes: Sequence[Size]) -> ir.Value:
-        """Add an integer input to the graph, once per name."""
+        """Return a new integer input of the graph; a later call with the same `word` returns the same input."""
         ...
 
 
@@ -48,7 +48,7 @@ _PAST = re.compile(r"(?:^|[._])(\d+)[._](key|value)s?$")
 
 
 def past_inputs(graph: ir.Graph) -> Mapping[tuple[int, str], ir.Value]:
-    """Return the graph's inputs for the past, keyed by `(layer number, "key" or "value")`."""
+    """Return the graph's inputs for the past's keys and values, by `(layer number, "key" or "value")`."""
     inputs_by_layer: dict[tuple[int, str], ir.Value] = {}
     for value in graph.inputs:
         match = _PAST.search(value.name or "") if "past" in (value.name or "") else None
@@ -58,7 +58,7 @@ def past_inputs(graph: ir.Graph) -> Mapping[tuple[int, str], ir.Value]:
 
 
 EARLIER = "past_input_ids"
-"""Name of the input with the tokens of the past, for formulas that read all tokens."""
+"""Name of the new input for the token ids of the past. It is added for formulas that read all tokens."""
 
 
 def whole_numbers(value: ir.Value, branch: Branch) -> ir.Value:
@@ -70,17 +70,17 @@ def every_token(words: Call, branch: Branch) -> ir.Value:
     """Return the token ids of the past and the call, `[rows, positions]`.
 
     Raises:
-        Unsupported: the graph has no input of tokens.
+        Unsupported: the graph has no input for token ids.
     """
     ids_input = words.input(TOKENS)
     if ids_input is None:
-        cure = f"Pass its name: --call {TOKENS}=NAME (call={{{TOKENS!r}: NAME}})"
+        cure = f"Pass the name of the input for token ids: --call {TOKENS}=NAME (call={{{TOKENS!r}: NAME}})"
         raise Unsupported(f"the graph has no input {TOKENS}", cure=cure)
     ids = whole_numbers(ids_input, branch)
     past = next(iter(past_inputs(words.building.model.graph).values()), None)
     if past is None:
         return ids
-    # Use the name of the past's dynamic size, so that both inputs must have the same length.
+    # Give the new input the same dynamic size as the cache, so that both must have the same length.
     length = "past_tokens" if past.shape is None or len(past.shape) < 3 else past.shape[2]
     earlier = words.new(EARLIER, [first_axis(ids_input), length])
     return branch.node("Concat", [earlier, ids], {"axis": 1}, np.int64, None)
@@ -89,12 +89,12 @@ def every_token(words: Call, branch: Branch) -> ir.Value:
 def every_position(words: Call, branch: Branch, value: ir.Value, like: Value) -> ir.Value:
     """Return the positions of all tokens, `[rows, positions]`.
 
-    The past's positions count up to the number before the call's first position; none is below 0.
+    The past's positions are consecutive and end just before the call's first position. Negative positions become 0.
 
     Args:
-        words: the inputs of the call, after `every_token` was called.
+        words: the call. Call `every_token` first, because it adds the input for the past's tokens.
         branch: collects the added nodes.
-        value: positions of the call's tokens, in one row for each text or in one row for all texts.
+        value: the positions of the call's tokens, with one row for each text, or a single row for all texts.
         like: an integer matrix with one entry for each token of the call.
     """
     given: Value = plain(value, branch).cast(np.int64) + SYMBOLS.zeros_like(like)
@@ -107,7 +107,11 @@ def every_position(words: Call, branch: Branch, value: ir.Value, like: Value) ->
 
 
 def of_call(value: ir.Value, words: Call, branch: Branch, like: Value) -> ir.Value:
-    """Cut a value for all tokens, `[rows, positions, ...]`, to the tokens of the call."""
+    """Return the part of `value`, `[rows, positions, ...]`, that belongs to the call's tokens.
+
+    If `value` also covers the tokens of the past, only the last positions are kept: as many as the matrix `like` has
+    columns.
+    """
     if EARLIER not in words.new_inputs:
         return value
     cut = last_columns(plain(value, branch), like)
@@ -116,16 +120,16 @@ def of_call(value: ir.Value, words: Call, branch: Branch, like: Value) -> ir.Val
 
 
 def last_columns(value: Value, like: Value) -> ir.Value:
-    """Return the last columns of a value, along its second axis: as many as the matrix `like` has."""
+    """Return the last entries of `value` along its second axis: as many as the matrix `like` has columns."""
     node, literal = value.branch.node, value.branch.building.literal
     one, most = (literal(np.array([number], dtype=np.int64)) for number in (1, np.iinfo(np.int64).max))
     sizes = node("Shape", [like.value], None, np.int64, (2,))
     count = node("Slice", [sizes, one, most], None, np.int64, (1,))
-    # Use a negative start, which counts from the end, because the length is only known at run time.
+    # Use a negative start, which counts from the end, because the length of `value` is only known at run time.
     start = node("Neg", [count], None, np.int64, (1,))
     return node("Slice", [value.value, start, most, one], None, value.dtype, None)
 
 
 def first_axis(value: ir.Value) -> Size:
-    """Return the size of a value's first axis, or the name of a dynamic size."""
+    """Return the size of a value's first axis; `rows`, the name of a dynamic size, if the shape is unknown."""
     return "rows" if value.shape is None or not len(value.shape) else value.shape[0]

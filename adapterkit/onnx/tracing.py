@@ -1,8 +1,8 @@
 """Trace a model with torch's exporter, and remove the parts of its graph that are not needed.
 
 The exporter's optimizer is off, because it renames folded weights and stores equal weights once. Without the optimizer,
-every weight has its module's name and is stored separately. onnxruntime folds the Transpose nodes when it loads the
-model.
+every weight keeps its name in the module and is stored separately. The graph then also keeps the nodes that transpose
+weights, but onnxruntime folds these nodes when it loads the model.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ if TYPE_CHECKING:
     from torch import nn
 
 SCOPES = ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy")
-"""The node metadata to keep: names and classes of modules. Other entries describe the machine that exports."""
+"""Keys of the node metadata to keep: names and classes of modules. Other entries describe the exporting machine."""
 
 
 def traced(
     model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None = None, *, inside: str = "",
     **options: object,
 ) -> ir.Model:  # fmt: skip
-    """Return a module as a graph. The weights remain torch tensors until the graph is written.
+    """Trace a module, and return it as an ONNX model. The weights remain torch tensors until the model is written.
 
     Args:
         model: the module, in evaluation mode.
         args: an example of its positional arguments.
         kwargs: an example of its named arguments.
-        inside: if the module is a wrapper, the attribute that holds the model; the attribute is removed from names.
+        inside: if the module is a wrapper, the name of its attribute that holds the model. This name is removed from
+            the names of weights and modules in the graph.
         options: more arguments of `torch.onnx.export`: input and output names, dynamic shapes, the opset.
 
     Raises:
@@ -46,13 +47,14 @@ def traced(
 
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     try:
-        with quiet():
+        # Turn gradients off: with gradients, a `Scan` could not write to its state.
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 model, tuple(args), kwargs=dict(kwargs or {}), dynamo=True, optimize=False, verbose=False, **given
             )
     except Exception as error:  # The exporter raises any type of error.
-        first = first_line(error.__cause__ or error)  # Quote the cause: the exporter's own message is general.
-        cure = "Make its forward traceable for torch.export, or pass input_names= and dynamic_shapes="
+        first = first_line(error.__cause__ or error)  # The exporter's own message is too general.
+        cure = "Change the model's forward so that torch.export can trace it, or pass input_names= and dynamic_shapes="
         raise Unsupported(f"torch cannot export a {type(model).__name__} ({first})", cure=cure) from error
     assert program is not None
     graph: ir.Model = program.model
@@ -83,15 +85,31 @@ def _plain(graph: ir.Model, inside: str) -> None:
         for name, value in list(part.initializers.items()):
             if inside and name.startswith(f"{inside}."):
                 value.name = name.removeprefix(f"{inside}.")
-        for node in part:
+        for node in list(part):
+            _without_added_bias(node)
             for key in list(node.metadata_props):
                 if key not in SCOPES:
                     del node.metadata_props[key]
             _without(node.metadata_props, inside)
 
 
+def _without_added_bias(node: ir.Node) -> None:
+    """Remove the zeros that onnxscript adds to a three-dimensional convolution without a bias.
+
+    These zeros have the shape `[out, 2]` instead of `[out]`, and onnxruntime refuses such a bias (onnxscript 0.7,
+    `aten_conv3d`).
+    """
+    bias = node.inputs[2] if node.op_type == "Conv" and len(node.inputs) == 3 else None
+    expand = None if bias is None else bias.producer()
+    if expand is None or expand.op_type != "Expand" or expand.inputs[1] is None:
+        return
+    shape = expand.inputs[1].producer()
+    if shape is not None and shape.op_type == "Concat" and len(shape.inputs) == 2:
+        node.resize_inputs(2)
+
+
 def _without(notes: dict[str, str], inside: str) -> None:
-    """Remove the wrapper from a node's lists of module names and classes."""
+    """Remove the wrapper from the lists of module names and module classes in a node's metadata."""
     names = ast.literal_eval(notes.get(SCOPES[0], "[]"))
     if not inside or inside not in names:
         return

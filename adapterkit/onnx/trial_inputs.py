@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from .providers import OrtInput, OrtSession
 
 SIZES = ((2, 4, 4, 4), (1, 4, 4, 4), (2, 3, 16, 16), (1, 1, 1, 1), (2, 32, 32, 32), (1, 576, 16, 16))
-"""Values for dynamic sizes, by axis; the check tries one row after the other. Some rows have batch size 1, because
-after a past, onnxruntime's GroupQueryAttention accepts several tokens only for a single text."""
+"""Sizes for dynamic axes; the check tries one row after the other. The entries of a row are the sizes of an input's
+first axis, second axis, and so on. Some rows have batch size 1, because onnxruntime's GroupQueryAttention accepts
+several tokens after a past only for a single text."""
 
 _TYPES = {
     "bool": np.bool_,
@@ -31,18 +32,26 @@ _TYPES = {
     "int32": np.int32,
 }
 
+STATE = "past."
+"""Prefix of the names of state inputs in graphs of onnxruntime-genai's builder. A state is, for example, the last
+inputs of a convolution. These graphs do not mask padding in layers that have a state."""
+
+STATES = (STATE, "past_conv.", "past_ssm.", "past_recurrent.")
+"""Prefixes of the names of a language model's state inputs. All but the first begin names that transformers.js expects
+and `adapterkit export` writes."""
+
 Feeds = Mapping[str, Array]
 
 Sizes = Mapping[str, int]
-"""Sizes from the configs beside a graph: `head_size`, `heads` and `window` of the past; `channels`, `height`, `width`
-of images."""
+"""Sizes from the configs in a graph's folder: `head_size`, `heads` and `window` of the past; `channels`, `height` and
+`width` of images."""
 
 
 def sizes_beside(graph: Path | None) -> dict[str, int]:
     """Return the sizes from onnxruntime-genai's and transformers' configs in a graph's folder.
 
-    Some graphs declare sizes as dynamic but run with one value only: the head size in onnxruntime-genai's graphs;
-    channels, height and width in the graphs of image models.
+    Some graphs declare sizes as dynamic, but run only if these sizes have one certain value. Examples are the head size
+    in onnxruntime-genai's graphs, and the channels, height and width in the graphs of image models.
     """
     if graph is None:
         return {}
@@ -62,7 +71,7 @@ def sizes_beside(graph: Path | None) -> dict[str, int]:
 
 
 def windows_beside(graph: Path) -> dict[str, int]:
-    """Return the names of caches that keep a window of tokens, each with the window's length.
+    """Return a map from the name of each sliding-window cache to the window's length in tokens.
 
     In onnxruntime-genai's graphs, such a cache always has this length. `genai_config.json` lists the
     layers with such caches.
@@ -79,7 +88,7 @@ def windows_beside(graph: Path) -> dict[str, int]:
 
 
 def _config(file: Path) -> dict[str, JsonValue]:
-    """Return a config; an empty one if the file is missing or damaged, because sizes are optional."""
+    """Return a config; an empty one if the file is missing or damaged, because the sizes in it are optional."""
     try:
         config = json.loads(read_input(file).decode("utf-8"))
     except (OSError, ValueError, RecursionError, AdapterkitError):
@@ -88,11 +97,11 @@ def _config(file: Path) -> dict[str, JsonValue]:
 
 
 def trial_inputs_for(session: OrtSession, sizes: Sequence[int], known: Sizes | None = None) -> dict[str, Array]:
-    """Return inputs for a graph; dynamic axes of the same name have the same size, and the first axis is the batch.
+    """Return random inputs for a graph. All dynamic axes with the same name have the same size.
 
     Args:
         session: the graph in onnxruntime.
-        sizes: values for dynamic sizes, by axis.
+        sizes: the sizes of dynamic axes, a row such as those of `SIZES`.
         known: sizes from configs; see `sizes_beside`.
     """
     rng, named = np.random.default_rng(0), dict[str, int]()
@@ -106,8 +115,8 @@ def trial_inputs_for(session: OrtSession, sizes: Sequence[int], known: Sizes | N
         shape = shapes[entry.name]
         name = entry.type.removeprefix("tensor(").removesuffix(")")
         if name == "bool" or (name in ("int64", "int32") and "mask" in entry.name):
-            # Do not mask tokens in onnxruntime-genai's graphs: these graphs count tokens by the mask, and if the last
-            # token is masked, they leave some output memory unwritten.
+            # Do not mask tokens in onnxruntime-genai's graphs. These graphs take the number of tokens from the mask. If
+            # the last token is masked, they leave some memory of the outputs unwritten.
             whole = "head_size" in (known or {})
             feeds[entry.name] = (np.ones(shape) if whole else _mask(shape)).astype(_TYPES[name])
         elif name in ("int64", "int32"):
@@ -119,11 +128,11 @@ def trial_inputs_for(session: OrtSession, sizes: Sequence[int], known: Sizes | N
 
 
 def _name_sizes(entry: OrtInput, known: Sizes, named: dict[str, int]) -> None:
-    """Set the sizes of an input's dynamic axes from the configs."""
+    """Add the sizes that the configs give for an input's dynamic axes to `named`, by the axes' names."""
     if len(entry.shape) != 4:
         return
     past = "past" in entry.name
-    # A cache of a sliding window must have the window's length; all caches have the same length.
+    # A sliding-window cache must have the window's length, so give all caches this length.
     words = (None, "heads", "window", "head_size") if past else (None, "channels", "height", "width")
     if not past and not any(word in entry.name for word in ("pixel", "image", "sample", "input")):
         return
@@ -133,15 +142,21 @@ def _name_sizes(entry: OrtInput, known: Sizes, named: dict[str, int]) -> None:
 
 
 def _count_past(shapes: dict[str, list[int]]) -> None:
-    """Extend the mask of a causal language model to cover its past."""
-    past = next((shape[2] for name, shape in shapes.items() if "past" in name and len(shape) == 4), None)
+    """Set the length of a causal language model's mask to the length of the past plus the number of new tokens."""
+    past = next(
+        (
+            shape[2] for name, shape in shapes.items()
+            if "past" in name and len(shape) == 4 and not name.startswith(STATES)
+        ),
+        None,
+    )  # fmt: skip
     mask, tokens = shapes.get("attention_mask"), shapes.get("input_ids")
     if past is not None and mask is not None and tokens is not None and len(mask) == len(tokens) == 2:
         mask[1] = past + tokens[1]
 
 
 def _mask(shape: Sequence[int]) -> Array:
-    """Return ones with a 0 at the end, so that some entries stay visible, whether 0 or 1 means masked."""
+    """Return a mask of ones whose last entry is 0: some tokens stay visible, whether a graph masks zeros or ones."""
     mask = np.ones(shape, dtype=bool)
     if mask.ndim and mask.shape[-1] > 1:
         mask[..., -1] = False
@@ -155,5 +170,5 @@ def _size(axis: object, position: int, named: dict[str, int], sizes: Sequence[in
 
 
 def numbers_in(feeds: Feeds) -> int:
-    """Return the total number of elements of inputs."""
+    """Return the total number of elements in all inputs."""
     return sum(math.prod(np.shape(array)) for array in feeds.values())

@@ -1,4 +1,4 @@
-"""Find tied layers of a graph (an embedding and a head with equal weights), and decide which one an adapter changes.
+"""Find tied layers of a graph (an embedding and a head with equal weights), and which of them an adapter changes.
 
 Exporters store a tied tensor once, or store a transposed copy for the head, so equal values are the only sign of a tie.
 `merging.ties` decides which layers each update changes, as for merges into folders.
@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Tying:
-    """The information about a graph's ties that is not in the graph.
+    """Information about a graph's ties that the graph itself does not contain.
 
     Attributes:
-        tied: the caller's choice, as `parse_tied` returns it; None if the adapter's origin decides.
+        tied: the caller's choice, as `parse_tied` returns it. If it is None, the tool that trained the adapter decides
+            which tied layers an update changes.
         config: the config of the exported model, if there is one.
-        role: the part of the model that the graph holds, according to its file name; None if the name does not show it.
+        role: the part of the model that the graph holds; None if the graph's file name does not show the part.
         warnings: a list to which a sentence is added for each omitted update.
     """
 
@@ -46,10 +47,10 @@ class Tying:
 
     @classmethod
     def of(cls, base: Checkpoint | None, path: Path | None, tied: str | Mapping[str, str] | None = None) -> Tying:
-        """Read the config of the base, or the config beside the graph.
+        """Create a `Tying` with the config of the base, or else the config beside the graph.
 
         Raises:
-            UsageError: the choice is unknown.
+            UsageError: `tied` is not a valid choice.
         """
         return cls(parse_tied(tied), known_config(base, path), None if path is None else role_of(Path(path.name)))
 
@@ -57,10 +58,10 @@ class Tying:
 def with_tied(
     places: Sequence[ResolvedTarget], adapter: Adapter, spots: Sequence[Spot], tying: Tying
 ) -> list[ResolvedTarget]:
-    """Return an adapter's targets in a graph, and the tied layers that the adapter's updates change together with them.
+    """Return the targets that an adapter changes in a graph, including tied layers that the adapter does not name.
 
     Args:
-        places: the targets that the adapter names.
+        places: the targets that the adapter names, found in the graph.
         adapter: the adapter, whose recipe shows which tool trained it.
         spots: all layers of the graph.
         tying: the caller's choice, and the base's config.
@@ -78,12 +79,12 @@ def with_tied(
 
 @dataclass(frozen=True, slots=True)
 class _TiedLayers:
-    """Layers with equal values.
+    """Layers with equal or almost equal weights.
 
     Attributes:
         lookups: embeddings, which look up tokens.
-        heads: linear layers that multiply by the same table.
-        proven: True if the values are equal; False if a layer is quantized and its values are only close.
+        heads: linear layers whose weight is the table of the embeddings.
+        proven: True if the weights are equal; False if a layer is quantized and the weights are only close.
     """
 
     lookups: tuple[Spot, ...]
@@ -92,7 +93,7 @@ class _TiedLayers:
 
 
 def _groups(spots: Sequence[Spot], changed: Sequence[Spot]) -> list[_TiedLayers]:
-    """Return the groups of tied layers that include a changed layer."""
+    """Return the groups of tied layers that contain at least one changed layer."""
     flat = [spot for spot in spots if len(spot.shape) == 2 and spot.rows is None]
     lookups = [spot for spot in flat if _is_lookup(spot)]
     heads = [spot for spot in flat if not _is_lookup(spot)]
@@ -113,7 +114,10 @@ def _groups(spots: Sequence[Spot], changed: Sequence[Spot]) -> list[_TiedLayers]
 def _with_group(
     places: Sequence[ResolvedTarget], adapter: Adapter, group: _TiedLayers, tying: Tying
 ) -> list[ResolvedTarget]:
-    """Return an adapter's targets, and the other layers of a group that the adapter's updates change with them."""
+    """Return the targets, and the layers of a tied group that the adapter's updates change with them.
+
+    Targets whose updates have no effect are dropped.
+    """
     nodes = {spot.node for spot in (*group.lookups, *group.heads)}
     named = [place for place in places if _may_be_tied(place) and place.spots[0].node in nodes]
     inputs = _by_layer(group.lookups, named)
@@ -129,8 +133,8 @@ def _with_group(
     if added and tying.tied is None and not (group.proven or says_tied(tying.config)):
         raise _unproven(added[0], tie)
     kept = {fold.target for folds in changed.values() for fold in folds}
-    # Drop targets that `acting` dropped, such as T5's `shared`: no layer calls this module, so PEFT trains an update
-    # there without any effect.
+    # Drop targets that `acting` dropped, such as T5's `shared`: the model does not call this module, so an update there
+    # had no effect while PEFT trained it.
     return [*(place for place in places if place not in named or _fold(place).target in kept), *added]
 
 
@@ -140,7 +144,11 @@ def _may_be_tied(place: ResolvedTarget) -> bool:
 
 
 def _distance(spot: Spot, other: Spot) -> float | None:
-    """Return the relative distance of two layers' tables; None if the sizes differ or the tables are not close."""
+    """Return the relative distance between two layers' tables.
+
+    Return None if the sizes differ. Also return None if the tables are not equal, unless they are close and one of them
+    is quantized.
+    """
     if _size(spot) != _size(other):
         return None
     if len(spot.sources) == 1 and spot.sources == other.sources:
@@ -167,7 +175,11 @@ def _table(spot: Spot) -> Array:
 
 
 def _by_layer(spots: Sequence[Spot], named: Sequence[ResolvedTarget]) -> dict[str, list[Spot]]:
-    """Group nodes by layer. The key is the adapter's name for the layer's weight, or else the graph's name."""
+    """Group nodes by layer.
+
+    The key is the name of the layer's weight: the name of the target if the adapter has the layer as a target, or else
+    the name that the graph shows.
+    """
     nodes = {spot.node for spot in spots}
     spots_by_name: dict[str, list[Spot]] = {
         _name(place): [] for place in named if place.spots[0].node in nodes and len(place.spots) == 1
@@ -184,7 +196,7 @@ def _name(place: ResolvedTarget) -> str:
 
 
 def _fold(place: ResolvedTarget) -> PlannedUpdate:
-    """Return a target's updates as a planned update of the tied table, in which each row belongs to a token."""
+    """Return a target's updates as one planned update of the tied table, which has one row for each token."""
     updates = tuple(update for update in place.updates if update.kind != "output" and update.changes_weight)
     turned = _is_lookup(place.spots[0]) != place.turned
     target = replace(place.target, layout="in out *k" if turned else "out *in")
@@ -194,7 +206,7 @@ def _fold(place: ResolvedTarget) -> PlannedUpdate:
 def _added(
     layer: str, spots: list[Spot], folds: Sequence[PlannedUpdate], named: Sequence[ResolvedTarget]
 ) -> list[ResolvedTarget]:
-    """Return targets at a tied layer for updates that the adapter has at the other layer."""
+    """Return new targets at a tied layer, for updates that the adapter has only at another layer of the group."""
     added = []
     for fold in folds:
         place = next(place for place in named if _fold(place).target == fold.target)
@@ -213,10 +225,11 @@ def _added(
 def _unproven(place: ResolvedTarget, tie: Tie) -> UsageError:
     why = (
         f"the weights of {tie.head} and {tie.stored} are almost equal, and one of them is quantized: "
-        f"if they are tied, the update at {place.asked} changes both, otherwise only one of them"
+        f"if the two layers are tied, the update at {place.asked} changes both, otherwise it changes only one of them"
     )
     cure = (
-        "Pass the base's folder, whose config.json shows it: --base-weights DIR (base_weights=DIR); or --tied merge "
-        '(tied="merge") for both, --tied rows=untie,embedding=untie,head=untie,replacement=untie for the named one'
+        "Pass the base's folder, whose config.json shows whether they are tied: --base-weights DIR (base_weights=DIR). "
+        'Or decide it: to change both, --tied merge (tied="merge"); to change only the layer that the adapter names, '
+        "--tied rows=untie,embedding=untie,head=untie,replacement=untie"
     )
     return UsageError(why, where=str(place.asked), cure=cure)

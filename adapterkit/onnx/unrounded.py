@@ -1,9 +1,10 @@
-"""Make a quantized graph compute in floating point, so that a check can compare two changed graphs exactly.
+"""Remove the rounding of activations from a quantized graph, so that a check can compare two graphs closely.
 
-Two correct graphs may sum in different orders. If a later node rounds to 8 bits, a difference in the last bit becomes a
-whole rounding step. And if a node clips, adding a change before the node gives another result than adding it after the
-node. Without rounding and clipping of activations, the outputs of correct graphs differ only in the last bits of
-floats. Weights keep their dequantized values.
+Two correct graphs may sum in different orders, so their values may differ in the last bit. If a later node rounds such
+a value to 8 bits, the difference can become a whole rounding step. If a node clips its output, a change that is added
+before the clipping gives another result than the same change added after it. Without rounding and clipping of
+activations, the outputs of two correct graphs differ only in the last bits of the floats. The weights stay rounded: the
+graph computes with their dequantized values.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ MOVES = frozenset(
     {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Gather", "Slice", "Concat",
      "Split", "Expand", "MaxPool", "DepthToSpace", "SpaceToDepth", "Tile", "Resize", "Pad"}
 )  # fmt: skip
-"""Operators that compute the same for integers and for the floats that the integers stand for.
+"""Operators that commute with dequantization, so that they can read floats in place of quantized integers.
 
-The weights of a Resize sum to 1, so zero points and scales pass through it. The value that a Pad adds is dequantized.
+A Resize commutes with it because its interpolation weights sum to 1. The constant that a Pad inserts must be
+dequantized, too.
 """
 
 
 ROUGH = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"})
-"""Operators that quantize their inputs. A difference in the last bit of an input can become a whole quantization
+"""Operators that quantize a floating-point input. A difference in the input's last bit can become a whole quantization
 step."""
 
 
@@ -43,16 +45,16 @@ def rounds(node: ir.Node) -> bool:
 
 
 class Unknown(Exception):
-    """A node reads rounded activations, and its float form is unknown."""
+    """Raised for a node that reads rounded activations and has no known float form."""
 
 
 def unround(model: ir.Model) -> bool:
-    """Remove the rounding of activations; return False, with the model unusable, if a node's float form is unknown."""
+    """Remove the rounding of activations from `model`. Return False if this fails; the model is then unusable."""
     return obstacle(model) is None
 
 
 def obstacle(model: ir.Model) -> str | None:
-    """Remove the rounding of activations, or return the operator and the name of the first node that prevents this."""
+    """Remove the rounding of activations from `model`. If this fails, return the failing node's operator and name."""
     for node in model.graph.all_nodes():
         node.attributes.pop("accuracy_level", None)
     unrounding = _Unrounding(model)
@@ -65,14 +67,14 @@ def obstacle(model: ir.Model) -> str | None:
 
 
 class _Unrounding:
-    """The state of one pass over a graph.
+    """The conversion of a graph's rounded activations to floats.
 
     Args:
         model: the model to change.
 
     Attributes:
-        floats: rounded value -> the floats that its integers stand for.
-        steps: rounded value -> its scale and its zero point.
+        floats: a map from each value of quantized integers to the value of floats that replaces it.
+        steps: a map from each value of quantized integers to its scale and its zero point.
         at: the node that is being converted.
     """
 
@@ -101,7 +103,7 @@ class _Unrounding:
         self.building.settle()
 
     def _changed(self, node: ir.Node) -> None:
-        """Convert a node to floats if it rounds, or reads what was rounded."""
+        """Convert a node to floats if the node rounds, or if it reads a rounded value."""
         make = FORMS.get(node.op_type)
         known = node.domain in ("", "ai.onnx", MICROSOFT)
         if node.op_type == "QuantizeLinear" and known:
@@ -134,9 +136,12 @@ class _Unrounding:
                 raise Unknown
 
     def _outside(self, node: ir.Node, scale: ir.Value | None, zero: ir.Value | None) -> None:
-        """Dequantize the number that a Pad puts around a value with a scale and a zero point."""
+        """Dequantize the constant that a Pad inserts, with the scale and the zero point of the padded value.
+
+        A Resize that inserts a constant is refused.
+        """
         if node.op_type == "Resize":
-            if attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":  # It adds a float.
+            if attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":  # Inserts a constant.
                 raise Unknown
         elif attribute(node, "mode", "constant") == "constant":
             given = [_given(node, 2), scale, zero]
@@ -147,7 +152,11 @@ class _Unrounding:
             node.replace_input_with(2, self.building.literal(np.asarray(number, np.float32)))
 
     def _becomes(self, node: ir.Node, value: ir.Value) -> None:
-        """Replace a node's first output by a value; insert the nodes that compute the value."""
+        """Insert the nodes that compute `value`, which replaces the node's first output.
+
+        If the output is floats, its readers get `value` now. If it is integers, they get `value` when the readers are
+        converted.
+        """
         out = node.outputs[0]
         self.graph.insert_before(node, [one for one in self.branch.nodes if one.graph is None])
         self.branch.nodes.clear()
@@ -171,16 +180,16 @@ class _Unrounding:
              domain: str = "") -> ir.Value:  # fmt: skip
         """Append a node, and return its output."""
         out = self.branch.node(op, given, words, np.float32, None, domain=domain)
-        out.type = None  # The graph may compute in 16 bits.
+        out.type = None  # Leave the type open, because the graph may compute in 16 bits.
         return out
 
     def float_of(self, node: ir.Node, at: int, axis: int | None = None) -> ir.Value:
-        """Return an operand as dequantized floats. The node's next two inputs are the operand's scale and zero point.
+        """Return an operand as dequantized floats. Its scale and its zero point are the node's next two inputs.
 
         Args:
             node: an operator.
-            at: the position of the operand.
-            axis: the axis of a scale for each channel; None for the last axis.
+            at: the position of the operand among the node's inputs.
+            axis: the operand's channel axis, for scales per channel; None for the last axis.
         """
         value, scale, zero = (_at(node, at + step) for step in range(3))
         return self.operand(value, scale, zero, axis)
@@ -188,14 +197,14 @@ class _Unrounding:
     def operand(
         self, value: ir.Value | None, scale: ir.Value | None, zero: ir.Value | None, axis: int | None = None
     ) -> ir.Value:
-        """Return the dequantized values of integers with a scale and a zero point."""
+        """Return quantized integers as floats: `(value - zero) * scale`."""
         if value is None:
             raise Unknown
         if value in self.floats:
             return self.floats[value]
         if any(one is not None and not is_constant(one) for one in (scale, zero)):
             raise Unknown
-        if not is_constant(value):  # Integers that no node rounds: an input, or rows of an embedding.
+        if not is_constant(value):  # Integers that no node rounded: an input, or rows of an embedding.
             if scale is None or shape_of(scale) not in ((), (1,)):
                 raise Unknown
             return self.node("DequantizeLinear", [value, scale, zero])
@@ -207,23 +216,25 @@ class _Unrounding:
         return self.stored(W if s is None else W * s)
 
     def stored(self, array: Array) -> ir.Value:
-        """Return an initializer of floats."""
+        """Return a new float32 initializer with the elements of `array`."""
         key = "unrounded", len(self.building.tensors)
         return self.building.tensor(key, "unrounded", lambda: np.ascontiguousarray(array, np.float32))
 
     def rounded(self, y: ir.Value, node: ir.Node, at: int) -> ir.Value:
-        """Return the float output `y` of an operator, followed by the Relu that the operator's range may stand for.
+        """Return an operator's output in floats, and note its scale and zero point.
+
+        The output is clipped at 0 if the operator's range starts or ends at its zero point; see `rectifies`.
 
         Args:
-            y: the output.
+            y: the output in floats, not clipped.
             node: the operator.
-            at: the position of the output's zero point among the operator's inputs.
+            at: the position of the output's zero point among the operator's inputs; the scale is the input before it.
         """
         self.steps[node.outputs[0]] = _at(node, at - 1), _at(node, at)
         return self._clipped(y, ir.node("QuantizeLinear", [None, None, _at(node, at)]))
 
     def _clipped(self, x: ir.Value, quantizer: ir.Node) -> ir.Value:
-        """If a quantizer's range ends at its zero point, keep the Relu that the range may stand for."""
+        """Clip `x` at 0, as the quantizer does, if the quantizer's range starts or ends at its zero point."""
         zero = quantizer.inputs[2] if len(quantizer.inputs) > 2 else None
         if zero is not None and not is_constant(zero):
             raise Unknown
@@ -251,7 +262,7 @@ def _given(node: ir.Node, position: int) -> ir.Value:
 
 
 def _spread(small: Array, like: Array, axis: int) -> Array:
-    """Return one number, or one per channel, in an array's type and in a shape that broadcasts with the array."""
+    """Cast `small` (one number, or one per channel) to the dtype of `like`, and reshape it to broadcast with `like`."""
     flat = small.reshape(-1).astype(like.dtype)
     return flat if flat.size == 1 else flat.reshape(-1, *[1] * (like.ndim - 1 - axis))
 
@@ -268,6 +279,8 @@ def _matmul(of: _Unrounding, node: ir.Node) -> ir.Value:
 
 
 def _conv(of: _Unrounding, node: ir.Node) -> ir.Value:
+    if attribute(node, "channels_last", 0):
+        raise Unknown
     b = _vector(of, node, 8)
     y = of.node("Conv", [of.float_of(node, 0), of.float_of(node, 3, 0), b], _words(node, *CONVOLUTION))
     return of.rounded(y, node, 7)
@@ -281,7 +294,7 @@ def _gemm(of: _Unrounding, node: ir.Node) -> ir.Value:
 
 
 def _vector(of: _Unrounding, node: ir.Node, at: int) -> ir.Value | None:
-    """Return the float value of an integer bias. Its scale is the product of the input's and the weight's scales."""
+    """Return an integer bias as floats. The bias's scale is the product of the input's scale and the weight's scale."""
     value = _at(node, at)
     if value is None:
         return None
@@ -325,7 +338,10 @@ def _where(of: _Unrounding, node: ir.Node) -> ir.Value:
 
 
 def _integer_product(of: _Unrounding, node: ir.Node) -> ir.Value:
-    """Convert a MatMulInteger: later nodes multiply by the weight's scale, and by the input's scale, which is now 1."""
+    """Convert a MatMulInteger, which applies no scales.
+
+    Later nodes multiply its output by the weight's scale, and by the input's scale, which the conversion set to 1.
+    """
     W = of.operand(_at(node, 1), None, _at(node, 3))
     return of.node("MatMul", [of.operand(_at(node, 0), None, _at(node, 2)), W])
 
@@ -358,7 +374,7 @@ def _attention(of: _Unrounding, node: ir.Node) -> ir.Value:
 
 
 Form = Callable[[_Unrounding, ir.Node], ir.Value]
-"""Appends the nodes that compute in floats what an operator computes in integers."""
+"""A function that appends the float form of an integer operator, and returns the output of these nodes."""
 
 FORMS: dict[str, Form] = {
     "QLinearMatMul": _matmul,

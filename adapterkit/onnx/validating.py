@@ -1,8 +1,9 @@
-"""Validate a model file when it is opened, so that all other code can rely on the checks.
+"""Validate a model when it is opened, so that all other code can rely on the checks.
 
-A tensor must have as many bytes as its shape needs. A node must have the inputs and attributes that its operator
-declares. Each name must be defined once, and the nodes must not form cycles. onnx's checker is not used, because it
-refuses models that runtimes accept, and does not check the lengths of tensors.
+A tensor must store as much data as its shape needs. A node must have the inputs and attributes that its operator
+requires, if onnx has a schema of the operator. Each graph must define each name only once, and its nodes must not form
+cycles. onnx's checker is not used, because it refuses models that runtimes accept, and does not check how much data a
+tensor stores.
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ MAX_AXES = 64
 """Largest number of axes of a tensor."""
 
 MAX_NESTING = 64
-"""Largest number of levels of nested graphs."""
+"""Largest depth of graphs inside nodes; the main graph has depth 0."""
 
 _FIELDS = {
     "float_data": ("FLOAT", "COMPLEX64"), "double_data": ("DOUBLE", "COMPLEX128"), "int64_data": ("INT64",),
     "uint64_data": ("UINT32", "UINT64"), "string_data": ("STRING",),
 }  # fmt: skip
-"""A map from each field of a tensor proto to the types whose numbers the field stores. `int32_data` stores all other
-types."""
+"""A map from each field of a `TensorProto` to the element types that the field stores. All other element types are
+stored in `int32_data`."""
 
 POSITIVE = {
     "Conv": ("group", "strides", "dilations"), "ConvTranspose": ("group", "strides", "dilations"),
     "MatMulNBits": ("N", "K", "bits", "block_size"), "Attention": ("num_heads",), "MultiHeadAttention": ("num_heads",),
 }  # fmt: skip
-"""Attributes that must be at least 1: onnxruntime divides by some of them, and division by 0 would end the process."""
+"""A map from each operator to its attributes that must be at least 1. onnxruntime divides by some of these attributes,
+and a division by 0 would end the process."""
 
 _AGAIN = "Export the model again, or fetch the file again"
 
@@ -50,10 +52,10 @@ def check_model(proto: ModelProto, path: Path | None) -> None:
 
     Args:
         proto: the model.
-        path: its file, for errors.
+        path: the model's file, which errors name.
 
     Raises:
-        Malformed: the model has a fault; the error gives the node or tensor of the first fault.
+        Malformed: the model has a fault; the error names the node, tensor or graph with the first fault.
     """
     opsets: dict[str, int] = {entry.domain: entry.version for entry in proto.opset_import}
     _check_graph(proto.graph, opsets, frozenset(), path, 0)
@@ -67,7 +69,7 @@ def _check_graph(
     graph: GraphProto, opsets: dict[str, int], outer: frozenset[str], path: Path | None, depth: int
 ) -> None:
     if depth > MAX_NESTING:
-        raise Malformed(f"graphs are nested deeper than {MAX_NESTING}", path=path, where=graph.name, cure=_AGAIN)
+        raise Malformed(f"graphs are nested more than {MAX_NESTING} deep", path=path, where=graph.name, cure=_AGAIN)
     for tensor in graph.initializer:
         _check_tensor(tensor, tensor.name, path)
         if not tensor.name:
@@ -77,9 +79,9 @@ def _check_graph(
         _check_tensor(tensor, tensor.name, path)
     given = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer} | set(sparse)
     for names in (value.name for value in (*graph.input, *graph.output, *graph.value_info)):
-        _check_text(names, "a value", path)
+        _check_text(names, "a value's name", path)
     inside = {name for node in graph.node for name in node.output if name}
-    # Allow subgraphs to read any of these names, whatever the order of nodes, because runtimes sort the nodes.
+    # A subgraph may read any value of this graph, even the output of a later node, because runtimes sort the nodes.
     known = frozenset(outer | given | inside)
     _check_order(graph, given, outer, path)
     for node in graph.node:
@@ -92,11 +94,14 @@ def _check_graph(
 
 
 def _check_order(graph: GraphProto, given: set[str], outer: frozenset[str], path: Path | None) -> None:
-    """Check that every name is defined once and that there are no cycles; accept nodes in any order."""
+    """Check that each name is defined once, and that there are no undefined inputs or cycles.
+
+    The nodes may be in any order.
+    """
     makers: dict[str, int] = {}
     for at, node in enumerate(graph.node):
         for name in node.output:
-            _check_text(name, "an output", path)
+            _check_text(name, "an output's name", path)
             if name and (name in makers or name in given):
                 raise Malformed(f"the value {name!r} is defined twice", path=path, where=_name(node), cure=_AGAIN)
             makers[name] = at
@@ -113,7 +118,7 @@ def _check_order(graph: GraphProto, given: set[str], outer: frozenset[str], path
         for one in before:
             readers.setdefault(one, []).append(at)
         waits.append(before)
-    # Kahn's algorithm: nodes that never become ready are on a cycle.
+    # Kahn's algorithm: a node that never becomes ready is on a cycle, or depends on a cycle.
     ready = [at for at, before in enumerate(waits) if not before]
     done = 0
     while ready:
@@ -131,26 +136,32 @@ def _refuse_cycle(
 ) -> NoReturn:
     """Raise the error for a cycle.
 
-    For each node that is on the cycle or depends on the cycle, `waits` contains the nodes that this node waits for.
+    One known cause is onnxruntime's float16 converter. It renames the outputs of an If, but not the outputs of the If's
+    branches. So the branches return values of the outer graph, and the outer graph computes these values from the If.
 
-    A known cause is onnxruntime's converter to float16. It renames the outputs of an If, but not those of the If's
-    branches, so the branches return outer values, which are computed from the If.
+    Args:
+        graph: the graph.
+        makers: a map from each value's name to the index of the node that computes the value.
+        waits: for each node, the indices of the nodes that it still waits for. The set is empty for a node that is not
+            on a cycle and does not depend on one.
+        path: the model's file, which errors name.
     """
     for at, node in enumerate(graph.node):
         for name in _returned(node) if waits[at] else ():
             if name in makers and _waits_for(waits, makers[name], at):
                 why = (
-                    f"a graph inside this {node.op_type} does not compute its output {name!r}, and the value of this "
-                    f"name outside is computed from the {node.op_type}. onnxruntime does not load such a file, either"
+                    f"a graph inside this {node.op_type} does not compute its output {name!r}, and the outer graph "
+                    f"computes this value from the {node.op_type}. onnxruntime cannot load such a file, either"
                 )
-                cure = "Convert the model again with a tool that supports graphs inside nodes, or convert its parts"
+                cure = "Convert the model again with a tool that supports subgraphs, or convert its parts separately"
                 raise Malformed(why, path=path, where=_name(node), cure=cure)
     node = next(node for node, before in zip(graph.node, waits, strict=True) if before)
-    raise Malformed("its value depends on itself", path=path, where=_name(node), cure=_AGAIN)
+    why = "the graph has a cycle: this node, or a node before it, depends on itself"
+    raise Malformed(why, path=path, where=_name(node), cure=_AGAIN)
 
 
 def _returned(node: NodeProto) -> Iterator[str]:
-    """Yield the outer values that the graphs inside a node return."""
+    """Yield the names of the outer graphs' values that the graphs inside a node return."""
     for graph in _graphs(node):
         defined = _defined(graph)
         yield from (value.name for value in graph.output if value.name not in defined)
@@ -189,7 +200,7 @@ def _read(node: NodeProto, depth: int = 0) -> Iterator[str]:
 
 def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> None:
     for text in (node.name, node.op_type, node.domain, *node.input):
-        _check_text(text, "a node's text", path)
+        _check_text(text, "a node's name, operator, domain or input", path)
     where = _name(node)
     for attribute in node.attribute:
         tensors = [attribute.t] if attribute.HasField("t") else []
@@ -202,12 +213,12 @@ def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> N
     names = [attribute.name for attribute in node.attribute]
     for attribute in node.attribute:
         if not attribute.type or not attribute.name or names.count(attribute.name) > 1:
-            why = f"the attribute {attribute.name!r} occurs twice, or lacks a name or a type"
+            why = f"the attribute {attribute.name!r} occurs twice, or it has no name or no type"
             raise Malformed(why, path=path, where=where, cure=_AGAIN)
     positive = POSITIVE.get(node.op_type, ())
     for attribute in node.attribute:
         if attribute.name in positive and any(number < 1 for number in (*attribute.ints, *_number(attribute))):
-            why = f"a {node.op_type} has an attribute {attribute.name} below 1"
+            why = f"the attribute {attribute.name} of a {node.op_type} must be at least 1"
             raise Malformed(why, path=path, where=where, cure=_AGAIN)
     domain = "" if node.domain == "ai.onnx" else node.domain
     schema = _schema(node.op_type, domain, opsets.get(domain, opsets.get(node.domain, 0)))
@@ -215,7 +226,8 @@ def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> N
         return
     required, most, attributes = schema
     if len(node.input) > most or any(at >= len(node.input) or not node.input[at] for at in required):
-        why = f"a {node.op_type} has {sum(bool(name) for name in node.input)} inputs, but the operator requires others"
+        count = sum(bool(name) for name in node.input)
+        why = f"a {node.op_type} has {count} inputs, but requires inputs {required} and takes at most {most}"
         raise Malformed(why, path=path, where=where, cure=_AGAIN)
     types = {attribute.name: attribute.type for attribute in node.attribute}
     for name, (kind, needed) in attributes.items():
@@ -227,13 +239,14 @@ def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> N
 
 @lru_cache(maxsize=4096)
 def _schema(op_type: str, domain: str, version: int) -> Schema | None:
-    """Return an operator's required inputs, its largest number of inputs, and its attributes.
+    """Return the positions of an operator's required inputs, its largest number of inputs, and its attributes.
 
-    Each attribute has its type, and whether it is required.
+    The attributes are a map from each name to the attribute's type and to whether the attribute is required. Return
+    None if onnx has no schema of the operator, or if the opset is older than `OPSET`.
     """
     from onnx import defs
 
-    # Skip older opsets: the model is converted, and then checked again.
+    # Skip opsets before OPSET: the model is first converted to OPSET, and then checked again.
     if domain == "" and version < OPSET:
         return None
     try:
@@ -266,14 +279,15 @@ def _check_tensor(tensor: TensorProto, where: str, path: Path | None) -> None:
     if tensor.HasField("raw_data"):
         count_stored, needed, unit = len(tensor.raw_data), -(-count * kind.bitwidth // 8), "bytes"
         if kind == ir.DataType.STRING:
-            raise Malformed("a tensor of strings has raw bytes", path=path, where=where, cure=_AGAIN)
+            why = "a tensor of strings has raw_data; strings must be in string_data"
+            raise Malformed(why, path=path, where=where, cure=_AGAIN)
     else:
         field = next((field for field, kinds in _FIELDS.items() if kind.name in kinds), "int32_data")
         per = 2 if kind.name.startswith("COMPLEX") else 1
-        count_stored, unit = len(getattr(tensor, field)), "numbers"
+        count_stored, unit = len(getattr(tensor, field)), "values"
         needed = count * per if kind == ir.DataType.STRING or kind.bitwidth >= 8 else -(-count * kind.bitwidth // 8)
     if count_stored != needed:
-        why = f"a tensor has {count_stored} {unit}, but its shape {list(dims)} of {kind.name} needs {needed}"
+        why = f"a tensor has {count_stored} {unit}, but a {kind.name} tensor of shape {list(dims)} needs {needed}"
         raise Malformed(why, path=path, where=where, cure=_AGAIN)
 
 

@@ -1,4 +1,4 @@
-"""Graph values with the operators and array-API functions that formulas use; each operation appends nodes."""
+"""Graph values that formulas use like arrays: each operator and each array-API function appends nodes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Sizes = tuple[int | None, ...]
 """The sizes of a value's axes; None for a dynamic size."""
 
 Operand = Union["Value", Array]
-"""An argument or result of the namespace's functions. If no argument is a graph value, numpy computes the result."""
+"""An argument or a result of the functions of `SYMBOLS`. If no argument is a graph value, numpy computes the result."""
 
 Kind = np.dtype[np.generic] | type[np.generic] | type[bool]
 """An element type."""
@@ -33,20 +33,23 @@ Axes = int | tuple[int, ...] | None
 
 
 class Unsayable(AttributeError, TypeError):
-    """A formula needs an operation that no node computes. If all values are known, numpy can still compute it."""
+    """A formula needs an operation that no node computes.
+
+    If all values that the formula reads are constants, numpy can compute the formula instead.
+    """
 
 
 class OpenSize(int):
-    """A number that stands for a dynamic size. Formulas may pass it on, but not compute with it."""
+    """A placeholder for a dynamic size. Formulas may use it in shapes; `/`, `**` and `float()` raise `Unsayable`."""
 
     def _no_number(self, *_: object) -> NoReturn:
-        raise Unsayable("a number depends on a dynamic size")
+        raise Unsayable("the formula computes a number from a dynamic size")
 
     __truediv__ = __rtruediv__ = __float__ = __pow__ = __rpow__ = _no_number
 
 
 def broadcast(one: Sizes | None, two: Sizes | None) -> Sizes | None:
-    """Return the sizes of the sum of two operands."""
+    """Return the sizes of two operands after broadcasting; None if the number of axes of either operand is unknown."""
     if one is None or two is None:
         return None
     pad = max(len(one), len(two))
@@ -63,25 +66,29 @@ def _wider(a: int | None, b: int | None) -> int | None:
 
 
 def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
-    """Return the sizes of the product of two matrices.
+    """Return the sizes of the matrix product of two operands; None if they are unknown.
 
     Raises:
-        Unsayable: the sizes do not match.
+        Unsayable: the first operand's number of columns is not the second operand's number of rows.
     """
     if one is None or two is None or len(one) < 2 or len(two) < 2:
         return None
     columns, rows = one[-1], two[-2]
     if columns is not None and rows is not None and columns != rows and max(columns, rows) < FREE:
-        raise Unsayable(f"a matrix of {columns} columns is multiplied by a matrix of {rows} rows")
+        raise Unsayable(f"a matrix with {columns} columns is multiplied by a matrix with {rows} rows")
     lead = broadcast(one[:-2], two[:-2])
     assert lead is not None
     return (*lead, one[-2], two[-1])
 
 
 def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
-    """Return a requested shape with its -1 replaced by a size, or by None if the size is unknown.
+    """Return the shape `wanted` of a reshape with the actual size in place of -1, or None if that size is unknown.
 
-    A dynamic size in the shape means that the axis at this position keeps its size.
+    An axis keeps its size if both shapes have the same dynamic size at its position.
+
+    Args:
+        sizes: the sizes before the reshape.
+        wanted: the requested shape.
     """
     if -1 not in wanted:
         return tuple(wanted)
@@ -95,12 +102,15 @@ def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
 
 
 def spelled(sizes: Sizes | None, wanted: Sequence[int | None], worked_out: Sizes) -> list[int]:
-    """Return a shape as a Reshape takes it: 0 for a dynamic size that stays, -1 for the remaining size.
+    """Return the shape that a Reshape node reads: 0 for a dynamic size that an axis keeps, -1 for a size to compute.
 
     Args:
-        sizes: the current sizes.
+        sizes: the sizes before the reshape.
         wanted: the requested shape.
-        worked_out: the result of `filled`.
+        worked_out: the result of `filled(sizes, wanted)`.
+
+    Raises:
+        Unsayable: a Reshape node cannot express the shape.
     """
     out: list[int] = []
     stays = _staying(sizes, wanted)
@@ -110,16 +120,16 @@ def spelled(sizes: Sizes | None, wanted: Sequence[int | None], worked_out: Sizes
         elif position in stays:
             out.append(0)
         elif size == 0 or -1 in out:
-            raise Unsayable("a Reshape has more than one dynamic size")
+            raise Unsayable("a Reshape has a size of 0, or more than one size to compute")
         else:
             out.append(-1)
     if -1 in out and 0 in out:
-        raise Unsayable("a Reshape has an unknown size, and another size may be 0")
+        raise Unsayable("a Reshape has a size to compute, and a dynamic size that may be 0")
     return out
 
 
 def _staying(sizes: Sizes | None, wanted: Sequence[int | None]) -> set[int]:
-    """Return the axes that have the same dynamic size in both shapes."""
+    """Return the axes that have the same dynamic size before and after a reshape."""
     pairs = enumerate(zip(sizes or (), wanted, strict=False))
     return {place for place, (size, other) in pairs if size == other and (size is None or size >= FREE)}
 
@@ -143,7 +153,7 @@ def taken(value: Value, key: object) -> Value:
     """Return `value[key]`.
 
     Raises:
-        Unsayable: the key has several lists of positions, or a mask.
+        Unsayable: no node can index with this key, for example a mask, or several lists of positions.
     """
     parts = _spread(value, key if isinstance(key, tuple) else (key,))
     out = _sliced(value, [(axis, part) for axis, part in parts if isinstance(part, slice | int) and axis is not None])
@@ -158,12 +168,12 @@ def written(value: Value, key: object, values: Value) -> Value:
     """Return `value` after `value[:, positions] = values` or `value[positions] = values`.
 
     Raises:
-        Unsayable: the key has another form than these two.
+        Unsayable: the key has neither of these forms, or `positions` is not a list.
     """
     parts = key if isinstance(key, tuple) else (key,)
     *before, last = parts
     if any(part != slice(None) for part in before) or len(before) > 1 or not isinstance(last, list):
-        raise Unsayable("no node can assign to this index")
+        raise Unsayable("the formula assigns to an index other than [positions] and [:, positions]")
     turn = bool(before)
     index = np.array(last, dtype=np.int64)[:, None]
     # Move the axis of the positions to the front, because ScatterND indexes the first axis.
@@ -213,12 +223,12 @@ def _sliced(value: Value, parts: list[tuple[int, slice | int]]) -> Value:
     if not cuts:
         return value
     axes, starts, stops, steps = zip(*((axis, c.start, c.stop, c.step) for axis, c in cuts), strict=True)
-    # Refuse limits near FREE: they were computed from a dynamic size. Numbers from FREE on stand for dynamic sizes.
+    # Refuse limits near FREE. Dynamic sizes are numbers of at least FREE, so such a limit was computed from one.
     if any(abs(limit) >= FREE // 2 and limit != _END for limit in (*starts, *stops)):
         raise Unsayable("the limits of a slice depend on a dynamic size")
     # Refuse to slice a dynamic axis: a formula that loops over all positions of such an axis would not end.
     if any((size := value.sizes[axis]) is not None and size >= FREE for axis in axes if value.sizes is not None):
-        raise Unsayable("a slice is taken of an axis with a dynamic size")
+        raise Unsayable("the formula slices an axis with a dynamic size")
     literal = value.branch.building.literal
     more = [literal(np.array(numbers, dtype=np.int64)) for numbers in (starts, stops, axes, steps)]
 
@@ -253,7 +263,7 @@ def _cut_sizes(sizes: Sizes | None, cuts: list[tuple[int, slice]]) -> Sizes | No
 
 def _gathered(value: Value, axis: int, positions: object) -> Value:
     if value.sizes is not None and (value.sizes[axis] or 0) >= FREE:
-        raise Unsayable("positions are taken of an axis with a dynamic size")
+        raise Unsayable("the formula selects positions along an axis with a dynamic size")
     if isinstance(positions, Value):
         index, shape = positions, positions.shape
     else:
@@ -270,13 +280,13 @@ def _gathered(value: Value, axis: int, positions: object) -> Value:
 
 
 def _shaped(value: Value, parts: list[tuple[int | None, object]], lists: list[tuple[int, object]]) -> Value:
-    """Remove the axes of integers, and insert new axes."""
+    """Remove the axes that the key indexes with integers, and insert an axis for each None in the key."""
     wider = 0
     if lists:
         positions = lists[0][1]
         wider = (positions.ndim if isinstance(positions, Value) else np.asarray(positions).ndim) - 1
         if wider and (any(part is None or isinstance(part, int) for _, part in parts)):
-            raise Unsayable("an index has a nested list and new axes")
+            raise Unsayable("an index has a nested list of positions, and also an integer or a new axis")
     gone = [axis for axis, part in parts if axis is not None and isinstance(part, int)]
     out = _without(value, gone) if gone else value
     kept = [part is None for _, part in parts if part is None or not isinstance(part, int)]
@@ -302,15 +312,16 @@ def _with(value: Value, axes: list[int]) -> Value:
 
 
 # The array-API functions for graph values; a formula gets them from `namespace(value)`.
-# Operands may also be numpy arrays; if none is a graph value, numpy computes the result. Linear algebra has no nodes,
-# so it is only possible if the numbers are known. https://data-apis.org/array-api/latest/
+# Operands may also be numpy arrays; if none is a graph value, numpy computes the result. No node computes
+# decompositions or solves equations, so `linalg` works only for graph values that are constant.
+# https://data-apis.org/array-api/latest/
 
 
 arrays: Any = import_module("array_api_compat.numpy")
 
 
 class _Linalg:
-    """Decompositions and solvers, computed in float64."""
+    """numpy's decompositions and solvers. Constant graph values are computed in float64; other values are refused."""
 
     def __getattr__(self, name: str) -> Callable[..., Operand | tuple[Operand, ...]]:
         f = getattr(np.linalg, name)
@@ -330,7 +341,7 @@ class _Linalg:
 
 
 class Symbols:
-    """The namespace of array functions; a missing function raises `Unsayable`."""
+    """The array-API namespace of graph values. A function that the namespace lacks raises `Unsayable`."""
 
     __name__ = __name__  # array_api_compat identifies namespaces by name.
     float32, float64, float16, int64, inf = np.float32, np.float64, np.float16, np.int64, np.inf
@@ -405,17 +416,17 @@ class Symbols:
         return _each("Erf", np.vectorize(math.erf), x)
 
     def sum(self, x: Operand, axis: Axes = None, keepdims: bool = False) -> Operand:
-        reducible: Any = x  # In numpy, a reduction's type depends on the value of `keepdims`, and on numpy's version.
+        reducible: Any = x  # numpy's return type depends on `keepdims` and on numpy's version.
         total: Operand = reducible.sum(axis=axis, keepdims=keepdims)
         return total
 
     def mean(self, x: Operand, axis: Axes = None, keepdims: bool = False) -> Operand:
-        reducible: Any = x  # In numpy, a reduction's type depends on the value of `keepdims`, and on numpy's version.
+        reducible: Any = x  # numpy's return type depends on `keepdims` and on numpy's version.
         average: Operand = reducible.mean(axis=axis, keepdims=keepdims)
         return average
 
     def max(self, x: Operand, axis: Axes = None, keepdims: bool = False) -> Operand:
-        reducible: Any = x  # In numpy, a reduction's type depends on the value of `keepdims`, and on numpy's version.
+        reducible: Any = x  # numpy's return type depends on `keepdims` and on numpy's version.
         largest: Operand = reducible.max(axis=axis, keepdims=keepdims)
         return largest
 
@@ -425,7 +436,7 @@ class Symbols:
     def argsort(self, x: Value, axis: int = -1) -> Value:
         """Return the indices that sort x in ascending order; equal entries keep their order."""
         if x.shape[axis] is None or x.shape[axis] >= FREE:
-            raise Unsayable("a dynamic number of entries is sorted")
+            raise Unsayable("the formula sorts along an axis with a dynamic size")
         count = x.branch.building.literal(np.array([x.shape[axis]], dtype=np.int64))
         words = {"axis": axis, "largest": 0}
         # Use TopK of all entries, because ONNX has no ArgSort; TopK puts the lower index of equal entries first.
@@ -471,7 +482,10 @@ class Symbols:
         return self.full_like(x, 1)
 
     def full_like(self, x: Value, number: float) -> Value:
-        """Return an array of one number with the sizes of x; `x * 0 + number` would fail for NaN and infinity in x."""
+        """Return a value with the sizes of x and with `number` as each element.
+
+        `x * 0 + number` would be NaN wherever x is NaN or infinite.
+        """
         size = x.apply("Shape", [x], lambda a: np.array(a.shape), None if x.sizes is None else (x.ndim,), np.int64)
         value = ir.tensor(np.array([number], dtype=x.dtype))
         return x.apply(
@@ -495,7 +509,7 @@ def concatenated(values: Sequence[Value], axis: int) -> Value:
 def _closed(sizes: Sequence[int]) -> Sequence[int]:
     """Check that no size is dynamic; return the sizes."""
     if any(size is None or size >= FREE for size in sizes):
-        raise Unsayable("a constant has a dynamic size")
+        raise Unsayable("the formula creates a constant with a dynamic size")
     return sizes
 
 
@@ -511,8 +525,8 @@ SYMBOLS = Symbols()
 
 
 # Graph values with the operators of numpy and torch that formulas use; each operator appends a node.
-# If the numbers of a value are known, numpy can compute operations that have no node. `namespace()` finds the functions
-# of `SYMBOLS` through `__array_namespace__`.
+# If a value is constant, numpy can also compute operations that no node computes. `namespace()` finds the functions of
+# `SYMBOLS` through `__array_namespace__`.
 
 
 class Value:
@@ -522,8 +536,8 @@ class Value:
         branch: collects the nodes that operators append.
         shape: the sizes of the tensor; None if the number of axes is unknown.
         dtype: the numpy dtype of the tensor.
-        value: the tensor in the graph; by default, it is created from the numbers when it is needed.
-        known: returns the tensor's numbers; None if they depend on the graph's inputs.
+        value: the tensor's value in the graph. If None, an initializer is created from `known` when it is needed.
+        known: a function that returns the tensor's elements; None if they depend on the graph's inputs.
     """
 
     __array_ufunc__ = None  # Makes numpy defer to this class when an array is the left operand.
@@ -544,20 +558,20 @@ class Value:
 
     @property
     def value(self) -> ir.Value:
-        """The tensor in the graph."""
+        """The tensor's value in the graph; the first access may add an initializer."""
         if self._value is None:
             building = self.branch.building
             self._value = building.tensor(building.keep(self), f"{self.branch.name}.constant", self.numbers)
         return self._value
 
     def numbers(self) -> Array:
-        """Return the tensor's numbers.
+        """Return the elements of a constant tensor.
 
         Raises:
-            Unsayable: the numbers depend on the graph's inputs.
+            Unsayable: the elements depend on the graph's inputs.
         """
         if self.known is None:
-            raise Unsayable("a number is not known before the graph runs")
+            raise Unsayable("the formula needs the elements of a tensor before the graph runs")
         if self._numbers is None:
             self._numbers = np.asarray(self.known()).astype(self.dtype, copy=False)
         return self._numbers
@@ -575,14 +589,14 @@ class Value:
     def __len__(self) -> int:
         size = self.shape[0] if self.shape else None
         if size is None:
-            raise Unsayable("a size is dynamic")
+            raise Unsayable("the formula needs the length of a first axis that is missing or has an unknown size")
         return int(size)
 
     def __iter__(self) -> Iterator[Value]:
         return (self[position] for position in range(len(self)))
 
     def __array__(self, *_: object, **__: object) -> Array:
-        raise Unsayable("a value is converted to an array of another library")
+        raise Unsayable("the formula converts a graph value to an array of numpy or another library")
 
     def tolist(self) -> object:
         return self.numbers().tolist()
@@ -598,7 +612,10 @@ class Value:
         dtype: Kind | None = None, attributes: Mapping[str, Attribute] | None = None,
         more: Sequence[ir.Value | None] = (),
     ) -> Value:  # fmt: skip
-        """Append a node and return its output. `f` computes the same output in numpy from `inputs`, without `more`."""
+        """Append a node that reads `inputs` and `more`; return its output.
+
+        `f` computes the same output in numpy. It takes only `inputs`.
+        """
         values = [self.like(one) for one in inputs]
         kind = self.dtype if dtype is None else dtype
         out = self.branch.node(op, [*(v.value for v in values), *more], attributes, kind, shape)
@@ -606,14 +623,18 @@ class Value:
         return Value(self.branch, shape, kind, out, known)
 
     def like(self, other: object) -> Value:
-        """Return another operand as a value; numbers become a constant in the dtype of this value."""
+        """Return an operand as a `Value`. A number or an array becomes a constant.
+
+        The constant gets the dtype of this value. Booleans stay booleans. If this value is boolean,
+        integers get int64.
+        """
         if isinstance(other, Value):
             return other
         if isinstance(other, int) and other >= FREE:
-            raise Unsayable("a number depends on a dynamic size")
+            raise Unsayable("the formula uses a dynamic size as a number")
         array = np.asarray(other)
         if self.dtype == bool and array.dtype.kind not in "biu":
-            raise Unsayable("a boolean is combined with a floating-point number")
+            raise Unsayable("the formula combines a boolean value with floating-point numbers")
         kind = np.dtype(np.int64) if self.dtype == bool else self.dtype
         array = array if array.dtype == bool else array.astype(kind)
         return Value(self.branch, array.shape, array.dtype, self.branch.building.literal(array), lambda: array)
@@ -771,12 +792,12 @@ class Value:
 
 
 def computed_over(update: Updates, f: Callable[[Leaf], Operand]) -> Updates:
-    """Return an update whose formulas compute with the arrays or graph values that `f` returns for its tensors."""
+    """Replace each tensor of an update by the array or graph value that `f` returns, for formulas to compute with."""
     return update.map(cast("Callable[[Leaf], Leaf]", f))
 
 
 def plain(value: ir.Value, branch: Branch) -> Value:
-    """Wrap a graph value, so that it has the operators of formulas."""
+    """Wrap a value of the graph in a `Value`, so that formulas can compute with it."""
     sizes = None if value.shape is None else tuple(s if isinstance(s, int) else None for s in value.shape)
     return Value(branch, sizes, element_type(value), value)
 
@@ -784,4 +805,4 @@ def plain(value: ir.Value, branch: Branch) -> Value:
 def _same_type(one: Value, two: Value) -> None:
     # Refuse different dtypes, which numpy would promote: ONNX operators need operands of one dtype.
     if one.dtype != two.dtype:
-        raise Unsayable(f"{one.dtype} is combined with {two.dtype}")
+        raise Unsayable(f"the formula combines a {one.dtype} value with a {two.dtype} value")

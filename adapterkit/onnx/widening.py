@@ -1,8 +1,8 @@
-"""Run graphs of bfloat16 in float32, for a check: onnxruntime's CPU provider lacks most bfloat16 kernels.
+"""Run bfloat16 graphs in float32 to check them, because onnxruntime's CPU provider lacks most bfloat16 kernels.
 
-The twin of a graph has float32 in place of bfloat16 everywhere. The twin's weights equal the graph's weights, because
-float32 represents every bfloat16 exactly; only the rounding between nodes is missing. So two graphs that compute the
-same in bfloat16 have twins that compute the same in float32.
+The twin of a graph is a copy with float32 in place of bfloat16 everywhere. The twin's weights equal the graph's
+weights, because float32 represents every bfloat16 number exactly; only the rounding between nodes is missing. So if two
+graphs compute the same function in bfloat16, their twins compute the same function in float32.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from .trial_inputs import Feeds
 
 FLOAT, BFLOAT16 = 1, 16
-"""ONNX's numbers of the two element types."""
+"""The two element types in ONNX's enum `TensorProto.DataType`."""
 
 TYPED = frozenset({"to", "dtype", "output_dtype", "stash_type", "softmax_precision"})
-"""Attributes whose value is the number of an element type."""
+"""Attributes of nodes whose value is an element type, as in `TensorProto.DataType`."""
 
 
 def widened(model: bytes | str) -> bytes | None:
-    """Return a model with float32 in place of bfloat16; None if it has no bfloat16.
+    """Return the bytes of a model's float32 twin; None if the model has no bfloat16.
 
     Args:
         model: the bytes of a model, or its path.
@@ -61,7 +61,10 @@ def widened(model: bytes | str) -> bytes | None:
 
 
 def started(model: bytes | str, optimized: bool = True) -> OrtSession:
-    """Start a session of a graph, or of its float32 twin if onnxruntime cannot run the graph; see `session_of`."""
+    """Start a session of a graph, or of its float32 twin; `session_of` describes the arguments.
+
+    The twin is used if onnxruntime cannot run the graph, or if an input, slot or output is bfloat16.
+    """
     try:
         session = session_of(model, optimized)
     except Exception:  # onnxruntime's errors have no common base class.
@@ -72,14 +75,14 @@ def started(model: bytes | str, optimized: bool = True) -> OrtSession:
 
 
 def as_fed(feeds: Feeds) -> dict[str, Array]:
-    """Return inputs with float32 in place of bfloat16, as twins read them."""
+    """Convert bfloat16 inputs to float32, for the twin of a graph."""
     return {
         name: array.astype(np.float32) if array.dtype.name == "bfloat16" else array for name, array in feeds.items()
     }
 
 
 def widened_note(model: ir.Model, path: Path) -> str | None:
-    """Return a note that the check of a bfloat16 graph ran in float32; None if onnxruntime ran the graph unchanged."""
+    """Return a note for the report if a graph was checked as its float32 twin; None if the graph itself was checked."""
     values_used = (value for graph in model.graphs() for node in graph for value in (*node.inputs, *node.outputs))
     if not any(value is not None and value.dtype == ir.DataType.BFLOAT16 for value in values_used):
         return None
@@ -94,13 +97,13 @@ def widened_note(model: ir.Model, path: Path) -> str | None:
 
 
 def _has_narrow_ends(session: OrtSession) -> bool:
-    """Whether an input, slot or output is bfloat16; numpy has no such numbers, so they cannot be compared."""
+    """Whether an input, slot or output is bfloat16. numpy lacks this dtype, so such values cannot be compared."""
     entries = (*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs())
     return any(entry.type == "tensor(bfloat16)" for entry in entries)
 
 
 def _is_narrow(proto: ModelProto) -> Iterator[bool]:
-    """For each tensor, type and attribute, yield whether it is bfloat16."""
+    """Yield whether a part of the model uses bfloat16, for each initializer, value and node."""
     for graph in _graphs(proto.graph):
         yield from (tensor.data_type == BFLOAT16 for tensor in graph.initializer)
         yield from (_has_narrow(one) for one in (*graph.input, *graph.output, *graph.value_info))

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Update]:
-    """Join low-rank updates into one LoRA, and sum all other updates into one dense difference.
+    """Return the weighted sum of updates: one LoRA for all low-rank updates, and one dense difference for all others.
 
-    If `stacking` is set, keep the other updates as a list instead of summing them.
+    If `stacking` is set, the other updates are not summed, but returned one by one.
     """
     thin: list[tuple[LoRA, float]] = []
     rest: list[Term] = []
@@ -39,8 +39,8 @@ def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Up
         rest += [(update, weight)] if lora is None else []
     updates_made: list[Update] = []
     if thin:
-        # If the ranks add up to more than the weight's smaller side, cut the sum to that rank; the cut loses nothing.
-        # Stacking joins the factors without a cut, because stacking must not compute anything.
+        # If the ranks add up to more than the weight's smaller side, reduce the sum's rank to that side. This loses
+        # nothing, because no matrix has a larger rank. Stacking keeps the rank, because it must not compute anything.
         ranks = [int(update.A.shape[int(place.target.stacked)]) for update, _ in thin]
         whole = len(place.shape) < 2 or sum(ranks) > min(place.shape[0], math.prod(place.shape[1:]))
         updates_made.append(_reduced(place, thin) if whole and not stacking else _beside(place, thin))
@@ -63,10 +63,10 @@ def _lora(place: AlignedPlace, update: Additive) -> LoRA | None:
 
 
 def _beside(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
-    """Join factors into one LoRA without reading any tensor."""
+    """Join LoRAs into one by concatenating their factors, without reading any tensor."""
     stacked, shape = int(place.target.stacked), place.shape
     factors = [weight * update.scaling for update, weight in terms]
-    # Use the largest scaling for the joined factors, so that no ratio of scalings overflows.
+    # Use the scaling of the largest magnitude for the joined factors, so that no ratio of scalings overflows.
     scaling = max(factors, key=abs) or 1.0
     ratios = [factor / scaling for factor in factors]
     lead = [u.A.shape[: 1 + stacked] for u, _ in terms]
@@ -86,7 +86,7 @@ def _reduced(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
 
 
 def _dense(place: AlignedPlace, terms: Sequence[Term]) -> Update:
-    """Return the sum as one dense difference that is computed when it is read."""
+    """Return the weighted sum of updates as one dense difference, which is computed when it is read."""
     if len(terms) == 1 and isinstance(terms[0][0], Dense):
         update, weight = terms[0]
         return update.scaled(weight) or update
@@ -96,8 +96,7 @@ def _dense(place: AlignedPlace, terms: Sequence[Term]) -> Update:
     experts = changes[0].experts
     lead = () if experts is None else (experts,)
     if any(change.changes_weight for change in changes):
-        # Compute the difference when it is read, because the dense differences of all targets are as large as the
-        # model.
+        # Do not compute the difference now: the dense differences of all targets together are as large as the model.
         fields["D"] = computed((*lead, *place.shape), kind, lambda: _whole(changes, (*lead, *place.shape)))
     if any(change.changes_bias for change in changes):
         fields["d"] = computed((*lead, place.shape[0]), kind, lambda: _biases(changes))
@@ -105,7 +104,7 @@ def _dense(place: AlignedPlace, terms: Sequence[Term]) -> Update:
 
 
 def _whole(changes: Sequence[Change], shape: tuple[int, ...]) -> Array:
-    """Return the sum of changes; experts are stacked. Only the sum and one change are in memory at the same time."""
+    """Return the sum of changes, with experts stacked. Only the sum and one change are in memory at the same time."""
     import numpy as np
 
     result = np.zeros(shape)
@@ -121,7 +120,7 @@ def _biases(changes: Sequence[Change]) -> Array:
     return summed(bias for change in changes if (bias := change.bias()) is not None)
 
 
-# The public operations. The sum of adapters changes a weight as a merge of these adapters does:
+# The public operations. The sum of adapters changes a weight in the same way as a merge of these adapters:
 #     W' = W + sum_i weight_i * (f_i(W) - W)
 #
 # Low-rank factors are joined: ranks add up, and no product is computed. PEFT's "linear" instead sums all A and all B
@@ -138,7 +137,7 @@ def scale(adapter: Source, factor: float, *, base: Base | None = None) -> Adapte
 
     Raises:
         NotMergeable: a method does not change weights.
-        UsageError: a method needs the base's weights, but no base was given; or the factor is not finite.
+        UsageError: the factor is not finite; or a method needs the base's weights, but no base was given.
     """
     _check_weights([factor], 1)
     (read,), aligned = places([adapter], base=base)
@@ -174,13 +173,13 @@ def add(
         UsageError: the number of weights differs from the number of adapters; the adapters have no target in common; or
             a method needs the base's weights, but no base was given.
         NotMergeable: a method does not change weights.
-        ShapeMismatch: the adapters were made for different weights.
+        ShapeMismatch: the adapters were made for weights of different shapes.
     """
     return _combined("add", adapters, _checked(weights, adapters), base, disjoint, stacking=False)
 
 
 def subtract(one: Source, other: Source, *, base: Base | None = None, disjoint: bool = False) -> Adapter:
-    """Return the changes of `one` minus those of `other`; see `add`."""
+    """Return the adapter with the changes of `one` minus the changes of `other`; see `add`."""
     return add([one, other], [1.0, -1.0], base=base, disjoint=disjoint)
 
 
@@ -194,7 +193,7 @@ def average(
     """Return the weighted mean of adapters; see `add`. If an adapter lacks a target, its change there counts as 0.
 
     Raises:
-        UsageError: the weights sum to 0.
+        UsageError: the weights sum to 0. `add` lists the other errors.
     """
     chosen = _checked(weights, adapters)
     whole = math.fsum(chosen)
@@ -210,7 +209,7 @@ def stack(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """Join adapters without computation: ranks add up without a limit, and updates without factors stay separate.
+    """Join adapters without computing anything: ranks add up without a limit, and other updates stay separate.
 
     The result computes the same function as the result of `add`. Prompts and other contexts are concatenated.
 
@@ -241,7 +240,10 @@ def summed_at(place: AlignedPlace, weights: Sequence[float], stacking: bool) -> 
 
 
 def _parted(group: Sequence[Update], weight: float) -> tuple[tuple[Update, ...], tuple[Additive, ...], float]:
-    """Return (updates up to and including the last non-additive update, later additive updates, weight)."""
+    """Split an adapter's updates of one target after the last update that is not additive.
+
+    Return (updates up to this one, the additive updates after it, weight).
+    """
     last = max((i + 1 for i, update in enumerate(group) if not isinstance(update, Additive)), default=0)
     return tuple(group[:last]), tuple(u for u in group[last:] if isinstance(u, Additive)), weight
 
@@ -249,9 +251,10 @@ def _parted(group: Sequence[Update], weight: float) -> tuple[tuple[Update, ...],
 def _mixed(
     place: AlignedPlace, heads: Sequence[tuple[tuple[Update, ...], float]], stacking: bool
 ) -> tuple[tuple[Update, ...], list[Term]]:
-    """Combine updates that are not additive.
+    """Combine the first parts that `_parted` returns, which end with an update that is not additive.
 
-    Return the updates that could be combined, and differences from the base's weights for the others.
+    Return (combined updates, []) if they can be combined as they are. Otherwise return ((), terms), where the terms are
+    differences from the base's weights.
     """
     if not heads or (len(heads) == 1 and heads[0][1] == 1):
         return heads[0][0] if heads else (), []
@@ -259,8 +262,8 @@ def _mixed(
     every = [update for head in updates for update in head]
     if stacking and all(u.kind == "context" for u in every) and all(w == 1 for w in weights):
         return tuple(every), []
-    # First refuse updates that can never be summed. Then try to combine updates of the same method, which needs no
-    # base. Only then require the base.
+    # First refuse updates that can never be summed. Then try to combine the updates within their method, which needs no
+    # base. Require the base only if that fails.
     for update in every:
         check_kind(update, place.target, True, _DOING)
     mixture = _mixture(place, updates, weights)
@@ -273,9 +276,10 @@ def _mixed(
 
 
 def _mixture(place: AlignedPlace, updates: Sequence[tuple[Update, ...]], weights: Sequence[float]) -> Update | None:
-    """Return the weighted sum as one update, or None.
+    """Return the weighted sum as one update of the same method.
 
-    The sum is one update if all updates have the same method and the method can express the sum.
+    None if the updates have different methods, if an adapter has several updates, or if the method cannot express the
+    sum as one update.
     """
     methods = {type(update) for head in updates for update in head}
     if len(methods) > 1 or any(len(head) > 1 for head in updates):
@@ -293,7 +297,7 @@ def _stored(values: Array, kind: DType) -> Lazy:
 
 
 def _alone(place: AlignedPlace, terms: Sequence[Term]) -> list[Update]:
-    """Scale one adapter's additive updates; keep their methods if the methods have a scaling."""
+    """Scale one adapter's additive updates; updates whose methods have no scaling become LoRAs or dense differences."""
     updates_made: list[Update] = []
     for update, weight in terms:
         scaled = update if weight == 1 else update.scaled(weight)

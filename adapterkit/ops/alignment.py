@@ -52,8 +52,8 @@ class AlignedPlace:
         """The weight's shape, `[out, in, *k]`; for stacked experts, one expert's shape. `[out]` if only a bias changes.
 
         Raises:
-            ShapeMismatch: the adapters were made for different weights.
-            UsageError: neither the base nor the updates show the shape.
+            ShapeMismatch: the adapters were made for weights of different shapes.
+            UsageError: no base was given, and the shapes of the updates do not determine the weight's shape.
         """
         known = [weight_shape(self.target, group, self.base) if group else None for group in self.updates]
         longest = max((shape for shape in known if shape is not None), key=len, default=None)
@@ -61,10 +61,10 @@ class AlignedPlace:
             raise UsageError("the shape of this weight is unknown without a base", where=str(self.target), cure=_BASE)
         changing = [any(update.changes_weight for update in group) for group in self.updates]
         for shape in (shape for shape, changes in zip(known, changing, strict=True) if changes and shape is not None):
-            # Compare the numbers of elements, because some methods store only the product of a convolution's input and
-            # kernel sizes.
+            # Compare numbers of elements instead of shapes: for a convolution, some methods store only the product of
+            # the number of inputs and the kernel's sizes.
             if shape[0] != longest[0] or math.prod(shape) != math.prod(longest):
-                why = f"the adapters were made for weights of {list(longest)} and of {list(shape)}"
+                why = f"the adapters were made for weights of the shapes {list(longest)} and {list(shape)}"
                 raise ShapeMismatch(why, where=str(self.target), cure="Combine adapters of one base only")
         return longest
 
@@ -72,7 +72,7 @@ class AlignedPlace:
         """Return each adapter's change, multiplied by the adapter's weight; None if the adapter lacks this target.
 
         Raises:
-            AdapterkitError: an update is not additive; see `lowering.additive`.
+            AdapterkitError: an update is not additive. `lowering.additive` replaces such updates, if possible.
         """
         shape, factors = self.shape, weights or [1.0] * len(self.updates)
         changes: list[Change | None] = []
@@ -84,12 +84,13 @@ class AlignedPlace:
 
 
 def side_by_side(changes: Sequence[Change | None]) -> Iterator[tuple[Delta | None, ...]]:
-    """Yield a tuple of the adapters' changes, once for a single weight, or once per expert.
+    """Yield one tuple of the adapters' changes for a single weight, or one tuple per expert for stacked experts.
 
-    In the tuple, None stands for an adapter without a change.
+    In a tuple, None stands for an adapter that does not change the weight.
     """
     running = [None if change is None or not change.changes_weight else change.deltas() for change in changes]
-    # Generators are truthy, so the loop starts if any adapter changes the weight. It ends when all generators end.
+    # Generators are always true, so the loop runs if at least one adapter changes the weight. It returns when all
+    # generators are at their end.
     while any(running):
         row = tuple(None if each is None else next(each, None) for each in running)
         if not any(row):
@@ -111,17 +112,18 @@ def places(
     Args:
         adapters: adapters or their paths.
         base: the base. All adapters are bound to the base's names and layouts, and some methods need its weights.
-        lower: a participle for error messages, such as `"combined"`. If given, updates are made additive, or refused if
-            that is impossible.
+        lower: a participle for the error message, such as `"combined"`. If it is given, updates that are not additive
+            are replaced by additive updates, and an error is raised if that is impossible.
         disjoint: whether to allow adapters that have no target in common.
-        rename: rules for names, each `FROM=TO` or `@FILE`; each must match a target of one of the adapters.
-        strict_base: whether to refuse a base other than the base that an adapter records.
+        rename: rules that rename targets, each `FROM=TO` or `@FILE`. Each rule must match a target of at least one
+            adapter.
+        strict_base: whether to refuse a base that differs from the base that an adapter records.
 
     Raises:
         CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set.
         UsageError: no adapter is given; an adapter has no target in common with the adapters before it, and `disjoint`
             is not set; or adapters belong to different image models.
-        ShapeMismatch: adapters disagree about how the base stores a weight.
+        ShapeMismatch: two adapters assume different layouts of the same weight in the base.
         NotMergeable, TargetNotFound: see `lowering.additive` and `Adapter.bind`.
     """
     if not adapters:
@@ -135,8 +137,8 @@ def places(
         check_base([(str(name), adapter) for name, adapter in zip(named, given, strict=True)], base, strict=True)
     given = renamed(given, rename)
     read = _in_one_naming(given if base is None else [bound(adapter, base)[0] for adapter in given])
-    # One adapter may target a stack of experts or a fused weight, while another adapter targets the single experts or
-    # parts. With a base, binding the adapters splits the experts.
+    # One adapter may target a stack of experts or a fused weight, while another adapter targets single experts or
+    # parts. Split the stacks and the fused weights. With a base, `bound` has already split the stacks.
     if base is None and len(read) > 1:
         read = by_expert(read)
     if len(read) > 1:
@@ -167,7 +169,7 @@ def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:
 
 
 def _check_common(adapters: Sequence[Adapter]) -> None:
-    """Refuse adapters without a common target; usually, these adapters name the same modules differently."""
+    """Refuse an adapter without a target in common with those before it; usually, only the names of modules differ."""
     first = {target.path for target in adapters[0].updates}
     for adapter in adapters[1:]:
         paths = {target.path for target in adapter.updates}
@@ -186,7 +188,10 @@ def _check_layouts(adapters: Sequence[Adapter]) -> None:
         for target in adapter.updates:
             other = seen.setdefault((target.path, target.rows), target)
             if other.layout != target.layout:
-                why = f"one adapter assumes that the base stores [{other.layout}], another assumes [{target.layout}]"
+                why = (
+                    f"one adapter assumes that the base stores this weight as [{other.layout}], "
+                    f"another adapter assumes [{target.layout}]"
+                )
                 raise ShapeMismatch(why, where=str(target), cure=_BASE)
 
 

@@ -2,7 +2,7 @@
 
 The product of LoRA factors of rank 16 for a 4096 x 4096 weight takes 0.02 s and 134 MB in float64, so eight products
 take a gigabyte. Therefore, formulas that need every entry iterate over blocks two or three times. Each iteration
-computes all products again, and only one block is in memory.
+computes all products again, and keeps only one block in memory at a time.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 
 
 MAX_NUMBERS = 1 << 19
-"""The largest number of values of a series that are kept in memory."""
+"""The largest number of a series' values that are kept in memory."""
 
 BINS = 1 << 16
 """The number of bins for an interval with more than `MAX_NUMBERS` values."""
 
 SHARE = 256
-"""In large tensors, one of this many entries is sampled, but at least `WHOLE` entries."""
+"""In a tensor with more than `WHOLE` entries, one in `SHARE` entries is sampled, but at least `WHOLE` entries."""
 
 WHOLE = 1 << 12
-"""In tensors with at most this many entries, all entries are sampled; in larger tensors, at least this many."""
+"""In a tensor with at most this many entries, all entries are sampled; in a larger tensor, at least this many."""
 
 DEVIATIONS = 6.0
-"""Half of the width of the first interval, in standard deviations of the estimate."""
+"""Half the width of the first interval, in standard deviations of the estimate."""
 
 WIDER = 1.25
 """The factor by which the interval is widened at both ends if only a few targets were sampled.
@@ -59,8 +59,8 @@ class Selected:
 
     Attributes:
         value: the k-th largest value; infinity if k is 0, the smallest value if k is at least the number of values.
-        above: the number of larger values in the series.
-        equal: the number of values that equal `value`.
+        above: the number of values in the series that are larger than `value`.
+        equal: the number of values in the series that equal `value`.
         total: the number of values in the series.
     """
 
@@ -79,7 +79,8 @@ class Selection:
 
     Attributes:
         wanted: a function of (number of values, number of nonzero values) that returns k.
-        partial: whether only a part of the series was sampled; the magnitudes in this part may differ from the rest.
+        partial: whether samples come from only a part of the series. The magnitudes in this part may differ from those
+            in the rest.
         selected: the result; None until the search is finished.
     """
 
@@ -99,27 +100,27 @@ class Selection:
     _lock: Any = field(default_factory=Lock)
 
     def sample(self, values: Array, of: int) -> None:
-        """Add a sample: `values` were drawn from `of` values of the series. Call this method before `begin`."""
+        """Add a sample: `values`, which were drawn from `of` values of the series. Call this method before `begin`."""
         with self._lock:
             self._samples.append((values, of / max(values.size, 1)))
 
     def begin(self) -> None:
-        """Start to read the series."""
+        """Start one pass over the series."""
         import numpy as np
 
         if self._samples:
             self._guess()
         self._total = self._nonzero = self._above = self._inside = 0
-        # If the interval is a single number, only count the values in it, because they are equal. For sparse changes,
-        # this number is often zero.
+        # If the interval contains only one number, count the values in it instead of keeping them, because they are all
+        # equal. For sparse changes, this number is often zero.
         several = self._lo < self._hi
         self._values = [] if several and self._expected <= MAX_NUMBERS else None
         self._bins = np.zeros(BINS, np.int64) if several and self._values is None else None
 
     def feed(self, values: Array) -> None:
-        """Pass some values of the series, which must not be negative.
+        """Count or keep some values of the series. No value may be negative.
 
-        Several threads may call this at the same time.
+        Several threads may call this method at the same time.
         """
         import numpy as np
 
@@ -132,7 +133,7 @@ class Selection:
         if self._bins is not None:
             places = (inside.astype("<f8", copy=False).view("<u8") - np.uint64(self._lo)) >> np.uint64(self._shift)
             bins = np.bincount(places.astype(np.int64), minlength=BINS)
-        # Compare first, because counting booleans takes a third of the time of counting floats.
+        # Compare with 0 first, because `count_nonzero` takes three times as long for floats as for booleans.
         nonzero = int(np.count_nonzero(values != 0))
         with self._lock:
             self._total += values.size
@@ -145,7 +146,7 @@ class Selection:
                 self._values.append(inside)
 
     def end(self) -> None:
-        """Finish reading the series: set `selected`, or choose the next interval."""
+        """Finish one pass over the series: set `selected`, or choose the interval for the next pass."""
         import numpy as np
 
         k = min(self.wanted(self._total, self._nonzero), self._total)
@@ -185,7 +186,7 @@ class Selection:
         self._lo, self._hi, self._expected = lo, hi, expected
 
     def _guess(self) -> None:
-        """Estimate the first interval from the samples; each sample represents several values of its tensor."""
+        """Estimate the first interval from the samples; each sampled value represents several values of its tensor."""
         import numpy as np
 
         values = np.concatenate([v for v, _ in self._samples])
@@ -220,7 +221,7 @@ def _double(bits: int) -> float:
 
 
 def settle(selections: Sequence[Selection], once: Callable[[], object]) -> None:
-    """Call `once`, which passes all values to the selections, again and again until all selections have results."""
+    """Repeat `once`, which must pass all values of the series to the selections, until all selections have results."""
     while open_ := [each for each in selections if each.selected is None]:
         for each in open_:
             each.begin()
@@ -233,11 +234,14 @@ def settle(selections: Sequence[Selection], once: Callable[[], object]) -> None:
 
 
 ENTRIES = 1 << 18
-"""The number of entries in a block, over all changes. A formula's temporary arrays of 2 MB (float64) fit in caches."""
+"""The number of entries in a block, over all changes.
+
+With this size, a temporary array of a formula takes 2 MB in float64, and the arrays fit in the processor's caches.
+"""
 
 
 class Blocks:
-    """The changes of one weight, side by side.
+    """The changes that several adapters make to one weight, as an iterable of blocks of rows.
 
     Iteration yields `(rows, changes)`: a slice of rows, and the changes of these rows as float64 `[T, rows, columns]`.
     Callers may modify the array; the next block overwrites it.
@@ -256,7 +260,7 @@ class Blocks:
 
     @classmethod
     def of(cls, changes: Array) -> Blocks:
-        """Return the blocks for changes of a bias, `[T, out]`; each change becomes a matrix with one row."""
+        """Return the blocks of changes of a bias, `[T, out]`; each change becomes a matrix with one row."""
         return cls([_whole(change[None]) for change in changes])
 
     def __iter__(self) -> Iterator[tuple[slice, Array]]:
@@ -272,9 +276,9 @@ class Blocks:
             yield rows, block
 
     def sample(self) -> Array:
-        """Return entries of all changes, `[T, n]`, at n random positions, which are the same for all changes.
+        """Return the entries of all changes at n random positions, `[T, n]`. All changes use the same positions.
 
-        If the changes have at most `WHOLE` entries, return all entries.
+        If a change has at most `WHOLE` entries, return all entries.
         """
         import numpy as np
 
@@ -282,8 +286,8 @@ class Blocks:
         if self.size <= WHOLE:
             return np.stack([delta.dense().reshape(-1) for delta in self.deltas])
         count = max(WHOLE, self.size // SHARE)
-        # A fixed seed is enough, because the sample affects only the time. For a product, compute only the n drawn
-        # entries; each takes as many operations as the rank.
+        # A fixed seed is enough, because the sample affects only the time. For low-rank factors, compute only the drawn
+        # entries of the product: the work for each entry is proportional to the rank.
         random = np.random.default_rng(0)
         i, j = random.integers(out, size=count), random.integers(columns, size=count)
         values_at = np.empty((self.count, count))
@@ -296,12 +300,12 @@ class Blocks:
     def select(
         self, key: Callable[[Array], Array], wanted: Sequence[Callable[[int, int], int]], each: int = 1
     ) -> list[Selected]:
-        """Compute series of values from the changes, and return the k-th largest value of each series.
+        """Compute series of values from the changes, and return the k-th largest values of each series.
 
         Args:
             key: a function of changes `[T, ...]`; its result has one series per index of the first axis.
-            wanted: functions of (length of the series, number of its nonzero values) that return k; `each` functions
-                per series.
+            wanted: functions of (length of the series, number of its nonzero values) that return k. The first `each`
+                functions are for the first series, the next `each` functions for the second series, and so on.
             each: the number of values to find per series.
         """
         import numpy as np
@@ -328,7 +332,7 @@ class Blocks:
 
 
 def _form(delta: Delta, rows: slice, D: Array) -> None:
-    """Write some rows of a change into D."""
+    """Compute some rows of a change, and write them into D."""
     import numpy as np
 
     if delta.rest is not None and not delta.rank:

@@ -1,7 +1,7 @@
 """Combine several adapters into one with a method in `COMBINERS`.
 
-First, the arguments are checked and resolved. Then the combiner's formula is evaluated at all targets. Dense results
-are not computed until they are read.
+First, the arguments are checked and resolved. Then the combiner's formula is evaluated at all targets. If a combiner's
+results are always dense and `rank` is not set, each result is computed when it is read.
 """
 
 from __future__ import annotations
@@ -48,11 +48,15 @@ if TYPE_CHECKING:
     from .sketching import Decomposition
 
 FIT = "fit"
-"""The value of `rank` that cuts only results without low-rank factors, to the largest rank of the inputs."""
+"""The value of `rank` that cuts only results without low-rank factors.
+
+Such a result gets the largest rank that the adapters have at the target. If they have no rank there, it gets the
+largest rank that they have at any target.
+"""
 
 
 SAMPLED = 16
-"""The number of targets to sample for the first estimate of a threshold; a bad estimate only costs time."""
+"""The number of targets from which a threshold is first estimated; a bad estimate costs time, but changes no result."""
 
 
 class Evaluation:
@@ -96,11 +100,9 @@ class Evaluation:
         return updates
 
     def outline(self) -> dict[Target, tuple[Update, ...]]:
-        """Return updates with the methods, shapes and dtypes of the result, without computing it.
+        """Return updates with the methods, shapes and dtypes of the result, without computing the result.
 
-        The tensors of these updates cannot be read.
-
-        The ranks of the updates are upper bounds.
+        The tensors of these updates cannot be read. The ranks of these updates are upper bounds.
         """
         return blank({place.target: self._outline_at(place) for place in self.aligned})
 
@@ -126,14 +128,17 @@ class Evaluation:
         return (LoRA(**fields, bias=bias),)  # type: ignore[arg-type]
 
     def _summed(self, place: AlignedPlace, method: Combiner) -> list[float] | None:
-        """Return one multiplier per adapter if joining the multiplied updates yields the result, else None."""
+        """Return one multiplier per adapter if the result is the plain sum of the multiplied updates, without a cut.
+
+        Otherwise, return None.
+        """
         exact = self.rank is None or (self.rank == FIT and self._thin(place))
         return method.sums(self._weights(place.target)) if exact else None
 
     def _fill(self, updates: dict[Target, tuple[Update, ...]]) -> None:
         total = sum(map(_bytes, self.aligned))
-        # Write only the final result to a temporary file: a method that learns weights computes and frees hundreds of
-        # trial results.
+        # Keep only the final result in a temporary file. A method that learns weights has already computed and freed
+        # hundreds of trial results.
         self.hold = Spool().rounded_lazy
         if self.workers == 1:
             results: Iterator[tuple[tuple[Update, ...], Cut | None]] = map(self._placed, self.aligned)
@@ -172,7 +177,7 @@ class Evaluation:
 
     def _count(self) -> None:
         if self.asked.varies:
-            why = "a setting that applies to the whole adapter cannot differ between targets"
+            why = "the method uses statistics of the whole adapter, so its parameters cannot differ between targets"
             raise UsageError(why, where="scope", cure="Pass --set scope=tensor (scope=), or one value for all targets")
         stages = self.asked.method(self.aligned[0].target).stages
         # Sampling a few targets saves time only if there are many more targets.
@@ -227,7 +232,7 @@ class Evaluation:
         small = max(sizes, default=0.0) < kind.smallest_subnormal
         if bound and not small:
             return  # Most results return here, without loading the changes again.
-        # To prove that all entries are too small, use an upper bound of the entries: it needs no product of factors.
+        # Compute an upper bound of the changes' entries, not the entries, because a bound needs no product of factors.
         given = max((_bound(d) for c in changes if c is not None and c.changes_weight for d in c.deltas()), default=0.0)
         if not given:
             return
@@ -237,7 +242,9 @@ class Evaluation:
                 self.notes.append(_small(place, bound, self.dtype.name))
             return
         if not bound:
-            self.notes.append(f"{place.target}: the result is zero; the largest change there is at most {given:.2g}")
+            self.notes.append(
+                f"{place.target}: the result is zero, but the changes are not; their entries are at most {given:.2g}"
+            )
         else:
             self.notes.append(_small(place, bound, self.dtype.name))
 
@@ -274,7 +281,7 @@ class Evaluation:
     def _standings(
         self, place: AlignedPlace, changes: Sequence[Change | None], census: Census | None = None
     ) -> Iterator[tuple[Combiner, FormulaContext, list[Delta]]]:
-        """Yield (combiner, context, changes) for the weight, or for each expert's weight of a stack."""
+        """Yield (combiner, context, changes) for the weight, or for each weight in a stack of experts."""
         method = self.asked.method(place.target)
         for number, row in enumerate(side_by_side(changes)):
             present = tuple(t for t, delta in enumerate(row) if delta is not None)
@@ -282,7 +289,7 @@ class Evaluation:
             yield method, at, [delta for delta in row if delta is not None]
 
     def _matrix(self, method: Combiner, place: AlignedPlace, at: FormulaContext, deltas: list[Delta]) -> Delta:
-        """Return the combined change of a weight."""
+        """Return the combined change of a weight. If the pass only collects statistics, ignore the returned change."""
         import numpy as np
 
         from .combiners._combiner import whole
@@ -315,7 +322,7 @@ class Evaluation:
         """Return (combined change cut to the requested rank, norm before the cut, norm of the error)."""
         from .lowrank import svd
 
-        uncut = self.rank is None or min(deltas[0].shape) == 1
+        uncut = self.rank is None or len(place.shape) == 1
         if uncut or not isinstance(method, Entrywise):
             delta = self._matrix(method, place, at, deltas)
             if uncut or (self.rank == FIT and delta.rest is None):
@@ -350,7 +357,7 @@ class Evaluation:
         return D
 
     def _rank_of(self, deltas: Sequence[Delta]) -> int:
-        """Return the rank to which the combined change of one weight is cut."""
+        """Return the rank to which the combined change of one weight is cut, if it is cut."""
         if isinstance(self.rank, int):
             return min(self.rank, *deltas[0].shape)
         largest = max((each.rank for each in deltas if each.rest is None), default=0)
@@ -378,7 +385,11 @@ class Evaluation:
         return np.stack(rows_of_bias) if place.target.stacked else rows_of_bias[0]
 
     def _stored(self, place: AlignedPlace, deltas: Sequence[Delta] | None, bias: Array | None) -> Update:
-        """Return the combined change as an update: a LoRA if that takes less space, else a dense difference."""
+        """Return the combined change as an update: a LoRA, or a dense difference.
+
+        It is dense if the change has no low-rank factors, or, unless `rank` is `fit`, if its factors would take more
+        than twice the space of the weight.
+        """
         hold = self.hold
         if deltas is None:
             return dense(place.target, place.shape, None, bias, self.dtype, hold)
@@ -454,7 +465,7 @@ class Evaluation:
 
 
 def _size(X: Array) -> float:
-    """Return the largest magnitude."""
+    """Return the largest magnitude in an array, or 0 if the array is empty."""
     import numpy as np
 
     return float(np.abs(X).max()) if X.size else 0.0
@@ -523,20 +534,21 @@ def combine(
     """Combine several adapters into one.
 
     Args:
-        adapters: adapters or their paths, of any additive methods, ranks and targets. At each target, the adapters that
-            lack the target are ignored.
+        adapters: adapters or their paths. They may have different additive methods, ranks and targets. At each target,
+            the adapters that lack the target are ignored.
         method: a name in `COMBINERS`, or a plug-in joined with another combiner, such as `knots_ties`.
         weights: one weight per adapter; default: 1. A weight is a number, a list of numbers from the first layer to the
             last, or a mapping from globs of targets to numbers or lists. The first glob that matches a target is used;
             if none matches, the weight is 1.
         base: the base. Names and layouts are resolved against the base, and some methods need its weights.
-        rank: the rank to which the result is cut at each target. The cut is the best approximation of this rank; for
-            large matrices without low-rank factors, the cut is only nearly the best. `"fit"` cuts only results without
-            low-rank factors, to the largest rank of the inputs. With `"fit"`, every result is a LoRA, and results with
-            low-rank factors keep the sum of the ranks.
+        rank: the rank to which the result is cut at each target; default: the result is not cut. The cut is the best
+            approximation of this rank; for large matrices without low-rank factors, the cut is only nearly the best.
+            `"fit"` cuts only results without low-rank factors, to the largest rank that the adapters have at the
+            target. Results with low-rank factors then keep the sum of the ranks, and the results for all matrices are
+            LoRAs.
         dtype: the dtype of computed results; default: float64 if any tensor is float64, else float32.
         seed: the seed of random draws; a draw depends only on the seed, the target and the adapter's position.
-        compat: `mergekit` or `peft`: use that tool's method names and defaults.
+        compat: `mergekit` or `peft`, to use the method names and the default parameters of that tool.
         data: a function that provides samples or scores, for methods that need them; see `COMBINERS[name].data`.
             `TextData` creates such a function from texts.
         each: parameters that apply to one adapter only, one mapping per adapter, such as `[{"density": 0.5}, {}]`.
@@ -554,19 +566,20 @@ def combine(
             `Unrepresentable`, the combination stops.
         progress: a function that is called with (bytes of finished targets, total bytes). The bytes are those of the
             weights in float32.
-        parameters: parameters of the method. Each may be a value, a list over the layers, or a mapping from globs, like
-            a weight.
+        parameters: parameters of the method. Like a weight, each parameter is a value, a list of values from the first
+            layer to the last, or a mapping from globs of targets.
 
     Returns:
-        the combined adapter: LoRA updates if the method works on factors, else dense differences that are computed when
-        they are read. If a target's result is zero although its changes are not zero, or is too small for its dtype,
-        the last step of the lineage lists the target in `warnings`.
+        the combined adapter: LoRA updates if the results have low-rank factors, else dense differences. The results of
+        methods whose results are always dense are computed when they are read, unless `rank` is set. If a target's
+        result is zero although its changes are not zero, or is too small for its dtype, the last step of the lineage
+        lists the target in `warnings`.
 
     Raises:
         CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set.
         Unsupported: the method or the tool in `compat` is unknown.
-        UsageError: weights, parameters or data do not fit; the adapters have no target in common; the rank is larger
-            than possible.
+        UsageError: weights, parameters or data do not fit the method or the adapters; the adapters have no target in
+            common; or the rank is larger than possible.
         NotMergeable: a method does not change weights.
         ShapeMismatch: the adapters were made for different weights.
         Malformed: a tensor contains a NaN or an infinity.
@@ -577,15 +590,15 @@ def combine(
     values |= parameters
     peers_rank = cast("int | str | None", values.pop("rank", None))
     cut = peers_rank if rank is None else rank
-    # For combiners that compute factors of a given rank, such as `ctm`, `rank` is a parameter of the method and cuts
-    # nothing.
+    # Combiners that compute factors of a given rank, such as `ctm`, have a parameter `rank`. They get the rank, and the
+    # result is not cut again.
     if "rank" in COMBINERS[name].parameters():
         values, cut = values | ({} if rank in (None, FIT) else {"rank": rank}), FIT if rank == FIT else None
     _check_given(name, adapters, base, data, seed)
-    # Check one value of each setting, to find invalid parameters before any adapter is read.
+    # Check one value of each parameter, to report an invalid value before any adapter is read.
     first = combiner_of(COMBINERS[name], {key: one_of(value, key) for key, value in values.items()})
     summing = first.sums([1.0] * len(adapters)) is not None
-    # Without a cut, a plain sum joins the updates without computing products. With a cut, the sum is computed like any
+    # Without a cut, a weighted sum keeps the updates and computes no products. With a cut, the sum is computed like any
     # other result.
     lower = None if summing and cut is None else "combined"
     base = None if base is None else opened(base)
@@ -644,7 +657,7 @@ def check_rank(rank: object, aligned: Sequence[AlignedPlace]) -> None:
     """Check that at least one weight is large enough for the rank.
 
     Raises:
-        UsageError: the rank is neither None, nor `FIT`, nor a number that a weight's rank can be.
+        UsageError: the rank is not None, `FIT`, or a whole number from 1 to the largest rank that a weight can have.
     """
     if rank is None or rank == FIT:
         return

@@ -1,7 +1,7 @@
 """Compare two adapters: whether both make the same change, and how similar their changes are.
 
-Norms, angles and subspaces are computed from small cores, after a QR decomposition of the factors. Only the comparison
-of single elements multiplies the factors, a few rows per step.
+If both changes have low-rank factors, norms, angles and subspaces are computed from small matrices (see `lowrank`).
+Only the comparison of single elements multiplies the factors, a few rows per step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .lowering import Base
 
 PIECE = 1 << 15
-"""The number of elements per step when single elements are compared; this many fit in a processor core's cache."""
+"""The number of elements that are compared in one step. Arrays of this size fit in a processor core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +41,23 @@ class Likeness:
 
     Attributes:
         target: the target.
-        bits: whether methods, settings and the bytes of all tensors are equal.
-        equal: whether both adapters make the same change within the tolerance; None if only a base could show that.
-        relative_error: Frobenius norm of the difference, relative to the larger of the two changes.
-        norm_a: Frobenius norm of the first change, of weight and bias.
-        norm_b: Frobenius norm of the second change.
-        effective_rank_a: exponential of the entropy of the singular values of the first change of the weight (Roy and
-            Vetterli 2007). For stacked experts, this is the mean over the experts.
-        effective_rank_b: the effective rank of the second change of the weight.
-        cosine: cosine of the angle between the two changes, where weight and bias together are one vector.
-        overlap_out: how much of the smaller output space lies in the larger output space, from 0 to 1. For stacked
-            experts, this is the mean over the experts.
-        overlap_in: the same for the input spaces.
-        sign_conflict: among the weight's elements that both adapters change, the share with different signs.
+        bits: whether both adapters have the same methods and settings here, and tensors with the same bytes.
+        equal: whether both adapters make the same change within the tolerance. None if the adapters differ, and their
+            changes cannot be computed, because a method needs a base or does not change weights.
+        relative_error: Frobenius norm of the difference between the changes, divided by the larger of their norms.
+        norm_a: Frobenius norm of the first adapter's change of weight and bias together.
+        norm_b: the same for the second adapter.
+        effective_rank_a: exponential of the entropy of the singular values of the first adapter's weight change (Roy
+            and Vetterli 2007). For stacked experts, this is the mean over the experts.
+        effective_rank_b: the same for the second adapter.
+        cosine: cosine of the angle between the two changes. Each change is one vector of all elements of weight and
+            bias.
+        overlap_out: overlap of the column spaces of the two weight changes, from 0 (orthogonal) to 1 (the smaller space
+            lies in the larger one). This is the mean squared cosine of the principal angles; for stacked experts, the
+            mean over the experts.
+        overlap_in: the same for the row spaces.
+        sign_conflict: among the weight's elements that both adapters change, the share to which they give opposite
+            signs.
         interference: the share of the changes that cancels when both are added: `1 - sum|a + b| / (sum|a| + sum|b|)`.
     """
 
@@ -80,10 +84,10 @@ class Comparison:
     """The comparison of two adapters.
 
     Attributes:
-        targets: one entry per target of either adapter.
-        relative_error: the norm of the difference over all targets, relative to the norm of the larger adapter; None if
-            the norm is unknown at a target.
-        cosine: the cosine of the angle between the changes of all targets together.
+        targets: one `Likeness` for each target that at least one of the adapters has.
+        relative_error: the Frobenius norm of the difference over all targets, divided by the norm of the larger change;
+            None if the changes could not be computed at some target.
+        cosine: the cosine of the angle between the two adapters' changes, each one vector over all targets.
         tolerance: the largest relative error at which two changes count as equal.
     """
 
@@ -103,7 +107,10 @@ class Comparison:
 
     @property
     def equal(self) -> bool | None:
-        """Whether both adapters make the same change at every target; None if only a base could show that."""
+        """Whether both adapters make the same change at every target.
+
+        None if `Likeness.equal` is None at some target, and False at no target.
+        """
         verdicts = [each.equal for each in self.targets]
         return False if False in verdicts else None if None in verdicts else True
 
@@ -125,16 +132,18 @@ def compare(
         other: the other adapter or its path.
         base: the base. Names and layouts are resolved against the base, and some methods need its weights.
         tolerance: the largest relative error at which two changes count as equal.
-        signs: whether to compare single elements as well; for this, both full changes must be computed.
+        signs: whether to also compare single elements, for `sign_conflict` and `interference`. This takes longer,
+            because every element of both changes is computed.
         rename: rules for the names in both adapters, each `FROM=TO` or `@FILE`; the first rule that matches a target's
             name is used.
         strict_base: whether to refuse a base that differs from the base that an adapter records.
 
     Raises:
         CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set.
-        UsageError: the adapters have no target in common, or a shape is unknown without a base.
+        UsageError: the adapters have no target in common; the shape of a weight is needed, but unknown without a base;
+            or the tolerance is out of range.
         ShapeMismatch: the adapters were made for different weights.
-        Malformed: a factor contains a NaN or an infinity.
+        Malformed: a tensor contains a NaN or an infinity.
     """
     stage("comparing the updates")
     if not 0 <= tolerance < math.inf:
@@ -155,7 +164,7 @@ def compare(
 
 
 def same_bits(one: Sequence[Update], other: Sequence[Update]) -> bool:
-    """Whether updates are equal bit by bit: methods, settings, and the bytes of all tensors."""
+    """Whether two adapters' updates of a target have the same methods and settings, and tensors with the same bytes."""
     if _outline(one) != _outline(other):
         return False
     pairs = [(u.tensors[name], v.tensors[name]) for u, v in zip(one, other, strict=True) for name in u.tensors]
@@ -177,8 +186,8 @@ def _likeness(place: AlignedPlace, tolerance: float, signs: bool, sums: list[flo
     try:
         additive_place = lowered(place)
     except AdapterkitError as error:
-        # An update does not change weights, or needs a base. The adapters are still equal if all of their fields are
-        # equal.
+        # The changes cannot be computed, because an update needs a base or does not change weights. The adapters still
+        # count as equal if all fields of their updates are equal.
         additive_place = None
         if place.base is not None and all(update.kind in ("additive", "weight") for update in place.all_updates):
             raise error.at(where=str(place.target)) from None
@@ -190,7 +199,7 @@ def _likeness(place: AlignedPlace, tolerance: float, signs: bool, sums: list[flo
 
 
 def lowered(place: AlignedPlace) -> AlignedPlace:
-    """Replace each update that is not additive with the difference that it makes to the base's weight.
+    """Return the place with only additive updates. Other updates become differences from the base's weights.
 
     Raises:
         AdapterkitError: see `lowering.additive`.
@@ -210,7 +219,10 @@ def _only(adapter: Adapter) -> tuple[Update, ...]:
 
 
 def _same_numbers(place: AlignedPlace) -> bool:
-    """Whether updates have the same methods and settings, and tensors with equal values; the dtypes may differ."""
+    """Whether both adapters' updates have the same methods and settings, and tensors with equal values.
+
+    The dtypes may differ.
+    """
     one, other = place.updates
     if _outline(one) != _outline(other):
         return False
@@ -243,10 +255,10 @@ def _measured(place: AlignedPlace, bits: bool, tolerance: float, signs: bool, su
 
 
 def _weight(pair: Sequence[Delta | None], signs: bool, narrow: bool) -> list[Any]:
-    """Return twelve figures of one weight.
+    """Compare the two changes of one weight, and return twelve figures.
 
     In order: both squared norms, the inner product, the squared distance, both effective ranks, both overlaps, and the
-    four sums of `_elements`.
+    four results of `_elements`.
     """
     one, other = pair
     if one is None or other is None:
@@ -275,14 +287,14 @@ def _of_biases(biases: Sequence[Array | None]) -> list[float]:
 
 
 def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, float]:
-    """Return (number of elements that both change, number with opposite signs, sum|a| + sum|b|, sum|a + b|).
+    """Return (number of elements that both change, how many of these get opposite signs, sum|a| + sum|b|, sum|a + b|).
 
     Args:
         one: the first change.
         other: the second change.
-        narrow: whether the factors have at most 32 bits. If so, products are computed in float32, in half the time.
-            Only elements that are pure rounding noise can get a wrong sign, and the resulting shares equal those of
-            float64 to within 1e-6.
+        narrow: whether all stored tensors have at most 32 bits. If so, the elements are computed in float32, which
+            takes half the time. Only elements that are pure rounding noise can then get a wrong sign, and the shares
+            differ from the shares in float64 by at most 1e-6.
     """
     import numpy as np
 
@@ -299,9 +311,9 @@ def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, 
 
 
 def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
-    """Return both changes in float32, times a common power of two.
+    """Return both changes in float32, multiplied by one power of two, so that no element exceeds 1.
 
-    Return None if one change is much smaller than the other.
+    Return None if one change is zero, infinite, or more than 1e12 times smaller than the other.
     """
     import numpy as np
 
@@ -324,14 +336,15 @@ def _largest(delta: Delta) -> float:
     import numpy as np
 
     def largest(array: Array) -> float:
-        return float(np.abs(array).max(initial=0.0))  # A damaged file may contain tensors without elements.
+        # Without `initial`, `max` fails for a tensor without elements, which a damaged file may contain.
+        return float(np.abs(array).max(initial=0.0))
 
     product = largest(delta.B) * largest(delta.A) * delta.rank
     return product + (0.0 if delta.rest is None else largest(delta.rest))
 
 
 def _rows(delta: Delta) -> Iterator[Array]:
-    """Yield blocks of a few rows of the change; callers may overwrite them."""
+    """Yield the change as dense blocks of a few rows; callers may overwrite the blocks."""
     step = max(1, PIECE // max(delta.shape[1], 1))
     for start in range(0, delta.shape[0], step):
         rows = slice(start, start + step)
@@ -345,7 +358,7 @@ def _spectrum(core: Array) -> Array:
 
 
 def _directions(core: Array) -> tuple[Array, Array, Array]:
-    """Return (orthonormal basis of a core's outputs, singular values, orthonormal basis of the core's inputs)."""
+    """Return a core's (left singular vectors, singular values, right singular vectors), without rounding noise."""
     import numpy as np
 
     U, S, Vh = np.linalg.svd(core, full_matrices=False)
@@ -362,7 +375,10 @@ def effective_rank(S: Array) -> float:
 
 
 def _overlap(one: Array, other: Array) -> float | None:
-    """Return the mean squared cosine of the principal angles between the spans of two orthonormal bases."""
+    """Return the mean squared cosine of the principal angles between the column spaces of two orthonormal bases.
+
+    Return None if one basis has no columns.
+    """
     smaller = min(one.shape[1], other.shape[1])
     return float(((one.T @ other) ** 2).sum()) / smaller if smaller else None
 

@@ -26,8 +26,8 @@ class Census:
 
     Attributes:
         counting: whether formulas currently run only to collect statistics. If so, their results are ignored.
-        partial: whether samples come only from some targets.
-        majority: the elected sign that is more frequent over all targets, 1 or -1; computed when it is first used.
+        partial: whether the samples, which give a first estimate of a threshold, come from only some of the targets.
+        majority: the elected sign, 1 or -1, that occurs more often over all targets; computed when it is first read.
     """
 
     def __init__(self) -> None:
@@ -42,13 +42,13 @@ class Census:
         self._majority: int | None = None
 
     def run(self, once: Callable[[bool], None], stages: int = 1) -> None:
-        """Collect the statistics.
+        """Run the formula at the targets, to collect the statistics before results are computed.
 
         Args:
             once: a function of one bool that runs the formula at a few targets (True) or at all targets (False). The
                 function is called with False about twice per stage.
             stages: the number of searches for thresholds that must run one after another, because each search uses the
-                previous result; 0 if only sums are needed.
+                result of the previous search; 0 if only sums are needed.
         """
         self.counting = True
         for _ in range(stages):
@@ -69,15 +69,15 @@ class Census:
         wanted: Sequence[Callable[[int, int], int]],
         key: Callable[[Array], Array] | None = None,
     ) -> None:
-        """Feed one weight's changes into selections that collect values from all weights, one selection per series.
+        """Add the values of one weight to each series. The threshold of a series is searched over all weights.
 
         Args:
-            series: the names of the series, such as the index of an adapter.
-            blocks: the changes.
+            series: a name for each series, such as the index of an adapter.
+            blocks: the adapters' changes of the weight.
             wanted: for each series, a function of (number of values, number of nonzero values) that returns how many of
                 the largest values to keep.
-            key: a function from changes `[T, ...]` to values, one series per index of the first axis; default:
-                magnitudes.
+            key: a function that maps changes `[T, ...]` to an array of values, whose first axis has one index per
+                series; default: the magnitudes of the changes, with one series per adapter.
         """
         import numpy as np
 
@@ -108,17 +108,17 @@ class Census:
         return series in self._selections and self._selections[series].selected is not None
 
     def add(self, name: Hashable, value: float) -> None:
-        """Add a value to the sum `name` over all targets."""
+        """Add `value` to the sum called `name`, which runs over all targets; do nothing unless sums are collected."""
         if self._summing:
             with self._lock:
                 self._sums[name] = self._sums.get(name, 0.0) + value
 
     def sum_of(self, name: Hashable) -> float:
-        """Return the sum `name` over all targets."""
+        """Return the sum called `name`; 0 if no value was added to this sum."""
         return self._sums.get(name, 0.0)
 
     def votes_by(self, vote: Callable[[Census], None]) -> None:
-        """Set the function that runs the formula at all targets to compute `majority`."""
+        """Set the function that collects the votes for `majority`, by running the formula at all targets."""
         self._vote = vote
 
     @property
@@ -127,7 +127,7 @@ class Census:
         return self._votes is not None
 
     def add_votes(self, signs: int) -> None:
-        """Add the sum of one weight's elected signs."""
+        """Add the sum of one weight's elected signs to the votes for `majority`."""
         with self._lock:
             assert self._votes is not None
             self._votes += signs
@@ -161,14 +161,14 @@ class FormulaContext:
     Attributes:
         target: the target.
         shape: the shape of the weight, `[out, in, *k]`.
-        present: indices of the adapters that change this weight or bias, in the list of all adapters.
+        present: the adapters that change this weight or bias, as indices into the list of all adapters.
         part: the part of the target: `weight` or `bias`. For stacked experts, the expert's number follows, such as
             `weight 3`.
         seed: the seed of all random numbers.
-        overrides: parameters that apply to one adapter only, by index in the list of all adapters.
+        overrides: for each adapter in the list of all adapters, the parameters that apply to this adapter only.
         scalings: the scaling of each present adapter, if it has a single update with a scaling; otherwise None.
-        census: statistics over all targets, complete or being collected.
-        asks: the function `data`, for methods that need it.
+        census: statistics over all targets. While they are collected, `census.counting` is true.
+        asks: the caller's function `data`, for methods that need data.
         depth: the depth of the target, 0 in the first layer and 1 in the last; None outside numbered layers.
         learned: the learned coefficients of this target, for methods that learn coefficients.
         base: a function that returns the base's weight `[out, in * k]` or bias `[out]`.
@@ -193,10 +193,10 @@ class FormulaContext:
         return [values.get(name, getattr(method, name)) for values in overrides]
 
     def uniform(self, t: int, shape: tuple[int, ...], first: int = 0) -> Array:
-        """Draw numbers in [0, 1) for present adapter t. Each depends only on the adapter's key and on its own index.
+        """Draw random numbers in [0, 1) for present adapter t. A number depends only on the adapter's key and index n.
 
-        An adapter's number n is the 32-bit word n of Philox4x64-10 (low words first), divided by 2^32. The key of
-        Philox is the result of `key`.
+        Number n is word n of the 32-bit words that Philox4x64-10 generates (the low half of each 64-bit value first),
+        divided by 2^32. The method `key` returns the key for Philox.
 
         Args:
             t: the index of the adapter in `present`.
@@ -209,8 +209,8 @@ class FormulaContext:
 
         count, begin = math.prod(shape), first // PER_COUNT
         skipped = first - begin * PER_COUNT
-        # Use a counter-based generator, which can start at any index, because blocks start anywhere. numpy's Philox
-        # takes 2 ns per number, a tenth of the time of Philox written with numpy's integer arrays.
+        # Use a counter-based generator, because a block may start at any index n. numpy's Philox takes 2 ns per number,
+        # a tenth of the time of Philox written with numpy's integer arrays.
         stream = np.random.Philox(key=self.key(t), counter=begin)
         drawn = stream.random_raw((skipped + count + 1) // 2).astype("<u8", copy=False).view("<u4")
         return (drawn[skipped : skipped + count] * 2.0**-32).reshape(shape)

@@ -18,17 +18,19 @@ PIECE = 64 << 20
 """The number of bytes of a table that are compared in one step."""
 
 CACHED = 1 << 15
-"""The number of values in each step of a sum; this many fit in a processor core's cache."""
+"""The number of values that are summed in one step. This many float64 values fit in a processor core's cache."""
 
 
 def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
-    """Return `tuned - base` in float32. For 16-bit weights, this is almost always exact.
+    """Return `tuned - base` in float32, or in float64 if one of the tensors has more than 32 bits.
+
+    For 16-bit weights, the difference in float32 is almost always exact.
 
     Args:
         name: the name of the weight, for messages.
         tuned: the weight of the tuned model.
         base: the weight of the base, with the same shape.
-        exact: whether to return float64 if float32 would round any element.
+        exact: whether to also use float64 if float32 would round an element of the difference.
 
     Raises:
         Malformed: one of the two tensors contains a NaN or an infinity.
@@ -42,7 +44,7 @@ def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
         for tensor in (tuned, base):
             check_finite(tensor, name)
     # Dekker 1971: subtracting the rounded difference from the larger operand is exact. So if the result equals the
-    # other operand, the difference was not rounded. Try both operands, because either may be the larger one.
+    # smaller operand, the difference was not rounded. Check both operands, because either may be the larger one.
     if not exact or D.dtype == np.float64 or bool((one - D == other).all() and (other + D == one).all()):
         return D
     wide: Array = one.astype(np.float64) - other
@@ -57,7 +59,7 @@ def left(D: Array, B: Array, A: Array) -> float:
 
 
 def frobenius(D: Array) -> float:
-    """Return the Frobenius norm, summed in float64; infinity if a square overflows."""
+    """Return the Frobenius norm of an array of any shape, summed in float64; infinity if a square overflows."""
     import numpy as np
 
     flat = D.reshape(-1)
@@ -68,15 +70,15 @@ def frobenius(D: Array) -> float:
 
 def too_large() -> Malformed:
     """Return the error for a change whose norm overflows."""
-    why = "the numbers of the change are too large for float64"
+    why = "the values of the change are too large for float64"
     return Malformed(why, cure="Use an earlier checkpoint: the training diverged, or the file is damaged")
 
 
 def check_rows(name: str, tuned: Lazy, base: Lazy) -> int:
-    """Return the number of rows of the base's table; the tuned table may have more.
+    """Return the number of rows of the base's table; the tuned table may have more rows.
 
     Raises:
-        ShapeMismatch: the shapes differ, and not only because the tuned table has additional rows.
+        ShapeMismatch: the tables' shapes differ in another way than by additional rows of the tuned table.
     """
     grown = len(tuned.shape) == len(base.shape) == 2 and tuned.shape[1] == base.shape[1]
     if tuned.shape != base.shape and (not grown or tuned.shape[0] < base.shape[0]):
@@ -86,7 +88,7 @@ def check_rows(name: str, tuned: Lazy, base: Lazy) -> int:
 
 
 def changed_rows(name: str, tuned: Lazy, base: Lazy) -> tuple[list[int], float]:
-    """Return the indices of the changed rows among the base's rows, and the squared Frobenius norm of their change.
+    """Return the indices of the base's rows that changed, and the squared Frobenius norm of the change of these rows.
 
     Raises:
         Malformed: one of the two tables contains a NaN or an infinity.
@@ -139,11 +141,11 @@ def floats_of(tensor: Lazy) -> Array:
 
 @contextmanager
 def errors_at(target: Target) -> Iterator[None]:
-    """Add the target's name to errors in a `with` block, and replace LAPACK's errors with typed errors."""
+    """Add the target's name to errors from a `with` block, and replace LAPACK's errors with typed errors."""
     import numpy as np
 
     try:
-        # Ignore overflows here; storing or decomposing a result raises an error for numbers that are too large.
+        # Ignore overflows here, because storing or decomposing a result raises an error if its values are too large.
         with np.errstate(over="ignore", invalid="ignore"):
             yield
     except np.linalg.LinAlgError:

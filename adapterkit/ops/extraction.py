@@ -1,8 +1,8 @@
 """Extract an adapter from a base and a tuned model, tensor by tensor; each worker has one tensor in memory.
 
-The difference of a matrix becomes a LoRA of a given rank or error. Differences are computed in float32 or float64,
-because a subtraction in 16 bits loses most of a small change. Other tensors (norms, biases) are stored whole. For token
-embeddings, changed and new rows are stored.
+By default, the difference of a matrix is stored as a LoRA of a given rank or error. Differences are computed in float32
+or float64, because a subtraction in 16 bits loses most of a small change. Other tensors (norms, biases) are stored
+whole. For token embeddings, changed and new rows are stored.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ if TYPE_CHECKING:
 
 
 SWEEPS = 12
-"""The number of rounds of alternating least squares over the four factors of a LoHa."""
+"""The number of rounds of alternating least squares. Each round computes all four factors of a LoHa once."""
 
 RIDGE = 1e-9
-"""The relative regularization of least squares, which makes singular systems solvable."""
+"""The relative regularization of the least-squares systems. With it, singular systems can be solved too."""
 
 
 def loha(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
     """Approximate `D [out, in]` by a Hadamard product of two low-rank products.
 
-    There is no closed formula for the best approximation. Alternating least squares starts from the best LoRA times a
-    matrix of ones. With three factors fixed, each row of the fourth factor is the solution of a small linear system. No
-    step increases the error, so the result is closer to D than the LoRA.
+    There is no closed formula for the best approximation. Alternating least squares starts from the best LoRA, with a
+    matrix of ones as the second product. If three factors are fixed, each row or column of the fourth factor is the
+    solution of a small linear system. No step increases the error, so the result is closer to D than the LoRA.
 
     Raises:
         UsageError: the criterion is an energy or an error; only a rank is accepted.
@@ -96,7 +96,7 @@ def loha(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
 
 
 def _least_squares(D: Array, H: Array, R: Array) -> Array:
-    """Return the L `[m, r]` that minimises |D - (L @ R) * H|, with R `[r, n]`."""
+    """Return L `[m, r]` with the smallest |D - (L @ R) * H|, for given R `[r, n]` and H `[m, n]`."""
     import numpy as np
 
     r = len(R)
@@ -108,11 +108,11 @@ def _least_squares(D: Array, H: Array, R: Array) -> Array:
 
 
 def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
-    """Approximate `D [out, in]` by the nearest Kronecker product w1 x w2. LyCORIS's rule determines the shapes.
+    """Approximate `D [out, in]` by the nearest Kronecker product w1 x w2, with the shapes that LyCORIS chooses.
 
-    Divide D into blocks of the shape of w2, and make each block a row of a matrix. w1 and w2 are the first singular
-    vectors of this matrix: Van Loan and Pitsianis 1993, https://doi.org/10.1007/978-94-015-8196-7_17. Afterwards w2 is
-    cut to the rank.
+    D is divided into blocks with the shape of w2, and each block becomes a row of a matrix. w1 and w2 are the first
+    left and right singular vector of this matrix, scaled and reshaped (Van Loan and Pitsianis 1993,
+    https://doi.org/10.1007/978-94-015-8196-7_17). If the rank is below both sides of w2, w2 is then cut to the rank.
 
     Raises:
         UsageError: the criterion is an energy or an error; only a rank is accepted.
@@ -133,8 +133,8 @@ def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
 def shira(D: Array, criterion: Criterion, _seed: int, dtype: DType) -> Additive:
     """Keep the largest entries of `D [out, in]`.
 
-    For a rank, keep as many entries as a LoRA of this rank has numbers; otherwise, keep as many as the criterion
-    requires.
+    If the criterion is a rank, keep as many entries as the two factors of a LoRA of this rank have. Otherwise, keep as
+    many entries as the criterion requires.
     """
     import numpy as np
 
@@ -153,7 +153,7 @@ def shira(D: Array, criterion: Criterion, _seed: int, dtype: DType) -> Additive:
 
 def _rank(criterion: Criterion, form: str) -> int:
     if criterion.rank is None:
-        why = f"a {form} needs a rank; energy and error do not determine it"
+        why = f"a {form} needs a rank, which energy and error do not determine"
         raise UsageError(why, where="rank", cure="Give --rank N (rank=)")
     return criterion.rank
 
@@ -184,27 +184,29 @@ def extract(
 ) -> Adapter:
     """Return the adapter that turns a base into a tuned model.
 
-    A matrix whose smaller side is at most the rank is stored at full rank. Merging such a matrix restores the tuned
-    weight, exactly if the weight's dtype has at most 32 bits. An energy of 1 or an error of 0 stores every matrix at
-    full rank.
+    If the smaller side of a matrix is at most the rank, the matrix is stored at full rank. Merging then restores the
+    tuned weight, and the result is exact if the weight's dtype has at most 32 bits. With an energy of 1 or an error of
+    0, every matrix is stored at full rank.
 
     Args:
         tuned: the tuned weights: a folder, a file, or an open checkpoint.
         base: the weights that the model was tuned from.
         rank: the rank of the factors of each changed matrix.
-        energy: the least share of each change's squared Frobenius norm to keep.
-        error: the largest Frobenius error relative to each change's norm.
+        energy: keep at least this share of each change's squared Frobenius norm.
+        error: the largest allowed Frobenius error of a change, divided by the change's norm.
         scope: `target`: apply the criterion to each matrix separately. `all`: keep the largest singular values among
             all matrices. In this case, energy and error apply to the whole model, and rank is the mean rank. `all` is
             only for the method `lora`. It needs all factors in memory, and matrices with small changes may get no
             update.
-        targets: globs of the dotted paths to extract; empty for all. Other weights count as unchanged.
+        targets: globs for the dotted paths of the weights to extract; if empty, all weights are extracted. Other
+            weights count as unchanged.
         embeddings: `rows`: store the changed and new rows, or the whole table if most rows changed. `low-rank`: treat
-            the table like any matrix, unless it has new tokens.
+            the table like any matrix, unless the table has rows for new tokens.
         method: the method for changed matrices. `lora`: a LoRA. `dora`: each row's norm, and a LoRA of the rows'
             directions. `loha`: a Hadamard product of two products of this rank; it is closer to the change than a LoRA
             of this rank. `lokr`: the nearest Kronecker product, whose second factor is cut to `rank`. `shira`: the
-            largest entries, as many as a LoRA of this rank has numbers. All except `lora` are for linear layers only.
+            largest entries, as many as the two factors of a LoRA of this rank have. All methods except `lora` are for
+            linear layers only.
         dtype: the dtype of the factors; default: float32, or float64 for full-rank factors that are not exact in
             float32.
         workers: the number of tensors to extract in parallel; default: one per processor, at most 16. Each worker needs
@@ -216,15 +218,16 @@ def extract(
         strict_base: whether to refuse a base that differs from the base in the tuned model's merge record.
 
     Returns:
-        an adapter of LoRAs, whole parameters and token rows, in the order of the tuned files.
+        an adapter with updates of the chosen method, whole parameters and token rows, in the order of the tuned files.
 
     Raises:
         CheckFailed: the tuned weights were merged from another base, and `strict_base` is set.
         UsageError: none or several of rank, energy and error are given; the given value is out of range; or no weight
-        changed.
-        Unsupported: the method is unknown, or it cannot express a convolution or stacked experts.
-        TargetNotFound: one model has a weight that the other lacks.
-        ShapeMismatch: a weight has another shape, apart from rows of new tokens.
+            changed.
+        Unsupported: the method is unknown, or cannot express a convolution or stacked experts; or a tensor changed
+            whose dtype is not a floating-point type.
+        TargetNotFound: one model has a weight that the other lacks; or a glob matches no weight.
+        ShapeMismatch: a weight's shapes in the two models differ in another way than by rows for new tokens.
         Malformed: a changed weight contains a NaN or an infinity.
     """
     stage("decomposing the changes")
@@ -287,13 +290,17 @@ class _Extraction:
     method: str
     dtype: str | None
     shared: Mapping[str, Decomposition] | None = None
-    """With scope `all`, a map from the key of a weight (see `_key`) to its cut decomposition; with scope `target`,
-    None.
+    """With scope `all`, a map from the key of a weight (see `_key`) to the decomposition of its change, already cut.
+
+    None with scope `target`, or if every matrix is stored at full rank.
     """
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        """A map from the name of the base's tied head to the name of its embedding; the tuned model may store both."""
+        """A map from the name of the base's tied head to the name of the embedding whose weight the head uses.
+
+        The tuned model may store both tensors.
+        """
         return aliases(self.base)
 
     def tied(self) -> dict[str, str]:
@@ -330,9 +337,9 @@ class _Extraction:
         return names
 
     def share(self, names: Sequence[str], workers: int) -> dict[str, Decomposition]:
-        """Decompose all matrices.
+        """Return the cut decomposition of each matrix's change, by the key of the weight (see `_key`).
 
-        Keep as many of the largest singular values as the criterion requires, counted over all matrices together.
+        The criterion applies to all matrices together: the largest singular values among all matrices are kept.
         """
         every = [name for name in names if self._is_matrix(name)]
         decomposed: dict[str, Decomposition] = {}
@@ -349,8 +356,8 @@ class _Extraction:
             counts = self.criterion.counts([decomposed[key][1] for key in keys], [norms[key] for key in keys])
             kept = {key: decomposed[key][1][:count] for key, count in zip(keys, counts, strict=True)}
             least = min((float(S[-1]) for S in kept.values() if len(S)), default=0.0)
-            # If all computed singular values of a weight are kept, further values may exceed the smallest kept value:
-            # compute more.
+            # If all computed singular values of a weight are kept, the weight may have more singular values above the
+            # smallest kept value of all weights. Decompose such a weight again, with twice the rank.
             begun = {}
             for key in keys:
                 U, S, Vh = decomposed[key]
@@ -363,7 +370,7 @@ class _Extraction:
         return {key: first(decomposed[key], len(S)) for key, S in kept.items()}
 
     def _decomposed(self, name: str, criterion: Criterion) -> list[tuple[str, float, Decomposition]]:
-        """Return (key, norm, decomposition) of each weight of a tensor."""
+        """Return (key, norm, decomposition) for the change of each weight in a tensor; a stack has several weights."""
         changed = self._difference(name, exact=False)
         decomposed = []
         for e, D in enumerate([] if changed is None else _weights(*changed)):
@@ -386,9 +393,9 @@ class _Extraction:
         return (target, D) if D.any() else None
 
     def changes(self, name: str) -> Iterator[tuple[Target, Update | None, Cut]]:
-        """Yield (target, update, cut) of a tensor, or nothing if it did not change.
+        """Yield (target, update, cut) for a tensor; yield nothing if the tensor did not change.
 
-        The update is None if its rank is 0.
+        The update is None if no singular value is kept.
         """
         tuned, base = self.tuned.tensors[name], self.base.tensors[self.aliases.get(name, name)]
         if (is_embedding(name) and self.embeddings == "rows") or tuned.shape != base.shape:
@@ -397,7 +404,7 @@ class _Extraction:
             if (tuned.dtype, bytes(tuned.fetch())) != (base.dtype, bytes(base.fetch())):
                 kinds = " and ".join(dict.fromkeys(str(t.dtype) for t in (base, tuned) if not t.dtype.floating))
                 why = f"the tensor changed, but its dtype is {kinds}; only floating-point tensors can be extracted"
-                cure = "Name the targets to extract with --target (targets=)"
+                cure = "Select other targets with --target (targets=)"
                 raise Unsupported(why, path=tuned.file, where=name, cure=cure)
         elif len(tuned.shape) < 2:
             yield from self._whole(name, tuned, base)
@@ -413,7 +420,7 @@ class _Extraction:
         return Target(path, f"{stack}in out *k" if in_out else f"{stack}out *in")
 
     def _whole(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update | None, Cut]]:
-        """Yield a replacement of the whole parameter by the tuned model's tensor."""
+        """Yield an update that replaces the whole parameter with the tuned model's tensor."""
         field = "bias" if name.endswith(".bias") else "weight"
         layout = self._target(name.removesuffix("bias") + "weight", 0).layout if field == "bias" else "out *in"
         target = Target(_path(name), layout)
@@ -448,7 +455,7 @@ class _Extraction:
         yield target, lora, Cut(str(target), lora.method, min(weights[0].shape), lora.A.shape[-len(shape)], size, lost)
 
     def _directed(self, target: Target, D: Array, W: Array) -> tuple[Target, Update, Cut]:
-        """Return a DoRA: the norms of the tuned rows, and a LoRA of the change of the rows' directions."""
+        """Return a DoRA. It stores the norms of the tuned rows, and a LoRA for the change of the rows' directions."""
         import numpy as np
 
         if D.ndim > 2:
@@ -464,8 +471,8 @@ class _Extraction:
         kind = result_type([], self.dtype)
         B, A = (rounded_lazy(factor, kind) for factor in balanced(U, S, Vh))
         update = DoRA(A=A, B=B, magnitude=rounded_lazy(after, kind))  # type: ignore[arg-type]
-        # Compute the error with DoRA's formula and the stored values, because DoRA divides by the norms of rows, which
-        # the cut and the rounding change.
+        # Compute the error with DoRA's formula and the stored values: DoRA divides each row by its norm, and the cut
+        # and the rounding change these norms.
         V = W + load(B) @ load(A)
         sizes = np.sqrt((V * V).sum(1))
         rows_directed = V * (load(update.magnitude) / np.where(sizes > 0, sizes, 1.0))[:, None]
@@ -525,7 +532,6 @@ class _Extraction:
 
 
 def _key(name: str, expert: int) -> str:
-    """Return a key for a weight: the tensor's name and the expert's number."""
     return f"{name}\n{expert}"
 
 
@@ -535,7 +541,7 @@ def _weights(target: Target, D: Array) -> list[Array]:
 
 
 def _renamed(tuned: Checkpoint, base: Checkpoint, rename: str | Sequence[str]) -> Checkpoint:
-    """Return the tuned model with its tensors under the base's names.
+    """Return the tuned model, with its tensors renamed to the base's names.
 
     Raises:
         TargetNotFound: a name is ambiguous, or a rule matches no name.
@@ -568,7 +574,7 @@ def _renamed(tuned: Checkpoint, base: Checkpoint, rename: str | Sequence[str]) -
 
 
 def _path(name: str) -> str:
-    """Return the target path of a tensor: the module's path, or the whole name if it is no `weight` or `bias`."""
+    """Return the target path of a tensor: its name without `.weight` or `.bias`, or else the whole name."""
     return name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name
 
 
@@ -579,7 +585,7 @@ def _exact_type(pairs: list[tuple[Array, Array]]) -> DType:
 
 
 def _carried(tuned: Checkpoint) -> dict[str, dict[str, str]]:
-    """Return the metadata in the headers of the tuned model's files as an argument of a lineage step.
+    """Return a lineage argument with the metadata from the headers of the tuned model's files.
 
     The result is empty if the headers contain no metadata.
     """

@@ -1,7 +1,7 @@
 """Convert updates to changes of weights, and computed changes to updates.
 
-A change consists of low-rank factors if the method has them; otherwise, it is a dense array. All arithmetic on adapters
-uses these changes, which are float64 numpy arrays.
+A change consists of low-rank factors if the update's method has such factors; otherwise, the change is a dense array.
+All arithmetic on adapters uses these changes, which are float64 numpy arrays.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Delta:
     """A change of one weight, `D = B @ A + rest`, in float64.
 
     Attributes:
-        B: `[out, r]`. Each update with low-rank factors adds to r at most the length of the weight's smaller side.
+        B: `[out, r]`. Each update with low-rank factors increases r by its rank, but by no more than min(out, in * k).
         A: `[r, in * k]`.
         rest: `[out, in * k]`, or None if D = B @ A.
     """
@@ -67,7 +67,7 @@ class Delta:
 
     def dense(self) -> Array:
         """Return D `[out, in * k]`. Callers must not modify D, because D may be the array `rest` itself."""
-        # Skip the product if its inner size is 0: filling it with zeros took a twentieth of the time of `knots_ties`.
+        # Skip a product of inner size 0: filling the array with zeros took a twentieth of the time of `knots_ties`.
         if self.rest is not None and not self.rank:
             return self.rest
         product: Array = self.B @ self.A
@@ -81,7 +81,7 @@ class Delta:
 class Change:
     """The change that one adapter makes to one target: the sum of additive updates, multiplied by `weight`.
 
-    The methods read the tensors when they are called.
+    `deltas` and `bias` read the tensors again in each call.
 
     Attributes:
         target: the target.
@@ -109,7 +109,7 @@ class Change:
         return int(self.updates[0].dims(True)["e"]) if self.target.stacked else None  # type: ignore[arg-type]
 
     def deltas(self) -> Iterator[Delta]:
-        """Yield the change of the weight, or of each stacked expert in order.
+        """Yield the change of the weight; for stacked experts, yield one change per expert, in order.
 
         Raises:
             Malformed: a tensor contains a NaN or an infinity.
@@ -128,7 +128,7 @@ class Change:
     def _bias_of(self, update: Additive) -> Array:
         """Return one update's change of the bias.
 
-        Loop over stacked experts, because formulas accept a single weight.
+        For stacked experts, the formula runs once per expert, because a formula accepts only a single weight.
         """
         import numpy as np
 
@@ -162,10 +162,11 @@ def _delta(update: Additive, shape: Shape, weight: float) -> Delta:
     cure = "The file is damaged, or the adapter does not belong to this base"
     try:
         return _formed(update, shape, weight)
-    except IndexError as error:  # The file's positions were not checked before.
+    except IndexError as error:  # No earlier code checks the positions that the file contains.
         raise Malformed(f"{update.method}: a position is outside the weight ({error})", cure=cure) from None
-    except ValueError as error:  # The update does not record its weight's shape.
-        raise ShapeMismatch(f"{update.method}: not made for a weight of {list(shape)} ({error})", cure=cure) from None
+    except ValueError as error:  # The update does not record its weight's shape, so a mismatch is noticed only here.
+        why = f"{update.method}: the update does not fit a weight of shape {list(shape)} ({error})"
+        raise ShapeMismatch(why, cure=cure) from None
 
 
 def _formed(update: Additive, shape: Shape, weight: float) -> Delta:
@@ -203,7 +204,7 @@ def _sum(deltas: list[Delta]) -> Delta:
 
 
 def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]]:
-    """Bind an adapter to the base; return it in the base's names and layouts, with the site of each target.
+    """Return the adapter with the base's names and layouts, and the site in the base of each of its targets.
 
     Raises:
         TargetNotFound, ShapeMismatch: see `Adapter.bind`.
@@ -219,7 +220,7 @@ def additive(adapter: Adapter, base: Base | None, doing: str) -> Adapter:
     Args:
         adapter: the adapter, bound to the base if there is one.
         base: the base with the weight W.
-        doing: a participle for messages, such as `"added"`.
+        doing: the operation for messages, as a participle such as `"added"`.
 
     Raises:
         NotMergeable: a method does not change weights.
@@ -259,7 +260,7 @@ class Weights:
 
 
 def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
-    """Check that an update changes weights. If there is no base, also check that its formula needs no weight."""
+    """Check that an update changes weights. Without a base, also check that its formula does not use the weight."""
     where = f"{target}: {update.method}"
     if update.kind not in ("additive", "weight"):
         why = f"{update.method} changes {update.acts_on}, not weights, so it cannot be {doing}"
@@ -270,7 +271,7 @@ def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
 
 
 def _at_base(site: Site, base: Checkpoint) -> tuple[Update, ...]:
-    """Replace all updates up to the last non-additive update with one dense difference, computed when it is read."""
+    """Replace all updates up to the last non-additive one with one dense update, which is computed when it is read."""
     last = max((i + 1 for i, update in enumerate(site.updates) if not isinstance(update, Additive)), default=0)
     needing, rest = site.updates[:last], site.updates[last:]
     if not needing:
@@ -281,15 +282,14 @@ def _at_base(site: Site, base: Checkpoint) -> tuple[Update, ...]:
         if stored is not None and changing:
             W = _tensor(base, stored)
             shape = _seen(W.shape, site.target, bias)
-            # float32 is precise enough for differences of 16-bit and 32-bit weights; for a base in float64, use
-            # float64.
+            # float32 is precise enough for differences of 16-bit and 32-bit weights. Only a float64 base needs float64.
             wide = DTYPES["F64" if W.dtype.name == "F64" else "F32"]
             fields[name] = computed(shape, wide, _difference(site, needing, base, stored, bias))
     return (Dense(**fields), *rest)  # type: ignore[arg-type]
 
 
 def _seen(shape: Shape, target: Target, bias: bool) -> Shape:
-    """Return a stored tensor's shape with the axes of `view`."""
+    """Return the shape that `view` gives to a stored tensor of shape `shape`."""
     axis = len(shape) - 1 if bias else int(target.stacked)
     seen = shape if bias else viewed(shape, target)
     assert seen is not None
@@ -316,9 +316,9 @@ def _difference(
 
 
 def _settled(updates: list[Update], site: Site, base: Checkpoint) -> list[Update]:
-    """Compute the changes of the bias that depend on the weight.
+    """Return the updates, with each change of the bias that depends on the weight replaced by its computed value.
 
-    Each update's formula gets the weight that the earlier updates have changed.
+    Each update's formula gets the weight as the earlier updates have changed it.
     """
     import numpy as np
 
@@ -357,7 +357,7 @@ def low_rank(
 ) -> LoRA:  # fmt: skip
     """Build a LoRA from B `[out, r]` and A `[r, in * k]`.
 
-    Experts' pairs are padded with zeros to one rank and stacked.
+    For stacked experts, all pairs are padded with zeros to the largest rank, and then stacked.
 
     Args:
         target: the target of the LoRA.
@@ -386,9 +386,9 @@ def dense(
     dtype: DType,
     hold: Hold = rounded_lazy,
 ) -> Dense:
-    """Build a dense update from the differences of the weights, `[out, in * k]` each, and the difference of the bias.
+    """Build a dense update from the change of each weight, `[out, in * k]`, and the change of the bias.
 
-    A difference of None means no change.
+    None means that the weights or the bias do not change.
     """
     import numpy as np
 
@@ -405,7 +405,7 @@ def balanced(U: Array, S: Array, Vh: Array) -> tuple[Array, Array]:
 
 
 def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
-    """Return the dtype of computed results: `dtype` if given, else float64 if any tensor has it, else float32.
+    """Return the dtype of computed results: `dtype` if given, else float64 if any tensor is float64, else float32.
 
     Raises:
         Unsupported: `dtype` is not the name of a floating type.
@@ -425,9 +425,9 @@ def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
 def of_several(
     adapters: Sequence[Adapter], updates: Mapping[Target, tuple[Update, ...]], op: str, **args: object
 ) -> Adapter:
-    """Return an adapter whose lineage is a step `op` that contains the lineages of `adapters`.
+    """Return an adapter with these updates. Its lineage is one step, `op`, which contains the lineages of `adapters`.
 
-    The result names a base if all adapters name the same base.
+    The new adapter names a base if all adapters name the same base.
     """
     bases = [adapter.base for adapter in adapters]
     base = bases[0] if all(other == bases[0] for other in bases) else None
@@ -437,7 +437,7 @@ def of_several(
     if carried:
         args |= {METADATA: carried}
     families = {family for adapter in adapters for family in model_types_of(adapter)}
-    # Record a family only if all adapters agree, because a result cannot belong to two families.
+    # Record the family of models only if all adapters agree, because an adapter cannot belong to two families.
     if len(families) == 1:
         args |= {MODEL_TYPE: families.pop()}
     step = Step(op, {**args, "of": [{"base": b, "recipe": r} for b, r in zip(named, lineages, strict=True)]})
@@ -456,7 +456,7 @@ def _filled(array: Array, rank: int, axis: int) -> Array:
 
 
 def unread(leaf: Leaf) -> Lazy:
-    """Return a placeholder with the tensor's shape and dtype. Reading the placeholder fails."""
+    """Return a placeholder with the tensor's shape and dtype. Reading the placeholder raises `NotComputed`."""
     known = as_lazy(leaf)
     return unknown(known.shape, known.dtype)
 
@@ -489,7 +489,7 @@ def check_writable(outline: Adapter, write: Callable[[Adapter], object], what: s
     """
     try:
         write(outline)
-    # The writer has accepted the outline, because it checks all updates before it reads the first tensor.
+    # A writer checks all updates before it reads the first tensor. So this error shows that the format can store all.
     except NotComputed:
         return
     except Unrepresentable as error:

@@ -19,20 +19,22 @@ if TYPE_CHECKING:
 
 
 TALL = 4
-"""Matrices with at least this many rows per column are orthonormalized with their Gram matrix instead of QR."""
+"""A matrix with at least this many rows per column is orthonormalized with its Gram matrix instead of QR."""
 
 INDEPENDENT = 1e-11
-"""The largest allowed difference between the Gram matrix of the second round and the identity.
+"""The largest difference between Q^T Q and the identity after the first round in `orthonormal`.
 
-This limit allows condition numbers up to 200.
+If the difference is larger, QR is used. This limit allows condition numbers up to 200.
 """
 
 CONDITION = 1e3
-"""The largest condition number (in the Frobenius norm) for which one Cholesky decomposition computes R to within 1e-11.
+"""The largest condition number, in the Frobenius norm, for which `triangle` uses a single Cholesky decomposition.
+
+Up to this number, the computed R is accurate to within 1e-11.
 """
 
 TINY_SQUARE = 1e-200
-"""Squared column norms between this number and its inverse neither overflow nor lose digits in a Gram matrix."""
+"""Columns with squared norms between this number and its inverse neither overflow nor lose digits in a Gram matrix."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +62,7 @@ def core(deltas: Sequence[Delta]) -> Core:
 
 
 def _between(deltas: Sequence[Delta], R_B: Array, R_A: Array) -> tuple[Array, ...]:
-    """Return the core of each change from the triangles R_B and R_A of the concatenated factors."""
+    """Return the core of each change. R_B and R_A are R of the QR decompositions of the concatenated B and A^T."""
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
@@ -69,7 +71,7 @@ def _between(deltas: Sequence[Delta], R_B: Array, R_A: Array) -> tuple[Array, ..
 
 
 def spans(deltas: Sequence[Delta]) -> list[slice]:
-    """Return which columns of the concatenated B (rows of the concatenated A) belong to each change."""
+    """Return the slice of each change's columns in the concatenated B, which is also its rows in the concatenated A."""
     import numpy as np
 
     ends = np.cumsum([delta.rank for delta in deltas])
@@ -77,10 +79,11 @@ def spans(deltas: Sequence[Delta]) -> list[slice]:
 
 
 def images(deltas: Sequence[Delta], R: Array) -> Array:
-    """Return the changes side by side, `[p, sum of ranks]`, each multiplied by an orthonormal basis of its row space.
+    """Return a small matrix `[p, sum of ranks]` with the left singular vectors of the changes side by side.
 
-    R is the triangle of the QR decomposition of the concatenated B. The left singular vectors of the result are those
-    of [D_1 .. D_T], in the coordinates of R.
+    Let Q R be the QR decomposition of the concatenated B. The result contains Q^T D_t V_t for each change D_t, where
+    V_t is an orthonormal basis of the row space of D_t. If u is a left singular vector of the result, Q u is a left
+    singular vector of [D_1 .. D_T].
     """
     import numpy as np
 
@@ -92,7 +95,7 @@ def images(deltas: Sequence[Delta], R: Array) -> Array:
 
 
 def cores(deltas: Sequence[Delta]) -> tuple[Array, ...]:
-    """Return the cores, `[p, q]` each, without bases; cores suffice to compute norms, angles and singular values."""
+    """Return only the cores, `[p, q]` each. Norms, angles and singular values can be computed without the bases."""
     import numpy as np
 
     if any(delta.rest is not None for delta in deltas):
@@ -125,7 +128,7 @@ def orthonormal(X: Array) -> tuple[Array, Array]:
 
 
 def triangle(X: Array) -> Array:
-    """Return R of the QR decomposition without computing Q."""
+    """Return R of the QR decomposition of X. Q is computed only if X is not tall, or is ill-conditioned."""
     import numpy as np
 
     decomposition = _cholesky(X)
@@ -152,7 +155,7 @@ def _cholesky(X: Array) -> tuple[Array, Array] | None:
     squares = G.diagonal()
     if not TINY_SQUARE < squares.min() <= squares.max() < 1 / TINY_SQUARE:
         return None
-    # Scale columns to norm 1, because the factors of several adapters may differ much in magnitude.
+    # Scale all columns to norm 1, because the columns may belong to adapters with very different magnitudes.
     sizes = np.sqrt(squares)
     try:
         return np.linalg.cholesky(G / sizes / sizes[:, None]), sizes
@@ -168,7 +171,10 @@ def _plain_qr(X: Array) -> tuple[Array, Array]:
 
 
 def whole_core(deltas: Sequence[Delta]) -> Core:
-    """Return the `Core` of changes that may be dense. If one is dense, the bases are identities."""
+    """Return the `Core` of changes that may be dense.
+
+    If a change is dense, the bases are identity matrices, and the cores are the changes themselves.
+    """
     import numpy as np
 
     if all(delta.rest is None for delta in deltas):
@@ -178,14 +184,14 @@ def whole_core(deltas: Sequence[Delta]) -> Core:
 
 
 def _finite(arrays_given: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Check that cores are finite, because decompositions do not converge otherwise; return the cores.
+    """Return the arrays, after a check that all are finite. Decompositions would not converge otherwise.
 
     Raises:
         Malformed: the factors are so large that their product overflows.
     """
     import numpy as np
 
-    # Check the squares, because callers compute squared norms.
+    # Check the sum of squares, because callers compute squared norms, which overflow before the elements do.
     with np.errstate(over="ignore", invalid="ignore"):
         if all(math.isfinite((one * one).sum()) for one in arrays_given):
             return arrays_given
@@ -205,12 +211,15 @@ def svd(delta: Delta) -> tuple[Array, Array, Array]:
 
 
 def norm(delta: Delta) -> float:
-    """Return the Frobenius norm."""
+    """Return the Frobenius norm of a change."""
     return _size(delta.dense()) if delta.rest is not None else _size(cores([delta])[0])
 
 
 def distance(one: Delta, other: Delta) -> float:
-    """Return the Frobenius norm of the difference of two changes, exact to rounding even if they are nearly equal."""
+    """Return the Frobenius norm of the difference of two changes.
+
+    The result is exact to rounding even if the changes are nearly equal.
+    """
     if one.rest is not None or other.rest is not None:
         return _size(one.dense() - other.dense())
     first, second = cores([one, other])

@@ -1,7 +1,8 @@
-"""Check the weights and parameters of a combination, resolve their values per target, and translate other tools' names.
+"""Check the weights and parameters of a combination, and look up their values at each target.
 
-A parameter may be a value, or a list that is interpolated from the first layer to the last. It may also be a mapping
-from globs of target paths to values or lists; the first glob that matches a target is used.
+A weight or parameter may be a value, or a list that is interpolated from the first layer to the last. It may also be a
+mapping from globs for target paths to values or lists; the first glob that matches a target is used. This module also
+translates the method names of PEFT and mergekit.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ class Depths:
         """
         layer = self.layers[str(target)]
         if layer is None:
-            why = "a list over the layers does not apply to a target outside numbered layers"
-            raise UsageError(why, where=str(target), cure="Give a mapping of globs, with a number for such targets")
+            why = "the value is a list over the layers, but this target is not in a numbered layer"
+            cure = 'Give a mapping with a number for such targets, such as {"*.layers.*": [0, 1], "*": 1}'
+            raise UsageError(why, where=str(target), cure=cure)
         return layer / self.last if self.last else 0.0
 
 
@@ -69,20 +71,20 @@ def at_target(setting: Setting, target: Target, depths: Depths, otherwise: Value
 
 
 def plain(setting: Setting, where: str) -> Setting:
-    """Check a setting's type and return it as plain data.
+    """Return a setting as plain data: None, booleans, numbers, text, lists and dicts.
 
     Raises:
-        UsageError: the type is not one that a `Setting` may have.
+        UsageError: the setting contains another type, or an empty list or mapping.
     """
     if isinstance(setting, Mapping):
         if not setting or not all(isinstance(glob, str) for glob in setting):
-            raise UsageError("a mapping must have globs as keys", where=where, cure='Such as {"*.mlp.*": 0.5, "*": 1}')
+            raise UsageError("a mapping must have globs as keys", where=where, cure='For example: {"*.mlp.*": 1}')
         return {glob: plain(value, where) for glob, value in setting.items()}
     if isinstance(setting, (list, tuple)):
         numbers = [value for value in setting if isinstance(value, (int, float)) and not isinstance(value, bool)]
         if not setting or len(numbers) < len(setting):
             raise UsageError(
-                "a list must contain numbers, from the first layer to the last", where=where, cure="Such as [0, 1]"
+                "a list must contain only numbers, from the first layer to the last", where=where, cure="Such as [0, 1]"
             )
         return [float(value) for value in setting]
     if setting is not None and not isinstance(setting, (bool, int, float, str)):
@@ -93,7 +95,7 @@ def plain(setting: Setting, where: str) -> Setting:
 
 
 def check_globs(setting: Setting, targets: Sequence[Target], where: str) -> None:
-    """Refuse a glob that no target matches."""
+    """Raise an error if the setting is a mapping with a glob that matches no target."""
     if not isinstance(setting, Mapping):
         return
     for glob in setting:
@@ -162,7 +164,7 @@ PEERS: Mapping[str, Known] = {"mergekit": MERGEKIT, "peft": PEFT}
 
 
 def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[str, Setting]]:
-    """Return the combiner's name and the parameters for the name of a method.
+    """Translate a method's name to (name of the combiner, parameters that the method's name implies).
 
     Args:
         name: the method's name in the peer library (`compat`), a name in `COMBINERS`, or a joined name such as
@@ -177,7 +179,6 @@ def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[s
     from .combiners import COMBINERS
 
     if compat is not None:
-        # With a single adapter, PEFT uses `linear` and ignores the combination type.
         return _of_peer("linear" if compat == "peft" and count == 1 and name in PEFT else name, compat)
     plug, _, rest = name.partition("_")
     if name not in COMBINERS and plug in COMBINERS and rest in COMBINERS and COMBINERS[plug].plug:
@@ -200,14 +201,14 @@ def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Setting]]:
 
 
 def peft_result(name: str, adapters: Sequence[Adapter], rank: int | None) -> tuple[int | None, float]:
-    """Return the rank to which PEFT cuts a combination, and the factor by which it multiplies the result.
+    """Return the rank to which PEFT cuts a combination, and the factor by which PEFT multiplies the result.
 
     `add_weighted_adapter` copies the first adapter's config and sets alpha to the rank, to get a scaling of 1. But if
     the first adapter's config has `use_rslora`, the scaling is alpha / sqrt(rank). In this case, PEFT's result is
     sqrt(rank) times the intended result (PEFT 0.21.2). adapterkit applies the same factor, to reproduce PEFT's result.
 
     Args:
-        name: the combination type.
+        name: PEFT's `combination_type`.
         adapters: the adapters, in order.
         rank: the requested rank, or None.
 
@@ -243,8 +244,8 @@ class CombineParameters:
     """The checked weights and parameters of one combination.
 
     Attributes:
-        weights: the weight of each adapter, as a setting.
-        each: parameters that apply to one adapter only, one mapping per adapter.
+        weights: the weight of each adapter, as a `Setting`.
+        each: for each adapter, a mapping with the parameters that apply to this adapter only.
         targets: all targets of the combination.
         varies: whether a parameter may differ between targets.
     """
@@ -268,7 +269,6 @@ class CombineParameters:
         self.varies = any(isinstance(value, (Mapping, list)) for value in settings)
 
     def _check_each(self, each: Sequence[Mapping[str, Setting]], count: int) -> list[dict[str, Setting]]:
-        """Check the parameters that apply to one adapter only."""
         if each and len(each) != count:
             raise UsageError(
                 f"the list has parameters of {len(each)} adapters, but there are {count} adapters",
@@ -277,7 +277,7 @@ class CombineParameters:
             )
         if not all(isinstance(given, Mapping) for given in each):
             raise UsageError(
-                "the parameters of an adapter must be a mapping", where="each", cure='Such as {"density": 0.5}'
+                "the parameters of an adapter must be a mapping", where="each", cure='For example: {"density": 0.5}'
             )
         cls = COMBINERS[self.name]
         if cls.plug is not None:
@@ -338,7 +338,7 @@ def _each_checked(cls: type[Combiner], key: str, value: Setting) -> Setting:
 
 
 def one_of(value: Setting, key: str) -> Value:
-    """Return some value of a setting, to check the combiner's parameters before the targets are known."""
+    """Return the first value in a setting. Callers use it to check parameters before the targets are known."""
     value = plain(value, key)
     while isinstance(value, (Mapping, list)):
         value = next(iter(value.values())) if isinstance(value, Mapping) else value[0]

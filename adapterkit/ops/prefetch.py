@@ -1,9 +1,9 @@
-"""Compute results in advance on a pool of threads, and limit the BLAS library to one thread meanwhile.
+"""Compute results in advance on a pool of threads, and limit the BLAS library to one thread.
 
-For each product, a BLAS library starts one thread per processor. For low-rank factors, this gains nothing. TSV on 224
-targets of 4096 x 4096 takes 33 s with one BLAS thread, and 37 s with two. With two threads, and another program on one
-of the cores, it takes over 240 s, because BLAS threads spin while they wait for each other. So a pool computes several
-targets in parallel, each with one BLAS thread.
+For each product, a BLAS library starts one thread per processor. Products of low-rank factors do not get faster by
+this: TSV on 224 targets of 4096 x 4096 takes 33 s with one BLAS thread, and 37 s with two. With two threads, and
+another program on one of the cores, TSV takes over 240 s, because BLAS threads spin while they wait for each other. So
+a pool computes several targets in parallel, each with one BLAS thread.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def ahead(
     Worker threads compute the results in advance.
 
     Args:
-        work: a function that computes the result of an item. Its errors are raised when the iterator reaches the
-            result.
+        work: a function that computes the result of an item. If the function raises an error, the iterator raises the
+            error at this item.
         items: the items.
-        workers: the number of threads, and the largest number of finished results that wait to be taken.
+        workers: the number of threads. This is also the largest number of results that are computed in advance.
         cost: a function that returns the number of bytes that the computation of an item needs. The sum over running
             items is at most `MEMORY`; an item that needs more runs alone.
     """
@@ -74,7 +74,7 @@ def most_workers() -> int:
 
 
 class _Budget:
-    """A number of bytes that threads share. A thread that needs bytes waits until enough are free."""
+    """A memory budget that threads share. A thread that needs memory waits until enough bytes are free."""
 
     def __init__(self, total: int) -> None:
         self.total, self.used, self.changed = total, 0, Condition()
@@ -96,14 +96,14 @@ class _Budget:
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Limit the BLAS library of the whole process to one thread, inside a `with` block."""
-    # Import numpy first, because threadpoolctl limits only libraries that are already loaded. When numpy was first
-    # imported inside the block, `diff` of 126 small targets took 16 s of processor time instead of 1.3 s.
+    # Import numpy first, because threadpoolctl limits only libraries that are already loaded. When numpy was imported
+    # for the first time inside the block, `diff` of 126 small targets took 16 s of processor time instead of 1.3 s.
     import numpy as np  # noqa: F401
     from threadpoolctl import threadpool_limits
 
-    # threadpoolctl sets the thread limit of the whole process, and restores the previous limit at the end. If blocks
-    # overlap, the second block would save 1 as the previous limit, and might restore it last. So only the first block
-    # sets the limit, and the last block that ends restores the previous limit.
+    # threadpoolctl sets the thread limit of the whole process, and restores the previous limit at the end. If two
+    # threads are inside such blocks, the second block would save 1 as the previous limit. If this block ended last, the
+    # limit would stay 1. So only the first block sets the limit, and the block that ends last restores it.
     with _LOCK:
         if not _LIMIT:
             _LIMIT.append(threadpool_limits(1, "blas"))

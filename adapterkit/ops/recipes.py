@@ -37,33 +37,35 @@ SPELLINGS = {
     "tol": "tolerance",
     "normalize_weights": "normalize",
 }
-"""A map from mergekit's names of parameters to ours, for names that differ."""
+"""A map from mergekit's parameter names to adapterkit's names, for parameters whose names differ."""
 
 FLAGS: Mapping[str, tuple[str, str, str]] = {
     "normalize": ("denominator", "weights", "none"),
     "rescale": ("rescale", "norm", "none"),
 }
-"""A map from mergekit's switches to (our parameter, its value for true, its value for false)."""
+"""A map from mergekit's switches to (adapterkit's parameter, its value for true, its value for false)."""
 
 _TASK_ARITHMETIC = frozenset({
     "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
 })  # fmt: skip
 DIFFERENCES = _TASK_ARITHMETIC | {"sce", "model_stock", "arcee_fusion", "nearswap"}
-"""mergekit's methods that combine differences from the base; with these, listing the base as a model changes nothing.
+"""mergekit's methods that combine differences from the base.
+
+If a recipe for such a method also lists the base as a model, the result is the same as without this model.
 """
 
 READERS = {"normalize": _TASK_ARITHMETIC | {"linear"}, "rescale": _TASK_ARITHMETIC}
-"""A map from mergekit's switches to the methods that use them; other methods ignore the switches (mergekit 0.1.5)."""
+"""A map from each of mergekit's switches to the methods that use the switch; other methods ignore it (mergekit 0.1.5).
+"""
 
 ARGUMENTS = frozenset({
     "adapters", "method", "weights", "base", "dtype", "seed", "compat", "data", "each", "disjoint", "rename",
     "strict_base", "workers", "report", "before", "progress",
 })  # fmt: skip
-"""Arguments of `combine` that are not parameters of a method. Recipes have other keys, or no keys, for these arguments.
-"""
+"""Arguments of `combine` that are not parameters of a method. A recipe with one of them in `parameters` is refused."""
 
 HARMLESS = {"int8_mask": (True, False), "filter_wise": (False,)}
-"""A map from mergekit's parameters to values that are accepted because they have no effect on the result."""
+"""A map from mergekit's parameters to the values that are ignored, because these values do not affect the result."""
 
 TOP = (
     "merge_method", "models", "adapters", "parameters", "base_model", "dtype", "out_dtype", "compat", "seed", "rank",
@@ -77,12 +79,12 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "tasks": ("searching for a recipe", "Write the recipe itself: merge_method, models, parameters"),
     "experts": ("building a mixture of experts from models", "Use mergekit-moe; adapterkit cannot build one"),
     "gate_mode": ("building a mixture of experts from models", "Use mergekit-moe; adapterkit cannot build one"),
-    "models_to_slice": ("an old form of slices", "Write slices, or models"),
+    "models_to_slice": ("an old form of slices", "Use slices or models instead"),
 }  # fmt: skip
-"""For each key that only mergekit's other kinds of files contain: (the purpose of these files, what to do instead)."""
+"""A map from keys that only other kinds of mergekit's files contain to (the purpose of such a file, the cure)."""
 
 WORDS = ("merge_method", "base_model", "dtype", "out_dtype", "compat")
-"""Keys whose value must be text. The type is checked, because YAML reads `on` and `1e3` as other types."""
+"""Keys whose value must be text. The type is checked, because YAML reads `on` as a boolean and `16` as a number."""
 
 MODEL = ("model", "adapter", "parameters")
 SLICE = ("sources", "parameters", "base_model")
@@ -96,10 +98,10 @@ class Recipe:
     Attributes:
         adapters: the paths of the adapters.
         options: keyword arguments of `combine`.
-        places: for each adapter, the key in the file that names it.
+        places: for each adapter, the path of keys to its entry in the file, such as `models[0]`.
         tokenizer: the value of `tokenizer_source` or `tokenizer`; only merges use it, because adapters have no
             tokenizer.
-        notes: a sentence for each part of the file that is not used.
+        notes: for each part of the file that is not used, a sentence that says so.
         layers: the number of layers that the file's slices cover; None without slices.
     """
 
@@ -111,7 +113,7 @@ class Recipe:
     layers: int | None = None
 
     def check_layers(self, targets: Iterable[Target]) -> None:
-        """Check that slices do not omit layers of the adapters.
+        """Check that the slices, if there are any, cover all layers that the adapters change.
 
         Raises:
             UsageError: a target is in a layer after the last slice.
@@ -121,8 +123,8 @@ class Recipe:
         for target in targets if self.layers is not None else ():
             layer = _layer(target)
             if layer is not None and self.layers is not None and layer >= self.layers:
-                why = f"the slices end at layer {self.layers}, but {target} is in a later layer"
-                cure = f"Write layer_range up to the last layer, at least [0, {layer + 1}], or models instead of slices"
+                why = f"the slices cover only layers 0 to {self.layers - 1}, but {target} is in layer {layer}"
+                cure = f"Let the slices cover all layers, at least [0, {layer + 1}], or list models instead of slices"
                 raise UsageError(why, where="slices", cure=cure)
 
 
@@ -132,7 +134,7 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
 
     Raises:
         Malformed: the file is not YAML, or not a recipe.
-        UsageError: a key, method or parameter is unknown.
+        UsageError: the file cannot be read; or a key, method or parameter is unknown or not supported.
     """
     from ..io.inputs import read_input
     from ..io.strict_yaml import MAX_BYTES, load_yaml
@@ -145,11 +147,11 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
 
 
 def recipe(content: object, path: Path | None = None) -> Recipe:
-    """Return a recipe from plain data; see `read_recipe`."""
+    """Return a recipe from the content of its YAML file, as plain data; see `read_recipe`."""
     if isinstance(content, Mapping):
         for key, (what, cure) in REFUSED.items():
             if key in content:
-                raise UsageError(f"{key} is for {what}", where=key, path=path, cure=cure)
+                raise UsageError(f"the key {key} is for {what}", where=key, path=path, cure=cure)
     top = _mapping(content, "recipe", TOP, path)
     for name in WORDS:
         if not isinstance(top.get(name), str | None):
@@ -157,9 +159,10 @@ def recipe(content: object, path: Path | None = None) -> Recipe:
             raise Malformed(why, where=name, path=path, cure="See adapterkit combine --help")
     models, ranges = _models(top, path)
     if "merge_method" not in top or not models:
-        raise Malformed("needs merge_method and a list of models", path=path, cure="See adapterkit combine --help")
+        why = "a recipe needs merge_method and a list of models"
+        raise Malformed(why, path=path, cure="See adapterkit combine --help")
     switches = _switches(top["merge_method"], top.get("compat"))
-    if top["merge_method"] == "slerp":  # base_model names the first of the two models.
+    if top["merge_method"] == "slerp":  # For slerp, base_model names the model that comes first.
         models = sorted(models, key=lambda each: each.name != top.get("base_model"))
     base, names, notes = _named_base(top, models, path)
     kept = [each for each, name in zip(models, names, strict=True) if name is not None]
@@ -175,7 +178,7 @@ def recipe(content: object, path: Path | None = None) -> Recipe:
     options |= {name: top[name] for name in ("compat", "seed", "rank", "disjoint") if top.get(name) is not None}
     tokenizer = _tokenizer(top, path)
     if "chat_template" in top and top["chat_template"] not in (None, "auto"):
-        notes.append("chat_template is not used: adapters have none; after a merge, edit chat_template.jinja")
+        notes.append("chat_template is not used: adapters have no template; after a merge, edit chat_template.jinja")
     adapters = tuple(name for name in names if name is not None)
     places = tuple(each.place for each in kept)
     return Recipe(adapters, options, places, tokenizer, tuple(notes), ranges[-1][1] if ranges else None)
@@ -183,7 +186,7 @@ def recipe(content: object, path: Path | None = None) -> Recipe:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """An entry in the list of models: its key in the file, the model's name, and the parameters in each slice."""
+    """An entry in the list of models: its place in the file, the model's name, and the parameters in each slice."""
 
     place: str
     name: str
@@ -209,10 +212,13 @@ def _models(top: Mapping[str, object], path: Path | None) -> tuple[list[_Model],
 
 
 def _sliced(content: object, path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
-    """Return the models and layer ranges of slices. Each slice must have all models; ranges must be in sequence.
+    """Return the models, and the layer range of each slice.
+
+    All slices must list the same models, and their ranges must follow one another from layer 0.
 
     Raises:
-        UsageError: a slice moves layers, so the result would not fit an adapter's base.
+        UsageError: a slice lists other models than the first slice; or a slice moves layers, so the result would not
+            fit an adapter's base.
     """
     if not isinstance(content, list) or not content:
         raise Malformed("a list was expected", where="slices", path=path, cure="See adapterkit combine --help")
@@ -253,12 +259,13 @@ def _span(source: Mapping[str, object], where: str, path: Path | None) -> tuple[
     span = source.get("layer_range")
     whole = isinstance(span, list) and len(span) == 2 and all(type(each) is int for each in span)
     if not whole or not 0 <= span[0] < span[1]:  # type: ignore[index]
-        raise Malformed("two numbers were expected", where=where, path=path, cure="Write both, such as [0, 32]")
+        why = "a range of layers must be two whole numbers: the first layer, and the layer after the last"
+        raise Malformed(why, where=where, path=path, cure="Write a range such as [0, 32]")
     return span[0], span[1]  # type: ignore[index]
 
 
 def _refuse_moved(where: str, span: tuple[int, int], start: int, path: Path | None) -> None:
-    why = f"layers {span[0]} to {span[1] - 1} would move to {start}, but an adapter fits only the base's layer order"
+    why = f"layer {span[0]} would become layer {start}, but an adapter fits only the base's order of layers"
     cure = (
         "Give all sources of a slice the same range, and let the ranges follow one another from layer 0; or stack the "
         "layers with mergekit, and train an adapter for the result"
@@ -269,10 +276,10 @@ def _refuse_moved(where: str, span: tuple[int, int], start: int, path: Path | No
 def _named_base(
     top: Mapping[str, Any], models: Sequence[_Model], path: Path | None
 ) -> tuple[str | None, list[str | None], list[str]]:
-    """Return the base, each model's adapter (None for a model that is the base), and notes.
+    """Return the base, the adapter of each model (None for a model that is the base), and notes.
 
-    An entry `base+lora` names both the base and an adapter. Some recipes of mergekit list the base as a model, although
-    the base changes nothing.
+    An entry `base+lora` names both the base and an adapter. Some recipes of mergekit also list the base as a model,
+    which does not affect the result of the methods in `DIFFERENCES`.
     """
     base_name, notes = top.get("base_model"), list[str]()
     names: list[str | None] = []
@@ -287,8 +294,8 @@ def _named_base(
     if base_name is not None and "+" in base_name and not Path(base_name).exists():
         front, _, adapter = base_name.partition("+")
         names = [None if name == adapter and adapter else name for name in names]
-        why = f"base_model combines a base and an adapter ({base_name})"
-        cure = f"Merge it first: adapterkit merge {front} {adapter} -o BASE, then write base_model: BASE"
+        why = f"base_model names an adapter together with the base ({base_name})"
+        cure = f"Merge the adapter first: adapterkit merge {front} {adapter} -o BASE, then write base_model: BASE"
         raise UsageError(why, where="base_model", path=path, cure=cure)
     others = [front for front in bases if front not in (base_name, next(iter(bases)))]
     if others or (base_name is not None and bases and base_name not in bases):
@@ -308,8 +315,12 @@ def _named_base(
         if method == "slerp":
             return None, names, notes
         if method not in DIFFERENCES:
-            cure = "Remove the base from models, and divide their weights by the sum of all weights, including the base"
-            raise UsageError(f"{method} treats the base as a model", where="base_model", path=path, cure=cure)
+            why = f"models contains the base, which {method} would combine like any other model"
+            cure = (
+                "Remove the base from models, and divide the weight of each other model by the sum of all weights, "
+                "including the base's"
+            )
+            raise UsageError(why, where="base_model", path=path, cure=cure)
         # Drop the base from the models: these methods combine differences from the base, and the base's own difference
         # is zero.
         names = [None if name == base_name else name for name in names]
@@ -321,7 +332,7 @@ def _named_base(
 
 
 def _is_based(top: Mapping[str, Any]) -> bool:
-    """Whether a method needs the weights of the base."""
+    """Whether the recipe's method needs the weights of the base."""
     from .combiners import COMBINERS
     from .parameters import resolved
 
@@ -334,7 +345,7 @@ def _parameters_by_model(
 ) -> list[dict[str, JsonValue]]:
     """Return each model's parameters.
 
-    A parameter that differs between slices becomes a mapping from globs of layers to values.
+    A parameter that differs between slices becomes a mapping with one glob per layer.
     """
     parameters_of = []
     for model in models:
@@ -348,7 +359,7 @@ def _parameters_by_model(
             values = [part.get(key) for part in parts]
             if any(isinstance(value, Mapping | list) for value in values) or None in values:
                 why = f"{key} is not a number in every slice"
-                cure = f"Give {key} a number in every slice, or one list over all layers in parameters"
+                cure = f"Give {key} a number in every slice, or one list over all layers in the recipe's parameters"
                 raise UsageError(why, where=model.parameters[0][0], path=path, cure=cure)
             mine[key] = values[0] if len(set(values)) == 1 else {
                 f"*.{layer}.*": value
@@ -409,11 +420,11 @@ def _name(model: Mapping[str, Any], where: str, path: Path | None) -> str:
 
 
 def _translated(content: object, where: str, switches: Mapping[str, bool], path: Path | None) -> dict[str, JsonValue]:
-    """Translate names of parameters to adapterkit's names."""
+    """Return the parameters with mergekit's names and switches translated to adapterkit's."""
     if content is None:
         return {}
     if not isinstance(content, Mapping):
-        raise Malformed("a mapping was expected", where=where, path=path, cure="Such as {density: 0.5}")
+        raise Malformed("a mapping was expected", where=where, path=path, cure="For example: {density: 0.5}")
     parameters_made: dict[str, Any] = {}
     for key, value in content.items():
         if key in HARMLESS:
@@ -431,7 +442,7 @@ def _translated(content: object, where: str, switches: Mapping[str, bool], path:
 
 
 def _switches(method: object, compat: str | None) -> Mapping[str, bool]:
-    """Map the method's boolean parameters to True, and the switches that the method ignores to False.
+    """Return a map from the method's boolean parameters to True, and from switches that the method ignores to False.
 
     mergekit accepts `normalize` and `rescale` for every method, although some methods ignore them.
     """
@@ -458,7 +469,7 @@ def _spelled(key: str, value: Any, switches: Mapping[str, bool]) -> tuple[str, A
 def _filtered(value: object, where: str, path: Path | None) -> Any:
     """Convert mergekit's list of `{filter, value}` to a mapping from globs to values.
 
-    A filter matches any part of a name.
+    A filter matches every name that contains it, so its glob begins and ends with `*`.
     """
     if not isinstance(value, list) or not any(isinstance(part, Mapping) for part in value):
         return value

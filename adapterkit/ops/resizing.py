@@ -34,18 +34,19 @@ if TYPE_CHECKING:
 
     Report = Callable[["Cut"], Any]
 
-PROMOTE = "Convert it to LoRA with --promote (ak.ops.promote); add --base (base=) if its change depends on the base"
+PROMOTE = "Convert the adapter to LoRA with --promote (ak.ops.promote), and --base (base=) if its method needs a base"
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The effect of a rank reduction on one target.
+    """The effect of a rank reduction or an extraction on one target.
 
     Attributes:
         target: the target.
-        method: the method of the new update; empty if the target has no update any more.
-        before: the old rank; for a change without factors, the smaller side of the weight.
-        rank: the new rank; None if the change was not cut.
+        method: the method of the new update; empty if the new update is omitted, because its rank would be 0.
+        before: the old rank; for a change without factors, the smaller side of the weight. None for whole parameters
+            and token rows.
+        rank: the new rank; None if the new update is neither a LoRA nor a DoRA.
         norm: the Frobenius norm of the old change.
         error: the Frobenius norm of the difference between the old and the new change, including the rounding of the
             new factors.
@@ -92,13 +93,13 @@ def resize(
     Args:
         adapter: an adapter or its path. Several low-rank updates of one target are joined into one.
         rank: the new rank; targets with a smaller rank keep their rank.
-        energy: the least share of each change's squared Frobenius norm to keep.
-        error: the largest relative Frobenius error.
-        frobenius: the largest Frobenius error.
+        energy: keep at least this share of each change's squared Frobenius norm.
+        error: the largest allowed Frobenius error of a change, divided by the change's norm.
+        frobenius: the largest allowed Frobenius error of a change, as an absolute value.
         sv_ratio: kohya's rule: keep singular values above the largest one divided by this number. With any of kohya's
             three rules, `rank` is an upper limit.
-        sv_cumulative: kohya's rule: the least share of the sum of singular values to keep.
-        sv_fro: kohya's rule: the least share of the Frobenius norm to keep.
+        sv_cumulative: kohya's rule: keep at least this share of the sum of the singular values.
+        sv_fro: kohya's rule: keep at least this share of the Frobenius norm.
         scope: `target`: apply the criterion to each target separately. `all`: keep the largest singular values of the
             whole adapter. In this case, `rank` is the mean rank, and targets without any kept singular value are
             dropped.
@@ -110,8 +111,8 @@ def resize(
 
     Raises:
         CheckFailed: the base differs from the base that the adapter records, and `strict_base` is set.
-        UsageError: no criterion or too many criteria are given; a value is out of range; or the rank is larger than the
-            smaller side of every weight.
+        UsageError: no criterion or too many criteria are given; a value is out of range; the rank is larger than the
+            smaller side of every weight; or no change in the adapter has low-rank factors.
     """
     stage("decomposing the updates")
     criterion = Criterion(rank, energy, error, frobenius, sv_ratio, sv_cumulative, sv_fro, scope)
@@ -135,8 +136,8 @@ def promote(
 ) -> Adapter:
     """Convert every change of a matrix, of any method, to a LoRA.
 
-    Without a criterion, the LoRA is exact to rounding. Its rank is the rank of the method's low-rank factors; for
-    methods without such factors, it is the rank of the difference.
+    Without a criterion, the LoRA is exact to rounding. Its rank is the rank of the method's low-rank factors. If the
+    method has no such factors, its rank is the rank of the change.
 
     Args:
         adapter: an adapter or its path.
@@ -174,9 +175,9 @@ class _ResizedPart:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _DecomposedWeight:
-    """The change of one weight, the kept part of its decomposition, and the norms of the change and the dropped part.
+    """The change of one weight, the kept part of its decomposition, and two norms.
 
-    `cut`, the norm of the dropped part, is None if only the kept part was computed.
+    `norm` is the norm of the change. `cut` is the norm of the dropped part, or None if only the kept part was computed.
     """
 
     delta: Delta
@@ -189,9 +190,10 @@ class _DecomposedWeight:
         return replace(self, decomposition=first(self.decomposition, count), cut=_size(self.decomposition[1][count:]))
 
     def lost(self, delta: Delta) -> float:
-        """Return the distance between the change and the stored factors.
+        """Return the Frobenius distance between the change and `delta`, the product of the stored factors.
 
-        The dropped and the kept part are orthogonal, so their squared errors add up.
+        The dropped part is orthogonal to the error of the stored factors (except for second-order terms), so the two
+        squared norms add up.
         """
         if self.cut is None:
             return distance(self.delta, delta)
@@ -211,8 +213,8 @@ def _resized(
     thin = all(
         type(update).pair is not Additive.pair for place in aligned for update in _trailing_additives(place, every)
     )
-    # Use one BLAS thread for factors: more threads are not faster, and they spin while another program uses their core.
-    # With that contention, a FLUX LoRA took 30 s of processor time. Decompose whole matrices with all threads.
+    # If all updates have factors, use one BLAS thread. More threads are not faster, and they spin while another program
+    # uses their core; a FLUX LoRA then took 30 s of processor time. For whole matrices, use all threads.
     with one_blas_thread() if thin else nullcontext():
         for place, resized in _resized_places(aligned, criterion, kind, every, cuts):
             if resized:
@@ -261,9 +263,10 @@ def _part(place: AlignedPlace, criterion: Criterion, every: bool) -> _ResizedPar
 
 
 def _trailing_additives(place: AlignedPlace, every: bool) -> list[Additive]:
-    """Return the additive updates of a matrix that follow its last non-additive update.
+    """Return the additive updates of a matrix after its last non-additive update.
 
-    Earlier updates stay unchanged, because the non-additive update may depend on them.
+    Earlier updates stay unchanged, because the non-additive update may depend on them. Unless `every` is set, only
+    updates with low-rank factors are returned.
     """
     updates = place.updates[0]
     last = max((i + 1 for i, update in enumerate(updates) if not isinstance(update, Additive)), default=0)
@@ -287,7 +290,7 @@ def _decomposed(delta: Delta, place: AlignedPlace, criterion: Criterion) -> _Dec
 
 
 def _rationed(parts: list[_ResizedPart | None], criterion: Criterion) -> list[_ResizedPart | None]:
-    """Keep the largest singular values among all targets."""
+    """Cut the parts, so that the largest singular values of the whole adapter are kept."""
     every = [weight for part in parts if part is not None for weight in part.weights]
     if not every or not criterion.record():
         return parts

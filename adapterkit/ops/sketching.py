@@ -1,17 +1,18 @@
-"""Compute the first singular values of a large matrix by a randomized sketch with an error bound, or exactly.
+"""Compute the largest singular values of a matrix and their vectors, from a randomized sketch or exactly.
 
 The sketch is subspace iteration from random vectors: Halko, Martinsson and Tropp 2011,
-https://doi.org/10.1137/090771806. A bound on the first k singular values of D shows that the error is close to the
-smallest possible error. With the basis Q, let R = D - Q Q^T D, let r be the largest squared singular value of R, and
-let s_1 .. s_k be the first singular values of Q^T D. The sum of the first k squared singular values of D is at most
-s_1^2 + .. + s_k^2, plus the smaller of two numbers:
+https://doi.org/10.1137/090771806. It gives an orthonormal basis Q. To show that the sketch's error is close to the
+smallest possible error, this module computes an upper bound for the k largest singular values of D. Let
+R = D - Q Q^T D, let r be the square of R's largest singular value, and let s_1 .. s_k be the k largest singular values
+of Q^T D. The sum of the squares of D's k largest singular values is at most s_1^2 + .. + s_k^2, plus the smaller of
+two terms:
 
 - k r (Ky Fan 1949, for D^T D = (Q^T D)^T (Q^T D) + R^T R);
-- the sum of max(r - s_i^2, 0) over i, plus the sum of the first k singular values of R D^T Q (the same theorem for
-  D D^T).
+- the sum of max(r - s_i^2, 0) over i, plus the sum of the k largest singular values of R D^T Q (the same theorem
+  for D D^T).
 
-Powers of R^T R, applied to random vectors, bound r (Dixon 1983, https://doi.org/10.1137/0720053). This bound is wrong
-with a probability of at most 1e-8.
+An upper bound for r is computed by applying powers of R^T R to random vectors (Dixon 1983,
+https://doi.org/10.1137/0720053). The probability that this bound is too small is at most 1e-8.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ SMALL = 384
 """Matrices whose smaller side is at most this number are decomposed exactly."""
 
 GUESS = 32
-"""The first rank that is tried if only an energy or an error is given."""
+"""The first rank to try if the criterion does not set `rank`."""
 
 EXCESS = 0.02
-"""The largest allowed excess of the error over the smallest possible error, relative to the smallest possible error."""
+"""A sketch is accepted if its error is at most (1 + EXCESS) times the smallest possible error for the same rank."""
 
 EXACT = 1e-6
-"""A relative error below this number counts as zero; a low-rank change with rounding noise has such an error."""
+"""An error of at most EXACT times the matrix's norm counts as zero: rounding noise alone can cause such an error."""
 
 DEPENDENT = 1e-9
-"""Eigenvalues of a Gram matrix below this fraction of the largest eigenvalue are too close to rounding noise to use.
-"""
+"""If the smallest eigenvalue of a Gram matrix is at most this fraction of the largest, it may be only rounding noise;
+`_basis` then uses QR."""
 
 TESTS = 8
 POWERS = 24
@@ -54,16 +55,16 @@ POWERS = 24
 
 
 def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
-    """Return the part of a matrix that a criterion keeps: U `[m, k]`, S `[k]`, Vh `[k, n]`.
+    """Return the singular values of a matrix that a criterion keeps, with vectors: U `[m, k]`, S `[k]`, Vh `[k, n]`.
 
     Args:
         D: `[m, n]`, float32 or float64.
-        criterion: the criterion, which is applied to this matrix alone.
+        criterion: decides how many singular values to keep. It is applied to this matrix alone.
         seed: the seed of the random vectors.
 
     Returns:
-        the decomposition. With a probability of 1 - 1e-8, its Frobenius error is at most (1 + EXCESS) times the error
-        of the best factors of the same rank.
+        the decomposition. With a probability of at least 1 - 1e-8, its Frobenius error is at most (1 + EXCESS) times
+        the error of the best approximation of the same rank, or at most EXACT times the norm of the matrix.
 
     Raises:
         Malformed: the square of the matrix's norm is too large for float64.
@@ -75,8 +76,8 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
         raise too_large()
     rank = min(criterion.rank or GUESS, small)
     random = np.random.default_rng(seed)
-    # Try a cheap sketch, then a better sketch. If neither is good enough and a rank is given, decompose D exactly. For
-    # an energy or an error, double the rank and try again, as long as a sketch is cheaper than the exact decomposition.
+    # Try a cheap sketch, then a better sketch. If neither is good enough, decompose D exactly if a rank is given.
+    # If no rank is given, double the rank and try again, as long as a sketch is cheaper than the exact decomposition.
     while small > SMALL and 3 * rank <= small and norm > 0:
         for width, rounds in ((2 * rank + 16, 2), (3 * rank + 32, 4)):
             Q, rows, decomposition = _sketch(D, min(width, small), rounds, random)
@@ -92,7 +93,9 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
 
 
 def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, float]:
-    """Return the first singular values and vectors of a matrix: exact if the matrix is small, else approximate.
+    """Return the `rank` largest singular values of a matrix and their vectors, from one sketch.
+
+    If the matrix is small, or if `rank` is more than a third of its smaller side, the decomposition is exact instead.
 
     Args:
         D: `[m, n]`, float32 or float64.
@@ -122,9 +125,9 @@ def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, 
 def streamed(
     rows: Callable[[], Iterable[tuple[slice, Array]]], shape: tuple[int, int], rank: int, seed: int
 ) -> tuple[Decomposition, float, float]:
-    """Approximate a matrix that is too large for memory; see `approximated`.
+    """Like `approximated`, but for a matrix that is too large for memory. The values always come from a sketch.
 
-    Each call of `rows` yields all blocks of the matrix. `rows` is called six times.
+    `rows` is called six times. Each call must yield all blocks of the matrix: a range of rows, and their values.
     """
     import numpy as np
 
@@ -158,7 +161,10 @@ def streamed(
 
 
 def _lost(norm: float, S: Array, measure: Callable[[], float] | None) -> float:
-    """Return the norm of the change without the kept singular values S; call `measure` if the formula is inexact."""
+    """Return the Frobenius norm of the part of a matrix that is lost if only the singular values S are kept.
+
+    If this part is so small that the formula is inexact, call `measure`, which computes the norm from the matrix.
+    """
     square = norm**2 - float((S.astype("<f8") ** 2).sum())
     if square < 1e-6 * norm**2 and measure is not None:
         return measure()
@@ -166,7 +172,7 @@ def _lost(norm: float, S: Array, measure: Callable[[], float] | None) -> float:
 
 
 def exact(D: Array) -> Decomposition:
-    """Return the full thin decomposition in float64; large matrices use the eigenvectors of the smaller Gram matrix."""
+    """Return the thin SVD in float64. If D is large, compute it from the eigenvectors of the smaller Gram matrix."""
     import numpy as np
 
     D = D.astype(np.float64, copy=False)
@@ -183,8 +189,8 @@ def _by_gram(D: Array) -> Decomposition:
         U, S, Vh = _by_gram(D.T)
         return Vh.T, S, U.T
     U = np.linalg.eigh(D @ D.T)[1][:, ::-1]
-    # Compute singular values as norms of projections instead of from eigenvalues, because small eigenvalues are
-    # rounding noise. With projections, the product of the three factors equals D up to rounding.
+    # Compute each singular value as the norm of a row of U^T D, not as the root of an eigenvalue, because small
+    # eigenvalues are only rounding noise. With these norms, the product U S Vh equals D up to rounding.
     rows = U.T @ D
     S = np.sqrt((rows * rows).sum(1))
     order = np.argsort(-S, kind="stable")
@@ -192,7 +198,7 @@ def _by_gram(D: Array) -> Decomposition:
 
 
 def _sketch(D: Array, width: int, rounds: int, random: np.random.Generator) -> tuple[Array, Array, Decomposition]:
-    """Return a basis Q `[m, width]` of D's main directions, Q^T D, and the decomposition of Q Q^T D."""
+    """Return (an orthonormal basis Q `[m, width]` of D's main directions, Q^T D, the SVD of Q Q^T D)."""
     import numpy as np
 
     Q = _basis(D @ random.standard_normal((D.shape[1], width), dtype=np.float32).astype(D.dtype))
@@ -204,11 +210,11 @@ def _sketch(D: Array, width: int, rounds: int, random: np.random.Generator) -> t
 
 
 def _basis(block: Array) -> Array:
-    """Return orthonormal columns with the span of `block`, using the Gram matrix (Stathopoulos and Wu 2002)."""
+    """Return an orthonormal basis of the columns of `block`, from a Gram matrix (Stathopoulos and Wu 2002) or QR."""
     import numpy as np
 
-    # The Gram matrix is much faster than QR, but inexact if columns are nearly dependent. The eigenvalues show whether
-    # columns are nearly dependent.
+    # The Gram matrix is much faster than QR, but inexact if the columns are nearly dependent. In that case,
+    # its smallest eigenvalue is close to 0.
     wide = block.astype(np.float64, copy=False)
     squares, vectors = np.linalg.eigh(wide.T @ wide)
     if squares[0] <= DEPENDENT * squares[-1]:
@@ -220,7 +226,10 @@ def _basis(block: Array) -> Array:
 def _good(
     D: Array, Q: Array, rows: Array, decomposition: Decomposition, count: int, norm: float, random: np.random.Generator
 ) -> bool:  # fmt: skip
-    """Whether the first `count` vectors of `decomposition` have provably almost the smallest possible error."""
+    """Whether the first `count` singular vectors are accurate enough.
+
+    Their error must be negligible, or provably at most (1 + EXCESS) times the smallest possible error.
+    """
     U, S, Vh = first(decomposition, count)
     square = max(norm**2 - float((S * S).sum()), 0.0)
     if square < 1e-4 * norm**2:
@@ -258,7 +267,7 @@ def _largest_squares(D: Array, Q: Array, random: np.random.Generator) -> Iterato
         if size == 0:
             yield 0.0
             return
-        # Keep the growth as a logarithm, and scale the vectors to norm 1, so that neither overflows.
+        # Keep the growth as a logarithm, and divide the vectors by their largest norm, so that neither overflows.
         log += math.log(size)
         x /= size
         yield math.exp((log + math.log(8 * math.sqrt(D.shape[1]))) / power)
@@ -289,11 +298,12 @@ class Criterion:
     Attributes:
         rank: the number of singular values to keep.
         energy: the share of the squared Frobenius norm to keep, up to 1.
-        error: the largest Frobenius norm to drop, relative to the norm of the change.
-        frobenius: the largest Frobenius norm to drop.
-        sv_ratio: kohya's rule: keep singular values above the largest one divided by this number.
-        sv_cumulative: kohya's rule: the least share of the sum of singular values to keep.
-        sv_fro: kohya's rule: the least share of the Frobenius norm to keep; `energy` is its square.
+        error: the largest Frobenius norm that the dropped part may have, relative to the norm of the change.
+        frobenius: the largest Frobenius norm that the dropped part may have.
+        sv_ratio: kohya's rule: keep the singular values above the largest singular value divided by this number.
+        sv_cumulative: kohya's rule: the smallest share of the sum of the singular values to keep.
+        sv_fro: kohya's rule: the smallest share of the Frobenius norm to keep. The square of `sv_fro` is a share of
+            the energy.
         scope: `target`: apply the criterion to each weight separately. `all`: keep the largest singular values among
             all weights; in this case, `rank` is the mean rank, and energy, error and frobenius apply to the whole
             adapter.
@@ -309,7 +319,10 @@ class Criterion:
     scope: str = "target"
 
     def check(self, *, needed: bool = True) -> None:
-        """Check the values.
+        """Check that exactly one criterion is set, and that its value is in range.
+
+        Args:
+            needed: False if a criterion without any value is allowed, too.
 
         Raises:
             UsageError: no criterion or too many criteria are given, or a value is out of range.
@@ -320,7 +333,7 @@ class Criterion:
             given_text = " and ".join(chosen) or "none"
             raise UsageError(f"exactly one of {NAMES} is needed, got {given_text}", cure=_ONE)
         if self._by_values and self.scope != "target":
-            why = f"{chosen[0]} applies to each target separately"
+            why = f"{chosen[0]} applies to each target separately, so the scope must be target"
             raise UsageError(why, where="scope", cure="Omit --scope (scope=)")
         if self.sv_ratio is not None and not 1 <= self.sv_ratio < math.inf:
             why = f"sv_ratio is {self.sv_ratio}, but must be a finite number of at least 1"
@@ -352,7 +365,7 @@ class Criterion:
                 )
 
     def record(self) -> dict[str, float]:
-        """Return the fields that are set, for a lineage."""
+        """Return the fields that are set, except `scope`, in the form in which a lineage records them."""
         named = {
             "rank": self.rank, "energy": self.energy, "error": self.error, "frobenius": self.frobenius,
             "sv_ratio": self.sv_ratio, "sv_cumulative": self.sv_cumulative, "sv_fro": self.sv_fro,
@@ -385,8 +398,8 @@ class Criterion:
         Scope `target` keeps at least one singular value of each weight; scope `all` keeps at least one in total.
 
         Args:
-            spectra: the singular values of each weight, largest first. The smallest ones may be missing.
-            norms: Frobenius norms of the weights' changes.
+            spectra: the singular values of each weight, largest first. The smallest singular values may be missing.
+            norms: the Frobenius norm of each weight's change.
         """
         if self.scope == "target":
             return [self._count(S, norm, 1) for S, norm in zip(spectra, norms, strict=True)]
@@ -400,7 +413,7 @@ class Criterion:
         return [int(count) for count in np.bincount(kept, minlength=len(spectra))]
 
     def reached(self, S: Array, norm: float) -> bool:
-        """Whether the known singular values, possibly not all, are enough to meet the criterion."""
+        """Whether S has enough singular values to apply the criterion, although it may lack the smallest values."""
         return len(S) >= self._count(S, norm, 1, beyond=1)
 
     def _count(self, S: Array, norm: float, weights: int, beyond: int = 0) -> int:
@@ -442,7 +455,7 @@ class Criterion:
         return min(int(np.searchsorted(shares, least)) + 1, len(S) + beyond)
 
     def _limit(self, norm: float) -> float | None:
-        """Return the largest Frobenius norm to drop."""
+        """Return the largest Frobenius norm that the dropped part may have; None if no limit is set."""
         if self.energy is not None:
             return math.sqrt(1 - self.energy) * norm
         return self.frobenius if self.error is None else self.error * norm
@@ -455,7 +468,7 @@ def _left_out(S: Array, norm: float) -> list[float]:
     squares = np.concatenate([S, [0.0]]) ** 2
     tails = np.cumsum(squares[::-1])[::-1]
     unseen = max(norm**2 - float(tails[0]), 0.0)
-    # Set a difference of squares to zero if the difference is only rounding noise. In this case, S contains all
-    # singular values.
+    # If `unseen` is only rounding noise, S contains all singular values. Set `unseen` to zero, because its square root
+    # would be much larger than the noise.
     unseen = 0.0 if unseen <= 1e-14 * norm**2 else unseen
     return [math.sqrt(float(tail) + unseen) for tail in tails]

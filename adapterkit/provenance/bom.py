@@ -1,8 +1,8 @@
 """Write a bill of materials for an adapter, a merged model or an ONNX graph: an ML-BOM in CycloneDX 1.6.
 
 This module writes the JSON without `cyclonedx-python-lib`, which does not support model cards, the core of an ML-BOM.
-The tests validate every document with that library's copy of the official schema. The same files give the same bytes:
-by default, the document has no serial number, and no time unless SOURCE_DATE_EPOCH is set.
+The tests validate every document with that library's copy of the official schema. The same files give the same
+document, byte for byte: by default, it has no serial number, and it has a time only if SOURCE_DATE_EPOCH is set.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ class Bom:
         )
 
     def text(self) -> str:
-        """Return the document as the text of a file."""
+        """Return the document as indented JSON text, as `save` writes it."""
         return json.dumps(self.data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def save(self, out: str | PathLike[str], *, overwrite: bool = False, made_from: str | None = None) -> Path:
         """Write the document atomically.
 
         Args:
-            out: the file.
+            out: the path of the file to write.
             overwrite: replace an existing file.
             made_from: a digest of the inputs. It is stored with the document, so that a later run with the same inputs
                 recognises the document.
@@ -141,7 +141,7 @@ def _time() -> dict[str, str]:
         return {"timestamp": datetime.fromtimestamp(int(text), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
     except (ValueError, OverflowError, OSError):
         why = f"{EPOCH} is not a number of seconds: {text!r}"
-        raise UsageError(why, cure=f"Correct it, or unset {EPOCH}") from None
+        raise UsageError(why, cure=f"Set {EPOCH} to whole seconds since 1970, or unset it") from None
 
 
 def _main(root: Path, statement: Mapping[str, Any], files: list[Path]) -> dict[str, object]:
@@ -169,11 +169,11 @@ def _main(root: Path, statement: Mapping[str, Any], files: list[Path]) -> dict[s
 
 
 def _parts(statement: Mapping[str, Any], root: Path) -> list[Part]:
-    """Return the parts whose licences apply: base and adapters of a merge, or the adapter or model at the path."""
+    """Return the parts whose licences apply: the base and adapters of a merge, or the model or adapter itself."""
     parts = parts_of(statement.get("made_from") or {})
     if statement.get("kind") == "merged" and parts:
-        # A merge copies the base's model card. If the card's licence differs from the base's, the card was written for
-        # the merged model.
+        # A merge copies the base's model card. If the card at the path has a licence that no part has, this card was
+        # written for the merged model, so its licence applies, too.
         licence_here = licence_at(root)
         return (
             parts
@@ -218,7 +218,7 @@ def _ancestors(statement: Mapping[str, Any], root: Path) -> Iterator[dict[str, A
 
 
 def _base_name(root: Path) -> str | None:
-    """Return the name of a merged model's base from the config of the merged model."""
+    """Return the repository of a merged model's base, as the merged model's config names it; None if unknown."""
     try:
         name = read_json(root / "config.json").get("_name_or_path")
     except AdapterkitError:
@@ -275,7 +275,7 @@ def _model_card(root: Path, card: Mapping[str, object]) -> dict[str, object]:
 
 
 def _card(root: Path) -> Mapping[str, object]:
-    """Return the metadata of the model card; {} for a merge, whose card is a copy of the base's card."""
+    """Return the metadata of the model card; {} for a file, or for a merge (its card is a copy of the base's)."""
     if (root / REPORT).is_file() or not root.is_dir():
         return {}
     try:

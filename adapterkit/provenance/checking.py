@@ -1,9 +1,9 @@
 """Check that the expected signer made a signature, and that no file was changed, added or removed after signing.
 
-A signature file is a Sigstore bundle, as OpenSSF model signing writes it. The signature covers only the payload of the
-file. In the rest of the file, most tools ignore unknown keys and unused bits of base64. They therefore accept several
-different files as the same signature. This module accepts only known keys and canonical base64. A signature file in
-which any bit was changed is therefore refused, either by `read_bundle` or by the cryptographic check.
+A signature file is a Sigstore bundle, as OpenSSF model signing writes it. The signature covers only the payload, which
+is a part of this file. In the rest of the file, most tools ignore unknown keys and unused bits of base64, so they
+accept several different files as the same signature. This module accepts only known keys and canonical base64. If any
+bit of the signature file was changed, `read_bundle` or the cryptographic check therefore refuses it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class SignatureBundle:
     Attributes:
         path: the path of the file.
         kind: `key`, `certificate` or `sigstore`.
-        key: the sha256 of the public key that the file names, or None.
+        key: the sha256 of the public key, as the file states it; None if the file names no key.
         payload: the signed payload, an in-toto statement.
     """
 
@@ -79,7 +79,7 @@ class SignatureBundle:
 
     @property
     def statement(self) -> Mapping[str, object] | None:
-        """The statement that adapterkit added when it signed; None in signatures by other tools."""
+        """The statement of the lineage that adapterkit signed with the files; None in signatures by other tools."""
         statement = self.predicate.get(PREDICATE)
         return statement if isinstance(statement, Mapping) else None
 
@@ -147,7 +147,7 @@ def _check(path: Path, value: object, place: str = "") -> None:
 
 
 def _decoded(path: Path, place: str, text: object) -> bytes:
-    """Decode base64, and refuse it unless it is canonical: padded, and without bits after the last byte."""
+    """Decode base64. Refuse text that is not canonical: it must be padded, and its unused bits must be 0."""
     if not isinstance(text, str):
         raise _corrupt(path, f"{place} is not base64")
     try:
@@ -162,7 +162,7 @@ def _decoded(path: Path, place: str, text: object) -> bytes:
 def _payload(path: Path, content: Mapping[str, object]) -> Mapping[str, object]:
     envelope = content.get("dsseEnvelope")
     if not isinstance(envelope, dict) or len(envelope.get("signatures") or ()) != 1:
-        raise _corrupt(path, "it is not an envelope with one signature")
+        raise _corrupt(path, "it has no dsseEnvelope with exactly one signature")
     try:
         payload = load_json(_decoded(path, "payload", envelope.get("payload")).decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -181,14 +181,14 @@ DISTRUST = "Do not trust these files; get the files and the signature again from
 
 @dataclass(frozen=True, slots=True)
 class SignatureCheck:
-    """The result of checking a valid signature.
+    """The result of `check_signature` for a valid signature.
 
     Attributes:
-        path: the file or folder.
+        path: the signed file or folder.
         signature: the signature file.
         kind: `key`, `certificate` or `sigstore`.
         key: the sha256 of the public key, if `kind` is `key`.
-        files: the number of compared files.
+        files: the number of digests that were compared: one per file, or one per shard if the signer hashed shards.
         statement: the signed statement of the lineage; None in signatures by other tools.
         not_covered: existing files that the signature does not cover.
     """
@@ -222,10 +222,10 @@ def check_signature(
     """Check a signature of an adapter or a model, made by `sign` or by OpenSSF model signing.
 
     Args:
-        path: the folder, or the file.
+        path: the signed folder or file.
         signature: the signature file.
         key: the public key of the signer, in PEM form.
-        trust: the certificates to trust, in PEM form, instead of a key.
+        trust: files with the certificates to trust, in PEM form, instead of a key.
         identity: the expected sigstore identity, such as an e-mail address, instead of a key. This needs a network.
         issuer: the OpenID provider of the identity, such as `https://accounts.google.com`.
 
@@ -235,7 +235,8 @@ def check_signature(
     Raises:
         Corrupt: a file was changed, added or removed, or the signature was changed or made with another key.
         StorageError: a path does not exist or cannot be read.
-        UsageError: none or several of `key`, `trust` and `identity` are set, or the signature needs another of these.
+        UsageError: not exactly one of `key`, `trust` and `identity` is set, or the signature needs another one of
+            these three.
         Malformed, Unsupported: the key is invalid or of an unsupported kind, or `model-signing` is not installed.
         NetworkError: sigstore cannot be reached.
     """
@@ -250,7 +251,7 @@ def check_signature(
     bundle = read_bundle(file)
     wanted = "key" if key is not None else "certificate" if trust else "sigstore"
     if bundle.kind != wanted:
-        why = f"the signature has kind {bundle.kind!r}, and this command checks kind {wanted!r}"
+        why = f"the signature is of kind {bundle.kind}, but the arguments can only check one of kind {wanted}"
         raise UsageError(f"{file}: {why}", cure=_ASKS[bundle.kind])
     config = _sigstore(identity, issuer) if identity is not None else verifier(key, trust)
     stage("hashing files and checking the signature")
@@ -267,8 +268,8 @@ def other_base(
 ) -> dict[str, str] | None:
     """Compare a base with the base in a signed statement; return None if the fingerprints are equal.
 
-    If the fingerprints differ, return a record with both. If the statement also has a digest of the shapes, the entry
-    `how` states whether the two bases have the same architecture.
+    If the fingerprints differ, return a record with both. If the statement also has a digest of the base's shapes, the
+    record's entry `how` states whether the two bases have the same architecture; otherwise, `how` is empty.
 
     Raises:
         UsageError: the statement has no fingerprint to compare with.
@@ -278,7 +279,7 @@ def other_base(
     recorded = [*((fields.get("base") or {}).get("fingerprints") or ()), kept.get(FINGERPRINT)]
     known = [each for each in recorded if isinstance(each, str) and each.startswith(PREFIX)]
     if not known:
-        cure = "Omit --base (base=), or also name the adapters with --adapter, to compute the merge again"
+        cure = "Omit --base (base=). Or compute the merge again: keep --base, and name the adapters with --adapter"
         raise UsageError("the signed statement has no fingerprint of a base", cure=cure)
     checkpoint = opened(base)
     given = fingerprint(checkpoint)
@@ -290,11 +291,11 @@ def other_base(
 
 def _verify(config: Any, root: Path, bundle: SignatureBundle) -> None:
     if linked := linked_folders(root):
-        # Refuse links to folders: model-signing skips them, so they could add any file unnoticed.
+        # Refuse links to folders: model-signing skips such links, so any file could be added through a link unnoticed.
         why = "the signature is not valid: it does not cover this link to a folder"
         raise Corrupt(why, path=linked[0], cure=DISTRUST)
     config.set_hashing_config(_hashing(root, bundle))
-    # Silence a warning of model-signing about signatures of its first versions, which do not name a key.
+    # model-signing prints a warning for signatures that name no key, as its first versions wrote them. Silence it.
     silent = contextlib.redirect_stdout(io.StringIO()) if bundle.key is None else contextlib.nullcontext()
     try:
         with silent:
@@ -303,12 +304,12 @@ def _verify(config: Any, root: Path, bundle: SignatureBundle) -> None:
         raise storage_error(error, error.filename or root) from error
     except ImportError:
         raise
-    except Exception as error:  # Any error of these packages means an invalid signature.
+    except Exception as error:  # Any other error here means that the signature is invalid.
         raise Corrupt(f"the signature is not valid: {_why(error)}", path=root, cure=DISTRUST) from None
 
 
 def _hashing(root: Path, bundle: SignatureBundle) -> Any:
-    """Return a hashing config with the same settings as the signer's, but without the signature file.
+    """Return a hashing config with the signer's settings. The config also ignores the signature file.
 
     It is safe to use the settings in the signature file: they are signed, model-signing checks the signature first, and
     other settings would give other digests.
@@ -316,10 +317,10 @@ def _hashing(root: Path, bundle: SignatureBundle) -> Any:
     serialization = bundle.predicate.get("serialization")
     args: Mapping[str, Any] = serialization if isinstance(serialization, Mapping) else {}
     hashing = model_signing("hashing").Config()
-    # model-signing writes the name of the digest, but expects the name of the algorithm. Convert the first to the
-    # second.
+    # Signatures contain the digest's name (`blake2b`), but model-signing's config expects the algorithm's name
+    # (`blake2`).
     algorithm = {"blake2b": "blake2"}.get(str(args.get("hash_type")), args.get("hash_type"))
-    # Follow links to files: the caches of hubs consist of links, and the content of the files is compared.
+    # Follow links to files, because a hub's cache consists of links. The content of each linked file is compared.
     names = {"hashing_algorithm": algorithm, "allow_symlinks": True}
     try:
         if args.get("method") == "shards":
@@ -336,7 +337,7 @@ def _hashing(root: Path, bundle: SignatureBundle) -> Any:
 
 _DIGEST = r"""\\?'Digest\(.*?\\?["']\)\\?'"""
 _DIGESTS = re.compile(rf": Expected {_DIGEST}, Actual {_DIGEST}", re.DOTALL)
-"""Matches digests in the messages of model-signing. If a digest contains both kinds of quotes, quotes are escaped."""
+"""Matches digests in model-signing's messages. In a digest with both kinds of quotes, Python escapes the quotes."""
 
 
 def _why(error: Exception) -> str:
@@ -366,7 +367,7 @@ def _sigstore(identity: str, issuer: str | None) -> Any:
         return config.use_sigstore_verifier(identity=identity, oidc_issuer=issuer)
     except Exception as error:  # Errors of the network, or of the trust root.
         why = f"sigstore cannot be used: {first_line(error)}"
-        raise NetworkError(why, cure="Try again with a network; a signature with a key needs none") from None
+        raise NetworkError(why, cure="Connect to a network and try again: sigstore needs a network") from None
 
 
 _ASKS = {

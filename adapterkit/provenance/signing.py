@@ -1,11 +1,11 @@
 """Sign every file of an adapter or a model, and a statement of its lineage, with OpenSSF model signing.
 
-The signature is a Sigstore bundle, so `model_signing verify` can check it. The signed predicate has an additional key
-with the statement about the origin of the files. The signature covers this key, but other verifiers ignore the key.
+The signature is a Sigstore bundle, so `model_signing verify` can check it. The signed predicate has an additional
+entry, `adapterkit`, with the statement. The signature covers this entry, but other verifiers ignore the entry.
 
 The statement is a copy of records in the files: the lineage of an adapter, or the record of a merge. So the signature
-covers the names of base and adapters, and the weights with which the adapters were merged. No message shows the content
-of a key.
+covers the names of base and adapters, and the weights with which the adapters were merged. No error message contains
+any part of a private key.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PASSWORD = "ADAPTERKIT_KEY_PASSWORD"
 """The environment variable with the password of an encrypted private key."""
 
 LARGEST_KEY = 1 << 20
-"""The most bytes to read from a file of keys or certificates."""
+"""The largest number of bytes to read from a file with a key or certificates."""
 
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 """The elliptic curves that model signing supports: P-256, P-384 and P-521."""
@@ -74,7 +74,7 @@ def signer(
     key: str | PathLike[str], password: bytes | None, certificate: str | PathLike[str] | None,
     chain: Sequence[str | PathLike[str]],
 ) -> Any:  # fmt: skip
-    """Return a signing config of model-signing with a private key.
+    """Return a model-signing config that signs with a private key and, if given, the certificate of the key.
 
     Raises:
         Malformed: the key or a certificate is invalid, or the password is wrong.
@@ -99,15 +99,15 @@ def signer(
             private_key=str(key), signing_certificate=str(certificate), certificate_chain=above
         )
     except ValueError:
-        why = "the certificate is not for this key"
+        why = "the certificate belongs to another key"
         raise Malformed(why, path=certificate, cure="Pass the certificate that belongs to the key") from None
 
 
 def verifier(key: str | PathLike[str] | None, chain: Sequence[str | PathLike[str]]) -> Any:
-    """Return a verifying config of model-signing with a public key, or with the certificates to trust.
+    """Return a model-signing config that verifies with a public key, or with the certificates to trust.
 
     Raises:
-        Malformed: the file does not contain a public key or a certificate.
+        Malformed: a file does not contain a public key or a certificate in PEM form.
         Unsupported: the curve of the key is not in `CURVES`, or model-signing is not installed.
     """
     config = model_signing("verifying").Config()
@@ -124,7 +124,7 @@ def _check_private(path: Path, password: bytes | None) -> None:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     data = _read(path)
-    # Do not include the messages of cryptography: no part of a key may reach a log.
+    # Do not include messages of the package `cryptography`, because no part of a private key may reach a log.
     if b"ENCRYPTED" in data and password is None:
         cure = f"Set {PASSWORD}, or type --password-file FILE (password=)"
         raise UsageError(f"the key {path} is encrypted, but no password was given", cure=cure)
@@ -156,7 +156,7 @@ def _check_public(path: Path) -> None:
 def _check_curve(path: Path, key: object) -> None:
     curve = getattr(getattr(key, "curve", None), "name", None)
     if curve not in CURVES:
-        raise Unsupported(f"the key is not of one of the curves {', '.join(CURVES)}", path=path, cure=_NEW_KEY)
+        raise Unsupported(f"the key does not use one of the curves {', '.join(CURVES)}", path=path, cure=_NEW_KEY)
 
 
 def _certificates(path: Path) -> None:
@@ -178,17 +178,18 @@ def _read(path: Path) -> bytes:
 
 
 PREDICATE = "adapterkit"
-"""The key in the signed predicate for adapterkit's statement of the lineage. According to the specification of model
-signing, verifiers ignore unknown keys."""
+"""The name of the entry in the signed predicate that contains adapterkit's statement of the lineage. The specification
+of model signing says that verifiers ignore entries with unknown names."""
 
 VERSION = 1
 """The version of the statement's format."""
 
 _EXACT = 1 << 53
-"""Larger integers are stored as text: the predicate is a protobuf `Struct`, whose numbers are doubles."""
+"""Integers above this limit are stored as text: the predicate is a protobuf `Struct`, whose numbers are doubles."""
 
 _OF_FILES = ("written", "norms")
-"""Parts of a merge's record that the statement omits: they describe bytes that the signed digests already cover."""
+"""The parts of a merge's record that the statement omits: they describe bytes that the signed digests already cover.
+"""
 
 
 def statement_of(path: Path) -> dict[str, JsonValue]:
@@ -221,7 +222,7 @@ def _kind(path: Path) -> Mapping[str, object]:
     except UnknownFormat:
         pass
     except AdapterkitError as error:
-        # Sign the file even if it cannot be read here, because reading it may only require an option, such as alpha.
+        # Sign an adapter even if it cannot be read here: reading it may only require an option, such as `alpha`.
         return {"kind": "adapter", "unread": error.why}
     if path.suffix.lower() == ".onnx":
         return {"kind": "graph", **_original(path)}
@@ -233,7 +234,7 @@ def _kind(path: Path) -> Mapping[str, object]:
 
 
 def _merged(path: Path) -> dict[str, JsonValue]:
-    """Return the statement of a merged model: the record of the merge, without the parts that describe bytes."""
+    """Return the statement of a merged model: the record of the merge, without the parts in `_OF_FILES`."""
     record = merge_record(opened(path))
     made_from = {key: value for key, value in record.items() if key not in _OF_FILES}
     return {"kind": "merged", "made_from": made_from}
@@ -253,7 +254,7 @@ def _adapter(adapter: Adapter, name: str) -> dict[str, object]:
 
 
 def _original(path: Path) -> dict[str, JsonValue]:
-    """Return the sha256 of the graph without adapters. `onnx.inject` recorded it when adding an adapter."""
+    """Return the sha256 of the graph before adapters were injected, if `onnx.inject` recorded it; otherwise {}."""
     import onnx
 
     from ..onnx.injecting import ORIGINAL
@@ -267,7 +268,7 @@ def _original(path: Path) -> dict[str, JsonValue]:
 
 
 def _without_metadata(args: object) -> object:
-    """Remove the metadata of training tools: it can take megabytes, and it is in files that are signed anyway."""
+    """Remove the metadata of training tools: it can take megabytes, and the signed files contain it anyway."""
     if isinstance(args, Mapping):
         return {key: _without_metadata(value) for key, value in args.items() if key != METADATA}
     return [_without_metadata(each) for each in args] if isinstance(args, list | tuple) else args
@@ -286,12 +287,12 @@ def _plain(value: object) -> Any:
 
 
 GIT = (".git", ".gitattributes", ".github", ".gitignore")
-"""Files that are not signed, because model signing omits them by default and refuses a signature that covers them."""
+"""git's files. They are not signed: model signing omits them by default, and refuses a signature that covers them."""
 
 
 NOTES = (NOTE, ".cache/huggingface")
-"""Files that `pull` and huggingface_hub add to a downloaded folder. They are not signed, so that the check accepts a
-download of the signed files."""
+"""Files that `pull` and huggingface_hub add to a downloaded folder. They are not signed, so that a download of
+the signed files passes the check, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,16 +340,16 @@ def sign(
     Args:
         path: a folder, or one file.
         out: the signature file; `PATH.sig` if None.
-        key: a private key of the elliptic curve P-256, P-384 or P-521, in PEM form.
+        key: the file with the private key, in PEM form. The elliptic curve must be P-256, P-384 or P-521.
         password: the password of an encrypted key.
-        certificate: the certificate of the key, in PEM form. With a certificate, a verifier needs to trust only the
-        issuer.
-        chain: the certificates between `certificate` and the trusted root.
+        certificate: the file with the key's certificate, in PEM form. A verifier then needs to trust only the issuer of
+            the certificate.
+        chain: files with the certificates between `certificate` and the trusted root.
         sigstore: sign with an OpenID Connect identity instead of a key. This needs a network, and writes the identity
             to a public log.
-        identity_token: with `sigstore`, the identity token; if None, the token in the environment (in CI), or the token
+        identity_token: with `sigstore`, the identity token. If None, the token comes from the environment (in CI), or
             from a login in a browser.
-        allow_symlinks: sign the targets of links, as in the cache of a hub, instead of refusing links.
+        allow_symlinks: sign the files that symbolic links point to, as in a hub's cache. By default, links are refused.
         overwrite: replace an existing signature file.
         made_from: a digest of the inputs. It is stored with the signature, so that a later run with the same inputs
             recognises the signature.
@@ -414,7 +415,7 @@ def files_of(root: Path, signature: Path) -> list[Path]:
 
 
 def _check_names(root: Path, files: Sequence[Path]) -> None:
-    """Refuse a folder without files, and names that a statement in JSON cannot hold."""
+    """Refuse a folder without files, and file names that are not UTF-8, which the statement cannot contain."""
     if not files:
         why = "there is no file to sign"
         raise UsageError(why, path=root, cure="Pass the folder or the file of the adapter or the model")
@@ -439,8 +440,8 @@ def _payload(root: Path, signature: Path, allow_symlinks: bool, statement: Mappi
     hashing = model_signing("hashing").Config().set_allow_symlinks(allow_symlinks)
     inside = [signature.absolute().relative_to(root.absolute())] if _within(signature, root) else []
     if linked := linked_folders(root):
-        cure = "Sign a copy without links: cp -rL"
-        why = "this is a link to a folder, and model-signing would not sign the files in it"
+        cure = "Copy the folder without links (cp -rL), and sign the copy"
+        why = "this is a link to a folder, and model-signing would not sign the files in the linked folder"
         raise Unsupported(why, path=linked[0], cure=cure)
     hashing.set_ignored_paths(paths=[*inside, *NOTES], ignore_git_paths=True)
     try:
@@ -460,13 +461,13 @@ def settled(root: Path) -> Path:
 
 
 def linked_folders(root: Path) -> list[Path]:
-    """Return the links to folders below a folder. model-signing skips them, so it does not cover their files."""
+    """Return all symbolic links below `root` that point to folders. model-signing skips the files in these folders."""
     return sorted(each for each in root.rglob("*") if each.is_symlink() and each.is_dir())
 
 
 def _not_hashed(root: Path, error: ValueError) -> AdapterkitError:
     if any(each.is_symlink() for each in (root, *root.rglob("*"))):
-        cure = "Pass --allow-symlinks (allow_symlinks=True) to sign their targets, or sign a copy without links: cp -rL"
+        cure = "Pass --allow-symlinks (allow_symlinks=True) to sign linked files, or sign a copy without links: cp -rL"
         return Unsupported("the folder contains symbolic links", path=root, cure=cure)
     why = f"model-signing cannot hash the files: {first_line(error)}"
     return Unsupported(why, path=root, cure="Sign a folder of plain files")

@@ -1,8 +1,8 @@
 """Read quantized bases. Each quantization scheme has one module, which reads the weights that the scheme packed.
 
-A packed weight consists of several stored tensors, such as codes and scales. It is offered as a lazy tensor, which
-reads runs of rows and returns the same values as the scheme's own library. So a merge does not need to know how the
-weight is stored.
+A packed weight consists of several stored tensors, such as codes and scales. This package presents each packed weight
+as one lazy tensor, which reads only the requested rows and returns the same values as the scheme's own library. So a
+merge does not need to know how a weight is stored.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 DAMAGED = "The file is damaged, or belongs to another scheme: fetch it again"
 
-NO_PACKING = "Merge with quantized=/--quantized dequantize, and quantize the result with the scheme's own tool"
+NO_PACKING = (
+    "Merge with --quantized dequantize (quantized='dequantize'), and quantize the result with the scheme's own tool"
+)
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The sixteen values of a 4-bit float with one sign bit, two exponent bits and one mantissa bit."""
@@ -63,12 +65,12 @@ class Packed(ABC):
 
     @property
     def changes(self) -> bool:
-        """Whether the weight is written in another type than the stored type, even if no adapter changes it."""
+        """Whether a merge writes the weight in another type than the stored type, even if no adapter changes it."""
         return False
 
     @property
     def written(self) -> Lazy:
-        """The stored tensor as it will be written, if `changes` is true; only the tensor's size is known.
+        """A placeholder for the tensor that will be written if `changes` is true: it has the size, but not the bytes.
 
         Raises:
             Unsupported: the scheme has only one type.
@@ -77,16 +79,18 @@ class Packed(ABC):
 
     @property
     def share(self) -> Lazy | None:
-        """This weight's bytes as they will be written, if several weights share a stored tensor; otherwise None."""
+        """This weight's part of a stored tensor that several weights share, with its size when written; else None."""
         return None
 
     def with_parts(self, parts: Mapping[str, Lazy]) -> Packed | None:
-        """Return the weight read from new stored tensors; None if only the scheme's `find` can create the weight."""
+        """Return a copy of the weight that reads the tensors in `parts`; None if only `Scheme.find` can create it."""
         return None
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Array:
-        """Return rows of the weight as `[rows, width]`, in `dtype`'s numpy type; width is the weight's last axis.
+        """Dequantize rows `start` to `stop`: `[rows, width]`, in numpy's type for `dtype`.
+
+        The width is the size of the weight's last axis.
 
         Raises:
             Malformed: a scale is a NaN or an infinity.
@@ -134,11 +138,15 @@ class Rowwise(Packed):
 
     @abstractmethod
     def closed(self, row: int) -> bool:
-        """Whether a run may begin at this row: each stored tensor that changes stores all earlier rows before it."""
+        """Whether a run may begin at this row.
+
+        In each stored tensor that changes, the bytes of all earlier rows must end before the bytes of this row and of
+        all later rows begin.
+        """
 
     @abstractmethod
     def places(self, row: int) -> dict[str, int]:
-        """Return the offset of a row's first byte in each stored tensor that changes, as it will be written.
+        """Return where a row's bytes will begin in each stored tensor that changes: name -> offset in bytes.
 
         Args:
             row: the number of the row; `closed(row)` must be true.
@@ -146,30 +154,30 @@ class Rowwise(Packed):
 
     @abstractmethod
     def pack_rows(self, start: int, rows: Array) -> dict[str, bytes]:
-        """Quantize rows from `start` on; return their bytes in each stored tensor that changes.
+        """Quantize a run of rows; return the run's bytes for each stored tensor that changes, by the tensor's name.
 
         `closed` must be true for the first row, and for the row that follows the last row.
 
         Args:
             start: the number of the first row.
-            rows: the rows `[rows, width]`, in the dtype `merged`.
+            rows: the rows `[rows, width]`, in the dtype that the property `merged` names.
         """
 
     @abstractmethod
     def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
-        """Return the dequantized values, `[rows, width]`, of rows that `pack_rows` packed, in the dtype of `rows`."""
+        """Dequantize what `pack_rows` returned for the run that begins at `start`: `[rows, width]`, like `rows`."""
 
 
 class Scheme:
-    """A quantization scheme, which packs weights as integers or 8-bit floats.
+    """A quantization scheme, which stores weights in tensors of integers or 8-bit floats.
 
-    Define each subclass in a separate module; the module's name is the scheme's name. A base without a config, and
-    without integer or 8-bit float tensors, counts as unquantized.
+    Define each subclass in a separate module; the module's name is the scheme's name. A base counts as unquantized if
+    its config names no quantization and all its tensors have dtypes in `PLAIN`.
 
     Class attributes:
         url: the address of a description of the layout.
-        description: a line for tables.
-        oracle: the library that uses the format; tests compare the dequantization with this library.
+        description: a short description for the tables of schemes.
+        oracle: the library or formula with which the tests compare the dequantized values.
     """
 
     url: ClassVar[str] = ""
@@ -188,7 +196,7 @@ class Scheme:
         """Yield the packed weights.
 
         Raises:
-            Malformed, ShapeMismatch: parts of a weight are missing, damaged or do not fit together.
+            Malformed, ShapeMismatch: stored tensors of a weight are missing, damaged or do not fit together.
         """
         raise Unsupported(f"{type(self).__name__} cannot be read")
 
@@ -200,9 +208,9 @@ def settings(base: Checkpoint) -> dict[str, Any]:
 
 
 def stated_quantization(config: Mapping[str, JsonValue] | None) -> Any:
-    """Return a config's entry about quantization, or None.
+    """Return the `quantization_config` of a config, or None.
 
-    A model with several parts may have the entry in the config of its language model, as in Kimi K2.5.
+    A model with several parts may have this entry in `text_config`, the config of its language model, as in Kimi K2.5.
     """
     config = config or {}
     text = config.get("text_config")
@@ -214,7 +222,10 @@ QUANTIZATION = "quantization_config"
 
 
 def sixteen_bits(base: Checkpoint, scale: Lazy | None = None) -> DType:
-    """Return the dtype to dequantize to: the first 16-bit dtype of the scale's and the model's, else bfloat16."""
+    """Return the dtype to dequantize to: the scale's dtype if it has 16 bits, else the config's if it is float16.
+
+    Otherwise, the dtype is bfloat16.
+    """
     if scale is not None and scale.dtype.name in ("F16", "BF16"):
         return scale.dtype
     config = base.config or {}
@@ -249,7 +260,7 @@ def expect(shape: Shape, wanted: Shape, name: str) -> None:
 
 
 def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> Array:
-    """Read some consecutive elements of a stored tensor as a flat array, in a dtype that numpy can compute with."""
+    """Read `count` elements of a stored tensor from `first` on, or all remaining elements, as a flat array."""
     import numpy as np
 
     size = math.prod(tensor.shape) - first if count is None else count
@@ -257,7 +268,7 @@ def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> Array:
 
 
 def from_bytes(data: bytes, dtype: DType, *rows: int) -> Lazy:
-    """Return bytes as a tensor; `rows` is the shape without the first axis, whose size follows from the bytes."""
+    """Return bytes as a tensor. `rows` is the shape without the first axis, whose size is computed from the bytes."""
     count = len(data) // dtype.itemsize // math.prod(rows)
     return Lazy((count, *rows), dtype, lambda: data)
 
@@ -283,7 +294,7 @@ def finite(scales: Array, name: str) -> Array:
 
 
 def nibbles(packed: Array, *, high_first: bool = False) -> Array:
-    """Split each byte into two 4-bit values along the last axis, which becomes twice as long."""
+    """Split each byte into two 4-bit values, the low half first by default. The last axis becomes twice as long."""
     import numpy as np
 
     halves = (packed >> 4, packed & 15) if high_first else (packed & 15, packed >> 4)
@@ -291,13 +302,13 @@ def nibbles(packed: Array, *, high_first: bool = False) -> Array:
 
 
 STEP = 1 << 17
-"""The number of values that are quantized in one step; this many fit in a processor core's cache."""
+"""About how many values to quantize in one step; so many values fit in a processor core's cache."""
 
 
 def steps(shape: Shape, granule: int = 1) -> Iterator[tuple[int, int]]:
-    """Yield runs of rows to quantize in one step.
+    """Yield (start, stop) of each run of rows to quantize in one step.
 
-    The number of rows is a multiple of `granule`, except in the last run.
+    The number of rows in a run is a multiple of `granule`, except in the last run.
     """
     rows = math.prod(shape[:-1])
     step = max(1, STEP // (max(shape[-1], 1) * granule)) * granule
@@ -336,7 +347,7 @@ def halves(q: Array, *, high_first: bool = False) -> Array:
 
 
 def joined(pieces: Sequence[Sequence[Array]], axes: Sequence[int]) -> list[Array]:
-    """Join pieces of several arrays, each array along its axis in `axes`."""
+    """Join several arrays from pieces: array i consists of item i of every entry, joined along the axis `axes[i]`."""
     import numpy as np
 
     return [np.concatenate(parts, axis) for parts, axis in zip(zip(*pieces, strict=True), axes, strict=True)]
@@ -380,8 +391,8 @@ class Dequantized(Checkpoint):
         packed: a map from names of weights to packed weights.
         stored: the quantized base.
         packs: True if merged weights will be quantized again.
-        keep: what to preserve when weights are quantized again: `adapter` for the adapters' change; None to round to
-            the nearest value.
+        keep: what to preserve when weights are quantized again: `adapter` preserves the adapters' change; None rounds
+            each weight to the nearest value.
         calibration: the recorded inputs of the targets, used to round the weights; None to round without inputs.
     """
 
@@ -409,12 +420,15 @@ class Dequantized(Checkpoint):
 
 
 def config_file(base: Checkpoint) -> Mapping[str, JsonValue] | None:
-    """Return the config.json next to a base's weights; None for a GGUF file, whose config is built from key-values."""
+    """Return the config.json next to a base's weights, without the entries that are added to a GGUF base's config."""
     return base.stored.config if isinstance(base, Dequantized) and base.scheme == "gguf" else base.config
 
 
 def stated_method(base: Checkpoint) -> str | None:
-    """Return the quantization method in the base's config, or None."""
+    """Return the quantization method in the base's config; None if the config names no quantization.
+
+    If the config has a quantization without a method, return `of some kind`.
+    """
     config = stated_quantization(base.config)
     if config is None:
         return None
@@ -448,7 +462,7 @@ def detect(base: Checkpoint) -> str:
     raise Unsupported(why, path=base.root, cure=f"Known: {', '.join(SCHEMES)}. {ORIGINAL}")
 
 
-ORIGINAL = "Or merge into the 16-bit weights that it was quantized from"
+ORIGINAL = "Or merge into the 16-bit weights that the base was quantized from"
 
 
 def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
@@ -477,7 +491,7 @@ def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
         twice = next((named for named in seen if named in tensors), None)
         if twice is not None:
             raise Malformed(
-                "the weight is stored twice, packed and plain", path=base.root, where=twice, cure="Remove one of them"
+                "the weight is stored both packed and unpacked", path=base.root, where=twice, cure="Remove one copy"
             )
         tensors |= seen
         if stored in base.home:

@@ -28,7 +28,7 @@ KEY = "adapterkit_calibration"
 VERSION = 1
 """Version of the calibration file that this code reads and writes."""
 
-_WRITE = "Write one with adapterkit.gating.calibrate(BASE, ADAPTERS, FILE), or pass texts: --calibration TEXTS"
+_WRITE = "Write the file with adapterkit.gating.calibrate(BASE, ADAPTERS, FILE), or pass texts: --calibration TEXTS"
 
 _CHUNK = 1 << 22
 
@@ -44,7 +44,7 @@ class Calibration:
         tensors: a map from a target to the values of its input, `[tokens, width]`. Only the first of several targets
             with the same input is a key.
         shared: a map from each target to the key of its input in `tensors`.
-        drawn: whether the model read random ids instead of texts.
+        drawn: whether the model read random token ids instead of texts.
     """
 
     path: Path
@@ -55,12 +55,12 @@ class Calibration:
     drawn: bool = False
 
     def width(self, path: str) -> int | None:
-        """Return the number of input features of a target; None if the file does not have the target."""
+        """Return the number of input features of a target; None if the file has no inputs for the target."""
         tensor = self.tensors.get(self.shared.get(path, path))
         return None if tensor is None else tensor.shape[1]
 
     def inputs(self, path: str) -> Array | None:
-        """Return the inputs of a target, `[tokens, width]`, in float64; None if the file does not have the target.
+        """Return the inputs of a target, `[tokens, width]`, in float64; None if the file has no inputs for it.
 
         Raises:
             Malformed: an input is not a finite number.
@@ -80,26 +80,26 @@ def read_calibration(path: str | PathLike[str]) -> Calibration:
     """Open a calibration file.
 
     Raises:
-        Malformed: the file is not a calibration, or has another version.
+        Malformed: the file is not a calibration file, is damaged, or has another version.
         StorageError: the file cannot be read.
     """
     file = located(path)
     header = read_header(file)
     text = header.metadata.get(KEY)
     if text is None:
-        raise Malformed("the file is not a calibration", path=file, cure=_WRITE)
+        raise Malformed("the file is not a calibration file", path=file, cure=_WRITE)
     try:
         record = json.loads(text)
         version, shared, made_from = record["version"], record["shared"], record["made_from"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Malformed(f"the calibration's record cannot be read ({error})", path=file, cure=_WRITE) from None
+        raise Malformed(f"the metadata {KEY} cannot be read ({error})", path=file, cure=_WRITE) from None
     if version != VERSION:
         why = f"the calibration has version {version}, but this release reads version {VERSION}"
         raise Malformed(why, path=file, cure=_WRITE)
     tensors = handles(header)
     good = isinstance(shared, dict) and isinstance(made_from, dict) and tensors
     if not good or any(first not in tensors for first in shared.values()):
-        raise Malformed("the calibration's record does not match its tensors", path=file, cure=_WRITE)
+        raise Malformed(f"the metadata {KEY} does not match the file's tensors", path=file, cure=_WRITE)
     for name, tensor in tensors.items():
         if tensor.dtype.name != "F32" or len(tensor.shape) != 2 or not tensor.shape[0]:
             why = f"the inputs are {tensor.dtype} of shape {list(tensor.shape)}, not F32 [tokens, width]"

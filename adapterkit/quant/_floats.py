@@ -44,11 +44,10 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 @dataclass(frozen=True, eq=False)
 class ScaledFloat8(Rowwise):
-    """w = q * scale, with one scale per block of size `block` (rows, columns).
+    """A weight of 8-bit floats: w = q * scale, with one scale per block of size `block` (rows, columns).
 
-    `grid` is the shape of one expert's scales.
-
-    `experts` is 1 if all experts share one grid of scales.
+    `grid` is the shape of one expert's scales. `experts` is the number of experts with their own scales; it is 1 if all
+    experts share one grid of scales.
     """
 
     stored: Lazy
@@ -61,7 +60,7 @@ class ScaledFloat8(Rowwise):
         import numpy as np
 
         raw = rows_of(self.stored, start, stop)
-        # A lookup in a table of 256 values takes a third of the time of a cast.
+        # Look up each value in a table of all 256 floats: this takes a third of the time of a cast.
         q = np.arange(256, dtype=np.uint8).view(raw.dtype).astype(np.float32)[raw.view(np.uint8)]
         height, width = self.shape[-2:]
         positions = np.arange(start, stop)
@@ -97,7 +96,7 @@ class ScaledFloat8(Rowwise):
         return replace(self, shape=stored.shape, stored=stored, scale=scale, grid=grid).rows(0, stored.shape[0])
 
     def _bands(self) -> Iterator[tuple[int, int]]:
-        """Yield runs of rows, within one expert, that share no scale with other rows."""
+        """Yield runs of rows that share no scale. If experts have their own scales, each run is within one expert."""
         rows = math.prod(self.shape[:-1])
         height = self.shape[-2] if self.experts > 1 else rows
         block = self.block[0] if self.grid[0] > 1 else height
@@ -107,9 +106,9 @@ class ScaledFloat8(Rowwise):
                 yield start, min(start + step, first + height)
 
     def _band(self, merged: Merged, start: int, stop: int) -> tuple[Array, Array]:
-        """Quantize a run of rows: return q and scales.
+        """Quantize a run of rows; return q and the scales.
 
-        A scale is the block's largest magnitude, divided by the largest 8-bit float.
+        Each scale is its block's largest magnitude, divided by the largest 8-bit float.
         """
         import ml_dtypes
         import numpy as np
@@ -131,7 +130,7 @@ class ScaledFloat8(Rowwise):
 
 
 def _runs(start: int, stop: int, block: int, width: int) -> Iterator[tuple[int, int]]:
-    """Yield runs of rows to read in one step: whole blocks of rows, or parts of a large block."""
+    """Yield (start, stop) of the rows to read in each step: whole blocks of rows, or parts of a large block."""
     most = max(1, STEP // max(width, 1))
     step = most // block * block or most
     for first in range(start, stop, step):
@@ -149,9 +148,9 @@ def _largest(values: Array, block: tuple[int, int]) -> Array:
 def _rounded(scale: Array, stored: Lazy) -> tuple[Array, Array]:
     """Round scales to their stored dtype; return them in this dtype and in float32.
 
-    Scales that are powers of two are rounded up.
+    If the dtype stores only powers of two, the scales are rounded up.
     """
-    # Round up, because with a smaller scale the largest value could exceed the range of the 8-bit floats.
+    # Round powers of two up: with a smaller scale, the block's largest value could exceed the range of 8-bit floats.
     import numpy as np
 
     if stored.dtype.name in ("U8", "F8_E8M0"):
@@ -167,7 +166,7 @@ def scaled(
     """Return the packed weight that consists of a stored tensor and its scales.
 
     Raises:
-        ShapeMismatch: the scales do not form a grid over the weight.
+        ShapeMismatch: the scales do not form a grid over the weight, or have a dtype that is not in `SCALES`.
     """
     stored, scale = base.tensors[name], base.tensors[scale_name]
     if scale.dtype.name not in SCALES:
@@ -175,7 +174,7 @@ def scaled(
     try:
         block, grid, experts = _grid(stored.shape, scale.shape, block)
     except ValueError:
-        why = f"scales {list(scale.shape)} do not form a grid over a weight {list(stored.shape)}"
+        why = f"scales of shape {list(scale.shape)} do not form a grid over a weight of shape {list(stored.shape)}"
         why += f" in blocks of {list(block)}" if block else ""
         raise ShapeMismatch(why, path=base.root, where=scale_name, cure=DAMAGED) from None
     members = (name, scale_name, *others)
@@ -207,7 +206,7 @@ def _grid(weight: Shape, scale: Shape, block: tuple[int, int] | None) -> tuple[t
 
 
 def _values(scale: Lazy, start: int, stop: int, width: int, name: str) -> Array:
-    """Return rows of a grid of scales in float32; a scale that is stored as a byte is an exponent of two."""
+    """Return rows of a grid of scales in float32; a scale that is stored as the byte b has the value 2^(b - 127)."""
     import numpy as np
 
     scales = numbers(scale, start * width, (stop - start) * width).reshape(stop - start, width)
@@ -219,7 +218,7 @@ def _values(scale: Lazy, start: int, stop: int, width: int, name: str) -> Array:
 
 # NVFP4: w = e2m1 * scale * second, with an 8-bit float scale per 16 values and a second scale per tensor.
 #
-# Two tools write this format. One stores the second scale, the other its inverse.
+# Two tools write this format. One tool stores the second scale, and the other tool stores its inverse.
 
 
 GROUP = 16
@@ -229,7 +228,7 @@ TOP, MOST = 6.0, 448.0
 
 @dataclass(frozen=True, eq=False)
 class Float4(Packed):
-    """A weight with two values in each byte, the first in the low half."""
+    """A weight of 4-bit floats (NVFP4). Each byte stores two values, the first in the low half."""
 
     stored: Lazy
     scale: Lazy
@@ -246,9 +245,9 @@ class Float4(Packed):
         return cast("Array", (levels * np.repeat(scale, GROUP, axis=1)).astype(self.dtype.array))
 
     def pack(self, merged: Merged) -> dict[str, Array]:
-        """Keep the second scale, because fused layers share it.
+        """Quantize with the stored second scale, because fused layers share it.
 
-        Compute a new second scale only if a value is too large.
+        Compute a new second scale only if a value is too large for the stored second scale.
         """
         import numpy as np
 
@@ -273,7 +272,7 @@ def _quantized(values: Array, second: Array, stored: Lazy) -> tuple[Array, Array
 
 
 def float4(base: Checkpoint, module: str, names: tuple[str, str, str], *, divide: bool) -> Float4:
-    """Return the packed weight of a module.
+    """Return the packed NVFP4 weight of a module.
 
     Args:
         base: the quantized base.
@@ -286,7 +285,8 @@ def float4(base: Checkpoint, module: str, names: tuple[str, str, str], *, divide
     scale = part_of(base, name, members[1], ("F8_E4M3",))
     second = part_of(base, name, members[2], ("F32",))
     if len(stored.shape) != 2 or second.nbytes != 4:
-        raise ShapeMismatch(f"the shape {list(stored.shape)} does not have two axes", where=members[0], cure=DAMAGED)
+        why = f"the shape {list(stored.shape)} does not have two axes, or {members[2]} does not have one value"
+        raise ShapeMismatch(why, where=members[0], cure=DAMAGED)
     shape = (stored.shape[0], stored.shape[1] * 2)
     expect(scale.shape, (shape[0], shape[1] // GROUP), members[1])
     inputs = tuple(n for w in ("input_scale", "input_global_scale") if (n := f"{module}.{w}") in base.tensors)

@@ -38,19 +38,19 @@ class Grouped(Packed):
     index: Lazy | None
     bits: int
     granule: ClassVar[int] = 1
-    """The number of rows that share a word."""
+    """Runs of rows to pack begin at multiples of this number, so that no 32-bit word contains rows of two runs."""
 
     @abstractmethod
     def whole(self, start: int, stop: int) -> Array:
-        """Return q of some rows, `[rows, columns]`, int32."""
+        """Return q of rows `start` to `stop`: `[rows, columns]`, int32."""
 
     @abstractmethod
     def zeros(self, start: int, stop: int) -> Array | int:
-        """Return the zero points of some rows, `[rows, groups]`, int32."""
+        """Return the zero points of rows `start` to `stop`, `[rows, groups]`, int32, or one zero point for all."""
 
     @abstractmethod
     def scales(self, start: int, stop: int) -> Array:
-        """Return the scales of some rows, `[rows, groups]`, float32."""
+        """Return the scales of rows `start` to `stop`: `[rows, groups]`, float32."""
 
     def rows(self, start: int, stop: int) -> Array:
         import numpy as np
@@ -72,14 +72,14 @@ class Grouped(Packed):
 
     @abstractmethod
     def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
-        """Convert q, zero points and scales of some rows to their stored forms.
+        """Convert q, zero points and scales of a run of rows to the forms in which they are stored.
 
-        Omit the zero points if the format does not store them.
+        The result omits the zero points if the weight does not store them.
         """
 
     @abstractmethod
     def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
-        """Return the stored tensors by name, joined from the results of `parts` for all runs of rows."""
+        """Join the results of `parts` for all runs of rows; return the stored tensors by name."""
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         import numpy as np
@@ -104,7 +104,7 @@ class Grouped(Packed):
     def _of_runs(
         self, ordered: Array, stored_grid: tuple[Array, Array], fresh: tuple[Array, Array], runs: Array | slice
     ) -> tuple[Array, Array, Array]:
-        """Return the same result as `_better`, for groups of equal size and columns in the order of their groups."""
+        """Return the same result as `_better`, faster. All groups have the same size; `ordered` is sorted by group."""
         import numpy as np
 
         chosen = _by_library(ordered, stored_grid, fresh, self.span)
@@ -124,7 +124,7 @@ class Grouped(Packed):
         return int(zeros.flat[0]) if (zeros == zeros.flat[0]).all() else None
 
     def _fresh(self, least: Array, most: Array, fixed: int | None) -> tuple[Array, Array]:
-        """Compute scales and zero points from the smallest value (at most 0) and the largest value of each group."""
+        """Compute new scales and zero points from each group's smallest value (at most 0) and largest value."""
         import numpy as np
 
         low, high = self.span
@@ -154,7 +154,7 @@ class Grouped(Packed):
             return np.arange(columns) // -(-columns // self.groups)
         at = numbers(self.index)
         if at.size != columns or ((at < 0) | (at >= self.groups)).any():
-            why = f"some columns are in groups that do not exist: the weight has {self.groups} groups"
+            why = f"the group index needs {columns} entries, each at least 0 and below {self.groups}"
             raise ShapeMismatch(why, where=self.name, cure=DAMAGED)
         return at
 
@@ -223,7 +223,10 @@ def _by_library(
 
 
 def words(q: Array, bits: int) -> Array:
-    """Pack integers of `bits` bits into int32 words along the last axis, lowest bits first, padded with zeros."""
+    """Pack integers of `bits` bits into int32 words along the last axis, lowest bits first.
+
+    If the last word is not full, it is padded with zeros.
+    """
     import numpy as np
 
     per = 32 // bits
@@ -243,7 +246,7 @@ def unpacked(words: Array, bits: int, count: int | None = None) -> Array:
 
 
 def whole(tensor: Lazy) -> Array:
-    """Read a whole stored tensor, because each row of the weight is a column of the tensor."""
+    """Read a whole stored tensor. A row of the weight is a column of this tensor, so it cannot be read alone."""
     import numpy as np
 
     return np.frombuffer(fetch_once(tensor), dtype=tensor.dtype.array).reshape(tensor.shape)

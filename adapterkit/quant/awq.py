@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from . import Array
 
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
-"""The position in a word of each of eight outputs."""
+"""For each of the eight outputs in a word, its position in the word."""
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-"""The output at each position of a word."""
+"""For each position in a word, the output that is stored there."""
 
 
 class Awq(Scheme):

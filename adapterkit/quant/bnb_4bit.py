@@ -45,7 +45,7 @@ LARGEST_STATE = 1 << 16
 
 
 class Bnb4bit(Scheme):
-    """`<weight>` in bytes, with `.absmax`, `.quant_map`, `.nested_*`, and a state, which is JSON text in bytes."""
+    """`<weight>` as bytes, with `.absmax`, `.quant_map`, `.nested_*`, and a quantization state, which is JSON text."""
 
     url = "https://huggingface.co/docs/bitsandbytes/main/en/reference/nn/linear4bit"
     description = "bitsandbytes nf4 and fp4, with and without double quantization"
@@ -62,10 +62,10 @@ class Bnb4bit(Scheme):
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
-    """The scales of blocks.
+    """The scales of a weight's blocks.
 
-    Without double quantization, they are floats. With double quantization, they are indices into a table, and the
-    table's values are multiplied by second scales (`above`).
+    Without double quantization, the scales are stored as floats. With double quantization, they are stored as indices
+    into a table. The table's values are multiplied by second scales (`above`), and `offset` is added.
     """
 
     stored: Lazy
@@ -93,7 +93,7 @@ class _Blocks:
         return np.repeat(self.of(start, end), self.size)[first - start * self.size :][: stop - first]
 
     def pack(self, scales: Array) -> dict[str, Array]:
-        """Quantize new scales; return the new stored tensors by name."""
+        """Convert new scales to stored tensors, by name. With double quantization, this quantizes the scales."""
         import numpy as np
 
         if self.table is None or self.above is None:
@@ -110,7 +110,7 @@ class _Blocks:
         return {self.name: block, **self.above.places(-(-block // self.above.size))}
 
     def over(self, parts: Mapping[str, Lazy]) -> _Blocks:
-        """Return these scales, read from the new stored tensors in `parts`."""
+        """Return a copy of these scales that reads the new stored tensors in `parts`."""
         above = None if self.above is None else self.above.over(parts)
         part = parts[self.name]
         stored = Lazy((part.nbytes // self.stored.dtype.itemsize,), self.stored.dtype, part.source)
@@ -199,9 +199,9 @@ def packed_levels(values: Array, levels: Array, size: int) -> tuple[Array, Array
 
 
 def quantized(values: Array, levels: Array, size: int) -> tuple[Array, Array]:
-    """Divide each block of `size` values by its largest magnitude.
+    """Quantize blocks of `size` values: return the index of the nearest level for each value, and each block's scale.
 
-    Return the indices of the nearest levels, and the magnitudes.
+    The scale is the block's largest magnitude. Values are divided by this scale before they are compared with levels.
     """
     import numpy as np
 
@@ -226,9 +226,9 @@ def _ascending(levels: Array) -> tuple[Array, Array]:
 
 
 def _by_library(values: Array, levels: Array, size: int) -> tuple[Array, Array] | None:
-    """Compute `packed_levels` (`quantized` for 256 levels) with a compiled loop.
+    """Compute the result of `packed_levels` (for 256 levels, of `quantized`) with a compiled loop.
 
-    Return None if no loop supports the input.
+    Return None if no loop supports the input, or if the loop fails.
     """
     import numpy as np
 
@@ -257,7 +257,7 @@ def _weight(base: Checkpoint, name: str, kind: str) -> Packed:
     shape, size = tuple(state["shape"]), state["blocksize"]
     count = math.prod(shape)
     if stored.nbytes != -(-count // 2):
-        raise ShapeMismatch(f"{stored.nbytes} bytes are not {count} values of 4 bits", where=name, cure=DAMAGED)
+        raise ShapeMismatch(f"{stored.nbytes} bytes are stored for {count} values of 4 bits", where=name, cure=DAMAGED)
     stored = Lazy((stored.nbytes,), BYTES, stored.source, stored.span)
     code = part_of(base, name, f"{name}.quant_map", ("F32",))
     expect(code.shape, (16,), f"{name}.quant_map")
@@ -311,17 +311,17 @@ def _state(stored: Lazy, key: str) -> QuantState:
 
 def _fault(state: object) -> str | None:
     if not isinstance(state, dict):
-        return "not an object"
+        return "the quantization state is not a JSON object"
     shape = state.get("shape")
     if not isinstance(shape, list) or not shape or not all(_counts(n) for n in shape):
         return f"shape {shape!r} is not the shape of a weight"
     if not _counts(state.get("blocksize")):
-        return f"blocksize {state.get('blocksize')!r} is not a positive number"
+        return f"blocksize {state.get('blocksize')!r} is not a positive whole number"
     if state.get("dtype") not in ("bfloat16", "float16", "float32"):
         return f"dtype {state.get('dtype')!r} is not bfloat16, float16 or float32"
     nested = state.get("nested_blocksize")
     if nested is not None and not (_counts(nested) and isinstance(state.get("nested_offset"), (int, float))):
-        return "nested_blocksize and nested_offset do not describe a second quantization"
+        return "nested_blocksize must be a positive number, and nested_offset must be a number"
     return None
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, cast
 from ..errors import Unsupported
 from ..io.lazy import Lazy
 from . import (
-    DAMAGED,
     Packed,
     Rowwise,
     Scheme,
@@ -90,7 +89,7 @@ class _Int8Rows(Rowwise):
 
 
 def _quantized(values: Array) -> tuple[Array, Array]:
-    """Quantize rows by q = round(127 w / SCB), with halves rounded to even."""
+    """Quantize rows by q = round(127 w / SCB), with ties rounded to even; return q and SCB."""
     import numpy as np
 
     largest = np.abs(values).max(1)
@@ -103,6 +102,7 @@ def _weight(base: Checkpoint, module: str) -> Packed:
     stored, scale = part_of(base, name, name, ("I8",)), part_of(base, name, scb, ("F32",))
     expect(stored.shape, (*scale.shape, stored.shape[-1]) if stored.shape else scale.shape, name)
     if form in base.tensors and set(bytes(base.tensors[form].read(0, 1))) - {0}:
-        raise Unsupported("the weights are stored in tiles, not in rows", path=base.root, where=form, cure=DAMAGED)
+        cure = "Load the base with transformers and bitsandbytes, and save it again: this stores the weights in rows"
+        raise Unsupported("the weights are stored in tiles, not in rows", path=base.root, where=form, cure=cure)
     members = (name, scb, *((form,) if form in base.tensors else ()))
     return _Int8Rows(name, stored.shape, sixteen_bits(base), members, stored, scale)

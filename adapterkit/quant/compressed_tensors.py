@@ -37,7 +37,7 @@ FLOAT4 = ("weight_packed", "weight_scale", "weight_global_scale")
 
 
 class CompressedTensors(Scheme):
-    """`weight_packed` or `weight`, `weight_scale`, and `weight_zero_point`, `weight_shape`, `weight_g_idx`."""
+    """`weight_packed` or `weight`, `weight_scale`; optional: `weight_zero_point`, `weight_shape`, `weight_g_idx`."""
 
     url = "https://github.com/vllm-project/compressed-tensors"
     description = "compressed-tensors: pack-quantized, int-quantized, float-quantized, nvfp4-pack-quantized"
@@ -75,7 +75,10 @@ def _weight(base: Checkpoint, module: str) -> Packed:
 
 @dataclass(frozen=True, eq=False)
 class _Whole(Grouped):
-    """Rows of 8-bit integers, or of 32-bit words with `bits`-bit integers that are offset by half their range."""
+    """A weight whose rows are stored as 8-bit integers or in 32-bit words.
+
+    A word contains integers of `bits` bits, which are stored with an offset of half their range.
+    """
 
     stored: Lazy
     scale: Lazy
@@ -113,7 +116,7 @@ class _Whole(Grouped):
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         if self.scale.nbytes == self.scale.dtype.itemsize and self.shape[0] > 1:
-            raise Unsupported("rows that share one scale cannot be packed", where=self.name, cure=NO_PACKING)
+            raise Unsupported("adapterkit cannot quantize rows that share one scale", where=self.name, cure=NO_PACKING)
         return super().pack(merged)
 
     def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
@@ -159,7 +162,7 @@ def _grouped(base: Checkpoint, module: str, word: str, shape: Shape, bits: int) 
     scale = part_of(base, name, key, SCALES[:3])
     rows = (shape[0], 1) if scale.nbytes == scale.dtype.itemsize else scale.shape
     if len(shape) != 2 or len(rows) != 2 or rows[0] != shape[0] or not 0 < rows[1] <= shape[1]:
-        why = f"scales {list(scale.shape)} do not fit a weight {list(shape)}"
+        why = f"scales of shape {list(scale.shape)} do not fit a weight of shape {list(shape)}"
         raise ShapeMismatch(why, path=base.root, where=key, cure=DAMAGED)
     zero, index = (base.tensors.get(f"{module}.{part}") for part in ("weight_zero_point", "weight_g_idx"))
     if zero is not None:
@@ -179,7 +182,11 @@ def _others(base: Checkpoint, module: str, words: tuple[str, ...]) -> tuple[str,
 
 
 def _weights(base: Checkpoint, key: str) -> JsonValue:
-    """Return a property of the weights from the config, where it must be the same in all groups of layers."""
+    """Return a setting of the weights from the config, such as `num_bits`; None if no group of layers has the setting.
+
+    Raises:
+        Unsupported: groups of layers have different values.
+    """
     groups = settings(base).get("config_groups")
     values_seen = []
     for group in groups.values() if isinstance(groups, dict) else ():
@@ -187,8 +194,8 @@ def _weights(base: Checkpoint, key: str) -> JsonValue:
         if isinstance(weights, dict) and weights.get(key) not in values_seen:
             values_seen.append(weights.get(key))
     if len(values_seen) > 1:
-        cure = "Merge into the 16-bit weights that it was quantized from"
-        raise Unsupported(f"groups of layers differ in {key}", path=base.root, where="config_groups", cure=cure)
+        cure = "Merge into the 16-bit weights that the base was quantized from"
+        raise Unsupported(f"groups of layers have different {key}", path=base.root, where="config_groups", cure=cure)
     return values_seen[0] if values_seen else None
 
 

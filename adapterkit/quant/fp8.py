@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
 
 INPUTS = ("input_scale", "input_scale_ub", "activation_scale", "activation_scale_ub", "scale_input")
-"""Endings of the names of scales for a layer's inputs; only fp8 arithmetic uses such scales."""
+"""The names of tensors with scales for a layer's inputs, without the module. Only fp8 arithmetic uses these scales."""
 
 COMFYUI = "scale_weight"
-"""ComfyUI's name of a weight's scale, `<module>.scale_weight`. Some weights have no scale."""
+"""ComfyUI stores a weight's scale as `<module>.scale_weight`. Some weights in its files have no scale."""
 
 LAYOUT = "comfy_quant"
-"""The tensor with a module's format in ComfyUI's newer files, `<module>.comfy_quant`: a JSON object as bytes."""
+"""ComfyUI's newer files store a module's format in `<module>.comfy_quant`, a JSON object as bytes."""
 
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 """ComfyUI's formats that are plain 8-bit floats with a scale; the others reorder the scales for ComfyUI's kernels."""
 
 
 class Fp8(Scheme):
-    """`<weight>` in an 8-bit float, and `<weight>_scale_inv` or `<weight>_scale`: one scale, or one per row or block.
+    """`<weight>` in 8-bit floats, and `<weight>_scale_inv` or `<weight>_scale`: one scale, or one per row or block.
 
     ComfyUI's older files have `<module>.scale_weight` instead.
     """
@@ -54,7 +54,7 @@ class Fp8(Scheme):
             if scale is None and comfyui:
                 continue
             if scale is None:
-                raise Malformed("the weight has 8-bit floats without a scale", path=base.root, where=name, cure=DAMAGED)
+                raise Malformed("the weight has 8-bit floats, but no scale", path=base.root, where=name, cure=DAMAGED)
             module = name.rpartition(".")[0]
             others = tuple(other for word in (*INPUTS, LAYOUT) if (other := f"{module}.{word}") in base.tensors)
             yield scaled(base, name, scale, block, others)
@@ -74,8 +74,8 @@ def _check_layouts(base: Checkpoint) -> None:
     """Check that this scheme can read each module's ComfyUI format.
 
     Raises:
-        Unsupported: this scheme cannot read a module's format. Such weights must not be read as fp8, although their
-            names are the same.
+        Unsupported: this scheme cannot read a module's format. The module's weight must not be read as plain fp8,
+            although its tensors have the same names.
         Malformed: the format is not a JSON object.
     """
     for name, tensor in base.tensors.items():
@@ -89,7 +89,7 @@ def _check_layouts(base: Checkpoint) -> None:
             raise Malformed("the tensor does not contain a JSON object", path=base.root, where=name, cure=DAMAGED)
         if layout.get("format") not in FORMATS:
             why = f"the module has the format {layout.get('format')!r}, which orders scales for ComfyUI's kernels"
-            cure = "Merge into the model that was quantized, and quantize the result with ComfyUI's tool"
+            cure = "Merge into the original, unquantized model, and quantize the result with ComfyUI's tool"
             raise Unsupported(why, path=base.root, where=name, cure=cure)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from . import Array
 
 KNOWN = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
-ORIGINAL = f"Known: {', '.join(KNOWN)}. Or merge into the 16-bit weights that it was quantized from"
+ORIGINAL = f"Known: {', '.join(KNOWN)}. Or merge into the 16-bit weights that the base was quantized from"
 
 
 class Torchao(Scheme):

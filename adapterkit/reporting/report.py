@@ -1,9 +1,9 @@
-"""Create a report about adapters, show it in notebooks, and write it as a page and as pictures.
+"""Create a report about adapters. A notebook displays the report; `save` writes it as a page, `figures` as pictures.
 
-The page is one HTML file that does not load any other file. It is complete even without scripts: the drawings are SVG,
-and the table is plain HTML. The script `page.js` adds search, sorting, tooltips on the drawings, and a switch between
-light and dark. All text from files is escaped, so a name in an adapter cannot add markup to the page. A content
-security policy in the page's head forbids the browser to load anything.
+The page is one HTML file that does not load any other file. The page is complete even if the browser runs no scripts:
+the drawings are SVG, and the table is plain HTML. The script `page.js` adds search, sorting, tooltips on the drawings,
+and a switch between light and dark colours. All text from files is escaped, so a name in an adapter cannot add markup
+to the page. A content security policy in the page's head forbids the browser to load anything.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
     from .measuring import Effect
 
-CURE = "Pass the output of adapterkit gate ... --json: --gate FILE (gate=)"
+CURE = "Save the output of adapterkit gate ... --json in FILE, and pass --gate FILE (gate=)"
 
 RESULTS = {True: "holds", False: "fails", None: "undecided"}
 
 MOST_MODULES = 40
-"""The largest number of modules to show for a model. Modules with a fault come first, then the others; both groups are
+"""The largest number of modules to show for one model. Modules with a fault come first. Within each group, modules are
 in the order in which the model runs them."""
 
 
 class GateFigures(msgspec.Struct, frozen=True):
-    """The part of a gate's record that the page shows."""
+    """The values from a gate's record that the page shows."""
 
     outcome: str
     base: str
@@ -68,12 +68,15 @@ class GateFigures(msgspec.Struct, frozen=True):
 
 
 def gate_figures(source: Mapping[str, object] | str | os.PathLike[str]) -> GateFigures:
-    """Return the figures of a gate. `source` is the gate's result, its record, or the path of a file with the record.
+    """Read the values that the page shows about a gate.
+
+    Args:
+        source: the result of the gate, the record of this result, or the path of a JSON file with the record.
 
     Raises:
-        Malformed: the file is not JSON, or the record is not one of a gate.
+        Malformed: the file is not JSON, or the record was not written by a gate.
         StorageError: the file cannot be read.
-        UsageError: `source` is neither a result, nor a record, nor a path.
+        UsageError: `source` is not a result, a record or a path.
     """
     path = None
     record: Any = source
@@ -98,7 +101,7 @@ def gate_figures(source: Mapping[str, object] | str | os.PathLike[str]) -> GateF
 
 
 def gate_section(gate: GateFigures) -> str:
-    """Return the content of the page's section about a gate, as HTML."""
+    """Return the page's section about a gate, as HTML without the heading."""
     description = f"{', '.join(gate.adapters)} on {gate.base}, run on {gate.data}"
     where = ", ".join(each for each in (gate.device, gate.dtype, f"seed {gate.seed}") if each)
     parts = [f'<p class="fine"><b>{escape(gate.outcome)}</b>: {escape(description)} ({escape(where)}).</p>']
@@ -106,7 +109,7 @@ def gate_section(gate: GateFigures) -> str:
         parts.append(f"<ul>{''.join(f'<li>{escape(each)}</li>' for each in gate.verdicts)}</ul>")
     checks = [(c.model, c.name, RESULTS[c.ok], c.value, c.limit, c.text) for c in gate.checks]
     parts.append(
-        _gate_table("Checks of the gate", ("model", "check", "result", "value", "limit", "what it says"), checks)
+        _gate_table("Checks of the gate", ("model", "check", "result", "value", "limit", "explanation"), checks)
     )
     parts.append(
         _gate_table("Runs of the gate", ("run", "KL", "kept", "perplexity", "same greedy tokens"), _runs(gate))
@@ -119,7 +122,7 @@ def gate_section(gate: GateFigures) -> str:
 
 
 Cell = float | str | None
-"""A cell of a table."""
+"""The value in a table cell; None leaves the cell empty."""
 
 
 def _runs(gate: GateFigures) -> list[tuple[Cell, ...]]:
@@ -138,11 +141,11 @@ def _modules(kept: KeptEffect) -> list[str]:
         return []
     several = sorted(parts_shown, key=lambda part: not part.fault)[:MOST_MODULES]
     first = next((part.module for part in kept.parts if part.fault), None)
-    lead = f"The first wrong module is {first}." if first is not None else "No module is wrong."
+    lead = f"The first module with a fault is {first}." if first is not None else "No module has a fault."
     left = len(parts_shown) - len(several)
     more = f" The gate's record has {left:,} further modules." if left else ""
     rows = [
-        (part.module, part.scale, part.error, part.fault or ("rounding alone" if part.rounded else ""))
+        (part.module, part.scale, part.error, part.fault or ("none: only rounding" if part.rounded else ""))
         for part in several
     ]
     names = ("module", "part of the change", "error relative to the change", "fault")
@@ -171,13 +174,13 @@ def _gate_cell(value: Cell) -> str:
 
 
 MOST_ROWS = 2000
-"""The largest number of rows in the table of targets: 45,000 rows would make a page of 10 MB. The table shows the rows
-with the largest changes. The report's record has all rows."""
+"""The largest number of rows in the table of targets: 45,000 rows would make a page of 10 MB. If there are more rows,
+the table shows the rows with the largest changes. The report's record always has all rows."""
 
 HEADINGS = {"fault": "Faults", "warning": "Worth a look", "note": "Good to know"}
 
 HIDDEN = ("metadata", "of", "base_fingerprint")
-"""Arguments of lineage steps that the page omits: it shows them elsewhere, or they are too long for a line."""
+"""Arguments of lineage steps that the page omits, because it shows them elsewhere or because they are too long."""
 
 
 def page(report: AdapterReport) -> str:
@@ -214,8 +217,8 @@ def page(report: AdapterReport) -> str:
 <main>
 {parts}
 </main>
-<footer>Made by adapterkit {__version__}. Norms, angles and spectra are exact to rounding;
-signs and values of single elements come from an evenly spread block of each weight.</footer>
+<footer>Made by adapterkit {__version__}. Norms, angles and spectra are exact up to rounding errors.
+Numbers about signs and single elements come from a sample: evenly spread rows and columns of each weight.</footer>
 <div id="tip" role="status" hidden></div>
 <script>{script}</script>
 </body>
@@ -224,9 +227,9 @@ signs and values of single elements come from an evenly spread block of each wei
 
 
 def fragment(report: AdapterReport) -> str:
-    """Return HTML with the verdicts and drawings for a notebook.
+    """Return the HTML that a notebook shows: the verdicts and the drawings.
 
-    It has no scripts or style sheets, because they would affect other cells.
+    The HTML contains no scripts and no style sheets, because these would affect other cells of the notebook.
     """
     verdicts = "".join(
         f'<li><b>{escape(HEADINGS[each.level])}</b>: {escape(each.text)}</li>' for each in report.verdicts
@@ -260,13 +263,13 @@ def _lead(report: AdapterReport) -> str:
 def _parts(report: AdapterReport) -> Iterable[str]:
     yield _section("verdicts", "Verdicts", _verdicts(report))
     if report.gate is not None:
-        yield _section("gate", "What is kept when models run", gate_section(report.gate))
+        yield _section("gate", "The effect when models run", gate_section(report.gate))
     yield _section("adapters", "The adapters" if len(report.facts) > 1 else "The adapter", _facts(report.facts))
     for group, drawn in groupby(report.charts, key=lambda chart: chart.group):
         yield _section(_slug(group), group, "".join(map(_figure, drawn)), "charts")
     yield _section("targets", "All targets", _table(report))
     yield _section("lineage", "Lineage", _lineage(report.facts))
-    yield _section("fits", "Where it fits", _formats(report.facts))
+    yield _section("fits", "Formats and tools", _formats(report.facts))
 
 
 def _slug(text: str) -> str:
@@ -324,7 +327,7 @@ def _facts(all_facts: Sequence[Facts]) -> str:
 
 
 def size(count: int) -> str:
-    """Return a number of bytes in decimal units."""
+    """Return a number of bytes as text in decimal units, such as `1.5 MB`."""
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 999.5:
@@ -367,13 +370,13 @@ COLUMNS: Mapping[str, Any] = {
     "kept": lambda each, report: report.kept.get(each.target),
     "note": lambda each, _: each.why,
 }
-"""Heading of a column -> function that returns the column's value in a row. Columns that are all empty are omitted."""
+"""Heading of a column -> function that returns the column's value in a row. A column without any value is omitted."""
 
 SHARES = ("share", "first direction", "of the weight", "kept")
 
 
 class _TableRows:
-    """Data about the whole report for the functions in `COLUMNS`."""
+    """The values of the whole report that the functions in `COLUMNS` need."""
 
     def __init__(self, report: AdapterReport) -> None:
         self.facts = report.facts
@@ -409,14 +412,14 @@ def _table(report: AdapterReport) -> str:
         for at in range(len(shown))
     )
     count_text = (
-        f"{len(effects):,} rows"
+        f"{len(effects):,} rows, the largest changes first."
         if len(shown) == len(effects)
-        else f"The {len(shown):,} largest of {len(effects):,} rows; all are in the output of --json"
+        else f"The {len(shown):,} rows with the largest changes. The output of --json has all {len(effects):,} rows."
     )
     return (
         '<p class="search" hidden><label for="q">Search the targets</label>'
         '<input id="q" type="search" placeholder="layers.11 o_proj" autocomplete="off"></p>'
-        f'<p id="count" role="status">{count_text}, the largest changes first.</p>'
+        f'<p id="count" role="status">{count_text}</p>'
         + _scrolled(
             f'<table id="rows"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>', "Table of all targets"
         )
@@ -440,7 +443,7 @@ def _lineage(all_facts: Sequence[Facts]) -> str:
 
 
 def _steps(steps: Sequence[Mapping[str, Any]], base: str | None) -> str:
-    """Return a lineage as nested lists. The newest step is the outermost; each step contains the step before it."""
+    """Return a lineage as nested HTML lists. The newest step is outermost; each step contains the step before it."""
     if not steps:
         return f"<ul><li>{_node('base', base)}</li></ul>" if base else ""
     *before, last = steps
@@ -493,8 +496,9 @@ def _formats(all_facts: Sequence[Facts]) -> str:
             f"<table><thead><tr>{head}</tr></thead><tbody>{tools}</tbody></table>", "Table of tools"
         )
     return (
-        "<p>These formats can store the methods of each adapter, for its kind of model. "
-        "<code>adapterkit convert</code> also checks the names of modules and the other limits of a format.</p>"
+        "<p>This table shows which formats can store each adapter, judged by its methods and its kind of model (image "
+        "or language). <code>adapterkit convert</code> also checks the names of modules and the other limits of a "
+        "format.</p>"
         f"{table}"
     )
 
@@ -509,12 +513,12 @@ class AdapterReport:
 
     Attributes:
         facts: the facts from the file headers, one entry per adapter.
-        measured: all measured numbers.
-        verdicts: sentences about the numbers, faults first.
+        measured: all measurements.
+        verdicts: sentences about the measurements, faults first.
         base: the name of the base, or None.
         merged: the name of the merged model, or None.
         seconds: the duration of the measurements in seconds.
-        gate: the figures of a gate, or None.
+        gate: the values from a gate's record, or None.
     """
 
     facts: tuple[Facts, ...]
@@ -527,7 +531,7 @@ class AdapterReport:
 
     @cached_property
     def charts(self) -> list[Chart]:
-        """The pictures, as Vega-Lite specifications. `html` and `figures` draw them."""
+        """The pictures, as Vega-Lite specifications. The methods `html` and `figures` draw the pictures."""
         return charts(self.measured)
 
     def record(self) -> dict[str, JsonValue]:
@@ -557,9 +561,9 @@ class AdapterReport:
                 with the same digest can skip the work; see `io.staging`.
 
         Raises:
-            StorageError: `out` exists, or cannot be written.
-            UsageError: the suffix of `out` is neither `.html` nor `.htm` nor empty.
-            Unsupported: the package that draws charts is not installed.
+            StorageError: `out` is a folder, or exists and `overwrite` is not set, or cannot be written.
+            UsageError: `out` has a suffix other than `.html` and `.htm`.
+            Unsupported: the package vl-convert-python is not installed.
         """
         from ..io.staging import check_free, staged
 
@@ -567,7 +571,7 @@ class AdapterReport:
         if path.is_dir():
             raise StorageError("the path is a folder", path=path, cure="Name a file, such as report.html")
         if path.suffix.lower() not in ("", ".html", ".htm"):
-            cure = f"Name it {path.with_suffix('.html').name}; for pictures, pass --figures DIR (figures=)"
+            cure = f"Name the file {path.with_suffix('.html').name}; to write pictures, pass --figures DIR (figures=)"
             raise UsageError(f"a report is an HTML page, not {path.suffix}", path=path, cure=cure)
         check_free(path, overwrite)
         data = self.html().encode()
@@ -614,20 +618,20 @@ def build_page(
     base: Checkpoint | None = None, merged: Checkpoint | None = None, rename: str | Sequence[str] = (),
     progress: Callable[[int, int], object] | None = None, gate: GateFigures | None = None,
 ) -> AdapterReport:  # fmt: skip
-    """Create a report.
+    """Measure adapters, and return a report about them.
 
     Args:
         adapters: the adapters.
         names: the adapters' names in the report, all different.
         paths: the path from which each adapter was read; None for an adapter in memory.
         base: the base of the adapters.
-        merged: the model into which the adapters were merged; needs `base`.
-        rename: rules for names of targets.
-        progress: a function that is called with the units of work that are done, and the total units.
-        gate: the figures of a gate; the page shows them in a separate section.
+        merged: the model into which the adapters were merged; requires `base`.
+        rename: rules that rename targets; see `adapterkit.ops.compare`.
+        progress: a function that is called with two numbers: the completed units of work, and all units of work.
+        gate: values from a gate's record. The page shows these values in a separate section.
 
     Raises:
-        AdapterkitError: as for `measuring.measure`.
+        AdapterkitError: the adapters belong to different models; see `adapterkit.ops.compare`.
     """
     import time
 
@@ -646,16 +650,16 @@ def build_page(
 
 
 def _plain(base: Checkpoint | None) -> Checkpoint | None:
-    """Return the checkpoint; if it is quantized, its weights are dequantized."""
+    """Return the checkpoint. If it is quantized, the returned checkpoint has dequantized weights."""
     from ..quant import dequantized, is_quantized
 
     return dequantized(base) if base is not None and is_quantized(base) else base
 
 
 def _weights(merged: Checkpoint | None, count: int) -> list[float] | None:
-    """Return the adapters' weights in a merge, from the merged model's merge record.
+    """Read from a merged model's merge record the weight with which each adapter was merged.
 
-    None if the record does not have a weight for each of `count` adapters.
+    Return None if the record does not have a weight for each of `count` adapters.
     """
     if merged is None:
         return None

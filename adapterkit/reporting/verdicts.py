@@ -1,7 +1,8 @@
-"""Verdicts: plain sentences about the measurements. Each entry of `RULES` has a code, a level and a function.
+"""Describe the measurements of a report in plain sentences, the verdicts.
 
-Thresholds are constants in this file. A rule yields one sentence per finding. A report shows at most `MOST` sentences
-per rule, and then the number of further sentences. A clean adapter gets only sentences of level `note`.
+Each rule in `RULES` has a code, a level and a function, which yields one sentence per finding. A report shows at most
+`MOST` sentences per rule, followed by the number of omitted sentences. An adapter without problems gets only sentences
+of level `note`. The rules' thresholds are constants in this file.
 """
 
 from __future__ import annotations
@@ -24,54 +25,61 @@ MOST = 5
 """The largest number of sentences to show for a rule."""
 
 MIN_SHARE = 0.25
-"""A target gets the verdict that it dominates if it has at least this share of the adapter's squared norm, and also
-fulfils the condition of `TIMES`."""
+"""The rule `concentrated` reports a target if it has at least this share of the adapter's squared norm, and at least
+`TIMES` times the average share of a target."""
 
 TIMES = 4
-"""A target gets the verdict that it dominates only if its share is at least this many times the average share. Targets
-and modules are compared only if the adapter has at least twice this many targets."""
+"""The rule `concentrated` reports a target only if its share of the adapter's squared norm is at least this many times
+the average share. The rules `concentrated` and `by-module` skip adapters with fewer than twice this many targets."""
 
 SCALED = 3.0
-"""A layer is out of scale if its norms are more than this many times its neighbours' norms, or less than 1 / this."""
+"""A layer is out of scale if each of its norms is more than this many times the median norm of the same module in the
+neighbouring layers, or if each of its norms is less than 1 / this of that median."""
 
 DEAD = 1e-6
 """A target is dead if its norm is at most this many times the median norm of the same module over all layers. A layer
 is dead if its norm is at most this many times the median norm of all layers."""
 
 SPIKE = 0.9
-"""A change of rank 4 or more is a rank-1 spike if one singular value has more than this share of its squared norm."""
+"""A change of rank 4 or more is a rank-1 spike if the square of one singular value is more than this share
+of the change's squared norm."""
 
 WIDE = 0.35
-"""An adapter's rank is mostly unused if the median of (effective rank / stored rank) over its targets is below this."""
+"""An adapter's rank is mostly unused if the median of (effective rank / stored rank) is below this limit. The median is
+taken over the targets with rank 4 or more."""
 
 OPPOSED, ALIKE, SAME = -0.2, 0.5, 0.9999
-"""Limits for the cosine of two changes. At or below the first limit, the changes oppose each other. From the second
-limit on, they are similar. From the third limit on, they are equal except for a factor."""
+"""Limits for the cosine of two changes. At or below the first limit, the changes oppose each other. At or above the
+second limit, they are similar. If the absolute value of the cosine reaches the third limit, the changes are equal
+except for a factor."""
 
 CONFLICT = 0.6
-"""Two adapters conflict if they move more than this share of elements in opposite directions. For unrelated adapters,
-the share is 0.5."""
+"""Two adapters conflict at a target if they change more than this share of its elements in opposite directions. For
+unrelated adapters, the share is 0.5."""
 
 LOST = 0.5
-"""A sum of two changes loses too much if more than this share of the absolute values cancels. Two unrelated changes
-lose 0.29."""
+"""A sum of two changes loses too much if more than this share of their absolute values cancels out. The share is 0.29
+for two unrelated changes of equal size."""
 
 LOUDER = 4.0
-"""If one adapter's norm is more than this many times another's, the smaller one hardly matters in a plain sum."""
+"""If the largest norm of the adapters is more than this many times the smallest norm, the adapter with the smallest
+norm has almost no effect in a plain sum."""
 
 LARGE = 0.5
-"""A change is too large if its norm is more than this many times the norm of the base's weight."""
+"""A change is too large if its norm is more than this share of the norm of the base's weight."""
 
 PEAK = 40.0
-"""An element of a change is an outlier if it is more than this many times the change's root mean square."""
+"""An element of a change is an outlier if its absolute value is more than this many times the root mean square of the
+change's elements."""
 
 SCALING = (1 / 64, 64.0)
 """The smallest and largest plausible scaling of a LoRA. Outside these bounds, the file's alpha is most likely wrong."""
 
 KEPT, NOTHING, WRONG = 0.95, 0.05, 1.0
-"""Limits for a merged model. The first two are for the part of a change that the merged model contains: below the first
-limit the change counts as partly lost, below the second as not merged. The third limit is for the error of a merged
-weight, divided by the norm of the change: above it, the rounding error is larger than the change."""
+"""Limits for a merged model. The first two limits apply to the share of a change that the merged model contains. Below
+the first limit, the change counts as partly lost. Below the second limit, it counts as not merged. The third limit
+applies to the error of a merged weight, divided by the norm of the change. Above the third limit, the rounding error is
+larger than the change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +109,9 @@ class Findings:
     facts: Sequence[Facts]
 
     def each(self) -> Iterator[tuple[int, str, list[Effect]]]:
-        """Yield each adapter's index, the start of a sentence about it (`name: `), and its measured effects.
+        """Yield each adapter's index, the prefix of sentences about the adapter (`name: `), and its measured effects.
 
-        The start is empty if the report has only one adapter.
+        The prefix is empty if the report has only one adapter.
         """
         alone = len(self.facts) == 1
         for at, facts in enumerate(self.facts):
@@ -120,12 +128,12 @@ class Findings:
 
 
 Details = Iterable[tuple[str, int | None, str | None]]
-"""For each finding: (sentence, index of the adapter or None, target or None)."""
+"""The result of a rule. Each finding is a tuple (sentence, index of the adapter or None, target or None)."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerdictRule:
-    """One entry of `RULES`."""
+    """A rule. Its function `find` returns the findings, which become verdicts with the rule's code and level."""
 
     code: str
     level: str
@@ -133,11 +141,11 @@ class VerdictRule:
 
 
 def verdicts(measured: Measurements, facts: Sequence[Facts]) -> list[Verdict]:
-    """Return all verdicts, faults first.
+    """Return the verdicts of all rules, faults first.
 
     Args:
-        measured: the numbers.
-        facts: one entry per adapter.
+        measured: the measurements.
+        facts: the facts about the adapters, one entry per adapter.
     """
     findings, verdicts_made = Findings(measured, facts), list[Verdict]()
     for rule in RULES:
@@ -145,7 +153,9 @@ def verdicts(measured: Measurements, facts: Sequence[Facts]) -> list[Verdict]:
         verdicts_made += [Verdict(rule.code, rule.level, *each) for each in findings_of_rule[:MOST]]
         if len(findings_of_rule) > MOST:
             verdicts_made.append(
-                Verdict(rule.code, rule.level, f"... and {len(findings_of_rule) - MOST:,} more like the last one.")
+                Verdict(
+                    rule.code, rule.level, f"... and {len(findings_of_rule) - MOST:,} more findings like the last one."
+                )
             )
     return sorted(verdicts_made, key=lambda verdict: LEVELS.index(verdict.level))
 
@@ -204,7 +214,7 @@ def _silent(findings: Findings) -> Details:
     for at, _, effects in findings.each():
         if effects and not any(effect.norm or effect.bias_norm for effect in effects):
             name = findings.facts[at].name
-            yield f"{name} changes nothing: every change is zero. It was saved before training.", at, None
+            yield f"{name} changes nothing: every change is zero. It was probably saved before training.", at, None
 
 
 def _dead_layers(findings: Findings) -> Details:
@@ -216,7 +226,11 @@ def _dead_layers(findings: Findings) -> Details:
         middle = statistics.median(sizes.values())
         for layer, size in sizes.items():
             if middle and size <= DEAD * middle and len(layers[layer]) > 1:
-                yield f"{name}{_layer(layer)} is dead: none of its {len(layers[layer])} targets is changed.", at, None
+                yield (
+                    f"{name}{_layer(layer)} is dead: none of its {len(layers[layer])} targets has a noticeable change.",
+                    at,
+                    None,
+                )
 
 
 def _layer(layer: str) -> str:
@@ -224,7 +238,7 @@ def _layer(layer: str) -> str:
 
 
 def _by_layer(findings: Findings, effects: Iterable[Effect]) -> dict[str, list[Effect]]:
-    """Return a map from each layer to its effects, in the order of layers."""
+    """Return a map from each layer to its effects, sorted by layer number. Effects outside all layers are omitted."""
     cells = findings.measured.cells
     by_layer: dict[str, list[Effect]] = defaultdict(list)
     for effect in sorted(effects, key=lambda each: cells[each.target].order):
@@ -252,7 +266,11 @@ def _dead_targets(findings: Findings) -> Details:
             middle = statistics.median(effect.norm or 0.0 for effect in group) or max(e.norm or 0.0 for e in group)
             for effect in group:
                 if (effect.norm or 0.0) <= DEAD * middle and id(effect) not in dead_layers:
-                    yield f"{name}{findings.title(effect.target)} is dead: its change is zero.", at, effect.target
+                    yield (
+                        f"{name}{findings.title(effect.target)} is dead: its change is zero or almost zero.",
+                        at,
+                        effect.target,
+                    )
 
 
 def _scaled_layers(findings: Findings) -> Details:
@@ -272,9 +290,11 @@ def _times(ratio: float) -> str:
 
 
 def _ratio(findings: Findings, layers: Mapping[str, list[Effect]], layer: str) -> float | None:
-    """Return how many times its neighbours' norms a layer's norms are; None if the layer is not out of scale.
+    """Return the factor by which a layer's norms differ from those of its neighbours; None if it is not out of scale.
 
-    A layer is out of scale only if all of its targets are, in the same direction.
+    Each norm is divided by the median norm of the same module in up to two layers before and after. The
+    factor is the median of these ratios. A layer is out of scale only if it has at least two ratios, and all of them
+    are more than `SCALED` or all of them are less than `1 / SCALED`.
     """
     order = [*layers]
     at = order.index(layer)
@@ -335,7 +355,12 @@ def _spikes(findings: Findings) -> Details:
         several = [e for e in effects if len(e.spectrum) >= 2 and (e.rank or len(e.spectrum)) >= 4]
         spiked = [effect for effect in several if (effect.spike or 0.0) > SPIKE]
         if len(spiked) > 3 and len(spiked) > len(effects) / 2:
-            yield f"{name}{len(spiked):,} of {len(effects):,} targets have changes of rank 1, in practice.", at, None
+            how = f"one direction has more than {percent(SPIKE)} of each of these changes"
+            yield (
+                f"{name}{len(spiked):,} of {len(effects):,} targets have changes of rank 1, in practice: {how}.",
+                at,
+                None,
+            )
             continue
         for effect in spiked:
             share, rank = percent(effect.spike or 0.0), effect.rank or "full"
@@ -381,7 +406,7 @@ def _scalings(findings: Findings) -> Details:
 
 
 def _gaps(findings: Findings) -> Details:
-    """Yield a sentence for each module that a few layers lack, although all other layers of their kind have it."""
+    """Yield a sentence for each module that a few layers lack, although all other layers of the same kind have it."""
     cells = findings.measured.cells
     for at, name, effects in findings.each():
         here = [effect for effect in findings.measured.effects if effect.adapter == at]
@@ -441,7 +466,7 @@ def _no_intruders(findings: Findings) -> Details:
 
 
 def _looked(looked: Sequence[Effect], effects: Sequence[Effect]) -> str:
-    """Return a phrase with the number of examined targets; if there are more targets, it also has their number."""
+    """Return a phrase with the number of examined targets and, if not all were examined, the number of all targets."""
     many = f"{len(looked):,} target" if len(looked) == 1 else f"{len(looked):,} targets"
     return many if len(looked) == len(effects) else f"the {many} examined (of {len(effects):,}, largest changes first)"
 
@@ -470,7 +495,7 @@ def _opposed(findings: Findings) -> Details:
 
 
 def _conflicts(findings: Findings) -> Details:
-    """Yield a sentence for each target at which two adapters conflict, unless the adapters as a whole conflict."""
+    """Yield a sentence for each target at which two adapters conflict. Skip pairs that oppose each other as a whole."""
     names = [facts.name for facts in findings.facts]
     for each in findings.measured.relations:
         whole = findings.measured.cosine(each.first, each.second)
@@ -531,7 +556,7 @@ def _sharing(findings: Findings) -> Details:
 
 
 def _fills(effects: Sequence[Effect]) -> bool:
-    """Whether most changes have so large a rank that any other change of the same weights would overlap them."""
+    """Whether most changes have such a high rank that any other changes of the same weights would overlap them."""
     sides = [len(each.spectrum) / min(each.shape[0], math.prod(each.shape[1:])) for each in effects if each.shape]
     return bool(sides) and statistics.median(sides) > 0.2
 
@@ -568,7 +593,11 @@ def _merged(findings: Findings) -> Details:
         farthest = max(other, key=lambda each: abs(each.kept - 1))
         text = f"the merged model contains {percent(farthest.kept)} of the change at {findings.title(farthest.target)}"
         total = len(findings.measured.merged)
-        more = f"; {len(other):,} of {total:,} targets differ by more than {percent(1 - KEPT)}" if other[1:] else ""
+        more = (
+            f"; at {len(other):,} of {total:,} targets, this share differs from 100 % by more than {percent(1 - KEPT)}"
+            if other[1:]
+            else ""
+        )
         yield f"{text}{more}.", None, farthest.target
 
 
@@ -578,7 +607,7 @@ def _is_rounding(share: MergedShare) -> bool:
 
 
 def _merged_narrow(findings: Findings) -> Details:
-    """Yield a sentence if a part of the change is lost because the merged model's dtype rounds too coarsely."""
+    """Yield a sentence if rounding to the merged model's dtype loses a part of the change."""
     rounded = [each for each in findings.measured.merged if _is_rounding(each)]
     if rounded:
         least = min(rounded, key=lambda each: each.kept)
@@ -597,7 +626,7 @@ def _merged_noise(findings: Findings) -> Details:
     if noisy:
         worst = max(noisy, key=lambda each: each.error)
         count, total = len(noisy), len(findings.measured.merged)
-        text = f"At {count:,} of {total:,} targets, the rounding of the merged weights is larger than the change"
+        text = f"At {count:,} of {total:,} targets, the rounding error of the merged weights is larger than the change"
         yield f"{text}: at {findings.title(worst.target)}, it is {worst.error:.2g} times as large.", None, worst.target
 
 
@@ -671,4 +700,4 @@ RULES = (
     VerdictRule("independent", "note", _independent),
     VerdictRule("merged-well", "note", _merged_well),
 )
-"""All rules. Within a level, a report shows the rules' sentences in this order."""
+"""All rules. Among verdicts of the same level, a report shows the verdicts in the order of these rules."""

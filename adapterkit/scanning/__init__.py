@@ -1,8 +1,8 @@
-"""Scan an untrusted adapter for signs of an attack. A finding is evidence, not proof.
+"""Scan an untrusted adapter for signs of an attack.
 
 A finding does not prove an attack, and a file without findings may still be harmful. Each finding has a severity, the
-evidence, a location, and the reason why it matters. Nothing in the files is executed or imported. Pickles are never
-loaded; only their opcodes are read.
+evidence, a location, and the reason why the finding matters. Nothing in the files is executed or imported. Pickles
+are never loaded; only their opcodes are read.
 """
 
 from __future__ import annotations
@@ -38,12 +38,11 @@ MOST_FILES = 10_000
 
 
 def scan(source: str | PathLike[str], *, base: Checkpoint | str | PathLike[str] | None = None) -> Scan:
-    """Scan an untrusted adapter for signs of an attack; nothing in it is executed.
+    """Scan an untrusted adapter for signs of an attack, without executing anything in the adapter.
 
     Args:
         source: a file, a folder, or an address on a hub. Files on a hub are downloaded first.
-        base: the base. The norm of each change is compared with the norm of the base's weight. None skips the
-            comparison.
+        base: the base. If given, the norm of each change is compared with the norm of the weight that it changes.
 
     Returns:
         The findings, the most severe first. They are evidence, not proof. An adapter without findings may still be
@@ -77,7 +76,7 @@ def _adapters(root: Path, files: list[Path], unread: list[str]) -> list[Path]:
     folders = dict.fromkeys(file.parent for file in files if file.name.endswith(WEIGHTS) and file.parent != root)
     recognised = [folder for folder in folders if _recognised(folder)]
     if not recognised and any(file.name.endswith(WEIGHTS) for file in files):
-        unread.append(f"{root.name}: its targets and values: no adapter is recognised")
+        unread.append(f"{root.name}: its targets and values were not read, because no adapter is recognised")
     return recognised
 
 
@@ -90,12 +89,13 @@ def _recognised(path: Path) -> bool:
 def _adapter(root: Path, checkpoint: Checkpoint | None, unread: list[str]) -> list[Finding]:
     """Return findings about the targets and values of an adapter.
 
-    An adapter that cannot be read gets a line in `unread`: other tools may be able to read it, so the user must know.
+    If the adapter cannot be read, `unread` gets a line: other tools may be able to read the adapter, so the user must
+    know that it was not scanned.
     """
     try:
         adapter = read(root, base=checkpoint)
     except AdapterkitError as error:
-        unread.append(f"{root.name}: its targets and values: {error.why}")
+        unread.append(f"{root.name}: its targets and values could not be read: {error.why}")
         return []
     name = next((update.file for _, update in adapter if update.file is not None), None)
     file = Path(name).name if name is not None else root.name
@@ -103,7 +103,7 @@ def _adapter(root: Path, checkpoint: Checkpoint | None, unread: list[str]) -> li
 
 
 def _files(root: Path, unread: list[str]) -> list[Path]:
-    """Return at most `MOST_FILES` files. Links to folders are not followed, and git's own files are omitted."""
+    """Return the files under `root`, at most `MOST_FILES`. Do not follow links to folders; omit the folder `.git`."""
     if not root.is_dir():
         return [root]
     files: list[Path] = []
@@ -117,11 +117,10 @@ def _files(root: Path, unread: list[str]) -> list[Path]:
     return files
 
 
-# Find suspicious targets and values in an adapter.
-
-
 FEW_EXPERTS = 0.1
-"""Report an adapter that changes at most this share of the experts, or only one expert, in only one layer."""
+"""The changed experts of a layer are reported if they are at most this share of all experts, or only one expert. The
+number of all experts is taken to be the highest number of a changed expert in any layer, plus 1. Experts are compared
+only if their paths in all layers are equal except for the layer's number."""
 
 SPIKE, SPIKE_RANK = 0.995, 4
 """A change of rank 4 or more is dominated by one direction if that direction has more than this share of the change's
@@ -129,23 +128,24 @@ energy (squared norm)."""
 
 STRONGER = 5.0
 """A change dominated by one direction is reported if its norm is more than this many times the median norm of the same
-module over all layers, or if few other changes are dominated by one direction."""
+module over all layers. If at most a quarter of all changes are dominated by one direction, they are all reported."""
 
 MOST_OF_ALL = 0.8
-"""A target is reported if it has more than this share of the total energy of all targets."""
+"""A target is reported if it has more than this share of the total energy (squared norm) of all targets."""
 
 ENOUGH = 8
-"""Experts are compared with each other only if there are at least this many; targets likewise."""
+"""Experts are compared with each other only if there are at least this many experts. Targets are compared with each
+other only if there are at least this many targets."""
 
 FOREIGN = 0.005
-"""If at most this share of a float32 tensor's numbers are not exact in 16 bits, the tensor was probably trained in 16
-bits. The few other numbers were probably changed later, so they are reported."""
+"""If all but at most this share of a float32 tensor's values are exact in 16 bits, the tensor was probably trained in
+16 bits. The few values that are not exact were probably changed later, so they are reported."""
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 def in_adapter(adapter: Adapter, file: str, base: Checkpoint | None, unread: list[str]) -> Iterator[Finding]:
-    """Yield findings in the targets and values of an adapter. This function reads all tensors."""
+    """Yield findings about the targets and values of an adapter. This function reads all tensors."""
     yield from _targets(adapter, file)
     finite = True
     for target, update in adapter:
@@ -178,7 +178,7 @@ def _targets(adapter: Adapter, file: str) -> Iterator[Finding]:
         most = max(max(each) for each in experts.values()) + 1
         if len(numbers) <= max(1, FEW_EXPERTS * most) and most >= ENOUGH and len(layers) == 1:
             shown = ", ".join(map(str, sorted(numbers)[:5]))
-            yield Finding("single-expert", file, path, f"only expert {shown} of {most} or more")
+            yield Finding("single-expert", file, path, f"of at least {most} experts, only these are changed: {shown}")
 
 
 def _token_rows(target: Target, updates: tuple[Update, ...], file: str) -> Iterator[Finding]:
@@ -191,7 +191,7 @@ def _token_rows(target: Target, updates: tuple[Update, ...], file: str) -> Itera
 
 
 def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
-    """Yield a finding for a float32 tensor in which nearly all numbers, but not all, are exact in 16 bits."""
+    """Yield a finding if nearly all values of a float32 tensor, but not all of them, are exact in 16 bits."""
     import numpy as np
 
     tensor = as_lazy(leaf)
@@ -200,17 +200,20 @@ def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
     values = tensor.numpy().reshape(-1)
     low = np.count_nonzero(values.view("<u4") & 0xFFFF)
     if not low:
-        return  # All numbers are exact in bfloat16. Skip float16: it cannot represent small numbers of such tensors.
+        return  # All values are exact in bfloat16. Do not test float16: small bfloat16 values are not exact in it.
     with np.errstate(over="ignore"):
         half = np.count_nonzero(values.astype("<f2").astype("<f4") != values)
     for name, count in (("bfloat16", int(low)), ("float16", int(half))):
         if 0 < count <= FOREIGN * values.size:
-            yield Finding("foreign-bits", file, place, f"{count:,} of {values.size:,} numbers are not exact in {name}")
+            yield Finding("foreign-bits", file, place, f"{count:,} of {values.size:,} values are not exact in {name}")
             return
 
 
 def _changes(adapter: Adapter, file: str, base: Checkpoint | None, unread: list[str]) -> Iterator[Finding]:
-    """Yield findings about the spectra and norms of changes. `unread` gets a line for each change without a result."""
+    """Yield findings about the spectra and norms of changes.
+
+    A line is added to `unread` for each change that cannot be computed.
+    """
     from ..ops.alignment import places
     from ..ops.lowrank import svd
 
@@ -219,7 +222,7 @@ def _changes(adapter: Adapter, file: str, base: Checkpoint | None, unread: list[
     try:
         _, aligned = places([adapter], lower="scanned")
     except AdapterkitError as error:
-        unread.append(f"{file}: norms and spectra: {error.why}")
+        unread.append(f"{file}: its norms and spectra could not be computed: {error.why}")
         return
     for place in aligned:
         try:
@@ -251,7 +254,7 @@ def _spikes(file: str, norms: dict[str, float], firsts: dict[str, float]) -> Ite
         others = sorted(kinds[_NUMBER.sub(".#", name)])
         median = others[len(others) // 2]
         strong = len(others) >= 3 and norms[name] > STRONGER * median
-        # If at most a quarter of all changes have a dominant direction, report also those that are not strong.
+        # If at most a quarter of the changes are dominated by one direction, report them even if their norms are usual.
         lonely = len(firsts) >= ENOUGH and sum(each > SPIKE for each in firsts.values()) <= len(firsts) // 4
         if share > SPIKE and (strong or lonely):
             evidence = f"{share:.2%} of its energy lies in one direction; its norm is {norms[name]:.3g}"
@@ -260,7 +263,9 @@ def _spikes(file: str, norms: dict[str, float], firsts: dict[str, float]) -> Ite
     whole = math.fsum(energy.values())
     for name, each in energy.items():
         if len(energy) >= ENOUGH and whole > 0 and each > MOST_OF_ALL * whole:
-            yield Finding("outlier", file, name, f"{each / whole:.0%} of the energy of {len(energy):,} targets")
+            yield Finding(
+                "outlier", file, name, f"it has {each / whole:.0%} of the energy of all {len(energy):,} targets"
+            )
 
 
 def _against(file: str, norms: dict[str, float], base: Checkpoint) -> Iterator[Finding]:

@@ -1,8 +1,9 @@
 """Find suspicious files: check their names, first bytes, pickles, configs and chat templates.
 
-The scan searches pickles for functions that they would call. It reads the opcodes of pickles, but never loads them. It
-finds pickles in plain files, archives, compressed files and NumPy arrays of objects. Configs are searched for code that
-they name. Chat templates are searched for access to anything but the data that they are given.
+The scan reads the opcodes of pickles, but never loads a pickle. It reports the functions that a pickle would import.
+Pickles are found in plain files, archives, compressed files and NumPy arrays of objects. In configs, the scan looks for
+keys that make a loader import code. In chat templates, it looks for access to anything but the data that the template
+is given.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ CODE = frozenset({
     ".bash", ".bat", ".cmd", ".ps1", ".vbs", ".js", ".mjs", ".cjs", ".node", ".wasm", ".ipynb", ".cu", ".cuh", ".cpp",
     ".cxx", ".cc", ".ptx", ".jar", ".class", ".whl", ".egg", ".lua", ".rb",
 })  # fmt: skip
-"""Suffixes of files with code that a program may run."""
+"""Suffixes of code files, which a program may run."""
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".dat", ".data")
-"""Suffixes of files that programs unpickle. The suffix is needed because the first bytes do not identify pickles of
-protocols 0 and 1."""
+"""Suffixes of files that programs unpickle. A file with such a suffix is scanned even if it does not begin like a
+pickle, because pickles of protocols 0 and 1 cannot be recognised by their first bytes."""
 
 _STORAGE = re.compile(r"(?:.*/)?data/\d+")
 """Matches archive entries in which torch stores the bytes of a tensor. No program unpickles these entries."""
@@ -71,10 +72,10 @@ _Stream = IO[bytes] | io.BufferedIOBase
 
 
 def is_pickle(head: bytes) -> bool:
-    """Whether `head` contains the first bytes of a pickle of protocol 2 or later.
+    """Whether a file that begins with `head` looks like a pickle of protocol 2 or later.
 
-    A safetensors file may begin with the same bytes, because it begins with the length of its header. But the header
-    after the length begins with `{`.
+    A safetensors file begins with the length of its header, and the bytes of this length may look like a pickle. Such a
+    file is recognised by the `{` with which its header begins.
     """
     if len(head) < 3 or head[0] != 0x80 or not 2 <= head[1] <= 5 or head[2] not in _OPCODES:
         return False
@@ -104,7 +105,7 @@ def in_pickles(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
     Args:
         name: the file's name in findings.
         file: the file.
-        unread: gets a line for each part that could not be scanned.
+        unread: a list, to which a line is added for each part that could not be scanned.
     """
     with file.open("rb") as stream:
         yield from _Reader(name, unread).part("", file.name, stream)
@@ -127,10 +128,10 @@ class _Reader:
         if not (archive or compressed or is_pickle(head) or head[:6] == b"\x93NUMPY" or suffix in _PICKLED):
             return
         if depth > _DEEPEST:
-            self.skip(place, f"archives nested more than {_DEEPEST} deep")
+            self.skip(place, f"it is nested in more than {_DEEPEST} archives")
             return
         if self.left <= 0:
-            self.skip(place, f"this archive has more than the {_LARGEST_SUM:,} bytes that may be scanned")
+            self.skip(place, f"the limit of {_LARGEST_SUM:,} scanned bytes per file was reached before this part")
             return
         whole, data, cut = stream, head, False
         if depth == 0 and (archive or compressed):
@@ -161,7 +162,7 @@ class _Reader:
             self.skip(place, f"this archive cannot be read: {error}")
 
     def skip(self, place: str, why: str) -> None:
-        """Add a line to `unread`: this part was not scanned."""
+        """Add a line to `unread` that gives the reason why a part was not scanned, or only in part."""
         self.unread.append(f"{self.name}{f' ({place})' if place else ''}: {why}")
 
     def zip(self, place: str, stream: _Stream, depth: int) -> Iterator[Finding]:
@@ -209,7 +210,7 @@ class _Reader:
             yield Finding("code-file", self.name, where, "the archive contains a code file")
 
     def array(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
-        """Yield the findings in a .npy file: if its array contains Python objects, a pickle follows the header."""
+        """Yield the findings in a .npy file. If its array has Python objects, a pickle follows the file's header."""
         end = _header_size(data)
         if b"|O" in data[:end]:
             yield from self.calls(place, data[end:], cut)
@@ -217,27 +218,27 @@ class _Reader:
     def calls(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
         """Yield a finding for each global that the pickles in `data` import.
 
-        pickletools fails on text outside ASCII, but unpicklers accept it. Pickles of protocols 0 and 1 contain text, so
-        the data is scanned a second time without the bytes outside ASCII.
+        Pickles of protocols 0 and 1 contain text. If the text has bytes outside ASCII, pickletools fails, but
+        unpicklers accept the text. Such data is therefore scanned a second time, with `?` in place of these bytes.
         """
         yield from self.globals_of(place, data, cut)
         if data[:1] != b"\x80" and not data.isascii():
             yield from self.globals_of(place, data.translate(_ASCII), cut)
 
     def globals_of(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
-        """Yield a finding for each global that is imported by one of the pickles that follow each other in `data`."""
+        """Yield a finding for each global that the pickles in `data` import. The pickles follow one another."""
         stream, count, start = io.BytesIO(data), 0, 0
         while (start := stream.tell()) < len(data) and count < MOST:
             marked = is_pickle(data[start : start + 16])
             try:
                 for asked, position in _globals(stream):
                     # Data that does not begin like a pickle may be something else. From such data, report only globals
-                    # with plausible names, because random bytes rarely contain one.
+                    # with plausible names, because random bytes rarely contain a plausible name.
                     if asked in KNOWN or not (marked or _GLOBAL.fullmatch(asked)):
                         continue
                     count += 1
                     where = f"{place} byte {position}".strip()
-                    # "module name" becomes "module.name"; other texts describe globals without a stated name.
+                    # "module name" becomes "module.name". A phrase such as "a registered extension" stays as it is.
                     named = asked.replace(" ", ".") if asked.count(" ") == 1 else asked
                     yield Finding("pickle-call", self.name, where, f"it imports {shown(named)}")
                     if count >= MOST:
@@ -253,7 +254,10 @@ class _Reader:
 
 
 def _globals(stream: io.BytesIO) -> Iterator[tuple[str, int]]:
-    """Yield (`module name`, byte position) for each global that a pickle imports."""
+    """Yield (`module name`, byte position) for each global that a pickle imports.
+
+    If the pickle does not contain the name, a phrase such as `a registered extension` takes its place.
+    """
     memo: dict[int, str | None] = {}
     pushed: list[str | None] = [None, None]
     for opcode, argument, position in pickletools.genops(stream):
@@ -283,7 +287,7 @@ def _globals(stream: io.BytesIO) -> Iterator[tuple[str, int]]:
 
 
 def appended_archive(file: Path) -> bool:
-    """Whether a file ends with a zip archive that has entries. Callers pass only files that do not begin with one."""
+    """Whether a zip archive with entries is appended to a file. The file itself must not begin with a zip archive."""
     with suppress(OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
@@ -303,21 +307,21 @@ _TRUSTED_PARENTS = (
 )
 _ADDRESS = re.compile(r"(?:https?|wss?|ftp)://[^\s'\"<>){}]+")
 _COMPUTING = ("join", "format", "replace", "reverse")
-"""Jinja filters and methods of strings that can build a name from pieces."""
+"""Jinja filters and string methods with which a template can build a name from pieces."""
 
 _BY_ATTRIBUTE = ("map", "selectattr", "rejectattr", "groupby", "sort", "sum", "min", "max", "unique")
-"""Jinja filters with a parameter for the name of an attribute."""
+"""Jinja filters that read an attribute whose name is an argument of the filter."""
 
 LARGEST_TEXT = 32 << 20
 
 
 def in_config(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
-    """Yield the findings in a JSON file or in a chat template's file.
+    """Yield the findings in a JSON file, or in a `.jinja` file with a chat template.
 
     Args:
         name: the file's name in findings.
         file: the file.
-        unread: gets a line if the file cannot be scanned.
+        unread: a list, to which a line is added if the file cannot be scanned.
     """
     if file.stat().st_size > LARGEST_TEXT:
         unread.append(f"{name}: it has more than {LARGEST_TEXT >> 20} MiB of text")
@@ -341,7 +345,9 @@ def in_config(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
         unread.append(f"{name}: it is not valid JSON: {error}")
         return
     for key in twice[:MOST]:
-        yield Finding("other-content", name, shown(key), "the key occurs twice, so programs may read different values")
+        yield Finding(
+            "other-content", name, shown(key), "the key occurs more than once, so programs may read different values"
+        )
     if file.name == "modules.json" and isinstance(document, list):
         yield from _modules(name, document)
     yield from _config(name, "", document, 0)
@@ -501,12 +507,15 @@ def in_folder(root: Path, files: list[Path], unread: list[str]) -> Iterator[Find
 
 
 def _inside(file: Path, folder: Path) -> bool:
-    """Whether a link leads to a file in `folder`, or in the huggingface_hub cache of which `folder` is a part."""
+    """Whether a link leads to a file in `folder`.
+
+    If `folder` is a snapshot in huggingface_hub's cache, the link may also lead to the folder `blobs` of the cached
+    repository: the files of a snapshot are links to files in `blobs`.
+    """
     try:
         target, top = file.resolve(), folder.resolve()
     except (OSError, RuntimeError):  # The link is a loop.
         return False
-    # Allow links to the folder `blobs`: in huggingface_hub's cache, the files of a snapshot are links to it.
     return target.is_relative_to(top) or (
         top.parent.name == "snapshots" and target.is_relative_to(top.parent.parent / "blobs")
     )
@@ -531,7 +540,7 @@ def _name(name: str) -> Iterator[Finding]:
 
 
 def confusable(text: str) -> str:
-    """Return the reason why people may misread a text, or "" if there is none."""
+    """Return the reason why people may misread a text, or "" if there is no such reason."""
     invisible = sorted({f"U+{ord(c):04X}" for c in text if c in _BIDI or unicodedata.category(c) in ("Cf", "Cc")})
     if invisible:
         return f"invisible characters {', '.join(invisible)} in {shown(text)}"
@@ -582,7 +591,7 @@ def _content(name: str, head: bytes) -> Iterator[Finding]:
 def _twice(folder: Path, files: list[Path]) -> Iterator[Finding]:
     """Yield a finding for each pair of weight files with the same stem but different content.
 
-    Tools may load either file.
+    One tool may load one file of the pair, and another tool the other.
     """
     from ..io import safetensors
     from ..io.torch_file import read_torch_file
@@ -604,5 +613,5 @@ def _twice(folder: Path, files: list[Path]) -> Iterator[Finding]:
                 else:
                     continue
             except AdapterkitError as error:
-                why = f"one of them cannot be read: {error.why}"
+                why = f"one of the two files cannot be read: {error.why}"
             yield Finding("second-weights", name, other.name, why)

@@ -1,4 +1,4 @@
-"""The rules of a scan, its findings, and its result as text, JSON, HTML and SARIF."""
+"""Define the rules, findings and results of a scan. A result can be shown as plain data, HTML or SARIF."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..core.tables import html_table
 
 SEVERITIES = ("note", "low", "medium", "high")
-"""The severities, lowest first. By default, a scan fails if a finding has severity `medium` or higher."""
+"""The severities, lowest first. By default, a scan fails if a finding has the severity `medium` or a higher one."""
 
 if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
@@ -55,9 +55,9 @@ _EVERY = (
         "an address in a chat template",
         "Text that the template adds to prompts can make a model send data to this address.",
     ),
-    ScanRule("hidden-file", "medium", "a hidden or misleading file", "The name hides what the file is."),
+    ScanRule("hidden-file", "medium", "a hidden or misleading file", "The name hides what kind of file it is."),
     ScanRule(
-        "lookalike-name", "medium", "characters that look like others", "People read the name as a different name."
+        "lookalike-name", "medium", "characters that look like others", "People may take the name for a different name."
     ),
     ScanRule(
         "other-content",
@@ -72,14 +72,17 @@ _EVERY = (
         "Two tools can load two different adapters from the same folder.",
     ),
     ScanRule(
-        "link", "high", "a link that leaves the folder", "A program that follows the link reads a file outside of it."
+        "link",
+        "high",
+        "a link that leaves the folder",
+        "A program that follows the link reads a file outside the folder.",
     ),
-    ScanRule("not-finite", "high", "numbers that are not finite", "A merge spreads them to all numbers of a weight."),
+    ScanRule("not-finite", "high", "values that are not finite", "A merge can spread such values to the whole weight."),
     ScanRule(
         "foreign-bits",
         "medium",
-        "a few numbers that need more bits than the training dtype",
-        "Most numbers of the tensor are exact in 16 bits. The few others were probably changed after training.",
+        "a few values that need more bits than the training dtype",
+        "Most values of the tensor are exact in 16 bits. The few other values were probably changed after training.",
     ),
     ScanRule(
         "token-rows", "low", "rows of single tokens", "A trigger word can be trained into one row of the embedding."
@@ -91,7 +94,7 @@ _EVERY = (
         "spike",
         "medium",
         "a change dominated by one direction",
-        "Triggers are edited into a model as one direction that is far stronger than all other changes.",
+        "An edit that adds a trigger to a model adds one direction that is far stronger than all other changes.",
     ),
     ScanRule(
         "outlier",
@@ -100,12 +103,15 @@ _EVERY = (
         "Training spreads changes over all layers; a manual edit changes one layer.",
     ),
     ScanRule(
-        "norm", "medium", "a change as large as the weight", "It replaces the base's behaviour: it does not adapt it."
+        "norm",
+        "medium",
+        "a change larger than the weight",
+        "Such a change replaces the base's behaviour instead of adapting it.",
     ),
 )
 
 RULES = {rule.name: rule for rule in _EVERY}
-"""Name -> rule."""
+"""Name of a rule -> the rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +184,7 @@ class Scan:
         }  # fmt: skip
 
     def sarif(self) -> dict[str, object]:
-        """Return the result in SARIF 2.1.0, which code hosts and editors can show."""
+        """Return the result as SARIF 2.1.0, a format that code hosts and editors can show."""
         from .. import __version__
 
         levels = {"note": "note", "low": "note", "medium": "warning", "high": "error"}

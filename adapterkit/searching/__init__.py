@@ -1,15 +1,16 @@
 """Search for the best combination of adapters: the method, weights and parameters with the lowest loss on your data.
 
-Each trial combines the adapters, attaches the result to a base in memory, and computes its loss. No merged model is
-written. Trials can be saved to a file, so that an interrupted search can continue.
+Each trial combines the adapters and computes the loss of the combined adapter. To compute the loss on texts, the
+combined adapter is attached to a base in memory. No merged model is written. Trials can be saved to a file, so that an
+interrupted search can continue.
 
 The first trials are fixed: the sum with equal weights, each adapter alone, every method with all weights 1, and the
-caller's start combinations. Then Optuna's TPE sampler proposes each trial, based on the earlier trials.
+caller's start combinations. Optuna's TPE sampler proposes each later trial, based on all earlier trials.
 
 TPE was chosen after measurements on eight problems with known optima. Each problem has two adapters, three methods and
 a density. After 50 trials, six of the eight results had an error of at most 2 percent of the optimal change's squared
-norm. No error was above 5 percent. Optuna's Gaussian process finds smooth optima more exactly, but does not leave the
-first good method. It missed three of the eight optima by 5 to 26 percent.
+norm. No error was above 5 percent. Optuna's Gaussian process finds smooth optima more exactly, but does not leave
+the first good method that it finds. It missed three of the eight optima by 5 to 26 percent.
 
 A proposal depends only on the seed, the number of the trial and the earlier trials. A resumed search therefore makes
 the same trials as an uninterrupted one.
@@ -66,7 +67,7 @@ def combinations(
         start: the caller's start combinations.
         names: the names of the adapters; a recipe must name the same adapters, in any order.
         seed: the seed of the search.
-        rank: the search's `rank` argument.
+        rank: the `rank` of the search. If a recipe has a seed, rank or base, it must be the same as in the search.
         base: the path of the base, or None.
 
     Raises:
@@ -74,7 +75,9 @@ def combinations(
         Malformed: a file is not a recipe.
     """
     if isinstance(start, (str, PathLike)):
-        raise UsageError("start is not a list", where="start", cure="Pass a list with --start (start=[...])")
+        raise UsageError(
+            f"start must be a list, got {shown(start)}", where="start", cure="Pass a list with --start (start=[...])"
+        )
     choices: list[Combination] = []
     for each in start:
         if isinstance(each, (tuple, list)):
@@ -99,7 +102,7 @@ def _given(given: Sequence[object]) -> Combination:
     kinds = (str, Sequence, Mapping)
     if len(given) != len(kinds) or not all(isinstance(part, kind) for part, kind in zip(given, kinds, strict=True)):
         why = f"{shown(given)} is not a method, weights and parameters"
-        raise UsageError(why, where="start", cure='Pass it as in ("ties", [1, 0.5], {"density": 0.3})')
+        raise UsageError(why, where="start", cure='Pass a tuple as in ("ties", [1, 0.5], {"density": 0.3})')
     return cast("Combination", tuple(given))
 
 
@@ -117,11 +120,11 @@ def _of_recipe(path: Path, names: Sequence[str], seed: int, rank: int | str | No
     for key in ours.keys() & options.keys():
         theirs = options.pop(key)
         if theirs != ours[key] and not (key == "base" and _same_path(theirs, base)):
-            why = f"the recipe has {key} {theirs}, but the search has {ours[key]}"
+            why = f"the recipe has {key} {theirs}, but the search has {key} {ours[key]}"
             raise UsageError(why, path=path, where=key, cure=f"Type --{key} {theirs} ({key}=), or change the recipe")
     for key in ("compat", "each", "dtype", "disjoint"):
         if options.pop(key, None):
-            cure = f"Remove {key} from the recipe, or pass only its method with --start (start=)"
+            cure = f"Remove {key} from the recipe, or pass only the recipe's method with --start (start=)"
             raise UsageError(f"a search cannot use the setting `{key}` of a recipe", path=path, where=key, cure=cure)
     for key, value in [*(("weight", weight) for weight in weights), *options.items()]:
         if isinstance(value, (Mapping, list)):
@@ -141,7 +144,9 @@ def _order(recipe: Recipe, names: Sequence[str], path: Path) -> list[int]:
             order.append(at)
     if left or len(order) < len(names):
         why = f"the recipe combines {', '.join(recipe.adapters)}, but the search combines {', '.join(names)}"
-        raise UsageError(why, path=path, where="models", cure="Name the same adapters in both, in any order")
+        raise UsageError(
+            why, path=path, where="models", cure="Name the same adapters in the recipe and in the search, in any order"
+        )
     return order
 
 
@@ -150,7 +155,7 @@ def _same_path(one: str, other: str | None) -> bool:
 
 
 METHODS = ("linear", "ties", "tsv", "knots_ties")
-"""The methods to try by default. They are fast, unlike each other, and need neither data nor the base's weights."""
+"""The methods to try by default. They are fast, differ from each other, and do not need data or the base's weights."""
 
 DENSITY = (0.05, 1.0)
 """The bounds of the parameter `density`, for methods that have it."""
@@ -184,12 +189,13 @@ def search(
     Each trial combines the adapters and computes the loss of the result. No merged model is written.
 
     Args:
-        adapters: adapters or their paths, of any additive methods.
+        adapters: at least two adapters, or their paths. The adapters may have any additive methods.
         data: a file of texts (one per line, or JSON Lines with a field `text`), or a function that takes the combined
             adapter and returns a loss. For texts, the loss is the mean loss per token of the base with the combined
             adapter attached.
-        base: a folder with a transformers language model. Texts require it. With a function, it is optional: names are
-            resolved against the base, and some methods need its weights.
+        base: a folder with a transformers language model. The base is required if `data` is a file of texts. It is
+            optional if `data` is a function: names are then resolved against the base, and some methods need its
+            weights.
         methods: the methods to choose from; default: `METHODS` and the methods in `start`.
         budget: the total number of trials, including trials of earlier runs that `trials` contains.
         tune: further parameters to search: parameter -> (lowest value, highest value), such as `{"scale": (0.2, 2)}`.
@@ -203,7 +209,7 @@ def search(
         seed: the seed of the search, and of methods that use random numbers.
         trials: the path of a file in which the trials are saved. If it has trials of the same search, the search
             continues after them. None saves no trials.
-        overwrite: whether to replace the file if it belongs to another search.
+        overwrite: whether to replace the file `trials` if it belongs to another search.
         device: the device on which the base runs the texts: `auto`, `cpu` or `cuda:N`.
         progress: a function that is called with the number of completed trials and the budget.
 
@@ -213,8 +219,9 @@ def search(
     Raises:
         UsageError: there are fewer than two adapters, the budget is smaller than the number of fixed first trials, a
             method or parameter is unknown, a method learns from data, a recipe names other adapters or has a setting
-            that a search cannot use, texts are given without a base, or no trial has a loss.
-        Malformed: a file in `start` is not a recipe.
+            that a search cannot use, texts are given without a base, the file `trials` belongs to another search, or no
+            trial has a loss.
+        Malformed: a file in `start` is not a recipe, or the file `trials` does not contain trials.
         Unsupported: Optuna is not installed.
 
     Example:
@@ -230,8 +237,10 @@ def search(
     space = Space(_checked(chosen_from, len(adapters), base), len(adapters), most, tune or {})
     known = [*space.known(), *space.started(first)]
     if budget < len(known):
-        why = f"the budget is {budget}, but every search begins with {len(known)} known combinations"
-        cure = f"Type --budget {len(known)} (budget=) or more, or name fewer methods"
+        why = f"the budget is {budget}, but this search begins with {len(known)} fixed trials"
+        cure = (
+            f"Type --budget {len(known)} (budget=) or more, or pass fewer of --method (methods=) and --start (start=)"
+        )
         raise UsageError(why, where="budget", cure=cure)
     read = [source_adapter(source, base) for source in adapters]
     # Check the rank now, because no trial would raise the error: the first trial is a sum, whose rank is never reduced,
@@ -259,7 +268,9 @@ def search(
     result = Search(names, tuple(journal.trials), base_text, seed, rank, resumed)
     if result.best.loss is None:
         why = f"none of {budget} trials has a loss; the first failed because: {result.trials[0].refused}"
-        raise UsageError(why, where="data", cure="Return a finite number for a combined adapter")
+        raise UsageError(
+            why, where="data", cure="If data is a function, return a finite number for each combined adapter"
+        )
     return result
 
 
@@ -276,7 +287,7 @@ def _checked(methods: Sequence[str], count: int, base: Base | None) -> tuple[str
             why = f"{name} cannot combine {count} adapters"
             raise UsageError(why, where="methods", cure="Omit it from --method (methods=)")
         if cls.data is not None:
-            why = f"{name} needs data of its own to learn from"
+            why = f"{name} learns from data, but a search does not pass data to its methods"
             raise UsageError(
                 why, where="methods", cure="Omit it from --method (methods=), or use combine with --data (data=)"
             )
@@ -286,7 +297,7 @@ def _checked(methods: Sequence[str], count: int, base: Base | None) -> tuple[str
 
 
 def _identity(data: object) -> str | None:
-    """Return a digest of the texts. None for a function, because a continued search cannot compare functions."""
+    """Return a digest of the texts. Return None for a function, because functions of two runs cannot be compared."""
     if callable(data):
         return None
     from ..io.inputs import read_input
@@ -298,7 +309,7 @@ def _identity(data: object) -> str | None:
 def _tried(
     chosen: Trial, number: int, read: Sequence[Adapter], base: Base | None, rank: int | str, seed: int, score: Score
 ) -> Trial:
-    """Make a trial: combine the adapters, and score the result."""
+    """Combine the adapters as in `chosen`, compute the loss, and return the completed trial."""
     loss, refused = None, None
     try:
         cut = None if chosen.method == "linear" else rank
@@ -328,8 +339,8 @@ class Space:
         tune: further parameters to search: parameter -> (lowest value, highest value).
 
     Raises:
-        UsageError: no method has one of these parameters, a lowest value is not below the highest, or `most` is too
-            small.
+        UsageError: a parameter in `tune` belongs to no method, a lowest value is not below its highest value, or `most`
+            is less than 1.
     """
 
     def __init__(
@@ -345,22 +356,24 @@ class Space:
                 raise UsageError(why, where="tune", cure="See adapterkit list combine")
             if not low < high:
                 raise UsageError(
-                    f"the bounds of {name} are {low} and {high}", where="tune", cure="Give the smaller one first"
+                    f"the bounds of {name} are {low} and {high}",
+                    where="tune",
+                    cure="Give two different bounds, the smaller bound first",
                 )
             for holder, bound in ((holder, bound) for holder in known for bound in (low, high)):
                 holder.checked(name, bound)
             self.tune |= {name: (low, high)} if known else {}
         if not most >= 1:
             raise UsageError(
-                f"the largest weight is {most}",
+                f"the largest weight is {most}, but it must be at least 1",
                 where="most",
-                cure="Give 1 or more, because each adapter is first tried alone at weight 1",
+                cure="Pass 1 or more with --most (most=): a search also tries each adapter alone, at weight 1",
             )
 
     def _holders(self, method: str) -> dict[str, type[Combiner]]:
-        """Return parameter -> combiner for all parameters of a method.
+        """Return a map from each parameter of a method to the combiner that defines the parameter.
 
-        A joined method such as `knots_ties` has the parameters of two combiners.
+        A joined method such as `knots_ties` has the parameters of both of its combiners.
         """
         name, values = resolved(method, None, self.count)
         holders = dict.fromkeys(COMBINERS[name].parameters(), COMBINERS[name])
@@ -368,7 +381,7 @@ class Space:
         return dict.fromkeys(COMBINERS[then].parameters(), COMBINERS[then]) | holders if then else holders
 
     def known(self) -> list[Trial]:
-        """Return the first trials of every search; `started` returns the caller's."""
+        """Return the trials with which every search begins. Trials of the caller's combinations come from `started`."""
         equal, ones = (1.0 / self.count,) * self.count, (1.0,) * self.count
         units = [tuple(float(other == at) for other in range(self.count)) for at in range(self.count)]
         first = [Trial(0, "linear", weights) for weights in (equal, *units)]
@@ -388,7 +401,7 @@ class Space:
                 raise UsageError(f"{method} is not one of the methods to try", where="start", cure=cure)
             if len(weights) != self.count or not all(0 <= weight <= self.most for weight in weights):
                 why = f"the weights {' '.join(map(str, weights))} of {method} do not fit the search"
-                cure = f"Give {self.count} weights from 0 to {self.most:g}; --most (most=) allows larger ones"
+                cure = f"Give {self.count} weights from 0 to {self.most:g}; --most (most=) allows larger weights"
                 raise UsageError(why, where="start", cure=cure)
             holders = self._holders(method)
             for name, value in parameters.items():
@@ -402,7 +415,7 @@ class Space:
             drawn = seed * 1_000_003 + len(trials)
             sampler = optuna.samplers.TPESampler(seed=drawn, multivariate=True, n_startup_trials=0)
             study = optuna.create_study(sampler=sampler)
-            # Skip trials with a method outside `methods`, such as the first sums: the sampler cannot propose it.
+            # Skip trials whose method is not in `methods`, such as the first sums: the sampler cannot propose it.
             study.add_trials([self._as_optuna(optuna, t) for t in trials if t.method in self.methods])
             asked = study.ask()
             method = asked.suggest_categorical("method", self.methods)
@@ -413,7 +426,7 @@ class Space:
 
     def _as_optuna(self, optuna: Any, trial: Trial) -> Any:
         # Set every parameter in every trial, because the sampler models only parameters that all trials have. If the
-        # trial did not set a parameter, use its default.
+        # trial did not set a parameter, use the parameter's default; if it has none, the middle of its range.
         floats = optuna.distributions.FloatDistribution
         values: dict[str, Any] = {"method": trial.method}
         ranges: dict[str, Any] = {"method": optuna.distributions.CategoricalDistribution(self.methods)}
@@ -440,7 +453,7 @@ def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
     """
     if base is None:
         raise UsageError(
-            "texts are scored on a base, but no base is given", where="data", cure="Pass it with --base (base=)"
+            "the loss on texts requires a base, but no base is given", where="data", cure="Pass it with --base (base=)"
         )
     live = LiveBase(base, device)
     live.check_predicts()
@@ -455,7 +468,7 @@ def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
 
 @contextmanager
 def _optuna() -> Iterator[Any]:
-    """Yield the module `optuna`; silence its log, and its warning that samplers are experimental."""
+    """Yield the module `optuna`. Inside the block, Optuna's log below errors and all warnings are silenced."""
     try:
         import optuna
     except ImportError:

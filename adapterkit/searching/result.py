@@ -1,6 +1,6 @@
 """The result of a search: all trials, the best trial, and a recipe that repeats the best trial.
 
-A `Journal` saves the trials in a JSON Lines file. Its first line describes the search.
+A `Journal` saves the trials in a JSON Lines file. The first line of the file describes the search.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def shown_parameters(parameters: Mapping[str, float | str], digits: int) -> str:
-    """Return parameters on one line; `digits` is the number of significant digits."""
+    """Return parameters as one line of text, such as `density=0.3 scale=1`, with `digits` significant digits."""
     numbers = {name: f"{value:.{digits}g}" for name, value in parameters.items() if type(value) in (int, float)}
     return " ".join(f"{name}={numbers.get(name, value)}" for name, value in parameters.items())
 
@@ -32,11 +32,11 @@ class Trial:
 
     Attributes:
         number: the number of the trial, from 0.
-        method: the combiner.
+        method: the name of the combining method.
         weights: one weight per adapter.
         parameters: the parameters of the method that differ from their defaults.
         loss: the loss (lower is better); None if the trial failed.
-        refused: the reason why the trial has no loss; None if it has one.
+        refused: the reason why the trial has no loss; None if the trial has a loss.
     """
 
     number: int
@@ -54,7 +54,7 @@ class Trial:
         }  # fmt: skip
 
     def settings(self) -> str:
-        """Return the method, weights and parameters on one line."""
+        """Return the method, weights and parameters as one line of text."""
         shown = shown_parameters(self.parameters, 4)
         weights = " ".join(f"{weight:.4g}" for weight in self.weights)
         return f"{self.method}, weights {weights}{f', {shown}' if shown else ''}"
@@ -83,12 +83,12 @@ class Search:
 
     @property
     def best(self) -> Trial:
-        """The trial with the lowest loss. If several trials have this loss, the first of them."""
+        """The trial with the lowest loss. If several trials have this loss, it is the first of these trials."""
         return min(self.trials, key=lambda trial: math.inf if trial.loss is None else trial.loss)
 
     @property
     def alone(self) -> tuple[float | None, ...]:
-        """The loss of each adapter alone, at weight 1."""
+        """The loss of each adapter alone, at weight 1. None for an adapter whose trial has no loss or is missing."""
         losses: list[float | None] = []
         for at in range(len(self.adapters)):
             unit = tuple(float(other == at) for other in range(len(self.adapters)))
@@ -145,7 +145,7 @@ MAX_BYTES = 1 << 26
 
 
 class Journal:
-    """The trials of a search, and the file in which they are saved.
+    """The trials of a search, and the file in which these trials are saved.
 
     The trials of an earlier run are read from the file. Each new trial is appended with a single write.
 
@@ -158,7 +158,7 @@ class Journal:
     Raises:
         UsageError: the file belongs to another search.
         Malformed: the file does not contain trials of a search.
-        StorageError: the file is not readable or writable.
+        StorageError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path | None, searched: dict[str, object], *, overwrite: bool = False) -> None:
@@ -170,11 +170,11 @@ class Journal:
         lines = read_input(path, MAX_BYTES).decode("utf-8", "replace").split("\n")
         if json.loads(json.dumps(self.head)) != _parsed(lines[0], path, 1):
             if not overwrite:
-                cure = "Pass another file, delete this one, or start again with --overwrite (overwrite=True)"
+                cure = "Pass another file, delete this file, or start again with --overwrite (overwrite=True)"
                 raise UsageError("the file contains trials of another search", path=path, cure=cure)
             self._begin()
             return
-        # Drop an incomplete last line: the earlier run was killed while it wrote this line. Its trial is repeated.
+        # Drop an incomplete last line: the earlier run was killed while it wrote the line. The trial is made again.
         for at, line in enumerate(lines[1:-1], 2):
             self.trials.append(_trial(_parsed(line, path, at), path, at))
         if lines[-1]:
@@ -204,7 +204,7 @@ def _parsed(line: str, path: Path, at: int) -> object:
         return parsed
     except (ValueError, RecursionError):
         why = "the file does not contain trials of a search"
-        raise Malformed(why, path=path, where=f"line {at}", cure="Pass another file, or delete this one") from None
+        raise Malformed(why, path=path, where=f"line {at}", cure="Pass another file, or delete this file") from None
 
 
 def _trial(record: Any, path: Path, at: int) -> Trial:

@@ -1,6 +1,6 @@
-"""Run texts through a base in memory to compute data for combiners: losses, gradients, and inputs of targets.
+"""Run texts through a base model to compute the data that combiners learn from: losses, gradients, targets' inputs.
 
-`Combiner.learns` is the name of the `TextData` method that computes a combiner's data.
+`Combiner.learns` names the method of `TextData` that computes the data for this combiner.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TEXTS, LENGTH = 16, 64
 
 
 class LiveBase:
-    """A base in memory that runs texts with an adapter attached.
+    """A base model in memory. It runs texts, with or without adapters attached.
 
     Args:
         base: a folder with a transformers model and its tokenizer.
@@ -63,11 +63,11 @@ class LiveBase:
         self.model: Any = load(self.checkpoint, "float32", self.device).requires_grad_(False)
 
     def feeds(self, data: Text, count: int, length: int, seed: int) -> tuple[Feed, ...]:
-        """Return the model inputs for a file of texts, one entry per text.
+        """Return the model's inputs for the texts of a file, one `Feed` per text.
 
         Raises:
-            UsageError: the file contains no texts.
-            Unsupported: the model does not read text, or has no tokenizer.
+            UsageError: the file contains no texts, or only texts of one token; or the base has no tokenizer for them.
+            Unsupported: the model does not read text, or has no tokenizer for the built-in texts.
         """
         from ..gating.models import inputs_for, texts_of
 
@@ -87,7 +87,7 @@ class LiveBase:
         Raises:
             UsageError: the model does not predict next tokens.
         """
-        # An output layer alone proves nothing: masked language models have one, but they see the token to predict.
+        # An output layer is not enough: masked language models have one, but they can see the token to predict.
         predicts = self.model.can_generate() and self.model.get_output_embeddings() is not None
         if not predicts or self.model.config.is_encoder_decoder:
             why = "the model does not predict the next token of a text, so texts have no loss"
@@ -113,7 +113,7 @@ class LiveBase:
         return self.model(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:]
 
     def mean(self, feeds: Sequence[Feed], loss: Loss) -> float:
-        """Return the mean loss over all predicted tokens. The function `loss` returns the sum over one text."""
+        """Return the mean loss over all predicted tokens. `loss(logits, ids)` returns the sum over one text."""
         import torch
 
         with torch.no_grad():
@@ -127,16 +127,16 @@ class TextData:
         base: a folder with a transformers model and its tokenizer. The model is loaded once, in float32.
         adapters: the adapters to combine, or their paths.
         data: a file of texts (one per line, or JSON Lines with a field `text`), or `builtin` for adapterkit's own
-            texts. Or a list of these, with one entry for each adapter, in the same order.
-        rename: rules for names, as in `combine`.
+            texts. To give each adapter its own texts, pass a list with one entry per adapter, in the same order.
+        rename: rules that rename the adapters' targets, as in `combine`.
         texts: the number of texts for each adapter. `seed` determines which texts of a file are used.
-        length: the largest number of tokens per text.
+        length: the maximum number of tokens per text.
         seed: the seed for the choice of texts.
         device: `auto`, `cpu` or `cuda:N`.
 
     Raises:
         UsageError: a file contains no texts, or the number of files is neither 1 nor the number of adapters.
-        Unsupported: the model does not read text.
+        Unsupported: the model does not read text, or has no tokenizer for the built-in texts.
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
 
     Example:
@@ -172,17 +172,18 @@ class TextData:
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def learned_by(self, method: str) -> Callable[..., Any]:
-        """Return the function to pass as `data=` to a method of `combine`.
+        """Return the function to pass as `data=` if `combine` is called with this method.
 
         Raises:
-            UsageError: the method does not use data, cannot learn from texts, or needs a model that predicts tokens.
+            UsageError: the method does not use data, or cannot learn from texts; or it needs the loss of next-token
+                predictions, and the model makes no such predictions.
         """
         cls = COMBINERS[resolved(method, None, len(self.adapters))[0]]
         if cls.data is None:
             raise UsageError(f"{method} does not use data", where="data", cure="Omit --data (data=)")
         if cls.learns is None:
             why = f"{method} cannot learn from texts alone"
-            raise UsageError(why, where="data", cure=f"Call combine in Python, with data= {cls.data}")
+            raise UsageError(why, where="data", cure=f"Call combine in Python, and pass as data= {cls.data}")
         if cls.learns not in _OF_ANY_MODEL:
             self.base.check_predicts()
         return cast("Callable[..., Any]", getattr(self, cls.learns))
@@ -203,14 +204,14 @@ class TextData:
         return self._descended(adapter, entropy)
 
     def entropies_together(self, adapter: Adapter, together: Callable[..., Tensor]) -> tuple[float, Gradients]:
-        """Return a loss made of all tasks' mean entropies, and its gradient with respect to each target's weight.
+        """Return the loss that `together` computes from the entropies, and its gradient for each target's weight.
 
-        Each adapter has one task: its own texts.
+        Each of the adapters to combine stands for one task. The task's texts are the texts of this adapter.
 
         Args:
             adapter: the combined adapter.
-            together: a function that returns the loss. Its arguments are two lists with one entropy per task: that of
-                the combined adapter, and that of the task's own adapter alone.
+            together: a function that returns the loss. It takes two lists with one mean entropy per task, in nats. The
+                first list is for the combined adapter, the second for the task's own adapter alone.
         """
         import torch
 
@@ -236,7 +237,7 @@ class TextData:
             return _logged(float(whole.detach())), gradients()
 
     def inputs_and_spaces(self, adapter: Adapter, spaces: Spaces) -> tuple[float, Gradients]:
-        """Return NSC's loss on the inputs of all targets, and its gradient with respect to each target's weight."""
+        """Return NSC's loss on the inputs of the targets in `spaces`, and its gradient for each target's weight."""
         total = 0.0
         with self.base.attached(adapter), self._slopes() as gradients, self._inputs(spaces.paths) as seen:
             for task, feeds in enumerate(self.tasks):
@@ -256,10 +257,10 @@ class TextData:
             return _logged(total), gradients()
 
     def inputs(self, position: int, path: str) -> Array:
-        """Run one adapter on its texts, and return the inputs of a target, `[tokens, in]`.
+        """Run the base with one adapter on this adapter's texts, and return the inputs of a target, `[tokens, in]`.
 
         Raises:
-            Unsupported: the target is not a linear layer.
+            Unsupported: the target is not a linear layer of the loaded model.
         """
         if position not in self._recorded:
             from ..gating.calibrating import recorded
@@ -276,12 +277,12 @@ class TextData:
         return inputs
 
     def inputs_so_far(self, position: int, path: str, merged: Adapter | None) -> Tensor:
-        """Return the inputs of a target on one adapter's texts, `[tokens, in]`.
+        """Return the inputs of a target on one adapter's texts, `[tokens, in]`, when some targets are already merged.
 
-        During this run, targets in `merged` have the merged change. All other targets have this adapter's change.
+        In this run, each target in `merged` uses the merged change. All other targets use this adapter's change.
 
         Raises:
-            Unsupported: the target does not run on the texts, or is an expert that the model in memory stacks.
+            Unsupported: the target does not run on the texts, or is one of the experts that the loaded model stacks.
         """
         import torch
 
@@ -295,7 +296,7 @@ class TextData:
         with self.base.attached(*adapters), self._inputs([path], last=True) as seen, torch.no_grad():
             for feed in self.tasks[position]:
                 seen.clear()
-                with suppress(_Reached):  # The run ends here: the rest of the model does not affect these inputs.
+                with suppress(_Reached):  # Stop the run at the target: later layers do not affect its inputs.
                     self._run(feed)
                 if path not in seen:
                     raise Unsupported("the target does not run on the texts", where=path, cure=_FUNCTION)
@@ -353,9 +354,9 @@ class TextData:
 
     @contextmanager
     def _inputs(self, paths: Sequence[str], last: bool = False) -> Iterator[dict[str, Tensor]]:
-        """Yield a dict that collects the inputs of targets: target -> input.
+        """Yield a dict that each run of the model fills with the inputs of these targets, keyed by target.
 
-        With `last`, the model's run ends with the exception `_Reached` as soon as the dict has an input.
+        With `last`, the run ends with the exception `_Reached` as soon as the first input is in the dict.
 
         Raises:
             Unsupported: the model in memory stacks experts, but the base's files store them one by one.
@@ -392,10 +393,11 @@ _OF_ANY_MODEL = frozenset({"inputs", "inputs_so_far", "inputs_and_spaces"})
 """Methods of `TextData` that also work with models that read text but do not predict the next token."""
 
 _STACKED = (
-    "the model in memory stacks experts that its files store one by one, so texts give no data for single experts"
+    "the model in memory stacks the experts that the base's files store one by one, so no data can be computed for a "
+    "single expert"
 )
 
-_WITHOUT = "Choose a method without --data, or lorahub; 'adapterkit list combine' shows all"
+_WITHOUT = "Choose lorahub, or a method that needs no --data; 'adapterkit list combine' shows all methods"
 
 _FUNCTION = "Call combine or search in Python, with your own function as data="
 
@@ -424,5 +426,5 @@ def _logged(loss: float) -> float:
 
 
 def _module_of(target: str) -> str:
-    """Return the path of a target's module. A target limited to some rows is written `path[rows]`; remove the rows."""
+    """Return the path of a target's module: remove `[rows]`, which follows the path if the target is only some rows."""
     return target.partition("[")[0]

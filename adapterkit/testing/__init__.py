@@ -1,27 +1,27 @@
-"""Tests for packages that add a format, a method, a combiner, a quantization scheme or a hub to adapterkit.
+"""Test classes for packages that add a format, a method, a combiner, a quantization scheme or a hub to adapterkit.
 
-Subclass one of these classes in a test module of the package, and name the addition. pytest then runs its tests:
+In a test module of your package, subclass one of these classes and set its class attribute (`format`, `method`,
+`combiner` or `scheme`) to the name that you registered. pytest then runs the tests of the class:
 
     from adapterkit.testing import FormatTests
 
     class TestAcme(FormatTests):
         format = "acme"
 
-The docstring of each class lists what the package must provide. The tests compare the results of the addition with
-independent data: a float64 formula, the shapes of the original adapter, or the bytes of a file before a write. The
-tests need pytest (`pip install adapterkit[test]`). Merging and live models are tested only if torch is installed.
+The docstring of each class lists what your package must provide. The tests compare the results of your format, method,
+combiner, scheme or hub with independent data: a float64 formula, the weight changes of the adapter that was written, or
+the bytes of a file before a write. The tests need pytest (`pip install adapterkit[test]`).
 
-The entry points:
+The entry points to register the classes of your package:
 
-| group | the base class of registered classes | tests |
+| group of the entry point | the base class of your class | the tests to subclass |
 |---|---|---|
 | `adapterkit.formats` | `adapterkit.formats._format.Format` | `FormatTests` |
-| `adapterkit.methods` | a class derived from one kind in `adapterkit.core.updates` | `MethodTests` |
+| `adapterkit.methods` | one of the update classes in `adapterkit.core.updates` | `MethodTests` |
 | `adapterkit.combiners` | `adapterkit.ops.combiners._combiner.Combiner` | `CombinerTests` |
 | `adapterkit.quant` | `adapterkit.quant.Scheme` | `SchemeTests` |
 | `adapterkit.hubs` | `adapterkit.hub.remote.Remote` | `HubTests` |
 | `adapterkit.peft_families` | `adapterkit.formats.peft.families.Family` | `MethodTests` |
-
 | `adapterkit.adapterhub_families` | `adapterkit.formats.adapterhub.families.AdapterHubFamily` | `MethodTests` |
 
 The name of an entry point is the name of the module that contains the class: `acme = "acme_adapters.acme:Acme"`.

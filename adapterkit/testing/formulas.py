@@ -86,7 +86,7 @@ class MethodTests:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         method: Any = METHODS[cls.method] if cls.method in METHODS else None  # noqa: SIM401 - `get` raises
-        # If a test does not apply, set it to None: pytest then does not collect the test, and does not show a skip.
+        # Set a test that does not apply to None. pytest then does not collect it, and reports no skipped test.
         if cls.change is MethodTests.change:
             cls.test_its_formula_is_the_papers = None  # type: ignore[assignment, method-assign]
         if method is not None and method.kind not in ("additive", "weight"):
@@ -97,14 +97,14 @@ class MethodTests:
             cls.test_a_fresh_update_changes_nothing = None  # type: ignore[assignment, method-assign]
 
     def update(self) -> Update:
-        """Return an update that changes a linear layer. Tests of a method without `initial` override this function."""
+        """Return an update that changes a linear layer. Override this if the method under test has no `initial`."""
         return example(self.method, out=self.outputs, inputs=self.inputs)
 
     def change(self, W: Array) -> Array:
         """Return the change `W' - W` that `update()` makes to a weight `W`, in float64 numpy.
 
-        A subclass may implement the paper's formula here, without using the method's class. If it does, a test compares
-        the class with this formula.
+        A subclass may implement the paper's formula here, without using the method's class. A test then compares the
+        results of the method's class with this formula.
         """
         raise Unsupported("the tests have no formula to compare with", cure="Define `change` in the test class")
 
@@ -152,7 +152,7 @@ class MethodTests:
         assert np.abs(expected).max() > 1e-6, "the example changes nothing"
 
     def test_numpy_and_torch_compute_the_same(self) -> None:
-        """Compare the result of numpy with that of torch: a merge computes in numpy, a live model in torch."""
+        """Compare the formula's results in numpy and in torch: a merge computes in numpy, a live model in torch."""
         import numpy as np
         import torch
 
@@ -234,12 +234,13 @@ SAME = 1e-6
 def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
     """Return the properties in `GUISES` on which a combiner's result depends.
 
-    Each property is varied without a change of the weight changes that are combined. Only `size` scales them, and then
-    scales the combiner's result back.
+    Each property is varied alone, and the adapters' weight changes stay the same. The exception is `size`, which
+    multiplies the weight changes by `SMALL`. The combiner's result is then divided by `SMALL` before it is compared.
 
     Args:
         name: the name of the combiner.
-        draws: the number of random sets of adapters to try. A property is returned if it affects the result of any set.
+        draws: the number of random sets of adapters to try. A property is returned if it affects the result for at
+            least one set.
         options: further arguments of `adapterkit.combine`.
     """
     dependences_found = set()
@@ -255,14 +256,16 @@ def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
 
 
 def rank_of_result(name: str, **options: Any) -> str:
-    """Return a bound on the result's rank: `one's` (the rank of one adapter), `sum` (of all adapters' ranks) or `more`.
+    """Return how high the rank of a combiner's result can be: `one's`, `sum` or `more`.
 
-    `more` means that there is no such bound.
+    `one's` means at most the rank of one adapter, and `sum` at most the sum of all adapters' ranks. `more` means that
+    neither bound holds.
     """
     import numpy as np
 
     given = _adapters(name, 0)
-    # Also try density 1: at lower densities, these small matrices can have a low rank by chance; large ones cannot.
+    # Also try density 1. At lower densities, the result for these small matrices can have a low rank by chance, unlike
+    # the result for large matrices.
     dense = {"density": 1.0} if "density" in COMBINERS[name].parameters() else {}
     changes = [_change(combine(given, name, **{**options, **more})) for more in ({}, dense)]
     rank = max(int(np.linalg.matrix_rank(change)) for change in changes)
@@ -285,12 +288,13 @@ GUISES: Mapping[str, Guise] = {
     "size": lambda given, _: ([scale(adapter, SMALL) for adapter in given], 0),
     "seed": lambda given, seed: (given, seed),
 }
-"""Property -> a function of (adapters, other seed) that returns adapters and a seed. These differ from the given
-adapters and the seed 0 only in this property. `size` scales the weight changes; other properties keep them."""
+"""A map from each property to a function that varies only this property. The function takes the adapters and a second
+seed. It returns the adapters and the seed to combine them with; the first result is computed from the given adapters
+with seed 0. `size` scales the weight changes, and the other properties keep them."""
 
 
 def _adapters(name: str, drawn: int) -> list[Adapter]:
-    """Return random LoRAs in float64: three, or the largest number that the combiner accepts."""
+    """Return random LoRAs in float64: as many as the combiner accepts, or three if it has no limit."""
     import numpy as np
 
     adapters_made = []
@@ -302,7 +306,7 @@ def _adapters(name: str, drawn: int) -> list[Adapter]:
 
 
 def _change(adapter: Adapter) -> Array:
-    """Return an adapter's weight change in float64. The product of factors is computed in float64."""
+    """Return an adapter's weight change. A product of factors is computed in float64."""
     import numpy as np
 
     update: Any = adapter.updates[TARGET][0]
@@ -313,7 +317,7 @@ def _change(adapter: Adapter) -> Array:
 
 
 def measurable() -> Sequence[str]:
-    """Return the combiners that need neither data nor a base."""
+    """Return the names of the combiners that need neither data nor a base."""
     return [name for name in COMBINERS if COMBINERS[name].data is None and not COMBINERS[name].based]
 
 
@@ -332,14 +336,14 @@ class CombinerTests:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        # If a test does not apply, set it to None: pytest then does not collect the test, and does not show a skip.
+        # Set a test that does not apply to None. pytest then does not collect it, and reports no skipped test.
         if cls.combined is CombinerTests.combined:
             cls.test_its_formula_is_the_papers = None  # type: ignore[assignment, method-assign]
         if cls.combiner in COMBINERS and "rank" in COMBINERS[cls.combiner].parameters():
             cls.test_a_rank_cuts_the_result = None  # type: ignore[assignment, method-assign]
 
     def options(self) -> dict[str, Any]:
-        """Return further arguments for `adapterkit.combine`: `base`, `data`, `compat`."""
+        """Return further arguments for `adapterkit.combine`, such as `base`, `data` or `compat`."""
         return {}
 
     def combined(self, changes: list[Array], weights: list[float]) -> Array:
@@ -350,7 +354,8 @@ class CombinerTests:
             weights: one weight per adapter.
 
         Returns:
-            The change `[out, in]`. If a subclass defines this method, a test compares the combiner with it.
+            The change `[out, in]`. If a subclass defines this method, a test compares the combiner's result with this
+            change.
         """
         raise Unsupported("the tests have no formula to compare with", cure="Define `combined` in the test class")
 
@@ -366,7 +371,7 @@ class CombinerTests:
         return adapters_made
 
     def result(self, adapters: list[Adapter], weights: list[float] | None = None, **more: Any) -> Adapter:
-        """Combine the adapters."""
+        """Return the combined adapter. The combiner gets `parameters`, `options()` and `more`."""
         given = self.parameters | self.options() | more
         return combine(adapters, self.combiner, weights, **given)
 
@@ -376,7 +381,7 @@ class CombinerTests:
         assert cls.title, "set `title` to the name of the combiner in papers"
         assert cls.paper, "set `paper` to the source of the formula"
         for name, field in cls.parameters().items():
-            assert field.metadata["meaning"], f"set the meaning of the parameter {name}"
+            assert field.metadata["meaning"], f"add a meaning to the metadata of the parameter {name}"
 
     def test_its_formula_is_the_papers(self) -> None:
         import numpy as np

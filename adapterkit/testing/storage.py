@@ -29,7 +29,7 @@ WIDTH = 16
 SHAPES = {"self_attn.q_proj": (16, 16), "self_attn.v_proj": (8, 16), "mlp.down_proj": (16, 24)}
 
 _STRANGE = ("bottleneck", "ia3", "lora")
-"""Methods for the test that a format refuses a method: every known format lacks at least one of these."""
+"""One test checks that a format refuses a method: the first of these methods that the format does not support."""
 
 
 class FormatTests:
@@ -37,8 +37,10 @@ class FormatTests:
 
     Attributes:
         format: the name of the format.
-        targets: linear layers of a base whose names the format can store: path -> (outputs, inputs).
-        file: the name of the file or folder to write. If it is empty, the name is `Format.file` or `adapter`.
+        targets: the linear layers of the base, as a map from path to (outputs, inputs). The format must be able to
+            store these paths.
+        file: the name of the file or folder to write. If it is empty, the name is `Format.file`, or `adapter` if
+            the format has no such name.
         on_loss: the `on_loss` argument for `write`, for formats that cannot store every scaling.
         needs_base: True if the format's files can only be read with the base. The base is always passed to `write`.
     """
@@ -54,14 +56,14 @@ class FormatTests:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         methods = FORMATS[cls.format].methods if cls.format in FORMATS else frozenset()
-        # If a test does not apply, set it to None: pytest then does not collect the test.
+        # Set a test that does not apply to None. pytest then does not collect it.
         if "lora" not in methods:
             cls.test_a_scaling_is_not_lost = None  # type: ignore[assignment, method-assign]
         if methods.issuperset(_STRANGE):
             cls.test_what_it_cannot_say_is_refused_and_leaves_what_was_there = None  # type: ignore[assignment, method-assign]
 
     def base(self, folder: Path) -> Path | None:
-        """Write a base with weights for all targets into `folder`, and return its path. By default, it is a Llama."""
+        """Write a base (a Llama) with weights for all targets into `folder`, and return the path of the base."""
         import numpy as np
 
         from ..io import safetensors
@@ -79,9 +81,9 @@ class FormatTests:
         return folder
 
     def adapter(self, method: str, scaling: float = 0.375) -> Adapter | None:
-        """Return an adapter with one update of a method at every target. The numbers differ between targets.
+        """Return an adapter with one update of a method at every target. Its values differ between targets.
 
-        None if no such update can be made, for example because the method has no `initial`.
+        Return None if no such update can be made, for example because the method has no `initial`.
         """
         cls: Any = METHODS[method]
         if not hasattr(cls, "initial") or cls.kind not in ("additive", "weight"):
@@ -126,7 +128,7 @@ class FormatTests:
             tried += 1
             assert detect(path) == self.format, f"a file written with {method} is detected as another format"
             self._compare(method, adapter, self._read(path, base), base)
-        assert tried, "none of its methods could be written at these targets: set `targets`"
+        assert tried, "no method could be written: set `targets` to layers that the format supports"
 
     def test_a_scaling_is_not_lost(self, tmp_path: Path) -> None:
         """After a write and a read, a LoRA with scaling 3 changes the weight three times as much as with scaling 1."""
@@ -226,7 +228,7 @@ class FormatTests:
         }  # fmt: skip
         for name, data in strangers.items():
             (tmp_path / name).write_bytes(data)
-            assert format_.sniff(tmp_path / name) is False, f"{name} is taken for {self.format}"
+            assert format_.sniff(tmp_path / name) is False, f"`sniff` accepts a file of another format: {name}"
         (tmp_path / "folder").mkdir()
         assert format_.sniff(tmp_path / "folder") is False
         assert format_.sniff(tmp_path / "nothing here") is False
@@ -310,11 +312,11 @@ class FormatTests:
 
         for path in self.targets:
             targets_text = ", ".join(map(str, back.updates))
-            assert back.find(path), f"{method}: the adapter that was read back lacks {path}: {targets_text}"
+            assert back.find(path), f"{method}: the adapter that was read back lacks {path}; it has {targets_text}"
             ours, theirs = (self._change(each, path, base) for each in (adapter, back))
             size = float(np.abs(ours).max())
             error = float(np.abs(ours - theirs).max())
-            assert error <= 1e-5 * size, f"{method}: the change of {path} differs by {error / size:.1e} of its size"
+            assert error <= 1e-5 * size, f"{method}: the change of {path} has a relative error of {error / size:.1e}"
 
 
 class SchemeTests:
@@ -330,8 +332,8 @@ class SchemeTests:
         """Quantize a base with this scheme, write the base into `folder`, and return its dequantized weights.
 
         Returns:
-            The name of each quantized weight -> a numpy array `[out, in]` with the values that the scheme's own library
-            dequantizes.
+            A map from the name of each quantized weight to a numpy array `[out, in]` with its dequantized values, as
+            computed by the scheme's own library.
         """
         raise Unsupported("the tests of a scheme need a base", cure="Define `base` in the test class")
 
@@ -348,7 +350,7 @@ class SchemeTests:
         cls = SCHEMES[self.scheme]
         assert cls.url.startswith(("http://", "https://")), "set `url` to the description of the layout"
         assert cls.description, "set `description` to one line about the scheme"
-        assert cls.oracle, "set `oracle` to the library that its numbers are compared with"
+        assert cls.oracle, "set `oracle` to the library that the dequantized values are compared with"
 
     def test_its_bases_are_detected_and_no_others(
         self, packed: tuple[Checkpoint, dict[str, Array]], tmp_path: Path
@@ -362,7 +364,7 @@ class SchemeTests:
         assert SCHEMES[self.scheme]().detect(open_checkpoint(tmp_path / "plain.safetensors")) is False
 
     def test_its_numbers_are_its_librarys(self, packed: tuple[Checkpoint, dict[str, Array]]) -> None:
-        """Compare whole weights, and blocks of rows, because a merge reads blocks of rows."""
+        """Compare whole weights, and also single blocks of rows, because a merge reads a weight in blocks of rows."""
         import numpy as np
 
         base, numbers = packed
@@ -392,7 +394,10 @@ class SchemeTests:
         assert np.allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
     def test_a_damaged_base_is_a_typed_error(self, packed: tuple[Checkpoint, dict[str, Array]]) -> None:
-        """Remove one tensor of a quantized weight at a time. Reading must skip the weight or raise a typed error."""
+        """Remove each tensor of a quantized weight except the first, one at a time.
+
+        Each time, `find` must skip the weight or raise an AdapterkitError.
+        """
         from dataclasses import replace
 
         base, numbers = packed
@@ -418,7 +423,7 @@ class HubTests:
     scheme: ClassVar[str] = ""
 
     def address(self, name: str) -> str:
-        """Return a URI to which the tests may write, on a server that a fixture starts."""
+        """Return a URI on a test server to which the tests may write. Start the server in a fixture."""
         raise Unsupported("the tests of a hub need a server", cure="Define `address` in the test class")
 
     @pytest.fixture

@@ -1,9 +1,10 @@
-"""Adapters in live torch models: `inject` attaches an adapter, `create` makes a new one, `route` picks one per row.
+"""Attach adapters to live torch models, train them, and switch between them.
 
+`inject` attaches an adapter, `create` makes a new one, and `route` chooses an adapter for each row of a batch.
 `compose` combines several adapters into one. `LoRAFA` is an optimizer that trains only the matrix `B` of a LoRA.
 `TrainerCallback` makes transformers' Trainer save and resume an adapter.
 
-This package is `adapterkit.torch`; `import torch` inside it imports PyTorch.
+Inside this package, `import torch` imports PyTorch, not `adapterkit.torch`.
 """
 
 from __future__ import annotations

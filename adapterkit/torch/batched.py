@@ -1,17 +1,17 @@
-"""Run many adapters in one batch: run the base layer once, then add each row's change, computed by batched products.
+"""Run a batch whose rows use different adapters: run the layer once, then add each row's change by batched products.
 
 This module runs additive updates that reduce to a pair of low-rank factors (`Additive.thin`). All other updates run
 once for each group of rows, in routing.py. Punica (https://arxiv.org/abs/2310.18547) and S-LoRA
 (https://arxiv.org/abs/2311.03285) use the same idea.
 
-The stack holds the factors of all adapters at a layer, padded to the highest rank. Each adapter has one slot of the
-stack. The last slot is zeros, for rows without an adapter. A separate tensor, `Route.table`, holds the adapter of each
-row, so torch.compile sees the same graph for all routings.
+A `FactorStack` holds the factors of all adapters at a layer, padded to the highest rank. Each adapter has one slot of
+the stack. The last slot contains only zeros, for rows without an adapter. A separate tensor, `Route.table`, holds the
+number of each row's adapter, so torch.compile sees the same graph for all routings.
 
-The stack of frozen adapters is kept between forwards, so their factors are in memory twice. Before each use, the
-adapters' own tensors are checked for changes: their identity, their address and torch's count of in-place changes. The
-check misses only writes through `tensor.data` into a buffer of a frozen adapter. The factors of trained adapters are
-stacked anew in each forward.
+A stack of frozen adapters is kept between forwards, so the factors of these adapters are in memory twice. Before a kept
+stack is used again, three properties of the adapters' own tensors are compared with earlier values: the identity, the
+address and torch's count of in-place changes. This misses only writes through `tensor.data` into a buffer of a frozen
+adapter. The factors of trained adapters are stacked anew in each forward.
 
 On CUDA, if Triton can be imported (torch's Linux wheels include it), two kernels read each row's factors directly from
 the stack: see kernels.py. Everywhere else, and whenever a gradient is needed, the factors are gathered and multiplied
@@ -50,8 +50,7 @@ class FactorStack:
     """The factors of several adapters at one layer.
 
     Attributes:
-        switches: the on/off switches of the adapters, in the order of the slots. The last slot has only zeros and no
-            switch.
+        switches: the on/off switches of the adapters, in the order of the slots. The last slot has no switch.
         A: `[slots, r, in * k]`, padded with zeros to the highest rank r.
         B: `[slots, r, out]`, multiplied by the adapters' weights and scalings.
         bias: `[slots, out]`, or None if no adapter changes the bias.
@@ -78,9 +77,9 @@ class FactorStack:
         self.buffers_read: list[Tensor | None] = []
 
     def is_current(self, switches: Sequence[Switch], like: Tensor) -> bool:
-        """Whether the stack still holds the current values of these adapters, in the dtype and on the device of `like`.
+        """Whether the stack holds the current values of these adapters, and has the right device and dtype.
 
-        For 16-bit layers, the stack's dtype is that of `_dtype_of(like)`.
+        The right device is that of `like`, and the right dtype is `_dtype_of(like)`.
         """
         if self.leaves is None or switches != self.switches:
             return False
@@ -118,7 +117,7 @@ class FactorStack:
 
 
 class KeptStacks:
-    """The stack and the plan that a hook keeps between forwards. Copies and pickles of a model start without them."""
+    """The stack and the plans that a hook keeps between forwards. A copied or unpickled model starts without them."""
 
     def __init__(self) -> None:
         self.stack: FactorStack | None = None
@@ -179,7 +178,7 @@ def _rank(update: Additive, shape: tuple[int, ...]) -> int | None:
 
 _RANKS: dict[Hashable, int | None] = {}
 MOST_RANKS = 4096
-"""The largest number of ranks in the cache."""
+"""The maximum number of ranks in the cache `_RANKS`. A full cache is emptied."""
 
 
 def add_by_row(
@@ -189,14 +188,15 @@ def add_by_row(
 
     Args:
         layer: the layer.
-        parts: the parts of all adapters with low-rank factors at the layer.
+        parts: the parts of all adapters that have low-rank factors at the layer.
         route: the adapter of each row.
         scope: the scope that determines which adapters are on.
         x: the layer's input.
         kept: the hook's cache for the stack.
 
     Raises:
-        ShapeMismatch: x has a different number of rows than the route, or not the layer's number of features.
+        ShapeMismatch: the number of rows in x is not that of the route, or the last axis of x is not the layer's input
+            size.
     """
     compiling = torch.compiler.is_compiling()
     # torch.jit.trace runs the code twice and compares the two graphs. If the first run kept a stack, the second graph
@@ -238,7 +238,8 @@ def add_to_rows(
         places: the slots of the route's rows.
         route: the adapter of each row.
         x: the layer's input.
-        kept: a cache for a `RowPlan`; None if the layer's module does not support one. The next forward uses the plan.
+        kept: a cache in which to keep a `RowPlan` for the next forward; None if the layer's module does not support
+            such a plan.
     """
     rows = len(route.names)
     tokens = x.numel() // max(x.shape[-1] * rows, 1)
@@ -267,17 +268,17 @@ class Places:
     """The slots of a stack that a route's rows use.
 
     Attributes:
-        token: the value of `SETTINGS.token`, which was read before the adapters' switches were.
+        token: the value that `SETTINGS.token` had just before the adapters' switches were read.
         active: the value of `Scope.active` when the places were computed.
         index: `[rows]`, the slot of each row.
-        used: the slots in use, or None if all slots except the last are used in order.
-        padded: `[used * most]`, the rows of each used slot, one slot after the other; `most` is the largest number of
-            rows of any slot. The first row of a slot with fewer rows is repeated. None if `padded` would be all rows in
-            order.
+        used: the slots in use, in ascending order; None if all slots except the last are in use.
+        padded: `[used * most]`, the row numbers of each used slot, one slot after the other. `most` is the largest
+            number of rows that any slot has. If a slot has fewer rows, its first row is repeated. None if `padded`
+            would list all rows in order.
         count: the length of `padded`.
         back: for each row that has an adapter, its position in `padded`; None if `padded` is None.
-        rows: the rows that have an adapter, or None if all have one.
-        masks: the cached masks of `_side_by_side`.
+        rows: the numbers of the rows that have an adapter; None if all rows have one.
+        masks: the cached masks of `_side_by_side`, keyed by (rank, dtype).
     """
 
     token: object
@@ -341,10 +342,11 @@ def _placed(switches: tuple[Switch, ...], route: Route, scope: Scope, device: to
 
 
 class RowPlan:
-    """A cached choice of `_side_by_side` for an `nn.Linear` that has few frozen adapters, with one token in each row.
+    """The cached decision to compute an `nn.Linear` as `_side_by_side` does.
 
-    In a model of width 256, choosing among the functions below takes 25 % of the time of such a forward. With a plan,
-    the forward only checks whether settings, tensors, or the state of torch have changed.
+    The decision is made for layers with few frozen adapters, if each row has one token. In a model of width 256,
+    choosing among the functions below takes 25 % of the time of such a forward. With a plan, the forward only checks
+    whether settings, tensors, or the state of torch have changed.
     """
 
     def __init__(self, module: nn.Module, stack: FactorStack) -> None:
@@ -417,7 +419,7 @@ def _leaves(parts: Sequence[Part]) -> list[Leaf] | None:
 
 
 def factors_of(update: Additive, layer: TorchLayer, like: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Return B `[out, r]`, A `[r, in * k]` and a scalar s. The update is `s * B @ A`.
+    """Return B `[out, r]`, A `[r, in * k]` and a scalar s. The update changes the weight by `s * B @ A`.
 
     The tensors have the device and dtype of `like`.
     """
@@ -430,7 +432,10 @@ def factors_of(update: Additive, layer: TorchLayer, like: Tensor) -> tuple[Tenso
 
 
 def _pair(layer: TorchLayer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return a part's A `[r, in * k]`, B^T `[r, out]` and bias. B^T and the bias are scaled by the part's weight."""
+    """Return a part's A `[r, in * k]`, B^T `[r, out]` and bias change.
+
+    B^T is multiplied by the updates' scalings and the adapter's weight, the bias change only by the adapter's weight.
+    """
     all_A, all_B, bias = [], [], None
     for update in part.updates:
         assert isinstance(update, Additive)
@@ -445,9 +450,9 @@ def _pair(layer: TorchLayer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _grouped(layer: TorchLayer, stack: FactorStack, places: Places, route: Route, x: Tensor) -> Tensor:
-    """Apply each adapter to its rows by two batched products, with one copy of the factors per adapter.
+    """Group the rows by adapter, and apply each adapter to its group by two batched products.
 
-    This is best for few tokens per row.
+    The factors are read once for each adapter, not once for each row. This is best for few tokens per row.
     """
     y: Tensor = layer(x)
     if not places.count:
@@ -477,9 +482,10 @@ def _grouped(layer: TorchLayer, stack: FactorStack, places: Places, route: Route
 
 
 def _side_by_side(layer: TorchLayer, stack: FactorStack, places: Places, x: Tensor) -> Tensor:
-    """Apply all adapters' factors as one pair, whose rank is `adapters * r`. A mask selects each row's factors.
+    """Multiply every row by the joined factors of all adapters; a mask sets the other adapters' products to zero.
 
-    With few adapters, this takes three operations instead of the five of `_grouped`.
+    The joined factors have the rank `adapters * r`. With few adapters, this takes three operations, but
+    `_grouped` takes five.
     """
     y: Tensor = layer(x)
     rows, rank, dtype = x.shape[0], stack.A.shape[1], stack.A.dtype
@@ -501,7 +507,7 @@ def _side_by_side(layer: TorchLayer, stack: FactorStack, places: Places, x: Tens
 
 
 def _gathered(layer: TorchLayer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
-    """Run the layer, and add to each row of its output the products of the row with its slot's factors."""
+    """Run the layer, and add to each output row the product of the input row and the factors of the row's slot."""
     y = layer(x)
     rows_of_x, rows_of_y = route.rows_first(x), route.rows_first(y)
     flat_x = rows_of_x.reshape(len(index), -1, x.shape[-1])
@@ -514,10 +520,11 @@ def _gathered(layer: TorchLayer, stack: FactorStack, index: Tensor, route: Route
 
 
 def _masked(layer: TorchLayer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
-    """Apply all adapters' factors as one pair, whose rank is `adapters * r`. A mask selects each row's factors.
+    """Apply the joined factors of all adapters to every row; a mask sets the products of other adapters to zero.
 
-    Convolutions and embeddings need this function, because they are not matrix products. The unused products cost
-    little, because A is small compared with the layer's output.
+    The joined factors have the rank `adapters * r`. Convolutions and embeddings need this function, because they are
+    not matrix products. The products that the mask removes cost little, because A is small compared with the layer's
+    output.
     """
     y = layer(x)
     slots, rank = stack.A.shape[:2]
@@ -570,7 +577,7 @@ def add_by_products(y: Tensor, x: Tensor, A: Tensor, B: Tensor, fresh: bool = Fa
 
 
 def takes_kernel(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether the kernels are available and support these tensors."""
+    """Whether the Triton kernels of kernels.py are available and support these tensors."""
     if not x.is_cuda or not _has_triton() or torch.compiler.is_compiling():
         return False
     graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, x, A, B))

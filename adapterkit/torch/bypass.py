@@ -1,4 +1,4 @@
-"""Detect code that bypasses an adapter: it computes with the weight of the adapter's module without calling the module.
+"""Detect code that bypasses an adapter: code that computes with a module's weight without calling the module.
 
 Fused kernels bypass modules in this way. Liger's loss reads `lm_head.weight` while a model trains. Unsloth's decoding
 reads the weights of all projections. Kernels from a hub read the weights of a whole MLP. PEFT does not detect this.
@@ -10,14 +10,15 @@ read the weight, but did not call the module. Calls of the module itself are not
 weight with `dict.get`, which does not record.
 
 Another tool may replace the forward of a block after the injection. The new forward may use earlier copies of the
-weights, so no read is recorded. Therefore the next call of the block is watched. A warning is given if this call runs
-none of the modules with an adapter. It is not an error, because the bypass may be intended (an ablation).
+weights, so no read is recorded. Therefore the next call of the block is watched. If this call runs none of the modules
+with an adapter, there is a warning. It is not an error, because the user may intend the bypass (an ablation).
 
 Compiled code reads parameters without any dictionary, and its graph does not record which module a weight belongs to.
-So the compiler is watched while it traces. A warning is given if it traces a call of a block, but no call of a module
-with an adapter inside the block, unless that module ran before. It is not an error, because the block may compute the
-same result in another way. The check has gaps: code with graph breaks is traced in pieces, and code that torch reuses
-from a model of the same structure is not traced again. To check such a model, run it once without `torch.compile`.
+So the compiler is watched while it traces. A warning names each module with an adapter that the traced code does not
+call, although it calls the block around the module. Modules that ran before are not named. There is no error, because
+the block may compute the same result in another way. The check has gaps: code with graph breaks is traced in pieces,
+and code that torch reuses from a model of the same structure is not traced again. To check such a model, run it once
+without `torch.compile`.
 """
 
 from __future__ import annotations
@@ -44,16 +45,17 @@ if TYPE_CHECKING:
 # Find a module's own forward inside the hooks of other tools.
 #
 # accelerate and diffusers replace `module.forward` by a wrapper that loads or casts the weights, calls the previous
-# forward, and releases the weights again. An adapter must run inside this wrapper. Outside of it, formulas would read
-# weights on the meta device (accelerate's offloading), uninitialised memory (diffusers' group offloading to disk) or
-# 8-bit values (diffusers' layerwise casting).
+# forward, and releases the weights again. An adapter must run inside this wrapper. Outside the wrapper, formulas would
+# read weights on the meta device (accelerate's offloading), uninitialised memory (diffusers' group offloading to disk)
+# or 8-bit values (diffusers' layerwise casting).
 #
-# accelerate keeps the inner forward in an attribute of the module. diffusers keeps it in a reference object, which its
-# first hook calls.
+# accelerate keeps the inner forward in an attribute of the module. diffusers keeps the inner forward in a reference
+# object, through which its first hook calls the forward.
 
 
 Slot = tuple[object, str]
-"""(object, attribute name): the attribute holds a forward. The object is the module or a reference of diffusers."""
+"""(object, attribute name): the attribute holds a forward. The object is the module, or a
+reference object of diffusers."""
 
 
 def inner_slot(module: nn.Module) -> Slot:
@@ -86,7 +88,7 @@ def slots(module: nn.Module) -> Iterator[Slot]:
 
 
 def _references(module: nn.Module) -> list[Slot]:
-    """Return the slots of the forwards that diffusers' hooks of a module call, the innermost first."""
+    """Return the slots from which a module's diffusers hooks take the forward to call, the innermost first."""
     registry = module.__dict__.get("_diffusers_hook")
     references = getattr(registry, "_fn_refs", ())
     return [(each, "forward" if each.original_forward is None else "original_forward") for each in references]
@@ -103,7 +105,7 @@ class ForwardProbe:
     """Check at a module's next call whether another tool's forward still calls the module's hook.
 
     Args:
-        hook: the hook, whose forward the other tool replaced.
+        hook: the module's hook. The other tool replaced the forward that the hook installed.
         standing: the other tool's forward.
     """
 
@@ -115,7 +117,7 @@ class ForwardProbe:
         hook.module.register_forward_hook(self.end)
 
     def begin(self, *_: object) -> None:
-        """Reset the check for this thread."""
+        """Forget earlier runs of the hook in this thread."""
         self.met.discard(threading.get_ident())
 
     def meet(self) -> None:
@@ -123,7 +125,7 @@ class ForwardProbe:
         self.met.add(threading.get_ident())
 
     def end(self, module: nn.Module, *_: object) -> None:
-        """Check that the hook ran.
+        """Check that the hook ran during the module's call; if it did, remove the probe.
 
         Raises:
             Unsupported: the hook did not run.
@@ -165,7 +167,7 @@ PARAMETERS = "_parameters"
 class Hook(Protocol):
     """The part of a `ForwardHook` that this file uses.
 
-    `calls` is the hook's number of calls. `traced` says whether compiled code has ever called it.
+    `calls` counts the calls of the hook. `traced` is True if compiled code calls the hook's module.
     """
 
     module: nn.Module
@@ -179,7 +181,7 @@ class WatchedParameters(dict[str, "nn.Parameter | None"]):
 
     Attributes:
         hook: the hook at the module.
-        names: the parameters that the adapters change.
+        names: the names of the parameters that the adapters change. Only reads of these are recorded.
     """
 
     hook: Hook
@@ -196,11 +198,12 @@ class WatchedParameters(dict[str, "nn.Parameter | None"]):
 def watch_reads(hook: Hook) -> None:
     """Record reads of the parameters that a module's adapters change.
 
-    Embeddings are not watched, because other code often reads their weights. Functional heads compute with
-    `embedding.weight`, and an adapter of the embedding is not meant to change such a head (nor does it in PEFT).
+    Embeddings are not watched, because other code often reads their weights. Some models compute their logits with
+    `embedding.weight`. An adapter of the embedding is not meant to change these logits, and PEFT does not change them
+    either.
     """
     attributes = hook.module.__dict__
-    # Do not replace other dictionaries: that of DeepSpeed's ZeRO loads parameters on access.
+    # Replace only plain dictionaries: the dictionary of DeepSpeed's ZeRO loads parameters on access.
     if type(attributes[PARAMETERS]) not in (dict, WatchedParameters) or isinstance(hook.module, nn.Embedding):
         return
     if type(attributes[PARAMETERS]) is dict:
@@ -223,7 +226,7 @@ class Calls:
     Calls in other threads do not count, because they belong to other forwards.
 
     Args:
-        hooks: the hooks at those modules.
+        hooks: the hooks at the modules with adapters.
         outer: the record of the enclosing forward, if any.
     """
 
@@ -233,7 +236,11 @@ class Calls:
         self.reads: list[tuple[Hook, str, str]] = []
 
     def read(self, hook: Hook, name: str) -> None:
-        """Record a read of a parameter, unless its module was called before, or the reader does not use its values."""
+        """Record that code reads a parameter.
+
+        Nothing is recorded if the parameter's module was called before, or if the code does not compute with the
+        parameter's values.
+        """
         if hook not in self.hooks:
             if self.outer is not None:
                 self.outer.read(hook, name)
@@ -248,13 +255,14 @@ class Calls:
         """Check that every module whose weight was read was also called.
 
         Some models bypass their own modules: Mamba's mixer multiplies by `dt_proj.weight`, and WavLM's attention passes
-        the weights of its projections to a torch function. PEFT trains such models although their adapter does not act.
-        So if the model's own code bypassed a module, this method only warns.
+        the weights of its projections to a torch function. PEFT trains such models, although the adapters of these
+        modules have no effect. So if the model's own code bypassed a module, this method only warns.
 
         Args:
-            is_own: a function of (hook, name) that returns whether a module around the hook's module has a method
-                `name`.
-            warned: the ids of hooks that were named in warnings. This method skips them, and adds new ones.
+            is_own: a function of (hook, full name of a function) that returns whether this function is a method of the
+                module that contains the hook's module.
+            warned: the ids of the hooks that earlier warnings named. The method does not warn about these hooks again,
+                and adds the hooks that it warns about.
 
         Raises:
             Unsupported: a module was not called, and another tool's function read its weight.
@@ -268,7 +276,7 @@ class Calls:
                 raise Unsupported(why, where=where, cure=_UNFUSE)
             if id(hook) not in warned:
                 warned.add(id(hook))
-                again = "The adapter has no effect here in PEFT's models either; it takes effect after it is merged"
+                again = "The adapter has no effect here in PEFT's models either; it has an effect only after a merge"
                 warnings.warn(f"{where}: {why}. {again}", stacklevel=2)
 
 
@@ -295,7 +303,7 @@ def note_call(hook: Hook) -> None:
 
 
 def end_calls(hooks: Collection[Hook], failed: bool, is_own: Callable[[Hook, str], bool], warned: set[int]) -> None:
-    """Stop the watch that `begin_calls` started with the same hooks.
+    """Stop the watch that `begin_calls` started with the same hooks, and check what it recorded.
 
     Args:
         hooks: the hooks of the model.
@@ -317,7 +325,7 @@ def end_calls(hooks: Collection[Hook], failed: bool, is_own: Callable[[Hook, str
 
 
 def _reader(frame: FrameType | None) -> str | None:
-    """Return the name of the function that reads a module's attribute; None if it does not compute with the value.
+    """Return the full name of the function that reads a parameter; None if it does not compute with the values.
 
     Also return None for functions of torch and accelerate. torch moves and gathers parameters; accelerate loads the
     parameters of modules that may never be called.
@@ -359,7 +367,7 @@ def warn_of_untraced(around: Sequence[tuple[nn.Module, Sequence[nn.Module]]], wa
 
     Args:
         around: the blocks that the code calls, each with the modules that the block should call.
-        warned: the ids of hooks that were named in warnings. This function adds new ones.
+        warned: the ids of the hooks that earlier warnings named. The function adds the hooks that it warns about.
     """
     for block, modules in around:
         hooks = [module.__dict__[HOOK] for module in modules if HOOK in module.__dict__]
@@ -368,14 +376,14 @@ def warn_of_untraced(around: Sequence[tuple[nn.Module, Sequence[nn.Module]]], wa
         if lost:
             names = ", ".join(dict.fromkeys(str(part.target) for hook in lost for part in hook.parts))
             warnings.warn(
-                f"compiled code runs a {type(block).__name__} that calls none of {names}: if it computes with their "
-                f"weights, their adapters do not act. {_UNFUSE}",
+                f"compiled code runs a {type(block).__name__} that calls none of {names}: if the block computes with "
+                f"the weights of these modules, their adapters do not act. {_UNFUSE}",
                 stacklevel=2,
             )
 
 
 class BypassBlock:
-    """A module that contains modules with adapters. It stores the module's forward, to notice a replacement.
+    """A module that contains modules with adapters. The block notices when another tool replaces the module's forward.
 
     Args:
         module: the module.
@@ -393,7 +401,7 @@ class BypassBlock:
         return self.module.__dict__.get("forward"), type(self.module).forward
 
     def look(self) -> None:
-        """Watch the module's next call if its forward was replaced since the last look."""
+        """If the module's forward was replaced since the previous `look`, watch the module's next call."""
         now = self._forward()
         if self.met is None:
             self.met = now

@@ -1,4 +1,4 @@
-"""Keep inputs for formulas during a model call: token ids, the rows' tasks, and hidden states without the adapter.
+"""Record the inputs of formulas during a model call: token ids, tasks of rows, hidden states without the adapter.
 
 A recorder belongs to the model into which an adapter was injected. It keeps the inputs until the call ends. In
 training, it keeps them until the next call, because checkpointed blocks run again in the backward pass. Arguments that
@@ -37,8 +37,8 @@ LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
 HEADS = ("num_attention_heads", "n_head", "num_heads")
 INNERS = ("intermediate_size", "ffn_dim", "n_inner")
-"""The constants from `LAYERS` to `INNERS` list names in transformers' configs for the numbers of layers and heads, and
-for two widths."""
+"""`LAYERS` to `INNERS`: the names in transformers' configs for the number of layers, the hidden size, the number of
+attention heads, and the inner size of the MLP."""
 
 
 class ShadowState:
@@ -75,7 +75,7 @@ class ShadowState:
             cure = "Pass use_cache=False (in generate() too)"
             raise Unsupported("the side network has no cache of the earlier tokens", cure=cure)
         if self.model.training and getattr(self.model, "is_gradient_checkpointing", False):
-            why = "gradient checkpointing runs blocks again, but the state between them exists only once"
+            why = "gradient checkpointing runs blocks again, but the state that a block receives is not kept"
             raise Unsupported(why, cure="Train without gradient checkpointing")
 
 
@@ -94,7 +94,7 @@ class Standing(nn.Module):
         given = tensors_of(update)
         for path, module in self.network.named_modules():
             for name, parameter in module._parameters.items():
-                if parameter is not None:  # The update lacks embeddings that it shares with the base; they are unused.
+                if parameter is not None:  # Embeddings shared with the base are not in the update, and are not used.
                     value = given.get(f"{path}.{name}" if path else name, parameter.new_zeros(1, 1, device="cpu"))
                     module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
@@ -105,7 +105,7 @@ class Standing(nn.Module):
 
 
 def network_of(model: nn.Module, update: Shadow) -> nn.Module:
-    """Return the side network with its parameters on the meta device. Each call passes the update's tensors to it.
+    """Return the side network with its parameters on the meta device. Each call must supply the update's tensors.
 
     Raises:
         Unsupported: no such network can be built for this model.
@@ -170,7 +170,7 @@ def _embed(model: nn.Module) -> nn.Module:
 
 
 def _body(model: nn.Module) -> nn.Module:
-    """Return the part of a transformers model that holds its blocks."""
+    """Return the submodule of a transformers model that contains its blocks."""
     inner_model: Any = getattr(model, "base_model", model)
     body = (
         inner_model
@@ -178,7 +178,7 @@ def _body(model: nn.Module) -> nn.Module:
         else getattr(inner_model, "decoder", None)
     )
     if body is None or not hasattr(body, "config") or "inputs_embeds" not in inspect.signature(body.forward).parameters:
-        why = f"a network like a {type(model).__name__} cannot be built"
+        why = f"a side network for a {type(model).__name__} cannot be built"
         raise Unsupported(why, cure="Use Shadow with a decoder of transformers")
     found_body: nn.Module = body
     return found_body
@@ -204,7 +204,7 @@ class KeyValueCache(Protocol):
 
 
 class Recording(threading.local):
-    """One thread's inputs of the call in progress, and the thread's side networks.
+    """The inputs that one thread recorded in its current call, and this thread's side networks.
 
     Threads cannot share side networks, because functional_call replaces a network's parameters during a call.
     """
@@ -221,7 +221,7 @@ class Recording(threading.local):
 
 
 class CallRecorder:
-    """Keep the inputs that one adapter's updates ask for; see the module's docstring for how long."""
+    """Keep the inputs that one adapter's updates ask for, until the call ends (in training, until the next call)."""
 
     def __init__(self, switch: Switch, asks: Iterable[str]) -> None:
         self.switch, self.asks = switch, frozenset(asks)
@@ -229,14 +229,14 @@ class CallRecorder:
         self.seen: Any = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, object]:
-        # A copy starts without recorded inputs, because these belong to calls of the original.
+        # A copy starts without recorded inputs, because the recorded inputs belong to calls of the original model.
         return {**self.__dict__, "seen": None, "last": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, seen=WeakKeyDictionary())
 
     def take(self) -> dict[str, object]:
-        """Return the inputs of the call in progress."""
+        """Return the recorded inputs of the current call."""
         words = self.recording.words
         if not words and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             # In a backward pass, return the last call's inputs: the pass runs checkpointed blocks again (on CUDA, in
@@ -276,7 +276,7 @@ class CallRecorder:
 
 
 def words_of(model: nn.Module, update: Update) -> set[str]:
-    """Return the names of an update's required inputs, and of its optional inputs that the model's forward accepts."""
+    """Return the names of an update's required inputs, and those optional inputs that the model's forward accepts."""
     heard = set(getattr(update, "hears", ()))
     known = set(inspect.signature(model.forward).parameters) if heard else set()
     return {*getattr(update, "asks", ()), *(heard & known)}
@@ -288,8 +288,8 @@ def run_recorded(
 ) -> object:  # fmt: skip
     """Run the model's forward and record its arguments.
 
-    Arguments that the updates ask for, and that the model's forward does not accept, are passed on only if `passes` is
-    set. It is set if the model's context updates read these arguments.
+    Some arguments are only for the updates: the model's forward does not accept them. They are passed on only if
+    `passes` is set. It must be set if a context update at the model is on, because context updates read such arguments.
     """
     words = {**dict(zip(names, args, strict=False)), **kwargs}
     asked = {name for recorder in recorders for name in recorder.asks} - set(names)
@@ -322,7 +322,7 @@ def _first_pass(
     if cache_of(words) is not None:
         cure = "Pass use_cache=False (in generate() too)"
         raise Unsupported(
-            "the adapter runs a first pass over all tokens, but the call continues with a cache", cure=cure
+            "the adapter runs a first pass over all tokens, but the call uses a cache of earlier tokens", cure=cure
         )
     out = forward(*args, **{**kwargs, "use_cache": False, "output_hidden_states": True, "return_dict": True})
     hidden = getattr(out, "hidden_states", None)

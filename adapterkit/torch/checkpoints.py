@@ -8,13 +8,13 @@ dict:
 * `adapter`: only the tensors of this adapter, so that a checkpoint is as small as the adapter.
 * `all`: the tensors of the base and of the adapter.
 
-For any value of `handle.checkpoint`, an adapter's tensors in a state dict are loaded into the attached adapter of the
-same name. An adapter's tensors include its buffers (random projections, PiSSA's initial part): they may depend on data,
-and a resumed run must compute with the same buffers. If the state dict has no tensor of the base, the base keeps its
-values, and strict loading raises no error.
+Loading does not depend on `handle.checkpoint`. If a state dict contains tensors of an adapter, they are copied into the
+attached adapter that has the same name. An adapter's tensors include its buffers (random projections, PiSSA's initial
+part): the buffers may depend on data, and a resumed run must compute with the same buffers. If the state dict has no
+tensor of the base, the base keeps its values, and strict loading raises no error.
 
-Two readers in torch need more tensors than `handle.checkpoint` chooses. The hooks recognise these readers by their
-frames on the stack, because nothing else identifies them:
+Two packages of torch that read state dicts need more tensors than `handle.checkpoint` chooses. The state dict hooks
+recognise these readers by their frames on the call stack, because nothing else identifies them:
 
 * `torch.distributed.pipelining` looks up the parameters of a traced model in its state dict, and fails if one is
   missing. So the state dict for this reader also contains the trained tensors.
@@ -61,7 +61,7 @@ class Saved(Protocol):
 
 
 def watch_state(model: nn.Module) -> None:
-    """Register the state dict hooks with a model, unless they are registered."""
+    """Register the state dict hooks on a model, unless they are already registered."""
     if _save not in model._state_dict_hooks.values():
         hooked: Any = model
         hooked.register_state_dict_post_hook(_save)
@@ -120,7 +120,7 @@ def _without_frozen(handles: Iterable[Saved], live: bool) -> bool:
 
 
 def _reader(module: str, function: str) -> FrameType | None:
-    """Return the frame of a running function, given the names of its module and itself; None if it is not running."""
+    """Return the call frame of `function`, a function of `module`; None if this function is not running."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
@@ -134,7 +134,7 @@ def _load(
     module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metadata: object, _strict: bool,
     _missing: list[str], _unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
-    """Copy the adapters' tensors from a state dict, if it has any. Wrong keys and shapes are added to `errors`."""
+    """Copy tensors from a state dict into the attached adapters. Wrong keys and shapes are added to `errors`."""
     mine = [key for key in state_dict if key.startswith(prefix) and is_leaf_name(key)]
     if not mine:
         _warn_of_base(module.__dict__[HANDLES])
@@ -166,7 +166,7 @@ def _load(
 
 
 def _warn_of_base(handles: Iterable[Saved]) -> None:
-    """Warn if a loaded state dict lacks a trained adapter, which therefore keeps its values; once for each adapter.
+    """Warn, once for each trained adapter, that a loaded state dict lacks the adapter, which keeps its values.
 
     A Trainer that resumes, or goes back to its best checkpoint, loads the state dict that it saved. If
     `handle.checkpoint` is `base`, that state dict contains only the base.

@@ -39,9 +39,10 @@ __all__ = ["average", "batch_split", "fuse", "load", "parallel", "split", "stack
 
 
 def stack(*adapters: Adapter) -> Adapter:
-    """Return an adapter that applies adapters in sequence: each one acts on the layer that the earlier ones changed.
+    """Return an adapter that applies the given adapters in sequence.
 
-    At a shared target, changes of weights are added, and virtual tokens are concatenated.
+    Each adapter acts on the layer with all earlier adapters applied. If adapters share a target, their weight changes
+    are added, and their virtual tokens are concatenated.
     """
     updates: dict[Target, tuple[Update, ...]] = {}
     for adapter in _some(adapters):
@@ -51,10 +52,10 @@ def stack(*adapters: Adapter) -> Adapter:
 
 
 def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapter:
-    """Return an adapter that computes, at each layer, the weighted mean of the outputs that the adapters give alone.
+    """Return an adapter that gives, at each layer, the weighted mean of the outputs with each single adapter.
 
-    If the adapters act before the layer's residual and norm, the mean is taken there. If an adapter has no update at a
-    target, it contributes the output of the unchanged layer.
+    If the adapters act before the layer's residual and norm, the mean is taken before the residual and the norm. If an
+    adapter has no update at a target, it contributes the output of the unchanged layer.
 
     Args:
         adapters: adapters with additive and output updates.
@@ -63,7 +64,7 @@ def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapt
 
     Raises:
         UsageError: the number of weights is not the number of adapters.
-        Unsupported: an adapter adds context. For other kinds of updates, `inject` raises this error.
+        Unsupported: an adapter has an update that is neither additive nor an output update.
     """
     count = len(_some(adapters))
     shares = tuple(1 / count for _ in adapters) if weights is None else tuple(map(float, weights))
@@ -77,6 +78,7 @@ def split(*adapters: Adapter, sizes: Sequence[int]) -> Adapter:
 
     Raises:
         UsageError: the number of sizes is not the number of adapters.
+        Unsupported: an update is neither additive nor an output update, or reads arguments of the model's call.
         ShapeMismatch: raised by a call of the model if the number of tokens is not the sum of the sizes.
     """
     if len(sizes) != len(_some(adapters)):
@@ -85,7 +87,7 @@ def split(*adapters: Adapter, sizes: Sequence[int]) -> Adapter:
 
 
 def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
-    """Return the AdapterFusion of adapters: at each layer, it computes an attention over their bottlenecks' outputs.
+    """Return an adapter that applies AdapterFusion: at each layer, an attention over the outputs of all bottlenecks.
 
     Args:
         adapters: the adapters, in the order in which the fusion was trained.
@@ -93,7 +95,7 @@ def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
 
     Raises:
         TargetNotFound: the fusion has no weights for one of the adapters' targets.
-        Unsupported: raised by `inject` if an update is not a sequential bottleneck.
+        Unsupported: at a target of one adapter, another adapter does not have one sequential bottleneck.
     """
     settings, weights = read_fusion(fusion)
 
@@ -142,7 +144,7 @@ def _loaded(setup: Setup | str, folder: Path, base: Base | None) -> Adapter:
 
 
 def batch_split(model: nn.Module, names: Sequence[str | None], sizes: Sequence[int]) -> AbstractContextManager[None]:
-    """Within the `with` block, route the first `sizes[0]` rows to the adapter `names[0]`, and so on; see `route`."""
+    """Return a context that routes the first `sizes[0]` rows to the adapter `names[0]`, and so on; see `route`."""
     if len(sizes) != len(names):
         raise UsageError(f"{len(sizes)} sizes for {len(names)} adapters", where="sizes", cure="Pass one for each")
     return route(model, [name for name, size in zip(names, sizes, strict=True) for _ in range(size)])
@@ -185,7 +187,7 @@ def _blocks(
     for target in targets:
         updates_of_each = [adapter.updates.get(target, ()) for adapter in adapters]
         if any(update.kind == "context" for each in updates_of_each for update in each):
-            why = f"a block {name!r} cannot contain context"
+            why = f"a block {name!r} cannot contain context updates"
             raise Unsupported(why, where=str(target), cure="Combine these adapters with stack()")
         updates[target] = (block_of(tuple(map(_one, updates_of_each)), target),)
     return _composed(name, updates)
@@ -219,7 +221,7 @@ Child = Update | None
 
 
 class ComposedBlock(OutputUpdate):
-    """A block of several updates. Each subclass defines how to combine their outputs, in `joined`."""
+    """A composition block: several updates of one target. A subclass combines their outputs in its method `joined`."""
 
     children: tuple[Child, ...] = ()
 
@@ -295,8 +297,8 @@ class ComposedBlock(OutputUpdate):
         places = set()
         for child in self.present:
             if child.kind not in ("additive", "output"):
-                why = f"{child.method} changes {child.acts_on}, which blocks do not combine"
-                raise Unsupported(why, cure="Stack the adapters, or merge them")
+                why = f"{child.method} changes {child.acts_on}, which composition blocks do not support"
+                raise Unsupported(why, cure="Combine the adapters with stack(), or merge them")
             child.check()
             places.add((child.attributes.get("residual", ""), child.attributes.get("norm", "")))
         if len(places) > 1 and self.placed:
@@ -324,12 +326,12 @@ class ComposedBlock(OutputUpdate):
         return super().forward(x, layer) if self.placed else self.joined(x, layer)
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:
-        """Return the block's output: combine the outputs that the layer has with each child."""
+        """Return the block's output, computed from the layer's outputs with the children applied."""
         raise AssertionError("each block defines it")
 
 
 class Chain(ComposedBlock):
-    """Apply the children in sequence: each one acts on the layer that the earlier ones changed."""
+    """Apply the children in sequence: each child acts on the layer with all earlier children applied."""
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:
         from ..core.updates import Composed
@@ -341,7 +343,7 @@ class Chain(ComposedBlock):
 
 
 class Average(ComposedBlock):
-    """Compute a weighted sum of the outputs that the layer has with each child."""
+    """Compute a weighted sum of the layer's outputs with each single child applied."""
 
     weights: tuple[float, ...] = ()
 
@@ -351,7 +353,7 @@ class Average(ComposedBlock):
 
 
 class SplitBlock(ComposedBlock):
-    """Apply each child to its own range of token positions. The ranges follow each other."""
+    """Apply each child to its own range of token positions. The ranges are contiguous and start at position 0."""
 
     lengths: tuple[int, ...] = ()
 
@@ -368,7 +370,7 @@ class SplitBlock(ComposedBlock):
         values, start = [], 0
         for child, size in zip(self.children, self.lengths, strict=True):
             part = Positions(layer, x, slice(start, start + size))
-            # `Positions` has no weight, but blocks and formulas of outputs never read it.
+            # `Positions` has no attribute `weight`, but blocks and output updates never read a weight.
             values.append(self.value(child, part.cut(x), cast("Layer", part)))
             start += size
         joined: Tensor = namespace(x).concat(values, axis=-2)

@@ -3,14 +3,14 @@
 For virtual tokens, the model's forward must accept `inputs_embeds`. For prefixes, it must accept a cache of past keys
 and values. transformers' models accept both. Callers use the model as before, with token ids or embeddings, including
 through `generate()`. The output also covers the virtual tokens: their logits come first. Virtual tokens are added if a
-call has no cache or an empty cache. Later calls find them in the cache.
+call has no cache or an empty cache. In later calls, the cache already contains their keys and values.
 
 Callers pass arguments only for their own tokens. This module extends masks by ones, labels by -100 and token types by
 0, and shifts positions by the number of virtual tokens. A prefix of a single attention (see below) shifts no positions,
 because it does not consist of tokens of the model.
 
 The virtual tokens of several adapters are in the order in which the adapters were attached. Prefixes come before all
-virtual tokens. `task_ids=` in a call chooses the tasks of multitask prompts.
+virtual tokens. If a prompt was trained for several tasks, callers choose the task of each row with `task_ids=`.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from .structure import (
 if TYPE_CHECKING:
     from transformers import Cache
 
-# Prefixes of single attentions, in any model family: keys and values in front of those that the attention computes.
+# Put a prefix into a single attention of any model family: keys and values before those that the attention computes.
 #
 # transformers' attention modules pass queries, keys and values to a function that their config names. While an
-# attention with a prefix runs, its config names `_attend` instead. `_attend` puts the prefix in front and calls the
-# original function. The cache never contains the prefix, and positions are counted without it.
+# attention with a prefix runs, its config names `_attend` instead. `_attend` puts the prefix in front of the keys and
+# values, and calls the original function. The cache never contains the prefix, and positions do not count it.
 
 
 NAME = "adapterkit_prefix"
@@ -67,25 +67,27 @@ _EXCHANGING = threading.Lock()
 class PrefixState(threading.local):
     """The prefix of an attention in one thread.
 
-    `past` is the prefix `[batch, 2, heads, n, d]`. `biased` is the attention that has T5's table of relative positions.
+    `past` is the prefix `[batch, 2, heads, n, d]`, or None while the attention does not run. `biased` is the attention
+    whose table of relative positions is used (T5), or None.
     """
 
-    def __init__(self) -> None:  # Set in each thread, because torch.compile guards only attributes of the instance.
+    # These are no class attributes, because torch.compile guards only attributes of the instance.
+    def __init__(self) -> None:
         self.past: Tensor | None = None
         self.biased: nn.Module | None = None
 
 
 class AttentionConfig(Protocol):
-    """An attention's config, which names the function that computes it."""
+    """The config of an attention module. It names the function that computes the attention."""
 
     @property
     def _attn_implementation(self) -> str: ...
 
 
 class Prefixed:
-    """Replace an attention's config while some threads run the attention with a prefix.
+    """The config that an attention has while at least one thread runs it with a prefix.
 
-    Other threads see the values of the original config.
+    In these threads, the config names `_attend`. In all other threads, it has the values of the original config.
     """
 
     def __init__(self, config: AttentionConfig) -> None:
@@ -104,11 +106,11 @@ def with_prefixes(
     module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
     words: Mapping[str, object],
 ) -> object:  # fmt: skip
-    """Run an attention's forward with the prefixes of updates. The first update's prefix comes first.
+    """Run an attention's forward with the updates' prefixes, in the order of `updates`, before its keys and values.
 
     Raises:
         Unsupported: the attention uses a function that cannot take a prefix.
-        ShapeMismatch: the number of heads, or their width, differs between a prefix and the keys.
+        ShapeMismatch: a prefix and the keys have different numbers of heads, or heads of different widths.
     """
     x = words["hidden_states"]
     assert isinstance(x, Tensor)
@@ -127,9 +129,14 @@ def _named(module: nn.Module, past: Tensor, biased: nn.Module | None) -> Iterato
     with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:
         config: Any = module.config
         prefixed = config if isinstance(config, Prefixed) else Prefixed(config)
-        if prefixed.config._attn_implementation not in KNOWN or getattr(module, "reorder_and_upcast_attn", False):
-            why = f"an attention computed by {prefixed.config._attn_implementation!r} cannot take a prefix"
+        implementation = prefixed.config._attn_implementation
+        if implementation not in KNOWN:
+            why = f"an attention computed by {implementation!r} cannot take a prefix"
             raise Unsupported(why, cure=f"Load the model with attn_implementation= one of {', '.join(KNOWN)}")
+        # With 'sdpa', transformers ignores this option of GPT-2.
+        if implementation == "eager" and getattr(module, "reorder_and_upcast_attn", False):
+            why = "an attention with reorder_and_upcast_attn cannot take a prefix if it is computed by 'eager'"
+            raise Unsupported(why, cure="Load the model with attn_implementation='sdpa'")
         AttentionInterface.register(NAME, _attend)
         module.__dict__["config"] = prefixed
         prefixed.users += 1
@@ -147,12 +154,12 @@ def _named(module: nn.Module, past: Tensor, biased: nn.Module | None) -> Iterato
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **words: object
 ) -> tuple[Tensor, Tensor | None]:
-    """Put the prefix in front of keys and values, extend the mask, and call the config's original function."""
+    """Put the prefix in front of keys and values, extend the mask, and call the model's own attention function."""
     prefixed: Any = module.config
     past: Tensor = prefixed.prefix.past
     past_sizes, key_sizes = ((each.shape[-3], each.shape[-1]) for each in (past, key))
     if past_sizes != key_sizes:
-        of_keys = f"the keys have {key_sizes[0]} of width {key_sizes[1]}"
+        of_keys = f"the keys have {key_sizes[0]} heads of width {key_sizes[1]}"
         why = f"the prefix has {past_sizes[0]} heads of width {past_sizes[1]}, but {of_keys}"
         raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
     mask = _mask(module, query, key, attention_mask, words)
@@ -176,12 +183,15 @@ def _function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tenso
 def _mask(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, words: Mapping[str, object]
 ) -> Tensor | None:
-    """Return the mask for the keys without the prefix. If sdpa would build a causal mask itself, build it here."""
+    """Return the mask for the keys without the prefix.
+
+    If there is no mask and sdpa would build a causal one, build it here: sdpa would count the prefix as tokens.
+    """
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             raise Unsupported(
-                "a prefix needs a mask of shape [batch, 1, queries, keys]",
-                cure="Pass no mask, or a mask [batch, tokens]",
+                "an attention with a prefix needs a mask of shape [batch, 1, queries, keys]",
+                cure="Pass the model no mask, or a mask [batch, tokens], from which it builds this mask",
             )
         return mask
     causal, count, total = words.get("is_causal"), query.shape[2], key.shape[2]
@@ -193,7 +203,7 @@ def _mask(
 
 
 def _padded(mask: Tensor | None, n: int) -> Tensor | None:
-    """Return a mask with n more positions in front. All queries can see these positions."""
+    """Return the mask with `n` more keys in front. All queries can see these keys."""
     if mask is None:
         return None
     shape = (*mask.shape[:-1], n)
@@ -202,10 +212,10 @@ def _padded(mask: Tensor | None, n: int) -> Tensor | None:
 
 
 def _bias(biased: nn.Module | None, bias: Tensor, n: int) -> Tensor:
-    """Return T5's bias of relative positions for the keys with the prefix in front.
+    """Return T5's position bias for the prefix's keys, followed by the attention's keys.
 
-    As in AdapterHub's library, the prefix shifts the positions of keys, but not those of queries. Attention to an
-    encoder has no table of relative positions; the bias of the prefix is then 0.
+    As in AdapterHub's library, the prefix shifts the positions of keys, but not those of queries. Cross-attention has
+    no table of relative positions (`biased` is None). The bias of the prefix is then 0.
     """
     count, total = bias.shape[2:]
     if biased is None:
@@ -213,7 +223,7 @@ def _bias(biased: nn.Module | None, bias: Tensor, n: int) -> Tensor:
     attention: Any = biased
     table = attention.relative_attention_bias
     if table.weight.is_meta and not hasattr(table, "_hf_hook"):
-        why = "a prefix needs the table of relative positions of another attention, which accelerate has offloaded"
+        why = "a prefix needs another attention's table of relative positions, but accelerate has offloaded this table"
         cure = "Offload without preload_module_classes="
         raise Unsupported(why, cure=cure)
     out: Tensor = attention.compute_bias(count, n + total, device=bias.device, past_seen_tokens=total - count)
@@ -236,11 +246,12 @@ class ContextPart:
         target: the target.
         bound: the updates.
         encoder: whether the target is an encoder-decoder model and the module is its encoder.
-        masks: whether the target is an embedding and the module is the model around it. If so, this part only extends
-            the model's mask.
-        biased: if the module is an attention that uses another attention's table of relative positions: that attention.
-        tokens: if the module is an embedding: its number of tokens when the adapter was attached. The ids of new tokens
-            start at this number.
+        masks: whether this part only extends the mask of the model around an embedding. Another part, at the embedding,
+            then adds the virtual tokens.
+        biased: the attention whose table of relative positions the module uses, if the module is an attention of T5;
+            None for other modules.
+        tokens: the number of the embedding's rows when the adapter was attached, if the module is an `nn.Embedding`.
+            The ids of new tokens start at this number.
     """
 
     switch: Switch
@@ -286,13 +297,13 @@ def surround(
 
 
 def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
-    """Return the modules to attach to for a part, each with its own copy of the part.
+    """Return the modules to which a part must be attached, each with the part to attach there.
 
-    Virtual tokens of an encoder-decoder model are also attached to its encoder.
+    If the target is an encoder-decoder model, virtual tokens are also attached to its encoder.
 
     Raises:
         ShapeMismatch: the update's sizes differ from the model's.
-        Unsupported: the module does not support such context.
+        Unsupported: the context cannot be added to the target.
     """
     owner = _owner(model, part)
     if owner is not None:
@@ -309,9 +320,9 @@ def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, Conte
 
 
 def _reader(module: nn.Module, updates: Sequence[ContextUpdate]) -> nn.Module:
-    """Return the module that accepts the updates' context: the module itself, or a classifier's inner model.
+    """Return the module to which the updates' context can be passed: `module` or its inner model (`base_model`).
 
-    It is the inner model if the updates add past keys and values, and the classifier itself does not accept these.
+    The inner model is used if the updates add past keys and values, and `module` (a classifier) does not accept them.
     """
     inside = getattr(module, "base_model", None)
     takes = CACHES & set(inspect.signature(module.forward).parameters)
@@ -319,9 +330,9 @@ def _reader(module: nn.Module, updates: Sequence[ContextUpdate]) -> nn.Module:
 
 
 def _owner(model: nn.Module, part: ContextPart) -> nn.Module | None:
-    """Return the model around the target, if the target is an embedding whose output virtual tokens follow.
+    """Return the model around the target, if the updates put virtual tokens in front of the target's output.
 
-    Return None for all other targets and updates.
+    Return None if the target is itself a model, or if the updates add other context.
     """
     path, _, name = part.target.path.rpartition(".")
     module: Any = model.get_submodule(part.target.path)
@@ -330,15 +341,16 @@ def _owner(model: nn.Module, part: ContextPart) -> nn.Module | None:
     owner = model.get_submodule(path)
     takes = "inputs_embeds" in inspect.signature(owner.forward).parameters and hasattr(owner, "get_input_embeddings")
     if not takes or not name or isinstance(module, nn.Dropout):
-        why = f"tokens cannot follow a {type(module).__name__} inside a {type(owner).__name__}"
+        kinds = f"the output of a {type(module).__name__} inside a {type(owner).__name__}"
+        why = f"virtual tokens cannot be put in front of {kinds}"
         raise Unsupported(why, where=str(part.target), cure="Target the model itself, or its embeddings")
     return owner
 
 
 def _around(owner: nn.Module, module: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
-    """Return the modules to attach to for tokens that follow an embedding's output.
+    """Return the modules to which virtual tokens in front of an embedding's output must be attached.
 
-    If the embedding is the model's own input embedding, the tokens go in front of the model's input instead.
+    If the embedding is the model's own input embedding, the tokens are put in front of the model's input instead.
     """
     config: Any = getattr(owner, "config", None)
     for update in part.updates:
@@ -349,7 +361,7 @@ def _around(owner: nn.Module, module: nn.Module, part: ContextPart) -> list[tupl
     if embedding_of(owner) is module:
         return [(owner, part)]
     if getattr(config, "is_decoder", False):
-        why = "tokens cannot follow the embeddings of a decoder, because its cache does not count them"
+        why = "virtual tokens cannot be put in front of a decoder's embeddings: its cache would not count the tokens"
         raise Unsupported(why, where=str(part.target), cure="Target the model itself")
     return [(module, part), (owner, replace(part, masks=True))]
 
@@ -368,14 +380,16 @@ def _with_masks(updates: Sequence[ContextUpdate], forward: Callable[..., object]
 
 
 def _check_tokens(module: nn.Module, parts: Sequence[ContextPart]) -> None:
-    """Check that an embedding still has its number of rows: transformers' resize_token_embeddings changes it in place.
+    """Check that an embedding has as many rows as when the adapter was attached.
+
+    transformers' resize_token_embeddings changes the number of rows in place.
 
     Raises:
         ShapeMismatch: the number of rows changed, so the ids of the adapter's new tokens are no longer right.
     """
     rows, part = len(cast("Tensor", module.weight)), parts[0]
     if part.tokens is not None and rows != part.tokens:
-        why = f"the new tokens are numbered after {part.tokens} tokens, but the embedding has {rows} now"
+        why = f"the ids of the adapter's new tokens start at {part.tokens}, but the embedding has {rows} rows now"
         cure = "Call handle.remove() before the embedding changes its size, and inject the adapter again afterwards"
         raise ShapeMismatch(why, where=f"{part.target}: {part.updates[0].method}", cure=cure)
 
@@ -383,7 +397,7 @@ def _check_tokens(module: nn.Module, parts: Sequence[ContextPart]) -> None:
 def _with_tokens(
     module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., object], ids: Tensor, words: Words
 ) -> Tensor:
-    """Run an embedding with the rows of the adapter's new tokens added."""
+    """Return an embedding's output for token ids that may include the adapter's new tokens."""
     table: Any = module.weight
     more = torch.cat(present([update.vocabulary() for update in updates])).to(table)
     new = ids >= len(table)
@@ -396,7 +410,7 @@ def _at_attention(
     module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
     words: Words,
 ) -> object:  # fmt: skip
-    """Run an attention with its prefixes. If it has prompts, add the attention over these prompts to its output."""
+    """Run an attention with the prefixes among the updates, and add the attention over the prompts among them."""
     prompts = [update for update in updates if update.place == "attention"]
     prefixes = [update for update in updates if update.place != "attention"]
     inner: Callable[..., object] = forward
@@ -451,10 +465,11 @@ def _check(module: nn.Module, target: Target, update: ContextUpdate) -> None:
 
 
 def _check_prefix(module: nn.Module, update: ContextUpdate, where: str) -> None:
-    """Check that an attention can take a prefix and that the prefix fits its keys."""
+    """Check that the module is an attention, that the update is a prefix, and that the prefix fits the keys."""
     if not is_attention(module) or update.place not in ("past", "prefix"):
         why = f"{update.method} cannot be applied to a {type(module).__name__}"
-        raise Unsupported(why, where=where, cure="Target an attention for a prefix, and a whole model otherwise")
+        cure = "Target an attention if the update is a prefix, and a whole model otherwise"
+        raise Unsupported(why, where=where, cure=cure)
     dims = {"layers": 1, **update.dims()}
     gated = {"width": dims["width"]} if "gate" in update.tensors else {}
     for name, size in {"layers": 1, **key_sizes(module)}.items():
@@ -494,7 +509,7 @@ def check_tasks(updates: Sequence[Update], tasks: object) -> None:
     """Check the task ids of a call. Without this check, the id -1 would select the last task.
 
     Raises:
-        UsageError: an update does not have a task with one of these ids.
+        UsageError: a task id is negative, or at least the number of an update's tasks.
     """
     if not isinstance(tasks, Tensor) or type(tasks) is not Tensor or tasks.is_meta or not tasks.numel():
         return
@@ -503,13 +518,13 @@ def check_tasks(updates: Sequence[Update], tasks: object) -> None:
     for update in updates:
         count: Any = update.dims().get("tasks")
         if count is not None and not (int(tasks.min()) >= 0 and int(tasks.max()) < count):
-            why = f"an update has {count} tasks, but the call asks for {tasks.tolist()}"
-            raise UsageError(why, where="task_ids", cure=f"Pass numbers from 0 to {count - 1}")
+            why = f"an update has {count} tasks, but the call has the task ids {tasks.tolist()}"
+            raise UsageError(why, where="task_ids", cure=f"Pass task ids from 0 to {count - 1}")
 
 
 @dataclass(eq=False)
 class ContextCall:
-    """One call of a model with virtual tokens.
+    """One call of a model, to which virtual tokens, or past keys and values, are added.
 
     Attributes:
         module: the model.
@@ -550,9 +565,10 @@ class ContextCall:
             self._extend_decoder(seen)
         out: Any = forward(**self.words)
         if self.past and self.seen <= seen + self.past * (not seen):
-            raise Unsupported("the model did not use its past keys and values", cure="Use a model with a cache")
-        # If the caller asked for no cache, return none. Otherwise the caller would continue with the cache, and would
-        # pass tokens again that it already contains.
+            why = "the model did not use the past keys and values that the adapter added"
+            raise Unsupported(why, cure="Use a model with a cache")
+        # If the caller asked for no cache, return no cache. Otherwise the caller would continue with the cache, and
+        # would pass tokens again that the cache already contains.
         unwanted = self.past and given is None and self.words.get("use_cache") is False
         return (
             dataclasses.replace(out, **{self.cache_word: None}) if unwanted and hasattr(out, self.cache_word) else out
@@ -571,7 +587,7 @@ class ContextCall:
         self.words = {name: value for name, value in self.words.items() if value is not None}
 
     def _length(self) -> int:
-        """Return the number of tokens in the call's own arguments."""
+        """Return the number of tokens that the caller passed, without virtual tokens. Also set `batch`."""
         ids, embeds = (self.words.get(f"{self.argument_prefix}{name}") for name in ("input_ids", "inputs_embeds"))
         if ids is None and embeds is None and self.pair and self.words.get("labels") is not None:
             shifted: Any = self.module
@@ -596,7 +612,7 @@ class ContextCall:
                 words[name] = torch.cat((given.new_full((len(given), self.front), value), given), 1)
 
     def _fill(self) -> None:
-        """Put the prefix into the call's cache; create a cache if the call has none."""
+        """Put the updates' past keys and values into the call's cache; create a cache if the call has none."""
         cache: Any = self.words.get(self.cache_word)
         cache = _new_cache(self.pair) if cache is None else cache
         if getattr(cache, "is_compileable", False):
@@ -637,7 +653,7 @@ class ContextCall:
         self.words[name] = moved
 
     def _extend_encoder_mask(self) -> None:
-        """Extend the mask for the encoder's output by the virtual tokens that the encoder's own hook adds."""
+        """Extend the mask for the encoder's output, because the hook at the encoder adds virtual tokens to it."""
         hidden: Any = self.words.get("encoder_outputs")
         tokens = [self.words.get(name) for name in ("inputs_embeds", "input_ids")]
         given: Any = next((each for each in tokens if each is not None), None)
@@ -688,8 +704,8 @@ def extended(mask: object, extra: int, total: int) -> object:
     if mask.shape[1] == total:
         return mask
     if mask.shape[1] != total - extra:
-        why = f"the mask covers {mask.shape[1]} tokens, but the input and the cache have {total - extra}"
-        raise ShapeMismatch(why, where="attention_mask", cure="Pass one number for each token of the input")
+        why = f"the mask covers {mask.shape[1]} tokens, but cache and input have {total - extra} without virtual tokens"
+        raise ShapeMismatch(why, where="attention_mask", cure="Pass one value for each of these tokens")
     return torch.cat((mask.new_ones(len(mask), extra), mask), 1)
 
 

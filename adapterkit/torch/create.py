@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 Choice = str | re.Pattern[str] | type[nn.Module]
-"""One choice of targets: a glob, "re:" with a regular expression, a compiled expression, a class, or "all-linear"."""
+"""A glob, "re:" followed by a regular expression, a compiled regular expression, a module class, or "all-linear"."""
 
 
 def create(
@@ -52,52 +52,54 @@ def create(
 ) -> Adapter:  # fmt: skip
     """Return a new adapter. To train it, call `inject(model, adapter, trainable=True)`.
 
-    New `lora` and `dora` adapters have the same numbers as PEFT's after `torch.manual_seed(seed)`.
+    A new `lora` or `dora` adapter has the same values as one that PEFT creates after `torch.manual_seed(seed)`.
 
-    No initialiser changes the model. PiSSA, OLoRA, CorDA and LoftQ start from a base from which a part was subtracted.
-    PEFT overwrites the base with the result. Here the adapter stores the subtracted part in an additional update,
-    `residual`, which is not trained. So the adapter's file fits the unchanged base, and `handle.remove()` restores the
-    base. A format that supports only LoRA can store both updates as one LoRA of twice the rank, with
-    `on_loss="promote"`. This is not possible for LoftQ, because it subtracts a full matrix.
+    No initialiser changes the model. PiSSA, OLoRA, CorDA and LoftQ subtract a part from each adapted weight. PEFT
+    overwrites the base with the difference. Here the base stays unchanged: the adapter has an additional update,
+    `residual`, which subtracts the part and is not trained. So the adapter's file fits the original base, and
+    `handle.remove()` restores it. A format that supports only LoRA can store both updates as one LoRA of twice the
+    rank, if the adapter is written with `on_loss="promote"`. This is not possible for LoftQ, because the part that it
+    subtracts is not low-rank.
 
     Args:
         model: the model for which the adapter is made. Target names omit wrappers (`torch.compile`, DDP, PEFT).
         method: the method's name.
-        targets: one or several choices. Each choice must match something. Choices match names of parameters and of
-            modules with a weight; for a method that changes outputs, names of all modules. A glob must match the whole
-            dotted name, or the part after any dot. A regular expression must match the whole name. "all-linear" matches
-            every linear layer (and GPT-2's Conv1D) except the output head. In a transformers model, the head is the
-            result of `get_output_embeddings()`; in a classifier, it is the module `score` or `classifier`. Methods that
-            add context ignore `targets`, except adaption prompts: these act on all attentions, or on those that globs
-            match.
+        targets: one or several choices. Each choice must match something. Globs and regular expressions are compared
+            with the names of modules that have a weight, and of all parameters except the `weight` and `bias` of these
+            modules. If the method changes outputs, they are compared with the names of all modules that have a forward.
+            A glob must match the whole dotted name, or the part after any dot. A regular expression must match the
+            whole name. "all-linear" matches every linear layer (and GPT-2's Conv1D) except the output head. In a
+            transformers model, the head is the result of `get_output_embeddings()`; in a classifier, it is the module
+            `score` or `classifier`. Methods that add context ignore `targets`, except `adaption_prompt`, `gated_prefix`
+            and `gated_prefix_mlp`: these act on all attentions, or on the attentions that globs in `targets` match.
         exclude: choices to remove from the targets. Each choice must match something.
-        layers: the numbers of the blocks to adapt. A block's number is the first number in a name. If not given, all
-            blocks are adapted.
+        layers: the numbers of the blocks to adapt. A block's number is the first number that has names before and after
+            it (3 in `model.layers.3.mlp`). If not given, all blocks are adapted.
         rank: the rank, for methods that have one. For methods that add context, the number of virtual tokens.
-        alpha: `scaling * rank`. If not given, the scaling is `scaling=`, or 1.
-        rank_pattern: regular expression -> rank, for targets that need another rank. An expression must match the whole
-            name, or its end after a dot. The first match counts.
+        alpha: the scaling is `alpha / rank`. If alpha is not given, the scaling is `scaling=`, or 1.
+        rank_pattern: regular expression -> rank, for targets that need another rank. An expression must match the
+            target's whole name, or the end of the name after a dot. The first expression that matches counts.
         alpha_pattern: regular expression -> alpha. Expressions are matched as in `rank_pattern`.
         use_rslora: whether to divide alpha by the square root of the rank instead of by the rank.
         init: the initialiser of `lora` and `dora`: `default`, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N` (N
             steps of a randomised SVD), `olora`, `loftq` (for a base rounded to nf4; `loftq_int8` for 8 bits;
             `loftq_iter_N` and `loftq_int8_iter_N` take N steps), and, with `data`, `corda` (`corda_kpm` for its other
-            mode) and `eva`.
+            mode, which keeps knowledge) and `eva`.
         data: batches for `corda` and `eva`. A mapping is passed to the model as keyword arguments, a list or tuple as
             positional arguments, and any other value as the only argument.
-        rho: for `eva`, which gives more rank to layers with more explained variance: a layer gets at most `rho` times
-            its own rank. 1 leaves the ranks unchanged.
-        dropout: in training, the probability that an input element of the change is set to 0, as in PEFT's
-            `lora_dropout`. For LoHa and LoKr, the probability that a row of the change is set to 0 (`rank_dropout`);
-            for OFT and BOFT, the share of blocks that do not rotate.
+        rho: for `eva`, which moves rank to the layers where it explains more variance: a layer gets at most `rho` times
+            its original rank. 1 leaves the ranks unchanged.
+        dropout: in training, the probability that an element of an update's input is set to 0, as in PEFT's
+            `lora_dropout`. For LoHa and LoKr, it is the probability that a row of the weight change is set to 0
+            (`rank_dropout`); for OFT and BOFT, the share of blocks that do not rotate.
         seed: the seed of the random numbers.
         layout: the axis order of targets that are parameters; one of `LAYOUTS`. It is needed only if the order does not
             follow from the model's family or its number of experts.
         attributes: the method's other settings, and the sizes of axes that do not follow from the weight.
 
     Raises:
-        TargetNotFound: no target matches.
-        Unsupported: the method is unknown, new updates of it cannot be made, or a layer does not support it.
+        TargetNotFound: a choice matches nothing, or no target remains after `exclude` and `layers`.
+        Unsupported: the method is unknown, the method cannot create new updates, or a layer does not support it.
         UsageError: arguments contradict each other, the method lacks an attribute, a rank is below 1, a regular
             expression is invalid, data is missing, or the layout of a parameter is unknown.
     """
@@ -200,7 +202,8 @@ class _Size:
     ) -> _Size:  # fmt: skip
         size = cls(_by_pattern(ranks, name, rank), _by_pattern(alphas, name, alpha))
         if size.rank < 1:
-            raise UsageError("the rank is below 1", where=name, cure="Correct rank_pattern=")
+            why = f"rank_pattern gives this layer the rank {size.rank}, which is below 1"
+            raise UsageError(why, where=name, cure="Pass a rank of at least 1 in rank_pattern=")
         return size
 
     def attributes(self, use_rslora: bool) -> dict[str, float]:
@@ -212,7 +215,7 @@ class _Size:
 
 
 def _by_pattern(patterns: Mapping[str, Value] | None, name: str, otherwise: Value) -> Value:
-    """Return the value of the first pattern that matches the end of a name, as in PEFT; or `otherwise`."""
+    """Return the value of the first pattern that matches the end of `name`, as in PEFT; `otherwise` if none matches."""
     for pattern, value in (patterns or {}).items():
         if _pattern(f"re:(.*\\.)?({pattern})").fullmatch(name):
             return value
@@ -228,15 +231,15 @@ def _refuse(method: str, given: Mapping[str, object]) -> None:
 def _seen(model: nn.Module, paths: Sequence[str], init: str, data: Iterable[object] | None) -> dict[str, Moments]:
     if (data is not None) != (init in OF_DATA):
         why = f"init={init!r} {'needs data' if data is None else 'does not use data'}"
-        raise UsageError(why, where="data", cure=f"Pass data= with one of init={', '.join(sorted(OF_DATA))}")
+        raise UsageError(why, where="data", cure=f"Pass data= if init= is one of {', '.join(sorted(OF_DATA))}")
     return {} if data is None else moments_of(model, paths, data)
 
 
 def _shared_out(sizes: Mapping[str, _Size], seen: Mapping[str, Moments], rho: float) -> dict[str, _Size]:
-    """Redistribute ranks as EVA does: the directions that explain most of their layer's variance are kept.
+    """Redistribute ranks as EVA does: keep the directions that explain the largest shares of their layers' variance.
 
     The sum of all ranks stays the same. A layer gets at most `rho` times its rank. Its alpha changes in proportion to
-    its rank, so its scaling stays the same. Layers without any kept direction are omitted.
+    its rank, so alpha / rank stays the same. Layers without any kept direction are omitted.
     """
     most = {path: round(size.rank * rho) for path, size in sizes.items()}
     shares = [seen[path].components()[0][: most[path]] for path in sizes]
@@ -254,7 +257,7 @@ def _started(
     cls: type[Update], model: nn.Module, path: str, target: Target, init: str, rank: int,
     attributes: Mapping[str, object], seen: Moments | None,
 ) -> tuple[Update, ...]:  # fmt: skip
-    """Return a new LoRA update. If its initialiser subtracts a part from the base, first return this part's update."""
+    """Return a new LoRA or DoRA update, after a `residual` update if the initialiser subtracts a part from the base."""
     W, module = _weight(model, path, target), _module(model, path)
     try:
         cls.check_axes(tuple(W.shape))
@@ -269,7 +272,7 @@ def _started(
 
 
 def _copied(leaf: object) -> Tensor:
-    """Copy a tensor to new, contiguous memory. Adapters that were read from files also have such tensors."""
+    """Copy a tensor to new, contiguous memory, as if it had been read from a file."""
     return torch.as_tensor(leaf).detach().clone(memory_format=torch.contiguous_format)
 
 
@@ -357,15 +360,16 @@ def _weighted(module: nn.Module) -> bool:
 
 
 def _as_if_square(module: nn.Module, path: str) -> Tensor:
-    """For a module without a weight, return a square matrix of zeros, `[out, out]`.
+    """Return zeros of shape `[out, out]`, to be used as the weight of a module that has no weight of its own.
 
-    The number of outputs is that of the last weight inside the module. Embeddings are used only if no other module has
-    a weight, because they may be position biases.
+    `out` is the number of outputs of the last module inside this module that has a weight. Embeddings count only if no
+    other module inside has a weight, because an embedding may hold position biases.
     """
     parts = [part for part in module.modules() if _weighted(part)]
     parts.sort(key=lambda part: not isinstance(part, nn.Embedding))
     if not parts:
-        raise Unsupported("no module inside it has a weight", where=path, cure="Build the update from tensors instead")
+        why = "neither this module nor a module inside it has a weight"
+        raise Unsupported(why, where=path, cure="Build the update from tensors instead")
     target = Target(path, stored_layout(parts[-1]) or "out *in")
     size = view(torch.empty(stored_shape(parts[-1]), device="meta"), target).shape[0]
     return torch.zeros(size, size)
@@ -382,7 +386,8 @@ def _bias(model: nn.Module, path: str) -> Tensor | None:
 def _parameter_layout(model: nn.Module, path: str, stored: Tensor) -> str:
     """Return the axis order of a parameter that is not a module's weight.
 
-    It follows from the model's family, or from the number of experts.
+    The order follows from the model's family, from the class of the module that has the parameter, or from the number
+    of experts.
     """
     config: Any = getattr(model, "config", None)
     words = config.to_dict() if hasattr(config, "to_dict") else {}
@@ -438,7 +443,8 @@ def _chosen(model: nn.Module, choice: Choice, modules: dict[str, nn.Module], nam
         selected = [name for name, plain in names.items() if _pattern(choice).fullmatch(plain)]
     if not selected:
         cure = nearest(str(choice), names.values()) or "Use names from model.named_modules() and named_parameters()"
-        raise TargetNotFound("no module with a weight and no parameter matches", where=str(choice), cure=cure)
+        why = "no module or parameter matches, or the method cannot adapt it"
+        raise TargetNotFound(why, where=str(choice), cure=cure)
     return selected
 
 
@@ -467,16 +473,16 @@ def create_context(
     model: nn.Module, cls: type[ContextUpdate], targets: Choice | Sequence[Choice], tokens: int, seed: int,
     attributes: Mapping[str, object],
 ) -> Adapter:  # fmt: skip
-    """Return a new adapter that adds context to the model. Its sizes follow from the model and its config.
+    """Return a new adapter that adds context to the model, with sizes that fit the model and its config.
 
     Args:
         model: the model that the adapter is for.
         cls: the method.
         targets: for methods that act on attentions, globs for the names of attentions.
-        tokens: the number of virtual tokens. `attributes` may have `index=`, a list of token ids: the virtual tokens
-            then start with the embeddings of these ids.
+        tokens: the number of virtual tokens.
         seed: the seed of the random numbers.
-        attributes: the method's attributes.
+        attributes: the method's attributes. For methods that store embeddings of tokens, they may include `index`, a
+            list of token ids: the initial virtual tokens are then the embeddings of these ids.
 
     Raises:
         TargetNotFound: no attention matches.
@@ -507,7 +513,7 @@ def create_context(
             ) from None
 
     paths = _paths(model, cls, targets, embedding.weight)
-    # Modules that share the embedding's weight also share its new tokens.
+    # Embeddings that share one weight get the same update, and so the same new tokens.
     same = new_update() if cls.place == "vocabulary" else None
     adapter = Adapter({Target(path): (same or new_update(),) for path in paths})
     stored = _stored_base(model)

@@ -5,9 +5,9 @@ error for updates that cannot be merged. `fold` computes the new weights in floa
 additive updates in place, one block of rows at a time, and all other updates one module at a time.
 
 `Merged` holds the data for `unmerge_`. With `keep="copy"`, this is a copy of the old weights. With `keep="recompute"`,
-`unmerge_` subtracts the adapter, so `Merged` only stores the numbers that the subtraction would not restore exactly. If
-the change is small compared with the weight, these are a few percent of the numbers. The subtraction is a merge with
-the negated adapter weight, so it gives the same bits each time. A checksum detects other results.
+`unmerge_` subtracts the adapter, so `Merged` only stores the elements that the subtraction would not restore exactly.
+If the change is small compared with the weight, these are a few percent of the elements. The subtraction is a merge
+with `Switch.weight` negated, so it gives the same bits each time. A checksum detects a result with other bits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ from .weights import tensor_at
 
 
 def fits(parameter: Tensor, parts: list[Part]) -> bool:
-    """Whether the parts can be added to a weight in place: they only add to this weight, and it is contiguous."""
+    """Whether the parts can be added to a weight in place.
+
+    The updates must be additive and must not change the bias. The weight must be contiguous, have at least 16 bits per
+    element, and be neither empty nor sharded.
+    """
     kinds = all(update.kind == "additive" and not update.changes_bias for part in parts for update in part.updates)
     return (
         kinds
@@ -83,12 +87,12 @@ class Merged:
 
     Attributes:
         parameter: the parameter.
-        before: the old bits (from before the merge), or None if they are recomputed.
+        before: a copy of the parameter from before the merge, or None if these old bits are recomputed.
         places: the flat positions at which recomputing does not give the old bits.
         values: the old bits at these positions.
-        checksum: the checksum of all old bits.
+        checksum: the checksum of all old bits, if they are recomputed.
         after: the checksum of the merged bits, if `before` is kept. It detects changes through `.data`, which torch
-            does not count.
+            does not count in `version`.
         version: torch's count of the parameter's in-place changes, right after the merge.
         dtype: the dtype of the parameter, if its bits are recomputed.
         stack: the merges into the parameter that can be undone, in order. All merges into one parameter share this
@@ -110,7 +114,7 @@ class Merged:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        # In a copied model, torch counts the parameter's changes from zero.
+        # The version was stored relative to the parameter's count, because the count of a copied parameter differs.
         self.version += self.parameter._version
         _MERGES.setdefault(self.parameter, self.stack)
 
@@ -146,7 +150,7 @@ class Merged:
             self.stack[-1].version = self.parameter._version
 
     def slim(self, again: Tensor) -> None:
-        """Replace the copy of the old bits by the positions and bits that recomputing would not restore.
+        """Replace the copy of the old bits by those old bits that recomputing would not restore, and their positions.
 
         If these take more memory than the copy, keep the copy.
 
@@ -192,8 +196,8 @@ _MERGES: Any = WeakIdKeyDictionary()
 class Memory:
     """Find parameters of a model that share memory: tied parameters and views.
 
-    It compares address ranges. Comparing storages would be wrong, because cuDNN puts all weights of an LSTM into one
-    storage, where they do not overlap.
+    Two parameters share memory if their address ranges overlap. It is not enough that they have the same storage: cuDNN
+    puts all weights of an LSTM into one storage, where they do not overlap.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -230,7 +234,7 @@ def _range(tensor: Tensor) -> tuple[int, int]:
 
 
 def changed_by(parts: Sequence[Part]) -> list[str]:
-    """Return the paths of the parameters that the parts of a hook change. They are relative to the hook's module."""
+    """Return the paths, relative to the hook's module, of the parameters that the parts change."""
     weights = [p.weight for p in parts if p.weight and any(u.changes_weight for u in p.updates)]
     biases = [p.bias for p in parts if p.bias and any(u.changes_bias for u in p.updates)]
     return list(dict.fromkeys((*weights, *biases)))
@@ -238,7 +242,11 @@ def changed_by(parts: Sequence[Part]) -> list[str]:
 
 @torch.no_grad()
 def fold(hook: ForwardHook, parts: list[Part]) -> None:
-    """Merge parts into a hook's module. Additive updates are merged block by block, others into the whole weight."""
+    """Merge parts into the parameters of a hook's module.
+
+    If `fits` is true for all these parameters, the changes are added block by block. Otherwise, all new parameters are
+    computed as a whole.
+    """
     parts = [replace(part, bound=LiveUpdates([gathered(update) for update in part.updates])) for part in parts]
     weights = dict.fromkeys(part.weight for part in parts)
     alone = {path: [part for part in parts if part.weight == path] for path in weights if path}
@@ -262,7 +270,7 @@ def is_whole(model: nn.Module, folded: Folded, merged: Sequence[Merged]) -> bool
 
 
 def subtracted(folded: Folded, merged: list[Merged]) -> list[tuple[Merged, Tensor | None]]:
-    """Return (merged parameter, its values from before the merge); None for values that cannot be recomputed."""
+    """Return each merged parameter with its values from before the merge, or None if these cannot be recomputed."""
     restored_values: list[tuple[Merged, Tensor | None]] = []
     by = {id(each.parameter): each for each in merged}
     for hook, parts in folded:
@@ -273,9 +281,9 @@ def subtracted(folded: Folded, merged: list[Merged]) -> list[tuple[Merged, Tenso
 
 
 def _less(hook: ForwardHook, parts: list[Part]) -> dict[int, Tensor]:
-    """Return a hook's parameters with the parts subtracted, keyed by the ids of the parameters.
+    """Return the values of a hook's parameters after the parts are subtracted, keyed by `id(parameter)`.
 
-    The parameters themselves do not change.
+    The parts are subtracted in place. Afterwards, the parameters get their current values back.
     """
     mine = [tensor_at(hook.module, path) for path in changed_by(parts)]
     before = [parameter.detach().clone() for parameter in mine]
@@ -289,14 +297,14 @@ def _less(hook: ForwardHook, parts: list[Part]) -> dict[int, Tensor]:
 
 
 def slim(hook: ForwardHook, parts: list[Part], merged: list[Merged]) -> None:
-    """For each merged parameter, keep only the numbers that subtracting the parts would not restore."""
+    """For each merged parameter, keep only the old bits that subtracting the parts would not restore."""
     values = _less(hook, parts)
     for each in merged:
         each.slim(values[id(each.parameter)])
 
 
 def restore(restored_values: Sequence[tuple[Merged, Tensor | None]]) -> None:
-    """Copy the values from `subtracted` into their parameters; skip None."""
+    """Copy the values that `subtracted` returned into their parameters; skip parameters whose values are None."""
     for each, value in restored_values:
         if value is not None:
             each.parameter.copy_(value)
@@ -305,9 +313,9 @@ def restore(restored_values: Sequence[tuple[Merged, Tensor | None]]) -> None:
 class Unmerging:
     """Undo a merge module by module. If this fails halfway, `undo` restores the merged weights.
 
-    Copies of the old bits take as much memory as a second model; copies of the merged bits would take as much as a
-    third. So as soon as a parameter has its old bits again, their copy is replaced by a copy of the merged bits. If the
-    old bits are recomputed, nothing is copied: merging again gives the same merged bits.
+    The copies of the old bits take as much memory as a second model, and copies of all merged bits would take as much
+    as a third. So as soon as a parameter has its old bits again, the copy of the old bits is replaced by a copy of the
+    merged bits. If the old bits are recomputed, no copy is kept: merging again gives the same merged bits.
     """
 
     def __init__(self) -> None:
@@ -346,7 +354,9 @@ class Unmerging:
 
 
 def checked_folds(model: nn.Module, folded: Folded) -> Folded:
-    """Check that all parts can be merged, and return them. If layers share a parameter, keep the parts of one layer.
+    """Check that all parts can be merged, and return the parts to merge.
+
+    If all layers that share a parameter have equal parts, only the parts of one of these layers are returned.
 
     Raises:
         NotMergeable: an update needs a bias that the base does not have, or a weight cannot be changed in place.
@@ -377,7 +387,7 @@ def _check_parts(hook: ForwardHook, parts: list[Part], shared: set[int], memory:
             cure = "Load the weights first, or write handle.adapter() and merge it into the base's files"
             raise NotMergeable("the weight is offloaded or on the meta device", where=where, cure=cure)
         if parameter.dtype.itemsize < 2:
-            cure = "Merge before the base is cast to 8 bits, or write handle.adapter() and merge the files of the base"
+            cure = "Merge before the base is cast to 8 bits, or write handle.adapter() and merge it into the base files"
             raise NotMergeable(f"the weight is stored as {parameter.dtype}", where=where, cure=cure)
         if parameter.layout is not torch.strided:
             raise NotMergeable(f"the weight is stored as {parameter.layout}", where=where, cure=KEEP_INJECTED)
@@ -405,7 +415,7 @@ def _once(model: nn.Module, folded: Folded) -> tuple[Folded, set[int]]:
     alike: dict[tuple[int, int], list[Part]] = {}
     for hook, parts in folded:
         for part in parts:
-            packed = isinstance(hook.layer, Quantized)  # Such a module may not have a `weight`.
+            packed = isinstance(hook.layer, Quantized)  # A quantized module may not have a `weight`.
             weight = tensor_at(hook.module, part.weight) if part.weight and not packed else None
             if weight is not None and names.get(id(weight), 1) > 1:
                 alike.setdefault((id(weight), id(part.switch)), []).append(part)

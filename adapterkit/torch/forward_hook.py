@@ -1,8 +1,8 @@
 """The forward that replaces a module's own forward while adapters are attached to it.
 
 A `ForwardHook` is stored in the module's `__dict__`. It holds the parts (`parts.Part`) of all adapters at the module.
-In each call, the hook chooses how to apply the parts: by a cached plan, row by row, as formulas over the layer, or by
-running the module's own forward with changed parameters.
+In each call, the hook chooses how to apply the parts: by a cached plan, row by row (if the rows use different
+adapters), by the methods' formulas, or by running the module's own forward with changed parameters.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ForwardHook:
         self.slot = inner_slot(module)
         self.module, self.original = module, getattr(*self.slot)
         self.before = value_in(self.slot)
-        self.wrapper: Any = None  # Another tool's forward, if it wrapped this one when the last part was detached.
+        self.wrapper: Any = None  # Another tool's forward that wrapped this hook when the last part was detached.
         self.layer: TorchLayer | None = layer_of(module, self.original)
         self.kind = type(module._parameters.get("weight"))
         self.parts: list[Part] = []
@@ -73,10 +73,10 @@ class ForwardHook:
         # hook stores the copied parameters in `copied` instead.
         self.home: weakref.ref[nn.Module] | None = None
         self.copied: Mapping[str, Tensor | None] | None = None
-        self.trained: tuple[Part, Leaf] | None = None  # The first part and leaf that were injected to be trained.
+        self.trained: tuple[Part, Leaf] | None = None  # The first leaf that is a trained parameter, and its part.
         self.probe: ForwardProbe | None = None
-        self.known: object = None  # Another tool's forward that replaced this one, and is known to call it.
-        self.calls, self.traced = 0, False  # See bypass.py.
+        self.known: object = None  # Another tool's forward that replaced this hook's forward but still calls it.
+        self.calls, self.traced = 0, False  # The number of calls, and whether compiled code calls the module.
         ALIVE.add(self)
 
     @property
@@ -92,7 +92,10 @@ class ForwardHook:
         ALIVE.add(self)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ForwardHook:
-        """Copy the hook with its module. If the module is copied without its model, store the copied parameters."""
+        """Copy the hook with its module.
+
+        If the module is copied without its model, also store the copied parameters for `_check_copy`.
+        """
         clone = object.__new__(type(self))
         memo[id(self)] = clone
         clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -103,14 +106,14 @@ class ForwardHook:
             clone.home = weakref.ref(copied)
         elif home is not None:
             parameters: dict[str, Tensor | None] = dict(self.module._parameters)
-            clone.copied = copy.deepcopy(parameters, memo)  # Copy from the original: the new module is incomplete yet.
+            clone.copied = copy.deepcopy(parameters, memo)  # Use the original: the new module is not complete yet.
         return clone
 
     def attach(self, part: Part | ContextPart) -> None:
         if isinstance(part, ContextPart):
             self.contexts = [*self.contexts, part]
         else:
-            # Compute the rank now, not in the first forward, so that compiled code need not check whether it is known.
+            # Compute the rank now, not in the first forward. So compiled code need not check whether the rank is known.
             rank = rank_of(part, self.layer) if self.layer is not None and part.direct else 0
             # Build new objects and set the parts last, because other threads may be in a forward with the old objects.
             self.ranks = {**self.ranks, part: rank}
@@ -124,12 +127,12 @@ class ForwardHook:
         wrapped = slot is None and met
         attributes[HOOK], attributes[SCRIPTING] = self, self.refuse_scripting
         watch_reads(self)
-        if not wrapped:  # If it is wrapped, another tool's forward is installed and calls this one.
+        if not wrapped:  # If the hook is wrapped, the forward in the slot is another tool's, and calls the hook.
             owner, name = slot or self.slot
             owner.__dict__[name] = HookEntry(self) if self.contexts or self.call_recorders else self.forward
 
     def _look(self) -> None:
-        """Recompute the attributes that depend on the attached parts, and discard the caches for the earlier parts."""
+        """Recompute the attributes that depend on the attached parts, and discard the cached plans and stacks."""
         around = self.contexts or self.input_recorders or self.call_recorders
         self.bare = not around and all(part.output_site is None for part in self.parts)
         linear = type(self.layer) is Linear and self.before is None
@@ -149,7 +152,7 @@ class ForwardHook:
         SETTINGS.renew()
 
     def _meet(self, kind: type) -> None:
-        """Handle a weight whose class has changed, as after torchao's `quantize_`, which replaces only the weight."""
+        """Handle a weight of a new class: torchao's `quantize_`, for example, replaces a module's weight in place."""
         self.kind = kind
         if isinstance(self.layer, Quantized) or not is_packed(self.module):
             return
@@ -158,12 +161,12 @@ class ForwardHook:
         self._look()
 
     def record_input(self, recorder: InputRecorder) -> None:
-        """Store the module's input in a recorder at each call."""
+        """Attach a recorder that stores the module's input at each call."""
         self.input_recorders.append(recorder)
         self._stand()
 
     def record_call(self, recorder: CallRecorder) -> None:
-        """Store the arguments of the module's calls in a recorder."""
+        """Attach a recorder that stores the arguments of the module's calls."""
         self.call_recorders.append(recorder)
         self._stand()
 
@@ -182,7 +185,7 @@ class ForwardHook:
         if self.probe is not None:
             self.probe.stop()
         slot = slot_of(self.module, self)
-        if slot is None:  # Another tool's wrapper still calls this hook. The hook then calls the original forward.
+        if slot is None:  # Another tool's wrapper still calls this hook, which now only calls the original forward.
             self.wrapper = value_in(self.slot)
             return
         owner, name = slot
@@ -190,7 +193,7 @@ class ForwardHook:
             owner.__dict__[name] = self.before
         elif slot == (self.module, "forward"):
             del owner.__dict__[name]
-        else:  # Another tool wrapped this hook later. Its wrapper will call the forward in this slot.
+        else:  # Another tool wrapped this hook later. The tool's wrapper calls the forward that is in this slot.
             owner.__dict__[name] = self.original
 
     def forward(self, *args: object, **kwargs: object) -> object:
@@ -204,15 +207,15 @@ class ForwardHook:
         compiling = torch.compiler.is_compiling()
         if compiling:
             self.note_traced()
-        else:  # Do not count in compiled code: each new value would cause a recompilation.
+        else:  # Do not count in compiled code: each new value of the counter would cause a recompilation.
             self.calls += 1
             note_call(self)
         plain = self.plain and len(args) == 1 and not kwargs and not compiling
-        # Use no plan under diffusers' layerwise casting: it overwrites the weight, which the plan keeps for the
-        # backward pass.
+        # Use no plan under diffusers' layerwise casting. The casting overwrites the weight, but the plan keeps the
+        # weight for the backward pass.
         plain = plain and "_diffusers_hook" not in self.module.__dict__
-        # Use no plan under torch.jit.trace. It compares two runs: the first would make the plan and the second would
-        # use it, and these read the tensors in different orders.
+        # Use no plan under torch.jit.trace, which compares two runs. The first run would make the plan and the second
+        # run would use it, so the two runs would read the tensors in different orders.
         if plain and torch._C._get_tracing_state() is None:
             y = self._planned(scope, args[0])
             if y is not None:
@@ -247,7 +250,7 @@ class ForwardHook:
         """Check that a tensor-parallel weight gets a tensor-parallel input.
 
         transformers' `tp_plan` replaces the forward of each layer by a closure that turns the input into a DTensor.
-        This hook cannot be placed inside the closure, so it gets the input before it is distributed.
+        This hook cannot be placed inside the closure, so the hook gets an input that is still a plain tensor.
 
         Raises:
             Unsupported: the input is a plain tensor, but the weight is tensor-parallel.
@@ -288,9 +291,9 @@ class ForwardHook:
             )
 
     def _check_copy(self, copied: Mapping[str, Tensor | None]) -> None:
-        """Check that the parameters of a module that was copied without its model have kept their values.
+        """Check the parameters of a module that was copied without its model: they must still have their values.
 
-        `fuse_conv_bn_eval` breaks this rule: it copies a layer and scales the copy's weight, but not its adapter.
+        torch's `fuse_conv_bn_eval` copies a layer and scales the copy's weight. It does not scale the copy's adapter.
 
         Raises:
             Unsupported: the weight and bias were replaced, and the weight has new values.
@@ -298,11 +301,11 @@ class ForwardHook:
         now = self.module._parameters
         if "weight" not in copied or any(now.get(name) is copied.get(name) for name in ("weight", "bias")):
             return
-        if _cast_of(now.get("weight"), copied["weight"]):  # A conversion of the dtype may also create new parameters.
+        if _cast_of(now.get("weight"), copied["weight"]):  # The parameters are new, but were only cast or moved.
             self.copied = dict(now)
         else:
             cure = "Call handle.merge_() before a layer is fused with its norm"
-            why = "a copy of one layer got a new weight and bias that its adapter was not made for"
+            why = "a copy of this layer got a new weight and bias, but its adapter was made for the original ones"
             raise Unsupported(why, where=str(next((part.target for part in self.parts), "")) or None, cure=cure)
 
     def _planned(self, scope: Scope, x: object) -> Tensor | None:
@@ -333,7 +336,7 @@ class ForwardHook:
         return plan
 
     def _row_by_row(self, route: Route, scope: Scope, x: object) -> Tensor | None:
-        """Return the output of a linear layer with a stack of frozen adapters; None if there is no up-to-date stack."""
+        """Return a linear layer's output, computed with a stack of all frozen adapters; None if no stack is current."""
         W, stack, layer = self.module._parameters.get("weight"), self.kept.stack, self.layer
         if W is None or stack is None or layer is None or type(x) is not Tensor or x.shape[-1:] != W.shape[1:]:
             return None
@@ -405,8 +408,8 @@ class ForwardHook:
             else:
                 with _spread(layer, parts):
                     y = _direct(layer, parts, x)
-            # A formula with float32 factors returns float32. Cast it, because the next layers expect the dtype that the
-            # module itself returns.
+            # A formula with float32 factors returns float32. Cast the output, because the next layers expect the dtype
+            # that the module's own forward returns.
             return _narrowed(y, x.device.type) if layer.narrowed and self.before is None else y
         values = {**self.changed(parts), **skipped}
         if any(isinstance(value, Tensor) and value.is_meta for value in values.values()):
@@ -432,10 +435,10 @@ class ForwardHook:
         return is_method and not isinstance(self.module, torch.jit.ScriptModule)
 
     def _is_direct(self, parts: list[Part]) -> bool:
-        """Whether the parts run as formulas over the layer. If not, the module's forward runs with changed parameters.
+        """Whether the hook computes the output with the methods' formulas.
 
-        For 16-bit weights, changed parameters are more precise, if a method changes weights in other ways than by
-        addition: the new weight is computed in 32 bits and rounded once.
+        If not, the module's own forward runs with changed parameters. This is more precise if the weight has 16 bits
+        and a method does not only add to it: the new weight is computed in 32 bits and rounded once.
         """
         if not all(part.direct for part in parts):
             return False
@@ -453,7 +456,7 @@ class ForwardHook:
         return not (changes_weights and all(part.foldable for part in parts) and _is_half(self.module))
 
     def _scaled(self, part: Part, x: Tensor) -> Tensor | None:
-        """Return the layer's output if the update scales the rows of `W + B @ A`, as DoRA does; None in other cases."""
+        """Return the layer's output if the update scales the rows of `W + B @ A`, as DoRA does; otherwise None."""
         layer = self.layer
         plain = layer is not None and layer.fresh and self.before is None and part.direct and part.switch.weight == 1
         if not plain or layer is None or torch.compiler.is_compiling() or self._drops([part]):
@@ -540,10 +543,10 @@ class ForwardHook:
         return join(route, self.module, outputs, where)
 
     def changed(self, parts: list[Part], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Return the parameters that the parts change, with their new values, keyed by path.
+        """Return the new values of the parameters that the parts change, keyed by the parameter's path in the module.
 
-        They are computed in `dtype`. If it is None, they are computed in at least 32 bits, and rounded once to the
-        parameter's own dtype.
+        The values have the dtype `dtype`. If `dtype` is None, they are computed in at least 32 bits, and rounded once
+        to the parameter's own dtype.
         """
         out = {}
         for weight in dict.fromkeys(p.weight for p in parts if p.weight and any(u.changes_weight for u in p.updates)):
@@ -556,9 +559,9 @@ class ForwardHook:
         return out
 
     def _settled(self, part: Part, parts: list[Part], dtype: torch.dtype | None) -> tuple[Update, ...]:
-        """Return the part's updates. Bias changes that depend on the weight are computed and stored as values.
+        """Return the part's updates, with each bias change that depends on the weight replaced by its value.
 
-        The weight for this includes the same adapter's updates in earlier parts.
+        This value is computed for the weight after the updates of the same adapter's earlier parts.
         """
         if part.weight is None or not any(update.bias_sees_weight for update in part.updates):
             return part.updates
@@ -588,7 +591,7 @@ class ForwardHook:
 
 
 def _in_order(parts: list[Part]) -> bool:
-    """Whether an adapter has several targets at this module whose order matters. Formulas would ignore the order."""
+    """Whether one adapter has several parts among `parts` and their order matters. Formulas would ignore the order."""
     switches = Counter(part.switch for part in parts)
     return any(
         order_counts([(part.target, part.updates) for part in parts if part.switch is switch])
@@ -617,7 +620,10 @@ def _same(h: Tensor) -> Tensor:
 
 
 def _unloaded(part: Part) -> Unsupported:
-    """Return the error for a weight on the meta device. torch's CPU products with such a weight are uninitialised."""
+    """Return the error for a weight on the meta device.
+
+    Without this error, torch would return uninitialised memory as the product of such a weight and a CPU tensor.
+    """
     why = "the layer's weight is on the meta device, but its input is not"
     cure = "Load the weights first: model.load_state_dict(state, assign=True), or from_pretrained"
     return Unsupported(why, where=str(part.target), cure=cure)
@@ -631,19 +637,19 @@ _EXCHANGING = threading.RLock()
 """Lock that is held while a module's own attributes are replaced, and during forwards that could read them."""
 
 WARNED: weakref.WeakSet[Switch] = weakref.WeakSet()
-"""The switches of adapters for which a warning said that another tool froze them."""
+"""The switches of the adapters for which `ForwardHook` has already warned that another tool froze them."""
 
 ALIVE: weakref.WeakSet[ForwardHook] = weakref.WeakSet()
 """All hooks that exist, in all models."""
 
 
 def hooks_of(model: nn.Module) -> list[ForwardHook]:
-    """Return the hooks in a model."""
+    """Return the hooks at all modules of a model."""
     return [module.__dict__[HOOK] for module in model.modules() if HOOK in module.__dict__]
 
 
 def hook_at(module: nn.Module) -> ForwardHook:
-    """Return the hook at a module, or a new one."""
+    """Return the hook at a module. If there is none, return a new hook, which has no parts."""
     standing = module.__dict__.get(HOOK)
     return standing if isinstance(standing, ForwardHook) else ForwardHook(module)
 
@@ -651,8 +657,8 @@ def hook_at(module: nn.Module) -> ForwardHook:
 def hook_again(hook: ForwardHook) -> ForwardHook | None:
     """Return the hook to use if the parts that were detached from `hook` are attached again.
 
-    Return None if another tool has replaced the module's forward, or removed its own forward, since the parts were
-    detached.
+    Return None if, since the parts were detached, another tool has put a forward on the module, or has removed the
+    forward that it had put there earlier.
 
     Args:
         hook: a hook without parts.
@@ -676,7 +682,10 @@ def names_of(model: nn.Module) -> set[str]:
 
 
 class HookEntry:
-    """Call a hook's forward. It has the module's signature for `generate`, and a `__code__` for `torch.export`."""
+    """A callable that runs a hook's forward.
+
+    transformers' `generate` reads the module's signature from it, and `torch.export` reads its `__code__`.
+    """
 
     def __init__(self, hook: ForwardHook) -> None:
         self.__self__ = hook
@@ -702,7 +711,7 @@ class HookEntry:
 
 
 def _direct(layer: TorchLayer, parts: list[Part], x: Tensor) -> Tensor:
-    """Return `y + sum(weight * (f(x) - y))`, where `y` is the base's output and `f(x)` the output with one part.
+    """Return `y + sum(weight * (f(x) - y))`: `y` is the layer's output without parts, `f(x)` the output with one part.
 
     For a single part of weight 1, return `f(x)`.
     """
@@ -728,7 +737,7 @@ def _direct(layer: TorchLayer, parts: list[Part], x: Tensor) -> Tensor:
 
 @contextmanager
 def _spread(layer: TorchLayer, parts: list[Part]) -> Iterator[None]:
-    """Run formulas over a layer whose weight may be a DTensor.
+    """Let formulas run, in the `with` block, over a layer whose weight may be a DTensor.
 
     Raises:
         Unsupported: a formula uses plain tensors, which torch cannot combine with DTensors.

@@ -42,10 +42,11 @@ from .weights import tensor_at
 
 
 class Handle:
-    """An adapter attached to a model. After `remove` or `merge_`, every use except `unmerge_` raises `UsageError`.
+    """An adapter attached to a model. After `remove` or `merge_`, all methods except `unmerge_` raise `UsageError`.
 
     Attributes:
-        frozen: the names of the base's parameters that `inject` froze for this handle. `remove` unfreezes them.
+        frozen: the names of the base's parameters that `inject` froze for this handle. `remove` and `merge_` unfreeze
+            them, unless another trained adapter remains attached.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Handle:
         return self._source.replace(updates=now)
 
     def _enter(self, frozen: bool) -> None:
-        """Add this handle to the model's list, watch the adapter's modules, and freeze the base if requested."""
+        """Add this handle to the list in the model, and watch the adapter's modules. If `frozen`, freeze the base."""
         self._switch.attached = True
         self._model.__dict__.setdefault(HANDLES, []).append(self)
         watch_state(self._model)
@@ -114,15 +115,15 @@ class Handle:
         check_weight(value)
         if value != 1 and any(update.kind == "context" for _, update in self._adapter):
             why = "an adapter that adds context can only have the weight 1"
-            raise UsageError(why, where=self.name, cure="Call handle.set_active()")
+            raise UsageError(why, where=self.name, cure="To switch the adapter off, call handle.set_active(False)")
         for switch in (self._switch, *self._copies()):
             switch.weight = value
 
     def _copies(self) -> dict[Switch, list[ForwardHook]]:
-        """Return the hooks of copied layers, keyed by the switch that the copied adapter has there.
+        """Return the hooks of copied layers, keyed by the copy of the adapter's switch that they use.
 
-        If a layer is copied inside the model (depth upscaling, clones), the handle also switches, weights and removes
-        the copy. A copy outside of the model is independent.
+        If a layer is copied inside the model (depth upscaling, clones), `weight`, `set_active`, `disable` and `remove`
+        also apply to the adapter at the copied layer. A copy outside of the model is independent of the handle.
         """
         hooks_by_switch: dict[Switch, list[ForwardHook]] = {}
         for hook in hooks_of(self._model):
@@ -144,13 +145,13 @@ class Handle:
             raise UsageError(f"a copied layer has a part of the adapter {self.name!r}", where=where, cure=cure)
 
     def _check_unmoved(self) -> None:
-        """Check that each layer is still at the path of its target: files of the adapter contain these paths.
+        """Check that each layer is still at the path of its target, because files of the adapter contain these paths.
 
-        If blocks are inserted into a list or removed, the later blocks move. Wrappers are allowed: they add names to a
-        path, but the other names keep their order.
+        If a block is inserted into the list of blocks or removed from it, all later blocks get other paths. Wrappers
+        are allowed: they add names to a path, but the other names keep their order.
 
         Raises:
-            UsageError: another tool moved a layer.
+            UsageError: a layer is at another path now, or is no longer in the model.
         """
         paths: dict[int, list[str]] = {}
         for path, module in self._model.named_modules(remove_duplicate=False):
@@ -162,7 +163,7 @@ class Handle:
             for target, home in homes:
                 if not any(_within(home, one) or _within(one, home) for one in now):
                     why = f"the layer {target} is {f'at {now[0]}' if now else 'not in the model'} now"
-                    cure = "Move it back, or inject the adapter after layers are moved"
+                    cure = "Put the layer back at its path, or inject the adapter after all layers are in place"
                     raise UsageError(why, where=self.name, cure=cure)
 
     @property
@@ -199,12 +200,15 @@ class Handle:
             yield
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the trained tensors as (`target.method.field`, tensor). Without `trainable=True`, there are none."""
+        """Yield (name, tensor) for each trained tensor. If `inject` got no `trainable=True`, there are none.
+
+        A name is `target.method.field`, or `target.position.method.field` if the target has several updates.
+        """
         named = ((name, leaf.tensor) for name, leaf in self._named_leaves())
         return ((name, tensor) for name, tensor in named if isinstance(tensor, nn.Parameter))
 
     def _named_leaves(self) -> Iterator[tuple[str, Leaf]]:
-        """Yield (name, tensor) for all registered tensors; yield a shared tensor once."""
+        """Yield (name, leaf) for each tensor that the adapter registered in the model; yield a shared tensor once."""
         self._check()
         seen: set[int] = set()
         for target, each in self._bound.items():
@@ -218,7 +222,7 @@ class Handle:
         yield from self._copied_leaves(seen)
 
     def _copied_leaves(self, seen: set[int]) -> Iterator[tuple[str, Leaf]]:
-        """Yield (name, tensor) at layers that were copied inside the model. Each name contains the path of the copy."""
+        """Yield (name, leaf) at layers that were copied inside the model. Each name contains the path of the copy."""
         copies = self._copies()
         paths = {id(module): name for name, module in self._model.named_modules()} if copies else {}
         for switch, hooks in copies.items():
@@ -236,16 +240,16 @@ class Handle:
 
         As in `nn.Module.state_dict`, the tensors are detached, but share memory with the model. Under FSDP2 they are
         DTensors: save them with `torch.distributed.checkpoint`. Under DeepSpeed's ZeRO stage 3, this method gathers
-        them: call it in every process. For a file that other tools can read, write `handle.adapter()`.
+        them: call it in every process. To get a file that other tools can read, write `handle.adapter()` instead.
         """
         named = list(self.named_parameters())
         return {name: (whole(p) if is_partitioned(p) else p).detach() for name, p in named}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy values from `state_dict()` into the trained tensors, in place: optimizers still hold the same tensors.
+        """Copy values that `state_dict()` returned into the trained tensors.
 
-        If an error is raised, nothing is changed.
+        The tensors change in place, so optimizers still hold the right tensors. If an error is raised, nothing changes.
 
         Raises:
             UsageError: names are missing or unknown.
@@ -276,9 +280,9 @@ class Handle:
     ) -> list[dict[str, object]]:
         """Return the trained tensors as parameter groups for an optimizer, as in LoRA+.
 
-        See https://arxiv.org/abs/2402.12354. B and all one-dimensional tensors have the learning rate `lr * ratio`, A
-        has `lr`, and both factors at embeddings have `embedding_lr`. Biases have no weight decay.
-
+        See https://arxiv.org/abs/2402.12354. At embeddings, A and B have the learning rate `embedding_lr`. Elsewhere, B
+        and all one-dimensional tensors have `lr * ratio`, and A and all other tensors have `lr`. Biases have no weight
+        decay.
 
         Args:
             lr: the learning rate of A.
@@ -311,14 +315,14 @@ class Handle:
         return [group for group in groups_made if group["params"]]
 
     def adapter(self) -> Adapter:
-        """Return the adapter with its current values, as detached copies, in the model's names and layouts.
+        """Return an adapter with detached copies of the current tensors. Its names and layouts are those of the model.
 
         Target names omit wrappers (`torch.compile`, DDP, checkpoint wrappers, PEFT).
 
         Under FSDP2 and tensor parallelism, this method gathers sharded tensors: call it in every process.
 
         Raises:
-            UsageError: a layer that the adapter changes was copied, or moved to another path in the model.
+            UsageError: a layer that the adapter changes was copied, moved to another path, or removed from the model.
             Unsupported: a tensor of the adapter is on the meta device, so its values are lost.
         """
         self._check()
@@ -349,7 +353,7 @@ class Handle:
             self._detach()
 
     def _objects(self) -> list[object]:
-        """Return the objects that change together with the model when the adapter is attached or removed."""
+        """Return the objects that attaching or removing the adapter changes, besides the model."""
         return [self, self._switch, *self._leaves]
 
     def _detach(self) -> None:
@@ -371,21 +375,25 @@ class Handle:
     def merge_(self, keep: bool | str = False) -> None:
         """Merge the adapter into the base in place, and detach it.
 
-        The new weights are computed in float64 and rounded once. Until the merge is complete, the handle keeps a copy
-        of the weights that the merge changes. If anything fails, the weights are restored from the copy.
-
-        Args:
-            keep: the data to keep for `unmerge_`. False keeps nothing. True or "copy" keeps the copy of the weights.
-                "recompute" keeps the adapter, and those numbers of each weight that subtracting the change would not
-                restore exactly. It needs additive updates (LoRA and similar methods), and their tensors must not change
-                until `unmerge_`.
-
-        Raises:
-            NotMergeable: a method does not change weights, a bias to change is missing, a weight shares its memory with
-                another, or a weight is not a plain tensor (such as a weight quantized by a library).
-            UsageError: `keep` is unknown, or "recompute" is given for updates that are not additive.
+        The new weights are computed in float64 and rounded once. If anything fails before the merge is complete, all
+        old weights are restored. So a copy of the weights that the merge changes is kept until the merge is complete.
+        With `keep="recompute"`, only the data for `unmerge_` is kept.
 
         Under FSDP2 and tensor parallelism, this method gathers one weight after the other: call it in every process.
+
+        Args:
+            keep: the data to keep for `unmerge_`. False keeps nothing. True or "copy" keeps a copy of the old weights.
+                "recompute" keeps the adapter, and those elements of each old weight that subtracting the change would
+                not restore exactly. It needs additive updates (LoRA and similar methods), and their tensors must not
+                change until `unmerge_`.
+
+        Raises:
+            NotMergeable: a method does not change weights, an update needs a bias that the base does not have, a weight
+                shares its memory with another, or a weight cannot be changed in place (such as a quantized or offloaded
+                weight).
+            UsageError: `keep` is unknown, "recompute" is given for updates that are not additive, a layer that the
+                adapter changes was copied, or an active `with route(...)` block in this thread or task names the
+                adapter.
         """
         if not isinstance(keep, bool) and keep not in KEEPS:
             raise UsageError(f"unknown choice {keep!r}", where="keep", cure=f"Choose among {', '.join(KEEPS)}")
@@ -432,7 +440,7 @@ class Handle:
         Raises:
             UsageError: the adapter was not merged with `keep`; the merged weights were changed, cast or replaced after
                 the merge; the adapter was changed, but is needed to recompute the weights; another adapter has this
-                name; or another tool has replaced a layer's forward.
+                name; or another tool has put a forward on a layer or removed one since the merge.
         """
         if self._state != "merged" or not self._merged:
             why = "the adapter was not merged with keep=, so there are no weights to restore"
@@ -444,16 +452,16 @@ class Handle:
             why = "the merged weights, or their modules, were replaced after the merge"
             raise UsageError(why, where=self.name, cure="Load the base again, and inject the adapter into it")
         if any(each.is_cast for each in self._merged):
-            why = "the merged weights have another dtype now, in which their previous bits cannot be recomputed"
+            why = "the merged weights have another dtype now, so the bits from before the merge cannot be recomputed"
             raise UsageError(why, where=self.name, cure='Convert the model back, or merge with keep="copy"')
         if self.name in names_of(self._model):
             why = "another adapter of this name is attached"
             raise UsageError(why, where=self.name, cure="Remove that adapter first")
         hooks: list[ForwardHook] = []
         for hook, _ in self._parts:
-            again = hook_again(hook)  # This may be another hook: another adapter may be attached to the module now.
+            again = hook_again(hook)  # This is another hook if another adapter was attached to the module since.
             if again is None:
-                why = "since the merge, another tool has put a forward on the layer or removed one"
+                why = "since the merge, another tool has put a forward on the layer or removed a forward from it"
                 cure = "Undo the other tool's change, call unmerge_(), then apply the other tool again"
                 raise UsageError(why, where=f"{self.name}: a {type(hook.module).__name__}", cure=cure)
             hooks.append(again)
@@ -468,8 +476,9 @@ class Handle:
         with all_or_nothing(self._model, self._objects(), undo):
             for hook, parts in self._folded:
                 if not undone.take_out(hook, parts, merged):
-                    why = "the adapter's tensors were changed after the merge, so it cannot be subtracted"
-                    raise UsageError(why, where=self.name, cure="Load their previous values, or load the base again")
+                    why = "the adapter's tensors were changed after the merge, so the old weights cannot be recomputed"
+                    cure = "Load the tensors' previous values, or load the base again"
+                    raise UsageError(why, where=self.name, cure=cure)
             for leaf in self._leaves:
                 leaf.register()
             self._hooks = hooks
@@ -489,7 +498,7 @@ class Handle:
 
 
 def check_weight(value: float) -> None:
-    """Check the factor by which an adapter's change is multiplied.
+    """Check a value for `Handle.weight`, the factor by which an adapter's change is multiplied.
 
     Raises:
         UsageError: the factor is not a finite number.
@@ -535,12 +544,12 @@ def handles(model: nn.Module) -> dict[str, Handle]:
 
 
 def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
-    """Return (parameter, float64 value) for each parameter that a merge of all handles' adapters would change.
+    """Return (parameter, new value in float64) for each parameter that merging all handles' adapters would change.
 
-    The value is the parameter's value after the merge.
+    The parameters keep their current values.
 
     Raises:
-        NotMergeable: a method does not change weights, a bias to change is missing, or a weight is tied to another.
+        NotMergeable: one of the adapters cannot be merged into the weights; see `Handle.merge_`.
     """
     return [
         (tensor_at(hook.module, path), value)
@@ -550,13 +559,13 @@ def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
 
 
 def foldable(handles: Sequence[Handle]) -> Folded:
-    """Check that the handles' adapters can be merged into weights, and return their hooks with the parts to merge."""
+    """Check that the handles' adapters can be merged into weights, and return each hook with its parts to merge."""
     for handle in handles:
         handle._check()
         if any(map(is_partitioned, handle._model.parameters())):
             cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
             raise NotMergeable("DeepSpeed's ZeRO has partitioned the weights", where=handle.name, cure=cure)
-        # Also check the attached updates. They may have another method than the adapter's; see `formats._trained`.
+        # Also check the updates at the hooks: `formats/_trained.py` may have replaced the adapter's updates by others.
         live = [
             (part.target, update)
             for hook in handle._hooks

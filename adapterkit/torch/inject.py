@@ -55,11 +55,11 @@ from .weights import tensor_at
 
 
 Pairs = Mapping[str, LoRA]
-"""One expert: path -> the LoRA at this path, with loaded tensors."""
+"""One expert: a map from each path to the LoRA at this path, whose tensors are loaded."""
 
 
 def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
-    """Return the adapter with its experts added: their factors are stacked at each target.
+    """Return the adapter with its experts added. At each target, the factors of all experts are stacked.
 
     Args:
         names: a function that returns the names of the model's modules in their order.
@@ -68,8 +68,8 @@ def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: 
 
     Raises:
         UsageError: experts are missing, or experts are given but no update needs them.
-        Unsupported: an expert is not plain LoRA, or there are other updates at the router's target.
-        ShapeMismatch: the experts do not fit each other or the router.
+        Unsupported: an expert is not plain LoRA, or the adapter has other updates at the router's target.
+        ShapeMismatch: the experts' shapes or ranks do not fit each other, or their number does not fit the router.
         TargetNotFound: an expert has no LoRA at a target where the router needs one.
     """
     needy = [(target, update) for target, update in adapter if getattr(update, "lacks_experts", False)]
@@ -104,7 +104,7 @@ def _pairs(expert: Adapter, position: int) -> Pairs:
         where = f"experts[{position}]: {target}"
         plain = isinstance(update, LoRA) and update.bias is None and len(update.A.shape) == 2
         if not plain or target.stacked or target.rows or target.path in pairs:
-            why = f"the update is {update.method}, but a router needs plain LoRA of a linear layer"
+            why = f"the update is {update.method}, but a router needs plain LoRA: one update without bias for a layer"
             raise Unsupported(why, where=where, cure="Convert the expert to plain LoRA first")
         pairs[target.path] = update.map(as_torch)  # type: ignore[assignment]
     return pairs
@@ -113,12 +113,18 @@ def _pairs(expert: Adapter, position: int) -> Pairs:
 def _of_classifier(
     names: Callable[[], Sequence[str]], router: XLoRA, experts: Sequence[Pairs]
 ) -> dict[Target, tuple[Update, ...]]:
-    """Place X-LoRA at each layer that any expert changes. If an expert does not change a layer, its factors are 0."""
+    """Return an X-LoRA update for each layer that at least one expert changes.
+
+    If an expert does not change such a layer, its factors there are 0.
+    """
     logits, count = router.last.shape[0], len(experts)
     changed = {path for expert in experts for path in expert}
     paths = _in_order(names(), changed) if logits != count else sorted(changed)
     if logits not in (count, count * len(paths)):
-        why = f"the router has {logits} logits, which do not fit {count} experts at {len(paths)} layers"
+        why = (
+            f"the router has {logits} logits, which do not fit {count} experts at {len(paths)} layers: there must be "
+            f"{count} or {count * len(paths)} logits"
+        )
         raise ShapeMismatch(why, where="(model): xlora.last", cure="Pass all experts of the router, in its order")
     apart = logits != count
     return {
@@ -128,7 +134,11 @@ def _of_classifier(
 
 
 def _in_order(names: Sequence[str], paths: set[str]) -> list[str]:
-    """Sort paths in the order of the model's modules. A path may have more or fewer leading names than its module."""
+    """Sort paths in the order of the model's modules.
+
+    A path also matches a module's name if one of the two has further names at the front, as in `model.layers.0` and
+    `layers.0`.
+    """
 
     def position(path: str) -> int:
         fits = (at for at, n in enumerate(names) if n == path or n.endswith(f".{path}") or path.endswith(f".{n}"))
@@ -139,15 +149,19 @@ def _in_order(names: Sequence[str], paths: set[str]) -> list[str]:
 
 
 def _of_prototypes(target: Target, router: Update, experts: Sequence[Pairs]) -> Update:
-    """Return one layer's Arrow update. The mean of the general experts' factors is subtracted from the task experts'.
+    """Return the Arrow update of one layer, with the experts' factors and prototypes.
 
-    General experts come last in `experts`.
+    The general experts come last in `experts`. The mean of their factors is subtracted from the factors of each task
+    expert.
     """
     assert isinstance(router, Arrow)
     tasks = router.tasks or len(experts) - router.general
     if tasks + router.general != len(experts) or router.top_k > tasks:
-        why = f"{len(experts)} experts for a router with {tasks} task experts and {router.general} general ones"
-        raise UsageError(why, where=f"{target}: arrow", cure="Pass all of them in experts=, task experts first")
+        why = (
+            f"the router has {tasks} task experts (top_k is {router.top_k}) and {router.general} general experts, "
+            f"which does not fit the {len(experts)} experts that are given"
+        )
+        raise UsageError(why, where=f"{target}: arrow", cure="Pass all its experts in experts=, task experts first")
     absent = next((position for position, expert in enumerate(experts) if target.path not in expert), None)
     if absent is not None:
         why = "the expert changes nothing at this target"
@@ -156,7 +170,8 @@ def _of_prototypes(target: Target, router: Update, experts: Sequence[Pairs]) -> 
     A, B, strengths = (stacked[name] for name in ("A", "B", "strengths"))
     if router.general:
         A, B = (each[:tasks] - each[tasks:].mean(0) for each in (A, B))
-    # Use `B @ A` without the scaling: neither the sign nor the size of an expert's change affects the prototypes.
+    # Use `B @ A` without the scaling. A scaling does not change the direction of the first right singular vector, and
+    # Arrow ignores the vector's sign.
     prototypes = torch.stack([_prototype(*pair) for pair in zip(A, B, strict=True)])
     return router.replace(
         A=A, B=B, strengths=strengths[:tasks], prototypes=prototypes, idle_A=None, idle_B=None, scaling=1.0
@@ -164,7 +179,7 @@ def _of_prototypes(target: Target, router: Update, experts: Sequence[Pairs]) -> 
 
 
 def _prototype(A: Tensor, B: Tensor) -> Tensor:
-    """Return the first right singular vector of `B @ A`. It is computed from matrices of size rank x rank."""
+    """Return the first right singular vector of `B @ A`, computed without the product `[out, in]`."""
     _, R = torch.linalg.qr(B.double())
     _, _, V = torch.linalg.svd(R @ A.double(), full_matrices=False)
     first: Tensor = V[0].to(A.dtype)
@@ -172,7 +187,10 @@ def _prototype(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _stacked(path: str, experts: Sequence[Pairs], *, one_rank: bool = False) -> dict[str, Tensor]:
-    """Stack the experts' factors at a path. Pad factors of smaller rank with zeros; missing factors are all zeros."""
+    """Stack the experts' factors at a path.
+
+    Factors of smaller rank are padded with zeros. An expert without factors at this path gets zeros.
+    """
     pairs_of_experts = [expert.get(path) for expert in experts]
     present = [pair for pair in pairs_of_experts if pair is not None]
     sizes = {(pair.A.shape[1], pair.B.shape[0]) for pair in present}
@@ -206,16 +224,17 @@ def inject(
 
     Here `y` is the target's output without the adapter, and `f(x)` its output with the adapter.
 
-    With `trainable=True`, the adapter's trained tensors become parameters of the model. All other tensors become
-    non-persistent buffers. So optimizers, Trainers, DDP, FSDP2 and `model.to()` find them. The base's module tree and
-    the keys of its state dict do not change. To save the adapter, use the handle. Or set
-    `handle.checkpoint = "adapter"`: the model's state dict, which training frameworks save and load, then contains the
-    adapter instead of the base.
+    With `trainable=True`, the adapter's trained tensors become parameters of the model. All other tensors of the
+    adapter become non-persistent buffers. So optimizers, Trainers, DDP, FSDP2 and `model.to()` find the adapter's
+    tensors. The base's module tree and the keys of its state dict do not change. To save the adapter, use the handle.
+    Or set `handle.checkpoint = "adapter"`: the model's state dict, which training frameworks save and load, then
+    contains the adapter instead of the base.
 
     Args:
         model: the model. The adapter's targets are dotted names in the model, or other names for its modules that can
-            be resolved, as in `adapterkit.merge`. Updates of an embedding's token rows also change layers that share
-            the embedding's parameter (a tied head), as in PEFT's forward.
+            be resolved, as in `adapterkit.merge`. Updates of an embedding's token rows also change a head that shares
+            the embedding's parameter (a tied head), as in PEFT's forward, unless the adapter has separate updates of
+            the head's token rows.
         adapter: the adapter.
         name: the adapter's name for `route`. Each attached adapter needs a different name.
         weight: the factor by which the adapter's change is multiplied.
@@ -223,22 +242,25 @@ def inject(
             casts to the layer's dtype. Tensors that the method lists as `frozen` do not become parameters.
         freeze: with `trainable=True`, whether to set `requires_grad` of all parameters of the base to False, as every
             method assumes. `handle.remove()` restores the setting. Pass False to train the base too.
-        dropout: with `trainable=True`, the probability that an input element of a change is set to 0 while the module
-            is in training mode, as in PEFT's `lora_dropout`. If not given, it is the value from `create` or from the
-            adapter's PEFT config.
+        dropout: with `trainable=True`, the dropout probability while the module is in training mode. As with PEFT's
+            `lora_dropout`, dropout sets elements of the adapter's input to 0; for some methods, it drops rows of the
+            change or rotations instead, as in PEFT. If not given, the probability is the one that was passed to
+            `create`, or the one in the adapter's PEFT config.
         active: whether the adapter is on; see `handle.set_active`.
         experts: for a router whose file does not contain its experts (X-LoRA, Arrow): the experts as plain LoRA
             adapters, in the router's order.
-        tied: if an embedding and a head share their parameter, this chooses which of these layers an update changes, as
-            in `adapterkit.merge`: `untie`, `merge`, or a choice for each kind. If not given, the update changes the
-            same layers as in the tool that trained the adapter. An update of unknown origin changes only the layer that
-            it names.
+        tied: which layers an update changes if an embedding and a head share their parameter: `untie` (only the layer
+            that the update names), `merge` (all layers that share the parameter), or a choice for each kind of update,
+            as in `adapterkit.merge`. If not given, the update changes the same layers as in the tool that trained the
+            adapter. An update of unknown origin changes only the layer that it names; updates of an embedding's token
+            rows are the exception (see `model`).
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
     Raises:
         TargetNotFound: a target is not in the model. The message suggests the nearest names.
         ShapeMismatch: the shape of a tensor does not fit its layer.
-        Unsupported: a layer does not support the method, alone or together with the adapters that are attached.
+        Unsupported: a layer does not support a method, or does not support it together with the adapters that are
+            already attached.
         UsageError: the name is taken, a router lacks its experts, `tied` is unknown, dropout is not a probability, or
             the weight is not a finite number.
 
@@ -290,7 +312,7 @@ def inject(
         part = replace(part, bound=bound, dropout=drop)
         once[place] = (first, part)
         if drop and not part.direct:
-            why = "dropout is not supported where a module runs its own forward on a changed weight"
+            why = "dropout is not supported for a module that runs its own forward on a changed weight"
             raise Unsupported(why, where=str(site.target), cure="Pass dropout=0, or leave this target out")
         live_by_part[id(part)] = _as_given(bound, site.updates, given)
         if id(holder) not in together:
@@ -326,30 +348,31 @@ def inject(
 
 
 def _place(holder: nn.Module, part: Part) -> Hashable:
-    """Return a key for the parameters or the output that a part changes. It is the same for all names of a module."""
+    """Return a key for the parameters or the output that a part changes. All names of one module give the same key."""
     return id(holder), part.weight, part.bias, part.target.rows, part.output_site is None
 
 
 def _check_twin(first: Part, second: Part) -> None:
-    """Check that parts at two names of one module have the same updates, because only one of them is attached.
+    """Check that the parts at two names of one module have the same updates, because only the first part is attached.
 
     Raises:
         Unsupported: the updates differ.
     """
     if not change_alike([first, second]):
-        why = f"this is the same module as {first.target}, but it has another update"
+        why = f"this is the same module as {first.target}, but the updates of the two targets differ"
         raise Unsupported(why, where=str(second.target), cure="Leave one of the two targets out")
 
 
 def _where(model: nn.Module, target: Target) -> str:
-    """Return the target without the names of wrappers, because checkpoints contain no wrapper names."""
+    """Return the target as text, without the names of wrapper modules, which checkpoints do not contain."""
     return str(replace(target, path=unwrapped(model, target.path)))
 
 
 def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Update]) -> Site:
-    """Return the site with the updates to run. They compute the same as in the tool that trained the adapter.
+    """Replace the site's updates by updates that compute, at this layer, the same as the tool that trained the adapter.
 
-    `given` maps the id of each converted update to the update that the adapter stores.
+    For each of these updates, the function adds an entry to `given`, which maps the update's id to the update that the
+    adapter stores.
     """
     if site.weight is None or site.target.stacked or site.target.rows is not None:
         return site
@@ -363,7 +386,7 @@ def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Up
 
 
 def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int, Update]) -> LiveUpdates:
-    """Return live updates in the methods that the adapter stores. The model may run other methods; see `_trained`."""
+    """Return live updates of the methods that the adapter stores; the model may run other methods (see `_trained`)."""
     before = [given.get(id(update), update) for update in updates]
     if all(old is new for old, new in zip(before, updates, strict=True)):
         return bound
@@ -374,7 +397,7 @@ def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int,
 def _contexts(
     model: nn.Module, context: Adapter, switch: Switch, registration: Registration, rules: Sequence[Rename]
 ) -> list[tuple[nn.Module, ContextPart]]:
-    """Return (module, part) for each module to which context updates are attached."""
+    """Return each module to which context updates are to be attached, with the part for it."""
     names = {f"{name}.": () for name, _ in model.named_modules() if name}
     placed_contexts: dict[Any, Any] = find_parts(context, names, None, rules)
     around = []
@@ -387,7 +410,7 @@ def _contexts(
 
 
 def _met(model: nn.Module, target: Target) -> Tensor:
-    """Return a tensor that has the dtype and device for context updates at a target."""
+    """Return a tensor with the dtype and device in which context updates at a target compute."""
     part = model.get_submodule(target.path)
     around = [*part.modules(), *model.modules()]  # A quantized attention may hold only packed weights.
     first = next(((m, p) for m in around for p in base_parameters(m, False) if p.is_floating_point()), None)
@@ -444,9 +467,9 @@ def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[
 def _tied(
     model: nn.Module, sites: list[Site], adapter: Adapter, tied: str | None
 ) -> list[Site]:  # fmt: skip
-    """Return sites for further layers that the updates change, because they share a parameter with a target.
+    """Return additional sites, for updates that must also change a layer that shares a parameter with their target.
 
-    As in merges, `merging.ties` decides which layers each update changes. In a live model, tied layers share one
+    As in merges, `merging.ties` decides which layers each update changes. Live layers are tied if they share one
     parameter object.
     """
     modules = model.named_modules(remove_duplicate=False)
@@ -472,7 +495,7 @@ def _tied(
                 folds_by_weight.setdefault(site.weight or "", []).append(fold)
         stored = next((name for name in folds_by_weight if name in inputs), inputs[0])
         # T5 and BART store the embedding as `shared`. If the encoder and the decoder have their own embedding modules,
-        # no layer calls the module `shared`.
+        # the model never calls the module `shared`.
         read = [name for name in inputs if name.split(".")[-2] != "shared"] or inputs
         choice = tied if tied is not None or _lineage_tells(adapter) else UNTIE
         changed = acting(tie_of(stored, read, heads[0]), folds_by_weight, adapter, choice, [])
@@ -491,8 +514,8 @@ def _tied(
 def _warn_of_bias(head: str) -> None:
     layer = head.removesuffix(".weight")
     warnings.warn(
-        f"the bias of {layer} is kept, as in PEFT's own merge; PEFT's forward pass omits the bias if rows of tokens "
-        f"are trained at a tied head. To get the same logits as in training, set the bias to zero: "
+        f"the bias of {layer} is kept, as in PEFT's own merge; PEFT's forward pass omits this bias if "
+        f"token rows of a tied head were trained. To get the same logits as in training, set the bias to zero: "
         f"model.get_submodule({layer!r}).bias.data.zero_()",
         stacklevel=4,
     )
@@ -504,12 +527,12 @@ def _fold(site: Site, shape: tuple[int, ...]) -> PlannedUpdate | None:
 
 
 def _lineage_tells(adapter: Adapter) -> bool:
-    """Whether an adapter's recipe shows where it comes from. The recipe of an adapter built in Python does not."""
+    """Whether the adapter's recipe shows its origin. The recipe of an adapter that was built in Python does not."""
     return any(step.op in ("read", "create", "extract") for step in adapter.recipe)
 
 
 def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:
-    """Raise an error for targets in modules whose weight is not a parameter of the module, or does not exist yet."""
+    """Raise an error if a target is a module whose weight is not a parameter, or does not exist yet."""
     modules = dict(model.named_modules())
     for target in adapter.updates:
         module = modules.get(target.path)
@@ -528,7 +551,11 @@ def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:
 
 
 def _check_together(hook: ForwardHook, parts: list[Part]) -> None:
-    """Check that a hook's parts can run together. Some run only as formulas, others only in the layer's own forward."""
+    """Check that a hook's parts can run together.
+
+    Some parts can run only as formulas. Others can run only in the layer's own forward, with changed parameters. One
+    forward cannot do both.
+    """
     together = [part for part in (*hook.parts, *parts) if part.output_site is None]
     outer = next((part for part in together if not part.foldable), None)
     inner = next((part for part in together if not part.direct), None)
@@ -557,7 +584,7 @@ def _outer(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder)
     path = site.target.path
     parent, holder = path.rpartition(".")[0], model.get_submodule(path)
     if isinstance(model.get_submodule(parent), nn.MultiheadAttention) and path:
-        why = "an attention never calls its output projection"
+        why = "an nn.MultiheadAttention never calls its output projection; it only reads the weight"
         raise Unsupported(why, where=str(site.target), cure=f"Target {parent}")
     _refuse_fast_path(model, f"{path}.", site)
     output_site = find_output_site(
@@ -569,14 +596,14 @@ def _outer(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder)
 
 
 def _inner(model: nn.Module, site: Site, switch: Switch) -> tuple[nn.Module, Part]:
-    """Return the module whose forward reads the weight, and the part that changes the weight there."""
+    """Return the module whose forward reads the weight, and the part that changes this weight."""
     holder, prefix = _holder(model, site)
     below, bias = (path and path.removeprefix(prefix) for path in (site.weight, site.bias))
     return holder, Part(switch, site.target, LiveUpdates(site.updates), below, bias, _is_direct(site, holder, prefix))
 
 
 def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
-    """Return a tensor that has the device and dtype for the updates."""
+    """Return a tensor with the device and dtype in which the site's updates compute."""
     if is_packed(holder):
         return torch.empty(0, device=device_of(holder))
     if site.weight or site.bias:
@@ -586,16 +613,17 @@ def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
 
 
 def _computed(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:
-    """Return a tensor with the device and dtype of W during a forward; hooks of other tools may change them."""
+    """Return a tensor with the device and dtype that W has during a forward. Hooks of other tools may change both."""
     W = _loaded(model, holder, W, where)
     return torch.empty(0, dtype=compute_dtype(holder), device=W.device) if casts_layerwise(holder) else W
 
 
 def _loaded(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:
-    """Return W. If it is offloaded, return an empty tensor on the device where its module computes.
+    """Return W. If W is offloaded, return an empty tensor on the device where W's module computes.
 
     Raises:
-        Unsupported: W is on the meta device, and no hook loads it, so products with it would be uninitialised memory.
+        Unsupported: W is on the meta device, and no hook loads its values. Products with W would be uninitialised
+            memory.
     """
     if W.device.type != "meta":
         return W
@@ -608,7 +636,7 @@ def _loaded(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tenso
 
 
 def _readers(sites: Iterable[OutputSite | None]) -> Iterator[ForwardHook]:
-    """For each site, add its recorder to the hook of the module that reads the residual, and yield this hook."""
+    """Add each site's recorder to the hook of the module that reads the residual, and yield this hook."""
     for each in sites:
         if each is not None and each.reader is not None and each.recorder is not None:
             hook = hook_at(each.reader)
@@ -617,7 +645,11 @@ def _readers(sites: Iterable[OutputSite | None]) -> Iterator[ForwardHook]:
 
 
 def _with_class_layout(model: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Site, bool]:
-    """Return the site with the layout of its module's class, and whether this layout is known and fits the updates."""
+    """Set the site's layout to the layout that its module's class stores.
+
+    Returns:
+        The site, and whether the layout is known and fits the updates. If not, `with_layouts` must choose the layout.
+    """
     if site.weight is None or site.target.stacked:
         return site, False
     layout = stored_layout(model.get_submodule(site.weight.rpartition(".")[0]))
@@ -629,7 +661,7 @@ def _with_class_layout(model: nn.Module, site: Site, shapes: Mapping[str, tuple[
 
 
 def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
-    """Return the module whose forward reads the parameter, and the module's path followed by a dot.
+    """Return the module whose forward reads the site's parameter, and the prefix of this module's parameter names.
 
     Raises:
         Unsupported: the module does not support one of the updates.
@@ -652,7 +684,8 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
         parameter = tensor_at(model, site.weight or site.bias or "")
         narrow = parameter.dtype.itemsize < 2 and not casts_layerwise(holder)
         if not parameter.is_floating_point() or narrow:
-            raise Unsupported(f"the weight has dtype {parameter.dtype}", where=str(site.target), cure=_UNPACKED)
+            why = f"the weight has dtype {parameter.dtype}, but only floats of at least 16 bits can be changed"
+            raise Unsupported(why, where=str(site.target), cure=_UNPACKED)
     for update in site.updates:
         _check_layer(update, site, direct)
     _refuse_fast_path(model, path, site)
@@ -667,7 +700,10 @@ def _check_layer(update: Update, site: Site, direct: bool) -> None:
 
 
 def _refuse_fast_path(model: nn.Module, path: str, site: Site) -> None:
-    """Raise an error for modules in torch's fused encoder layer: it reads their parameters, but does not call them."""
+    """Raise an error for a module inside an `nn.TransformerEncoderLayer` if torch's fused path is enabled.
+
+    The fused path reads the parameters of the modules inside the layer, but does not call the modules.
+    """
     parts = path.split(".") if path else []
     above = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts))]
     if torch.backends.mha.get_fastpath_enabled() and any(isinstance(m, nn.TransformerEncoderLayer) for m in above):
@@ -677,7 +713,10 @@ def _refuse_fast_path(model: nn.Module, path: str, site: Site) -> None:
 
 
 def _is_direct(site: Site, holder: nn.Module, prefix: str) -> bool:
-    """Whether the updates can run as formulas over the layer. They must change its whole weight, in its own layout."""
+    """Whether the updates can run as formulas over the layer.
+
+    This is so if they change the layer's whole weight and their target has the layer's layout.
+    """
     layer = layer_of(holder, holder.forward)
     if layer is None or not layer.direct or site.weight != f"{prefix}weight":
         return False

@@ -1,10 +1,11 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, type-arg"
-"""Triton kernels that apply low-rank factors to a batch in which each row has its own adapter, without copying factors.
+"""Triton kernels that apply low-rank factors to a batch in which each row has its own adapter.
 
 As in Punica (https://arxiv.org/abs/2310.18547), there are two kernels: *shrink* computes `h = x @ A^T`, and *expand*
-adds `h @ B` to y. Each program handles one row of the batch: it looks up the row's slot, and reads only as many rows of
-the factors as the slot's rank. So ranks may differ, and rows without an adapter finish at once. Sums are computed in
-float32, without TF32.
+adds `h @ B` to y. They read each row's factors directly from the stack of all adapters' factors, so no factors are
+copied. Each program handles one tile of one row of the batch. It looks up the row's slot in the stack, and reads only
+as many rows of the slot's factors as the slot's rank. So the adapters' ranks may differ, and programs for rows without
+an adapter finish at once. Sums are computed in float32, without TF32.
 
 With TRITON_INTERPRET=1 the kernels run on the CPU, for tests. Import this module only if Triton is installed.
 """
@@ -17,7 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 TOKENS, INPUTS, OUTPUTS = 16, 64, 64
-"""The sizes of the tiles. `tl.dot` needs sizes of at least 16, so a row with one token uses 1/16 of its tile."""
+"""The sizes of a tile along tokens, inputs and outputs.
+
+`tl.dot` needs sizes of at least 16, so a row with one token uses 1/16 of its tile.
+"""
 
 
 def _shrink(x, A, index, ranks, h, tokens, width, rank, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):

@@ -3,8 +3,8 @@
 `layer(x)` runs the module. `layer.op(x, w)` runs the module's operation with the weight `w` and no bias; stride,
 padding and other settings stay the same. `layer.mix(h, w)` is a 1x1 convolution over the output's channels.
 `layer.per_channel(v)` reshapes a vector so that it can be added to the output. Formulas get weights as `[out, in, *k]`,
-whatever the module's own layout. `OutputUpdate` documents further methods that updates of outputs use; see also
-parts.py.
+whatever the module's own layout. Formulas of output updates use further methods of a layer: `OutputUpdate` documents
+these methods, and parts.py implements them.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Forward = Callable[..., Tensor]
 
 
 class TorchLayer:
-    """A module that can run with another weight through `op`. Each subclass is for one kind of module.
+    """A module whose operation can run with another weight, through `op`. Each subclass is for one kind of module.
 
     Attributes:
         layout: the axis order in which the module stores its weight, as in `Target`.
         channel: the axis of the output's channels.
-        direct: whether formulas run on the layer. If not, the module's own forward runs with a changed weight.
+        direct: whether methods' formulas run on the layer. If not, the module's own forward runs with a changed weight.
         flat: whether `op` and `mix` are matrix products over the last axis.
         fresh: whether a call returns a tensor that no other code holds.
-        narrowed: whether autocast runs the layer in 16 bits.
+        narrowed: whether torch's autocast runs this kind of layer in 16 bits.
     """
 
     direct: ClassVar[bool] = True
@@ -56,13 +56,13 @@ class TorchLayer:
         return self.forward(x)
 
     def like(self, x: Tensor) -> TorchLayer:
-        """Return the layer to compute with. For a packed weight, its dtype is the dtype of `x`."""
+        """Return the layer with which to compute the output for `x`. A packed weight is dequantized to x's dtype."""
         return self
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
         """Whether a module is of this kind and runs its class's own forward."""
-        raise AssertionError("each kind of layer defines it")
+        raise AssertionError("each kind of layer defines `takes`")
 
     @property
     def weight(self) -> Tensor:
@@ -91,12 +91,15 @@ class TorchLayer:
         return functional.linear(x, w)
 
     def zero_padded(self, x: Tensor, w: Tensor) -> Tensor:
-        """Apply `op` over all channels, with zero padding and without dilation."""
+        """Apply the operation with the weight `w`, like `op`, but with zero padding, no dilation and no groups."""
         return self.op(x, w)
 
     @property
     def padding(self) -> str:
-        """The settings by which `op` differs from `zero_padded`, as text; empty if they do not differ."""
+        """The settings of padding and dilation that make `op` differ from `zero_padded`, as text.
+
+        The text is empty if there are none, and for dilated layers that PEFT cannot train.
+        """
         return ""
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
@@ -127,7 +130,7 @@ class Linear(TorchLayer):
 
 
 class Conv1D(TorchLayer):
-    """transformers' `Conv1D`: a linear layer that stores `[in, out]`."""
+    """transformers' `Conv1D`: a linear layer that stores its weight as `[in, out]`."""
 
     layout = "in out *k"
     flat = True
@@ -139,7 +142,7 @@ class Conv1D(TorchLayer):
 
 
 class EmbeddingLayer(TorchLayer):
-    """`nn.Embedding`, which stores `[in, out]`. A token id is an index on the axis `in`."""
+    """`nn.Embedding`, which stores its weight as `[in, out]`. A token id is an index on the axis `in`."""
 
     layout = "in out *k"
     narrowed = False
@@ -190,7 +193,8 @@ class ConvLayer(TorchLayer):
         dilated = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
         if module.padding_mode != "zeros" and any(module._reversed_padding_repeated_twice):
             return f"padding_mode={module.padding_mode!r}" + (f" and dilation={module.dilation}" if dilated else "")
-        # With padding other than `same`, PEFT cannot train a dilated layer: its undilated convolution has another size.
+        # PEFT's own convolution is not dilated. Without padding="same", its output has another size than the output of
+        # a dilated layer, so PEFT cannot train such a layer.
         return f"dilation={module.dilation} and padding='same'" if dilated and module.padding == "same" else ""
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
@@ -230,9 +234,10 @@ class GroupedConv(ConvLayer):
 
 
 class Quantized(Linear):
-    """A linear layer with a packed weight (see `is_packed`). It runs unchanged; additive updates change its output.
+    """A linear layer with a packed weight (see `is_packed`).
 
-    Formulas that need W get the dequantized weight.
+    The layer runs unchanged, and additive updates add their change to its output. Formulas that need W get the
+    dequantized weight.
     """
 
     fresh = False
@@ -283,13 +288,16 @@ KINDS: tuple[type[TorchLayer], ...] = (Quantized, Linear, Conv1D, EmbeddingLayer
 
 
 def layer_of(module: nn.Module, forward: Forward) -> TorchLayer | None:
-    """Return the module as a `TorchLayer`; None if no kind of layer fits, so only the module's own forward can run."""
+    """Return the module as a `TorchLayer`. Return None if no kind fits; then only the module's own forward can run."""
     kind = next((kind for kind in KINDS if kind.takes(module)), None)
     return kind(module, forward) if kind else None
 
 
 def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
-    """Return the update on a device and in a dtype (integers in int64). If nothing changes, return the same object."""
+    """Return the update with its tensors on a device and in a dtype (integer tensors in int64).
+
+    If all tensors already have this device and dtype, return the same object.
+    """
 
     def wanted(leaf: Tensor) -> torch.dtype:
         return dtype if leaf.is_floating_point() else torch.int64
@@ -298,8 +306,8 @@ def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
         tensor = live_tensor(leaf)
         return tensor.to(device, wanted(tensor))
 
-    # Do not test `there(leaf) is leaf`: torch.jit.trace compares two runs, and would record such a conversion only in
-    # the first run.
+    # Compare devices and dtypes, but do not call `there` to see whether it returns the same tensor: torch.jit.trace
+    # compares two runs, and would record the conversion in `there` only in the first run.
     leaves = [live_tensor(leaf) for leaf in update.tensors.values()]
     stands = all(leaf.device == device and leaf.dtype == wanted(leaf) for leaf in leaves)
     return update if stands else update.map(there)
@@ -338,23 +346,25 @@ def _defines_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 # Packed weights: weights that a quantization library stores in its own format. In a live model, the library dequantizes
-# them.
+# these weights.
 #
 # bitsandbytes, torchao, optimum-quanto, HQQ, GPTQ and AWQ all have linear layers with `in_features` and `out_features`.
 # Such a layer runs unchanged, and updates are added to its output. So no table of libraries is needed. A linear layer
 # is packed if it has one of these properties:
 #
-# * its weight is a tensor of a class with its own `dequantize` (torchao, and quanto once it is frozen);
-# * it has a `qweight`. In GPTQ and AWQ, it is a buffer. In quanto, it is a property: unfrozen layers keep a float
-#   weight and quantize it in each forward, so a changed weight would lose most of a small change;
+# * its weight is a tensor of a class with its own `dequantize` (torchao; quanto after `freeze`);
+# * it has a `qweight`. In GPTQ and AWQ, `qweight` is a buffer. In quanto, `qweight` is a property: a layer that is not
+#   frozen keeps a float weight and quantizes it in each forward. If an update changed this float weight, the
+#   quantization would remove most of a small change;
 # * its class has a method `dequantize` (HQQ);
 # * it is a layer of bitsandbytes whose weight is not floating point;
-# * its weight is stored in 8-bit floating point, in which torch does not compute, and another tool's forward casts it
-#   (and may scale it), as in trainers with an fp8 base. diffusers' layerwise casting does not count: it casts the
-#   weight itself before the forward, and adapters run after this cast; see bypass.py.
+# * its weight is stored in 8-bit floating point, in which torch does not compute, and another tool's forward casts the
+#   weight (and may scale it), as in trainers with an fp8 base. diffusers' layerwise casting does not count: it casts
+#   the weight itself before the forward, and adapters run after this cast; see bypass.py.
 #
-# If an update needs the weight, the tensor or the module dequantizes it. GPTQ's and AWQ's modules have no common method
-# for this. So the rows of an identity matrix are sent through the layer, and the output is the dequantized weight.
+# If an update needs the weight, a `dequantize` of the library, the weight or the module computes it. GPTQ's and AWQ's
+# modules have no common method for this. So an identity matrix is sent through the layer; the output, minus the bias,
+# is the dequantized weight, transposed.
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -367,7 +377,7 @@ def is_packed(module: nn.Module) -> bool:
         return not isinstance(W, Tensor) or not W.is_floating_point()
     if "qweight" in module._buffers or "qweight" in module._parameters or hasattr(kind, "qweight"):
         return True
-    # Modules of torch.jit have a mapping without `get`.
+    # In a torch.jit module, `_parameters` is a mapping without `get`.
     weight = module._parameters["weight"] if "weight" in module._parameters else None  # noqa: SIM401
     scaled = _is_narrow(weight) and _casts(module) and not casts_layerwise(module)
     return callable(getattr(kind, "dequantize", None)) or _unpacks(weight) or scaled
@@ -408,7 +418,7 @@ def _is_narrow(W: object) -> bool:
 
 
 def _casts(module: nn.Module) -> bool:
-    """Whether a module has another forward than nn.Linear's, which cannot compute with 8-bit weights."""
+    """Whether a module has its own forward. The forward of `nn.Linear` cannot compute with 8-bit weights."""
     return "forward" in module.__dict__ or type(module).forward is not nn.Linear.forward
 
 
@@ -436,7 +446,7 @@ def _by_identity(packed: nn.Module) -> Tensor:
     if callable(getattr(type(module), "dequantize", None)):
         out: Tensor = module.dequantize()
         return out.reshape(module.out_features, module.in_features)
-    hook = module.__dict__.get("_adapterkit_hook")  # Use the original forward, without attached adapters.
+    hook = module.__dict__.get("_adapterkit_hook")  # Call the original forward, which does not apply the adapters.
     forward = module.forward if hook is None else hook.original
     scales = [t for t in (*module._parameters.values(), *module._buffers.values()) if isinstance(t, Tensor)]
     dtype = next((t.dtype for t in scales if t.is_floating_point() and t.dtype.itemsize > 1), torch.float32)
@@ -449,11 +459,11 @@ def _by_identity(packed: nn.Module) -> Tensor:
 #
 # * `input`: `y = layer(x) + change(dropout(x))`. The base gets the input without dropout. PEFT: `lora_dropout`,
 #   `vera_dropout` and others.
-# * `rows`, `scaled rows`: whole rows of the change are 0. PEFT: `rank_dropout` of LoHa and LoKr.
-# * `blocks`: some rotations are the identity. PEFT: `module_dropout` of OFT, and `boft_dropout`.
+# * `rows`, `scaled rows`: some rows of the change are set to 0. PEFT: `rank_dropout` of LoHa and LoKr.
+# * `blocks`: some rotations are replaced by the identity. PEFT: `module_dropout` of OFT, and `boft_dropout`.
 #
-# After the base has run, each update draws the same random numbers as PEFT from torch's global generator. So with the
-# same seed, the losses in training equal PEFT's.
+# Each update draws its random numbers from torch's global generator after the base has run, in the same way as PEFT. So
+# with the same seed, the losses in training equal PEFT's.
 
 
 def check_dropout(dropout: float, cls: type[Update], method: str) -> None:
@@ -461,7 +471,7 @@ def check_dropout(dropout: float, cls: type[Update], method: str) -> None:
 
     Raises:
         UsageError: the dropout is below 0, or at least 1.
-        Unsupported: the method changes outputs or context, which have no dropout.
+        Unsupported: the dropout is not 0, and the method changes outputs or adds context; such methods have no dropout.
     """
     if not 0 <= dropout < 1:
         raise UsageError(f"dropout must be at least 0 and below 1, got {dropout}", cure="Pass a probability")
@@ -470,7 +480,7 @@ def check_dropout(dropout: float, cls: type[Update], method: str) -> None:
 
 
 def dropout_of(adapter: Adapter) -> float:
-    """Return the dropout with which an adapter was created, or trained in PEFT; 0 if neither is recorded."""
+    """Return the dropout probability from the adapter's PEFT config or, without one, from `create`; 0 without both."""
     dropouts = [step.args.get("dropout", 0.0) for step in adapter.recipe if step.op == "create"]
     config_or_none = adapter.foreign.data.get("config") if adapter.foreign is not None else None
     config = config_or_none if isinstance(config_or_none, dict) else {}
@@ -481,13 +491,14 @@ def dropout_of(adapter: Adapter) -> float:
 def dropped_change(
     layer: TorchLayer, updates: Sequence[Update], x: Tensor, p: float, live: Callable[[Update], Update]
 ) -> Tensor | float:
-    """Return the sum of the changes of updates, without the base's output. Dropout is drawn separately for each change.
+    """Return the sum of the changes that updates add to the base's output. Each update draws its own dropout.
 
     Args:
         layer: the layer without the updates.
         updates: the updates, in the order in which they are applied. Updates without trained tensors get no dropout.
         x: the layer's input. Token ids get no dropout.
-        p: the probability that an input element is set to 0. The other elements are divided by `1 - p`.
+        p: the dropout probability, for input elements, rows or blocks. Input elements that are kept are divided by
+            `1 - p`.
         live: a function that moves an update to the layer's device and dtype.
     """
     change: Tensor | float = 0.0
@@ -512,10 +523,10 @@ def dropped_change(
 
 
 def _rows(count: int, p: float, scaled: bool) -> Tensor:
-    """Return a factor for each row, drawn as in PEFT's LoHa and LoKr. Dropped rows have the factor 0.
+    """Return a factor for each row, drawn at random as in PEFT's LoHa and LoKr. Dropped rows have the factor 0.
 
-    Kept rows have the factor 1, or `1 / (share of kept rows)` if `scaled`. One number is drawn and discarded first, as
-    in PEFT's layers.
+    Kept rows have the factor 1, or `1 / (share of kept rows)` if `scaled`. PEFT's layers draw another random number
+    first. To get the same numbers afterwards, this function also draws one, and discards it.
     """
     torch.rand(1)
     kept = (torch.rand(count) > p).float()
@@ -523,9 +534,9 @@ def _rows(count: int, p: float, scaled: bool) -> Tensor:
 
 
 def _without_blocks(update: Update, p: float) -> Update:
-    """Replace a share p of an update's rotations by the identity. They are drawn as in PEFT's OFT and BOFT.
+    """Replace a share p of an update's rotations, drawn at random as in PEFT's OFT and BOFT, by the identity.
 
-    The rotation of a block of zeros is the identity.
+    Each rotation is computed from one block of a tensor. A block of zeros gives the identity.
     """
     changed = {}
     tensors: Any = update.tensors
@@ -533,7 +544,7 @@ def _without_blocks(update: Update, p: float) -> Update:
         axes = update.tensor_fields()[name].metadata["axes"]
         blocks, factors = axes.index("n"), axes.index("m")
         if blocks is None or (factors is None and leaf.shape[blocks] == 1):
-            continue  # A single block that all rotations share is always kept.
+            continue  # PEFT always keeps a single block that all rotations share.
         factor = None if factors is None else int(torch.randint(0, leaf.shape[factors], (1,)))
         count = leaf.shape[blocks]
         dropped = torch.arange(count) < int(p * count)

@@ -1,17 +1,17 @@
 """Compute low-rank changes of linear layers with less memory and time than their plain formula.
 
-Every additive method whose `forward` follows from its `pair` (`Additive.thin`) reduces to y + (x A^T) B^T. The plain
-formula is `LowRank.forward`. Run as separate operations, the plain formula makes three tensors of the output's size,
-and autograd keeps x A^T for the backward pass. `low_rank_sum` adds the product to the base's output in one operation,
-and its backward pass needs only x, A and B. Autograd keeps the x that the layer got, so q, k and v (or gate and up)
-share one kept tensor.
+The forward of an additive method with `Additive.thin` reduces to y + (x A^T) B^T, with the factors that its `pair`
+returns. The plain formula is `LowRank.forward`. Run as separate operations, the plain formula makes three tensors of
+the output's size, and autograd keeps x A^T for the backward pass. `low_rank_sum` adds the product to the base's output
+in one operation, and its backward pass needs only x, A and B. Autograd keeps the x that the layer got, so q, k and v
+(or gate and up) share one kept tensor.
 
 A Python autograd function costs about 50 microseconds. So small inputs use the plain formula: the tensors that autograd
 keeps for small inputs are negligible compared with the weights.
 
-On a CPU, 16-bit tensors are multiplied by low-rank factors in float32, in blocks of rows. Without bfloat16
-instructions, a product of [512, 8] and [8, 256] takes 4.8 ms in 16 bits and 0.1 ms in 32 (torch 2.13, AVX2); PEFT's
-factors are float32 too.
+On a CPU, 16-bit tensors are multiplied by low-rank factors in float32, in blocks of rows. On a processor without
+bfloat16 instructions, a product of [512, 8] and [8, 256] takes 4.8 ms in 16 bits and 0.1 ms in 32 bits (torch 2.13,
+AVX2). PEFT's factors are float32 too.
 
 The plain formula is used wherever a Python autograd function is not supported: under torch.compile and torch.export
 (which fuse the formula's operations), torch.func's transforms, forward-mode differentiation, torch.jit.trace, and for
@@ -42,12 +42,12 @@ _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALF = (torch.float16, torch.bfloat16)
 SMALL = 1 << 16
-"""The plain formula is faster if neither a layer's input nor its output has more numbers than this (measured on one
+"""The plain formula is faster if neither a layer's input nor its output has more elements than this (measured on one
 core)."""
 BLOCK = 1 << 19
 """The number of 16-bit elements that are converted to float32 at once, so that the float32 copies stay small."""
 ROWS = 64
-"""The smallest number of input rows in such a block, because each block reads the layer's whole weight once."""
+"""The smallest number of input rows in a block of `BLOCK` elements, because each block reads the whole weight once."""
 
 
 def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
@@ -63,7 +63,8 @@ def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, w
     """
     (out, into), size, dtype = W.shape, x.numel(), W.dtype
     most = max(size, size // into * out) if into else SMALL
-    # With a frozen A (LoRA-FA), autograd keeps only x A^T here. That is less than x, which the functions below keep.
+    # With a frozen A (LoRA-FA), the plain formula is better for large tensors too: autograd keeps only x A^T, which is
+    # smaller than x. The autograd functions of this module keep x.
     if most > SMALL and (A.requires_grad or not B.requires_grad):
         return None
     y = functional.linear(x, W, b)
@@ -73,14 +74,17 @@ def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, w
         change = functional.linear(functional.linear(x, A), B)
     else:
         change = functional.linear(functional.linear(x, A.to(dtype)), B.to(dtype))
-    # Add in place if no other code holds y: this lowers the peak by one tensor of the output's size.
+    # Add in place if no other code holds y. This lowers the peak memory by one tensor of the output's size.
     if may_overwrite(y):
         return y.add_(change, alpha=weight)
     return torch.add(y, change, alpha=weight)
 
 
 def is_wide(y: Tensor) -> bool:
-    """Whether y's layer computes products with low-rank factors in float32: y has 16 bits and is on a CPU."""
+    """Whether the layer with the output (or weight) y multiplies by low-rank factors in float32.
+
+    It does if y has 16 bits and is on a CPU.
+    """
     return y.dtype in _HALF and y.device.type == "cpu"
 
 
@@ -92,7 +96,7 @@ def may_overwrite(y: Tensor) -> bool:
 def is_eager() -> bool:
     """Whether torch runs without torch.func transforms, forward-mode differentiation, tracing and dispatch modes.
 
-    Selective checkpointing is a dispatch mode: it keeps outputs of operations, which must not be overwritten.
+    Selective checkpointing is a dispatch mode. It keeps the outputs of operations, so these must not be overwritten.
     """
     if torch._C._len_torch_dispatch_stack():
         return False
@@ -102,9 +106,10 @@ def is_eager() -> bool:
 
 
 def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
-    """Return x W^T + b + weight * (x A^T) B^T for a frozen W, or None if the tensors need the plain formula.
+    """Return x W^T + b + weight * (x A^T) B^T for frozen W and b, or None if the tensors need the plain formula.
 
-    One autograd function computes both products. It adds their gradients for x without a second tensor of x's size.
+    One autograd function computes both products. Its backward pass adds the two gradients of x in place, so it needs no
+    second tensor of x's size.
 
     Args:
         x: `[..., in]`.
@@ -132,8 +137,8 @@ def low_rank_sum(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float = 1.0
         x: `[..., in]`.
         A: `[r, in]`.
         B: `[out, r]`.
-        weight: the factor of the sum's second term.
-        fresh: whether no other code holds y, so that the sum may overwrite y.
+        weight: the factor of the product of A and B.
+        fresh: True if no other code holds y, so that the sum may overwrite y.
     """
     if not _takes(y, x, A, B):
         change = functional.linear(functional.linear(x, A.to(x.dtype)), B.to(x.dtype))
@@ -174,7 +179,7 @@ def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
     kind = y.device.type
     if kind == "meta" or not x.device == y.device == A.device == B.device:
         return False
-    # Autocast gives y 16 bits, while x, A and B may still have their own dtypes; they are cast here as autocast does.
+    # Autocast gives y 16 bits, while x, A and B may still have other dtypes. `_added` and `_of_factors` cast them.
     cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == y.dtype
     same = x.dtype == y.dtype or (cast and x.is_floating_point())
     thin = (y.dtype, torch.float32) if is_wide(y) else (y.dtype,)
@@ -183,7 +188,7 @@ def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
 
 
 def _added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: bool) -> Tensor:
-    """Return y + weight * (x A^T) B^T in y's dtype; the result overwrites y if y is fresh."""
+    """Return y + weight * (x A^T) B^T in y's dtype. If `fresh`, the result overwrites y where possible."""
     flat_x, flat = x.reshape(-1, x.shape[-1]), y if y.ndim == 2 else y.reshape(-1, y.shape[-1])
     alone = fresh and flat.data_ptr() == y.data_ptr()
     with _without_autocast(y):
@@ -192,7 +197,8 @@ def _added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: boo
             flat = flat if alone else flat.clone()
             for rows in _blocks(flat_x, y):
                 h = flat_x[rows].float() @ A
-                # Adding a 32-bit to a 16-bit tensor takes ten times as long as adding two 16-bit tensors.
+                # Round the change to 16 bits first: adding a 32-bit tensor to a 16-bit tensor takes ten times as long
+                # as adding two 16-bit tensors.
                 flat[rows].add_(((h if weight == 1 else h.mul_(weight)) @ B).to(y.dtype))
             return y if alone else flat.view(y.shape)
         h = flat_x.to(y.dtype) @ A.to(y.dtype).mT
@@ -273,7 +279,7 @@ class _ScaledLinear(torch.autograd.Function):
         into, _, _, to_s, to_A, to_B = ctx.needs_input_grad
         of_s = None
         if to_s:
-            if torch.is_grad_enabled():  # The kept tensor has no graph, so compute it again.
+            if torch.is_grad_enabled():  # For second derivatives, compute `plain` again: the kept one has no graph.
                 flat = x.reshape(-1, x.shape[-1])
                 plain = flat @ W.mT + (flat.to(A.dtype) @ A.mT @ B.mT).to(W.dtype)
             of_s = (plain.reshape(-1, plain.shape[-1]) * grad.reshape(-1, grad.shape[-1])).sum(0, dtype=s.dtype)
@@ -308,10 +314,10 @@ def _of_factors(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return the gradients of weight * (x A^T) B^T for x, A and B.
 
-    If W is given, the gradient for x includes that of x W^T.
+    If W is given, the gradient for x includes the gradient of x W^T.
 
-    x A^T is recomputed, which costs less than keeping it. Sums are made in place unless the backward pass itself is
-    differentiated.
+    x A^T is recomputed, which costs less than keeping it. Gradients are added in place, unless the backward pass itself
+    is differentiated.
     """
     flat, out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     if is_wide(grad) and not torch.is_grad_enabled():
@@ -340,9 +346,9 @@ def _of_factors_by_blocks(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute `_of_factors` for 16-bit tensors on a CPU: in float32, and in blocks of rows to keep the copies small.
 
-    The gradient of x is rounded once. If the processor has no 16-bit products, the product with W is also computed in
-    float32 and added before this rounding. On AVX2, torch 2.13 takes 165 ms for a product of [512, 680] and [680, 256]
-    in bfloat16, but 3 ms in float32.
+    The gradient of x is rounded once. If the processor has no 16-bit matrix products, the product of `grad` and W is
+    also computed in float32, and added before this rounding. On AVX2, torch 2.13 takes 165 ms for a product of
+    [512, 680] and [680, 256] in bfloat16, but 3 ms in float32.
     """
     to_x = to_x or W is not None
     of_x = x.new_empty(x.shape, dtype=grad.dtype) if to_x else None
@@ -383,16 +389,16 @@ def _rows_of(W: Tensor) -> int:
 
 @cache
 def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether the processor has matrix products in this 16-bit dtype, so that torch uses them."""
+    """Whether the processor has instructions for matrix products in this 16-bit dtype, which torch then uses."""
     ask: Any = torch.ops.mkldnn
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     return bool(getattr(ask, name)()) if hasattr(ask, name) else False
 
 
 # For one token, the products of a LoRA take a few microseconds. It takes several times as long to find out which
-# adapters act, which kind of formula they have, and whether the layer is a plain nn.Linear, and the answer is the same
-# in every forward. A plan caches this answer. The plan is discarded when a switch or weight changes
-# (`scopes.SETTINGS`), in another scope, and when the layer or the adapter gets other tensors.
+# adapters act, which kind of formula they have, and whether the layer is a plain nn.Linear. The answers are the same in
+# every forward, so a plan caches them. The plan is discarded when a switch or an adapter's weight changes
+# (`scopes.SETTINGS`), when a forward runs in another scope, and when the layer or the adapter gets other tensors.
 
 
 class LeanPlan:
@@ -401,7 +407,7 @@ class LeanPlan:
     Args:
         token: `SETTINGS.token`, read before the adapters were examined.
         scope: the scope that the plan is for.
-        part: the only part that acts at the layer, with one low-rank update; None if there is no such part.
+        part: the only part that acts at the layer. It has one low-rank update. None if there is no such part.
         layer: the layer.
     """
 
@@ -426,7 +432,8 @@ class LeanPlan:
         if self.usable:
             self.kind = W.device.type
             leaves = update.tensors.values()
-            # A LoRA's factors are its leaves. Other methods compute their factors in each forward.
+            # A LoRA's factors are tensors of the update, so the plan keeps them. Other methods compute their factors
+            # from their tensors, so the plan computes them in each forward.
             self.fixed = all(any(factor is leaf for leaf in leaves) for factor in (A, B))
             self.fixed_factors = B, A, scaling * part.switch.weight
 
@@ -436,7 +443,7 @@ class LeanPlan:
         return B, A, scaling * self.part.switch.weight
 
     def run(self, x: object) -> Tensor | None:
-        """Return the layer's output, or None if the plan does not apply, so that the hook must choose how to run."""
+        """Return the layer's output, or None if the plan does not apply; the hook then runs without a plan."""
         if not self.usable or type(x) is not Tensor or self.part is None:
             return None
         W: Any = self.W

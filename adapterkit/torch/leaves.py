@@ -11,14 +11,14 @@ Rejected alternatives:
 * the root module: `parameters()` yields a module's own parameters before its children's parameters, so a bf16 model
   would report the adapter's float32 as its dtype (transformers' `model.dtype` is the dtype of the first parameter).
 
-The base's state dict keeps its keys: one hook removes the adapter's keys in `state_dict()`, another one removes them
-from the missing keys in `load_state_dict()`. Both are functions of this module, so they survive `deepcopy` and
-`pickle`.
+The base's state dict keeps its keys. One hook removes the adapter's keys from the result of `state_dict()`. Another
+hook removes them from the missing keys that `load_state_dict()` reports. Both hooks are top-level functions in this
+file, so they survive `deepcopy` and `pickle`.
 
 accelerate's offloading loads all parameters of a module from a map of the base's weights, and this map does not contain
-the adapter's tensors. So these tensors (leaves) are registered with a module above the offloaded modules. If a model is
-offloaded after the injection, accelerate replaces each leaf's tensor by an empty one on the meta device. So before the
-next forward, each leaf is moved to a module above, with its original tensor.
+the adapter's tensors. So the adapter's tensors (called leaves) are registered with a module above the offloaded
+modules. If a model is offloaded after the injection, accelerate replaces each trained leaf's tensor by an empty tensor
+on the meta device. So before the next forward, these leaves are moved to a module above, with their original tensors.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Leaf:
     """One tensor of an attached adapter: the module that holds the tensor, and the tensor's name in this module.
 
     Attributes:
-        staged: the tensor, before it is registered.
+        staged: the tensor while it is not registered; None while it is.
         first: the parameter that was registered. It is set to None once a forward finds another parameter under this
             name, so that FSDP2 can free the memory of the first one.
     """
@@ -116,7 +116,7 @@ class Leaf:
             unguard(self.module)
 
     def put(self, value: Tensor) -> None:
-        """Copy a value into the tensor; a tensor on the meta device, which has no values, is replaced by a new one."""
+        """Copy a value into the tensor. If the tensor is on the meta device, replace it by a copy of the value."""
         current = self.tensor
         if not current.is_meta or value.is_meta:
             put(current, value)
@@ -129,7 +129,7 @@ class Leaf:
             self.module._buffers[self.name] = copied
 
     def check_loaded(self) -> None:
-        """Check that the tensor was not left on the meta device when the weights of its module were loaded again.
+        """Check that the tensor is not still on the meta device after the weights of its module were loaded.
 
         On CPU, torch's products with a meta tensor return uninitialised memory.
 
@@ -145,7 +145,7 @@ class Leaf:
                 raise Unsupported(why, where=self.name, cure=cure)
 
     def settle(self) -> None:
-        """Drop the registered parameter if another parameter, with values, has replaced it."""
+        """Set `first` to None if the module now holds another parameter, with values, under this name."""
         now = self.module._parameters.get(self.name)
         if now is not self.first and now is not None and not now.is_meta:
             self.first = None
@@ -163,11 +163,11 @@ class Leaf:
         """
         first = self.first
         if self.module._parameters[self.name].is_meta and first is not None:  # type: ignore[union-attr]
-            # The module's dictionary and the call itself hold one reference each. An optimizer that was made before
-            # the offloading holds `first` instead.
+            # The module's dictionary and the call of getrefcount hold one reference each. An optimizer that was made
+            # before the offloading holds `first` instead of the empty parameter.
             if sys.getrefcount(self.module._parameters[self.name]) > 2:
                 why = "accelerate offloaded the model after the injection, and an optimizer holds the empty parameter"
-                cure = "Delete that optimizer, and make a new one from handle.parameters()"
+                cure = "Delete the optimizer, and make a new one from handle.parameters()"
                 raise Unsupported(why, where=self.name, cure=cure)
             self.module._parameters[self.name] = first
         home = home_of(model, self.module, hidden)
@@ -244,7 +244,9 @@ _KEPT = (Tensor, nn.Parameter)
 
 @dataclass(eq=False)
 class Registration:
-    """The tensors of one adapter before registration: collected first, and registered when nothing can fail any more.
+    """Collects the tensors of one adapter with `bind`, and registers all of them with `commit`.
+
+    Call `commit` after all checks, so that nothing is registered if a check fails.
 
     Args:
         model: the model.
@@ -262,15 +264,18 @@ class Registration:
         self._hidden = offloaded(self.model)
 
     def bind(self, updates: Sequence[Update], holder: nn.Module, like: Tensor, where: str) -> LiveUpdates:
-        """Copy the updates' tensors to the device of `like`, to be registered near `holder`.
+        """Copy the updates' tensors to the device of `like`. `commit` registers the copies near `holder`.
 
-        A leaf that several updates share is copied and registered once.
+        A tensor that several updates share is copied and registered once.
 
         Args:
-            updates: updates with leaves of any kind.
-            holder: the module whose forward uses them.
+            updates: updates with lazy tensors or torch tensors.
+            holder: the module whose forward uses the updates; `home_of` chooses the module that holds the copies.
             like: a tensor with the device and dtype to compute with.
             where: the target, which becomes a part of the registered names.
+
+        Returns:
+            The same updates, with the copies as their tensors.
         """
         bound, leaves = [], []
         home = home_of(self.model, holder, self._hidden)
@@ -293,7 +298,7 @@ class Registration:
         return LiveUpdates(bound, leaves)
 
     def commit(self) -> list[Leaf]:
-        """Register all leaves that were bound."""
+        """Register all leaves that `bind` has collected, and return them."""
         for leaf in self._staged.values():
             leaf.register()
         return list(self._staged.values())
@@ -313,9 +318,9 @@ def home_of(model: nn.Module, holder: nn.Module, hidden: set[int]) -> nn.Module:
     """Return the module in which to register a leaf that `holder` uses.
 
     This module is `holder` if `holder` has parameters, so that FSDP2 and ZeRO gather the leaf together with the weight
-    that the leaf changes. Otherwise the leaf would come before the first parameter of the base (see the module
-    docstring), so it is registered with the first module inside `holder` that has a parameter. `hidden` modules are
-    skipped; the nearest module above takes the leaf.
+    that the leaf changes. If `holder` has no parameters, a leaf there could come before the first parameter of the base
+    (see the module docstring). So the leaf is registered with the first module inside `holder` that has a parameter. If
+    the chosen module is hidden, the nearest module above that is not hidden takes the leaf.
 
     Args:
         model: the model.
@@ -331,7 +336,7 @@ def home_of(model: nn.Module, holder: nn.Module, hidden: set[int]) -> nn.Module:
     module_found = next((module for module in _above(model, home) if id(module) not in hidden), None)
     if module_found is None:
         why = "accelerate loads all parameters of the model for each forward, from a map without the adapter's tensors"
-        cure = "Offload only its blocks: remove the model's class from preload_module_classes"
+        cure = "Offload only the model's blocks: remove the model's class from preload_module_classes"
         raise Unsupported(why, where=type(model).__name__, cure=cure)
     return module_found
 
@@ -349,8 +354,8 @@ def offloaded(model: nn.Module) -> set[int]:
 def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
     """Load leaves that diffusers' group offloading keeps on disk, and remove them from the groups.
 
-    A group is in memory only while its module runs. But another module may use a leaf of the group later: a block uses
-    a bottleneck's leaf, an attention uses a prefix's leaf.
+    A group is in memory only while its module runs, but a module around it may use a leaf of the group later. For
+    example, a bottleneck's leaf is used by the block, and a prefix's leaf by the attention.
     """
     mine = {id(leaf.tensor) for leaf in leaves}
     for group in _groups_on_disk(modules):
@@ -362,7 +367,7 @@ def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
 
 
 def on_disk(modules: Iterable[nn.Module]) -> set[int]:
-    """Return the ids of tensors that diffusers' group offloading keeps on disk, as the hooks at `modules` show.
+    """Return the ids of tensors that diffusers' group offloading keeps on disk, for the groups of `modules`.
 
     Between two forwards, such a tensor is uninitialised memory. The file is written once and read in each forward, so
     changes to the tensor by an optimizer or a merge are lost.
@@ -397,8 +402,8 @@ def check_on_hand(model: nn.Module, tensors: Iterable[Tensor], where: str) -> No
     """
     lost = on_disk(model.modules())
     if any(id(tensor) in lost for tensor in tensors):
-        cure = "Do this before enable_group_offload(), or offload without offload_to_disk_path"
-        raise Unsupported("diffusers' group offloading keeps one of its tensors on disk", where=where, cure=cure)
+        cure = "Create the adapter before enable_group_offload(), or offload without offload_to_disk_path"
+        raise Unsupported("diffusers' group offloading keeps this weight on disk", where=where, cure=cure)
 
 
 def loading_device(model: nn.Module, module: nn.Module) -> Device | None:
@@ -450,12 +455,18 @@ def names_sharing(model: nn.Module, parameter: Tensor) -> list[str]:
 
 
 def _loaded_by(hook: object, module: nn.Module) -> Iterator[nn.Module]:
-    """Return the modules whose parameters a hook loads; with `preload_module_classes`, all modules inside `module`."""
+    """Return the modules whose parameters the hook at `module` loads.
+
+    With `preload_module_classes`, the hook loads `module` and all modules inside it.
+    """
     return module.modules() if getattr(hook, "place_submodules", False) else iter((module,))
 
 
 def owned(value: Value, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
-    """Copy a leaf's value to a device, as a float32 (or wider) parameter if `trained`, else in its original precision.
+    """Copy a leaf's value to the device of `like`; if `trained`, as a parameter in float32 or wider.
+
+    The copy of another floating value loses no precision. Its dtype is the one to which torch promotes the dtypes of
+    the value and `like`; it is at least float32 if one of them has 8 bits, or if `like` is an integer tensor.
 
     If `like` is a DTensor of a tensor-parallel layer, the copy is a DTensor that is replicated in every process.
     """
@@ -472,7 +483,7 @@ def owned(value: Value, like: Tensor, trained: bool, model: nn.Module) -> Tensor
 
 
 def base_parameters(model: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
-    """Yield the parameters of the base or of one of its modules, without the parameters of attached adapters."""
+    """Yield the parameters of a model or module, without the parameters of attached adapters."""
     return (parameter for name, parameter in model.named_parameters(recurse=recurse) if not is_leaf_name(name))
 
 
@@ -482,7 +493,7 @@ def _hooks_of_accelerate(module: nn.Module) -> list[object]:
 
 
 def _above(model: nn.Module, module: nn.Module) -> list[nn.Module]:
-    """Return a module and the modules around it, from the inside out."""
+    """Return the module, then the modules around it from the inside out; the model is the last one."""
     path = next(name for name, each in model.named_modules() if each is module)
     parts = path.split(".") if path else []
     return [model.get_submodule(".".join(parts[:count])) for count in range(len(parts), -1, -1)]
@@ -501,10 +512,10 @@ def _forgive(_module: nn.Module, incompatible: _IncompatibleKeys) -> None:
 # Keep an adapter's values when the module that holds them is converted or emptied.
 #
 # `model.to()`, `half()`, `to_empty()` and similar methods all call `nn.Module._apply`, which runs one function over
-# each tensor of a module. Two of these functions would destroy an adapter without an error:
+# each tensor of a module. Two such functions would destroy an adapter's values without an error:
 #
-# * `to_empty()` replaces every tensor with uninitialised memory. Users then load the base's state dict, which has no
-#   tensor of the adapter.
+# * `to_empty()` replaces every tensor with uninitialised memory. Users then load the base's state dict, which does not
+#   contain the adapter's tensors.
 # * Casting to an 8-bit storage type (diffusers' `enable_layerwise_casting`, `model.to(torch.float8_e4m3fn)`) rounds the
 #   adapter to three bits of mantissa, and layerwise casting does so after every forward.
 #
@@ -513,7 +524,7 @@ def _forgive(_module: nn.Module, incompatible: _IncompatibleKeys) -> None:
 
 
 APPLY = "_apply"
-"""The method of a module that all conversions call."""
+"""The name of the method of a module that all conversions call."""
 
 
 class Conversion:
@@ -564,7 +575,7 @@ class Conversion:
 
 
 def guard(module: nn.Module, is_leaf: Callable[[str], bool]) -> None:
-    """Keep the values of the adapters' tensors in a module from now on."""
+    """Give a module an `_apply` that keeps the values of the adapters' tensors in conversions."""
     if not isinstance(module.__dict__.get(APPLY), Conversion):
         module.__dict__[APPLY] = Conversion(module, is_leaf)
 

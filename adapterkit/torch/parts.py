@@ -1,10 +1,10 @@
-"""The parts that a hook at a module runs; each part holds the updates of one target, and the way to apply them.
+"""The parts that a module's hook runs. Each part holds the updates that one adapter has for one target.
 
-Updates of outputs see each call of a module through one interface, which includes the residual and the norm. A module
-adds the residual itself if its forward takes the residual as its second input, as BERT's `BertOutput` does. For such a
-module, the output before the residual is computed by running the module with a residual of 0 and without its norm. If
-the block around the module adds the residual instead, an update names the module that reads the residual, and a
-recorder at that module keeps the residual until it is needed.
+Updates of outputs get each call of a module as a `ModuleCall`, which gives them the output, the residual and the norm
+in the same way for all modules. A module adds the residual itself if its forward takes the residual as its second
+input, as BERT's `BertOutput` does. To compute the output of such a module before the residual is added, the module runs
+with a residual of 0 and without its norm. If the block around the module adds the residual instead, the update names
+the module whose input is the residual. A recorder at the named module then keeps this input until it is needed.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ from .scopes import Switch
 Run = Callable[[Sequence[object], Mapping[str, object], "str | None"], object]
 """A module's forward.
 
-Its arguments are the positional arguments, the named arguments, and the name of the module's norm that this call skips,
-or None.
+Its arguments are the positional arguments, the named arguments, and the name of the norm inside the module that this
+call skips (None to skip no norm).
 """
 
 Parameters = Callable[[], Mapping[str, Tensor]]
-"""A function that returns the module's parameters, keyed by name, with the attached updates of weights applied."""
+"""A function that returns the parameters that attached updates of weights change, keyed by name, with their new
+values."""
 
 Beside = tuple[Tensor | None, dict[str, object]]
 """The residual that a recorder kept (None without a recorder), and the arguments of the model's call."""
 
 RESIDUALS = ("input_tensor", "residual")
-"""The names in transformers of a residual that a module gets as the second argument of `forward` and adds to its
-output."""
+"""The names that transformers gives to the second parameter of `forward` if it is a residual, which the module adds to
+its output."""
 
 
 class InputRecorder(threading.local):
-    """Keep a module's input until it is needed as a residual, separately for each thread."""
+    """Keeps a module's input until it is needed as a residual, separately for each thread."""
 
     def __init__(self, where: str, switch: Switch) -> None:
         self.where, self.switch = where, switch
@@ -63,8 +64,7 @@ class InputRecorder(threading.local):
         """Return the residual of this forward pass.
 
         Raises:
-            Unsupported: the module with this recorder was not called in this forward pass before its residual was
-                needed.
+            Unsupported: the residual was needed before the module with this recorder was called in this forward pass.
         """
         value, self.value = self.value, None
         if value is None:
@@ -78,13 +78,14 @@ class OutputSite:
     """The residual and the norm that follow a target's output.
 
     Attributes:
-        channels: the number of channels that the updates expect, or None if the updates do not fix this number.
-        recorder: the recorder of the residual at the module `reader`; None if the module adds the residual itself, or
-            if there is no residual.
-        reader: the module that reads the residual.
-        norm: the norm that the block around the module applies after it has added the residual.
-        residual_argument: the position and name of the residual among the module's own arguments, if it takes one.
-        norm_name: the name of the module's own norm.
+        channels: the number of output channels for which the updates were made; None if they fit any number.
+        recorder: the recorder that keeps the input of `reader` as the residual; None if the target adds the residual
+            itself, or if there is no residual.
+        reader: the module whose input is the residual; None without `recorder`.
+        norm: the norm that the block around the target applies after it has added the residual, or None.
+        residual_argument: the position and name of the residual among the arguments of the target's forward; None if
+            the target takes no residual, or if the updates name other modules for the residual or the norm.
+        norm_name: the name of the norm inside the target that follows the residual, or None.
         call_words: a function that returns the arguments of the model's call. The default returns an empty dictionary.
     """
 
@@ -104,7 +105,9 @@ class OutputSite:
 def find_output_site(
     module: nn.Module, group: Sequence[Update], target: Target, switch: Switch, find: Callable[[str], nn.Module]
 ) -> OutputSite:
-    """Return the output site of a module; `find` returns a module by its path relative to the target's parent.
+    """Return the residual and the norm that follow a module's output.
+
+    `find` returns a module by its path relative to the target's parent.
 
     Raises:
         Unsupported: one of the updates cannot be applied to the module, or the updates cannot be applied together.
@@ -119,12 +122,12 @@ def find_output_site(
     where, cure = str(target), "Put each update into a separate adapter, or change the order"
     named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
     if len(named) > 1:
-        why = "the updates of one target name residuals in different places"
+        why = "the updates of one target name different modules as `residual` or `norm`"
         raise Unsupported(why, where=where, cure=cure)
     ((residual, norm),) = named
     adds_residual = None if residual or norm else _residual_argument(module)
     if (residual or adds_residual) and any(b.placed and not a.placed for a, b in pairwise(updates)):
-        why = "an update of the whole output comes before an update inside the output"
+        why = "an update of the complete output comes before an update of the output without the residual"
         raise Unsupported(why, where=where, cure=cure)
     if norm and not all(update.whole for update in placed):
         why = "the block around the target normalises the output, so the norm cannot be skipped"
@@ -167,7 +170,7 @@ def _norm_name(module: nn.Module, where: str) -> str | None:
 
 
 class CallArguments(dict[str, object]):
-    """The arguments of the model's call, keyed by name; reading any other name is an error."""
+    """The arguments of the model's call, keyed by name. Reading a name that was not passed raises UsageError."""
 
     def __missing__(self, name: str) -> NoReturn:
         given = "input_ids" if name == "hidden_states" else name
@@ -176,7 +179,7 @@ class CallArguments(dict[str, object]):
 
 
 class ModuleCall:
-    """One call of a module, with the interface of `adapterkit.core.updates.OutputUpdate`; runs the module on demand."""
+    """One call of a module, as the `layer` that `OutputUpdate` documents. The module runs when its output is needed."""
 
     def __init__(
         self, module: nn.Module, layer: TorchLayer | None, run: Run, args: Sequence[Any], kwargs: Mapping[str, Any],
@@ -221,12 +224,12 @@ class ModuleCall:
         return h if whole or self.given is None else h - self.given
 
     def ended(self, y: Tensor) -> object:
-        """Return the module's result with its output replaced by `y`.
+        """Return what the module's forward must return if its output is `y`.
 
-        If the module returns several values, only the first is replaced.
+        If the module returns several values, `y` replaces the first one.
         """
         if self.dtype is not None and self.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):
-            y = y.to(self.dtype)  # Float32 factors made y wider than the module's own output.
+            y = y.to(self.dtype)  # Factors in float32 made y's dtype wider than the module's own.
         return y if self.rest is None else (y, *self.rest)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
@@ -296,7 +299,7 @@ class ModuleCall:
 
 @dataclass(frozen=True, eq=False)
 class OutputChange:
-    """One adapter's updates of an output in one call, the adapter's weight, and the residual that its recorder kept."""
+    """The updates that one adapter applies to a module's output in one call, and the values that they use."""
 
     weight: float
     updates: Sequence[Update]
@@ -309,9 +312,9 @@ def through(
     module: nn.Module, layer: TorchLayer | None, run: Run, args: Sequence[object], kwargs: Mapping[str, object],
     changes: Sequence[OutputChange], parameters: Parameters,
 ) -> object:  # fmt: skip
-    """Return y + sum of weight * (f(x) - y).
+    """Return the module's output with the changes of all adapters: y + sum of weight * (f(x) - y).
 
-    The module runs once for all updates with the same residual and norm.
+    The module runs once for all changes with the same residual and norm.
     """
     calls: dict[Any, ModuleCall] = {}
     for change in changes:
@@ -340,18 +343,24 @@ def _changed(call: ModuleCall, change: OutputChange) -> Tensor:
 
 
 HOOK = "_adapterkit_hook"
-"""The name of the attribute in which a module holds its hook. The hook stays there if other tools move the forward."""
+"""The name of the attribute in which a module holds its hook, even if other tools replace or wrap the forward."""
 
 SCRIPTING = "__prepare_scriptable__"
-"""The attribute of a module that torch.jit.script calls before it compiles the module."""
+"""The name of the function that torch.jit.script calls on a module before it compiles the module."""
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One target's updates at a hook; `weight` and `bias` are parameter paths relative to the hook's module.
+    """One adapter's updates for one target, as a hook runs them.
 
-    Updates of outputs are in a separate part, which has an output site. `dropout` is the dropout probability in
-    training.
+    Updates of outputs are in a separate part, which has an `output_site`.
+
+    Attributes:
+        bound: the updates.
+        weight: the path of the weight that the updates change, relative to the hook's module, or None.
+        bias: the path of the bias, also relative to the hook's module, or None.
+        direct: whether the updates can run as formulas over the layer.
+        dropout: the dropout probability in training.
     """
 
     switch: Switch
@@ -365,7 +374,7 @@ class Part:
 
     @property
     def home(self) -> str:
-        """The path of the hook's module when the part was attached; a target may be a module or parameter inside it."""
+        """The path that the hook's module had at the injection. The target may be a module or parameter inside it."""
         path = self.target.path
         below = self.weight or self.bias or ""
         for rest in (below, below.rpartition(".")[0]):
@@ -380,6 +389,6 @@ class Part:
 
     @property
     def foldable(self) -> bool:
-        """Whether all updates can be written into the module's parameters, and every bias that they change exists."""
+        """Whether all updates, including their changes of the bias, can be written into the module's parameters."""
         kinds = all(update.kind in ("additive", "weight") for update in self.updates)
         return kinds and (self.bias is not None or not any(u.changes_bias and u.needs_bias for u in self.updates))

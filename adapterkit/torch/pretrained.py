@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 KERNELS_OF_TORCH = {None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm"}
-"""Implementations of attention and experts that are part of transformers and torch."""
+"""The implementations of attention and experts that need no download, because transformers and torch contain them."""
 
 _OWN_CODE = (
     "If you trust the model, load it yourself: adapterkit export takes your own function (--model MODULE:FUNCTION, "
@@ -32,7 +32,7 @@ def check_transformers(path: Path, work: str) -> None:
 
     Args:
         path: the folder.
-        work: the task that needs transformers, as the start of a sentence.
+        work: the task that needs transformers, as the subject of the error's sentence.
 
     Raises:
         UsageError: transformers is not installed.
@@ -52,18 +52,19 @@ def check_transformers(path: Path, work: str) -> None:
 def load_pretrained(
     source: Path, dtype: str, state: Mapping[str, Tensor] | None = None, lacking: list[str] | None = None
 ) -> nn.Module:
-    """Return the model of a folder, in evaluation mode.
+    """Load the transformers model in a folder, in evaluation mode.
 
     Args:
         source: the folder; its `config.json` names the class.
-        dtype: the name of the torch dtype of the weights.
-        state: the weights, keyed by their stored names; if None, the weights in the folder's files.
-        lacking: a list that receives the names of weights that are missing in the files. transformers initialises these
-            weights randomly.
+        dtype: the name of the torch dtype to which the weights are converted.
+        state: the weights, keyed by their stored names. If None, the weights are read from the folder's files.
+        lacking: a list to which the names of missing weights are added; transformers initialises these weights
+            randomly.
 
     Raises:
         Malformed: the config cannot be read, or transformers cannot load the folder.
-        Unsupported: the class is unknown, the folder is an adapter, or its config names code or a kernel to download.
+        Unsupported: the installed transformers does not have the class, the folder contains an adapter, or the config
+            names code or a kernel to download.
     """
     stage(f"loading {source}")
     transformers, torch = import_module("transformers"), import_module("torch")
@@ -73,7 +74,7 @@ def load_pretrained(
         name = names[0]
     except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
         raise Malformed(f"its config.json cannot be read ({error})", path=source, cure="Fetch it again") from None
-    # Only class names pass: a name from the file must not reach another attribute of the library.
+    # Accept only class names: the file is untrusted, and its name must not reach any other attribute of transformers.
     if not isinstance(name, str) or not (name == "AutoModel" or name.startswith(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))):
         raise Malformed(
             f"architectures is {name!r}, not a class name", path=source / "config.json", cure="Fetch it again"
@@ -84,7 +85,7 @@ def load_pretrained(
         cure = known or "Install a newer transformers, or export the torch model with adapterkit.onnx.export"
         raise Unsupported(f"the installed transformers has no class {name}", path=source, cure=cure)
     if (source / "adapter_config.json").exists():
-        # Instead of this folder, transformers would load the base that this file names.
+        # transformers would load the base that adapter_config.json names, instead of the weights in this folder.
         cure = "Pass the base's folder as MODEL, and this folder with --adapter (adapter=)"
         raise Unsupported("the folder holds an adapter", path=source / "adapter_config.json", cure=cure)
     known_only = {"local_files_only": True, "trust_remote_code": False}
@@ -95,7 +96,7 @@ def load_pretrained(
             _check_no_kernel(config, source)
             if state is not None:
                 vars(config).pop("quantization_config", None)
-                # AutoModel itself would need a folder to choose the class.
+                # AutoModel.from_pretrained chooses the class from a folder, and here no folder is passed.
                 built = transformers.MODEL_MAPPING[type(config)] if name == "AutoModel" else built
             model, loading = built.from_pretrained(
                 str(source) if state is None else None, config=config, dtype=getattr(torch, dtype),
@@ -115,11 +116,11 @@ def load_pretrained(
 
 
 def _check_no_kernel(config: object, source: Path) -> None:
-    """Check that a config, including all configs inside it, does not name a kernel that transformers would download.
+    """Check that a config and the configs inside it do not name a kernel that transformers would download.
 
-    transformers downloads a kernel for a name `org/kernel`, and for a name such as `flash_attention_2` if the package
-    that has this kernel is not installed; `local_files_only` does not prevent this. The loaded config object is checked
-    instead of config.json, which can refer to another file (`configuration_files`).
+    transformers downloads a kernel for a name `org/kernel`. It also downloads a kernel for a name such as
+    `flash_attention_2` if the package that has this kernel is not installed. `local_files_only` prevents neither. This
+    function checks the loaded config object, because config.json can refer to another file (`configuration_files`).
 
     Raises:
         Unsupported: the config names such a kernel.
@@ -131,7 +132,7 @@ def _check_no_kernel(config: object, source: Path) -> None:
                 if name not in KERNELS_OF_TORCH:
                     field = str(key).removesuffix("_internal").removeprefix("_")
                     cure = f'Set {field} to "eager" in config.json, or leave it out'
-                    why = f"{field} {name!r} is a kernel that would be downloaded and run, which is refused"
+                    why = f"{field} {name!r} is a kernel that would be downloaded and run, which adapterkit does not do"
                     raise Unsupported(why, path=source / "config.json", cure=cure)
         elif isinstance(value, dict) or type(value).__name__.endswith("Config"):
             _check_no_kernel(value, source)
@@ -139,7 +140,7 @@ def _check_no_kernel(config: object, source: Path) -> None:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Hide transformers' progress bars and messages, because only commands may print, not the library."""
+    """Hide the progress bars and messages of transformers, because only adapterkit's commands may print."""
     logs = import_module("transformers.utils.logging")
     shown, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
     logs.disable_progress_bar()

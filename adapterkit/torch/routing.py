@@ -4,9 +4,9 @@ A linear layer, convolution or embedding with low-rank adapters runs once, and b
 adapter to the output. Any other module with adapters runs once for each group of rows, with its own forward or with the
 formula for its layer. Modules without adapters run once.
 
-Rows are one axis of a module's tensors: the first, or `axis`. For torch's recurrent layers and attention, `batch_first`
-gives the axis. A module is refused if its rows cannot be identified. This happens if the rows are the module's second
-axis and the route does not say so, or if the module is an expert, which gets only the tokens routed to it.
+The rows of a batch are one axis of each tensor: the first axis, or the one that the argument `axis` gives. In torch's
+recurrent layers and attention, `batch_first` gives this axis. A module is refused if the axis of rows is unknown, or if
+the module is an expert: an expert gets only the tokens that are routed to it, and not whole rows.
 """
 
 from __future__ import annotations
@@ -36,21 +36,23 @@ def route(
 ) -> Iterator[None]:
     """Use a different adapter for each row of a batch: inside the `with`, row i uses `names[i]` (None: the base).
 
-    Rows are the first axis of each module's inputs and outputs; an argument whose first axis has another length is the
-    same for all rows. The route applies only in this thread (and this asyncio task). Inside the route, `with
-    handle.disable()` runs the rows of the handle's adapter through the unchanged base.
+    By default, the rows are the first axis of each module's inputs and outputs. If this axis of an argument has another
+    length than the batch, the whole argument is used for every row.
+
+    The route applies only in this thread (and this asyncio task). Inside the route, `with handle.disable()` runs the
+    rows of the handle's adapter through the unchanged base.
 
     Args:
         model: the model, with adapters attached.
         names: for each row, the name of an attached adapter, or None.
-        flattened: whether some modules get rows and tokens joined in one axis, first all tokens of row 0, as the
-            experts of a mixture do.
+        flattened: whether some modules get the rows and the tokens joined in one axis `[rows * tokens, ...]`, with all
+            tokens of row 0 first. Mixtures of experts do this.
         axis: the axis of the rows: 0, or 1 in a model with sequence-first tensors `[tokens, rows, ...]`. It must be
             given if the model has a module with `batch_first=False`.
 
     Raises:
         UsageError: an adapter is not attached, or is switched off.
-        ShapeMismatch: raised by a forward with another number of rows.
+        ShapeMismatch: raised by a forward whose batch has another number of rows than `names`.
         Unsupported: a module of the model has rows on its second axis and `axis` is not given. A forward raises the
             same error if it runs a module whose rows cannot be identified.
     """
@@ -60,7 +62,7 @@ def route(
         attributes = module.__dict__
         if HOOK in attributes:
             hooks.append(attributes[HOOK])
-        # Read the dictionary: getattr(module) is slow if the attribute is missing, as in most modules.
+        # Read the dictionary: getattr() is slow for a missing attribute, and most modules have no `batch_first`.
         if first is None and attributes.get("batch_first", getattr(type(module), "batch_first", None)) is False:
             first = module
     switches = _switches_of(hooks)
@@ -69,7 +71,7 @@ def route(
         where = next(name for name, module in model.named_modules() if module is first)
         why = f"a {type(first).__name__} has batch_first=False, so rows may be the second axis"
         raise Unsupported(
-            why, where=where, cure="Pass axis=1 if the model has rows second, axis=0 if it has rows first"
+            why, where=where, cure="Pass axis=1 if rows are the second axis of the tensors, axis=0 if the first"
         )
     if axis not in (None, 0, 1) or (axis and flattened):
         raise UsageError(
@@ -130,7 +132,7 @@ def check_switches(route: Route, switches: Sequence[Switch], active: Mapping[Swi
         name: str = switch.name
         if not switch.attached and name in route.names:
             why = f"{_rows(route.names, name)}: the adapter was removed since the route was entered"
-            raise UsageError(why, where=name, cure="Name attached adapters, or None for these rows")
+            raise UsageError(why, where=name, cure="Pass names of attached adapters, or None for these rows")
     for switch in switches:
         name = switch.name
         if not switch.active and switch not in active and name in route.names:
@@ -147,34 +149,38 @@ def check_unrouted(switch: Switch) -> None:
     for route in current().routes.values():
         if switch in route.switches and name in route.names:
             why = f"the active route uses the adapter for {_rows(route.names, name)}"
-            raise UsageError(why, where=name, cure="Leave the `with route(...)` before remove() or merge_()")
+            raise UsageError(why, where=name, cure="Exit the `with route(...)` block before remove() or merge_()")
 
 
 def _switched_off(names: tuple[str | None, ...], name: str) -> UsageError:
     why = f"{_rows(names, name)}: the adapter is switched off, so these rows would get only the base"
-    return UsageError(why, where=name, cure="Call handle.set_active(True), or name None for these rows")
+    return UsageError(why, where=name, cure="Call handle.set_active(True), or pass None for these rows")
 
 
 def _rows(names: Sequence[str | None], name: str) -> str:
-    """Return the rows of one adapter as text for messages."""
+    """Return the indices of the rows that use one adapter, as text: `rows 0, 3`."""
     rows = [str(row) for row, other in enumerate(names) if other == name]
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     return f"row{'s' if len(rows) > 1 else ''} {', '.join(rows[:8])}{more}"
 
 
 def is_expert(where: str) -> bool:
-    """Whether a target is in a list of experts. An expert gets only some tokens of each row, in its own order."""
+    """Whether a target's path contains a numbered expert, such as `experts.3`.
+
+    Such an expert gets only some tokens of each row, in its own order.
+    """
     return _EXPERT.search(where) is not None
 
 
 def check_expert(route: Route, where: str) -> None:
-    """Check that a route does not pass through an expert, which gets only some tokens of each row.
+    """Refuse an expert if the rows of a route differ in their adapters: an expert's input does not show its rows.
 
     Raises:
-        Unsupported: the module is one of a list of experts, and the route names more than one adapter.
+        Unsupported: the target is a numbered expert, and the rows of the route use different adapters (or some use an
+            adapter and others the base).
     """
     if len(set(route.names)) > 1 and is_expert(where):
-        why = "an expert sees only the tokens routed to it, and their rows are unknown"
+        why = "an expert gets only the tokens routed to it, and it is unknown which rows they belong to"
         raise Unsupported(why, where=where, cure=_ALONE)
 
 
@@ -182,19 +188,22 @@ def split(
     route: Route, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], beside: dict[str, Beside],
     where: str,
 ) -> Iterator[tuple[str | None, Sequence[object], dict[str, object], dict[str, Beside]]]:  # fmt: skip
-    """Yield the arguments of a module's forward for each group of rows: (name, args, kwargs, beside).
+    """Split the arguments of a module's forward into groups of rows that use the same adapter.
+
+    Yields for each group (name of the adapter, args, kwargs, beside).
 
     Args:
         route: the adapter of each row.
         module: the module.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        beside: further tensors with the same rows, which are split like the arguments.
+        beside: for the name of each adapter, a residual and the arguments of the model's call. Their tensors are split
+            like `args`.
         where: the target, for errors.
 
     Raises:
-        ShapeMismatch: no tensor has as many rows as the route.
-        Unsupported: the axis of the module's rows is unknown.
+        ShapeMismatch: the arguments have another number of rows than the route.
+        Unsupported: it is unknown which axis of the arguments holds the rows.
     """
     check_expert(route, where)
     axes, same = _axes(route, module, args, kwargs, where)
@@ -208,10 +217,10 @@ def split(
 
 
 def join(route: Route, module: nn.Module, outputs: Sequence[object], where: str) -> object:
-    """Join the results of the groups' forwards: concatenate tensors along the axis of rows, in the order of the rows.
+    """Join the outputs that the module returned for the groups of `split`, with the rows in their original order.
 
     Raises:
-        Unsupported: a result has no rows.
+        Unsupported: an output is a tensor without an axis of rows, or another value that differs between groups.
     """
     axis = _axis_of_outputs(route, module)
     turned = [_turned(output, axis, front=True) for output in outputs]
@@ -224,8 +233,8 @@ def join(route: Route, module: nn.Module, outputs: Sequence[object], where: str)
 
 
 Axis = Callable[[int, Tensor], int] | None
-"""A function that takes a tensor's position in a call and the tensor, and returns the axis of rows; None: always the
-first axis."""
+"""A function of (position of a tensor among the tensors of a call, the tensor) that returns the tensor's axis of rows.
+None means the first axis of every tensor."""
 
 
 def _turned(tree: pytree.PyTree, axis: Axis, front: bool) -> pytree.PyTree:
@@ -247,16 +256,15 @@ def _turned(tree: pytree.PyTree, axis: Axis, front: bool) -> pytree.PyTree:
 def _axes(
     route: Route, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], where: str
 ) -> tuple[Axis, dict[str, object]]:
-    given: list[Any] = [*args, *kwargs.values()]
     """Return the axis of rows of a module's arguments, and the keyword arguments that are the same for all rows."""
+    given: list[Any] = [*args, *kwargs.values()]
     if isinstance(module, nn.MultiheadAttention):
         mask: Any = kwargs.get("attn_mask")
         if len(args) > 5 or (mask is not None and mask.ndim > 2):
-            raise Unsupported(
-                "each row has its own mask", where=where, cure="Pass one two-dimensional attn_mask= by name"
-            )
+            why = "attn_mask= is passed by position or has more than two axes"
+            raise Unsupported(why, where=where, cure="Pass a two-dimensional mask by name: attn_mask=mask")
         if not given or given[0].ndim != 3:
-            raise Unsupported("the input has no rows", where=where, cure="Pass three-dimensional tensors")
+            raise Unsupported("the input has no axis of rows", where=where, cure="Pass three-dimensional tensors")
         second = 0 if module.batch_first else 1
         # In queries, keys and values, batch_first gives the axis of rows; in a padding mask, rows are the first axis.
         return (lambda _, leaf: second if leaf.ndim == 3 else 0), {"attn_mask": mask} if "attn_mask" in kwargs else {}
@@ -278,7 +286,11 @@ def _axis_of_outputs(route: Route, module: nn.Module) -> Axis:
 
 
 def _count(route: Route, tensors: list[Tensor], where: str) -> int:
-    """Return the length of the axis of rows: the number of rows, or a multiple of this number if rows are flattened."""
+    """Return the length of the axis of rows in a call's arguments.
+
+    It is the route's number of rows; 1 if one input is used for all rows; or a multiple of the number of rows if the
+    route is `flattened`.
+    """
     rows = len(route.names)
     sizes = [tensor.shape[0] for tensor in tensors if tensor.ndim]
     if rows in sizes:
@@ -304,13 +316,13 @@ def _joined(leaves: Sequence[object], groups: list[list[int]], back: list[int], 
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if len(tensors) < len(leaves):
         if any(leaf is not leaves[0] and leaf != leaves[0] for leaf in leaves):
-            raise Unsupported("the module returns a value without rows", where=where, cure=_ALONE)
+            raise Unsupported("the module returns a value without an axis of rows", where=where, cure=_ALONE)
         return leaves[0]
     pairs = list(zip(tensors, groups, strict=True))
     lengths = [tensor.shape[0] // len(rows) if tensor.ndim else 0 for tensor, rows in pairs]
     fits = all(tensor.ndim and tensor.shape[0] == lengths[0] * len(rows) for tensor, rows in pairs)
     if not fits or not lengths[0]:
-        raise Unsupported("the module returns a value without rows", where=where, cure=_ALONE)
+        raise Unsupported("the module returns a value without an axis of rows", where=where, cure=_ALONE)
     whole = torch.cat(tensors)
     if lengths[0] == 1:
         return whole[back]

@@ -1,4 +1,4 @@
-"""The settings of one thread or asyncio task: the routes of its rows, and the adapters it has disabled.
+"""Settings of one thread or asyncio task: the active routes, and the adapters that are switched on or off in it.
 
 `handle.weight = ...` and `handle.set_active(...)` change the model for all threads. `with route(...)` and
 `with handle.disable()` apply only in the context that entered them, so that a server can serve many threads with one
@@ -6,8 +6,8 @@ model.
 
 Two stores hold the context's scope. A `ContextVar` works for threads and for asyncio tasks, but torch.compile cannot
 trace it (torch 2.13: "does not know how to trace method get"). torch.compile does trace and guard a `threading.local`,
-so compiled code reads the scope from there. Only one case fails: a task that awaits inside the `with` and runs a
-*compiled* model.
+so compiled code reads the scope from there. This fails in one case: all asyncio tasks of a thread share the
+`threading.local`. So a task that awaits inside the `with` must not run a *compiled* model.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Switch:
 
 @dataclass(frozen=True)
 class Route:
-    """The adapter of each row.
+    """The adapter that each row of a batch uses.
 
     Attributes:
         names: for each row, the name of an adapter, or None for the base.
-        flattened: whether a tensor may have rows and tokens joined in one axis.
+        flattened: whether a tensor may have the rows and the tokens joined in one axis.
         axis: the axis of the rows.
         known: the names of all adapters that are attached to the model.
         switches: the switches of these adapters.
@@ -83,7 +83,7 @@ class Route:
         """View a module's input or output as `[rows, ...]`.
 
         Raises:
-            ShapeMismatch: the tensor has another number of rows than the route.
+            ShapeMismatch: the tensor's number of rows is neither 1 nor that of the route.
         """
         rows = self.table.shape[0]
         if self.axis and tensor.ndim > self.axis:
@@ -97,16 +97,16 @@ class Route:
         raise self.mismatch(tensor.shape[0] if tensor.ndim else 0)
 
     def rows_back(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """Undo `rows_first`: return `[rows, ...]` with the axes of `like`, the module's output.
+        """Undo `rows_first`: give a tensor `[rows, ...]` the axes of `like`, the module's output.
 
-        The number of rows may differ from that of `like`.
+        `tensor` and `like` may differ in their number of rows.
         """
         if self.axis and like.ndim > self.axis:
             return tensor.movedim(0, self.axis)
         return tensor if tensor.ndim == like.ndim else tensor.flatten(0, 1)
 
     def mismatch(self, size: int) -> ShapeMismatch:
-        """Return the error for a forward with another number of rows than the route has."""
+        """Return the error for a forward with `size` rows, which is not the route's number of rows."""
         rows = len(self.names)
         some = ", ".join(f"row {row}: {name or 'the base'}" for row, name in list(enumerate(self.names))[:8])
         why = f"{size or 'no'} rows, but the route names {rows} ({some}{', ...' if rows > 8 else ''})"
@@ -117,7 +117,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Scope:
-    """The settings of one context: the route of each hook, and whether each switch's adapter is on."""
+    """The settings of one context: a route for each hook, and the adapters that are switched on or off only here."""
 
     routes: Mapping[object, Route] = field(default_factory=dict)
     active: Mapping[Switch, bool] = field(default_factory=dict)
@@ -129,7 +129,7 @@ _EVERYWHERE = Scope()
 class _LocalScopes(threading.local):
     """The scope of each thread.
 
-    The attribute is set in `__init__`, which runs once in each thread. A class attribute as the default would not work:
+    `__init__` sets the attribute, and runs once in each thread. A class attribute as the default value would not work:
     dynamo does not notice when an instance attribute starts to hide a class attribute.
     """
 
@@ -148,7 +148,7 @@ def current() -> Scope:
 
 @contextmanager
 def within(scope: Scope) -> Iterator[None]:
-    """Use this scope inside the `with`, only in this context."""
+    """Use `scope` inside the `with`, only in this thread or asyncio task."""
     before = _LOCAL.scope
     token = None if torch.compiler.is_compiling() else _SCOPE.set(scope)
     _LOCAL.scope = scope
@@ -164,16 +164,17 @@ def within(scope: Scope) -> Iterator[None]:
             except ValueError:  # Another thread or task exits the `with`.
                 crossed = True
     if crossed:
-        why = "a `with route(...)` or `with handle.disable()` was exited in another order or thread than it was entered"
-        cure = "Enter and exit it around each forward, not around a `yield` of a generator that runs alongside others"
+        why = "a `with route()` or `with handle.disable()` block overlaps another, or ends in another thread or task"
+        cure = "Put the `with` around each forward, not around a `yield` of a generator that runs alongside others"
         raise UsageError(why, cure=cure)
 
 
 class ScopeSettings:
-    """The settings of all threads: a token that is replaced at each change of an adapter's weight or switch.
+    """A token that is replaced whenever any adapter's weight or switch changes for all threads.
 
-    Code that makes a plan or a stack first reads the token. The plan or stack is valid as long as this token is the
-    current one. So a forward makes one comparison instead of looking at every adapter.
+    Some code caches values that depend on weights and switches, such as the plans in lean.py. It reads the token before
+    it computes a value. While the token stays the same, the value is valid. So a forward compares one object instead of
+    looking at every adapter.
     """
 
     def __init__(self) -> None:
@@ -188,13 +189,13 @@ SETTINGS = ScopeSettings()
 
 
 def routed(routes: Mapping[object, Route]) -> AbstractContextManager[None]:
-    """Use the context's scope with these routes added, inside the `with`."""
+    """Inside the `with`, add routes to the scope of this context."""
     scope = current()
     return within(Scope({**scope.routes, **routes}, scope.active))
 
 
 def switched(switch: Switch, active: bool) -> AbstractContextManager[None]:
-    """Use the context's scope with one adapter switched on or off, inside the `with`."""
+    """Inside the `with`, switch one adapter on or off, only in this context."""
     scope = current()
     return within(Scope(scope.routes, {**scope.active, switch: active}))
 
@@ -202,9 +203,10 @@ def switched(switch: Switch, active: bool) -> AbstractContextManager[None]:
 class Recall:
     """Give a recomputed forward the scope that its first run had.
 
-    Activation checkpointing runs a block again in the backward pass, often outside the `with` of the forward, and on
-    CUDA in one of autograd's threads. Without this class, the gradients would silently belong to another function.
-    The adapters' weights and switches must be the same as in the first forward.
+    Activation checkpointing runs a block again in the backward pass. By then, the `with` around the forward has often
+    ended, and on CUDA the block runs in one of autograd's threads. Without this class, the block would use other
+    adapters than in its first run, and the gradients would silently be wrong. The adapters' weights and switches must
+    not change between the two runs.
     """
 
     def __init__(self) -> None:
@@ -213,15 +215,15 @@ class Recall:
         self._token: object = None
 
     def scope(self, training: bool, switches: Sequence[Switch] = ()) -> Scope:
-        """Return the scope to run in.
+        """Return the scope that the forward of a module must use.
 
         Args:
             training: whether the module is in training mode.
-            switches: the switches of the adapters at the module.
+            switches: the switches of the adapters that are attached to the module.
 
         Raises:
-            Unsupported: in a recomputation, if forwards with several scopes ran since the last backward pass, or if an
-                adapter's weight or switch changed since the forward.
+            Unsupported: the forward is a recomputation, and forwards with several scopes ran since the last backward
+                pass, or an adapter's weight or switch changed since the first run.
         """
         if torch.compiler.is_compiling():
             return _LOCAL.scope
@@ -246,8 +248,8 @@ class Recall:
         return scope
 
     def _recalled(self, scope: Scope, states: States) -> Scope:
-        # Prefer forwards with gradients, because a reference model (DPO) runs without. If there are none, use forwards
-        # without gradients, because reentrant checkpointing runs its first forward without them.
+        # Prefer forwards that ran with gradients: the others may be those of a reference model (DPO), which has no
+        # backward pass. If there are none, use the others: reentrant checkpointing disables gradients in the first run.
         with_gradients, without = self._seen[True], self._seen[False]
         recalled = with_gradients or without
         if not recalled:
@@ -256,12 +258,12 @@ class Recall:
             chosen = recalled[0] if len(recalled) == 1 else (scope, states)
             if chosen[1] == states:
                 return chosen[0]
-            why = "a checkpointed block is recomputed after an adapter was reweighted or switched on or off"
+            why = "a checkpointed block is recomputed, but an adapter was reweighted or switched since the first run"
             cure = "Set handle.weight and call handle.set_active() after backward(), or use `with handle.disable()`"
             raise Unsupported(why, cure=cure)
-        why = "a checkpointed block is recomputed, but forwards with several routes or switches came before"
+        why = "a checkpointed block is recomputed, but forwards with several routes or switches ran before it"
         raise Unsupported(why, cure="Call backward() inside the `with` of its forward, or after each forward")
 
 
 States = tuple[tuple[Switch, float, bool], ...]
-"""Each adapter's switch, its weight, and whether it is on."""
+"""(switch, weight, whether it is on) for each adapter."""

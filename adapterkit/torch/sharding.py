@@ -1,7 +1,7 @@
-"""Weights that are sharded over several processes, and gradients that DDP averages.
+"""Read and write weights that are sharded over several processes, and check that gradients are averaged.
 
-FSDP2 and tensor parallelism use DTensors. DeepSpeed's ZeRO stage 3 replaces each parameter by an empty one, which has
-the shape and the local part as attributes. Before a module's forward, ZeRO gathers the parameters of the module.
+FSDP2 and tensor parallelism use DTensors. DeepSpeed's ZeRO stage 3 replaces each parameter by an empty one, whose
+attributes hold the full shape and this process's part. Before a module's forward, ZeRO gathers the module's parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import Unsupported
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the whole tensor; if it is sharded or partitioned, every process must call this function."""
+    """Return the whole tensor. For a DTensor or a tensor partitioned by ZeRO, every process must call this function."""
     sharded: Any = tensor
     if is_partitioned(tensor):
         library: Any = importlib.import_module("deepspeed")
@@ -31,21 +31,26 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gathered(update: Update) -> Update:
-    """Return the update with whole tensors; see `whole`."""
+    """Return the update with whole tensors in place of DTensors; see `whole`."""
     take: Any = whole
     return update.map(take) if any(map(is_sharded, update.tensors.values())) else update
 
 
 def is_sharded(leaf: object) -> bool:
-    """Whether a tensor is a DTensor, of which this process holds a part."""
+    """Whether a tensor is a DTensor, so that this process may hold only a part of it."""
     return hasattr(leaf, "full_tensor")
 
 
 def spread(tensor: Tensor, like: Tensor, model: nn.Module) -> Tensor:
-    """Return an adapter's tensor as a DTensor that is whole in every process, if the layer computes with DTensors.
+    """Return an adapter's tensor as a replicated DTensor if the layer computes with DTensors, else unchanged.
 
     Layers compute with DTensors in tensor parallelism (`parallelize_module`, transformers' `tp_plan`). Under FSDP2,
     weights are DTensors only between forwards.
+
+    Args:
+        tensor: the adapter's tensor, with the same values in every process.
+        like: the layer's weight.
+        model: the model.
     """
     if not is_sharded(like) or any(_synchroniser(module) == "fully_shard" for module in model.modules()):
         return tensor
@@ -59,9 +64,9 @@ def spread(tensor: Tensor, like: Tensor, model: nn.Module) -> Tensor:
 
 @contextmanager
 def constants_on_every_process() -> Iterator[None]:
-    """Let formulas over DTensors use plain tensors (indices, identity matrices), which are equal in all processes.
+    """Let formulas combine DTensors with plain tensors (indices, identity matrices) that are equal in all processes.
 
-    torch's own `implicit_replication` cannot be nested: at the end of the inner block, torch also ends the outer one.
+    torch's own `implicit_replication` cannot be nested: the end of an inner block switches it off for the outer block.
     """
     from torch.distributed.tensor import DTensor
 
@@ -75,21 +80,21 @@ def constants_on_every_process() -> Iterator[None]:
 
 
 def is_partitioned(leaf: object) -> bool:
-    """Whether a parameter belongs to ZeRO stage 3 and is not gathered at the moment, so that it has no elements."""
+    """Whether a parameter is empty at the moment, because ZeRO stage 3 has partitioned and not yet gathered it."""
     status = getattr(leaf, "ds_status", None)
     return status is not None and getattr(status, "name", "") != "AVAILABLE"
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """Return the shape of a tensor, even if it is partitioned."""
+    """Return the full shape of a tensor, even if ZeRO has partitioned it."""
     sharded: Any = tensor
     return tuple(sharded.ds_shape if is_partitioned(tensor) else tensor.shape)
 
 
 @torch.no_grad()
 def put(parameter: Tensor, value: Tensor) -> None:
-    """Copy a value into a parameter; if only the parameter is sharded, each process takes its part of the value."""
-    if hasattr(parameter, "ds_status"):  # ZeRO keeps small parameters whole, but trains their partitions: set both.
+    """Copy a value into a parameter. If only the parameter is sharded, each process copies its part of the value."""
+    if hasattr(parameter, "ds_status"):  # ZeRO keeps small parameters whole, but trains their partitions. Set both.
         library: Any = importlib.import_module("deepspeed")
         with library.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
@@ -129,12 +134,12 @@ def check_unwrapped(model: nn.Module) -> None:
     """Check that trained parameters can still be added to a model.
 
     Raises:
-        Unsupported: DDP or FSDP2 has already wrapped the model, and averages only the gradients of parameters that
-            existed then.
+        Unsupported: DDP or FSDP has already wrapped the model. It averages only the gradients of parameters that the
+            model had at that time.
     """
     name = next((wrapper for module in model.modules() if (wrapper := _synchroniser(module))), None)
     if name:
-        why = f"{name} does not see parameters that are added after it has wrapped the model"
+        why = f"{name} has already wrapped the model, and ignores parameters that are added afterwards"
         raise Unsupported(why, where="trainable", cure=f"Call inject(trainable=True) before {name}")
 
 
@@ -142,7 +147,8 @@ def check_averaged(trained: Iterable[Tensor], name: str) -> None:
     """Check, inside DDP's forward, that DDP averages the gradients of the given parameters.
 
     Raises:
-        Unsupported: the parameters were added after DDP wrapped the model, so the processes would diverge.
+        Unsupported: a parameter was added after DDP wrapped the model. DDP would not average its gradient, so the
+            processes would diverge.
     """
     running: Any = DistributedDataParallel._active_ddp_module
     if running is None:

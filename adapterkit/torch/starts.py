@@ -1,14 +1,14 @@
-"""Initial factors of LoRA: the initialisers of PEFT's `init_lora_weights`, with the same numbers for the same seed.
+"""Initial factors of LoRA: the initialisers of PEFT's `init_lora_weights`, which give the same values as in PEFT.
 
-PEFT draws from torch's global generator, layer by layer. It draws more numbers than it keeps: it first initialises both
-factors as torch initialises layers, and then draws them again. Each function here draws the same numbers in the same
-order, so that `create(model, "lora", seed=s)` equals `torch.manual_seed(s)` and `get_peft_model`.
+PEFT draws random numbers from torch's global generator, layer by layer. It first initialises both factors as torch
+initialises layers, and then replaces these values by new ones. The functions here draw all these numbers in the same
+order. So `create(model, "lora", seed=s)` gives the same factors as `torch.manual_seed(s)` and then `get_peft_model`.
 
 PiSSA, OLoRA, CorDA and LoftQ subtract the initial factors from the base, and PEFT overwrites the base with the
 difference. Here the base does not change: instead, `Start.taken` becomes an additional update (`residual`) before the
 LoRA.
 
-CorDA and EVA start from data: `moments_of` runs the model over batches and sums moments of its layers' inputs.
+CorDA and EVA need data: `moments_of` runs the model over batches, and sums the moments of its layers' inputs.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from ..quant.bnb_4bit import quantized
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """A LoRA before training.
+    """The initial factors of a LoRA.
 
     Attributes:
         A: `[r, in, *k]`.
         B: `[out, r]`.
-        taken: the update that subtracts the initial factors from the base; None if the initialiser does not subtract
-            them.
+        taken: an update that subtracts the LoRA's initial change from the base (for LoftQ, the rounding error of the
+            weight); None if the initialiser subtracts nothing.
     """
 
     A: Tensor
@@ -45,14 +45,14 @@ class Start:
 
 @dataclass(frozen=True, eq=False)
 class StartPlace:
-    """One layer and its settings, the input of an initialiser.
+    """The layer and the settings that an initialiser gets.
 
     Attributes:
         W: the weight, float32, `[out, in, *k]`.
-        rank: the inner size.
+        rank: the rank r of the LoRA.
         scaling: the scaling of the LoRA.
         embedding: whether the layer is an embedding.
-        seen: the moments of the layer's inputs, for initialisers that use data.
+        seen: the moments of the layer's inputs; None for initialisers that need no data.
     """
 
     W: Tensor
@@ -67,7 +67,7 @@ class StartPlace:
 
 
 def start_of(init: str, place: StartPlace) -> Start:
-    """Return the initial factors; draws from torch's global generator.
+    """Return the initial factors of a layer's LoRA. This draws random numbers from torch's global generator.
 
     Args:
         init: one of `KINDS`, `pissa_niter_N`, or `loftq` followed by `_int8`, `_iter_N` or both.
@@ -78,7 +78,7 @@ def start_of(init: str, place: StartPlace) -> Start:
     """
     kind = find(init)
     if init != "default" and init != "gaussian" and (place.embedding or place.W.ndim != 2):
-        raise UsageError(f"init={init!r} is for linear layers", cure="Leave this layer out with exclude=")
+        raise UsageError(f"init={init!r} supports only linear layers", cure="Leave this layer out with exclude=")
     shapes = (place.rank, *place.W.shape[1:]), (len(place.W), place.rank)
     if place.embedding:
         A, B = (torch.randn(shape) for shape in shapes)
@@ -89,7 +89,7 @@ def start_of(init: str, place: StartPlace) -> Start:
 
 
 def find(init: str) -> Kind:
-    """Return the function of an initialiser.
+    """Return the function that computes the factors for an initialiser's name.
 
     Raises:
         UsageError: there is no initialiser with this name.
@@ -105,7 +105,7 @@ Kind = Callable[[str, StartPlace], Start]
 
 
 def _drawn(*shape: int) -> Tensor:
-    """Draw a weight as torch's layers initialise it."""
+    """Draw a weight as torch initialises linear layers and convolutions."""
     out: Tensor = nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
     return out
 
@@ -132,7 +132,7 @@ def _orthogonal(_: str, place: StartPlace) -> Start:
 def _pissa(init: str, place: StartPlace) -> Start:
     """Start from the components of W with the largest singular values.
 
-    `pissa_niter_N` computes these values in N steps of a randomised method.
+    `pissa_niter_N` computes these components with N iterations of a randomised SVD.
     """
     r = place.rank
     if init == "pissa":
@@ -175,10 +175,10 @@ def _eva(_: str, place: StartPlace) -> Start:
 
 
 def _loftq(init: str, place: StartPlace) -> Start:
-    """Start from the largest singular components of the weight's rounding error; `taken` subtracts the whole error.
+    """Start from the components of the weight's rounding error that have the largest singular values.
 
-    As in PEFT, the scaling is ignored. If alpha is not the rank, the LoRA is therefore not the best approximation of
-    the error.
+    `taken` subtracts the whole error from the base. As in PEFT, the factors do not take the scaling into account. So
+    unless the scaling is 1, the LoRA is not the best approximation of the error.
     """
     rounded_to = _to_int8 if "int8" in init else _to_nf4
     turns = int(init.rpartition("iter_")[2]) if "iter" in init else 1
@@ -196,7 +196,7 @@ def _loftq(init: str, place: StartPlace) -> Start:
 
 
 def _to_nf4(W: Tensor) -> Tensor:
-    """Round to the nearest numbers of bitsandbytes' nf4, in blocks of 64."""
+    """Round to the nearest levels of bitsandbytes' nf4, with one scale for each block of 64 values."""
     levels = torch.tensor(NF4).numpy()
     q, largest = quantized(W.contiguous().view(-1).numpy(), levels, 64)
     values = torch.from_numpy(levels[q]) * torch.from_numpy(largest).repeat_interleave(64)[: W.numel()]
@@ -204,7 +204,7 @@ def _to_nf4(W: Tensor) -> Tensor:
 
 
 def _to_int8(W: Tensor) -> Tensor:
-    """Round to 8 bits relative to the largest number of each row, as bitsandbytes does."""
+    """Round to 8 bits as bitsandbytes does, with one scale for each row: its largest absolute value."""
     W = W.half().float()  # bitsandbytes rounds to 16 bits first.
     largest = W.abs().amax(1, keepdim=True)
     q = (W * torch.where(largest == 0, 0.0, 127.0 / largest)).round()
@@ -236,7 +236,7 @@ NF4 = (
 """The levels of NF4 (appendix E of https://arxiv.org/abs/2305.14314)."""
 
 OF_DATA = frozenset({"corda", "corda_kpm", "eva"})
-"""The initialisers that use the inputs of the layers."""
+"""The initialisers that need data."""
 
 
 class Moments:
@@ -253,16 +253,17 @@ class Moments:
 
         Args:
             x: `[*, in]`.
-            kept: a mask `[*]` that is True for the inputs that count for EVA; None: all inputs count.
+            kept: a mask `[*]` that is True for the tokens that count for EVA; None: all tokens count.
 
         Raises:
-            UsageError: a value is not finite, or all values are zero.
+            UsageError: a value is not finite, or the largest value is 0.
         """
         flat = x.detach().to("cpu", torch.float32).flatten(0, -2)
         largest = flat.max().abs()
         if not torch.isfinite(flat).all() or largest == 0:
-            raise UsageError("the inputs of a layer are all zero, or not finite", where="data", cure="Check the data")
-        scaled = flat / largest  # As in PEFT, every batch counts equally.
+            why = "a layer's inputs contain NaN or an infinity, or their largest value is 0"
+            raise UsageError(why, where="data", cure="Check the data")
+        scaled = flat / largest  # As in PEFT, so that batches with large values do not dominate.
         self.scaled = self.scaled + scaled.T @ scaled
         self.batches += 1
         flat = (flat if kept is None else flat[kept.flatten().to("cpu")]).double()
@@ -270,12 +271,18 @@ class Moments:
         self.tokens += len(flat)
 
     def covariance(self) -> Tensor:
-        """Return CorDA's covariance `[in, in]`: the mean of x^T x over batches, with each x divided by its maximum."""
+        """Return CorDA's covariance `[in, in]`: the mean of x^T x over the calls.
+
+        x holds the inputs of one call, divided by the absolute value of their maximum.
+        """
         out: Tensor = self.scaled / self.batches
         return out
 
     def components(self) -> tuple[Tensor, Tensor]:
-        """Return the shares of the variance in descending order, and the principal components `[in, in]` as rows."""
+        """Return each principal component's share of the variance, and the components as the rows of `[in, in]`.
+
+        The component with the largest share comes first.
+        """
         mean = self.total / self.tokens
         spread = self.square / self.tokens - torch.outer(mean, mean)
         values, vectors = torch.linalg.eigh(spread)
@@ -285,7 +292,7 @@ class Moments:
 
 @torch.no_grad()
 def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[object]) -> dict[str, Moments]:
-    """Run a model over data, and return the moments of some modules' inputs.
+    """Run a model over data, and return the moments of the inputs of the modules at `paths`.
 
     Args:
         model: the model; it is switched to evaluation mode during the run.
@@ -295,7 +302,7 @@ def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[object]) -
             `labels` is -100.
 
     Raises:
-        UsageError: there is no data, or a module was never called.
+        UsageError: there is no data, a module was never called, or its inputs are refused by `Moments.add`.
     """
     moments_by_path = {path: Moments() for path in paths}
     mask: list[Tensor | None] = [None]

@@ -1,4 +1,4 @@
-"""The structure of transformers models: attentions like Llama's and GPT-2's, embeddings, layers and heads."""
+"""Find the parts and sizes of transformers models: attentions, embeddings, numbers of layers and heads, wrappers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from ..errors import Unsupported
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj"}
 GPT2 = {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}
-"""The names of the modules inside attentions like Llama's and GPT-2's; other attentions compute something else."""
+"""The names of the child modules of attentions like Llama's (`LLAMA`) and like GPT-2's (`GPT2`).
+
+Attentions with other child modules are refused, because they may compute something else.
+"""
 
 
 class HeadSizes(ABC):
-    """An attention's projections.
+    """The projections of an attention.
 
     Attributes:
         width: the number of features of the attention's input.
@@ -37,21 +40,24 @@ class HeadSizes(ABC):
 
     @abstractmethod
     def queries(self, x: Tensor, words: Mapping[str, object]) -> Tensor:
-        """Return the queries of an input `[batch, m, width]`, with positions applied: `[batch, heads, m, d]`."""
+        """Return the queries `[batch, heads, m, d]` of an input `[batch, m, width]`, with rotary positions applied.
+
+        `words` are the keyword arguments of the attention's call; models with rotary positions pass them there.
+        """
 
     @abstractmethod
     def keys_values(self, P: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of a prompt `[n, width]`, without positions, each `[heads, n, d]`."""
+        """Return the keys and values, each `[heads, n, d]`, of a prompt `[n, width]`, without rotary positions."""
 
     @abstractmethod
     def mixed(self, h: Tensor) -> Tensor:
-        """Apply the output projection, without its bias, to the outputs of the heads `[batch, m, heads * d]`."""
+        """Apply the output projection without its bias to the joined outputs of the heads `[batch, m, heads * d]`."""
 
 
 class Separate(HeadSizes):
     """The projections of Llama: `q_proj`, `k_proj`, `v_proj`, `o_proj`.
 
-    If the model has rotary positions, they rotate the two halves of each head.
+    Rotary positions, if the model has them, rotate feature i of a head together with feature i + d / 2.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -65,7 +71,7 @@ class Separate(HeadSizes):
             return q
         cos, sin = (each.unsqueeze(1) for each in angles)
         if cos.shape[-1] != self.d:
-            raise Unsupported("rotary positions cover only a part of each head", cure="Choose a model like Llama")
+            raise Unsupported("rotary positions cover only a part of each head", cure="Use a model like Llama")
         first, second = q.chunk(2, -1)
         turned: Tensor = q * cos + torch.cat((-second, first), -1) * sin
         return turned
@@ -110,7 +116,7 @@ def heads_of(module: nn.Module) -> HeadSizes:
     if children == GPT2 and hasattr(module, "head_dim"):
         return Fused(module)
     why = f"a {type(module).__name__} is not an attention like Llama's or GPT-2's"
-    raise Unsupported(why, cure="Target the attentions of such a model")
+    raise Unsupported(why, cure="Use a model with such attentions, and target them")
 
 
 def _without_bias(module: nn.Module, h: Tensor) -> Tensor:
@@ -119,7 +125,7 @@ def _without_bias(module: nn.Module, h: Tensor) -> Tensor:
     if layer.bias is None:
         return y
     # Between two forwards, the bias may be on the meta device (accelerate's offloading) or in 8 bits (diffusers'
-    # casting). Then the layer's output for zeros gives the bias.
+    # casting). Then run the layer on zeros: its output is the bias.
     at_hand = not layer.bias.is_meta and layer.bias.dtype.itemsize > 1
     bias: Tensor = layer.bias if at_hand else layer(h.new_zeros(1, h.shape[-1]))
     return y - bias
@@ -133,9 +139,9 @@ def is_encoder_decoder(module: nn.Module) -> bool:
 
 
 def sizes_of(module: nn.Module) -> dict[str, int]:
-    """Return the number of `layers` and `heads` and the width `d` of a model's past keys and values.
+    """Return the sizes of a model's past keys and values: the number of `layers` and `heads`, and the head width `d`.
 
-    In a model with an encoder, these are the decoder's sizes. Sizes that the config does not give are missing.
+    For an encoder-decoder model, these are the decoder's sizes. Sizes that are not in the config are omitted.
     """
     config: Any = getattr(module, "config", None)
     if hasattr(config, "get_text_config"):
@@ -155,29 +161,32 @@ def embedding_of(module: nn.Module) -> nn.Module:
     """Return the module that turns a model's token ids into embeddings.
 
     Raises:
-        Unsupported: the model does not say which module it is.
+        Unsupported: the model has no `get_input_embeddings()` that returns a module with a weight.
     """
     model: Any = module
     embedding = model.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
     if not isinstance(embedding, nn.Module) or not isinstance(getattr(embedding, "weight", None), Tensor):
-        why = f"a {type(module).__name__} does not say which module embeds its tokens"
-        raise Unsupported(why, cure="Give it a get_input_embeddings() that returns that module")
+        why = f"a {type(module).__name__} has no get_input_embeddings() that returns a module with a weight"
+        raise Unsupported(why, cure="Add this method to the model: return the module that embeds the tokens")
     return embedding
 
 
 HEADS = ("num_key_value_heads", "num_heads", "num_attention_heads", "n_heads")
 WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
-"""Attribute names in attentions: `HEADS` for the number of key heads, `WIDTHS` for the width of a head."""
+"""Names of attributes that may hold an attention's number of key heads (`HEADS`) and its head width (`WIDTHS`)."""
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module is an attention that calls the attention function of transformers that its config names."""
+    """Whether a module is an attention that runs one of transformers' `ALL_ATTENTION_FUNCTIONS`.
+
+    Its config names this function (`attn_implementation`).
+    """
     has_words = all(hasattr(module, name) for name in ("config", "is_causal", "scaling"))
     return has_words and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def key_sizes(module: nn.Module) -> dict[str, int]:
-    """Return `heads` and `d` of an attention's keys, and the `width` of its input, as far as they are known."""
+    """Return the known sizes of an attention: the `heads` and head width `d` of its keys, the `width` of its input."""
     config = module.config
     grouped = getattr(config, HEADS[0], None)
     heads = grouped or next((value for name in HEADS if (value := getattr(module, name, None))), None)
@@ -187,7 +196,10 @@ def key_sizes(module: nn.Module) -> dict[str, int]:
 
 
 def positions_of(model: nn.Module, path: str) -> nn.Module | None:
-    """Return the attention that holds the relative positions for the attention at `path`; in T5, the first one."""
+    """Return the attention that holds the table of relative positions that the attention at `path` uses.
+
+    In T5, this is the first attention of the encoder or decoder. None: the attention uses no relative positions.
+    """
     if not hasattr(model.get_submodule(path), "has_relative_attention_bias"):
         return None
     tables = {name: m for name, m in model.named_modules() if getattr(m, "has_relative_attention_bias", False)}
@@ -195,37 +207,37 @@ def positions_of(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _shared(one: str, other: str) -> int:
-    """Return how many names two paths share from the start."""
+    """Return how many leading names two dotted paths have in common."""
     pairs = zip(one.split("."), other.split("."), strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(one.count("."), other.count(".")) + 1)
 
 
-# Convert between a module's name in the base and its name under wrappers.
+# Convert between a module's path in the plain base and its path in a wrapped model.
 #
-# torch.compile, DDP, FSDP1, checkpoint wrappers, PEFT and sentence-transformers add their own modules to the path of a
-# module. Adapters are written with the base's own names, and are matched to the names with wrappers.
+# torch.compile, DDP, FSDP1, checkpoint wrappers, PEFT and sentence-transformers add names to the path of a module.
+# Adapter files contain the paths of the plain base.
 
 
 _ALWAYS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""The attributes that only wrappers of torch have."""
+"""Names of attributes that hold a wrapped module. Only torch's wrappers use these names."""
 
 _PARALLEL = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "AveragedModel")
-"""Wrapper classes that hold the model as `module`."""
+"""Wrapper classes that hold the wrapped model in the attribute `module`."""
 
 _LIBRARIES = {
     "composer": ("model",),
     "ema_pytorch": ("ema_model", "online_model"),
-    "lightning": ("_forward_module", "_original_module"),  # Fabric's.
+    "lightning": ("_forward_module", "_original_module"),  # Lightning Fabric's wrapper.
     "lightning_fabric": ("_forward_module", "_original_module"),
     "peft": ("base_model", "model", "base_layer"),
-    "sentence_transformers": ("auto_model", "model", "0"),  # `model` since its version 5.
+    "sentence_transformers": ("auto_model", "model", "0"),  # `model` since version 5 of the library.
     "trl": ("pretrained_model",),  # Models with a value head.
 }
-"""A map from each library to the attributes of its modules that hold the wrapped module."""
+"""A map from each library to the attributes in which the library's wrappers hold the wrapped module."""
 
 
 def unwrapped(model: nn.Module, path: str) -> str:
-    """Return the dotted path of a module or parameter without wrappers.
+    """Return the dotted path of a module or parameter, without the names that wrappers add to it.
 
     Args:
         model: the model that the path starts at.
@@ -236,17 +248,17 @@ def unwrapped(model: nn.Module, path: str) -> str:
     for name in path.split(".") if path else ():
         if module is None or not _wraps(module, name):
             kept.append(name)
-        module = module._modules.get(name) if module is not None else None  # None if the name is a parameter's.
+        module = module._modules.get(name) if module is not None else None  # None if the name is that of a parameter.
     return ".".join(kept)
 
 
 def wrapped(model: nn.Module, adapter: Adapter) -> Adapter:
-    """Return the adapter with its targets under the model's current names, including wrappers."""
+    """Return the adapter with its targets' paths replaced by the paths in the wrapped model."""
     renamed = {}
     for path, module in model.named_modules(remove_duplicate=False):
         plain = unwrapped(model, path)
         if plain != path:
-            # If several modules have the same name without wrappers, the innermost comes last and is kept.
+            # A wrapper and the module that it wraps have the same plain path. Keep the innermost, which comes last.
             renamed[plain] = path
             renamed |= {f"{plain}.{name}".lstrip("."): f"{path}.{name}" for name in module._parameters}
     renamed.pop("", None)
@@ -257,7 +269,7 @@ def wrapped(model: nn.Module, adapter: Adapter) -> Adapter:
 
 
 def _wraps(module: nn.Module, name: str) -> bool:
-    """Whether a child is the module that its parent wraps."""
+    """Whether a module is a wrapper, and its child `name` is the module that it wraps."""
     if name in _ALWAYS:
         return True
     kinds = type(module).__mro__

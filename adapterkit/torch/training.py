@@ -1,6 +1,6 @@
 """Train adapters: a callback for transformers' `Trainer` (and TRL's trainers), and the optimizer LoRA-FA.
 
-Accelerate and Lightning need no callback: they save the state dict that `handle.checkpoint` chooses.
+Accelerate and Lightning need no callback: they save the model's state dict, and `handle.checkpoint` sets its content.
 
     handle.checkpoint = "adapter"
     accelerator.save_state(folder)             # and accelerator.load_state(folder)
@@ -36,18 +36,18 @@ class TrainerCallback:
 
     A checkpoint holds the adapter's tensors in training precision (`model.safetensors`), the optimizer, the scheduler
     and the random states, so a resumed run equals an uninterrupted one bit by bit. A checkpoint also holds the adapter
-    as a file that other tools read.
+    in a file that other tools can read.
 
     Args:
         handle: the handle of an adapter injected with `trainable=True`.
         to: the format of the adapter file in each checkpoint, such as `peft`; None writes no such file.
         name: the name of that file or folder inside the checkpoint.
-        options: further arguments for `adapterkit.write`; if `on_loss` is not given, it is "promote", which keeps the
-            computed function.
+        options: further arguments for `adapterkit.write`. The default of `on_loss` is "promote" here, which keeps the
+            function that the adapter computes.
 
     Raises:
         Unrepresentable: the format cannot hold the adapter. The constructor writes the adapter to a temporary folder,
-            so that this error comes before training and not at the first checkpoint.
+            so this error is raised before training and not at the first checkpoint.
     """
 
     # Not a subclass of transformers' class, so that this module does not import transformers.
@@ -64,7 +64,7 @@ class TrainerCallback:
             write(adapter, folder / self.name, format=self.to, **self.options)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        """For all other events of the Trainer, return a function that does nothing."""
+        """Return a function that does nothing, for all other events of the Trainer."""
         if not name.startswith("on_"):
             raise AttributeError(name)
         return _nothing
@@ -73,11 +73,11 @@ class TrainerCallback:
         """Write the adapter into the checkpoint that the Trainer has just written."""
         assert args.output_dir is not None
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        # Call this in every process, because each process contributes its part.
+        # Call adapter() in every process: if tensors are sharded, every process must take part in gathering them.
         adapter = self.handle.adapter() if self.to else None
         if not args.should_save:
             return
-        # With a config next to the weights, from_pretrained() would take the folder for a complete model.
+        # Delete the model's configs: if they are present, from_pretrained() takes the folder for a complete model.
         for config in ("config.json", "generation_config.json"):
             (folder / config).unlink(missing_ok=True)
         if adapter is not None:
@@ -88,16 +88,16 @@ def _nothing(*_: object, **__: object) -> None:
     pass
 
 
-# LoRA-FA: A keeps its initial values, and B learns from its gradient projected on A.  Zhang et al. 2023
+# LoRA-FA: train only B, with a corrected gradient; A keeps its initial values.  Zhang et al. 2023
 #
-# https://arxiv.org/abs/2308.03303. With a frozen A, a layer keeps x A^T for the backward pass (r numbers for each
+# https://arxiv.org/abs/2308.03303. With a frozen A, a layer keeps x A^T for the backward pass (r values for each
 # token) instead of x. The gradient of B is multiplied by (A A^T)^-1 / scaling^2. This makes the change of the weight as
 # close as possible to a step along the full weight's gradient. Moments, bias correction and decay follow PEFT's
-# `LoraFAOptimizer`, which does this multiplication in 16 bits where possible.
+# `LoraFAOptimizer`. But PEFT multiplies the gradient in 16 bits where possible; here it is multiplied in 32 bits.
 
 
 class LoRAFA(torch.optim.Optimizer):
-    """An optimizer for an attached LoRA that trains only B.
+    """An optimizer that trains every B (and bias) of an attached LoRA, and keeps every A as it is.
 
         handle = ak.torch.inject(model, adapter, trainable=True)
         optimizer = ak.torch.LoRAFA(handle, lr=1e-4)
@@ -105,14 +105,14 @@ class LoRAFA(torch.optim.Optimizer):
     The optimizer sets `requires_grad` of every A to False. Its state is saved and loaded like that of any optimizer.
 
     Args:
-        handle: the handle of a LoRA injected with `trainable=True`. Biases are trained with the formula of AdamW.
+        handle: the handle of a LoRA injected with `trainable=True`. Its biases are trained as by AdamW.
         lr: the learning rate.
         betas: the decay rates of the two moments.
-        eps: a number added to the root of the second moment.
+        eps: a number that is added to the square root of the second moment.
         weight_decay: the decay, which is multiplied by the learning rate and applied after the step.
 
     Raises:
-        UsageError: the adapter has an update of another method, or is not trainable.
+        UsageError: the adapter has an update of another method or is not trainable, or an argument is out of range.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class LoRAFA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step, and return the result of the closure, if there is one."""
+        """Take one step, and return the result of `closure`, or None without a closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

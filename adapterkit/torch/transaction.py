@@ -1,7 +1,7 @@
 """Change a model completely or not at all, even if Ctrl-C, a lack of memory or another tool's hook stops the change.
 
 Attaching an adapter changes many modules in sequence. All errors in the arguments are found before the first change;
-this module handles all other errors. It copies the small dictionaries that change, never a tensor.
+this module handles all other errors. To restore the model, it copies only small dictionaries, and never a tensor.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _TABLES = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_state_dict_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", HANDLES,
 )  # fmt: skip
-"""The attributes of a module that an adapter adds entries to or removes entries from."""
+"""The attributes of a module that hold dictionaries, sets or lists in which an adapter adds or removes entries."""
 
 
 @contextmanager
 def all_or_nothing(
     model: nn.Module, objects: Iterable[object] = (), undo: Callable[[], None] | None = None
 ) -> Iterator[None]:
-    """Restore a model if the `with` ends in an exception.
+    """Restore a model to its previous state if the `with` block raises an exception.
 
     Args:
         model: the model.
         objects: further objects whose attributes are restored: a handle and its leaves.
-        undo: a function that restores the values of the weights, called first.
+        undo: a function that restores the values of the weights. It is called before all else is restored.
     """
     kept: list[_State | _Attributes] = [_State(module) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -61,19 +61,19 @@ def all_or_nothing(
 def _ours(module: nn.Module) -> Iterator[object]:
     """Yield the objects other than the module itself that an adapter changes.
 
-    These are the module's hook, the objects in which other tools keep its forward, and adapterkit's own forward
-    pre-hooks on it.
+    These are the module's hook, the objects in which other tools keep the module's forward, and the forward pre-hooks
+    that adapterkit registered with the module.
     """
     if HOOK in module.__dict__:
         yield module.__dict__[HOOK]
     yield from (owner for owner, _ in slots(module) if owner is not module)
     package = __name__.rpartition(".")[0]
-    hooks = module.__dict__.get("_forward_pre_hooks") or {}  # Modules of torch.jit do not have them.
+    hooks = module.__dict__.get("_forward_pre_hooks") or {}  # Modules of torch.jit have no such attribute.
     yield from (hook for hook in hooks.values() if type(hook).__module__.startswith(package))
 
 
 class _State:
-    """A copy of the attributes of a module that adapters change."""
+    """A copy of those attributes of a module that adapters change."""
 
     def __init__(self, module: nn.Module) -> None:
         self.attributes = module.__dict__
@@ -94,7 +94,7 @@ class _State:
 
 
 class _Attributes:
-    """A copy of an object's attributes; attributes that are lists are copied too."""
+    """A copy of an object's attributes and of the contents of those attributes that are lists."""
 
     def __init__(self, each: object) -> None:
         self.attributes = each.__dict__

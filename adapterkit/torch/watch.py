@@ -1,12 +1,13 @@
 """Detect at the next forward that another tool has removed an adapter from the model.
 
 `quantize_dynamic`, `replace_module` functions and attention fusers replace a module that has an adapter, or a block
-around it. The new module runs without the adapter, and nothing else would report that. A tool that deletes a module's
-`forward` also removes the adapter. If a tool patches the forward of a module's class, or gives the module another
-class, this change has no effect, because the adapter still runs the earlier forward.
+that contains such a module. The new module runs without the adapter, and nothing else would report that. A tool that
+deletes a module's `forward` also removes the adapter. If a tool patches the forward of a module's class, or gives the
+module another class, the new forward never runs, because the adapter still runs the earlier forward.
 
-The model's own forward checks everything. But users also call a part of a model: its encoder, one block, the layers of
-a pipeline stage. So each module on the path from the model to an adapter checks the next step of the path.
+A hook at the model checks everything before each forward. But users also call only a part of a model: its encoder, one
+block, the layers of a pipeline stage. So each module that contains adapters also has a hook, which checks whether the
+module still holds the next modules on the paths to the adapters.
 """
 
 from __future__ import annotations
@@ -30,37 +31,43 @@ from .leaves import Leaf, on_disk, reclaim, take_off_disk
 from .parts import HOOK
 from .sharding import check_averaged
 
-# Detect at once those removals of an adapter that the model's next forward could not detect.
+# Detect the removal of an adapter when it happens, in the cases that `Watch` would miss at the next forward.
 #
-# `Watch` checks the model before each forward. This does not detect the changes of the following tools:
+# `Watch` checks the model before each forward, and misses the changes that these tools make:
 #
 # * torch.fx copies a model's modules into a new module (`prepare_fx`) and replaces them there (`convert_fx`). The model
 #   itself does not change, and the new module is not watched.
-# * torch.fx installs its quantization-aware modules (`prepare_qat_fx`) without triggering module hooks, but these
-#   modules take over the weights of the old modules.
-# * PEFT's `merge_and_unload` changes the weight under an attached adapter, and puts the wrapped module back in place.
+# * torch.fx also installs quantization-aware modules (`prepare_qat_fx`). No hook runs when these modules are installed,
+#   but they take over the weights of the old modules, and a hook runs for each of these weights.
+# * PEFT's `merge_and_unload` changes the weight of a module with an attached adapter, and then replaces
+#   the PEFT layer that wraps this module by the module itself.
 #
-# torch can report every module and parameter that is registered with a module. The hooks for these reports are global,
-# and cost one call for each registration.
+# torch has global hooks that run whenever any module gets a new child or parameter. They cost one call each time.
 
 
 _REGISTERED: list[Any] = []
-"""The handles of the global hooks, once they are registered."""
+"""The handles of the two global hooks; empty until the hooks are registered."""
 
 
 def notice_replacements() -> None:
-    """From now on, check every module that replaces another one."""
+    """From now on, check every module that replaces another one, and every parameter that a module takes over."""
     if not _REGISTERED:
         _REGISTERED.append(torch_module.register_module_module_registration_hook(_look))
         _REGISTERED.append(torch_module.register_module_parameter_registration_hook(_look_at_weight))
 
 
 def _look(parent: nn.Module, name: str, new: nn.Module | None) -> None:
-    """Check a module that is being registered with another one.
+    """Check that a new child of a module does not remove or change an adapter.
+
+    Args:
+        parent: the module that gets the child.
+        name: the name of the child.
+        new: the child.
 
     Raises:
-        Unsupported: the new module replaces a module with an adapter in torch.fx's copy of a model, or the new module
-            comes out of a PEFT layer whose merge changed what the adapter computes.
+        Unsupported: in torch.fx's copy of a model, or with a module of torch.ao, the child replaces a module that has
+            an adapter. Or the child has an adapter and replaces a PEFT layer, whose merge changed what this adapter
+            computes.
     """
     old = parent._modules.get(name)
     if old is None or old is new:
@@ -75,7 +82,7 @@ def _look(parent: nn.Module, name: str, new: nn.Module | None) -> None:
 
 
 def _look_at_weight(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    """Check a parameter that is being registered with a module.
+    """Check that a parameter that a module gets does not belong to a module with an adapter.
 
     Raises:
         Unsupported: a module of torch.ao takes over the weight of a module that has an adapter.
@@ -88,7 +95,7 @@ def _look_at_weight(module: nn.Module, name: str, parameter: nn.Parameter | None
 
 
 def _carried(module: nn.Module) -> set[int]:
-    """Return the ids of the modules in a tree that have an adapter."""
+    """Return the ids of all modules with an adapter among a module and the modules that it contains."""
     return {id(each) for each in module.modules() if HOOK in each.__dict__}
 
 
@@ -98,17 +105,18 @@ def is_tuner(module: nn.Module) -> bool:
 
 
 def check_tuner(tuner: nn.Module, module: nn.Module, where: str) -> None:
-    """Check that PEFT has not merged its adapter into a weight for which the order of the two adapters matters.
+    """Refuse a merge by PEFT that changes the result of the adapters attached to the wrapped module.
 
-    If both changes are additive, their order does not matter.
+    If PEFT's change and all attached changes are additive, a merge does not change the result, and it is allowed.
 
     Args:
-        tuner: the PEFT layer.
-        module: the module inside it, with attached adapters.
+        tuner: a module, which may be a PEFT layer.
+        module: the module that the PEFT layer wraps, with attached adapters.
         where: the module's name.
 
     Raises:
-        Unsupported: PEFT has merged, and one of the two changes is not additive.
+        Unsupported: PEFT has merged, and PEFT's change or an attached one is not additive, or an attached one changes
+            the bias.
     """
     if not is_tuner(tuner) or not getattr(tuner, "merged"):  # noqa: B009 - PEFT's layers have no type
         return
@@ -116,12 +124,12 @@ def check_tuner(tuner: nn.Module, module: nn.Module, where: str) -> None:
     if _is_sum(tuner) and all(update.kind == "additive" and not update.changes_bias for update in ours):
         return
     methods = " and ".join(dict.fromkeys(update.method for update in ours)) or "an adapter"
-    why = f"PEFT merged its {_kind(tuner).upper()} into the weight that {methods} changes, so the result differs"
+    why = f"PEFT merged its {_kind(tuner).upper()} into the weight that {methods} changes, and their order matters"
     raise Unsupported(why, where=where, cure="Call handle.merge_() first, or keep PEFT's adapter unmerged")
 
 
 def _is_sum(tuner: nn.Module) -> bool:
-    """Whether a PEFT layer only adds to the weight, and the added change does not depend on the weight."""
+    """Whether a PEFT layer adds a change to the weight that does not depend on the weight."""
     kind = _kind(tuner)
     family = family_of_type(kind.upper())
     method: Any = METHODS.get(kind) if family is None else getattr(family, "method", None)
@@ -129,33 +137,33 @@ def _is_sum(tuner: nn.Module) -> bool:
 
 
 def _kind(tuner: nn.Module) -> str:
-    """Return PEFT's name for the method of one of its layers: the folder name in `peft.tuners`."""
+    """Return the method of a PEFT layer, under the name of its folder in `peft.tuners`."""
     names = [kind.__module__.split(".") for kind in type(tuner).__mro__ if kind.__module__.startswith("peft.tuners.")]
     return next((parts[2] for parts in names if len(parts) > 3), "adapter")
 
 
-_QUANTIZED = "Call handle.merge_() before the model is prepared"
+_QUANTIZED = "Call handle.merge_() before the model is prepared for quantization"
 
 
 # The check before each forward.
 
 
 Place = tuple[nn.Module, str, nn.Module]
-"""(parent, name of the child, child): a step on the path from the model to a module with an adapter."""
+"""(parent, name of the child, child): one step on the path from a model to a module with an adapter."""
 
 Forwards = list[tuple[nn.Module, Any]]
-"""(module with an adapter, forward of its class)."""
+"""[(module with an adapter, the forward of the module's class), ...]."""
 
 
 class Watch:
-    """Compare the modules of one adapter with those in the module tree before each forward of the model.
+    """Check before each forward of a model that the modules of one adapter are still in the model.
 
-    The check costs one dictionary lookup for each module, for any number of adapters.
+    The check costs one dictionary lookup for each module on the paths to adapters, however many adapters there are.
 
     Args:
         model: the model.
-        name: the adapter's name, for the error.
-        modules: the modules with the adapter's updates.
+        name: the adapter's name, for errors.
+        modules: the modules to which the adapter's updates are attached.
         leaves: the adapter's tensors.
     """
 
@@ -165,21 +173,21 @@ class Watch:
         self._forwards: Forwards | None = None
         _hook_of(model).add(self)
         notice_replacements()
-        # torch's fused encoder layer reads parameters without calling the modules that hold them, unless one of
-        # them has a hook.
+        # Unless a module inside has a hook, nn.TransformerEncoderLayer runs a fused function. It reads the parameters
+        # and does not call the modules, so their adapters would not act.
         wanted = {id(module) for module in self.modules}
         for module in model.modules():
             if isinstance(module, nn.TransformerEncoderLayer) and any(id(m) in wanted for m in module.modules()):
                 module.register_forward_pre_hook(_no_fused_path)
 
     def __getstate__(self) -> dict[str, object]:
-        # If the forward of a class was patched after the attachment, the earlier forward cannot be pickled. A copy
-        # therefore looks up the current forwards.
+        # A forward that was patched after the adapter was attached cannot be pickled: its class has another one now. So
+        # a copy looks up the current forwards of the classes.
         return {**self.__dict__, "_forwards": None}
 
     @property
     def forwards(self) -> Forwards:
-        """Each module with the forward of its class, as at the time the adapter was attached."""
+        """Each module with the forward that its class had when the adapter was attached."""
         if self._forwards is None:
             each = [(module, getattr(type(module), "forward", None)) for module in self.modules]
             self._forwards = [(module, forward) for module, forward in each if forward is not None]
@@ -189,8 +197,8 @@ class Watch:
         """Check that every module with an adapter is still in the model and still runs the adapter.
 
         Raises:
-            Unsupported: a module was replaced, has another class, lost the forward that was put on it, or is no longer
-                called because its block was fused.
+            Unsupported: a module was replaced or has another class, its class has another forward, its own attribute
+                `forward` is gone, or its block was fused and no longer calls it.
         """
         if any(parent._modules.get(name) is not module for parent, name, module in self.places):
             # A wrapper around the module, such as torch's CheckpointWrapper, changes the module's path but calls the
@@ -200,15 +208,17 @@ class Watch:
             # diffusers' fuse_qkv_projections adds one fused projection and keeps the old ones, which are no longer
             # called.
             if parent.__dict__.get("fused_projections") and _is_fused_away(name):
-                self._raise(parent, f"{name}: its block runs fused projections instead")
+                self._raise(parent, f"the block runs its fused projections instead of {name}")
         for module, forward in self.forwards:
             if "forward" not in module.__dict__:
-                self._raise(module, f"the forward that was put on a {type(module).__name__} is gone")
+                self._raise(module, f"the adapter's forward was deleted from a {type(module).__name__}")
             if getattr(type(module), "forward", None) is not forward:
-                self._raise(module, f"its class, {type(module).__name__}, has another forward now")
+                self._raise(module, f"its class (now {type(module).__name__}) has another forward than before")
 
     def reclaim(self) -> None:
         """Move trained tensors out of modules that accelerate now offloads; see leaves.py.
+
+        Also load the adapter's tensors that diffusers' group offloading keeps on disk.
 
         Raises:
             Unsupported: an optimizer holds the empty parameters that the accelerate library put into these modules.
@@ -217,7 +227,11 @@ class Watch:
         take_off_disk(self.homes(), self.leaves)
 
     def homes(self, trained: bool = False) -> list[nn.Module]:
-        """Return the modules that hold the adapter's tensors (if `trained`, trained ones) and all modules around."""
+        """Return the modules that hold tensors of the adapter, and all modules that contain these modules.
+
+        Args:
+            trained: whether only the trained tensors count.
+        """
         wanted = {id(leaf.module) for leaf in self.leaves if leaf.first is not None or not trained}
         modules = dict(self.model.named_modules()) if wanted else {}
         paths = [name for name, module in modules.items() if id(module) in wanted]
@@ -235,7 +249,7 @@ class Watch:
             ours = [] if module is not self.model or hook.watches else [k for k, h in hooks.items() if h is hook]
             if ours:
                 hook.end.remove()
-            # Each adapter of the model has registered this hook once, so remove it only once.
+            # Each adapter of the model has registered `_no_fused_path` once, so remove only one of these hooks.
             ours += [key for key, each in hooks.items() if each is _no_fused_path][:1] if layer else []
             for key in ours:
                 del hooks[key]
@@ -246,7 +260,7 @@ class Watch:
         present = {id(child) for _, _, child in steps_found}
         lost = next((module for key, module in wanted.items() if key not in present), None)
         if lost is not None:
-            self._raise(lost, f"a {type(lost).__name__} with its update is no longer in the model")
+            self._raise(lost, f"a {type(lost).__name__} to which it is attached is no longer in the model")
         return steps_found
 
     def _raise(self, module: nn.Module, why: str) -> None:
@@ -255,7 +269,7 @@ class Watch:
 
 
 def ways(model: nn.Module, wanted: Iterable[int]) -> list[Place]:
-    """Return each step on the paths from a model down to some modules, which are given by their ids."""
+    """Return each step on the paths from a model down to the modules whose ids are in `wanted`."""
     leads: dict[int, bool] = dict.fromkeys(wanted, True)
     seen: set[int] = set()
     places: list[Place] = []
@@ -276,14 +290,15 @@ def ways(model: nn.Module, wanted: Iterable[int]) -> list[Place]:
 class _Step:
     """The forward pre-hook of a submodule that contains modules with adapters.
 
-    The hook does the check when code calls this submodule directly instead of the whole model.
+    If code calls the submodule instead of the whole model, this hook checks that the adapters inside still act.
 
-    The hook refers only to modules inside the submodule, so that a copy of one block does not copy the model.
+    Apart from a weak reference to the model, the hook refers only to the submodule and modules inside it. Otherwise, a
+    copy of one block would copy the whole model.
 
     Args:
         module: the submodule.
-        places: the steps that start at the submodule, or at a list inside the submodule. Lists are never called, so
-            they cannot run hooks themselves.
+        places: the steps that start at the submodule, or at a module list inside the submodule. Module lists are never
+            called, so their own hooks would never run.
         home: the model.
     """
 
@@ -294,7 +309,7 @@ class _Step:
         self.blocks = [parent for parent, name, _ in places if _is_fused_away(name)]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "home": None}  # A weak reference cannot be pickled; the model's hook restores it.
+        return {**self.__dict__, "home": None}  # A weak reference cannot be pickled; _WatchHook.__setstate__ sets it.
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Step:
         clone = object.__new__(type(self))
@@ -325,12 +340,12 @@ class _Step:
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def look_once(self) -> bool:
-        """Check the module during compilation; see `_Hook.look_once`."""
+        """Check the module during compilation; see `_WatchHook.look_once`."""
         self._look(self.module)
         return True
 
     def _look(self, module: nn.Module) -> None:
-        """Look for moved modules in the whole model. If the module was copied without its model, look inside the copy.
+        """Check the whole model. If the module was copied without its model, check only the copy.
 
         Raises:
             Unsupported: an adapter no longer acts.
@@ -345,12 +360,15 @@ class _Step:
             if not any(HOOK in each.__dict__ for each in child.modules()):
                 continue  # The adapter was removed from the copy.
             if lost or (parent.__dict__.get("fused_projections") and _is_fused_away(name)):
-                why = f"an adapter no longer acts: {name} of a {type(parent).__name__} was replaced or fused"
+                why = f"an adapter no longer acts: {name} in a {type(parent).__name__} was replaced or fused"
                 raise Unsupported(why, where=type(module).__name__, cure=_AGAIN)
 
 
 class _WatchHook:
-    """The forward pre-hook of a model with adapters. All adapters share it: most of them change the same modules."""
+    """The forward pre-hook of a model with adapters.
+
+    All adapters share one hook, so that modules with several adapters are checked only once.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -400,7 +418,7 @@ class _WatchHook:
         return True
 
     def look_again(self) -> None:
-        """Find the adapters' modules at their current places.
+        """Check all adapters, and find the current paths of their modules.
 
         Raises:
             Unsupported: an adapter no longer acts.
@@ -411,7 +429,7 @@ class _WatchHook:
         self._stand()
 
     def _stand(self) -> None:
-        """Put a hook at each module on the path to an adapter, in place of the earlier hooks."""
+        """Replace the hooks of `steps`: register a `_Step` with each called submodule on the path to an adapter."""
         for step in self.steps:
             hooks = step.module._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if hook is step]:
@@ -434,9 +452,9 @@ class _WatchHook:
             step.module.register_forward_pre_hook(step)
 
     def _block(self, module: nn.Module, places: list[Place]) -> BypassBlock:
-        """Return the block of a module, with the hooks at the modules inside the block.
+        """Return a `BypassBlock` for a module, with the hooks at the modules in `places`.
 
-        If the block is already known, the returned block keeps the forward that was recorded first.
+        If the module had a block before, the new block keeps the forward that the earlier block recorded.
         """
         hooks = [child.__dict__[HOOK] for _, _, child in places if HOOK in child.__dict__]
         known = self.below.get(id(module))
@@ -475,7 +493,7 @@ class _WatchHook:
                 moved = True
             elif type(getattr(standing, "__self__", None)) is not ForwardHook and HOOK in module.__dict__:
                 probe_forward(module)
-        # FSDP2 has sharded the parameters by now, and can free the originals if nothing refers to them.
+        # By now, FSDP2 has sharded the parameters. It can free the originals only if no leaf refers to them.
         if not self.settled:
             for leaf in [leaf for watch in self.watches for leaf in watch.leaves]:
                 leaf.settle()
@@ -501,12 +519,13 @@ class _WatchHook:
         begin_calls(self.hooks)
 
     def finish(self, _model: nn.Module, _args: object, result: object) -> None:
-        """Check which weights the forward read and which modules it called.
+        """Check after a forward that it called each module with an adapter whose weight was read.
 
-        If the forward raised an error, torch passes no result.
+        If the forward raised an error, torch passes None as the result, and nothing is checked.
 
         Raises:
-            Unsupported: the forward read the weight of a module with an adapter without calling the module.
+            Unsupported: a function of another tool read the weight of a module with an adapter, and the module was not
+                called. If the model's own code did this, there is only a warning.
         """
         if torch.compiler.is_compiling():
             self.check_traced()
@@ -517,14 +536,14 @@ class _WatchHook:
     def check_traced(self) -> bool:
         """Warn, during compilation, about modules with adapters that the compiled code does not call.
 
-        The warning names a module only if the compiled code calls a block around it.
+        There is no warning about a module if the compiled code calls no block that contains it.
         """
         around = [(self.model, self.steps_of_model), *((s.module, s.places) for s in self.steps if s.traced)]
         warn_of_untraced([(module, [child for _, _, child in places]) for module, places in around], self.warned)
         return True
 
     def _is_defined_in(self, hook: Hook, reader: str) -> bool:
-        """Whether a function, given by its full name, is a method of a parent of the hook's module."""
+        """Whether the function with the full name `reader` is a method of a parent of the hook's module."""
         around = [type(parent) for parent, _, child in self.places if child is hook.module]
         kinds = [kind for each in around for kind in each.__mro__]
         return any(reader.startswith(f"{kind.__module__}.{kind.__qualname__}.") for kind in kinds)
@@ -540,15 +559,15 @@ def _hook_of(model: nn.Module) -> _WatchHook:
 
 
 def _is_fused_away(name: str) -> bool:
-    """Whether a module has the name of a projection that diffusers fuses into one."""
+    """Whether a name is that of a projection that diffusers can fuse with others, such as `to_q`."""
     return name.rpartition("_")[2] in ("q", "k", "v", "kv")
 
 
 def _check_no_replica(module: nn.Module) -> None:
     """Check that a module is not a replica of nn.DataParallel.
 
-    A replica's modules call hooks that read the weights of the first device, in threads without the caller's routes and
-    switches.
+    The hooks in a replica would read the weights of the first device. They would also run in new threads, in which the
+    caller's routes and switches do not apply.
 
     Raises:
         Unsupported: the module is a replica.
@@ -560,11 +579,11 @@ def _check_no_replica(module: nn.Module) -> None:
 
 
 def _check_not_on_disk(homes: Sequence[nn.Module]) -> None:
-    """Check that diffusers' group offloading does not keep modules on disk during training.
+    """Check, in a forward with gradients, that diffusers' group offloading does not keep tensors on disk.
 
     Raises:
-        Unsupported: group offloading keeps them on disk. The backward pass would read weights that are no longer in
-            memory, and each forward would load trained tensors with their initial values.
+        Unsupported: group offloading keeps tensors on disk. The backward pass would read weights that are no longer in
+            memory, and each forward would reset trained tensors to their initial values from the file.
     """
     if on_disk(homes):
         why = "a model that diffusers' group offloading keeps on disk cannot be trained"
@@ -572,14 +591,14 @@ def _check_not_on_disk(homes: Sequence[nn.Module]) -> None:
 
 
 def _no_fused_path(_: nn.Module, args: tuple[object, ...]) -> None:
-    """A forward pre-hook whose presence makes torch avoid its fused path.
+    """A forward pre-hook. Because it is present, nn.TransformerEncoderLayer does not use torch's fused path.
 
     Raises:
         Unsupported: nn.TransformerEncoder made a nested tensor, which only the fused path can read.
     """
     if args and isinstance(args[0], torch.Tensor) and args[0].is_nested:
-        cure = "Call torch.backends.mha.set_fastpath_enabled(False), or build it with enable_nested_tensor=False"
-        raise Unsupported("this nn.TransformerEncoder packs its input for the fused path", cure=cure)
+        cure = "Call torch.backends.mha.set_fastpath_enabled(False), or create it with enable_nested_tensor=False"
+        raise Unsupported("nn.TransformerEncoder made a nested tensor, which needs torch's fused path", cure=cure)
 
 
 _AGAIN = "Call handle.remove() before modules are replaced or fused, and inject the adapter again afterwards"

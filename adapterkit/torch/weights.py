@@ -14,7 +14,7 @@ from ..io.lazy import for_formulas
 from ..naming.binding import fold, view
 
 Change = tuple[float, Sequence[tuple[Target, Sequence[Update]]]]
-"""(weight of the adapter, its targets at one parameter, each with its updates in the order of application)."""
+"""(weight of an adapter, [(target, its updates in order), ...]): an adapter's updates of one parameter."""
 
 Formula = Callable[[Tensor, Target, Sequence[Update]], Tensor]
 """A function that applies the updates of one target to a stored weight or bias."""
@@ -28,19 +28,22 @@ def tensor_at(module: nn.Module, path: str) -> Tensor:
 
 
 def changed_weight(W: Tensor, changes: Iterable[Change]) -> Tensor:
-    """Return W + sum of weight * (f(W) - W), in the stored layout; each f sees the weight without other adapters."""
+    """Return W + the sum of weight * (f(W) - W), in the stored layout; f applies one adapter's updates to W.
+
+    Each f gets the weight without the changes of other adapters.
+    """
     return _mixed(W, changes, _weight)
 
 
 def changed_bias(b: Tensor, changes: Iterable[Change]) -> Tensor:
-    """Return b + sum of weight * (g(b) - b), in the stored layout."""
+    """Return b + the sum of weight * (g(b) - b), in the stored layout; g applies one adapter's updates to b."""
     return _mixed(b, changes, _bias)
 
 
 def settled(updates: Iterable[Update], W: Tensor, target: Target) -> tuple[Update, ...]:
-    """Return the updates after evaluating the bias changes that depend on the weight.
+    """Return the updates with bias changes that no longer depend on the weight: they are computed for W.
 
-    Each update sees the weight after the updates before it.
+    For each update, W includes the changes of the updates before it.
     """
     done, seen = [], view(W, target)
     for update in updates:
@@ -87,14 +90,15 @@ def _bias(b: Tensor, target: Target, updates: Sequence[Update]) -> Tensor:
 # Run a module's forward with other values for some of its parameters, buffers and modules.
 #
 # Another thread may run the same module at the same time, with other adapters or none. So the values are usually put
-# into a replica of the module, which other threads do not see. If a forward is bound to the module itself, or traced by
-# a compiler, the module's own values must be replaced during the call.
+# into a replica of the module, which other threads do not see. Some forwards cannot run on a replica: those that
+# another tool put on the module, and those that a compiler traces. For these, the module's own values are replaced
+# during the call.
 
 
 def replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
-    """Return a copy that shares a module's state, except for new values of the attributes at the paths in `values`.
+    """Return a copy of a module that shares its state, except for new values at the attribute paths in `values`.
 
-    Other threads continue to use the module itself.
+    The module itself does not change, so other threads can use it meanwhile.
     """
     clone: nn.Module = object.__new__(type(module))
     clone.__dict__.update(module.__dict__)
@@ -115,10 +119,10 @@ def replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
 
 @contextmanager
 def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]:
-    """Put values into the module itself for the `with` block.
+    """Replace parameters, buffers or child modules of a module inside the `with`; the keys of `values` are their paths.
 
     Each value becomes an instance attribute, which hides the parameter of the same name. torch.compile before torch
-    2.13 cannot trace the deletion of such an attribute, so with these versions the parameter itself is replaced.
+    2.13 cannot trace the deletion of such an attribute. So while a compiler traces, the parameter itself is replaced.
     """
     placed: list[tuple[dict[str, object], str, bool, object]] = []
     flat = module._flat_weights if isinstance(module, nn.RNNBase) else None
@@ -135,7 +139,7 @@ def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]
         if isinstance(module, nn.RNNBase) and flat is not None:
             module._flat_weights = flat
         for entries, name, present, before in reversed(placed):
-            # Restore an existing entry even if its value is None: a layer without a bias has such an entry.
+            # Do not test `before` for None: a layer without a bias has an entry whose value is None.
             if present:
                 entries[name] = before
             else:
@@ -143,7 +147,7 @@ def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]
 
 
 def _entries(owner: nn.Module, name: str) -> dict[str, object]:
-    """Return the module's dictionary in which a value of this name must be set."""
+    """Return the dictionary of a module into which `exchanged` must put a value with this name."""
     if torch.compiler.is_compiling():
         for table in (owner._parameters, owner._buffers, owner._modules):
             if name in table:

@@ -1,13 +1,15 @@
-"""A local web page that runs commands. Its forms show the options of the commands; each job runs a command.
+"""Serve a local web page with a form for each command. Submitting a form starts a job that runs the command.
 
 `forms` describes commands as data and builds command lines, `jobs` runs command lines, and this module serves the page.
-A job runs a command line in a separate process, so it writes the same bytes as the command in a terminal. The server
+A job runs its command line in a separate process, so it writes the same bytes as the command in a terminal. The server
 can be reached only from this machine.
 
-Any web page can send requests to 127.0.0.1, and the domain name of a web page can point to 127.0.0.1. So the server
-checks three things, to refuse requests from other sites in the same browser and from other users of the machine. A
-request must have the token, which only the terminal shows. Its Host header must be the address of this server. A
-request that changes something must come from this page.
+Any website can send requests to 127.0.0.1, and can let its domain name point to 127.0.0.1. So the server checks three
+things, to refuse requests from other sites in the same browser and from other users of the machine:
+
+* A request must have the token, which only the terminal shows.
+* The Host header of a request must be the address of this server.
+* A request that changes something must come from this page.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 COOKIE = "adapterkit"
 
 LARGEST = 64 * 1024
-"""The largest body of a request, in bytes."""
+"""The maximum size of a request's body, in bytes."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -51,8 +53,8 @@ REPORT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'self'; sandbox allow-scripts"
 )
-"""The content security policy for a report, which is a file with a script. It denies the script access to cookies and
-to the network."""
+"""The content security policy for a report, which is an HTML file with a script. The policy denies the script access
+to cookies and to the network."""
 
 HEADERS = {
     "cache-control": "no-store", "cross-origin-opener-policy": "same-origin", "referrer-policy": "no-referrer",
@@ -61,7 +63,7 @@ HEADERS = {
 
 
 class Guard:
-    """An ASGI application that passes only the requests of this page to another application.
+    """An ASGI application that passes a request to another application only if the request comes from this page.
 
     Args:
         inner: the other application.
@@ -71,16 +73,16 @@ class Guard:
 
     def __init__(self, inner: Application, token: str, port: int) -> None:
         self.inner, self.token = inner, token
-        # Put the port into the cookie's name, because a browser sends a cookie to all ports of a host.
+        # A browser sends a cookie to all ports of a host. With the port in the name, two pages do not share a cookie.
         self.cookie = f"{COOKIE}-{port}"
         self.hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answer one request: refuse it, or pass it to the other application."""
         if scope["type"] == "lifespan":
             await self.inner(scope, receive, send)
             return
-        refused = "this kind of request is not supported" if scope["type"] != "http" else self._refused(scope)
+        refused = "the page supports only HTTP requests" if scope["type"] != "http" else self._refused(scope)
         if refused is not None:
             await _answer(send, 403, refused)
             return
@@ -112,7 +114,7 @@ class Guard:
         pairs = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
         headers = dict(pairs)
         if [name for name, _ in pairs].count("host") != 1 or headers["host"] not in self.hosts:
-            return "this page has another address"
+            return "the Host header is not this page's address; open the address that the terminal shows"
         origin = headers.get("origin")
         if origin is not None and origin != f"http://{headers['host']}":
             return "the request comes from another page"
@@ -120,8 +122,8 @@ class Guard:
             return "the request comes from another page"
         kind = headers.get("content-type", "").partition(";")[0].strip()
         if scope["method"] not in ("GET", "HEAD") and (origin is None or kind != "application/json"):
-            return "no page of this program makes such a request"
-        if scope["path"] == "/open":  # This path receives the token and sets the cookie.
+            return "a request that changes something must come from this page and must be JSON"
+        if scope["path"] == "/open":  # `enter` checks the token in the address and sets the cookie.
             return None
         token = headers.get("authorization", "").removeprefix("Bearer ")
         cookies = dict(part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";"))
@@ -130,7 +132,7 @@ class Guard:
         return None
 
     def is_token(self, text: str) -> bool:
-        """Whether a text is the token. The comparison takes the same time however many characters match."""
+        """Whether a text is the token. The time that this takes does not show how many characters match."""
         return hmac.compare_digest(text.encode(), self.token.encode())
 
 
@@ -160,11 +162,11 @@ FILES = {"/page.js": "text/javascript", "/page.css": "text/css"}
 
 
 def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
-    """Return the ASGI application of the page.
+    """Return the ASGI application that serves the page.
 
     Args:
         forms: the forms of the commands.
-        jobs: the jobs, which run the commands.
+        jobs: the jobs that the page has started.
         token: the token that a browser needs to open the page.
         port: the port of the server.
 
@@ -223,7 +225,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
 
     def sums(given: object) -> Mapping[str, object]:
         if not isinstance(given, dict) or not isinstance(given.get("adapters"), list):
-            raise UsageError("the value must be a list of adapters", cure="Fill in the form")
+            raise UsageError("the request has no list of adapters", cure="Fill in the form")
         named = [str(forms.inside(str(each))) for each in given["adapters"]]
         if not 2 <= len(named) <= MOST:
             raise UsageError(f"{len(named)} adapters are given", where="A...", cure=f"Choose 2 to {MOST} adapters")
@@ -274,15 +276,17 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
 
 
 MOST = 8
-"""The maximum number of adapters for which the sum can be measured."""
+"""The maximum number of adapters whose sum the page measures."""
 
 
 def products(adapters: Sequence[str], base: str | None) -> dict[str, JsonValue]:
-    """Return the inner products of the adapters' changes at each target, from which the page computes norms of sums.
+    """Return the inner products of the adapters' changes at each target.
+
+    From these products, the page computes the norm of any weighted sum of the changes.
 
     Args:
         adapters: two or more adapters.
-        base: the base of the adapters, if their changes can be measured only with a base.
+        base: the base of the adapters; None if their changes can be measured without a base.
     """
     from ..api import report
 
@@ -304,7 +308,7 @@ def products(adapters: Sequence[str], base: str | None) -> dict[str, JsonValue]:
 
 
 def missing(error: ImportError) -> Unsupported:
-    """Return the error for a missing package of the page."""
+    """Return the error for a package that the page needs and that is not installed."""
     return Unsupported(f"the page needs {error.name}, which is not installed", cure="pip install 'adapterkit[ui]'")
 
 
@@ -321,11 +325,11 @@ def serve(
 
     Args:
         group: the commands.
-        paths: the names of parameters that are paths.
-        roots: folders that may be read and written.
-        hubs: whether adapters and bases may be addresses on hubs.
+        paths: the names of the commands' parameters that take paths.
+        roots: the folders in which jobs may read and write.
+        hubs: whether adapters and bases may also be addresses on hubs.
         port: the port on 127.0.0.1; 0 for a free port.
-        started: a function that is called with the address when the server is ready.
+        started: a function that is called with the page's address when the server is ready.
 
     Raises:
         Unsupported: starlette or uvicorn is not installed.

@@ -1,4 +1,7 @@
-"""Describe commands as forms, and convert filled-in forms to command lines. All paths must be in the open folders."""
+"""Describe commands as forms, and convert filled-in forms to command lines.
+
+All paths must be inside the *open folders*: the folders with which the user started `adapterkit ui`.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +25,20 @@ COMMANDS = (
     "inspect", "report", "convert", "combine", "resize", "merge", "diff", "validate", "names", "extract", "verify",
     "scan",
 )  # fmt: skip
-"""The commands on the page, in this order. Commands that run other programs or use hubs are omitted."""
+"""The commands on the page, in the page's order. Commands that run other programs or use hubs are omitted."""
 
 LEFT_OUT = frozenset({
     "address", "bandwidth", "debug", "engine", "from_sarif", "help", "json", "node_tasks", "nodes", "price", "quiet",
     "recipe", "sarif", "stream", "suite", "verbose",
 })  # fmt: skip
 """Options that forms omit: options for the output in a terminal, options that choose other machines, and options that
-take a file in which further files are named."""
+take a file that names further files (the page can check only the paths in the form itself)."""
 
 LONGEST = 4096
-"""The maximum number of characters in a value."""
+"""The maximum number of characters in one value of a field."""
 
 MANY = 64
-"""The maximum number of values of an option."""
+"""The maximum number of values in a field that takes several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class Field:
 
 
 OUTPUTS = frozenset({"dst", "figures", "out"})
-"""The parameters that name outputs."""
+"""The names of the parameters that take the path of an output."""
 
 
 def fields_of(command: click.Command, paths: Collection[str]) -> Iterator[Field]:
@@ -69,7 +72,7 @@ def fields_of(command: click.Command, paths: Collection[str]) -> Iterator[Field]
 
     Args:
         command: the command.
-        paths: the names of parameters that are paths.
+        paths: the names of the parameters that take paths.
     """
     for param in sorted(command.params, key=lambda each: isinstance(each, click.Option)):
         name = param.name or ""
@@ -93,9 +96,9 @@ class Forms:
 
     Args:
         group: the commands.
-        paths: the names of parameters that are paths.
-        roots: folders that may be read and written.
-        hubs: whether adapters and bases may also be addresses on hubs; outputs may not.
+        paths: the names of the commands' parameters that take paths.
+        roots: the open folders, in which jobs may read and write.
+        hubs: whether adapters and bases may also be addresses on hubs. Outputs must always be paths.
     """
 
     def __init__(
@@ -118,15 +121,20 @@ class Forms:
         ]  # fmt: skip
 
     def inside(self, value: str, *, output: bool = False) -> Path:
-        """Return the real path of a file in one of the open folders, with links followed.
+        """Return the absolute path of a file inside the open folders, with symbolic links resolved.
+
+        Args:
+            value: the path; a relative path is inside the first open folder.
+            output: whether a command will write to the path.
 
         Raises:
-            UsageError: the path is outside the open folders, or is an address.
+            UsageError: the path is invalid, is an address, or is outside the open folders; or an output is itself an
+                open folder.
         """
         if is_address(value):
             cure = "Start the page with --hubs, or download the files first with adapterkit pull"
             why = "the page does not write to hubs" if self.hubs else "the page does not open addresses"
-            raise UsageError(why, where=public(value), cure="Name a folder" if self.hubs else cure)
+            raise UsageError(why, where=public(value), cure="Choose a folder" if self.hubs else cure)
         if "\0" in value or len(value) > LONGEST:
             raise UsageError("this is not a path", cure="Choose a file or a folder")
         given = Path(path_text(value))
@@ -148,17 +156,17 @@ class Forms:
         """Return the command line for a filled-in form, as a list of arguments.
 
         Raises:
-            UsageError: a command or field is unknown, a value has the wrong kind, or a path is outside the open
-                folders.
+            UsageError: the command or a field is unknown, a value does not fit its field, or a path is refused by
+                `inside`.
         """
         if command not in self.fields:
-            raise UsageError(f"the page has no command {command!r}", cure=f"Known: {', '.join(self.fields)}")
+            raise UsageError(f"the page has no command {command!r}", cure=f"Choose one of {', '.join(self.fields)}")
         if not isinstance(values, Mapping):
             raise UsageError("the values of a form must be a mapping", cure="Fill in the form")
         fields = {field.name: field for field in self.fields[command]}
         for name in values:
             if name not in fields:
-                raise UsageError(f"{command} has no field {name!r}", cure=f"Known: {', '.join(fields)}")
+                raise UsageError(f"{command} has no field {name!r}", cure=f"Choose one of {', '.join(fields)}")
         params = {param.name: param for param in self.commands[command].params}
         options: list[str] = []
         arguments: list[str] = []
@@ -181,7 +189,7 @@ class Forms:
             return
         if field.kind == "flag":
             if not isinstance(value, bool):
-                raise UsageError("the value must be yes or no", where=field.label, cure="Tick the box or leave it")
+                raise UsageError("the value must be yes or no", where=field.label, cure="Tick the box or clear it")
             if value != (field.default == "True"):
                 yield "yes" if value else "no"
             return
@@ -192,10 +200,11 @@ class Forms:
             )
         for each in many:
             if not isinstance(each, str | int | float) or isinstance(each, bool):
-                raise UsageError("the value must be text or a number", where=field.label, cure="Write a value")
+                raise UsageError("the value must be text or a number", where=field.label, cure="Type text or a number")
             text = str(each)
             if len(text) > LONGEST or "\0" in text:
-                raise UsageError("the value is too long", where=field.label, cure="Write a shorter one")
+                why = f"the value has more than {LONGEST} characters, or contains a NUL character"
+                raise UsageError(why, where=field.label, cure="Type a shorter value, without NUL")
             yield self._checked(field, text)
 
     def _checked(self, field: Field, text: str) -> str:
@@ -208,7 +217,10 @@ class Forms:
         return text
 
     def listing(self, folder: str | None) -> dict[str, JsonValue]:
-        """List the folders and files in a folder, each with its likely kind, for the dialog to choose a path."""
+        """List the entries of a folder, each with its likely kind, for the dialog in which the user chooses a path.
+
+        Without a folder, list the open folders. Hidden entries are omitted.
+        """
         if not folder:
             entries = [{"name": str(root), "path": str(root), "kind": "folder"} for root in self.roots]
             return {"path": "", "parent": None, "entries": entries, "left_out": 0}
@@ -226,7 +238,7 @@ class Forms:
 
 
 LISTED = 1000
-"""The maximum number of entries that are listed of one folder."""
+"""The maximum number of entries that `Forms.listing` returns for one folder."""
 
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".npz", ".ckpt", ".nemo")
 

@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 
 RUNNING = 2
-"""The number of jobs that run at the same time. The number is small, because a merge uses the full speed of a disk."""
+"""The maximum number of jobs that run at the same time. It is small, because one merge can use a disk's full speed."""
 
 WAITING = 8
 """The maximum number of jobs that may wait."""
 
 KEPT = 50
-"""The number of ended jobs that stay in the list."""
+"""The maximum number of ended jobs that stay in the list; the oldest are removed."""
 
-MAX_ERROR_BYTES = 512 * 1024
-"""The number of characters that are kept from the beginning of a job's standard output."""
+MAX_OUTPUT_CHARACTERS = 512 * 1024
+"""The maximum number of characters that are kept of a job's standard output, from its beginning."""
 
 _PART = re.compile(r": (\d+)%(?:,|$)")
 
 
 @dataclass(eq=False)
 class PageJob:
-    """A run of a command line."""
+    """One run of a command line: its state, output, progress and process."""
 
     number: int
     words: tuple[str, ...]
@@ -69,8 +69,8 @@ class Jobs:
     """All jobs of a page.
 
     Args:
-        folder: the working folder of the jobs: the folder in which the page was started.
-        temporary: the folder for reports for which the user does not type a path.
+        folder: the current folder of the jobs' processes: the folder in which the page was started.
+        temporary: the folder for those reports for which the user gives no output path.
     """
 
     def __init__(self, folder: Path, temporary: Path) -> None:
@@ -81,10 +81,10 @@ class Jobs:
         self.closed = False
 
     def start(self, words: Sequence[str]) -> PageJob:
-        """Start a job, or let the job wait if enough jobs are running.
+        """Start a job. If `RUNNING` jobs are already running, the new job waits until one of them ends.
 
         Raises:
-            UsageError: too many jobs are already waiting.
+            UsageError: `WAITING` jobs are already waiting, or the page is being closed.
         """
         with self.lock:
             waiting = sum(job.state == "waiting" for job in self.jobs.values())
@@ -129,7 +129,7 @@ class Jobs:
             "NO_COLOR": "1",
         }
         try:
-            # Start a new session, so that Ctrl-C in the page's terminal does not reach the job; `close` ends the job.
+            # In a session of its own, the process does not get Ctrl-C from the page's terminal. `close` interrupts it.
             process = subprocess.Popen(
                 [sys.executable, "-m", "adapterkit", *words], cwd=self.folder, env=env, stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
@@ -148,8 +148,8 @@ class Jobs:
         assert process.stdout is not None
         with process.stdout as out:
             while piece := out.read(8192):
-                if len(job.out) < MAX_ERROR_BYTES:
-                    job.out += piece[: MAX_ERROR_BYTES - len(job.out)]
+                if len(job.out) < MAX_OUTPUT_CHARACTERS:
+                    job.out += piece[: MAX_OUTPUT_CHARACTERS - len(job.out)]
         reader.join()
         self._ended(job, process.wait())
 
@@ -173,7 +173,7 @@ class Jobs:
         self._next()
 
     def end(self, number: int) -> None:
-        """Interrupt a job as Ctrl-C does; its partial output is kept for the next run of the same command.
+        """Interrupt a job as Ctrl-C does. If the same command runs again, a merge resumes where it stopped.
 
         Raises:
             UsageError: the job does not exist.
@@ -188,7 +188,7 @@ class Jobs:
             process.send_signal(signal.SIGINT)
 
     def job(self, number: int) -> PageJob:
-        """Return the job with a number.
+        """Return the job with the given number.
 
         Raises:
             UsageError: the job does not exist.
@@ -205,7 +205,7 @@ class Jobs:
         return [job.record() for job in reversed(jobs)]
 
     def close(self) -> None:
-        """End all jobs and wait for them."""
+        """Interrupt all jobs, and wait for them. A process that still runs after 10 seconds is killed."""
         with self.lock:
             self.closed = True
             jobs = list(self.jobs.values())

@@ -402,7 +402,7 @@ def test_a_gguf_adapter_is_shown_without_its_base_but_not_its_values(tmp_path: P
     ranks = {int(tensor.shape[1]) for name, tensor in tensors.items() if name.endswith("lora_a")}
     assert {update["rank"] for update in alone["updates"]} == ranks == {3}
     assert len(alone["updates"]) == len(tensors) // 2
-    assert "number of heads" in alone["values"]
+    assert "base's heads" in alone["values"]
     assert "--base BASE" in run("inspect", file).stdout
     answers = {each["tool"]: each for each in record("list", "loaders", file)["loaders"]}
     assert answers["llama_cpp"]["loads"] == "yes"

@@ -116,7 +116,7 @@ def test_parts_have_the_bases_own_names(base):
         bound = Adapter({Target(path): (inside,), Target(other): (lora,)}).bind(checkpoint)
         assert {str(target) for target in bound.updates} == {"model.attn", "model.attn.q"}
         assert {str(target) for target in Adapter({Target(path): (inside,)}).bind(checkpoint).updates} == {"model.attn"}
-    with pytest.raises(TargetNotFound, match="does not have this part") as raised:
+    with pytest.raises(TargetNotFound, match="does not have this module") as raised:
         Adapter({Target("model.attm"): (inside,)}).bind(checkpoint)
     assert raised.value.where == "model.attm"
     assert "model.attn" in raised.value.cure

@@ -415,8 +415,8 @@ def test_order_and_places_that_contradict_each_other_are_refused():
     reft = METHODS["reft"](source=torch.randn(2, 8).double(), projection=torch.randn(2, 8).double())
     placed = bottleneck(residual="first")
     for updates, why in (
-        ((placed, bottleneck()), "in different places"),
-        ((reft, placed), "before an update inside the output"),
+        ((placed, bottleneck()), "name different modules"),
+        ((reft, placed), "before an update of the output without the residual"),
     ):
         with pytest.raises(Unsupported, match=why):
             ak.torch.inject(model, Adapter({Target("m.dense"): updates}))

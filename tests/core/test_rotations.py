@@ -177,9 +177,9 @@ def test_reflections_that_cannot_start_from_nothing_are_refused(rank, options):
 @pytest.mark.parametrize(
     ("method", "layer", "why"),
     [
-        ("psoft", nn.Conv1d(4, 6, 3), "out, in. only"),
-        ("osf", nn.Conv1d(4, 6, 3), "out, in. only"),
-        ("frod", nn.Conv1d(4, 6, 3), "out, in. only"),
+        ("psoft", nn.Conv1d(4, 6, 3), r"only weights \[out, in\]"),
+        ("osf", nn.Conv1d(4, 6, 3), r"only weights \[out, in\]"),
+        ("frod", nn.Conv1d(4, 6, 3), r"only weights \[out, in\]"),
         ("road", nn.Linear(4, 5), "do not form pairs"),
     ],
 )
@@ -300,15 +300,15 @@ FROD = {"peft_type": "FROD", "sparse_rate": 0.07}
 OSF = {"osf_svd_params.U_low": (6, 2), "osf_svd_params.S_low": (2,), "osf_svd_params.V_low": (2, 8)}
 PSOFT = {"peft_type": "PSOFT", "r": 3, "psoft_mag_a": False, "psoft_mag_b": False}
 BROKEN = [
-    (OFT | {"r": 2}, {"oft_R.weight": (2, 6)}, "must be 0"),
-    (OFT | {"oft_block_size": 2}, {"oft_R.weight": (2, 6)}, "contradicts r, oft_block_size or block_share"),
-    (OFT | {"block_share": True}, {"oft_R.weight": (2, 6)}, "contradicts r, oft_block_size or block_share"),
-    (OFT, {"oft_R.weight": (2, 5)}, "contradicts r, oft_block_size or block_share"),
+    (OFT | {"r": 2}, {"oft_R.weight": (2, 6)}, "must be 0, and the other positive"),
+    (OFT | {"oft_block_size": 2}, {"oft_R.weight": (2, 6)}, "does not fit r, oft_block_size and block_share"),
+    (OFT | {"block_share": True}, {"oft_R.weight": (2, 6)}, "does not fit r, oft_block_size and block_share"),
+    (OFT, {"oft_R.weight": (2, 5)}, "does not fit r, oft_block_size and block_share"),
     (OFT, {"oft_R.weight": (2, 6), "oft_embedding_R.weight": (2, 6)}, "does not fit the module's other"),
     (BOFT | {"boft_block_num": 2}, {"boft_R": (1, 2, 4, 4), "boft_s": (6, 1)}, "must be 0"),
-    (BOFT, {"boft_R": (1, 4, 2, 2), "boft_s": (6, 1)}, "contradicts boft_block_size"),
-    (BOFT, {"boft_R": (2, 2, 4, 4), "boft_s": (6, 1)}, "contradicts boft_block_size"),
-    (BOFT, {"boft_R": (1, 2, 4, 4), "boft_s": (6,)}, "not that of a scale of outputs"),
+    (BOFT, {"boft_R": (1, 4, 2, 2), "boft_s": (6, 1)}, "does not fit boft_block_size"),
+    (BOFT, {"boft_R": (2, 2, 4, 4), "boft_s": (6, 1)}, "does not fit boft_block_size"),
+    (BOFT, {"boft_R": (1, 2, 4, 4), "boft_s": (6,)}, "boft_s must have two axes"),
     (BOFT, {"boft_R": (1, 2, 4, 4)}, "lacks the matching tensor: boft_s"),
     ({"peft_type": "HRA", "r": 2}, {"hra_u": (8, 3)}, "rank 2"),
     ({"peft_type": "HIRA", "r": 2}, {"hira_A": (3, 8), "hira_B": (6, 3)}, "rank 2"),

@@ -82,7 +82,7 @@ def test_groups_of_other_sizes_than_the_files_are_refused(made, tmp_path):
     )
     save_file(tensors, tmp_path / "a" / "adapter_model.safetensors", {"format": "pt"})
     (tmp_path / "a" / "adapter_config.json").write_text((folder / "peft" / "adapter_config.json").read_text())
-    with pytest.raises(Unsupported, match=r"k-means of the base's singular vectors yields groups with .* the file has"):
+    with pytest.raises(Unsupported, match=r"k-means of the base's singular vectors yields groups of .* the file has"):
         ak.read(tmp_path / "a", base=folder / "base.safetensors")
 
 

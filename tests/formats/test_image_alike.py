@@ -230,7 +230,7 @@ def test_metadata_that_name_another_family_than_the_bases(tmp_path):
     tensors = lora("transformer.transformer_blocks.0.attn.to_q", 32, 32)
     for said in ("qwen-image", "stable-diffusion-v3.5"):
         path = given(tmp_path, tensors, {"modelspec.architecture": said.replace("v3.5", "3.5")})
-        with pytest.raises(UsageError, match=r"its metadata names .*, but the base is flux"):
+        with pytest.raises(UsageError, match=r"the file's metadata names .*, but the base is flux"):
             ak.merge(tmp_path / "base.safetensors", [path], tmp_path / "out.safetensors")
     for said in ("flux-1-dev", "chroma"):
         path = given(tmp_path, tensors, {"modelspec.architecture": said})

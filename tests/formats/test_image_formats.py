@@ -130,7 +130,7 @@ def test_flux_in_diffusers_names_is_what_diffusers_itself_converts_it_to(folder,
 
 
 def test_t_lora_is_refused_with_the_reason():
-    with pytest.raises(Unsupported, match="initial factors, which the file does not have"):
+    with pytest.raises(Unsupported, match="initial factors, and the file does not have these factors"):
         ak.read(ROOT / "lycoris" / "tlora" / "adapter.safetensors")
 
 
@@ -380,7 +380,7 @@ def test_an_alpha_that_is_missing_stands_for_the_rank_as_in_the_tools(kind, tmp_
 
 
 @pytest.mark.parametrize("kind", ["kohya", "lycoris", "comfyui"])
-@pytest.mark.parametrize(("value", "why"), [(torch.tensor(float("nan")), "finite"), (torch.ones(2), "one number")])
+@pytest.mark.parametrize(("value", "why"), [(torch.tensor(float("nan")), "finite"), (torch.ones(2), "one element")])
 def test_an_alpha_that_is_no_use_is_refused(kind, value, why, tmp_path):
     alpha = next(key for key in GOOD[kind] if key.endswith("alpha"))
     with pytest.raises(Malformed, match=why) as raised:

@@ -173,7 +173,7 @@ def test_parameters_of_one_shape_cannot_be_told_apart(tmp_path):
     tensors = {f"{PREFIX}{s}.lora_{n}.weight": ones(4, 4) for s in ("ex", "ex.base_layer") for n in "AB"}
     config = CONFIG | {"target_modules": [], "target_parameters": ["ex.one", "ex.two"]}
     save_arrays({"ex.one": ones(2, 4, 4), "ex.two": ones(2, 4, 4)}, tmp_path / "base.safetensors")
-    with pytest.raises(Unsupported, match="nothing shows whether this adapts one or two"):
+    with pytest.raises(Unsupported, match="does not show whether this pair adapts one or two"):
         ak.read(folder(tmp_path / "a", config, tensors), base=tmp_path / "base.safetensors")
 
 

@@ -34,7 +34,7 @@ UNREPRESENTABLE = {
     "some biases": (adapter(a=lora(), b=lora(), c=lora(bias=ones(4))), "c: this lora has a bias, but others have none"),
     "rows of a weight": (
         ak.Adapter({ak.Target("a"): (lora(),), ak.Target("c", rows=(0, 4)): (lora(),)}),
-        "c[0:4]: PEFT has no lora on some rows",
+        "c[0:4]: PEFT does not support lora on some rows",
     ),
     "an unnamed embedding": (
         ak.Adapter({ak.Target("a"): (lora(),), ak.Target("c", "in out *k"): (lora(),)}),
@@ -100,7 +100,7 @@ def test_a_bias_that_peft_cannot_have_is_refused_also_if_every_lora_has_one(tmp_
     token = METHODS["lora"](A=from_numpy(ones(2, 9)), B=from_numpy(ones(4, 2)), bias=from_numpy(ones(4)))
     updates = {ak.Target("model.embed_tokens", "in out *k"): (token,), ak.Target("a"): (lora(bias=ones(4)),)}
     both = ak.Adapter(updates)
-    with pytest.raises(Unrepresentable, match="embed_tokens: PEFT has no lora with a bias"):
+    with pytest.raises(Unrepresentable, match="embed_tokens: PEFT does not support lora with a bias"):
         ak.write(both, tmp_path / "refused", "peft")
     lost = ak.write(both, tmp_path / "out", "peft", on_loss="drop")
     assert [line.partition(": ")[0] for line in lost] == ["left out model.embed_tokens"]

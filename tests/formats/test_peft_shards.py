@@ -59,7 +59,7 @@ def test_an_index_that_names_another_file_is_refused(sharded: Path) -> None:
     key = next(iter(index["weight_map"]))
     index["weight_map"][key] = next(name for name in names if name != index["weight_map"][key])
     path.write_text(json.dumps(index))
-    with pytest.raises(Malformed, match="but the file lacks it"):
+    with pytest.raises(Malformed, match="but the file does not have this tensor"):
         ak.read(sharded / "adapter")
 
 

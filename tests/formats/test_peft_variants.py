@@ -127,8 +127,9 @@ def test_only_olora_takes_its_scaling_along_from_the_base(tmp_path):
     assert ak.write(adapter_of(pissa=odd), tmp_path / "a", "peft", on_loss="fold")
     ((_, update),) = ak.read(tmp_path / "a")
     assert (update.method, update.scaling) == ("pissa", 1.0)
-    with pytest.raises(Unrepresentable, match="alpha / r"):
+    with pytest.raises(Unrepresentable, match="alpha / r") as raised:
         ak.write(adapter_of(olora=odd), tmp_path / "b", "peft", on_loss="fold")
+    assert "--to adapterkit" in raised.value.cure
 
 
 def test_a_base_that_changed_by_chance_or_data_stays_refused(tmp_path):

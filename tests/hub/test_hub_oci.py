@@ -360,7 +360,7 @@ def test_credentials_go_nowhere_unsafe(guarded: Proxy, name: str, lora: Path, re
     guarded.realm = realm
     result = run("push", lora, f"oci://{guarded.host}/{name}:1", "--json")
     assert (result.exit_code, json.loads(result.stdout)["error"]["code"]) == (5, "network")
-    assert "not safe" in result.output
+    assert "does not use https" in result.output
 
 
 def test_a_redirect_to_another_origin_carries_no_token(

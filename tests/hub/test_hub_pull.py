@@ -237,7 +237,7 @@ def test_a_disk_that_fills_up_is_said_and_gone_on_from(hub: HubServer, tmp_path:
         ("org/none", {}, TOKEN, "remote-not-found", "the repository does not exist"),
         ("org/lora@none", {}, TOKEN, "remote-not-found", "the revision 'none' does not exist"),
         ("hf://org/lora/adapter_confg.json", {}, TOKEN, "remote-not-found", "adapter_config.json"),
-        ("org/lora", {"gated": True}, TOKEN, "access", "Accept its terms"),
+        ("org/lora", {"gated": True}, TOKEN, "access", "Accept the repository's terms"),
         ("org/lora", {"private": True}, "", "remote-not-found", "HF_TOKEN"),
         ("org/lora", {}, "hf_someOtherToken", "access", "mistyped, expired or revoked"),
     ],

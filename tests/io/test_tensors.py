@@ -324,7 +324,7 @@ def test_no_weights_and_no_path_are_told_apart(tmp_path):
     "name", ["", "..", "../x", "a/../../x", "/x", "\\x", "a\\x", "C:x", "http://x/y", "x\0", "a/.."]
 )
 def test_names_out_of_files_stay_inside_their_folder(name, tmp_path):
-    with pytest.raises(Malformed, match="not a plain name of a file inside the folder"):
+    with pytest.raises(Malformed, match="not a plain relative path inside the folder"):
         contained(tmp_path, name)
 
 

@@ -83,7 +83,7 @@ def test_a_modelfile_in_a_folder_names_the_folder(lora: Path, tmp_path: Path) ->
 def test_what_ollama_cannot_read_is_refused(tmp_path: Path) -> None:
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": -1}
     packed = folder(tmp_path / "packed", quantization_config=quantization)
-    with pytest.raises(Unsupported, match="no quantized weights"):
+    with pytest.raises(Unsupported, match="quantized weights only from GGUF"):
         write_modelfile(packed)
     single = tmp_path / "one.safetensors"
     save_file({"w": W}, single)

@@ -232,7 +232,7 @@ def test_a_class_that_llama_cpp_takes_for_another_family_is_refused():
 def test_blocks_that_share_keys_differently_are_refused():
     blocks = [{"attention": {"n_heads_in_group": group}} for group in (4, 8)]
     config = {"num_attention_heads": 8, "hidden_size": 32, "block_configs": blocks}
-    with pytest.raises(Unsupported, match="groups of different sizes: 4, 8"):
+    with pytest.raises(Unsupported, match="differ in query heads per key head: 4, 8"):
         heads_of(config, "blk.0.attn_k")
 
 

@@ -118,7 +118,7 @@ def test_what_context_refuses(base, encoders, tmp_path):
             ak.onnx.inject(graph, adapter, out, **words)
     proto = graphs.built("matmul")[2]
     path = graphs.saved(proto, tmp_path / "base.onnx")
-    with pytest.raises(TargetNotFound, match="no inputs of past"):
+    with pytest.raises(TargetNotFound, match="no inputs for past"):
         ak.onnx.inject(path, of("prefix", P=torch.randn(3, 2, 2, 4, 8)), out)
     with pytest.raises(TargetNotFound, match="no embedding of tokens"):
         ak.onnx.inject(path, of("prompt", P=torch.randn(2, 8)), out)

@@ -77,7 +77,7 @@ def test_data_that_is_missing_short_or_elsewhere(apart, tmp_path):
         for tensor in proto.graph.initializer:
             next(entry for entry in tensor.external_data if entry.key == "location").value = place
         apart.write_bytes(proto.SerializeToString())
-        refused(Malformed, "not a plain name", apart, lora(), out)
+        refused(Malformed, "not a plain relative path", apart, lora(), out)
 
 
 def test_sizes_that_make_no_sense(apart):

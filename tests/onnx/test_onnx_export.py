@@ -131,7 +131,7 @@ def test_causal_models_write_what_peft_writes(family, mode, folders, tmp_path):
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").model_type == family
 
 
-@pytest.mark.parametrize("mode", ["merged", "attached"])
+@pytest.mark.parametrize("mode", ["merged", "attached", "slots"])
 def test_experts_compute_as_in_peft(mode, tmp_path):
     """transformers' default computes experts by a grouped product, which torch cannot export."""
     torch.manual_seed(0)
@@ -149,7 +149,8 @@ def test_experts_compute_as_in_peft(mode, tmp_path):
     report = ak.onnx.export_pretrained(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "lora", mode=mode)
     with torch.no_grad():
         wanted = changed(PROMPT).logits.numpy()
-    got = ak.onnx.Session(report.out).run({"input_ids": PROMPT.numpy()})["logits"]
+    session = ak.onnx.Session(report.out, {"one": tmp_path / "lora"} if mode == "slots" else {})
+    got = session.run({"input_ids": PROMPT.numpy()}, "one" if mode == "slots" else None)["logits"]
     np.testing.assert_allclose(got, wanted, atol=1e-5 * abs(wanted).max())
 
 
@@ -301,7 +302,7 @@ def test_what_a_session_refuses(classifier, tmp_path):
         (UsageError, "no adapter 'three'", (feeds, "three")),
         (Unsupported, r"use the same slot.*ops\.add", (feeds, {"one": 1, "two": 1})),
         (UsageError, "no output 'logit'", (feeds, None, ["logit"])),
-        (ShapeMismatch, "cannot run it", ({**feeds, "input_ids": feeds["input_ids"][:, :2]},)),
+        (ShapeMismatch, "cannot run the model", ({**feeds, "input_ids": feeds["input_ids"][:, :2]},)),
     ):
         with pytest.raises(error, match=match):
             session.run(*words)

@@ -230,16 +230,6 @@ class TestRefusals:
         with pytest.raises(Unsupported, match="speech_to_text, whose encoder reads input_features"):
             ak.onnx.export_pretrained(tmp_path / "base", tmp_path / "out")
 
-    def test_a_mask_that_depends_on_image_tokens(self, tmp_path):
-        # Gemma 3 lets the tokens of an image attend to each other, which embeddings alone do not tell.
-        text = {**TEXT, "head_dim": 4, "sliding_window": 16}
-        config = transformers.Gemma3Config(
-            text_config=text, vision_config={**TOWER, "num_hidden_layers": 1}, image_token_id=63, mm_tokens_per_image=4,
-        )  # fmt: skip
-        transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
-        with pytest.raises(Unsupported, match="cannot be called part by part"):
-            ak.onnx.export_pretrained(tmp_path / "base", tmp_path / "out")
-
     def test_a_graph_that_computes_something_else(self, t5, tmp_path, monkeypatch):
         home, _, _ = t5
         theirs_too = against_torch.outputs_of

@@ -264,7 +264,7 @@ def test_bindings_have_the_adapters(session):
         binding.bind_output("y")
         session.run_bound(binding)
         np.testing.assert_array_equal(binding.copy_outputs_to_cpu()[0], session.run({"x": X}, choice)["y"])
-    with pytest.raises(UsageError, match="cannot run it"):
+    with pytest.raises(UsageError, match="cannot run the model"):
         session.run_bound(session.binding("one"))
 
 

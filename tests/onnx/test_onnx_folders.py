@@ -356,7 +356,7 @@ def test_a_target_of_another_part_is_not_for_a_single_graph(tmp_path, way):
     """The encoder's graph has a layer of the decoder's name, since it omits the word `encoder`."""
     graph, out = optimum(tmp_path / "model") / "encoder_model.onnx", tmp_path / "out.onnx"
     change = getattr(ak.onnx, way)
-    with pytest.raises(TargetNotFound, match="this graph is the encoder") as caught:
+    with pytest.raises(TargetNotFound, match="the graph is the model's encoder") as caught:
         change(graph, adapter(DECODER), out)
     assert "--allow-partial" in caught.value.cure
     held = adapter(ENCODER, DECODER)

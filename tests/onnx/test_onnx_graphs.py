@@ -391,7 +391,7 @@ def test_biases_of_recurrent_layers(kind, biased, tmp_path):
         shift = Adapter({Target("rnn.weight_ih_l0"): (METHODS["dense"](d=torch.ones(len(made.weight_ih_l0))),)})
         for change, error, why in (
             (ak.onnx.merge, NotMergeable, "the layer does not have"),
-            (ak.onnx.inject, Unsupported, f"the {kind} has none"),
+            (ak.onnx.inject, Unsupported, f"this {kind} node has none"),
         ):
             with pytest.raises(error, match=why):
                 change(path, shift, tmp_path / "bad.onnx")
@@ -621,23 +621,3 @@ def test_a_graph_that_onnxruntime_optimized_before_can_be_optimized_again(tmp_pa
     assert abs(graphs.run(out, x.numpy()) - wanted).max() <= 1e-5 * abs(wanted).max()
     ak.onnx.eject(out, tmp_path / "back.onnx")
     assert (tmp_path / "back.onnx").read_bytes() == (tmp_path / "base.onnx").read_bytes()
-
-
-def test_reordered_weights_are_refused_by_their_reason(tmp_path):
-    """onnxruntime's last level of optimization stores kernels in blocks of channels, for one kind of processor."""
-    torch.manual_seed(0)
-    block, x = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 16, 1)), torch.randn(1, 16, 8, 8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(block, (x,), tmp_path / "float.onnx", input_names=["x"], dynamo=False)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(tmp_path / "base.onnx")
-    onnxruntime.InferenceSession(str(tmp_path / "float.onnx"), options)
-    assert "com.microsoft.nchwc" in {node.domain for node in onnx.load(tmp_path / "base.onnx").graph.node}
-    save_file(block.state_dict(), tmp_path / "base.safetensors")
-    adapter = Adapter({Target("0"): (METHODS["lora"](A=torch.randn(2, 16, 3, 3), B=torch.randn(32, 2)),)})
-    with pytest.raises(Unsupported, match=r"^.*base.onnx: 0: .*reordered.*nchwc\.Conv.*ORT_ENABLE_EXTENDED"):
-        ak.onnx.inject(
-            tmp_path / "base.onnx", adapter, tmp_path / "out.onnx", base_weights=tmp_path / "base.safetensors"
-        )

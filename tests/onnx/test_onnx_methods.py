@@ -135,7 +135,7 @@ def test_other_slots_are_the_base_too_or_refused_by_name(method, data, made, tmp
     else:
         refused = None
     if refused is not None:
-        assert refused == "Inject it with --mode constant (mode='constant')"
+        assert refused == "Inject the adapter with --mode constant (mode='constant')"
         assert method not in WORKED_OUT
         return
     np.testing.assert_array_equal(graphs.run(out, x), graphs.run(path, x))

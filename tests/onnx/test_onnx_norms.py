@@ -238,7 +238,7 @@ def test_bases_that_prove_nothing(exported, tmp_path):
     adapter, _ = adapter_of(of(Residual), "lora")
     state = of(Residual).state_dict()
     save_file({n: t for n, t in state.items() if "running" not in n}, tmp_path / "bare.safetensors")
-    with pytest.raises(TargetNotFound, match=r"no batch normalisation of the base has.*running_var"):
+    with pytest.raises(TargetNotFound, match=r"no batch normalisation and no vector of the base.*running_var"):
         ak.onnx.inject(path, adapter, tmp_path / "out.onnx", base_weights=tmp_path / "bare.safetensors")
     torch.manual_seed(9)
     save_file(randomized(Residual()).state_dict(), tmp_path / "other.safetensors")
@@ -372,7 +372,7 @@ def test_scales_that_prove_nothing(tmp_path):
             held.CopyFrom(onnx.numpy_helper.from_array((W * 20).round() / 20, held.name))
     onnx.save(graph, tmp_path / "rounded.onnx")
     save_file(state | {"other": state["gamma"] * 1.02}, tmp_path / "two.safetensors")
-    with pytest.raises(TargetNotFound, match=r"narrow: .*times gamma as times other"):
+    with pytest.raises(TargetNotFound, match=r"narrow: .*scaled by gamma or by other"):
         ak.onnx.inject(
             tmp_path / "rounded.onnx", adapter, tmp_path / "out.onnx", base_weights=tmp_path / "two.safetensors"
         )
@@ -399,9 +399,8 @@ def test_vectors_near_one_do_not_make_quantized_layers_ambiguous(tmp_path):
     assert "folded_norm" not in report.record()["targets"][0]
 
 
-@pytest.mark.parametrize("form", ["QOperator", "QDQ"])
-def test_a_merge_behind_a_norm_of_a_quantized_graph_passes_its_check(form, exported, tmp_path):
-    """DoRA scales the base's weight, not the rounded one; onnxruntime's quantizer rounds the product with the norm."""
+def statically(source, out, form):
+    """Quantize a graph by onnxruntime's static quantizer."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Once(CalibrationDataReader):
@@ -411,10 +410,34 @@ def test_a_merge_behind_a_norm_of_a_quantized_graph_passes_its_check(form, expor
         def get_next(self):
             return self.left.pop() if self.left else None
 
-    source = exported / "Residual-legacy.onnx"
-    quantize_static(
-        source, tmp_path / "q.onnx", Once(), quant_format=getattr(QuantFormat, form), weight_type=QuantType.QInt8
-    )
+    quantize_static(source, out, Once(), quant_format=getattr(QuantFormat, form), weight_type=QuantType.QInt8)
+
+
+@pytest.mark.parametrize("form", ["QOperator", "QDQ"])
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+def test_the_epsilon_of_a_norm_is_found_from_the_bias_of_a_quantized_graph(eps, form, tmp_path):
+    """Eight bits round a weight by more than the epsilons differ, so the nearest weight often has a wrong one."""
+    torch.manual_seed(0)
+    layers = [(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, eps=eps)), (nn.Conv2d(16, 24, 1), nn.BatchNorm2d(24, eps=eps)),
+              (nn.Conv2d(24, 32, 1), nn.BatchNorm2d(32, eps=eps))]  # fmt: skip
+    model = randomized(nn.Sequential(*(one for conv, norm in layers for one in (conv, norm, nn.ReLU()))))
+    statically(export(model, tmp_path / "float.onnx", "legacy"), tmp_path / "q.onnx", form)
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    updates = {ak.Target(str(3 * i)): (lora(conv.weight, i),) for i, (conv, _) in enumerate(layers)}
+    report = ak.onnx.inject(
+        tmp_path / "q.onnx", ak.Adapter(updates), tmp_path / "out.onnx", base_weights=tmp_path / "base.safetensors",
+        check=False,
+    )  # fmt: skip
+    scales = {place.target.path: place.norm.scale for place in report.found}
+    for i, (_, norm) in enumerate(layers):
+        exact = (norm.weight.double() / (norm.running_var.double() + eps).sqrt()).detach().numpy()
+        assert abs(scales[str(3 * i)] - exact).max() <= 1e-5 * abs(exact).max()
+
+
+@pytest.mark.parametrize("form", ["QOperator", "QDQ"])
+def test_a_merge_behind_a_norm_of_a_quantized_graph_passes_its_check(form, exported, tmp_path):
+    """DoRA scales the base's weight, not the rounded one; onnxruntime's quantizer rounds the product with the norm."""
+    statically(exported / "Residual-legacy.onnx", tmp_path / "q.onnx", form)
     adapter, _ = adapter_of(of(Residual), "dora")
     report = ak.onnx.merge(
         tmp_path / "q.onnx", adapter, tmp_path / "out.onnx", base_weights=exported / "Residual.safetensors",

@@ -6,10 +6,11 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
+from safetensors.numpy import save_file
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
-from adapterkit.errors import Unsupported
+from adapterkit.errors import TargetNotFound, Unsupported
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
 
@@ -145,3 +146,83 @@ def test_an_unknown_packed_layer_is_named_and_may_be_omitted(tmp_path):
     onnx.save(shown, tmp_path / "shown.onnx")
     hidden = session(tmp_path / "shown.onnx").run(["0"], {"x": X})[0]
     np.testing.assert_allclose(ran(out), before + hidden @ factors[0].T @ factors[1].T, rtol=1e-4, atol=1e-4)
+
+
+def with_functions(path, held, opset, own=None, names=("/a/Linear", "/b/Linear"), word="w"):
+    """Write a graph that calls one function twice; the function holds the weight. A second function has no weight.
+
+    Args:
+        held: where the function holds the weight: in a `constant`, or in the default of an `attribute`.
+        opset: the operator set of the graph.
+        own: the operator set of the function, if it is another one.
+    """
+    value = numpy_helper.from_array(SQUARE.T.copy(), "value")
+    constant = helper.make_node("Constant", [], [word], **({"value": value} if held == "constant" else {}))
+    if held == "attribute":
+        constant.attribute.append(onnx.AttributeProto(name="value", ref_attr_name="W", type=onnx.AttributeProto.TENSOR))
+    opsets = [helper.make_opsetid("", own or opset)]
+    linear = helper.make_function(
+        "mine", "Linear", ["p"], ["q"], [constant, helper.make_node("MatMul", ["p", word], ["q"])], opsets,
+        attribute_protos=[helper.make_attribute("W", value)] if held == "attribute" else [],
+    )  # fmt: skip
+    other = helper.make_function("mine", "Twice", ["p"], ["q"], [helper.make_node("Add", ["p", "p"], ["q"])], opsets)
+    nodes = [
+        helper.make_node("Linear", ["x"], ["h"], names[0], domain="mine"),
+        helper.make_node("Twice", ["h"], ["t"], "/twice/Twice", domain="mine"),
+        helper.make_node("Linear", ["t"], ["y"], names[1], domain="mine"),
+    ]
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", "s", IN]) for name in "xy"]
+    graph = helper.make_graph(nodes, "calls", ports[:1], ports[1:])
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("mine", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=[linear, other]), path)
+    return path
+
+
+def in_second_call(mode, path, out, **options):
+    """Change the second call, with the update of `adapter`; return the graph's output and the report."""
+    one = Adapter({Target("b"): adapter(IN).updates[Target("q")]})
+    report = (ak.onnx.merge if mode == "merge" else ak.onnx.inject)(
+        path, one, out, **({} if mode == "merge" else {"mode": mode}), **options
+    )
+    return ran(out, **(ak.onnx.fit(out, one) if mode == "slots" else {})), report
+
+
+FIRST = 2 * X.astype("f8") @ SQUARE.T
+SECOND = FIRST @ (SQUARE + 0.5 * B[IN].astype("f8") @ A).T
+
+
+@pytest.mark.parametrize("mode", ["constant", "slots", "merge"])
+@pytest.mark.parametrize("held", ["constant", "attribute"])
+@pytest.mark.parametrize(("opset", "own"), [(7, None), (11, None), (13, 17), (17, 13), (18, None), (21, 17), (25, 21)])
+def test_a_function_that_holds_a_weight_is_inlined(opset, own, held, mode, tmp_path):
+    """The weight has no name outside of the function; the call's name is the name of the module."""
+    path = with_functions(tmp_path / "base.onnx", held, opset, own)
+    np.testing.assert_allclose(ran(path), FIRST @ SQUARE.T, rtol=1e-4, atol=1e-3)
+    got, report = in_second_call(mode, path, tmp_path / "out.onnx")
+    np.testing.assert_allclose(got, SECOND, rtol=1e-4, atol=1e-4 * abs(SECOND).max())
+    assert "calls of local functions were replaced by the functions' nodes (Linear, Twice)" in report.note
+    assert not onnx.load(tmp_path / "out.onnx").functions
+
+
+def test_a_function_whose_calls_have_no_names_is_found_by_its_values(tmp_path):
+    """Both calls are calls of one module: they share its weight."""
+    path = with_functions(tmp_path / "base.onnx", "constant", 17, names=("", ""))
+    save_file({"a.weight": SQUARE}, tmp_path / "base.safetensors")
+    one = Adapter({Target("a"): adapter(IN).updates[Target("q")]})
+    with pytest.raises(TargetNotFound, match=r"--base-weights DIR \(base_weights=\)"):
+        ak.onnx.inject(path, one, tmp_path / "out.onnx")
+    changed = SQUARE + 0.5 * B[IN].astype("f8") @ A
+    wanted = 2 * X.astype("f8") @ changed.T @ changed.T
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        change(path, one, tmp_path / "out.onnx", base_weights=tmp_path / "base.safetensors")
+        np.testing.assert_allclose(ran(tmp_path / "out.onnx"), wanted, rtol=1e-4, atol=1e-4 * abs(wanted).max())
+
+
+def test_a_function_with_operators_of_another_meaning_is_refused(tmp_path):
+    """ReduceSum takes its axes as an attribute before opset 13."""
+    path = with_functions(tmp_path / "base.onnx", "constant", 17, 11)
+    model = onnx.load(path)
+    model.functions[0].node.append(helper.make_node("ReduceSum", ["q"], ["sum"], axes=[1]))
+    onnx.save(model, path)
+    with pytest.raises(Unsupported, match=r"local functions of another operator set.*Linear.*onnx\.inliner"):
+        in_second_call("constant", path, tmp_path / "out.onnx")

@@ -240,7 +240,7 @@ def test_what_is_not_kept_beside(exported, tmp_path):
 def test_another_checkpoint_is_no_neighbour(name, exported, tmp_path):
     torch.manual_seed(5)
     save_file(Two().state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(TargetNotFound, match=r"nearest has a distance of|exported from"):
+    with pytest.raises(TargetNotFound, match=r"nearest weight has a distance of|exported from"):
         ak.onnx.inject(
             exported / f"dynamo-{name}.onnx", Adapter({Target("up"): (lora(),)}), tmp_path / "o.onnx",
             base_weights=tmp_path / "other.safetensors",

@@ -92,7 +92,7 @@ def test_a_graph_computes_what_peft_computes(case, graphs, tmp_path, close):
     words = {name: torch.tensor(array) for name, array in call.items()}
     wanted = trained(build, config, tmp_path / "adapter")(input_ids=IDS, **words)
     report = ak.onnx.inject(graphs(build), tmp_path / "adapter", tmp_path / "out.onnx")
-    assert ("task_ids takes the number of a task" in (report.note or "")) == bool(call)
+    assert ("task_ids takes a task's number" in (report.note or "")) == bool(call)
     close(run(report.out, **call), wanted.logits, tolerance=1e-5)
     assert (run(graphs(build)) - wanted.logits).abs().max() > 1e-3
     ak.onnx.eject(report.out, tmp_path / "back.onnx")
@@ -104,7 +104,7 @@ def test_a_task_that_is_told_is_in_the_graph(graphs, tmp_path, close):
     model = trained(llama, poly(target_modules=["q_proj"]), tmp_path / "adapter")
     out = ak.onnx.inject(graphs(llama), tmp_path / "adapter", tmp_path / "out.onnx", call={"task_ids": 1}).out
     close(run(out), model(input_ids=IDS, task_ids=torch.tensor([1, 1, 1])).logits, tolerance=1e-5)
-    with pytest.raises(UsageError, match="is not a value for task_ids"):
+    with pytest.raises(UsageError, match="is not a valid value for task_ids"):
         ak.onnx.inject(graphs(llama), tmp_path / "adapter", tmp_path / "out.onnx", call={"task_ids": [0, 1]})
 
 
@@ -125,7 +125,7 @@ def test_tokens_of_another_name_and_of_a_past(graphs, tmp_path, tmp_path_factory
 
     _, graph = pretrained(tmp_path_factory, llama)
     report = ak.onnx.inject(graph, tmp_path / "adapter", tmp_path / "past.onnx")
-    assert "past_input_ids takes the tokens" in report.note
+    assert "past_input_ids takes the token ids" in report.note
     session = ak.onnx.Session(report.out)
     past = {name: np.zeros((3, 1, 0, 4), np.float32) for name in session.inputs if name.startswith("past_key")}
     got = []
@@ -232,7 +232,7 @@ def test_xlora_behind_a_past(case, experts, tmp_path, tmp_path_factory, close):
     model = xlora(case, experts, tmp_path / "router")
     _, path = pretrained(tmp_path_factory, llama)
     report = ak.onnx.inject(path, tmp_path / "router", tmp_path / "out.onnx", experts=experts)
-    assert "past_input_ids takes the tokens" in report.note
+    assert "past_input_ids takes the token ids" in report.note
     session = ak.onnx.Session(report.out)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
     for own in (torch.ones_like(mask), mask):

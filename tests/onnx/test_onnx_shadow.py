@@ -196,7 +196,7 @@ def test_behind_a_past_its_tokens_are_read_anew(case, made, tmp_path, tmp_path_f
     model, adapter = made(case)
     folder, path = pretrained(tmp_path_factory, CASES[case][0])
     report = ak.onnx.inject(path, adapter, tmp_path / "out.onnx", base_weights=folder)
-    assert "past_input_ids takes the tokens of the past" in report.note
+    assert "past_input_ids takes the token ids of the past" in report.note
     assert report.reference is not None
     assert report.reference < 1e-5
     session = ak.onnx.Session(report.out)
@@ -302,7 +302,7 @@ def test_what_is_refused(fixed, made, tmp_path):
     out = tmp_path / "out.onnx"
     bare = tmp_path / "model.onnx"
     bare.write_bytes(fixed(llama).read_bytes())
-    with pytest.raises(UsageError, match=r"base's config\.json, and there is none beside the graph"):
+    with pytest.raises(UsageError, match=r"config\.json is needed .*, but there is none beside the graph"):
         ak.onnx.inject(bare, adapter, out)
     for config, error, match in (
         ({"model_type": "nothing"}, Unsupported, "no model type 'nothing'"),
@@ -314,7 +314,7 @@ def test_what_is_refused(fixed, made, tmp_path):
         ),
         (base(gpt2).config.to_dict(), ShapeMismatch, "but a GPT2Model has"),
         (json.loads(base(llama).config.to_json_string()) | {"intermediate_size": 14}, ShapeMismatch, "LlamaModel"),
-        (json.loads(base(llama).config.to_json_string()) | {"model_type": "bert"}, Unsupported, "like a BertModel"),
+        (json.loads(base(llama).config.to_json_string()) | {"model_type": "bert"}, Unsupported, "for a BertModel"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(error, match=match) as raised:

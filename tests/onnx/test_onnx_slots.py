@@ -229,13 +229,13 @@ def test_what_does_not_go_into_the_slots_is_refused(slots, tmp_path):
     with_peft(Reused(), tmp_path / "both", ["turn", "head"])
     for adapter, error, match in (
         (tmp_path / "both", TargetNotFound, r"no slots for this target.*--mode slots"),
-        (bottleneck("relu"), TargetNotFound, "no slots for bottleneck there; it has slots for lora"),
+        (bottleneck("relu"), TargetNotFound, "no slots for bottleneck at this target; it has slots for lora"),
     ):
         with pytest.raises(error, match=match):
             session.load("one", adapter)
     ak.onnx.inject(tmp_path / "base.onnx", bottleneck("relu"), tmp_path / "relu.onnx", mode="slots")
     ak.onnx.fit(tmp_path / "relu.onnx", bottleneck("relu"))
-    with pytest.raises(Unsupported, match=r"non_linearity is 'gelu', but 'relu' in the model's nodes"):
+    with pytest.raises(Unsupported, match=r"non_linearity is 'gelu' in the adapter, but 'relu' in the model's nodes"):
         ak.onnx.fit(tmp_path / "relu.onnx", bottleneck("gelu"))
     with pytest.raises(TargetNotFound, match="lists no slots"):
         ak.onnx.fit(tmp_path / "base.onnx", tmp_path / "one")

@@ -235,7 +235,7 @@ def test_the_command_line_exports_any_module(tmp_path, monkeypatch):
     save_file({"up.weight": torch.zeros(2, 2)}, tmp_path / "bad.safetensors")
     for code, words, match in (
         (2, ("--model", "flat"), "does not name a function"),
-        (2, ("--model", "test_onnx_weights:rounded"), "cannot be called"),
+        (2, ("--model", "test_onnx_weights:rounded"), "cannot be imported or called"),
         (2, ("--model", "test_onnx_weights:net"), "does not return a module and its arguments"),
         (2, ("--model", maker, "--dtype", "float16"), "--dtype is only for the folder"),
         (2, (tmp_path / "bad.safetensors", "--model", maker), "size mismatch|Missing key"),

@@ -185,5 +185,5 @@ def test_a_state_of_a_convolution(tmp_path):
     assert session.generate([5, 9, 2], max_new_tokens=NEW)[0].tolist() == wanted
     two = session.generate([[5, 9, 2]] * 2, attention_mask=np.ones((2, 3)), max_new_tokens=NEW)
     assert two.tolist() == [wanted] * 2
-    with pytest.raises(UsageError, match="would contain the padding"):
+    with pytest.raises(UsageError, match="would include the padding"):
         session.generate([[5, 9, 2], [0, 9, 2]], attention_mask=[[1, 1, 1], [0, 1, 1]])

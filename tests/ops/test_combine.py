@@ -132,7 +132,7 @@ def test_a_change_counts_and_not_whether_it_is_stored_as_factors(name):
         close(exact(one, target), exact(other, target), 1e-7)
 
 
-OTHER_SCALES = {"cart": "factor of the tasks' differences from the mean", "robust_merge": "c, the factor of A and of B"}
+OTHER_SCALES = {"cart": "factor of the differences from the mean", "robust_merge": "c, the factor of A and of B"}
 """Methods whose `scale` is another factor than that of the result, with its meaning."""
 
 
@@ -911,6 +911,22 @@ def test_kernels_are_flattened(name):
     close(change(made).reshape(OUT, IN), change(flat), 1e-6)
 
 
+@pytest.mark.parametrize("rank", ["fit", 1, 2])
+@pytest.mark.parametrize("name", ["linear", "ties", "dare_ties", "sce", "tsv"])
+def test_a_weight_with_one_row_stays_a_lora(name, rank, tmp_path):
+    """A head with one label has rank 1, so the cut loses nothing, and PEFT's format can store the result."""
+    rng = np.random.default_rng(3)
+    heads = [
+        Adapter({target: (METHODS["lora"](A=from_numpy(rng.normal(size=(2, 16)).astype("f4")),
+                                          B=from_numpy(rng.normal(size=(out, 2)).astype("f4"))),)
+                 for target, out in ((Target("score"), 1), (Q, 8))})
+        for _ in range(2)
+    ]  # fmt: skip
+    ak.write(ak.ops.combine(heads, name, rank=rank), tmp_path / "a", "peft")
+    head = Target("score")
+    close(change(ak.read(tmp_path / "a"), head), change(ak.ops.combine(heads, name), head), 1e-5)
+
+
 @pytest.mark.parametrize("name", ["linear", "ties", "tsv", "knots", "iso_c", "wudi", "ctm_linear"])
 def test_methods_without_thin_factors_are_combined_too(name):
     rng = np.random.default_rng(9)
@@ -1100,7 +1116,7 @@ def test_bad_input_is_refused():
     refused(UsageError, "slerp takes 2 adapters", adapters(3), "slerp")
     refused(UsageError, "nearswap takes 1 adapters, not 2", two, "nearswap")
     refused(UsageError, "needs the weights of the base", two[:1], "arcee_fusion")
-    refused(UsageError, "cannot follow a plug-in", two, "knots", then="arcee_fusion")
+    refused(UsageError, "cannot be the inner method", two, "knots", then="arcee_fusion")
     refused(UsageError, "no target matches", two, "linear", [{"*.k": 1.0}, 1.0])
     refused(UsageError, "rank is 99, but the weights have at most rank 20", two, "linear", rank=99)
     refused(UsageError, "rank is 99, but the weights have at most rank 20", two, "ctm", rank=99)
@@ -1112,7 +1128,7 @@ def test_bad_input_is_refused():
     refused(UsageError, "must be a mapping", two, "ties", each=[0.5, 0.2])
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 0.5})
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 1.0, "*": 0.5})
-    refused(UsageError, "cannot follow a plug-in", two, "knots", then="core")
+    refused(UsageError, "cannot be the inner method", two, "knots", then="core")
     refused(
         UsageError,
         r"cannot be summed separately(.|\n)*adapterkit resize A --rank R",

@@ -155,7 +155,7 @@ def test_what_a_score_gives_wrong_is_refused():
     with pytest.raises(UsageError, match="1 losses for 3 tasks"):
         ak.ops.combine(adapters, "tara", data=few, steps=1)
     other = by_gradients(lambda _, spaces: spaces.loss({(0, "layers.0.up"): samples[0]}), base)
-    with pytest.raises(UsageError, match=r"not in spaces\.paths"):
+    with pytest.raises(UsageError, match=r"not in spaces\.reads"):
         ak.ops.combine(adapters, "nsc", data=other, steps=1)
     with pytest.raises(UsageError, match="no target with low-rank factors"):
         ak.ops.combine([Adapter({Target("q"): a.updates[Target(PATHS[0])]}) for a in adapters], "nsc", data=other)

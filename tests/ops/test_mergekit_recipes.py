@@ -180,7 +180,7 @@ def test_the_base_among_the_models(here: dict[str, dict[str, np.ndarray]]) -> No
         np.testing.assert_allclose(found[name], 0.5 * here["one"][name], atol=2e-6)
     Path("recipe.yml").write_text(text + "linear\n")
     done = run("combine", "recipe.yml", "-o", "out")
-    assert (done.exit_code, "base_model: linear treats the base" in done.stderr) == (2, True)
+    assert (done.exit_code, "base_model: models contains the base" in done.stderr) == (2, True)
     fused = combined("models:\n  - model: base\n  - model: one\nmerge_method: arcee_fusion\nbase_model: base\n")
     assert any(np.abs(fused[name]).max() for name in names())
 

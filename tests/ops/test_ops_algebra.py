@@ -373,7 +373,7 @@ def test_bad_sums_are_refused_before_any_work():
     with pytest.raises(UsageError, match="no target in common"):
         ops.add([a, b])
     assert len(ops.add([a, b], disjoint=True).updates) == 2
-    with pytest.raises(ShapeMismatch, match=r"\[8, 16\] and of \[8, 12\]") as raised:
+    with pytest.raises(ShapeMismatch, match=r"\[8, 16\] and \[8, 12\]") as raised:
         ops.add([a, Adapter({TARGET: (lora(columns=(12,)),)})])
     assert raised.value.where == "q"
     with pytest.raises(ShapeMismatch, match="one adapter assumes"):

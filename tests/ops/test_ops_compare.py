@@ -221,5 +221,5 @@ def test_numbers_that_are_too_large_name_their_target(op):
     A, B = (np.full(shape, 1e150) for shape in ((2, 4), (3, 2)))
     B[0, 0] = -1e150
     adapter = Adapter({Target("layers.0.q"): (METHODS["lora"](A=from_numpy(A), B=from_numpy(B)),)})
-    with pytest.raises(Malformed, match=r"layers\.0\.q: the numbers of the change are too large"):
+    with pytest.raises(Malformed, match=r"layers\.0\.q: the values of the change are too large"):
         op(adapter)

@@ -134,10 +134,13 @@ def test_recipes_that_a_trial_cannot_repeat_are_refused(stored: list[str], tmp_p
     whole = {"merge_method": "ties", "models": models}
     path = tmp_path / "row.yml"
     for more, match in (
-        ({"models": models[:1]}, "the recipe combines .*0, but the search combines .*Name the same adapters in both"),
+        (
+            {"models": models[:1]},
+            "the recipe combines .*0, but the search combines .*Name the same adapters in the recipe",
+        ),
         ({"models": [models[0], models[0]]}, "the recipe combines"),
-        ({"seed": 7}, "seed 7, but the search has 0.*--seed 7"),
-        ({"rank": 3}, "rank 3, but the search has fit.*--rank 3"),
+        ({"seed": 7}, "seed 7, but the search has seed 0.*--seed 7"),
+        ({"rank": 3}, "rank 3, but the search has rank fit.*--rank 3"),
         ({"compat": "mergekit"}, "cannot use the setting `compat`"),
         ({"dtype": "float32"}, "cannot use the setting `dtype`"),
         ({"models": [{"model": m["model"], "parameters": {"density": 0.5}} for m in models]}, "use the setting `each`"),
@@ -204,16 +207,16 @@ def test_what_a_search_refuses() -> None:
 
     for match, words in (
         ("at least two adapters", {"adapters": PAIR[:1]}),
-        ("every search begins with.*Type --budget 7", {"budget": 3}),
+        ("this search begins with.*Type --budget 7", {"budget": 3}),
         ("'tise'.*ties", {"methods": ["tise"]}),
-        ("needs data of its own to learn from", {"methods": ["lorahub"]}),
+        ("lorahub learns from data", {"methods": ["lorahub"]}),
         ("slerp cannot combine 3", {"methods": ["slerp"], "adapters": [*PAIR, lora(3)]}),
         ("no method has a parameter 'gamma'", {"tune": {"gamma": (0, 1)}}),
         ("bounds of scale are 2.0 and 1.0", {"methods": ["ties"], "tune": {"scale": (2, 1)}}),
         ("largest weight is 0.5", {"most": 0.5}),
         ("rank is 0", {"rank": 0}),
         ("rank is 99, but the weights have at most rank 24", {"rank": 99}),
-        ("texts are scored on a base", {"data": __file__}),
+        ("the loss on texts requires a base", {"data": __file__}),
     ):
         with pytest.raises(AdapterkitError, match=match):
             ak.search(**{"adapters": PAIR, "data": score, "budget": 20} | words)
@@ -288,7 +291,7 @@ def test_the_command_starts_from_recipes_and_methods(folder: Path, tmp_path: Pat
     given = [*words(folder, out, 12)[:-4], "--start", str(recipe), "--start", "karcher", "-o", str(out)]
     refused = CliRunner().invoke(adapterkit, given)
     assert refused.exit_code != 0
-    assert "--most allows larger ones" in refused.output
+    assert "--most allows larger weights" in refused.output
     done = CliRunner().invoke(adapterkit, [*given, "--most", "2", "--json"])
     assert done.exit_code == 0, done.output
     trials = json.loads(done.stdout)["trials"]

@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_refused(given: dict[str, Any], tmp_path: Path) -> 
     ak.write(lora("mixtral", model), tmp_path / "experts", "peft")
     data = ak.TextData(experts, [tmp_path / "experts"] * 2, given["texts"])
     for method in ("cat", "nsc", "regmean_plus"):
-        with pytest.raises(Unsupported, match="stacks experts"):
+        with pytest.raises(Unsupported, match="stacks the experts"):
             ak.combine([tmp_path / "experts"] * 2, method, base=experts, data=data.learned_by(method))
     for tokens in base.glob("tokenizer*"):
         tokens.unlink()

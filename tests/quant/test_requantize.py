@@ -117,7 +117,7 @@ def test_the_choices_are_explained_in_the_plan():
     said = {
         choice: plan(case, adapter, quantized=choice).record()["quantized"] for choice in ("dequantize", "requantize")
     }
-    assert "16 bits" in said["dequantize"]["why"]
+    assert "16-bit weights" in said["dequantize"]["why"]
     assert "measured" in said["requantize"]["why"]
 
 

@@ -52,7 +52,7 @@ def test_the_page_has_every_check_run_verdict_and_where_models_part(gated: tuple
         assert check.text in told
         assert check.value is None or f"{check.value:.4g}" in told
     assert all(verdict in told for verdict in gate.verdicts)
-    assert f"The first wrong module is {LOST}." in told
+    assert f"The first module with a fault is {LOST}." in told
     assert gate.merged is not None
     assert f"{gate.merged.kept:.4g}" in told
     assert gate.merged.path in told

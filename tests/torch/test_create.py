@@ -334,7 +334,7 @@ def test_what_a_start_takes_from_the_base_is_written_as_lora_and_the_refusal_say
     model = nn.Sequential(nn.Linear(16, 8))
     made = ak.torch.create(model, "lora", targets="0", rank=2, alpha=4, init=init)
     with pytest.raises(
-        Unrepresentable, match=r"residual.*Write them in another method.*on_loss='promote'/--on-loss promote"
+        Unrepresentable, match=r"residual.*Convert the updates to another method.*on_loss='promote'/--on-loss promote"
     ):
         ak.write(made, tmp_path / "out", format="peft")
     ak.write(made, tmp_path / "out", format="peft", on_loss="promote")

@@ -182,7 +182,7 @@ def test_trains_from_scratch_and_fits_its_layer_alone():
     assert all(parameter.grad is not None for parameter in handle.parameters())
     handle.remove()
     with pytest.raises(
-        ShapeMismatch, match=r"another number of channels.*inputs=8, in=8.*the weight is \[4, 8, 3, 3\]"
+        ShapeMismatch, match=r"another number of channels.*inputs=8, in=8.*the weight has the shape \[4, 8, 3, 3\]"
     ):
         ak.torch.inject(nn.Sequential(nn.Conv2d(8, 4, 3)), fresh)
     # A weight does not tell how many groups it is of: the layer itself does, once it runs.

@@ -531,7 +531,7 @@ def _():
     return found[0], found[1]
 
 
-@odd("routes of two generators that take turns", raises=UsageError, match="another order")
+@odd("routes of two generators that take turns", raises=UsageError, match="block overlaps another")
 def _():
     model = one()
     inject(model, name="a")
@@ -547,7 +547,7 @@ def _():
     next(first, None)
 
 
-@odd("a route that another thread leaves", raises=UsageError, match="another order or thread")
+@odd("a route that another thread leaves", raises=UsageError, match="overlaps another, or ends in another thread")
 def _():
     model = one()
     inject(model, name="a")

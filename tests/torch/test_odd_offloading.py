@@ -204,7 +204,7 @@ def _():
     on_disk()[1].merge_()
 
 
-@odd("a weight on the disk, a fresh adapter that starts from it", Unsupported, "keeps one of its tensors on disk")
+@odd("a weight on the disk, a fresh adapter that starts from it", Unsupported, "keeps this weight on disk")
 def _():
     model, _ = model_of("linear")
     to_disk(model, tempfile.mkdtemp())

@@ -881,7 +881,7 @@ def _():
     return got[:2], linear(model[0], seed=1)[:2]
 
 
-@odd("an adapter removed that its route names", raises=UsageError, match="Leave the `with route")
+@odd("an adapter removed that its route names", raises=UsageError, match="Exit the `with route")
 def _():
     model = one()
     handle = inject(model, name="a")

@@ -196,7 +196,7 @@ FAULTS = {
     ),
     "no attention": (f"{SELF}.q_proj", ONE_GATE, Unsupported, "gated_prefix cannot be applied to a Linear"),
     "the model": ("", ONE_GATE, Unsupported, "cannot be applied to a LlamaForCausalLM"),
-    "tokens": (SELF, METHODS["prompt"](P=torch.ones(2, 8)), Unsupported, "tokens cannot follow a LlamaAttention"),
+    "tokens": (SELF, METHODS["prompt"](P=torch.ones(2, 8)), Unsupported, "the output of a LlamaAttention"),
 }  # fmt: skip
 
 
@@ -216,6 +216,19 @@ def test_a_way_to_attend_that_takes_no_prefix_is_named():
     model.model.layers[1].self_attn.config = SimpleNamespace(_attn_implementation="flex_attention")
     with pytest.raises(Unsupported, match=r"computed by 'flex_attention'.*attn_implementation= one of eager, sdpa"):
         run(model)
+
+
+def test_gpt2s_upcast_attention_takes_a_prefix_where_transformers_does_not_upcast():
+    plain, eager, fused = (
+        fresh(gpt2, attn_implementation=name, reorder_and_upcast_attn=upcast)
+        for name, upcast in (("eager", False), ("eager", True), ("sdpa", True))
+    )
+    adapter = context(plain, "prefix")
+    for model in (plain, eager, fused):
+        ak.torch.inject(model, adapter)
+    torch.testing.assert_close(run(fused), run(plain), rtol=1e-5, atol=1e-5)
+    with pytest.raises(Unsupported, match=r"reorder_and_upcast_attn.*attn_implementation='sdpa'"):
+        run(eager)
 
 
 def test_models_without_such_attentions_have_no_place_for_it():
@@ -250,5 +263,5 @@ def test_a_prompt_behind_embeddings(build):
 
 
 def test_a_prompt_where_a_model_cannot_take_one_is_refused():
-    with pytest.raises(Unsupported, match="tokens cannot follow a Dropout"):
+    with pytest.raises(Unsupported, match="in front of the output of a Dropout"):
         ak.torch.inject(fresh(gpt2), Adapter({Target("transformer.drop"): (METHODS["prompt"](P=torch.ones(2, 8)),)}))

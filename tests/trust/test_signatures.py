@@ -131,9 +131,9 @@ def test_certificates_both_ways(tmp_path: Path, merged: Path) -> None:
     (tmp_path / "other.crt").write_bytes(other.public_bytes(Encoding.PEM))
     with pytest.raises(Corrupt, match="is not valid"):
         check_signature(merged, ours.out, trust=[tmp_path / "other.crt"])
-    with pytest.raises(UsageError, match="by certificate"):
+    with pytest.raises(UsageError, match="of kind certificate"):
         check_signature(merged, ours.out, key=write_key(tmp_path, leaf_key, "leaf")[1])
-    with pytest.raises(Malformed, match="not for this key"):
+    with pytest.raises(Malformed, match="belongs to another key"):
         sign(merged, tmp_path / "x.sig", key=private, certificate=roots)
     with pytest.raises(Malformed, match="no certificate"):
         sign(merged, tmp_path / "x.sig", key=private, certificate=private)
@@ -522,7 +522,7 @@ def test_sigstore_is_passed_on_to_model_signing(
     with pytest.raises(NetworkError, match="no network"):
         sign(merged, sigstore=True, overwrite=True)
     monkeypatch.setattr(verifying.Config, "use_sigstore_verifier", fails)
-    with pytest.raises(UsageError, match="by key"):
+    with pytest.raises(UsageError, match="of kind key"):
         check_signature(merged, signed.out, identity="a@b.org", issuer="https://b.org")
     told = json.loads(Path(signed.out).read_text())
     told["verificationMaterial"] = {"certificate": {"rawBytes": ""}, "tlogEntries": [{"logIndex": "1"}]}

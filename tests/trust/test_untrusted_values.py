@@ -138,7 +138,7 @@ def test_an_error_has_a_bounded_length_and_prints():
 @pytest.mark.parametrize("name", ["x" * 256, "a/" + "y" * 300, "é" * 200], ids=ascii)
 def test_an_index_names_files_that_a_file_system_takes(name, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": f"{name}.safetensors"}}))
-    with pytest.raises(Malformed, match="not a plain name of a file") as raised:
+    with pytest.raises(Malformed, match="not a plain relative path") as raised:
         open_checkpoint(tmp_path)
     str(raised.value).encode()
 
@@ -153,7 +153,7 @@ def test_an_index_with_half_a_surrogate_pair_is_no_json(tmp_path):
 def test_an_indexs_metadata_is_an_object(tmp_path):
     save_file({"a": np.ones(2, "f4")}, tmp_path / "x.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text('{"metadata": 1, "weight_map": {"a": "x.safetensors"}}')
-    with pytest.raises(Malformed, match="metadata is 1") as raised:
+    with pytest.raises(Malformed, match="metadata must be a JSON object, got 1") as raised:
         open_checkpoint(tmp_path)
     assert raised.value.where == "metadata"
 

@@ -117,8 +117,7 @@ class Clipping:
             both = [self._value(given, 0, -1), right]
             if len(given) > 8 and given[8]:
                 both.append(self._bias(given, 8))
-            self.add(PAIRS[op], both, f"{out} free", **words)
-            self._clip(f"{out} free", out, given[6], given[7])
+            self._computed(node, PAIRS[op], both, words, given[6:8])
         elif op == "QGemm":
             both = [self._value(given, 0, -1), self._value(given, 3, 0 if words.get("transB", 0) else 1)]
             if len(given) > 6 and given[6]:
@@ -128,8 +127,7 @@ class Clipping:
             if ends:
                 self._clip(f"{out} free", out, given[7], given[8])
         elif op in SINGLES:
-            self.add(SINGLES[op], [self._value(given, 0, -1)], f"{out} free", **words)
-            self._clip(f"{out} free", out, given[3], given[4])
+            self._computed(node, SINGLES[op], [self._value(given, 0, -1)], words, given[3:5])
         elif op == "QLinearConcat":
             parts = [self._value(given, at, -1) for at in range(2, len(given), 3)]
             self.add("Concat", parts, f"{out} free", **words)
@@ -148,6 +146,22 @@ class Clipping:
                 node.input[at] = self.name(one)
             self.nodes.append(node)
 
+    def _computed(
+        self, node: onnx.NodeProto, op: str, given: list[str], words: dict[str, Any], ends: list[str]
+    ) -> None:
+        """Add an operator in floats and the range of its output; onnxruntime may give images their channels last."""
+        out = node.output[0]
+        last = any(one.name == "channels_last" and one.i for one in node.attribute)
+        if last:
+            self.add("Transpose", given[:1], f"{out} input", perm=[0, 3, 1, 2])
+            given = [f"{out} input", *given[1:]]
+        self.add(op, given, f"{out} free", **words)
+        self._clip(f"{out} free", f"{out} first" if last else out, *ends)
+        if last:
+            self.add("Transpose", [f"{out} first"], out, perm=[0, 2, 3, 1])
+            self.floats.add(out)
+            self.steps[out] = self.steps[f"{out} first"]
+
     def _bias(self, given: Sequence[str], at: int) -> str:
         steps = self.constants[given[1]].astype("f8") * self.constants[given[4]].astype("f8")
         return self.constant(self.constants[given[at]] * steps.reshape(-1))
@@ -165,6 +179,12 @@ class Clipping:
         graph.node.extend(self.nodes)
         onnx.save(self.model, path)
         return path
+
+
+def _norm_scales(base: dict[str, Any]) -> list[Any]:
+    """Return the factors of the base's batch norms; all have torch's epsilon."""
+    names = [name.removesuffix("running_var") for name in base if name.endswith("running_var")]
+    return [base[f"{n}weight"].astype("f8") / np.sqrt(base[f"{n}running_var"].astype("f8") + 1e-5) for n in names]
 
 
 class Place(NamedTuple):
@@ -200,6 +220,7 @@ class Adapted(Clipping):
         self.scaled, self.others = scaled, others
         self.config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         base, parts = load_file(weights), load_file(adapter / "adapter_model.safetensors")
+        self.norms = _norm_scales(base)
         layers: dict[str, dict[str, Any]] = {}
         for key, array in parts.items():
             layer, _, kind = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
@@ -224,20 +245,28 @@ class Adapted(Clipping):
         if not near or near[0][0] > 0.03 or (len(near) > 1 and near[1][0] < 4 * near[0][0]):
             raise Unfit(f"no weight of the graph is surely {layer}'s")
         _, node, V, g, turned = near[0]
-        spread = g.reshape(-1, *[1] * (W.ndim - 1))
-        changed, factor = self._formula(layer, tensors, V / spread)
+        spread = np.ones([1] * W.ndim)
+        norm = self._norm_of(g) if node.op_type == "Conv" and abs(g - 1).max() > 0.03 else None
+        if norm is not None:
+            # Few bits hold a norm's small factors badly, or not at all. The formulas see the base's weight.
+            spread = norm.reshape(-1, *[1] * (W.ndim - 1))
+        seen = V if norm is None else W
+        changed, factor = self._formula(layer, tensors, seen)
         place = self.others if factor is None else self.scaled
         x, last, bias = self._around(node, b, place)
-        wanted = changed * spread - V if place.beside else changed * spread
+        change = (changed - seen) * spread
+        wanted = change if place.beside else V + change
         given = [x, self.constant(wanted.T if turned else wanted)]
         shift = None
-        if bias is not None and factor is not None:
+        if bias is not None and factor is not None and (norm is None or b is not None):
             reader, at = bias
             held = self.constants[reader.input[at]]
+            # Behind a norm, the graph's vector is the norm's shift and the layer's scaled bias.
+            more = (held if norm is None else (b * norm).reshape(held.shape)) * (factor - 1)
             if place.beside:
-                shift = (held * (factor - 1)).reshape(-1, *([1, 1] if node.op_type == "Conv" else []))
+                shift = more.reshape(-1, *([1, 1] if node.op_type == "Conv" else []))
             else:
-                reader.input[at] = self.constant(held * factor)
+                reader.input[at] = self.constant(held + more)
         if not place.beside:
             node.input[:2] = given
             return
@@ -254,6 +283,14 @@ class Adapted(Clipping):
         else:
             self.add("Identity", [f"{end} changed"], end)
         self.nodes = [*kept, *self.nodes, *tail]
+
+    def _norm_of(self, g: Any) -> Any:
+        """Return the factors of the base's norm that are nearest to the factors of a weight in the graph."""
+        fits = [scale for scale in self.norms if len(scale) == len(g)]
+        best = min(fits, key=lambda scale: float(abs(scale - g).max()), default=None)
+        if best is None or abs(best - g).max() > 0.03 * abs(g).max():
+            raise Unfit("a convolution holds factors of no norm")
+        return best
 
     def _formula(self, layer: str, tensors: dict[str, Any], V: Any) -> tuple[Any, Any]:
         """Return a changed weight, and the factor of the bias or None."""
@@ -285,7 +322,11 @@ class Adapted(Clipping):
             if len(readers) != 1:
                 break
             (reader,) = readers
-            if reader.op_type == "Clip":
+            if reader.op_type == "Clip" and any(not self.constants[end].any() for end in reader.input[1:3]):
+                # The range may stand for a Relu, which comes after the change.
+                if place.beside:
+                    break
+            elif reader.op_type == "Clip":
                 if place.beside and place.sum and bias is not None:
                     break  # The change is added first; then the sum's range clips.
                 if place.beside and place.product and bias is None:

@@ -165,6 +165,9 @@ FORMS: dict[str, Form] = {
     "session of static QDQ": lambda source, out, feeds: _after(
         _static("QDQ"), _session("ORT_ENABLE_EXTENDED"), source, out, feeds
     ),
+    "session all of static QDQ": lambda source, out, feeds: _after(
+        _static("QDQ"), _session("ORT_ENABLE_ALL"), source, out, feeds
+    ),
     "session of dynamic int8": lambda source, out, feeds: _after(
         _dynamic(), _session("ORT_ENABLE_EXTENDED"), source, out, feeds
     ),

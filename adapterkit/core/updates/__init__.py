@@ -1,4 +1,4 @@
-"""An update is the change at one target. Each update has one of four kinds, which decides what can be done with it.
+"""An update is the change at one target. Each update has one of four kinds; only two kinds can be merged.
 
 The kinds are `Additive`, `WeightUpdate` (a function of the weight), `OutputUpdate` (a function of a layer's output) and
 `ContextUpdate` (extra context). A method is a subclass of one kind, with fields, their shape strings, and one formula.
@@ -49,11 +49,11 @@ _Function = TypeVar("_Function")
 
 
 def of_pair(forward: _Function) -> _Function:
-    """Decorate a `forward` that computes `layer(x) + mix(op(x, A), B) + d`. B and A are the result of `pair`.
+    """Mark a `forward` that computes `layer(x) + mix(op(x, A), B) + d`, so that backends may use a faster computation.
 
-    d is the result of `bias_delta`. Backends may replace a decorated `forward` with a faster computation. If a method
-    overrides `forward`, the new function is not decorated, so backends call it. Such a function may, for example,
-    depend on the tokens.
+    B and A are the result of `pair`, and d is the result of `bias_delta`. If a method overrides `forward` without this
+    decorator, backends always call the method's `forward`, because it may compute something else. For example, its
+    output may depend on the tokens.
     """
     forward.of_pair = True  # type: ignore[attr-defined]
     return forward
@@ -63,8 +63,8 @@ class Additive(Update):
     """`W' = W + D` and `b' = b + d`, where D and d do not depend on W.
 
     Class attributes:
-        thin: True if `forward` is decorated by `of_pair`, so a backend may compute the output from the factors of
-            `pair`.
+        thin: True if `forward` is decorated by `of_pair`, so a backend may compute the output from the factors that
+            `pair` returns.
     """
 
     kind = "additive"
@@ -87,11 +87,14 @@ class Additive(Update):
         return None
 
     def pair(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return B `[out, r]` and A `[r, in * k]`; `D = B @ A`. None if the formula is not a low-rank product."""
+        """Return B `[out, r]` and A `[r, in * k]` with `D = B @ A`; None if the formula is not a low-rank product."""
         return None
 
     def factors(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """Return B, A and s; `D = s * B @ A`. Methods override this function to keep the scaling separate from B."""
+        """Return B, A and s with `D = s * B @ A`; None if `pair` returns None.
+
+        A method overrides this function to keep its scaling s separate from B.
+        """
         pair = self.pair(shape)
         return None if pair is None else (*pair, 1.0)
 
@@ -139,7 +142,7 @@ class WeightUpdate(Update):
     def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
         """Return one update that changes each W by the weighted sum `sum_i weights[i] * (f_i(W) - W)`.
 
-        The changes of the bias are summed in the same way.
+        f_i is the formula of update i. The changes of the bias are summed in the same way.
 
         Args:
             updates: updates of this method, with loaded tensors.
@@ -161,8 +164,8 @@ class WeightUpdate(Update):
     def normalized(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Return m `[out]`, B `[out, r]` and A `[r, in * k]`, such that `W' = m * V / |V|` and `V = W + B @ A`.
 
-        |V| is the norm of each row. Return None if the formula does not have this form. A merge computes this form in a
-        compiled loop.
+        |V| is the norm of each row of V. Return None if the formula does not have this form. If it has this form, a
+        merge computes W' in a compiled loop.
         """
         return None
 
@@ -173,36 +176,38 @@ class WeightUpdate(Update):
 
 
 class OutputUpdate(Update):
-    """`y' = f(x, layer)`. A method defines `forward`; or `inside`, if it acts before the layer's residual and norm.
+    """`y' = f(x, layer)`. A method defines `forward`, or `inside` if it acts before the residual and the norm.
 
     A `layer` is any module, with or without a weight. It has these attributes and methods:
 
     `layer(x)`: the complete output.
     `layer.hidden(x)`: the output before a residual is added and the sum is normalised.
     `layer.residual(x)`: the residual that is added to the output, or None.
-    `layer.norm(h)`: the sum h, normalised; h itself if the layer does not normalise.
-    `layer.close(h, x, whole)`: the layer's output if `layer.hidden(x)` were h. If `whole` is false, the output includes
-        neither the residual nor the norm.
-    `layer.mix(h, w)`: the channels of h, mixed by a matrix `[out, r]`, as a 1x1 convolution does.
-    `layer.per_channel(v)`: a vector in a shape that can be added to the output.
+    `layer.norm(h)`: the sum h of output and residual, normalised; h itself if the layer does not normalise.
+    `layer.close(h, x, whole)`: the output that the layer would have if `layer.hidden(x)` were h. If `whole` is false,
+        this output includes neither the residual nor the norm.
+    `layer.mix(h, w)`: the channels of h, multiplied by the matrix w `[out, r]`, as in a 1x1 convolution.
+    `layer.per_channel(v)`: the vector v `[out]`, in a shape that can be added to the output.
     `layer.channel`: the axis of the channels.
     `layer.weight`, `layer.bias`: the current weight `[out, in, *k]` and bias; a module without a weight has neither.
     `layer.call`: the arguments with which the model was called, keyed by name. A method lists the arguments that it
-        needs in `asks`; if one of them is missing, an error is raised. Three entries differ from the actual arguments.
-        `input_ids` starts with the tokens of the cache. `hidden_states` is the last layer's output without the adapter.
-        `shadow` is the state of a network in parallel with the model: at each block, the formula reads the state with
-        `state`, and stores the next block's state with `keep`.
+        needs in `asks`; if one of them is missing, an error is raised. Three entries are special. `input_ids` has
+        the earlier tokens, whose keys and values are in the cache, before the tokens of the call. `hidden_states` is
+        the last layer's output without the adapter. `shadow` is the state of a network in parallel with the model:
+        at each block, the formula reads the state with `state`, and stores the next block's state with `keep`.
 
     Class attributes:
         placed: True if the method defines `inside`, so that several updates can apply before residual and norm.
         asks: arguments of the model's call that the formula needs.
         hears: arguments of the model's call that the formula uses if they are present.
         moves_input: True if the formula calls the layer with a changed input.
-        of_model: True for a router whose target is the whole model, `Target("")`, while its experts are missing.
+        of_model: True if an update may have the whole model, `Target("")`, as its target, like X-LoRA's router without
+            experts.
 
     Attributes that locate an update, if the method has them:
-        residual: path, relative to the target's parent, of the module whose input is added to the target's output.
-        norm: path, relative to the target's parent, of the module that normalises the sum.
+        residual: the path of the module whose input is added to the target's output. The path is relative to the
+            target's parent.
+        norm: the path of the module that normalises this sum, also relative to the target's parent.
     """
 
     kind = "output"
@@ -215,7 +220,7 @@ class OutputUpdate(Update):
 
     @property
     def lacks_experts(self) -> bool:
-        """Whether the update is a router without its experts; such a router does not compute anything."""
+        """Whether the update is a router whose experts are missing; such a router cannot run."""
         return False
 
     @property
@@ -226,7 +231,7 @@ class OutputUpdate(Update):
 
     @property
     def whole(self) -> bool:
-        """Whether the value that `inside` returns already includes the layer's residual and norm."""
+        """Whether residual and norm are applied to the result of `inside`; if not, the output includes neither."""
         return True
 
     def check_against(self, shape: tuple[int, ...]) -> None:
@@ -246,11 +251,11 @@ _WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
 class ContextUpdate(Update):
-    """Extra context for the model: vectors, or keys and values, to put before the input's; or embeddings of new tokens.
+    """Extra context for the model: vectors, or keys and values, before those of the input; or embeddings of new tokens.
 
     The target is the whole model, `Target("")`, or the module that the update changes: an attention or an embedding.
-    No weight is involved, so the target has no layout, rows or experts. Several updates at one target are concatenated
-    in the order in which they are attached.
+    No weight is involved, so the target has no layout, rows or experts. If a target has several updates, their vectors
+    are concatenated in the order in which the updates are attached.
 
     Class attributes:
         place: the name of the function below that the method overrides.
@@ -264,13 +269,13 @@ class ContextUpdate(Update):
         """Return vectors `[n, dim]` to put before the embeddings of the input (of the encoder's input, if it has one).
 
         Args:
-            task: for prompts of several tasks, one task number, or a task number for each row of the batch. With
-                numbers `[batch]`, the result is `[batch, n, dim]`.
+            task: if the prompt depends on a task, the task number of the whole batch, or an array `[batch]` with the
+                task number of each row. With an array, the result has the shape `[batch, n, dim]`.
         """
         return None
 
     def decoder_embeddings(self, task: Task = None) -> torch.Tensor | None:
-        """Return vectors like `embeddings` for the input of the decoder in an encoder-decoder model."""
+        """Return vectors to put before the embeddings of the decoder's input, in an encoder-decoder model."""
         return None
 
     def past(self) -> torch.Tensor | None:
@@ -286,10 +291,10 @@ class ContextUpdate(Update):
         return self.past()
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Return the change of the outputs of attention heads, before the output projection: `[batch, heads, m, d]`.
+        """Return the change that the prompt adds to the output of each attention head: `[batch, heads, m, d]`.
 
-        Methods with this formula store the prompt as `P`, `[n, dim]`. If `projected` is False, the result is added
-        after the output projection.
+        Methods with this formula store the prompt as `P`, `[n, dim]`. If `projected` is True, the change is added
+        before the attention's output projection, otherwise after it.
 
         Args:
             q: queries of the input, `[batch, heads, m, d]`, with positions applied.
@@ -305,7 +310,7 @@ class ContextUpdate(Update):
 
 # Chain the updates of one target: a layer with an update is itself a layer, to which the next update is applied.
 #
-# A layer is a backend's view of one target, with the interface of `torch/layers.py`.
+# A layer is a backend's view of one target, with the interface `Layer` (update.py).
 
 
 class Composed:

@@ -1,6 +1,6 @@
-"""The base class of updates: fields with shape strings, checks, blocks, and functions that a kind implements.
+"""The base class `Update`: fields with shape strings, checks of their values, and functions that a kind implements.
 
-`Layer` is the interface of a layer that a formula may use, in any backend.
+`Layer` is the interface through which a formula uses a layer, in any backend.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Layer(Protocol):
-    """A backend's view of one target; `OutputUpdate` explains each name.
+    """The layer at one target, as a formula sees it in any backend; see also `OutputUpdate`.
 
     As in all formulas, the type `Tensor` also covers numpy arrays and symbolic values of a graph.
     """
@@ -73,15 +73,15 @@ class Layer(Protocol):
         ...
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
-        """Apply the layer's operation to x with another weight; stride, padding and kind of operation stay the same."""
+        """Apply the layer's operation to x with the weight w and no bias; stride, padding and other settings stay."""
         ...
 
     def zero_padded(self, x: Tensor, w: Tensor) -> Tensor:
-        """Apply `op` with zeros around the input and without dilation."""
+        """Like `op`, but pad the input with zeros, and use no dilation."""
         ...
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
-        """Mix channels by a matrix `[out, r]`, as a 1x1 convolution does."""
+        """Multiply the channels of h by the matrix w `[out, r]`, as in a 1x1 convolution."""
         ...
 
     def per_channel(self, v: Tensor) -> Tensor:
@@ -93,14 +93,17 @@ class Layer(Protocol):
         ...
 
     def residual(self, x: Tensor) -> Tensor | None:
-        """Return the value that is added to the output, or None."""
+        """Return the residual that is added to `hidden(x)`, or None."""
 
     def norm(self, h: Tensor) -> Tensor:
-        """Return the sum h, normalised; h itself if the layer does not normalise."""
+        """Normalise h, the sum of the output and the residual; return h itself if the layer does not."""
         ...
 
     def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
-        """Return the layer's output if `hidden(x)` were h. If `whole` is false, add neither residual nor norm."""
+        """Return the output that the layer would have if `hidden(x)` were h.
+
+        If `whole` is false, this output includes neither the residual nor the norm.
+        """
         ...
 
 
@@ -110,13 +113,13 @@ class Update:
 
     Class attributes:
         kind: the name of the kind, set by the four kinds.
-        since: for each version of the method, oldest first, the version of the spec that introduced it; an empty text
-            for a version that can no longer be read.
-        version: the newest version of the method; `stated_version` gives the version of one update.
+        since: the versions of the spec that introduced the method's versions 1, 2, and so on. The text is empty for a
+            version of the method that can no longer be read.
+        version: the newest version of the method; `stated_version` is the version that one update needs.
         blocks: axes along which the formula can be split into blocks that are computed separately.
-        needs_bias: True if an update that changes the bias is refused at a layer without a bias; False if the change of
-            the bias is dropped there.
-        linear_only: True if the formula needs a weight `[out, in]`, of a linear layer or an embedding.
+        needs_bias: whether an update that changes the bias is refused at a layer without a bias. If False, such a layer
+            ignores the change of the bias.
+        linear_only: True if the formula applies only to weights `[out, in]`, which linear layers and embeddings have.
         acts_on: a phrase for error messages that says what the update changes.
         rules: conditions on axes, attributes and tensors that shape strings cannot express; checked in this order.
         fits: conditions on the weight. In these conditions, `out`, `in` and `columns` are sizes of the weight as a
@@ -128,17 +131,18 @@ class Update:
         bias_sees_weight: True if the change of the bias depends on the weight; if so, call `settled` before
             `new_bias`.
         sizes: for a new update, the default sizes of axes that are not axes of the weight.
-        starts_at_base: True if a new update leaves the model's outputs unchanged; False for methods whose paper
-            starts training at another function.
-        shared_as: the way to apply the update to all layers that share one tensor: `tied`, `rows` or `replacement`;
-            `layer` if this is impossible.
+        starts_at_base: True if a new update leaves the model's outputs unchanged. It is False for methods whose paper
+            starts training with changed outputs.
+        shared_as: the key with which a merge's option `tied` chooses how the update changes tied layers: `rows` or
+            `replacement`. `layer` means that the key is `head` or `embedding`, depending on the layer.
         dropout: the values that dropout drops in training, as in PEFT. `input`: elements of the input of the change.
             `rows`: rows of the change. `scaled rows`: rows of the change, and the remaining rows are scaled up to
-            compensate. `blocks`: blocks along a tensor's axis `n`; with an axis `m`, only those at one random `m`.
-        bound_to: the library or function that a reader must use to compute the formula, for example to compute tensors
-            that are not stored; empty for most methods.
+            compensate. `blocks`: blocks along a tensor's axis `n`; if the tensor also has an axis `m`, only blocks at
+            one random position of `m`.
+        bound_to: the library or function that an implementation must use to compute the formula, for example because
+            it computes tensors that are not stored; empty for most methods.
         paper: the source of the formula.
-        by_form: True if `check_against` depends on `form` only, not on numbers in the tensors; derived from the fields.
+        by_form: True if `check_against` depends on `form` only, not on the tensors' values; derived from the fields.
     """
 
     kind: ClassVar[str] = ""
@@ -159,7 +163,7 @@ class Update:
     dropout: ClassVar[str] = "input"
     bound_to: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    # Copies of the fields' names as class attributes: torch.compile can read these, but not a dataclass's fields.
+    # Store the names of the fields in class attributes, because torch.compile cannot read a dataclass's fields.
     _fields: ClassVar[tuple[str, ...]] = ()
     _names: ClassVar[tuple[str, ...]] = ()
     _tensors: ClassVar[dict[str, dataclasses.Field[object]]] = {}
@@ -184,7 +188,7 @@ class Update:
         cls._axes = {name: (f.metadata["axes"], f.metadata["integer"]) for name, f in cls._tensors.items()}
         cls.by_form = not any(f.metadata["integer"] for f in cls._tensors.values())
         cls._positions = any(f.metadata["below"] or f.metadata["distinct"] for f in cls._tensors.values())
-        # Bind all tensors twice if an axis is a product or quotient: its names may get their sizes from later tensors.
+        # If an axis is a product or quotient, bind all tensors twice: sizes of its names may follow from later tensors.
         cls._rounds = 1 if all(axes.plain for axes, _ in cls._axes.values()) else 2
 
     def __repr__(self) -> str:
@@ -256,7 +260,7 @@ class Update:
 
     @property
     def form(self) -> Hashable:
-        """Everything about the update except the numbers in its tensors: class, plain values, shapes and dtypes.
+        """Everything about the update except the values of its tensors: class, plain values, shapes and dtypes.
 
         Updates with equal forms have equal `dims` and pass the same `check`. A model's tens of thousands of targets
         have a few dozen forms, so each form is checked only once.
@@ -292,7 +296,7 @@ class Update:
         return dims
 
     def check(self) -> None:
-        """Check the plain values, and which tensors are present; methods with further rules extend this function.
+        """Check the plain values and the set of present tensors; methods with further rules extend this function.
 
         Raises:
             Malformed: a value has the wrong type, is not finite or is out of range, or the present tensors are not a
@@ -315,7 +319,7 @@ class Update:
 
     @property
     def file(self) -> str | None:
-        """The file that the tensors will be read from; None if they are loaded, or if it is unknown."""
+        """The file that the tensors will be read from; None if the tensors are loaded, or if the file is unknown."""
         files = (as_lazy(leaf).file for leaf in self.tensors.values())
         return next((file for file in files if file is not None), None)
 
@@ -335,7 +339,7 @@ class Update:
         self.check_distinct()
 
     def check_distinct(self) -> None:
-        """Check that no position repeats if the method forbids this.
+        """If the method forbids repeated positions, check that no position repeats.
 
         Raises:
             Malformed: a position repeats.
@@ -354,7 +358,7 @@ class Update:
         if not self._positions:
             return
         for name, why in misplaced(self, dict(zip(("out", "in"), shape, strict=False))):
-            raise ShapeMismatch(f"{name}: {why}", cure="The adapter was made for another base")
+            raise ShapeMismatch(f"{name}: {why}", cure="Is this the base that the adapter was trained on?")
 
     def largest_shape(self) -> tuple[int, ...] | None:
         """Return the shape `[out, in, *k]` of the largest weight that the update fits, if it fits several sizes.
@@ -372,15 +376,15 @@ class Update:
             ShapeMismatch: the formula does not apply.
         """
         if cls.linear_only and len(shape) != 2:
-            why = f"{cls.__name__} changes weights [out, in] only; this weight is {list(shape)}"
-            raise ShapeMismatch(why, cure="Remove this target")
+            why = f"{cls.__name__} changes only weights [out, in]; this weight has the shape {list(shape)}"
+            raise ShapeMismatch(why, cure="Remove this target from the adapter")
 
     def cuts(self, axis: str) -> bool:
         """Whether this update can be split along an axis. By default, the axes in `blocks` can be split."""
         return axis in self.blocks
 
     def block(self, axis: str, start: int, stop: int) -> Self:
-        """Return the update restricted to positions `start` to `stop` of a named axis of the weight."""
+        """Return the part of the update that changes positions `start` to `stop` of a named axis of the weight."""
         changes = {}
         for name, leaf in self.tensors.items():
             position = self.tensor_fields()[name].metadata["axes"].index(axis)
@@ -394,13 +398,14 @@ class Update:
 
     @classmethod
     def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """Return a new update of a weight, before any training; it changes nothing if `starts_at_base`.
+        """Return a new, untrained update of a weight. The new update changes nothing if `starts_at_base` is True.
 
         Args:
             W: the weight `[out, in, *k]`.
             b: the bias `[out]`, or None.
             rank: the inner size, for methods that have one.
-            random: a function from a shape to numbers drawn uniformly from -1 to 1, in W's dtype.
+            random: a function that takes a shape and returns a tensor of numbers in W's dtype, drawn uniformly from -1
+                to 1.
             attributes: the plain values of the method, keyed by field name.
 
         Raises:
@@ -410,7 +415,7 @@ class Update:
 
     @classmethod
     def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, torch.Tensor]:
-        """Return the tensors that new updates of several weights share, keyed by field, to be passed to `initial`."""
+        """Return the tensors, keyed by field, that new updates of several weights share; pass them to `initial`."""
         return {}
 
     @property
@@ -424,7 +429,7 @@ class Update:
         return False
 
     def new_weight(self, W: torch.Tensor) -> torch.Tensor:
-        """Return W' `[out, in, *k]`, or a block of it for a block of W.
+        """Return W' `[out, in, *k]`; if W is a block of the weight, return the same block of W'.
 
         Raises:
             NotMergeable: the update changes outputs or context, not only weights.
@@ -434,7 +439,7 @@ class Update:
         )
 
     def settled(self, W: torch.Tensor) -> Self:
-        """Compute the part of the bias's change that depends on W `[out, in, *k]`; return the update with this part."""
+        """Return an update that stores the part of the bias's change that depends on W `[out, in, *k]`."""
         return self
 
     def settled_at(self, W: torch.Tensor, stacked: bool) -> Self:
@@ -455,9 +460,9 @@ class Update:
         return b
 
     def without_bias(self) -> Update:
-        """For a layer without a bias, return an update that has the same effect as this update.
+        """Return an update that has the same effect as this update on a layer without a bias.
 
-        If possible, the result uses a method that more formats support.
+        If possible, the new update has a method that more formats support.
         """
         return self
 

@@ -1,7 +1,7 @@
 """Read and write token embeddings in a LoRA file: `bundle_emb.<token>.<slot>`, from OneTrainer and AUTOMATIC1111.
 
-The embeddings are textual inversions. ComfyUI ignores keys of this form, and diffusers refuses a file that has one. So
-only the formats of kohya and LyCORIS write embeddings.
+The embeddings are textual inversions. ComfyUI ignores keys of this form, and diffusers refuses a file with such a
+key. So only the formats of kohya and LyCORIS write embeddings.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SLOTS = {"clip_l": "clip", "clip_g": "clip", "t5": "t5", "llama": "llm"}
 """A map from OneTrainer's name of a text encoder to the encoder's kind."""
 
 ALONE = ("emb_params", "string_to_param.*")
-"""Slots for models with one text encoder, Stable Diffusion 1 and 2. AUTOMATIC1111 writes `string_to_param.*`."""
+"""Slots of models that have only one text encoder (Stable Diffusion 1 and 2). AUTOMATIC1111 writes the second slot."""
 
 USUAL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """A map from OneTrainer's name of a text encoder to diffusers' usual name; some families have other names."""
@@ -50,8 +50,9 @@ class ImageBundle:
 
     Attributes:
         updates: the embeddings of the tokens by target, in the file's order.
-        keys: the key of each embedding in the file, by the key that `keyed` would choose for this embedding.
-        shapes: the shapes of one-dimensional embeddings, by key in the file. They are reshaped to one row.
+        keys: a map from the key that `keyed` would choose for an embedding to the embedding's key in the file.
+        shapes: a map from the key of each one-dimensional embedding to its shape in the file. In `updates`, this
+            embedding is a matrix with one row.
     """
 
     def __init__(self, tensors: Mapping[str, Lazy], updates: Updates, origin: Origin) -> None:
@@ -77,12 +78,16 @@ class ImageBundle:
             token, _, slot = key.removeprefix(PREFIX).partition(".")
             target = _place(key, slot, words)
             if len(leaf.shape) not in (1, 2) or 0 in leaf.shape or not token:
-                raise Malformed(f"the embedding of {token!r} has shape {list(leaf.shape)}", where=key, cure=AGAIN)
+                raise Malformed(
+                    f"the embedding of {token!r} has shape {list(leaf.shape)}; expected [width] or [n, width]",
+                    where=key,
+                    cure=AGAIN,
+                )
             if len(leaf.shape) == 1:
                 self.shapes[key] = list(leaf.shape)
             group = self.updates.get(target, ())
             if any(update.attributes["token"] == token for update in group):
-                raise Malformed("the token has a second embedding", where=key, cure=AGAIN)
+                raise Malformed(f"the token {token!r} has two embeddings for one text encoder", where=key, cure=AGAIN)
             rows = leaf.reshape(-1, leaf.shape[-1])
             self.updates[target] = (*group, TextualInversion(P=rows, token=token))  # type: ignore[arg-type]
             default = slot if slot not in ALONE else "clip_l" if "clip_g" in slots else ALONE[0]
@@ -94,7 +99,7 @@ class ImageBundle:
 def _words(updates: Updates, origin: Origin) -> dict[str, str]:
     """Map OneTrainer's name of each text encoder to diffusers' name.
 
-    Omit a text encoder if its diffusers' name differs between the possible families.
+    Omit a text encoder if the possible families have different diffusers names for it.
     """
     targets = denoiser_targets(updates, ())
     fitting = candidates(updates, targets, origin) if targets else []
@@ -112,7 +117,7 @@ def _place(key: str, slot: str, words: Mapping[str, str]) -> Target:
     part = words.get(slot, USUAL.get(slot, ""))
     if slot in SLOTS and part:
         return Target(f"{part}.{PLACES[SLOTS[slot]]}")
-    why = "OneTrainer put this embedding into the file, but it is not an input of a known text encoder"
+    why = "this embedding is not an input embedding of a text encoder that adapterkit knows"
     cure = "Save the LoRA without embeddings, remove this key from the file, or name the family: --family (family=)"
     raise Unsupported(why, where=key, cure=cure)
 

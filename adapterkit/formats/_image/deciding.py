@@ -29,22 +29,25 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
 FAMILY = "adapterkit.family"
-"""The metadata key under which writers store the names of the adapter's possible families, for readers."""
+"""The metadata key whose value names the adapter's possible families. Writers add it; readers use it as evidence."""
 
 FAMILIES = {"xlabs": ("flux", "chroma"), "bfl_control": ("flux",)}
 """A map from a format to its families, for formats that exist only for particular families of models."""
 
 SOURCES = {"comfyui": COMFYUI, "xlabs": "native", "bfl_control": "native", "diffusers": "diffusers"}
-"""The naming in each format's files. kohya and LyCORIS are absent: they write any naming, with underscores for dots."""
+"""A map from a format to the naming in its files.
+
+kohya and LyCORIS are absent, because their files may have any naming (with underscores for dots).
+"""
 
 DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
-"""Names of a pipeline's components that are a U-Net or a transformer.
+"""The values in `ROOTS` that mean a U-Net or a transformer.
 
-Wan 2.2 has a second transformer for low noise.
+`transformer_2` is the second transformer of Wan 2.2, for low noise. `denoiser` means either a U-Net or a transformer.
 """
 
 PREFIXES = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.", "pipe.dit.")
-"""Optional prefixes of names in files of ComfyUI's format; the names are modules of a U-Net or a transformer."""
+"""Prefixes that names of a U-Net's or transformer's modules may have in files of ComfyUI's format."""
 
 CONTROLNET = "controlnet"
 """The component of a ControlNet. A ControlNet is a copy of the model's first blocks, with the same module names."""
@@ -56,12 +59,13 @@ class Origin:
 
     Attributes:
         naming: `native` (the names of the model's authors), `comfyui` or `diffusers`; empty if unknown.
-        families: the names of the possible families, according to the base, or to the adapter's format or config; empty
-            if unknown.
+        families: the names of the possible families, which follow from the base, or, without a base, from the
+            adapter's format or config; empty if unknown.
         inside: whether all targets are modules of the base.
-        unknown: the class name of the base in diffusers if no known family has this class; otherwise empty.
+        unknown: the name of the base's class in diffusers, if the base belongs to no known family; otherwise empty.
         metadata: the metadata of the file that the adapter was read from.
-        bare: whether the file has ComfyUI's format, but no name has a prefix; most such files have diffusers' names.
+        bare: whether the file has ComfyUI's format, but no module name has a prefix of ComfyUI. Most such files have
+            diffusers' names.
         of_format: whether `families` follows only from the file's format; see `FAMILIES`.
     """
 
@@ -78,7 +82,7 @@ UNKNOWN = Origin()
 
 
 def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
-    """Return the naming and the possible families of the targets, as the adapter's source or the base shows them."""
+    """Return the naming and the possible families of an adapter's targets, from its source file and from the base."""
     from .underscores import modules_of
 
     sources = {SOURCES.get(str(step.args.get("format")), "") for step in adapter.recipe if step.op == "read"}
@@ -119,14 +123,17 @@ def _bare(adapter: Adapter, naming: str) -> bool:
 
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
-    """Return the metadata of the adapter's source files."""
+    """Return the metadata of all source files, including the keys in `foreign` that `metadata_of` omits."""
     pairs = None if adapter.foreign is None else adapter.foreign.data.get("metadata")
     extra = {str(key): str(value) for key, value in pairs} if isinstance(pairs, (list, tuple)) else {}
     return {**metadata_of(adapter), **extra}
 
 
 def families_in(base: Checkpoint) -> tuple[str, ...]:
-    """List a base's possible families: the families of its diffusers class, or families with its module names."""
+    """List the names of the families that a base may belong to.
+
+    These are the families with the base's class in diffusers or, if there are none, with the base's module names.
+    """
     from .underscores import modules_of
 
     kind = (base.config or {}).get("_class_name")
@@ -146,7 +153,10 @@ def families_of_class(name: str) -> list[ImageFamily]:
 
 
 def families_of_all(paths: Iterable[str]) -> tuple[str, ...]:
-    """List the families that have all of these modules. Ignore modules of text encoders."""
+    """List the families that have all of these modules. Ignore modules outside the U-Net or transformer.
+
+    Families that are marked `unlikely` are listed only if no other family has all modules.
+    """
     split = map(rooted, paths)
     inside = [rest for root, rest in split if ROOTS.get(root[:-1], "denoiser") in DENOISERS]
     fitting = [family for family in families() if all(path in family for path in inside)]
@@ -167,7 +177,7 @@ def denoiser_targets(updates: Updates, stay: Collection[str]) -> list[Target]:
 def decide(
     updates: Updates, targets: Collection[Target], naming: str, origin: Origin
 ) -> tuple[ImageFamily | None, str]:
-    """Choose the family that defines how targets are translated to another naming, or return a reason for an error.
+    """Choose the family whose tables translate the targets to another naming, or explain why none can be chosen.
 
     Args:
         updates: all updates; their shapes help to find the family.
@@ -182,7 +192,7 @@ def decide(
     if origin.unknown:
         # Refuse, because unrelated models share names: BRIA's attention has FLUX's names in diffusers, but no tool uses
         # FLUX's native names for BRIA.
-        why = f"the base is a {origin.unknown}, whose names in {_naming(naming)} are unknown"
+        why = f"the base is a {origin.unknown}, and the names of its modules in {_naming(naming)} are unknown"
         return None, "" if origin.naming == naming else why
     fitting = candidates(updates, targets, origin)
     if not fitting:
@@ -209,7 +219,7 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     paths = list(dict.fromkeys(module_of(rooted(target.path)[1]) for target in targets))
     fitting = list(families_of_names(frozenset(paths)))
     if any(rooted(target.path)[0] for target in targets):
-        # A name begins with a component of the pipeline, and such a component is never a ControlNet.
+        # A name begins with the prefix of a U-Net or a transformer. So the adapter is not for a ControlNet.
         fitting = narrowed(fitting, lambda family: family.component != CONTROLNET)
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
     extents = _extents(updates, targets)
@@ -225,7 +235,8 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
         fitting = narrowed(fitting, lambda family: names_family(family, origin.metadata))
     denoisers = [family for family in fitting if family.component != CONTROLNET]
     stated = any(names_family(family, origin.metadata) for family in denoisers)
-    # The evidence below cannot distinguish a ControlNet from its model, so it must not remove ControlNets.
+    # The evidence below cannot distinguish a ControlNet from the model that it copies.
+    # So do not apply this evidence to ControlNets.
     nets = [] if stated or not denoisers else [family for family in fitting if family.component == CONTROLNET]
     left = _narrowed_on(denoisers or fitting, paths, encoder_kinds(updates), origin)
     left = narrowed(left, lambda family: _possible(family, paths, extents))
@@ -236,7 +247,7 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
 def _narrowed_on(
     fitting: list[ImageFamily], paths: Collection[str], parts: Mapping[str, str], origin: Origin
 ) -> list[ImageFamily]:
-    """Remove families that contradict the file's naming, its metadata or the text encoders."""
+    """Remove families that contradict the file's naming, the file's metadata or the adapted text encoders."""
     if origin.naming and not origin.bare:
         # Keep families that have only diffusers' names, because ComfyUI also reads files with these names.
         fitting = narrowed(
@@ -250,13 +261,16 @@ def _narrowed_on(
 
 
 def module_of(path: str) -> str:
-    """Return the path of a target's module: a replaced norm of FLUX ends with `.scale`, the name of its parameter."""
+    """Return the path of the module that a target's path names.
+
+    In BFL's naming, the path of a replaced norm of FLUX also contains the parameter's name, `.scale`. Remove it.
+    """
     bare = path.removesuffix(".scale")
     return bare if bare != path and families_of(bare, "native") else path
 
 
 def encoder_kinds(updates: Iterable[Target]) -> dict[str, str]:
-    """Map diffusers' name of each adapted text encoder to the encoder's kind."""
+    """Map each adapted text encoder, by its name in diffusers, to its kind (`clip`, `t5` or `llm`)."""
     kinds = {}
     for target in updates:
         root, rest = rooted(target.path)
@@ -275,8 +289,8 @@ def has_encoders(family: ImageFamily, parts: Mapping[str, str]) -> bool:
 def check_stated_family(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, str]) -> None:
     """Check that the base can belong to the family that is named in a file's metadata.
 
-    Names and shapes do not show this: half of the modules in a Qwen-Image adapter also exist in FLUX, with weights of
-    equal shapes.
+    Names and shapes cannot show a wrong base: half of the modules in a Qwen-Image adapter also exist in FLUX, with
+    weights of equal shapes.
 
     Args:
         paths: the paths of the adapter's modules in the denoiser, without the pipeline's component.
@@ -284,7 +298,7 @@ def check_stated_family(paths: Sequence[str], base: Checkpoint, metadata: Mappin
         metadata: the file's metadata.
 
     Raises:
-        UsageError: the metadata names a family that is not the base's, and that family has all paths.
+        UsageError: the metadata names a family that has all paths, and the base belongs to another family.
     """
     known = [family for family in families() if all(path in family for path in paths)]
     stated = [family for family in known if names_family(family, metadata)]
@@ -295,9 +309,12 @@ def check_stated_family(paths: Sequence[str], base: Checkpoint, metadata: Mappin
     meanings = {_outcome(family, paths, "native") for family in there}
     # FLUX and Chroma have the same names for the same modules, so accept an adapter of FLUX for Chroma, and vice versa.
     if there and not any(family in there or _outcome(family, paths, "native") in meanings for family in stated):
-        why = f"its metadata names {stated[0].title}, but the base is {there[0].title}"
+        why = f"the file's metadata names {stated[0].title}, but the base is {there[0].title}"
         name = there[0].name
-        cure = f"Give the adapter's base, or first convert the file with --family {name} (family={name!r})"
+        cure = (
+            "Give the base that the adapter was trained on. If the metadata is wrong, first convert the file with "
+            f"--family {name} (family={name!r})"
+        )
         raise UsageError(why, where=paths[0], cure=cure)
 
 
@@ -309,9 +326,10 @@ def narrowed(families: list[ImageFamily], fits: Callable[[ImageFamily], object])
 def likely(
     fitting: list[ImageFamily], paths: Collection[str], inputs: Collection[int], origin: Origin
 ) -> list[ImageFamily]:
-    """Remove the families that are marked `unlikely`, except those that the metadata, the base or the sizes point to.
+    """Remove the families that are marked `unlikely`, except the families that the evidence points to.
 
-    If no family would be left, return all.
+    The evidence is the metadata, the base, or the weights' input sizes together with the block numbers. If no family
+    would be left, return all.
 
     Args:
         fitting: the families that have all names.
@@ -329,27 +347,27 @@ def likely(
         if family.component == CONTROLNET:
             return _begins(family, paths)
         if family.component == "unet":
-            # Most adapters of Stable Diffusion's U-Nets have all kinds of blocks, and their names also fit the unlikely
-            # U-Nets. So accept an unlikely U-Net only if the adapter lacks one kind of block.
+            # Most adapters of Stable Diffusion's U-Nets change all kinds of blocks, and the names in these adapters
+            # also fit the unlikely U-Nets. So accept an unlikely U-Net only if the adapter lacks one kind of block.
             return _begins(family, paths) and not all(first in _numbers(paths) for first in family.facts.blocks)
         rivals = [each for each in fitting if not each.facts.unlikely and not sizes.isdisjoint(each.facts.widths)]
         if not rivals:
             return True
         both = {first for each in rivals for first in each.facts.blocks.keys() & family.facts.blocks.keys()}
         if not both <= _numbers(paths).keys():
-            # If the adapter lacks a kind of block that a rival also has, the block numbers prove nothing: FLUX and Bria
-            # FIBO have the same number of single blocks.
+            # If the adapter lacks a kind of block that this family and a rival have, the block numbers prove nothing:
+            # FLUX and Bria FIBO have the same number of single blocks.
             return False
-        # Trainers adapt all blocks by default. So accept consecutive blocks from the first block on, unless they are
-        # all blocks of a rival family and not all blocks of this family. Other selections of blocks prove nothing: a
-        # block 7 may be one of FLUX's blocks, or Bria's last block.
+        # Trainers adapt all blocks by default. So accept consecutive blocks from the first block on, unless these
+        # blocks are all blocks of a rival family and not all blocks of this family. Other selections of blocks prove
+        # nothing: if an adapter has only block 7, this may be one of FLUX's blocks, or Bria's last block.
         return in_a_row(paths) and (complete(family, paths) or not any(complete(each, paths) for each in rivals))
 
     return narrowed(fitting, lambda family: not family.facts.unlikely or spoken_for(family))
 
 
 def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata: Mapping[str, str]) -> bool:
-    """Whether modules whose names do not begin with a component of the pipeline may belong to a ControlNet.
+    """Whether modules may belong to a ControlNet. Their names have no prefix of a component, such as `transformer.`.
 
     Args:
         paths: the names of the modules.
@@ -363,7 +381,7 @@ def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata:
 
 
 def _begins(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether the names have at least two blocks, with consecutive numbers from 0 or 1, and the family has them all."""
+    """Whether the names contain two or more blocks, numbered consecutively from 0 or 1, that the family also has."""
     numbers = _numbers(paths)
     if not numbers or sum(map(len, numbers.values())) < 2:
         return False
@@ -373,7 +391,7 @@ def _begins(family: ImageFamily, paths: Iterable[str]) -> bool:
 
 
 def in_a_row(paths: Iterable[str]) -> bool:
-    """Whether names have block numbers, and the numbers are consecutive and begin at 0."""
+    """Whether names have block numbers, and the numbers of each kind of block are consecutive and begin at 0."""
     numbers = _numbers(paths).values()
     return bool(numbers) and all(len(indices) == max(indices) + 1 for indices in numbers)
 
@@ -438,7 +456,7 @@ def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Exte
 
 
 def names_family(family: ImageFamily, metadata: Mapping[str, str]) -> bool:
-    """Whether a file's metadata names this family. If words for several families occur, the longest word decides."""
+    """Whether a file's metadata names this family. If it contains words for several families, the longest word wins."""
     if FAMILY in metadata:
         return family.name in metadata[FAMILY].split()
     text = " ".join(metadata.get(key, "") for key in _TELLING).lower()
@@ -455,14 +473,17 @@ _TELLING = (
 
 
 def complete(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether, for each kind of block in the names, the last block is that of the family's published models."""
+    """Whether the highest number of each kind of block in the names is the highest in the family's published models."""
     last = {first: max(numbers) for first, numbers in _numbers(paths).items()}
     counted = {first: number for first, number in last.items() if first in family.facts.blocks}
     return bool(counted) and all(number + 1 == family.facts.blocks[first] for first, number in counted.items())
 
 
 def _sized(family: ImageFamily, extents: Iterable[_Extent]) -> bool:
-    """Whether the family's published models have weights of these sizes. Input sizes without an entry are accepted."""
+    """Whether the family's published models have weights of these sizes.
+
+    If the family's file does not list the output sizes for an input size, all output sizes are accepted.
+    """
     # Test each size once, because hundreds of modules share a few sizes.
     for outputs, inputs in {(extent.outputs, extent.inputs) for extent in extents if extent.whole}:
         if inputs in family.facts.no_inputs:

@@ -21,13 +21,10 @@ if TYPE_CHECKING:
     from ...io.lazy import Leaf
 
 
-# Define the data of one module in a file: its tensors by slot, the format's rules, and the module's updates.
-
-
 AGAIN = "Write the file again with the tool that made it"
 
 
-# Read `ss_network_args` from the header: network options that change the forward but that no tensor shows.
+# Read the network options in the header (`ss_network_args`). They change the forward, and the tensors do not show them.
 #
 # sd-scripts writes the options as JSON. LyCORIS treats every value except `false` as true.
 
@@ -57,7 +54,7 @@ OPTIONS = {
         "the scaling is alpha / r",
     ),
 }
-"""Network options that change the forward of LyCORIS or sd-scripts, although the tensors do not show them."""
+"""A map from each network option that changes the forward of LyCORIS or sd-scripts to a description of the change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +67,8 @@ class Arguments:
         rs: whether scalings are `alpha / sqrt(r)`.
         unit: the number by which a LoRA's `alpha / r` is multiplied; 0 means 1. For DyLoRA, this is the number of ranks
             that are trained together.
-        split: whether sd-scripts trained one LoRA for each part of FLUX's fused weights, and saved the LoRAs of a
-            weight as one LoRA.
+        split: whether sd-scripts trained a separate LoRA for each part of FLUX's fused weights, and saved all LoRAs of
+            a weight as one LoRA.
     """
 
     bypass: bool = False
@@ -88,7 +85,7 @@ class Arguments:
 
 
 def arguments_in(metadata: Mapping[str, str]) -> Arguments:
-    """Return the options in a header. Return the defaults if the header has none, or is from another network."""
+    """Return the options in a header. Return the defaults if the header has none, or names another type of network."""
     network = metadata.get("ss_network_module", "")
     if not (network.startswith("lycoris") or network == FLUX):
         return Arguments()
@@ -161,7 +158,7 @@ class ImageModule:
         leaf = self.tensors[slot]
         if leaf.nbytes != leaf.dtype.itemsize:
             raise Malformed(
-                f"the tensor has shape {list(leaf.shape)}, but one number is expected",
+                f"the tensor must have one element, but its shape is {list(leaf.shape)}",
                 where=self.keys[slot],
                 cure=AGAIN,
             )
@@ -179,10 +176,10 @@ class Rules:
         alpha_needed: whether the format's trainers write an alpha for every module. Their forward uses the rank if the
             alpha is missing or 0. In other formats, a missing alpha gives a scaling of 1, and an alpha of 0 is an error
             unless `by_formula` is set.
-        by_formula: whether to follow the paper's formula: an alpha of 0 gives a scaling of 0, and a missing alpha is an
-            error if `alpha_needed` is set.
-        oft_zero: whether an OFT's alpha of 0 means that the rotation has no constraint. If false, an alpha of 0 allows
-            no rotation.
+        by_formula: whether to follow the paper's formula. An alpha of 0 then gives a scaling of 0. If `alpha_needed` is
+            set, a missing alpha is then an error.
+        oft_zero: whether an alpha of 0 means that an OFT's rotation has no constraint. If false, an alpha of 0 allows
+            no rotation, which is an error.
         norms: whether changes of one-dimensional weights are stored in the slots `w_norm` and `b_norm`.
         peft: whether DoRA's magnitude has PEFT's shape: `[out]`, or `[1, out, 1, ...]` for a convolution. If false, the
             shape is `[out, 1, ...]`.
@@ -206,7 +203,7 @@ def rules_at(rules: Rules, stem: str) -> Rules:
 
 
 def rules_for(rules: Rules, compat: str | None, metadata: Mapping[str, str]) -> Rules:
-    """Return a format's rules, adapted to a file's metadata and to the caller's `compat`."""
+    """Return a format's rules with `by_formula` and `trained` set from the caller's `compat` and a file's metadata."""
     by_formula = compat == FORMULA
     return replace(rules, by_formula=by_formula, trained=Arguments() if by_formula else arguments_in(metadata))
 
@@ -217,10 +214,11 @@ class ImageUpdate:
 
     Attributes:
         update: the decoded update.
-        fields: a map from each field of the update to its slot.
+        fields: a map from each field of the update to the slot whose tensor the field contains.
         kept: slots whose original tensors the adapter stores, so that the writer can write the same file again.
-        derived: for each slot in `kept`, the field that was computed from the slot's tensor.
-        idle: slots whose tensors have no effect. The adapter stores these tensors too, for the same reason.
+        derived: a map from slots in `kept` to the field that was computed from the slot's tensor.
+        idle: slots whose tensors have no effect. The adapter stores these tensors too, so that the writer can write
+            them again.
     """
 
     update: Update
@@ -232,7 +230,7 @@ class ImageUpdate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """A tensor to write, its slot, and the update's field that the tensor contains; an empty field for an alpha."""
+    """A tensor to write, its slot, and the update's field that it contains; empty for tensors such as an alpha."""
 
     slot: str
     leaf: Leaf
@@ -262,8 +260,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Lazy], Metadata]:
     """Load the tensors and the metadata of a file.
 
     Raises:
-        Malformed: the file is not a tensor file.
+        Malformed: the file is not a tensor file, or is in adapterkit's own format.
         StorageError: the file cannot be read.
+        UsageError: the path is a folder.
     """
     if path.is_dir():
         raise UsageError("this is a folder; a tensor file is expected here", path=path, cure="Pass the file itself")
@@ -295,7 +294,7 @@ def tensor_names(path: Path) -> list[str]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Lazy], metadata: Metadata) -> None:
-    """Write a file atomically: a torch file if its name has a torch suffix, otherwise safetensors."""
+    """Write a file atomically: a torch file, which has no metadata, if the suffix is torch's; otherwise safetensors."""
     if path.suffix not in TORCH_SUFFIXES:
         return safetensors.write(path, tensors, dict(metadata))
     import torch

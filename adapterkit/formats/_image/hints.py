@@ -27,12 +27,13 @@ class ImageHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
         metadata: the keys and values of the header, in the header's order.
-        stems: the name of each target's module in the file's keys, by target.
-        keys: keys in the file that differ from the writer's default keys, by default key.
-        shapes: shapes in the file that differ from the writer's default shapes, by key in the file.
-        without_alpha: the names of modules that had no alpha.
-        derived: fingerprints of fields that were computed from stored tensors, by the stored tensor's key.
-        idle: the targets of stored tensors that have no effect, by the tensor's key.
+        stems: a map from each target to the name of the target's module in the file's keys.
+        keys: a map from the writer's default key to the file's key, for keys where the two differ.
+        shapes: a map from a key in the file to the tensor's shape, for tensors with another shape than the writer's
+            default.
+        without_alpha: the names (in keys) of modules that had no alpha.
+        derived: a map from the key of a stored tensor to the fingerprint of the field that was computed from it.
+        idle: a map from the key of a stored tensor that has no effect to the tensor's target.
         compat: the `compat` with which the caller read the file.
     """
 
@@ -120,7 +121,10 @@ class ImageLeftovers:
 
 
 def still(old: Lazy, new: Lazy, update: Update, rules: Rules) -> bool:
-    """Whether the source file's alpha (`old`) still gives the update's scaling; `new` is the alpha for this scaling."""
+    """Whether the source file's alpha (`old`) still gives the update's scaling.
+
+    `new` is the alpha that the writer computed from the scaling.
+    """
     whole = {"w1", "w2"} <= update.tensors.keys()
     if whole and not rules.trained.rs:
         return True

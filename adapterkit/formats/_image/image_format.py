@@ -1,4 +1,4 @@
-"""Define the base class of image-model formats, which parses keys, applies scalings and names modules."""
+"""Define `ImageFormat`, the base class of formats for image models: it reads and writes one tensor file."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ ALPHAS = {
 
 
 def zero_padded(update: Update, layer: LayerFacts) -> Update:
-    """Return the update as its trainer's forward computes it on a layer, even if the layer does not pad with zeros.
+    """Return an update that computes what its trainer's forward computes, also on a layer whose padding is not zeros.
 
     Raises:
-        Unsupported: no method of adapterkit computes the same function as the forward.
+        Unsupported: no method of adapterkit computes the same function as the trainer's forward.
     """
     if not layer.padding.startswith("padding_mode") or update.kind not in ("additive", "weight", "output"):
         return update
@@ -65,7 +65,7 @@ PADDING = {
         zero_padded,
     )
 }
-"""Trainers add a second convolution, with the same padding width as the layer. It always pads with zeros."""
+"""Trainers run a convolution's LoRA as a second convolution with the same padding width. It always pads with zeros."""
 
 
 class ImageFormat(Format, ABC):
@@ -106,7 +106,7 @@ class ImageFormat(Format, ABC):
         """Return the target of each module, by the module's name in the file."""
 
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
-        """Return the module's name in keys for a target; None if the format cannot name the target."""
+        """Return the name that the format's keys have for a target's module; None if the format cannot name it."""
         return target.path if target.rows is None else None
 
     def rescaled(self, decoded_update: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
@@ -141,7 +141,7 @@ class ImageFormat(Format, ABC):
         return why_not(update, rules)
 
     def metadata(self, updates: Updates, hints: ImageHints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
-        """Return the metadata to write, and whether the metadata contains the scalings. If true, write no alphas."""
+        """Return the metadata to write, and whether it contains the scalings. If it does, no alphas are written."""
         return hints.metadata, False
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
@@ -197,8 +197,8 @@ class ImageFormat(Format, ABC):
                 why = f"{self.name()} cannot store a token embedding in a LoRA file"
                 raise Unsupported(why, where=text, cure="Move the tensors with keys bundle_emb.* to a separate file")
             if key is None:
-                cure = f"Remove the key, or convert the file that the key comes from; {self.name()} has no such keys"
-                raise Malformed("the key ends in no known slot", where=text, cure=cure)
+                cure = "Remove this tensor from the file. If the tensor comes from another file, convert that file"
+                raise Malformed(f"{self.name()} has no keys of this form", where=text, cure=cure)
             slots = grouped.setdefault(key.stem, {})
             if key.slot in slots:
                 raise Malformed(f"this key has the same meaning as {slots[key.slot].text}", where=text, cure=AGAIN)
@@ -281,7 +281,7 @@ def _unwrapped(target: Target) -> Target:
 
 
 def of_family(metadata: Metadata, family: str | None) -> Metadata:
-    """Return the metadata with `family` as the stated family; unchanged if `family` is None.
+    """Return the metadata with an entry that names `family`; unchanged if `family` is None.
 
     Raises:
         UsageError: no family has this name.
@@ -296,7 +296,7 @@ def of_family(metadata: Metadata, family: str | None) -> Metadata:
 
 
 def check_family(adapter: Adapter, family: str) -> None:
-    """Check that the family named by `family` has every U-Net or transformer module that the adapter changes.
+    """Check that the family with the name `family` has every U-Net or transformer module that the adapter changes.
 
     Raises:
         UsageError: the family lacks one of these modules; the error names the module.
@@ -309,7 +309,7 @@ def check_family(adapter: Adapter, family: str) -> None:
 
 
 def _check_shapes(stem: str, decoded_updates: list[ImageUpdate]) -> None:
-    """Check the shapes of all updates. `ImageLeftovers` later encodes the updates and needs correct shapes."""
+    """Check the shapes of all updates, because `ImageLeftovers` encodes the updates and needs correct shapes."""
     for each in decoded_updates:
         try:
             each.update.dims()
@@ -321,8 +321,8 @@ def _check_shapes(stem: str, decoded_updates: list[ImageUpdate]) -> None:
 def _check_apart(targets: Mapping[str, Target]) -> None:
     """Check that the file does not contain updates of both a fused weight and the parts of this weight.
 
-    Some trainers of Z-Image write LoRAs for the fused weight of queries, keys and values, and also for its parts. With
-    such a file, diffusers ignores the LoRAs of the fused weights, and other tools add both.
+    Some trainers of Z-Image write a LoRA for the fused weight of queries, keys and values, and also one for each part.
+    With such a file, diffusers ignores the LoRA of the fused weight, and other tools add all of these LoRAs.
 
     Raises:
         Malformed: the file changes a module twice.
@@ -350,7 +350,7 @@ def _check_distinct(targets: Mapping[str, Target]) -> None:
         seen[target] = stem
 
 
-# Read the alpha in the header: trainers of some families write one alpha for all modules there.
+# Read the alpha in the header: for some families, trainers store a single alpha for all modules in the header.
 
 ALPHA = "alpha"
 """The key of alpha in the header, and also the name of the slot for alpha."""
@@ -386,7 +386,7 @@ def _has_header_alpha(names: Collection[str]) -> bool:
 
 
 def _finite(text: str) -> float:
-    """Convert a text to a number; return 0 if the text is not a number."""
+    """Convert a text to a number; return 0 if the text is not a number, or if the number is not below 1e30."""
     try:
         value = float(text)
     except ValueError:
@@ -400,7 +400,7 @@ def _float32(value: float) -> bytes:
     return np.array(value, "<f4").tobytes()
 
 
-# Translate targets to the module names of a given base. The base may have another prefix and naming than the file.
+# Translate targets to the module names of a given base, whose prefixes and naming may differ from the file's.
 
 
 _DENOISERS = ("unet", "transformer")
@@ -431,7 +431,7 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
 
 
 def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[Target, tuple[Update, ...]]:
-    """Return the updates with the prefix that the base has for the target's module; unchanged if there is none."""
+    """Give the target the prefix that the base has for the same module; unchanged if the base lacks the module."""
     if target.path in known:
         return {target: each}
     root, rest = rooted(target.path)
@@ -464,14 +464,14 @@ def check_biases(modules: Mapping[str, ImageModule], part_of: Callable[[str], st
     biased = {part_of(stem) for stem, module in modules.items() if "bias" in module.tensors}
     for stem, module in modules.items():
         if "up" in module.tensors and "bias" not in module.tensors and part_of(stem) in biased:
-            why = "this module has no bias in the file, but other modules have one"
+            why = "the LoRA of this module has no bias, but other LoRAs of the same component have one"
             raise Malformed(why, where=module.keys["up"], cure=AGAIN)
 
 
 def mixed_biases(updates: Updates, part_of: Callable[[Target, Update], str]) -> Iterator[tuple[Target, str]]:
-    """Yield (target, reason) for LoRAs whose bias setting is the rarer one in their component.
+    """Yield (target, reason) for a component's LoRAs with a bias or without one, whichever are fewer.
 
-    Components in which all LoRAs or none have a bias yield nothing.
+    If both are equally many, yield the LoRAs with a bias. If all LoRAs of a component or none have a bias, yield none.
     """
     parties: dict[str, dict[bool, list[Target]]] = {}
     for target, group in updates.items():

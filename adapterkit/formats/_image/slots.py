@@ -41,7 +41,7 @@ def decode(module: ImageModule, rules: Rules) -> list[ImageUpdate]:
     Raises:
         Malformed: a tensor lacks its partner, or the tensors belong to methods that cannot be combined.
         ShapeMismatch: the tensors' shapes do not fit the method.
-        Unsupported: this version does not have the method.
+        Unsupported: no method of adapterkit computes what the tensors mean.
     """
     decoders, rules = _decoders(tuple(module.tensors)), rules_at(rules, module.stem)
     if not decoders:
@@ -71,8 +71,8 @@ def scaling(module: ImageModule, rank: int, rules: Rules) -> float:
     """Return `alpha / rank`, or 1 if the rules allow a missing or zero alpha. See `Rules`.
 
     Raises:
-        Malformed: the alpha is missing, and the rules set both `by_formula` and `alpha_needed`. Or the alpha is 0, and
-            the rules set neither.
+        Malformed: the alpha is missing, and both `by_formula` and `alpha_needed` are set. Or the alpha is 0, and
+            neither of the two is set.
         ShapeMismatch: the rank is 0.
     """
     if "alpha" not in module.tensors:
@@ -104,7 +104,9 @@ def _lora(module: ImageModule, rules: Rules) -> ImageUpdate:
     if _is_dora(module) and not rules.trained.bypass:
         if "bias" in module.tensors:
             raise Unsupported(
-                "DoRA cannot have a bias", where=module.keys["bias"], cure="Merge the adapter with its tool"
+                "DoRA cannot have a bias",
+                where=module.keys["bias"],
+                cure="Merge the adapter with the tool that trained it",
             )
         leaves["magnitude"], fields["magnitude"] = _magnitude(module), "dora"
         return ImageUpdate(DoRA(**leaves), fields, tuple(derived), derived)
@@ -112,26 +114,32 @@ def _lora(module: ImageModule, rules: Rules) -> ImageUpdate:
 
 
 def drawn(rank: int, unit: int) -> int:
-    """Return the factor by which a network option multiplies a LoRA's `alpha / r`; `unit` is the option's value.
+    """Return the factor by which a network option multiplies a LoRA's `alpha / r`; see `Arguments.unit`.
 
-    DyLoRA in LyCORIS has `r / unit` blocks, and its scaling is alpha divided by the number of blocks. With split_qkv,
-    sd-scripts trains `unit` parts of a FLUX weight separately, and each part's scaling is `alpha / (r / unit)`.
+    The factor is `unit`, or 1 if `unit` is 0 or does not divide the rank. DyLoRA in LyCORIS has `r / unit` blocks, and
+    its scaling is alpha divided by the number of blocks. With split_qkv, sd-scripts trains `unit` parts of a FLUX
+    weight separately, and each part's scaling is `alpha / (r / unit)`.
     """
     return unit if unit and rank % unit == 0 else 1
 
 
 def _through(module: ImageModule) -> Lazy:
-    """Multiply `down` by the Tucker core `mid`, and return the convolution kernel that they represent, in float32."""
+    """Return the product of the Tucker core `mid` and the factor `down`, a convolution kernel in float32."""
     down, mid = module.need("down", "mid")
     rank, *kernel = mid.shape[1:] if len(mid.shape) > 2 else (0,)
     ones = all(n == 1 for n in down.shape[2:])
     if mid.shape[:2] != (rank, rank) or len(down.shape) < 2 or down.shape[0] != rank or not ones:
-        why = f"the shapes {list(mid.shape)} and {list(down.shape)} are not those of a core and a factor with one rank"
+        why = (
+            f"the Tucker core (mid) must have the shape [r, r, *kernel], and down the shape [r, in, 1, ...]; their "
+            f"shapes are {list(mid.shape)} and {list(down.shape)}"
+        )
         raise ShapeMismatch(why, where=module.keys["mid"], cure=AGAIN)
     shape = (rank, down.shape[1], *kernel)
     if math.prod(shape) > LARGEST:
         raise Unsupported(
-            f"the kernel that this core represents is too large: {list(shape)}", where=module.keys["mid"], cure=AGAIN
+            f"the kernel from this Tucker core is too large: its shape is {list(shape)}",
+            where=module.keys["mid"],
+            cure=AGAIN,
         )
 
     def fetch() -> bytes:
@@ -146,11 +154,11 @@ def _through(module: ImageModule) -> Lazy:
 
 
 LARGEST = 1 << 31
-"""The largest number of elements that a kernel from a Tucker core may have."""
+"""The largest number of elements in a kernel that the reader computes from a Tucker core."""
 
 
 def _is_dora(module: ImageModule) -> bool:
-    """Whether a LoRA has one magnitude per output, as in DoRA. Magnitudes per input belong to another method."""
+    """Whether a LoRA has one magnitude per output, as in DoRA. Other magnitudes are decoded as a `WeightNorm`."""
     return "dora" in module.tensors and _per_output(module, module.tensors["up"].shape[0])
 
 
@@ -174,12 +182,12 @@ def _normed(module: ImageModule, update: Update) -> ImageUpdate:
     shape = module.tensors["dora"].shape
     sizes = [n for n in shape if n != 1]
     if len(shape) < 2 or len(sizes) > 1 or any(n != 1 for n in shape[2:]):
-        why = f"magnitudes with shape {list(shape)} are not one value for each output, or for each input"
+        why = f"the magnitudes must have the shape [out, 1, ...] or [1, in, 1, ...]; their shape is {list(shape)}"
         raise Unsupported(why, where=module.keys["dora"], cure=AGAIN)
     inputs, dims = shape[0] == 1 and shape[1] != 1, update.dims()
     width = dims.get("in" if inputs else "out")
     if width not in (None, sizes[0] if sizes else 1):
-        why = f"the magnitudes are {list(shape)}, but the module has {width} {'inputs' if inputs else 'outputs'}"
+        why = f"the magnitudes have shape {list(shape)}, but the module has {width} {'inputs' if inputs else 'outputs'}"
         raise ShapeMismatch(why, where=module.keys["dora"], cure=AGAIN)
     leaves: dict[str, Any] = {"into" if inputs else "out": _magnitude(module)}
     return ImageUpdate(WeightNorm(**leaves, eps=EPSILON), dict.fromkeys(leaves, "dora"))
@@ -225,7 +233,7 @@ def _lokr(module: ImageModule, rules: Rules) -> ImageUpdate:
         leaves["w2_a"] = _turned(leaves["w2_a"])
     factors = [module.tensors[slot] for slot in ("lokr_w1_b", "lokr_w2_b") if slot in module.tensors]
     whole = {"w1", "w2"} <= fields.keys()
-    # Ignore the alpha if both factors are full, as LyCORIS does. Files of such modules may state any alpha.
+    # If both factors are full, ignore the alpha, as LyCORIS does. Such a module may have any alpha in the file.
     rank = factors[0].shape[0] if factors and factors[0].shape else 0
     # With rs_lora and two full factors, the scaling is `sqrt(r)`. LyCORIS saves `alpha = r * sqrt(r)`, and the cube
     # root of this alpha is `sqrt(r)`.
@@ -240,7 +248,9 @@ def _oft(module: ImageModule, rules: Rules) -> ImageUpdate:
     (blocks,) = module.need("oft_blocks")
     if len(blocks.shape) not in (3, 4) or blocks.shape[-1] != blocks.shape[-2] or 0 in blocks.shape:
         raise ShapeMismatch(
-            f"the shape {list(blocks.shape)} is not that of square blocks", where=module.keys["oft_blocks"], cure=AGAIN
+            f"the shape {list(blocks.shape)} is not [blocks, b, b] (OFT) or [m, blocks, b, b] (BOFT)",
+            where=module.keys["oft_blocks"],
+            cure=AGAIN,
         )
     fields = {"square": "oft_blocks"}
     leaves: dict[str, Any] = {"square": blocks}
@@ -254,9 +264,10 @@ def _oft(module: ImageModule, rules: Rules) -> ImageUpdate:
 
 
 def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
-    """Decode OneTrainer's OFT. It rotates blocks of inputs, like PEFT's OFT with the first five terms of the series.
+    """Decode OneTrainer's OFT, which rotates blocks of inputs. It is PEFT's OFT with five terms of the Cayley series.
 
-    On convolutions, OneTrainer applies the inverse rotation. The file does not show which layers are convolutions.
+    With `oft_scaled`, OneTrainer divides the stored values by `2 * sqrt(b - 1)`, for blocks of size b. On convolutions,
+    it applies the inverse rotation. The file does not show which layers are convolutions.
     """
     _no_dora(module)
     (pairs,) = module.need("oft_R")
@@ -265,7 +276,9 @@ def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
         raise Unsupported(why, where=module.keys["oft_R"], cure="Merge the adapter with OneTrainer, and extract a LoRA")
     if len(pairs.shape) != 2:
         raise ShapeMismatch(
-            f"the shape {list(pairs.shape)} is not [blocks, pairs]", where=module.keys["oft_R"], cure=AGAIN
+            f"the shape must be [blocks, b * (b - 1) / 2], but it is {list(pairs.shape)}",
+            where=module.keys["oft_R"],
+            cure=AGAIN,
         )
     five: dict[str, Any] = {"terms": 5}
     if "oft_scaled" not in module.tensors:
@@ -283,10 +296,10 @@ _CONVOLUTION = re.compile(
 
 def _constraint(module: ImageModule, rules: Rules) -> float:
     if "alpha" not in module.tensors:
-        raise Malformed("the module has no alpha, which stores the constraint", where=module.where, cure=AGAIN)
+        raise Malformed("the module has no alpha, and an OFT's alpha is its constraint", where=module.where, cure=AGAIN)
     alpha = module.number("alpha")
     if alpha < 0 or (alpha == 0 and not rules.oft_zero):
-        why = f"the constraint is {alpha}, which allows no rotation"
+        why = f"the constraint (alpha) is {alpha}, which allows no rotation"
         raise Malformed(why, where=module.keys["alpha"], cure=AGAIN)
     return alpha
 
@@ -315,7 +328,7 @@ def _ia3(module: ImageModule, rules: Rules) -> ImageUpdate:
     module.need("weight", "on_input")
     on_input = module.number("on_input")
     if on_input not in (0, 1):
-        raise Malformed(f"on_input is {on_input}, neither 0 nor 1", where=module.keys["on_input"], cure=AGAIN)
+        raise Malformed(f"on_input must be 0 or 1, got {on_input}", where=module.keys["on_input"], cure=AGAIN)
     field = "w_in" if on_input else "w"
     leaves: dict[str, Any] = {field: module.tensors["weight"].reshape(-1)}
     return ImageUpdate(
@@ -338,7 +351,7 @@ def _set(module: ImageModule, _: Rules) -> ImageUpdate:
 
 def _t_lora(module: ImageModule, _: Rules) -> ImageUpdate:
     slot = next(slot for slot in module.tensors if slot.startswith(T_LORA))
-    why = "T-LoRA changes a weight by the difference from its initial factors, which the file does not have"
+    why = "T-LoRA changes a weight relative to its initial factors, and the file does not have these factors"
     raise Unsupported(
         why, where=module.keys[slot], cure="Merge the adapter with the tool that trained it, and extract a LoRA"
     )
@@ -370,7 +383,7 @@ _DECODERS: tuple[tuple[tuple[str, ...], Callable[[ImageModule, Rules], ImageUpda
 
 def _no_dora(module: ImageModule) -> None:
     if "dora" in module.tensors:
-        why = "the module has a magnitude, which this method cannot have"
+        why = "the module has a DoRA magnitude, and adapterkit cannot combine it with this method"
         raise Unsupported(why, where=module.keys["dora"], cure="Merge the adapter with LyCORIS, and extract a LoRA")
 
 
@@ -386,19 +399,21 @@ def _flat(module: ImageModule, slot: str, axes: int) -> Lazy:
     leaf = module.tensors[slot]
     if len(leaf.shape) < axes or any(n != 1 for n in leaf.shape[axes:]):
         raise ShapeMismatch(
-            f"the shape {list(leaf.shape)} is not that of a factor", where=module.keys[slot], cure=AGAIN
+            f"a factor must have {axes} axes (further axes must have size 1), but the shape is {list(leaf.shape)}",
+            where=module.keys[slot],
+            cure=AGAIN,
         )
     return leaf.reshape(*leaf.shape[:axes])
 
 
 def _turned(leaf: Lazy) -> Lazy:
     if len(leaf.shape) != 2:
-        raise ShapeMismatch(f"the shape {list(leaf.shape)} is not that of a factor", cure=AGAIN)
+        raise ShapeMismatch(f"a factor must have two axes, but the shape is {list(leaf.shape)}", cure=AGAIN)
     return leaf.map(lambda array: array.T, (leaf.shape[1], leaf.shape[0]))
 
 
 def number(value: float) -> Lazy:
-    """Return a number as a scalar tensor: in float32 if float32 is exact, otherwise in float64."""
+    """Return a number as a scalar tensor: float32 if it represents the number exactly, otherwise float64."""
     return number_of(float(value).hex())
 
 
@@ -415,7 +430,7 @@ _SLOTS: dict[type[Update], str] = {
 
 
 LARGEST_RANK = 1e290
-"""The largest scaling that is written. Its product with a rank stays below 1e300, the limit of readers for alpha."""
+"""The largest scaling that is written. Its product with a rank is the alpha, which readers accept only below 1e300."""
 
 
 def why_not(update: Update, rules: Rules) -> str:
@@ -428,9 +443,9 @@ def why_not(update: Update, rules: Rules) -> str:
     if abs(update.attributes.get("scaling", 0.0)) > LARGEST_RANK:
         return "its scaling is too large for an alpha"
     if isinstance(update, (LoRA, DoRA, LoHa, GLoRAProducts)) and update.scaling == 0 and _rank_for_zero(rules):
-        return "its scaling is 0, and the format's tools read an alpha of 0 as the rank"
+        return "its scaling is 0, but the format's tools replace an alpha of 0 by the rank"
     if isinstance(update, LoKr) and update.stacked:
-        return "the format cannot express a lokr on a stack of matrices, as PEFT trains it on Conv1d"
+        return "the format cannot express a lokr on a stack of matrices (PEFT trains such a lokr on Conv1d)"
     if isinstance(update, (OFT, BOFTOutputs, IA3Weights)) and why_not_there(update, rules):
         return why_not_there(update, rules)
     if isinstance(update, OFT):
@@ -438,7 +453,7 @@ def why_not(update: Update, rules: Rules) -> str:
     if isinstance(update, WeightNorm):
         if rules.peft:
             return "the format can store magnitudes only for dora"
-        return "" if update.eps == EPSILON else f"the epsilon of its norms is not {EPSILON}"
+        return "" if update.eps == EPSILON else f"its epsilon is {update.eps}, but LyCORIS always uses {EPSILON}"
     if _unscaled(update, rules) and update.attributes["scaling"] != 1:
         return f"{update.method} {NO_SLOT_FOR_SCALING}"
     return ""
@@ -448,9 +463,9 @@ NO_SLOT_FOR_SCALING = "has a scaling, which the format cannot store"
 
 
 def why_not_there(update: OFT | BOFTOutputs | IA3Weights, rules: Rules) -> str:
-    """Return the reason why a file cannot express how an update treats the bias; empty if it can.
+    """Return the reason if a file's `bypass_mode` contradicts the way in which an update treats the bias; empty if not.
 
-    The header has one `bypass_mode` for all modules. This setting decides whether the updates change the bias.
+    The header has one `bypass_mode` for all modules. It decides whether all updates of these methods change the bias.
     """
     inputs = isinstance(update, IA3Weights) and update.w is None
     if inputs or update.on_output == rules.trained.bypass:
@@ -465,16 +480,16 @@ def _rank_for_zero(rules: Rules) -> bool:
 
 def _why_not_oft(update: OFT, rules: Rules) -> str:
     if update.square is None or update.side != "out" or update.terms or update.coft:
-        return "the format can express only an oft with Cayley transforms of complete blocks of outputs"
+        return "the format can express only an oft that rotates outputs by Cayley transforms and stores complete blocks"
     if update.rescale is not None and "rescale" not in rules.slots:
-        return "the format cannot express an oft with a factor on outputs"
+        return "the format cannot express an oft that rescales the outputs"
     return (
         "the format cannot express an oft without a constraint" if not rules.oft_zero and update.constraint == 0 else ""
     )
 
 
 def folded(update: Update, rules: Rules) -> Update:
-    """Fold an update's scaling into a tensor, in the tensor's dtype.
+    """Fold an update's scaling into a factor (and the bias, if any), in the dtype of these tensors.
 
     Return the update unchanged if a slot can store the scaling.
     """
@@ -487,7 +502,7 @@ def folded(update: Update, rules: Rules) -> Update:
 
 
 def _unscaled(update: Update, rules: Rules) -> str:
-    """Return the field into which the scaling must be folded; empty if a slot can store the scaling."""
+    """Return the field that must be multiplied by the scaling; empty if a slot can store the scaling."""
     if isinstance(update, Dense):
         return "D" if update.D is not None else "d"
     if isinstance(update, LoKr) and rules.peft:
@@ -504,7 +519,7 @@ def encode(update: Update, rules: Rules, kernel: int = 0) -> list[StoredTensor]:
     Args:
         update: the update.
         rules: the format's rules.
-        kernel: the number of kernel axes of the weight, for methods whose tensors do not show it.
+        kernel: the number of the weight's kernel axes, for methods whose tensors do not show this number.
     """
     leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
     if isinstance(update, (LoRA, DoRA)):
@@ -517,7 +532,7 @@ def encode(update: Update, rules: Rules, kernel: int = 0) -> list[StoredTensor]:
         if "pairs" in leaves:
             return [
                 StoredTensor("oft_R", leaves["pairs"], "pairs")
-            ]  # OneTrainer's slot. Formats read it, but never write it.
+            ]  # OneTrainer's slot: `hints` compares it with the file. `why_not` refuses to write it.
         blocks = leaves["square"]
         alpha = update.constraint / (blocks.shape[-3] * blocks.shape[-2])
         rescale = (
@@ -599,7 +614,7 @@ def _turned_back(leaf: Lazy) -> Lazy:
 
 
 def without_effect(updates: Updates, rules: Rules) -> tuple[Updates, list[str]]:
-    """Omit inexpressible updates that are all zero. Return the other updates, and one line for each changed target.
+    """Omit updates that the format cannot express, if they are all zero. Return the rest, and a line for each change.
 
     LoRAs extracted from Wan contain an all-zero `diff` tensor for every norm.
     """
@@ -623,7 +638,10 @@ def _is_zero(update: Update) -> bool:
 
 
 def rewritten(updates: Updates, rules: Rules, on_loss: str) -> tuple[Updates, list[str]]:
-    """Fold scalings that the format cannot store, if `on_loss` allows it. Return one line for each folded scaling."""
+    """Fold scalings that the format cannot store into factors, if `on_loss` allows it.
+
+    Return the updates, and one line for each folded scaling.
+    """
     if on_loss not in ("fold", "promote"):
         return updates, []
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""Translate targets from one naming to another: rename modules, split or join updates of fused weights."""
+"""Translate an adapter's targets to another naming: rename them, and split or join updates of fused weights."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def in_naming(
     into = _Into(family, family.wanted(naming), fold, fuse)
     source = family.naming_of([rooted(target.path)[1] for target in targets], origin.naming)
     if family.wanted(origin.naming) not in family.namings and into.naming in family.namings:
-        # If the names fit several namings and `origin` does not state one, assume that the names are already in the
-        # requested naming.
+        # If the names fit several namings, and `origin` does not tell the naming, assume that the names are already in
+        # the requested naming.
         source = family.naming_of([rooted(target.path)[1] for target in targets], into.naming)
     for target, group in updates.items():
         if target not in targets:
@@ -76,8 +76,8 @@ def in_naming(
         elif rows or target.rows is None or into.naming == "diffusers" or any(isinstance(u, OFT) for u in group):
             into.add(target, group, source)
         else:
-            # XLabs adapts only three sevenths of linear1. Split such an update into the parts that diffusers has. When
-            # these parts are joined, the rows without an update get zeros.
+            # XLabs adapts only three sevenths of linear1's rows. Split such an update into updates of the modules that
+            # diffusers has for these rows. When these updates are joined, the other rows get zeros.
             named = replace(origin, families=(family.name,))
             parts, lost = in_naming({target: group}, "diffusers", (), named, fuse=False)
             for part, each in parts.items():
@@ -154,13 +154,17 @@ class _Into:
             turned = [reordered(update, pieces) for update in group]
             if None in turned or target.rows is not None:
                 return self.lose(
-                    target, group, "in that naming, the weight's parts have another order; the update cannot be split"
+                    target, group, "the other naming orders the weight's rows differently; the update cannot be split"
                 )
             return self.keep(replace(target, path=root + first.path), tuple(u for u in turned if u is not None))
         return self._part(target, group, pieces, root, source)
 
     def _root(self, root: str) -> str:
-        """Return the prefix for the component: diffusers' prefix if that naming is requested, otherwise `root`."""
+        """Return the prefix of the translated path.
+
+        If diffusers' naming is requested, a prefix other than `transformer_2.` becomes the component's name in
+        diffusers.
+        """
         if self.naming != "diffusers" or root in ("", "transformer_2."):
             return root
         return f"{self.family.component}."
@@ -168,7 +172,7 @@ class _Into:
     def _fused(self, target: Target, group: tuple[Update, ...], source: str) -> str | None:
         """Return the fused module that diffusers creates for a LoKr; None if there is none.
 
-        diffusers cannot load a LoKr that was split.
+        diffusers cannot load a LoKr that was split into parts.
         """
         if (
             not self.fuse
@@ -232,8 +236,8 @@ class _Into:
         if len({(member.run.start, member.run.stop) for member in members}) < len(members):
             return None, "a part of a fused weight has several updates"
         if all(isinstance(part.update, OFT) and part.unit for part in parts):
-            # Keep the rotations of the parts separate: a rotation affects only the rows of its part, and kohya's format
-            # stores each rotation.
+            # Do not join the rotations of the parts: each rotation affects only the rows of its part, and kohya's
+            # format can store several rotations of one weight.
             for member, part in zip(members, parts, strict=True):
                 rows = (part.run.start * part.unit, part.run.stop * part.unit)
                 self.keep(replace(member.origin, path=path, rows=rows), (member.update,))
@@ -252,14 +256,14 @@ def ratio_of(target: Target, group: tuple[Update, ...]) -> float | None:
 
 
 def _is_order(pieces: tuple[Piece, ...]) -> bool:
-    """Whether both namings have this module, but with its rows in different orders."""
+    """Whether the pieces are the whole of one module in the other naming, but with its rows in another order."""
     first = pieces[0]
     whole = len({piece.path for piece in pieces}) == 1 and sum(p.there.parts for p in pieces) == first.there.of
     return whole and len(pieces) > 1
 
 
 def _is(rows: tuple[int, int] | None, run: Run) -> bool:
-    """Whether `rows` may be the rows of `run`. The fused weight may have any size, because its size is unknown."""
+    """Whether `rows` are the rows of `run` for some size of the fused weight; the actual size is unknown."""
     size = 0 if rows is None else rows[1] - rows[0]
     return rows is not None and size % run.parts == 0 and rows[0] == run.start * (size // run.parts)
 
@@ -267,11 +271,13 @@ def _is(rows: tuple[int, int] | None, run: Run) -> bool:
 def _spans(target: Target, update: Update, pieces: tuple[Piece, ...]) -> list[tuple[int, int] | None]:
     """Return the rows of each piece, relative to the update's first row; None for pieces outside the update.
 
-    If the pieces do not cover exactly the update's rows, return only None.
+    All entries are None if the pieces do not cover exactly the update's rows, or if the sizes are unknown.
     """
     dims = update.dims()
     out, in_ = outputs_of(update), dims.get("in")
     of = pieces[0].here.of
+    # An update of some rows does not show the weight's number of rows. So assume that each of the weight's equal parts
+    # has as many rows as the weight has inputs.
     start, full = (0, out) if target.rows is None else (target.rows[0], of * in_ if isinstance(in_, int) else None)
     if not isinstance(full, int) or not isinstance(out, int) or full % of:
         return [None for _ in pieces]
@@ -304,8 +310,8 @@ def reordered(update: Update, pieces: tuple[Piece, ...]) -> Update | None:
 def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
     """Return one update for each span of rows; None if the update cannot be split along outputs.
 
-    If a LoRA was joined from LoRAs of the spans, each span uses other rows of A. So each part gets only its rows of A.
-    For any other LoRA, each part has the whole A.
+    If a LoRA was joined from separate LoRAs of the spans, each span uses different rows of A, and its update gets only
+    these rows. Otherwise, the update of each span gets the whole A.
     """
     if isinstance(update, LoRA) and (ranks := _diagonal(update, spans)):
         whole = [
@@ -323,7 +329,7 @@ def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | N
 
 
 def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Return one OFT for each span; None if a span ends inside a block, or if a constraint couples the blocks."""
+    """Return one OFT for each span; None if a span starts or ends inside a block, or if a constraint couples blocks."""
     name = "square" if update.square is not None else "pairs"
     size = int(update.dims()["b"]) if update.square is not None else 0  # type: ignore[arg-type]
     if not size or update.constraint or update.coft or any(edge % size for span in spans for edge in span):
@@ -336,7 +342,10 @@ def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Updat
 
 
 def _kronecker_parts(update: LoKr, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Return one LoKr for each span; None if a span ends inside a block of rows that share one row of w1."""
+    """Return one LoKr for each span; None if a span starts or ends between rows that share one row of w1.
+
+    Also None if w2 is a stack of matrices.
+    """
     size = int(update.dims()["out"]) // int(update.dims()["a"])  # type: ignore[arg-type]
     if update.stacked or any(edge % size for span in spans for edge in span):
         return None
@@ -360,7 +369,7 @@ def _bias_cut(update: LoRA, span: tuple[int, int]) -> LoRA:
 
 
 def _diagonal(update: LoRA, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the range of B's columns that each span uses; empty if B is not block-diagonal, or has a zero block."""
+    """Return the range of B's columns that each span uses; empty if B is not block-diagonal, or if a block is zero."""
     used = as_array(as_lazy(update.B)) != 0
     edges = [0]
     for start, stop in spans:
@@ -402,13 +411,14 @@ class FusedPart:
 
 
 def joined(parts: Sequence[FusedPart], *, fold: bool) -> tuple[Update | None, str]:
-    """Join updates of row blocks into one update of the fused weight.
+    """Join updates of parts of a fused weight into one update of the whole weight.
 
     Return (update, ""), or (None, reason) if the updates cannot be joined.
 
     Args:
-        parts: the updates, one for each row block.
-        fold: whether different scalings may be folded into B, which rounds. Powers of two are folded in any case.
+        parts: the updates, each with its rows.
+        fold: whether B may be multiplied by a quotient of different scalings, which rounds B. If the quotient is a
+            power of two from 2**-8 to 2**8, B is multiplied in any case.
     """
     unit, of = parts[0].unit, parts[0].run.of
     if not unit and outputs_of(parts[0].update) is None and sum(part.run.parts for part in parts) == of:
@@ -445,7 +455,7 @@ def joined(parts: Sequence[FusedPart], *, fold: bool) -> tuple[Update | None, st
 
 
 def _stacked(updates: Sequence[Update]) -> Update | None:
-    """Stack the rows of updates into one update; None if the updates differ in anything else."""
+    """Concatenate the tensors of updates along the outputs; None if the updates differ in anything else."""
     first = updates[0]
     if any(type(u) is not type(first) or u.attributes != first.attributes for u in updates):
         return None
@@ -471,7 +481,7 @@ def _stacked(updates: Sequence[Update]) -> Update | None:
 
 
 def _with_rows(update: Update) -> dict[str, int]:
-    """Map each field with one row per output to the axis of its rows; empty if the rows are not independent."""
+    """Return a map from field to the axis along which outputs are joined; empty if the outputs cannot be joined."""
     if isinstance(update, LoKr):
         return {"w1" if update.w1 is not None else "w1_a": 0} if not update.stacked else {}
     if isinstance(update, OFT) and update.side == "out":
@@ -490,7 +500,7 @@ def _alike(updates: Sequence[Update], names: Iterable[str]) -> bool:
 
 
 def _under(updates: Sequence[LoRA | DoRA], rows: Sequence[tuple[int, int]], out: int) -> Lazy:
-    """Stack the B matrices vertically; `rows` are the rows of each B in the fused weight."""
+    """Return B of the fused weight: each update's B at its `rows`, and zeros in the other rows."""
     rank = int(updates[0].B.shape[1])
     return place([(row, (0, rank), u.B) for row, u in zip(rows, updates, strict=True)], (out, rank))
 
@@ -514,8 +524,8 @@ def _block_diagonal(
         if not fold and not _power_of_two(ratio):
             return None, "the parts of a fused weight have different scalings"
         blocks.append(update.B if ratio == 1 else times(update.B, ratio))
-    # Parts with the same A share rows of the joined A. Example: a weight in which queries, keys and values have one A,
-    # and the MLP has another.
+    # Store each A only once, although several parts may have it. Example: in one weight, queries, keys and values have
+    # the same A, and the MLP has another.
     ranks, blocks_by_A, end = list[tuple[int, int]](), dict[str, tuple[int, int]](), 0
     for update in updates:
         known = blocks_by_A.setdefault(fingerprint(update.A), (end, end + int(update.A.shape[0])))
@@ -545,7 +555,10 @@ Place = tuple[tuple[int, int], tuple[int, int] | None, Any]
 
 
 def place(parts: Iterable[Place], shape: tuple[int, ...]) -> Lazy:
-    """Copy tensors into a tensor of zeros. The result has their dtype, or float32 if their dtypes differ."""
+    """Copy tensors into a tensor of zeros. The result has the tensors' dtype, or float32 if the dtypes differ.
+
+    Each part is (rows, columns, tensor); columns are None for all columns.
+    """
     kept = [(rows, columns, as_lazy(leaf)) for rows, columns, leaf in parts]
     kinds = {leaf.dtype.name for _, _, leaf in kept}
     dtype = kept[0][2].dtype if len(kinds) == 1 else DTYPES["F32"]
@@ -566,7 +579,10 @@ def place(parts: Iterable[Place], shape: tuple[int, ...]) -> Lazy:
 
 
 def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
-    """Prefix targets with diffusers' name of the component: `x_embedder` becomes `transformer.x_embedder`."""
+    """Begin each target with diffusers' name of its component: `x_embedder` becomes `transformer.x_embedder`.
+
+    Targets of unknown components stay unchanged.
+    """
     renamed: dict[Target, tuple[Update, ...]] = {}
     for target, each in updates.items():
         component = component_of(module_of(target.path))
@@ -582,14 +598,14 @@ def in_parts(
 
     Args:
         updates: the updates.
-        families: the names of the possible families, if the caller knows them; empty: decide by the targets' names.
+        families: the names of the possible families; if empty, the targets' names decide.
         fuse: whether a LoKr of a fused weight stays one update; see `in_naming`.
     """
     return in_diffusers(in_components(updates), (), Origin(families=families), fuse=fuse)[0]
 
 
 def parts_of(path: str) -> list[str]:
-    """Return diffusers' names for a native module name: several for a fused weight, none for an unknown name."""
+    """Return diffusers' names of a module with a native name: several for a fused weight, none if unknown."""
     root, rest = rooted(path)
     component = component_of(path)
     before = f"{component}." if root and component else ""
@@ -598,7 +614,10 @@ def parts_of(path: str) -> list[str]:
 
 
 def in_one_naming(adapters: Sequence[Updates]) -> list[Updates]:
-    """Translate the targets of several adapters to one naming, unless all adapters already have the same naming.
+    """Translate the targets of several adapters to one naming, with the same prefix for each component.
+
+    All adapters stay unchanged if they already have the same naming and prefix, if no family has all modules, or if
+    fewer than two of the adapters change a U-Net or transformer.
 
     Raises:
         UsageError: the adapters are for different families of image models.
@@ -635,7 +654,10 @@ def _check_families(adapters: Sequence[Sequence[str]]) -> None:
 
 
 def _same_naming(one: frozenset[str], other: frozenset[str]) -> bool:
-    """Whether two sets of families have a common family. Generic families count only if a set has no other families."""
+    """Whether two sets of families have a common family, or are both empty.
+
+    If both sets have families that are not generic, only these families count.
+    """
     if not one or not other:
         return one == other
     special = [specific(names) for names in (one, other)]

@@ -1,7 +1,8 @@
 """Find the modules that flattened names stand for: kohya and LyCORIS replace the dots of names with underscores.
 
-Each flattened name is compared with the flattened module names of the base. Without a base, it is compared with the
-tables of known families. A name that fits no module or several modules is an error.
+Each flattened name is compared with the flattened module names of the base. If the base lacks the name, or if there is
+no base, the name is compared with the tables of known families. A name that fits no module or several modules is an
+error.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _FAMILIES = {"Hunyuan_video_I2V_lora": "hunyuan_video"}
 """A map from a prefix to the only family whose trainer writes this prefix."""
 
 _ARCHITECTURES = {"flux": "text_encoder_2", "sd3": "text_encoder_3", "stable-diffusion-3": "text_encoder_3"}
-"""The component that is a model's T5, by the model's name in a file's metadata."""
+"""A map from a model's name in a file's metadata to the component that is the model's T5 text encoder."""
 
 
 def resolve(modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None) -> dict[str, str]:
@@ -63,7 +64,7 @@ def resolve(modules: Mapping[str, ImageModule], metadata: Mapping[str, str], bas
     Args:
         modules: the modules of the file, by stem.
         metadata: the file's metadata.
-        base: the base with which the names are compared, or None to compare them with the known families.
+        base: the base, whose module names are tried first; if None, only the names of known families are tried.
 
     Raises:
         TargetNotFound: a stem fits no module, or several modules; the error names these modules, or the most similar
@@ -91,8 +92,9 @@ def _together(
     """Return the dotted path of each stem in the denoiser, if one family has all these stems; otherwise an empty dict.
 
     Args:
-        rest: a map from each stem that is not resolved yet to (prefix, flattened name).
-        words: a map from every stem to (prefix, flattened name); the stems of text encoders help to choose the family.
+        rest: the part of `words` with the stems that are not resolved yet.
+        words: a map from every stem to its prefix and the flattened name after the prefix. The stems of text encoders
+            help to choose the family.
         metadata: the file's metadata.
         of_base: the possible families of the base; None without a base.
         sizes: the input sizes of the denoiser's adapted weights.
@@ -136,7 +138,7 @@ def _together(
     return first
 
 
-_DECIDE = "Name the family with --family (family=), or give the base, whose names then decide: --base (base=)"
+_DECIDE = "Name the family with --family (family=), or give the base with --base (base=), so that its names decide"
 
 
 def _kind(flat: str) -> str:
@@ -155,7 +157,7 @@ def _in_diffusers(family: ImageFamily, reading: Mapping[str, str]) -> tuple[tupl
 
 
 def _reading(family: ImageFamily, inside: Mapping[str, str]) -> dict[str, str]:
-    """Return the path of each stem in the first naming of the family that has all stems; empty if none has all."""
+    """Return the path of each stem in the family's first naming that has all stems; empty if no naming has all."""
     if not all(family.may_have(flat) for flat in inside.values()):
         return {}
     for naming in dict.fromkeys((family.facts.kohya, *family.namings)):
@@ -216,9 +218,10 @@ def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
 
 
 def _beside(flat: str) -> list[str]:
-    """Return the module's path if diffusers stores the module as a separate component; otherwise an empty list.
+    """Return the possible paths of a module that diffusers stores in a separate component; empty for other modules.
 
-    The model's authors store such a module inside the denoiser. Example: Anima's adapter of its text encoder.
+    The model's authors store such a module inside the denoiser. Example: Anima's `llm_adapter`, which diffusers stores
+    as `text_conditioner`.
     """
     for family in families():
         for part in family.facts.modules:
@@ -229,7 +232,7 @@ def _beside(flat: str) -> list[str]:
 
 
 def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str:
-    """Return the component that `lora_te3` means: FLUX's second text encoder or SD 3's third; empty if unknown."""
+    """Return the component that `lora_te3` means: FLUX's second or SD 3's third text encoder; empty if unknown."""
     version = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
     stated = {part for name, part in _ARCHITECTURES.items() if name in version}
     inside = [flat for tag, flat in words if tag in _DENOISER]
@@ -276,7 +279,7 @@ def _near(flat: str, walked: Mapping[str, object] | None) -> str:
     known = {flatten(p) for family in families() for naming in family.namings for p in family.names(naming).patterns}
     shape = re.sub(r"(?<![^_])\d+(?![^_])", "#", flat)
     near = nearest(shape, {name for name in known if name[:4] == shape[:4]})
-    return f"{near}{'. ' if near else ''}Give the base, so that its names are used: --base (base=)"
+    return f"{near}{'. ' if near else ''}Give the base with --base (base=), so that its names are used"
 
 
 def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris: bool = False) -> str | None:
@@ -304,14 +307,17 @@ def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris:
 
 
 def prefixes_of(paths: Iterable[str]) -> Mapping[str, str]:
-    """Return the prefixes of keys by component, if the paths are of a family with unusual prefixes; otherwise empty."""
+    """Return a map from components to prefixes in kohya's keys, if the family of the paths has unusual prefixes.
+
+    Otherwise, the map is empty.
+    """
     unusual = [family for family in families() if family.facts.prefixes]
     inside = [rest for path in paths if component_of(path) == "unet" for rest in (rooted(path)[1],)]
     return next((f.facts.prefixes for f in unusual if inside and all(rest in f for rest in inside)), {})
 
 
 def _encoder(component: str, rest: str, paths: Iterable[str]) -> str:
-    """Return kohya's prefix for a text encoder. It has a number if the model has several text encoders."""
+    """Return kohya's prefix for a text encoder. The prefix ends with a number if the model has several encoders."""
     if rest in encoders()["t5"] and component != "text_encoder":
         return "lora_te3"
     if component in ("text_encoder_2", "text_encoder_3", "text_encoder_4"):

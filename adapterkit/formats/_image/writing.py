@@ -40,7 +40,7 @@ def encoded(
 
     Raises:
         Unrepresentable: the format cannot express an update, and `on_loss` allows neither rewriting nor omitting this
-            update.
+            update. Or two updates would have the same key.
     """
     hints = hints_of(adapter, image_format.name())
     rules = rules_for(image_format.rules_in(file, hints), hints.compat, dict(hints.metadata) if hints.stems else {})
@@ -80,7 +80,10 @@ def _family(updates: Updates, origin: Origin) -> Metadata:
 
 
 def _ranks(updates: Updates) -> Metadata:
-    """Return sd-scripts' metadata for rank and alpha; the values are `Dynamic` if they differ between modules."""
+    """Return sd-scripts' metadata for rank and alpha; a value is `Dynamic` if it differs between modules.
+
+    Return nothing unless all updates are LoRAs or DoRAs.
+    """
     each = [update for group in updates.values() for update in group]
     pairs = [(update.A.shape[0], update.scaling) for update in each if isinstance(update, (DoRA, LoRA))]
     if not pairs or len(pairs) < len(each):
@@ -104,7 +107,7 @@ def _stored(
 ) -> dict[str, Lazy]:
     """Return the tensors to write for one slot, by key.
 
-    Reuse the source file's tensor if it still has the same meaning.
+    Reuse the source file's tensor if that tensor still has the same meaning.
     """
     default = image_format.spell(stem, stored.slot)
     key, leaf = hints.keys.get(default, default), as_lazy(stored.leaf)
@@ -127,7 +130,7 @@ def _stored(
 def _sources(
     image_format: ImageFormat, stem: str, stored: StoredTensor, hints: ImageHints, kept: Mapping[str, object]
 ) -> dict[str, Lazy]:
-    """Return the source file's tensors from which the reader computed the update's field; empty if it computed none."""
+    """Return the source file's `down` and `mid` if the reader computed a LoRA's A from both; otherwise nothing."""
     if stored.slot != "down" or not hints.derived:
         return {}
     keys = [hints.keys.get(k, k) for k in (image_format.spell(stem, "down"), image_format.spell(stem, "mid"))]
@@ -155,8 +158,8 @@ def _expressible(
     places = [(t, i) for t, group in updates.items() for i, u in enumerate(group) if why_not(u, rules)]
     before = updates
     updates, losses = image_format.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
-    # The caller can convert the updates in `places` to LoRAs. So add updates whose targets could not be renamed
-    # because updates of parts cannot be joined: LoRAs can be joined.
+    # The caller can convert the updates at `places` to LoRAs. If updates of a weight's parts cannot be joined, their
+    # targets are not renamed. LoRAs can be joined. So add all updates of such targets that are not LoRAs.
     lost = {target for target, _ in losses if target in before}
     places += [(t, i) for t in before if t in lost for i, u in enumerate(before[t]) if not isinstance(u, LoRA)]
     named = not losses
@@ -169,7 +172,7 @@ def _expressible(
             else _keeping(origin)
         )
         if all(why.endswith(NO_SLOT_FOR_SCALING) for _, why in losses):
-            cure = f"Fold the scaling into a factor, with one rounding: --on-loss fold (on_loss='fold'). Or: {cure}"
+            cure = f"Fold the scaling into a factor (one rounding) with --on-loss fold (on_loss='fold'). Or: {cure}"
         why = f"{image_format.name()} cannot express these updates"
         raise Unrepresentable(why, items=items, cure=cure, places=places)
     lost = {target for target, _ in losses}
@@ -185,7 +188,7 @@ def _keeping(origin: Origin) -> str:
     keeps = {"native": "comfyui", "comfyui": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
     return (
         f"Write a format that keeps these names: --to {keeps}. Or name the family when you read the adapter: "
-        "--family (family=). Or give the base, whose names then decide: --base (base=)"
+        "--family (family=). Or give the base with --base (base=), so that its names decide"
     )
 
 
@@ -219,14 +222,14 @@ def _losses(
             before = update
             if not why:
                 update_slots = {stored.slot for stored in encode(update, rules)}
-                why = "a module has several updates with one method" if update_slots & slots else ""
+                why = "the module has several updates of the same method" if update_slots & slots else ""
                 slots |= update_slots
             if why:
                 yield target, why
 
 
 def _same(stored: StoredTensor, one: Lazy, other: Lazy) -> bool:
-    """Whether both tensors are the same alpha. Separately trained parts of one module share one alpha."""
+    """Whether both tensors are the same alpha. Updates of different parts of one module share the key of the alpha."""
     return stored.slot == "alpha" and (one.dtype, bytes(one.fetch())) == (other.dtype, bytes(other.fetch()))
 
 

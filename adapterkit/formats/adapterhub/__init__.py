@@ -1,8 +1,9 @@
 """Read and write AdapterHub folders: `adapter_config.json` and `pytorch_adapter.bin` or `adapter.safetensors`.
 
-A key contains the adapter's name, and the path of the base inside the saved model. The config's sub-dict `config` and
-the tensors determine the method. Each value of `architecture` in this sub-dict has a class, its family, which converts
-keys to updates and back. See spec/formats/adapterhub.toml.
+A tensor's key contains the adapter's name and the path of a module in the saved model. This path begins with the path
+of the base inside the saved model. The config's sub-dict `config` and the tensors determine the method. For each value
+of `architecture` in this sub-dict, a class (the *family*) converts tensors to updates and back. See
+spec/formats/adapterhub.toml.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
 
-# Define the values of `compat`, for differences between the adapters library and papers, and for ambiguous files.
+# Define the values of `compat`. They select a paper's formula if the adapters library computes another formula, or
+# select the method of an ambiguous file.
 
 
 DEPARTURES = {
@@ -59,10 +61,10 @@ COMPOSITIONS = {
     "adapter_setup.json": "a composition of adapters",
     "adapter_fusion_config.json": "an AdapterFusion layer over several adapters",
 }
-"""Files that mark a folder as a composition of adapters, and what messages call the composition."""
+"""A map from the files that mark a folder as a composition of adapters to phrases that messages use for each kind."""
 
 OTHERS = ("peft_type", "fine_tune_type", "lora_parameters")
-"""Keys that only configs of PEFT and MLX have. Their config files have the same name as AdapterHub's."""
+"""Keys that occur in configs of PEFT and MLX, but not of AdapterHub. All three tools use the name `CONFIG`."""
 
 MAX_SNIFF = 16 << 20
 
@@ -75,8 +77,8 @@ class Content:
         config: the contents of `adapter_config.json`.
         tensors: the tensors by key.
         file: the name of the tensor file.
-        interface: the contents of `adapter_interface.json`, or None if there is no such file. It names the modules of
-            models that the adapters library does not know.
+        interface: the contents of `adapter_interface.json`, or None if there is no such file. This file lists the
+            module names of a model that the adapters library does not know.
         head: the config of the prediction head that was saved with the adapter; None if there is no head.
         head_tensors: the head's tensors by key.
         head_file: the name of the head's tensor file; None if there is no head.
@@ -110,7 +112,7 @@ def load(path: Path) -> Content:
     """Load the contents of a folder.
 
     Args:
-        path: the folder, its config or its tensor file. A folder's safetensors file takes precedence over `.bin`.
+        path: the folder, its config or its tensor file. In a folder, the safetensors file takes precedence over `.bin`.
 
     Raises:
         StorageError: the config or the tensor file is missing.
@@ -125,7 +127,7 @@ def load(path: Path) -> Content:
         raise StorageError(why, path=folder, cure=cure)
     config = read_json(folder / CONFIG, strict=True)
     if not _is_config(config):
-        why = "this is not AdapterHub's config: it has no sub-dict `config`, or has another tool's keys"
+        why = "this is not a config of AdapterHub: it has no sub-dict `config`, or has keys of another tool"
         raise Malformed(
             why,
             path=folder / CONFIG,
@@ -174,7 +176,7 @@ def _check_single(folder: Path) -> None:
             cure = "Read the subfolders of its adapters one by one, or load the composition with ak.torch.compose.load"
             raise Unsupported(why, path=folder / name, cure=cure)
     raise StorageError(
-        f"the folder of the tensors has no {CONFIG}",
+        f"there is no {CONFIG} next to the tensor file",
         path=folder,
         cure="Fetch the config, which states the method and the settings",
     )

@@ -45,18 +45,18 @@ from .file import RELEASE, AdapterHubSettings
 
 FORMAT = "adapterhub"
 HEAD = "head/"
-"""The prefix of a prediction head's tensors in an adapter's leftovers. The adapter's tensors there have no prefix."""
+"""The prefix that names of a prediction head's tensors have in the leftovers. Names of other tensors have no prefix."""
 
 
 class AdapterHubHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Details of an AdapterHub folder that an adapter stores, so that the writer can write the same folder again.
+    """Details of the source folder. They are stored in the adapter, so that the writer can write the same folder again.
 
     Attributes:
         config: the contents of the source config.
         file: the name of the tensor file.
         root: the path of the base inside the saved model, as written in the keys; empty if unknown.
-        keys: keys in the file that differ from the writer's default keys, by default key.
-        compat: the caller's `compat`.
+        keys: a map from the writer's default key to the file's key, for keys where the two differ.
+        compat: the `compat` with which the folder was read.
         interface: the contents of `adapter_interface.json`, or None.
         head: the config of the prediction head, or None.
         head_file: the name of the head's tensor file, or None.
@@ -81,7 +81,7 @@ def hints_of(adapter: Adapter) -> AdapterHubHints:
     return leftovers(adapter, FORMAT, AdapterHubHints)
 
 
-# Every tensor must belong to an update, or to a `KeptKey`: such a tensor is only stored.
+# Every tensor must belong to an update, or have a `KeptKey`: such a tensor has no effect, and is only stored.
 
 
 def decode(content: Content, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
@@ -114,7 +114,7 @@ def decode(content: Content, *, compat: str | None = None, base: Checkpoint | No
 def assemble(
     content: Content, *, compat: str | None = None, base: Checkpoint | None = None, heads: int | None = None
 ) -> tuple[Updates, list[AdapterHubKey], AdapterHubSettings]:
-    """Return the updates by target, the keys of tensors that are only stored, and the settings.
+    """Return the updates by target, the keys of tensors that have no effect and are only stored, and the settings.
 
     `heads` is the number of heads in the keys and values of prefixes; None to read it from the base.
     """
@@ -156,21 +156,21 @@ def by_family(updates: Updates) -> dict[type[AdapterHubFamily], Updates]:
 def _check_all_used(tensors: Mapping[AdapterHubKey, Lazy], used: set[AdapterHubKey]) -> None:
     left = next((key for key in tensors if key not in used), None)
     if left is not None:
-        why = "the config does not say what this tensor is"
+        why = "this tensor does not belong to any update that the config describes"
         raise Malformed(
             why, where=left.text, cure=f"The config does not belong to this file; {AGAIN[0].lower()}{AGAIN[1:]}"
         )
 
 
 def _departures(updates: Updates, content: Content, naming: AdapterHubNaming) -> dict[str, str]:
-    """Return keys in the file that differ from the writer's default keys, by default key."""
+    """Return a map from the writer's default key to the file's key, for keys where the two differ."""
     parsed = parse_keys(content.tensors, naming.name)
     had = {naming.key(key.path, key.kind, key.slot): key.text for key in parsed}
     return {key: had[key] for key, _ in spell(updates, naming) if had.get(key, key) != key}
 
 
 def _root(keys: Iterable[AdapterHubKey]) -> str:
-    """Return the path of the base inside the saved model, according to the keys of tensors that the model shares."""
+    """Return the path of the base inside the saved model, read from the keys of tensors that the whole model shares."""
     shared = (key.path for key in keys if key.kind in ROOTED and not key.path.endswith(".pool"))
     return next((re.sub(r"(^|\.)(prefix|prompt)_tuning$", "", path) for path in shared), "")
 
@@ -182,7 +182,7 @@ ROOTED = ("invertible_adapters", "prefix_tunings", "prompt_tunings", "shared_par
 
 
 def parse(config: Mapping[str, JsonValue], interface: Mapping[str, object] | None = None) -> AdapterHubSettings:
-    """Parse the settings outside the sub-dict `config`.
+    """Parse the fields of the config outside its sub-dict `config`.
 
     Raises:
         Malformed: a field is missing or has the wrong type, or the adapter's name is invalid.
@@ -210,7 +210,7 @@ def parts(
     """
     fields = config.get("config")
     if not isinstance(fields, dict):
-        why = f"the config has {str(fields)[:60]!r} instead of the method's fields"
+        why = f"`config` is {str(fields)[:60]!r}, but must be a dict with the fields of the method"
         raise Malformed(why, where="config", cure="Load and save the adapter with adapters 0.1 or newer")
     if fields.get("architecture") != "union":
         yield _part(fields, "config", settings)
@@ -274,7 +274,7 @@ def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[
     content = _content(adapter, updates, hints, _config(adapter, updates, hints, base))
     if not says(content, updates, compat=None, base=base):
         cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
-        raise Unrepresentable("AdapterHub's config cannot express this combination", items=lines, cure=cure)
+        raise Unrepresentable("AdapterHub's config cannot express this combination of updates", items=lines, cure=cure)
     return content, lines
 
 
@@ -297,7 +297,7 @@ def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config:
 
 
 def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
-    """Return the stored tensors that belong to no update: those of the adapter's file, and those of the head's file."""
+    """Return the stored tensors that belong to no update: first those of the adapter's file, then those of the head."""
     foreign = adapter.foreign
     tensors = {} if foreign is None or foreign.format != FORMAT else foreign.tensors
     weights = {key: as_lazy(leaf) for key, leaf in tensors.items() if not key.startswith(HEAD)}
@@ -339,11 +339,11 @@ def _position(updates: tuple[Update, ...], update: Update) -> int:
     return next(position for position, other in enumerate(updates) if other is update)
 
 
-# Check that the folder's contents would be read as the same updates. Compare shapes and dtypes, but no values.
+# Check that reading the folder's contents would give the same updates. Compare shapes and dtypes, but no values.
 
 
 def says(content: Content, updates: Updates, *, compat: str | None, base: Checkpoint | None) -> bool:
-    """Whether these contents would be read as these updates. The values of tensors are not compared."""
+    """Whether reading these contents would give these updates. Values of tensors are not compared."""
     written = json.loads(json.dumps(dict(content.config), sort_keys=True))
     try:
         read, _, _ = assemble(replace(content, config=written), compat=compat, base=base, heads=_heads(updates))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 LIBRARY = "adapters."
-"""The prefix of `version` in configs of the `adapters` library. In configs of adapter-transformers, it is missing."""
+"""The prefix of `version` in configs of the `adapters` library. Configs of adapter-transformers lack this prefix."""
 
 RELEASE = "adapters.1.3.0"
 """The `version` in new configs."""
@@ -38,7 +38,7 @@ UNSCALED_UNTIL = ((1, 1, 0), True)
 """Before this release, the adapters library trained LoRA without a scaling."""
 
 Release = tuple[tuple[int, ...], bool]
-"""(numbers of a release, whether the release is final). As tuples, `1.1.0.dev0` sorts before `1.1.0`."""
+"""(the release's numbers, whether the release is final). In this form, `1.1.0.dev0` sorts before `1.1.0`."""
 
 
 class AdapterHubSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +60,10 @@ class AdapterHubSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unscaled(self) -> bool:
-        """Whether training used LoRA without the scaling `alpha / r`, as in `adapters` before release 1.1."""
+        """Whether training used no scaling, because a release of `adapters` before 1.1 wrote the file.
+
+        These releases trained LoRA without the scaling `alpha / r`.
+        """
         release = _release(self.version)
         return release is not None and release < UNSCALED_UNTIL
 
@@ -74,10 +77,7 @@ def _release(version: str | None) -> Release | None:
     return (*numbers, 0, 0, 0)[:3], not re.search(r"dev|a|b|rc", match[2])
 
 
-# Parse the keys of a file, select the keys of one config, compose keys, and list the layers that keys may name.
-
-
-# Parse a file's keys, select the keys that belong to one config, and compose keys for a writer.
+# Parse a file's keys, and compose keys for a writer.
 
 
 KINDS = {
@@ -95,7 +95,10 @@ KINDS = {
     "refts": "refts",
     "shared_parameters": "shared_parameters",
 }
-"""A map from words in keys to today's words. adapter-transformers wrote the other words before release 2."""
+"""A map from the kind of tensor that a key names to today's name of this kind.
+
+Only releases of adapter-transformers before 2 wrote the names that differ from today's names.
+"""
 
 _KEY = re.compile(
     rf"(?:(?P<path>.+)\.)?(?P<kind>{'|'.join(sorted(KINDS, key=len, reverse=True))})\.(?P<name>[^.]+)\.(?P<slot>.+)",
@@ -121,7 +124,7 @@ class AdapterHubKey:
 
 
 def parse_keys(tensors: Mapping[str, Lazy], name: str) -> dict[AdapterHubKey, Lazy]:
-    """Parse the keys, in the file's order.
+    """Parse all keys of a file, in the file's order.
 
     Raises:
         Malformed: a key does not belong to an adapter with this name.
@@ -171,7 +174,7 @@ class AdapterHubNaming:
         return ".".join(part for part in (path, kind, self.name, slot) if part)
 
     def at_root(self, name: str = "") -> str:
-        """Return the path, in keys, of a tensor that the whole model shares."""
+        """Return the path that keys use for a tensor that the whole model shares."""
         return ".".join(part for part in (self.root, name) if part)
 
 
@@ -197,7 +200,8 @@ class AdapterHubPart:
         tensors: the tensors by parsed key, in the file's order.
         base: the base, or None.
         compat: the caller's `compat`; see `Format`.
-        at: the location of this config in the file's config: `config`, or in a union for example `config.configs[1]`.
+        at: the position of this config in the config file, for messages: `config`, or for a member of a union, for
+            example `config.configs[1]`.
         heads: the number of heads in a prefix's keys and values; None to read it from the base.
     """
 
@@ -278,7 +282,7 @@ def make(method: str, leaves: Mapping[str, Leaf], **attributes: object) -> Updat
 
 
 def take(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], fields: Mapping[str, str]) -> dict[str, Lazy]:
-    """Return the tensors of several slots, by field; `fields` maps slots to fields.
+    """Return the tensors of the slots in `fields`, by field; `fields` maps slots to fields.
 
     Raises:
         Malformed: the file lacks one of the slots.
@@ -300,7 +304,7 @@ def check_same(part: AdapterHubPart, one: AdapterHubKey, other: AdapterHubKey) -
     if a.span is not None and a.span == b.span:
         return
     if a.shape != b.shape or bytes(a.fetch()) != bytes(b.fetch()):
-        why = f"the values differ from {other.text}, which is the same tensor in the adapters library"
+        why = f"the values differ from {other.text}; the adapters library saves the same tensor under both keys"
         raise Malformed(why, where=one.text, cure=AGAIN)
 
 
@@ -380,19 +384,19 @@ def model_type_of(base: Checkpoint | None) -> str | None:
 
 
 def role(path: str, model_type: str) -> str | None:
-    """Return the word by which a config selects the linear layer at a path.
+    """Return the word by which a config selects the linear layer at a path, such as `q` or `intermediate`.
 
-    Return None if the adapters library does not adapt this layer.
+    For a fused weight, return `qkv`. Return None if the adapters library does not adapt this layer.
     """
     roles = ROLES.get(model_type, {})
     return next((word for word, endings in roles.items() if f".{path}".endswith(endings)), None)
 
 
 def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
-    """Return the `model_type` if the adapters library supports it, otherwise None.
+    """Return `model_type` if `ROLES` lists the layers of this type of model, otherwise None.
 
-    If `model_type` is None, return a type in which the adapters library can adapt every path. If several types fit,
-    they must have the same words for the paths; otherwise return None.
+    If `model_type` is None, return a type of model in which the adapters library can adapt the layers at all paths.
+    If several types fit, return one of them if all of them select these layers by the same words, otherwise None.
     """
     paths = list(paths)
     if model_type is not None:
@@ -453,7 +457,7 @@ def _formula_key(update: Any) -> tuple[object, ...]:
 
 
 def _numbers(update: Any) -> tuple[int, int | float]:
-    """Return the rank and the alpha. `losses` must have checked that an alpha exists; IA3 ignores both."""
+    """Return (rank, alpha). `losses` must have checked that an alpha exists. Both have no effect in IA3."""
     rank = 1 if update.method == "ia3" else int(update.A.shape[0])
     return rank, exact_alpha((rank, float(update.attributes.get("scaling", 1.0))), rslora=False) or 0
 
@@ -488,7 +492,8 @@ def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
     if update.scaling != 1:
         return "the scaling of this dora is not 1, but the adapters library computes the norm with a scaling of 1"
     if base is None:
-        return "the adapters library's dora scales a bias, and only the base shows whether the layer has one"
+        why = "the adapters library's dora scales a bias, and only the base shows whether the layer has one"
+        return f"{why}: pass the base with --base (base=)"
     return "" if biasless(base, target.path) else "the layer has a bias, which the adapters library's dora would scale"
 
 
@@ -515,7 +520,10 @@ def _words(updates: Updates, base: Checkpoint | None) -> set[str]:
 
 
 def base_family(updates: Updates, base: Checkpoint | None) -> str | None:
-    """Return the model type in the base's config, or without a base, a type that fits the targets' paths; else None."""
+    """Return the `model_type` by which `role` finds the words for these targets; None if the type is unknown.
+
+    This is the `model_type` in the base's config. Without one, it is a type that fits the paths of all targets.
+    """
     return family_of_base((target.path for target in updates), model_type_of(base))
 
 
@@ -531,7 +539,7 @@ def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Targe
         elif (word == "qkv") != (target.rows is not None):
             why = "it adapts all of a fused weight" if target.rows is None else "it adapts only some rows of a weight"
         elif target.rows is not None and not _third(target.rows):
-            why = "its rows are not a third of a fused weight"
+            why = "its rows are not the queries, the keys or the values of a fused weight"
         else:
             continue
         yield from ((target, position, f"{group[position].method}: {why}") for position in range(len(group)))
@@ -560,10 +568,12 @@ class SublayerRule:
         module: the end of the path of the adapters library's module, which contains the adapter.
         target: the end of the path of the target, whose output changes.
         flag: the config field that switches this position on: `mh_adapter`, `output_adapter` or `cross_adapter`.
-        residual: the name of a module in the target's parent. Its input is added to the target's output. Empty if the
-            target already adds the residual.
-        norm: the name of a module in the target's parent. It normalises the sum. Empty if the target already does so.
-        within: a word that must be a part of the common beginning of both paths; empty if any beginning is allowed.
+        residual: the name of the module in the target's parent whose input is the residual, which is added to the
+            target's output. Empty if the target already adds the residual.
+        norm: the name of the module in the target's parent that normalises this sum. Empty if the target already
+            normalises the sum, or if no norm follows it.
+        within: a component that the common beginning of both paths must have, such as `decoder`; empty if any beginning
+            is allowed.
     """
 
     models: tuple[str, ...]
@@ -619,7 +629,10 @@ EMBEDDINGS = {
     **dict.fromkeys(LLAMA_POSITIONS, "embed_tokens"),
     "gpt2": "drop",
 }
-"""The embeddings' last module, by model_type. Invertible adapters change its output; prompts are prepended to it."""
+"""The path of the last module of the embeddings, by `model_type`.
+
+Invertible adapters change the output of this module, and prompts are prepended to the output.
+"""
 
 
 def standing(path: str, model_type: str | None) -> tuple[str, SublayerRule] | None:

@@ -38,7 +38,7 @@ WORDS: Mapping[str, str] = {
     "Average": "weights", "BatchSplit": "batch_sizes", "Fuse": "", "MultiTask": "", "Parallel": "", "Split": "splits",
     "Stack": "",
 }  # fmt: skip
-"""The field that contains one number per child, by kind of block; empty if the kind has no such field."""
+"""The field of `kwargs` that contains one number per child, by kind of block; empty if the kind has no such field."""
 
 MAX_DEPTH = 32
 
@@ -50,7 +50,8 @@ class Setup:
     Attributes:
         kind: one of the keys of `WORDS`.
         children: the children in order; a child is the name of an adapter or another block.
-        numbers: one number per child: the weights of an `Average`, or the sizes of a split. Other kinds have none.
+        numbers: one number per child: the weights of an `Average`, or the sizes of the parts of a `BatchSplit` or
+            `Split`. Other kinds have none.
     """
 
     kind: str
@@ -71,7 +72,7 @@ class Setup:
 
     @property
     def fusion(self) -> str:
-        """Return the adapters library's name for a fusion: the last adapter of each child, separated by commas."""
+        """Return the adapters library's name for this fusion: each child's last adapter name, joined by commas."""
         return ",".join(child if isinstance(child, str) else list(child.names())[-1] for child in self.children)
 
 
@@ -118,7 +119,9 @@ def write_setup(
         missing = next((name for name in names if name not in given), None)
         if missing is not None:
             raise UsageError(
-                f"{missing!r} is in the setup, but not in {word}", where=word, cure=f"Give all {word} of the setup"
+                f"{missing!r} is in the setup, but not in the argument {word}",
+                where=word,
+                cure=f"Add {missing!r} to {word}=",
             )
     written = {"adapter_setup": _written(setup), "head_setup": None, "version": RELEASE}
     try:
@@ -146,14 +149,13 @@ def _block(node: object, at: str, depth: int) -> Setup:
         or not children
         or depth > MAX_DEPTH
     ):
-        why = f"{str(kind)[:60]!r} is not a known block with a list of children, or it is nested too deep"
+        why = f"the block {str(kind)[:60]!r} is of an unknown kind, has no list of children, or is nested too deep"
         raise Malformed(why, where=at, cure=_BLOCKS)
     members = tuple(_child(child, f"{at}.children[{i}]", depth) for i, child in enumerate(children))
     return Setup(kind, members, _numbers(node.get("kwargs"), WORDS[kind], len(members), at))
 
 
 def _numbers(node: object, word: str, count: int, at: str) -> tuple[float, ...]:
-    """Parse the numbers of a block. There must be one number per child."""
     if not word:
         return ()
     numbers = node.get(word) if isinstance(node, Mapping) else None
@@ -186,7 +188,6 @@ def _written(setup: Setup) -> dict[str, JsonValue]:
 
 
 def _named(adapter: Adapter, name: str) -> Adapter:
-    """Return the adapter, renamed to `name`."""
     hints = hints_of(adapter)
     if hints.config.get("name") == name:
         return adapter
@@ -208,7 +209,7 @@ FIELDS = {
     "query.weight": "query", "query.bias": "query_bias", "key.weight": "key", "key.bias": "key_bias",
     "value.weight": "values",
 }  # fmt: skip
-"""A map from the end of a key to the fusion's field that the tensor fills."""
+"""A map from the end of a key to the name of the field in which `read_fusion` returns the key's tensor."""
 
 _KEY = re.compile(r"(?P<path>.+)\.adapter_fusion_layer\.(?P<names>[^.]+)\.(?P<slot>\w+\.\w+)", re.DOTALL)
 
@@ -229,7 +230,7 @@ class FusionFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 def read_fusion(path: str | PathLike[str]) -> tuple[dict[str, bool], dict[str, dict[str, Lazy]]]:
-    """Return the settings of a fusion, and its tensors by target and field.
+    """Return the settings of the fusion in a folder, and the fusion's tensors by target path, then by field.
 
     Raises:
         StorageError: a file is missing.
@@ -264,7 +265,8 @@ def _read(folder: Path) -> tuple[dict[str, bool], dict[str, dict[str, Lazy]]]:
     for target, slots in weights.items():
         if slots.keys() != wanted:
             why = (
-                f"the layer has {', '.join(sorted(slots))}, but the config states {', '.join(sorted(wanted)) or 'none'}"
+                f"the layer has the tensors {', '.join(sorted(slots))}, but the config states "
+                f"{', '.join(sorted(wanted)) or 'none'}"
             )
             raise Malformed(why, where=target, cure=_AGAIN)
     flags = ("query_before_ln", "residual_before", "value_before_softmax")
@@ -280,7 +282,7 @@ def _by_target(tensors: Mapping[str, Lazy], model_type: object) -> dict[str, dic
     for text, tensor in tensors.items():
         key = _KEY.fullmatch(text)
         if key is None or key["slot"] not in FIELDS:
-            raise Malformed("this is not a key of a fusion with queries and keys", where=text, cure=_AGAIN)
+            raise Malformed("this is not a query, key or value tensor of AdapterFusion", where=text, cure=_AGAIN)
         place = standing(key["path"], model_type if isinstance(model_type, str) else None)
         if place is None:
             why = f"this version does not know the position of {key['path']} in a model of type {model_type!r}"

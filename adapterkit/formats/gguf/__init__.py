@@ -1,10 +1,10 @@
 """Read and write llama.cpp's LoRA adapters: GGUF files with the `general.type` `adapter`.
 
-Old `ggla` files are only read.
+Older `ggla` files can be read, but not written.
 
-The file has the same module names as the base's GGUF file. The names are translated with a table for the architecture.
-If llama.cpp stores the rows of q and k in Meta's order, reader and writer need the numbers of heads in the base's
-config.
+An adapter file has the same module names as the base's GGUF file. For each architecture, a table translates these names
+to the names in transformers. If llama.cpp stores the rows of q and k in Meta's order, reader and writer need the
+numbers of heads from the base's config.
 """
 
 from __future__ import annotations

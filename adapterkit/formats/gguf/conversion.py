@@ -64,7 +64,7 @@ class GgufPlace:
         name: the file's `general.architecture`.
         family: the family of models with this architecture.
         config: the base's config, which has the numbers of heads; None without a base.
-        known: the numbers of heads in the source file or the config. The keys are `query`, `kv`, `rotary` and
+        known: the numbers of heads, from the source file or the config. The keys are `query`, `kv`, `rotary` and
             `LINEAR_FIELDS`.
         experts: the number of experts in a stack; 0 if unknown.
     """
@@ -77,7 +77,7 @@ class GgufPlace:
 
     @classmethod
     def of_base(cls, base: Checkpoint) -> GgufPlace:
-        """Create the object from the base's config, for writing.
+        """Create a `GgufPlace` for writing, from the base's config.
 
         Raises:
             UsageError: the base has no config.
@@ -87,12 +87,12 @@ class GgufPlace:
         return cls(name, family, base.config, {}, expert_count(base.config))
 
     def where(self, foreign: str) -> Where | None:
-        """Return the weights of the base that are in a module of the file; None if the family has no such weight."""
+        """Return the weight that a module of the file contains; None if there are several, or if it is unknown."""
         place = place_of(self.family, foreign)
         return None if place is None else place[1]
 
     def order(self, foreign: str, rows: int) -> Rows | None:
-        """Return the file's order of a weight's rows; None if the base has the same order."""
+        """Return the order in which the file stores a weight's rows; None if the base has the same order."""
         where = self.where(foreign)
         if where is None or where.rows is None:
             return None
@@ -102,14 +102,14 @@ class GgufPlace:
         return row_order(where, rows, heads, foreign)
 
     def _check_width(self, rows: int, count: int, foreign: str) -> None:
-        """Check that `rows` is the number of heads (`count`) times their width. Heads determine the order of rows."""
+        """Check that `count` heads of the config's width have `rows` rows. Otherwise the order would be wrong."""
         dim = heads_of(self.config, foreign).dim
         if rows != count * dim:
             why = f"the base's config states {count} heads of width {dim}, which do not give {rows} rows"
             raise Unsupported(why, where=foreign, cure="Merge the adapter into the GGUF model")
 
     def columns(self, foreign: str, columns: int) -> Rows | None:
-        """Return the file's order of a weight's inputs; None if the base has the same order."""
+        """Return the order in which the file stores a weight's inputs; None if the base has the same order."""
         where = self.where(foreign)
         return (
             None
@@ -133,9 +133,9 @@ class GgufPlace:
         return Heads(self.known["query"], self.known["kv"], 1, linear_of(self.known), self.known.get("rotary", 0))
 
     def moves(self, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, tuple[Move, ...]]:
-        """Return the modules, rows and experts of each target in the file, by the target's path.
+        """Return a map from each target's path to the file's modules, rows and experts that store the target.
 
-        Targets that no file can contain are omitted.
+        The map omits targets that no file can contain.
         """
         return moves_of(updates, self.family, NAMING)
 
@@ -145,8 +145,8 @@ class GgufPlace:
             return f"its name in GGUF files of the architecture {self.name} is unknown"
         place = self.where(moves[target.path][0].path)
         if place is None:
-            # Nomic: one tensor of the GGUF file combines several weights, and an adapter cannot name a single one of
-            # them.
+            # Nomic: one tensor of the base's GGUF file combines several weights, and an adapter file has no name for a
+            # single one of these weights.
             return "its GGUF tensor combines several weights: merge the adapter into the GGUF model"
         if place.beside is not None:
             return (
@@ -169,10 +169,11 @@ class GgufPlace:
         return unfit(replace(target, rows=None), update, stacked=True)
 
     def placed(self, pairs: Pairs, moves: Mapping[str, tuple[Move, ...]]) -> Pairs:
-        """Return the updates by the file's module names. Updates of single experts are joined into stacks.
+        """Return a map from the file's module names to updates. Updates of single experts are joined into stacks.
 
         Raises:
-            Unrepresentable: two updates adapt the same tensor of the GGUF model, or an update only some of its rows.
+            Unrepresentable: two updates adapt the same tensor of the GGUF model, or an update adapts only some rows of
+                a tensor.
         """
         placed_updates = translated(
             {target: (update,) for target, update in pairs.items()}, moves, self.experts, self.config
@@ -183,12 +184,12 @@ class GgufPlace:
             if len(given) > 1 or target.rows
         ]
         if twice:
-            why = "a GGUF adapter has one pair of factors per tensor"
+            why = "a GGUF adapter has one pair of factors per tensor, for all rows of the tensor"
             raise Unrepresentable(why, items=twice, cure="Combine the updates first, or write another format")
         return {target: given[0] for target, given in placed_updates.items()}  # type: ignore[misc]
 
     def spelled(self, target: Target, update: Pair) -> dict[str, Lazy]:
-        """Return A and B of an update by key. Rows and inputs have the file's order."""
+        """Return A and B of an update by key, with rows and inputs in the file's order."""
         A, B = as_lazy(update.A), as_lazy(update.B)
         if not target.stacked:
             order = self.order(target.path, B.shape[0])
@@ -217,12 +218,12 @@ def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Ada
     Args:
         file: the file.
         base: the base. The numbers of heads in its config determine the order of rows.
-        outline: whether to accept a file whose order of rows depends on a missing base. Loading such values raises the
-            error later.
+        outline: whether to accept a file if the order of some rows depends on the base, but `base` is missing. The
+            UsageError is then raised only if values of these modules are loaded.
 
     Raises:
         Malformed, Unsupported: the file is not a LoRA adapter for llama.cpp, or its architecture is unknown.
-        TargetNotFound: the family or the base has no weight for a name in the file.
+        TargetNotFound: the family or the base has no weight for a module name in the file.
         UsageError: the order of rows depends on the numbers of heads, which are unknown without a base.
     """
     name = _text(file, ARCHITECTURE)
@@ -255,7 +256,7 @@ def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Ada
 
 
 def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
-    """Check that the base has each module name of the file only once, and not with two prefixes.
+    """Check that each module name of the file fits only one module of the base. Prefixes are ignored.
 
     Raises:
         TargetNotFound: a name in the file fits two modules of the base.
@@ -273,7 +274,7 @@ def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
 def _family(name: str, modules: Collection[str], base: Checkpoint | None) -> Architecture:
     """Find the family of models of an adapter file.
 
-    The file alone does not identify some families, such as Granite 4. The base identifies them.
+    For some families, such as Granite 4, the file is not enough to identify the family, but the base's config is.
     """
     with suppress(Unsupported, UsageError):
         architecture, family = name_for(None if base is None else base.config)
@@ -298,7 +299,8 @@ def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline:
     if where.stacked:
         A, B = slots["A"], slots["B"]
         if len(A.shape) != 3 or len(B.shape) != 3 or A.shape[:2] != (B.shape[0], B.shape[2]) or not A.shape[1]:
-            raise ShapeMismatch(f"A is {list(A.shape)}, B is {list(B.shape)}", where=foreign, cure=DAMAGED)
+            why = f"A is {list(A.shape)}, B is {list(B.shape)}; must be [experts, r, in] and [experts, out, r]"
+            raise ShapeMismatch(why, where=foreign, cure=DAMAGED)
         place.experts = A.shape[0]
         return Target(foreign, "e out *in"), LoRA(**slots, scaling=alpha / A.shape[1] if alpha else 1.0)
     if foreign == EMBEDDING and len(slots["A"].shape) == 2:
@@ -318,7 +320,7 @@ def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline:
 
 
 def _unordered(update: Pair, error: UsageError) -> Pair:
-    """Return an update with the same shapes that raises `error` when its values are loaded."""
+    """Return an update with the same shapes. Loading the values of its tensors raises `error`."""
 
     def order() -> NoReturn:
         raise error
@@ -329,7 +331,7 @@ def _unordered(update: Pair, error: UsageError) -> Pair:
 def _with_names_of_the_family(
     pairs: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: Lazy | None
 ) -> dict[Target, tuple[Update, ...]]:
-    """Rename targets to the family's names, and set the targets' layouts to those of the family's weights."""
+    """Rename targets to the family's names, and set each target's layout to the layout of the family's weight."""
     config = {"model_type": place.family.record.model_types[0]}
     renamed: dict[Target, tuple[Update, ...]] = {}
     for target, (update,) in translated(pairs, moves_of(pairs, place.family, WEIGHT)).items():
@@ -343,7 +345,7 @@ def _with_names_of_the_family(
 def _text(file: Gguf, key: str) -> str:
     value = file.values.get(key)
     if value is None or value.type != "string":
-        raise Malformed("the file has no text under this key", where=key, cure="Give an adapter for llama.cpp")
+        raise Malformed("the file has no string under this key", where=key, cure="Give an adapter for llama.cpp")
     return str(value.value)
 
 
@@ -360,7 +362,8 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
         foreign = _modern(name)
         slots = {**slots, "A": turned(slots["A"])} if len(slots["A"].shape) == 2 else slots
         if check_factors(name, slots) != file.rank:
-            raise ShapeMismatch(f"the rank is not the file's {file.rank}", where=name, cure=DAMAGED)
+            why = f"the tensors' rank differs from the rank in the file's header, {file.rank}"
+            raise ShapeMismatch(why, where=name, cure=DAMAGED)
         update = LoRA(**slots, scaling=file.alpha / file.rank)
         order = _legacy_order(place, name, foreign, compat, update.B.shape[0])
         pairs[Target(foreign)] = (
@@ -378,7 +381,8 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
 def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None, rows: int) -> Rows | None:
     """Return the order of a weight's rows in a `ggla` file; None if the base has the same order.
 
-    llama.cpp's converter kept PEFT's order of rows, but llama.cpp's training used the order of the GGUF base.
+    llama.cpp's converter kept PEFT's order of rows, but llama.cpp's training used the order of the GGUF base. Without
+    `compat`, a module name that begins with `layers.` means that the converter wrote the file.
     """
     where = place.where(foreign)
     if where is None or where.rows is None or compat == "convert-lora-to-ggml":
@@ -416,17 +420,19 @@ LARGEST = (1 << 32) - 1
 
 
 def invocation_of(file: Gguf) -> Lazy | None:
-    """Return the activation tokens in a file as a tensor, which all updates share; None if it has no activated LoRA.
+    """Return the file's activation tokens as one tensor for all updates; None if the file has no activated LoRA.
 
     Raises:
-        Malformed: the value is not a list of tokens, or is empty.
+        Malformed: the value is not a list of token ids, or the list is empty.
     """
     value = file.values.get(INVOCATION)
     if value is None:
         return None
     if value.type not in ("[u32]", "[i32]") or not value.value or min(value.value) < 0:
         raise Malformed(
-            f"the value of type {value.type} is not a list of tokens, or is empty", where=INVOCATION, cure=DAMAGED
+            f"the value of type {value.type} must be a list of at least one token id, none of them negative",
+            where=INVOCATION,
+            cure=DAMAGED,
         )
     import numpy as np
 
@@ -461,7 +467,7 @@ class Invocation:
         if tokens != self.tokens:
             return "its invocation differs from the first update's, but a file has one invocation for all updates"
         return (
-            "its invocation has token numbers that are not u32"
+            "its invocation has token ids that do not fit u32"
             if any(not 0 <= n <= LARGEST for n in tokens or ())
             else ""
         )
@@ -530,8 +536,8 @@ def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) ->
 def _holds(kind: str, tensor: Lazy) -> bool:
     """Whether a quantized block type stores a tensor's values without rounding.
 
-    This is true if llama.cpp quantized the values and they did not change since: each value is a multiple of 1/127 of
-    the largest value in its block. Tensors with other values would be rounded, so they are written in their own dtype.
+    If llama.cpp quantized the values to Q8_0 and they have not changed since, each value is a whole multiple of its
+    block's scale, so the answer is yes. The writer stores all other tensors in their own dtype, to avoid rounding.
     """
     import numpy as np
 
@@ -542,7 +548,7 @@ def _holds(kind: str, tensor: Lazy) -> bool:
 
 
 def _place(hints: GgufHints, adapter: Adapter, base: Checkpoint | None) -> GgufPlace:
-    """Return the file's names and orders, according to the base's config, or without a config, to the source file."""
+    """Return the new file's names and orders, from the base's config, or without a config, from the source file."""
     if (base is not None and base.config is not None) or not hints:
         return GgufPlace.of_base(base) if base is not None else GgufPlace(*name_for(None))
     name = str(hints.get("architecture"))
@@ -562,9 +568,9 @@ def _rank(update: Pair) -> int:
 
 
 def _exact_alpha(update: Pair) -> float | None:
-    """Return the float32 alpha from which llama.cpp computes exactly the update's scaling.
+    """Return the float32 alpha from which llama.cpp computes exactly the update's scaling; None if there is none.
 
-    Return None if there is no such alpha.
+    llama.cpp computes the scaling as `alpha / rank`.
     """
     import numpy as np
 

@@ -1,8 +1,8 @@
 """Read and write MLX-LM's adapters: a folder with `adapters.safetensors` and `adapter_config.json`.
 
-The methods are LoRA, DoRA and the replacement of whole parameters. Module names are those of MLX's models. Most of them
-are the same in transformers. A and B of linear layers are the transposes of A and B in the papers. A and B of stacked
-experts are not transposed. All modules share one scale.
+The methods are LoRA, DoRA and the replacement of whole parameters. Module names are those of MLX's models; most of
+these names are the same in transformers. For a linear layer, MLX-LM stores the transposes of A and B, compared with the
+LoRA paper. For stacked experts, A and B are not transposed. The config has one scale for all modules.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ MARKS = ("fine_tune_type", "lora_parameters")
 
 
 def sniff(path: Path) -> bool:
-    """Whether `path` is an MLX-LM folder, or a file in one: the config must have a field that only MLX-LM writes.
+    """Whether `path` is an MLX-LM folder, or a file in one.
 
-    PEFT's config has the same file name.
+    PEFT's config has the same file name. So the config must have a field that only MLX-LM writes, and no `peft_type`.
     """
     if not path.is_dir() and path.name != CONFIG and not path.name.endswith(TENSORS):
         return False
@@ -48,7 +48,7 @@ def sniff(path: Path) -> bool:
 
 
 def tensors_of(path: Path) -> Path:
-    """Return the tensor file, given the folder or one of its files.
+    """Return the path of the tensor file, given the folder, its config, or the tensor file itself.
 
     Raises:
         StorageError: the tensor file is missing.
@@ -60,7 +60,7 @@ def tensors_of(path: Path) -> Path:
 
 
 def save(folder: Path, text: str, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Write the folder. Write the config last, so that readers reject an incomplete folder."""
+    """Write the folder. The config is written last, because readers reject a folder without a config as incomplete."""
     make_folder(folder)
     safetensors.write(folder / TENSORS, tensors, metadata)
     write_bytes(folder / CONFIG, text.encode())

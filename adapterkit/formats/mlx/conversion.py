@@ -1,4 +1,4 @@
-"""Translate names between MLX-LM and the hub, decode folders, and encode an `Adapter` as a folder."""
+"""Translate names between MLX-LM and the hub, decode MLX-LM's folders, and encode an `Adapter` as such a folder."""
 
 from __future__ import annotations
 
@@ -63,18 +63,18 @@ if TYPE_CHECKING:
 
 # Translate names between MLX-LM's models and the models on a hub.
 #
-# Most differences are names of experts, because MLX-LM stacks the experts' tensors.
+# Most of the names that differ are names of experts, because MLX-LM stacks the experts' tensors.
 #
 # spec/architectures contains MLX-LM's names, as the naming `mlx`. MLX-LM's adapter folders do not state the family of
-# the base. Without a base, all families that have the target's name are tried. If they disagree on names of experts, an
-# error is raised. If they disagree on any other name, the name stays unchanged.
+# the base. Without a base, all families that have the target's name are tried. If these families translate the name of
+# an expert differently, an error is raised. If they translate any other name differently, the name stays unchanged.
 
 
 NAMING = "mlx"
 
 
 def to_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tuple[Move, ...] | None:
-    """Return where a target's weights are in MLX-LM's model; None if the name stays the same.
+    """Translate a target's name to its locations in MLX-LM's model; None if the name stays unchanged.
 
     Args:
         name: the target's name, in any naming of its family.
@@ -82,15 +82,16 @@ def to_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tupl
         experts: the number of experts in the stack, if the target is a stack of experts; otherwise 0.
 
     Raises:
-        UsageError: `config` shows no family, and the families with this name have different names for it in MLX-LM.
+        UsageError: `config` does not show the family, and the families that have `name` translate it differently.
     """
     return _translated(name, config, experts, NAMING)
 
 
 def from_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tuple[Move, ...] | None:
-    """Return the hub's names of the weights or experts in a module of MLX-LM's model.
+    """Translate the name of a module in MLX-LM's model to the hub's names of the weights or experts in this module.
 
-    `name` is the module's name in MLX-LM. The other arguments are those of `to_mlx`.
+    `name` is the module's name in MLX-LM. The other arguments and the errors are those of `to_mlx`. The result is None
+    if the name stays unchanged.
     """
     return _translated(name, config, experts, WEIGHT)
 
@@ -103,18 +104,18 @@ def _translated(name: str, config: Mapping[str, object] | None, experts: int, na
         if naming == WEIGHT and not there:
             continue
         same = naming == WEIGHT and all(each.place(weight, "hub") == place for weight, place, _ in there)
-        # Keep the name if the hub's model has the same fused weight as MLX-LM, for example of queries, keys and values.
+        # Keep the name if the hub's model fuses the same weights as MLX-LM, for example queries, keys and values.
         moves = (Move(name),) if same else translate(name, each, naming, experts)
         if moves:
             by_moves.setdefault(moves, each.family)
     if family is None and by_moves and any(_keep(variant) for variant in variants(name)):
         by_moves.setdefault((Move(name),), "other families")
     if len(by_moves) > 1 and any(move.plain for moves in by_moves for move in moves):
-        # Keep the name if families disagree. Example: in MLX-LM, `model.layers.0.self_attn.q_proj` has another prefix
-        # in vision-language models than in other models.
+        # Keep the name if the families translate it differently. Example: the prefix of MLX-LM's name for
+        # `model.layers.0.self_attn.q_proj` is different in vision-language models.
         return None
     if len(by_moves) > 1:
-        why = f"{' and '.join(by_moves.values())} have different names for it: {', '.join(m[0].path for m in by_moves)}"
+        why = f"{' and '.join(by_moves.values())} disagree on this name: {', '.join(m[0].path for m in by_moves)}"
         raise UsageError(why, where=name, cure="Give the base, which shows the family: --base (base=)")
     return next(iter(by_moves), None)
 
@@ -122,8 +123,8 @@ def _translated(name: str, config: Mapping[str, object] | None, experts: int, na
 def _candidates(name: str, naming: str) -> list[Architecture]:
     """Return the families that have this name, and in which MLX-LM's name differs from the hub's name.
 
-    If the names are translated to the hub's, prefer families whose experts are separate on hubs. Only these families
-    have names for single experts.
+    If `naming` is `WEIGHT` (the hub's names), prefer the families in which the hub stores the module's weights as
+    separate tensors, because only these families have names for single experts.
     """
     shapes = [shape_of(variant) for variant in variants(name)]
     architectures = [each for each, templates in _all() if any(shape in templates for shape in shapes)]
@@ -136,10 +137,11 @@ def _keep(name: str) -> bool:
 
 
 def is_absent(name: str, config: Mapping[str, object] | None) -> bool:
-    """Whether MLX-LM's models of all families with this name lack a weight that can be adapted under this name.
+    """Whether MLX-LM has no layer that can be adapted for the hub's weight `name`, in any family that has this name.
 
-    Example: DeepSeek's `kv_b_proj` becomes two stacks with a matrix per head, which MLX-LM's `load_adapters` cannot
-    adapt. Prism's packs rotate the layers. In Muse Spark, the fused queries, keys, values and gates have unequal sizes.
+    Examples: MLX-LM turns DeepSeek's `kv_b_proj` into two stacks with a matrix per head, which `load_adapters` cannot
+    adapt. In `prism_hadamard_qwen35`, MLX-LM's model rotates the layers. In Muse Spark, MLX-LM fuses queries, keys,
+    values and gates of unequal sizes.
     """
     family = _family(config)
     places = [
@@ -153,7 +155,7 @@ def is_absent(name: str, config: Mapping[str, object] | None) -> bool:
 
 
 def _on_hub(family: Architecture, name: str) -> bool:
-    """Whether the hub's model has separate names for the weights that MLX-LM stores in one module."""
+    """Whether hubs store the weights of MLX-LM's module `name` as separate tensors, neither fused nor stacked."""
     places = [family.place(key, "hub") for key, _, _ in family.find(name, NAMING)]
     return all(place is not None and place.of is None and not place.stacked for place in places)
 
@@ -169,14 +171,18 @@ def _family(config: Mapping[str, object] | None) -> Architecture | None:
 def _common() -> Iterator[Architecture]:
     """Yield the families that MLX-LM has, except those marked `rare`.
 
-    In a rare family, names of experts are names of other weights in other families.
+    MLX-LM's names of experts in a rare family mean other weights in far more common families. So use a rare family only
+    if a base's config names it.
     """
     return (each for each in with_naming(NAMING) if not each.record.rare)
 
 
 @cache
 def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
-    """List (family, templates). The templates are those of all names, in any naming, of weights that MLX-LM renames."""
+    """Return (family, templates) for each family in which MLX-LM renames weights.
+
+    The templates cover the names of the renamed weights in all namings of the family.
+    """
     entries = []
     for each in _common():
         changed = [weight for weight, places in each.record.weights.items() if not _same_place(each, weight)]
@@ -187,7 +193,7 @@ def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
 
 @cache
 def _kept() -> frozenset[str]:
-    """Return the templates of all names that MLX-LM and hubs share in at least one family."""
+    """Return the templates of all names that are the same in MLX-LM and on hubs in at least one family."""
     return frozenset(
         _shape(WeightPlace(weight)) if place is None else _shape(place)
         for each in _common()
@@ -215,7 +221,7 @@ _SLOTS = {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"}
 
 
 class Modules:
-    """Translate MLX's module names to the base's names, or without a base, to the names in the hub's checkpoints."""
+    """Translates MLX's module names to the base's names. Without a base, translates them to the hub's names."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         self.base = base
@@ -228,7 +234,7 @@ class Modules:
                     self.names_of_base.setdefault(bare, []).append(name)
 
     def placed(self, updates: dict[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
-        """Return the updates with experts in the form that the base has: separate or stacked.
+        """Return the updates with those of experts split or stacked, as the base stores the experts.
 
         Raises:
             TargetNotFound, ShapeMismatch: the base does not have one of the experts.
@@ -243,7 +249,7 @@ class Modules:
         return {target: group for target, group in updates.items() if target not in lost} | dict(bound)
 
     def named(self, name: str) -> str:
-        """Return the base's name for a module, or without a base, the name in the hub's checkpoint.
+        """Return the base's name for a module of MLX-LM. Without a base, return the name in the hub's checkpoint.
 
         Raises:
             TargetNotFound: the base does not have the module, or has several modules with this name.
@@ -279,7 +285,7 @@ def decode(config: Mapping[str, JsonValue], text: str, file: Path, modules: Modu
     updates: dict[Target, tuple[Update, ...]] = {}
     for target, update in decoded:
         if target in updates:
-            raise TargetNotFound("two names in the file are names of this target", where=str(target), cure=DAMAGED)
+            raise TargetNotFound("two module names in the file stand for this target", where=str(target), cure=DAMAGED)
         updates[target] = (update,)
     updates = modules.placed(updates)
     data = {
@@ -306,7 +312,8 @@ def _pairs(
         elif len(slots["A"].shape) == 3:
             yield from _stack(name, slots, scale, modules, names)
         elif parts := _parts(name, modules):
-            # MLX-LM fuses some weights that hubs store separately, such as queries, keys and values. Split B by rows.
+            # MLX-LM fuses some weights that hubs store separately, such as queries, keys and values. Split the rows of
+            # B, to get one update for each of these weights.
             for target, given in translated({_target(name): (_one(name, slots, scale),)}, {name: parts}).items():
                 names[target.path] = target.path
                 yield target, given[0]
@@ -345,11 +352,11 @@ def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[
 
 
 def _experts(name: str, count: int, modules: Modules) -> list[str]:
-    """Return the names that the experts of a stack have in the hub's checkpoints, in the order of their numbers.
+    """Return the names that the experts of a stack have in the hub's checkpoints, sorted by the expert's number.
 
     Raises:
         TargetNotFound: no family has this stack.
-        UsageError: several families of models have this stack, with different names of experts.
+        UsageError: several families have this stack, but their experts have different names.
     """
     moves = from_mlx(name, modules.config, count)
     if moves is None or [move.expert for move in moves] != list(range(count)):
@@ -364,7 +371,10 @@ def _parts(name: str, modules: Modules) -> tuple[Move, ...]:
 
 
 def _is_stack(name: str, modules: Modules) -> bool:
-    """Whether a module is a stack of experts, judged by its name. Factors of convolutions also have three axes."""
+    """Whether a module is a stack of experts, judged by its name.
+
+    The number of axes does not show this, because the weight of a convolution can also have three axes.
+    """
     moves = from_mlx(name, modules.config, 1)
     return moves is not None and moves[0].expert is not None
 
@@ -393,7 +403,7 @@ def _fused(
     """Yield the update of one part of a fused weight. The parts are consecutive blocks of rows."""
     keys = [f"{name}.lora_b.{index}" for index in range(count)]
     if part >= count or any(key not in tensors or len(tensors[key].shape) != 2 for key in keys):
-        raise Malformed("the list of factors has gaps", where=name, cure=DAMAGED)
+        raise Malformed("lora_a.N and lora_b.N must be matrices, and N must have no gaps", where=name, cure=DAMAGED)
     start = sum(tensors[key].shape[1] for key in keys[:part])
     hub_name = modules.named(name)
     names[hub_name] = name
@@ -404,7 +414,7 @@ def _fused(
 def _scale(config: Mapping[str, JsonValue]) -> float:
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict) or "scale" not in parameters:
-        cure = "Add lora_parameters.scale, which MLX-LM also needs"
+        cure = f"Add lora_parameters.scale to {CONFIG}; MLX-LM needs this field, too"
         raise Malformed(
             "the config has no scale, so the adapter's scaling is unknown", where="lora_parameters", cure=cure
         )
@@ -437,7 +447,11 @@ METADATA = {"format": "mlx"}
 
 
 class MlxHints(Leftovers, total=False):
-    """The leftovers of a folder: the config, the config's text, the file's metadata, and MLX's names by our names."""
+    """The leftovers of a folder, for the writer.
+
+    `text` is the text of `config`. `metadata` is that of the tensor file. `names` is a map from a target's path to the
+    module's name in MLX, for paths where the two differ.
+    """
 
     config: dict[str, Any]
     text: str
@@ -488,10 +502,10 @@ def _without_absent(
 
 
 def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[Adapter, list[str]]:
-    """Return the adapter with experts stacked and weights fused as in MLX-LM, and a line for each changed rank.
+    """Stack the experts and fuse the weights that MLX-LM stacks and fuses. Also return a line for each changed rank.
 
     Raises:
-        UsageError: without a base, several families are possible, and they store the experts differently.
+        UsageError: without a base, several families are possible, and MLX-LM stores their experts differently.
         Unrepresentable: some experts have no updates, and the number of experts is unknown without a base.
     """
     moves = {}
@@ -506,7 +520,7 @@ def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[
     _check_all(moves, experts)
     plain = {target: updates for target, updates in adapter.updates.items() if target.path not in moves}
     there = translated(adapter.updates, moves, experts)
-    # Join the parts of a fused layer into one LoRA. Only MLX-LM's FusedLinear has a separate LoRA for each part.
+    # Join the parts of a fused layer into one LoRA, because only MLX-LM's FusedLinear can have a LoRA for each part.
     fused = {move.path: move.into.of for given in moves.values() for move in given if move.into is not None}
     sizes = {
         target.path: fused[target.path] * (target.rows[1] - target.rows[0])
@@ -518,7 +532,10 @@ def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[
 
 
 def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:
-    """Check that all experts of each stack have updates. With a known number of experts, some may lack updates."""
+    """Refuse a stack in which some experts have no updates, if the number of experts is unknown (`experts` is 0).
+
+    If the number is known, experts without updates get zeros.
+    """
     slots: dict[str, set[int]] = {}
     for given in moves.values():
         for move in given:
@@ -531,7 +548,7 @@ def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:
     ]
     if gaps and not experts:
         raise Unrepresentable(
-            "MLX-LM stores the LoRAs of all experts of a module in one stack", items=gaps, cure=_EXPERTS
+            "MLX-LM stores a module's experts in one stack, so each expert needs a LoRA", items=gaps, cure=_EXPERTS
         )
 
 
@@ -574,8 +591,8 @@ def _encode(adapter: Adapter, hints: MlxHints, on_loss: str) -> tuple[dict[str, 
 def _of_one_rank(pairs: Pairs, hints: MlxHints) -> tuple[Pairs, list[str]]:
     """Pad all updates with zeros to the largest rank, and return a line for each padded update.
 
-    MLX-LM creates all layers with the rank in the config. Since 0.32, it refuses tensors with another rank. If the
-    source file has the same tensor names, its config is written unchanged, so ranks stay unchanged, too.
+    MLX-LM creates all layers with the rank in the config. Since version 0.32, it refuses tensors with another rank. If
+    the tensors have the same names as those of the MLX-LM folder that was read, all ranks stay unchanged.
     """
     ranks = {target: rank_of(update, target.stacked) for target, update in pairs.items()}
     rank = max(ranks.values(), default=0)
@@ -618,7 +635,7 @@ def _of_slices(name: str, parts: list[tuple[tuple[int, int], Pair]]) -> dict[str
 
 
 def _config(hints: MlxHints, pairs: Pairs, scale: float, kind: str) -> dict[str, JsonValue]:
-    """Return the source config if it is still correct; otherwise a config with the fields that MLX-LM needs."""
+    """Return the config that was read, if it still fits the tensors; otherwise add the fields that MLX-LM needs."""
     read = dict(hints.get("config", {}))
     before = _parameters(hints)
     if read and before.get("scale") == scale and read.get("fine_tune_type", "lora") == kind and _same(hints, pairs):
@@ -640,16 +657,13 @@ def _same(hints: MlxHints, pairs: Pairs) -> bool:
 
 
 def _key(name: str) -> str:
-    """Return the name, relative to the block, that a module has in `lora_parameters.keys`.
-
-    An expert has the name of its stack.
-    """
+    """Return a module's name relative to its layer, as in the list `lora_parameters.keys` of the config."""
     head, layers, rest = name.rpartition(".layers.")
     return rest.partition(".")[2] if layers else head + rest
 
 
 def _whole(adapter: Adapter, hints: MlxHints) -> tuple[dict[str, JsonValue], dict[str, Lazy], list[str]]:
-    """Return the config, tensors and lines for an adapter that only replaces whole parameters.
+    """Return the config, the tensors and an empty list of lines, for an adapter that only replaces whole parameters.
 
     Raises:
         Unrepresentable: an update replaces only some rows of a parameter.
@@ -675,7 +689,10 @@ def _name(target: Target, hints: MlxHints) -> str:
 
 
 def _as_read(config: Mapping[str, JsonValue], hints: Mapping[str, object]) -> str:
-    """Return the config as text. If the source text has the same contents, return it, to keep the order of keys."""
+    """Return the text of the config that was read, if its contents equal `config`; otherwise an empty string.
+
+    The old text keeps the order of the fields.
+    """
     text = str(hints.get("text", ""))
     try:
         return text if text and load_json(text) == config else ""
@@ -687,4 +704,4 @@ def _as_read(config: Mapping[str, JsonValue], hints: Mapping[str, object]) -> st
         ) from None
 
 
-_EXPERTS = "Train all experts, or all parts, of the module; or write another format"
+_EXPERTS = "Train all experts and all parts of the module, or write another format"

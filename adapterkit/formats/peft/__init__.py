@@ -1,7 +1,8 @@
-"""PEFT: a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`); see spec/formats/peft.toml.
+"""Read and write PEFT's folders: `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
 
-The file's tensors and about twelve fields of the config determine the method. The module `config` lists every field and
-its effect. Each family of tensors has a module that converts keys to updates; `writer` does the reverse.
+The tensors and about twelve fields of the config determine the method. The module `config` lists every field and its
+effect. The modules in `families` convert tensors to updates; `writer` converts updates to tensors. The file
+spec/formats/peft.toml describes the format.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 TORCH = "adapter_model.bin"
 SHARDED = ("adapter_model.safetensors.index.json", INDEX)
-"""Possible names of the index file of an adapter in several files (`adapter_model-00001-of-00002.safetensors`, ...).
+"""Possible names of the index of an adapter that is split into `adapter_model-00001-of-00002.safetensors` and so on.
 
-The second name is the one that a base's index has. transformers 5.24 writes it for adapters, but cannot load them.
+The second name is normally that of a base model's index. transformers 5.24 also gives this name to an adapter's index,
+but then cannot load the adapter.
 """
 
 METADATA = {"format": "pt"}
@@ -50,7 +52,10 @@ MAX_SNIFF = 16 << 20
 
 
 def sniff(path: Path) -> bool:
-    """Whether the folder (`path`, or the folder that contains the file `path`) has a PEFT config with a `peft_type`."""
+    """Whether `path` is a PEFT folder, or the config or tensor file of such a folder.
+
+    The config must have a `peft_type`, and the tensors must not have the keys of Tinker or SGLang.
+    """
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     config = folder_of(path) / CONFIG
@@ -58,7 +63,7 @@ def sniff(path: Path) -> bool:
         with open_input(config) as file:
             if b'"peft_type"' not in file.read(MAX_SNIFF):
                 return False
-        # Check the keys: Tinker and SGLang also write a config like PEFT's, but for tensors that PEFT cannot load.
+        # Check the keys, too: Tinker and SGLang write a config like PEFT's for tensors that PEFT cannot load.
         entries = safetensors.read_header(folder_of(path) / SAFETENSORS).entries
         return not is_tinker(entries) and not is_shared_outer(entries)
     except OSError:
@@ -81,7 +86,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
     weights = path if path.is_file() and path.name != CONFIG else _weights(folder)
     if not (folder / CONFIG).exists():
         raise StorageError(
-            f"the folder of the tensors has no {CONFIG}", path=folder, cure="Fetch the config, which has rank and alpha"
+            f"the folder has tensors but no {CONFIG}", path=folder, cure="Fetch the config, which has rank and alpha"
         )
     tensors = read_shards(weights) if weights.name in SHARDED else read_tensors(weights)
     return read_json(folder / CONFIG, strict=True), tensors
@@ -156,9 +161,9 @@ def _departures() -> Mapping[str, Departure]:
 
 
 def _departures_of(methods: Collection[str]) -> Mapping[str, Departure] | None:
-    """Return LoRA's departures if all methods are LoRA or its variants; otherwise None.
+    """Return the departures of LoRA if all methods are LoRA or other methods of no family; otherwise None.
 
-    For LoRA, this function avoids importing all families.
+    For LoRA, this avoids importing every module in `families`.
     """
     from .decoders import DEPARTURES
     from .families import BESIDE
@@ -179,7 +184,7 @@ def _profiles() -> frozenset[str]:
 
 
 class Peft(Format):
-    """Hugging Face PEFT's folders: LoRA and its variants, IA3, whole parameters, token rows, and all of `families`."""
+    """PEFT's folders: LoRA, its variants, IA3, whole parameters, token rows, and the methods in `families`."""
 
     url = "https://huggingface.co/docs/peft/developer_guides/checkpoint"
     description = "Hugging Face PEFT: adapter_config.json with adapter_model.safetensors or .bin"
@@ -211,12 +216,13 @@ class Peft(Format):
         """Read an adapter, lazily.
 
         Args:
-            path: see `Format.read`; may also be a tensor file without adapter_config.json, see `bare`.
+            path: see `Format.read`. It may also be a tensor file without adapter_config.json, which `bare` reads.
             compat: see `Format.read`.
             base: see `Format.read`.
-            alpha: LoRA's alpha; needed if neither a config nor the file has alpha.
+            alpha: LoRA's alpha. It is needed if neither a config nor the tensor file has alpha, except for image,
+                video and audio models, which then use the rank as alpha.
             rank: the expected rank. If the shapes or the config have another rank, reading fails.
-            strict: whether to refuse every field of the config that PEFT does not define.
+            strict: whether to refuse a config with any field that PEFT does not define.
         """
         from . import bare
         from .reader import decode, without_config

@@ -2,7 +2,7 @@
 
 This module builds a config from the keys and shapes, which determine the method and the ranks. Alpha comes from the
 file's metadata, from tensors `<module>.alpha`, or from the caller. Some trainers of image, video and audio models write
-such files. If alpha is missing, every loader of these models uses the rank as alpha.
+files without alpha. Every loader of these models then uses the rank as alpha, and so does this module.
 """
 
 from __future__ import annotations
@@ -37,16 +37,19 @@ _ALPHA = ".alpha"
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _ZERO = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-"""Matches the name of the file that DeepSpeed writes without ZeRO-3. The file has all weights."""
+"""Matches the name of a file that DeepSpeed writes without ZeRO-3. Without tensor parallelism, it has all weights."""
 _ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
-"""Matches the name of a file that DeepSpeed writes with ZeRO-3. The weights are in other files, one part per rank."""
+"""Matches the name of a file that DeepSpeed writes with ZeRO-3. This file has no weights: each rank writes its part to
+another file.
+"""
 
 _ALPHA_FIELDS = ("lora_alpha", "alpha", "ss_network_alpha")
 _CONFIG_FIELD = "lora_adapter_metadata"
-"""The metadata key under which diffusers stores PEFT's config as JSON; a field's name begins with a component's name.
+"""The metadata key under which diffusers stores PEFT's config as JSON. A field is `COMPONENT.FIELD`, such as
+`transformer.lora_alpha`.
 """
 ASSUMED = "alpha_assumed"
-"""A field in configs that this module builds. It means that alpha was assumed, because the file has no alpha."""
+"""A field in configs that this module builds. It marks an alpha that was set to the rank, because the file has none."""
 
 _SCALING_FIELDS = ("lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora")
 
@@ -56,10 +59,11 @@ _MAX_SCAN = 64 << 20
 def sniff(path: Path) -> bool:
     """Whether `path` has LoRA tensors with PEFT's names and no config, or is a tensor file next to PEFT's config.
 
-    DeepSpeed's checkpoints are recognized by the names of their files.
+    A checkpoint of DeepSpeed is recognized only by the names of its files.
     """
     if not is_bare(path):
-        # Next to PEFT's config, accept a tensor file with any name. Check the content of the config, not only its name.
+        # Next to PEFT's config, accept a tensor file with any name. Check the config's contents, because other tools
+        # also write an `adapter_config.json`.
         return path.is_file() and _file(path) is not None and sniff_config(path.parent)
     try:
         folder = _tag(path) if path.is_dir() else path
@@ -87,14 +91,17 @@ def load(
 
     Args:
         path: a tensor file, or a folder with adapter_model.safetensors or .bin, or with DeepSpeed's model states.
-        alpha: LoRA's alpha; needed if the file does not have it.
+        alpha: LoRA's alpha. It is needed if the file does not have alpha, except for image, video and audio models,
+            which then use the rank as alpha.
         rank: the rank that every module must have; None allows any rank.
 
     Raises:
-        UsageError: neither the file nor the caller provides alpha, or both provide different alphas.
+        UsageError: the folder has no tensor file. Or alpha is needed but not given, or differs from the file's alpha.
         ShapeMismatch: a module's rank is not `rank`.
-        Unsupported: the weights are split over several files that only torch or DeepSpeed can read.
-        Malformed: the file also has the base's weights, and does not show which weights were trained.
+        Unsupported: the weights are split over several files that only torch or DeepSpeed can read. Or the adapter
+            changes stacked experts, which need a config.
+        Malformed: the file also has the base's weights, and does not show which weights were trained. Or a tensor has
+            no elements.
     """
     folder = _tag(path) if path.is_dir() else path
     _refuse_split(folder)
@@ -127,7 +134,7 @@ def _config(
     _check_trained(keys)
     empty = next((key for key in keys if key.part.startswith("lora_") and not math.prod(tensors[key.text].shape)), None)
     if empty is not None:
-        why = "the tensor has no elements: ZeRO-3 or FSDP had the elements on other ranks during saving"
+        why = "the tensor has no elements, because ZeRO-3 or FSDP held them on other ranks when the file was saved"
         raise Malformed(why, where=empty.text, cure="Gather the parameters before save_pretrained")
     ranks = {
         key.module: tensors[key.text].shape[0]
@@ -150,10 +157,13 @@ def _scaling(
     alphas: Mapping[str, Lazy], prefix: str, header: Mapping[str, str], alpha: float | None, rank: int,
     ranks: Mapping[str, int],
 ) -> dict[str, JsonValue]:  # fmt: skip
-    """Return `lora_alpha` and related fields, from the file or the caller.
+    """Return `lora_alpha` and the other config fields that determine the scaling, from the file or the caller.
+
+    If neither states alpha, and the names of the modules look like those of an image, video or audio model, alpha is
+    the rank.
 
     Raises:
-        UsageError: neither the file nor the caller states alpha, or they state different alphas.
+        UsageError: neither the file nor the caller states alpha, or the two state different alphas.
     """
     stated = _scaling_fields(header)
     if alpha is None and not stated and not alphas and looks_of_pipeline(ranks):
@@ -205,7 +215,10 @@ def _scaling_fields(header: Mapping[str, str]) -> dict[str, JsonValue]:
 
 
 def _check_trained(keys: Iterable[Key]) -> None:
-    """Refuse stacked experts, and a whole model's state dict, whose keys do not show which weights were trained."""
+    """Refuse stacked experts, which need a config. Also refuse the state dict of a whole model.
+
+    The keys of such a state dict do not show which weights were trained.
+    """
     adapted = {key.stem: key for key in keys if key.part == "lora_A"}
     base = {key.stem.removesuffix(".weight") for key in keys if not key.part}
     whole = next((key for stem, key in adapted.items() if f"{stem}.base_layer" in base), None)
@@ -216,14 +229,14 @@ def _check_trained(keys: Iterable[Key]) -> None:
     stacked = next((key for stem, key in adapted.items() if stem.rpartition(".")[2] in ("experts", "base_layer")), None)
     if stacked is not None:
         why = (
-            "these are stacked experts; only adapter_config.json shows the parameter (target_parameters) and the "
-            "number of experts"
+            "LoRA adapts stacked experts here; only adapter_config.json states which parameter (target_parameters) and "
+            "how many experts"
         )
         raise Unsupported(why, where=stacked.text, cure=f"Put {CONFIG} next to the file")
 
 
 def _file(path: Path) -> Path | None:
-    """Return the tensor file at `path` or in the folder `path`; None if there is none."""
+    """Return `path` if it is a tensor file, or the tensor file in the folder `path`; None if there is no such file."""
     if not path.is_dir():
         return path if path.suffix in _SUFFIXES and path.is_file() else None
     for name in (SAFETENSORS, TORCH):
@@ -259,11 +272,7 @@ def _is_distributed(folder: Path) -> bool:
 
 
 def _refuse_split(path: Path) -> None:
-    """Refuse weights that are split over ranks; the error contains the command that joins them.
-
-    Raises:
-        Unsupported: the weights are split.
-    """
+    """Raise Unsupported if the weights are split over ranks. The error contains a command that joins the weights."""
     try:
         zero3 = _is_zero3(path) if path.is_dir() else _ZERO3.fullmatch(path.name) is not None
         distributed = path.is_dir() and _is_distributed(path)
@@ -289,7 +298,7 @@ def _names(file: Path) -> Iterable[str]:
 
 
 def _tensors(file: Path) -> dict[str, Lazy]:
-    """Return the tensors of a file by key; for DeepSpeed's model states, only the trained tensors.
+    """Return the tensors of a file by key. From DeepSpeed's model states, return only the trained tensors.
 
     Raises:
         Malformed: the file does not contain a state dict.
@@ -318,19 +327,20 @@ def _without_wrapper(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
     return tensors
 
 
-# SwissArmyTransformer's LoRA for CogVideoX: `matrix_A.N` and `matrix_B.N` for part N of a fused weight.
+# Read LoRA that SwissArmyTransformer (SAT) trained for CogVideoX. Part N of a fused weight has the tensors `matrix_A.N`
+# and `matrix_B.N`.
 #
-# SAT (sat/model/finetune/lora2.py) adapts the attention of each layer, and saves the whole model. All tensors except
-# LoRA's matrices are frozen: SAT's configs have `not_trainable_prefixes: ['all']`, with an exception for the matrices'
-# names.
+# SAT (sat/model/finetune/lora2.py) adapts the attention of each layer, and saves the whole model. Only LoRA's matrices
+# are read, because all other tensors are frozen: SAT's configs have `not_trainable_prefixes: ['all']`, with an
+# exception for the names of LoRA's matrices.
 
 
 _KEY = re.compile(r"(.+)\.matrix_([AB])\.(\d+)", re.DOTALL)
 OF_FAMILY = "adapterkit.family"
-"""The metadata key that tells writers the family of models that an adapter belongs to."""
+"""The metadata key for the adapter's model family, which writers read to choose names."""
 
 FAMILY = "cogvideox"
-"""The only family of models whose names in SAT are known."""
+"""The only model family whose module names in SAT are known."""
 
 
 def is_sat(keys: Mapping[str, object]) -> bool:
@@ -339,15 +349,15 @@ def is_sat(keys: Mapping[str, object]) -> bool:
 
 
 def in_peft_names(tensors: Mapping[str, Lazy], alpha: float | None) -> dict[str, Lazy]:
-    """Rename SAT's matrices to PEFT's keys, with diffusers' names of the modules.
+    """Return SAT's LoRA matrices under PEFT's keys, with the module names of diffusers. Leave out all other tensors.
 
     Args:
         tensors: the tensors of the file, by key.
-        alpha: LoRA's alpha, which is only in the config of the training.
+        alpha: LoRA's alpha. SAT does not save it in the file, only in the config of the training.
 
     Raises:
         UsageError: `alpha` is None.
-        Unsupported: a module is not CogVideoX's attention.
+        Unsupported: CogVideoX has no module, or no part of a fused weight, that belongs to a key.
     """
     if alpha is None:
         why = "SwissArmyTransformer scales a LoRA by lora_alpha / r, but does not save lora_alpha"

@@ -1,4 +1,4 @@
-"""Parse the config. This module lists every field that PEFT has ever written, and the field's effect."""
+"""Parse the config. This module lists every field that any release of PEFT writes, with the field's effect."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from .file import RESIDUAL, PeftSettings
 OTHER_TYPES = {
     "BONE": "the older name of MiSS: rename .bone_ to .miss_ in the keys, and peft_type to MISS",
 }
-"""Known values of `peft_type` that cannot be read, with the reason or the remedy."""
+"""Known values of `peft_type` that cannot be read. Each has a phrase that gives the reason or the remedy."""
 
 READ = {
     "alora_invocation_tokens": "the method is aLoRA, and these tokens activate it",
     "alpha_pattern": "alpha of the modules that a pattern matches",
     "arrow_config": "the method is Arrow; its experts are in separate files",
-    "enable_lora": "before 0.3: which equal blocks of a fused weight are adapted",
-    "fan_in_fan_out": "the base stores its weights [in, out]; only a hint, because the base's shapes decide",
+    "enable_lora": "before 0.3: for each of the equal blocks of a fused weight, whether it is adapted",
+    "fan_in_fan_out": "whether the base stores its weights as [in, out]; only a hint, because the base's shapes decide",
     "feedforward_modules": "IA3: modules whose inputs are scaled",
-    "init_lora_weights": "whether creating the adapter changed the base; pissa and olora have their own formulas",
+    "init_lora_weights": "shows whether PEFT changed the base for the adapter; pissa and olora have their own formulas",
     "kasa_config": "the method is KaSA",
     "lora_B_layout": "Unsloth's field: the order of lora_B's columns for stacked experts",
     "lora_alpha": "scaling = lora_alpha / r",
-    "lora_bias": "the adapter has a bias",
+    "lora_bias": "whether the adapter has a bias",
     "peft_type": "the method",
-    "peft_version": "before 0.19, lora_A and lora_B of stacked experts were swapped",
+    "peft_version": "PEFT before 0.19 swaps inputs and outputs in lora_A and lora_B of most stacked experts",
     "r": "rank",
     "rank_pattern": "rank of the modules that a pattern matches",
     "target_parameters": "names of the parameters of stacked experts, in any order",
@@ -49,44 +49,44 @@ READ = {
 HARMLESS = {
     "auto_mapping": "the base's class",
     "base_model_name_or_path": "the base's name",
-    "bias": "which biases were trained; those are in the file",
-    "corda_config": "a setting of an initialisation, see init_lora_weights",
-    "ensure_weight_tying": "ties the adapters of tied layers in training; the file has each adapter",
-    "eva_config": "a setting of an initialisation, see init_lora_weights",
-    "exclude_modules": "which modules have tensors; the keys show it",
+    "bias": "which biases were trained; the file contains these biases",
+    "corda_config": "settings of an initialisation; see init_lora_weights",
+    "ensure_weight_tying": "ties the adapters of tied layers in training; the file contains the adapter of each layer",
+    "eva_config": "settings of an initialisation; see init_lora_weights",
+    "exclude_modules": "selects the modules that have tensors; the keys show these modules",
     "inference_mode": "training only",
     "init_ia3_weights": "initial values",
     "init_weights": "initial values",
-    "layers_pattern": "which modules have tensors; the keys show it",
-    "layers_to_transform": "which modules have tensors; the keys show it",
-    "loftq_config": "a setting of an initialisation, see init_lora_weights",
+    "layers_pattern": "selects the modules that have tensors; the keys show these modules",
+    "layers_to_transform": "selects the modules that have tensors; the keys show these modules",
+    "loftq_config": "settings of an initialisation; see init_lora_weights",
     "lora_dropout": "training only",
-    "lora_ga_config": "a setting of an initialisation, see init_lora_weights",
-    "megatron_core": "the name of a library, see megatron_config",
-    "merge_weights": "before 0.3: when the adapter is merged; the sum is the same",
-    "modules_to_save": "which modules were trained whole; those are in the file",
-    "monteclora_config": "noise in training; without noise the formula is plain LoRA's",
+    "lora_ga_config": "settings of an initialisation; see init_lora_weights",
+    "megatron_core": "the name of the library that megatron_config needs",
+    "merge_weights": "before 0.3: whether to merge the adapter for inference; the outputs are the same",
+    "modules_to_save": "which modules were trained whole; the file contains these modules",
+    "monteclora_config": "adds noise in training; without the noise, the formula is plain LoRA's",
     "qalora_group_size": "a setting of use_qalora",
     "revision": "the base's revision",
     "runtime_config": "affects only the running process, not the result",
-    "target_modules": "which modules have tensors; the keys show it",
+    "target_modules": "selects the modules that have tensors; the keys show these modules",
     "task_type": "the base's class",
-    "velora_config": "compressed gradients in training; the formula is plain LoRA's",
+    "velora_config": "compresses the stored activations in training; the formula is plain LoRA's",
 }
-"""Fields that do not affect a merge or a forward pass, with the reason."""
+"""Fields that do not affect a merge or a forward pass. Each has a phrase that describes the field or says why."""
 
 REFUSED = {
-    "layer_replication": "it repeats layers of the base, and the keys number the repeated layers",
-    "megatron_config": "its tensors are split over Megatron's ranks",
-    "use_qalora": "QA-LoRA averages groups of inputs before A",
+    "layer_replication": "it repeats layers of the base, and the layer numbers in the keys count repeated layers",
+    "megatron_config": "the tensors are split over the processes of Megatron's tensor parallelism",
+    "use_qalora": "QA-LoRA averages groups of inputs before it applies A",
 }
 """Fields that must be empty, with the reason why any other value is refused."""
 
 TOOLS = {
     "_from_model_config": "transformers: whether a generation config was derived from the model's config",
-    "lora_dtype": "ms-swift: the element type in training; the tensors show the type in the file",
-    "lorap_emb_lr": "ms-swift: the learning rate of LoRA+",
-    "lorap_lr_ratio": "ms-swift: the learning rate of LoRA+",
+    "lora_dtype": "ms-swift: the dtype in training; the tensors show the dtype in the file",
+    "lorap_emb_lr": "ms-swift: LoRA+'s learning rate of embeddings",
+    "lorap_lr_ratio": "ms-swift: LoRA+'s ratio of the learning rates of B and A",
     "model_type": "Cloudflare Workers AI: the base's type, which the service requires",
     "swift_type": "ms-swift: its name for peft_type",
     "transformers_version": "transformers: its release",
@@ -98,15 +98,15 @@ PLAIN_INIT = ("eva", "gaussian", "mica", "orthogonal")
 """Values of `init_lora_weights` that leave the base unchanged."""
 
 CHANGED_BASE = ("corda", "loftq", "lora_ga", "pissa_niter")
-"""Beginnings of those values of `init_lora_weights` that subtract the adapter's initial values from the base."""
+"""If `init_lora_weights` begins with one of these words, PEFT subtracted the adapter's initial values from the base."""
 
 WHY_CHANGED = {
     "corda": "values computed from samples of its training data",
     "loftq": "the error of a quantization that the file does not contain",
     "lora_ga": "values computed from gradients on its training data",
-    "pissa_niter": "a randomised decomposition, whose random numbers are lost",
+    "pissa_niter": "the result of a randomised decomposition, whose random numbers are not recorded",
 }
-"""For each of these initialisations, a phrase for messages that describes the subtracted values."""
+"""For each entry of `CHANGED_BASE`, a phrase for errors that describes the values subtracted from the base."""
 
 
 def peft_types() -> tuple[str, ...]:
@@ -155,13 +155,13 @@ def _check_type(config: Mapping[str, JsonValue]) -> None:
                 f"PEFT's {peft_type}: {OTHER_TYPES[peft_type]}", where="peft_type", cure="Run the adapter with PEFT"
             )
         known = f"Known: {', '.join(peft_types())}"
-        raise Unsupported(f"this version does not know PEFT's {peft_type}", where="peft_type", cure=known)
+        raise Unsupported(f"this version does not know the peft_type {peft_type}", where="peft_type", cure=known)
 
 
 def unknown_fields(config: Mapping[str, JsonValue]) -> list[str]:
     """List the nonempty fields that PEFT does not define, sorted.
 
-    Call `parse` first: it refuses such fields unless they are harmless.
+    Call `parse` first: `parse` refuses such a field unless the field is harmless.
     """
     family = family_of_type(str(config["peft_type"]))
     known = READ.keys() | HARMLESS.keys() | REFUSED.keys()
@@ -187,12 +187,12 @@ def _check_field(name: str, value: object, strict: bool) -> None:
 
 
 def _is_marker(name: str, value: object) -> bool:
-    """Whether an unknown field only records who wrote the file, when it was written, or in which run.
+    """Whether an unknown field only records who wrote the file, when, or in which training run.
 
-    A string is such a record if the field's name is in a list, or if the string looks like a release, a date or a
-    digest. Other strings, numbers and `true` may change the model's outputs. For example, Unsloth's `lora_B_layout` is
-    `rank_major` or `grouped_by_expert`: two orders of the same values (unslothai/unsloth-zoo#1232). A list or dict is
-    a record if all of its contents are records.
+    A string is such a record if `_RECORD` matches the field's name, or if the string looks like a release, a date or a
+    digest. All other strings, numbers and `true` may change the model's outputs. For example, Unsloth's `lora_B_layout`
+    is `rank_major` or `grouped_by_expert`, and the two words select two orders of the same values
+    (unslothai/unsloth-zoo#1232). A list or dict is a record if all of its contents are records.
     """
     if isinstance(value, Mapping):
         return all(not inner or _is_marker(str(key), inner) for key, inner in value.items())
@@ -206,7 +206,7 @@ def _is_marker(name: str, value: object) -> bool:
 def _check_variants(settings: PeftSettings) -> None:
     """Check that the config selects at most one variant of LoRA.
 
-    Also check `lora_bias` and `target_parameters`: PEFT cannot combine them with every variant.
+    Also refuse `lora_bias` and `target_parameters` beside a variant that PEFT cannot combine with these fields.
     """
     variants_on = {
         "use_bdlora": settings.use_bdlora is not None,
@@ -243,7 +243,7 @@ _RECORD = re.compile(
     r"|(?:created|saved|trained|written|exported|generated)_(?:at|on|by|with)|author|user|project|experiment|license"
     r"|description|comments?|notes?|tags?)"
 )
-"""Matches names of fields whose text only records where the file comes from."""
+"""Matches the names of fields whose strings only record where a file comes from."""
 
 _STAMP = re.compile(
     r"v?\d+\.\d+\.\d+[\w.+-]*"  # a release: 0.18.1.dev0

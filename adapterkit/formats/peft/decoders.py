@@ -1,4 +1,4 @@
-"""Decode LoRA, DoRA and LoRA-XS of modules, and updates without a `Family`: parameters, IA3, token rows, norms."""
+"""Decode the updates that have no `Family`: LoRA and its variants, whole parameters, IA3, token rows and LN tuning."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ if TYPE_CHECKING:
     from .._format import LayerFacts
 
 
-# Decode LoRA, DoRA and LoRA-XS of modules: linear layers, convolutions, embeddings, attention.
+# Decode LoRA and its variants on modules: linear layers, convolutions, embeddings and attentions.
 #
-# The factors of an embedding adapt the transposed table [vocabulary, dimension], which is the layout `in out *k`. In
-# an `nn.MultiheadAttention`, PEFT adapts the input and output projections with one rank and alpha, which the config
-# lists under the attention's name. PEFT's forward adds the change of the output projection twice
-# (https://github.com/huggingface/peft/pull/3774).
+# The weight of an embedding is [vocabulary, dimension]. B @ A is the change of the transposed weight, so the target has
+# the layout `in out *k`. In an `nn.MultiheadAttention`, PEFT adapts the input and output projections with the same rank
+# and alpha, which the config lists under the attention's name. PEFT's forward adds the change of the output projection
+# twice (https://github.com/huggingface/peft/pull/3774).
 
 
-# Compute adapters of convolutions as PEFT's forward does, even if a change of the weight would give other outputs.
+# On a convolution, compute the same outputs as PEFT's forward, even if they differ from the outputs of a merged weight.
 #
 # PEFT's LoRA creates `lora_A` with the class, kernel, stride and padding of the base layer, but without the base
-# layer's padding mode and dilation. So `lora_A` pads with zeros and is not dilated, even if the base layer pads
-# otherwise or is dilated. PEFT's other methods call `torch.nn.functional.conv2d` with the base layer's padding. Like
+# layer's padding mode and dilation. So `lora_A` pads with zeros and is not dilated, even if the base layer has another
+# padding mode or is dilated. PEFT's other methods call `torch.nn.functional.conv2d` with the base layer's padding. Like
 # `lora_A`, `conv2d` pads with zeros, whatever the padding mode is. OFT rotates the patches of the input.
 
 
 UNPADDED = (IA3, OFTPatches, Replacement)
-"""The methods whose forward in PEFT calls the base layer, and so pads as the base layer does."""
+"""The methods whose forward in PEFT calls the base layer, so that the input is padded as in the base layer."""
 
 
 def turns_patches(shape: tuple[int, ...]) -> bool:
-    """Whether PEFT's OFT rotates patches of the input for a weight of this shape: a Conv2d with a kernel above 1."""
+    """Whether PEFT's OFT rotates patches of the input: true for a Conv2d with a kernel larger than 1 x 1."""
     return len(shape) == 4 and math.prod(shape[2:]) > 1
 
 
 def on_patches(update: Update, layer: LayerFacts) -> Update:
-    """Return the update that PEFT's forward computes at this layer: OFT may become `OFTPatches`."""
+    """Return the update as PEFT's forward computes it: an OFT that rotates patches becomes an `OFTPatches`."""
     if not isinstance(update, OFT) or update.side == "out" or not turns_patches(layer.shape) or update.pairs is None:
         return update
     same = {name: getattr(update, name) for name in ("terms", "doubled", "coft", "eps")}
@@ -84,19 +84,19 @@ DEPARTURES = {
         "the change is added once",
     ),
     "attention_input_bias": Departure(
-        "with lora_bias, the bias of nn.MultiheadAttention's input projection has no effect",
-        "the bias is added to the projection's bias",
+        "with lora_bias, the adapter's bias of nn.MultiheadAttention's input projection has no effect",
+        "the adapter's bias is added to the projection's bias",
     ),
     "grouped_dora_norm": Departure(
         "DoRA on a grouped convolution divides by the norms of a matrix that its forward does not use: "
         "W + B @ A, where B's values are read as [out / groups, r]",
-        "DoRA divides by the norms of the kernels that it computes with, over all channels",
+        "DoRA divides by the norms, over all channels, of the changed kernels that its forward uses",
     ),
     "convolution_padding": Departure(
-        "on a convolution whose padding_mode is not zeros, or with a dilation and padding=same (the live layer shows "
-        "this, a file does not): lora_A pads its input with zeros and is not dilated, and methods other than LoRA and "
-        "DoRA are refused",
-        "the change of the weight, with the layer's padding and dilation, as PEFT merges it",
+        "on a convolution whose padding_mode is not zeros, or with a dilation and padding=same, lora_A pads its input "
+        "with zeros and is not dilated, and methods other than LoRA and DoRA are refused; a live layer shows its "
+        "padding and dilation, but a file does not",
+        "the change is added to the weight, as in PEFT's merge, so the layer's padding and dilation apply to it",
         zero_padded,
     ),
 }
@@ -107,10 +107,10 @@ TRAINING = ("lora_monteclora_sampler", "lora_velora_embed")
 
 
 def decode(file: File) -> Findings:
-    """Yield all LoRA and DoRA updates in a file.
+    """Yield all updates in a file that consist of lora_A and lora_B: LoRA, DoRA and the other variants of LoRA.
 
     Raises:
-        Malformed: a tensor's partner is missing, or a tensor contradicts the config.
+        Malformed: a module lacks a tensor, or has a tensor that the config does not enable.
         ShapeMismatch: the tensors' shapes contradict each other or the ranks in the config.
     """
     yield from (Kept(key) for key in file.tensors if key.part.startswith(TRAINING))
@@ -174,13 +174,13 @@ def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> DecodedUp
 
 def _check_plain(factors: PeftFactors, rank: int) -> None:
     if factors.key.depth:
-        why = "the key has a parameter's form, but target_parameters lists no parameter of this module"
+        why = "the key contains .base_layer, as for an adapted parameter, but target_parameters lists no such parameter"
         raise Malformed(why, where=factors.key.text, cure="The config does not belong to this file")
     check_rank(factors, rank, groups=_groups(factors))
 
 
 def _groups(factors: PeftFactors) -> int:
-    """Return the number of groups of a grouped convolution. In PEFT, only B is split into groups."""
+    """Return the number of groups of a grouped convolution, otherwise 1. In PEFT, only B is split into groups."""
     rank, share = factors.A.shape[0], factors.B.shape[1]
     return rank // share if len(factors.A.shape) > 2 and 0 < share < rank and rank % share == 0 else 1
 
@@ -193,10 +193,10 @@ def _layout(file: File, factors: PeftFactors, attentions: Collection[str]) -> st
 
 
 def _flat_output(factors: PeftFactors) -> Lazy:
-    """Return B as [out, r]. The kernel of a convolution's B has size 1, so all further axes have size 1."""
+    """Return B as [out, r]. On a convolution, B has a kernel of size 1, so all axes after the first two have size 1."""
     A, B = factors.A, factors.B
     if len(A.shape) != len(B.shape) or any(size != 1 for size in B.shape[2:]):
-        why = f"B {list(B.shape)} does not fit A {list(A.shape)}"
+        why = f"B has the shape {list(B.shape)}, which does not fit the shape of A, {list(A.shape)}"
         raise ShapeMismatch(why, where=factors.keys["B"].text, cure="Save the adapter again with PEFT")
     return B if len(B.shape) == 2 else B.reshape(*B.shape[:2])
 
@@ -209,16 +209,16 @@ def _vector(factors: PeftFactors, field: str) -> Lazy:
     return tensor if len(tensor.shape) == 1 else tensor.reshape(out)
 
 
-# Decode LoRA of equal blocks of a fused weight (`enable_lora`), which only PEFT 0.1 and 0.2 wrote.
-# The outputs of a weight form n equal blocks. Only the enabled blocks are adapted, and B has the rows of these blocks,
-# in order. The pair is a grouped convolution: each group of B's rows uses a separate part of A's rows.
+# Decode LoRA with `enable_lora`, which adapts blocks of a fused weight. Only PEFT 0.1 and 0.2 wrote such files.
+# The outputs of the weight form n equal blocks. Only the enabled blocks are adapted, and B has the rows of these
+# blocks, in order. A and B form a grouped convolution: each group of B's rows uses a separate part of A's rows.
 
 
 def decode_blocks(settings: PeftSettings, factors: PeftFactors) -> Iterator[DecodedUpdate]:
     """Yield a LoRA for each run of adjacent output rows. All rows of a run belong to one block and one group.
 
     Raises:
-        ShapeMismatch: the tensors do not fit these blocks or this rank.
+        ShapeMismatch: the tensors do not fit the number of enabled blocks or the rank in the config.
     """
     enabled = [block for block, on in enumerate(settings.enable_lora or ()) if on]
     groups = _block_groups(settings, factors, len(enabled))
@@ -247,7 +247,7 @@ def _block_groups(settings: PeftSettings, factors: PeftFactors, blocks: int) -> 
 
 
 def _runs(outputs: int, size: int, high: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of each run of B's rows. A run ends at the end of a block or of a group."""
+    """Yield (start, stop) for each run of B's rows. A run ends at the end of a block or a group."""
     cuts = sorted({*range(0, outputs, size), *range(0, outputs, high), outputs})
     return pairwise(cuts)
 
@@ -258,15 +258,16 @@ def _rows(tensor: Lazy, start: int, stop: int) -> Lazy:
 
 # Decode updates that are not pairs and belong to no family: whole parameters, IA3, token rows, layer norms.
 #
-# Whole parameters have the base's names as keys: `modules_to_save`, trained biases, embeddings.
+# The key of a whole parameter is the parameter's name in the base. Such parameters come from `modules_to_save`, trained
+# biases and embeddings.
 #
-# PEFT loads every tensor whose key is a parameter's name into the model, so each such tensor replaces a parameter.
-# PEFT also saves a copy of an adapted embedding next to the embedding's factors. This copy is a replacement as well; it
-# is applied before the factors.
+# If the key of a tensor is a parameter's name, PEFT loads the tensor into the model in place of the parameter. PEFT
+# also saves a copy of an adapted embedding's weight next to the embedding's factors. This copy replaces the
+# weight, too, before the factors are applied.
 
 
 def decode_replacement(file: File) -> Findings:
-    """Yield the parameters that the file stores whole, not as factors.
+    """Yield a replacement for each module whose parameters the file stores whole, not as factors.
 
     Tensors of integers or booleans were not trained. They are kept for writing, but change nothing.
 
@@ -289,7 +290,7 @@ def decode_replacement(file: File) -> Findings:
 
 
 def _unread(file: File) -> Iterator[Key]:
-    """Yield the keys of a module's redundant copies, which PEFT ignores when it loads the file.
+    """Yield the keys of redundant copies of a module. PEFT ignores these copies when it loads the file.
 
     With `save_embedding_layers`, PEFT 0.21.2 saves a module of `modules_to_save` three times: as `NAME.weight`,
     `NAME.modules_to_save.weight` and `NAME.original_module.weight`. When PEFT loads the file, it uses `NAME.weight`.
@@ -304,7 +305,7 @@ def _unread(file: File) -> Iterator[Key]:
 def replaced(file: File, path: str, keys: Mapping[str, Key]) -> DecodedUpdate:
     """Create the update that replaces a module's parameters.
 
-    The layout is [in, out] only if the bias has the size of the weight's second axis, and not that of the first.
+    The layout is [in, out] only if the bias is as long as the weight's second axis, but not as long as the first axis.
     """
     tensors = {field: file.tensors[key] for field, key in keys.items()}
     shape, sizes = (tensors[field].shape if field in tensors else () for field in ("weight", "bias"))
@@ -313,14 +314,14 @@ def replaced(file: File, path: str, keys: Mapping[str, Key]) -> DecodedUpdate:
 
 
 def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
-    """Return (target, field) for a parameter.
+    """Return the path of the target, and the field of the update, for a parameter with `axes` axes.
 
     The target of a `weight` or a `bias` is its module. The target of an attention's `in_proj_bias` is the attention's
     `in_proj_weight`. Any other parameter is itself the target, with the field `weight`.
     """
     if not axes:
         raise Unsupported(
-            "a single number cannot be replaced", where=name, cure="Remove the parameter from modules_to_save"
+            "a scalar parameter cannot be replaced", where=name, cure="Remove the parameter from modules_to_save"
         )
     module, _, field = name.rpartition(".")
     if module and (field == "weight" or (field == "bias" and axes == 1)):
@@ -330,8 +331,8 @@ def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
     return name, "weight"
 
 
-# IA3: `ia3_l` of shape [out, 1] scales a module's outputs. For `feedforward_modules`, `ia3_l` has the shape [1, in] and
-# scales the inputs. On convolutions, both have the shape [1, n, 1, ...].
+# IA3: `ia3_l` of shape [out, 1] scales a module's outputs. In modules listed in `feedforward_modules`, `ia3_l` has the
+# shape [1, in] and scales the inputs. On convolutions, `ia3_l` has the shape [1, n, 1, ...] in both cases.
 
 
 IA3_PART = "ia3_l"
@@ -361,7 +362,7 @@ def _scales_inputs(settings: PeftSettings, key: Key, shape: Shape) -> bool:
     fits = len(shape) > 1 and sum(size != 1 for size in shape) <= 1
     if not fits or (shape[1 if not inputs and len(shape) == 2 else 0] != 1):
         kind = "inputs, [1, in]" if inputs else "outputs, [out, 1]"
-        why = f"the shape is {list(shape)}, but feedforward_modules requires a scale of {kind}"
+        why = f"the shape is {list(shape)}, but this module needs an IA3 vector for its {kind}"
         raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
     return inputs
 
@@ -378,7 +379,8 @@ def feedforward(settings: PeftSettings, path: str) -> bool | None:
     return matches(named, path, whole=True) if isinstance(named, str) else path.endswith(tuple(named))
 
 
-# Decode trainable tokens. Despite its name, `trainable_tokens_delta` has whole new rows. The config has the token ids.
+# Decode trainable tokens. Despite its name, `trainable_tokens_delta` contains the new rows, not their differences from
+# the old rows. The config has the token ids.
 
 
 TOKENS_PART = "trainable_tokens_delta"
@@ -387,7 +389,7 @@ ORIGINAL = "trainable_tokens_original"
 
 
 def decode_rows(file: File) -> Findings:
-    """Yield the token rows in a file.
+    """Yield an update for each module for which the file contains token rows.
 
     Raises:
         Malformed: the config has no token ids for the rows.
@@ -400,7 +402,7 @@ def decode_rows(file: File) -> Findings:
         if index is None:
             raise Malformed("the config has no token ids for these rows", where=key.text, cure=_AGAIN)
         if values.shape[:1] != (len(index),) or len(values.shape) != 2:
-            why = f"the shape {list(values.shape)} is not that of rows for {len(index)} tokens"
+            why = f"the shape is {list(values.shape)}, but the config lists {len(index)} token ids, one for each row"
             raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
         update = make("rows", {"index": integers(index), "values": values})
         yield DecodedUpdate(key.path, update, {"values": key}, "in out *k")
@@ -412,7 +414,7 @@ def integers(values: list[int]) -> Lazy:
 
 
 def _index(settings: PeftSettings, path: str) -> list[int] | None:
-    """Return the token ids of the rows that the file stores for a module; None if the config does not state them."""
+    """Return the token ids of a module's rows in the file; None if the config does not state the ids."""
     if settings.peft_type == "TRAINABLE_TOKENS":
         return settings.token_indices
     named = settings.trainable_token_indices
@@ -430,15 +432,15 @@ def _index(settings: PeftSettings, path: str) -> list[int] | None:
 _AGAIN = "Save the adapter again with PEFT"
 
 
-# LN tuning: a trained copy of a module, `<m>.ln_tuning_layers.<parameter>`, replaces the module.
-# PEFT uses the copy instead of the module, so every floating-point parameter and buffer of the copy is a replacement.
+# LN tuning: `<m>.ln_tuning_layers.<parameter>` is a parameter or buffer of a trained copy of the module <m>. PEFT uses
+# the copy instead of the module, so each floating-point tensor of the copy replaces the module's tensor.
 
 
 NORM_PART = "ln_tuning_layers"
 
 
 def decode_ln_tuning(file: File) -> Findings:
-    """Yield the trained copies in a file.
+    """Yield a replacement for each module of which the file contains a trained copy.
 
     Tensors of integers or booleans were not trained. They are kept for writing, but change nothing.
 
@@ -458,18 +460,18 @@ def decode_ln_tuning(file: File) -> Findings:
 
 
 def norm_spelled(name: str) -> str:
-    """Return the key of the trained copy of a parameter, given the parameter's name in the base."""
+    """Return the key under which LN tuning stores a parameter, given the parameter's name in the base."""
     module, _, parameter = name.rpartition(".")
     return f"{module}.{NORM_PART}.{parameter}"
 
 
 def _norm_name(key: Key) -> str:
-    """Return the path of the parameter that a key names.
+    """Return the path, in the base, of the parameter that a key of LN tuning stores.
 
-    `parse_key` mistakes the name of a child module for an adapter's name. This function corrects that.
+    `parse_key` mistakes the name of a child module for an adapter's name, and this function corrects the mistake.
     """
     inside = [key.adapter or "", key.part.removeprefix(NORM_PART).removeprefix("."), key.leaf]
     words = [part for part in inside if part]
-    if len(words) > 2 and words[0] == "default":  # PEFT leaves the adapter's name in the keys of children. Remove it.
+    if len(words) > 2 and words[0] == "default":  # PEFT leaves the adapter's name in the keys of child modules.
         del words[0]
     return ".".join([key.path, *words])

@@ -1,4 +1,4 @@
-"""Find the factors, rank and scaling of each LoRA and DoRA; the target is a module or a parameter (stacked experts)."""
+"""Find the factors, rank and scaling of each LoRA and DoRA, whether it adapts a module or a stack of experts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FIELDS = {
     ("lora_magnitude_vector", "weight"): "magnitude",
     (LATENT, "weight"): "R",
 }
-"""A map from (part, leaf) of a key, see `Key`, to the update's field."""
+"""A map from a key's (part, leaf) to the update's field; see `Key`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,9 +46,9 @@ class PeftFactors:
 
     Attributes:
         stem: the module's path in the keys, including words of PEFT's wrappers.
-        keys: the keys by field of the update.
-        tensors: the tensors by field of the update.
-        embedding: whether the module is an embedding, judged by its keys.
+        keys: a map from each field of the update to its key.
+        tensors: a map from each field of the update to its tensor.
+        embedding: whether the keys show that the module is an embedding.
     """
 
     stem: str
@@ -74,7 +74,9 @@ def find_factors(file: File) -> list[PeftFactors]:
     """Return the factors of all modules, in the file's order.
 
     Raises:
-        Malformed: a tensor's partner is missing, or a tensor contradicts the config.
+        Malformed: a module lacks a tensor, or has a tensor that the config does not enable.
+        ShapeMismatch: a factor has fewer than two axes.
+        Unsupported: a module combines LoRA-XS with another method or a bias.
     """
     parts, settings = {part for part, _ in FIELDS}, file.settings
     groups: dict[str, dict[str, Key]] = {}
@@ -97,7 +99,7 @@ def find_factors(file: File) -> list[PeftFactors]:
 
 
 def check_rank(factors: PeftFactors, rank: int, experts: int = 1, groups: int = 1) -> None:
-    """Check the tensors' rank against the config. For a grouped convolution, B has `rank / groups` columns.
+    """Check the rank of A and B against the config. For a grouped convolution, B has `rank / groups` columns.
 
     Raises:
         ShapeMismatch: the rank of A or B does not match the config.
@@ -107,7 +109,7 @@ def check_rank(factors: PeftFactors, rank: int, experts: int = 1, groups: int = 
         if size != rank * experts:
             each = f" for each of {experts} experts" if experts > 1 else ""
             raise ShapeMismatch(
-                f"the shape {list(factors.tensors[field].shape)} has rank {size}; the config states {rank}{each}",
+                f"the shape {list(factors.tensors[field].shape)} implies rank {size}; the config states {rank}{each}",
                 where=factors.keys[field].text,
                 cure="The config does not belong to this file, or its rank_pattern is damaged",
             )  # fmt: skip
@@ -122,8 +124,8 @@ def adapt(
     Args:
         settings: the settings in the config.
         name: the path of the module or parameter in the base.
-        tensors: the tensors by field of the update.
-        times: a factor that the config's scaling is multiplied by.
+        tensors: a map from each field of the update to its tensor.
+        times: a number by which the config's scaling is multiplied.
         embedding: whether the module is an embedding.
         by_formula: whether to use the paper's formula where PEFT's forward differs from it.
     """
@@ -148,7 +150,7 @@ def _method(settings: PeftSettings, tensors: Mapping[str, Lazy], embedding: bool
     variant = "alora" if settings.alora_invocation_tokens is not None else "arrow" if settings.arrow_config else None
     if variant and (embedding or len(tensors["A"].shape) != 2):
         why = f"{variant} cannot adapt an embedding or a convolution"
-        raise Unsupported(why, where=variant, cure="Remove these modules from target_modules")
+        raise Unsupported(why, where=variant, cure="Remove embeddings and convolutions from target_modules")
     if variant:
         return variant
     if _in_groups(tensors):
@@ -158,7 +160,7 @@ def _method(settings: PeftSettings, tensors: Mapping[str, Lazy], embedding: bool
 
 
 def _router(arrow: Any, tensors: Mapping[str, Lazy], scaling: float) -> Update:
-    """Create Arrow's update with the settings of the router. It keeps the file's unused pair of factors as `idle_*`."""
+    """Create Arrow's update with the router's settings. Arrow does not use the file's pair; `idle_*` fields keep it."""
     idle = {f"idle_{name}": tensor for name, tensor in tensors.items()}
     tasks, general = len(arrow.task_adapter_names or ()), len(arrow.gks_adapter_names or ()) if arrow.use_gks else 0
     return make("arrow", idle, scaling=scaling).replace(
@@ -188,8 +190,8 @@ def _factors(
     for name in ("A", "B"):
         if len(tensors[name].shape) < 2:
             raise ShapeMismatch(
-                f"a factor has shape {list(tensors[name].shape)}, not that of a matrix", where=keys[name].text,
-                cure="The factor was saved from one shard of a model: gather the shards first",
+                f"a factor needs two or more axes, but has shape {list(tensors[name].shape)}", where=keys[name].text,
+                cure="The factor was saved from one shard of a model: gather the shards, then save again",
             )  # fmt: skip
     embedding = keys["A"].part == "lora_embedding_A" or keys["B"].part == "lora_embedding_B"
     return PeftFactors(stem, keys, tensors, embedding)
@@ -200,9 +202,9 @@ def _check_partners(settings: PeftSettings, keys: Mapping[str, Key], needs: Mapp
 
     Args:
         settings: the config's settings.
-        keys: the keys by field of the update.
-        needs: whether the config requires each field.
-        where: a key of the module, for errors.
+        keys: a map from each field of the update to its key.
+        needs: for each field, whether the config requires it.
+        where: a key of the module, which errors show.
     """
     for name, needed in needs.items():
         if needed and name not in keys:
@@ -224,55 +226,57 @@ _WORDS = {
 }  # fmt: skip
 _AGAIN = "Save the adapter again with PEFT"
 
-# Read and write LoRA of parameters (`target_parameters`): stacks of experts.
+# Read and write LoRA that adapts parameters listed in `target_parameters`, such as stacks of experts.
 #
-# The two matrices of a pair, lora_A and lora_B, contain the factors of all experts.
+# lora_A and lora_B are two matrices. Each matrix contains the factors of all experts.
 #
 # A file has keys such as `experts.lora_A` and `experts.base_layer.lora_A`, without the names of the parameters. PEFT
-# wraps a module once for each adapted parameter, in the order in which the module declares its parameters. The config
-# lists the names in any order; shapes show which pair belongs to which parameter.
+# wraps a module once for each adapted parameter, in the order in which the module defines its parameters. The config
+# lists the names in any order. The tensors' shapes show which pair belongs to which parameter.
 #
-# The keys do not show two differences between files:
+# Files differ in two ways that the keys do not show:
 #
-# * PEFT before 0.19 assumes that every stack is `[expert, in, out]`. Nearly all models store `[expert, out, in]`. For
-#   these models, the columns of the old lora_A are outputs, and the rows of the old lora_B are inputs (peft #3165).
-# * lora_B's columns have one of two orders. In PEFT, the expert varies fastest (`rank_major`). In Unsloth's training
-#   until September 2026, the expert varied slowest (`grouped_by_expert`), and the config does not show this
-#   (unsloth-zoo #1232, #1269).
+# * PEFT before 0.19 assumes that every stack is `[expert, in, out]`, but nearly all models store `[expert, out, in]`.
+#   For these models, such a PEFT writes a lora_A with outputs as columns and a lora_B with inputs as rows (peft #3165).
+# * lora_B's columns have one of two orders. In PEFT, the expert's index varies fastest (`rank_major`). In Unsloth's
+#   training until September 2026, the expert's index varied slowest (`grouped_by_expert`), and the config does not show
+#   the order (unsloth-zoo #1232, #1269).
 
 
 RANK_MAJOR, GROUPED, PEFT_0_18 = "rank_major", "grouped_by_expert", "peft_0.18"
 
 ORDERS = frozenset({RANK_MAJOR, GROUPED, PEFT_0_18})
-"""The values of `experts_order`. The first two are also values of `lora_B_layout` in a config."""
+"""The values of `experts_order`. All but `peft_0.18` are also values of `lora_B_layout` in a config."""
 
 SWAPPED_BEFORE = (0, 19)
-"""The first release of PEFT that reads the axes of a stack in the order in which the model stores them."""
+"""The first release of PEFT that does not swap inputs and outputs of stacks stored as `[expert, out, in]`."""
 
 OLD_VERSION = "0.18.1"
-"""The `peft_version` to write if the axes of stacks are in the order of PEFT before 0.19."""
+"""The `peft_version` to write into the config if the stacks have the order of axes of PEFT before 0.19."""
 
 MAX_NAMES = 6
-"""The limit on the number of adapted parameters of one module; in real models, modules have at most two."""
+"""The maximum number of adapted parameters in one module. It limits the permutations to try; real models need two."""
 
 IN_ORDER = ("gate_up_proj", "down_proj")
-"""The parameters of stacked experts in transformers, in the order in which the module declares them."""
+"""The parameters of stacked experts in transformers, in the order in which the module defines them."""
 
 
 def adapts_parameter(file: File, path: str) -> bool:
-    """Whether the pair at a module adapts a parameter of the module; `target_modules` takes precedence, as in PEFT."""
+    """Whether a module's pair adapts a parameter, not the module; `target_modules` takes precedence, as in PEFT."""
     return bool(file.settings.target_parameters and _names(file, path)) and not names_module(
         file.settings.target_modules, path
     )
 
 
 def decode_parameters(file: File, factors: Iterable[PeftFactors]) -> Findings:
-    """Yield the updates of parameters.
+    """Yield an update for each parameter that a pair of factors adapts.
 
     Raises:
-        UsageError: the pair may adapt several parameters, and there is no base to show which one it adapts.
-        Unsupported: the pair may adapt several parameters, and not even the base shows the right parameter.
-        ShapeMismatch: the rank of a pair does not match the config.
+        UsageError: the file does not show which parameter a pair adapts, or how the pair stores the experts, and the
+            caller gave neither the base nor `experts_order`.
+        Unsupported: a pair may adapt several parameters, and their shapes in the base are equal.
+        Malformed: a pair fits no parameter in `target_parameters`.
+        ShapeMismatch: a factor is not a matrix, or its rank does not match the config.
     """
     modules: dict[str, list[PeftFactors]] = {}
     for each in factors:
@@ -291,9 +295,10 @@ def stack(B: Lazy, experts: int, order: str = RANK_MAJOR) -> Lazy:
     """Reorder lora_B from the file's [out, r * e] to [e, out, r].
 
     Args:
-        B: the matrix lora_B, which has the columns of all experts.
+        B: the matrix lora_B, which contains the columns of all experts.
         experts: the number of experts.
-        order: the order of the columns: `rank_major` (the expert varies fastest) or `grouped_by_expert` (slowest).
+        order: the order of the columns: `rank_major` (the expert's index varies fastest) or `grouped_by_expert`
+            (slowest).
     """
     out, r = B.shape[0], B.shape[1] // experts
     if order == GROUPED:
@@ -305,7 +310,7 @@ def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Laz
     """Return A as [e, r, in] and B as [e, out, r] for a file in which the axes of outputs and inputs are swapped.
 
     Args:
-        A: the matrix lora_A, [r * e, out]; the expert varies slowest.
+        A: the matrix lora_A, [r * e, out]; along the rows, the expert's index varies slowest.
         B: the matrix lora_B, [in, r * e].
         experts: the number of experts.
         order: the order of B's columns; see `stack`.
@@ -325,7 +330,7 @@ def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Laz
 
 
 def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Array, slice], Array]) -> Lazy:
-    """Return a stack whose values are scattered over a matrix. Reading a few experts reorders only these experts."""
+    """Return a stack of experts that `take` gathers from a matrix. Reading a few experts gathers only these experts."""
     each = math.prod(shape[1:])
 
     def part(first: int, count: int) -> Buffer:
@@ -338,9 +343,10 @@ def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Array, slice], Array]) 
 
 @lru_cache(maxsize=4)
 def _values(leaf: Lazy) -> Array:
-    """Read a whole matrix, and cache its values: the columns of one expert are scattered over the file.
+    """Read a whole matrix, because the columns of one expert are scattered over it, and cache its values.
 
-    Merging into a base with separate experts reads one expert after another, alternately from two parameters.
+    The cache helps a merge into a base with separate experts. The merge reads one expert after another, alternately
+    from two parameters.
     """
     return leaf.numpy()
 
@@ -357,7 +363,7 @@ def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
     Args:
         order: the layout: `grouped_by_expert` or `peft_0.18`.
         name: the matrix to return, `A` or `B`.
-        target: the parameter; its layout decides whether PEFT before 0.19 swaps outputs and inputs.
+        target: the parameter. Its layout decides whether PEFT before 0.19 swaps outputs and inputs.
         update: the parameter's LoRA, with A `[e, r, in]` and B `[e, out, r]`.
     """
     A, B = as_lazy(update.tensors["A"]), as_lazy(update.tensors["B"])
@@ -375,7 +381,7 @@ def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
 def in_order_of(
     config: Mapping[str, JsonValue], order: str | None, updates: Mapping[Target, object]
 ) -> Mapping[str, JsonValue]:
-    """Return the config with the layout of stacks in it: as Unsloth's `lora_B_layout`, or as an old `peft_version`."""
+    """Return the config with a field for the layout of stacks: Unsloth's `lora_B_layout`, or an old `peft_version`."""
     if order is None or not any(target.stacked for target in updates):
         return config
     if order == PEFT_0_18:
@@ -400,7 +406,7 @@ def _parameter(file: File, factors: PeftFactors, path: str, swaps: bool | None) 
     }  # fmt: skip
     turned = shape is not None and shape[1:] == (factors.A.shape[1], factors.B.shape[0])
     if turned and shape is not None and shape[1] == shape[2]:
-        # A square matrix fits both layouts, so look the layout up in the family's table.
+        # A square matrix fits both layouts, so look up the layout in the table of the base's model family.
         turned = bool(stored_in_out(path, None if file.base is None else file.base.config))
     return DecodedUpdate(path, adapt(file.settings, path, tensors), keys, "e in out *k" if turned else "e out *in")
 
@@ -409,7 +415,7 @@ def _order(file: File, factors: PeftFactors, experts: int, rank: int) -> str:
     """Return the order of lora_B's columns: `rank_major` or `grouped_by_expert`.
 
     Raises:
-        UsageError: Unsloth wrote the file, and the config does not have the order.
+        UsageError: Unsloth wrote the file, and the config does not state the order.
     """
     settings = file.settings
     if file.compat in ORDERS:
@@ -418,8 +424,8 @@ def _order(file: File, factors: PeftFactors, experts: int, rank: int) -> str:
         return settings.lora_B_layout
     if settings.unsloth and experts > 1 and rank > 1:
         raise UsageError(
-            f"Unsloth wrote this adapter without lora_B_layout; the columns of {list(factors.B.shape)} are rank_major "
-            "(PEFT's order, and Unsloth's since September 2026) or grouped_by_expert (Unsloth's order before)",
+            f"Unsloth wrote this adapter without lora_B_layout; the columns of lora_B {list(factors.B.shape)} are "
+            "rank_major (as in PEFT, and in Unsloth since September 2026) or grouped_by_expert (earlier in Unsloth)",
             where=factors.keys["B"].text,
             cure="Give the order: --experts-order grouped_by_expert or --experts-order rank_major (experts_order=)",
         )
@@ -434,10 +440,10 @@ def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, rel
         factors: lora_A and lora_B of one parameter.
         path: the parameter's path.
         shape: the parameter's shape in the base, if known.
-        related: the answer that follows from the shapes of gate_up_proj and down_proj; None if they do not decide.
+        related: the answer that follows from the shapes of gate_up_proj and down_proj; None if they do not show it.
 
     Raises:
-        UsageError: PEFT before 0.19 wrote the file, and there is no base to decide.
+        UsageError: PEFT before 0.19 wrote the file, and without a base the answer is unknown.
     """
     if related is not None:
         return related
@@ -485,11 +491,11 @@ def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, .
         return tuple(file.parameters[each.stem].rpartition(".")[2] for each in group)
     names = _names(file, path)
     if len(names) > MAX_NAMES or len(group) > len(names):
-        why = f"the file has {len(group)} nested pairs, but target_parameters names {len(names)} parameters"
+        why = f"the module has {len(group)} pairs of factors, but target_parameters names {len(names)} parameters"
         raise Malformed(why, where=group[0].key.text, cure="The config does not belong to this file")
     options = [option for option in permutations(names, len(group)) if _fits(file, path, group, option)]
-    # PEFT's "all-linear" lists `gate.weight` next to `down_proj`, and both entries match a router `gate`. If the router
-    # has one pair, the pair adapts `gate.weight`.
+    # With "all-linear", PEFT lists `gate.weight` and `down_proj`, and both entries match a router called `gate`. If the
+    # router has one pair, the pair adapts `gate.weight`.
     sure = [option for option in options if set(option) == set(_named(file, path))]
     if file.base is None and len(sure) == 1:
         options = sure
@@ -501,9 +507,9 @@ def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, .
     where, which = group[0].key.text, " or ".join(sorted({option[0] for option in options}))
     if file.base is None:
         raise UsageError(
-            f"the file does not show whether this adapts {which}", where=where, cure="Give the base with --base (base=)"
+            f"the file does not show if this pair adapts {which}", where=where, cure="Give the base with --base (base=)"
         )
-    why = f"nothing shows whether this adapts {which}: both have the same shape"
+    why = f"the base does not show whether this pair adapts {which}, because their shapes fit equally"
     raise Unsupported(why, where=where, cure="Merge the adapter with PEFT")
 
 
@@ -513,7 +519,7 @@ def _fits(file: File, path: str, group: Sequence[PeftFactors], names: Sequence[s
         return False
     shapes = {name: file.base_shape(f"{path}.{name}") for name in _names(file, path)}
     if any(shapes.values()):
-        # A base that has one of these parameters has all of them. So a name that the base lacks does not fit.
+        # A base that has one of the config's parameters has all of them. So a name that the base lacks does not fit.
         return all(_fits_base(shapes[name], size) for name, size in sizes.items() if size)
     return len({size[0] for size in sizes.values() if size}) == 1 and _fits_gate(sizes)
 
@@ -537,7 +543,7 @@ def _fits_gate(sizes: dict[str, tuple[int, int, int] | None]) -> bool:
 
 
 def _related(sizes: Mapping[str, tuple[int, int, int] | None]) -> str | None:
-    """Return `straight` or `swapped` if the shapes of gate_up_proj and down_proj decide; otherwise None.
+    """Return `straight` or `swapped` if the shapes show whether inputs and outputs are swapped; otherwise None.
 
     gate_up has twice as many outputs as down has inputs, and as many inputs as down has outputs. No shapes fit both
     answers: `in_` would have to equal both `down_out` and `2 * down_out`.
@@ -552,20 +558,20 @@ def _related(sizes: Mapping[str, tuple[int, int, int] | None]) -> str | None:
 
 
 def has_known_order(names: Sequence[str]) -> bool:
-    """Whether the order in which a module declares these parameters is known."""
+    """Whether the order in which a module defines these parameters is known."""
     return len(names) == 1 or set(names) <= set(IN_ORDER)
 
 
 def depths(names: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Yield each adapted parameter of a module, with the number of wrappers around its own wrapper; innermost first."""
+    """Yield (name, number of wrappers around the parameter's wrapper) for each adapted parameter, innermost first."""
     ordered = sorted(names, key=lambda name: (IN_ORDER.index(name) if name in IN_ORDER else -1, name))
     return ((name, len(ordered) - 1 - position) for position, name in enumerate(ordered))
 
 
 def as_written(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return a config for a file with the column order of `unstack`, the only order that PEFT reads since 0.19.
+    """Return the config for a file with the column order of `unstack`, the only order that PEFT reads since 0.19.
 
-    PEFT ignores `lora_B_layout`. With another order, PEFT would silently use the wrong experts.
+    PEFT ignores `lora_B_layout`. If the columns had another order, PEFT would silently use the wrong experts.
     """
     config = dict(config)
     if "lora_B_layout" in config or written_by_unsloth(config):

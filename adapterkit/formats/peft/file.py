@@ -41,10 +41,11 @@ class Key(NamedTuple):
 
     Attributes:
         text: the complete key.
-        stem: the text before the part, including the words that wrappers insert, such as `base_layer`. For a parameter
-            of the base, the stem is the whole path. For a tensor that all modules share, it is empty.
+        stem: the text between the prefix and the part, including the words that wrappers insert, such as `base_layer`.
+            For a parameter of the base, the stem is the parameter's whole path. For a tensor that all modules share,
+            the stem is empty.
         part: the kind of tensor, such as `lora_A` or `ia3_l`; empty for a parameter of the base.
-        leaf: the text after the part: `weight`, `bias` or empty.
+        leaf: the last word of the key if it is `weight` or `bias`; otherwise empty.
         adapter: the adapter's name, if the key contains it.
         copy: `modules_to_save` or `original_module` if the key contains one of these words; otherwise empty.
     """
@@ -73,7 +74,10 @@ class Key(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Count the PEFT wrappers around this key's wrapper; each wrapper adapts another parameter of the module."""
+        """Return the number of wrappers around the wrapper that has this key's tensor.
+
+        PEFT wraps a module once for each parameter that it adapts.
+        """
         if not self.wrapped:
             return 0
         match = _OUTERMOST.search(self.stem)
@@ -81,9 +85,9 @@ class Key(NamedTuple):
 
     @property
     def module(self) -> str:
-        """Return the path of the outermost wrapped module.
+        """Return the path of the outermost module in the stem that PEFT wraps.
 
-        For an attention's output projection, that is the attention.
+        If the key belongs to the output projection of an attention, this is the path of the attention.
         """
         if not self.wrapped:
             return self.stem
@@ -100,10 +104,12 @@ class File:
         tensors: the tensors by key, in the file's order.
         base: the base, or None.
         compat: the caller's `compat`; see `Format`.
-        parameters: a map from stems to parameters of the base, which the writer fills for its check. The file may not
-            show the parameters.
-        known: the expected update at each path, if the writer reads its own file for a check; otherwise empty.
-        omitted: shared tensors that are not in the file, by `Key.word`. The writer provides them for its check.
+        parameters: a map from the stems of keys to the paths of their targets. Only the writer fills this map, for its
+            check, because the file may not show which parameter of a module a key belongs to.
+        known: a map from paths to the families' updates that the writer wants to store. Only the writer fills this map,
+            for its check.
+        omitted: the shared tensors that the writer leaves out of the file, by `Key.word`. Only the writer fills this
+            map, for its check.
     """
 
     settings: PeftSettings
@@ -116,7 +122,7 @@ class File:
 
     @property
     def by_formula(self) -> bool:
-        """Whether to apply the paper's formula where PEFT's forward differs from it."""
+        """Whether to use the paper's formula instead of PEFT's forward, if the two differ."""
         return self.compat == FORMULA
 
     def groups(self, parts: Iterable[str]) -> dict[str, dict[tuple[str, str], Key]]:
@@ -134,7 +140,7 @@ class File:
     def modules(self, parts: Iterable[str]) -> dict[str, dict[str, Key]]:
         """Return the keys whose `word` matches one of these patterns, as `stem -> word -> key`.
 
-        In a pattern, `*` matches the text between two dots.
+        In a pattern, `*` matches the text between two dots. The keys of tensors that all modules share are left out.
         """
         wanted = re.compile("|".join(re.escape(part).replace(r"\*", "[^.]+") for part in parts) or "(?!)")
         modules_by_stem: dict[str, dict[str, Key]] = {}
@@ -145,7 +151,7 @@ class File:
 
     @cached_property
     def shared(self) -> dict[str, Key]:
-        """Return the keys of tensors that all modules share, by word of the key."""
+        """Return the keys of tensors that all modules share, by `Key.word`."""
         return {key.word: key for key in self.tensors if not key.stem}
 
     def attentions(self) -> set[str]:
@@ -157,7 +163,7 @@ class File:
         return {key.module for key in wrapped if key.module != key.path}
 
     def base_shape(self, name: str) -> Shape | None:
-        """Return the shape of the base's tensor `name`, or else of the only tensor whose name ends with `name`."""
+        """Return the shape of the base's tensor `name`, as the function `base_shape` does; None without a base."""
         return None if self.base is None else base_shape(self.base, name)
 
 
@@ -167,8 +173,8 @@ class DecodedUpdate:
 
     Attributes:
         path: the path of the update's target.
-        update: the update; its tensors are those of the file, and may be reshaped.
-        keys: a map from each field of the update to its key.
+        update: the update. Its tensors are the tensors of the file, possibly reshaped.
+        keys: a map from the update's fields to the keys of the fields' tensors.
         layout: the target's layout, as far as the file shows it.
         rows: the rows of the target, or None for all rows.
     """
@@ -188,11 +194,11 @@ class Kept:
 
 
 def base_shape(base: Checkpoint, name: str) -> Shape | None:
-    """Return the shape that a tensor has in the loaded model.
+    """Return the shape that the tensor `name` has in the loaded model; None if the shape is unknown.
 
-    The base's tensor is called `name`, or is the only tensor whose name ends with `name`. The base may store a tensor
-    in parts, which the loaded model joins. The shape of such a tensor is computed from the parts, with the family's
-    table.
+    If the base has no tensor `name`, the shape is that of the only tensor whose name ends with `name`. The base may
+    also store the tensor in parts, which the loaded model joins. Then the shape is computed from the parts, with the
+    table of the model family.
     """
     if name in base.tensors:
         return base.tensors[name].shape
@@ -201,13 +207,12 @@ def base_shape(base: Checkpoint, name: str) -> Shape | None:
 
 
 def _ending(name: str) -> str:
-    """Return the last two words of a dotted name; a name with one word is returned unchanged."""
     return ".".join(name.rsplit(".", 2)[-2:])
 
 
 @lru_cache(maxsize=1)
 def _by_ending(base: Checkpoint) -> dict[str, list[str]]:
-    """Return the base's tensor names by their last word, and by their last two words, for many fast look-ups."""
+    """Return a map from endings (one word, or two words) to the base's tensor names with this ending."""
     names_by_ending: dict[str, list[str]] = {}
     for name in base.tensors:
         two = _ending(name)
@@ -220,15 +225,15 @@ Findings = Iterator[DecodedUpdate | Kept]
 
 
 def make(method: str, leaves: Mapping[str, Leaf], **attributes: float) -> Update:
-    """Create an update from a method's name and tensors that are not loaded yet."""
+    """Create an update of the method with this name. The tensors may be lazy; they are not loaded."""
     return METHODS[method](**leaves, **attributes)
 
 
 # Parse keys: `<prefix><module>.<part>[.<adapter name>][.weight|.bias]`, or `<prefix><parameter of the base>`.
 #
-# A tensor that all modules of a family share has the key `base_model.<part>` or `<part>`. PEFT adapts a module by
-# wrapping it, so a path may contain words of wrappers: `base_layer`, once for each further adapted parameter;
-# `token_adapter`; and `modules_to_save.<adapter name>`, in state dicts that users saved without PEFT's function.
+# A tensor that all adapted modules share has the key `base_model.<part>` or `<part>`. PEFT adapts a module by wrapping
+# it, so a path may contain words of wrappers: `base_layer`, once for each further adapted parameter of the module;
+# `token_adapter`; and, in state dicts that users saved without PEFT's function, `modules_to_save.<adapter name>`.
 
 
 PREFIX = "base_model.model."
@@ -238,13 +243,13 @@ SHARED_PREFIX = "base_model."
 
 _SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)", re.DOTALL)
 _COPY = re.compile(r"(?P<stem>.+)\.(?P<copy>modules_to_save|original_module)\.(?P<rest>weight|bias)", re.DOTALL)
-"""Matches the keys that `save_embedding_layers` adds: copies from a trained module's wrapper, without adapter names."""
+"""Matches the keys that `save_embedding_layers` adds. They are copies of a trained module, without an adapter name."""
 _LATENT = re.compile(r"(?P<stem>.+?)(?:\.default)?_lora_latent_mapping\.weight", re.DOTALL)
 _PLAIN = re.compile(
     rf"{re.escape(PREFIX)}(?P<stem>.+)\.(?P<part>(?:lora|ia3|ln_tuning|trainable_tokens)_\w+)(?:\.(?P<leaf>weight|bias))?",
     re.DOTALL,
 )
-"""Matches most keys. They belong to no family, so they are parsed without importing the families."""
+"""Matches the most common keys. Such a key belongs to no family, so parsing it does not import the families."""
 
 
 def prefix_of(peft_type: str) -> str:
@@ -258,28 +263,29 @@ def parse_keys(tensors: Mapping[str, Lazy], usual: str = PREFIX) -> tuple[str, d
 
     Args:
         tensors: the tensors by key.
-        usual: the usual prefix; either all keys or no keys must have it.
+        usual: the prefix that PEFT writes. Either all keys or no keys must begin with it, but the keys of tensors that
+            all modules share may always lack it.
 
     Raises:
-        Malformed: only some keys have the prefix, or keys belong to several adapters.
+        Malformed: only some keys begin with the prefix, or the keys belong to several adapters.
     """
     prefix = usual if any(text.startswith(usual) and not _stands_alone(text) for text in tensors) else ""
     for text in tensors:
         if (not text.startswith(prefix) or text == prefix) and not _stands_alone(text):
-            raise Malformed(f"the key does not begin with {usual!r}, but others do", where=text, cure=_REWRITE)
+            raise Malformed(f"this key does not begin with {usual!r}, but other keys do", where=text, cure=_REWRITE)
     keys = {parse_key(text, prefix): tensor for text, tensor in tensors.items()}
     _check_names(keys)
     return prefix, keys
 
 
 def _stands_alone(text: str) -> bool:
-    """Whether a key belongs to a tensor that all modules of a family share."""
+    """Whether a key is that of a tensor that all modules share, which needs no prefix."""
     return _PLAIN.fullmatch(text) is None and _shared().fullmatch(text) is not None
 
 
 @lru_cache(maxsize=1 << 14)
 def parse_key(text: str, prefix: str) -> Key:
-    """Parse one key. The result is cached, because a file is read again right after it was written, for a check."""
+    """Parse one key. Results are cached, because the writer's check parses the keys that were just written."""
     if prefix == PREFIX and (match := _PLAIN.fullmatch(text)):
         # Intern the strings to save memory: all keys of a module have the same stem, and all keys share a few words.
         return Key(text, intern(match["stem"]), intern(match["part"]), match["leaf"] or "")
@@ -287,7 +293,7 @@ def parse_key(text: str, prefix: str) -> Key:
 
 
 def parse_by_families(text: str, prefix: str) -> Key:
-    """Parse one key, using the words of all families."""
+    """Parse one key, with the patterns for the keys of all families."""
     if match := _shared().fullmatch(text):
         names, leaf = _tail(match["rest"])
         return Key(text, "", match["part"] + names[1], leaf, names[0])
@@ -327,10 +333,10 @@ def _families() -> Iterable[type[Family]]:
 
 
 def _words(patterns: Iterable[str]) -> str:
-    """Return a regular expression for the parts of keys; it matches nothing if `patterns` is empty.
+    """Return a regular expression that matches these patterns for the parts of keys.
 
     In a pattern, `*` stands for one word. The expression tries longer patterns first, because one pattern may be the
-    beginning of another.
+    beginning of another. If `patterns` is empty, the expression matches nothing.
     """
     bare = sorted({re.sub(r"\.(?:weight|bias)$", "", pattern) for pattern in patterns}, key=len, reverse=True)
     return "|".join(re.escape(pattern).replace(r"\*", "[^.]+") for pattern in bare) or "(?!)"
@@ -345,9 +351,9 @@ def _tail(rest: str) -> tuple[tuple[str | None, str], str]:
 
 
 def _check_names(keys: Iterable[Key]) -> None:
-    """Check that all keys have the same adapter's name, or that none has one.
+    """Check that the keys of adapted modules all have the same adapter name, or all have none.
 
-    Keys of the base's parameters may lack the adapter's name.
+    The keys of replaced parameters are not checked, because they may lack the adapter name.
     """
     named: dict[str | None, Key] = {}
     for key in keys:
@@ -382,18 +388,20 @@ Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class PeftHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Details of a PEFT file with which the writer can write the same file again.
+    """The details of a PEFT file that the writer needs to write the same file again.
 
     Attributes:
         config: the source config.
         targets: a fingerprint of the source's targets. If the adapter's targets still have this fingerprint, the lists
             of modules in the config are correct.
         prefix: the prefix of all keys.
-        compat: the caller's `compat`. If the written file is read with this `compat`, it must yield the same adapter.
+        compat: the `compat` with which the source was read. Reading the written file with the same `compat` must yield
+            the same adapter.
         experts_order: the layout in which stacked experts are written; None for the layout of current PEFT.
-        keys: a map from the key that the writer would choose to the different key in the file.
-        shapes: the shape of a tensor in the file, by key, if the writer would choose another shape for the same
-            elements.
+        keys: a map from the key that the writer would choose to the key in the file. It contains the keys that differ,
+            and the keys that the writer cannot choose with certainty.
+        shapes: a map from keys in the file to the shapes of their tensors. It contains the tensors for which the writer
+            would choose another shape for the same elements.
     """
 
     config: dict[str, Any] = {}
@@ -423,7 +431,10 @@ def fingerprint(targets: Iterable[Target]) -> str:
 
 
 RESIDUAL = ("olora", "pissa")
-"""Initialisations that subtract an exactly computable value from the base. The methods have the same names."""
+"""The values of `init_lora_weights` with which PEFT subtracts an exactly computable change from the base.
+
+The methods have the same names.
+"""
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -438,7 +449,10 @@ class Kasa(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class BlockSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`use_bdlora`: words in module names. They select the modules whose A, or whose B, is block-diagonal."""
+    """`use_bdlora`: which modules have a block-diagonal A, and which have a block-diagonal B.
+
+    Each list contains words. It selects the modules whose names contain at least one of the words.
+    """
 
     target_modules_bd_a: list[str] | None = None
     target_modules_bd_b: list[str] | None = None
@@ -450,16 +464,16 @@ class BlockSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         named = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
         matching = [factor for factor, words in named.items() if any(word in name for word in words or ())]
         if len(matching) > 1:
-            why = "both target_modules_bd_a and target_modules_bd_b name this module"
+            why = "both target_modules_bd_a and target_modules_bd_b select this module"
             raise Malformed(why, where=name, cure="Write the adapter again with PEFT")
         return matching[0] if matching else ""
 
 
 class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`arrow_config`: how Arrow selects experts, and the experts' names; the experts are not loaded.
+    """`arrow_config`: how Arrow selects experts, and the experts' names. The experts themselves are other adapters.
 
-    PEFT searches for the router's vectors with random numbers, so the config has a seed. adapterkit computes the
-    vectors exactly.
+    PEFT finds the router's vectors by power iteration from a random start, so the config has a seed. adapterkit
+    computes the vectors exactly.
     """
 
     top_k: Rank = 3
@@ -473,7 +487,7 @@ class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class PeftSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The config fields that change the model's outputs, with PEFT's defaults.
 
-    `method_fields` has the fields that only one family reads.
+    `method_fields` contains the fields that only one family reads.
     """
 
     peft_type: str
@@ -512,12 +526,12 @@ class PeftSettings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def before(self, release: tuple[int, int]) -> bool:
-        """Whether the file was written by a PEFT release older than `release`; False if the config has no release."""
+        """Whether a PEFT release older than `release` wrote the file; False if the config has no PEFT version."""
         return parse_version(self.peft_version) < release
 
     @property
     def residual(self) -> str:
-        """Return `olora` or `pissa` if the adapter's initial values were subtracted from the base; otherwise empty."""
+        """Return `olora` or `pissa` if PEFT subtracted the adapter's initial change from the base; otherwise empty."""
         word = self.init_lora_weights
         return word.lower() if isinstance(word, str) and word.lower() in RESIDUAL else ""
 
@@ -539,9 +553,9 @@ def written_by_unsloth(config: Mapping[str, JsonValue]) -> bool:
 
 
 def parse_version(version: str | None) -> tuple[int, ...]:
-    """Return the first two numbers of a PEFT release, such as (0, 18).
+    """Return the first two numbers of a PEFT version, such as (0, 18).
 
-    If the release is missing, return one very large number, so that it compares as newer than any release.
+    If the version is missing or has another form, return a tuple that is larger than that of any release.
     """
     match = re.match(r"(\d+)\.(\d+)", version or "")
     return (int(match[1]), int(match[2])) if match else (1 << 30,)
@@ -550,8 +564,8 @@ def parse_version(version: str | None) -> tuple[int, ...]:
 def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:
     """Whether `target_modules` selects a module.
 
-    If `target_modules` is a string, it is a regular expression for the whole path. Each item of a list is a path or the
-    end of a path after a dot.
+    If `target_modules` is a string, it is a regular expression for the whole path. If it is a list, each item is a
+    whole path, or the end of a path after a dot.
     """
     path = unwrapped(path)
     if isinstance(target_modules, str):

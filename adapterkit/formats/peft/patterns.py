@@ -1,4 +1,4 @@
-"""Match modules against the patterns of a config, in bounded time (a config may be hostile); compose patterns."""
+"""Match module names against a config's patterns in bounded time, as a config may be hostile; and compose patterns."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 
 SURE = 2_000_000
-"""`re` is used for patterns that need at most this number of steps per name, which takes a few milliseconds."""
+"""`re` matches the patterns that need at most this number of steps per name. These take a few milliseconds."""
 
 PATIENT = 200_000_000
-"""The same limit for a pattern that cannot become an automaton; this number of steps takes about a second."""
+"""The same limit for patterns that `Automaton` cannot express. This number of steps takes about a second."""
 
 MAX_STATES = 4_000
 MAX_VISITS = 2_000_000
-"""The limit on the number of states that the automaton of one pattern visits, for all names together."""
+"""The largest number of states that the automaton of one pattern may visit, for all names together."""
 
 MAX_REMEMBERED = 20_000
 
 _NEVER = float("inf")
 
 _INSIDE = "base_model.model."
-"""The prefix before the base's names. DistributedDataParallel and TRL's value heads add words before this prefix."""
+"""The prefix of the names in PEFT's model. DistributedDataParallel and TRL's value heads add words before it."""
 
 
 class TooSlow(Exception):
@@ -42,19 +42,19 @@ class TooSlow(Exception):
 
 
 def fits(pattern: str, name: str, kind: str) -> bool:
-    """Whether a pattern fits a name; the result is that of `re.match`, `re.fullmatch` or `re.search`.
+    """Whether a pattern fits a name, as `re.match`, `re.fullmatch` or `re.search` would decide.
 
     Args:
         pattern: a valid regular expression.
         name: the text to match.
-        kind: `match`, `fullmatch` or `search`.
+        kind: the function of `re`: `match`, `fullmatch` or `search`.
 
     Raises:
         TooSlow: matching may take too long.
         re.error: the pattern is not a regular expression.
     """
     compiled = _compiled(pattern)
-    # Round lengths up to a power of two, so that the number of steps is computed only for a few lengths.
+    # Round the length up to a power of two, so that the cache of `_steps` needs only a few entries for each pattern.
     steps = _steps(pattern, 1 << max(len(name), 1).bit_length())
     if steps > SURE:
         automaton = _automaton(pattern)
@@ -86,7 +86,7 @@ def _steps(pattern: str, length: int) -> float:
 
 
 def _ways(items: Iterable[Any], length: int) -> float:
-    """Return an upper bound for the number of ways in which a sequence can match from a fixed position on."""
+    """Return an upper bound for the number of ways in which the items can match, one after another, at one position."""
     ways = 1.0
     for code, value in items:
         ways *= _ways_of(str(code), value, length)
@@ -107,8 +107,8 @@ def _ways_of(code: str, value: Any, length: int) -> float:
         inner = _ways(body, length)
         if most <= 1:
             return 1 + inner
-        # If the body can match in several ways, each repetition multiplies the number of ways, so there is no small
-        # bound.
+        # If the body can match in several ways, or texts of several lengths, each repetition multiplies the number of
+        # ways, so there is no small bound.
         narrowest, widest = body.getwidth()
         if inner > 1 or narrowest != widest or not narrowest:
             return inner if least == most == 1 else _NEVER
@@ -119,7 +119,7 @@ def _ways_of(code: str, value: Any, length: int) -> float:
 
 
 class _Unsupported(Exception):
-    """Raised if an automaton cannot express a part of a pattern, such as a reference to a group or a look-ahead."""
+    """Raised if `Automaton` cannot express a part of a pattern, such as a reference to a group or a look-ahead."""
 
 
 @lru_cache(maxsize=1 << 10)
@@ -131,9 +131,10 @@ def _automaton(pattern: str) -> Automaton | None:
 
 
 class Automaton:
-    """Follows all alternatives of a pattern at the same time (K. Thompson 1968); the sets of states are cached.
+    """Matches a pattern without backtracking: follows all its alternatives at the same time (K. Thompson 1968).
 
-    A state is `("char", test, next)`, `("split", nexts)`, `("at", test, next)` or `("end",)`.
+    A state is `("char", test, next)`, `("split", nexts)`, `("at", test, next)` or `("end",)`. The steps between sets of
+    states are cached, because many names share them.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -206,9 +207,9 @@ class Automaton:
         return len(self.states) - 1
 
     def _sequence(self, items: Any, following: int, flags: int) -> int:
-        """Create the states of a sequence that continues at the state `following`.
+        """Create the states for a sequence of items, and return the number of the first state.
 
-        Return the sequence's first state.
+        The last state of the sequence continues at the state `following`.
         """
         for code, value in reversed(list(items)):
             following = self._item(str(code), value, following, flags)
@@ -243,7 +244,7 @@ class Automaton:
 
 
 _Place = tuple[bool, bool, bool, str, str]
-"""A position in a text: whether it is the start, the end, or before a last newline; and its two neighbours."""
+"""A position in a text: (at the start?, at the end?, before a final newline?, character before, character after)."""
 
 
 def _place(name: str, at: int) -> _Place:
@@ -301,10 +302,10 @@ T = TypeVar("T")
 def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
     """Return the value of the first pattern that fits `name`, or fits the end of `name` after a dot.
 
-    If no pattern fits, return the value of the entry that is exactly `name`; without such an entry, return `default`.
+    If no pattern fits, return the value of the key that equals `name`. If there is no such key, return `default`.
 
-    The name is also tried without the words that wrappers add to it. PEFT applies the patterns before FSDP or
-    torch.compile wrap a model, but keys that were saved inside these wrappers contain the words.
+    The patterns are also compared with the name without the words of wrappers. PEFT applies the patterns before FSDP or
+    torch.compile wraps the model, but the keys of a model that was saved inside a wrapper contain the wrapper's words.
     """
     if not patterns:
         return default
@@ -313,18 +314,18 @@ def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
         if len(_INDEXES) >= _MOST_INDEXES:
             _INDEXES.clear()
         known = _INDEXES[id(patterns)] = _Index(patterns)
-    # Also try the name with the words of wrappers, because patterns that adapterkit wrote contain these words.
+    # Try the name with the words of wrappers, too, because patterns that adapterkit wrote contain these words.
     tried = {name, unwrapped(name)}
     if "module." in name:
-        # DistributedDataParallel adds the word `module`, but a model may have this word as well. Try the name with and
-        # without it. A pattern that starts with `^` fits only one of the two.
+        # DistributedDataParallel adds the word `module`, but a model's own names may contain this word, too. Try the
+        # name with and without the word. A pattern that starts with `^` fits only one of the two names.
         tried.add(".".join(word for word in unwrapped(name).split(".") if word != "module"))
     positions = [position for each in tried if (position := known.first(each)) is not None]
     return known.values[min(positions)] if positions else patterns.get(name, default)
 
 
 def unwrapped(name: str) -> str:
-    """Return a module's path inside PEFT's base model, without the words of wrappers."""
+    """Return a module's path in the base model, without PEFT's prefix and without the words of wrappers."""
     name = name.rpartition(_INSIDE)[2]
     if not any(word in name for word in WRAPPERS):
         return name
@@ -332,10 +333,12 @@ def unwrapped(name: str) -> str:
 
 
 class _Index(Generic[T]):
-    """An index that finds fitting patterns fast. Configs of PEFT's EVA have up to 10^4 patterns, as have our own.
+    """An index that finds the first pattern that fits a name, without trying all patterns.
+
+    Configs of PEFT's EVA, and configs that adapterkit writes, have up to 10^4 patterns.
 
     Args:
-        patterns: a map from patterns to values, in the order in which they are tried.
+        patterns: a map from patterns to values, in the order in which the patterns are tried.
     """
 
     def __init__(self, patterns: Mapping[str, T]) -> None:
@@ -348,9 +351,9 @@ class _Index(Generic[T]):
             if literal:
                 self._exact.setdefault(literal, position)
             elif _PLAIN.fullmatch(pattern):
-                # The pattern is a plain name in which each dot fits any character. One look-up compares a name with all
-                # patterns of the same form: the same length, and dots at the same positions. A config's patterns have a
-                # few dozen forms.
+                # The pattern is a plain name, except that each dot fits any character. One look-up compares a name with
+                # all patterns of the same form, which have the same length, and dots at the same positions. The
+                # patterns of a config have a few dozen forms.
                 dots = tuple(at for at, char in enumerate(pattern) if char == ".")
                 forms = self._plain.setdefault(pattern.rpartition(".")[2], {})
                 forms.setdefault((len(pattern), dots), {}).setdefault(pattern, position)
@@ -358,8 +361,8 @@ class _Index(Generic[T]):
                 self._others.append((position, pattern))
 
     def first(self, name: str) -> int | None:
-        """Return the position of the first pattern that fits the whole name, or all the text after one of its dots."""
-        if "\n" in name:  # Try every pattern: a dot and `$` treat a newline specially.
+        """Return the position of the first pattern that fits the name, or the text after a dot of the name; or None."""
+        if "\n" in name:  # Try every pattern, because `.` and `$` treat a newline differently from other characters.
             tried = ((at, _literal(p), p) for at, p in enumerate(self.patterns))
             return next((at for at, word, p in tried if (word == name if word else _behind_a_dot(p, name))), None)
         positions = [self._exact[name]] if name in self._exact else []
@@ -377,9 +380,9 @@ def _behind_a_dot(pattern: str, name: str) -> bool:
 
 
 def _among(name: str, form: tuple[int, tuple[int, ...]], known: Mapping[str, int]) -> int | None:
-    """Return the position of the pattern that fits the end of `name`.
+    """Return the position of the pattern that fits `name`, or the text after a dot of `name`; None if no pattern fits.
 
-    `form` is the length of the patterns, and the positions of their dots.
+    `form` is the length of the patterns and the positions of their dots; `known` is a map from patterns to positions.
     """
     length, dots = form
     start = len(name) - length
@@ -394,11 +397,14 @@ def _among(name: str, form: tuple[int, tuple[int, ...]], known: Mapping[str, int
 _INDEXES: dict[int, _Index[Any]] = {}
 _MOST_INDEXES = 8
 _PLAIN = re.compile(r"[\w.-]+", re.ASCII)
-"""Matches plain names: patterns in which every character, except a dot, only fits itself."""
+"""Matches plain names, which are patterns in which every character except a dot fits only itself."""
 
 
 def exactly(name: str) -> str:
-    """Return a pattern that fits only this name. The name itself, as a pattern, would also fit other names in PEFT."""
+    """Return a pattern that fits only this name.
+
+    PEFT would apply the name itself, as a pattern, also to longer names that end with it; its dots fit any character.
+    """
     return f"^{re.escape(name)}$"
 
 
@@ -438,7 +444,7 @@ def _fits(pattern: str, name: str, kind: str) -> bool:
 
 @lru_cache(maxsize=1 << 14)
 def _literal(pattern: str) -> str:
-    """Return the name if `exactly` created the pattern; for any other pattern, an empty text."""
+    """Return the name for which `exactly` returns this pattern; empty if there is no such name."""
     name = re.sub(r"\\(.)", r"\1", pattern[1:-1])
     return name if pattern == exactly(name) else ""
 
@@ -451,13 +457,14 @@ _REWRITE = "Write the adapter again with PEFT"
 Number = TypeVar("Number", bound=float)
 
 Scale = tuple[int, float]
-"""The rank and the scaling of a module."""
+"""(rank, scaling) of a module."""
 
 
 def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[dict[str, JsonValue], list[str]]:
-    """Return the config fields for ranks and scalings, and the modules whose scaling has no exact alpha.
+    """Return the config fields for ranks and scalings, and the modules whose scaling no alpha yields exactly.
 
-    The field `use_rslora` gets the value of `rslora` for which most scalings have an exact alpha.
+    `rslora` contains the values that `use_rslora` may have. The value for which most scalings have an exact alpha is
+    chosen.
     """
     tried = {flag: {name: exact_alpha(scale, flag) for name, scale in scales.items()} for flag in rslora}
     flag = min(tried, key=lambda flag: sum(alpha is None for alpha in tried[flag].values()))
@@ -475,10 +482,10 @@ def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[
 
 
 def exact_alpha(scale: Scale, rslora: bool) -> int | float | None:
-    """Return the alpha for which PEFT computes exactly this scaling, preferably an integer; None if there is none."""
+    """Return an alpha for which PEFT computes exactly this scaling, preferably an integer; None if there is none."""
     rank, scaling = scale
     divisor = math.sqrt(rank) if rslora else rank
-    # Convert to float first: a scaling may be a large integer, whose product with a rank would overflow.
+    # Convert the scaling to float first: it may be a large integer, whose product with a rank would overflow.
     guess = float(scaling) * divisor
     return next((alpha for alpha in _candidates(guess) if alpha / divisor == scaling), None)
 

@@ -1,9 +1,10 @@
 """Rewrite adapters for programs (consumers) that read PEFT's folders but support only a part of the format.
 
-All of these programs use one rank and one alpha for all modules, and ignore `rank_pattern` and `alpha_pattern`. Some
-also ignore `use_rslora` or alpha. So all ranks are padded with zeros to one rank. For some programs, all scalings are
-folded into B. For the others, one alpha is chosen, and only scalings that differ from alpha / rank are folded.
-`spec/profiles` lists each program's limits.
+Most of these programs use one rank and one alpha for all modules, and ignore `rank_pattern` and `alpha_pattern`. Some
+also ignore `use_rslora` or alpha. So smaller ranks are padded with zeros to one rank. If a program ignores alpha, all
+scalings are folded into B. Otherwise one alpha is chosen, and only scalings that differ from alpha / rank are folded.
+Releases of PEFT, and programs that train with PEFT, need only another layout of stacked experts. `spec/profiles` lists
+each program's limits.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from .._kit import Pair, Pairs
 
 VERSION = 1
-"""The version of the file format of `spec/profiles` that this code reads."""
+"""The `format` of the files in `spec/profiles` that this version reads."""
 
 _LAYER = re.compile(r"(?P<start>(?:\w+\.)*layers\.)(?P<layer>\d{1,9})\.(?P<module>.+)")
 
@@ -63,10 +64,10 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @cache
 def profiles() -> Mapping[str, Profile]:
-    """Return all profiles by name, sorted.
+    """Return all profiles by name, in alphabetical order.
 
     Raises:
-        Malformed: a file does not have the form that the README defines.
+        Malformed: a profile's file does not have the form that `spec/profiles/README.md` defines.
     """
     installed = Path(__file__).parents[1] / "data" / "profiles"
     folder = installed if installed.is_dir() else Path(__file__).parents[3] / "spec" / "profiles"
@@ -80,7 +81,9 @@ def _load(path: Path) -> Profile:
         raise Malformed(f"this is not a valid profile ({error})", path=path, cure="Correct the file") from error
     if profile.format != VERSION:
         raise Malformed(
-            f"the file has format {profile.format}; this version reads format {VERSION}", path=path, cure="Correct it"
+            f"the file has format {profile.format}; this version reads format {VERSION}",
+            path=path,
+            cure="Correct the file",
         )
     return profile
 
@@ -88,12 +91,13 @@ def _load(path: Path) -> Profile:
 def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None = None) -> tuple[Adapter, list[str]]:
     """Rewrite an adapter as LoRA with one rank and one alpha, for one program; also return a line for each change.
 
-    Stacks of experts are split into single experts if the base shows the family. They stay stacked for vLLM if the
-    model's files also store stacks, because vLLM reads PEFT's stacks for such models.
+    Stacks of experts are split into single experts if the base shows the model family. A stack stays if the model's
+    files also store a stack, and if the program reads PEFT's stacks for such models, as vLLM does. For a profile with
+    `order`, the only change is the layout in which stacked experts will be written.
 
     Raises:
-        Unrepresentable: the program cannot run an update, and `on_loss` is not `drop`; or the rank or the file is too
-            large for the program.
+        Unrepresentable: the program cannot run an update, and `on_loss` is not `drop`; or the rank or the weight file
+            is too large for the program.
         UsageError: the program needs the base's model type in the config, and no base is given.
     """
     chosen = profiles()[profile]
@@ -122,12 +126,12 @@ def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None
     updates: Updates = {target: (update,) for target, update in pairs.items()}
     _check_size(chosen, updates)
     more = {"model_type": _model_type(chosen, base)} if chosen.model_type else {}
-    # Replace the whole source config, because the program would misread other fields of it, above all the patterns.
+    # Replace the whole source config, because the program would misread its other fields, above all the patterns.
     return adapter.replace(updates=updates, foreign=_hints(updates, rank, alpha, more)), lines + folded
 
 
 def _rank_for(profile: Profile, rank: int) -> int:
-    """Return the smallest rank of at least `rank` that the program accepts."""
+    """Return the smallest rank that the program accepts and that is not below `rank`."""
     if profile.ranks is None:
         return rank
     least, most = profile.ranks
@@ -140,9 +144,9 @@ def _rank_for(profile: Profile, rank: int) -> int:
 
 
 def _absent(pairs: Pairs, base: Checkpoint | None) -> Pairs:
-    """Return, for each adapted module, updates of zeros for the layers in which it has no update.
+    """Return updates of zeros for the layers in which an adapted module has no update.
 
-    The base shows all layers. Without a base, only the layers that the adapter changes are known.
+    The base shows which layers the model has. Without a base, only the layers that the adapter changes are known.
     """
     of_module: dict[tuple[str, str], Target] = {}
     layers: dict[str, set[int]] = {}
@@ -175,21 +179,20 @@ def _check_size(profile: Profile, updates: Updates) -> None:
     leaves = [as_lazy(leaf) for group in updates.values() for update in group for leaf in update.tensors.values()]
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     if profile.bytes is not None and size > profile.bytes:
-        why = f"the weights have {size:,} bytes, but {profile.title} accepts only files of less than {profile.bytes:,}"
+        why = f"the weights have {size:,} bytes, but {profile.title} accepts files of at most {profile.bytes:,} bytes"
         raise Unrepresentable(why, cure="adapterkit resize --rank R --dtype BF16")
 
 
 def _model_type(profile: Profile, base: Checkpoint | None) -> str:
-    """Return the model type of the base, for the config."""
     model_type = None if base is None else (base.config or {}).get("model_type")
     if not isinstance(model_type, str):
-        why = f"{profile.title} reads model_type from the adapter's config, but model_type is unknown"
+        why = f"{profile.title} reads model_type from the adapter's config, but the base's model_type is unknown"
         raise UsageError(why, where="base", cure="Pass a base with a config.json: --base BASE (base=)")
     return model_type
 
 
 def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
-    """Return the adapter's `Foreign` with these hints; its tensors are unchanged."""
+    """Return a `Foreign` with these hints, and with the tensors of the adapter's `Foreign` if it is PEFT's."""
     kept = adapter.foreign.tensors if adapter.foreign is not None and adapter.foreign.format == FORMAT else {}
     return Foreign(FORMAT, msgspec.to_builtins(hints), kept)
 
@@ -197,7 +200,8 @@ def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
 def _hints(updates: Updates, rank: int, alpha: float, more: Mapping[str, str]) -> Foreign:
     """Return a `Foreign` that contains the config to write.
 
-    The config lists the last word of each module's path instead of the whole path, because some programs need this.
+    `target_modules` lists the last word of each module's path instead of the whole path, because some programs need
+    this.
     """
     config = COMMON | FRESH["LORA"] | {
         "lora_alpha": whole_number(alpha),
@@ -213,7 +217,11 @@ def _hints(updates: Updates, rank: int, alpha: float, more: Mapping[str, str]) -
 
 
 def _apart(adapter: Adapter, profile: Profile, base: Checkpoint | None) -> Adapter:
-    """Split stacks into one LoRA per expert, with the names in hub checkpoints, if the program reads single experts."""
+    """Split stacks into one LoRA per expert, with the names in hub checkpoints.
+
+    The adapter stays unchanged if the base does not show the model family, or if the program supports no experts.
+    Stacks that the program reads as PEFT's stacks stay, too.
+    """
     family = architecture_of(None if base is None else base.config)
     if family is None or not profile.experts:
         return adapter
@@ -229,7 +237,7 @@ def _apart(adapter: Adapter, profile: Profile, base: Checkpoint | None) -> Adapt
 
 
 def _stored_in_stacks(family: Architecture, path: str) -> bool:
-    """Whether the hub's checkpoints also store the experts of a parameter in one tensor."""
+    """Whether the checkpoints on the hub, like transformers, store all experts of this parameter in one tensor."""
     keys = [key for key, place, _ in family.find(path, "transformers5") if place.stacked]
     places = [family.place(key, "hub") for key in keys]
     return bool(places) and all(place is not None and place.stacked for place in places)
@@ -242,13 +250,14 @@ def _why_not(profile: Profile, target: Target, update: Pair, in_stacks: bool) ->
         profile: the program.
         target: the update's target.
         update: the update.
-        in_stacks: whether the program reads stacks, and the base shows that the model's files have stacks.
+        in_stacks: whether the program reads stacks and a base is given. If the base shows the model family, only the
+            stacks that the model's files also store are left here.
     """
     if target.stacked and not in_stacks:
         return (
-            "it has stacked experts, but the program reads one LoRA per expert: give the base, which shows the "
-            "experts' names, with --base (base=); or give a BASE that stores experts one by one, with --match-base "
-            "--base BASE (bind(base))"
+            f"this is a stack of experts, but {profile.title} reads one LoRA per expert: give the base, which shows "
+            "the experts' names, with --base BASE (base=); or give a BASE that stores experts one by one, with "
+            "--match-base --base BASE (bind(base))"
         )
     if reason := unfit(target, update, stacked=True):
         return reason
@@ -260,5 +269,8 @@ def _why_not(profile: Profile, target: Target, update: Pair, in_stacks: bool) ->
     if not profile.embeddings and target.layout == "in out *k":
         return f"{profile.title} adapts neither embeddings nor weights stored as [in, out]"
     if profile.narrow and min(update.A.shape[1], update.B.shape[0]) <= rank_of(update):
-        return f"the rank is not smaller than the module, so {profile.title} would take the module's size for the rank"
+        return (
+            f"{profile.title} takes the smaller side of a factor for the rank, so the rank must be below the module's "
+            "numbers of inputs and outputs"
+        )
     return ""

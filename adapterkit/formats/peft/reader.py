@@ -1,4 +1,4 @@
-"""Decode a config and tensors into an `Adapter`; refuse a tensor without an update, unless it is known to be unused."""
+"""Decode a config and tensors into an `Adapter`; refuse tensors of unknown meaning, so that no change is lost."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ BUILT_IN = {
     "LORA": (decoders.decode_replacement, decoders.decode, decoders.decode_rows),
     "TRAINABLE_TOKENS": (decoders.decode_replacement, decoders.decode_rows),
 }
-"""The decoders for each `peft_type`, in the order in which PEFT applies updates; other types are in `families`."""
+"""The decoders by `peft_type`, in the order in which PEFT applies the updates. `families` has those of other types."""
 
 Updates = dict[Target, tuple["Update", ...]]
 Places = dict[Target, list[Mapping[str, Key]]]
-"""For each target, a list with one map per update: from the update's fields to their keys."""
+"""For each target, one map per update, from the update's fields to the keys of their tensors."""
 
 
 def decode(
@@ -46,11 +46,11 @@ def decode(
     base: Checkpoint | None = None,
     strict: bool = False,
 ) -> Adapter:
-    """Return the adapter in a config and tensors.
+    """Return the adapter that a config and the tensors by key describe.
 
     Raises:
         Malformed: a tensor belongs to no update, or the config belongs to another file.
-        Unsupported: the config needs a feature that this version does not have.
+        Unsupported: the config needs a feature that this version of adapterkit does not have.
         ShapeMismatch: the tensors' shapes contradict each other or the config.
         UsageError: the file does not show which parameters it adapts, and no base is given.
     """
@@ -60,7 +60,7 @@ def decode(
     updates, places, kept = assemble(file)
     keys, shapes = _departures(updates, places, tensors, prefix, settings.peft_type)
     if compat in ORDERS:
-        compat = None  # Do not record the order: the writer uses PEFT's order.
+        compat = None  # This `compat` is the order of stacked experts. Do not record it: the writer uses PEFT's order.
     hints = PeftHints(
         config=dict(config), targets=fingerprint(updates), prefix=prefix, keys=keys, shapes=shapes, compat=compat
     )
@@ -73,15 +73,15 @@ def decode(
 
 
 def without_config(adapter: Adapter, config: Mapping[str, JsonValue], *, assumed: bool) -> Adapter:
-    """Record in the lineage that the adapter was read with a generated config, so that no writer writes this config.
+    """Record in the lineage that the adapter was read without a config, and remove the config generated for it.
+
+    PEFT loads only configs that list the modules, and the generated config does not. So the writer composes a new
+    config, as for an adapter from another format.
 
     Args:
-        adapter: the adapter that was read.
+        adapter: the adapter, which was read with the generated config.
         config: the generated config.
-        assumed: whether the file has no alpha, and the rank of each module was used as alpha.
-
-    PEFT loads only configs that list the modules. So the writer composes a new config, as for an adapter from another
-    format.
+        assumed: whether the file has no alpha, so that the rank of each module was used as its alpha.
     """
     foreign, (step,) = adapter.foreign, adapter.recipe
     compat = None if foreign is None else foreign.data.get("compat")
@@ -121,12 +121,12 @@ def _decoders(peft_type: str) -> tuple[Callable[[File], Findings], ...]:
 def _check_all_used(file: File, used: set[Key]) -> None:
     if not used.issuperset(file.tensors):
         left = next(key for key in file.tensors if key not in used)
-        why = f"{file.settings.peft_type} has no tensor with this name"
+        why = f"a file with the peft_type {file.settings.peft_type} has no tensor with this key"
         raise Malformed(why, where=left.text, cure="Save the adapter again, or remove the tensor")
 
 
 Place = tuple[str, tuple[int, int] | None]
-"""The path of a module, and the range of rows of its weight, or None for all rows."""
+"""(path of a module, range of its weight's rows); the range is None for all rows."""
 
 
 def _in_file_order(
@@ -143,7 +143,10 @@ def _in_file_order(
 
 
 def _layout(findings: Sequence[DecodedUpdate]) -> str:
-    """Return a target's layout: the main update's layout, unless a replaced weight of the target contradicts it."""
+    """Return a target's layout.
+
+    This is the main update's layout, unless the shape of a weight that replaces the target's weight shows another one.
+    """
     if len(findings) == 1 and "weight" not in findings[0].update.tensor_fields():
         return findings[0].layout
     acting = next((finding for finding in findings if not isinstance(finding.update, Replacement)), None)
@@ -170,7 +173,7 @@ def _in_layout(finding: DecodedUpdate, target: Target) -> Update:
 def _departures(
     updates: Updates, places: Places, tensors: Mapping[str, Lazy], prefix: str, peft_type: str
 ) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """Return the keys and shapes in the file that differ from those that the writer would choose."""
+    """Return `PeftHints.keys` and `PeftHints.shapes`: keys and shapes that the writer would not choose by itself."""
     keys: dict[str, str] = {}
     shapes: dict[str, list[int]] = {}
     if peft_type == "LORA" and are_plain(updates):

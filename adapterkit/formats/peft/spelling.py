@@ -1,4 +1,4 @@
-"""Convert updates to keys and stored tensors, the inverse of parsing keys; and compose the config."""
+"""Convert updates to keys and to tensors as PEFT stores them, and compose the config."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
 
 
-# Convert updates to keys and stored tensors; the inverse of parsing keys.
+# Convert updates to keys and to tensors as PEFT stores them. `file.parse_keys` does the inverse for keys.
 
 
 EMBEDDINGS = ("*emb*", "*.wte", "wte", "*.wpe", "wpe", "*.shared", "shared")
-"""Globs for paths of embeddings, used to find embeddings among targets that are stored as [in, out]."""
+"""Globs for the paths of embeddings. They distinguish embeddings from other targets that are stored as [in, out]."""
 
 
 Part = tuple[str, str, Lazy, bool]
@@ -47,8 +47,8 @@ class Spelled:
         place: (target, index of the update among the target's updates, field).
         key: the tensor's key.
         leaf: the tensor.
-        guessed: whether the key is uncertain, because an embedding may be a Conv1D, or because the order of a module's
-            parameters is unknown.
+        guessed: whether the key is uncertain, because the target may be an embedding or a Conv1D, or because the order
+            of a module's parameters is unknown.
     """
 
     place: tuple[Target, int, str]
@@ -59,13 +59,13 @@ class Spelled:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PeftNames:
-    """Creates the names of modules and parameters in PEFT's keys, for one set of updates.
+    """The data for creating the names of modules and parameters in PEFT's keys, for one set of updates.
 
     Attributes:
-        paths: the paths of the targets that have a method of `PAIRS`.
+        paths: the paths of the targets with an update of a method in `PAIRS`.
         wrappers: a map from a module's path to the words that wrappers insert after this path.
-        depths: a map from a parameter to the number of wrappers around the parameter's own wrapper.
-        guessed: the parameters whose depth is uncertain.
+        depths: a map from a parameter's path to the number of wrappers around the parameter's own wrapper.
+        guessed: the paths of the parameters whose depth is uncertain.
         base: the base, or None.
     """
 
@@ -75,10 +75,10 @@ class PeftNames:
     guessed: Collection[str]
     base: Checkpoint | None
     _inside: dict[str, str] = field(default_factory=dict)
-    """A map from each module that contains adapted modules to its path with all wrappers, including its own wrapper."""
+    """A cache: a map from a parent module's path to the same path with the words of all wrappers, including its own."""
 
     def inside(self, name: str) -> str:
-        """Return a dotted path with the wrappers of all parent modules, but without the module's own wrapper."""
+        """Return a dotted path with the words of all parents' wrappers. The wrapper of the last module is left out."""
         module, dot, last = name.rpartition(".")
         if not dot:
             return last
@@ -91,7 +91,10 @@ class PeftNames:
 def spell(
     updates: Mapping[Target, tuple[Update, ...]], peft_type: str, prefix: str = PREFIX, base: Checkpoint | None = None
 ) -> Iterator[Spelled]:
-    """Yield every tensor of the updates with its key; slices of fused weights have no keys."""
+    """Yield every tensor of the updates with its key.
+
+    Updates of some rows of a fused weight are skipped, because PEFT has no keys for them.
+    """
     for target, position, parts in spell_updates(updates, peft_type, prefix, base):
         for name, key, leaf, guessed in parts:
             yield Spelled((target, position, name), key, leaf, guessed)
@@ -100,7 +103,10 @@ def spell(
 def spell_updates(
     updates: Mapping[Target, tuple[Update, ...]], peft_type: str, prefix: str = PREFIX, base: Checkpoint | None = None
 ) -> Iterator[tuple[Target, int, list[Part]]]:
-    """Yield each update's target, its index among the target's updates, and its tensors with their keys."""
+    """Yield (target, index of the update among the target's updates, tensors with their keys) for each update.
+
+    Updates of some rows of a fused weight are skipped, because PEFT has no keys for them.
+    """
     names = _names(updates, peft_type, base)
     encoded: dict[type[Family], Iterator[Parts]] = {}
     for target, group in updates.items():
@@ -125,8 +131,9 @@ def spell_updates(
 def are_plain(updates: Mapping[Target, tuple[Update, ...]]) -> bool:
     """Whether all updates are LoRA of linear modules that do not contain one another.
 
-    If so, a key such as `<prefix><path>.lora_A.weight` has no words of wrappers. This shortcut saves time: an adapter
-    for a mixture of experts has 10^5 keys, and the general code for keys took a fifth of the time for reading a file.
+    If so, every key has the form `<prefix><path>.lora_A.weight`, without words of wrappers, and the general code for
+    keys is not needed. An adapter for a mixture of experts has 10^5 keys, for which that code took a fifth of the time
+    of reading.
     """
     paths: set[str] = set()
     for target, group in updates.items():
@@ -145,7 +152,7 @@ def are_plain(updates: Mapping[Target, tuple[Update, ...]]) -> bool:
 
 
 def stored(leaf: Lazy, layout: str) -> Lazy:
-    """Transpose a whole weight from [out, in] to the order in which the layout stores it, or back."""
+    """Transpose a replaced weight from [out, in] to the order of axes of `layout`, or back."""
     axis = int(layout.startswith("e "))
     if layout not in ("in out *k", "e in out *k") or len(leaf.shape) < axis + 2:
         return leaf
@@ -157,7 +164,7 @@ def stored(leaf: Lazy, layout: str) -> Lazy:
 def config_name(target: Target, paths: Collection[str]) -> str:
     """Return the name by which a config selects a target.
 
-    This is the target's path. If both projections of an attention are targets, it is the attention's path.
+    If both projections of an attention are targets, this is the attention's path; otherwise it is the target's path.
     """
     module, _, name = target.path.rpartition(".")
     other = _OTHER_PROJECTION.get(name)
@@ -165,12 +172,12 @@ def config_name(target: Target, paths: Collection[str]) -> str:
 
 
 def is_parameter(target: Target, paths: Collection[str], base: Checkpoint | None) -> bool:
-    """Whether a LoRA adapts a parameter and not a module; False for the projections of an attention."""
+    """Whether a LoRA's target is a parameter and not a module. This is False for the projections of an attention."""
     return (target.stacked or _names_parameter(target.path, base)) and config_name(target, paths) == target.path
 
 
 def is_embedding(target: Target) -> bool | None:
-    """Whether the target of a LoRA is an embedding; None if the target may also be a Conv1D."""
+    """Whether the target of a LoRA is an embedding; None if it may be an embedding or a Conv1D."""
     if target.layout != "in out *k":
         return False
     if any(fnmatchcase(target.path, glob) for globs in IN_OUT.values() for glob in globs):
@@ -179,7 +186,7 @@ def is_embedding(target: Target) -> bool | None:
 
 
 def lora_paths(updates: Mapping[Target, tuple[Update, ...]]) -> set[str]:
-    """Return the paths of targets with LoRA or another method of pairs."""
+    """Return the paths of the targets with LoRA, or with another method in `PAIRS`."""
     return {target.path for target, group in updates.items() if any(isinstance(u, PAIRS) for u in group)}
 
 
@@ -243,7 +250,7 @@ _OTHER_PROJECTION = {"in_proj_weight": "out_proj", "out_proj": "in_proj_weight"}
 
 
 def _stem(target: Target, names: PeftNames) -> str:
-    """Return the path with which a LoRA's keys begin, including the words that its module's wrappers insert."""
+    """Return the path at the start of a LoRA's keys, after the prefix, including the words of wrappers."""
     if target.path in names.depths:
         module = target.path.rpartition(".")[0]
         return names.inside(module) + ".base_layer" * names.depths[target.path]
@@ -281,7 +288,7 @@ def _scales(field: str, leaf: Lazy, target: Target, base: Checkpoint | None) -> 
 
 
 def _whole_name(path: str, field: str, base: Checkpoint | None) -> str:
-    """Return the name of the base's parameter that an update replaces."""
+    """Return the name of the base's parameter that a field of a replacement replaces."""
     if not _names_parameter(path, base):
         return f"{path}.{field}"
     return path if field == "weight" else "bias".join(path.rsplit("weight", 1))
@@ -291,10 +298,10 @@ _WRAPPING = (*PAIRS, IA3)
 _ROWS = (".token_adapter", "")
 """The text in a key between a module's path and `.trainable_tokens_delta`.
 
-The second is used if peft_type is TRAINABLE_TOKENS, otherwise the first.
+A file whose `peft_type` is TRAINABLE_TOKENS has the second text, which is empty. Other files have the first.
 """
 
-# Compose configs that are tried when a file is written; the first is most similar to the source config.
+# Compose the configs that the writer tries. The first one is the most similar to the source config.
 
 
 FRESH: dict[str, dict[str, Any]] = {
@@ -303,15 +310,15 @@ FRESH: dict[str, dict[str, Any]] = {
     "LN_TUNING": {},
     "TRAINABLE_TOKENS": {"init_weights": True},
 }
-"""Config fields for adapters not read from PEFT's format.
+"""The config fields, by `peft_type`, to write for an adapter that was not read from PEFT's format.
 
-Fields that older releases lack have PEFT's default values.
+Fields that older releases of PEFT do not know are left out, so PEFT uses its defaults for them.
 """
 
 DROPOUTS = (
     "boft_dropout", "hira_dropout", "lora_dropout", "miss_dropout", "rank_dropout", "vera_dropout",
 )  # fmt: skip
-"""The names of the config field for dropout in training; the name depends on the `peft_type`."""
+"""The config fields that get the dropout of an adapter from `create`. Each `peft_type` has at most one of them."""
 
 COMMON = {
     "auto_mapping": None,
@@ -320,7 +327,10 @@ COMMON = {
     "revision": None,
     "task_type": None,
 }
-"""The fields that all types have. If the type changes, the values stay, except `inference_mode`."""
+"""The config fields that every `peft_type` has, with the values for an adapter without a source config.
+
+If the written file has another `peft_type` than the source, the source's values stay, except `inference_mode`.
+"""
 
 ALWAYS = ("r", "lora_alpha", "target_modules", "feedforward_modules", "modules_to_save")
 """Fields that are written even if they are empty."""
@@ -336,8 +346,9 @@ def configs(
 ) -> Iterator[dict[str, JsonValue]]:
     """Yield the configs to try, the most similar to the source config first.
 
-    If the targets are those of the source file, the first config is the source config, and the second also has new
-    ranks and alphas. The last config has new ranks, alphas and lists of modules.
+    If the adapter still has the source's targets and `peft_type`, the first config is the source config with the
+    current base, and the second one differs from the first in ranks and alphas. The last config also has new lists of
+    modules.
     """
     read = hints.config if hints.config.get("peft_type") == peft_type else {}
     if any(target.stacked for target in updates):
@@ -367,15 +378,16 @@ def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[st
 
 
 def _over(config: Mapping[str, JsonValue], changes: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return a config with changes.
+    """Return a config with changed fields.
 
-    New fields without a value are omitted: older releases of PEFT may not know them.
+    A new field that is empty or false is left out, because older releases of PEFT may not know the field. The fields in
+    `ALWAYS` are never left out.
     """
     return {**config, **{name: value for name, value in changes.items() if value or name in config or name in ALWAYS}}
 
 
 def _base_fields(adapter: Adapter, hints: PeftHints) -> dict[str, JsonValue]:
-    """Return the fields that name the base; empty if the base is unknown or the source config already names it."""
+    """Return the fields that name the base; none if the base is unknown, or if the source config already names it."""
     ref, read = adapter.base, hints.config.get("base_model_name_or_path")
     if ref is None or ref.id in (None, read):
         return {}
@@ -400,11 +412,11 @@ def _stored_in_out(updates: Updates) -> bool:
     )
 
 
-# Create the lists of names in a config such that PEFT selects exactly the modules that have tensors in the file.
+# Create a config's lists of names, so that PEFT selects exactly the modules that have tensors in the file.
 
 
 NO_MODULE = "dummy-target-modules"
-"""PEFT's value of `target_modules` for a LoRA config that selects no module."""
+"""The value of `target_modules` with which PEFT allows a LoRA config to select no module."""
 
 
 def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
@@ -426,7 +438,7 @@ def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValu
 
 
 def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
-    """Return the fields of an IA3 config that select all modules, and the modules whose inputs are scaled."""
+    """Return the fields of an IA3 config that select the modules, and those of them whose inputs are scaled."""
     members = {target.path: update for target, us in updates.items() for update in us if isinstance(update, IA3)}
     inputs = sorted(path for path, update in members.items() if update.l_in is not None)
     loose = any(path.endswith(tuple(inputs)) for path in members if path not in inputs)
@@ -439,7 +451,10 @@ def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue
 
 
 def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, JsonValue]:
-    """Return the fields that select modules, for a config of one of the `families`."""
+    """Return the fields of a family's config that select modules.
+
+    If the family selects no modules, as prompts do, these are `modules_to_save` and the task type of encoder-decoders.
+    """
     paths = sorted(target.path for target, group in updates.items() if _has(group, family.methods()))
     if not family.names_modules:
         saved = saved_modules(updates, (), base)
@@ -454,7 +469,7 @@ def family_fields(updates: Updates, family: type[Family], base: Checkpoint | Non
 
 
 def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
-    """Return the fields that select the modules whose copies are in an LN_TUNING file."""
+    """Return the fields of an LN_TUNING config that select the modules whose parameters are replaced."""
     config = {
         f"{target.path}." if base is None or f"{target.path}.weight" in base.tensors else target.path
         for target in updates
@@ -466,26 +481,30 @@ def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValu
 
 
 def token_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
-    """Return the fields that select the tokens and modules of a TRAINABLE_TOKENS file."""
+    """Return the fields of a TRAINABLE_TOKENS config that select modules and tokens."""
     paths = {target.path: token_numbers(target, updates) for target in updates if _has(updates[target], Rows)}
     return {"target_modules": endings(sorted(paths), base), "token_indices": next(iter(paths.values()))}
 
 
 def token_numbers(target: Target, updates: Updates) -> list[int]:
-    """Return the ids of the tokens whose rows a target changes."""
+    """Return the ids of the tokens whose rows an update of the target changes."""
     rows = next(update for update in updates[target] if isinstance(update, Rows))
     return [int(number) for number in as_lazy(rows.index).numpy()]
 
 
 def endings(modules: Collection[str], base: Checkpoint | None) -> list[str] | str:
-    """Return a list of full paths. If a path is also the end of another module's name, return a pattern instead."""
+    """Return a value for `target_modules` that selects exactly these modules.
+
+    The value is the list of their paths. If a path is also the end of another module's path, the value is a regular
+    expression.
+    """
     return _pattern(modules) if _also_end_so(modules, base) else sorted(modules)
 
 
 def saved_modules(updates: Updates, adapted: Iterable[str], base: Checkpoint | None) -> list[str] | None:
-    """Return `modules_to_save`: the modules that are replaced completely.
+    """Return `modules_to_save`: the modules of which all tensors are replaced; None if there are none.
 
-    PEFT loads other replaced parameters by name.
+    Other replaced parameters need no entry, because PEFT loads them by name.
     """
     whole = [
         target.path
@@ -511,7 +530,7 @@ def _also_end_so(modules: Collection[str], base: Checkpoint | None) -> bool:
     last = {name.rpartition(".")[2] for name in named}
     suffixes: set[str] = set()
     for name in () if base is None else base.tensors:
-        # Visit each parent only once, because many modules have the same parent.
+        # Visit each parent only once: many tensors have the same parents.
         while (name := name.rpartition(".")[0]) and name not in suffixes:
             suffixes.add(name)
             if name.rpartition(".")[2] in last and name not in named and any(end in named for end in _ends(name)):
@@ -520,7 +539,7 @@ def _also_end_so(modules: Collection[str], base: Checkpoint | None) -> bool:
 
 
 def _ends(name: str) -> Iterator[str]:
-    """Yield the part of a name after each of its dots."""
+    """Yield the text after each dot of a name."""
     while rest := name.partition(".")[2]:
         yield (name := rest)
 

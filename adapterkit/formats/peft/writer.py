@@ -73,11 +73,11 @@ if TYPE_CHECKING:
 
 
 PLAIN = {"embeddings": "prompt", "past": "prefix"}
-"""For each `place` of a context update, the method whose tensor is the network's output."""
+"""For each `place` of a context update, the method that stores the output of the update's network."""
 
 
 def has_encoder(update: Update) -> bool:
-    """Whether a context update has a network; PEFT's files can only store the network's output."""
+    """Whether an update is a context update with a network. PEFT's files store only the network's output."""
     return isinstance(update, ContextUpdate) and update.place in PLAIN and family_of(update) is None
 
 
@@ -110,7 +110,7 @@ def _computed(update: ContextUpdate) -> Update:
 def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = False) -> list[Loss]:
     """Return (target, index of the update, one reason) for each update that a PEFT file cannot express.
 
-    `by_formula` is explained at `File`.
+    `by_formula` has the meaning of `File.by_formula`.
     """
     losses_found: dict[tuple[Target, int], str] = {}
     parties = (_biases(updates, base, by_formula), _attentions(updates), _families(updates, base))
@@ -121,7 +121,7 @@ def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = Fa
 
 
 def acting_method(updates: Updates) -> type[Update] | None:
-    """Return the most frequent main method (see `_acts`) of the updates; None if no update has a main method."""
+    """Return the most frequent main method (see `_acts`); None if no update has a main method."""
     count = Counter(type(u) for group in updates.values() for u in group if _acts(type(u)))
     return min(count, key=lambda method: (-count[method], _rank(method)), default=None)
 
@@ -133,12 +133,15 @@ def _may_stand(update: Update, method: type[Update] | None) -> bool:
 
 
 def _acts(method: type[Update]) -> bool:
-    """Whether a method can be a file's main method. Replacements and token rows cannot; they need no main method."""
+    """Whether a method can be the main method of a file, which determines the `peft_type`.
+
+    Replacements and token rows cannot. They may be in a file with or without a main method.
+    """
     return method in (*PAIRS, IA3) or family_of_method(method) is not None
 
 
 def _rank(method: type[Update]) -> int:
-    """Return a sort key that decides between main methods that equally many updates have."""
+    """Return the sort key that breaks ties between main methods that have the same number of updates."""
     return [*PAIRS, IA3].index(method) if method in BESIDE else len(BESIDE) + _position(method)
 
 
@@ -165,40 +168,40 @@ def _why_not(target: Target, update: Update, method: type[Update] | None) -> str
     if isinstance(update, Rows) and method not in (*PAIRS, None):
         return f"the config of {_name(method)} has no field for token rows"
     if target.rows is not None:
-        return f"PEFT has no {update.method} on some rows of a fused weight"
+        return f"PEFT does not support {update.method} on some rows of a fused weight"
     return ""
 
 
 def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkpoint | None, by_formula: bool) -> str:
     adapts = isinstance(update, PAIRS)
     if target.stacked and not (isinstance(update, LoRA) and update.bias is None and "." in target.path):
-        return f"PEFT adapts stacked experts only by plain LoRA on a module's parameter, not by {update.method}"
+        return "for stacked experts, PEFT supports only LoRA without a bias, on a parameter inside a module"
     if adapts and 0 in next(iter(update.tensors.values())).shape:
         return f"its {update.method} has rank 0"
     if isinstance(update, AcrossGroups) and (len(update.A.shape) < 3 or update.groups == 1):
-        return f"{update.method} with one group is a plain {update.method.removeprefix('grouped_')}"
+        return f"this is a plain {update.method.removeprefix('grouped_')}: its layer is not a convolution with groups"
     if isinstance(update, GroupedDoRA) and update.regrouped == by_formula:
         norms = "of the matrix that PEFT divides by" if update.regrouped else "of its own kernels"
         return f"{update.method} divides by the norms {norms}, but the written file would be read with the other norms"
     if isinstance(update, (LoRA, DoRA)) and target.layout == "in out *k" and len(update.tensors["A"].shape) > 2:
-        return f"PEFT has no {update.method} on a transposed convolution"
+        return f"PEFT does not support {update.method} on a transposed convolution"
     apart = isinstance(update, (DoRA, AcrossGroups, *LINEAR, *RESIDUAL, *ROUTED))
     if apart and (is_parameter(target, paths, base) or config_name(target, paths) != target.path):
-        return f"PEFT has no {update.method} on a parameter or an attention"
+        return f"PEFT does not support {update.method} on a parameter or an attention"
     if isinstance(update, (*RESIDUAL, *ROUTED)) and is_embedding(target):
-        return f"PEFT has no {update.method} on an embedding"
+        return f"PEFT does not support {update.method} on an embedding"
     if why := why_not_there(target, update):
         return why
     if family := family_of(update):
         if not family.empty and _empty(update):
             return f"its {update.method} has a tensor without elements"
         return (
-            f"PEFT has no {update.method} on a parameter"
+            f"PEFT does not support {update.method} on a parameter"
             if is_parameter(target, paths, base)
             else family.why_not(target, update)
         )
     if isinstance(update, Rows) and (target.path in paths or target.layout != "in out *k"):
-        return "PEFT stores single token rows only for an embedding without a LoRA"
+        return "PEFT stores the rows of single tokens only for an embedding that has no LoRA"
     return ""
 
 
@@ -207,7 +210,8 @@ def _together(updates: Updates) -> Iterator[Loss]:
     for target, group in updates.items():
         if seen.setdefault(target.path, target) != target and target.rows is None:
             yield from (
-                (target, position, "a weight has two targets with different layouts") for position in range(len(group))
+                (target, position, "another target has the same path, but another layout or other rows")
+                for position in range(len(group))
             )
         ranks = [_order(type(update)) for update in group]
         for position in range(1, len(group)):
@@ -225,12 +229,13 @@ def _order(method: type[Update]) -> int:
 
 
 def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iterator[Loss]:
-    """Yield LoRAs whose bias PEFT does not support; if there are none, yield LoRAs that contradict `lora_bias`.
+    """Yield the LoRAs whose bias PEFT does not support, or else the LoRAs that do not fit the file's `lora_bias`.
 
-    A file has one `lora_bias`. So if some LoRAs have a bias and others have none, the smaller group cannot be written.
+    A file has one `lora_bias` for all LoRAs. So if some LoRAs have a bias and others have none, the LoRAs of the
+    smaller group cannot be written.
 
-    PEFT's forward ignores the bias of an attention's input projection, so a LoRA of this projection without a bias fits
-    both groups.
+    PEFT's forward ignores the bias of an attention's input projection. So a LoRA of this projection that has no bias
+    fits both groups.
     """
     paths = lora_paths(updates)
     parties: dict[bool, list[Loss]] = {True: [], False: []}
@@ -245,11 +250,13 @@ def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iter
                 where = is_parameter(target, paths, base) or is_embedding(target) or input_projection
                 this_one, others = ("has a", "have none") if has else ("has no", "have one")
                 if has and where:
-                    impossible.append((target, position, f"PEFT has no {update.method} with a bias at this target"))
+                    impossible.append(
+                        (target, position, f"PEFT does not support {update.method} with a bias at this target")
+                    )
                 else:
                     why = f"this {update.method} {this_one} bias, but others {others}"
                     parties[has].append((target, position, why))
-    # After `--on-loss drop` omitted the LoRAs that PEFT cannot have, the remaining LoRAs are compared again.
+    # Do not compare the groups yet. With `--on-loss drop`, this function is called again without the unsupported LoRAs.
     if impossible:
         yield from impossible
     elif parties[True] and parties[False]:
@@ -261,25 +268,28 @@ def _is_input_projection(target: Target, paths: Collection[str]) -> bool:
 
 
 def _attentions(updates: Updates) -> Iterator[Loss]:
-    """Yield updates of an attention's projection if their rank differs from the rank of the other projection."""
+    """Yield LoRAs of an attention's projection whose rank differs from the rank of the attention's other projection."""
     paths, first = lora_paths(updates), dict[str, int]()
     for target, group in updates.items():
         for position, update in enumerate(group):
             if isinstance(update, LoRA):
                 rank = int(update.A.shape[-2 if target.stacked else 0])
                 if first.setdefault(config_name(target, paths), rank) != rank:
-                    yield target, position, "its rank differs from that of the attention's other projection"
+                    yield target, position, "its rank differs from the rank of the attention's other projection"
 
 
 def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
-    """Yield updates that need other config values than most updates; a config has one value for all modules."""
+    """Yield the updates of a family that need other config values than most updates of the family.
+
+    A config has one value of each field for all modules.
+    """
     method = acting_method(updates)
     family = family_of_method(method)
     methods = family.methods() if family else ()
     members = [update for group in updates.values() for update in group if type(update) in methods]
     if family and not family.empty and any(map(_empty, members)):
-        # `_alone` reports the updates with empty tensors. After they are removed, this function is called again for
-        # the rest.
+        # `_alone` reports the updates with empty tensors. With `--on-loss drop`, this function is called again without
+        # them.
         return
     for target, why in family.apart(updates, base) if family else ():
         position = next(i for i, update in enumerate(updates[target]) if type(update) in methods)
@@ -294,7 +304,7 @@ def _name(method: type[Update] | None) -> str:
     return "others" if method is None else method.__module__.rpartition(".")[2]
 
 
-# Encode an `Adapter` as a config and tensors, and check that PEFT's format reads them back as the same updates.
+# Encode an `Adapter` as a config and tensors, and check that our reader decodes them to the same updates.
 
 
 def says(
@@ -306,13 +316,13 @@ def says(
     omitted: Collection[str] = (),
     compat: str | None = None,
 ) -> bool:
-    """Whether reading this config and these tensors as PEFT's format would yield these updates.
+    """Whether our reader of PEFT's format would decode this config and these tensors to these updates.
 
     Args:
         config: the config.
         tensors: the tensors by key, including tensors that are not in the file.
         spelled: the same tensors, with their targets and fields.
-        updates: the updates that reading must yield.
+        updates: the expected updates.
         base: the base, or None.
         omitted: the keys of tensors that are not in the file.
         compat: the `compat` with which the file will be read.
@@ -333,7 +343,10 @@ def says(
 
 
 def _unshared_fields(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
-    """Map (path, index of an update) to the fields with a fixed key. Other fields use one of several shared keys."""
+    """Return the fields of each update that have a fixed key, by (path, index of the update).
+
+    Each of the other fields uses one of several shared tensors, which the reader selects.
+    """
     family = family_of_type(file.settings.peft_type)
     several = {key.text for word, key in file.shared.items() if family and word not in family.shared}
     fields_at: dict[tuple[str, int], set[str]] = {}
@@ -348,8 +361,8 @@ def _unshared_fields(places: Places, file: File) -> dict[tuple[str, int], set[st
 def _content(updates: Updates, written_fields: Mapping[tuple[str, int], Collection[str]]) -> Mapping[object, object]:
     """Return everything about updates that a wrong config could change: targets, methods, values, shapes, token ids.
 
-    A float tensor with its own key is represented only by its dtype. A tensor that the reader computes, or selects
-    among several shared tensors, is represented by its values.
+    A float tensor that has its own key is represented only by its shape and dtype. If the reader computes the tensor,
+    or selects it among several shared tensors, its values are included.
     """
     return {
         (target.path, target.rows, target.stacked): [
@@ -377,7 +390,7 @@ def _values(leaf: Lazy, is_written: bool) -> object:
 def encode(
     adapter: Adapter, *, on_loss: str, base: Checkpoint | None
 ) -> tuple[Mapping[str, JsonValue], dict[str, Lazy], list[str]]:
-    """Return the config, the tensors by key, and one line for each omitted or rewritten update.
+    """Return the config, the tensors by key, and a line for each omitted or rewritten update.
 
     Raises:
         Unrepresentable: a PEFT file cannot express an update, and `on_loss` does not allow rewriting or omitting the
@@ -407,11 +420,11 @@ def encode(
             return config, kept | written, computed + joined + lines + folded
     places = [(target, position) for target, group in updates.items() for position in range(len(group))]
     cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
-    raise Unrepresentable("PEFT's config cannot express this combination", cure=cure, places=places)
+    raise Unrepresentable("PEFT's config cannot express this combination of updates", cure=cure, places=places)
 
 
 def _as_stored(updates: Updates) -> dict[Target, tuple[Update, ...]]:
-    """Return the same updates, with replaced weights in the order in which the base stores them."""
+    """Transpose the weights of replacements to the order of axes in which the base stores them."""
     changed: dict[Target, tuple[Update, ...]] = {}
     for target, group in updates.items():
         if target.layout == "out *in" or not all(isinstance(update, Replacement) for update in group):
@@ -441,7 +454,7 @@ def _peft_type(updates: Updates, hints: PeftHints) -> str:
     if method is not None:
         types = {} if method in BESIDE else {n: f.peft_type for n, f in FAMILIES.items() if method in f.methods()}
         read = hints.config.get("peft_type")
-        # If several types have the method, prefer the source file's type, and then the type that is named after the
+        # If several `peft_type`s have the method, prefer the source file's, and then the one that is named after the
         # method.
         named = types.get(method.__module__.rpartition(".")[2]) or next(iter(types.values()), None)
         return str(read) if read in types.values() else named or ("IA3" if method is IA3 else "LORA")
@@ -454,7 +467,7 @@ def _peft_type(updates: Updates, hints: PeftHints) -> str:
 
 
 def _spell(updates: Updates, hints: PeftHints, peft_type: str, base: Checkpoint | None) -> list[Spelled]:
-    """Return every tensor as PEFT stores it, with the key and the shape that the source file has, if known."""
+    """Return every tensor as PEFT stores it. If the source file is known, use its keys, shapes and order of experts."""
     spelled = []
     for each in spell(updates, peft_type, hints.prefix, base):
         key = hints.keys.get(each.key, each.key)
@@ -468,9 +481,10 @@ def _spell(updates: Updates, hints: PeftHints, peft_type: str, base: Checkpoint 
 
 
 def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
-    """Return the tensors by key.
+    """Return the tensors by key. A tensor that several updates share is written once.
 
-    A tensor that several updates share is written once, and must be equal in all updates.
+    Raises:
+        Unrepresentable: updates that would share a tensor have different values.
     """
     first: dict[str, Any] = {}
     tensors: dict[str, Lazy] = {}
@@ -478,8 +492,8 @@ def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
         target, position, field = each.place
         leaf = updates[target][position].tensors[field.partition(".")[0]]
         if first.setdefault(each.key, leaf) is not leaf and tensors[each.key].fetch() != each.leaf.fetch():
-            cure = "Write adapterkit's format, which stores it for each module: --to adapterkit (format='adapterkit')"
-            why = "all modules share this tensor in a PEFT file, but the adapter's modules have different values"
+            cure = "Write adapterkit's format, with one tensor for each module: --to adapterkit (format='adapterkit')"
+            why = "all modules share this tensor in a PEFT file, but its values differ between the adapter's modules"
             raise Unrepresentable(why, items=[each.key], cure=cure, places=[(target, position)])
         tensors.setdefault(each.key, each.leaf)
     return tensors
@@ -503,13 +517,16 @@ def _kept(adapter: Adapter, updates: Updates, hints: PeftHints) -> dict[str, Laz
 
 
 # Write ranks and scalings as config fields: one rank and one alpha for most modules, patterns for all others.
-# PEFT's config has no scaling: PEFT divides alpha by the rank or by the root of the rank. The writer searches for an
-# alpha that yields exactly the scaling. If there is no such alpha, the scaling is folded into B, if the caller allows
-# folding.
+# PEFT's config has no field for a scaling: PEFT computes it as alpha / r, or alpha / sqrt(r) with `use_rslora`. The
+# writer searches for an alpha that yields exactly the scaling. If there is none, and if the caller allows folding, the
+# scaling is folded into B.
 
 
 def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Updates, dict[str, JsonValue], list[str]]:
-    """Return the fields for ranks and scalings. If allowed, fold the scalings that have no exact alpha into B."""
+    """Return the updates, the config fields for ranks and scalings, and a line for each folded scaling.
+
+    A scaling that no alpha yields exactly is folded into B, if `on_loss` allows this.
+    """
     updates, lines = _family_folded(updates, on_loss)
     if lines:
         return updates, {}, lines
@@ -522,12 +539,13 @@ def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Upd
         return updates, numbers, []
     needy = [target for target in updates if target.path in paths and config_name(target, paths) in inexact]
     items = [f"{target}: no alpha yields its exact scaling" for target in needy]
-    if on_loss not in ("fold", "promote") or any(isinstance(u, OLoRA) for target in needy for u in updates[target]):
-        raise Unrepresentable(
-            "PEFT states a scaling as alpha / r",
-            items=items,
-            cure="Allow folding the scaling into B with --on-loss fold (on_loss='fold')",
-        )
+    if any(isinstance(update, OLoRA) for target in needy for update in updates[target]):
+        # The scaling also applies to the part that OLoRA takes from W, so it cannot be folded into B.
+        cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
+        raise Unrepresentable("PEFT states a scaling as alpha / r", items=items, cure=cure)
+    if on_loss not in ("fold", "promote"):
+        cure = "Allow folding the scaling into B with --on-loss fold (on_loss='fold')"
+        raise Unrepresentable("PEFT states a scaling as alpha / r", items=items, cure=cure)
     changed = {
         t: tuple(_folded(update, _times_added(t, paths, once)) for update in group) if t in needy else group
         for t, group in updates.items()
@@ -537,7 +555,7 @@ def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Upd
 
 
 def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
-    """Fold scalings that a family's config cannot express into a tensor of the update."""
+    """Fold scalings that a family's config cannot express into a tensor of their update, if `on_loss` allows this."""
     method = acting_method(updates)
     family = family_of_method(method)
     needy = family.inexact(updates) if family else []
@@ -563,7 +581,7 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
 
 
 def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
-    """Return (rank, scaling) by the name in the config, and the attentions whose projections need different alphas."""
+    """Return (rank, scaling) by name in the config, and the attentions whose projections differ in rank or scaling."""
     paths, scales, unlike = lora_paths(updates), dict[str, Scale](), dict[str, None]()
     for target, group in updates.items():
         for update in (update for update in group if isinstance(update, PAIRS)):
@@ -575,13 +593,13 @@ def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
 
 
 def _times_added(target: Target, paths: Collection[str], once: bool) -> float:
-    """Return how many times PEFT's forward adds the change of a target; 1 with `once`, as in the paper's formula."""
+    """Return how many times PEFT's forward adds the change of a target. With `once`, always 1, as in the paper."""
     inside = config_name(target, paths) != target.path and target.path.endswith(".out_proj")
     return OUTPUT_TIMES if inside and not once else 1.0
 
 
 def _folded(update: Update, scaling: float) -> Update:
-    """Give an update another scaling without changing its function: rescale B and the bias, and round them once."""
+    """Return an update with another scaling and the same function, up to one rounding of B and the bias."""
     if not isinstance(update, PAIRS) or isinstance(update, OLoRA):
         return update
     scaled = {name: update.tensors[name] for name in ("B", "B_blocks", "bias") if name in update.tensors}

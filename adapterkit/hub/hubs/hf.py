@@ -53,7 +53,7 @@ _NAME = re.compile(rf"(?P<repo>{_SEGMENT}/{_SEGMENT})(?:@(?P<revision>[^/@\s]{{1
 
 
 class HuggingFace(Remote):
-    """A repository of models."""
+    """A model repository on the Hugging Face hub or a compatible server."""
 
     form = "hf://org/repo, hf://org/repo@revision or hf://org/repo@revision/path"
 
@@ -82,7 +82,7 @@ class HuggingFace(Remote):
         at = "" if self.uri.revision is None else f"/revision/{quote(self.uri.revision, safe='')}"
         revision = self.call(lambda: self._json(f"{self._model}{at}")[0]["sha"])
         if not isinstance(revision, str) or not re.fullmatch(r"[0-9a-f]{40,64}", revision):
-            raise NetworkError("the hub did not return the commit", path=str(self.uri), cure=_NOT_A_HUB)
+            raise NetworkError("the hub's reply has no valid commit hash", path=str(self.uri), cure=_NOT_A_HUB)
         return revision
 
     def call(self, act: Callable[[], T]) -> T:
@@ -107,8 +107,9 @@ class HuggingFace(Remote):
     def _json(self, url: str) -> tuple[Any, str | None]:
         """Return the JSON document at a url of the hub, and the url of the next page (None on the last page).
 
-        huggingface_hub's functions are not used, for two reasons. They read replies of any length. They also send the
-        token to the url of the next page, even if the reply with this url came from another server after a redirect.
+        This method does not use huggingface_hub's functions, for two reasons. Those functions read replies of any
+        length. They also send the token to the url of the next page, even if this url is in a reply from another
+        server, after a redirect.
 
         Raises:
             HfHubHTTPError: the hub refuses the request.
@@ -121,7 +122,7 @@ class HuggingFace(Remote):
 
     @contextmanager
     def _answered(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-        """Yield the open reply to a request. The token is sent only to the endpoint, never after a redirect.
+        """Send a GET request and yield the open reply. The token is sent only to the endpoint's own origin.
 
         Raises:
             HfHubHTTPError: the hub refuses the request.
@@ -136,7 +137,8 @@ class HuggingFace(Remote):
             secret = {}
         with answered("GET", url, sent, secret, str(self.uri)) as response:
             if response.status_code >= 400:
-                # Pass a copy with a short body: huggingface_hub reads the whole body of an error to explain it.
+                # huggingface_hub reads the whole body of an error reply to explain the error, and a server could send
+                # an endless body. So pass a copy of the reply whose body is cut to a limit.
                 kept_headers = {key: response.headers[key] for key in _EXPLAINING if key in response.headers}
                 copy = httpx.Response(
                     response.status_code,
@@ -155,7 +157,7 @@ class HuggingFace(Remote):
             size, digest = lfs.get("size"), f"sha256:{lfs.get('oid')}"
         valid = isinstance(path, str) and type(size) is int and size >= 0
         if not valid or not re.fullmatch(r"git:[0-9a-f]{40}|sha256:[0-9a-f]{64}", digest):
-            raise Malformed("the hub lists a file without its size or digest", path=str(self.uri), cure=_NOT_A_HUB)
+            raise Malformed("the hub lists a file without a path, size or digest", path=str(self.uri), cure=_NOT_A_HUB)
         return RemoteFile(path, size, digest)
 
     @contextmanager
@@ -200,7 +202,7 @@ class HuggingFace(Remote):
         place, status = str(self.uri), error.response.status_code
         hidden = isinstance(error, errors.RepositoryNotFoundError)
         if isinstance(error, errors.GatedRepoError):
-            cure = f"Accept its terms at {_bare(self.endpoint)}/{self.uri.repo}, and set HF_TOKEN to your token"
+            cure = f"Accept the repository's terms at {_bare(self.endpoint)}/{self.uri.repo}, and set HF_TOKEN"
             return AccessDenied("access to this repository is gated", path=place, cure=cure)
         if isinstance(error, errors.RevisionNotFoundError):
             cure = "Check the branch, tag or commit after the @"
@@ -211,18 +213,18 @@ class HuggingFace(Remote):
             return self._denial(status)
         if status == 404 or hidden:
             known = "with this token" if self.token else "without a token"
-            cure = "Check the spelling" + ("" if self.token else f". If it is private: {_LOGIN}")
+            cure = "Check the spelling" + ("" if self.token else f". If the repository is private: {_LOGIN}")
             return RemoteNotFound(f"the repository does not exist, or is not visible {known}", path=place, cure=cure)
         return NetworkError(f"the hub answered {status}{self._message(error)}", path=place, cure=_REACH)
 
     def _denial(self, status: int) -> AccessDenied:
         place = str(self.uri)
         if status == 403:
-            cure = "Use a token that has the right to do this (to write, for a push)" if self.token else _LOGIN
+            cure = "Use a token that permits this: read for a pull, write for a push" if self.token else _LOGIN
             known = "with this token" if self.token else "without a token"
-            return AccessDenied(f"the hub forbids this {known}", path=place, cure=cure)
+            return AccessDenied(f"the hub forbids this request {known}", path=place, cure=cure)
         if self.token:
-            cure = "It is mistyped, expired or revoked: set HF_TOKEN to a valid one, or unset it"
+            cure = "The token is mistyped, expired or revoked: set HF_TOKEN to a valid token, or unset it"
             return AccessDenied("the hub does not know this token", path=place, cure=cure)
         return AccessDenied("the hub requires a token", path=place, cure=_LOGIN)
 
@@ -235,7 +237,7 @@ class HuggingFace(Remote):
         try:
             return {file.path: file for file in self.files}
         except RemoteNotFound:
-            # `send` creates a missing branch from the main branch, so list the main branch's files.
+            # If only the branch is missing, `send` creates it from the main branch, so list the main branch's files.
             return None if self.uri.revision is None else HuggingFace(Uri(self.uri.repo), self.token).there()
 
     def send(
@@ -250,7 +252,8 @@ class HuggingFace(Remote):
         head_of(self)
 
     def place(self, path: str, file: Path, digests: Digests) -> Placed:
-        # Upload even small files with LFS: a later commit can refer to a file by its sha256 only if it is an LFS file.
+        # Upload even small files with LFS: a later commit can refer to a file by its sha256 only if the file is an LFS
+        # file.
         def act() -> None:
             operation = _addition(path, str(file))
             self.api.preupload_lfs_files(self.uri.repo, [operation], revision=self.uri.revision, num_threads=2)
@@ -282,7 +285,7 @@ class HuggingFace(Remote):
         try:
             self.call(lambda: self.api.create_tag(self.uri.repo, tag=tag, revision=commit, exist_ok=True))
         except NetworkError:
-            # Look for the tag: it may be set even if the reply was lost.
+            # The hub may have set the tag although its reply was lost. So raise the error only if the tag is not set.
             if self._tag(tag) != commit:
                 raise
 
@@ -301,7 +304,7 @@ def _is_folder(entry: object) -> bool:
 
 
 def _cause(error: Exception) -> Exception:
-    """Return the original error of a failed upload: huggingface_hub wraps it in a `RuntimeError`."""
+    """Return the original error of a failed upload, which huggingface_hub wraps in a `RuntimeError`."""
     wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
     return error.__cause__ if wrapped and isinstance(error.__cause__, Exception) else error
 
@@ -316,11 +319,11 @@ _EXPLAINING = ("X-Error-Code", "X-Error-Message", "Content-Type", "Retry-After",
 
 _LOGIN = "Set HF_TOKEN, or run 'hf auth login'"
 _REACH = "Check the connection and HF_ENDPOINT, then run the same command again: it continues where it stopped"
-_NOT_A_HUB = "Is HF_ENDPOINT the address of a hub?"
+_NOT_A_HUB = "Set HF_ENDPOINT to the address of a Hugging Face hub, or unset it"
 
 
-# Push one commit on top of a known parent commit. So nobody can see half of a push, and a push cannot overwrite another
-# one.
+# A push makes one commit, so nobody sees half of a push. The push names the parent of its commit: if somebody else has
+# pushed since the parent was read, the hub refuses the commit. So no push overwrites another push.
 
 
 def send(
@@ -352,7 +355,7 @@ def send(
 
 
 def head_of(remote: HuggingFace) -> str:
-    """Return the parent for the new commit; create a missing branch from the main branch."""
+    """Return the newest commit of the branch. If the branch is missing, create it from the main branch."""
     uri, hub = remote.uri, type(remote)
     try:
         return hub(uri, remote.token).commit
@@ -369,7 +372,7 @@ def _once(remote: HuggingFace, head: str, digests: Mapping[str, Digests], act: C
     """Make the commit only once, even if the hub's reply is lost.
 
     The hub may have made the commit before the connection broke. So after an error, if the branch has moved on from
-    `head` and contains the pushed files, return its commit instead of raising the error.
+    `head` and contains the pushed files, return the branch's commit instead of raising the error.
     """
     try:
         return remote.call(act)
@@ -385,7 +388,7 @@ def _once(remote: HuggingFace, head: str, digests: Mapping[str, Digests], act: C
                 return now.commit
         # The hub answers 412 if `parent_commit` is no longer the head of the branch.
         if "412" in error.why or "refresh" in error.why:
-            cure = "Look at the current files, and run the same command again"
+            cure = "Look at the files that are on the hub now, then run the same command again"
             raise NetworkError("somebody else pushed in the meantime", path=str(remote.uri), cure=cure) from None
         raise
 
@@ -396,7 +399,7 @@ def _created(remote: HuggingFace, private: bool) -> None:
 
 
 def _addition(name: str, content: str | bytes) -> CommitOperationAdd:
-    """Return a commit operation that adds a file. It sets LFS, so huggingface_hub need not ask the hub for the mode."""
+    """Return a commit operation that adds a file with LFS, so huggingface_hub need not ask the hub for the mode."""
     from huggingface_hub import CommitOperationAdd
 
     operation = CommitOperationAdd(name, content)
@@ -405,7 +408,7 @@ def _addition(name: str, content: str | bytes) -> CommitOperationAdd:
 
 
 def _placed(name: str, placed: Placed) -> CommitOperationAdd:
-    """Return a commit operation that adds an uploaded file; the commit refers to the file by sha256 and size."""
+    """Return a commit operation that adds an already uploaded file; it refers to the file by sha256 and size."""
     from huggingface_hub.lfs import UploadInfo
 
     operation, (size, digest, _) = _addition(name, b""), placed.digests

@@ -22,7 +22,7 @@ from .hf import HuggingFace
 
 
 class ModelScope(Listing):
-    """A repository of models."""
+    """A model repository on ModelScope."""
 
     form = "modelscope://org/repo, modelscope://org/repo@revision or modelscope://org/repo@revision/path"
 
@@ -67,7 +67,10 @@ class ModelScope(Listing):
         return Passing("the connection was lost", wait) if lost or _status(error) in PASSING else None
 
     def failure(self, error: Exception) -> AdapterkitError | None:
-        """Return the typed error for a client error. Use only type and status: the message may have signed urls."""
+        """Return the adapterkit error for an exception of the client.
+
+        The exception's own message is left out, because it may contain signed urls.
+        """
         place, status = str(self.uri), _status(error)
         if status in (401, 403):
             return AccessDenied("access is denied", path=place, cure="Set MODELSCOPE_API_TOKEN")
@@ -79,11 +82,11 @@ class ModelScope(Listing):
 
 
 def _guard(client: Any, place: str) -> None:
-    """Send the token only to the hub's own origin, and limit the size of all replies except files.
+    """Send the token only to the hub's own origin, and limit the size of all replies that are not files.
 
-    The client sends the token in the `Authorization` header, which it drops on redirects to another origin. It also
-    sends the token in a cookie. By default, a cookie is valid for every port and scheme of a host. So after a redirect,
-    the cookie could go to another port, or be sent without encryption.
+    The client sends the token in the `Authorization` header, and drops this header on redirects to another origin. But
+    the client also sends the token in a cookie. By default, a cookie is valid for every port and scheme of a host. So
+    after a redirect, the cookie could go to another port, or be sent without encryption.
     """
     home = urlsplit(client._endpoint)
 
@@ -106,7 +109,7 @@ def _guard(client: Any, place: str) -> None:
 def _counted(chunk: bytes, left: list[int], place: str) -> bytes:
     left[0] -= len(chunk)
     if left[0] < 0:
-        cure = "Check MODELSCOPE_ENDPOINT, and tell the hub's owner"
+        cure = "Check MODELSCOPE_ENDPOINT. If it is correct, tell the hub's owner"
         raise NetworkError(f"the hub's reply is longer than {MAX_TOLD:,} bytes", path=place, cure=cure)
     return chunk
 

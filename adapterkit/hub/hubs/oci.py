@@ -84,7 +84,7 @@ DOCUMENTS = (".md",)
 
 
 def artifact(repo: str, tag: str, digests: Mapping[str, Digests], message: str) -> tuple[bytes, bytes]:
-    """Return the bytes of the config and of the manifest of an artifact. The same arguments give the same bytes."""
+    """Return an artifact's config and manifest, as bytes. The same arguments always give the same bytes."""
     names = sorted(digests)
     described = {
         "descriptor": {"name": repo.rpartition("/")[2], "version": tag},
@@ -106,7 +106,7 @@ def parsed(body: bytes, place: str) -> Mapping[str, JsonValue]:
 
     Raises:
         Malformed: the bytes are not a manifest.
-        Unsupported: the bytes are an index, which lists several manifests; the uri must name one of these.
+        Unsupported: the bytes are an index, which lists several manifests. The uri must have the digest of one of them.
     """
     try:
         manifest = load_json(body.decode())
@@ -114,7 +114,9 @@ def parsed(body: bytes, place: str) -> Mapping[str, JsonValue]:
         raise Malformed(f"the manifest is not valid JSON ({error})", path=place, cure=_ANOTHER) from None
     if isinstance(manifest, dict) and ("manifests" in manifest or manifest.get("mediaType") in INDEXES):
         raise Unsupported(
-            "this is a list of artifacts, not one artifact", path=place, cure="Select one of them by its digest"
+            "this is an index of several artifacts, not one artifact",
+            path=place,
+            cure="Add the digest of one of the artifacts to the uri: oci://registry/name@sha256:...",
         )
     if not isinstance(manifest, dict) or not isinstance(manifest.get("layers"), list):
         raise Malformed("the manifest has no layers", path=place, cure=_ANOTHER)
@@ -122,7 +124,7 @@ def parsed(body: bytes, place: str) -> Mapping[str, JsonValue]:
 
 
 def files_of(manifest: Mapping[str, JsonValue], place: str) -> list[RemoteFile]:
-    """Return the files of a manifest's layers.
+    """Return one file for each layer of a manifest.
 
     Raises:
         Malformed: a layer has no size or no digest.
@@ -143,12 +145,12 @@ def _file(layer: object, where: str, place: str) -> RemoteFile:
     if type(size) is not int or size < 0:
         raise Malformed("the layer has no size", path=place, where=where, cure=_ANOTHER)
     if notes.get(FOLDER) == "true" or (kind.startswith("application/vnd.cncf.model.") and ".tar" in kind):
-        cure = "Fetch and unpack it with the tool that pushed it"
+        cure = "Fetch and unpack the artifact with the tool that pushed it"
         raise Unsupported(
-            "the layer is an archive of files, which is not unpacked", path=place, where=name or where, cure=cure
+            "the layer is an archive, which adapterkit does not unpack", path=place, where=name or where, cure=cure
         )
     if name is None:
-        cure = "This is an image, or was pushed by a tool that does not store file names"
+        cure = "Push the files again with a tool that stores file names, such as oras. Container images cannot be read"
         raise Unsupported("the layer has no file name", path=place, where=where, cure=cure)
     return RemoteFile(name, size, digest)
 
@@ -192,15 +194,16 @@ _NAME = re.compile(
 )
 LATEST = "latest"
 MAX_MANIFEST = 4 << 20
-"""Largest manifest that registries must accept, in bytes (OCI distribution specification)."""
+"""The largest manifest to read, in bytes. The OCI distribution specification expects registries and clients to support
+manifests of at least 4 megabytes."""
 
 TRIES = 3
-"""How often a manifest is fetched at most, until its bytes match the digest."""
+"""The maximum number of times that a manifest is fetched if its bytes do not match the digest each time."""
 
 
 @dataclass(frozen=True, slots=True)
 class OciUri(Uri):
-    """The name of an artifact, with its tag or its digest."""
+    """The uri of an artifact, with a tag or a digest."""
 
     def __str__(self) -> str:
         mark = "@" if (self.revision or "").startswith("sha256:") else ":"
@@ -208,7 +211,7 @@ class OciUri(Uri):
 
 
 class Distribution(Remote):
-    """A repository of artifacts."""
+    """A repository in an OCI registry, at one tag or digest."""
 
     form = "oci://registry/name:tag or oci://registry/name@sha256:..."
     whole = True
@@ -216,7 +219,7 @@ class Distribution(Remote):
     def __init__(self, uri: Uri, token: str | None = None) -> None:
         super().__init__(uri, token)
         self.host, _, name = uri.repo.partition("/")
-        # Docker Hub's API has a different host name from the one in the names of its repositories.
+        # The names of Docker Hub's repositories usually begin with `docker.io`, but the API is on another host.
         server = "registry-1.docker.io" if self.host in DOCKER_HUB else self.host
         self.url = f"{'http' if is_near(server) else 'https'}://{server}/v2/{name}"
         self.admission = Admission(self.host, self.url, str(uri), token)
@@ -245,7 +248,7 @@ class Distribution(Remote):
             if promised in ("", digest):
                 return digest, parsed(body, str(self.uri))
         why = f"the manifest does not have the expected digest {promised}"
-        raise Corrupt(why, path=str(self.uri), cure="The registry, or a proxy on the way, damages the manifest")
+        raise Corrupt(why, path=str(self.uri), cure="Use another network: the registry or a proxy damages the manifest")
 
     def _manifest(self) -> tuple[bytes, str]:
         revision = self.uri.revision or LATEST
@@ -278,8 +281,8 @@ class Distribution(Remote):
             secret = self.admission.headers if origin(url) == registry else {}
             with answered(method, url, headers or {}, secret, str(self.uri), content) as response:
                 # Answer a challenge only from the registry itself. After a redirect, the challenge may come from
-                # another server, and could name a realm of that server, which would receive the password. containerd
-                # had this vulnerability (CVE-2020-15157).
+                # another server. The realm in the challenge is the url that gets the password, so that server could
+                # direct the password to itself. containerd had this vulnerability (CVE-2020-15157).
                 is_registry = origin(str(response.url)) == registry
                 challenge = response.headers.get("WWW-Authenticate", "")
                 if response.status_code == 401 and is_registry and attempt == 0 and self.admission.ask(challenge):
@@ -321,28 +324,36 @@ class Distribution(Remote):
         if error.status == 401:
             return AccessDenied(f"the registry denies access {known}", path=place, cure=login)
         if error.status == 403:
-            cure = "Use an account that has the right to do this (to write, for a push)"
+            cure = "Use an account with the required permission: read for a pull, write for a push"
             return AccessDenied(
-                f"the registry forbids this {known}", path=place, cure=cure if self.admission.known else login
+                f"the registry forbids this request {known}", path=place, cure=cure if self.admission.known else login
             )
         if error.status == 404:
-            named = "no such repository" if error.code == "NAME_UNKNOWN" else f"no tag {self.uri.revision!r}"
+            named = (
+                "the repository does not exist"
+                if error.code == "NAME_UNKNOWN"
+                else f"the repository has no tag or digest {self.uri.revision!r}"
+            )
             why = "a blob is missing: the artifact is incomplete" if error.code == "BLOB_UNKNOWN" else named
-            return RemoteNotFound(why, path=place, cure=f"Check the spelling. If it is private: {login}")
+            return RemoteNotFound(why, path=place, cure=f"Check the spelling. If the repository is private: {login}")
         message = f": {error.message}" if error.message else ""
-        return NetworkError(f"the registry answered {error.status}{message}", path=place, cure="Is it an OCI registry?")
+        return NetworkError(
+            f"the registry answered {error.status}{message}", path=place, cure="Check that the host is an OCI registry"
+        )
 
     def send(
         self, files: Mapping[str, Content], changed: Sequence[str], digests: Mapping[str, Digests], message: str,
         private: bool,
     ) -> str:  # fmt: skip
         if private:
-            cure = "Set the visibility at the registry, and omit --private (private=)"
-            raise UsageError("a push cannot set who can see an artifact", path=str(self.uri), cure=cure)
+            cure = "Omit --private (private=), and set the visibility on the registry's own pages"
+            raise UsageError("a push cannot set the visibility of an artifact", path=str(self.uri), cure=cure)
         if (self.uri.revision or "").startswith("sha256:"):
-            raise UsageError("a push needs a tag, not a digest", path=str(self.uri), cure="Use a tag instead")
-        # Compare the tag before and after the upload. A push by somebody else between this check and the PUT is not
-        # noticed: registries have no conditional PUT.
+            raise UsageError(
+                "a push needs a tag, not a digest", path=str(self.uri), cure="Write oci://registry/name:tag"
+            )
+        # Read the tag's digest before and after the upload. If the digests differ, somebody else has pushed. A push
+        # between the second read and the PUT goes unnoticed, because registries have no conditional PUT.
         before = self._now()
         for name, content in files.items():
             if not isinstance(content, Placed):
@@ -352,7 +363,7 @@ class Distribution(Remote):
         config, manifest = artifact(self.uri.repo, self.uri.revision or LATEST, digests, message)
         upload(self, config, len(config), digests_of(config)[1])
         if self._now() != before:
-            cure = "Look at the current files, and run the same command again"
+            cure = "Look at the files that the tag has now, then run the same command again"
             raise NetworkError("somebody else pushed in the meantime", path=str(self.uri), cure=cure)
         return self._set(self.uri.revision or LATEST, manifest)
 
@@ -394,19 +405,19 @@ class Distribution(Remote):
 #
 # Source: https://github.com/opencontainers/distribution-spec/blob/main/spec.md, "Pushing a blob in chunks".
 #
-# The upload's url is saved to disk, so that another process can continue the upload. That process asks the registry for
-# the number of bytes that it has received; the last chunk may be incomplete. Docker's registry 2.8 puts a signed byte
-# count into its upload urls. If the registry has received more bytes than this count (half a chunk, or a chunk whose
-# reply was lost), it refuses to continue, and the blob is sent again from its start.
+# The upload's url is saved to disk, so that another process can continue the upload. That process asks the registry how
+# many bytes the registry has received, because only a part of the last chunk may have arrived. Docker's registry 2.8
+# puts a signed byte count into its upload urls. If this registry has received more bytes than the count (half a chunk,
+# or a chunk whose reply was lost), it refuses to continue the upload, and the blob is sent again from its start.
 
 
 UPLOAD_CHUNK = 16 << 20
 LONGEST = 256 << 20
-"""The largest chunk, in bytes; a chunk is kept in memory. Some registries require a minimum size, which may be larger
-than `UPLOAD_CHUNK`."""
+"""The largest chunk, in bytes. A registry may require chunks that are larger than `UPLOAD_CHUNK`. Each chunk is kept in
+memory, so this constant limits the size that a registry can ask for."""
 
 ANEW = 6
-"""How often a blob is uploaded at most, if the registry loses or damages it."""
+"""The maximum number of times that a blob is uploaded if the registry loses or damages it each time."""
 
 
 def upload(remote: Distribution, content: Path | bytes, size: int, digest: str) -> None:
@@ -435,19 +446,19 @@ class _Upload:
 
     Attributes:
         location: the upload's current url; None if the upload has not been started.
-        at: the number of bytes that the registry has; None if the registry must be asked for this number.
+        at: the number of bytes that the registry has received; None if it is unknown, so the registry must be asked.
     """
 
     def __init__(self, remote: Distribution, content: Path | bytes, size: int, digest: str) -> None:
         self.remote, self.content, self.size, self.digest, self.chunk = remote, content, size, digest, UPLOAD_CHUNK
-        # The url is saved in a file whose name is computed from the repository and the blob, so that any process that
-        # pushes this blob finds the file.
+        # The name of the file with the url is computed from the repository's url and the blob's digest, so that any
+        # process that pushes this blob finds the file.
         self.note = cache_folder() / "uploads" / hashlib.sha256(f"{remote.url} {digest}".encode()).hexdigest()
         self.location = _noted(self.note, remote)
         self.at: int | None = None
 
     def run(self) -> None:
-        """Send the bytes that the registry does not have yet.
+        """Send the bytes that the registry does not have yet, and complete the upload.
 
         Raises:
             Refused: the registry refuses to continue this upload.
@@ -483,12 +494,12 @@ class _Upload:
         if chunk:
             location = _patch(self.remote, location, at, chunk)
         self.location, self.at = location, at + len(chunk)
-        # Save the url only for blobs of several chunks. A blob of one chunk is simply sent again.
+        # Save the url only for blobs of several chunks. After a crash, a blob of one chunk is simply sent again.
         if self.size > self.chunk:
             _keep(self.note, location)
 
     def _overcome(self, error: Exception, attempt: int) -> None:
-        """Wait before another attempt; raise the error if another attempt is useless."""
+        """After an error, wait before the next attempt; raise the error if another attempt is useless."""
         met = self.remote.passing(error)
         if met is None:
             raise _failed(self.remote, error) from None
@@ -521,11 +532,11 @@ def _begun(remote: Distribution) -> tuple[str, int]:
 
 
 def _upload_state(remote: Distribution, location: str) -> tuple[str, int]:
-    """Return an upload's current url, and the number of bytes that the registry has."""
+    """Return an upload's current url, and the number of bytes that the registry has received."""
     with remote.asked("GET", location) as response:
         match = re.fullmatch(r"(?:bytes=)?0-(\d+)", response.headers.get("Range", ""))
-        # The end of the range is inclusive. But registries answer "0-0" for an empty upload, so the end 0 means that
-        # no bytes were received, not one.
+        # The end of the range is inclusive, so "0-0" should mean one byte. But registries also answer "0-0" for an
+        # empty upload, so treat "0-0" as no bytes.
         received = int(match[1]) + 1 if match and match[1] != "0" else 0
         return _location(remote, location, response), received
 
@@ -544,8 +555,8 @@ def _finish(remote: Distribution, location: str, digest: str) -> None:
             with remote.asked("PUT", url, {"Content-Length": "0"}, b""):
                 pass
         except Refused as error:
-            # If the reply to an earlier, successful attempt was lost, the upload no longer exists (404), but the blob
-            # does.
+            # An earlier attempt may have succeeded although its reply was lost. Then the upload no longer exists (404),
+            # but the blob does.
             if error.status != 404 or not _has(remote, digest):
                 raise
 
@@ -559,12 +570,12 @@ def _location(remote: Distribution, url: str, response: httpx2.Response) -> str:
     """Return the url that the registry chose for the next request of an upload.
 
     Raises:
-        NetworkError: the registry switches from https to http.
+        NetworkError: the new url uses neither https nor the scheme of the registry's url.
     """
     target = urljoin(url, response.headers.get("Location", "") or url)
     if urlsplit(target).scheme != urlsplit(remote.url).scheme and urlsplit(target).scheme != "https":
-        why = f"the registry directs the upload to {urlsplit(target).scheme}://, which is not safe"
-        raise NetworkError(why, path=str(remote.uri), cure="Check the registry's configuration")
+        why = f"the registry directs the upload to {urlsplit(target).scheme}://, which is not encrypted"
+        raise NetworkError(why, path=str(remote.uri), cure="Configure the registry to use https in its urls")
     return target
 
 
@@ -603,8 +614,8 @@ def _noted(note: Path, remote: Distribution) -> str | None:
 
 def _explained(remote: Distribution, error: Exception, digest: str) -> Exception:
     if getattr(error, "code", "") == "DIGEST_INVALID":
-        cure = "A local file changed during the push, or a proxy on the way damages it: push again"
+        cure = "Push again: a local file changed during the push, or a proxy damaged the upload"
         return Corrupt(
-            "the registry received bytes that differ from the file", path=str(remote.uri), where=digest, cure=cure
+            "the registry received bytes that differ from the local file", path=str(remote.uri), where=digest, cure=cure
         )
     return remote.failure(error) or error

@@ -58,7 +58,7 @@ SIGNED = timedelta(minutes=15)
 
 
 class Bucket:
-    """A bucket, configured by the AWS environment variables.
+    """A bucket. The AWS environment variables configure the access to it.
 
     Attributes:
         store: the obstore store.
@@ -74,7 +74,7 @@ class Bucket:
             cure = "pip install 'adapterkit[s3]'"
             raise Unsupported("s3:// needs the package obstore", path=place, cure=cure) from None
         self.name, self.place, self.options = name, place, _options()
-        # Request this checksum, so that S3 verifies each upload.
+        # With this setting, obstore sends the sha256 of each upload, and S3 verifies the bytes that arrive.
         self.store: S3Store = S3Store(name, config={"checksum_algorithm": "SHA256"}, **self.options)
         self.anonymous = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "on", "y")
         self.keys: Mapping[str, Any] = _NOBODY if self.anonymous else {}
@@ -94,7 +94,7 @@ class Bucket:
         """Return the bytes of a small object and its ETag.
 
         Raises:
-            NetworkError: the object is larger than `MAX_TOLD`; adapterkit never writes such large documents.
+            NetworkError: the object is larger than `MAX_TOLD`, and so cannot be a file list that adapterkit wrote.
         """
         with self.asked("GET", key, {}) as response:
             return body_of(response, self.place), response.headers.get("ETag")
@@ -102,9 +102,9 @@ class Bucket:
     def page(self, query: Mapping[str, str]) -> bytes:
         """Return the body of the response to a query about the bucket, such as a listing.
 
-        obstore can sign only the url of an object, which it forms by appending the object's key to the endpoint. So
-        this function passes an endpoint that ends with the query and `x-id=`. The appended key becomes the value of the
-        parameter `x-id`, which S3 ignores.
+        obstore can sign only the url of an object. It forms this url by appending the object's key to the endpoint. So
+        this method passes an endpoint that ends with the query and `x-id=`. The appended key then becomes the value of
+        the parameter `x-id`, which S3 ignores.
         """
         bucket = self._address(self.signer, "GET", "x").partition("?")[0].removesuffix("/x")
         endpoint = f"{bucket}?{urlencode({**query, 'x-id': ''}, quote_via=quote)}"
@@ -139,7 +139,7 @@ _NOBODY = {"access_key_id": "none", "secret_access_key": "none", "skip_signature
 
 
 def _options() -> dict[str, Any]:
-    """Return the options for obstore: how it retries, and plain HTTP only for a server on this machine."""
+    """Return the options for obstore: retry settings, and plain HTTP if the endpoint is a server on this machine."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     plain = endpoint.startswith("http://") and is_near(endpoint.removeprefix("http://").partition("/")[0])
     waits = {"init_backoff": timedelta(seconds=web.FIRST_WAIT), "max_backoff": timedelta(seconds=30), "base": 2}
@@ -203,7 +203,7 @@ def _parsed(body: bytes, place: str) -> Element:
         raise Malformed(
             "the bucket did not answer with a list of objects",
             path=place,
-            cure="Is AWS_ENDPOINT_URL the address of an S3-compatible server?",
+            cure="Set AWS_ENDPOINT_URL to the address of an S3-compatible server, or unset it",
         )
     return page
 
@@ -212,7 +212,7 @@ def _listed(entry: Element, place: str) -> Listed:
     key, size = _text_of(entry, "Key"), _text_of(entry, "Size")
     if not key or not size or not size.isascii() or not size.isdigit():
         raise Malformed(
-            "the list of a bucket has an object without a name or a size", path=place, cure="Tell its owner"
+            "the bucket's list has an object without a key or a size", path=place, cure="Tell the bucket's owner"
         )
     return Listed(key, int(size), _text_of(entry, "ETag") or "")
 
@@ -222,29 +222,30 @@ def _text_of(element: Element, name: str) -> str | None:
 
 
 def _name(element: Element) -> str:
-    """Return a tag without its namespace, which some servers omit."""
+    """Return the tag of an XML element without its namespace, because some servers omit the namespace."""
     return str(element.tag).rpartition("}")[2]
 
 
 # S3 and compatible stores: `s3://bucket/path`, through obstore (the extra `s3`). AWS's environment variables apply.
 #
 # A push writes a list of the files and their digests next to the files. The list has the state `pushing` before the
-# first upload, and the state `whole` after the last upload. At its start, a push writes the list on the condition that
-# the list is absent, or still has the ETag that the push read. So two pushes cannot mix, and nobody takes half a push
-# for a complete one. If a folder has no list, its objects are read, and only sizes are checked.
+# first upload, and the state `whole` after the last upload. Each write of the list is conditional: it succeeds only if
+# the list is still absent, or still has the ETag that the push saw last. So two pushes cannot mix, and nobody takes
+# half a push for a complete one. A folder without such a list can be read, too, but then only the sizes of its objects
+# are checked.
 #
-# Objects and lists are read by presigned urls with the HTTP client that all hubs share. obstore is used only for
-# uploads, and S3 verifies each upload against a sha256. obstore ignores Retry-After and uses exponential backoff.
+# obstore signs urls and uploads files. Objects and lists are read from the signed urls by the HTTP client that all hubs
+# share. S3 verifies each upload against a sha256. obstore ignores Retry-After and uses exponential backoff.
 
 
 LIST = ".adapterkit-files.json"
 CHUNK = 8 << 20
 MULTIPART = 64 << 20
-"""Files larger than this are uploaded in parts; in bytes."""
+"""A file with more bytes than this is uploaded in parts."""
 
 
 class S3(Listing):
-    """A folder of a bucket."""
+    """A folder or a file in a bucket."""
 
     form = "s3://bucket/path"
 
@@ -267,7 +268,7 @@ class S3(Listing):
     def _list(self) -> tuple[str, Mapping[str, Any], str | None] | None:
         """The key, the content and the ETag of the stored file list; None if no list exists.
 
-        If the uri names a file, the list is in the parent folder, so both folders are tried.
+        The list is looked up in the folder of the uri, then in the parent folder, because the uri may name a file.
         """
         for folder in dict.fromkeys((self.uri.path, self.uri.path.rpartition("/")[0])):
             key = f"{folder}/{LIST}" if folder else LIST
@@ -282,8 +283,8 @@ class S3(Listing):
         if self._list is None:
             return self._objects_here()
         if self._list[1]["state"] != "whole":
-            cure = "Wait for it; if it was interrupted, run the push again"
-            raise NetworkError("a push to this place is still running", path=str(self.uri), cure=cure)
+            cure = "Wait until the push ends; if the push was interrupted, run the same push again"
+            raise NetworkError("a push to this folder is still running", path=str(self.uri), cure=cure)
         return self._listed_files()
 
     def _listed_files(self) -> list[RemoteFile]:
@@ -296,7 +297,7 @@ class S3(Listing):
         ]
 
     def _objects_here(self) -> Iterator[RemoteFile]:
-        """Yield the objects in the folder of the uri. If the uri names a file, yield the objects next to this file."""
+        """Yield the objects in the uri's folder. If the uri names a file, yield all objects in the file's folder."""
         path, place = self.uri.path, str(self.uri)
         entries = objects(self._listing, path, place, deep=True)
         first = next(entries, None)
@@ -319,7 +320,7 @@ class S3(Listing):
             yield begins_at(response), response.iter_raw(PIECE)
 
     def there(self) -> Mapping[str, RemoteFile] | None:
-        """Return the existing remote files, keyed by path. After an interrupted push, return those from before it."""
+        """Return the files in the folder, keyed by path. If a push is unfinished, return the files from before it."""
         if self._claimed is not None:
             # After the claim, tasks upload files to this folder, so return the files that existed before the claim.
             return self._met
@@ -349,8 +350,8 @@ class S3(Listing):
     def begin(self) -> None:
         super().begin()
         self._met = self.there()
-        # Keep the ETag of the list. `send` replaces the list only if it still has this ETag, so it fails if another
-        # program has pushed in the meantime.
+        # Keep the ETag of the list. `send` replaces the list only if the list still has this ETag. So `send` fails if
+        # another program has pushed in the meantime.
         self._claimed = self._claim(_entries(self._before(), self.uri.path))
 
     def kept(self) -> str:
@@ -362,7 +363,8 @@ class S3(Listing):
         self.call(lambda: self._put(path, file))
         size, mark = self.call(lambda: self._stored(path))
         if size != digests[0]:
-            raise Corrupt("the uploaded file has another size", path=str(self.uri), where=path, cure=_PUSH_AGAIN)
+            why = f"the uploaded file has {size:,} bytes, but the local file has {digests[0]:,}"
+            raise Corrupt(why, path=str(self.uri), where=path, cure=_PUSH_AGAIN)
         return Placed(path, digests, mark)
 
     def holds(self, placed: Placed) -> bool:
@@ -389,7 +391,11 @@ class S3(Listing):
         return self._write({"state": "pushing", "files": before, "by": secrets.token_hex(16)}, tag)
 
     def _write(self, state: Mapping[str, JsonValue], tag: str | None) -> str | None:
-        """Write the list if its ETag is unchanged, or if the list is still absent; return the new ETag."""
+        """Replace the file list with the ETag `tag`, or create the list if `tag` is None; return the new ETag.
+
+        Raises:
+            NetworkError: the list has another ETag, or `tag` is None and a list exists.
+        """
         import obstore
 
         mode: Any = "create" if tag is None else {"e_tag": tag}
@@ -419,7 +425,10 @@ class S3(Listing):
         return Passing("the connection was lost") if is_transport(error) else None
 
     def failure(self, error: Exception) -> AdapterkitError | None:
-        """Return the typed error for an obstore error. Its text is omitted: it may have urls, keys and signatures."""
+        """Return the adapterkit error for a failed request.
+
+        The text of obstore's error is left out, because it may contain urls, keys and signatures.
+        """
         place, kind = str(self.uri), type(error).__name__
         if is_offline(error):
             return offline(place)
@@ -429,7 +438,7 @@ class S3(Listing):
         if status in (401, 403) or kind in ("PermissionDeniedError", "UnauthenticatedError"):
             return AccessDenied("access is denied", path=place, cure=_CREDENTIALS)
         if kind in ("AlreadyExistsError", "PreconditionError"):
-            cure = "Look at the current files, and run the same command again"
+            cure = "Look at the files that are in the bucket now, then run the same command again"
             return NetworkError("somebody else pushed in the meantime", path=place, cure=cure)
         if status is not None:
             return NetworkError(f"the store answered {status}", path=place, cure=_CREDENTIALS)
@@ -443,7 +452,7 @@ class S3(Listing):
 
 
 def _status(error: Exception) -> int | None:
-    """Return the HTTP status of a refused request. obstore's errors have the status only in their text."""
+    """Return the HTTP status in an error, or None. obstore's errors have the status only in their text."""
     if isinstance(error, Refused):
         return error.status
     match = re.search(r"non-2xx status code: (\d{3})", str(error))
@@ -470,7 +479,7 @@ def _checked(body: bytes, place: str) -> Mapping[str, JsonValue]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         fits = False
     if not fits:
-        raise Corrupt("the list of files is damaged", path=place, where=LIST, cure=_PUSH_AGAIN)
+        raise Corrupt("the file list of the last push is damaged", path=place, where=LIST, cure=_PUSH_AGAIN)
     return state  # type: ignore[no-any-return]
 
 

@@ -37,7 +37,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def fits(target: Target, updates: tuple[Update, ...], shape: tuple[int, ...]) -> bool:
-    """Return whether the updates fit a weight that is stored with shape `shape` in the target's layout."""
+    """Return whether the updates fit a stored weight of shape `shape`, whose axes are in the order `target.layout`."""
     seen = viewed(shape, target)
     if seen is None:
         return False
@@ -55,14 +55,14 @@ def fits(target: Target, updates: tuple[Update, ...], shape: tuple[int, ...]) ->
 
 
 def viewed(shape: tuple[int, ...], target: Target) -> tuple[int, ...] | None:
-    """Reorder a stored shape to the axes that updates use, `[out, in, *k]`.
+    """Return a stored shape with its axes in the order that updates use: `[out, in, *k]`, or `[e, out, in, *k]`.
 
-    Return None if the shape has too few axes.
+    Return None if the shape has no axis for the outputs.
     """
     lead, rest = shape[: int(target.stacked)], shape[int(target.stacked) :]
     if not rest:
         return None
-    # Return the shape unchanged if it already starts with the outputs, or if the outputs are its only axis.
+    # These shapes already have the order of updates: the outputs come first, or are the only axis.
     if len(rest) < 2 or target.layout.removeprefix("e ").startswith("out"):
         return shape
     inputs, outputs, *kernel = rest
@@ -83,14 +83,14 @@ def _rest_fits(dims: Dims, rest: tuple[int, ...]) -> bool:
 
 
 def _without_ones(kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """Drop trailing sizes of 1 from a kernel's shape: some tools write a one-dimensional kernel with two dimensions."""
+    """Drop trailing sizes of 1 from a kernel's shape: some tools store the kernel of a 1D convolution with two axes."""
     while kernel and kernel[-1] == 1:
         kernel = kernel[:-1]
     return kernel
 
 
 def paths_of(names: Iterable[str]) -> set[str]:
-    """Return the paths that targets may have: modules with a weight or a bias, and names of tensors."""
+    """Return the paths that targets may have: all names of tensors, and all modules with a weight or a bias."""
     paths = set(names)
     paths.update([name.rpartition(".")[0] for name in paths if name.endswith((".weight", ".bias"))])
     return paths
@@ -103,9 +103,12 @@ def biasless(base: Checkpoint, path: str) -> bool:
 
 
 def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
-    """Return the shape in the live model of a tensor that the base stores split or fused; None if unknown."""
-    # Cache the shapes: readers need the shape of each stack several times, and each computation visits every expert of
-    # the base.
+    """Return the shape that the loaded model's tensor `name` has, if the base stores this tensor split or fused.
+
+    Return None if the shape is unknown.
+    """
+    # Cache the shapes: format readers ask for the shape of a stack several times, and each computation visits every
+    # expert in the base.
     known = _LIVE_SHAPES.setdefault(base, {})
     if name not in known:
         known[name] = _live_shape(base, name)
@@ -121,14 +124,15 @@ def _live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
         return _shape_in(base, name.removesuffix(".weight"), architecture)
     if names_family(base.config):
         return None
-    # The family of a folder of plain shards is unknown. Try all families that have the name; their results must agree.
+    # A folder of shards without a config does not state its family. Try all families that have a weight of this name.
+    # If their shapes differ, the shape is unknown.
     path = name.removesuffix(".weight")
     shapes = {_shape_in(base, path, known) for known in with_names((path,))} - {None}
     return shapes.pop() if len(shapes) == 1 else None
 
 
 def _share(part: PathPart, base: Checkpoint) -> tuple[int, int]:
-    """Return the fraction of a fused weight's rows that belong to a part, as (numerator, denominator)."""
+    """Return which fraction of a fused weight's rows belongs to `part`, as (numerator, denominator)."""
     if not part.heads:
         return 1, part.of
     heads = heads_of(base.config, str(base.root))
@@ -137,7 +141,7 @@ def _share(part: PathPart, base: Checkpoint) -> tuple[int, int]:
 
 
 def names_family(config: Mapping[str, object] | None) -> bool:
-    """Return whether a base's config names a model type or classes, known to this version or not."""
+    """Return whether a config has a model type, known to adapterkit or not, or was built from a GGUF file."""
     return not {"model_type", STORED_AS}.isdisjoint(config or {})
 
 
@@ -168,11 +172,11 @@ def _names_of(base: Checkpoint) -> Names:
     return Names(paths_of(base.tensors))
 
 
-# Check whether an adapter was made for a given base, by comparing names, configs and fingerprints of weights.
+# Check whether an adapter was made for a given base: compare the bases' names, configs and fingerprints of weights.
 
 
 _CACHED = re.compile(r"models--(.+)")
-"""Matches a repository's folder in huggingface_hub's cache: `models--org--name`."""
+"""Matches the name of a repository's folder in huggingface_hub's cache, such as `models--org--name`."""
 
 
 def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str | None) -> list[str]:
@@ -210,11 +214,12 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
 
 
 def relation(base: Checkpoint, shapes: Sequence[str]) -> str:
-    """Return a phrase that says how a base with another fingerprint differs from the recorded base; empty if unknown.
+    """Return a phrase for a warning: whether only the weights differ from the recorded base, or also names or shapes.
 
     Args:
-        base: the base.
-        shapes: the digests of names and shapes that the adapter records, see `io/checkpoint.py`.
+        base: the base; its fingerprint is not the recorded one.
+        shapes: the recorded digests of tensor names and shapes, see `shapes_digest`. If there are none, the phrase is
+            empty.
     """
     known = [each for each in shapes if each.startswith(SHAPES_PREFIX)]
     if not known:
@@ -223,9 +228,10 @@ def relation(base: Checkpoint, shapes: Sequence[str]) -> str:
 
 
 def identity_of(base: Checkpoint) -> dict[str, str]:
-    """Return the arguments of a lineage step: a fingerprint of the base's weights, and a digest of its shapes.
+    """Return the arguments of a lineage step that identify a base.
 
-    The function reads 16 MiB of the base, spread over all tensors.
+    These are a fingerprint of the base's weights and a digest of its tensors' names and shapes. The fingerprint needs
+    about 16 MiB of reads, spread over all tensors.
     """
     from ...io.checkpoint import fingerprint
 
@@ -242,7 +248,7 @@ def identified(adapter: Adapter, base: Checkpoint | str | PathLike[str]) -> dict
 def check_bases(
     adapters: Sequence[tuple[str, Adapter]], base: Checkpoint, fingerprint: str | None, strict: bool
 ) -> tuple[str, ...]:
-    """Return the sentences of `mismatches` for all adapters.
+    """Compare a base with the bases that adapters record; return the differences as warnings, without duplicates.
 
     Args:
         adapters: (name, adapter) pairs.
@@ -251,7 +257,7 @@ def check_bases(
         strict: whether to raise an error instead of returning warnings.
 
     Raises:
-        CheckFailed: `mismatches` returns a sentence, and `strict` is set.
+        CheckFailed: there is a difference, and `strict` is set.
     """
     reasons = [why for name, adapter in adapters for why in mismatches(name, adapter, base, fingerprint)]
     if reasons and strict:
@@ -263,10 +269,10 @@ def check_bases(
 def check_base(
     adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | str | PathLike[str] | None, strict: bool
 ) -> tuple[str, ...]:
-    """Call `check_bases`; compute the base's fingerprint only if an adapter records a fingerprint.
+    """Compare the base with the bases that the adapters record, and return the differences; see `check_bases`.
 
-    `formats.read` calls this function if a base is given. Functions that take adapters in memory also call this
-    function. Without a base, nothing is compared.
+    The base's fingerprint is computed only if an adapter records a fingerprint. Without a base, nothing is compared.
+    `formats.read` calls this function if a base is given, and so do functions that take adapters in memory.
 
     Raises:
         CheckFailed: see `check_bases`.
@@ -285,7 +291,9 @@ def check_base(
 
 
 def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str, ...]:
-    """Return a warning if the merge record of the tuned weights states a fingerprint that `base` does not have.
+    """Return a warning if adapterkit merged the tuned weights from a base with another fingerprint than `base`.
+
+    The merge record in the folder of the tuned weights states the fingerprint. Without a record, nothing is compared.
 
     Raises:
         CheckFailed: there is a warning, and `strict` is set.
@@ -305,7 +313,7 @@ def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str,
 
 
 def merge_record(merged: Checkpoint) -> dict[str, Any]:
-    """Return the record that adapterkit's merge wrote into its output folder; empty for the output of other tools."""
+    """Return the record that adapterkit's merge wrote next to the merged weights; empty if other tools wrote them."""
     from ...io.checkpoint import read_json
 
     try:
@@ -315,7 +323,11 @@ def merge_record(merged: Checkpoint) -> dict[str, Any]:
 
 
 def names_of(base: Checkpoint) -> tuple[str, ...]:
-    """List the repositories named in a base's pull record, in the name of its cache folder, or in its config."""
+    """List the repositories that a base may come from.
+
+    They are named in the record of a pull and in the names of cache folders. The config's `_name_or_path` is used only
+    if neither exists.
+    """
     names = []
     source = source_of(base.folder)
     if source is not None:
@@ -333,7 +345,7 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-# List, as plain data, the names in a base to which an adapter's names are mapped.
+# Show how an adapter's names are mapped to the names in a base. The result can be written as JSON.
 
 
 def name_map(
@@ -343,18 +355,20 @@ def name_map(
     rename: str | Sequence[str] = (),
     partial: bool = False,
 ) -> dict[str, Any]:
-    """Return the stored names of an adapter's targets, and the rules that mapped the names.
+    """Return the name in the base of each of an adapter's targets, and the rules that mapped the names.
 
     Args:
         base: an open checkpoint, or its path.
-        adapter: the adapter. If None, the result lists the names in the base, each with the names that other tools use.
-        rename: rules for names, each `FROM=TO` or `@FILE`.
-        partial: whether to list targets that the base does not have, instead of raising an error.
+        adapter: the adapter. If None, the result lists the base's own names, each with the names that other tools use
+            for the same weight.
+        rename: rules for names, each `FROM=TO`, `@FILE` or `family:NAME`.
+        partial: whether to list the targets that the base does not have under `missing`, instead of raising an error.
 
     Returns:
-        a dict with `model_type`, `family` (the name of the base's architecture file, or None) and, with an adapter,
-        `targets`, `rules` and `missing`. Without an adapter it has `weights`: a record for each stored name, with the
-        weight's name in each naming. Stored names that differ only in numbers share one record.
+        a dict with `base` (its path), `model_type` and `family` (the name of the base's architecture file, or None).
+        With an adapter, the dict also has `targets`, `rules` and `missing`. Without an adapter, it has `weights`: a
+        record for each stored name, with the weight's name in each naming. Stored names that differ only in numbers
+        share one record.
 
     Raises:
         TargetNotFound: the base does not have a target, or a target's name can mean two modules.
@@ -383,7 +397,7 @@ def name_map(
 
 
 def _weights(base: Checkpoint) -> list[JsonValue]:
-    """List the base's modules with their names in every naming; if names differ only in numbers, list one of them."""
+    """List the base's modules with their names in every naming; names that differ only in numbers share one entry."""
     architecture = architecture_of(base.config)
     paths = dict.fromkeys(
         name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in base.tensors

@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 # Move updates into and out of fused weights and stacks of experts. Factors are sliced, never multiplied.
 #
-# An update with several destinations is split into one update per destination: an update of some output rows, or of one
-# expert. If the base stores a stack, the updates of single experts are joined into one update of the stack.
+# If a target has several destinations in the base, its update is split into one update per destination. Each of these
+# changes some of the output rows, or one expert. If the base stores a stack, the updates of single experts are joined
+# into one update of the stack.
 
 
 Config = Mapping[str, object] | None
 
 Placed = tuple[Target, Target, tuple[Update, ...]]
-"""(the adapter's target, the base's target, the updates of the base's target)."""
+"""(target in the adapter, target in the base, updates for the target in the base)."""
 
 _LAYOUT_OF_ONE = {"e out *in": "out *in", "e in out *k": "in out *k"}
 _LAYOUT_OF_STACK = {"out *in": "e out *in", "in out *k": "e in out *k"}
@@ -47,17 +48,20 @@ def moved(
     """Split and join an adapter's updates so that each result fits one tensor of the base.
 
     Args:
-        updates: the updates by target.
-        moves: for each target's path, where its rows or experts go in the base. The result lacks targets without moves.
+        updates: a map from each target to its updates.
+        moves: a map from each target's path to the places of its rows or experts in the base. Targets without moves are
+            left out of the result.
         shapes: the shapes of the base's tensors, by name.
-        config: the base's config. Its numbers of heads determine orders of rows, and the sizes of the parts of a fused
-            projection.
+        config: the base's config. The order of a projection's rows and the sizes of a fused projection's parts depend
+            on the numbers of heads in the config.
 
     Raises:
         UsageError: the numbers of heads are needed, and the config does not state them.
         NotMergeable: the formula of an update cannot be split along rows.
-        ShapeMismatch: a fused weight cannot be divided into its parts, or the base has another number of experts.
-        Unsupported: updates of single experts cannot be joined into one stack.
+        ShapeMismatch: a fused weight cannot be divided into its parts, or the base and the adapter have different
+            numbers of experts.
+        Unsupported: updates of single experts cannot be joined into one stack, a target's rows are not one part of a
+            fused weight, or the base stores a fused projection group by group.
     """
     placed: list[Placed | tuple[str, PathPart | None]] = []
     stacks: dict[tuple[str, PathPart | None], dict[int, tuple[Target, tuple[Update, ...]]]] = {}
@@ -77,18 +81,20 @@ def moved(
                 stacks[key] = {}
                 placed.append(key)
             if move.slot in stacks[key]:
-                raise Unsupported("two targets mean the same expert", where=str(target), cure="Remove one of them")
+                raise Unsupported(
+                    "another target updates the same expert", where=str(target), cure="Remove one of the two targets"
+                )
             stacks[key][move.slot] = there, part
     return [_stacked(each, stacks[each], shapes) if len(each) == 2 else each for each in placed]
 
 
 def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[Target, tuple[Move, ...]]:
-    """Find the part of a fused weight that consists of the target's rows.
+    """Replace a target that names rows of a fused weight by a target that stands for one part of this weight.
 
-    Return a target without rows and the part's moves.
+    Return the target without `rows`, and the moves of the part that has exactly these rows.
 
     Raises:
-        Unsupported: the rows do not equal one of the parts.
+        Unsupported: no part has exactly these rows.
     """
     if target.rows is None or all(move.take is None for move in moves):
         return target, moves
@@ -101,10 +107,10 @@ def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[T
             if start * share == before * (stop - start):
                 moves_here.append(replace(move, take=None))
                 parts.add(move.take.number)
-    if len(parts) != 1:  # A part of a stack has several moves, one per expert.
+    if len(parts) != 1:  # Count parts, not moves: a part of a stack has one move per expert.
         raise Unsupported(
-            "the update changes some rows of a weight that the base stores in parts", where=str(target),
-            cure="Target the parts by their own names",
+            "the base stores this weight in parts, and the update's rows are not exactly one of the parts",
+            where=str(target), cure="Give each part a target of its own, under the part's name in the base",
         )  # fmt: skip
     return replace(target, rows=None), tuple(moves_here)
 
@@ -112,9 +118,10 @@ def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[T
 def _taken(
     target: Target, updates: tuple[Update, ...], move: Move, config: Config, slices: dict[int, tuple[Update, ...]]
 ) -> tuple[Target, tuple[Update, ...]]:
-    """Return the rows or the expert that one move selects: the new target and its updates.
+    """Cut the rows or the expert that one move selects out of the updates; return the new target and its updates.
 
-    `slices` caches the slices of experts: gate and up of an expert have separate moves, but use the same slice.
+    `slices` caches the updates of each expert: an expert's gate and up have separate moves, but are cut from the same
+    updates.
     """
     layout, stack = target.layout, target.stacked
     if move.expert is not None:
@@ -140,7 +147,8 @@ def _taken(
 def _whole_stack(updates: tuple[Update, ...]) -> bool:
     """Return whether all updates replace whole weights that have at least three axes.
 
-    PEFT's `modules_to_save=["experts"]` yields such updates, and their targets do not have `stacked` set.
+    PEFT's `modules_to_save=["experts"]` yields such updates. They change a stack of experts, although their targets are
+    not `stacked`.
     """
     dims = [update.dims() for update in updates]
     return all("in" not in each and len(each.get("rest") or ()) > 1 for each in dims)  # type: ignore[arg-type]
@@ -153,7 +161,7 @@ def _slice(leaf: Leaf, index: int) -> Leaf:
 def _turned(
     update: Update, turn: tuple[WeightPlace, WeightPlace], stack: bool, target: Target, config: Config
 ) -> Update:
-    """Return the update with its output rows in the base's order."""
+    """Reorder the output rows of an update from the adapter's order to the base's order."""
     rows = _outputs(update, stack, target)
     heads = heads_of(config, str(target))
     changes: dict[str, Any] = {}
@@ -170,13 +178,13 @@ def _order(turn: tuple[WeightPlace, WeightPlace], rows: int, heads: Heads, where
 
     plain = np.arange(rows)
     ours, theirs = (row_order(place, rows, heads, where) for place in turn)
-    # Both orders are relative to the family's own order: undo the adapter's order, then apply the base's order.
+    # Both orders are relative to the family's own order. So undo the adapter's order, then apply the base's order.
     plain_order = plain if ours is None else undone(ours)
     return plain_order[plain if theirs is None else theirs]
 
 
 def _rows(update: Update, part: PathPart, stack: bool, target: Target, config: Config) -> Update:
-    """Return an update of one part of a fused weight's rows."""
+    """Cut an update of a fused weight to the rows of one part."""
     size = _outputs(update, stack, target)
     if part.groups:
         update = ungrouped(update, lambda: _out_of_groups(size, config, target), stack)
@@ -194,7 +202,7 @@ def ungrouped(update: Update, order: Callable[[], Array], stack: bool) -> Update
 
 
 def cut_rows(update: Update, start: int, stop: int, step: int, stack: bool) -> Update:
-    """Return an update of the output rows `start:stop:step`; call this only if `update.cuts("out")` is true."""
+    """Cut an update to the output rows `start:stop:step`; call this only if `update.cuts("out")` is true."""
     changes: dict[str, Any] = {}
     for name, leaf in update.tensors.items():
         at = _output_axis(update, name, leaf, stack)
@@ -208,7 +216,7 @@ def cut_rows(update: Update, start: int, stop: int, step: int, stack: bool) -> U
 
 
 def _outputs(update: Update, stack: bool, target: Target) -> int:
-    """Return an update's number of outputs; raise NotMergeable if its formula cannot be split along the outputs."""
+    """Return an update's number of outputs; raise NotMergeable if the update cannot be split along its outputs."""
     out = update.dims(stack).get("out")
     if not isinstance(out, int) or not update.cuts("out"):
         why = f"{update.method} changes all outputs of a weight together, but the base stores the weight in parts"
@@ -243,7 +251,7 @@ def _steps(size: int, part: PathPart, target: Target, config: Config) -> tuple[i
 
 
 def _out_of_groups(size: int, config: Config, target: Target) -> Array:
-    """Return the order that sorts grouped rows into all queries, then all keys, then all values."""
+    """Return an order that sorts rows which are stored by group: first all queries, then all keys, then all values."""
     heads = heads_of(config, str(target))
     return undone(by_group(replace(heads, dim=size // (heads.query + 2 * heads.kv))))
 
@@ -257,10 +265,10 @@ def _shares(config: Config, target: Target) -> tuple[int, int, int]:
 def _into(
     there: Target, updates: tuple[Update, ...], move: Move, shapes: Shapes, config: Config
 ) -> tuple[Target, tuple[Update, ...]]:
-    """Return a target with the rows that one move writes in the base's weight, and the updates for these rows.
+    """Return a target for the rows of the base's weight that `move.into` selects, and the updates for these rows.
 
-    A target can name only consecutive rows. If a part consists of every second row, its updates become updates of the
-    whole weight, with zeros in all other rows. This is exact for LoRA.
+    A target can name only consecutive rows. If a part consists of every second row, the part's updates are extended to
+    the whole weight, with zeros in all other rows. Only LoRA updates can be extended; for LoRA the result is exact.
     """
     if move.into is None:
         return there, updates
@@ -287,9 +295,9 @@ def _into(
 
 
 def _spread(update: Update, size: int, start: int, step: int, target: Target) -> Update:
-    """Extend a LoRA of every `step`-th row to all rows of the weight, with zeros in the other rows."""
+    """Extend a LoRA for every `step`-th row of a weight to all rows, with zeros in the other rows."""
     if update.method != "lora":
-        why = f"{update.method} adapts one of every {step} rows of a weight, because the base interleaves gate and up"
+        why = f"{update.method} cannot adapt one of every {step} rows of a weight; the base interleaves gate and up"
         raise NotMergeable(
             why, where=str(target), cure="Train the adapter on the weight that the base stores, or use LoRA"
         )
@@ -322,7 +330,10 @@ def _stacked(
 
 
 def _one(updates: list[Update | None], target: Target) -> Update:
-    """Join one update per expert into one update of a stack; for an expert without an update, add zeros."""
+    """Join one update per expert into one update of a stack.
+
+    Only LoRA allows experts without an update (None); they get zeros.
+    """
     given = [update for update in updates if update is not None]
     first = given[0]
     kinds = {type(update) for update in given}
@@ -345,8 +356,8 @@ def _one(updates: list[Update | None], target: Target) -> Update:
 def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collection[object]) -> Update:
     """Join one LoRA per expert into a LoRA of a stack.
 
-    Smaller ranks are padded with zeros to the largest rank. If scalings differ, each B is multiplied by its scaling,
-    and the stack has scaling 1.
+    LoRAs of a smaller rank are padded with zeros to the largest rank. If the scalings differ, each expert's B and bias
+    are multiplied by the expert's scaling, and the stack has scaling 1.
     """
     given = [update for update in updates if update is not None]
     rank = max(int(update.tensors["A"].shape[0]) for update in given)
@@ -362,8 +373,8 @@ def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collect
             elif name == "B":
                 tensor = arrange.padded(tensor, rank, 1)
             if name != "A" and update is not None and update.attributes["scaling"] != scaling:
-                # A stack has only one scaling, so multiply B (and bias) by the ratio of the scalings, in float32 or
-                # wider.
+                # A stack has only one scaling. So multiply B and bias by the ratio of this expert's scaling to the
+                # stack's, at least in float32.
                 wide = arrange.widened(tensor, "F64" if tensor.dtype.name == "F64" else "F32")
                 tensor = arrange.times(wide, update.attributes["scaling"] / scaling)
             leaves.append(tensor)
@@ -373,13 +384,13 @@ def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collect
 _WRONG_BASE = "Is this the base that the adapter was trained on?"
 _ALIKE = "Convert the adapter to one method with the same settings for all experts of a layer"
 
-# Translate an adapter to a naming of its family, without a base. The writers of file formats use these functions.
+# Translate an adapter's names to another naming of its family, without a base. Format writers use these functions.
 
 
 def moves_of(
     updates: Mapping[Target, tuple[Update, ...]], architecture: Architecture, naming: str
 ) -> dict[str, tuple[Move, ...]]:
-    """Return a map from each target's path to its moves into another naming; targets outside that naming are left out.
+    """Return a map from each target's path to its moves into `naming`; targets that have no name there are left out.
 
     Raises:
         TargetNotFound: a name can mean two different weights.
@@ -401,18 +412,19 @@ def translated(
     """Apply the result of `moves_of` to the updates: split updates of fused weights, and join or split stacks.
 
     Args:
-        updates: the updates by target. The result lacks updates without moves.
+        updates: a map from each target to its updates. Targets without moves are left out of the result.
         moves: the result of `moves_of`.
         experts: the number of experts in a stack; 0 for as many as the updates need.
-        config: the base's config. Its numbers of heads determine the sizes of the parts of a fused projection.
+        config: the base's config. The sizes of a fused projection's parts depend on the numbers of heads in the config.
 
     Raises:
+        UsageError: the numbers of heads are needed, and the config does not state them.
         NotMergeable, ShapeMismatch, Unsupported: an update cannot be split or joined.
     """
     translated_updates: dict[Target, tuple[Update, ...]] = {}
     for target, there, given in moved(updates, moves, _shapes(updates, moves, experts), config):
-        # Use the layout [e, out, in] for stacks: only some families store experts as [e, in, out], and only in their
-        # own naming.
+        # Use the layout [e, out, in] for all stacks. Some families store experts as [e, in, out], but only in their own
+        # naming.
         layout = "e out *in" if there.stacked else "out *in"
         there = replace(there, layout=layout) if target.stacked else there
         translated_updates[there] = (*translated_updates.get(there, ()), *given)
@@ -427,7 +439,7 @@ def _experts(target: Target, updates: tuple[Update, ...]) -> int:
 def _shapes(
     updates: Mapping[Target, tuple[Update, ...]], moves: Mapping[str, tuple[Move, ...]], experts: int
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each destination, `[out, in]` or for a stack `[e, out, in]`, as far as updates show it."""
+    """Return each destination's shape, `[out, in]` or for a stack `[e, out, in]`; sizes that no update shows are 0."""
     shapes: dict[str, tuple[int, ...]] = {}
     counts: dict[str, int] = {}
     for target, given in updates.items():
@@ -452,26 +464,27 @@ def _slotted(path: str, moves: Mapping[str, tuple[Move, ...]]) -> bool:
 
 # Match two adapters for the same mixture of experts, without the base.
 #
-# One adapter changes stacks of experts, the other adapter changes single experts. The names and shapes of the adapter
-# with single experts replace those of the missing base. The functions try every family whose file has names for both
-# the stacks and the single experts; all families that fit must agree.
+# One adapter changes stacks of experts, the other adapter changes single experts. There is no base, so the functions
+# use the names and shapes of the adapter with single experts instead. They try every family whose file has the
+# stacks; all families that fit must give the same result.
 
 
 Moves = dict[str, tuple[Move, ...]]
 
 
 def by_expert(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Translate adapters of stacked experts to the names of an adapter that adapts the experts one by one.
+    """Split updates of stacked experts if another adapter has separate updates for single experts.
 
     Args:
         adapters: adapters for the same unknown base.
 
     Returns:
-        the adapters in the same order. An adapter is unchanged if no adapter has single experts. It is also unchanged
-        if no family's file maps its stacks to the names of the first adapter with single experts.
+        the adapters in the same order. A split adapter uses the names of the first adapter that has single experts. All
+        adapters are unchanged if none has single experts. An adapter is also unchanged if no family's file maps its
+        stacks to these names.
 
     Raises:
-        UsageError: two families map a stack to different names.
+        UsageError: two families split the stacks differently.
     """
     reference = next((adapter for adapter in adapters if _has_single_experts(adapter)), None)
     if reference is None:
@@ -482,10 +495,10 @@ def by_expert(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def by_rows(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Split updates of a whole weight if another adapter updates the weight's parts, such as gate and up, separately.
+    """Split updates of a whole weight if another adapter has separate updates for its parts, such as gate and up.
 
     Args:
-        adapters: adapters for one base, in its names.
+        adapters: adapters for one base, whose targets have the base's names.
 
     Returns:
         the adapters in the same order. An update is not split if the other adapters' parts do not cover all rows, or if
@@ -529,7 +542,7 @@ def _has_stacks(adapter: Adapter) -> bool:
 
 
 def _stored_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """Return a map from each weight that an adapter changes to its shape `[out, in]`, as far as the updates show it."""
+    """Return a map from each weight that an adapter changes to its shape `[out, in]`; `()` if no update shows it."""
     shapes: dict[str, tuple[int, ...]] = {}
     for target, updates in adapter.updates.items():
         dims = updates[0].dims(target.stacked)
@@ -540,7 +553,7 @@ def _stored_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 
 def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
-    """Split the stacks of one adapter into single experts. An adapter that no family's file fits stays unchanged."""
+    """Split the stacks of one adapter into single experts; return the adapter unchanged if no family's file fits."""
     stacks = {target: updates for target, updates in adapter.updates.items() if target.stacked}
     families_by_moves: dict[tuple[tuple[str, tuple[Move, ...]], ...], str] = {}
     paths = [target.path for target in stacks]
@@ -572,7 +585,7 @@ def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
 
 
 def _whole(target: Target, updates: Sequence[Update], moves: Moves) -> bool:
-    """Return whether every part of every expert in a stack has a destination."""
+    """Return whether the moves give every part of every expert in a stack a destination."""
     given = moves[target.path]
     parts = {move.take for move in given}
     count = next((take.of for take in parts if take is not None), 1)

@@ -1,4 +1,4 @@
-"""Find the stored tensors of each target of an adapter, and the part of a base that the adapter was trained on."""
+"""Find the stored tensors that an adapter's targets mean, and the part of a base that the adapter was trained on."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from ..resolver import Fits, resolve
 from .fitting import Shapes, fits, names_family, paths_of
 from .moving import moved
 
-# Find the stored tensors of each target of an adapter.
+# Find the stored tensors that an adapter's targets mean.
 
 
 def check_family(adapter: Adapter, config: Mapping[str, object] | None) -> None:
     """Refuse a base whose family differs from the family that the adapter records.
 
-    A base that contains a model of this family also passes: an adapter for a Llama fits a LLaVA whose language model is
-    a Llama. Models that are neither in transformers nor in a family's file are not compared.
+    A base that contains a model of the recorded family also passes: an adapter for a Llama fits a LLaVA whose language
+    model is a Llama. Models that are neither in transformers nor in a family's file are not compared.
 
-    An adapter that the user's rules have renamed is not compared, because the user's rules take precedence.
+    An adapter whose lineage has a `rename` step is not compared, because the user's rules take precedence.
 
     Args:
         adapter: the adapter; its lineage may record a family.
@@ -57,8 +57,8 @@ def check_family(adapter: Adapter, config: Mapping[str, object] | None) -> None:
     if not any(module_of(name) for name in given):
         return
     other = next((name for name, module in trained.items() if not has_model(given, module, kind)), None)
-    # Accept a base with another model_type if its class is the same: EXAONE has its own model_type in transformers 5,
-    # but the class of a Llama.
+    # Accept a base with another model_type if the adapter was trained on the class that the base's config names: an
+    # EXAONE has its own model_type in transformers 5, but its class is that of a Llama.
     listed = (config or {}).get("architectures")
     same = isinstance(listed, list) and kind in listed
     if other is not None and not same:
@@ -84,9 +84,10 @@ class Site:
     bias: str | None
 
     def form(self, shapes: Shapes) -> Hashable:
-        """Return everything except values that decides whether the updates fit the stored tensors.
+        """Return a key of this site: sites with equal keys give the same answer to whether the updates fit the base.
 
-        See `Update.form`.
+        The key has the layout, the rows, the shapes of the stored tensors, and `Update.form` of each update. It has no
+        values of tensors.
         """
         weight = None if self.weight is None else shapes[self.weight]
         bias = None if self.bias is None else shapes[self.bias]
@@ -94,7 +95,7 @@ class Site:
 
 
 def apart(adapter: Adapter) -> tuple[Adapter, Adapter]:
-    """Split an adapter in two: one with its updates of weights and outputs, and one with its context updates."""
+    """Split an adapter in two: the first has its updates of weights and outputs, the second its context updates."""
     context = {t: us for t, us in adapter.updates.items() if any(u.kind == "context" for u in us)}
     others = {t: us for t, us in adapter.updates.items() if t not in context}
     return adapter.replace(updates=others), adapter.replace(updates=context)
@@ -103,16 +104,19 @@ def apart(adapter: Adapter) -> tuple[Adapter, Adapter]:
 def find_parts(
     adapter: Adapter, shapes: Shapes, renamed: Prefix | None, rules: Sequence[Rename] = ()
 ) -> dict[Target, tuple[Update, ...]]:
-    """Find the module of the base to which each context update belongs; the path of the whole model is empty.
+    """Find the module of the base to which each context update belongs.
+
+    Return the context updates, with the module's path in the base as the target's path. The path of the whole model is
+    empty.
 
     Args:
-        adapter: the adapter that contains only context updates, see `apart`.
+        adapter: an adapter that contains only context updates, see `apart`.
         shapes: the shapes of the base's stored tensors, by name.
-        renamed: the change of prefix that mapped the adapter's other updates; None if there is none.
+        renamed: the change of prefix that mapped the adapter's other updates; None if there was none.
         rules: the user's rules for names.
 
     Raises:
-        TargetNotFound: the base does not have a module; the error names the module with the most similar name.
+        TargetNotFound: the base does not have one of the modules.
     """
     parts: dict[Target, tuple[Update, ...]] = {}
     if not adapter.updates:
@@ -124,13 +128,13 @@ def find_parts(
             path = _rename(path, *(renamed or _part_change(path, modules)))
         if path and path not in modules:
             cure = nearest(target.path, modules) or "Is this the base that the adapter was trained on?"
-            raise TargetNotFound("the base does not have this part", where=str(target), cure=cure)
+            raise TargetNotFound("the base does not have this module", where=str(target), cure=cure)
         parts[replace(target, path=path)] = updates
     return parts
 
 
 def _part_change(path: str, modules: set[str]) -> Prefix:
-    """Return the only change of prefix that maps a module to the base; an empty change if there is not exactly one."""
+    """Return the change of prefix that maps `path` to a module of the base; no change if there are none or several."""
     parts = path.split(".")
     off = [".".join(parts[:cut]) + "." for cut in range(1, len(parts)) if ".".join(parts[cut:]) in modules]
     on = [module.removesuffix(path) for module in modules if module.endswith(f".{path}")]
@@ -143,14 +147,15 @@ class Bound:
     """The result of `find_sites`.
 
     Attributes:
-        sites: the stored tensors of the targets, in the adapter's order. A target that is split has several sites.
-        origins: for each site, the target in the adapter. If single experts were joined into a stack, this is the
+        sites: the stored tensors of the targets, in the adapter's order. A target that the base stores in several
+            tensors has several sites.
+        origins: for each site, the target in the adapter. If single experts were joined into a stack, the origin is the
             target of the first expert.
         missing: the targets that the base does not have.
-        rules: the rules that were used.
-        renamed: the first change of prefix that was used, as (removed, added).
-        config: the base's config. If the base's config names no family, `model_type` is added: from a rule, or deduced
-            from names and shapes.
+        rules: the rules that mapped names.
+        renamed: the first change of prefix that was used, as (removed, added); None if no prefix changed.
+        config: the base's config. If it names no family, `model_type` is added. Its value comes from a user's rule, or
+            is deduced from names and shapes.
     """
 
     sites: list[Site]
@@ -179,15 +184,16 @@ def find_sites(
         adapter: the adapter.
         shapes: the shapes of the base's stored tensors, by name.
         partial: whether to omit targets that the base does not have.
-        modules: names of further modules of the base.
-        config: the base's config, for its `model_type`.
+        modules: the paths of further modules of the base, which may have no stored tensors.
+        config: the base's config. Its `model_type` selects the family's file.
         rename: the user's rules, each `FROM=TO`, `@FILE` or `family:NAME`.
 
     Raises:
-        TargetNotFound: the base lacks all targets, or some targets while `partial` is false; a name can mean two
-            different modules; or the adapter records another family than the base's, and there are no rules.
-        ShapeMismatch, NotMergeable, Unsupported: the base stores a target split, fused or stacked, and the update
-            cannot be converted.
+        TargetNotFound: the base has none of the targets; the base lacks some of the targets, and `partial` is false; a
+            name can mean two different modules; or the adapter records another family than the base's, and there are no
+            rules.
+        ShapeMismatch, NotMergeable, Unsupported: the base stores a target split, fused or stacked, and the target's
+            update cannot be converted to that form.
     """
     if not adapter.updates:
         return Bound([], [], [])
@@ -250,11 +256,11 @@ def find_sites(
 
 
 def _place_in_parts(resolution: Resolution, names: Names, config: Mapping[str, object], fits: Fits) -> None:
-    """Map targets with the family file of each part of the base.
+    """Map the missing targets with the families' files of the models that a base consists of.
 
-    An encoder-decoder of two models has a config per model. For example, TrOCR's published models are a
-    `vision-encoder-decoder` that contains a ViT. Transformers 5 renamed the layers of ViT; ViT's family file has the
-    old and the new names.
+    The config of an encoder-decoder can contain one config per model. For example, TrOCR's published models are a
+    `vision-encoder-decoder` that contains a ViT. Transformers 5 renamed the layers of ViT; the file of the ViT family
+    has both the old and the new names.
     """
     for key, part in config.items():
         if not isinstance(part, Mapping) or (architecture := architecture_of(part)) is None:
@@ -275,7 +281,7 @@ def _place_in_parts(resolution: Resolution, names: Names, config: Mapping[str, o
 
 
 def _keys(path: str, shapes: Shapes) -> tuple[str | None, str | None] | None:
-    """Return the names of a module's weight and bias, each None if absent; None if the base has neither."""
+    """Return the stored names of a module's weight and bias; None instead of a name, or instead of both, if missing."""
     weight, bias = f"{path}.weight", f"{path}.bias"
     if weight in shapes or bias in shapes:
         return weight if weight in shapes else None, bias if bias in shapes else None
@@ -291,7 +297,7 @@ def _rename(path: str, off: str, on: str) -> str:
 
 
 _FACTOR = re.compile(r"[._](lora_|hada_|lokr_|oft_)")
-"""Matches the keys of an adapter. If all names in a base match, the base is an adapter itself."""
+"""Matches names of adapter tensors. If all modules of a base match, the base is itself an adapter."""
 
 
 def _not_found(missing: list[Target], adapter: Adapter, names: Names) -> TargetNotFound:
@@ -311,9 +317,9 @@ _PARTLY = "; to omit missing targets, allow a partial match: --allow-partial (al
 
 # Find the family of a base without a config: try every family's file, and compare names and shapes.
 #
-# A folder of plain shards has no `model_type`. Its names, such as `mlp.experts.0.up_proj`, often belong to several
-# families. If all of these families map the adapter's targets to the same weights, it does not matter which family the
-# base has.
+# A folder of shards without config.json has no `model_type`. The names in its shards, such as `mlp.experts.0.up_proj`,
+# often belong to several families. If all of these families map the adapter's targets to the same weights, any of them
+# can be used.
 
 
 Updates = Mapping[Target, tuple[Update, ...]]
@@ -321,22 +327,22 @@ Reading = tuple[tuple[str, tuple[Move, ...]], ...]
 
 
 def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[str] = ()) -> Architecture | None:
-    """Find the family whose file maps the targets to weights with fitting shapes.
+    """Find the family whose file maps the targets to weights of the base with fitting shapes.
 
     Args:
-        updates: the targets for which no tensor of the base was found yet, with their updates.
+        updates: the updates of the targets for which no tensor of the base was found yet, by target.
         names: the base's names.
         shapes: the shapes of the base's tensors, by name.
         families: the model types that the adapter records for its base; if empty, all families are tried.
 
     Returns:
-        the family that maps the most targets; the first of several families that map the targets alike; None if no
-        family maps a target.
+        the family that maps the most targets; None if no family maps a target. If several families map the same targets
+        to the same weights, the result is the first of them.
 
     Raises:
-        TargetNotFound: two families map the targets differently, and shapes fit both.
-        UsageError: no other family fits, and a family splits a fused projection by heads, whose numbers are unknown
-            without a config.
+        TargetNotFound: two families map the targets to different weights, and the shapes fit in both cases.
+        UsageError: no family fits, and at least one family could not be tried. Its file splits a fused projection by
+            heads, and the numbers of heads are unknown without a config.
     """
     some = _one_of_each_form(updates)
     readings: dict[Reading, list[Architecture]] = {}
@@ -350,8 +356,8 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
             continue
         except AdapterkitError:
             continue
-        # Also compare the words before the common ending, because a family's file could map an encoder's layer to a
-        # decoder's layer.
+        # Names and shapes are not enough: a family's file could map an encoder's layer to a decoder's layer of the same
+        # shape. So also compare the words before the part of the two names that is equal.
         if reading and (every or all(_may_be(path, move.path) for path, moves in reading for move in moves)):
             readings.setdefault(reading, []).append(architecture)
     most = max(map(len, readings), default=0)
@@ -367,7 +373,7 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
 
 
 def _one_of_each_form(updates: Updates) -> Updates:
-    """Keep one of several targets whose names differ only in numbers, because layers and experts are alike."""
+    """Keep only the first of the targets whose names differ only in numbers, because layers and experts are alike."""
     some: dict[str, Target] = {}
     for target in updates:
         some.setdefault(shape_of(target.path), target)
@@ -377,20 +383,20 @@ def _one_of_each_form(updates: Updates) -> Updates:
 def _reading(updates: Updates, names: Names, shapes: Shapes, architecture: Architecture) -> Reading:
     """Map the targets with one family's file.
 
-    Return the moves sorted by target, or an empty tuple if a shape does not fit.
+    Return (target's path, moves) pairs, sorted by path; an empty tuple if a shape does not fit.
     """
     paths = [target.path for target in updates]
     moves = resolve(paths, names, architecture=architecture, partial=True).moves
     placed = moved(updates, moves, shapes)
-    # Use the family's own layout: a family that stores [expert, in, out] must not fit a base that stores [expert, out,
-    # in].
+    # Compare shapes in the layout that the family uses: if the family stores [expert, in, out], a base that stores
+    # [expert, out, in] is not of this family.
     config = {"model_type": architecture.record.model_types[0]}
     fit = all(_fits(there, given, shapes, bool(stored_in_out(there.path, config))) for _, there, given in placed)
     return tuple(sorted(moves.items())) if fit else ()
 
 
 def _may_be(name: str, place: str) -> bool:
-    """Whether two names may mean the same module, as far as the words before their common ending show."""
+    """Whether `name` and `place` may be the same module: drop their common ending, and compare the words before it."""
     ours, theirs = name.split("."), place.split(".")
     while ours and theirs and ours[-1] == theirs[-1]:
         ours.pop()
@@ -406,7 +412,7 @@ def _fits(target: Target, updates: tuple[Update, ...], shapes: Shapes, in_out: b
 
 
 def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound:
-    """Return an error that names the first target for which two families disagree, and both results."""
+    """Return an error that names the first target that two families map differently, and both destinations."""
     (one, first), (other, second), *_ = readings.items()
     target = next((path for path, moves in one if dict(other).get(path) != moves), one[0][0])
     texts = [
@@ -421,7 +427,7 @@ def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound
 
 
 def _destinations_text(moves: Sequence[Move]) -> str:
-    """Return a phrase for an error message that names the first two destinations."""
+    """Return the first two destinations as text for an error message; `nowhere` if there are none."""
     return " and ".join(_parts(moves[:2])) or "nowhere"
 
 
@@ -441,18 +447,19 @@ def _listed(families: Iterable[str]) -> str:
 
 # Compare the model that an adapter records with the models that a base contains.
 #
-# PEFT records a Python module of transformers, such as `gemma3`, and a class in the module. A base's config has a
-# model type for the whole model and one for each part. `spec/architectures/model_types` maps model types to modules.
+# PEFT records the Python module of transformers that defines the model, such as `gemma3`, and the model's class. A
+# base's config has a model type for the whole model and one for each part. `spec/architectures/model_types` maps model
+# types to Python modules.
 
 
 class ModelTypeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The contents of a model_types file.
+    """The contents of a file in `spec/architectures/model_types`.
 
     Attributes:
         format: the version of the file's format.
-        modules: a map from each model type to transformers' Python module.
-        parts: for each class that implements only a part of a model, the model types of that part.
-        sources: where the data comes from.
+        modules: a map from each model type to the Python module of transformers that defines it.
+        parts: a map from each class that implements only a part of a model to the model types of that part.
+        sources: the versions of the tools from which the data comes.
     """
 
     format: int
@@ -463,7 +470,7 @@ class ModelTypeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @cache
 def table() -> ModelTypeTable:
-    """Load the table of transformers' models.
+    """Load the table of transformers' model types.
 
     Raises:
         Malformed: the file is damaged.
@@ -472,10 +479,10 @@ def table() -> ModelTypeTable:
 
 
 def module_of(name: str) -> str | None:
-    """Return transformers' module for `name`, which is a model type or a module; None if the name is unknown.
+    """Return the Python module of transformers for `name`, a model type or a module; None if the name is unknown.
 
-    If transformers has no module for a family and only a family file defines it (such as a user's own file), return the
-    family's name.
+    If transformers does not have the model but there is a family's file of this name, such as a user's own file, return
+    the family's name.
     """
     word = name.lower().replace("-", "_")
     kind = table().modules.get(name) or _by_word().get(word)
@@ -494,10 +501,10 @@ def _modules() -> frozenset[str]:
 
 @cache
 def _parts_with() -> frozenset[str]:
-    """List the model types of parts of models.
+    """Return the model types that stand for parts of models, such as `gemma3_text`.
 
-    These are, first, all types in the table's `parts`; second, each type whose name differs from that of its
-    Python module in transformers, if the module's name is itself a model type.
+    These are all types in the table's `parts`. They are also all types in a Python module whose name is itself a model
+    type, except the type with the module's name.
     """
     modules = table().modules
     whole = {module for name, module in modules.items() if name.replace("-", "_") == module}
@@ -506,9 +513,9 @@ def _parts_with() -> frozenset[str]:
 
 
 def models_of(config: Mapping[str, object]) -> dict[str, bool]:
-    """Return a map from each model type in a base's config to True for the whole model, or False for a part.
+    """Return the model types in a base's config, each with True for the whole model or False for a part of it.
 
-    For a GGUF file, the map has every model type for which llama.cpp's converter writes the file's
+    For a GGUF file, the result has all model types for which llama.cpp's converter writes this file's
     `general.architecture`.
     """
     types: dict[str, bool] = {}
@@ -518,8 +525,8 @@ def models_of(config: Mapping[str, object]) -> dict[str, bool]:
     if isinstance(model_type := config.get("model_type"), str) and model_type:
         types[model_type] = True
     for part in config.values():
-        # The configs of parts are mostly in fields such as `text_config`; an encoder-decoder has `encoder` and
-        # `decoder`.
+        # Look at all fields: the config of a part is mostly in a field such as `text_config`, but an encoder-decoder
+        # has the fields `encoder` and `decoder`.
         if isinstance(part, Mapping):
             types |= {name: False for name in models_of(part) if name not in types}
     return types
@@ -530,8 +537,8 @@ def has_model(given: Mapping[str, bool], module: str, trained_class: str | None)
 
     Args:
         given: the result of `models_of` for the base.
-        module: transformers' module with the class on which the adapter was trained.
-        trained_class: the name of the class, if the adapter records it.
+        module: the Python module of transformers that defines the model on which the adapter was trained.
+        trained_class: the name of this model's class; None if the adapter does not record it.
     """
     types = table().parts.get(trained_class or "")
     there = {name: whole for name, whole in given.items() if module_of(name) == module}
@@ -542,6 +549,7 @@ def has_model(given: Mapping[str, bool], module: str, trained_class: str | None)
         # MusicFlamingo contains AudioFlamingo 3's audio encoder. But an adapter of the whole Gemma 3 may fit the text
         # model alone.
         return any(whole or name not in _parts_with() for name, whole in there.items())
-    # The adapter was trained on a part. Accept whole models, because they contain all parts of their module. But
-    # Parakeet models with different heads are not parts of each other.
+    # The adapter was trained on a part. Accept the same part, and accept whole models, because they contain all parts
+    # that their Python module defines. Parakeet's models with different heads are in one module, but none of them
+    # contains another.
     return any(name in types or (whole and name not in _parts_with()) for name, whole in there.items())

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
     Value = bool | int | float | str | None
 
-# Functions that combiners use on the changes of one weight.
-#
-# They compute inner products, sums of factors, and small cores. With singular value decompositions, they compute polar
-# factors, leading directions and the numerical rank.
+# Functions that combiners use on the changes of one weight: inner products, sums and, by singular value decomposition,
+# polar factors, leading directions and numerical ranks.
 
 
 TINY = 1e-12
@@ -56,8 +54,8 @@ def gram(deltas: Sequence[Delta]) -> Array:
         flat = np.stack([delta.dense().ravel() for delta in deltas])
         product: Array = flat @ flat.T
         return product
-    # `<B_s A_s, B_t A_t>` is the sum of the entries of `(B_s^T B_t) * (A_s A_t^T)`. The sizes of these two matrices are
-    # ranks, so they are much smaller than the weight.
+    # `<B_s A_s, B_t A_t>` is the sum of the entries of `(B_s^T B_t) * (A_s A_t^T)`. Both matrices have the shape
+    # `[rank of s, rank of t]`, so they are much smaller than the weight.
     products = np.empty((len(deltas), len(deltas)))
     for s, one in enumerate(deltas):
         for t, other in enumerate(deltas[: s + 1]):
@@ -83,7 +81,11 @@ def whole(D: Array) -> Delta:
 
 
 def between(left: Array, core: Array, right: Array) -> Delta:
-    """Factor `left @ core @ right` into B and A by the core's SVD, with `sqrt(S)` in each; drop rounding noise."""
+    """Return `left @ core @ right` as a change with the factors B and A.
+
+    The factors come from the core's SVD, with `sqrt(S)` in each factor. Singular values that are only rounding noise
+    are dropped.
+    """
     import numpy as np
 
     U, S, Vh = np.linalg.svd(core, full_matrices=False)
@@ -93,7 +95,10 @@ def between(left: Array, core: Array, right: Array) -> Delta:
 
 
 def leading(M: Array, count: int | None = None) -> Decomposition:
-    """Return U `[p, k]`, S `[k]` and Vh `[k, q]`: a core's first singular vectors and values without rounding noise."""
+    """Return U `[p, k]`, S `[k]` and Vh `[k, q]`: the first k singular vectors and values of M.
+
+    k is the number of singular values above rounding noise, but at most `count`.
+    """
     import numpy as np
 
     U, S, Vh = np.linalg.svd(M, full_matrices=False)
@@ -106,8 +111,8 @@ def spanned(cores: Array) -> int:
     """Return the dimension of the span of all cores' columns or of all cores' rows, whichever is smaller."""
     import numpy as np
 
-    # Compute the dimension, because shapes do not show it: dense changes have the shape of the weight, and factors may
-    # be linearly dependent.
+    # The cores' shapes do not show the dimension: the cores of dense changes have the shape of the weight, and the
+    # columns of low-rank factors may be linearly dependent.
     both = (np.linalg.svd(side, compute_uv=False) for side in (np.hstack([*cores]), np.vstack([*cores])))
     return min(int((NOISE * S[:1].max(initial=0) < S).sum()) for S in both)
 
@@ -122,7 +127,7 @@ def polar(X: Array) -> Array:
 
 
 def joined(parts: list[Decomposition]) -> Decomposition:
-    """Concatenate several singular value decompositions, and make all singular vectors orthonormal to each other."""
+    """Concatenate several singular value decompositions, and make all their singular vectors orthonormal."""
     import numpy as np
 
     # Directions of different tasks are not orthogonal. The polar factor is the nearest matrix with orthonormal columns.
@@ -159,10 +164,13 @@ def parameter(
 DEPENDENCES = {
     "factors": "how a change was split into B and A",
     "order": "the order of the adapters",
-    "size": "fixed thresholds of magnitudes, so that doubled changes do not double the result",
+    "size": "fixed thresholds for magnitudes: doubled changes do not give a doubled result",
     "seed": "random numbers",
 }
-"""Influences on a combiner's result other than the changes. Tests check that each combiner's `depends` is right."""
+"""The influences that a combiner's result may depend on, other than the changes, with descriptions.
+
+Tests check that each combiner's `depends` is right.
+"""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,), kw_only_default=True)
@@ -176,17 +184,17 @@ class Combiner(ABC):
         paper: the source of the formula.
         data: a description of the `data=` argument, for methods that need more than the adapters.
         learns: the method of `searching.TextData` that computes `data=` from texts; None if texts do not suffice.
-        takes: the smallest and the largest number of adapters; None for no limit.
+        takes: (smallest, largest) allowed number of adapters; None for the largest means no limit.
         dense: whether the result lacks low-rank factors even if all changes have them.
         compat: a map from a peer library to the parameter values that reproduce the peer's results.
         plug: the parameter that names the inner combiner; None if the combiner has none.
-        single: names of the parameters that may have a different value for each adapter.
+        single: the names of the parameters that may have a different value for each adapter.
         based: whether the formula needs the weights of the base.
         depends: what the result depends on in addition to the changes; keys of `DEPENDENCES`.
-        stages: the number of searches for thresholds over all targets; each may use the results of the earlier
-            searches.
-        sequential: whether targets are computed in order; the function `data` then gets the finished targets as its
-            third argument.
+        stages: the number of searches for thresholds over all targets. Each search may use the results of the earlier
+            searches. 0 if the formula needs only sums over all targets.
+        sequential: whether targets are computed in order. If so, the function `data` gets an adapter with the finished
+            targets as its third argument.
     """
 
     title: ClassVar[str] = ""
@@ -203,14 +211,14 @@ class Combiner(ABC):
     depends: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls) -> None:
-        # Make each subclass a dataclass here. Otherwise, a combiner in a plug-in package would silently lose its
-        # parameters if its author forgot the decorator.
+        # Make each subclass a dataclass here. If authors of plug-in packages had to do it themselves, a combiner whose
+        # author forgets the decorator would silently lose its parameters.
         super().__init_subclass__()
         dataclass(frozen=True, kw_only=True, eq=False)(cls)
 
     @classmethod
     def parameters(cls) -> dict[str, dataclasses.Field[Value]]:
-        """Return a map from names of parameters to fields; a field's metadata has the arguments of `parameter`."""
+        """Return a map from each parameter's name to its field. The field's metadata has `parameter`'s arguments."""
         return {f.name: f for f in dataclasses.fields(cls) if "meaning" in f.metadata}  # type: ignore[arg-type]
 
     @classmethod
@@ -229,7 +237,7 @@ class Combiner(ABC):
         known = cls.parameters()
         if name not in known:
             cure = nearest(name, known) or f"Its parameters: {', '.join(known) or 'none'}"
-            raise UsageError(f"no parameter {name!r}", where=name, cure=cure)
+            raise UsageError(f"this method has no parameter {name!r}", where=name, cure=cure)
         facts = known[name].metadata
         if value is None and known[name].default is None:
             return None
@@ -255,11 +263,11 @@ class Combiner(ABC):
         return False
 
     def sums(self, weights: Sequence[float]) -> list[float] | None:
-        """Return each adapter's factor, if the result is a weighted sum of the changes; None for other formulas."""
+        """Return each adapter's factor if the formula is a weighted sum of the changes; None for other formulas."""
         return None
 
     def check(self) -> None:  # noqa: B027 - combiners without such rules inherit this
-        """Raise UsageError if the values of several parameters do not fit together."""
+        """Raise UsageError if parameter values that are valid by themselves contradict each other."""
 
     @abstractmethod
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
@@ -272,7 +280,7 @@ class Combiner(ABC):
         """
 
     def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
-        """Combine the changes of a bias, `[T, out]`, to `[out]`. By default, return `sum_t w_t * d_t / T`."""
+        """Combine the changes of a bias, `[T, out]`, into one change, `[out]`: by default, `sum_t w_t * d_t / T`."""
         return weights @ changes / len(changes)
 
 
@@ -291,7 +299,10 @@ class Mixture(Combiner):
 
 
 class Spectral(Combiner):
-    """Combiners whose formula gets small cores `[T, p, q]`: change t is `left @ cores[t] @ right` for all t."""
+    """Combiners whose formula gets cores `[T, p, q]`: change t is `left @ cores[t] @ right` for all t.
+
+    The cores are small if all changes have low-rank factors.
+    """
 
     @abstractmethod
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
@@ -309,10 +320,11 @@ class Spectral(Combiner):
 class PlugIn(Combiner):
     """Combiners that run another combiner, `then`, and transform its inputs or its result.
 
-    `settings` are the parameters of `then`.
+    `settings` are the parameters of the combiner `then`.
 
     Attributes:
-        within: the paper's values for parameters of the combiner `then`; parameters that `then` lacks are ignored.
+        within: values that the paper uses for parameters of the combiner `then`; if it lacks a parameter, the value is
+            ignored.
     """
 
     plug: ClassVar[str | None] = "then"
@@ -355,9 +367,9 @@ def combiner_of(cls: type[Combiner], values: Mapping[str, object]) -> Combiner:
     plugged.check()
     if isinstance(plugged.inner, PlugIn) or plugged.inner.data is not None or plugged.inner.based:
         raise UsageError(
-            f"{plugged.then} cannot follow a plug-in",
+            f"the method {plugged.then!r} cannot be the inner method of another method",
             where="then",
-            cure="Choose a method that needs neither data nor a base, and is not a plug-in",
+            cure="Set `then` to a method that needs neither data nor a base, and that has no parameter `then` itself",
         )
     return plugged  # type: ignore[no-any-return]
 
@@ -366,7 +378,7 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def _typed(value: object, kind: type) -> Value:
-    # In Python True is an integer, but `density=True` must not count as 1.
+    # In Python, True is an integer, but `density=True` must not count as 1.
     if isinstance(value, bool) or kind in (bool, str):
         return cast("Value", value) if type(value) is kind else None
     if kind is int:
@@ -390,7 +402,7 @@ ONE_RANK = "Resize all adapters to one rank: adapterkit resize A --rank R; or ch
 
 
 class Pairwise(Combiner):
-    """A combiner whose formula gets B and A of each change."""
+    """A combiner whose formula gets the low-rank factors B and A of each change."""
 
     @abstractmethod
     def factors(self, Bs: list[Array], As: list[Array], at: FormulaContext) -> tuple[Array, Array]:

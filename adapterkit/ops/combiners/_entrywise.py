@@ -1,4 +1,4 @@
-"""Base classes of entrywise combiners. These drop entries, elect signs, and sum entries with the elected sign."""
+"""Base classes of combiners that work on single entries: they drop entries, elect signs, and sum the other entries."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 # Drop entries of changes at random, in place, in a compiled loop. `by_numpy` below does the same with numpy.
 #
 # With numpy, DELLA takes 4.5 s of processor time for eight changes of 4096 x 4096. Most of this time goes into sorting
-# rows and drawing numbers, and numpy needs several passes over whole arrays for both. The compiled loop does all steps
-# row by row, and its results equal numpy's bit by bit.
+# rows and drawing random numbers, and numpy needs several passes over whole arrays for both. The compiled loop does all
+# steps row by row, and computes the same bits as numpy.
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,9 @@ class Chance:
     """The probability that an entry of one change is kept.
 
     Attributes:
-        least: the probability for the smallest entry of a row. If `spread` is 0, every entry has this probability.
-        spread: the probability for the largest entry of a row, minus `least`.
+        least: the probability for the entry with the smallest magnitude in a row. If `spread` is 0, every entry has
+            this probability.
+        spread: the probability for the entry with the largest magnitude in a row, minus `least`.
     """
 
     least: float
@@ -43,12 +44,12 @@ class Chance:
 def compiled_drop(
     chances: Sequence[Chance | None], at: FormulaContext, inverse: bool
 ) -> Callable[[Array, slice], Array] | None:
-    """Return a function that drops entries of a block in place, or None if numpy must do it.
+    """Return a function that drops entries of a block in place; None if the compiled library is not available.
 
     Args:
-        chances: the probabilities for each change; None for a change whose entries are all kept.
+        chances: each change's probability of keeping an entry; None for a change whose entries are all kept.
         at: the context of the formula; it draws the random numbers.
-        inverse: whether kept entries are divided by their probability.
+        inverse: whether each kept entry is divided by the probability that it is kept.
 
     Returns:
         a function of (changes `[T, rows, columns]`, slice that selects these rows of the tensor). It modifies the
@@ -65,8 +66,8 @@ def compiled_drop(
         for t, chance, key in drawn:
             D = changes[t]
             slope = chance.spread / max(columns - 1, 1)
-            # Start the random numbers at the position of the block's first entry, so that the result does not depend on
-            # the sizes of blocks.
+            # Number the random draws by the entries' positions in the whole tensor, so that the result does not depend
+            # on the sizes of blocks.
             if drop(_pointer(D), count, columns, key, rows.start * columns, chance.least, slope, inverse):
                 raise MemoryError
         return changes
@@ -90,25 +91,31 @@ SIGNS = ("none", "total", "frequency")
 DENOMINATORS = ("none", "count", "weights")
 RESCALES = ("none", "inverse", "norm")
 
-SIGN = "how the signs are elected: by the sum of the entries, or by the number of entries of each sign"
-WEIGHTED_VOTE = "whether the weights count in the election"
+SIGN = (
+    "how the sign of each entry is elected: by the sum of the adapters' entries (total), "
+    "by the number of adapters with each sign (frequency), or not at all (none)"
+)
+WEIGHTED_VOTE = "whether the adapters' weights count in the election of signs"
 ZERO_SIGNS = ("+", "majority")
-ZERO_SIGN = "the sign of an entry whose votes cancel: positive (+), or the sign of most entries (majority)"
+ZERO_SIGN = "the sign of an entry whose votes cancel: positive (+), or the sign elected for most entries (majority)"
 DENOMINATOR = (
-    "the divisor: the number of adapters with the elected sign, or the sum of their weights; "
-    "if no adapter has this sign, all adapters count"
+    "the divisor of each entry: the number of adapters with the elected sign (count), the sum of their weights "
+    "(weights), or 1 (none); if no signs are elected, all adapters count"
 )
 DENSITY = "share of the entries to keep"
-SCALE = "factor of the result, lambda"
-KEPT = "how many of n entries a density p keeps: int(p n) + 1 (reference), int(p n) (floor), or int(p n) but at least 1"
+SCALE = "factor by which the result is multiplied (lambda)"
+KEPT = (
+    "how many of n entries a density p keeps: int(p n) + 1 (reference), int(p n) (floor), "
+    "or int(p n) but at least 1 (at_least_one)"
+)
 RESCALE = (
-    "how kept entries are scaled: divided by their probability of being kept (inverse), "
-    "or so that the L1 norm is the same as before dropping (norm)"
+    "how the kept entries are scaled: divided by the probability that they are kept (inverse), "
+    "or so that the change's L1 norm is the same as before dropping (norm)"
 )
 
 
 class Entrywise(Combiner):
-    """Combiners that work on single entries; their formula gets the changes of a tensor in blocks of rows."""
+    """Combiners that work on single entries. Their formula gets the changes of a tensor in blocks of rows."""
 
     scale: float = parameter(1.0, SCALE)
 
@@ -160,9 +167,10 @@ class Entrywise(Combiner):
 
 
 class Sparse(Entrywise):
-    """lambda * sum_t w_t M_t S(D_t) / denominator, where M_t is 1 for entries with the elected sign, else 0.
+    """Combiners that drop entries: lambda * sum_t w_t M_t S(D_t) / denominator.
 
-    S keeps the entries that the subclass's method `mask` selects, and scales them according to `rescale`.
+    S keeps the entries that the subclass's method `mask` selects, and scales them according to `rescale`. M_t is 1 for
+    entries with the elected sign, else 0; without an election of signs, M_t is 1 for all entries.
     """
 
     sign: str = parameter("none", SIGN, among=SIGNS)
@@ -181,7 +189,7 @@ class Sparse(Entrywise):
         """
 
     def chances(self, at: FormulaContext) -> Sequence[Chance | None] | None:
-        """Return the probabilities for each change, or None if the mask is not random."""
+        """Return each change's probabilities of keeping entries (None: keep all); None if the mask is not random."""
         return None
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
@@ -215,8 +223,8 @@ class Sparse(Entrywise):
         kept = compiled or by_numpy
         if how != "norm":
             return kept
-        # Scaling needs the norms of the whole tensor, so every block is masked twice: first to compute the norms, then
-        # to return entries. Random masks depend only on seed and position, so both masks are equal.
+        # Scaling needs the norms of the whole tensor, so entries are dropped from every block twice: first to compute
+        # the norms, then to return the entries. Random masks depend only on seed and position, so they are the same.
         before, after = np.zeros(blocks.count), np.zeros(blocks.count)
         for rows, changes in blocks:
             before += np.abs(changes).sum((1, 2))
@@ -226,7 +234,7 @@ class Sparse(Entrywise):
         return lambda changes, rows: kept(changes, rows) * factors
 
     def _votes(self, kept: Array, weights: Array) -> Array:
-        """Return an array whose signs are the elected signs of the entries; zero if the votes for an entry cancel."""
+        """Return an array whose signs are the elected signs; an element is zero if the votes for this entry cancel."""
         import numpy as np
 
         if self.sign == "total":
@@ -245,7 +253,7 @@ class Sparse(Entrywise):
         return total
 
     def _fused(self, kept: Array, weights: Array, majority: Callable[[], int]) -> Array:
-        """Return the sum of the entries that have the elected sign, divided by the denominator."""
+        """Return the weighted sum of the kept entries that have the elected sign, divided by the denominator."""
         import numpy as np
 
         if self.sign == "none":
@@ -256,13 +264,13 @@ class Sparse(Entrywise):
         votes = self._votes(kept, weights)
         elected = np.where(votes >= 0, 1.0, -1.0)
         if self.zero_sign == "majority":
-            # Use the majority sign only if kept entries cancel exactly, because computing the majority runs the formula
-            # at all targets. If no change keeps an entry, the result is zero with either sign.
+            # Compute the majority sign only if the votes of kept entries cancel, because this takes another pass over
+            # the tensor, or over all targets. An entry that no change keeps is zero with either sign.
             tied = (votes == 0) & kept.any(0)
             if tied.any():
                 elected[tied] = majority()
-        # After this product, entries with the elected sign are positive. The product is exact, because `elected`
-        # contains only 1 and -1.
+        # In the product, entries with the elected sign are positive. The product is exact, because `elected` contains
+        # only 1 and -1.
         along = kept * elected
         if self.weighted_vote:
             along *= np.sign(weights)[:, None, None]
@@ -318,7 +326,7 @@ TINY = 1e-7
 
 
 def thresholds(blocks: Blocks, densities: Sequence[float], how: str) -> Array:
-    """Return the smallest kept magnitude of each change of a tensor, `[T, 1, 1]`."""
+    """Return the smallest magnitude that each change of a tensor keeps, `[T, 1, 1]`."""
     import numpy as np
 
     wanted = [lambda total, _, density=density: count_of(density, total, how) for density in densities]
@@ -334,8 +342,8 @@ def ranks(sizes: Array) -> Array:
     import numpy as np
 
     rows, columns = sizes.shape
-    # Positive doubles keep their order if their bits are read as integers. With the column number in the lowest bits,
-    # sorting the integers also yields the permutation, in a third of the time that argsort takes.
+    # Positive doubles keep their order if their bits are read as integers. The lowest bits are replaced by the column
+    # number, so the sorted integers also contain the permutation. This takes a third of the time of argsort.
     low = np.uint64((1 << max(columns - 1, 1).bit_length()) - 1)
     keys = np.ascontiguousarray(sizes, "<f8").view("<u8") & ~low
     keys |= np.arange(columns, dtype=np.uint64)
@@ -350,7 +358,7 @@ def ranks(sizes: Array) -> Array:
 class Scaled(Combiner):
     """A combiner with the parameter `scale`.
 
-    The subclass multiplies changes of weights by `scale`; this class multiplies changes of biases.
+    A subclass must multiply the result of `matrix` by `scale`. For biases, the method `vector` of this class does so.
     """
 
     scale: float = parameter(1.0, SCALE)

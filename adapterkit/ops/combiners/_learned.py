@@ -33,14 +33,14 @@ class WeightTrial:
         targets: all targets, in the order of the result.
         count: the number of adapters, T.
         seed: the seed of random steps.
-        combined: a function that takes the coefficients `[T]` of each target, and returns the combined adapter.
-        score: a function from an adapter to the caller's loss.
+        combined: a function of a map from each target to its coefficients `[T]`. It returns the combined adapter.
+        score: the caller's function of an adapter. It returns the loss, or the loss and gradients.
         products: a function of (target, gradient `[out, in, *k]`). It returns one number per coefficient, `[T]`: the
-            inner product of the gradient with the part that the coefficient multiplies.
+            inner product of the gradient with the change that the coefficient multiplies.
         changes: a function from a target to the adapters' changes; a change is None if the adapter lacks the target.
         depth: a function from a target to its depth, 0 in the first layer and 1 in the last; None outside numbered
             layers.
-        each: parameters that apply to one adapter only, one mapping per adapter.
+        each: for each adapter, the parameters that apply to this adapter only.
         wanted: a description of the score function that the caller must pass, for error texts.
     """
 
@@ -63,12 +63,12 @@ class WeightTrial:
         return _number(score[0] if isinstance(score, tuple) else score)
 
     def slope(self, coefficients: Coefficients) -> tuple[float, dict[Target, Array]]:
-        """Return the loss and its derivatives with respect to the coefficients of each target.
+        """Return the loss and a map from each target to the derivatives of the loss by the target's coefficients.
 
-        A target for which the caller returns no gradient is omitted.
+        The map lacks targets for which the score function returns no gradient.
 
         Raises:
-            UsageError: the caller returns no gradients, or a gradient of an unknown target.
+            UsageError: the score function returns no gradients, or a gradient for a path that is not a target.
         """
         answer = self.score(self.combined(coefficients))
         if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[1], Mapping):
@@ -78,7 +78,9 @@ class WeightTrial:
         unknown = set(answer[1]) - {str(target) for target in self.targets}
         if unknown:
             raise UsageError(
-                "a gradient has a path that is not a target", where=sorted(unknown)[0], cure="Use the targets' paths"
+                "the score function returned a gradient for a path that is not a target",
+                where=sorted(unknown)[0],
+                cure="Use the paths of the targets as the keys of the gradients",
             )
         # torch returns None as the gradient of a weight on which the loss does not depend.
         given = {target: answer[1].get(str(target)) for target in self.targets}
@@ -86,10 +88,11 @@ class WeightTrial:
         return _number(answer[0]), slopes
 
     def differences(self, coefficients: Array, step: float = 1e-3) -> tuple[float, Array]:
-        """Return the loss and its gradient by central differences, for coefficients that all targets share."""
+        """Return the loss and its gradient for coefficients that all targets share, by central differences."""
         import numpy as np
 
-        # A step needs 2 T + 1 scores. With separate coefficients for each target, a step would need far too many.
+        # This calls the score function 2 T + 1 times. With separate coefficients for each target, there would be far
+        # too many calls.
         ends = [
             [self.loss(self.everywhere(coefficients + way * step * unit)) for way in (1, -1)]
             for unit in np.eye(self.count)
@@ -102,8 +105,9 @@ class Learned(Combiner):
     """A combiner that first learns the coefficients of a sum from the caller's loss.
 
     Attributes:
-        by_part: whether each coefficient multiplies a part of a change, such as a direction. In this case, `matrix`
-            must use `at.learned`. Otherwise a coefficient multiplies an adapter's whole change.
+        by_part: whether each coefficient multiplies only a part of a change, such as one direction. If so, `matrix`
+            must read the coefficients from `at.learned`. Otherwise, each coefficient multiplies an adapter's whole
+            change, and `matrix` gets it as a weight.
     """
 
     data: ClassVar[str | None] = SCORE
@@ -112,10 +116,10 @@ class Learned(Combiner):
 
     @abstractmethod
     def learn(self, trial: WeightTrial) -> dict[Target, Array]:
-        """Return the coefficients of each target, `[T]`."""
+        """Learn the coefficients; return a map from each target to its coefficients `[T]`."""
 
     def products(self, changes: Sequence[Change | None], weights: Sequence[float], G: Array) -> Array:
-        """Return the derivatives of <G, result> with respect to the coefficients of one target."""
+        """Return the derivatives of the inner product <G, result> with respect to the coefficients of one target."""
         import numpy as np
 
         return np.array([w * inner(change, G) for w, change in zip(weights, changes, strict=True)])
@@ -131,7 +135,7 @@ class Learned(Combiner):
 
 
 class Adam:
-    """The optimiser Adam for one array.  Kingma and Ba 2014, https://arxiv.org/abs/1412.6980"""
+    """The optimiser Adam for one array (Kingma and Ba 2014, https://arxiv.org/abs/1412.6980)."""
 
     def __init__(self, rate: float, decay: tuple[float, float] = (0.9, 0.999)) -> None:
         self.rate, self.decay, self.steps = rate, decay, 0
@@ -153,15 +157,15 @@ class Adam:
 def descend(
     trial: WeightTrial, start: Array, steps: int, rate: float, per: str, shape: Callable[[Array], tuple[Array, Array]]
 ) -> Array:
-    """Run Adam on free parameters `[targets, T]`, and return the coefficients of the step with the least loss.
+    """Run Adam on free parameters `[targets, T]`; return the coefficients of the step with the least loss.
 
     Args:
         trial: the functions that evaluate coefficients.
         start: the initial free parameters.
         steps: the number of steps.
         rate: the learning rate.
-        per: if `task`, all targets share coefficients, and the gradient is computed by finite differences of the loss;
-            otherwise, the caller returns gradients.
+        per: if `task`, all targets share the same coefficients, and finite differences of the loss give the gradient.
+            Otherwise, the score function returns gradients.
         shape: a function from free parameters to coefficients `[targets, T]` and their Jacobian `[targets, T, T]`.
     """
     import numpy as np
@@ -183,9 +187,9 @@ def descend(
 
 
 def trained(trial: WeightTrial, start: Coefficients, steps: int, rate: float, decay: float) -> dict[Target, Array]:
-    """Run AdamW on the coefficients of each target, and return the coefficients after the last step.
+    """Run AdamW on the coefficients of each target; return the coefficients after the last step.
 
-    As in torch, coefficients of targets without a gradient do not change.
+    As in torch, a step does not change the coefficients of targets without a gradient.
     """
     values, adams = dict(start), {target: Adam(rate) for target in start}
     for _ in range(steps):
@@ -196,7 +200,10 @@ def trained(trial: WeightTrial, start: Coefficients, steps: int, rate: float, de
 
 
 def inner(change: Change | None, G: Array) -> float:
-    """Return <D, G> without computing D; G is `[out, in * k]`, or `[e, out, in * k]` for stacked experts."""
+    """Return the inner product of a change D with G, without computing `B @ A`.
+
+    G has the shape `[out, in * k]`, or `[e, out, in * k]` for stacked experts.
+    """
     if change is None or not change.changes_weight:
         return 0.0
     total = 0.0
@@ -212,5 +219,9 @@ def _number(value: SupportsFloat) -> float:
 
     loss = float(value)
     if not math.isfinite(loss):
-        raise UsageError("the score is not a finite number", where="data", cure="Correct the score function")
+        raise UsageError(
+            f"the score function returned the loss {loss}, which is not a finite number",
+            where="data",
+            cure="Change the score function so that it always returns a finite loss",
+        )
     return loss

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from ...io.computed import Array
     from ._learned import WeightTrial
 
-PER = "scope of a coefficient: one task at one target (layer; needs gradients), or one task at all targets (task)"
+PER = "whether each task has one coefficient for each target (layer; needs gradients), or one for all targets (task)"
 
 
 class AdaMerging(Learned):
-    """sum_t c_t D_t, with c learned by Adam from `start`."""
+    """sum_t c_t D_t; Adam learns c, and all coefficients start with the value `start`."""
 
     title = "AdaMerging coefficients"
     paper = "https://arxiv.org/abs/2310.02575"
@@ -27,9 +27,9 @@ class AdaMerging(Learned):
     learns: ClassVar[str | None] = "entropy_and_gradients"
 
     per: str = parameter("layer", PER, among=("layer", "task"))
-    start: float = parameter(0.3, "initial coefficients")
+    start: float = parameter(0.3, "initial value of all coefficients")
     steps: int = parameter(500, "steps of Adam", least=1)
-    rate: float = parameter(1e-3, "size of a step", least=0)
+    rate: float = parameter(1e-3, "learning rate of Adam", least=0)
 
     def learn(self, trial: WeightTrial) -> dict[Target, Array]:
         import numpy as np

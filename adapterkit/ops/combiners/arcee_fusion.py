@@ -1,9 +1,11 @@
-"""Arcee Fusion: keep the entries of one change that are large and change the softmax of their row.
+"""Arcee Fusion: keep the entries of a change that are large and whose row changes the softmax of the weight's row.
 
 The importance of an entry is I = |D| KL(softmax(W + D) || softmax(W)), where KL is the divergence of the entry's row.
-An entry is kept if I is at least the tensor's median plus 1.5 interquartile ranges. The formula contains W, so it needs
-the base. https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md; mergekit estimates the quartiles of
-large tensors from a million random entries; this module computes exact quartiles.
+An entry is kept if I is at least the median of I over the tensor plus 1.5 interquartile ranges. The formula contains W,
+so it needs the base.
+
+Source: https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md. mergekit estimates the quartiles of large
+tensors from a million random entries; this module computes exact quartiles.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def _softmax(X: Array) -> Array:
 def _threshold(importance: Array) -> float:
     """Return the median plus 1.5 interquartile ranges.
 
-    If a quartile lies between two entries, the lower entry is used.
+    If a quartile or the median lies between two entries, the smaller entry is used.
     """
     import numpy as np
 
@@ -78,4 +80,4 @@ def _threshold(importance: Array) -> float:
 
 
 LEAST = 1e-8
-"""A small number added to each probability, so that its logarithm is finite."""
+"""The number that is added to each probability, so that its logarithm is finite."""

@@ -1,10 +1,12 @@
 """Subspace Boosting: raise the small singular values of another method's result.
 
-k is the smallest number for which S_1 + .. + S_k reaches the share beta of the sum of all singular values. All singular
-values after S_k are set to S_k. Skorobogat et al. 2025, https://arxiv.org/abs/2506.16506: in many merged models, most
-of the change lies in few directions. The default beta, 0.01, is from the authors' code. Singular values of 0 stay 0, so
-that the result of low-rank changes has a low rank. The authors work on full matrices and raise all singular values of
-the weight.
+S_1 >= S_2 >= .. are the singular values of the other method's result. k is the smallest number for which
+S_1 + .. + S_k reaches the share beta of the sum of all singular values. All singular values after S_k are set to S_k.
+Skorobogat et al. 2025, https://arxiv.org/abs/2506.16506: in many merged models, most of the change lies in few
+directions. The default beta, 0.01, is from the authors' code.
+
+Here, singular values of 0 stay 0, so that the result of low-rank changes has a low rank. The authors instead work on
+full matrices, and raise all singular values after S_k.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class SubspaceBoosting(PlugIn):
     paper = "https://arxiv.org/abs/2506.16506"
 
     beta: float = parameter(
-        0.01, "share of the sum of all singular values that S_1 + .. + S_k reaches", least=0, most=1
+        0.01, "share of the sum of all singular values that the k largest singular values reach", least=0, most=1
     )
 
     @property
@@ -41,7 +43,7 @@ class SubspaceBoosting(PlugIn):
         from ._combiner import leading
 
         merged = self.inner.matrix(deltas, weights, at)
-        # This run only collects statistics for the combiner `then`. The result of this run is ignored.
+        # During counting, this method runs only so that the combiner `then` collects statistics; the result is ignored.
         if at.census.counting:
             return merged
         common = whole_core([merged])

@@ -1,6 +1,6 @@
 """Model Breadcrumbs: drop the largest and smallest entries of each change, and sum the other entries.
 
-The sum is taken with or without a sign election.
+With a sign election, only entries with the elected sign are summed.
 
 Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795: in each layer, the entries whose magnitudes lie between
 the quantiles 0.85 and 0.993 are kept. The authors' code, https://github.com/rezazzr/breadcrumbs, takes the quantiles of
@@ -22,11 +22,17 @@ if TYPE_CHECKING:
     from ._entrywise import Mask
 
 
-SCOPE = "where the shares are counted: in each tensor, as in the paper, or in each row, as in the authors' code"
+SCOPE = (
+    "the entries of which density and gamma are shares: all entries of a tensor, as in the paper, "
+    "or all entries of a row, as in the authors' code"
+)
 
 
 class Breadcrumbs(Sparse):
-    """lambda * sum_t w_t m_t D_t; m_t drops the gamma n largest of n entries, and keeps the next density n entries."""
+    """lambda * sum_t w_t m_t D_t, where the mask m_t is 1 for the entries that change t keeps, else 0.
+
+    The mask drops the `gamma * n` largest of n entries, and keeps the next largest `density * n` entries.
+    """
 
     title = "Model Breadcrumbs"
     paper = "https://arxiv.org/abs/2312.06795"
@@ -34,7 +40,7 @@ class Breadcrumbs(Sparse):
     compat: ClassVar = {"mergekit": {"density": 1.0, "gamma": 0.01, "weighted_vote": True}}
 
     density: float = parameter(0.143, DENSITY, least=0, most=1)
-    gamma: float = parameter(0.007, "share of the entries to drop, the largest entries", least=0, most=1)
+    gamma: float = parameter(0.007, "share of the entries to drop because they are the largest", least=0, most=1)
     scope: str = parameter("tensor", SCOPE, among=("tensor", "row"))
     rescale: str = parameter("none", RESCALE, among=("none", "norm"))
 
@@ -58,7 +64,7 @@ class Breadcrumbs(Sparse):
 
 
 def _places(density: float, gamma: float, count: int) -> tuple[int, int]:
-    """Return which of `count` magnitudes, sorted from the smallest, are kept: (first index, end index)."""
+    """Return which of `count` magnitudes are kept, as indices in ascending order of magnitude: (first, end)."""
     if density >= 1:
         return 0, count
     kept = int(density * count)
@@ -67,14 +73,17 @@ def _places(density: float, gamma: float, count: int) -> tuple[int, int]:
 
 
 class _Between:
-    """A mask of the entries between two indices of the sorted magnitudes; equal magnitudes are sorted by position."""
+    """A function that selects, in each change, the entries between two indices of the sorted magnitudes.
+
+    Equal magnitudes are sorted by position. Each pass must call the function with the blocks in order.
+    """
 
     def __init__(self, blocks: Blocks, spans: Sequence[tuple[int, int]]) -> None:
         import numpy as np
 
         size = blocks.size
-        # Convert an index, counted from the smallest magnitude, to a k that means the k-th largest magnitude. If no
-        # entry is kept, k is the number of entries.
+        # Convert indices, which count from the smallest magnitude, to k, which counts from the largest. Indices outside
+        # the tensor occur only if no entry is kept; they are clamped, and the values are not used.
         wanted = [
             lambda total, _, place=place: total - place
             for first, last in spans
@@ -83,8 +92,8 @@ class _Between:
         selections = blocks.select(np.abs, wanted, each=2)
         self.spans = list(spans)
         self.ends = [(selections[2 * t], selections[2 * t + 1]) for t in range(len(spans))]
-        # Several magnitudes may equal the first or last kept magnitude. Rank these by position, over all blocks in
-        # order, so that exactly the requested number of entries is kept.
+        # Several entries may have the same magnitude as the first or the last kept entry. Rank these entries by
+        # position, over all blocks in order, so that exactly the requested number of entries is kept.
         self.seen = [[0, 0] for _ in spans]
 
     def __call__(self, sizes: Array, rows: slice) -> Array:

@@ -1,4 +1,4 @@
-"""CAT (LoRA Soups): concatenate adapters, each weighted at each target by a softmax of learned logits.
+"""CAT (LoRA Soups): sum the adapters' changes, with weights that are the softmax of learned logits.
 
 Prabhakar et al. 2024, https://arxiv.org/abs/2410.13025
 """
@@ -26,8 +26,8 @@ class CAT(Learned):
     learns: ClassVar[str | None] = "loss_and_gradients"
 
     per: str = parameter("layer", PER, among=("layer", "task"))
-    steps: int = parameter(100, "steps of Adam", least=1)
-    rate: float = parameter(1e-2, "size of a step", least=0)
+    steps: int = parameter(100, "number of steps of Adam", least=1)
+    rate: float = parameter(1e-2, "learning rate of Adam", least=0)
 
     def learn(self, trial: WeightTrial) -> dict[Target, Array]:
         import numpy as np

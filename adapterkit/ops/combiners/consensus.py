@@ -1,4 +1,4 @@
-"""Consensus task arithmetic: keep the entries of the sum that matter to enough of the tasks (TALL masks).
+"""Consensus task arithmetic: sum the changes, and keep the entries that are important for several tasks (TALL masks).
 
 m_t = [|D_t| >= lambda_t |sum D - D_t|]; D = scale * (sum D) * [sum_t m_t >= agree]. Wang et al. 2024,
 https://arxiv.org/abs/2405.07813. The authors choose lambda_t between 0.2 and 0.6 on validation data; the default here
@@ -27,9 +27,9 @@ class Consensus(Entrywise):
     single = frozenset({"threshold"})
 
     threshold: float = parameter(
-        0.4, "lambda_t: least magnitude of an important entry, relative to the sum of the other tasks", least=0
+        0.4, "lambda_t: an important entry has at least this fraction of the magnitude of the other tasks' sum", least=0
     )
-    agree: int = parameter(2, "number of tasks for which an entry must be important", least=1)
+    agree: int = parameter(2, "least number of tasks for which a kept entry is important", least=1)
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         import numpy as np

@@ -22,7 +22,7 @@ BASIS = "source of the singular vectors: the factors as trained (factors), or ea
 
 
 class CoreSpace(PlugIn):
-    """U then(M_1 .. M_T) V^T."""
+    """U then(M_1 .. M_T) V^T, where `then` is the other method."""
 
     title = "Core Space, with another method in it"
     paper = "https://arxiv.org/abs/2509.17786"
@@ -49,12 +49,12 @@ def coordinates(deltas: Sequence[Delta], basis: str) -> tuple[Array, list[Array]
         columns = np.vstack([delta.A for delta in deltas]) @ common.right.T
     else:
         rows, columns = np.hstack(common.cores), np.vstack(common.cores)
-    # Decompose small matrices in common coordinates; only the products below have the size of the weight.
+    # Decompose the small matrices in common coordinates, not matrices with as many rows or columns as the weight.
     U, S, _ = np.linalg.svd(rows, full_matrices=False)
     _, R, Vh = np.linalg.svd(columns, full_matrices=False)
     if not by_factors:
         # The cores of dense changes are as large as the weight. Drop directions that contain only rounding noise,
-        # because methods such as TIES count entries.
+        # because methods such as TIES would count the entries of these directions.
         U, Vh = (X[: int((NOISE * s[:1].max(initial=0) < s).sum())] for X, s in ((U.T, S), (Vh, R)))
         U = U.T
     return common.left @ U, [U.T @ M @ Vh.T for M in common.cores], Vh @ common.right

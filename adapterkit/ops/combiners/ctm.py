@@ -1,4 +1,4 @@
-"""Compress, then merge: find one pair of bases of rank r for all tasks, and apply another method to the r x r cores.
+"""Compress, then merge: find bases of r vectors that all tasks share, and apply another method to the r x r cores.
 
 The result has rank r. The bases come from a Tucker-2 decomposition of the tasks' cores (HOSVD, then HOOI). For this
 decomposition, each core is scaled to the norm `beta |D_t| + (1 - beta) mean |D|`. He et al. 2026,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class CtM(PlugIn):
-    """U then(U^T D_1 V, .., U^T D_T V) V^T, where U and V have r columns."""
+    """U then(U^T D_1 V, .., U^T D_T V) V^T, where U and V have r columns, and `then` is the other method."""
 
     title = "Compress, then merge (CtM)"
     paper = "https://arxiv.org/abs/2606.03723"
@@ -31,8 +31,8 @@ class CtM(PlugIn):
     within: ClassVar = {"scope": "tensor"}
 
     rank: int | None = parameter(None, "r; default: the largest rank of a task", least=1, kind=int)
-    beta: float = parameter(0.25, "from 0 (scale all tasks to one norm) to 1 (keep each norm)", least=0, most=1)
-    iterations: int = parameter(1000, "largest number of rounds of HOOI", least=0)
+    beta: float = parameter(0.25, "0 finds the bases from changes of equal norm; 1 keeps the norms", least=0, most=1)
+    iterations: int = parameter(1000, "maximum number of HOOI rounds", least=0)
     tolerance: float = parameter(1e-6, "stop after a round that changes the relative error by less than this", least=0)
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
@@ -46,7 +46,7 @@ class CtM(PlugIn):
         rank = self.rank or max(delta.rank for delta in deltas)
         if rank < 1:
             raise UsageError(
-                "the changes have no low-rank factors, so they have no rank", where="rank", cure="Give --rank (rank=)"
+                "no change has low-rank factors, so rank has no default", where="rank", cure="Pass --rank N (rank=N)"
             )
         U, V = self._bases(cores, min(rank, *cores.shape[1:]))
         merged = self.inner.matrix([whole(U.T @ M @ V) for M in cores], weights, at)
@@ -79,23 +79,26 @@ class CtM(PlugIn):
 
 
 WIDE = 7
-"""A matrix with fewer columns than this factor times the rank is decomposed fully, because that is faster."""
+"""If a matrix has fewer columns than this factor times the rank, it is decomposed fully.
+
+A full decomposition is then faster than the subspace iteration.
+"""
 
 SETTLED = 1e-10
-"""The iteration ends when a span's residual is below this fraction of the span's smallest eigenvalue."""
+"""The subspace iteration ends when a span's residual is below this fraction of the span's smallest eigenvalue."""
 
 SPREAD = 1e5
 """Vectors are orthonormalized again before repeated products could make their lengths differ by more than this factor.
 """
 
 PRODUCTS = 24
-"""The largest number of products that the iteration computes with one matrix.
+"""The subspace iteration gives up after this many products with one matrix.
 
-50 products take as long as the decomposition of a matrix with 128 columns.
+50 products take as long as the full decomposition of a matrix with 128 columns.
 """
 
 PAUSE = 8
-"""If the iteration fails, this many matrices are decomposed fully: the current matrix and the next ones."""
+"""If the iteration fails for a matrix, this matrix and the following `PAUSE - 1` matrices are decomposed fully."""
 
 
 def _gram(X: Array, V: Array | None = None) -> Array:
@@ -104,14 +107,17 @@ def _gram(X: Array, V: Array | None = None) -> Array:
 
     tasks, rows, columns = X.shape
     Y = X if V is None else (X.reshape(-1, columns) @ V).reshape(tasks, rows, -1)
-    # One product of all matrices, concatenated, takes a third of the time of a product per task.
+    # Concatenate the matrices of all tasks: one large product takes a third of the time of one product per task.
     side = np.ascontiguousarray(Y.swapaxes(0, 1)).reshape(rows, -1)
     product: Array = side @ side.T
     return product
 
 
 def _first(gram: Array, rank: int) -> Array:
-    """Return the first eigenvectors of a Gram matrix: the left singular vectors of the concatenated matrices."""
+    """Return the eigenvectors with the largest eigenvalues of a Gram matrix.
+
+    They are the left singular vectors of the concatenated matrices.
+    """
     import numpy as np
 
     vectors: Array = np.linalg.eigh(gram)[1]
@@ -119,13 +125,20 @@ def _first(gram: Array, rank: int) -> Array:
 
 
 class _Spans:
-    """Compute the spans of the first eigenvectors of a sequence of matrices, each similar to the previous matrix."""
+    """Computes the span of the leading eigenvectors, for a sequence of matrices.
+
+    Each matrix is similar to a previous one, so its span can be found by iteration from the previous span.
+    """
 
     def __init__(self, rank: int) -> None:
-        self.rank, self.pause = rank, 2  # Do not iterate in the first round, in which the spans change much.
+        # Decompose fully in the first round (two matrices), because the spans still change much in this round.
+        self.rank, self.pause = rank, 2
 
     def first(self, gram: Array, near: Array) -> tuple[Array, float]:
-        """Return an orthonormal basis of the span of the first eigenvectors, and the sum of their eigenvalues."""
+        """Return an orthonormal basis of the span of the leading eigenvectors, and the sum of their eigenvalues.
+
+        The iteration starts from `near`, a basis of the previous span.
+        """
         import numpy as np
 
         if self.pause == 0 and WIDE * self.rank <= len(gram) and math.isfinite(gram.sum()):
@@ -139,9 +152,9 @@ class _Spans:
 
 
 def _iterated(gram: Array, Q: Array) -> tuple[Array, float] | None:
-    """Find the span by subspace iteration from a similar span.
+    """Find the span of the leading eigenvectors by subspace iteration, starting from Q, a basis of a similar span.
 
-    Return None if the iteration is slow or its result cannot be verified.
+    Return a basis and the sum of the eigenvalues, or None if the iteration is slow or its result cannot be verified.
     """
     import numpy as np
 
@@ -150,8 +163,8 @@ def _iterated(gram: Array, Q: Array) -> tuple[Array, float] | None:
         image = gram @ Q
         inner = Q.T @ image
         values = np.linalg.eigvalsh(inner)
-        # Verify the result: each eigenvalue outside the span is at most the norm of the matrix's remainder. If this
-        # norm is not smaller than every eigenvalue in the span, another span may contain larger eigenvalues.
+        # Check that the span contains the largest eigenvalues. Every other eigenvalue is at most `outside`, the norm of
+        # the rest of the matrix. If `outside` is not below the span's smallest eigenvalue, the check fails.
         outside = math.sqrt(max(square - float((inner * inner).sum()), 0.0))
         if outside >= values[0]:
             return None

@@ -1,8 +1,8 @@
-"""DARE: drop entries at random, scale up the other entries to keep the expected value; then use task arithmetic.
+"""DARE: drop entries of each change at random, scale up the rest to keep the expected value, and sum the changes.
 
 Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single tuned model keeps its abilities if nine tenths of the entries
-are dropped. For merging, the README of https://github.com/yule-BUAA/MergeLM drops a fifth of the entries. The default
-here is the same.
+are dropped. For merging, the README of https://github.com/yule-BUAA/MergeLM drops a fifth of the entries, which is
+also the default here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Dare(Sparse):
-    """lambda * sum_t w_t m_t D_t / p, where each entry of m_t is 1 with probability p."""
+    """lambda * sum_t w_t m_t D_t / p, where each entry of m_t is 1 with probability p, else 0."""
 
     title = "DARE, then task arithmetic"
     paper = "https://arxiv.org/abs/2311.03099"

@@ -1,8 +1,8 @@
 """DARE and TIES: drop entries at random, scale up the other entries, elect signs, and average the entries that agree.
 
 Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single tuned model keeps its abilities if nine tenths of the entries
-are dropped. For merging, the README of https://github.com/yule-BUAA/MergeLM drops a fifth of the entries. The default
-here is the same.
+are dropped. For merging, the README of https://github.com/yule-BUAA/MergeLM drops a fifth of the entries, which is
+also the default here.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ if TYPE_CHECKING:
     from ._entrywise import Chance, Mask
 
 
-TRIM = "share of a tensor's entries, the largest ones, to keep after the random drop; MergeLM keeps 0.2"
+TRIM = "share of a tensor's entries to keep after the random drop, the largest entries first; MergeLM keeps 0.2"
 
 
 class DareTIES(Sparse):
-    """lambda * the mean of those entries of m_t D_t / p that have the elected sign."""
+    """lambda * the mean of the entries of m_t D_t / p with the elected sign.
+
+    Each entry of the mask m_t is 1 with probability p, else 0.
+    """
 
     title = "DARE, then TIES"
     paper = "https://arxiv.org/abs/2311.03099"

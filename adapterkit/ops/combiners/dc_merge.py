@@ -2,10 +2,10 @@
 
 The first r singular values of task t are replaced by values with the same sum: all equal (average), or linearly
 decreasing (linear). The bases are the polar factors of [U_1 .. U_T] and [V_1 .. V_T]. In these bases, each task keeps
-its largest entries, signs are elected, and entries with the elected sign are averaged. In these bases, each row and
-each column belongs to one task. Entries whose row and column belong to different tasks are dropped. Zhang et al. 2026,
-https://arxiv.org/abs/2603.06242, https://github.com/Tobeginwith/DC-Merge. The default share of kept entries, 0.001, is
-the authors' value for vision models and for LLaVA (r = 16, the rank of their LoRA).
+its largest entries, signs are elected, and entries with the elected sign are averaged. Each row and each column of the
+average stands for a singular vector of one task. Entries whose row and column belong to different tasks are dropped.
+Zhang et al. 2026, https://arxiv.org/abs/2603.06242, https://github.com/Tobeginwith/DC-Merge. The default share of kept
+entries, 0.001, is the authors' value for vision models and for LLaVA (r = 16, the rank of their LoRA).
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ TIED = 1e-9
 
 
 class DCMerge(Scaled, Spectral):
-    """U (M o [same task]) V^T, where M is the elected mean of U^T U_t diag(e_t) V_t^T V."""
+    """U (M o [same task]) V^T, where M is the elected mean of U^T U_t diag(e_t) V_t^T V.
+
+    The vector e_t contains the new singular values of task t.
+    """
 
     title = "Directional consistency (DC-Merge)"
     paper = "https://arxiv.org/abs/2603.06242"
 
     directions: int | None = parameter(
-        None, "number of directions that a task keeps; default: its rank", least=1, kind=int
+        None, "number of singular directions to keep of each task; default: its rank", least=1, kind=int
     )
     smoothing: str = parameter("average", SMOOTHING, among=("average", "linear"))
     rho: float = parameter(
@@ -49,20 +52,20 @@ class DCMerge(Scaled, Spectral):
         scaled_cores = np.stack([(U.T @ u * self._even(s)) @ (vh @ V.T) for u, s, vh in parts])
         for M in scaled_cores if scaled_cores.size else ():
             sizes = np.sort(np.abs(M), None)
-            # Allow a tolerance at the threshold: entries of directions that no other task shares differ only by
-            # rounding.
+            # The entries of directions that no other task shares can be equal except for rounding. Allow a tolerance at
+            # the threshold, so that rounding does not decide which of them are kept.
             M *= np.abs(M) >= (1 - TIED) * sizes[-max(int(self.density * M.size), 1)]
         total = scaled_cores.sum(0)
         agree = np.sign(scaled_cores) == np.sign(total)
         merged = (scaled_cores * agree).sum(0) / np.maximum(agree.sum(0), 1)
-        # Each row and each column of M stands for a direction of one task. Keep entries whose row and column belong to
-        # the same task.
+        # Each row and each column of `merged` stands for a singular vector of one task. Keep entries whose row and
+        # column belong to the same task.
         owner = np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts])
         same_owner = owner[: U.shape[1], None] == owner[: V.shape[0]]
         return np.asarray(self.scale * U @ (merged * same_owner) @ V)
 
     def _even(self, S: Array) -> Array:
-        """Replace singular values by equal or linearly decreasing numbers with the same sum."""
+        """Return the new singular values: equal or linearly decreasing, with the sum of S."""
         import numpy as np
 
         if not len(S):

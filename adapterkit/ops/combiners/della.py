@@ -1,10 +1,9 @@
-"""DELLA: drop entries at random, small entries of a row more often.
+"""DELLA: drop entries at random, with a higher probability for the smaller entries of a row; then elect signs.
 
-Then elect signs and average the entries that agree.
-
-Deep et al. 2024, https://arxiv.org/abs/2406.11617. The defaults follow https://github.com/declare-lab/della. Its README
-drops 0.3 of the entries with a window of 0.14, and its code sets `epsilon = window_size / 2`. As in the authors' code,
-both the vote and the mean use weighted changes.
+The result is the average of the remaining entries that have the elected sign. Deep et al. 2024,
+https://arxiv.org/abs/2406.11617. The defaults follow https://github.com/declare-lab/della. Its README drops 0.3 of the
+entries with a window of 0.14, and its code sets `epsilon = window_size / 2`. As in the authors' code, both the election
+and the mean use weighted changes.
 """
 
 from __future__ import annotations
@@ -24,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Della(Sparse):
-    """DARE and TIES; p is `density - epsilon` at a row's smallest entry and `density + epsilon` at the largest."""
+    """DARE, then TIES; the probability p of an entry depends on the rank of its magnitude in its row.
+
+    p is `density - epsilon` for a row's smallest entry, and `density + epsilon` for its largest entry.
+    """
 
     title = "DELLA"
     paper = "https://arxiv.org/abs/2406.11617"
@@ -38,7 +40,7 @@ class Della(Sparse):
     }  # fmt: skip
 
     density: float = parameter(0.7, "mean probability that an entry is kept", least=0, most=1)
-    epsilon: float = parameter(0.07, "largest difference of an entry's probability from the mean", least=0, most=1)
+    epsilon: float = parameter(0.07, "largest difference between an entry's probability and the mean", least=0, most=1)
     rescale: str = parameter("inverse", RESCALE, among=RESCALES)
     sign: str = parameter("total", SIGN, among=SIGNS)
     weighted_vote: bool = parameter(True, WEIGHTED_VOTE)
@@ -50,8 +52,8 @@ class Della(Sparse):
         settings = list(zip(at.each(self, "density"), at.each(self, "epsilon"), strict=True))
         for density, epsilon in settings:
             if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
-                why = f"density {density} and epsilon {epsilon} give probabilities outside 0 to 1"
-                raise UsageError(why, where="epsilon", cure="Choose a smaller epsilon")
+                why = f"density {density} and epsilon {epsilon} give probabilities that are not between 0 and 1"
+                raise UsageError(why, where="epsilon", cure="Choose an epsilon below both density and 1 - density")
 
         # The compiled loop draws the same masks from `chances`.
         def mask(changes: Array, rows: slice) -> tuple[Array, Array]:

@@ -1,10 +1,10 @@
 """EMR: compute one elected change from all changes; for a given task, mask and scale the elected change.
 
-An entry of the elected change has the sign of the sum, and the largest magnitude of the entries with that sign. The
-result for task t consists of the elected entries that have the sign of task t's own change, times lambda_t. lambda_t is
-the sum over tensors of the mean magnitude of the task's change, divided by the same sum for the masked change. Huang et
-al. 2024, https://arxiv.org/abs/2405.17461, https://github.com/harveyhuang18/EMR_Merging. Without a task, the result is
-the elected change itself.
+An entry of the elected change has the sign of the sum of the tasks' entries, and the largest magnitude among the
+entries with that sign. The result for task t consists of the elected entries that have the sign of task t's own change,
+times lambda_t. To compute lambda_t, the mean magnitude of the task's change is summed over all tensors, and divided by
+the same sum for the masked elected change. If `task` is not set, the result is the elected change itself. Huang et al.
+2024, https://arxiv.org/abs/2405.17461, https://github.com/harveyhuang18/EMR_Merging.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ class EMR(Entrywise):
 
     def check(self) -> None:
         if self.task is not None and self.task < 0:
-            raise UsageError(f"task {self.task} does not exist", where="task", cure="Count adapters from 0")
+            raise UsageError(f"task {self.task} is below 0", where="task", cure="Pass 0 for the first adapter")
 
 
 def _elected(changes: Array) -> Array:
-    """Return, for each entry, the value with the largest magnitude among those with the sign of the sum."""
+    """Return, for each entry, the changes' value of largest magnitude that has the sign of the values' sum."""
     import numpy as np
 
     sign = np.where(changes.sum(0) > 0, 1.0, -1.0)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...io.computed import Array
     from ..context import FormulaContext
 
-OVER = "directions over which the mean is taken: those that the adapters span (core), or all of the weight (weight)"
+OVER = "singular values in the mean: the nonzero ones of the sum (core), or min(out, in * k) values (weight)"
 
 
 class IsoC(Scaled, Spectral):

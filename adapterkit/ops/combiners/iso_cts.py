@@ -1,8 +1,8 @@
 """Iso-CTS: join directions of the sum and of each task, orthonormalize them, and give all of them one singular value.
 
-The first k of R directions come from the sum of the changes. Each of the T tasks adds (R - k) / T directions of its own
-change, after the k common directions are projected out. Marczak et al. 2025, https://arxiv.org/abs/2502.04959; the
-default k / R, 0.8, is from https://github.com/danielm1405/iso-merging.
+R is the rank of the sum of the changes. The first k directions come from this sum. Each of the T tasks adds (R - k) / T
+directions of its own change, after the k common directions have been projected out. Marczak et al. 2025,
+https://arxiv.org/abs/2502.04959; the default of k / R, 0.8, is from https://github.com/danielm1405/iso-merging.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
 
 class IsoCTS(Scaled, Spectral):
-    """scale * mean(S) * polar(U) polar(V)^T, where U and V contain the common and the task-specific directions."""
+    """scale * mean(S) * polar(U) polar(V)^T.
+
+    U, S and V contain the singular vectors and values of the common and the task-specific directions.
+    """
 
     title = "Isotropic merging with task-specific directions (Iso-CTS)"
     paper = "https://arxiv.org/abs/2502.04959"
 
-    common: float = parameter(0.8, "share of the directions that come from the sum", least=0, most=1)
+    common: float = parameter(0.8, "k / R, the share of the directions that come from the sum", least=0, most=1)
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
 

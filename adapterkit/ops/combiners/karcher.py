@@ -28,7 +28,7 @@ class Karcher(Mixture):
     def coefficients(self, gram: Array, weights: Array) -> Array:
         """Return the coefficients of the mean.
 
-        Cosines are enough, because all vectors are sums of the changes' unit vectors.
+        They depend only on norms and cosines, because all vectors are weighted sums of the changes' unit vectors.
         """
         import numpy as np
 
@@ -39,15 +39,15 @@ class Karcher(Mixture):
         w = shares(weights)
         parts = valid * w / ((valid * w).sum() or 1.0)
         mean = _unit(parts, cosines, self.tolerance)
-        # If the sum of the points is zero, start at one of the points, because a zero sum has no direction.
+        # If the weighted sum of the points is zero, it has no direction. Start at one of the points instead.
         if mean is None:
             mean = np.eye(len(w))[int(valid.argmax())]
         for _ in range(self.iterations):
             dots = np.clip(cosines @ mean, -1.0, 1.0)
             angles = np.arccos(dots)
             apart = valid & (angles >= self.tolerance)
-            # Move the mean m along the weighted sum of the logarithms of all points u at m. The logarithm of u is angle
-            # / sin(angle) * (u - cos(angle) m), where angle is the angle between u and m.
+            # Move the mean m along the weighted sum of the sphere's logarithms of all points u at m. The logarithm of u
+            # is a / sin(a) * (u - cos(a) m), where a is the angle between u and m.
             pull = np.where(apart, parts * angles / np.where(apart, np.sin(angles), 1.0), 0.0)
             tangent = pull - float(pull @ dots) * mean
             size = float(np.sqrt(max(tangent @ cosines @ tangent, 0.0)))

@@ -1,8 +1,8 @@
-"""KnOTS: apply another method to S V_1, .., S V_T from [D_1 .. D_T] = U S [V_1 .. V_T], with one U for all tasks.
+"""KnOTS: decompose [D_1 .. D_T] = U S [V_1 .. V_T], and apply another method to S V_1, .., S V_T.
 
-Stoica et al. 2024, https://arxiv.org/abs/2410.19735. A QR decomposition of the factors avoids matrices of the weight's
-size. As in https://github.com/gstoica27/KnOTS (`s_on_V`), S is multiplied into V, and TIES trims the entries of all
-targets together.
+All tasks share U. Stoica et al. 2024, https://arxiv.org/abs/2410.19735. A QR decomposition of the factors avoids
+matrices of the weight's size. As in https://github.com/gstoica27/KnOTS (`s_on_V`), S is multiplied into V, and TIES
+trims the entries of all targets together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class KnOTS(PlugIn):
-    """U then(S V_1, .., S V_T)."""
+    """U then(S V_1, .., S V_T), where `then` is the other method."""
 
     title = "KnOTS, with another method on aligned coordinates"
     paper = "https://arxiv.org/abs/2410.19735"
@@ -37,11 +37,11 @@ class KnOTS(PlugIn):
             aligned = [whole((U.T @ M) @ common.right) for M in common.cores]
             return Delta(common.left @ U, self.inner.matrix(aligned, weights, at).dense())
         B = np.hstack([delta.B for delta in deltas])
-        # Runs that only collect statistics do not need U, which has as many rows as the weight.
+        # Passes that only collect statistics do not need `left`, which has as many rows as the weight.
         left, R = (None, triangle(B)) if at.census.counting else orthonormal(B)
         U = leading(images(deltas, R))[0]
-        # Keep S V_t as a product of rank r, and compute a few of its rows when they are needed. For eight tasks, this
-        # takes an eighth of the work.
+        # Keep S V_t as a product of two factors, so that only the needed rows are computed. The factors have the rank
+        # of one adapter, so for eight tasks, this takes an eighth of the work of factors with the rank of all adapters.
         aligned = [Delta(U.T @ R[:, span], delta.A) for span, delta in zip(spans(deltas), deltas, strict=True)]
         merged = self.inner.matrix(aligned, weights, at)
         return merged if left is None else Delta(left @ U, merged.dense())

@@ -1,10 +1,9 @@
-"""LoRA-LEGO: cluster the pairs (row of A, column of B) of all tasks.
+"""LoRA-LEGO: cluster the pairs (row of A, column of B) of all tasks, and use each cluster's centre as one pair.
 
-Each cluster's centre is one pair of the result.
-
-Each centre is scaled, so that its largest entry is the mean of its members' largest entries. The result is multiplied
-by sqrt(pairs / ranks). Zhao et al. 2024, https://arxiv.org/abs/2409.16167. Both scales, the ten starts of k-means and
-the default rank are from `merge_MSUs` by the authors of CtM, in https://github.com/ZhengbaoHe/compress-then-merge.
+Each centre is scaled, so that its largest magnitude is the mean of its members' largest magnitudes. The result is
+multiplied by sqrt(n / r), where n is the number of all tasks' pairs, and r is the rank of the result. Zhao et al. 2024,
+https://arxiv.org/abs/2409.16167. Both scales, the ten starts of k-means and the default rank are from `merge_MSUs` by
+the authors of CtM, in https://github.com/ZhengbaoHe/compress-then-merge.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Lego(Scaled, Pairwise):
         rank = self.rank or max(len(each) for each in As)
         if rank > len(A):
             raise UsageError(
-                f"{len(A)} pairs are not enough for rank {rank}", where="rank", cure="Choose a smaller rank"
+                f"rank {rank} exceeds the sum of the ranks, {len(A)}", where="rank", cure="Choose a smaller rank"
             )
         units = np.hstack([A, B.T])
         owner = clusters(units @ units.T, rank, at.uniform(0, (self.starts, rank)))
@@ -57,14 +56,14 @@ def _centre(members: Array) -> Array:
 
 
 def clusters(gram: Array, count: int, chances: Array) -> Array:
-    """Run k-means on points that are known only by their inner products; return each point's cluster, `[n]`.
+    """Run k-means on points whose inner products are known; return the index of each point's cluster, `[n]`.
 
     No cluster is empty.
 
     Args:
         gram: the inner products of the points, `[n, n]`.
         count: the number of clusters.
-        chances: random numbers in [0, 1), `[starts, count]`, to draw the first centres (k-means++).
+        chances: random numbers in [0, 1), `[starts, count]`; each row draws the first centres of one start (k-means++).
     """
     import numpy as np
 
@@ -77,7 +76,10 @@ def clusters(gram: Array, count: int, chances: Array) -> Array:
 
 
 def _seeds(gram: Array, chances: Array) -> Array:
-    """Draw the first centres. A point's probability is proportional to its squared distance to the nearest centre."""
+    """Draw the points that are the first centres, and return their indices.
+
+    A point's probability is proportional to its squared distance to the nearest centre that is already drawn.
+    """
     import numpy as np
 
     chosen = [int(chances[0] * len(gram))]
@@ -92,7 +94,7 @@ def _seeds(gram: Array, chances: Array) -> Array:
 
 
 def _distances_to(gram: Array, points: Array) -> Array:
-    # Compute |x - y|^2 from inner products, because a point has as many numbers as a row and a column of the weight
+    # Compute |x - y|^2 from inner products, because a point has as many elements as a row and a column of the weight
     # together.
     sizes = gram.diagonal()
     distances: Array = sizes[:, None] - 2 * gram[:, points] + sizes[points]
@@ -100,9 +102,10 @@ def _distances_to(gram: Array, points: Array) -> Array:
 
 
 def _descend(gram: Array, owner: Array, count: int) -> tuple[Array, float]:
-    """Run Lloyd's algorithm until no point changes its cluster.
+    """Run Lloyd's algorithm; return each point's cluster, and the sum of the squared distances to the centres.
 
-    An empty cluster gets the point farthest from its centre.
+    The algorithm stops when no point changes its cluster, after 300 steps, or before a step that would leave a cluster
+    empty. If a cluster is empty at the start, it gets the point that is farthest from the centre of its own cluster.
     """
     import numpy as np
 

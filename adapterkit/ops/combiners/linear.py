@@ -1,6 +1,7 @@
 """Weighted sum: D = sum_t w_t D_t, computed exactly by concatenating factors.
 
-Ilharco et al. 2022, https://arxiv.org/abs/2212.04089; averaged: Wortsman et al. 2022, https://arxiv.org/abs/2203.05482.
+Sum: Ilharco et al. 2022, https://arxiv.org/abs/2212.04089. Mean: Wortsman et al. 2022,
+https://arxiv.org/abs/2203.05482.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class LinearCombiner(Mixture):
-    """D = sum_t w_t D_t, divided by sum_t w_t if normalised."""
+    """D = sum_t w_t D_t, divided by sum_t w_t if `normalize` is set."""
 
     title = "Weighted sum"
     paper = "https://arxiv.org/abs/2203.05482"
     compat: ClassVar = {"mergekit": {"normalize": True}, "peft": {}}
 
-    normalize: bool = parameter(False, "divide by the sum of the weights: a mean")
+    normalize: bool = parameter(False, "whether to divide by the sum of the weights, which gives a mean")
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         return shares(weights) if self.normalize else weights

@@ -1,10 +1,10 @@
-"""LiNeS: scale another method's result from alpha in the first layer to alpha + beta in the last.
+"""LiNeS: multiply another method's result by a factor that is linear in the layer's depth.
 
-Wang et al. 2024, https://arxiv.org/abs/2410.17146, https://github.com/wang-kee/LiNeS: shallow layers contain general
-features and should change less. Targets outside numbered layers are scaled by alpha. For T tasks, the authors choose
-beta (at most 1) on validation data. Their alpha is the norm of the sum of the changes, divided by T times the norm of
-the merged change; after task arithmetic, alpha is 1 / T. For a single task, they use beta = 1 - alpha. This is the
-default here for any number of tasks.
+The factor is alpha in the first layer and outside numbered layers, and alpha + beta in the last layer. Wang et al.
+2024, https://arxiv.org/abs/2410.17146, https://github.com/wang-kee/LiNeS: shallow layers contain general features and
+should change less. For T tasks, the authors choose beta (at most 1) on validation data. Their alpha is the norm of the
+sum of the changes, divided by T times the norm of the merged change; after task arithmetic, alpha is 1 / T. For a
+single task, they use beta = 1 - alpha. Here, 1 - alpha is the default of beta for any number of tasks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class LiNeS(PlugIn):
-    """(alpha + beta * depth) * then(D_1 .. D_T), depth from 0 to 1."""
+    """(alpha + beta * depth) * then(D_1 .. D_T), where `then` is the other method, and depth is from 0 to 1."""
 
     title = "LiNeS: another method's result, scaled by depth"
     paper = "https://arxiv.org/abs/2410.17146"
@@ -29,7 +29,7 @@ class LiNeS(PlugIn):
     alpha: float | None = parameter(
         None, "factor in the first layer and outside numbered layers; default: 1 / number of tasks", least=0, kind=float
     )
-    beta: float | None = parameter(None, "the factor in the last layer is alpha + beta; default: 1 - alpha", kind=float)
+    beta: float | None = parameter(None, "increase of the factor up to the last layer; default: 1 - alpha", kind=float)
 
     @property
     def dense(self) -> bool:

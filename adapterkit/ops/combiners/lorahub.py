@@ -1,8 +1,8 @@
 """LoraHub: search for one weight per adapter on a few examples, without gradients; sum all A and all B separately.
 
 Minimise loss(w) + penalty * mean|w| over w in [-bound, bound], by an evolution strategy with one parent and one child.
-The step grows if the child is better. Huang et al. 2023, https://arxiv.org/abs/2307.13269; the default bound and
-penalty are from https://github.com/sail-sg/lorahub. That code searches with nevergrad.
+The step grows if the child is better, else it shrinks. Huang et al. 2023, https://arxiv.org/abs/2307.13269; the default
+bound and penalty are from https://github.com/sail-sg/lorahub. That code searches with nevergrad.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LoraHub(Learned):
     title = "LoraHub"
     paper = "https://arxiv.org/abs/2307.13269"
 
-    apart: bool = parameter(True, "sum A and B separately, which adds products of two adapters' factors")
+    apart: bool = parameter(True, "whether to sum A and B separately; this adds products of two adapters' factors")
     steps: int = parameter(40, "number of candidates to score", least=1)
     bound: float = parameter(1.5, "largest magnitude of a weight", least=0)
     penalty: float = parameter(0.05, "factor of mean|w|, the mean magnitude of the weights, in the loss", least=0)

@@ -1,8 +1,9 @@
 """LOT: compute the change whose outputs on each task's inputs are nearest to that task's outputs, by a pseudoinverse.
 
-D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^+ with G_t = X_t^T X_t. Sun et al. 2025, https://arxiv.org/abs/2505.23859,
-equation 9, https://github.com/SunWenJu123/model-merging. LOT is RegMean without the factor for off-diagonal entries. In
-directions without any input, LOT changes nothing, while RegMean uses the mean of the changes.
+D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^+ with G_t = X_t^T X_t, where X_t are the inputs of task t. Sun et al. 2025,
+https://arxiv.org/abs/2505.23859, equation 9, https://github.com/SunWenJu123/model-merging. LOT is RegMean without the
+factor for off-diagonal entries. In directions without any input, LOT changes nothing. For input features that are
+always 0, RegMean uses the mean of the changes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class LOT(Combiner):
-    """The least-squares solution over the inputs. It has low-rank factors if all changes have."""
+    """The least-squares solution over the inputs; it has low-rank factors if all changes have low-rank factors."""
 
     title = "Layer-wise optimal task vectors (LOT)"
     paper = "https://arxiv.org/abs/2505.23859"

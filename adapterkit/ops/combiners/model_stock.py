@@ -1,4 +1,4 @@
-"""Model Stock: D = t * mean_t D_t with t = N c / (1 + (N - 1) c), where c is the mean cosine between changes.
+"""Model Stock: D = t * mean_i D_i with t = N c / (1 + (N - 1) c), where c is the mean cosine between the N changes.
 
 Jang et al. 2024, https://arxiv.org/abs/2403.19522
 """
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class ModelStock(Mixture):
-    """The point nearest to the centre of fine-tuned weights, on the line between the base and the mean change."""
+    """The point nearest to the centre of the fine-tuned weights, on the line from the base to their mean."""
 
     title = "Model Stock"
     paper = "https://arxiv.org/abs/2403.19522"
     compat: ClassVar = {"mergekit": {"clamp": False}}
 
-    clamp: bool = parameter(True, "use 0 instead of a negative mean cosine, so that the result is the base")
+    clamp: bool = parameter(True, "whether to replace a negative mean cosine by 0, which gives the base")
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         import numpy as np

@@ -23,7 +23,7 @@ class MultiSlerp(Mixture):
     paper = "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea"
     compat: ClassVar = {"mergekit": {}}
 
-    normalize: bool = parameter(True, "divide the weights by their sum")
+    normalize: bool = parameter(True, "whether to divide the weights by their sum")
     scale: float = parameter(1.0, SCALE)
     eps: float = parameter(1e-8, "norms below this number count as 0", least=0)
 
@@ -38,7 +38,7 @@ class MultiSlerp(Mixture):
         cosines = gram * np.outer(inverse, inverse)
         length = float(np.sqrt(max(w @ cosines @ w, 0.0)))
         if length <= self.eps:
-            raise UsageError("the weighted directions cancel, so they have no mean", cure="Choose other weights")
+            raise UsageError("the weighted directions sum to 0, so they have no mean", cure="Choose other weights")
         m = w / length
         # The coefficients of v as a sum of the u_t: w - (sum_t w_t u_t . m) m.
         v = w - float(w @ cosines @ m) * m

@@ -1,6 +1,6 @@
 """NearSwap: limit the magnitude of each entry of one change to t.
 
-D' = D * min(1, t / |D|). The author is alchemonaut (2024). A model that was merged with t = 0.0001:
+D' = D * min(1, t / |D|). The author is alchemonaut (2024), who merged this model with t = 0.0001:
 https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001. To move from adapter A towards adapter B, apply NearSwap
 to B - A, and add A.
 """

@@ -1,4 +1,4 @@
-"""NSC: learn the weights of a sum of adapters so that little of a task's input lies in its adapter's null space.
+"""NSC: learn the weights of a sum of adapters so that each adapter uses as much as possible of its task's inputs.
 
 Lee et al. 2026, https://arxiv.org/abs/2603.26317. An adapter uses an input z only as A z, so it ignores the part of z
 in the null space of A. The length of this part, divided by the length of z, is sqrt(1 - z^T A^T (A A^T)^-1 A z / z^T
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 SPACES = (
     "a callable: score(adapter, spaces) -> (loss, {target's path: gradient of the loss with respect to the weight, "
-    "[out, in, *k]}), with loss = spaces.loss({(task, path): inputs [.., in] of the target on the task's samples}) "
-    "for the task's number and every path in spaces.paths"
+    "[out, in, *k]}), with loss = spaces.loss({(task, path): inputs [.., in] of the target on the task's samples}), "
+    "for every pair of an adapter's position (task) and a target's path in spaces.reads"
 )
 
 RIDGE = 1e-8
-"""The number added to A A^T and to z^T z, as in the authors' code."""
+"""The number added to the diagonal of A A^T and to z^T z, as in the authors' code."""
 
 
 class NSC(Learned):
@@ -45,9 +45,9 @@ class NSC(Learned):
     blocks: float = parameter(
         0.25, "share of the layers whose inputs are used, counted from the last layer", least=0, most=1
     )
-    start: float = parameter(0.4, "initial coefficients")
-    steps: int = parameter(100, "steps of AdamW", least=1)
-    rate: float = parameter(1e-3, "size of a step", least=0)
+    start: float = parameter(0.4, "initial value of every coefficient")
+    steps: int = parameter(100, "number of steps of AdamW", least=1)
+    rate: float = parameter(1e-3, "learning rate of AdamW", least=0)
     decay: float = parameter(0.01, "weight decay of AdamW", least=0)
 
     def learn(self, trial: WeightTrial) -> dict[Target, Array]:
@@ -60,11 +60,13 @@ class NSC(Learned):
 
 
 class Spaces:
-    """The input spaces of the adapters. The rows of an adapter's A span the space of the inputs that the adapter uses.
+    """The second argument of the caller's score function; it computes the loss from inputs.
+
+    It knows the input space of each adapter at each target: the span of the rows of A.
 
     Attributes:
         paths: the paths of the targets whose inputs are used.
-        reads: (task, path) of every adapter that changes such a target.
+        reads: the pairs (task, path) for which the task's adapter changes the target with this path.
     """
 
     def __init__(self, trial: WeightTrial, blocks: float) -> None:
@@ -72,8 +74,8 @@ class Spaces:
         self._seen: dict[tuple[int, str], tuple[Array, Array]] = {}
         self.paths = [str(target) for target in trial.targets if self._add(trial, target, blocks)]
         if not self.paths:
-            why = "the last layers have no target with low-rank factors"
-            raise UsageError(why, where="blocks", cure="Choose a larger share of the layers")
+            why = f"the last {blocks:.0%} of the layers have no target with low-rank factors"
+            raise UsageError(why, where="blocks", cure="Set blocks to a larger share, up to 1")
         self.reads = frozenset(self._seen)
 
     def _add(self, trial: WeightTrial, target: Target, blocks: float) -> bool:
@@ -97,16 +99,18 @@ class Spaces:
         """Return the mean ratio |part of an input in the null space of A| / |input|.
 
         Args:
-            inputs: a map from (task, path) to the inputs `[.., in]` of that target, computed with the combined adapter:
-                numpy arrays, or tensors of a library with numpy's operators and `new_tensor`.
+            inputs: a map from (task, path) to the inputs `[.., in]` of that target, which the model computed with the
+                combined adapter. They are numpy arrays, or tensors of a library with numpy's operators and
+                `new_tensor`.
 
         Raises:
-            UsageError: a key of `inputs` has a path that is not in `paths`.
+            UsageError: `inputs` is empty, or one of its keys is not in `reads`.
         """
         unknown = [key for key in inputs if key not in self._seen]
         if unknown or not inputs:
             where = ", ".join(map(str, unknown[0])) if unknown else "inputs"
-            raise UsageError("inputs have a path that is not in spaces.paths", where=where, cure="Use spaces.paths")
+            why = "spaces.loss got no inputs, or inputs whose (task, path) is not in spaces.reads"
+            raise UsageError(why, where=where, cure="Pass inputs for pairs in spaces.reads")
         shares = [self._share(key, z) for key, z in inputs.items()]
         return sum(shares[1:], shares[0]) / len(shares)
 
@@ -115,5 +119,6 @@ class Spaces:
         A, inverse = (like(values) for values in self._seen[key])
         seen = z @ A.T
         square = 1 - (seen * (seen @ inverse)).sum(-1) / ((z * z).sum(-1) + RIDGE)
-        # Clip at zero, because rounding may yield a negative number, which has no square root.
+        # Clip just above zero, because rounding may yield a negative number, which has no square root. At zero, the
+        # derivative of the square root is infinite.
         return (square.clip(1e-12) ** 0.5).mean()

@@ -1,10 +1,11 @@
 """PCB: give each entry a score within its task and between tasks, and average the entries, weighted by their scores.
 
-A task's magnitudes are clamped to their quantiles 0.0001 and 0.9999, and scaled to [0, 1] as m_t. The score of an entry
-x_t is exp(T m_t^2) tanh(x_t sum x). Scores below the quantile 1 - ratio become 0, and the other scores are scaled to
-the range from 0 to 1. The result is the mean of the clamped entries, weighted by the scores. Du et al. 2024,
-https://arxiv.org/abs/2410.02396. Quantiles are computed over a whole adapter, as in
-https://github.com/duguodong7/pcb-merging, where ratio is 0.1 by default and 0.05 in the examples.
+The magnitudes of a task's entries are clamped to their quantiles 0.0001 and 0.9999, and scaled to the range from 0 to
+1; the results are m_t. The score of task t's entry x_t is exp(T m_t^2) tanh(x_t sum_s x_s) for T tasks. Scores below
+the quantile 1 - ratio become 0, and the other scores are scaled to the range from 0 to 1. The result is the mean of the
+clamped entries, weighted by the scores. Du et al. 2024, https://arxiv.org/abs/2410.02396. By default, quantiles are
+computed over a whole adapter, as in https://github.com/duguodong7/pcb-merging, where ratio is 0.1 by default and 0.05
+in the examples.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class PCB(Entrywise):
     depends: ClassVar = frozenset({"size"})
     stages: ClassVar[int] = 2
 
-    ratio: float = parameter(0.1, "share of a task's entries to keep, those with the best scores", least=0, most=1)
+    ratio: float = parameter(0.1, "share of a task's entries to keep, the best scores first", least=0, most=1)
     scope: str = parameter(
         "model", "where quantiles are computed: in the whole adapter or in each tensor", among=("model", "tensor")
     )
@@ -72,7 +73,7 @@ class PCB(Entrywise):
                 lambda changes: _signed(_scored(changes, weights, bounds)), self._scores(blocks.count)
             )
             positive, negative, best = np.reshape([each.value for each in selections], (3, -1, 1, 1))
-        # If there are enough positive scores, the quantile is a positive score, otherwise a negative score.
+        # The quantile of all scores is positive if there are enough positive scores. Otherwise it is negative.
         least = np.where(positive > 0, positive, -negative)
         span = np.where(best > least, best - least, 1.0)
 
@@ -86,10 +87,10 @@ class PCB(Entrywise):
         return formula
 
     def _scores(self, count: int) -> list[Wanted]:
-        """Return the functions to pass to `Blocks.select` as `wanted`: three searches per change.
+        """Return `wanted` for `Blocks.select`, which searches three series per change (see `_signed`).
 
-        The searches find the quantile 1 - ratio among positive scores, the same quantile among negative scores, and the
-        maximum.
+        The searches find the quantile 1 - ratio of all scores, as a positive score or as the magnitude of a negative
+        score, and the largest score.
         """
 
         def place(total: int) -> int:
@@ -109,7 +110,7 @@ class PCB(Entrywise):
 
 
 def _ends(count: int) -> list[Wanted]:
-    """Return functions that compute the rank of the lower and of the upper quantile, counted from the largest."""
+    """Return `wanted` for `Blocks.select`: the position of each change's lower, then upper, quantile."""
     low: Wanted = lambda total, _: total - int(total * OUTSIDE)  # noqa: E731
     high: Wanted = lambda total, _: total - max(int(total * (1 - OUTSIDE) - 1), 0)  # noqa: E731
     return [*[low] * count, *[high] * count]
@@ -123,7 +124,6 @@ def _twice(changes: Array, weights: Array) -> Array:
 
 
 def _scored(changes: Array, weights: Array, bounds: Array) -> Array:
-    """Return the score of each entry."""
     import numpy as np
 
     shape = (-1, *[1] * (changes.ndim - 1))
@@ -133,7 +133,10 @@ def _scored(changes: Array, weights: Array, bounds: Array) -> Array:
 
 
 def _signed(scores: Array) -> Array:
-    """Return three series: positive scores, magnitudes of negative scores, and the positive scores again."""
+    """Return three series per change: positive scores, magnitudes of negative scores, and positive scores again.
+
+    The third series is for the search for the largest score. Scores of the other sign are 0.
+    """
     import numpy as np
 
     # A `Selection` finds the k-th largest of nonnegative numbers, so each sign needs a separate series.

@@ -1,6 +1,6 @@
 """Pico: damp the output directions that many tasks share, apply another method, and rescale the result.
 
-[B_1 .. B_T] = U S V^T; a_j = 1 / (1 + (T - 1) s_j^2 / sum s^2); B_t <- (I + U diag(a - 1) U^T) B_t; the result is
+[B_1 .. B_T] = U S V^T; a_j = 1 / (1 + (T - 1) s_j^2 / sum s^2); B_t <- (I + U diag(a - 1) U^T) B_t. The result is
 scaled to the mean Frobenius norm of the changes. Tang and Yang 2026, https://arxiv.org/abs/2604.16826. The Python class
 in https://github.com/yixuantt/Pico rescales the merged change in the same way. The command in that repository merges
 nothing; it rescales each damped change to the norm that the change had before damping.
@@ -80,7 +80,7 @@ def _damped(delta: Delta, U: Array, factors: Array) -> Delta:
     from ..lowering import Delta
 
     def through(X: Array) -> Array:
-        # (I + U diag(factors) U^T) X, without forming the square matrix of the outputs.
+        # Return (I + U diag(factors) U^T) X without computing the matrix in parentheses, which is `[out, out]`.
         result: Array = X + U @ (factors[:, None] * (U.T @ X))
         return result
 

@@ -1,7 +1,7 @@
 """RegMean: compute, in closed form, the change whose outputs on each task's inputs are nearest to that task's outputs.
 
-D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^-1 with G_t = X_t^T X_t, whose off-diagonal entries are multiplied by alpha. Jin
-et al. 2022, https://arxiv.org/abs/2212.09849
+D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^-1 with G_t = X_t^T X_t, where X_t are the inputs of task t. The off-diagonal
+entries of G_t are multiplied by alpha. Jin et al. 2022, https://arxiv.org/abs/2212.09849
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INPUTS = "a callable: inputs(position of the adapter, target's path) -> X [sampl
 CUT = 1e-12
 """Eigenvalues of the summed inner products count as zero if they are below this share of the largest eigenvalue."""
 
-ALPHA = "factor of the off-diagonal entries of inner products"
+ALPHA = "factor of the off-diagonal entries of X^T X"
 
 
 class RegMean(Combiner):
@@ -53,7 +53,7 @@ def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: Formula
         for t, (delta, w) in enumerate(zip(deltas, weights, strict=True))
     ]
     whole = summed(grams)
-    # In directions without inputs from any task, use the mean of the changes.
+    # For input features that are 0 in all samples of all tasks, use the mean of the changes.
     unseen = np.diag(np.where(whole.diagonal() == 0, 1.0, 0.0))
     grams = [G + unseen for G in grams]
     divided = _divider(summed(grams), 1 - alpha if min(weights) >= 0 else 0.0)
@@ -88,17 +88,17 @@ def _damped(G: Array, alpha: float) -> Array:
 
 
 def gram_of(at: FormulaContext, t: int, columns: int) -> Array:
-    """Return G_t `[in * k, in * k]`.
+    """Return G_t = X_t^T X_t `[in * k, in * k]` for the inputs X_t that the caller's `data` function returns.
 
     Raises:
-        UsageError: the inputs do not fit the weight.
+        UsageError: the inputs do not fit the weight, or the target is a stack of experts.
     """
     import numpy as np
 
     assert at.asks is not None
     where = str(at.target)
     if at.part not in ("weight", "bias"):
-        raise UsageError("stacked experts have no inputs", where=where, cure="Choose a method that needs no data")
+        raise UsageError("inputs of stacked experts are unknown", where=where, cure="Choose a method without data")
     activations: Any = at.asks(at.present[t], where)
     # The caller may return a torch tensor on any device; convert it without importing torch.
     X = np.asarray(activations.detach().cpu() if hasattr(activations, "detach") else activations, np.float64)

@@ -1,7 +1,8 @@
 """RobustMerge: drop small entries of A and B, scale up each column of B to compensate, and sum A and B separately.
 
-A = c sum_t A_t'; B = c sum_t B_t' diag(s_t). For each row, s_t is the ratio |A_t|_1 / |A_t'|_1, normalised over the
-tasks. A ratio below a quantile of its task's ratios is first replaced by this quantile. Zeng et al. 2025,
+A = c sum_t A_t'; B = c sum_t B_t' diag(s_t), where A_t' and B_t' contain the kept entries. For each row of A_t, s_t
+contains the ratio of the L1 norms |A_t|_1 / |A_t'|_1, divided by the sum of all tasks' ratios. Before this division, a
+ratio below a quantile of its task's ratios is replaced by the quantile. Zeng et al. 2025,
 https://arxiv.org/abs/2502.17159. The defaults are from https://github.com/AuroraZengfh/RobustMerge (`mask_ratio`,
 `att_ratio`, `fuse_weight` in llava/model/builder.py).
 """
@@ -33,7 +34,7 @@ class RobustMerge(Pairwise):
     density: float = parameter(0.2, DENSITY, least=0, most=1)
     kept: str = parameter("reference", REFERENCE, among=COUNTS)
     quantile: float = parameter(
-        0.8, "smaller scales of a task are raised to this quantile of its scales", least=0, most=1
+        0.8, "a task's scales below this quantile of its scales are raised to it", least=0, most=1
     )
     scale: float = parameter(2.0, "c, the factor of A and of B")
 
@@ -41,7 +42,7 @@ class RobustMerge(Pairwise):
         import numpy as np
 
         if len({len(A) for A in As}) > 1:
-            raise UsageError("the ranks differ", where=str(at.target), cure=ONE_RANK)
+            raise UsageError(f"the ranks differ: {[len(A) for A in As]}", where=str(at.target), cure=ONE_RANK)
         A, B = (np.stack([self._pruned(X, t, at) for t, X in enumerate(each)]) for each in (As, Bs))
         after = np.abs(A).sum(2)
         scales = np.where(after > 0, np.abs(np.stack(As)).sum(2) / np.where(after > 0, after, 1.0), 0.0)
@@ -54,7 +55,7 @@ class RobustMerge(Pairwise):
     def _pruned(self, X: Array, t: int, at: FormulaContext) -> Array:
         density = at.each(self, "density")[t]
         if self.kept == "reference" and density < 1:
-            # The authors keep the entry at position `int((1 - p) n)`, counted from the smallest, and all larger
-            # entries. These are `ceil(p n) + 1` entries.
+            # The authors keep the entry at position `int((1 - p) n)`, counted from 1 for the smallest entry, and all
+            # larger entries. These are `ceil(p n) + 1` entries.
             return X * largest(X, min(X.size - int(X.size * (1 - density)) + 1, X.size))
         return X * largest(X, count_of(density, X.size, self.kept))

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from ._entrywise import Formula
 
 
-UNSELECTED = "whether entries that were not selected are dropped, or merged with the same weights"
+UNSELECTED = "entries that were not selected are dropped (drop), or merged with the same weights as the others (keep)"
 
 
 class SCE(Entrywise):
-    """sum_t w_t M_t D_t / sum_t w_t M_t over the selected entries.
+    """scale * sum_t w_t M_t D_t / sum_t w_t M_t, where M_t is 1 for entries with the elected sign, else 0.
 
-    The factor w_t is proportional to the adapter's weight times the sum of the squares of D_t's selected entries.
+    M_t is also 0 for entries that were not selected, if `unselected` is `drop`. The factor w_t is proportional to the
+    adapter's weight times the sum of the squares of D_t's selected entries.
     """
 
     title = "SCE"
@@ -33,7 +34,7 @@ class SCE(Entrywise):
     compat: ClassVar = {"mergekit": {"select": 1.0}}
 
     select: float = parameter(
-        0.1, "share of the entries to select, those that vary most; constant entries do not count", least=0, most=1
+        0.1, "share of the varying entries to select, those that vary most first", least=0, most=1
     )
     unselected: str = parameter("drop", UNSELECTED, among=("drop", "keep"))
     sign: str = parameter("total", SIGN, among=("total", "frequency"))

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class Slerp(Mixture):
-    """A point on the great circle from the first change to the second.
+    """The spherical interpolation between two changes, at position t.
 
-    The norm is interpolated with the same formula.
+    The changes are not normalized, so the norm also moves from the norm of the first change to that of the second.
     """
 
     title = "Spherical interpolation (SLERP)"

@@ -1,9 +1,9 @@
 """Singular value calibration: in a merged change, scale down the singular values to which several tasks contribute.
 
-D = U S V^T is the merged change, and s_r^t = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2. Direction r is multiplied by T /
-sum_t max(alpha, s_r^t). 2026, https://arxiv.org/abs/2602.05536. If the tasks have no common directions, alpha = 1
-leaves their sum unchanged. https://github.com/tanganke/fusion_bench sets alpha to 0.1 after sums, TIES, DARE and Iso-C,
-and to 0.2 after Iso-CTS.
+D = U S V^T is the merged change of T tasks, u_r is a column of U, and s_r^t = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2. The
+singular value of u_r is multiplied by T / sum_t max(alpha, s_r^t). 2026, https://arxiv.org/abs/2602.05536. If the tasks
+have no common directions, alpha = 1 leaves their sum unchanged. https://github.com/tanganke/fusion_bench sets alpha to
+0.1 after sums, TIES, DARE and Iso-C, and to 0.2 after Iso-CTS.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 NOISE = 1e-12
-"""A task's change in a direction counts as rounding noise if it is below this fraction of the task's whole change."""
+"""A task's part u_r^T D_t counts as rounding noise if its norm is below this fraction of the norm of D_t."""
 
 
 class SVC(PlugIn):
-    """A plug-in that transforms the result of any method."""
+    """A plug-in that scales down singular values in the result of another method."""
 
     title = "Singular value calibration (SVC) of another method's result"
     paper = "https://arxiv.org/abs/2602.05536"
 
-    alpha: float = parameter(1.0, "lower limit of a task's contribution to a direction", least=1e-6)
+    alpha: float = parameter(1.0, "lower limit of a task's contribution s_r^t to a direction", least=1e-6)
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np

@@ -1,7 +1,7 @@
 """TARA: learn a coefficient for every direction of every adapter from the tasks' entropies, weighted by preference.
 
 Jeong et al. 2026, https://arxiv.org/abs/2603.26299. The directions are either the rank-one products b_j a_j of each
-adapter (`factors`, the paper's Variant A), or the singular directions of all changes, concatenated (`shared`, Variant
+adapter (`factors`, the paper's Variant A), or the singular directions of the concatenated changes (`shared`, Variant
 B). All coefficients are initially `start` / T. AdamW minimises alpha * log(sum_t exp(p_t (l_t - s_t) / alpha)), where
 l_t is the entropy of the combination on task t, and s_t is the entropy of adapter t alone. By default, p_t is 1 / T.
 The default start, steps and rate are the values for eight tasks in https://github.com/wooseong97/TARA-Merge.
@@ -32,11 +32,11 @@ TOGETHER = (
     "[out, in, *k]}), with loss = together(losses of the tasks on unlabelled samples, such as entropies[, losses of "
     "each adapter alone])"
 )
-DIRECTIONS = "products of each adapter's factors, or directions that all adapters share: variants A and B of the paper"
+DIRECTIONS = "rank-one products of each adapter (factors, Variant A), or directions of all adapters (shared, Variant B)"
 
 
 class TARA(Learned):
-    """sum_t w_t sum_j c_tj b_tj a_tj with learned c."""
+    """sum_t w_t sum_j c_tj b_tj a_tj with learned c; direction j of task t is a column b_tj times a row a_tj."""
 
     title = "Task-rank anisotropy alignment (TARA)"
     paper = "https://arxiv.org/abs/2603.26299"
@@ -46,16 +46,16 @@ class TARA(Learned):
     single = frozenset({"preference"})
 
     directions: str = parameter("factors", DIRECTIONS, among=("factors", "shared"))
-    start: float = parameter(3.2, "sum of the initial coefficients over the tasks")
-    preference: float | None = parameter(None, "weight of a task; default: 1 / T", kind=float, least=0)
+    start: float = parameter(3.2, "T times the initial value of every coefficient")
+    preference: float | None = parameter(None, "p_t, a task's weight in the loss; default: 1 / T", kind=float, least=0)
     alpha: float = parameter(1.0, "smoothness of the loss; near 0, only the worst task counts", least=0)
-    steps: int = parameter(250, "steps of AdamW", least=1)
-    rate: float = parameter(1e-3, "size of a step", least=0)
+    steps: int = parameter(250, "number of steps of AdamW", least=1)
+    rate: float = parameter(1e-3, "learning rate of AdamW", least=0)
     decay: float = parameter(0.01, "weight decay of AdamW", least=0)
 
     def check(self) -> None:
         if self.alpha <= 0:
-            raise UsageError("with alpha 0 the loss is not smooth", where="alpha", cure="Choose an alpha above 0")
+            raise UsageError("alpha is 0, but the loss divides by alpha", where="alpha", cure="Choose an alpha above 0")
 
     def learn(self, trial: WeightTrial) -> dict[Target, Array]:
         import numpy as np
@@ -66,11 +66,13 @@ class TARA(Learned):
         def together(losses: Sequence[Any], alone: Sequence[Any] | None = None) -> Any:
             """Combine the tasks' losses into one loss.
 
-            Losses are floats, or scalars of any library with `exp` and `log`.
+            Args:
+                losses: the losses l_t: floats, or scalars of a library with the methods `exp` and `log`.
+                alone: the losses s_t of each adapter alone; None subtracts nothing from l_t.
             """
             if len(losses) != trial.count:
-                why = f"{len(losses)} losses for {trial.count} tasks"
-                raise UsageError(why, where="data", cure="Return one loss for each task")
+                why = f"together() got {len(losses)} losses for {trial.count} tasks"
+                raise UsageError(why, where="data", cure="Pass one loss for each task")
             above = (
                 losses if alone is None else [loss - loss_alone for loss, loss_alone in zip(losses, alone, strict=True)]
             )
@@ -119,7 +121,7 @@ class TARA(Learned):
     def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
         import numpy as np
 
-        # A bias has no directions; scale it by the mean of the adapter's coefficients.
+        # A bias has no directions; scale it by the mean of all coefficients of the target.
         learned = at.learned if at.learned is not None and len(at.learned) else np.full(1, self.start / len(changes))
         vector: Array = weights @ changes * learned.mean()
         return vector
@@ -128,7 +130,7 @@ class TARA(Learned):
         """Return the number of coefficients of a target.
 
         Raises:
-            UsageError: a change has no low-rank factors; without factors there are no directions.
+            UsageError: a change has no low-rank factors, and therefore no directions.
         """
         row: Sequence[Delta | None] = next(iter(side_by_side(changes)), ())
         if any(delta is not None and delta.rest is not None for delta in row):
@@ -136,7 +138,7 @@ class TARA(Learned):
         return sum(part.rank for part in self._parts(row) if part is not None)
 
     def _parts(self, row: Sequence[Delta | None]) -> list[Delta | None]:
-        """Return changes whose rank-one directions have coefficients; a direction is a column of B and a row of A."""
+        """Return each change as factors B and A; a column of B and its row of A are a direction with a coefficient."""
         import numpy as np
 
         from ..lowering import Delta

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 class TaskArithmetic(Mixture):
-    """D = lambda * sum_t w_t D_t, divided by sum_t w_t if normalised."""
+    """D = lambda * sum_t w_t D_t, divided by sum_t w_t if `normalize` is set."""
 
     title = "Task arithmetic"
     paper = "https://arxiv.org/abs/2212.04089"
     compat: ClassVar = {"mergekit": {}, "peft": {}}
 
     scale: float = parameter(1.0, SCALE)
-    normalize: bool = parameter(False, "divide by the sum of the weights (a mean), unless this sum is zero")
+    normalize: bool = parameter(False, "whether to divide by the sum of the weights, unless this sum is 0")
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         return self.scale * weights / (self._total(weights) or 1.0)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 ROUNDING = 2.0**-40
-"""Entries count as equal up to this relative difference, because equal entries may be rounded differently."""
+"""The relative difference up to which entries count as equal, because two passes may round an entry differently."""
 
 
 class TIES(Sparse):

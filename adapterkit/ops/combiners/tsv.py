@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
 
 
-KEPT = "number of singular vectors that a task keeps; default: the weight's smaller side divided by the number of tasks"
+KEPT = "number of singular vectors to keep of each task; default: the weight's smaller side / number of tasks"
 
 
 class TSV(Scaled, Spectral):

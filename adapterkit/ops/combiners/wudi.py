@@ -2,10 +2,10 @@
 
 With G_t = D_t^T D_t / |D_t|^2, the minima are the solutions of D sum_t G_t = sum_t D_t G_t. `solver=exact` returns the
 solution nearest to the sum of the changes. Cheng et al. 2025, https://arxiv.org/abs/2503.08099. The authors' code,
-https://github.com/nathanielyvo/WUDI-Merging, runs 300 steps of Adam with a rate of 1e-5 from the sum of the changes, as
-`solver=adam` does. Adam stops far from the minimum: on adapters of a real model, the norm of Adam's result is 17.9, the
-norm of the exact solution 25.2. Adam's result does not have a low rank, so `solver=adam` needs four matrices of the
-weight's size, and minutes for a large weight.
+https://github.com/nathanielyvo/WUDI-Merging, starts at the sum of the changes and runs 300 steps of Adam with a rate of
+1e-5, as `solver=adam` does. Adam stops far from the minimum: on adapters of a real model, the norm of Adam's result is
+17.9, and the norm of the exact solution is 25.2. Adam's result does not have a low rank, so `solver=adam` needs four
+matrices of the weight's size, and minutes for a large weight.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 
-SOLVER = "exact: the minimum in closed form; adam: the authors' steps of Adam towards it"
+SOLVER = "how to find the minimum: in closed form (exact), or approximately, by the authors' steps of Adam (adam)"
 
 
 class WUDI(Scaled, Spectral):
-    """Among the changes with the least interference, the change nearest to the sum of the changes."""
+    """The change with the least interference with the tasks' changes.
+
+    If several changes have the least interference, it is the change nearest to the sum of the tasks' changes.
+    """
 
     title = "Least interference (WUDI)"
     paper = "https://arxiv.org/abs/2503.08099"
 
     solver: str = parameter("exact", SOLVER, among=("exact", "adam"))
-    steps: int = parameter(300, "steps of Adam", least=0)
-    rate: float = parameter(1e-5, "size of a step of Adam", least=0)
+    steps: int = parameter(300, "number of steps of Adam", least=0)
+    rate: float = parameter(1e-5, "learning rate of Adam", least=0)
     tolerance: float = parameter(1e-10, "eigenvalues below this fraction of the largest count as 0", least=0, most=1)
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:

@@ -31,14 +31,14 @@ class FamilyFields(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterHubFamily(ABC):
-    """Convert files with one `architecture`. Each subclass has its own module, with the architecture's name.
+    """Converts files with one value of `architecture`. Each subclass has its own module, whose name is this value.
 
     Class attributes:
         methods: the names of the methods that the family reads and writes.
         fields: a struct with the config fields that change the meaning of the tensors.
-        read: for each of these fields, a phrase that describes its effect.
-        harmless: for each other known field, a phrase that says why it has no effect.
-        fresh: config fields for an adapter that was not read from AdapterHub's format.
+        read: for each field in `fields`, a phrase that describes the field's effect.
+        harmless: for each other known field, a phrase that says why the field has no effect.
+        fresh: config fields that have the same value in every new config.
     """
 
     methods: ClassVar[frozenset[str]]
@@ -49,13 +49,13 @@ class AdapterHubFamily(ABC):
 
     @classmethod
     def settle(cls, fields: Any, settings: AdapterHubSettings) -> Any:
-        """Return the fields with today's names of values. Old releases wrote some values under other names."""
+        """Replace names that old releases wrote as values of fields with today's names, and return the fields."""
         return fields
 
     @classmethod
     @abstractmethod
     def decode(cls, part: AdapterHubPart) -> Findings:
-        """Yield the updates of this family in a file, and the keys whose tensors are only stored.
+        """Yield the updates of this family in a file, and the keys of tensors that have no effect and are only stored.
 
         Raises:
             Malformed: the file lacks some of an update's tensors.
@@ -66,7 +66,7 @@ class AdapterHubFamily(ABC):
     @classmethod
     @abstractmethod
     def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
-        """Yield (key, tensor) for all tensors of these updates; all updates belong to this family."""
+        """Yield (key, tensor) for all tensors of these updates, which all belong to this family."""
 
     @classmethod
     @abstractmethod
@@ -75,7 +75,7 @@ class AdapterHubFamily(ABC):
 
     @classmethod
     def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-        """Yield (target, index of the update, reason) for each update that a file cannot express."""
+        """Yield (target, index of the update, reason) for each update that a new config cannot express."""
         return iter(())
 
     @classmethod
@@ -93,12 +93,12 @@ FAMILIES: Registry[type[AdapterHubFamily]] = Registry(
 
 
 def family_of(update: Update) -> type[AdapterHubFamily] | None:
-    """Return the family that writes an update; None if AdapterHub's format lacks the update's method."""
+    """Return the family that writes an update; None if no family has the update's method."""
     return next((family for family in FAMILIES.values() if update.method in family.methods), None)
 
 
 def family_of_architecture(architecture: object) -> type[AdapterHubFamily] | None:
-    """Return the family of an `architecture`; None if the architecture is unknown."""
+    """Return the family of an `architecture`; None if it is unknown. Bottleneck configs have the architecture None."""
     if architecture is None:
         architecture = "bottleneck"
     elif architecture == "bottleneck":

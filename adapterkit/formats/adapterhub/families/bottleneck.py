@@ -47,7 +47,7 @@ PHM = {
     "phm_rule_left": "rule_left",
     "phm_rule_right": "rule_right",
 }
-"""A map from the slots of a Compacter layer to fields. The prefixes `down_` and `up_` are omitted."""
+"""A map from the slots of a Compacter layer to fields of the update, without the fields' prefix `down_` or `up_`."""
 
 COUPLING = {
     f"{half}.{position}.{leaf}": f"{half}_{way}{'_bias' if leaf == 'bias' else ''}"
@@ -62,7 +62,7 @@ Words = Mapping[str, Any]
 
 
 def separate_slots(words: Words) -> dict[str, str]:
-    """Return the fields by slot, for tensors that each adapter has for itself."""
+    """Return a map from slots to fields, for tensors that adapters do not share."""
     layers = {f"adapter_down.{int(words['ln_before'])}": "down", "adapter_up": "up"}
     if words["phm_layer"]:
         names = [*_rules(words, shared=False), *_factors(words, shared=False), *(["b"] if words["phm_bias"] else [])]
@@ -81,7 +81,7 @@ def separate_slots(words: Words) -> dict[str, str]:
 
 
 def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
-    """Return the fields by slot, for tensors that all adapters in the model share. A tensor may fill several fields."""
+    """Return a map from slots to fields, for tensors that all adapters share. One tensor may fill several fields."""
     if not words["phm_layer"]:
         return {}
     slots: dict[str, tuple[str, ...]] = {}
@@ -93,7 +93,7 @@ def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
 
 
 def words_of(updates: Sequence[Update]) -> dict[str, JsonValue]:
-    """Return the config fields that state which tensors an adapter has. All updates must have the same tensors."""
+    """Return the config fields that state which tensors an adapter has. All updates must have the same tensor names."""
     tensors = updates[0].tensors
     phm = updates[0].method == "compacter"
     scaling = {"scaling_factor": "learned", "channel_scaling": "channel"}
@@ -138,9 +138,9 @@ def _factors(words: Words, *, shared: bool) -> list[str]:
 
 
 # A new config states the settings of all bottleneck adapters, the kinds of positions that have adapters, and the layers
-# that have no adapters. In every other layer, the adapters library creates an adapter at each position of these kinds,
-# and each new adapter changes the model. So the updates must cover all these positions. The writer needs the base,
-# because only the base shows the number of layers.
+# that have no adapters. In all other layers, the adapters library creates an adapter at every position of these kinds.
+# If the file has no tensors for such a position, its adapter is untrained, and changes the model. So the updates must
+# cover all these positions. The writer needs the base, because only the base shows the number of layers.
 
 
 FRESH = {
@@ -153,10 +153,10 @@ FRESH = {
     "phm_init_range": 0.0001,
     "stochastic_depth": 0.0,
 }
-"""Config fields of new folders, for adapters from other formats."""
+"""Config fields that have the same value in every new config."""
 
 SAME = ("adapter_residual_before_ln", "non_linearity", "original_ln_after", "original_ln_before")
-"""Attributes of updates that have the same name as their config field."""
+"""Names of attributes of an update that are also the names of the config fields with the same values."""
 
 FLAGS = ("mh_adapter", "output_adapter", "cross_adapter")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
@@ -205,19 +205,20 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
     for target, group in updates.items():
         for position, update in enumerate(group):
             if update.method == "invertible":
-                why = _why_no_coupling(target, update, model_type) if first else "the layers have no adapters"
+                alone = "this version writes an invertible adapter only beside bottleneck adapters, and there are none"
+                why = _why_no_coupling(target, update, model_type) if first else alone
             elif model_type not in MODELS or not _layers(base):
-                why = "the adapters library also adapts all other layers, and only the base shows their number"
+                why = "all other layers would be adapted, too; only the base shows their number and the model type"
             elif target not in rules:
                 why = f"the adapters library has no adapters at this position of a {model_type}"
             elif _form(update) != first:
-                why = "its method, size or settings differ from the other updates', but a config states each only once"
+                why = "its method, sizes or settings differ from the first update's, but a config states each only once"
             elif not {"down_bias", "up_bias"} <= {*update.tensors, *_unbiased(update)} or _bare_gate(update):
-                why = "its layers or its gate have no bias"
+                why = "its down projection, up projection or gate has no bias"
             elif _layer(target, base) in patchy:
                 why = "its layer lacks an adapter that other layers have"
             elif _layer(target, base) in uneven:
-                why = "its layer has adapters of several sizes"
+                why = "its layer has adapters with different bottleneck sizes"
             else:
                 why = "the position has a second adapter" if position else ""
             if why:
@@ -234,9 +235,9 @@ def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tupl
 
 
 def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint | None) -> set[int]:
-    """Return the layers that lack a kind of adapter that other layers have.
+    """Return the indices of the layers that lack an adapter at a kind of position where other layers have one.
 
-    Encoder layers have no cross-attention, so they may lack its kind of adapter.
+    Encoder layers may lack the adapter after the cross-attention, because they have no cross-attention.
     """
     kinds: dict[tuple[int, bool], set[str]] = {}
     for target, (_, rule) in rules.items():
@@ -248,7 +249,7 @@ def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint |
 
 
 def _coupling(updates: Updates) -> dict[str, JsonValue]:
-    """Return the config fields for an invertible adapter. Their values are None if there is no such adapter."""
+    """Return the config fields for an invertible adapter. If there is no such adapter, the fields' values are None."""
     invertible = [update for each in updates.values() for update in each if update.method == "invertible"]
     if not invertible:
         return {"inv_adapter": None, "inv_adapter_reduction_factor": None}
@@ -276,7 +277,7 @@ def _form(update: Update) -> tuple[object, ...]:
 
 
 def _unbiased(update: Update) -> tuple[str, ...]:
-    """Return the names of the bias fields that an update may lack: both in a Compacter without bias, otherwise none."""
+    """Return the fields of biases that an update may lack: both if it is a Compacter without biases, otherwise none."""
     none = update.method == "compacter" and "down_bias" not in update.tensors and "up_bias" not in update.tensors
     return ("down_bias", "up_bias") if none else ()
 
@@ -306,7 +307,7 @@ def _sizes(update: Update) -> tuple[int, int]:
 
 
 def _factor(hidden: int, inner: int) -> float:
-    """Return a factor for which `int(hidden // factor)`, the adapters library's formula, is `inner`."""
+    """Return a reduction factor for which the adapters library's formula `int(hidden // factor)` yields `inner`."""
     factor = hidden / inner
     return factor if int(hidden // factor) == inner else math.nextafter(factor, 0)
 
@@ -317,7 +318,7 @@ def _rule_size(update: Update) -> int:
 
 
 def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
-    """Return the number of layers in encoder and decoder, or only in the encoder; 0 if unknown."""
+    """Return the number of layers in the whole model, or with `encoder` in the encoder; 0 if unknown."""
     config = {} if base is None else base.config or {}
     layers = next((config[name] for name in LAYERS if isinstance(config.get(name), int)), 0)
     if model_type_of(base) not in ENCODER_DECODER or encoder:
@@ -381,7 +382,7 @@ class BottleneckFamily(AdapterHubFamily):
         "factorized_phm_W": "Compacter: whether each factor is a product of two smaller factors",
         "factorized_phm_rule": "Compacter: whether each rule is a product of two smaller factors",
         "inv_adapter": "`nice`: a coupling block follows the embeddings; `glow`: not supported",
-        "is_parallel": "whether the adapter reads the residual, and its output is added to the layer's output",
+        "is_parallel": "whether the adapter reads the residual and adds its own output to the layer's output",
         "ln_after": "whether a norm follows the adapter",
         "ln_before": "whether a norm precedes the adapter",
         "mh_adapter": "whether adapters follow the attention",
@@ -389,12 +390,12 @@ class BottleneckFamily(AdapterHubFamily):
         "original_ln_after": "whether the block's residual and norm follow the adapter",
         "original_ln_before": "whether the block's residual and norm come before the adapter",
         "output_adapter": "whether adapters follow the feed-forward layers",
-        "phm_bias": "Compacter: whether layers have a bias",
+        "phm_bias": "Compacter: whether the down and up layers have a bias",
         "phm_layer": "whether the method is Compacter",
         "residual_before_ln": "where the adapter's own residual begins: `true`, `false` or `post_add`",
         "scaling": "the factor that multiplies the change: a number, `learned` or `channel`",
-        "shared_W_phm": "Compacter: whether all layers share their factors",
-        "shared_phm_rule": "Compacter: whether all layers share one rule",
+        "shared_W_phm": "Compacter: whether the layers of all adapters share their factors",
+        "shared_phm_rule": "Compacter: whether the layers of all adapters share one rule",
         "use_gating": "whether a gate multiplies the change",
     }
     harmless: ClassVar[Mapping[str, str]] = {
@@ -402,14 +403,14 @@ class BottleneckFamily(AdapterHubFamily):
         "hypercomplex_nonlinearity": "initial values",
         "init_weights": "initial values",
         "init_weights_seed": "initial values",
-        "inv_adapter_reduction_factor": "a size; the tensors show it",
+        "inv_adapter_reduction_factor": "a size, which the tensors already show",
         "learn_phm": "training only",
-        "leave_out": "the layers without tensors; the keys show them",
+        "leave_out": "lists the layers without adapters, which the keys already show",
         "phm_c_init": "initial values",
-        "phm_dim": "a size; the tensors show it",
+        "phm_dim": "a size, which the tensors already show",
         "phm_init_range": "initial values",
-        "phm_rank": "a size; the tensors show it",
-        "reduction_factor": "a size; the tensors show it",
+        "phm_rank": "a size, which the tensors already show",
+        "reduction_factor": "a size, which the tensors already show",
         "stochastic_depth": "training only",
     }
     fresh: ClassVar[Mapping[str, Any]] = FRESH
@@ -428,7 +429,10 @@ class BottleneckFamily(AdapterHubFamily):
         for path, slots in part.groups(KIND).items():
             rule_found = standing(path, part.settings.model_type) if part.settings.model_type in MODELS else None
             if rule_found is None:
-                why = f"this version does not know the position of an adapter at {path} of a {part.settings.model_type}"
+                why = (
+                    f"this version does not know which module of a {part.settings.model_type} the adapter at {path} "
+                    "changes"
+                )
                 known = f"Known: {', '.join(sorted(MODELS))}"
                 raise Unsupported(why, where=next(iter(slots.values())).text, cure=known)
             target, rule = rule_found
@@ -482,7 +486,7 @@ def _check_words(part: AdapterHubPart) -> None:
 def _adapter_tensors(
     part: AdapterHubPart, words: Mapping[str, object], slots: Mapping[str, AdapterHubKey]
 ) -> tuple[dict[str, Lazy], list[AdapterHubKey]]:
-    """Return the tensors of one adapter by field, and their keys."""
+    """Return the tensors that only this adapter has, by field, and the keys of these tensors."""
     fields = separate_slots(words)
     tensors = take(part, slots, fields)
     keys = [slots[slot] for slot in fields]
@@ -494,7 +498,7 @@ def _adapter_tensors(
 
 
 def _shared(part: AdapterHubPart, words: Mapping[str, object]) -> tuple[dict[str, Lazy], list[AdapterHubKey]]:
-    """Return the shared tensors of all adapters by field, and their keys."""
+    """Return the tensors that all adapters share, by field, and the keys of these tensors."""
     fields = shared_slots(words)
     groups = [*part.groups(SHARED).values()]
     missing = [slot for slot in fields if not groups or slot not in groups[0]]
@@ -519,7 +523,7 @@ def _attributes(fields: BottleneckFields) -> dict[str, JsonValue]:
 
 
 def _invertible(part: AdapterHubPart) -> Iterator[AdapterHubUpdate]:
-    """Yield the coupling block after the embeddings.
+    """Yield the updates for the coupling block after the embeddings.
 
     The adapters library also runs the inverse of this block before the head. There is no update for the inverse,
     because no module of the base could be its target.

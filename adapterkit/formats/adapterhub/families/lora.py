@@ -1,10 +1,11 @@
 """Read and write LoRA, and other methods with keys like LoRA's.
 
-The tensors are `lora_A` `[r, in]` and `lora_B` `[out, r]`, in IA3 only `lora_B` `[out, 1]`, and DoRA's `m.weight`.
+LoRA has the tensors `lora_A` `[r, in]` and `lora_B` `[out, r]`. DoRA also has `m.weight` `[out, 1]`. IA3 has only
+`lora_B` `[out, 1]`.
 
-A layer may have queries, keys and values in one weight. `attn_matrices` then lists the adapted thirds of this weight.
-For n adapted thirds, the file has n pairs of factors. They are concatenated to `lora_A` `[r * n, in]` and `lora_B`
-`[out / 3 * n, r]`. Each pair becomes an update of a third of the rows.
+One fused weight may compute queries, keys and values, each with a third of its rows. The config's `attn_matrices` then
+lists the adapted thirds. For n adapted thirds, the file has n pairs of factors, concatenated into `lora_A`
+`[r * n, in]` and `lora_B` `[out / 3 * n, r]`. Each pair becomes an update of one third of the rows.
 """
 
 from __future__ import annotations
@@ -53,18 +54,18 @@ class LoraFamily(AdapterHubFamily):
         "r": "rank",
         "use_dora": "whether the method is DoRA",
         "use_gating": "whether a gate on the input replaces the scaling",
-        "vera_b": "any number means VeRA",
-        "vera_d": "any number means VeRA",
+        "vera_b": "any float means VeRA",
+        "vera_d": "any float means VeRA",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "dropout": "training only",
-        "dtype": "the dtype; the tensors show it",
+        "dtype": "the dtype, which the tensors already show",
         "init_weights": "initial values",
         "init_weights_seed": "initial values",
-        "intermediate_lora": "which modules have tensors; the keys show it",
-        "leave_out": "the layers without tensors; the keys show them",
-        "output_lora": "which modules have tensors; the keys show it",
-        "selfattn_lora": "which modules have tensors; the keys show it",
+        "intermediate_lora": "selects the adapted modules, which the keys already show",
+        "leave_out": "lists the layers without adapters, which the keys already show",
+        "output_lora": "selects the adapted modules, which the keys already show",
+        "selfattn_lora": "selects the adapted modules, which the keys already show",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
         "architecture": "lora",
@@ -133,7 +134,7 @@ EXTRA = {
     "dora_outputs": {"m.weight": "magnitude"},
     "gated_lora": {"gate.weight": "gate", "gate.bias": "gate_bias"},
 }
-"""The fields of slots other than `lora_A` and `lora_B`, by method and slot."""
+"""For each method, a map from slots to fields, without the slots `lora_A` and `lora_B`."""
 
 
 def _lora(
@@ -204,9 +205,8 @@ def _ia3(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) ->
         yield AdapterHubUpdate(Target(path, part.layout(path)), make("ia3", {"l": vector}), (key,))
         return
     if vector.shape[0] % len(blocks):
-        raise ShapeMismatch(
-            f"the shape {list(B.shape)} does not fit {len(blocks)} thirds of a weight", where=key.text, cure=_OTHER
-        )
+        why = f"the shape is {list(B.shape)}, but the config states {len(blocks)} adapted thirds of equal size"
+        raise ShapeMismatch(why, where=key.text, cure=_OTHER)
     for group, rows in enumerate(_rows(vector.shape[0], blocks)):
         size = rows[1] - rows[0]
         update = make("ia3", {"l": sliced(vector, group * size, (group + 1) * size)})
@@ -214,7 +214,11 @@ def _ia3(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) ->
 
 
 def _scaling(part: AdapterHubPart) -> float:
-    """Return alpha / r, or 1 if training used no scaling; the adapters library always scales members of a union."""
+    """Return the scaling: alpha / r, or 1 if the file is from a release that trained LoRA without a scaling.
+
+    In such files, members of a union also get the scaling 1, although the adapters library scales them by alpha / r.
+    With `compat="formula"`, the scaling is always alpha / r.
+    """
     return 1.0 if part.settings.unscaled and not part.by_formula else part.method_fields.alpha / part.method_fields.r
 
 
@@ -240,7 +244,7 @@ def _rows(outputs: int, blocks: list[int]) -> list[tuple[int, int]]:
 def _check_factors(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], A: Lazy, B: Lazy, groups: int) -> None:
     r = part.method_fields.r
     if len(A.shape) != 2 or A.shape[0] != r * groups:
-        why = f"the shape is {list(A.shape)}; the config states rank {r}" + (
+        why = f"the shape is {list(A.shape)}, but the config states rank {r}" + (
             f" and {groups} groups" if groups > 1 else ""
         )
         raise ShapeMismatch(why, where=slots["lora_A"].text, cure=_OTHER)
@@ -250,7 +254,7 @@ def _check_factors(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], A: 
 
 def _column(tensor: Lazy, size: int, key: AdapterHubKey) -> Lazy:
     if tensor.shape != (size, 1):
-        why = f"the shape {list(tensor.shape)} is not that of a column with {size} values"
+        why = f"the shape is {list(tensor.shape)}, but must be [{size}, 1]"
         raise ShapeMismatch(why, where=key.text, cure=AGAIN)
     return tensor.reshape(size)
 

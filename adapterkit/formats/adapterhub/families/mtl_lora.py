@@ -53,11 +53,11 @@ class MtlLoraFamily(AdapterHubFamily):
         "task_specific_matrix_type": "`singular_values`: a diagonal matrix; `linear`: not supported",
         "use_dora": "not supported",
         "use_gating": "not supported",
-        "weights_sharpness": "temperature of the weights of the B factors",
+        "weights_sharpness": "the temperature of the softmax that weights the B factors",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         **LoraFamily.harmless,
-        "attn_matrices": "the modules with tensors; the keys show them",
+        "attn_matrices": "lists the adapted matrices, which the keys already show",
         "vera_b": "MTL-LoRA does not use it",
         "vera_d": "MTL-LoRA does not use it",
     }
@@ -122,7 +122,7 @@ class MtlLoraFamily(AdapterHubFamily):
         for target, group in updates.items():
             for position, update in enumerate(group):
                 if target.stacked or target.rows is not None:
-                    why = "the adapters library does not adapt experts or some rows of a weight"
+                    why = "the adapters library does not adapt experts, or only some rows of a weight"
                 elif role(target.path, family) in (None, "qkv"):
                     why = "the adapters library is not known to adapt this layer; give the base with --base (base=)"
                 elif exact_alpha((_settings_of(update)[0], _settings_of(update)[2]), rslora=False) is None:

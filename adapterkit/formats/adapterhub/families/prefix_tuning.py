@@ -30,18 +30,21 @@ ATTENTIONS = {
     **dict.fromkeys(("bart", "mbart", "plbart"), (".self_attn", ".encoder_attn")),
     "gpt2": (".attn",),
 }
-"""Path endings of attention modules, by model_type. A new folder can store only prefixes of these modules."""
+"""The endings of attention modules' paths, by model_type. A new config can only describe prefixes at these modules."""
 
 DEPTHS = {
     "encoder_prefix": ("encoder_layers", "num_layers"),
     "self_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
     "cross_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
 }
-"""Config fields that state the number of layers in a base with encoder and decoder, by group (see `group_of`)."""
+"""Config fields of an encoder-decoder base that state how many layers have an attention of each group.
+
+The keys are groups; see `group_of`.
+"""
 
 
 def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> str:
-    """Return the reason why a new config cannot express an update; empty if it can.
+    """Return the reason why a new config cannot express an update; empty if the config can.
 
     The adapters library adds prefixes to all attention modules, except in layers that the config lists.
     """
@@ -61,10 +64,11 @@ def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> 
 
 
 def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> str:
-    """Return the reason why a group of an encoder-decoder model is incomplete; empty if the group is complete.
+    """Return the reason why updates of an encoder-decoder model do not cover a group of attentions; empty if they do.
 
-    In such a model, the adapters library cannot omit a layer. Layers are counted in the base's tensors, because a
-    config may omit the number of layers if it is the default.
+    The updates must cover the attentions of all layers in this group and in `self_prefix`, because the adapters library
+    cannot omit a layer in such a model. Layers are counted in the base's tensors, because a config may omit the number
+    of layers if this number is the default.
     """
     config = {} if base is None else base.config or {}
     model_type = config.get("model_type")
@@ -74,8 +78,8 @@ def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> s
     for name in sorted({group, "self_prefix"}):
         depth = depths.get(name) or next((config[w] for w in DEPTHS[name] if isinstance(config.get(w), int)), 0)
         if counts.get(name, 0) != depth:
-            some = f"it has {counts.get(name, 0)} of {depth} attentions in {name}"
-            return f"{some}; the adapters library adds prefixes to all"
+            some = f"the adapter covers {counts.get(name, 0)} of {depth} attentions in {name}"
+            return f"{some}; the adapters library adds prefixes to all of them"
     return ""
 
 
@@ -91,10 +95,10 @@ def _depths(base: Checkpoint, model_type: str) -> dict[str, int]:
 
 
 def unlike(update: Any, first: Any) -> str:
-    """Return the reason why a config cannot state both updates: another method or size; empty if both are equal."""
+    """Return the reason why one config cannot describe both updates; empty if their methods and shapes are equal."""
     shapes, others = ({n: tuple(leaf.shape) for n, leaf in u.tensors.items()} for u in (update, first))
     same = shapes == others and update.method == first.method
-    return "" if same else "its method or size differs from the other updates', but a config states each only once"
+    return "" if same else "its method or sizes differ from the first update's, but a config states each only once"
 
 
 def group_of(path: str, model_type: str | None) -> str:
@@ -111,8 +115,8 @@ def layer_of(path: str) -> int:
     return int(match[1]) if match else -1
 
 
-# All attention modules of a kind (`encoder_prefix`, `cross_prefix` or `self_prefix`) share one network or flat tensor.
-# The adapters library stores the shared tensors also under every attention module, so a file contains many copies.
+# All attention modules of a kind (`encoder_prefix`, `cross_prefix` or `self_prefix`) share one network, or one flat
+# tensor. The adapters library also stores the shared tensors under every attention module, so a file has many copies.
 # In adapterkit, each attention module is a target, and its update prepends this module's part of the keys and values.
 # The prepended keys have no positions.
 
@@ -167,13 +171,13 @@ class PrefixTuningFamily(AdapterHubFamily):
         "non_linearity": "the network's activation: tanh",
         "prefix_length": "the number of virtual tokens",
         "shared_gating": "whether keys and values share one gate",
-        "use_gating": "whether gates multiply the prefix's keys and values; an attention's input determines its gates",
+        "use_gating": "whether each attention computes gates from its input to scale the prefix's keys and values",
     }
     harmless: ClassVar[Mapping[str, str]] = {
-        "bottleneck_size": "a size; the tensors show it",
-        "cross_prefix": "which attentions have prefixes; the keys show it",
+        "bottleneck_size": "a size, which the tensors already show",
+        "cross_prefix": "selects attentions with prefixes, which the keys already show",
         "dropout": "training only",
-        "encoder_prefix": "which attentions have prefixes; the keys show it",
+        "encoder_prefix": "selects attentions with prefixes, which the keys already show",
         "init_weights_seed": "initial values",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
@@ -269,7 +273,7 @@ class PrefixTuningFamily(AdapterHubFamily):
 
 def _check(part: AdapterHubPart) -> None:
     if part.method_fields.non_linearity.lower() != "tanh" and not part.method_fields.flat:
-        why = f"this version does not support a network with {part.method_fields.non_linearity[:60]!r}"
+        why = f"this version does not support a network with the activation {part.method_fields.non_linearity[:60]!r}"
         raise Unsupported(why, where=f"{part.at}.non_linearity", cure="Known: tanh")
     if part.method_fields.leave_out and part.settings.model_type in ENCODER_DECODER:
         why = "this version does not support omitted layers in a model with an encoder and a decoder"
@@ -292,7 +296,7 @@ def _group_updates(
     if name != "encoder_prefix" and own_heads != heads:
         why = (
             f"the keys and values have {heads} heads, but the decoder has {own_heads}; "
-            "the adapters library cannot run that"
+            "the adapters library cannot run such an adapter"
         )
         raise ShapeMismatch(
             why, where=keys[0].text, cure="Give the base that the adapter was trained on with --base (base=)"
@@ -331,7 +335,7 @@ def _gate(part: AdapterHubPart, path: str, where: AdapterHubKey) -> dict[str, Ad
         raise Malformed(f"the file lacks the gate of {path}", where=where.text, cure=AGAIN)
     shape = part.tensors[slots["weight"]].shape
     if shape[:1] != ((1,) if part.method_fields.shared_gating else (2,)):
-        gates_text = "one gate" if part.method_fields.shared_gating else "a gate each"
+        gates_text = "one gate" if part.method_fields.shared_gating else "two gates"
         why = f"the shape is {list(shape)}, but the config states {gates_text} for keys and values"
         cure = "The config does not belong to this file"
         raise ShapeMismatch(why, where=slots["weight"].text, cure=cure)
@@ -360,9 +364,9 @@ def _sizes(part: AdapterHubPart, tensors: Mapping[str, Lazy], layers: int, key: 
 
 
 def _share(flat: Lazy, length: int, layers: int, layer: int, heads: int) -> Lazy:
-    """Return one layer's keys and values, `[1, 2, heads, length, d]`.
+    """Return the keys and values of one layer, with the shape `[1, 2, heads, length, d]`.
 
-    `flat` contains those of all layers, as `[length, layers, 2, heads, d]`.
+    `flat` contains the keys and values of all layers: a flattened tensor with axes `[length, layers, 2, heads, d]`.
     """
     d = flat.shape[0] // (length * layers * 2 * heads)
     shape = (1, 2, heads, length, d)

@@ -1,4 +1,8 @@
-"""Read and write ReFT. `units.0` changes the first positions and `units.1` the last; or one unit changes both."""
+"""Read and write ReFT.
+
+In a file, `units.0` changes the first positions, and `units.1` changes the last positions. If the config has
+`tied_weights`, the file has only `units.0`, which changes both.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
 KIND, LAYER = "refts", ".reft_layer"
 ORIGINAL, BASE = "projection.parametrizations.weight.original", "projection.parametrizations.weight.0.base"
 FIELDS = {"learned_source.weight": "source", "learned_source.bias": "source_bias", "projection.weight": "projection"}
-"""A map from a unit's slots to fields. The fields of the second unit also have the prefix `suffix_`."""
+"""A map from a unit's slots to the fields of the method `reft`. Fields of `units.1` also have the prefix `suffix_`."""
 
 
 class ReftFields(FamilyFields, frozen=True, kw_only=True):
@@ -42,7 +46,7 @@ class ReftFields(FamilyFields, frozen=True, kw_only=True):
 
 
 class ReftFamily(AdapterHubFamily):
-    """The family `reft`."""
+    """Converts files whose `architecture` is `reft`."""
 
     methods = frozenset({"reft"})
     fields = ReftFields
@@ -57,10 +61,10 @@ class ReftFamily(AdapterHubFamily):
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "dropout": "training only",
-        "dtype": "the dtype; the tensors show it",
+        "dtype": "the dtype, which the tensors already show",
         "init_weights_seed": "initial values",
-        "layers": "which layers have tensors; the keys show it",
-        "output_reft": "which modules have tensors; the keys show it",
+        "layers": "lists the adapted layers, which the keys already show",
+        "output_reft": "selects the adapted modules, which the keys already show",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
         "architecture": "reft",
@@ -112,14 +116,14 @@ class ReftFamily(AdapterHubFamily):
         for target, group in updates.items():
             for position, update in enumerate(group):
                 if _form(update) != first:
-                    why = "its settings or size differ from the other updates', but a config states each only once"
+                    why = "its settings or shapes differ from the first update's, but one config applies to all updates"
                 elif any(f"{prefix}source" in update.tensors and f"{prefix}source_bias" not in update.tensors
                          for prefix in ("", "suffix_")):  # fmt: skip
-                    why = "its source has no bias"
+                    why = "it has no source_bias, but AdapterHub's format requires one"
                 elif not update.attributes["subtract_projection"]:
                     why = "it has no subtract_projection (DiReFT), and the adapters library would read it as NoReFT"
                 elif _layer(target.path) is None:
-                    why = "its target is not a layer of the base"
+                    why = "its target's path does not end in the number of a layer"
                 else:
                     why = "the module has a second update" if position else ""
                 if why:
@@ -185,7 +189,7 @@ def _unit(
         tensors["projection"] = composed(**halves)
     for field in ("source", "projection"):
         if tensors[field].shape[:1] != (part.method_fields.r,):
-            why = f"the shape is {list(tensors[field].shape)}, but the config states rank {part.method_fields.r}"
+            why = f"{field} has shape {list(tensors[field].shape)}, but the config states rank {part.method_fields.r}"
             raise ShapeMismatch(why, where=keys[0].text, cure="The config does not belong to this file")
     return tensors, keys
 
@@ -193,7 +197,7 @@ def _unit(
 def _check_halves(key: AdapterHubKey, original: Lazy, base: Lazy) -> None:
     n = original.shape[-1] if original.shape else 0
     if len(original.shape) != 2 or original.shape[0] >= n or base.shape != (n, n):
-        why = f"the shapes {list(original.shape)} and {list(base.shape)} are not [r, n] with r < n, and [n, n]"
+        why = f"original is {list(original.shape)}, base is {list(base.shape)}; must be [r, n] and [n, n] with r < n"
         raise ShapeMismatch(why, where=key.text, cure=AGAIN)
 
 
@@ -215,10 +219,10 @@ def _layer(path: str) -> int | None:
     return int(last) if last.isdigit() else None
 
 
-# torch's orthogonal parametrization stores a wide matrix `[r, n]` as `original` `[r, n]` and `base` `[n, n]`.
-# The matrix consists of the first r rows of `Q.T` times signs, where `Q = base @ H_1 @ ... @ H_r`. The transpose of
-# `original` has the signs on the diagonal. Below the diagonal, it has the vectors of the Householder reflections
-# `H_1 ... H_r`, without their first entries, which are 1.
+# torch's orthogonal parametrization stores a matrix `[r, n]` with r < n as `original` `[r, n]` and `base` `[n, n]`.
+# Row i of the matrix is column i of `base @ H_1 @ ... @ H_r`, times the sign `original[i, i]`. Each `H_i` is a
+# Householder reflection. Its vector has zeros before entry i, and a 1 as entry i. The later entries are
+# `original[i, i + 1:]`.
 # Source: torch/nn/utils/parametrizations.py (`_Orthogonal`), LAPACK's orgqr.
 
 

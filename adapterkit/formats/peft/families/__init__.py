@@ -1,6 +1,6 @@
 """The base class and the registry of PEFT's families, and the methods that belong to no family, such as LoRA.
 
-A family has a `peft_type` and its own kinds of keys.
+A family reads and writes adapters with one `peft_type` and its own kinds of keys.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ BIASED = (LoRA, ALoRA, GroupedLoRA)
 """The methods that may have a bias."""
 
 RESIDUAL = (OLoRA, PiSSA)
-"""The methods that subtract their initial values from the base. PEFT has them for linear layers and Conv1D."""
+"""The methods that subtract their initial values from the base. PEFT supports them for linear layers and Conv1D."""
 
 OUTPUT_TIMES = 2.0
 """The number of times that PEFT's forward adds the change of an `nn.MultiheadAttention`'s output projection."""
@@ -71,14 +71,14 @@ TOGETHER: tuple[tuple[type[Update], ...], ...] = (
     (LoRA, GroupedLoRA),
     (DoRA, GroupedDoRA),
 )
-"""Groups of methods that can be in one file together."""
+"""Groups of methods whose updates can be in one file together."""
 
 _KASA = {"beta": 1e-4, "gamma": 1e-3}
 """PEFT's default weights for the terms that KaSA adds to the loss in training."""
 
 
 def rank_of(update: Update, stacked: bool = False) -> int:
-    """Return the rank of a pair. `stacked` says whether the first axis of its tensors counts experts."""
+    """Return the rank of a pair. `stacked` is true if the first axis of the pair's tensors is the axis of experts."""
     if isinstance(update, BDLoRA):
         blocks: Any = update.B_blocks if update.A_blocks is None else update.A_blocks
         return int(blocks.shape[0]) * int(blocks.shape[1 if update.B_blocks is None else 2])
@@ -87,7 +87,7 @@ def rank_of(update: Update, stacked: bool = False) -> int:
 
 
 def from_blocks(leaf: Lazy) -> Lazy:
-    """Reshape [n, rows, columns] to PEFT's shape [n * rows, columns]."""
+    """Reshape a block-diagonal factor from [n, rows, columns] to PEFT's shape [n * rows, columns]."""
     return leaf.reshape(-1, leaf.shape[-1])
 
 
@@ -115,7 +115,7 @@ def formula_fields(updates: Mapping[str, Update], before: Mapping[str, JsonValue
 def _invocation(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return the fields `alora_invocation_tokens` and `task_type`.
 
-    The tokens activate aLoRA. PEFT searches for them only in models with the `task_type` of causal models.
+    The tokens activate aLoRA. PEFT searches the input for these tokens only if `task_type` is `CAUSAL_LM`.
     """
     some = next((update for update in updates.values() if isinstance(update, ALoRA)), None)
     if some is None:
@@ -150,18 +150,18 @@ def _blocks(updates: Mapping[str, Update]) -> dict[str, JsonValue]:
 
 
 def why_not_there(target: Target, update: Update) -> str:
-    """Return the reason why a file cannot store a pair at this target; empty if neither of two checks fails.
+    """Return the reason why a file cannot store a pair at this target; empty if no reason was found.
 
-    The checks concern methods for linear layers, and Arrow's experts.
+    Two reasons are checked: KaSA or BD-LoRA on a weight that is not stored as [out, in], and an Arrow with experts.
     """
     if isinstance(update, LINEAR) and target.layout != "out *in":
-        return f"PEFT has no {update.method} on a weight stored as [in, out]"
+        return f"PEFT does not support {update.method} on a weight stored as [in, out]"
     if isinstance(update, Arrow) and not update.lacks_experts:
-        return "this arrow stores its experts, but PEFT has them in separate folders"
+        return "this arrow stores its experts, but PEFT stores the experts in separate folders"
     return ""
 
 
-# Define the base class of families. A family has a `peft_type`, and converts keys to updates and back.
+# Define the base class of families.
 
 
 Parts = dict[str, "tuple[str, Lazy]"]
@@ -179,22 +179,23 @@ class Family(ABC):
     """Converts the files of one `peft_type` to updates and back.
 
     Class attributes:
-        name: the family's name; needed only if a module defines several families.
+        name: the family's name; needed only if a Python module defines several families.
         peft_type: the value of `peft_type` in the config.
         method: the class of most or all of the family's updates.
         others: further classes of the family's updates; one file may have updates of several classes.
-        parts: the parts of keys after a module's path, including `.weight` or `.bias`; `*` stands for one word.
+        parts: the endings of keys after a module's path, including `.weight` or `.bias`; `*` stands for one word.
         shared: the keys, without `shared_prefix`, of tensors that all modules share.
-        shared_prefix: the prefix that is written before a shared key; keys with and without `base_model.` can be read.
+        shared_prefix: the prefix that is written before a shared key. The reader accepts shared keys with and without
+            `base_model.`.
         prefix: the prefix that is written before the base's module names.
         names_modules: whether the config lists the modules that have tensors in the file.
         method_fields: the config fields that only this family reads, with PEFT's defaults.
         read: for each field in `method_fields` that changes the meaning of the tensors, a phrase that describes the
             effect.
         harmless: for each other field of this `peft_type`, a phrase that says why the field has no effect.
-        fresh: config fields for an adapter that was not read from PEFT's format.
+        fresh: config fields to write for an adapter that was not read from PEFT's format.
         departures: the cases, by name, in which PEFT's forward differs from the paper's formula; see `Format`.
-        empty: whether tensors of the family's updates may have no elements.
+        empty: whether the updates' tensors may be empty (0 elements).
         folds: fields of an update, in order of preference. A scaling that the config cannot express is multiplied into
             the first of these fields that the update has.
     """
@@ -226,7 +227,7 @@ class Family(ABC):
         """Yield the updates of this family in a file.
 
         Raises:
-            Malformed: a tensor lacks its partners.
+            Malformed: a module lacks a tensor, has an unknown tensor, or is adapted twice.
             ShapeMismatch: the tensors' shapes contradict the config.
         """
         for stem, keys in file.modules(cls.parts).items():
@@ -238,7 +239,7 @@ class Family(ABC):
     def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         """Return the update of one module.
 
-        `keys` has the module's keys by part, and `file.shared` has the shared keys.
+        `keys` maps each part to the module's key, and `file.shared` has the shared keys.
         """
 
     @classmethod
@@ -259,13 +260,13 @@ class Family(ABC):
     def why_not(cls, target: Target, update: Any) -> str:
         """Return the reason why a file cannot store an update of this target; empty if it can."""
         return (
-            "" if target.layout == "out *in" else f"a file cannot store {update.method} of a weight stored as [in, out]"
+            "" if target.layout == "out *in" else f"a file cannot store {update.method} for weights stored as [in, out]"
         )
 
     @classmethod
     @abstractmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
-        """Return the config fields whose values the tensors do not show: ranks, scalings, variants."""
+        """Return the config fields whose values depend on the updates: ranks, scalings, variants."""
 
     @classmethod
     def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
@@ -280,9 +281,9 @@ class Family(ABC):
 
     @classmethod
     def guesses(cls, target: Target) -> bool:
-        """Whether the target may be an embedding or a Conv1D.
+        """Whether the keys for a target are a guess, because the target may be an embedding or a Conv1D.
 
-        The two have different keys, so the keys of such a target are uncertain.
+        Embeddings and Conv1D layers have different keys.
         """
         return False
 
@@ -295,17 +296,17 @@ class Family(ABC):
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        """Yield (target, reason) for updates that cannot be in one file together with the other updates."""
+        """Yield (target, reason) for each update that cannot be in the same file as the other updates."""
         yield from ()
 
     @classmethod
     def omitted(cls, config: Mapping[str, JsonValue], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
-        """Return the fields of updates whose tensors need not be written, because the config determines the values."""
+        """Return the fields of updates that need not be written, because the config determines their values."""
         return frozenset()
 
     @classmethod
     def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
-        """Return the paths of updates whose scaling has no exact alpha."""
+        """Return the paths of updates whose scaling cannot be expressed exactly by any alpha."""
         return []
 
     @classmethod
@@ -337,26 +338,26 @@ class ScaledFields(MethodFields, frozen=True, kw_only=True):
 
 
 def scaled_numbers(scales: Mapping[str, tuple[int, float]]) -> dict[str, JsonValue]:
-    """Return the config fields for the ranks and alphas of modules, given (rank, scaling) by module."""
+    """Return the config fields for ranks and alphas. `scales` maps each module to (rank, scaling)."""
     fields, _ = number_fields(scales, (False,))
     del fields["use_rslora"]
     return {"alpha" if name == "lora_alpha" else name: value for name, value in fields.items()}
 
 
 def inexact_alphas(scales: Mapping[str, tuple[int, float]]) -> list[str]:
-    """Return the modules whose scaling has no exact alpha, given (rank, scaling) by module."""
+    """Return the modules whose scaling no alpha expresses exactly. `scales` maps each module to (rank, scaling)."""
     return number_fields(scales, (False,))[1]
 
 
 def minority(value_of: Mapping[Target, object]) -> list[Target]:
-    """Return the targets whose value is not the most common one. If several are equally common, the first is used."""
+    """Return the targets whose value is not the most common one. If several values tie, the first counts."""
     count = Counter(value_of.values())
     most = max(count, key=lambda value: count[value], default=None)
     return [target for target, value in value_of.items() if value != most]
 
 
 def stored_inputs(base: Checkpoint | None, target: Target) -> int | None:
-    """Return the number of inputs of a linear layer's weight in the base; None if the base does not show it."""
+    """Return the number of inputs of a linear layer's weight in the base; None if the base has no such weight."""
     weight = None if base is None else base.tensors.get(f"{target.path}.weight")
     if weight is None or len(weight.shape) != 2:
         return None
@@ -394,23 +395,24 @@ def check_stem(stem: str, key: Key) -> None:
     """Check that a module is adapted only once.
 
     Raises:
-        Malformed: the module is inside the wrapper of another adapter.
+        Malformed: the module is already inside the wrapper of another adapter.
     """
     if stem.endswith(".base_layer"):
-        raise Malformed("this adapter is nested in another adapter", where=key.text, cure=_AGAIN)
+        raise Malformed("the module's adapter is nested in another adapter", where=key.text, cure=_AGAIN)
 
 
 _AGAIN = "Save the adapter again with PEFT"
 
 # Look up families by method or by `peft_type`.
 #
-# LoRA, DoRA, IA3, token rows and whole parameters belong to no family; modules next to this package read them.
+# LoRA, DoRA, IA3, token rows and whole parameters belong to no family. The modules `decoders` and `factors`
+# read them.
 
 
 __all__ = ["FAMILIES", "PEFT_TYPES", "Family", "Parts", "family_of", "family_of_method", "family_of_type"]
 
 PEFT_TYPES = ("IA3", "LN_TUNING", "LORA", "TRAINABLE_TOKENS")
-"""Values of `peft_type` without a family; their files are read without importing the families."""
+"""Values of `peft_type` without a family. Files of these types are read without importing the families."""
 
 FAMILIES: Registry[type[Family]] = Registry("PEFT family", __name__, "adapterkit.peft_families", Family, several=True)
 
@@ -432,7 +434,7 @@ def family_of_type(peft_type: str) -> type[Family] | None:
 
 @cache
 def _by_method() -> dict[type[Update], type[Family]]:
-    """Map each method to the family that writes it; if several families write it, use the first by name."""
+    """Map each method to the family that writes it. If several families can, use the first of them by name."""
     return {method: family for family in reversed(list(FAMILIES.values())) for method in family.methods()}
 
 

@@ -1,4 +1,4 @@
-"""Shared code for families that adapt whole weights: sizes of the base's weights, patterns, the order of modules."""
+"""Shared code of families: layouts and sizes of the base's weights, patterns of sizes, and the order of modules."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from ..file import File
 
 
-# Shared code for families that adapt whole weights: sizes of the base's weights, GPT-2's Conv1D, patterns of sizes.
+# Look up layouts and sizes of the base's weights, and convert sizes to patterns in the config and back.
 
 
 def layout(file: File, path: str) -> str:
     """Return the layout in which the base stores a weight.
 
-    The base's family of models decides. If it is unknown, the adapter's config decides.
+    The table of the base's model family decides. If the table does not, `fan_in_fan_out` in the config decides.
     """
     known = stored_in_out(path, None if file.base is None else file.base.config)
     turned = file.settings.fan_in_fan_out if known is None else known
@@ -36,10 +36,11 @@ def layout(file: File, path: str) -> str:
 
 
 def weight_shape(file: File, key: Key, why: str) -> tuple[int, int]:
-    """Return (outputs, inputs) of the weight of the module that a key belongs to.
+    """Return (outputs, inputs) of the weight of the module to which `key` belongs.
 
     Raises:
-        UsageError: only the base shows the sizes, and no base is given. `why` says why they are needed.
+        UsageError: only the base shows the sizes, and no base is given. The message begins with `why`, a clause that
+            says what depends on the sizes.
         ShapeMismatch: the base has no linear layer at this path.
     """
     if key.path in file.known:
@@ -52,7 +53,7 @@ def weight_shape(file: File, key: Key, why: str) -> tuple[int, int]:
     shape = file.base_shape(f"{key.path}.weight")
     if shape is None or len(shape) != 2:
         shape_text = "nothing" if shape is None else str(list(shape))
-        raise ShapeMismatch(f"the base has {shape_text} instead of a linear layer's weight", where=key.path, cure=_BASE)
+        raise ShapeMismatch(f"the base needs a 2-D weight here, but has {shape_text}", where=key.path, cure=_BASE)
     return (shape[1], shape[0]) if layout(file, key.path) == "in out *k" else (shape[0], shape[1])
 
 
@@ -71,15 +72,15 @@ def weight_in(base: Checkpoint | None, path: str, why: str) -> tuple[int, ...]:
 
 
 def not_linear(target: Target, method: str) -> str:
-    """Return why PEFT lacks a method at a target; empty for a linear layer or a Conv1D."""
+    """Return why PEFT does not support a method at a target; empty for a linear layer or a Conv1D."""
     if target.layout == "in out *k":
         return not_embedded(target, method)
-    return "" if target.layout == "out *in" else f"PEFT has no {method} on a weight stored as {target.layout}"
+    return "" if target.layout == "out *in" else f"PEFT does not support {method} on a weight stored as {target.layout}"
 
 
 def not_embedded(target: Target, method: str) -> str:
-    """Return why PEFT lacks a method at a target if the target is an embedding; empty otherwise."""
-    return f"PEFT has no {method} on an embedding" if is_embedding(target) else ""
+    """Return why PEFT does not support a method at a target if the target is an embedding; otherwise empty."""
+    return f"PEFT does not support {method} on an embedding" if is_embedding(target) else ""
 
 
 def unlike(scalings: Mapping[str, float]) -> list[str]:
@@ -90,8 +91,8 @@ def unlike(scalings: Mapping[str, float]) -> list[str]:
 def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
     """Return the size for the module at `path`; the default is `size`.
 
-    Each pattern is compared with the ends of `path` that follow a dot; the first match decides. If no pattern matches,
-    an entry whose name is exactly `path` decides.
+    A pattern must match all of the text after one of the dots in `path`. The first pattern that matches decides. If no
+    pattern matches, an entry whose name is exactly `path` decides.
     """
     pattern = pattern or {}
     fitting = (name for name in pattern if matches(rf".*\.{name}$", path))
@@ -116,36 +117,37 @@ def check_size(key: Key, size: int, stated: int, field: str) -> None:
         ShapeMismatch: the sizes differ.
     """
     if size != stated:
-        why = f"the size is {size}, but the config's {field} states {stated}"
+        why = f"the tensor's size is {size}, but the config has {field} = {stated}"
         raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
 
 
 _BASE = "Is this the base that the adapter was trained on?"
 
-# Sort modules in the order in which a model declares them, by the `model_type` of its config.
+# Sort modules in the order in which a model defines them. The table below has the order for each `model_type`.
 #
 # Tools that number modules, or draw random values module by module, depend on this order. Safetensors files do not
-# record it, because their tensors are sorted by name. Source: the modelling files of transformers.
+# record the order, because their tensors are sorted by name. The table follows transformers' `modeling_*.py` files.
 
 
 def declared_by(base: Checkpoint | None) -> tuple[str, ...]:
-    """List a base's tensors in the order in which the model declares them.
+    """Return the names of a base's tensors in the order in which the model defines them.
 
-    Empty unless the base is a single torch file.
+    The result is empty unless the base is a single torch file.
     """
     one = base is not None and len(base.files) == 1 and base.files[0].suffix in TORCH
     return tuple(base.tensors) if base is not None and one else ()
 
 
 TORCH = frozenset({".bin", ".pt", ".pth"})
-"""Suffixes of torch files, which keep the order of a state dict."""
+"""Suffixes of torch files. Such files keep the order of a state dict."""
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
     """The order of a model's modules, as endings of their paths.
 
-    `before` has the modules before the layers, `inside` those in each layer, and `after` those after the layers.
+    `before` has the modules before the layers, `inside` the modules of each layer, and `after` the modules after the
+    layers.
     """
 
     before: tuple[str, ...]
@@ -153,7 +155,7 @@ class Order:
     after: tuple[str, ...] = ("lm_head",)
 
     def place(self, path: str) -> tuple[int, tuple[int, ...], int] | None:
-        """Return the sort key of a path; None if the path has none of these endings."""
+        """Return a sort key for a module's path; None if the path has none of the endings."""
         for stage, endings in enumerate((self.before, self.inside, self.after)):
             for position, ending in enumerate(endings):
                 if path == ending or path.endswith(f".{ending}"):
@@ -197,18 +199,18 @@ ORDERS = {
     ),
     "starcoder2": Order(("embed_tokens",), (*_ATTENTION, "mlp.c_fc", "mlp.c_proj")),
 }  # fmt: skip
-"""The order of modules, by model_type."""
+"""The order of modules for each `model_type` in a model's config."""
 
 
 def in_order(
     paths: Collection[str], config: Mapping[str, object] | None, declared: Sequence[str] = ()
 ) -> list[str] | None:
-    """Sort paths in the order in which the base's model declares them; None if the order is unknown.
+    """Sort modules' paths in the order in which the base's model defines the modules; None if the order is unknown.
 
     Args:
         paths: the paths of modules.
-        config: the base's config; its `model_type` may be in the table.
-        declared: the result of `declared_by` for the base. If not empty, it is used instead of the table.
+        config: the base's config, whose `model_type` may be in `ORDERS`.
+        declared: the result of `declared_by` for the base. If not empty, it is used instead of `ORDERS`.
     """
     if len(paths) == 1:
         return list(paths)

@@ -2,8 +2,8 @@
 
 The file does not list the rows of each group. Whenever PEFT loads the file, it computes the groups again:
 `torch.svd_lowrank`, seeded with `random_seed`, decomposes the base's weight, and k-means with a fixed seed groups the
-left singular vectors. This module computes the same groups. To verify them, it compares the base's right singular
-vectors and the sizes of the groups with those in the file.
+left singular vectors. This module computes the groups in the same way. The result is accepted only if the base's right
+singular vectors and the sizes of the groups agree with the file.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ ROUNDS, SEED, STEPS = 10, 123456789, 2
 """PEFT's arguments `max_iter` and `random_state` for scikit-learn's KMeans, and `niter` for torch.svd_lowrank."""
 
 NEAR = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-4, "BF16": 4e-3}
-"""The allowed difference between the singular vectors (of length 1) in the file and those of the base, by dtype."""
+"""For each dtype, the allowed difference between the singular vectors (of length 1) of the file and of the base."""
 
 
 class AdaMSSFields(MethodFields, frozen=True, kw_only=True):
-    """The sizes of the factors, and the seed."""
+    """The rank, the number of groups, and the seed."""
 
     r: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 100
     num_subspaces: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 5
@@ -50,7 +50,7 @@ class AdamssFamily(Family):
     parts = ("adamss_A.*", "adamss_B.*", "adamss_newB")
     method_fields: ClassVar[type[MethodFields]] = AdaMSSFields
     read: ClassVar[Mapping[str, str]] = {
-        "num_subspaces": "number of groups of rows in each module",
+        "num_subspaces": "number of groups into which the rows of each weight are divided",
         "random_seed": "seed of torch.svd_lowrank on the CPU; k-means groups the resulting vectors",
     }
     harmless: ClassVar[Mapping[str, str]] = {
@@ -111,7 +111,7 @@ class AdamssFamily(Family):
         for target, group in updates.items():
             for update in group:
                 if isinstance(update, AdaMSS) and target.stacked:
-                    yield target, "PEFT has no adamss on a stack of experts"
+                    yield target, "PEFT does not support adamss on a stack of experts"
                 elif isinstance(update, AdaMSS):
                     why = _unproven(config, target.path, update, base)
                     if update.seed != config.random_seed:
@@ -131,7 +131,7 @@ class AdamssFamily(Family):
 
 
 def _unproven(config: AdaMSSFields, path: str, update: AdaMSS, base: Checkpoint | None) -> str:
-    """Return the reason why PEFT would not compute the groups of the update; empty if it would."""
+    """Return the reason why PEFT would not compute the same groups as the update has; empty if it would."""
     basis = _joined(as_lazy(update.basis), update.basis_bias)
     group, count = as_array(update.group), int(update.A.shape[0])
     try:
@@ -140,19 +140,19 @@ def _unproven(config: AdaMSSFields, path: str, update: AdaMSS, base: Checkpoint 
             config, Key(path, path), basis, weight, bias, [int((group == i).sum()) for i in range(count)]
         )
     except AdapterkitError as error:
-        return f"PEFT would not find the groups of this adamss: {error.why}"
+        return f"PEFT cannot compute the groups of this adamss: {error.why}"
     return (
-        "" if (expected == group).all() else "PEFT finds groups in this base that differ from the groups of this adamss"
+        "" if (expected == group).all() else "for this base, PEFT computes other groups than the groups of this adamss"
     )
 
 
 def _check(places: Mapping[str, Key], A: list[Lazy], B: list[Lazy], basis: Lazy) -> None:
     for i, (a, b) in enumerate(zip(A, B, strict=True)):
         if len(a.shape) != 2 or len(b.shape) != 2 or (a.shape[0], basis.shape[:1]) != (b.shape[1], a.shape[1:]):
-            why = f"the shapes {list(a.shape)}, {list(b.shape)} and {list(basis.shape)} do not fit each other"
+            why = f"the shapes of A, B and newB do not fit: {list(a.shape)}, {list(b.shape)} and {list(basis.shape)}"
             raise ShapeMismatch(why, where=places[f"A.{i}"].text, cure="Save the adapter again with PEFT")
         if len({a.dtype, b.dtype, basis.dtype, A[0].dtype}) > 1:
-            why = f"the dtypes {a.dtype.name}, {b.dtype.name} and {basis.dtype.name} differ"
+            why = f"A, B and newB need the dtype of A.0, but have {a.dtype.name}, {b.dtype.name} and {basis.dtype.name}"
             raise ShapeMismatch(why, where=places[f"A.{i}"].text, cure="Save the adapter again with PEFT")
 
 
@@ -171,7 +171,7 @@ def _base(base: Checkpoint | None, path: str) -> tuple[Array, Array | None]:
     weight = tensors.get(f"{path}.weight")
     if weight is None or len(weight.shape) != 2 or weight.dtype.name not in NEAR:
         weight_text = "nothing" if weight is None else f"{weight.dtype.name} {list(weight.shape)}"
-        why = f"{_WHY}: the base has {weight_text} instead of a linear layer's weight"
+        why = f"{_WHY}: the base needs a linear layer's weight here, but has {weight_text}"
         raise ShapeMismatch(
             why, where=path, cure="Give the base that the adapter was trained on, with weights that are not quantized"
         )
@@ -180,10 +180,10 @@ def _base(base: Checkpoint | None, path: str) -> tuple[Array, Array | None]:
 
 
 def _groups(config: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Array | None, sizes: list[int]) -> Array:
-    """Return, for each row of the weight, the number of the row's group.
+    """Return the index of the group of each row of the weight.
 
     Raises:
-        ShapeMismatch: the file belongs to another base.
+        ShapeMismatch: the sizes in the file do not fit the base's weight.
         Unsupported: the file's singular vectors differ from the base's, or the groups depend on rounding.
     """
     import numpy as np
@@ -191,17 +191,17 @@ def _groups(config: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Ar
     W = weight if bias is None else np.concatenate([weight, bias[:, None]], axis=1)
     rank, count = min(config.r, *W.shape), min(config.num_subspaces, len(W))
     if basis.shape != (rank, W.shape[1]) or len(sizes) != count or sum(sizes) != len(W):
-        why = f"a basis {list(basis.shape)} and groups of {sizes} rows do not fit {list(W.shape)} in {count} groups"
+        why = f"newB {list(basis.shape)} and groups of {sizes} rows do not fit {list(W.shape)} in {count} groups"
         raise ShapeMismatch(why, where=key.text, cure="Is this the base that the adapter was trained on?")
     U, _, V = singular_by_sketch(W, rank, STEPS, config.random_seed)
     basis_rows, V = as_array(basis).astype(np.float64), V.astype(np.float64)
-    # Compare only the spaces that the vectors span. The signs of vectors, and the order of equal singular values,
-    # differ between machines, but do not affect k-means.
+    # Compare only the spaces that the vectors span. The signs of the vectors, and the order of vectors with equal
+    # singular values, differ between machines. Neither affects k-means.
     apart = float(np.abs(basis_rows - (basis_rows @ V.T) @ V).max())
     if not apart <= NEAR[_precision(basis)]:
         why = (
             f"{_WHY}: the base's singular vectors, from the config's random_seed on the CPU, differ by {apart:.1e} "
-            "from those in the file. Training ran on an accelerator, which draws other numbers, or on another base"
+            "from those in the file. Training ran on an accelerator with other random numbers, or on another base"
         )
         raise Unsupported(why, where=key.text, cure=_CURE)
     try:
@@ -211,14 +211,15 @@ def _groups(config: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Ar
     sizes_here = np.bincount(group, minlength=count).tolist()
     if sizes_here != sizes:
         why = (
-            f"{_WHY}: k-means of the base's singular vectors yields groups with {sizes_here} rows, the file has {sizes}"
+            f"{_WHY}: k-means of the base's singular vectors yields groups of {sizes_here} rows, "
+            f"but the file has groups of {sizes} rows"
         )
         raise Unsupported(why, where=key.text, cure=_CURE)
     return group
 
 
 def _precision(basis: Lazy) -> str:
-    """Return the dtype to which PEFT rounded the vectors: the base's dtype, even if the file has them in float32."""
+    """Return the dtype to which PEFT rounded the vectors: the base's dtype, even if the file stores float32."""
     import numpy as np
 
     if basis.dtype.name != "F32":
@@ -228,7 +229,7 @@ def _precision(basis: Lazy) -> str:
 
 
 def _update(A: list[Lazy], B: list[Lazy], basis: Lazy, group: Array, inputs: int, seed: int) -> AdaMSS:
-    """Create the update: pad all groups' factors with zeros to one rank, and put B's rows into the weight's order."""
+    """Create the update: pad the factors of all groups with zeros to one rank, and sort B's rows as in the weight."""
     import numpy as np
 
     ranks = [a.shape[0] for a in A]
@@ -286,14 +287,17 @@ def _joined(basis: Lazy, bias: Leaf | None) -> Lazy:
 _WHY = "the rows of each group depend on the base's weights"
 _CURE = "Run the adapter with PEFT, on the machine where it was trained"
 
-# K-means with the result of scikit-learn's `KMeans(init="random", n_init=1)`, unless rounding decides the result.
+# Compute the same result as scikit-learn's `KMeans(init="random", n_init=1)`. Refuse data for which rounding decides.
 
 
 TOLERANCE = 1e-4
-"""scikit-learn's stopping tolerance for the centers' movement, relative to the mean variance of the columns."""
+"""scikit-learn's `tol`: k-means stops if the centers' squared movement is at most this share of the mean variance."""
 
 CLOSE = 2e-6
-"""Two squared distances are tied if they differ by at most this fraction of the largest one: float32 may swap them."""
+"""Two squared distances count as tied if they differ by at most this fraction of the largest squared distance.
+
+For such distances, rounding in float32 decides which of the two is smaller.
+"""
 
 
 def k_means(points: Array, count: int, rounds: int, seed: int) -> Array:
@@ -315,7 +319,7 @@ def k_means(points: Array, count: int, rounds: int, seed: int) -> Array:
 
     X: Array = np.asarray(points, dtype=np.float64)
     X = X - X.mean(axis=0)
-    # Pass probabilities, as scikit-learn does (its float32 sample weights): without them, `choice` draws differently.
+    # Pass probabilities in float32, as scikit-learn does. Without probabilities, `choice` draws other points.
     share = np.full(len(X), 1, dtype=np.float32) / np.float32(len(X))
     centers = X[np.random.RandomState(seed).choice(len(X), size=count, replace=False, p=share)]
     enough = TOLERANCE * float(np.var(X, axis=0).mean())
@@ -351,7 +355,7 @@ def _centers(X: Array, labels: Array, count: int) -> Array:
     import numpy as np
 
     if len(np.unique(labels)) < count:
-        raise _tie("the new location of a center without rows")
+        raise _tie("the new location of a center that is nearest to no row")
     return np.stack([X[labels == cluster].mean(axis=0) for cluster in range(count)])
 
 

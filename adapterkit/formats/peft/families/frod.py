@@ -26,11 +26,11 @@ FIELDS = {"frod_lambda_l": "l", "frod_lambda_s_values": "values"}
 """A map from parts of keys to fields of the update."""
 
 SHARED = {"V": "frod_V", "index": "frod_s_indices", "index.size": "frod_s_size"}
-"""A map from a field of the update to the shared key, without the kind of module at the key's end."""
+"""A map from a field of the update to the beginning of its shared key. The kind of module follows in the key."""
 
 
 class FRoDFields(MethodFields, frozen=True, kw_only=True):
-    """The fraction of trained positions, and whether the basis is in the file."""
+    """The fraction of trained positions, and whether the file contains the basis."""
 
     save_projection: bool = True
     sparse_rate: float = 0.01
@@ -52,13 +52,13 @@ class FrodFamily(Family):
     empty = True
     read: ClassVar[Mapping[str, str]] = {
         "save_projection": "whether the basis is in the file; a file without it is refused",
-        "sparse_rate": "the fraction of off-diagonal positions that is trained",
+        "sparse_rate": "number of trained off-diagonal positions, as a fraction of all positions",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "frod_dropout": "training only",
         "progressbar": "affects only the running process, not the result",
-        "projection_prng_key": "the seed for positions that are in the file",
-        "regularization_alpha": "a setting for computing the basis, which is in the file",
+        "projection_prng_key": "the seed that selected the trained positions; the file contains these positions",
+        "regularization_alpha": "a setting for computing the basis; the file contains the basis",
         "runtime_offload_base_weight": "affects only the running process, not the result",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
@@ -108,7 +108,7 @@ class FrodFamily(Family):
 
 
 def kind(path: str) -> str:
-    """Return the kind of a module: the last words of its path, without numbers. Modules of a kind share a basis."""
+    """Return a module's kind: the last one or two words of its path, without numbers. Each kind shares one basis."""
     words = path.split(".")
     if len(words) == 1 or words[-2].isdigit():
         return words[-1]
@@ -129,7 +129,7 @@ def _shared(file: File, some: Key) -> dict[str, Key]:
     size, V = file.tensors[shared_keys["index.size"]], file.tensors[shared_keys["V"]]
     if size.shape != (2,) or size.dtype.floating or size.numpy().tolist() != list(V.shape):
         raise ShapeMismatch(
-            "the tensor does not contain the size of the basis", where=shared_keys["index.size"].text, cure=_AGAIN
+            "the tensor must contain the two sizes of the basis", where=shared_keys["index.size"].text, cure=_AGAIN
         )
     return shared_keys
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FORMS = {"lora": ("_d", "_u"), "vector": ("",), "constant": ("_c",), "none": ()}
-"""A map from a form in the config to the endings of the update's fields."""
+"""A map from each form in the config to the endings of the fields that store a support of this form."""
 
 
 LEAVES = ("Xd", "Xu", "X", "zeros")
@@ -89,7 +89,7 @@ class GloraFamily(Family):
     def why_not(cls, target: Target, update: GLoRA) -> str:
         forms = {s: {name[1:] for name in update.tensors if name[0] == s} for s in "ABCDE"}
         if forms["A"] != forms["B"] or forms["D"] != forms["E"]:
-            return "A and B, or D and E, of this glora have different forms"
+            return "in this glora, A and B (or D and E) have different forms, but the config states one form for both"
         return super().why_not(target, update)
 
     @classmethod
@@ -101,7 +101,7 @@ class GloraFamily(Family):
 
 
 def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple[str, Key]]:
-    """Yield (field, key) for each tensor of the support A, B, C, D or E; nothing if it is missing or all zeros."""
+    """Yield (field, key) for each tensor of one support, A to E; nothing if the support is missing or all zeros."""
     leaves = {leaf: keys[part] for leaf in LEAVES if (part := f"glora_{support}.{leaf}") in keys}
     form = file.settings.method_fields.form(support)
     unbiased = not any(part[6] in "CDE" and not part.endswith(".zeros") for part in keys)
@@ -110,7 +110,7 @@ def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple
     if leaves.keys() == {"zeros"}:
         if as_array(file.tensors[leaves["zeros"]]).any():
             raise Malformed(
-                "the tensor should be all zeros, but has other values", where=leaves["zeros"].text, cure=_AGAIN
+                "the tensor must be all zeros, but has other values", where=leaves["zeros"].text, cure=_AGAIN
             )
     elif form == "none" or leaves.keys() != ({"Xd", "Xu"} if form == "lora" else {"X"}):
         some = next(iter(leaves.values()), next(iter(keys.values())))
@@ -128,7 +128,7 @@ def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple
 def _check_vector(field: str, key: Key, tensor: Lazy) -> None:
     column = field in ("A", "B", "C")
     if len(tensor.shape) != 1 + column or (column and tensor.shape[1] != 1):
-        why = f"the shape {list(tensor.shape)} is not that of a {'column' if column else 'vector'}"
+        why = f"the shape is {list(tensor.shape)}, but must be {'[n, 1]' if column else '[n]'}"
         raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
 
 
@@ -162,6 +162,6 @@ def _form(support: str, updates: list[GLoRA]) -> str:
 
 
 _SIZES = {"A": ("out", "in"), "B": ("out", "in"), "C": ("in", "1"), "D": ("out",), "E": ("out",)}
-"""The axes of the tensor `zeros` that PEFT saves for an unused support."""
+"""For each support, the axes of the tensor `zeros` that PEFT saves if the support is unused."""
 
 _AGAIN = "Save the adapter again with PEFT"

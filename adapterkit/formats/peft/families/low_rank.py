@@ -1,6 +1,7 @@
 """Families with low-rank factors similar to LoRA's: AdaLoRA, DEFT, GraLoRA, PEANuT and OSF.
 
-AdaLoRA: `lora_A` [r, in * k], `lora_B` [out, r], `lora_E` [r, 1]. Training removes ranks, so r differs between modules.
+AdaLoRA: `lora_A` [r, in * k], `lora_B` [out, r], `lora_E` [r, 1]. Training lowers the rank r of some
+modules, so r differs between modules.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ EPSILON = 1e-5
 
 
 class AdaLoRAFields(MethodFields, frozen=True, kw_only=True):
-    """The rank before training, and which ranks each module still has after training."""
+    """The rank before training, and which of the `init_r` rows of `lora_A` each module keeps after training."""
 
     init_r: Rank = 12
     lora_alpha: float = 8
@@ -84,9 +85,9 @@ class AdaloraFamily(Family):
         check_rank(keys["lora_E"], file.tensors[keys["lora_E"]], left)
         tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
         tensors["E"] = tensors["E"].reshape(left) if tensors["E"].shape == (left, 1) else tensors["E"]
-        # With an alpha of 0, PEFT uses init_r as alpha in training, so use init_r here. When PEFT loads a pruned
-        # module, it uses the module's remaining rank instead of init_r. This bug of PEFT changes the trained function,
-        # so it is not copied.
+        # If lora_alpha is 0 or below, PEFT uses init_r as alpha in training, so use init_r here, too. When PEFT loads a
+        # pruned module, PEFT divides by the remaining rank instead of init_r. This bug of PEFT changes the trained
+        # function, so this code does not copy the bug.
         alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
         update = make("adalora", tensors, scaling=alpha / (config.init_r + EPSILON))
         layout = "in out *k" if file.settings.fan_in_fan_out else "out *in"
@@ -143,7 +144,7 @@ def _left(config: AdaLoRAFields, key: Key) -> int:
 
 
 def _exact(scaling: float, rank: int) -> Iterator[tuple[int, float]]:
-    """Yield each (init_r, lora_alpha) that yields exactly this scaling, with an init_r of at least `rank`."""
+    """Yield pairs (init_r, lora_alpha) that give exactly this scaling, with init_r from `rank` to `rank + 8`."""
     for init_r in range(rank, rank + 9):
         guess = scaling * (init_r + EPSILON)
         if not math.isfinite(guess) or guess <= 0:
@@ -160,7 +161,7 @@ PARTS = {"deft_P": "P", "deft_R": "R"}
 
 
 class DEFTFields(MethodFields, frozen=True, kw_only=True):
-    """The rank, the scaling, and how P is used."""
+    """The rank, the scaling, and whether P is made orthonormal."""
 
     r: int = 8
     alpha: float | None = None
@@ -177,9 +178,9 @@ class DeftFamily(Family):
     parts = tuple(PARTS)
     method_fields: ClassVar[type[MethodFields]] = DEFTFields
     read: ClassVar[Mapping[str, str]] = {
-        "alpha": "scaling = alpha / r, with the module's own r; 1 without alpha",
+        "alpha": "scaling = alpha / r, with the module's own r; without alpha, scaling = 1",
         "decomposition_method": "qr: P is made orthonormal; relu: P is used unchanged",
-        "para": "whether the module has no R",
+        "para": "if true, the modules have no R",
     }
     harmless: ClassVar[Mapping[str, str]] = {"deft_dropout": "training only", "init_scale": "initial values"}
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "deft_dropout": 0.0, "init_scale": 1.0, "init_weights": True}
@@ -222,8 +223,8 @@ class DeftFamily(Family):
         }
 
 
-# GraLoRA: `gralora_A` [g, in / g, r], `gralora_B` [g, r, out / g]; hybrids also have `gralora_A_general` and
-# `gralora_B_general`.
+# GraLoRA: `gralora_A` [g, in / g, r], `gralora_B` [g, r, out / g]. If `hybrid_r` is not 0, the file also has
+# `gralora_A_general` and `gralora_B_general`.
 
 
 BLOCKS = {"gralora_A": "A", "gralora_B": "B"}
@@ -251,7 +252,7 @@ class GraLoRAFamily(Family):
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / (r + hybrid_r)",
         "gralora_k": "number of blocks along each axis",
-        "hybrid_r": "rank of the LoRA in addition to the blocks; 0 for none",
+        "hybrid_r": "rank of an additional LoRA of the whole weight; 0 for none",
     }
     harmless: ClassVar[Mapping[str, str]] = {"gralora_dropout": "training only"}
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "gralora_dropout": 0.0, "init_weights": True}
@@ -303,8 +304,8 @@ def _form(update: GraLoRA) -> tuple[int, int, int, float]:
     return int(update.A.shape[0]), int(update.A.shape[2]), hybrid, float(update.scaling)
 
 
-# PEANuT: `peanut_A.weight` [r, out], `peanut_B.weight` [out, r]; `peanut_encoders.<i>.weight` and
-# `peanut_decoders.<i>.weight`, both [r, r].
+# PEANuT: `peanut_A.weight` [r, out], `peanut_B.weight` [out, r], and `peanut_encoders.<i>.weight` and
+# `peanut_decoders.<i>.weight`, each [r, r].
 
 
 class PEANuTFields(MethodFields, frozen=True, kw_only=True):
@@ -371,7 +372,7 @@ def _stacked(keys: list[Key], file: File) -> Lazy:
         tensor = file.tensors[key]
         if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
             one, other = f"{list(tensor.shape)} {tensor.dtype.name}", f"{list(first.shape)} {first.dtype.name}"
-            why = f"the tensor is {one}, but {keys[0].text} is {other}"
+            why = f"the shape and dtype must be {other}, as in {keys[0].text}, but are {one}"
             raise ShapeMismatch(why, where=key.text, cure="Save the adapter again with PEFT")
     tensors = [file.tensors[key] for key in keys]
     return Lazy((len(keys), *first.shape), first.dtype, lambda: b"".join(bytes(t.fetch()) for t in tensors))
@@ -394,7 +395,7 @@ Share = int | float | None
 
 
 class OSFFields(MethodFields, frozen=True, kw_only=True):
-    """The number, or the fraction, of singular values that stay in the base."""
+    """The number or fraction of singular values that stay in the base."""
 
     effective_rank: Share = None
     rank_pattern: dict[str, int | float] | None = None
@@ -418,7 +419,7 @@ class OsfFamily(Family):
     parts = tuple(OSF_FIELDS)
     method_fields: ClassVar[type[MethodFields]] = OSFFields
     read: ClassVar[Mapping[str, str]] = {
-        "effective_rank": "number or fraction of frozen singular values, half by default; rank_pattern overrides it",
+        "effective_rank": "number or fraction of the frozen singular values (default: half); rank_pattern overrides it",
     }
     harmless: ClassVar[Mapping[str, str]] = {"target_svd_config": "PEFT does not use it"}
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
@@ -443,9 +444,9 @@ class OsfFamily(Family):
     @classmethod
     def why_not(cls, target: Target, update: OSF) -> str:
         if update.S_own is not None:
-            return "this osf stores the part to subtract, but PEFT computes it from the base"
+            return "this osf stores the part of the weight to subtract, but PEFT computes this part from the base"
         return super().why_not(target, update) or (
-            "" if _kept(update) else "this osf has all singular values; PEFT keeps some in the base"
+            "" if _kept(update) else "this osf replaces all singular values; PEFT keeps at least one"
         )
 
     @classmethod

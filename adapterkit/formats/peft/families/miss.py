@@ -1,4 +1,4 @@
-"""MiSS: `miss_block` [r, out]; [r, mini_r] if `init_weights` is "mini", and [out / r, r, r] if it is "bat"."""
+"""MiSS: `miss_block` is [r, out]. If `init_weights` is "mini", it is [r, mini_r]; if "bat", it is [out / r, r, r]."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PART = "miss_block"
 
 
 class MiSSFields(MethodFields, frozen=True, kw_only=True):
-    """The rank, and the form of the block."""
+    """The rank, and the form and width of the block."""
 
     r: int = 64
     mini_r: int = 1
@@ -39,8 +39,8 @@ class MissFamily(Family):
     parts = (PART,)
     method_fields: ClassVar[type[MethodFields]] = MiSSFields
     read: ClassVar[Mapping[str, str]] = {
-        "init_weights": "mini: the block repeats over the outputs; bat: the block has a matrix for each r outputs",
-        "mini_r": "width of a mini block",
+        "init_weights": "mini: the block is repeated over the outputs; bat: the block has a matrix for every r outputs",
+        "mini_r": "number of columns of a mini block",
     }
     harmless: ClassVar[Mapping[str, str]] = {"miss_dropout": "training only"}
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "miss_dropout": 0.0}
@@ -57,7 +57,7 @@ class MissFamily(Family):
             return DecodedUpdate(key.path, make("miss_bat", {"B": tensor}), {"B": key})
         check_rank(key, tensor, config.r)
         if len(tensor.shape) != 2 or (mini and tensor.shape[1] != config.mini_r):
-            why = f"the shape {list(tensor.shape)} contradicts init_weights and mini_r"
+            why = f"the shape {list(tensor.shape)} does not fit init_weights and mini_r in the config"
             raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
         field = "mini" if mini else "D"
         return DecodedUpdate(key.path, make("miss", {field: tensor}), {field: key})
@@ -87,7 +87,7 @@ class MissFamily(Family):
 
 
 def _form(update: Update) -> tuple[str, tuple[int, ...]]:
-    """Return the name of the block's form, and the sizes that the config must have for this form."""
+    """Return the name of the block's form, and the values that `r` and `mini_r` must have in the config."""
     if isinstance(update, MiSSBat):
         return "bat", (int(update.B.shape[2]),)
     tensors = update.tensors

@@ -2,9 +2,9 @@
 
 Lily: `lily_A.weight` [r, in], `lily_B.weight` [num_B * r, out], `lily_router.weight` [num_B, r].
 
-Modules share B if their shapes are equal and their paths end with the same entry of `target_modules`. Among these
-modules, each group of `stride_A` neighbours shares A. A file repeats a shared tensor for each module. After reading,
-the updates of these modules share one tensor object.
+Modules share B if their weights have equal shapes and their paths end with the same entry of `target_modules`. Every
+`stride_A` consecutive modules among them also share A. The file contains a copy of a shared tensor for each module. The
+reader gives the updates of these modules one tensor object.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from ..file import Findings, PeftSettings
 
 FIELDS = {"lily_A.weight": "A", "lily_B.weight": "B", "lily_router.weight": "router"}
-"""A map from parts of keys to fields of the update."""
+"""A map from the endings of keys to fields of the update."""
 
 
 class LilyFields(MethodFields, frozen=True, kw_only=True):
-    """The sizes of the factors, and the number of modules that share A."""
+    """The sizes of the factors, the number of modules that share one A, and the scaling."""
 
     r: Rank = 32
     num_B: Rank = 2
@@ -54,9 +54,9 @@ class LilyFamily(Family):
     parts = tuple(FIELDS)
     method_fields: ClassVar[type[MethodFields]] = LilyFields
     read: ClassVar[Mapping[str, str]] = {
-        "num_B": "number of factors B (B maps the rank to the outputs)",
-        "scaling": "a factor that multiplies the change",
-        "stride_A": "number of neighbouring modules that share A",
+        "num_B": "number of factors B in each module; a router mixes them",
+        "scaling": "factor that multiplies the change",
+        "stride_A": "number of consecutive modules that share one A",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "stride_A": 1}
 
@@ -76,7 +76,8 @@ class LilyFamily(Family):
         check_rank(keys["lily_B.weight"], tensors["B"], config.r * config.num_B)
         tensors["B"] = tensors["B"].reshape(config.num_B, config.r, tensors["B"].shape[1])
         if tensors["router"].shape != (config.num_B, config.r):
-            why = f"the shape is {list(tensors['router'].shape)}, but the config states [{config.num_B}, {config.r}]"
+            wanted = [config.num_B, config.r]
+            why = f"the shape is {list(tensors['router'].shape)}, but num_B and r in the config need {wanted}"
             raise ShapeMismatch(
                 why, where=keys["lily_router.weight"].text, cure="The config does not belong to this file"
             )
@@ -106,10 +107,11 @@ class LilyFamily(Family):
 
 
 def _shared(decoded: list[DecodedUpdate], settings: PeftSettings) -> Iterator[DecodedUpdate]:
-    """Yield the updates; modules that share A or B get one tensor object for it.
+    """Yield the updates, with one tensor object for all equal copies of A or B in modules that may share them.
 
     Raises:
-        Malformed: modules that share a tensor in PEFT have different values for it; PEFT would use only the last.
+        Malformed: there are more different tensors A or B than the config allows. PEFT would load only the last copy of
+            a shared tensor.
     """
     groups: dict[Any, list[DecodedUpdate]] = defaultdict(list)
     for each in decoded:
@@ -124,15 +126,15 @@ def _shared(decoded: list[DecodedUpdate], settings: PeftSettings) -> Iterator[De
                 kind = sha256(leaf.fetch()).digest()
                 first[id(leaf)] = several.setdefault(kind, leaf)
                 if len(several) > allowed:
-                    why = f"modules that match {group[0]!r} have too many factors {field}: the config allows {allowed}"
+                    why = f"PEFT creates {allowed} {field} for modules that match {group[0]!r}, but the file has more"
                     raise Malformed(why, where=each.keys[field].text, cure="Save the adapter again with PEFT")
     yield from (replace(each, update=each.update.map(lambda leaf: first.get(id(leaf), leaf))) for each in decoded)
 
 
 def _word(path: str, settings: PeftSettings) -> str:
-    """Return the last entry of `target_modules` with which a path ends, as PEFT does.
+    """Return the last entry of `target_modules` that `path` ends with. PEFT groups modules by this entry.
 
-    If `target_modules` is a string, return this string. If no entry fits, return the path.
+    If `target_modules` is a string, return this string. If `path` ends with none of the entries, return `path`.
     """
     words = settings.target_modules
     if isinstance(words, str):
@@ -145,7 +147,7 @@ def _word(path: str, settings: PeftSettings) -> str:
 
 
 POLY_FIELDS = {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logits": "logits"}
-"""A map from parts of keys to fields of the update."""
+"""A map from the endings of keys to fields of the update."""
 
 
 class PolyFields(MethodFields, frozen=True, kw_only=True):
@@ -167,10 +169,10 @@ class PolyFamily(Family):
     parts = tuple(POLY_FIELDS)
     method_fields: ClassVar[type[MethodFields]] = PolyFields
     read: ClassVar[Mapping[str, str]] = {
-        "n_skills": "number of pairs of factors in each split",
-        "n_splits": "number of blocks of channels that are mixed separately",
+        "n_skills": "number of skills (pairs of factors) in each split",
+        "n_splits": "number of splits (blocks of channels); each split mixes its skills separately",
         "n_tasks": "number of tasks",
-        "poly_type": "poly, the only known value",
+        "poly_type": "must be poly, which is the only supported router",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "poly_type": "poly", "task_type": "CAUSAL_LM"}
 
@@ -179,11 +181,11 @@ class PolyFamily(Family):
         check_parts(keys, POLY_FIELDS)
         config, some = file.settings.method_fields, keys["poly_lora_A"]
         if config.poly_type != "poly":
-            why = f"this version does not know the router {config.poly_type[:60]!r}"
+            why = f"the router {config.poly_type[:60]!r} is not supported, only 'poly'"
             raise Unsupported(why, where="poly_type", cure="Run the adapter with PEFT")
         update: Any = make("poly", {POLY_FIELDS[part]: file.tensors[key] for part, key in keys.items()})
         if (sizes := _sizes(update)) != (config.r, config.n_tasks, config.n_skills, config.n_splits):
-            why = f"the tensors have (r, tasks, skills, splits) = {sizes}, but the config states other values"
+            why = f"the tensors have r, n_tasks, n_skills and n_splits = {sizes}, but the config has other values"
             raise ShapeMismatch(why, where=some.text, cure="The config does not belong to this file")
         return DecodedUpdate(some.path, update, {POLY_FIELDS[part]: key for part, key in keys.items()})
 
@@ -215,9 +217,11 @@ def _sizes(update: Poly) -> tuple[int, int, int, int]:
     return r, tasks, skills, splits
 
 
-# X-LoRA: a classifier, `internal_xlora_classifier.layers.<i>`; the number i also counts activations and dropouts.
+# X-LoRA: a classifier with the keys `internal_xlora_classifier.layers.<i>.weight` and `.bias`. The index i also counts
+# activations and dropouts.
 #
-# The experts are separate adapters. The config has the experts' paths, which are stored as text and never opened.
+# The experts are separate adapters. The config contains the experts' paths. adapterkit keeps these paths as text and
+# never opens them.
 
 
 LAYERS = "internal_xlora_classifier.layers"
@@ -249,21 +253,22 @@ class XloraFamily(Family):
     names_modules = False
     method_fields: ClassVar[type[MethodFields]] = XLoRAFields
     read: ClassVar[Mapping[str, str]] = {
-        "adapters": "names of the experts, counted from 0, and their paths, which are not opened",
-        "enable_softmax": "whether the weights are a softmax of the logits",
-        "enable_softmax_topk": "whether a softmax is applied to the nonzero weights",
+        "adapters": "a map from the experts' names to their paths, which are not opened; expert 0 comes first",
+        "enable_softmax": "whether the experts' shares are a softmax of the logits",
+        "enable_softmax_topk": "whether a softmax is applied to the nonzero shares",
         "global_scaling_weight": "factor on the change",
         "hidden_size": "width of the classifier's input",
         "layerwise_scalings": "whether each layer has its own logits",
-        "scaling_pass_value": "must be 0: with other values, the first pass uses the experts",
+        "scaling_pass_value": "must be 0; otherwise the experts also change the forward pass that computes the "
+        "classifier's input",
         "softmax_temperature": "divisor of the logits",
-        "top_k_lora": "how many of the largest weights are kept; the others become 0",
+        "top_k_lora": "number of the experts' largest shares that are kept; the other shares become 0",
         "xlora_depth": "number of the classifier's layers",
-        "xlora_dropout_p": "above 0, a layer's number also counts the dropouts before it",
+        "xlora_dropout_p": "if it is above 0, the layer indices in the keys also count dropouts",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "use_trainable_adapters": "training only",
-        "xlora_size": "width of the classifier; the tensors show it",
+        "xlora_size": "width of the classifier's hidden layers; the tensors show it",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"xlora_dropout_p": 0.0, "task_type": "CAUSAL_LM"}
 
@@ -271,14 +276,14 @@ class XloraFamily(Family):
     def decode(cls, file: File) -> Findings:
         config = file.settings.method_fields
         if config.scaling_pass_value:
-            why = "this version does not support experts in the first pass"
+            why = "experts in the forward pass that computes the classifier's input are not supported"
             raise Unsupported(why, where="scaling_pass_value", cure="Run the adapter with PEFT")
         words = [f"{LAYERS}.{number}" for number in _numbers(config.xlora_depth, config.xlora_dropout_p > 0)]
         lost = next((word for word in words if f"{word}.weight" not in file.shared), None)
         if lost:
-            why = "the file lacks a layer of the classifier: some PEFT releases mistake its number for an expert's name"
+            why = "the file lacks a layer of the classifier; PEFT may omit layers whose number is also an expert's name"
             raise Malformed(
-                why, where=f"{lost}.weight", cure="Save the model's state dict with the release that trained it"
+                why, where=f"{lost}.weight", cure="Save the model's state dict with the PEFT release that trained it"
             )
         check_parts(file.shared, [f"{word}.{leaf}" for word in words for leaf in ("weight", "bias")])
         yield cls.decode_keys(file, {word: file.shared[f"{word}.weight"] for word in words})
@@ -326,8 +331,8 @@ class XloraFamily(Family):
     @classmethod
     def why_not(cls, target: Target, update: XLoRA) -> str:
         if update.A is not None:
-            return "this xlora stores its experts, but PEFT has them in separate folders"
-        return "" if not target.path else "PEFT has xlora only for a whole model"
+            return "this xlora stores its experts, but PEFT stores the experts in separate folders"
+        return "" if not target.path else "PEFT supports xlora only for a whole model"
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
@@ -346,25 +351,25 @@ class XloraFamily(Family):
 
 
 def _numbers(depth: int, dropout: bool) -> list[int]:
-    """Return the numbers of the classifier's linear layers in keys. The numbers also count activations and dropouts."""
+    """Return the indices of the classifier's linear layers, which also count activations and, if any, dropouts."""
     return [position * (3 if dropout else 2) for position in range(depth)]
 
 
 def _check_sizes(config: XLoRAFields, tensors: Mapping[str, Lazy], pairs: list[list[Key]]) -> None:
     reads = tensors.get("first", tensors["last"])
     if len(reads.shape) != 2 or reads.shape[1] != config.hidden_size:
-        why = f"the shape is {list(reads.shape)}, but the config states {config.hidden_size} inputs"
+        why = f"the shape is {list(reads.shape)}, but the config has hidden_size = {config.hidden_size}"
         raise ShapeMismatch(why, where=pairs[0][0].text, cure="The config does not belong to this file")
     last = tensors["last"]
     if len(last.shape) != 2:
         raise ShapeMismatch(
-            f"the shape {list(last.shape)} is not that of a matrix",
+            f"the tensor must have two axes, but its shape is {list(last.shape)}",
             where=pairs[-1][0].text,
             cure="Save the adapter again with PEFT",
         )
     experts, logits = len(config.adapters or ()), last.shape[0]
     if experts and (logits % experts or (logits != experts and not config.layerwise_scalings)):
-        why = f"the file has {logits} logits, but the config has {experts} experts"
+        why = f"the classifier has {logits} logits, but the config has {experts} experts"
         raise ShapeMismatch(why, where=pairs[-1][0].text, cure="The config does not belong to this file")
 
 
@@ -373,7 +378,7 @@ def _stacked(tensors: list[Lazy], keys: list[Key]) -> Lazy:
     for tensor, key in zip(tensors, keys, strict=True):
         if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
             one, other = f"{list(tensor.shape)} {tensor.dtype.name}", f"{list(first.shape)} {first.dtype.name}"
-            why = f"the tensor is {one}, but {keys[0].text} is {other}"
+            why = f"the tensor has shape and dtype {one}, but {keys[0].text} has {other}"
             raise ShapeMismatch(why, where=key.text, cure="Save the adapter again with PEFT")
     return Lazy((len(tensors), *first.shape), first.dtype, lambda: b"".join(bytes(t.fetch()) for t in tensors))
 

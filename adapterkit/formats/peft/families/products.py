@@ -1,11 +1,11 @@
 """Families of products: LoKr (Kronecker), LoHa (Hadamard), and HiRA (Hadamard product with the base's weight).
 
-LoKr: `lokr_w1` [a, c], or its factors `lokr_w1_a` and `lokr_w1_b`; and `lokr_w2` [b, d, *k], or its factors `lokr_w2_a`
-and `lokr_w2_b`. For a kernel, these may also have a core `lokr_t2`.
+LoKr has `lokr_w1` [a, c] and `lokr_w2` [b, d, *k]. The file may contain `lokr_w1_a` and `lokr_w1_b` instead of
+`lokr_w1`, and `lokr_w2_a` and `lokr_w2_b` instead of `lokr_w2`. For a convolution, there may also be a core `lokr_t2`.
 
-PEFT's config does not contain the sizes a, b, c, d. PEFT divides the numbers of outputs and inputs by
-`decompose_factor`, and decomposes a factor into two if the rank is small. A file that PEFT can load has exactly the
-shapes that follow from this.
+PEFT's config does not contain the sizes a, b, c, d. PEFT splits the numbers of outputs and inputs into a * b and c * d
+according to `decompose_factor`. If the rank is small, PEFT decomposes w2 (with `decompose_both`, also w1) into two
+tensors. PEFT can load a file only if the tensors have exactly the resulting shapes.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ SECOND = (
     {"lokr_w2": "w2"}, {"lokr_t2": "t2", "lokr_w2_a": "w2_a", "lokr_w2_b": "w2_in"},
     {"lokr_w2_a": "w2_a", "lokr_w2_b": "w2_b"},
 )  # fmt: skip
-"""For w1 and w2, the possible maps from key parts to fields; the first map whose first part is in the file applies."""
+"""Maps from the endings of keys to fields, for w1 and for w2. A module uses the first map whose first ending it has."""
 
 
 class LoKrFields(ScaledFields, frozen=True, kw_only=True):
-    """The config fields that determine how the weight's sizes are divided."""
+    """The config fields that determine the scaling and the sizes of the factors."""
 
     decompose_factor: int = -1
     decompose_both: bool = False
@@ -56,20 +56,20 @@ class LokrFamily(Family):
     method_fields: ClassVar[type[MethodFields]] = LoKrFields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / r",
-        "decompose_both": "whether the first factor is a product if the rank is small; the tensors show it",
-        "decompose_factor": "how the number of outputs or inputs is split into two factors; the tensors show it",
+        "decompose_both": "whether w1 is also decomposed into two tensors if the rank is small; the tensors show it",
+        "decompose_factor": "how the numbers of outputs and inputs are split into a * b and c * d; the tensors show it",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "module_dropout": "training only",
         "rank_dropout": "training only",
         "rank_dropout_scale": "training only",
-        "use_effective_conv2d": "whether kernels have a core; the keys show it",
+        "use_effective_conv2d": "whether convolutions have a core; the keys show it",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "module_dropout": 0.0, "rank_dropout": 0.0}
     folds = ("w1", "w1_a")
     departures: ClassVar[Mapping[str, Departure]] = {
         "lokr_kernel_of_one_axis": Departure(
-            "a full lokr_w2 [b, d, k] on nn.Conv1d is a stack of b matrices [d, k]: torch.kron multiplies "
+            "PEFT treats a full lokr_w2 [b, d, k] on nn.Conv1d as a stack of b matrices [d, k]: torch.kron multiplies "
             "lokr_w1 with each matrix, and the result is reshaped to the shape of the weight",
             "each kernel position is the Kronecker product of lokr_w1 and lokr_w2 at this position",
         )
@@ -122,26 +122,26 @@ class LokrFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         members = cls.of_it(updates)
         if members and next(_splits(members, base), None) is None:
-            why = "no common decompose_factor yields the sizes of these lokr factors in PEFT"
+            why = "no single pair of decompose_factor and decompose_both yields the sizes of all lokr factors"
             yield from ((target, why) for target in updates if target.path in members)
             return
         cored = any(update.t2 is not None for update in members.values())
         for target in updates if cored else ():
             kernel = _kernel(base, target.path)
             if target.path in members and members[target.path].w2_b is not None and kernel > 1:
-                yield target, "this lokr has a full kernel and others have cores; the config has one setting for all"
+                yield target, "this lokr has no core, but others have cores; use_effective_conv2d applies to all"
 
 
 class LokrSizes:
     """The sizes of one update's factors, for a comparison with the sizes that PEFT would choose.
 
-    If `kernel`, the number of the kernel's elements, is unknown, the number of inputs may be unknown, too.
+    `kernel` is the number of elements of the convolution's kernel. If it is None, the number of inputs may be unknown.
 
     Attributes:
         sides: (the weight's outputs, w1's outputs) and, if known, (the weight's inputs, w1's inputs).
-        first: whether w1 is decomposed into two factors, and the larger size of w1.
-        second: whether w2 is decomposed into two factors, and the larger size of w2.
-        rank: the rank of the decomposed factors; None if no factor is decomposed.
+        first: (whether w1 is decomposed into two tensors, the larger of w1's sizes a and c).
+        second: (whether w2 is decomposed into two tensors, the larger of w2's sizes b and d).
+        rank: the rank of the decomposed w1 or w2; None if neither is decomposed.
     """
 
     def __init__(self, update: LoKr, kernel: int | None) -> None:
@@ -158,7 +158,7 @@ class LokrSizes:
         self.rank: int | None = ranks[0] if ranks else None
 
     def smallest(self, both: bool) -> int:
-        """Return the smallest rank with which PEFT leaves whole each factor that this update stores whole.
+        """Return the smallest rank with which PEFT does not decompose a factor (w1, w2) that this update stores whole.
 
         `both` is the config's `decompose_both`.
         """
@@ -166,7 +166,7 @@ class LokrSizes:
         return max((-(-int(size) // 2) for apart, size in needed if not apart), default=1)
 
     def made_by(self, factor: int, both: bool, rank: int) -> bool:
-        """Whether PEFT chooses these sizes for these settings and this rank."""
+        """Whether PEFT chooses these sizes if the config has this `decompose_factor`, `decompose_both` and rank."""
         apart = (both and rank < self.first[1] / 2, rank < self.second[1] / 2)
         split = all(even_split(size, factor)[0] == part for size, part in self.sides)
         return split and apart == (self.first[0], self.second[0])
@@ -177,7 +177,7 @@ def _form(keys: Mapping[str, Key], forms: tuple[dict[str, str], ...]) -> dict[st
 
 
 def _turned(field: str, tensor: Lazy, forms: Mapping[str, str]) -> Lazy:
-    """If there is a core, transpose w2_a from [b, r] to [r, b] or back; return any other tensor unchanged."""
+    """Transpose w2_a from [b, r] to [r, b] or back if there is a core; return all other tensors unchanged."""
     if field != "w2_a" or "t2" not in forms.values() or len(tensor.shape) != 2:
         return tensor
     return tensor.map(lambda values: values.T, tensor.shape[::-1])
@@ -187,7 +187,9 @@ def _check(update: LoKr, file: File, key: Key, kernel: int | None) -> None:
     config, rank = file.settings.method_fields, file.settings.rank(key.path)
     update.dims()
     if any(0 in leaf.shape for leaf in update.tensors.values()):
-        raise ShapeMismatch("this factor has no elements", where=key.text, cure="Save the adapter again with PEFT")
+        raise ShapeMismatch(
+            "a tensor of this module has no elements", where=key.text, cure="Save the adapter again with PEFT"
+        )
     sizes = LokrSizes(update, kernel)
     if sizes.rank not in (None, rank) or not sizes.made_by(config.decompose_factor, config.decompose_both, rank):
         why = f"PEFT does not create these factors with rank {rank}, decompose_factor {config.decompose_factor}"
@@ -201,9 +203,9 @@ def _rank(update: LoKr, both: bool) -> int:
 
 
 def _splits(members: Mapping[str, LoKr], base: Checkpoint | None) -> Iterator[tuple[int, bool]]:
-    """Yield each (decompose_factor, decompose_both) for which PEFT chooses the sizes of all these updates.
+    """Yield each (decompose_factor, decompose_both) with which PEFT would choose the sizes of all `members`.
 
-    Without a base, first treat all weights as linear layers. Then treat all numbers of inputs as unknown.
+    Without a base, first assume that all weights belong to linear layers. Then search again, with any number of inputs.
     """
     yield from _splits_of([LokrSizes(update, _kernel(base, path)) for path, update in members.items()])
     if base is None:
@@ -221,18 +223,18 @@ def _splits_of(sizes_of: list[LokrSizes]) -> Iterator[tuple[int, bool]]:
 
 
 def _kernel(base: Checkpoint | None, path: str) -> int:
-    """Return the number of a kernel's elements; 1 for a linear layer, or if the base does not show the kernel."""
+    """Return the number of elements of a convolution's kernel; 1 for a linear layer, or if the weight is unknown."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     return 1 if weight is None else math.prod(weight.shape[2:])
 
 
 # LoHa: `hada_w1_a` [out, r] and `hada_w1_b` [r, in * k]. With a core `hada_t1`, the shapes are [r, out] and [r, in].
-# `hada_w2_a`, `hada_w2_b` and `hada_t2` have the same shapes.
+# `hada_w2_a`, `hada_w2_b` and `hada_t2` have the same shapes as `hada_w1_a`, `hada_w1_b` and `hada_t1`.
 
 
 PLAIN = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b"}
 CORED = PLAIN | {"hada_t1": "t1", "hada_w1_b": "w1_in", "hada_t2": "t2", "hada_w2_b": "w2_in"}
-"""A map from parts of keys to fields of the update."""
+"""Maps from the endings of keys to fields of the update, for files without cores and with cores."""
 
 
 class LohaFamily(Family):
@@ -247,7 +249,7 @@ class LohaFamily(Family):
     harmless: ClassVar[Mapping[str, str]] = {
         "module_dropout": "training only",
         "rank_dropout": "training only",
-        "use_effective_conv2d": "whether kernels have a core; the keys show it",
+        "use_effective_conv2d": "whether convolutions have a core; the keys show it",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "module_dropout": 0.0, "rank_dropout": 0.0}
     folds = ("w1_a",)
@@ -286,18 +288,19 @@ class LohaFamily(Family):
 
 
 def _loha_turned(part: str, tensor: Lazy, fields: Mapping[str, str]) -> Lazy:
-    """If there is a core, transpose a factor from [out, r] to [r, out] or back; return any other tensor unchanged."""
+    """Transpose w1_a or w2_a from [out, r] to [r, out] or back if there are cores; return all others unchanged."""
     if fields is PLAIN or part not in ("hada_w1_a", "hada_w2_a") or len(tensor.shape) != 2:
         return tensor
     return tensor.map(lambda values: values.T, tensor.shape[::-1])
 
 
-# HiRA: `hira_A` [r, in, *k], `hira_B` [out, r, 1, ...] with a 1 for each kernel axis; `hira_embedding_A` and `_B`.
+# HiRA: `hira_A` [r, in, *k] and `hira_B` [out, r, 1, ...], with a 1 for each axis of the kernel. For an embedding, the
+# keys end with `hira_embedding_A` and `hira_embedding_B`.
 
 
 HIRA_PLAIN = {"A": "hira_A", "B": "hira_B"}
 EMBEDDING = {"A": "hira_embedding_A", "B": "hira_embedding_B"}
-"""A map from the update's field to the part of a key."""
+"""Maps from fields of the update to the endings of keys."""
 
 
 class HiraFamily(Family):
@@ -318,7 +321,7 @@ class HiraFamily(Family):
         A, B = (file.tensors[key_of[field]] for field in ("A", "B"))
         _check_r(file, key_of["A"], A)
         if math.prod(B.shape[:2]) != math.prod(B.shape):
-            why = f"the shape {list(B.shape)} has a kernel; B must only mix channels"
+            why = f"the shape is {list(B.shape)}, but after [out, r] all sizes of B must be 1"
             raise ShapeMismatch(why, where=key_of["B"].text, cure="Save the adapter again with PEFT")
         update = make("hira", {"A": A, "B": B.reshape(*B.shape[:2])})
         turned = fields is EMBEDDING or (file.settings.fan_in_fan_out and len(A.shape) == 2)
@@ -350,7 +353,7 @@ class HiraFamily(Family):
     @classmethod
     def why_not(cls, target: Target, update: HiRA) -> str:
         return (
-            "PEFT has no hira on a transposed convolution"
+            "PEFT does not support hira on a transposed convolution"
             if target.layout == "in out *k" and _kernel_of(update)
             else ""
         )
@@ -366,9 +369,9 @@ class HiraFamily(Family):
 
 
 def _check_r(file: File, key: Key, A: Lazy) -> None:
-    """Check the rank; accept `r` even if `rank_pattern` names the module.
+    """Check the rank of A. The config's `r` is accepted even if `rank_pattern` has another rank for the module.
 
-    PEFT uses `rank_pattern` only for a second adapter.
+    PEFT ignores `rank_pattern` for a model's first adapter.
     """
     if file.settings.r not in A.shape[:1]:
         check_rank(key, A, file.settings.rank(key.path))

@@ -47,7 +47,7 @@ class ProjectionFields(MethodFields, frozen=True, kw_only=True):
 class Projections(Family):
     """The code that VeRA and PVeRA share.
 
-    `parts` lists the key parts of b and d. `shared` lists the keys of A and B. A has `halves * r` rows.
+    `parts` lists the endings of the keys of b and d. `shared` lists the keys of A and B. A has `halves * r` rows.
     """
 
     halves: ClassVar[int] = 1
@@ -94,13 +94,13 @@ class Projections(Family):
 
     @classmethod
     def omitted(cls, config: Mapping[str, object], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
-        """Omit the projections if the source file omits them, and if the seed yields the same projections."""
+        """Return A and B if the source file omits them and the seed in the config yields the same values."""
         if config.get("save_projection", True):
             return frozenset()
         try:
             seed = msgspec.convert(dict(config), ProjectionFields).projection_prng_key
         except msgspec.ValidationError:
-            return frozenset()  # An invalid config raises its error when it is read.
+            return frozenset()  # The reader reports an invalid config.
         some = next(iter(cls.of_it(updates).values()))
         leaves = tuple(as_lazy(leaf) for leaf in (some.A, some.B))
         drawn = _draw(seed, (leaves[0].shape, leaves[1].shape))
@@ -113,9 +113,9 @@ class Projections(Family):
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        """Yield (target, reason) for updates whose projections do not fit the other updates.
+        """Yield (target, reason) for updates whose projections do not have the size that PEFT chooses for the file.
 
-        PEFT creates projections for the largest module, and cannot load projections of any other size.
+        PEFT creates one pair of projections, sized for the largest module, and cannot load projections of another size.
         """
         members: dict[Target, Any] = {t: u for t, group in updates.items() for u in group if type(u) is cls.method}
         odd = minority({target: (update.A.shape, update.B.shape) for target, update in members.items()})
@@ -125,7 +125,7 @@ class Projections(Family):
             widths = [stored_inputs(base, target) for target in kept]
             other = outs != max(update.b.shape[0] for update in kept.values())
             if other or (None not in widths and ins != max(width for width in widths if width is not None)):
-                why = "the size of its projections is not the size that PEFT chooses for the largest of these weights"
+                why = "its projections do not have the size that PEFT chooses for the largest of the adapted weights"
                 yield from ((target, why) for target in kept)
 
     @classmethod
@@ -143,8 +143,8 @@ class Projections(Family):
             A, B = (file.omitted[word] for word in cls.shared)
             return A, B
         if file.shared:
-            why = "the config states that the file does not have the projections, but the file has them"
-            cure = "Set save_projection to true to use the projections in the file"
+            why = "the config has save_projection = false, but the file contains the projections"
+            cure = "Set save_projection to true in the config to use the projections in the file"
             raise Malformed(why, where=next(iter(file.shared.values())).text, cure=cure)
         outs = {path: _outputs(file, keys[cls.parts[0]]) for path, keys in modules.items()}
         ins = max((_inputs(file, path, out) for path, out in outs.items()), default=1)
@@ -156,10 +156,10 @@ class Projections(Family):
 def _check(file: File, keys: Mapping[str, Key], B: Lazy, halves: int) -> None:
     d, r, out = file.tensors[keys["d"]], file.settings.method_fields.r, _outputs(file, keys["b"])
     if d.shape != (halves * r,):
-        why = f"the shape is {list(d.shape)}, but the config states rank {r}"
+        why = f"the shape is {list(d.shape)}, but with r = {r} in the config it must be [{halves * r}]"
         raise ShapeMismatch(why, where=keys["d"].text, cure="The config does not belong to this file")
     if len(B.shape) != 2 or B.shape[0] < out:
-        why = f"the module has {out} outputs, but the shared projection is {list(B.shape)}"
+        why = f"the module has {out} outputs, but the shared projection B has the shape {list(B.shape)}"
         raise ShapeMismatch(why, where=keys["b"].text, cure="Save the adapter again with PEFT")
 
 
@@ -167,27 +167,31 @@ def _outputs(file: File, key: Key) -> int:
     shape = file.tensors[key].shape
     if len(shape) != 1:
         raise ShapeMismatch(
-            f"the shape {list(shape)} is not that of a vector", where=key.text, cure="Save the adapter again with PEFT"
+            f"the tensor must have one axis, but its shape is {list(shape)}",
+            where=key.text,
+            cure="Save the adapter again with PEFT",
         )
     return shape[0]
 
 
 def _inputs(file: File, path: str, out: int) -> int:
-    """Return a module's number of inputs, from the base."""
+    """Return the number of inputs of a module's weight in the base."""
     shape = file.base_shape(f"{path}.weight")
     if shape is None:
         why = "the projections are not in the file, and only the base shows their sizes"
         raise UsageError(why, where=path, cure="Give the base with --base (base=)")
     if len(shape) != 2 or out not in shape:
         raise ShapeMismatch(
-            f"the module has {out} outputs; the base's weight has shape {list(shape)}", where=path, cure=_WRONG_BASE
+            f"the module has {out} outputs, but the base's weight has shape {list(shape)}",
+            where=path,
+            cure=_WRONG_BASE,
         )
     turned = shape[1] == out and (file.settings.fan_in_fan_out or shape[0] != out)
     return shape[0] if turned else shape[1]
 
 
 def _draw(seed: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[Lazy, Lazy]:
-    """Draw A and then B from a uniform distribution, with torch's generator on the CPU."""
+    """Return A and B. When they are loaded, torch's generator on the CPU draws A, then B, uniformly."""
 
     def fetch(position: int) -> bytes:
         import torch
@@ -227,15 +231,15 @@ class VeraFamily(Projections):
 
 
 class Drawing(ProjectionFields, frozen=True, kw_only=True):
-    """The fields of VeRA, and whether PEFT's model draws random values in inference as it does in training."""
+    """The fields of VeRA, and whether PEFT also draws random values at inference."""
 
     sample_at_inference: bool = False
 
 
 class PveraFamily(Projections):
-    """PVeRA: VeRA with `pvera_lambda_d` [2r] and `pvera_A` [2r, inputs].
+    """PVeRA: like VeRA, but `pvera_lambda_d` has the shape [2r] and `pvera_A` the shape [2r, inputs].
 
-    In both tensors, the first r entries are for the mean, and the last r entries for the variance.
+    In both tensors, the first r entries along the first axis are for the mean, and the last r for the variance.
     """
 
     name = "pvera"
@@ -247,7 +251,7 @@ class PveraFamily(Projections):
     method_fields: ClassVar[type[MethodFields]] = Drawing
     read: ClassVar[Mapping[str, str]] = {
         **Projections.read,
-        "sample_at_inference": "must be false: otherwise each forward pass draws another change",
+        "sample_at_inference": "must be false; otherwise each forward pass uses a different random change",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "d_initial": "initial values",
@@ -265,18 +269,18 @@ class PveraFamily(Projections):
     @classmethod
     def decode(cls, file: File) -> Findings:
         if file.settings.method_fields.sample_at_inference:
-            why = "PVeRA with random draws in each forward pass has no fixed formula"
-            raise Unsupported(why, where="sample_at_inference", cure="Set this field to false to use the mean")
+            why = "PVeRA has no fixed formula if PEFT draws random values in each forward pass"
+            raise Unsupported(why, where="sample_at_inference", cure="Set sample_at_inference to false to use the mean")
         yield from super().decode(file)
 
 
-# RandLoRA: `randlora_lambda` [r, n] and `randlora_gamma` [n, short] per module. All modules share the bases, and a file
-# has a copy for each module.
+# RandLoRA: `randlora_lambda` [r, n] and `randlora_gamma` [n, short] per module. `short` is the weight's shorter side.
+# All modules share the bases `randlora_A` and `randlora_B`. The file also has a copy of both bases for each module.
 
 
 SEPARATE = {"randlora_lambda": "lam", "randlora_gamma": "gamma"}
 SHARED = {"randlora_A": "A", "randlora_B": "B"}
-"""A map from parts of keys to fields of the update."""
+"""Maps from the endings of keys to fields of the update: tensors of one module, and tensors that all modules share."""
 
 
 class RandLoRAFields(MethodFields, frozen=True, kw_only=True):
@@ -301,10 +305,10 @@ class RandloraFamily(Family):
         "save_projection": "whether the bases are in the file; must be true",
     }
     harmless: ClassVar[Mapping[str, str]] = {
-        "projection_prng_key": "the seed of the bases, which are in the file",
+        "projection_prng_key": "the seed from which the bases were drawn; the file contains the bases",
         "randlora_dropout": "training only",
-        "sparse": "how the bases were drawn; they are in the file",
-        "very_sparse": "how the bases were drawn; they are in the file",
+        "sparse": "how the bases were drawn; the file contains the bases",
+        "very_sparse": "how the bases were drawn; the file contains the bases",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
         "bias": "none",
@@ -318,11 +322,11 @@ class RandloraFamily(Family):
     def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         config = file.settings.method_fields
         if not config.save_projection:
-            why = "RandLoRA's bases are not in the file, and PEFT draws them in a machine-dependent precision"
+            why = "the file omits RandLoRA's bases, and the precision in which PEFT draws them depends on the machine"
             raise Unsupported(why, where="save_projection", cure="Save the adapter from PEFT with save_projection=True")
         missing = next((word for word in SHARED if word not in file.shared), None)
         if missing is not None:
-            raise Malformed(f"the file lacks a shared basis: {missing}", where="save_projection", cure=_AGAIN)
+            raise Malformed(f"the file lacks the shared basis {missing}", where="save_projection", cure=_AGAIN)
         copies = {part: key for part, key in keys.items() if part in SHARED}
         check_parts({part: key for part, key in keys.items() if part not in copies}, SEPARATE)
         for part, key in copies.items():
@@ -364,10 +368,10 @@ class RandloraFamily(Family):
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        """Yield (target, reason) for updates that do not fit the other updates.
+        """Yield (target, reason) for updates that PEFT could not load from one file with the other updates.
 
-        PEFT has one rank and one scaling for all modules. The size of the largest module determines the size of the
-        bases, and the rank r determines how many bases there are.
+        A file has one rank and one scaling. The bases' sizes are the largest number of outputs and the largest number
+        of inputs. The number of bases B is the smaller of the two, divided by the rank and rounded up.
         """
         members = {t: u for t, group in updates.items() for u in group if isinstance(u, RandLoRA)}
         settings_of = {t: (u.scaling, tuple(u.A.shape), tuple(u.B.shape)) for t, u in members.items()}
@@ -379,7 +383,7 @@ class RandloraFamily(Family):
         for target, update in kept.items():
             n, short = update.gamma.shape
             if n != -(-short // update.lam.shape[0]):
-                yield target, "its number of terms is not the number that PEFT creates for a weight of this size"
+                yield target, "its number of terms is not the number that PEFT uses for a weight of this size"
         for longs, bases, r, shorts in {(*u.B.shape, u.A.shape[-1]) for u in kept.values()}:
             needed = _needed(base, kept)
             if bases != -(-shorts // r) or (needed is not None and (shorts, longs) != needed):
@@ -390,7 +394,7 @@ class RandloraFamily(Family):
 
 
 def _needed(base: Checkpoint | None, members: Mapping[Target, RandLoRA]) -> tuple[int, int] | None:
-    """Return the largest number of outputs and the largest number of inputs, sorted; None if the base lacks them."""
+    """Return the largest numbers of outputs and of inputs, the smaller one first; None if the base lacks them."""
     widths = {target: stored_inputs(base, target) for target in members}
     if base is None or None in widths.values():
         return None
@@ -400,11 +404,12 @@ def _needed(base: Checkpoint | None, members: Mapping[Target, RandLoRA]) -> tupl
 
 
 def _check_copy(file: File, copy: Key, original: Key) -> None:
-    """Check that a module's copy of a basis equals the first copy: PEFT loads all copies into one tensor."""
+    """Check that a module's copy of a basis equals the shared basis, because PEFT loads both into one tensor."""
     one, other = file.tensors[copy], file.tensors[original]
     same = one is other or ((one.shape, one.dtype) == (other.shape, other.dtype) and one.fetch() == other.fetch())
     if not same:
-        raise Malformed(f"this copy differs from {original.text}", where=copy.text, cure=_AGAIN)
+        why = f"this copy differs from {original.text}, but PEFT loads both into one tensor"
+        raise Malformed(why, where=copy.text, cure=_AGAIN)
 
 
 _AGAIN = "Save the adapter again with PEFT"

@@ -1,6 +1,7 @@
-"""Define families of virtual tokens: prompts, P-tuning, CPT, multitask prompts, prefixes, cartridges, LLaMA-Adapter.
+"""Families of virtual tokens: prompts, P-tuning, CPT, multitask prompts, prefixes, cartridges, LLaMA-Adapter.
 
-The config has the tensors' sizes. Only LLaMA-Adapter has tensors for single modules.
+The config states the tensors' sizes. LLaMA-Adapter has tensors for each adapted module; the other families have tensors
+for the whole model only.
 """
 
 from __future__ import annotations
@@ -70,19 +71,19 @@ class ContextFamily(Family):
             raise Malformed("the file has no virtual tokens", where=EMBEDDINGS, cure="Save the adapter again with PEFT")
         check_parts(keys, cls.shared)
         if file.settings.method_fields.parts not in (1, 2):
-            why = f"the number of stacks of layers is {file.settings.method_fields.parts}, not 1 or 2"
+            why = f"num_transformer_submodules must be 1 or 2, but is {file.settings.method_fields.parts}"
             raise Malformed(why, where="num_transformer_submodules", cure="Save the adapter again with PEFT")
         yield cls.decode_keys(file, keys)
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
-        return f"PEFT has {update.method} only for a whole model" if target.path else ""
+        return f"PEFT supports {update.method} only for a whole model" if target.path else ""
 
 
 class PromptLike(ContextFamily):
     """Prompts: `prompt_embeddings` [tokens, dim].
 
-    For a model with an encoder and a decoder, PEFT stores 2 x tokens rows and uses the first half.
+    For a model with an encoder and a decoder, PEFT stores 2 * tokens rows and uses only the first half of them.
     """
 
     @classmethod
@@ -108,7 +109,7 @@ class PromptLike(ContextFamily):
     @classmethod
     def why_not(cls, target: Target, update: Prompt) -> str:
         if update.used and 2 * update.used != update.P.shape[0]:
-            return f"it uses {update.used} of {update.P.shape[0]} rows, but PEFT uses all or the first half"
+            return f"this prompt uses {update.used} of {update.P.shape[0]} rows; PEFT uses all rows or the first half"
         return super().why_not(target, update)
 
 
@@ -121,8 +122,12 @@ class PrefixLike(ContextFamily):
         tensor = file.tensors[key]
         layers, heads, width = config.num_layers, config.num_attention_heads, config.token_dim
         if not (layers and heads and width) or min(layers, heads, width) < 1 or width % heads:
-            why = f"num_layers {layers}, num_attention_heads {heads} and token_dim {width} do not divide the tensor"
-            raise Malformed(why, where="token_dim", cure="Save the adapter again with PEFT")
+            why = f"num_layers ({layers}), num_attention_heads ({heads}) and token_dim ({width}) must be positive"
+            raise Malformed(
+                f"{why}, and token_dim must be a multiple of num_attention_heads",
+                where="token_dim",
+                cure="Save the adapter again with PEFT",
+            )
         check_sizes(key, tensor, config.num_virtual_tokens, layers * 2 * width)
         shape = (tensor.shape[0], layers, 2, heads, width // heads)
         P = tensor.map(lambda values: values.reshape(shape).transpose(1, 2, 3, 0, 4), (*shape[1:4], shape[0], shape[4]))
@@ -145,7 +150,7 @@ class PrefixLike(ContextFamily):
     @classmethod
     def why_not(cls, target: Target, update: Prefix) -> str:
         return (
-            f"its step is {update.step}, but PEFT's is at most 2"
+            f"this prefix has step = {update.step}, but PEFT supports at most 2"
             if update.step > 2
             else super().why_not(target, update)
         )
@@ -198,9 +203,9 @@ class PTuningFamily(PromptLike):
     method = Prompt
     harmless: ClassVar[Mapping[str, str]] = {
         "encoder_dropout": "training only",
-        "encoder_hidden_size": "a setting of the encoder, which the file omits",
-        "encoder_num_layers": "a setting of the encoder, which the file omits",
-        "encoder_reparameterization_type": "a setting of the encoder, which the file omits",
+        "encoder_hidden_size": "a setting of the encoder; the file contains only the encoder's output",
+        "encoder_num_layers": "a setting of the encoder; the file contains only the encoder's output",
+        "encoder_reparameterization_type": "a setting of the encoder; the file contains only the encoder's output",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
 
@@ -225,7 +230,7 @@ class CptFamily(PromptLike):
 
 
 FIELDS = {EMBEDDINGS: "P", "prefix_task_cols": "columns", "prefix_task_rows": "rows"}
-"""A map from a key to the update's field."""
+"""A map from keys to fields of the update."""
 
 
 class Tasks(Sizes, frozen=True, kw_only=True):
@@ -236,9 +241,10 @@ class Tasks(Sizes, frozen=True, kw_only=True):
 
 
 class MultitaskPromptFamily(ContextFamily):
-    """Multitask prompt tuning: `prompt_embeddings` [n, dim], `prefix_task_cols` [tasks, n, r], `prefix_task_rows`.
+    """Multitask prompt tuning: a prompt for all tasks, and a change of rank r for each task.
 
-    If the model has an encoder and a decoder, the second half of the n rows belongs to the decoder.
+    `prompt_embeddings` is [n, dim], `prefix_task_cols` is [tasks, n, r], and `prefix_task_rows` is [tasks, r, dim]. If
+    the model has an encoder and a decoder, the second half of the n rows belongs to the decoder.
     """
 
     name = "multitask_prompt"
@@ -291,7 +297,7 @@ class MultitaskPromptFamily(ContextFamily):
     @classmethod
     def why_not(cls, target: Target, update: MultitaskPrompt) -> str:
         return (
-            "it has a selected task, but in PEFT the caller selects the task"
+            "this multitask_prompt has a selected task, but in PEFT the caller selects the task"
             if update.task
             else super().why_not(target, update)
         )
@@ -304,9 +310,9 @@ class PrefixFamily(PrefixLike):
     peft_type = "PREFIX_TUNING"
     method = Prefix
     harmless: ClassVar[Mapping[str, str]] = {
-        "encoder_hidden_size": "a setting of the encoder, which the file omits",
+        "encoder_hidden_size": "a setting of the encoder; the file contains only the encoder's output",
         "init_weights": "initial values",
-        "prefix_projection": "an encoder computed the prefix, and the file has the result",
+        "prefix_projection": "whether an encoder computed the prefix; the file contains the encoder's output",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"prefix_projection": False, "task_type": "CAUSAL_LM"}
 
@@ -321,13 +327,14 @@ class CartridgeFamily(PrefixLike):
     fresh: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
 
 
-# LLaMA-Adapter: `adaption_prompt` [1, tokens, width] and `adaption_gate` [1] for the attentions of the last layers.
+# LLaMA-Adapter: `adaption_prompt` [1, tokens, width] and `adaption_gate` [1] for the attention module in each of the
+# last layers.
 
 
 GPT2 = "attn"
-"""The name of GPT-2's attention.
+"""The name of GPT-2's attention modules.
 
-For GPT-2, PEFT adds the change after the attention's output projection; for other models, before it.
+PEFT adds the change after the attention's output projection for GPT-2, and before the output projection for all others.
 """
 
 
@@ -380,16 +387,18 @@ class AdaptionPromptFamily(Family):
     @classmethod
     def why_not(cls, target: Target, update: AdaptionPrompt) -> str:
         if update.gate.shape[0] != 1:
-            return "it has a gate for each head, but PEFT has one gate for all heads"
+            return "this adaption_prompt has a gate for each head, but PEFT has one gate for all heads"
         name = target.path.rpartition(".")[2]
         if update.projected == (name == GPT2):
             side = "after" if update.projected else "before"
             other = "before" if update.projected else "after"
             return f"for {name!r}, PEFT adds the change {side} the output projection, but this update adds it {other}"
-        return "" if re.search(r"\.\d+\.\w+$", f".{target.path}") else "its attention is not in a numbered layer"
+        return (
+            "" if re.search(r"\.\d+\.\w+$", f".{target.path}") else "the attention is not directly in a numbered layer"
+        )
 
 
 def _length(members: Mapping[str, AdaptionPrompt]) -> int | None:
-    """Return the number of virtual tokens; None if the modules differ, because a config has only one number."""
+    """Return the modules' number of virtual tokens; None if it differs, because the config has only one number."""
     lengths = {int(update.P.shape[0]) for update in members.values()}
     return lengths.pop() if len(lengths) == 1 else None

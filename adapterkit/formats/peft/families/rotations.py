@@ -1,6 +1,7 @@
 """Families of rotations: OFT, BOFT and PSOFT.
 
-OFT: `oft_R.weight` [blocks, b * (b - 1) / 2]; `oft_embedding_R.weight` rotates an embedding's outputs.
+OFT: `oft_R.weight` [blocks, b * (b - 1) / 2] rotates a layer's inputs. `oft_embedding_R.weight` has the same shape and
+rotates an embedding's outputs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PLAIN, EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
 
 
 class OFTFields(MethodFields, frozen=True, kw_only=True):
-    """The sizes of blocks, the number of terms of the series, and the limit on the rotation."""
+    """The size of the blocks, the number of terms of the Cayley-Neumann series, and the limit on the rotation."""
 
     r: int = 0
     oft_block_size: int = 32
@@ -57,25 +58,26 @@ class OftFamily(Family):
     empty = True
     departures: ClassVar[Mapping[str, Departure]] = {
         "oft_series_before_0_18": Departure(
-            "in files from before PEFT 0.18, the last term of use_cayley_neumann's series counts twice, like the "
-            "other terms",
-            "the last term counts once, as newer PEFT releases compute such files",
+            "with use_cayley_neumann, PEFT releases before 0.18 multiply the last term of the series by 2, like the "
+            "terms before it",
+            "the last term is not multiplied by 2, as in newer PEFT releases, which read the same files",
         ),
         "oft_of_overlapping_patches": Departure(
-            "oft_patches on a convolution with a kernel (the base or the live layer shows this, a file does not): the "
-            "input's patches are rotated and added up, so no change of the weight is equivalent",
+            "oft_patches on a Conv2d with a kernel larger than 1 x 1 (the base or the loaded layer shows the kernel, "
+            "the file does not): PEFT rotates the input's patches and adds them up, so no change of the weight is "
+            "equivalent",
             "oft: the weight is rotated, as PEFT merges it",
             on_patches,
         ),
     }
     read: ClassVar[Mapping[str, str]] = {
-        "block_share": "whether all blocks are the same",
-        "coft": "whether each block's Q is limited by eps",
-        "eps": "with coft, the limit for all blocks together; it determines each block's limit",
+        "block_share": "whether all blocks have the same rotation",
+        "coft": "whether eps limits the norm of each block's Q",
+        "eps": "with coft, the limit for all n blocks together; the limit for one block is eps / sqrt(n)",
         "num_cayley_neumann_terms": "number of terms of the series",
-        "oft_block_size": "size of blocks, rounded to the nearest divisor of the layer's width; 0 if r gives the "
-        "number of blocks instead",
-        "use_cayley_neumann": "whether to use the first terms of a series; PEFT 0.18 changed the last term",
+        "oft_block_size": "size of a block, rounded to the nearest divisor of the layer's width; if it is 0, r is "
+        "the number of blocks",
+        "use_cayley_neumann": "whether a series replaces the exact Cayley transform; PEFT 0.18 changed the last term",
     }
     harmless: ClassVar[Mapping[str, str]] = {"module_dropout": "training only"}
     fresh: ClassVar[Mapping[str, Any]] = {
@@ -109,14 +111,14 @@ class OftFamily(Family):
         if isinstance(update, OFTPatches):
             return super().why_not(target, update)
         if update.pairs is None or update.rescale is not None or update.constraint:
-            return "this oft has LyCORIS's form, which PEFT lacks"
+            return "this oft has LyCORIS's form, which PEFT does not support"
         if update.doubled and not update.terms:
-            return "this oft doubles a term, but has no series"
+            return "this oft has doubled = true, which needs a series, but terms is 0"
         stored = "in out *k" if update.side == "out" else "out *in"
         return (
             ""
             if target.layout == stored
-            else "PEFT has oft only on the inputs of a layer or the outputs of an embedding"
+            else "PEFT supports oft only on the inputs of a layer or the outputs of an embedding"
         )
 
     @classmethod
@@ -144,7 +146,7 @@ class OftFamily(Family):
 
 
 def _of_patches(file: File, key: Key) -> bool:
-    """Whether the base shows that a module is a convolution with a kernel above 1."""
+    """Whether the module is known to be a Conv2d with a kernel larger than 1 x 1."""
     if key.path in file.known:
         return isinstance(file.known[key.path], OFTPatches)
     shape = file.base_shape(f"{key.path}.weight")
@@ -153,12 +155,13 @@ def _of_patches(file: File, key: Key) -> bool:
 
 def _check(config: OFTFields, key: Key, tensor: Lazy) -> None:
     if (config.r > 0) == (config.oft_block_size > 0) or min(config.r, config.oft_block_size) < 0:
-        raise Malformed("exactly one of r and oft_block_size must be 0", where="oft_block_size", cure=_AGAIN)
+        why = f"one of r ({config.r}) and oft_block_size ({config.oft_block_size}) must be 0, and the other positive"
+        raise Malformed(why, where="oft_block_size", cure=_AGAIN)
     n, size = (tensor.shape[0], block_size(tensor.shape[1])) if len(tensor.shape) == 2 else (0, 0)
     width = n * size
     shared = n == 1 and config.block_share
     if not width or (config.block_share and n > 1) or not (shared or (n, size) == _expected(config, width)):
-        why = f"the shape {list(tensor.shape)} contradicts r, oft_block_size or block_share"
+        why = f"the shape {list(tensor.shape)} does not fit r, oft_block_size and block_share in the config"
         raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
 
 
@@ -174,7 +177,7 @@ def _expected(config: OFTFields, width: int) -> tuple[int, int]:
 
 
 def nearest_divisor(width: int, wanted: int) -> int:
-    """Return the divisor of a width that is nearest to a number; of two equally near divisors, the smaller one."""
+    """Return the divisor of `width` that is nearest to `wanted`; if two are equally near, the smaller one."""
     if wanted >= width:
         return width
     steps = range(wanted)
@@ -182,7 +185,7 @@ def nearest_divisor(width: int, wanted: int) -> int:
 
 
 def _blocks(blocks: list[tuple[int, int]]) -> dict[str, JsonValue]:
-    """Return the config fields for layers with these numbers and sizes of blocks."""
+    """Return the config fields for layers with these blocks. `blocks` has (number, size) for each layer."""
     if all(n == 1 for n, _ in blocks) and len({size for _, size in blocks}) == 1:
         return {"block_share": True, "r": 0, "oft_block_size": blocks[0][1]}
     size, number = _fitting(blocks, 1), _fitting(blocks, 0)
@@ -192,9 +195,9 @@ def _blocks(blocks: list[tuple[int, int]]) -> dict[str, JsonValue]:
 
 
 def _fitting(blocks: list[tuple[int, int]], which: int) -> int | None:
-    """Return a number of blocks (`which` 0) or a size (1) that PEFT rounds to the right value in every layer.
+    """Return a value for the config that PEFT rounds to the right value in every layer; None if there is none.
 
-    None if there is no such value.
+    The value is a number of blocks if `which` is 0, and the size of a block if `which` is 1.
     """
     tried = sorted({each[which] for each in blocks}, reverse=True)
     widths = [(n * size, (n, size)[which]) for n, size in blocks]
@@ -204,7 +207,7 @@ def _fitting(blocks: list[tuple[int, int]], which: int) -> int | None:
 _AGAIN = "Save the adapter again with PEFT"
 
 
-# BOFT: `boft_R` [factors, blocks, b, b], and `boft_s` [out, 1], or [1, out] for a convolution.
+# BOFT: `boft_R` [factors, blocks, b, b] and `boft_s`, which is [out, 1], but [1, out] for a convolution.
 
 
 class BOFTFields(MethodFields, frozen=True, kw_only=True):
@@ -224,9 +227,9 @@ class BoftFamily(Family):
     parts = ("boft_R", "boft_s")
     method_fields: ClassVar[type[MethodFields]] = BOFTFields
     read: ClassVar[Mapping[str, str]] = {
-        "boft_block_num": "number of blocks; 0 if boft_block_size is set instead",
-        "boft_block_size": "size of blocks; 0 if boft_block_num is set instead",
-        "boft_n_butterfly_factor": "number of factors; one if PEFT ran without its CUDA extension",
+        "boft_block_num": "number of blocks; if it is 0, boft_block_size determines it",
+        "boft_block_size": "size of a block; if it is 0, boft_block_num determines it",
+        "boft_n_butterfly_factor": "number of factors; without its CUDA extension, PEFT always creates one factor",
     }
     harmless: ClassVar[Mapping[str, str]] = {"boft_dropout": "training only"}
     fresh: ClassVar[Mapping[str, Any]] = {
@@ -240,7 +243,9 @@ class BoftFamily(Family):
         _check_boft(config, keys["boft_R"], R)
         if len(s.shape) != 2 or 1 not in s.shape:
             raise ShapeMismatch(
-                f"the shape {list(s.shape)} is not that of a scale of outputs", where=keys["boft_s"].text, cure=_OTHER
+                f"the shape is {list(s.shape)}, but boft_s must have two axes, one of them of length 1",
+                where=keys["boft_s"].text,
+                cure=_OTHER,
             )
         update = make("boft", {"R": R, "s": s.reshape(-1)})
         return DecodedUpdate(keys["boft_R"].path, update, {"R": keys["boft_R"], "s": keys["boft_s"]})
@@ -268,19 +273,20 @@ class BoftFamily(Family):
 
 def _check_boft(config: BOFTFields, key: Key, R: Lazy) -> None:
     if (config.boft_block_size > 0) == (config.boft_block_num > 0):
-        why = "exactly one of boft_block_size and boft_block_num must be 0"
+        why = "one of boft_block_size and boft_block_num must be 0, and the other must be positive"
         raise Malformed(why, where="boft_block_size", cure="Save the adapter again with PEFT")
     factors, blocks, size = R.shape[:3] if len(R.shape) == 4 else (0, 0, 0)
     fits = size == config.boft_block_size if config.boft_block_size else blocks == config.boft_block_num
     if not fits or not config.boft_n_butterfly_factor or factors not in (1, config.boft_n_butterfly_factor):
-        why = f"the shape {list(R.shape)} contradicts boft_block_size, boft_block_num or boft_n_butterfly_factor"
+        why = f"the shape {list(R.shape)} does not fit boft_block_size, boft_block_num and boft_n_butterfly_factor"
         raise ShapeMismatch(why, where=key.text, cure=_OTHER)
 
 
 _OTHER = "The config does not belong to this file"
 
 
-# PSOFT: `psoft_R.weight`, [r * (r - 1) / 2] for a rotation, or [r, r]; `psoft_R.vector_a` and `vector_b` [r].
+# PSOFT: `psoft_R.weight` is [r * (r - 1) / 2] for a rotation, and [r, r] for any other matrix. `psoft_R.vector_a` and
+# `psoft_R.vector_b` are [r].
 
 
 WEIGHT, VECTOR_A, VECTOR_B = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b"
@@ -303,7 +309,7 @@ class PSOFTFields(MethodFields, frozen=True, kw_only=True):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return the key parts that a module has with these settings."""
+        """Return the endings of the keys that each module has with these settings."""
         return (WEIGHT, *[VECTOR_A] * self.psoft_mag_a, *[VECTOR_B] * self.psoft_mag_b)
 
 
@@ -317,16 +323,16 @@ class PsoftFamily(Family):
     method_fields: ClassVar[type[MethodFields]] = PSOFTFields
     empty = True
     read: ClassVar[Mapping[str, str]] = {
-        "ab_svd_init": "psoft_init: B gets the singular values; pissa_init: A and B get the square roots",
-        "cayley_neumann_eps": "the limit on Q's norm with use_cayley_neumann",
+        "ab_svd_init": "psoft_init: B contains the singular values; pissa_init: A and B contain their square roots",
+        "cayley_neumann_eps": "with use_cayley_neumann, the limit on the norm of Q",
         "num_cayley_neumann_terms": "number of terms of the series",
-        "psoft_mag_a": "whether there is a vector_a",
-        "psoft_mag_b": "whether there is a vector_b",
+        "psoft_mag_a": "whether each module has psoft_R.vector_a",
+        "psoft_mag_b": "whether each module has psoft_R.vector_b",
         "psoft_orth": "whether R is a rotation; otherwise R is any matrix",
-        "psoft_svd": "lowrank: torch.svd_lowrank on the CPU computes A and B",
-        "psoft_svd_lowrank_niter": "lowrank: the argument niter",
-        "random_seed": "lowrank: the seed of the random numbers",
-        "use_cayley_neumann": "whether to use the first terms of a series instead of the exact transform",
+        "psoft_svd": "if it is lowrank, torch.svd_lowrank on the CPU computes A and B",
+        "psoft_svd_lowrank_niter": "the argument niter of torch.svd_lowrank",
+        "random_seed": "the seed of the random numbers in torch.svd_lowrank",
+        "use_cayley_neumann": "whether a truncated series replaces the exact Cayley transform",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "psoft_alpha": "no effect: the field sets a factor on the change, but B is divided by the same factor",
@@ -394,5 +400,5 @@ class PsoftFamily(Family):
 def _check_psoft(config: PSOFTFields, key: Key, weight: Lazy) -> None:
     wanted = (config.r * (config.r - 1) // 2,) if config.psoft_orth else (config.r, config.r)
     if weight.shape != wanted:
-        why = f"the shape is {list(weight.shape)}, but the config states rank {config.r}"
+        why = f"the shape is {list(weight.shape)}, but with rank {config.r} in the config it must be {list(wanted)}"
         raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")

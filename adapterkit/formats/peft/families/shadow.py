@@ -1,7 +1,8 @@
 """Shadow: each block has `shadow_down.<name>.weight` etc.; the whole model has `shadow_backbone.<name>.<tensor>`.
 
-PEFT always writes `default` as the adapter's name. The two small networks of a block are `nn.Sequential`s with linear
-layers at 0 and 2. For a classifier, the file also has the classification head from the training; nothing uses it.
+`<name>` is the adapter's name, but PEFT always writes `default`. The two small networks of a block are `nn.Sequential`
+modules whose linear layers have the indices 0 and 2. For a classifier, the file also contains the classification head
+that was used in training. The formula does not use this head.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ FIELDS = {
     **{f"shadow_update_transform.{leaf}": f"transform_{end}" for end, leaf in _ENDS.items()},
     **{f"shadow_update_gate.{leaf}": f"gate_{end}" for end, leaf in _ENDS.items()},
 }
-"""A map from parts of keys to fields of the update."""
+"""A map from the endings of keys to fields of the update."""
 
 
 class ShadowFields(MethodFields, frozen=True, kw_only=True):
-    """The sizes of the shared network, and of the tensors that each block has separately."""
+    """The sizes of the shared network, the sizes of the tensors of a block, and the factor `shadow_alpha`."""
 
     r: Rank = 8
     shadow_alpha: float = 0.1
@@ -55,15 +56,15 @@ class ShadowFamily(Family):
     peft_type = "SHADOW"
     method = Shadow
     parts = (*FIELDS, "shadow_update_transform", "shadow_update_gate")
-    # For reading, `*` in a pattern matches one word of a key; for writing, it stands for any ending.
+    # The reader uses the patterns without `*`, and allows more words after them. The writer needs `*` for these words.
     shared = tuple(f"{word}{end}" for word in (NETWORK, PROJECTION, HEAD) for end in ("", "*"))
     method_fields: ClassVar[type[MethodFields]] = ShadowFields
     read: ClassVar[Mapping[str, str]] = {
         "share_embeddings": "whether the network uses the base's embeddings, if they have the network's width",
         "shadow_alpha": "factor on the value that is added to a block's input",
         "shadow_hidden_size": "the network's width; the base's by default",
-        "shadow_intermediate_size": "the network's inner width; the base's by default",
-        "shadow_model": "mirror: the network has the base's class; other values are refused",
+        "shadow_intermediate_size": "the width of the network's feed-forward layers; the base's by default",
+        "shadow_model": "must be mirror, which means that the network has the base's class",
         "shadow_num_attention_heads": "the network's number of heads; the base's by default",
         "shadow_num_hidden_layers": "the network's number of layers; one by default",
         "update_hidden_size": "inner width of a block's two small networks; r by default",
@@ -135,18 +136,18 @@ class ShadowFamily(Family):
         members = {t: u for t, group in updates.items() for u in group if isinstance(u, Shadow)}
         sizes = {t: (u.down.shape, u.gate_in.shape, id(u.network), id(u.projection)) for t, u in members.items()}
         for target in minority({t: repr((u.attributes, sizes[t])) for t, u in members.items()}):
-            yield target, "the network or the sizes of this shadow differ from those of the other blocks"
+            yield target, "this shadow has another network, other sizes or other settings than most blocks"
 
 
 def _named(part: str) -> str:
-    """Return the part of a block's key as PEFT writes it, with the adapter's name after the first word."""
+    """Return the ending of a block's key as PEFT writes it, with `default` after the first word."""
     word, _, rest = part.partition(".")
     return f".{word}.default.{rest}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Network:
-    """The fields that all blocks share. `keys` has the keys of the fields that are tensors."""
+    """The fields that the updates of all blocks share, and the keys of the tensors in these fields."""
 
     fields: dict[str, Any]
     keys: dict[str, Key]
@@ -158,7 +159,9 @@ def _network(file: File) -> _Network:
     projection = file.shared.get(f"{PROJECTION}.weight")
     if not keys:
         some = next(iter(file.tensors))
-        raise Malformed("the network is not in the file", where=some.text, cure="Save the adapter again with PEFT")
+        raise Malformed(
+            "the file lacks the network (shadow_backbone)", where=some.text, cure="Save the adapter again with PEFT"
+        )
     tensors = {name: file.tensors[key] for name, key in keys.items()}
     fields: dict[str, Any] = {
         "network": _joined(list(tensors.values()), keys[next(iter(keys))]),
@@ -185,7 +188,7 @@ def _joined(tensors: list[Lazy], key: Key) -> Lazy:
         raise ShapeMismatch(
             f"the network's tensors have several dtypes: {' and '.join(kinds)}",
             where=key.text,
-            cure="Save them in one dtype",
+            cure="Save the network's tensors in one dtype",
         )
     size = sum(math.prod(tensor.shape) for tensor in tensors)
     return Lazy((size,), tensors[0].dtype, lambda: b"".join(bytes(tensor.fetch()) for tensor in tensors))

@@ -38,7 +38,7 @@ class BeftFamily(Family):
         tensor = file.tensors[key]
         if len(tensor.shape) != 2 or tensor.shape[0] != 1:
             raise ShapeMismatch(
-                f"the shape {list(tensor.shape)} is not [1, out]",
+                f"the shape must be [1, out], but is {list(tensor.shape)}",
                 where=key.text,
                 cure="Save the adapter again with PEFT",
             )
@@ -51,7 +51,7 @@ class BeftFamily(Family):
     @classmethod
     def why_not(cls, target: Target, update: Dense) -> str:
         if update.D is not None or update.scaling != 1:
-            return "BEFT expresses only a change of the bias with a scaling of 1"
+            return "PEFT's beft can store only a change of the bias, with a scaling of 1"
         return super().why_not(target, update)
 
     @classmethod
@@ -63,7 +63,7 @@ class Renamed(Family):
     """The base class of families that store each field of an update under one key of the module.
 
     Class attributes:
-        fields: a map from parts of keys to fields of the update.
+        fields: a map from the endings of keys to fields of the update.
     """
 
     fields: ClassVar[Mapping[str, str]]
@@ -87,7 +87,7 @@ class Renamed(Family):
 
     @classmethod
     def attributes(cls, config: Any) -> dict[str, Any]:
-        """Return the attributes of the update that are in the config."""
+        """Return the attributes that an update gets from the config."""
         return {}
 
     @classmethod
@@ -113,7 +113,8 @@ class C3AFamily(Renamed):
     method_fields: ClassVar[type[MethodFields]] = C3AFields
     read: ClassVar[Mapping[str, str]] = {
         "block_size": "number of rows and columns of a block",
-        "block_size_pattern": "size if a pattern equals the module's path, or matches the path's end after a dot",
+        "block_size_pattern": "sizes for some modules; a pattern must equal the module's path or match the text after "
+        "one of its dots",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": "xavier_uniform"}
 
@@ -158,7 +159,7 @@ class DeLoRAFamily(Renamed):
 
 
 class HRAFields(MethodFields, frozen=True, kw_only=True):
-    """How the directions are orthogonalized."""
+    """The rank, and whether the directions are made orthogonal."""
 
     r: int = 8
     apply_GS: bool = False
@@ -199,7 +200,7 @@ class RoAdFields(MethodFields, frozen=True, kw_only=True):
 
 
 class RoadFamily(Renamed):
-    """RoAd: `road_theta` and `road_alpha`, both [out / 2], [out] or [2 * out]."""
+    """RoAd: `road_theta` and `road_alpha`, both [out / 2], [out] or [2 * out], depending on the variant."""
 
     name = "road"
     peft_type = "ROAD"

@@ -1,6 +1,6 @@
 """Families that change single elements of a weight: Super-Tuning and SHiRA.
 
-Super-Tuning: `supertuning_indices` and `supertuning_values` [n]; hybrids also have A and B of a LoRA.
+Super-Tuning: `supertuning_indices` [n] and `supertuning_values` [n]. The hybrid form also has a LoRA's factors A and B.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SPARSE = {"supertuning_indices": "index", "supertuning_values": "values"}
 HYBRID = SPARSE | {"supertuning_lora_A.weight": "A", "supertuning_lora_B.weight": "B"}
-"""A map from parts of keys to fields of the update."""
+"""A map from the endings of keys to fields of the update."""
 
 
 class SupertuningFields(MethodFields, frozen=True, kw_only=True):
@@ -50,14 +50,16 @@ class SuperTuningFamily(Family):
         "save_precomputed_indices": "whether the file has the positions; a file without them is refused",
         "sparsity": "the number of trained elements is int(out * in * (1 - sparsity))",
     }
-    harmless: ClassVar[Mapping[str, str]] = {"select_top": "which positions were selected; they are in the file"}
+    harmless: ClassVar[Mapping[str, str]] = {
+        "select_top": "how the positions were selected; the file contains the positions"
+    }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "lora_dropout": 0.0, "save_precomputed_indices": True}
 
     @classmethod
     def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         config = file.settings.method_fields
         if config.save_precomputed_indices is False:
-            why = "the file omits the positions, and the base does not show them if elements are equally large"
+            why = "the file omits the positions, and the base does not determine them if elements are equally large"
             raise Unsupported(
                 why,
                 where="save_precomputed_indices",
@@ -115,7 +117,7 @@ def _count(size: int, sparsity: float) -> int:
 def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
     """Return a sparsity from which PEFT computes the right number of trained elements for every weight.
 
-    `counts` has (number of trained elements, number of elements) by path.
+    `counts` maps each weight's path to (number of trained elements, number of elements).
 
     Raises:
         Unrepresentable: no sparsity yields all of these numbers.
@@ -127,15 +129,17 @@ def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
             return sparsity
     items = [f"{path}: {count} of {size} elements" for path, (count, size) in counts.items()]
     raise Unrepresentable(
-        "no single sparsity yields these numbers", items=items, cure="Write adapterkit's format: --to adapterkit"
+        "no single sparsity yields these numbers of trained elements",
+        items=items,
+        cure="Write adapterkit's format: --to adapterkit",
     )
 
 
-# SHiRA: `shira_indices` [2, n], which are rows and columns, and `shira_weight` [n].
+# SHiRA: `shira_indices` [2, n] has the rows and columns of the changed elements, and `shira_weight` [n] the changes.
 
 
 FIELDS = {"shira_indices": "index", "shira_weight": "values"}
-"""A map from parts of keys to fields of the update."""
+"""A map from the endings of keys to fields of the update."""
 
 
 class SHiRAFamily(Family):
@@ -146,8 +150,8 @@ class SHiRAFamily(Family):
     method = SHiRA
     parts = tuple(FIELDS)
     harmless: ClassVar[Mapping[str, str]] = {
-        "mask_type": "which positions were selected; they are in the file",
-        "random_seed": "which positions were selected; they are in the file",
+        "mask_type": "how the positions were selected; the file contains the positions",
+        "random_seed": "how the positions were selected; the file contains the positions",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
 
@@ -173,7 +177,7 @@ class SHiRAFamily(Family):
     def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, JsonValue]:
         path, update = next(iter(cls.of_it(updates).items()))
         return {
-            "r": int(update.values.shape[0]) // sum(weight_in(base, path, "SHiRA's r depends on the sizes of a weight"))
+            "r": int(update.values.shape[0]) // sum(weight_in(base, path, "SHiRA's r depends on the size of a weight"))
         }
 
 

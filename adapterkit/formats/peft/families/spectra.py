@@ -4,8 +4,8 @@ WaveFT: `waveft_spectrum` [n]. The positions of the coefficients follow from `ra
 The config names the wavelet.
 
 The filters in this module are low-pass reconstruction filters, with the digits that PEFT uses. Daubechies published the
-filters (Ten Lectures on Wavelets, https://doi.org/10.1137/1.9781611970104). They are orthonormal. dbN and symN have N
-vanishing moments, and coifN has 2N.
+filters (Ten Lectures on Wavelets, https://doi.org/10.1137/1.9781611970104). The filters are orthonormal. dbN and symN
+have N vanishing moments, and coifN has 2N.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 FAULTY = "coif4"
-"""The wavelet whose filter is wrong in PEFT: PEFT's values form no wavelet. `RIGHT` is the correct Coiflet."""
+"""The wavelet whose filter is wrong in PEFT: PEFT's values do not form a wavelet. `RIGHT` has the correct values."""
 
 RIGHT = (
     0.000892313902537003, -0.001629492425226786, -0.007346167936268051, 0.01606894713157503,
@@ -45,7 +45,7 @@ RIGHT = (
     0.0037514346971460866, 0.0012665610789256603, -0.0005890202246332165, -0.0002599743371222568,
     6.233885431278719e-05, 3.1229861599195265e-05, -3.259647940030751e-06, -1.7849909144933469e-06,
 )  # fmt: skip
-"""The Coiflet with 8 vanishing moments."""
+"""The correct filter of coif4, the Coiflet with 8 vanishing moments."""
 
 FILTERS: dict[str, tuple[float, ...]] = {
     "db1": (
@@ -171,7 +171,7 @@ FILTERS: dict[str, tuple[float, ...]] = {
 def filter_of(name: str, dtype: str = "F64", right: bool = False) -> Lazy:
     """Return the filter of a wavelet; each call returns the same tensor.
 
-    PEFT has a wrong filter for one wavelet. With `right`, return the correct filter for it.
+    PEFT's filter for the wavelet `FAULTY` is wrong. With `right`, return the correct filter for this wavelet.
     """
     import numpy as np
 
@@ -181,7 +181,7 @@ def filter_of(name: str, dtype: str = "F64", right: bool = False) -> Lazy:
 
 
 def name_of(taps: Lazy) -> str | None:
-    """Return the name of the wavelet whose filter has these taps; None if PEFT has no name for it."""
+    """Return the name of the wavelet whose filter has these taps; None if PEFT has no such wavelet."""
     data, dtype = bytes(taps.fetch()), taps.dtype.name
     fitting = [name for name, known in FILTERS.items() if len(known) == taps.shape[0]]
     named = (n for n in fitting for right in (False, True) if bytes(filter_of(n, dtype, right).fetch()) == data)
@@ -247,13 +247,16 @@ class WaveFTFamily(DrawnSpectrum):
     method = WaveFT
     parts = (PART,)
     departures: ClassVar[Mapping[str, Departure]] = {
-        "waveft_coif4": Departure("PEFT's numbers for coif4, which do not form a wavelet", "the Coiflet's numbers")
+        "waveft_coif4": Departure(
+            "PEFT's filter for coif4, whose values do not form a wavelet", "the correct filter of the Coiflet coif4"
+        )
     }
     method_fields: ClassVar[type[MethodFields]] = WaveFTFields
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "number of coefficients",
-        "n_frequency_pattern": "number of coefficients for modules that a pattern matches",
-        "proportional_parameters": "whether the number depends on a weight's size; the tensors show it",
+        "n_frequency_pattern": "numbers of coefficients for the modules that a pattern matches",
+        "proportional_parameters": "whether the number of coefficients depends on the weight's size; the tensors "
+        "show the number",
         "random_loc_seed": "positions: the first n of torch.randperm(out * in) on the CPU; needs the base",
         "scaling": "factor on the change",
         "use_idwt": "whether the coefficients belong to a wavelet transform; otherwise they are elements of the change",
@@ -282,7 +285,7 @@ class WaveFTFamily(DrawnSpectrum):
     @classmethod
     def why_not(cls, target: Target, update: WaveFT) -> str:
         unknown = update.low_pass is not None and name_of(as_lazy(update.low_pass)) is None
-        return "PEFT has no name for the wavelet of this waveft" if unknown else not_linear(target, update.method)
+        return "PEFT has no wavelet with the filter of this waveft" if unknown else not_linear(target, update.method)
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
@@ -298,14 +301,14 @@ class WaveFTFamily(DrawnSpectrum):
 
 
 def _dtype(file: File, path: str) -> str:
-    """Return the dtype for a module's filter: that of the filter in `file.known`, or F64 if it has none there."""
+    """Return the dtype for a module's filter: the dtype of the filter in `file.known`, or F64 if there is none."""
     known = file.known[path].tensors.get("low_pass") if path in file.known else None
     return "F64" if known is None else as_lazy(known).dtype.name
 
 
 def _filter(name: str, dtype: str, by_formula: bool) -> Lazy:
     if name not in FILTERS:
-        raise Unsupported(f"the wavelet {name} is unknown", where="wavelet_family", cure=f"Known: {', '.join(FILTERS)}")
+        raise Unsupported(f"the wavelet {name} is unknown", where="wavelet_family", cure=f"Use {', '.join(FILTERS)}")
     return filter_of(name, dtype, by_formula)
 
 
@@ -334,7 +337,8 @@ class FourierFTFamily(DrawnSpectrum):
     method_fields: ClassVar[type[MethodFields]] = FourierFTFields
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "number of coefficients",
-        "n_frequency_pattern": "number if a pattern equals the module's path, or matches the path's end after a dot",
+        "n_frequency_pattern": "numbers for some modules; a pattern must equal the module's path or match the text "
+        "after one of its dots",
         "random_loc_seed": "positions: the first n of torch.randperm(out * in) on the CPU; needs the base",
         "scaling": "factor on the change",
     }
@@ -363,17 +367,19 @@ LARGEST = 1 << 34
 
 
 def drawn(seed: int | None, out: int, in_: int, count: int, key: Key) -> Lazy:
-    """Return the rows and columns of the first `count` positions in random order, `[2, count]`.
+    """Return the rows and columns `[2, count]` of `count` random positions, the first of a random permutation.
 
-    The positions are drawn when they are loaded.
+    The positions are drawn when the tensor's values are loaded.
 
     Raises:
         Malformed: the seed is missing or invalid.
-        ShapeMismatch: the weight has fewer elements than `count`.
+        ShapeMismatch: the weight has fewer than `count` or more than `LARGEST` elements.
     """
     if seed is None or not -(1 << 63) <= seed < 1 << 64:
         raise Malformed(
-            f"{seed} is not a seed for torch", where="random_loc_seed", cure="Save the adapter again with PEFT"
+            f"the seed must be between -2**63 and 2**64 - 1, but is {seed}",
+            where="random_loc_seed",
+            cure="Save the adapter again with PEFT",
         )
     if not count <= out * in_ <= LARGEST:
         why = f"the file has {count} coefficients for a weight with {out * in_} elements"
@@ -383,9 +389,9 @@ def drawn(seed: int | None, out: int, in_: int, count: int, key: Key) -> Lazy:
 
 @lru_cache(maxsize=64)
 def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
-    """Return the first `count` random positions of a weight; all weights of one size share the result.
+    """Return the first `count` random positions of a weight. Results are cached, so weights of one size share a draw.
 
-    Each draw is slow, because it shuffles as many positions as the weight has elements.
+    A draw is slow, because it shuffles as many positions as the weight has elements.
     """
 
     @cache
@@ -401,7 +407,7 @@ def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
 
 
 def of_one(updates: Mapping[Target, tuple[Update, ...]], method: type[Update]) -> dict[str, JsonValue]:
-    """Return the fields `scaling` and `fan_in_fan_out`. A config has one value of each, for all modules."""
+    """Return the most common `scaling`, and `fan_in_fan_out`. A config has one value of each field for all modules."""
     members: list[Any] = [(target, u) for target, group in updates.items() for u in group if type(u) is method]
     scaling = Counter(float(update.scaling) for _, update in members).most_common(1)[0][0]
     return {"scaling": scaling, "fan_in_fan_out": any(target.layout == "in out *k" for target, _ in members)}

@@ -1,7 +1,7 @@
 """TinyLoRA: `tinylora_A`, `tinylora_B`, `tinylora_P` per module, and `tinylora_v.<group>` per group of modules.
 
-A group consists of modules that follow one another in the model's declaration. The keys do not show a module's index in
-this order. But the random P shows the index, because PEFT draws P from the seed `projection_seed` + index.
+A group consists of consecutive modules, in the order in which the model defines its modules. The keys do not show a
+module's index in this order, but P shows it, because PEFT draws P from the seed `projection_seed` + index.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FIELDS = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P"}
-"""A map from parts of keys to fields of the update."""
+"""A map from the endings of keys to fields of the update."""
 SEED = 42
 
 
@@ -50,8 +50,8 @@ class TinyLoRAFamily(Family):
     method_fields: ClassVar[type[MethodFields]] = TinyLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "projection_seed": "P of module i is drawn with the seed projection_seed + i, by torch's generator on the CPU",
-        "save_projection": "whether the file has P; otherwise the base's model_type shows the order of the modules",
-        "u": "number of values in a v",
+        "save_projection": "whether the file has P; if not, P is drawn, and the base shows the order of the modules",
+        "u": "number of elements of each v",
         "weight_tying": "the number of groups is round(modules * (1 - weight_tying)), at least 1",
     }
     harmless: ClassVar[Mapping[str, str]] = {"init_v_bound": "initial values", "tinylora_dropout": "training only"}
@@ -79,7 +79,7 @@ class TinyLoRAFamily(Family):
         A, B = (file.tensors[keys[part]] for part in ("tinylora_A", "tinylora_B"))
         key, most = keys["tinylora_A"], min(config.r, side(A, 1, 2), side(B, 0, 2))
         check_size(key, side(A, 0, 2), max(most, 0), "r")
-        # Leave missing fields None until all modules are known. Then `_completed` fills them in.
+        # v, and P if the file omits it, depend on all modules. They stay None here, and `_completed` fills them in.
         tensors: dict[str, Any] = {"P": None, "v": None} | {FIELDS[part]: file.tensors[k] for part, k in keys.items()}
         update = make("tinylora", tensors)
         return DecodedUpdate(
@@ -110,7 +110,11 @@ class TinyLoRAFamily(Family):
 
     @classmethod
     def why_not(cls, target: Target, update: Update) -> str:
-        return "" if target.layout in ("out *in", "in out *k") else f"PEFT has no {update.method} on stacked experts"
+        return (
+            ""
+            if target.layout in ("out *in", "in out *k")
+            else f"PEFT does not support {update.method} on stacked experts"
+        )
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
@@ -126,7 +130,10 @@ class TinyLoRAFamily(Family):
 
 
 def _numbers(updates: Mapping[str, TinyLoRA], file: File) -> dict[str, int] | None:
-    """Return each module's index in the model's declaration, by path; None if the indices are unknown."""
+    """Return a map from each module's path to its index in the model's order; None if the indices are unknown.
+
+    The model's order is the order in which the model defines its modules.
+    """
     known: Mapping[str, Any] = file.known or updates
     projections = {path: as_lazy(known[path].P) for path in updates if path in known and known[path].P is not None}
     projections = {path: P for path, P in projections.items() if len(P.shape) == 3 and P.shape[2]}
@@ -142,7 +149,7 @@ def _numbers(updates: Mapping[str, TinyLoRA], file: File) -> dict[str, int] | No
 
 
 def _by_projection(projections: Mapping[str, Lazy], seed: int) -> dict[str, int] | None:
-    """Return, for each module, the index from which its P was drawn; None if an index is unknown or occurs twice."""
+    """Return a map from each module's path to the index that P shows; None if an index is unknown or occurs twice."""
     drawn: dict[tuple[Any, ...], dict[bytes, int]] = {}
     for tensor in projections.values():
         kind = tensor.shape, tensor.dtype.name
@@ -154,7 +161,7 @@ def _by_projection(projections: Mapping[str, Lazy], seed: int) -> dict[str, int]
 
 
 def _drawn(seed: int, shape: tuple[int, ...], dtype: str) -> Lazy:
-    """Return P `[u, r, r]` as PEFT draws it; it is drawn when its values are loaded."""
+    """Return P `[u, r, r]`, drawn in the same way as in PEFT. P is drawn when its values are loaded."""
     kind = DTYPES[dtype]
 
     def fetch() -> Buffer:
@@ -178,7 +185,7 @@ def _completed(file: File, decoded: DecodedUpdate, number: int | None, count: in
     config, update = file.settings.method_fields, decoded.update
     groups = max(1, round(count * (1 - config.weight_tying)))
     if number is None and (groups > 1 or update.tensors.get("P") is None):
-        why = "v or P depends on the module's number in the model, and the file does not show this number"
+        why = "v or P depends on the module's index in the model, and the file does not show this index"
         if file.base is None:
             raise UsageError(why, where=decoded.path, cure="Give the base with --base (base=)")
         cure = "Save the adapter from PEFT with save_projection=True, or add model_type to the base's config"
@@ -196,11 +203,13 @@ def _completed(file: File, decoded: DecodedUpdate, number: int | None, count: in
         rank = update.tensors["A"].shape[0]
         if config.u * rank * rank > LARGEST:
             raise ShapeMismatch(
-                f"a projection [{config.u}, {rank}, {rank}] is too large", where=key.text, cure="Correct u"
+                f"P would have the shape [{config.u}, {rank}, {rank}], which is too large",
+                where=key.text,
+                cure="Correct u in the config",
             )
         changes["P"] = _drawn(config.projection_seed + (number or 0), (config.u, rank, rank), "F32")
     return DecodedUpdate(decoded.path, update.replace(**changes), {**decoded.keys, "v": key}, decoded.layout)
 
 
 LARGEST = 1 << 33
-"""The limit on the number of a projection's elements, which protects against hostile files."""
+"""The limit on the number of elements of P, which protects against hostile files."""

@@ -1,9 +1,10 @@
 """Families whose factors are computed from values that all modules share: Uni-LoRA and VB-LoRA.
 
-Uni-LoRA: one shared `unilora_theta_d` [d]. With `save_indices`, also `unilora_indices_A`, `unilora_scales_A` etc.
+Uni-LoRA: one shared `unilora_theta_d` [d]. With `save_indices`, each module also has `unilora_indices_A`,
+`unilora_scales_A`, `unilora_indices_B` and `unilora_scales_B`.
 
 Without `save_indices`, the positions in theta are drawn for all modules together, in the order in which the model
-declares them.
+defines its modules.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 THETA = "unilora_theta_d"
 FIELDS = {f"unilora_{kind}_{name}": f"{kind}_{name}" for name in "AB" for kind in ("indices", "scales")}
-"""A map from parts of keys to fields of the update."""
+"""A map from the endings of keys to fields of the update."""
 
 
 class UniLoRAFields(MethodFields, frozen=True, kw_only=True):
@@ -57,7 +58,7 @@ class UniLoRAFamily(Family):
     method_fields: ClassVar[type[MethodFields]] = UniLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "proj_seed": "seed with which numpy's default_rng shuffles the positions of all modules together",
-        "save_indices": "whether the file has the positions; if not, they follow from the order of the base's modules",
+        "save_indices": "whether the file has the positions; if not, the order of the base's modules determines them",
         "theta_d_length": "number of trained values",
     }
     harmless: ClassVar[Mapping[str, str]] = {"init_theta_d_bound": "initial values", "unilora_dropout": "training only"}
@@ -109,7 +110,9 @@ def _regenerated(file: File) -> Findings:
     total = config.r * sum(out + in_ for out, in_ in shapes.values())
     if not 0 < config.r <= LARGEST or total > LARGEST:
         raise ShapeMismatch(
-            f"the factors would have {total} elements", where="r", cure="The config does not belong to this base"
+            f"with r = {config.r}, the factors of all modules would have {total} elements",
+            where="r",
+            cure="The config does not belong to this base",
         )
     drawn, start = _drawn(total, config.theta_d_length, config.proj_seed), 0
     for path, (out, in_) in shapes.items():
@@ -124,7 +127,7 @@ def _regenerated(file: File) -> Findings:
 
 
 def _modules(file: File) -> list[str]:
-    """Return the paths of the adapted modules, in the order in which the model declares them.
+    """Return the paths of the adapted modules, in the order in which the model defines its modules.
 
     Raises:
         UsageError: no base is given.
@@ -136,7 +139,7 @@ def _modules(file: File) -> list[str]:
     if base is None:
         raise UsageError(f"{_WHY}, and no base is given", where=THETA, cure="Give the base with --base (base=)")
     if settings.method_fields.exclude_modules or settings.method_fields.layers_to_transform is not None:
-        why = "fields other than target_modules select the adapted modules"
+        why = "the file omits the positions, and exclude_modules or layers_to_transform limits the modules"
         raise Unsupported(why, where=THETA, cure="Save the adapter from PEFT with save_indices=True")
     weights = (name for name, tensor in base.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2)
     paths = [name.removesuffix(".weight") for name in weights]
@@ -151,7 +154,7 @@ def _modules(file: File) -> list[str]:
 
 
 def _scale_dtype(file: File, path: str) -> str:
-    """Return the dtype of the base's weight, which is also the dtype of PEFT's scales."""
+    """Return the dtype of PEFT's scales: the dtype of the base's weight, or F32 if that is not a float dtype."""
     if path in file.known:
         return as_lazy(file.known[path].tensors["scales_A"]).dtype.name
     assert file.base is not None
@@ -161,7 +164,7 @@ def _scale_dtype(file: File, path: str) -> str:
 
 @lru_cache(maxsize=4)
 def _drawn(total: int, length: int, seed: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """Return a function that returns each element's position in theta, and how often each position is used."""
+    """Return a function that returns the position in theta of each element, and the number of uses of each position."""
 
     @cache
     def draw() -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,8 +205,8 @@ _WHY = "Uni-LoRA's positions depend on the order and sizes of the base's weights
 
 # VB-LoRA: `vblora_logits_A` [r, in / b, n], `vblora_logits_B` [out / b, r, n], and one `vblora_vector_bank` [n, b].
 #
-# With `save_only_topk_weights`, the file has `_topk_indices` and `_topk_weights` instead of logits. The last weight is
-# omitted, because the weights sum to 1.
+# With `save_only_topk_weights`, the file has no logits. Each factor has keys that end with `_topk_indices` and
+# `_topk_weights` instead. The last weight of each mixture is omitted, because the weights of a mixture sum to 1.
 
 
 BANK = "vblora_vector_bank"
@@ -214,11 +217,11 @@ CHOSEN = {
     "vblora_logits_B_topk_indices": "indices_B",
     "vblora_logits_B_topk_weights": "weights_B",
 }
-"""A map from parts of keys to fields of the update."""
+"""Maps from the endings of keys to fields of the update, for files with logits and for files without logits."""
 
 
 class VBLoRAFields(MethodFields, frozen=True, kw_only=True):
-    """The sizes of the vector bank, the number of mixed vectors, and the form of the file."""
+    """The sizes of the vector bank, the number of vectors in each mixture, and whether the file has logits."""
 
     num_vectors: int = 256
     vector_length: int = 256
@@ -238,8 +241,8 @@ class VBLoRAFamily(Family):
     read: ClassVar[Mapping[str, str]] = {
         "num_vectors": "number of vectors in the bank",
         "save_only_topk_weights": "whether the file has indices and weights instead of logits",
-        "topk": "number of vectors that are mixed",
-        "vector_length": "number of values in a vector",
+        "topk": "number of vectors in each mixture",
+        "vector_length": "number of elements of each vector",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "init_logits_std": "initial values",
@@ -305,7 +308,7 @@ def _check_sizes(file: File, keys: Mapping[str, Key], bank: Key) -> None:
 
 
 def _whole(part: str, tensor: Lazy) -> Lazy:
-    """Append the last weight, which is 1 minus the sum of the others; return any other tensor unchanged."""
+    """If `part` has weights, append the last weight, 1 minus the sum of the others. Otherwise change nothing."""
     if not part.endswith("weights"):
         return tensor
 
