@@ -238,7 +238,7 @@ def _keep(recorder: _Recorder, paths: Sequence[str], _: nn.Module, args: tuple[T
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[_Recorder]:
-    """Record the inputs of the linear layers with attached adapters, inside the block."""
+    """Record the inputs of linear layers that have adapters, while the `with` block runs."""
     from torch import nn
 
     from ..torch.forward_hook import hooks_of

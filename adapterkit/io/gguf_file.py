@@ -106,7 +106,7 @@ MAX_LISTED = 1 << 20
 """A numeric array with more items becomes a numpy array instead of a list: as a list, 250 MB of numbers took 4 GB."""
 
 MAX_ITEMS = 1 << 22
-"""The largest number of strings and nested arrays in all arrays together.
+"""The limit for a file's header: the strings and nested arrays in all its array values, counted together.
 
 The largest vocabularies have 262,144 tokens and about as many merges.
 """

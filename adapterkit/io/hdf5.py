@@ -80,7 +80,7 @@ def _walk(h5py: ModuleType, root: Any) -> Iterator[tuple[str, Any]]:
     while waiting:
         where, group = waiting.pop()
         address = h5py.h5o.get_info(group.id).addr
-        if address in seen:  # Such hard links could form a cycle.
+        if address in seen:  # Another hard link leads to the same group, so the links could form a cycle.
             raise Unsupported("this group has two names", where=where, cure=_AGAIN)
         seen.add(address)
         for name in group:

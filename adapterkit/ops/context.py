@@ -193,7 +193,9 @@ class FormulaContext:
         return [values.get(name, getattr(method, name)) for values in overrides]
 
     def uniform(self, t: int, shape: tuple[int, ...], first: int = 0) -> Array:
-        """Draw random numbers in [0, 1) for present adapter t. A number depends only on the adapter's key and index n.
+        """Draw random numbers in [0, 1) for present adapter t.
+
+        Number n of the stream depends only on n and on the adapter's key.
 
         Number n is word n of the 32-bit words that Philox4x64-10 generates (the low half of each 64-bit value first),
         divided by 2^32. The method `key` returns the key for Philox.

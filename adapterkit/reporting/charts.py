@@ -263,15 +263,16 @@ def _spectra(measured: Measurements) -> Iterator[Chart]:
 TICKS = [1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001]
 
 LINES = 60
-"""The largest number of spectra to draw for an adapter: first spikes, then the largest changes, then evenly spaced
-other targets."""
+"""The largest number of spectra that are drawn for an adapter. Targets with a spike come first. The others are taken at
+even steps from the list sorted by norm, beginning with the largest."""
 
 
 def _few(effects: Sequence[Effect]) -> list[Effect]:
     spikes = [effect for effect in effects if _spiked(effect)][:LINES]
     others = sorted((effect for effect in effects if not _spiked(effect)), key=lambda effect: -(effect.norm or 0.0))
-    step = max(1, math.ceil(len(others) / LINES))
-    return [*spikes, *others[::step]]
+    room = LINES - len(spikes)
+    step = max(1, math.ceil(len(others) / max(room, 1)))
+    return [*spikes, *others[::step][:room]]
 
 
 def _spiked(effect: Effect) -> bool:

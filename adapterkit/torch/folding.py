@@ -155,7 +155,7 @@ class Merged:
         If these take more memory than the copy, keep the copy.
 
         Args:
-            again: the parameter after the change is subtracted.
+            again: the parameter's values, recomputed by subtracting the merge's change.
         """
         assert self.before is not None
         was, now = _bits(self.before), _bits(again)
@@ -168,7 +168,7 @@ class Merged:
         """Return the parameter's values from before the merge; None if the checksum does not match.
 
         Args:
-            again: the parameter after the change is subtracted.
+            again: the parameter's values, recomputed by subtracting the merge's change.
         """
         if self.before is not None:
             return self.before

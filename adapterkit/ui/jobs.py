@@ -84,7 +84,7 @@ class Jobs:
         """Start a job. If `RUNNING` jobs are already running, the new job waits until one of them ends.
 
         Raises:
-            UsageError: `WAITING` jobs are already waiting, or the page is being closed.
+            UsageError: the maximum number of waiting jobs, `WAITING`, is reached, or the page is being closed.
         """
         with self.lock:
             waiting = sum(job.state == "waiting" for job in self.jobs.values())

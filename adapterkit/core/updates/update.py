@@ -112,7 +112,7 @@ class Update:
     """The change that one method makes at one target. Subclasses automatically become frozen, keyword-only dataclasses.
 
     Class attributes:
-        kind: the name of the kind, set by the four kinds.
+        kind: `additive`, `weight`, `output` or `context`; the base class of each kind sets it.
         since: the versions of the spec that introduced the method's versions 1, 2, and so on. The text is empty for a
             version of the method that can no longer be read.
         version: the newest version of the method; `stated_version` is the version that one update needs.

@@ -251,7 +251,7 @@ def _steps(size: int, part: PathPart, target: Target, config: Config) -> tuple[i
 
 
 def _out_of_groups(size: int, config: Config, target: Target) -> Array:
-    """Return an order that sorts rows which are stored by group: first all queries, then all keys, then all values."""
+    """Return the order of rows stored by group that puts all queries first, then all keys, then all values."""
     heads = heads_of(config, str(target))
     return undone(by_group(replace(heads, dim=size // (heads.query + 2 * heads.kv))))
 

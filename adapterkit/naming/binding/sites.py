@@ -177,8 +177,8 @@ def find_sites(
 ) -> Bound:
     """Find the stored tensors of every target; see `naming.resolver` for the order in which rules are tried.
 
-    A target whose updates all change the module's output need not have a weight. Such a target may be any module that
-    contains stored tensors or is listed in `modules`.
+    If all updates of a target change the output of its module, the target needs no weight. Such a
+    target may be any module that contains stored tensors or is listed in `modules`.
 
     Args:
         adapter: the adapter.

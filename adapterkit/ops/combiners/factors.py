@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class FactorsCombiner(PlugIn):
-    """then(B_1 .. B_T) @ then(A_1 .. A_T), where `then` is the other method."""
+    """then(B_1 .. B_T) @ then(A_1 .. A_T), where `then` is the inner combining method."""
 
     title = "A and B separately, by another method"
     paper = "https://huggingface.co/docs/peft/developer_guides/model_merging"
