@@ -18,7 +18,7 @@ from .merging import merge, plan
 from .pretrained import export_factory, export_pretrained
 from .report import GraphReport
 from .session import Session
-from .slots import fit, write_adapter
+from .slot_values import fit, write_adapter
 
 __all__ = [
     "FolderSession",

@@ -36,7 +36,8 @@ from .reading import inputs_of, loaded
 from .report import GraphReport
 from .resolved import ResolvedTarget
 from .resolving import resolve, taken
-from .slots import Slots, write_adapter
+from .slot_values import write_adapter
+from .slots import Slots
 from .tracing import traced
 from .tying import Tying
 

@@ -22,7 +22,7 @@ from .image_texts import ImageTexts
 from .pretrained_parts import DECODER, ENCODER, FILES, WITH_PAST
 from .reading import loaded
 from .session import PAST, Provider, Session
-from .slots import slotted
+from .slot_values import slotted
 from .vision_language import EMBEDDING, IMAGE_TOKENS, MERGED
 
 if TYPE_CHECKING:

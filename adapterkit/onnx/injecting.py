@@ -34,7 +34,8 @@ from .report import GraphReport
 from .resolving import resolve
 from .routed import remember_family
 from .saturation import clipping
-from .slots import neutral_of, write_adapter, write_slot_values
+from .slot_values import write_adapter, write_slot_values
+from .slots import neutral_of
 from .tying import Tying
 from .unblocking import unblock
 

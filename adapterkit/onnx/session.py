@@ -24,7 +24,8 @@ from .folders import graphs_in
 from .model_file import opened
 from .providers import CPU, CUDA, OrtBinding, OrtInput, OrtSession, OrtValue, best_provider, named, quiet_options
 from .rowwise import INDEX, ROWS, stacked
-from .slots import KIND, SAFETENSORS, fills_of, fit, neutral
+from .slot_values import KIND, SAFETENSORS, fit
+from .slots import fills_of, neutral
 from .trial_inputs import STATE, STATES, sizes_beside, windows_beside
 
 if TYPE_CHECKING:

@@ -10,34 +10,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnx_ir as ir
 
-from ..core.adapter import Adapter, Target
+from ..core.adapter import Target
 from ..core.shapes import Axes
 from ..core.updates import OutputUpdate, Update
-from ..errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, first_line, nearest, places_errors
-from ..io.checkpoint import opened as opened_base
+from ..errors import Malformed, TargetNotFound, Unsupported, first_line
 from ..io.lazy import as_array, from_numpy
-from ..io.ort_adapter import OrtAdapter, write_ort_adapter
-from ..io.safetensors import write as write_safetensors
-from ..naming.binding import find_sites, renamed
 from .building import FREE, Array, Branch, Building, Dtype, element_type
 from .experts import EXPERT, Experts
-from .heads import in_parts
 from .layers import Conv, GraphLayer, LeftMatMul
-from .model_file import GraphSource, opened
 from .norms import computes_apart
-from .open_factors import is_worked_out, template, worked_out
-from .reading import known_config, loaded
+from .open_factors import is_worked_out, template
 from .resolved import ResolvedTarget
-from .routed import by_expert
 from .values import OpenSize, Value
 
 if TYPE_CHECKING:
@@ -47,7 +38,6 @@ if TYPE_CHECKING:
     from ..io.lazy import Leaf
     from ..io.strict_json import JsonValue
     from .outlets import Ended
-    from .reading import Base, Model
 
 
 RECORD = "adapterkit.slots"
@@ -163,7 +153,7 @@ def fixed_attributes(update: Update, fields: Collection[str]) -> dict[str, JsonV
     return values
 
 
-def _baked(update: Update, fields: Mapping[str, str]) -> dict[str, JsonValue]:
+def baked_attributes(update: Update, fields: Mapping[str, str]) -> dict[str, JsonValue]:
     """Return the update's attributes that are constants in the graph's nodes.
 
     There are none if the slots hold computed factors, because these factors already include all attributes.
@@ -338,7 +328,7 @@ class Slots:
             first = SlotRecord.of(place)
             fields = {field: slot.value.name or "" for field, slot in slots.items()}
             update = place.updates[position]
-            slot_update = SlotUpdate(update.method, _baked(update, fields), fields)
+            slot_update = SlotUpdate(update.method, baked_attributes(update, fields), fields)
             targets.setdefault(key, first).updates.append(slot_update)
         listed = [record.plain() for record in targets.values()]
         self.building.model.metadata_props[RECORD] = json.dumps(listed, separators=(",", ":"))
@@ -519,300 +509,3 @@ def _same_output(update: Update, shape: tuple[int, ...]) -> bool:
     x = np.random.default_rng(2).normal(size=(2, 3, stub.W.shape[1]))
     y = update.forward(*cast("tuple[torch.Tensor, FormulaLayer]", (x, stub)))
     return np.array_equal(cast("Array", y), stub(x))
-
-
-# Match an adapter's tensors with the slots of a model, to feed them or to write an `.onnx_adapter` file.
-
-
-@places_errors
-def fit(
-    model: Model, adapter: Adapter | str | PathLike[str], *, base_weights: Base | None = None,
-    rename: str | Sequence[str] = (),
-) -> dict[str, Array]:  # fmt: skip
-    """Match an adapter's tensors with a model's slots, and return the values to feed to the slots.
-
-    Args:
-        model: an ONNX file or in-memory model to which `inject` or `export` gave slots.
-        adapter: the adapter, or its path. It may have any rank that the slots' shapes allow, and any subset of the
-            targets with slots.
-        base_weights: the base's weights, for adapter files whose values depend on them.
-        rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
-
-    Returns:
-        A map from each slot's name to an array, in the slot's dtype.
-
-    Raises:
-        TargetNotFound: the model has no slots for a target, or the slots of a target are for another method.
-        ShapeMismatch: a tensor does not fit its slot.
-        Unsupported: two different tensors have the same slot; or an attribute that has no slot differs from the
-            constant in the model's nodes.
-        Malformed: the model's list of slots is damaged.
-    """
-    (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
-    return _fitted(model, read, base_weights)[1]
-
-
-@places_errors
-def write_adapter(
-    model: Model, adapter: Adapter | str | PathLike[str], out: str | PathLike[str], *, base_weights: Base | None = None,
-    rename: str | Sequence[str] = (),
-) -> Path:  # fmt: skip
-    """Write an adapter as an `.onnx_adapter` file that fills the slots of a model; see `fit` for the arguments.
-
-    onnxruntime's `LoraAdapter` and `Session` load the file. A second file beside it describes the tensors, so that
-    `adapterkit.read` can read them back. If `out` ends with `.safetensors`, the tensors are written in that format,
-    under the names of the slots, for runtimes that do not read `.onnx_adapter` files; `Session` also loads such a
-    file. If the slots are required inputs, the adapter may not fill all of them. For each other slot, the file then has
-    a tensor that changes nothing.
-    """
-    from ..formats.onnx_adapter import write_slots_record
-
-    (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
-    read, feeds, names = _fitted(model, read, base_weights)
-    feeds = neutral_of(opened(model).model) | feeds
-    write_slot_values(feeds, out)
-    if str(out).lower().endswith(SAFETENSORS) or not all(names):
-        return Path(out)  # Values of stacks, experts and computed factors cannot be read back.
-    named = {name for fields in names for name in fields.values()}
-    write_slots_record(read, names, [name for name in feeds if name not in named], Path(out))
-    return Path(out)
-
-
-def slotted(model: Model, adapter: Adapter) -> tuple[Adapter, tuple[Target, ...]]:
-    """Return the part of an adapter that a graph has slots for, and the adapter's targets that have no slots.
-
-    Raises:
-        TargetNotFound: the graph has no slots at all.
-        Malformed: the graph's list of slots is damaged.
-    """
-    source = opened(model)
-    records = recorded(source.model, source.path)
-    parts, whole, _ = _as_stored(adapter, source, records, None)
-    known = dict.fromkeys((name.path for record in records for name in (record.asked, record.target)), ())
-    try:
-        missing: Collection[Target] = find_sites(parts, known, partial=True, modules=known).missing
-    except TargetNotFound:  # The graph has none of the targets.
-        missing = parts.updates
-    lost = tuple(dict.fromkeys(whole.get(target, target) for target in missing))
-    gone = set(lost)
-    return adapter.replace(updates={t: group for t, group in adapter.updates.items() if t not in gone}), lost
-
-
-SAFETENSORS = ".safetensors"
-
-KIND = {"format": "adapterkit.slots"}
-"""Metadata of a safetensors file with tensors for slots."""
-
-
-def write_slot_values(feeds: Mapping[str, Array], out: str | PathLike[str]) -> None:
-    """Write tensors for slots: as safetensors if `out` ends with `.safetensors`, else as an `.onnx_adapter` file."""
-    tensors = {name: from_numpy(array) for name, array in feeds.items()}
-    if str(out).lower().endswith(SAFETENSORS):
-        write_safetensors(out, tensors, KIND)
-    else:
-        write_ort_adapter(out, OrtAdapter(tensors))
-
-
-def _fitted(
-    model: Model, adapter: Adapter, base: Base | None
-) -> tuple[Adapter, dict[str, Array], list[dict[str, str]]]:
-    """Match an adapter's tensors with the slots of a graph.
-
-    Returns:
-        the adapter, with its updates split like the graph's layers; a map from slots to arrays;
-        and for each update, a map from its fields to slots.
-    """
-    source = opened(model)
-    slots, records = slots_of(source.model), recorded(source.model, source.path)
-    feeds: dict[str, Array] = {}
-    adapter, _, experts = _as_stored(adapter, source, records, base)
-    fill = _fill_rows if _by_rows(source.model) else _fill
-    names = []
-    for target, record in zip(adapter.updates, _records_of(adapter, records), strict=True):
-        for update, fields in _paired(adapter.updates[target], record, target, slots):
-            if is_worked_out(update, fields):
-                (factors,) = worked_out(source.model, adapter, target, record.target, base)
-                fill(factors, fields, target, slots, feeds)
-                names.append(dict[str, str]())
-            else:
-                filled = fill(update, fields, target, slots, feeds)
-                # Experts have other names in the graph than in the model, so an expert's update cannot be read back.
-                names.append(dict[str, str]() if target in experts else filled)
-    return adapter, feeds, names
-
-
-def _as_stored(
-    adapter: Adapter, source: GraphSource, records: list[SlotRecord], base: Base | None
-) -> tuple[Adapter, dict[Target, Target], Collection[Target]]:
-    """Split updates of fused layers and of stacks of experts into the parts that have separate slots.
-
-    Returns:
-        the adapter with split updates; a map from each part's target to the target that was split; the targets that are
-        experts in a node.
-    """
-    config = known_config(None if base is None else opened_base(base), source.path)
-    adapter, experts = by_expert(adapter, source.model, config)
-    adapter, whole = in_parts(adapter, _rows_in(records, slots_of(source.model)))
-    return adapter, whole | experts, experts.keys()
-
-
-def _rows_in(records: list[SlotRecord], slots: dict[str, ir.Value]) -> Callable[[str], int | None]:
-    """Return a function that takes a target's path, and returns the target's number of rows.
-
-    The number of rows is read from the shape of a slot; it is 0 if the shape does not show it. The function returns
-    None for a path without slots.
-    """
-    rows: dict[str, int | None] = {}
-    for record in records:
-        for update in record.updates:
-            field = next((word for word in ("B", "l", "magnitude") if word in update.fields), None)
-            shape = None if field is None else slots[update.fields[field]].shape
-            sizes = [] if shape is None else [size for size in shape if isinstance(size, int)]
-            rows[record.asked.path] = sizes[-1] if sizes else 0
-    return rows.get
-
-
-def _records_of(adapter: Adapter, records: list[SlotRecord]) -> list[SlotRecord]:
-    """Return a list with one record of slots for each of the adapter's targets, in order.
-
-    Raises:
-        TargetNotFound: a target has no slots; the error gives the nearest name that has slots.
-    """
-    known: dict[str, list[tuple[Target, SlotRecord]]] = {}
-    for record in records:
-        for name in {record.asked, record.target}:
-            known.setdefault(name.path, []).append((name, record))
-    try:
-        sites = find_sites(adapter, dict.fromkeys(known, ()), partial=False, modules=known).sites
-    except TargetNotFound as error:
-        cure = f"{error.cure}. Give the model slots for this adapter: inject it with --mode slots (mode='slots')"
-        raise TargetNotFound("the model has no slots for this target", where=error.where, cure=cure) from None
-    return [
-        _record_at(site.target, known[site.target.path], asked)
-        for site, asked in zip(sites, adapter.updates, strict=True)
-    ]
-
-
-def _record_at(target: Target, records: list[tuple[Target, SlotRecord]], asked: Target) -> SlotRecord:
-    """Return the record of a target. Each part of a fused weight has a separate record, which is found by its rows."""
-    for name, record in records:
-        if name.rows == target.rows:
-            return record
-    rows = ", ".join(str(name) for name, _ in records)
-    raise TargetNotFound(
-        f"the model has no slots for these rows; it has slots for {rows}", where=str(asked), cure=_INJECT_SLOTS
-    )
-
-
-def _paired(
-    updates: tuple[Update, ...], record: SlotRecord, target: Target, slots: dict[str, ir.Value]
-) -> list[tuple[Update, dict[str, str]]]:
-    """Pair each of a target's updates with its slots.
-
-    Some updates of the record may be missing, but the others must be in the record's order.
-    """
-    pairs, left = [], list(record.updates)
-    for update in updates:
-        while left and left[0].method != update.method:
-            left.pop(0)
-        if not left:
-            methods = ", ".join(each.method for each in record.updates)
-            cure = nearest(f"{record.target}.{update.method}", slots) or _INJECT_SLOTS
-            raise TargetNotFound(
-                f"the model has no slots for {update.method} at this target; it has slots for {methods}",
-                where=str(target),
-                cure=cure,
-            )
-        slot_update = left.pop(0)
-        # An attribute that has no slot is a constant in the graph's nodes, so the adapter must have the same value.
-        if (fixed := _baked(update, slot_update.fields)) != slot_update.attributes:
-            name = next(
-                name for name in (fixed | slot_update.attributes) if fixed.get(name) != slot_update.attributes.get(name)
-            )
-            why = (
-                f"{name} is {fixed.get(name)!r} in the adapter, but {slot_update.attributes.get(name)!r} in the "
-                "model's nodes"
-            )
-            raise Unsupported(why, where=f"{target}: {update.method}", cure=_INJECT_SLOTS)
-        pairs.append((update, slot_update.fields))
-    return pairs
-
-
-def _fill(
-    update: Update, fields: dict[str, str], target: Target, slots: dict[str, ir.Value], feeds: dict[str, Array]
-) -> dict[str, str]:  # fmt: skip
-    """Add an update's tensors to `feeds`, under the names of their slots; return a map from fields to slots."""
-    scaling = update.attributes.get("scaling")
-    leaves: dict[str, Any] = dict(update.tensors)
-    if "scaling" in fields:
-        leaves["scaling"] = from_numpy(np.array([1.0 if scaling is None else scaling]))
-    for field, leaf in leaves.items():
-        if field not in fields:
-            raise TargetNotFound(f"the model has no slot for {field}", where=str(target), cure=_INJECT_SLOTS)
-        name = fields[field]
-        array = _padded(update, field, as_array(leaf), slots[name])
-        _check(name, array, slots[name], target)
-        kind = slots[name].dtype
-        cast = array if array.dtype.kind in "iu" or kind is None else array.astype(kind.numpy())
-        if name in feeds and not np.array_equal(feeds[name], cast):
-            raise Unsupported("two tensors with different values have the same slot", where=name, cure=_INJECT_SLOTS)
-        feeds[name] = cast
-    return {field: fields[field] for field in update.tensors}
-
-
-RANKED = ("lora", "open_factors")
-"""Methods whose factors may be padded with zeros along the rank."""
-
-
-def _padded(update: Update, field: str, array: Array, slot: ir.Value) -> Array:
-    """Pad a factor with zeros to the rank of its slot, if this rank is fixed. The zeros change no result."""
-    if update.method not in RANKED or field not in ("A", "B") or slot.shape is None or len(slot.shape) != array.ndim:
-        return array
-    axis = 0 if field == "A" else 1
-    wanted = slot.shape[axis]
-    if not isinstance(wanted, int) or wanted <= array.shape[axis]:
-        return array
-    more = [(0, 0)] * array.ndim
-    more[axis] = (0, wanted - array.shape[axis])
-    return np.pad(array, more)
-
-
-def _by_rows(model: ir.Model) -> bool:
-    """Whether each slot of the graph holds a stack of several adapters' factors; see rowwise.py."""
-    from .rowwise import ROWS
-
-    return ROWS in model.metadata_props
-
-
-def _fill_rows(
-    update: Update, fields: dict[str, str], target: Target, slots: dict[str, ir.Value], feeds: dict[str, Array]
-) -> dict[str, str]:  # fmt: skip
-    """Add an update's factors to `feeds`, as a stack of one adapter; used if the slots hold stacks of adapters."""
-    from .rowwise import factors_of
-
-    for field, array in factors_of(update).items():
-        name = fields[field]
-        _check(name, array, slots[name], target)
-        kind = slots[name].dtype
-        feeds[name] = array if kind is None else array.astype(kind.numpy())
-    return {}
-
-
-def _check(name: str, array: Array, slot: ir.Value, target: Target) -> None:
-    declared = list(slot.shape or ())
-    fits = len(declared) == array.ndim and all(
-        not isinstance(size, int) or size == wanted for size, wanted in zip(declared, array.shape, strict=True)
-    )
-    if not fits:
-        why = (
-            f"the tensor's shape is {list(array.shape)}, but the slot's shape is "
-            f"{[size if isinstance(size, int) else 'any' for size in declared]}"
-        )
-        cure = (
-            "Pass an adapter that was made for this base. With --mode inputs (mode='inputs'), the slots of "
-            "convolutions have a fixed rank"
-        )
-        raise ShapeMismatch(why, where=f"{target}: {name}", cure=cure)
-
-
-_INJECT_SLOTS = "Give the model slots for this adapter: inject it with --mode slots (mode='slots')"
