@@ -30,9 +30,9 @@ class DType:
     Attributes:
         name: the safetensors name, e.g. `BF16`.
         itemsize: bytes per element.
-        numpy: the little-endian numpy dtype for the stored bits. If numpy lacks the type, it is an unsigned integer.
+        numpy: the little-endian numpy dtype of the stored bits; an unsigned integer dtype if numpy lacks the type.
         torch: the name of the dtype in `torch`.
-        floating: True for floating-point and complex numbers. Only for these do arithmetic and casts make sense.
+        floating: whether the type is floating-point or complex. Arithmetic and casts make sense only for such types.
     """
 
     name: str
@@ -80,7 +80,7 @@ DTYPES = {
         DType("U64", 8, "<u8", "uint64", False),
     )
 }
-"""A map from safetensors names to `DType`. Its order is the one by which the safetensors library sorts dtypes."""
+"""A map from safetensors names to `DType`, in the order in which the safetensors library sorts dtypes."""
 
 BY_TORCH = {d.torch: d for d in DTYPES.values()}
 """A map from names of torch dtypes (`bfloat16`) to `DType`."""
@@ -108,8 +108,8 @@ Shape = tuple[int, ...]
 class Span(NamedTuple):
     """The location of a tensor's data in a file. The data is in C order and little-endian.
 
-    This is a tuple and not a frozen dataclass, because adapters of mixture-of-experts models have 10^5 spans. Creating
-    a tuple takes a third of the time, and the garbage collector does not track it.
+    This is a tuple and not a frozen dataclass, because adapters of mixture-of-experts models have 10^5 spans. A tuple
+    is created in a third of the time, and the garbage collector does not track it.
     """
 
     path: str
@@ -147,8 +147,8 @@ _OPEN: ContextVar[dict[str, io.FileIO] | None] = ContextVar("_OPEN", default=Non
 _KEPT: ContextVar[dict[Lazy, Buffer] | None] = ContextVar("_KEPT", default=None)
 
 MOST_KEPT = 3
-"""The largest number of tensors that `fetch_once` caches. They are parts of a packed weight, such as its scales, that
-are needed to read any of its rows."""
+"""The largest number of tensors that `fetch_once` caches. It caches tensors such as the scales of a packed weight,
+which are needed to read any rows of the weight."""
 
 MOST_OPEN = 16
 """The largest number of files that stay open.
@@ -178,12 +178,12 @@ def read_span(span: Span) -> bytearray:
         raise storage_error(error, span.path) from error
     if done < span.nbytes:
         why = f"the file has become shorter: it has only {done} of the {span.nbytes} bytes of this tensor"
-        raise Corrupt(why, path=span.path, where=f"byte {span.offset}", cure="It changed while in use; read it again")
+        raise Corrupt(why, path=span.path, where=f"byte {span.offset}", cure="The file has changed; read it again")
     return data
 
 
 def fetch_once(tensor: Lazy) -> Buffer:
-    """Return the bytes of a tensor; inside `files_kept_open`, the last few tensors are cached."""
+    """Return the bytes of a tensor. Inside `files_kept_open`, cache the last `MOST_KEPT` tensors."""
     kept = _KEPT.get()
     if kept is None or tensor.span is None:
         return tensor.fetch()
@@ -211,7 +211,7 @@ def _read_into(data: bytearray, file: io.FileIO, offset: int) -> int:
     # An unbuffered read may return fewer bytes than requested (on Linux at most 2 GB), and 0 at the end of the file.
     file.seek(offset)
     done = file.readinto(data)
-    # One call is usually enough; only after a short read is the loop needed.
+    # One call is usually enough. The loop is needed only after a short read.
     if done < len(data):
         view = memoryview(data)
         while done < len(data) and (count := file.readinto(view[done:])):
@@ -220,31 +220,31 @@ def _read_into(data: bytearray, file: io.FileIO, offset: int) -> int:
 
 
 class NotComputed(Exception):
-    """Raised when code reads a tensor that has a shape and a dtype but no numbers, as in the outline of a result."""
+    """Raised when code reads a placeholder: a tensor with a shape and a dtype, but without values."""
 
 
 class DoesNotFit(ShapeMismatch, ValueError):
-    """Raised if a tensor cannot have a requested shape, or lacks requested positions.
+    """Raised if a tensor cannot have a requested shape, or if a requested slice is out of range.
 
-    This error is also a ValueError. numpy and torch raise a ValueError in such cases, so one `except` in a caller
-    catches all of them. If no caller catches it, the user sees a typed error of adapterkit.
+    This error is also a ValueError, which numpy raises if it cannot reshape an array. So a caller needs only one
+    `except` for both. If no caller catches the error, the user sees a typed error of adapterkit.
     """
 
 
-TAKE_OUT = "Remove this tensor's target from the adapter: its shape fits no layer of the format"
+TAKE_OUT = "Remove the target of this tensor from the adapter: the tensor's shape fits no layer of the format"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lazy:
-    """A tensor whose numbers are read at each access.
+    """A tensor whose bytes are read at each access.
 
     Attributes:
         shape: its dimensions.
         dtype: its element type.
         source: a function that returns the bytes in C order, little-endian; None to read the bytes from `span`.
         span: the location of the bytes, if they are one run in one file. A writer can copy such a run in the kernel.
-        part: a function `part(first, count)` that returns the bytes of a run of elements; None if this would not be
-            faster than `source`.
+        part: a function `part(first, count)` that returns the bytes of a run of elements; None if it would be no faster
+            than `source`.
     """
 
     shape: Shape
@@ -271,7 +271,7 @@ class Lazy:
 
     @property
     def file(self) -> str | None:
-        """The file from which the bytes are read, even if they are transposed after reading; None if unknown."""
+        """The path of the file that contains the bytes, possibly in transposed order; None if unknown."""
         if self.span is not None:
             return self.span.path
         leaf = getattr(self.source, "leaf", None)
@@ -301,13 +301,16 @@ class Lazy:
         self._check_axes()
         if self.nbytes == 0:
             return torch.empty(self.shape, dtype=kind, device=device)
-        # Copy a read-only buffer, because frombuffer warns about it. frombuffer also refuses empty buffers.
+        # torch.frombuffer warns about a read-only buffer, so copy such a buffer. It also refuses an empty buffer.
         data = self.fetch()
         writable = data if isinstance(data, bytearray) else bytearray(data)
         return torch.frombuffer(writable, dtype=kind).reshape(self.shape).to(device or "cpu")
 
     def _check_axes(self) -> None:
-        """Refuse a shape that no array can have. A file may state `[0, 2**62, 2**62]`, because this takes no bytes."""
+        """Refuse a shape that numpy and torch cannot represent, such as `[0, 2**62, 2**62]`.
+
+        A file may declare such a shape, because an axis of length 0 means that the tensor has no bytes.
+        """
         if not self.nbytes and math.prod(n or 1 for n in self.shape) * self.dtype.itemsize >= 1 << 63:
             why = f"arrays cannot have the shape {list(self.shape)}"
             raise Unsupported(why, path=self.file, cure="Remove this tensor: it has no elements")
@@ -350,13 +353,13 @@ def as_lazy(leaf: Leaf) -> Lazy:
 
 
 def as_torch(leaf: Leaf, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return a lazy or torch tensor as a torch tensor on `device`. If `dtype` is given, cast floating-point numbers."""
+    """Return a lazy or torch tensor as a torch tensor on `device`. If `dtype` is given, cast floats to this dtype."""
     value = leaf.torch(device) if isinstance(leaf, Lazy) else leaf.to(device=device)
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
 def for_formulas(leaf: Leaf, device: str | torch.device | None, dtype: torch.dtype) -> torch.Tensor:
-    """Return a lazy or torch tensor in the dtype for formulas: floating-point numbers in `dtype`, integers in int64.
+    """Return a lazy or torch tensor as a torch tensor for formulas: cast floats to `dtype`, and integers to int64.
 
     A file may store positions and seeds in any integer dtype. Sums and products of positions would overflow small
     dtypes, and torch has few operations for uint16 to uint64. A uint64 seed keeps its bits.
@@ -366,7 +369,7 @@ def for_formulas(leaf: Leaf, device: str | torch.device | None, dtype: torch.dty
 
 
 def as_array(leaf: Leaf) -> Array:
-    """Return a lazy or torch tensor as a numpy array for arithmetic; bfloat16 and float8 use ml_dtypes."""
+    """Return a lazy or torch tensor as a numpy array for arithmetic; bfloat16 and float8 arrays use ml_dtypes."""
     tensor = as_lazy(leaf)
     return tensor.numpy().view(tensor.dtype.array)
 
@@ -384,9 +387,9 @@ def dtype_of(leaf: Leaf) -> DType:
 
 
 def from_numpy(array: Array, dtype: str | None = None) -> Lazy:
-    """Wrap an array in a `Lazy`. If its items are the bits of a type that numpy lacks, `dtype` names it (`BF16`)."""
+    """Wrap an array in a `Lazy`. If the array contains the bits of a type that numpy lacks, pass `dtype` (`BF16`)."""
     kind = DTYPES[dtype] if dtype else _kind(array.dtype)
-    # View the bits of numbers from ml_dtypes. A cast to the storage dtype would convert the numbers to integers.
+    # View an array with a dtype of ml_dtypes as bits. A cast to the storage dtype would convert the values to integers.
     is_native = kind.numpy[1] == "u" and array.dtype.name == kind.torch
     numbers = array.view(kind.numpy) if is_native else array
     return Lazy(array.shape, kind, lambda: numbers.astype(kind.numpy, copy=False).tobytes())
@@ -397,7 +400,7 @@ def _kind(dtype: np.dtype[np.generic]) -> DType:
     return BY_TORCH[dtype.name]  # numpy, ml_dtypes and torch use the same names.
 
 
-# Read and create tensors with a single element. This does not use numpy, because a file may have thousands of them.
+# Read and create tensors with a single element. This code avoids numpy, because a file may have thousands of them.
 
 
 _CODES = {
@@ -419,7 +422,10 @@ def value_of(leaf: Lazy) -> float:
 
 @lru_cache(maxsize=1 << 10)
 def number_of(text: str) -> Lazy:
-    """Return a tensor with the number that `float.hex` wrote as `text`: float32 if this is exact, otherwise float64."""
+    """Return a tensor with the number `text`, which `float.hex` wrote.
+
+    The dtype is float32 if it represents the number exactly, otherwise float64.
+    """
     value = float.fromhex(text)
     code = "F32" if _single(value) else "F64"
     data = struct.pack(_CODES[code], value)
@@ -434,7 +440,7 @@ def _single(value: float) -> bool:
 
 
 def at_once(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Return the tensors. Runs of adjacent tensors with a single element each are read now, with one read per run."""
+    """Return the tensors. Single-element tensors that are adjacent in a file are read now, with one read per run."""
     single = [leaf for leaf in tensors.values() if leaf.nbytes == leaf.dtype.itemsize]
     spans = sorted((leaf.span for leaf in single if leaf.span), key=lambda span: (span.path, span.offset))
     by_span = {span: data for run in _runs(spans) for span, data in _read(run)}
@@ -476,9 +482,10 @@ _BITS = {
     "F8_E4M3FNUZ": (0xFF, 0x80),
     "F8_E5M2FNUZ": (0xFF, 0x80),
 }
-"""For each type that numpy lacks: (mask, value). In a NaN or an infinity, `bits & mask` equals `value`.
+"""For each type that numpy lacks: (mask, value). An element is a NaN or an infinity if `bits & mask` equals `value`.
 
-F8_E4M3, F8_E8M0 and the FNUZ types have no infinity and one or two NaNs: https://arxiv.org/abs/2209.05433,
+F8_E4M3, F8_E8M0 and the FNUZ types have no infinity, and one or two bit patterns for NaN:
+https://arxiv.org/abs/2209.05433,
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
 """
 
@@ -489,10 +496,10 @@ def check_finite(leaf: Leaf, where: str | None = None, values: Array | None = No
     Args:
         leaf: the tensor; an integer tensor is always accepted.
         where: the tensor's name, for the message.
-        values: the tensor's numbers in the storage dtype, if they have been read already.
+        values: the tensor's values in the storage dtype, if they have been read already.
 
     Raises:
-        Malformed: the tensor contains a NaN or an infinity. The message names the position and the file.
+        Malformed: the tensor contains a NaN or an infinity. The message names the index of the value and the file.
     """
     tensor = as_lazy(leaf)
     # Skip empty tensors: a file may state a shape such as [0, 2**62, 2**62], which numpy refuses.
@@ -506,7 +513,7 @@ def check_finite(leaf: Leaf, where: str | None = None, values: Array | None = No
 
 
 def first_not_finite(leaf: Leaf) -> Shape | None:
-    """Return the position of the first NaN or infinity in C order; None if all values are finite."""
+    """Return the index of the first NaN or infinity in C order; None if all values are finite."""
     tensor = as_lazy(leaf)
     return first_in(tensor.numpy(), tensor.dtype) if tensor.dtype.floating and tensor.nbytes else None
 

@@ -35,7 +35,10 @@ for _dtype in DTYPES.values():
     if _dtype.numpy[1] != "u" or not _dtype.floating:
         BY_NUMPY.setdefault(_dtype.numpy, _dtype)
 BY_NUMPY["|V2"] = DTYPES["BF16"]
-"""A map from numpy's `descr` to element types. `|V2` means two bytes without a type; TensorRT-LLM saves bfloat16 so."""
+"""A map from the `descr` in a numpy header to the element type.
+
+numpy has no bfloat16. TensorRT-LLM saves bfloat16 arrays as `|V2`, which means two bytes without a type.
+"""
 
 _DESCR = {dtype.name: descr for descr, dtype in BY_NUMPY.items()}
 
@@ -44,8 +47,9 @@ def read_npy(path: Path) -> Lazy:
     """Return the array in a `.npy` file.
 
     Raises:
-        Malformed: the file is not an array, or its length does not match its header.
-        Unsupported: the array contains objects, records or big-endian numbers, or is in Fortran order.
+        Malformed: the file is not a `.npy` file, or its length does not match the shape and dtype in its header.
+        Unsupported: the dtype is not in `BY_NUMPY` (objects, records or big-endian numbers, for example), or the array
+            is in Fortran order.
         StorageError: the file cannot be read.
     """
     try:
@@ -56,7 +60,7 @@ def read_npy(path: Path) -> Lazy:
         raise storage_error(error, path) from error
     span = Span(os.fspath(path), start, math.prod(shape) * dtype.itemsize)
     if start + span.nbytes != size:
-        why = f"an array {list(shape)} of {dtype} does not take the {size - start} bytes that follow the header"
+        why = f"shape {list(shape)} in {dtype} needs {span.nbytes} bytes, but {size - start} bytes follow the header"
         raise _damaged(str(path), why)
     return Lazy(shape, dtype, None, span)
 
@@ -72,7 +76,7 @@ def read_npz(path: Path) -> dict[str, Lazy]:
     """Return the arrays in a `.npz` archive by name; each array is read when it is fetched.
 
     Raises:
-        Malformed: as for `read_npy`; or an entry is not an array.
+        Malformed: as for `read_npy`; or the archive is damaged or too large, or an entry is not a `.npy` file.
         Unsupported, StorageError: as for `read_npy`.
     """
     tensors: dict[str, Lazy] = {}
@@ -81,11 +85,12 @@ def read_npz(path: Path) -> dict[str, Lazy]:
             most = max(UNPACKED, EXPANDED * os.fstat(file.fileno()).st_size)
             total = sum(info.file_size for info in archive.infolist())
             if total > most:
-                raise _damaged(str(path), f"the arrays take {total:,} bytes, more than {most:,}", "directory")
+                raise _damaged(str(path), f"the arrays take {total:,} bytes; the limit is {most:,}", "directory")
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
                 if name == info.filename or name in tensors or len(tensors) >= MAX_MEMBERS:
-                    raise _damaged(str(path), "the entry is not an array, or its name occurs twice", info.filename)
+                    why = f"the entry is not a .npy file or occurs twice, or is one of over {MAX_MEMBERS:,} entries"
+                    raise _damaged(str(path), why, info.filename)
                 tensors[name] = _member(archive, info, path)
     # `zipfile` raises NotImplementedError if it does not know the compression or the version of the archive.
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
@@ -108,7 +113,7 @@ def write_npz(path: Path, tensors: Mapping[str, Lazy]) -> None:
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Lazy:
     if info.file_size > MAX_MEMBER:
-        raise _damaged(str(path), f"the array takes {info.file_size} bytes", info.filename)
+        raise _damaged(str(path), f"the array has {info.file_size:,} bytes; the limit is {MAX_MEMBER:,}", info.filename)
     try:
         with archive.open(info) as file:
             shape, dtype, start = _header(file, str(path))
@@ -116,9 +121,9 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Lazy
         raise _damaged(str(path), str(error)[:80], info.filename) from None
     size = math.prod(shape) * dtype.itemsize
     if start + size != info.file_size:
-        raise _damaged(
-            str(path), f"an array {list(shape)} of {dtype} does not take {info.file_size - start} bytes", info.filename
-        )
+        have = info.file_size - start
+        why = f"shape {list(shape)} in {dtype} needs {size} bytes, but {have} bytes follow the header"
+        raise _damaged(str(path), why, info.filename)
 
     def fetch() -> bytes:
         try:
@@ -140,7 +145,7 @@ def _header(file: BinaryIO | IO[bytes], path: str) -> tuple[tuple[int, ...], DTy
     length = file.read(4 if wide else 2)
     count = struct.unpack("<I" if wide else "<H", length)[0] if len(length) == (4 if wide else 2) else MAX_HEADER + 1
     if count > MAX_HEADER:
-        raise _damaged(path, f"the header claims {count} bytes")
+        raise _damaged(path, f"the header is cut short, or has more than {MAX_HEADER:,} bytes")
     try:
         # The format defines the header as a Python literal. literal_eval runs no code, and the length is limited above.
         fields = ast.literal_eval(file.read(count).decode("utf-8").strip())
@@ -155,7 +160,8 @@ def _header(file: BinaryIO | IO[bytes], path: str) -> tuple[tuple[int, ...], DTy
         raise _damaged(path, f"the shape {shown(shape)} is invalid")
     if not isinstance(descr, str) or descr not in BY_NUMPY or fortran:
         order = " in Fortran order" if fortran else ""
-        why, cure = f"arrays of {shown(descr)}{order} are not supported", "Save plain numbers in C order"
+        why = f"arrays of dtype {shown(descr)}{order} are not supported"
+        cure = "Save the array in C order, with a little-endian float or integer dtype"
         raise Unsupported(why, path=path, where="header", cure=cure)
     return shape, BY_NUMPY[descr], len(head) + len(length) + count
 

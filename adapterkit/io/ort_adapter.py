@@ -30,7 +30,7 @@ TYPES = {
     1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 12: "U32",
     13: "U64", 16: "BF16", 17: "F8_E4M3", 18: "F8_E4M3FNUZ", 19: "F8_E5M2", 20: "F8_E5M2FNUZ",
 }  # fmt: skip
-"""A map from ONNX's number for an element type to the type's name."""
+"""A map from the number that ONNX assigns to an element type, to the name of the element type in `DTYPES`."""
 
 _SIZES = {"<H": 2, "<I": 4, "<i": 4}
 """A map from the `struct` codes of flatbuffer integers to their sizes in bytes."""
@@ -39,11 +39,11 @@ _NUMBERS = {name: number for number, name in TYPES.items()}
 
 MAX_PARAMETERS = 1 << 20
 MAX_AXES = 64
-"""The largest number of axes of a tensor. Safetensors files have the same limit, so any of their tensors fits."""
+"""The largest number of axes of a tensor. The limit for safetensors files is the same."""
 
 ALIGNMENT = 16
 PAGE, PAGES = 1 << 12, 8
-"""The file is read in pages: the size of a page in bytes, and the number of pages that are kept in memory."""
+"""The file is read in pages. A page has `PAGE` bytes, and at most `PAGES` pages are kept in memory."""
 
 LARGEST = (1 << 31) - 1
 """The largest flatbuffer in bytes. Flatbuffer offsets have 31 bits."""
@@ -64,27 +64,30 @@ def is_ort_adapter(path: str | os.PathLike[str]) -> bool:
 
 
 def read_ort_adapter(path: str | os.PathLike[str]) -> OrtAdapter:
-    """Read a file. The numbers of the tensors are read later, when they are fetched.
+    """Read an `.onnx_adapter` file. The data of a tensor is read only when the tensor is fetched.
 
     Raises:
-        Malformed: an offset or size leads outside the file, or a tensor's bytes do not match its shape.
-        Unsupported: the version is unknown, or a tensor contains strings.
+        Malformed: the file is not an `.onnx_adapter` file, an offset or size points outside the file, the name of a
+            tensor is not valid, or the size of a tensor does not match its shape.
+        Unsupported: `format_version` is unknown, or the element type of a tensor is not in `TYPES` (strings, for
+            example).
         StorageError: the file cannot be read.
     """
     buffer = _Buffer(os.fspath(path))
     try:
         if buffer.bytes(4, 4) != MARK:
-            raise buffer.damaged("this is not an adapter of onnxruntime", 4)
+            raise buffer.damaged("the file is not an .onnx_adapter file of onnxruntime", 4)
         root = buffer.table(buffer.forward(0))
         version = buffer.integer(root, 0)
         if version != VERSION:
-            why = f"the file has format_version {version}"
-            raise Unsupported(why, path=path, where="format_version", cure="Write it with onnxruntime 1.20 or newer")
+            why = f"the file has format_version {version}; only {VERSION} is supported"
+            cure = "Write the file again with onnxruntime 1.20 or newer"
+            raise Unsupported(why, path=path, where="format_version", cure=cure)
         tensors: dict[str, Lazy] = {}
         for table in buffer.tables(root, 3):
             name = buffer.text(table, 0)
             if not name or name in tensors:
-                raise buffer.damaged(f"the name {name!r} is empty, or occurs twice", table.at)
+                raise buffer.damaged(f"the tensor name {name!r} is empty, or occurs twice", table.at)
             tensors[name] = _tensor(buffer, table, name)
         return OrtAdapter(tensors, buffer.integer(root, 1), buffer.integer(root, 2))
     finally:
@@ -95,7 +98,7 @@ def write_ort_adapter(path: str | os.PathLike[str], adapter: OrtAdapter) -> None
     """Write a file atomically, with one tensor in memory at a time.
 
     Raises:
-        Unsupported: ONNX lacks an element type, or the file would exceed the size limit of a flatbuffer.
+        Unsupported: ONNX lacks the element type of a tensor, or the file would exceed the size limit of a flatbuffer.
     """
     plan = _Plan(adapter)
     with replacing(Path(path)) as file:
@@ -143,7 +146,7 @@ class _Buffer:
 
     def bytes(self, at: int, count: int) -> bytes:
         if at < 0 or count < 0 or at + count > self.size:
-            why = f"the {count} bytes at this offset extend beyond the end of the file, which has {self.size} bytes"
+            why = f"{count} bytes from offset {at} extend beyond the end of the file, which has {self.size} bytes"
             raise self.damaged(why, at)
         page, start = divmod(at, PAGE)
         if start + count > PAGE:
@@ -157,7 +160,7 @@ class _Buffer:
         return self.pages[page][start : start + count]
 
     def number(self, code: str, at: int) -> int:
-        # Use int.from_bytes, not struct: it takes half the time, and a file of 500 tensors has 17,000 numbers.
+        # Use int.from_bytes, because struct takes twice as long. A file of 500 tensors has 17,000 integers to read.
         size = _SIZES[code]
         page, start = divmod(at, PAGE)
         page_data = self.pages.get(page, b"")
@@ -168,7 +171,7 @@ class _Buffer:
     def forward(self, at: int) -> int:
         offset = self.number("<I", at)
         if offset < 4 or at + offset >= self.size:
-            raise self.damaged(f"the offset {offset} leads outside the file of {self.size} bytes", at)
+            raise self.damaged(f"the offset {offset} is not valid in a file of {self.size} bytes", at)
         return at + offset
 
     def table(self, at: int) -> _FlatTable:
@@ -178,7 +181,7 @@ class _Buffer:
             return _FlatTable(at, self.fields[where])
         size = self.number("<H", where)
         if size < 4 or size % 2 or size > 64:
-            raise self.damaged(f"a table claims {size} bytes of fields", where)
+            raise self.damaged(f"a vtable has {size} bytes; the size must be even and from 4 to 64", where)
         inside = self.number("<H", where + 2)
         fields = struct.unpack(f"<{size // 2 - 2}H", self.bytes(where + 4, size - 4))
         if any(field and field + 4 > inside for field in fields):
@@ -223,8 +226,9 @@ def _tensor(buffer: _Buffer, table: _FlatTable, name: str) -> Lazy:
     shape = struct.unpack(f"<{axes}q", buffer.bytes(at, 8 * axes)) if axes else ()
     number = buffer.integer(table, 2)
     if number not in TYPES:
-        cure = "Write it with numbers of another type"
-        raise Unsupported(f"the tensor has ONNX's element type {number}", path=buffer.path, where=name, cure=cure)
+        why = f"the element type with the number {number} in ONNX is not supported"
+        cure = "Write the tensor with another element type, such as float32"
+        raise Unsupported(why, path=buffer.path, where=name, cure=cure)
     dtype = DTYPES[TYPES[number]]
     start, count = buffer.vector(table, 3, 1, LARGEST)
     if any(size < 0 for size in shape) or count != math.prod(shape) * dtype.itemsize:
@@ -272,7 +276,7 @@ class _Plan:
 
     def _parameter(self, table: int, fields: int, name: str, tensor: Lazy) -> None:
         if tensor.dtype.name not in _NUMBERS:
-            raise Unsupported(f"ONNX has no element type {tensor.dtype}", where=name, cure="Convert it to F32 first")
+            raise Unsupported(f"ONNX has no element type {tensor.dtype}", where=name, cure="Convert to F32 first")
         text, axes = name.encode(), len(tensor.shape)
         at = self._place(4 + len(text) + 1, 4)
         dims = self._place(4 + 8 * axes, 8, 4)
@@ -294,6 +298,6 @@ class _Plan:
         for at, _, piece in order:
             data = piece.fetch() if isinstance(piece, Lazy) else piece
             if isinstance(piece, Lazy) and len(data) != piece.nbytes:
-                why = f"the tensor gave {len(data)} bytes, but its shape needs {piece.nbytes}"
-                raise Malformed(why, where=f"byte {at}", cure="The source changed while being read; run again")
+                why = f"reading the tensor gave {len(data)} bytes, but its shape needs {piece.nbytes}"
+                raise Malformed(why, where=f"byte {at}", cure="The source file changed while it was read; run again")
             yield at, data

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 SMALL = 1 << 20
-"""Small computed tensors are collected in memory and written together, up to this many bytes."""
+"""Computed tensors with fewer bytes than this are collected in memory, and written together once they have as many."""
 
 AHEAD = 16 << 20
 """A tensor of up to this many bytes is computed while the previous tensor is written."""
@@ -63,8 +63,8 @@ class _Begun:
 
     def __init__(self, name: str, tensor: Lazy, pool: ThreadPoolExecutor) -> None:
         self.name, self.tensor = name, tensor
-        # Copy the span only if the file has the data. In a sparse file whose data is elsewhere, the span has zeros, so
-        # the bytes must be fetched.
+        # Copy the span only if the local file contains the data. A sparse file whose data is elsewhere, such as on a
+        # hub, has zeros in the span. So the bytes of its tensors must be fetched.
         self.span = tensor.span if tensor.span is None or tensor.span.path not in ELSEWHERE else None
         self.early: Future[Buffer] | None = None
         # Compute a larger tensor only when it is written, so that only one such tensor is in memory.
@@ -127,12 +127,12 @@ def _copy(sources: OpenFiles, span: Span, writer: Writer) -> None:
 def _exact(begun: _Begun, path: str | os.PathLike[str]) -> Buffer:
     data, promised = begun.fetch(), begun.tensor.nbytes
     if len(data) != promised:
-        why = f"the tensor gave {len(data)} bytes, but its shape needs {promised}"
-        raise Malformed(why, path=path, where=begun.name, cure="The source changed while being read; run again")
+        why = f"reading the tensor gave {len(data)} bytes, but its shape needs {promised}"
+        raise Malformed(why, path=path, where=begun.name, cure="The source file changed while it was read; run again")
     return data
 
 
-_CHANGED = "It changed while in use; read it again"
+_CHANGED = "The file has changed; read it again"
 
 
 # Read and write safetensors files without loading all of their tensors into memory.
@@ -203,7 +203,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, Lazy]:
 
 
 def handles(header: Header) -> dict[str, Lazy]:
-    """Return a lazy tensor for each entry of a header, in file order; `read_span` reads the bytes."""
+    """Return a lazy tensor for each entry of a header, in file order.
+
+    A lazy tensor reads its bytes from the file. While a writer checks a file that it has just written, a lazy tensor
+    reads from the source tensor instead, if `sources_of` returns one.
+    """
     path, leaves = header.path, {}
     sources = sources_of(path)
     for name, entry in header.entries.items():
@@ -216,7 +220,9 @@ def handles(header: Header) -> dict[str, Lazy]:
 
 
 def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping[str, str]) -> bytes:
-    """Return the header of a file, with length prefix and padding. Its tensors follow in the given order, without gaps.
+    """Return the header of a file that stores the given tensors in the given order, without gaps.
+
+    The header includes its length prefix and its padding.
 
     Raises:
         Malformed: a name or the metadata cannot be encoded as UTF-8.
@@ -230,8 +236,8 @@ def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping
     try:
         text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
-        why = f"a name or the metadata contains half of a surrogate pair ({error.object[error.start : error.end]!r})"
-        raise Malformed(why, where="header", cure="Rename it, or omit it") from None
+        why = f"a tensor name or the metadata has half of a surrogate pair ({error.object[error.start : error.end]!r})"
+        raise Malformed(why, where="header", cure="Rename the tensor, or correct the metadata") from None
     # Pad with spaces like the safetensors library, so that the data starts at a multiple of 8 bytes.
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
@@ -262,9 +268,9 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
         if prefix[:1] in b"{[<#" or prefix.startswith((b"version ", b"---")):
             # Report that the file is text. Otherwise, the first eight characters would be taken for a length, and the
             # error would state a length above 10^18.
-            cure = "Pass the folder, or its weight file"
+            cure = "Pass the folder, or the weight file in it"
             if prefix.startswith(b"version "):
-                cure = "It is a pointer of Git LFS: fetch the file itself with 'git lfs pull'"
+                cure = "The file is a Git LFS pointer: download the weights with 'git lfs pull'"
             raise Malformed("the file is text, not weights", path=path, where="header length", cure=cure)
         raise Malformed(
             f"the header claims {length} bytes, but the file has {size}", path=path, where="header length", cure=_AGAIN
@@ -296,9 +302,9 @@ def _entries(fields: Mapping[str, Any], start: int, path: str, regular: bool) ->
     """Check all entries of a header.
 
     Args:
-        fields: tensor name -> the dtype, shape and offsets as in the file.
-        start: the offset at which the file's data begins.
-        path: the file, for errors.
+        fields: the parsed header: tensor name -> object with `dtype`, `shape` and `data_offsets`.
+        start: the byte offset in the file at which the data of the tensors begins.
+        path: the path of the file, for error messages.
         regular: True if all values in the header are strings or non-negative integers. If so, each pair of dtype and
             shape is checked only once, because tens of thousands of tensors share a few dozen shapes.
     """
@@ -363,12 +369,12 @@ def _check_cover(entries: list[Entry], start: int, size: int, path: str) -> None
     end = start
     for entry in entries:
         if entry.offset != end:
-            fault = "overlaps the previous tensor" if entry.offset < end else "leaves a gap before it"
-            raise Malformed(f"its data {fault}", path=path, where=entry.name, cure=_REWRITE)
+            fault = "overlaps the previous tensor" if entry.offset < end else "starts after a gap"
+            raise Malformed(f"the tensor's data {fault}", path=path, where=entry.name, cure=_REWRITE)
         end += entry.nbytes
     if end != size:
         fault = "is cut short" if end > size else "has trailing bytes"
-        why = f"the header describes {end} bytes, but the file {fault} at {size}"
+        why = f"the file {fault}: it has {size} bytes, but its header describes {end} bytes"
         raise Malformed(why, path=path, where=f"byte {min(end, size)}", cure=_AGAIN)
 
 

@@ -1,7 +1,7 @@
 """Report progress: `stage` reports that a step begins, and `detail` explains a result.
 
-Both functions write to the logger `adapterkit` of the standard library: `stage` at the level INFO, `detail` at DEBUG.
-The library installs no handler. The command line shows steps that take over two seconds; with -v, it shows all steps.
+Both functions log to `logging.getLogger("adapterkit")`: `stage` at the level INFO, `detail` at DEBUG. adapterkit itself
+installs no handler. The command line shows steps that take over two seconds; with -v, it shows all steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Steps:
         self.total, self.begun, self.last = total, 0, ""
 
     def numbered(self, text: str) -> str:
-        """Return the text of a step with its number. If the text equals the last text, the number stays the same."""
+        """Return a step's text with the step's number in front. The same text twice in a row gets the same number."""
         if text != self.last:
             self.begun, self.last = min(self.begun + 1, self.total), text
         return f"step {self.begun} of {self.total}, {text}"
@@ -38,7 +38,7 @@ def steps(total: int) -> Iterator[None]:
     ignored.
 
     Args:
-        total: the number of steps.
+        total: the number of steps that the block reports, which is the 5 in `step 2 of 5`.
     """
     if _steps.get() is not None:
         yield
