@@ -1,4 +1,4 @@
-"""Write files in another thread and around the page cache, and copy bytes between files inside the kernel."""
+"""Write files with direct I/O in another thread, and copy bytes between files inside the kernel."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 CHUNK = 32 << 20
-# The kernel or the file system reports one of these errors if it does not support a copy. Then the caller must read and
-# write the bytes itself.
+# Errors of `copy_file_range` if the kernel or the file system cannot copy between the two files. The caller must then
+# read and write the bytes itself.
 _NOT_HERE = {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EPERM}
 
 
@@ -90,7 +90,7 @@ class WriteBehind:
             return
         _let_go(file, start, nbytes)
         # Advise the kernel twice for each range. The first call makes the kernel start writing the range's dirty pages
-        # to disk. A later call makes it remove the pages, which are clean by then.
+        # to disk. The second call, `lag` ranges later, makes the kernel remove the pages, which are clean by then.
         self._written.append((file, start, nbytes))
         if len(self._written) > self.lag:
             _let_go(*self._written.pop(0))
@@ -112,7 +112,7 @@ def read_all(file: BinaryIO, data: memoryview) -> None:
     """Read from an unbuffered file until `data` is full.
 
     Raises:
-        EOFError: the file ends early.
+        EOFError: the file ends before `data` is full.
     """
     while data:
         count = file.readinto(data)  # type: ignore[attr-defined]
@@ -121,8 +121,8 @@ def read_all(file: BinaryIO, data: memoryview) -> None:
         data = data[count:]
 
 
-# Write files in another thread, while the caller computes. The writes bypass the page cache: the disk reads whole pages
-# of this process's memory.
+# Write files in another thread, while the caller computes. The writes bypass the page cache: the disk gets whole pages
+# directly from this process's memory.
 #
 # With the page cache, the kernel would copy every byte into new pages and evict these pages later. The copies and
 # evictions take half as much processor time as a merge's arithmetic. The kernel would also evict files that other
@@ -152,7 +152,8 @@ Moved = Callable[[int], None]
 class _Piece:
     """A block of memory with bytes that will be written to a file.
 
-    Only the bytes `memory[start:end]` will be written. `memory[0]` stands for file offset `at`, a page boundary.
+    Only the bytes `memory[start:end]` will be written. `memory[0]` belongs to offset `at` of the file, a multiple of
+    `PAGE`.
     """
 
     memory: memoryview
@@ -176,8 +177,9 @@ class Writer:
 
     def begin(self, path: str, offset: int) -> None:
         """Start a run of bytes at offset `offset` of a file."""
-        # Direct writes need aligned offsets. So the first byte of the memory stands for the last page boundary at or
-        # before `offset`. The bytes between this boundary and `offset` are not written.
+        # The file offsets of direct writes must be multiples of `PAGE`. So `memory[0]` belongs to the last multiple of
+        # `PAGE` that is not after `offset`. The bytes of the memory that belong to offsets before `offset` are not
+        # written.
         within = offset % PAGE
         self.filling = _Piece(self.filling.memory, path, offset - within, within, within)
 
@@ -208,8 +210,8 @@ class Writer:
     def copy(self, source: BinaryIO, start: int, nbytes: int, moved: Moved = lambda _: None) -> None:
         """Write the next bytes by copying them from an open, unbuffered file. If possible, the files share disk blocks.
 
-        The kernel is asked to copy only if the offsets in source and target have the same distance from a page
-        boundary. Otherwise it would copy page by page, which is slower than reading and writing long runs of pages.
+        The kernel copies the bytes only if both offsets are equal modulo `PAGE`. For other offsets, the kernel would
+        copy page by page, which is slower than reading and writing many pages at once.
 
         Args:
             source: the file to copy from.
@@ -218,7 +220,7 @@ class Writer:
             moved: a function that is called after each step with the number of bytes that the step copied.
 
         Raises:
-            EOFError: the source ends early.
+            EOFError: the source file ends before `nbytes` bytes were read.
             OSError: reading or writing failed.
         """
         at = self.filling.at + self.filling.end
@@ -267,7 +269,7 @@ class Writer:
         return done
 
     def _send(self, stop: int) -> Future[None]:
-        """Pass the bytes before `stop` to the writing thread, and move the rest (less than a page) to a new piece."""
+        """Pass the bytes before `stop` to the writing thread; copy the rest, less than a page, to a new piece."""
         piece = self.filling
         future = self.pool.submit(self._write, piece, stop)
         self.sent.append((future, piece.memory))
@@ -298,7 +300,7 @@ class Writer:
             self.filling.memory = larger
 
     def _write(self, piece: _Piece, stop: int) -> None:
-        """Write a piece: whole pages directly, and partial pages at its ends through the page cache."""
+        """Write a piece: its whole pages with direct I/O, the partial pages at its ends through the page cache."""
         # If an earlier piece failed, raise its error again. The caller waits only for the last piece of a run, so
         # otherwise it would not see the earlier error.
         if self.failure is not None:
@@ -319,7 +321,8 @@ class Writer:
         try:
             self._put(self.direct, piece, start, stop)
         except OSError as error:
-            # EINVAL: the file system needs a larger alignment, or a short write has left a rest that is not aligned.
+            # The system reports EINVAL if the file system needs a larger alignment, or if a write stopped early at an
+            # offset that is not a multiple of `PAGE`. Then write the whole range through the page cache.
             if error.errno != errno.EINVAL:
                 raise
             self._put(self.plain, piece, start, stop)
@@ -348,8 +351,8 @@ def _pages(nbytes: int) -> memoryview:
         return memoryview(mmap.mmap(-1, length))
     # Ask for pages of 2 MB. For a direct write, the kernel pins and maps each page, and a request to the disk can have
     # only a limited number of page ranges. With pages of 4 kB, writes reach 2.6 GB/s and take 40 ms of processor time
-    # per GB. With pages of 2 MB, they reach 3.6 GB/s and take 10 ms per GB. The map is private, because shared maps get
-    # large pages on few systems only.
+    # per GB. With pages of 2 MB, they reach 3.6 GB/s and take 10 ms per GB. The mapping is private, because few systems
+    # use large pages for shared mappings.
     pages = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # The kernel may have been built without large pages.
         pages.madvise(mmap.MADV_HUGEPAGE)

@@ -1,7 +1,7 @@
 """Encode and decode ggml's block types.
 
-Decoding uses the bit layouts and the order of operations of ggml-quants.c, as gguf-py does. So it gives the same
-float32 numbers as they do.
+Decoding uses the bit layouts and the order of operations of ggml-quants.c, as gguf-py does. So all three decode to the
+same float32 values.
 Source: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 """
 
@@ -26,7 +26,7 @@ NUMBERS = {number: name for name, (number, _, _) in BLOCKS.items()}
 
 
 def decoded(kind: str, data: Buffer | Array) -> Array:
-    """Decode whole blocks to a flat array of float32 numbers."""
+    """Decode whole blocks to a flat float32 array."""
     import numpy as np
 
     number, count, size = BLOCKS[kind]
@@ -41,7 +41,10 @@ def decoded(kind: str, data: Buffer | Array) -> Array:
 
 
 def encoded(kind: str, values: Array) -> bytes:
-    """Encode an array of numbers as blocks of a type. The count must be a multiple of the number of block elements."""
+    """Encode an array as blocks of type `kind`.
+
+    The number of elements in the array must be a multiple of the number of elements per block.
+    """
     import numpy as np
 
     number, count, size = BLOCKS[kind]
@@ -63,9 +66,9 @@ def encoded_by_numpy(kind: str, blocks: Array) -> bytes:
 
 
 def _pieces(kind: str, blocks: Array) -> list[Array]:
-    """Return the fields of the blocks as bytes, in this order: scale, minimum, fifth bits, quantized numbers.
+    """Return the fields of the blocks as bytes, in this order: scale, minimum, fifth bits, quantized values.
 
-    Only some types have a minimum or fifth bits.
+    Only `Q4_1` and `Q5_1` have a minimum. Only `Q5_0` and `Q5_1` have fifth bits: the highest bit of each value.
     """
     import numpy as np
 
@@ -87,7 +90,7 @@ def _pieces(kind: str, blocks: Array) -> list[Array]:
         scale = _largest(blocks) / np.float32(-(1 << bits - 1))
         q = blocks * _inverse(scale)
         q += np.float32((1 << bits - 1) + 0.5)
-        # The numbers need no floor, because the conversion to uint8 truncates them, as in C.
+        # No call of `floor` is needed, because the conversion to uint8 truncates the values, as in C.
     whole = np.clip(q, 0, (1 << bits) - 1, out=q).astype(np.uint8)
     low = (whole[:, :16] & 15) | (whole[:, 16:] << 4)
     fifth = [np.packbits(whole >> 4, axis=1, bitorder="little")] if bits == 5 else []
@@ -95,11 +98,11 @@ def _pieces(kind: str, blocks: Array) -> list[Array]:
 
 
 def _largest(blocks: Array) -> Array:
-    """Return the number of largest magnitude in each block, with its sign. In a tie, return the first, as ggml does."""
+    """Return the value with the largest magnitude in each block. If two values tie, return the first, as ggml does."""
     import numpy as np
 
-    # Use argmax over the magnitudes only for blocks with a tie. For all other blocks, compare the largest and smallest
-    # number, which is twice as fast.
+    # Use argmax over the magnitudes only for blocks with a tie. For all other blocks, compare the largest and the
+    # smallest value, which is twice as fast.
     most, least = blocks.max(1, keepdims=True), blocks.min(1, keepdims=True)
     largest = np.where(most > -least, most, least)
     twins = (most == -least)[:, 0]
@@ -147,7 +150,8 @@ def _plain(kind: str, blocks: Array) -> Array:
 def _pairs(data: Array, shifts: tuple[int, ...], run: int, mask: int) -> Array:
     """Unpack small integers from bytes.
 
-    Each run of `run` bytes has `run` integers at bit `shifts[0]`, then `run` integers at bit `shifts[1]`, and so on.
+    Each group of `run` bytes contains `run * len(shifts)` integers. The first `run` integers are at bit `shifts[0]` of
+    the bytes, the next `run` integers at bit `shifts[1]`, and so on.
     """
     import numpy as np
 
@@ -167,7 +171,7 @@ def _q2(blocks: Array) -> Array:
 def _q3(blocks: Array) -> Array:
     import numpy as np
 
-    # The first 32 bytes are a mask. If a bit is set, 4 is NOT subtracted from the number.
+    # The first 32 bytes are a mask with one bit per value. If a value's bit is 0, subtract 4 from the value.
     missing = 1 - _pairs(blocks[:, :32], tuple(range(8)), 32, 1).astype(np.int32)
     q = _pairs(blocks[:, 32:96], (0, 2, 4, 6), 32, 3).astype(np.int32) - 4 * missing
     low, high = _pairs(blocks[:, 96:104], (0, 4), 8, 15), _pairs(blocks[:, 104:108], (0, 2, 4, 6), 4, 3)
@@ -186,9 +190,10 @@ def _q5(blocks: Array) -> Array:
 
 
 def _scales_and_minima(blocks: Array, q: Array) -> Array:
-    """Decode blocks of Q4_K or Q5_K with the quantized numbers `q`. A block has eight 6-bit scales and 6-bit minima.
+    """Decode blocks of Q4_K or Q5_K with the quantized values `q`.
 
-    The bytes of the first four scales and minima also contain the two high bits of the last four.
+    A block has eight 6-bit scales and eight 6-bit minima. The two high bits of the last four scales and minima are
+    stored in the bytes of the first four.
     """
     import numpy as np
 
@@ -210,18 +215,21 @@ def _q6(blocks: Array) -> Array:
 
 _K = {"Q2_K": _q2, "Q3_K": _q3, "Q4_K": _q4, "Q5_K": _q5, "Q6_K": _q6}
 
-# Encode ggml's k-quants. A block has 256 numbers, in runs of 16 or 32 numbers. Each run has a scale, and the scales are
+# Encode ggml's k-quants. A block has 256 values, in runs of 16 or 32 values. Each run has a scale, and the scales are
 # quantized too.
 #
-# The layout is ggml's. For each run, several scales are tried, near the scale at which the largest number of the run
-# just fits. The scale with the least squared error is chosen. Then the scales are quantized, and the quantized scales
-# are used to round the numbers. llama.cpp minimizes a weighted error, so its bytes differ. The error is about the same.
+# The layout is ggml's. For each run, try several scales near the scale that maps the run's largest value to the end of
+# the quantized range, and choose the scale with the least squared error. Then quantize the scales, and round the values
+# with the quantized scales. llama.cpp minimizes a weighted error, so its bytes differ. The error is about the same.
 # Source of the layout: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 
 
 STRETCHES = (-0.6, -0.3, 0.0, 0.3, 0.6, 0.9)
-"""The scales to try for a run. Each scale is given as the distance by which the run's largest number exceeds the
-quantized range, in quantization steps."""
+"""The scales to try for a run, given as offsets in quantization steps.
+
+Offset 0 maps the run's largest value to the end of the quantized range. A positive offset maps it beyond the end of the
+range, so it is clipped.
+"""
 
 
 def k_pieces(kind: str, blocks: Array) -> list[Array]:
@@ -276,7 +284,7 @@ _FIELDS: dict[str, Callable[[Array], list[Array]]] = {
 
 
 def _six_bits(blocks: Array, most: int) -> tuple[list[Array], Array]:
-    """Encode blocks as Q4_K or Q5_K; return the fields that precede the numbers as bytes, and the quantized numbers."""
+    """Encode blocks as Q4_K or Q5_K. Return the fields before the quantized values, as bytes, and these values."""
     import numpy as np
 
     x = _columns(blocks, 32)
@@ -297,7 +305,10 @@ def _columns(blocks: Array, size: int) -> Array:
 
 
 def _around_zero(x: Array, most: int) -> Array:
-    """Return the scale with the least squared error for each run. Quantized numbers are from `-most` to `most - 1`."""
+    """Return the scale with the least squared error for each run.
+
+    The quantized values are from `-most` to `most - 1`.
+    """
     import numpy as np
 
     top, bottom = x.max(0), x.min(0)
@@ -319,7 +330,7 @@ def _around_zero(x: Array, most: int) -> Array:
 def _with_least(x: Array, most: int) -> tuple[Array, Array]:
     """Return the scale and the negated minimum with the least squared error for each run.
 
-    Quantized numbers are from 0 to `most`.
+    The quantized values are from 0 to `most`.
     """
     import numpy as np
 
@@ -344,7 +355,7 @@ def _line(size: object, total: Array, s: Array, xq: Array, qq: Array) -> tuple[A
     Args:
         size: the number of values x in a run.
         total: the sum of x.
-        s: the sum of the steps q.
+        s: the sum of the quantized values q.
         xq: the sum of x * q.
         qq: the sum of q * q.
     """
@@ -362,7 +373,7 @@ def _line(size: object, total: Array, s: Array, xq: Array, qq: Array) -> tuple[A
 
 
 def _whole(values: Array, most: int) -> tuple[Array, Array]:
-    """Quantize non-negative values `[n, values per block]` to multiples of one unit per block.
+    """Quantize non-negative values `[n, values per block]` to integer multiples of a unit; each block has its own unit.
 
     Return the units `[n, 1]`, and the multiples, which are from 0 to `most`.
     """
@@ -382,7 +393,7 @@ def _signed(values: Array, most: int) -> tuple[Array, Array]:
 
 
 def _rounded(x: Array, scales: Array, low: int, high: int) -> Array:
-    """Quantize columns with their scales; return the quantized numbers minus `low` as bytes `[blocks, 256]`."""
+    """Quantize columns with their scales; return the quantized values minus `low` as bytes `[blocks, 256]`."""
     import numpy as np
 
     q = np.divide(x, np.where(scales == 0, np.float32(1), scales))
@@ -396,16 +407,17 @@ def _flat(values: Array) -> Array:
 
 
 def divided_by(values: object, by: Array) -> Array:
-    """Return `values / by`, or 0 for each element of `by` that is 0."""
+    """Return `values / by`; if an element of `by` is 0, the result there is 0."""
     import numpy as np
 
     return np.asarray(np.where(by == 0, np.float32(0), values / np.where(by == 0, np.float32(1), by)))
 
 
 def _joined(q: Array, shifts: Sequence[int], run: int) -> Array:
-    """Pack small integers into bytes, as the inverse of `_pairs`.
+    """Pack small integers into bytes; this is the inverse of `_pairs`.
 
-    Each run of `run` bytes gets `run` integers at bit `shifts[0]`, then `run` integers at bit `shifts[1]`, and so on.
+    Each group of `run` bytes gets `run * len(shifts)` integers. The first `run` integers go to bit `shifts[0]` of the
+    bytes, the next `run` integers to bit `shifts[1]`, and so on.
     """
     import numpy as np
 

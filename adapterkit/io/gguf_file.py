@@ -1,4 +1,7 @@
-"""Read and write GGUF files, and read `ggla` files. Headers are read at once, tensors on demand; sizes are checked."""
+"""Read and write GGUF files, and read `ggla` files.
+
+A reader parses the header at once and checks every size. It reads a tensor's data only when the data is needed.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ def raw_size(kind: str, shape: Sequence[int]) -> int:
 
 
 def size_of(shape: Sequence[int], number: int) -> int:
-    """Return the size in bytes of a tensor; `number` is ggml's number for its type. 0 for an unknown type."""
+    """Return a tensor's size in bytes, or 0 if its type is unknown; `number` is ggml's number for the type."""
     count = math.prod(shape)
     if number in NUMBERS:
         _, numbers, size = BLOCKS[NUMBERS[number]]
@@ -106,14 +109,14 @@ MAX_LISTED = 1 << 20
 """A numeric array with more items becomes a numpy array instead of a list: as a list, 250 MB of numbers took 4 GB."""
 
 MAX_ITEMS = 1 << 22
-"""The limit for a file's header: the strings and nested arrays in all its array values, counted together.
+"""The largest number of strings and nested arrays that the array values of one header may have in total.
 
 The largest vocabularies have 262,144 tokens and about as many merges.
 """
 
 
 class Reader:
-    """Read the header of a file from its start. Refuse to read beyond the file's end or after `MAX_HEADER` bytes."""
+    """Read the header of a file from its start. Refuse to read past the file's end, or more than `MAX_HEADER` bytes."""
 
     def __init__(self, file: BinaryIO, path: str, size: int) -> None:
         self.file, self.path, self.size, self.at, self.items = file, path, size, 0, 0
@@ -136,7 +139,7 @@ class Reader:
     def string(self, what: str, limit: int = MAX_HEADER) -> str:
         length = self.number("<Q", what)
         if length > limit:
-            raise self.damaged(f"{what} claims {length} bytes")
+            raise self.damaged(f"{what} has a length of {length} bytes; at most {limit} are allowed")
         try:
             return self.take(length, what).decode("utf-8")
         except UnicodeDecodeError:
@@ -159,7 +162,7 @@ def read_keys(reader: Reader) -> tuple[dict[str, GgufValue], int, int, dict[str,
         )
     count, keys = reader.number("<Q", "a count"), reader.number("<Q", "a count")
     if count > MAX_TENSORS or keys > MAX_TENSORS:
-        raise reader.damaged(f"the header claims {count} tensors and {keys} keys")
+        raise reader.damaged(f"the header declares {count} tensors and {keys} keys; at most {MAX_TENSORS} are allowed")
     values: dict[str, GgufValue] = {}
     places: dict[str, int] = {}
     for _ in range(keys):
@@ -179,7 +182,7 @@ def _value(reader: Reader, number: int, key: str, depth: int = 0) -> GgufValue:
     if number == STRING:
         return GgufValue("string", reader.string(f"the value of {key!r}"))
     if number != ARRAY or depth == MAX_DEPTH:
-        raise reader.damaged(f"the value of {key!r} has type {number}, which GGUF does not define")
+        raise reader.damaged(f"{key!r} has the unknown type {number}, or arrays nested more than {MAX_DEPTH} deep")
     inner, length = reader.number("<I", "a type"), reader.number("<Q", "a length")
     if inner in SCALARS:
         name, code = SCALARS[inner]
@@ -190,10 +193,10 @@ def _value(reader: Reader, number: int, key: str, depth: int = 0) -> GgufValue:
         return GgufValue(f"[{name}]", list(struct.unpack(f"<{length}{code[1]}", data)))
     # Check the number of items before creating a list. Each string or array takes at least 8 bytes, for its length.
     if length * 8 > reader.size - reader.at:
-        raise reader.damaged(f"{key!r} is an array of {length} items, more than the file could hold")
+        raise reader.damaged(f"{key!r} is an array of {length} items, but the rest of the file is too short for them")
     reader.items += length
     if reader.items > MAX_ITEMS:
-        raise reader.damaged(f"the arrays hold more than {MAX_ITEMS:,} strings and arrays")
+        raise reader.damaged(f"the arrays contain more than {MAX_ITEMS:,} strings and nested arrays")
     return GgufValue(
         f"[{VALUE_NAMES.get(inner, 'array')}]", [_value(reader, inner, key, depth + 1).value for _ in range(length)]
     )
@@ -218,7 +221,7 @@ def read_entries(
             raise reader.damaged(f"the tensor {name!r} occurs twice")
         axes = reader.number("<I", "a count of axes")
         if axes > 8:
-            raise reader.damaged(f"a tensor has {axes} axes")
+            raise reader.damaged(f"a tensor has {axes} axes; at most 8 are allowed")
         sizes = struct.unpack(f"<{axes}Q", reader.take(8 * axes, "a shape"))
         places[name] = reader.at
         number, offset = reader.number("<I", "a type"), reader.number("<Q", "an offset")
@@ -240,7 +243,8 @@ def check_place(
         raise reader.damaged(f"the row length of {name!r} is not a multiple of the block size {BLOCKS[kind][1]}")
     size = size_of(shape, number)
     if offset % alignment or start + offset + size > reader.size:
-        raise reader.damaged(f"{name!r} ({size} bytes at {offset}) is not aligned, or extends beyond the end")
+        why = f"{name!r} ({size} bytes at {offset}) is not aligned to {alignment} bytes, or ends after the file's end"
+        raise reader.damaged(why)
 
 
 def check_apart(reader: Reader, entries: Mapping[str, tuple[tuple[int, ...], int, int]]) -> None:
@@ -256,7 +260,7 @@ def check_apart(reader: Reader, entries: Mapping[str, tuple[tuple[int, ...], int
         end = offset + size_of(shape, number)
 
 
-# Read GGUF adapters: the key-values at once, the tensors when they are fetched.
+# Read GGUF adapters: read the key-values now, and each tensor when it is fetched.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -265,8 +269,8 @@ class Gguf:
 
     Attributes:
         values: the metadata values by key, in the file's order.
-        tensors: the tensors by name, in the file's order. Their axes have numpy's order. Q8_0 tensors appear as F32.
-        types: the name of each tensor's type in the file, by the tensor's name.
+        tensors: the tensors by name, in the file's order. Their axes have numpy's order. Q8_0 tensors are read as F32.
+        types: tensor name -> name of the tensor's type in the file.
         version: the GGUF version.
     """
 
@@ -281,11 +285,12 @@ def read_gguf(path: str | os.PathLike[str], *, tensors: bool = True) -> Gguf:
 
     Args:
         path: the file.
-        tensors: False to stop after the key-values.
+        tensors: whether to read the list of tensors; if False, only the key-values are read.
 
     Raises:
         Malformed: the data of a tensor lies outside the file, or the header states a size that exceeds the file's size.
-        Unsupported: the version or byte order is unknown, or a quantization other than Q8_0 is used.
+        Unsupported: the version is not 2 or 3, the file is big-endian, a tensor is quantized with another type than
+            Q8_0, or an array has more than `MAX_LISTED` numbers.
         StorageError: the file cannot be read.
     """
     try:
@@ -318,7 +323,8 @@ def _tensor(
     reader: Reader, name: str, start: int, alignment: int, shape: tuple[int, ...], number: int, offset: int
 ) -> Lazy:
     if number not in PLAIN and number != Q8_0:
-        why, cure = f"the tensor has GGUF's type {number}", "Write the adapter in F32, F16, BF16 or Q8_0"
+        why = f"the tensor has ggml type {number}, which is not supported in an adapter"
+        cure = "Convert the adapter to F32, F16, BF16 or Q8_0"
         raise Unsupported(why, path=reader.path, where=name, cure=cure)
     check_place(reader, name, start, alignment, shape, number, offset)
     span = Span(reader.path, start + offset, size_of(shape, number))
@@ -331,7 +337,8 @@ def _tensor(
     return Lazy(shape, dtype, None, span)
 
 
-# GGUF model files with tensors of any type: find the tensors in the file, and make a header for other tensor types.
+# Read GGUF model files, whose tensors may have any type: find each tensor in the file, and make a header for a file in
+# which the tensors have other types.
 
 
 FILE_TYPE = "general.file_type"
@@ -340,7 +347,7 @@ FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15,
     "Q5_K": 17, "Q6_K": 18, "BF16": 32,
 }  # fmt: skip
-"""A map from the most frequent tensor type in a file to the number that llama.cpp stores as `general.file_type`."""
+"""A map from the most frequent tensor type of a file to the number that llama.cpp stores as `general.file_type`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -368,11 +375,12 @@ class GgufFields:
     places: Mapping[str, int]
 
     def header(self, kinds: Mapping[str, str]) -> bytes:
-        """Return the header for other tensor types `kinds` (tensor name -> type name).
+        """Return the header of a file in which the tensors have the types `kinds` (tensor name -> type name).
 
-        The data offsets and `general.file_type` match these types. A tensor that is not in `kinds` keeps its type.
+        The data offsets match these types, and so does `general.file_type` if the model has this key. A tensor that is
+        not in `kinds` keeps its type.
         """
-        # Change only these fields of the original bytes, so that all other key-values stay the same.
+        # Change only the types, the offsets and the file type in the original bytes. Other key-values stay the same.
         if all(kinds.get(name, kind) == kind for name, kind in self.types.items()):
             return self.raw
         head, offset = bytearray(self.raw), 0
@@ -386,7 +394,7 @@ class GgufFields:
         return bytes(head)
 
     def _most(self, kinds: Mapping[str, str]) -> str:
-        """Return the type with the most numbers, counting only tensors with more than one axis."""
+        """Return the tensor type that stores the most elements, counting only tensors with more than one axis."""
         counts: dict[str, int] = {}
         for name, kind in kinds.items():
             if len(self.shapes[name]) > 1:
@@ -399,7 +407,7 @@ def read_model(path: str | os.PathLike[str]) -> GgufFields:
 
     Raises:
         Malformed: the data of a tensor lies outside the file, or there are gaps between tensors.
-        Unsupported: the version, the byte order or a type is unknown.
+        Unsupported: the version is not 2 or 3, the file is big-endian, or the type of a tensor is unknown.
         StorageError: the file cannot be read.
     """
     try:
@@ -436,8 +444,9 @@ def _spans(
 def _type_name(reader: Reader, name: str, number: int) -> str:
     kind = PLAIN.get(number) or NUMBERS.get(number)
     if kind is None:
-        cure = f"Known types: {', '.join([*PLAIN.values(), *BLOCKS])}; quantize the model to one of them with llama.cpp"
-        raise Unsupported(f"the tensor has GGUF's type {number}", path=reader.path, where=name, cure=cure)
+        cure = f"Quantize the model with llama.cpp to one of these types: {', '.join([*PLAIN.values(), *BLOCKS])}"
+        why = f"the tensor has ggml type {number}, which is not supported"
+        raise Unsupported(why, path=reader.path, where=name, cure=cure)
     return kind
 
 
@@ -456,7 +465,8 @@ def write_gguf(
         types: tensor name -> `Q8_0`, for each tensor to quantize. All other tensors keep their element type.
 
     Raises:
-        Unsupported: GGUF has no such element type.
+        Malformed: a metadata value does not fit its type.
+        Unsupported: GGUF lacks the element type of a tensor.
     """
     alignment = alignment_of(values)
     head = bytearray(GGUF + struct.pack("<IQQ", 3, len(tensors), len(values)))
@@ -522,7 +532,7 @@ GGLA_TYPES = {0: "F32", 1: "F16"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ggla:
-    """The content of a `ggla` file: rank, alpha, and the tensors by name. Their axes have numpy's order."""
+    """The content of a `ggla` file: rank, alpha, and the tensors by name. The tensors' axes have numpy's order."""
 
     rank: int
     alpha: int
@@ -530,7 +540,7 @@ class Ggla:
 
 
 def read_ggla(path: str | os.PathLike[str]) -> Ggla:
-    """Read a `ggla` file: the headers of all tensors at once, their data on demand.
+    """Read the headers of all tensors in a `ggla` file. The data of a tensor is read when it is needed.
 
     Raises:
         Malformed: a size is out of range, or tensor data lies outside the file.
@@ -560,21 +570,22 @@ def _read_ggla(file: BinaryIO, path: str, size: int) -> Ggla:
     if version != 1:
         raise Unsupported(f"the file has ggla version {version}", path=path, cure="Convert the adapter to GGUF")
     if rank < 1:
-        raise damaged(f"the rank is {rank}")
+        raise damaged(f"the rank is {rank}; it must be at least 1")
     tensors: dict[str, Lazy] = {}
     while file.tell() < size:
         axes, length, kind = numbers(3)
         if not 1 <= axes <= 4 or not 1 <= length <= 1 << 12:
-            raise damaged(f"a tensor has {axes} axes and a name of {length} bytes")
+            raise damaged(f"a tensor has {axes} axes (allowed: 1 to 4) and a name of {length} bytes (1 to {1 << 12})")
         shape = numbers(axes)[::-1]
         name = file.read(length).decode("utf-8", "replace")
         if kind not in GGLA_TYPES:
-            raise Unsupported(f"the tensor has type {kind}", path=path, where=name, cure="Convert it to F32 or F16")
+            why, cure = f"the tensor has ggml type {kind}, which is not supported", "Convert the adapter to F32 or F16"
+            raise Unsupported(why, path=path, where=name, cure=cure)
         # The writer aligns each tensor's data to 32 bytes.
         start = -(-file.tell() // 32) * 32
         nbytes = math.prod(shape) * DTYPES[GGLA_TYPES[kind]].itemsize
         if min(shape) < 1 or start + nbytes > size or name in tensors:
-            raise damaged(f"{name!r} {list(shape)} does not fit the file, or occurs twice")
+            raise damaged(f"{name!r} {list(shape)} occurs twice, has an empty axis, or ends after the file's end")
         span = Span(path, start, nbytes)
         tensors[name] = Lazy(shape, DTYPES[GGLA_TYPES[kind]], None, span)
         file.seek(start + nbytes)

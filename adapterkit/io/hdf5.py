@@ -1,8 +1,8 @@
 """Read and write HDF5 files of plain tensors, such as the weights that Keras saves.
 
-Only the headers are read with h5py. The data of a tensor is one run of bytes in the file, and is read without h5py. All
-features of HDF5 that lead to other files or expand data are refused: soft and external links, external storage, virtual
-and compressed tensors.
+h5py reads only the headers. Each tensor must be one contiguous run of bytes in the file, and is read without h5py.
+Features of HDF5 that can lead to other files or expand data are refused: soft and external links, external storage,
+virtual and compressed tensors.
 """
 
 from __future__ import annotations
@@ -45,16 +45,17 @@ def read_hdf5(path: Path, attribute: str = "") -> tuple[dict[str, Lazy], str]:
 
     Args:
         path: the file.
-        attribute: the name of a text attribute of the file's root.
+        attribute: the name of a text attribute of the root group.
 
     Returns:
-        The tensors, keyed by their path in the file, such as `lora/9/vars/lora_kernel_a`. The text of the attribute;
-        empty if the file does not have this attribute.
+        Two values. The first maps each tensor's path in the file, such as `lora/9/vars/lora_kernel_a`, to the tensor.
+        The second is the text of the attribute; it is empty if the file lacks the attribute.
 
     Raises:
-        Malformed: the path is not a regular file.
+        Malformed: the path is not a regular file, or the attribute is not a short text of fixed length.
         Corrupt: the file is damaged, or a tensor extends beyond the end of the file.
-        Unsupported: h5py is not installed, or the file has links, filters, external data or an unknown dtype.
+        Unsupported: h5py is not installed, or the file has soft or external links, a group with two names, compressed,
+            chunked or external tensors, an unknown dtype, or more than `MOST_OBJECTS` groups and tensors.
         StorageError: the file cannot be read.
     """
     h5py = _h5py()
@@ -81,12 +82,13 @@ def _walk(h5py: ModuleType, root: Any) -> Iterator[tuple[str, Any]]:
         where, group = waiting.pop()
         address = h5py.h5o.get_info(group.id).addr
         if address in seen:  # Another hard link leads to the same group, so the links could form a cycle.
-            raise Unsupported("this group has two names", where=where, cure=_AGAIN)
+            raise Unsupported("this group has two names (hard links)", where=where, cure=_AGAIN)
         seen.add(address)
         for name in group:
             place, count = f"{where}/{name}" if where else name, count + 1
             if count > MOST_OBJECTS:
-                raise Unsupported(f"the file has more than {MOST_OBJECTS} names", where=where, cure=_AGAIN)
+                why = f"the file has more than {MOST_OBJECTS} groups and tensors"
+                raise Unsupported(why, where=where, cure=_AGAIN)
             link = group.get(name, getlink=True)
             if type(link) is not h5py.HardLink:
                 kind = "a link to another file" if type(link) is h5py.ExternalLink else "a soft link"

@@ -1,4 +1,4 @@
-"""Open untrusted files, if they are regular files; limit the size of documents; recognise types by magic bytes."""
+"""Open untrusted files if they are regular files, limit the size of documents, and recognize types by magic bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 MAX_DOCUMENT = 64 << 20
-"""The largest JSON document in bytes. In practice the largest is an index of 100,000 tensors, with about 10 MB."""
+"""The largest size of a document that is read, in bytes. In practice, the largest JSON document is an index of 100,000
+tensors, with about 10 MB."""
 
 _KINDS = {
     stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -27,7 +28,7 @@ def open_input(path: Path, buffering: int = -1) -> BinaryIO:
     """Open a regular file for reading in binary mode.
 
     The file type is checked with `stat` before the file is opened. Otherwise, opening a pipe would block forever, and
-    opening some devices changes their state. A device such as /dev/zero has no end. Links are followed.
+    opening some devices changes their state. A device such as /dev/zero has no end. Symbolic links are followed.
 
     Raises:
         Malformed: the path is a pipe, a socket or a device.

@@ -34,10 +34,10 @@ exists."""
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The hub repository from which files were downloaded. A pulled folder has this record in a JSON file.
+    """The hub repository from which files were downloaded. A pulled folder contains this record as a JSON file.
 
     Attributes:
-        uri: the uri, pinned to the commit.
+        uri: the repository's uri, pinned to the commit.
         repo: the repository's name, such as `org/name`. For hubs other than Hugging Face, it begins with the scheme.
         commit: the full hash of the commit.
     """
@@ -66,7 +66,7 @@ def exists(path: Path) -> bool:
     """Whether a path exists.
 
     Raises:
-        StorageError: the file system refuses to answer: the name is too long, or a parent folder is not readable.
+        StorageError: the file system reports an error: the name is too long, or a parent folder is not readable.
     """
     try:
         return path.exists()
@@ -79,7 +79,7 @@ def check_exists(path: Path, name: str | os.PathLike[str] | None = None) -> None
 
     Args:
         path: the path.
-        name: the name that the user typed, for the error; the path if absent.
+        name: the name that the user typed, which the error shows; if None, the error shows the path.
 
     Raises:
         StorageError: the path does not exist; the message suggests the most similar name in the same folder.
@@ -112,10 +112,11 @@ def path_text(name: str | os.PathLike[str]) -> str:
     If a file with exactly the given name exists, the name is returned unchanged.
 
     Raises:
-        UsageError: the name is neither text nor a path, or it names the home of a user who does not exist.
+        UsageError: the name is not a string or a path, is empty, contains a null byte, or begins with `~` and a user
+            who does not exist.
     """
     if not isinstance(name, (str, os.PathLike)):
-        cure = "Pass a path or an address such as hf://org/repo; for an adapter also the result of adapterkit.read"
+        cure = "Pass a path or an address such as hf://org/repo (or, for an adapter, the result of adapterkit.read)"
         raise UsageError(f"{shown(name)} of type {type(name).__name__} is not a path", cure=cure)
     text = os.fspath(name)
     if not text:
@@ -123,7 +124,7 @@ def path_text(name: str | os.PathLike[str]) -> str:
             "the path is empty", cure="Pass a file, a folder or an address; perhaps a shell variable is not set"
         )
     if "\0" in text:
-        raise UsageError(f"the path {shown(text)} contains a null byte", cure="Write the path without it")
+        raise UsageError(f"the path {shown(text)} contains a null byte", cure="Remove the null byte from the path")
     if text.startswith("file://") and not os.path.exists(text):
         from urllib.request import url2pathname  # This imports an HTTP client, which takes 20 ms.
 
@@ -133,12 +134,13 @@ def path_text(name: str | os.PathLike[str]) -> str:
     path = os.path.expanduser(text)
     if path.startswith("~"):
         user = text[1:].partition(os.sep)[0]
-        raise UsageError(f"no user {user!r} on this machine", path=text, cure=f"Write ./{text} for a name with a tilde")
+        cure = f"If the name of the file begins with a tilde, write ./{text}"
+        raise UsageError(f"no user {user!r} on this machine", path=text, cure=cure)
     return path
 
 
 def is_repo(name: str | None) -> bool:
-    """Whether a name has the form `org/repo`, with which model cards name bases."""
+    """Whether a name has the form `org/repo`, as the names of bases in model cards do."""
     return name is not None and _REPO.fullmatch(name) is not None
 
 
@@ -160,7 +162,10 @@ def is_remote(name: str | os.PathLike[str]) -> bool:
 
 
 def _has_hub(scheme: str, text: str, *, strict: bool) -> bool:
-    """Whether there is a hub for a scheme. If not, `a://b` (`strict`) is an error, but `a:/b` may be a local path."""
+    """Whether there is a hub for a scheme.
+
+    If there is none, `a://b` (`strict`) raises an error, but `a:/b` does not, because it may be a local path.
+    """
     try:
         hub().hub_of(scheme)
     except UsageError as error:
@@ -206,7 +211,7 @@ def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a local path for code that reads only headers. If the name refers to a hub, only headers are downloaded.
 
     Raises:
-        AdapterkitError: as for `located`. Errors in the block show the uri instead of the temporary path.
+        AdapterkitError: see `located`. Errors in the block show the uri instead of the temporary path.
     """
     if not is_remote(name):
         yield local(name)
@@ -225,7 +230,7 @@ def ranged(name: str | os.PathLike[str], *, whole: bool = False) -> Iterator[Ran
         whole: also download the files that are not weights.
 
     Raises:
-        AdapterkitError: as for `located`, or the base has no safetensors files.
+        AdapterkitError: see `located`; also if the base has no safetensors files.
     """
     text = os.fspath(name)
     with hub().ranged(text, whole=whole) as base, _shown_as(text, base.path):
@@ -246,7 +251,7 @@ def _shown_as(text: str, path: Path) -> Iterator[None]:
 
 
 def is_address(name: str | os.PathLike[str]) -> bool:
-    """Whether the name of an output refers to a hub. It must have a scheme: as an output, `org/repo` is a local path.
+    """Whether an output's name refers to a hub. It must have a scheme, because an output `org/repo` is a local path.
 
     Raises:
         UsageError: the scheme is unknown.
@@ -273,25 +278,27 @@ def outgoing(
         unchanged: a function to call if nothing was pushed, because the hub already had all files.
 
     Raises:
-        AdapterkitError: as for `adapterkit.hub.push`; if possible, before anything is written.
+        AdapterkitError: see `adapterkit.hub.push`. If possible, it is raised before anything is written.
     """
     return hub().outgoing(os.fspath(name), overwrite, sources, unchanged)
 
 
 def streamed(name: str | os.PathLike[str], out: Path) -> AbstractContextManager[StreamedBase]:
-    """Return a context manager that yields a base on a hub; its weight files are downloaded one by one. See `hub`.
+    """Return a context manager that yields a base on a hub, whose weight files are downloaded one by one.
+
+    The files are downloaded into a hidden folder next to `out`. See `StreamedBase`.
 
     Raises:
-        AdapterkitError: as for `located`, or the base cannot be streamed.
+        AdapterkitError: see `located`; also if the base cannot be streamed.
     """
     return hub().streamed(name, out)
 
 
 def pinned(name: str | os.PathLike[str]) -> str:
-    """Return a uri with its current commit, so that other machines read the same files.
+    """Return a uri pinned to its current commit, so that other machines read the same files.
 
     Raises:
-        AdapterkitError: as for `located`.
+        AdapterkitError: see `located`.
     """
     return hub().pinned(os.fspath(name))
 
@@ -299,9 +306,9 @@ def pinned(name: str | os.PathLike[str]) -> str:
 def placing(
     name: str | os.PathLike[str], *, overwrite: bool = False, unchanged: Callable[[], object] = lambda: None
 ) -> AbstractContextManager[PlacedOutput]:
-    """Return a context manager that yields an output on a hub; the tasks of a cluster upload its weight files.
+    """Return a context manager that yields an output on a hub. The tasks of a cluster upload the output's weight files.
 
     Raises:
-        AdapterkitError: as for `outgoing`.
+        AdapterkitError: see `outgoing`.
     """
     return hub().placing(os.fspath(name), overwrite, unchanged)
