@@ -41,8 +41,8 @@ class Calibration:
         path: the file.
         digest: the sha256 of the file.
         made_from: the base, adapters and texts of the run, as `adapterkit.gating.calibrate` recorded them.
-        tensors: a map from a target to the values of its input, `[tokens, width]`. Only the first of several targets
-            with the same input is a key.
+        tensors: a map from a target to the values of its input, `[tokens, width]`. If several targets have the same
+            input, only the first of them is a key.
         shared: a map from each target to the key of its input in `tensors`.
         drawn: whether the model read random token ids instead of texts.
     """
@@ -60,10 +60,10 @@ class Calibration:
         return None if tensor is None else tensor.shape[1]
 
     def inputs(self, path: str) -> Array | None:
-        """Return the inputs of a target, `[tokens, width]`, in float64; None if the file has no inputs for it.
+        """Return the inputs of a target, `[tokens, width]`, in float64; None if the file has no inputs for the target.
 
         Raises:
-            Malformed: an input is not a finite number.
+            Malformed: a value of the inputs is not a finite number.
         """
         import numpy as np
 
@@ -72,7 +72,7 @@ class Calibration:
             return None
         values: Array = np.frombuffer(tensor.fetch(), tensor.dtype.array).reshape(tensor.shape).astype(np.float64)
         if not np.isfinite(values).all():
-            raise Malformed("an input is not a finite number", path=self.path, where=path, cure=_WRITE)
+            raise Malformed("a value of the inputs is not a finite number", path=self.path, where=path, cure=_WRITE)
         return values
 
 

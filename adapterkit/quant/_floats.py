@@ -46,8 +46,8 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 class ScaledFloat8(Rowwise):
     """A weight of 8-bit floats: w = q * scale, with one scale per block of size `block` (rows, columns).
 
-    `grid` is the shape of one expert's scales. `experts` is the number of experts with their own scales; it is 1 if all
-    experts share one grid of scales.
+    `grid` is the shape of one expert's grid of scales. `experts` is the number of such grids. It is 1 if the weight has
+    no experts, or if all experts share one scale.
     """
 
     stored: Lazy
@@ -60,7 +60,7 @@ class ScaledFloat8(Rowwise):
         import numpy as np
 
         raw = rows_of(self.stored, start, stop)
-        # Look up each value in a table of all 256 floats: this takes a third of the time of a cast.
+        # A lookup in a table of all 256 values takes a third of the time of a cast to float32.
         q = np.arange(256, dtype=np.uint8).view(raw.dtype).astype(np.float32)[raw.view(np.uint8)]
         height, width = self.shape[-2:]
         positions = np.arange(start, stop)
@@ -96,7 +96,10 @@ class ScaledFloat8(Rowwise):
         return replace(self, shape=stored.shape, stored=stored, scale=scale, grid=grid).rows(0, stored.shape[0])
 
     def _bands(self) -> Iterator[tuple[int, int]]:
-        """Yield runs of rows that share no scale. If experts have their own scales, each run is within one expert."""
+        """Yield (start, stop) of runs of rows. No two runs share a scale.
+
+        If experts have their own scales, each run is within one expert.
+        """
         rows = math.prod(self.shape[:-1])
         height = self.shape[-2] if self.experts > 1 else rows
         block = self.block[0] if self.grid[0] > 1 else height
@@ -130,7 +133,10 @@ class ScaledFloat8(Rowwise):
 
 
 def _runs(start: int, stop: int, block: int, width: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of the rows to read in each step: whole blocks of rows, or parts of a large block."""
+    """Yield (start, stop) of the rows to read in each step.
+
+    A step reads whole blocks. If a single block has too many rows for one step, a step reads only a part of the block.
+    """
     most = max(1, STEP // max(width, 1))
     step = most // block * block or most
     for first in range(start, stop, step):
@@ -150,7 +156,7 @@ def _rounded(scale: Array, stored: Lazy) -> tuple[Array, Array]:
 
     If the dtype stores only powers of two, the scales are rounded up.
     """
-    # Round powers of two up: with a smaller scale, the block's largest value could exceed the range of 8-bit floats.
+    # Round up: with a smaller scale, the block's largest value could exceed the range of 8-bit floats.
     import numpy as np
 
     if stored.dtype.name in ("U8", "F8_E8M0"):
@@ -170,7 +176,8 @@ def scaled(
     """
     stored, scale = base.tensors[name], base.tensors[scale_name]
     if scale.dtype.name not in SCALES:
-        raise ShapeMismatch(f"the scales have dtype {scale.dtype}", path=base.root, where=scale_name, cure=DAMAGED)
+        why = f"scales of dtype {scale.dtype} are not supported"
+        raise ShapeMismatch(why, path=base.root, where=scale_name, cure=DAMAGED)
     try:
         block, grid, experts = _grid(stored.shape, scale.shape, block)
     except ValueError:
@@ -216,9 +223,10 @@ def _values(scale: Lazy, start: int, stop: int, width: int, name: str) -> Array:
     return finite(scales, name)
 
 
-# NVFP4: w = e2m1 * scale * second, with an 8-bit float scale per 16 values and a second scale per tensor.
+# NVFP4: w = e2m1 * scale * second. `e2m1` is a 4-bit float, `scale` is an 8-bit float for each group of 16 values, and
+# `second` is one float for the whole tensor.
 #
-# Two tools write this format. One tool stores the second scale, and the other tool stores its inverse.
+# Two tools write this format. ModelOpt stores `second`, and llm-compressor stores 1 / `second`.
 
 
 GROUP = 16
@@ -245,9 +253,9 @@ class Float4(Packed):
         return cast("Array", (levels * np.repeat(scale, GROUP, axis=1)).astype(self.dtype.array))
 
     def pack(self, merged: Merged) -> dict[str, Array]:
-        """Quantize with the stored second scale, because fused layers share it.
+        """Quantize the merged weight with the stored second scale, because fused layers share the second scale.
 
-        Compute a new second scale only if a value is too large for the stored second scale.
+        Compute a new second scale only if a value is too large for the stored one.
         """
         import numpy as np
 
@@ -277,15 +285,15 @@ def float4(base: Checkpoint, module: str, names: tuple[str, str, str], *, divide
     Args:
         base: the quantized base.
         module: the path of the module.
-        names: the endings of the names of three tensors: packed values, scales, and the second scale.
-        divide: True if the tool stores the inverse of the second scale.
+        names: the last parts of the names of three tensors: the packed values, the scales and the second scale.
+        divide: True if the file stores the inverse of the second scale.
     """
     name, members = f"{module}.weight", tuple(f"{module}.{word}" for word in names)
     stored = part_of(base, name, members[0], ("U8",))
     scale = part_of(base, name, members[1], ("F8_E4M3",))
     second = part_of(base, name, members[2], ("F32",))
     if len(stored.shape) != 2 or second.nbytes != 4:
-        why = f"the shape {list(stored.shape)} does not have two axes, or {members[2]} does not have one value"
+        why = f"the tensor must have two axes (shape: {list(stored.shape)}), and {members[2]} must have one value"
         raise ShapeMismatch(why, where=members[0], cure=DAMAGED)
     shape = (stored.shape[0], stored.shape[1] * 2)
     expect(scale.shape, (shape[0], shape[1] // GROUP), members[1])

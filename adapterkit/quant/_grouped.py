@@ -1,8 +1,9 @@
-"""Read and write integers in groups of columns: w = (q - zero) * scale, with one zero and scale per row and group.
+"""Read and write weights stored as integers q: w = (q - zero) * scale.
 
-When a weight is quantized again, q = round(w / scale) + zero. Each group has two candidates for its scale. The first is
-the base's scale, because the tool that quantized the base may have optimized it. The second is a new scale, computed
-from the group's smallest and largest value. The scale with the smaller squared error is used.
+The columns of a weight are divided into groups. Each row has one zero point and one scale per group. When a weight is
+quantized again, q = round(w / scale) + zero. Each group has two candidates for its scale. The first is the base's
+scale, because the tool that quantized the base may have optimized it. The second is a new scale, computed from the
+group's smallest and largest value. The scale with the smaller squared error is used.
 """
 
 from __future__ import annotations
@@ -26,31 +27,31 @@ BITS = (2, 4, 8)
 
 @dataclass(frozen=True, eq=False)
 class Grouped(Packed):
-    """A packed weight of integers. Subclasses read the integers, zero points and scales.
+    """A weight stored as integers q. Subclasses read q, the zero points and the scales.
 
     Attributes:
         bits: the number of bits of each integer.
         groups: the number of groups of columns.
-        index: the group of each column, if columns were reordered; None if the columns of each group are adjacent.
+        index: a stored tensor with the group index of each column; None if the columns of each group are adjacent.
     """
 
     groups: int
     index: Lazy | None
     bits: int
     granule: ClassVar[int] = 1
-    """Runs of rows to pack begin at multiples of this number, so that no 32-bit word contains rows of two runs."""
+    """Rows are packed in runs that start at multiples of this number, so no 32-bit word has values from two runs."""
 
     @abstractmethod
     def whole(self, start: int, stop: int) -> Array:
-        """Return q of rows `start` to `stop`: `[rows, columns]`, int32."""
+        """Return the integers q of rows `start` to `stop`, as int32 `[rows, columns]`."""
 
     @abstractmethod
     def zeros(self, start: int, stop: int) -> Array | int:
-        """Return the zero points of rows `start` to `stop`, `[rows, groups]`, int32, or one zero point for all."""
+        """Return the zero points of rows `start` to `stop` as int32 `[rows, groups]`, or one int for all groups."""
 
     @abstractmethod
     def scales(self, start: int, stop: int) -> Array:
-        """Return the scales of rows `start` to `stop`: `[rows, groups]`, float32."""
+        """Return the scales of rows `start` to `stop`, as float32 `[rows, groups]`."""
 
     def rows(self, start: int, stop: int) -> Array:
         import numpy as np
@@ -62,7 +63,7 @@ class Grouped(Packed):
 
     @property
     def span(self) -> tuple[int, int]:
-        """The smallest and the largest possible q."""
+        """The smallest and the largest possible value of q."""
         return 0, (1 << self.bits) - 1
 
     @property
@@ -72,14 +73,14 @@ class Grouped(Packed):
 
     @abstractmethod
     def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
-        """Convert q, zero points and scales of a run of rows to the forms in which they are stored.
+        """Convert q, zero points and scales of a run of rows to the layouts of the stored tensors.
 
         The result omits the zero points if the weight does not store them.
         """
 
     @abstractmethod
     def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
-        """Join the results of `parts` for all runs of rows; return the stored tensors by name."""
+        """Concatenate the results of `parts` for all runs of rows; return a map from names to whole tensors."""
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         import numpy as np
@@ -104,7 +105,10 @@ class Grouped(Packed):
     def _of_runs(
         self, ordered: Array, stored_grid: tuple[Array, Array], fresh: tuple[Array, Array], runs: Array | slice
     ) -> tuple[Array, Array, Array]:
-        """Return the same result as `_better`, faster. All groups have the same size; `ordered` is sorted by group."""
+        """Choose between the candidates as `_better` does, with the compiled loop if it supports the input.
+
+        All groups must have the same size. `ordered` is `[rows, groups, columns of a group]`.
+        """
         import numpy as np
 
         chosen = _by_library(ordered, stored_grid, fresh, self.span)
@@ -117,14 +121,17 @@ class Grouped(Packed):
         return q, *chosen[1:]
 
     def _fixed_zero(self) -> int | None:
-        """Return the zero point that all groups have, as in symmetric quantization; None if zero points differ."""
+        """Return the zero point that all groups share, as in symmetric quantization; None if the zero points differ."""
         zeros = self.zeros(0, self.shape[0])
         if isinstance(zeros, int):
             return zeros
         return int(zeros.flat[0]) if (zeros == zeros.flat[0]).all() else None
 
     def _fresh(self, least: Array, most: Array, fixed: int | None) -> tuple[Array, Array]:
-        """Compute new scales and zero points from each group's smallest value (at most 0) and largest value."""
+        """Compute new scales and zero points from the results of `_spans`.
+
+        If `fixed` is not None, it is the zero point of all groups.
+        """
         import numpy as np
 
         low, high = self.span
@@ -161,7 +168,7 @@ class Grouped(Packed):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Grid:
-    """Rows quantized with one candidate for scales and zero points, and the squared error of each row and group."""
+    """Rows quantized with one candidate for scales and zero points. `errors` is the squared error per row and group."""
 
     q: Array
     zeros: Array
@@ -170,7 +177,7 @@ class _Grid:
 
 
 def _better(one: _Grid, other: _Grid, at: Array) -> tuple[Array, Array, Array]:
-    """Return q, zero points and scales, taken for each group from the candidate with the smaller error."""
+    """For each row and group, choose the candidate with the smaller error. Return its q, zero points and scales."""
     import numpy as np
 
     other_wins = other.errors < one.errors
@@ -180,7 +187,7 @@ def _better(one: _Grid, other: _Grid, at: Array) -> tuple[Array, Array, Array]:
 
 
 def _spans(values: Array, at: Array, groups: int) -> tuple[Array, Array]:
-    """Return the smallest value (at most 0) and the largest value (at least 0) of each row and group."""
+    """Return the smallest and the largest value of each row and group, as if each group also contained a 0."""
     import numpy as np
 
     least, most = (np.zeros((groups, len(values)), np.float32) for _ in range(2))
@@ -190,7 +197,7 @@ def _spans(values: Array, at: Array, groups: int) -> tuple[Array, Array]:
 
 
 def _runs_of(at: Array, groups: int) -> Array | slice | None:
-    """Return the columns in the order of their groups if all groups have the same size, else None."""
+    """Return an index that sorts the columns by group; None if the groups have different sizes."""
     import numpy as np
 
     counts = np.bincount(at, minlength=groups)
@@ -246,7 +253,7 @@ def unpacked(words: Array, bits: int, count: int | None = None) -> Array:
 
 
 def whole(tensor: Lazy) -> Array:
-    """Read a whole stored tensor. A row of the weight is a column of this tensor, so it cannot be read alone."""
+    """Read a whole stored tensor, for layouts in which the elements of a row of the weight are not adjacent."""
     import numpy as np
 
     return np.frombuffer(fetch_once(tensor), dtype=tensor.dtype.array).reshape(tensor.shape)

@@ -1,6 +1,6 @@
 """AWQ in AutoAWQ's GEMM layout: w[out, in] = (q - zero) * scale, per group of inputs.
 
-Lin et al. 2023, arXiv:2306.00978. A 32-bit word contains eight outputs, in the order 0 2 4 6 1 3 5 7.
+Lin et al. 2023, arXiv:2306.00978. A 32-bit word contains the values of eight outputs, in the order 0 2 4 6 1 3 5 7.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from . import Array
 
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
-"""For each of the eight outputs in a word, its position in the word."""
+"""`PLACES[i]` is the position of output i in a word of eight outputs."""
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-"""For each position in a word, the output that is stored there."""
+"""`ORDER[i]` is the output that is stored at position i of a word."""
 
 
 class Awq(Scheme):
-    """`qweight` `[in, out/8]`, `qzeros` `[groups, out/8]`, `scales` `[groups, out]`."""
+    """A module's tensors are `qweight` `[in, out/8]`, `qzeros` `[groups, out/8]` and `scales` `[groups, out]`."""
 
     url = "https://github.com/casper-hansen/AutoAWQ"
     description = "AWQ of 4 bits in the GEMM layout"
@@ -40,7 +40,9 @@ class Awq(Scheme):
         layout = str(config.get("version", "gemm")).lower()
         if bits != 4 or layout != "gemm":
             raise Unsupported(
-                f"the base has {bits} bits in layout {layout}", path=base.root, cure="Known: 4 bits in layout gemm"
+                f"the base has AWQ weights with {bits} bits in the layout {layout}",
+                path=base.root,
+                cure="Use an AWQ base with 4 bits in the layout gemm",
             )
         for name in base.tensors:
             if name.endswith(".qweight"):

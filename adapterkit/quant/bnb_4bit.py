@@ -1,8 +1,8 @@
-"""bitsandbytes' nf4 and fp4, with or without double quantization: sixteen levels times the block's largest magnitude.
+"""bitsandbytes' nf4 and fp4, with or without double quantization: w = code[q] * absmax[block].
 
-w = code[q] * absmax[block]. A block consists of consecutive elements of the flat weight. Two elements share a byte, the
-first in the high half. With double quantization, absmax = nested_code[q'] * nested_absmax[block'] + offset. Dettmers et
-al. 2023, QLoRA, arXiv:2305.14314
+`code` contains 16 levels, and `absmax` is the block's largest magnitude. A block consists of consecutive elements of
+the flattened weight. Each byte contains two elements, the first in the high half. With double quantization,
+absmax = nested_code[q'] * nested_absmax[block'] + offset. Dettmers et al. 2023, QLoRA, arXiv:2305.14314
 
 When a weight is quantized again, q is the index of the level nearest to w / absmax, and `offset` stays the same.
 """
@@ -45,7 +45,7 @@ LARGEST_STATE = 1 << 16
 
 
 class Bnb4bit(Scheme):
-    """`<weight>` as bytes, with `.absmax`, `.quant_map`, `.nested_*`, and a quantization state, which is JSON text."""
+    """`<weight>` is stored as bytes, next to `.absmax`, `.quant_map`, `.nested_*` and a quantization state in JSON."""
 
     url = "https://huggingface.co/docs/bitsandbytes/main/en/reference/nn/linear4bit"
     description = "bitsandbytes nf4 and fp4, with and without double quantization"
@@ -86,14 +86,17 @@ class _Blocks:
         return finite(scaled + np.float32(self.offset), self.name)
 
     def each(self, first: int, stop: int) -> Array:
-        """Return the scale of every element from `first` to `stop`."""
+        """Return the scales of elements `first` to `stop`, one per element."""
         import numpy as np
 
         start, end = first // self.size, -(-stop // self.size)
         return np.repeat(self.of(start, end), self.size)[first - start * self.size :][: stop - first]
 
     def pack(self, scales: Array) -> dict[str, Array]:
-        """Convert new scales to stored tensors, by name. With double quantization, this quantizes the scales."""
+        """Return the stored tensors for new scales, as a map from names to values.
+
+        With double quantization, this quantizes the scales.
+        """
         import numpy as np
 
         if self.table is None or self.above is None:
@@ -104,7 +107,7 @@ class _Blocks:
         return {self.name: q, self.above.name: largest}
 
     def places(self, block: int) -> dict[str, int]:
-        """Return the offset of a block's scale in each stored tensor, in bytes."""
+        """Return, for each stored tensor, the byte offset of a block's scale."""
         if self.above is None:
             return {self.name: 4 * block}
         return {self.name: block, **self.above.places(-(-block // self.above.size))}
@@ -199,7 +202,7 @@ def packed_levels(values: Array, levels: Array, size: int) -> tuple[Array, Array
 
 
 def quantized(values: Array, levels: Array, size: int) -> tuple[Array, Array]:
-    """Quantize blocks of `size` values: return the index of the nearest level for each value, and each block's scale.
+    """Quantize blocks of `size` values. Return the index of the nearest level for each value, and each block's scale.
 
     The scale is the block's largest magnitude. Values are divided by this scale before they are compared with levels.
     """
@@ -226,7 +229,7 @@ def _ascending(levels: Array) -> tuple[Array, Array]:
 
 
 def _by_library(values: Array, levels: Array, size: int) -> tuple[Array, Array] | None:
-    """Compute the result of `packed_levels` (for 256 levels, of `quantized`) with a compiled loop.
+    """Compute the same result as `packed_levels` with a compiled loop; for 256 levels, the same as `quantized`.
 
     Return None if no loop supports the input, or if the loop fails.
     """
@@ -257,7 +260,8 @@ def _weight(base: Checkpoint, name: str, kind: str) -> Packed:
     shape, size = tuple(state["shape"]), state["blocksize"]
     count = math.prod(shape)
     if stored.nbytes != -(-count // 2):
-        raise ShapeMismatch(f"{stored.nbytes} bytes are stored for {count} values of 4 bits", where=name, cure=DAMAGED)
+        why = f"{count} values of 4 bits need {-(-count // 2)} bytes, but the tensor has {stored.nbytes} bytes"
+        raise ShapeMismatch(why, where=name, cure=DAMAGED)
     stored = Lazy((stored.nbytes,), BYTES, stored.source, stored.span)
     code = part_of(base, name, f"{name}.quant_map", ("F32",))
     expect(code.shape, (16,), f"{name}.quant_map")
@@ -297,7 +301,8 @@ def _absmax(base: Checkpoint, name: str, state: QuantState, blocks: int) -> tupl
 
 def _state(stored: Lazy, key: str) -> QuantState:
     if stored.nbytes > LARGEST_STATE:
-        raise Malformed(f"the quantization state is too large: {stored.nbytes} bytes", where=key, cure=DAMAGED)
+        why = f"the quantization state has {stored.nbytes} bytes, but at most {LARGEST_STATE} are allowed"
+        raise Malformed(why, where=key, cure=DAMAGED)
     try:
         state = load_json(bytes(stored.fetch()).decode())
         json.dumps(state, allow_nan=False)
@@ -314,14 +319,14 @@ def _fault(state: object) -> str | None:
         return "the quantization state is not a JSON object"
     shape = state.get("shape")
     if not isinstance(shape, list) or not shape or not all(_counts(n) for n in shape):
-        return f"shape {shape!r} is not the shape of a weight"
+        return f"shape {shape!r} is not a list of positive whole numbers"
     if not _counts(state.get("blocksize")):
         return f"blocksize {state.get('blocksize')!r} is not a positive whole number"
     if state.get("dtype") not in ("bfloat16", "float16", "float32"):
         return f"dtype {state.get('dtype')!r} is not bfloat16, float16 or float32"
     nested = state.get("nested_blocksize")
     if nested is not None and not (_counts(nested) and isinstance(state.get("nested_offset"), (int, float))):
-        return "nested_blocksize must be a positive number, and nested_offset must be a number"
+        return "nested_blocksize must be a positive whole number, and nested_offset must be a number"
     return None
 
 

@@ -35,13 +35,13 @@ ONE_127TH = 7.874015718698502e-3
 
 
 class BnbInt8(Scheme):
-    """`<module>.weight` in int8, `<module>.SCB` in float32.
+    """A module's tensors are `<module>.weight` in int8 and `<module>.SCB` in float32.
 
     Outlier columns are not stored, because bitsandbytes finds them at run time.
     """
 
     url = "https://huggingface.co/docs/bitsandbytes/main/en/reference/nn/linear8bit"
-    description = "bitsandbytes LLM.int8(): rows of integers with one scale each"
+    description = "bitsandbytes LLM.int8(): int8 weights with one scale per row"
     oracle = "bitsandbytes"
 
     def detect(self, base: Checkpoint) -> bool:
@@ -102,7 +102,7 @@ def _weight(base: Checkpoint, module: str) -> Packed:
     stored, scale = part_of(base, name, name, ("I8",)), part_of(base, name, scb, ("F32",))
     expect(stored.shape, (*scale.shape, stored.shape[-1]) if stored.shape else scale.shape, name)
     if form in base.tensors and set(bytes(base.tensors[form].read(0, 1))) - {0}:
-        cure = "Load the base with transformers and bitsandbytes, and save it again: this stores the weights in rows"
+        cure = "Load the base with transformers and bitsandbytes, and save it again: the new file has rows"
         raise Unsupported("the weights are stored in tiles, not in rows", path=base.root, where=form, cure=cure)
     members = (name, scb, *((form,) if form in base.tensors else ()))
     return _Int8Rows(name, stored.shape, sixteen_bits(base), members, stored, scale)

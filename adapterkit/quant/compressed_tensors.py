@@ -1,6 +1,6 @@
 """compressed-tensors, which llm-compressor writes: integers (packed or not), 8-bit floats, and NVFP4.
 
-w = (q - zero) * scale. Packed integers are stored with an offset of half their range.
+w = (q - zero) * scale. A packed integer is stored as q + 2^(bits - 1).
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ FLOAT4 = ("weight_packed", "weight_scale", "weight_global_scale")
 
 
 class CompressedTensors(Scheme):
-    """`weight_packed` or `weight`, `weight_scale`; optional: `weight_zero_point`, `weight_shape`, `weight_g_idx`."""
+    """A module has `weight_scale`, and `weight` or `weight_packed`.
+
+    It may also have `weight_zero_point`, `weight_shape` and `weight_g_idx`. NVFP4 modules have `weight_global_scale`.
+    """
 
     url = "https://github.com/vllm-project/compressed-tensors"
     description = "compressed-tensors: pack-quantized, int-quantized, float-quantized, nvfp4-pack-quantized"
@@ -66,18 +69,18 @@ def _weight(base: Checkpoint, module: str) -> Packed:
     if plain is not None and plain.dtype.name == "I8":
         return _unpacked(base, module)
     why = (
-        "the scales belong to no packed weight"
+        "the module has scales, but neither weight nor weight_packed"
         if plain is None
-        else f"the scales belong to a weight of dtype {plain.dtype}"
+        else f"the module has scales, but its weight has dtype {plain.dtype}, not I8 or an 8-bit float"
     )
     raise Malformed(why, path=base.root, where=f"{module}.weight_scale", cure=DAMAGED)
 
 
 @dataclass(frozen=True, eq=False)
 class _Whole(Grouped):
-    """A weight whose rows are stored as 8-bit integers or in 32-bit words.
+    """A weight whose rows are stored as 8-bit integers, or packed into 32-bit words.
 
-    A word contains integers of `bits` bits, which are stored with an offset of half their range.
+    A word contains integers of `bits` bits. Each integer is stored as q + 2^(bits - 1).
     """
 
     stored: Lazy
@@ -135,7 +138,7 @@ class _Whole(Grouped):
         return dict(zip(self.members, joined(pieces, axes), strict=False))
 
     def _of(self, stored: Lazy, start: int, stop: int) -> Array:
-        """Return rows of a tensor that has one value per row and group, or a single value."""
+        """Return rows of a stored tensor, which has one value per row and group, or a single value."""
         import numpy as np
 
         if stored.nbytes == stored.dtype.itemsize:
@@ -185,7 +188,7 @@ def _weights(base: Checkpoint, key: str) -> JsonValue:
     """Return a setting of the weights from the config, such as `num_bits`; None if no group of layers has the setting.
 
     Raises:
-        Unsupported: groups of layers have different values.
+        Unsupported: groups of layers have different values of the setting.
     """
     groups = settings(base).get("config_groups")
     values_seen = []
@@ -195,7 +198,8 @@ def _weights(base: Checkpoint, key: str) -> JsonValue:
             values_seen.append(weights.get(key))
     if len(values_seen) > 1:
         cure = "Merge into the 16-bit weights that the base was quantized from"
-        raise Unsupported(f"groups of layers have different {key}", path=base.root, where="config_groups", cure=cure)
+        why = f"layer groups have different values of {key}"
+        raise Unsupported(why, path=base.root, where="config_groups", cure=cure)
     return values_seen[0] if values_seen else None
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
 
 INPUTS = ("input_scale", "input_scale_ub", "activation_scale", "activation_scale_ub", "scale_input")
-"""The names of tensors with scales for a layer's inputs, without the module. Only fp8 arithmetic uses these scales."""
+"""The names, without the module, of tensors with scales for a layer's inputs. Only fp8 arithmetic uses these scales."""
 
 COMFYUI = "scale_weight"
 """ComfyUI stores a weight's scale as `<module>.scale_weight`. Some weights in its files have no scale."""
@@ -30,7 +30,7 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
 class Fp8(Scheme):
-    """`<weight>` in 8-bit floats, and `<weight>_scale_inv` or `<weight>_scale`: one scale, or one per row or block.
+    """`<weight>` is in 8-bit floats. `<weight>_scale_inv` or `<weight>_scale` has one scale, or one per row or block.
 
     ComfyUI's older files have `<module>.scale_weight` instead.
     """
@@ -74,9 +74,9 @@ def _check_layouts(base: Checkpoint) -> None:
     """Check that this scheme can read each module's ComfyUI format.
 
     Raises:
-        Unsupported: this scheme cannot read a module's format. The module's weight must not be read as plain fp8,
-            although its tensors have the same names.
-        Malformed: the format is not a JSON object.
+        Unsupported: a module's format is not in `FORMATS`. Its tensors have the same names as plain fp8 tensors, but
+            adapterkit must not read them as plain fp8, because their scales can have another order.
+        Malformed: a module's format is not a JSON object.
     """
     for name, tensor in base.tensors.items():
         if name.rpartition(".")[2] != LAYOUT:
@@ -88,7 +88,7 @@ def _check_layouts(base: Checkpoint) -> None:
         if not isinstance(layout, dict):
             raise Malformed("the tensor does not contain a JSON object", path=base.root, where=name, cure=DAMAGED)
         if layout.get("format") not in FORMATS:
-            why = f"the module has the format {layout.get('format')!r}, which orders scales for ComfyUI's kernels"
+            why = f"the module has ComfyUI's format {layout.get('format')!r}; known: {', '.join(FORMATS)}"
             cure = "Merge into the original, unquantized model, and quantize the result with ComfyUI's tool"
             raise Unsupported(why, path=base.root, where=name, cure=cure)
 
@@ -102,6 +102,6 @@ def _block(base: Checkpoint) -> tuple[int, int] | None:
         or len(block_size) != 2
         or not all(type(n) is int and n > 0 for n in block_size)
     ):
-        why = f"weight_block_size {block_size!r} is not a list of two sizes"
+        why = f"weight_block_size {block_size!r} is not a list of two positive whole numbers"
         raise Malformed(why, path=base.root, where="config.json", cure=DAMAGED)
     return block_size[0], block_size[1]

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-"""The prefix of ComfyUI-GGUF's keys for the original shapes of tensors that are stored in rows of 256 values."""
+"""ComfyUI-GGUF stores some tensors in rows of 256 values, and the shape before conversion in a key with this prefix."""
 
 FLOATS = tuple(name for name in PLAIN.values() if DTYPES[name].floating)
 
@@ -74,7 +74,7 @@ class GgufModel(Scheme):
                     yield from contents.weights(name, kind, file, base.tensors[name])
 
     def config(self, base: Checkpoint) -> Mapping[str, JsonValue] | None:
-        """Return a config with the family's model type, as needed to resolve adapters' names."""
+        """Return a config that contains the family's model type, which is needed to resolve the names in adapters."""
         contents = _Contents([read_model(file) for file in base.files])
         if contents.family is None:
             return base.config
@@ -91,10 +91,10 @@ def _slice(stored: Lazy, offset: int, size: int) -> Lazy:
 
 
 class _Contents:
-    """Maps the tensors of a model to weights, with the key-values and the names of the model's family.
+    """Maps the tensors of a GGUF model to weights, by the names that its family uses and by the file's key-values.
 
     Raises:
-        Unsupported: the file is neither a language model nor a known denoiser, or no family has its architecture.
+        Unsupported: the file is an mmproj file; or it is not a known denoiser, and no family has its architecture.
     """
 
     family: Architecture | None
@@ -102,9 +102,9 @@ class _Contents:
     def __init__(self, files: Sequence[GgufFields]) -> None:
         self.stated = {key: value.value for key, value in files[0].values.items()}
         if is_projector(self.stated):
-            why = "this is an mmproj file: it has the vision or audio part of a model, but not the language model"
+            why = "the file is an mmproj file: it has the vision or audio part of a model, but not the language model"
             raise Unsupported(
-                why, where=ARCHITECTURE, cure="Merge into the model's own GGUF file; this one stays unchanged"
+                why, where=ARCHITECTURE, cure="Merge into the language model's GGUF file instead of the mmproj file"
             )
         self.name = str(self.stated.get(ARCHITECTURE))
         tensors = {name for file in files for name in file.types}
@@ -116,7 +116,7 @@ class _Contents:
         self.model_type = self.family.record.model_types[0]
 
     def split(self, files: Sequence[GgufFields], base: Checkpoint) -> tuple[list[GgufSplit], set[str]]:
-        """Return the weights whose rows are in two tensors, and the names of these tensors."""
+        """Return the weights that are stored in two tensors, and the names of these tensors."""
         kinds = {name: kind for file in files for name, kind in file.types.items()}
         shapes = {name: shape for file in files for name, shape in file.shapes.items()}
         splits: list[GgufSplit] = []
@@ -148,8 +148,8 @@ class _Contents:
     def weights(self, name: str, kind: str, file: GgufFields, stored: Lazy) -> Iterator[Packed]:
         """Yield the weight in a tensor, or one weight per expert if the tensor is a stack.
 
-        The weights have the family's names. A tensor that the family does not list keeps its GGUF name, and no target
-        matches such a name.
+        The weights have the family's names. A tensor that the family does not list keeps its GGUF name; no target can
+        have such a name.
         """
         shape, dtype = file.shapes[name], DTYPES["F32"]
         module, leaf = _module(name)
@@ -157,10 +157,10 @@ class _Contents:
             yield self._as_it_is(name, kind, file, stored)
             return
         gguf_place = place_of(self.family, module) if leaf else None
-        # The other tensor of the pair is missing, so the weight cannot be assembled.
         if gguf_place is None and leaf and (parts := fused_places(self.family, module)):
             yield from self._fused(name, kind, file, stored, parts)
             return
+        # If one tensor of a split weight is missing or unreadable, the weight cannot be assembled.
         if gguf_place is None or gguf_place[1].beside is not None:
             yield _Tensor(name, shape, dtype, (name,), stored, kind, kind, None, file.alignment)
             return
@@ -186,7 +186,7 @@ class _Contents:
         )  # fmt: skip
 
     def _as_it_is(self, name: str, kind: str, file: GgufFields, stored: Lazy) -> Packed:
-        """Return a denoiser's tensor with its name, in the shape that it had before the conversion to GGUF."""
+        """Return a denoiser's tensor under its own name, in its shape before the conversion to GGUF."""
         shape, dtype = file.shapes[name], DTYPES["F32"]
         stated_shape = self.stated.get(ORIGINAL_SHAPE + name)
         original = (
@@ -198,7 +198,7 @@ class _Contents:
         if original == shape:
             return tensor
         if math.prod(original) != math.prod(shape) or any(size < 1 for size in original):
-            why = f"the file gives the shape {list(original)} before conversion, but stores {list(shape)}"
+            why = f"the shape before conversion, {list(original)}, does not fit the stored shape {list(shape)}"
             raise Malformed(why, where=name, cure=DAMAGED)
         return _Reshaped(name, original, dtype, (name,), tensor)
 
@@ -245,11 +245,11 @@ def _module(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class _Tensor(Rowwise):
-    """A weight stored as rows of ggml blocks. `kind` is the stored type, `new` the type to write.
+    """A weight stored as rows of ggml blocks. `kind` is the stored type, and `new` is the type to write.
 
-    Row i of the tensor is row `order[i]` of the weight, and column i is column `columns[i]` of the weight. If several
-    weights share the tensor, one after the other, `shared` is the number of rows of the whole tensor (otherwise 0), and
-    `stored` contains only this weight's bytes.
+    Row i of the tensor is row `order[i]` of the weight, and column i is column `columns[i]` of the weight. If the
+    tensor contains several weights, one after the other, `stored` contains only this weight's bytes, and `shared` is
+    the number of rows of the whole tensor. Otherwise `shared` is 0.
     """
 
     stored: Lazy
@@ -270,7 +270,7 @@ class _Tensor(Rowwise):
 
     @property
     def written(self) -> Lazy:
-        """The tensor as it will be written; only its size is known."""
+        """The tensor that will be written. If its bytes will change, this is a placeholder with the right size."""
         if self.new == self.kind and not self.shared:
             return self.stored
         shape = (self.shared, *self.shape[-1:][: len(self.shape) - 1]) if self.shared else self.shape
@@ -294,7 +294,7 @@ class _Tensor(Rowwise):
             return self._read(start, stop)[:, self._places]
         wanted = self._places[start:stop]
         first, end = int(wanted.min(initial=0)), int(wanted.max(initial=-1)) + 1
-        # One read of up to four times as many rows as needed is faster than one read per run of rows.
+        # One large read is faster than one read per run of rows, if it reads at most four times as many rows as needed.
         if end - first <= 4 * len(wanted):
             return cast("Array", self._read(first, end)[wanted - first])
         return self._scattered(wanted)
@@ -308,7 +308,7 @@ class _Tensor(Rowwise):
 
     @property
     def _places(self) -> Array:
-        """For each row of the weight (for a vector: each element), its position in the tensor."""
+        """The row index in the tensor for each row of the weight; for a vector, the element index for each element."""
         import numpy as np
 
         return np.argsort(np.asarray(self.order), kind="stable")
@@ -353,9 +353,9 @@ class _Tensor(Rowwise):
         return restored
 
     def _within(self, start: int, count: int) -> Array:
-        """Return the order of a run of rows, relative to its first row.
+        """Return `order` for a run of rows, with indices relative to the first row of the run.
 
-        A run contains whole groups of reordered rows.
+        The run must contain all rows with which its rows change places.
         """
         import numpy as np
 
@@ -375,7 +375,7 @@ class _Tensor(Rowwise):
 
 @dataclass(frozen=True, eq=False)
 class _Reshaped(Packed):
-    """A weight stored in rows of 256 values because its own rows do not fill whole blocks: a small convolution."""
+    """A small convolution weight, stored in rows of 256 values because its own rows do not fill whole blocks."""
 
     tensor: _Tensor
 
@@ -416,16 +416,18 @@ class _Reshaped(Packed):
 
 
 def retyped(base: Dequantized, kind: str) -> Dequantized:
-    """Return the base, configured to write all matrices in another type; vectors and routers keep their types.
+    """Return the base, configured to write its matrices in the type `kind`.
+
+    Vectors, norms, routers and weights that are split into two tensors keep their types.
 
     Raises:
         UsageError: the type is unknown.
-        Unsupported: rows do not fill whole blocks of the type.
+        Unsupported: a matrix's rows do not fill whole blocks of the type.
     """
     kind = {"FLOAT32": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}.get(kind.upper(), kind.upper())
     if kind not in (*BLOCKS, "F32", "F16", "BF16"):
         known = ", ".join((*BLOCKS, "F32", "F16", "BF16"))
-        raise UsageError(f"GGUF tensors cannot be written in {kind!r}", cure=f"Known: {known}")
+        raise UsageError(f"GGUF tensors cannot have the type {kind!r}", cure=f"Known: {known}")
     packed = {name: _retyped(weight, kind) for name, weight in base.packed.items()}
     return replace(base, packed=packed)
 
@@ -439,8 +441,8 @@ def _retyped(weight: Packed, kind: str) -> Packed:
     if len(weight.shape) < 2 or "_norm" in name or "ffn_gate_inp" in name:
         return weight
     if kind in BLOCKS and weight.shape[-1] % BLOCKS[kind][1]:
-        why = f"rows of {weight.shape[-1]} numbers are not a multiple of the block size of {kind}"
-        raise Unsupported(why, where=name, cure="Choose F16, BF16 or F32")
+        why = f"a row has {weight.shape[-1]} elements, which is not a multiple of the block size of {kind}"
+        raise Unsupported(why, where=name, cure="Choose F16, BF16 or F32: --dtype F16 (dtype='F16')")
     return replace(weight, new=kind)
 
 
@@ -482,7 +484,7 @@ def decoded_rows(kind: str, width: int, data: Array) -> Array:
 
 
 def write_rows(kind: str, rows: Array) -> bytes:
-    """Encode rows in ggml's type `kind`; for a plain type, the rows are in this type or in float32."""
+    """Encode rows in ggml's type `kind`. If `kind` has no blocks, the rows may have this type or float32."""
     return encoded(kind, rows) if kind in BLOCKS else bytes(rows.astype(DTYPES[kind].array).tobytes())
 
 
@@ -495,8 +497,9 @@ class GgufPiece:
         stored: the tensor's bytes, with the padding before the next tensor.
         kind: ggml's type.
         shape: `[rows, width]`, or `[heads, width, rows of a head]` if `turned` is set.
-        places: for each row of the tensor, its row in the weight; if `turned` is set, head by head.
-        turned: True if each head's matrix is transposed, because llama.cpp needs this for the keys in MLA.
+        places: for each row of the tensor, the index of the weight's row. If `turned` is set, the tensor's rows are
+            counted head by head, after each head's matrix is transposed back.
+        turned: True if the tensor stores each head's matrix transposed, as llama.cpp needs it for the keys in MLA.
     """
 
     member: str
@@ -507,7 +510,7 @@ class GgufPiece:
     turned: bool = False
 
     def read(self, wanted: Array) -> Array:
-        """Return the rows whose numbers `wanted` lists in ascending order, as float32 `[rows, width]`."""
+        """Return the tensor's rows with the indices `wanted`, in ascending order, as float32 `[rows, width]`."""
         import numpy as np
 
         if not self.turned:
@@ -519,7 +522,7 @@ class GgufPiece:
         return cast("Array", np.concatenate(whole)[wanted - int(heads[0]) * each])
 
     def pack(self, merged: Merged) -> Array:
-        """Return the tensor's new bytes; `merged` returns rows of the merged weight."""
+        """Return the tensor's new bytes. `merged(start, stop)` returns rows of the merged weight."""
         import numpy as np
 
         data = bytearray()
@@ -539,7 +542,7 @@ class GgufPiece:
 
 @dataclass(frozen=True, eq=False)
 class GgufSplit(Packed):
-    """A weight that is stored in two tensors, the `pieces`; each row is in one of them."""
+    """A weight that is stored in two tensors, the `pieces`. Each row is in exactly one of them."""
 
     pieces: tuple[GgufPiece, ...]
 

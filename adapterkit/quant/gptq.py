@@ -1,7 +1,7 @@
 """GPTQ, as in AutoGPTQ and GPTQModel: w[out, in] = (q - (zero + 1)) * scale, per group of inputs.
 
-Frantar et al. 2022, arXiv:2210.17323. The older format stores zero points minus 1; format 2 stores the zero points
-themselves, so its formula contains `zero` instead of `zero + 1`.
+Frantar et al. 2022, arXiv:2210.17323. The older format stores each zero point minus 1. The newer format (`gptq_v2`)
+stores the zero point itself, so its formula is w[out, in] = (q - zero) * scale.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class Gptq(Scheme):
-    """`qweight` `[in/n, out]` and `qzeros` `[groups, out/n]` with n integers per word.
+    """A module has `qweight` `[in/n, out]` and `qzeros` `[groups, out/n]`, with n integers per 32-bit word.
 
-    `scales` `[groups, out]`, `g_idx` `[in]`.
+    It also has `scales` `[groups, out]`, and optionally `g_idx` `[in]`.
     """
 
     url = "https://github.com/ModelCloud/GPTQModel"

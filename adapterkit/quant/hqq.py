@@ -1,7 +1,7 @@
 """HQQ: w = (q - zero) * scale, per group; as in hqq, each operation is rounded to the compute dtype.
 
-Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models. HQQ chooses scales by an
-optimization, so quantizing again is not implemented.
+Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models. HQQ finds its scales by an
+optimization. adapterkit does not implement this optimization, so it reads HQQ weights, but cannot write them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 WORD = ".W_q"
 PER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
-"""A map from bit widths to values per byte; for 3 bits, values per 32-bit word."""
+"""The number of values per byte for each bit width; for 3 bits, the number of values per 32-bit word."""
 LARGEST_TEXT = 64
 STATE = (
     "nbits", "group_size", "shape", "scale", "zero", "axis", "packing", "unpack_view_dtype", "view_as_float",
@@ -32,7 +32,7 @@ STATE = (
 
 
 class Hqq(Scheme):
-    """`<module>.W_q`, `scale`, `zero`; the settings are small tensors next to them."""
+    """A module's tensors are `W_q`, `scale`, `zero`, and one small tensor per setting, such as `nbits`."""
 
     url = "https://github.com/mobiusml/hqq"
     description = "HQQ of 8, 4, 3, 2 or 1 bits, groups along either axis; dequantized only"
@@ -81,11 +81,11 @@ def _weight(base: Checkpoint, module: str) -> Packed:
     expect(shape_tensor.shape, (2,), f"{module}.shape")
     out, columns = shape = tuple(int(n) for n in numbers(shape_tensor))
     if bits not in PER or axis not in (0, 1) or size <= 0 or out <= 0 or columns <= 0 or out * columns % size:
-        why = f"{bits} bits in groups of {size} along axis {axis} do not fit a weight {list(shape)}"
+        why = f"{bits} bits, group size {size} and axis {axis} do not fit a weight of shape {list(shape)}"
         raise Malformed(why, path=base.root, where=word, cure=DAMAGED)
     for key in ("view_as_float", "quant_scale", "quant_zero"):
         if f"{module}.{key}" in base.tensors and bytes(base.tensors[f"{module}.{key}"].read(0, 1)) != b"\0":
-            raise Unsupported(f"the weight is stored with {key}", path=base.root, where=word, cure=NO_PACKING)
+            raise Unsupported(f"the weight uses HQQ's setting {key}", path=base.root, where=word, cure=NO_PACKING)
     groups = math.prod(shape) // size
     form, beside = ((groups, size), (groups, 1)) if axis == 1 else ((size, groups), (1, groups))
     stored = part_of(base, name, word, ("I32",) if bits == 3 else ("U8",))

@@ -1,7 +1,7 @@
-"""MXFP4, for gpt-oss's experts: w = e2m1 * 2^(scale - 127), with one scale per 32 values.
+"""MXFP4, for gpt-oss's experts: w = e2m1 * 2^(scale - 127). `e2m1` is a 4-bit float; 32 values share one scale.
 
 In OCP Microscaling Formats 1.0, a block's scale is a quarter of the largest power of two that does not exceed the
-block's largest magnitude. A merge doubles this scale if this makes the error smaller. Values are packed along the
+block's largest magnitude. A merge uses twice this scale if that makes the error smaller. Values are packed along the
 inputs; the unpacked experts are `[e, in, out]`.
 """
 
@@ -39,10 +39,13 @@ GROUP = 32
 
 
 class Mxfp4(Scheme):
-    """`<weight>_blocks` `[e, out, in/32, 16]`, with a byte's first value in the low half, and `<weight>_scales`."""
+    """`<weight>_blocks` is `[e, out, in/32, 16]`, two values per byte, and `<weight>_scales` is `[e, out, in/32]`.
+
+    The first value of a byte is in the low half.
+    """
 
     url = "https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf"
-    description = "MXFP4: experts of 4-bit floats with powers of two as scales (gpt-oss)"
+    description = "MXFP4 experts of gpt-oss: 4-bit floats, one power-of-two scale per 32 values"
     oracle = "transformers"
 
     def detect(self, base: Checkpoint) -> bool:
@@ -86,8 +89,8 @@ class _Experts(Rowwise):
         return True
 
     def closed(self, row: int) -> bool:
-        # Runs must consist of whole experts: the file stores an expert output by output, but the weight's rows are
-        # inputs.
+        # The file stores an expert output by output, but the weight's rows are inputs. So a run cannot start within an
+        # expert.
         return row % self.shape[1] == 0
 
     def places(self, row: int) -> dict[str, int]:
@@ -125,9 +128,9 @@ class _Experts(Rowwise):
 def quantized(values: Array) -> tuple[Array, Array]:
     """Quantize `[inputs, outputs]` to blocks `[outputs, groups, 16]` and exponents `[outputs, groups]`.
 
-    With the exponent of the standard's formula, scaled values above 6 are clipped. The next larger exponent is used if
-    its squared error is smaller. Otherwise a small change could clip a block's largest magnitude by a quarter: when the
-    magnitude falls just below a power of two, the standard's exponent is smaller by 1.
+    The standard's formula for the exponent clips scaled values above 6. If the next larger exponent has a smaller
+    squared error, it is used instead. Without this, a small change could clip a block's largest magnitude by a quarter:
+    if the magnitude falls just below a power of two, the standard's exponent decreases by 1, and up to 8 becomes 6.
     """
     import numpy as np
 

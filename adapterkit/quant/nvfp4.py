@@ -18,10 +18,10 @@ PARTS = ("weight", "weight_scale", "weight_scale_2")
 
 
 class Nvfp4(Scheme):
-    """`weight` in bytes `[out, in/2]`, `weight_scale` `[out, in/16]`, and the single value `weight_scale_2`."""
+    """A module has `weight` `[out, in/2]` in bytes, `weight_scale` `[out, in/16]` and a single `weight_scale_2`."""
 
     url = "https://github.com/NVIDIA/Model-Optimizer"
-    description = "NVFP4 of ModelOpt: 4-bit floats, 8-bit scales for 16 numbers, one scale for all"
+    description = "NVFP4 of ModelOpt: 4-bit floats, one 8-bit scale per 16 values, one second scale per tensor"
     oracle = "the published formula"
 
     def detect(self, base: Checkpoint) -> bool:

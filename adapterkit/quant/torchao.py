@@ -1,8 +1,9 @@
 """torchao's safetensors layout: integers with w = (q - zero) * scale per group, or 8-bit floats.
 
 A file's metadata contains each tensor's torchao class, in JSON. A weight is stored as `<module>._weight_qdata`,
-`_scale` and `_zero_point`. Layouts for a certain kernel (Int4Tensor and its tiled forms) are refused, and the error
-names them. `.bin` files with torchao's classes are also refused, because reading them would run torchao's code.
+`_scale` and `_zero_point`. Classes whose layout depends on a kernel (Int4Tensor and its tiled variants) are refused
+with an error that names the class. `.bin` files with torchao's classes are also refused, because reading them would
+run torchao's code.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ORIGINAL = f"Known: {', '.join(KNOWN)}. Or merge into the 16-bit weights that th
 
 
 class Torchao(Scheme):
-    """Metadata `tensor_names`, and for each tensor `{"_type": class, "_data": {"block_size": ..., "dtype": ...}}`."""
+    """The metadata has `tensor_names`, and for each tensor `{"_type": class, "_data": {"block_size": ..., ...}}`."""
 
     url = "https://github.com/pytorch/ao"
     description = f"torchao in safetensors: {', '.join(KNOWN)} (weight-only, per row or per group)"
@@ -99,10 +100,10 @@ class _Bytes(Grouped):
 def _weight(base: Checkpoint, name: str, record: Mapping[str, object]) -> Packed:
     kind, data = str(record.get("_type")), record.get("_data")
     if kind not in KNOWN or not isinstance(data, dict):
-        raise Unsupported(f"the weight has torchao's class {kind}", path=base.root, where=name, cure=ORIGINAL)
+        raise Unsupported(f"cannot read a weight of torchao's class {kind}", path=base.root, where=name, cure=ORIGINAL)
     prefix = _prefix(name)
     if f"{prefix}act_pre_scale" in base.tensors or f"{prefix}act_quant_scale" in base.tensors:
-        raise Unsupported("the weight has scales for activations", path=base.root, where=name, cure=ORIGINAL)
+        raise Unsupported("the weight is stored with scales for its inputs", path=base.root, where=name, cure=ORIGINAL)
     members = tuple(n for part in ("qdata", "scale", "zero_point") if (n := prefix + part) in base.tensors)
     stored = part_of(base, name, f"{prefix}qdata", DTYPES if kind == "Float8Tensor" else ("I8",))
     part_of(base, name, f"{prefix}scale", ("F32", "BF16", "F16"))
@@ -122,18 +123,20 @@ def _whole(base: Checkpoint, name: str, stored: Lazy, members: tuple[str, ...], 
     scale, zero = base.tensors[of_scale], base.tensors[of_zero[0]] if of_zero else None
     block, target = data.get("block_size"), data.get("target_dtype") or {}
     if len(stored.shape) != 2 or len(scale.shape) != 2 or scale.shape[0] != stored.shape[0] or 0 in scale.shape:
-        why = f"scales {list(scale.shape)} do not match rows and groups of a weight {list(stored.shape)}"
+        why = f"scales of shape {list(scale.shape)} do not fit a weight of shape {list(stored.shape)}"
         raise ShapeMismatch(why, path=base.root, where=of_scale, cure=DAMAGED)
     if block != [1, stored.shape[1] // scale.shape[1]] or stored.shape[1] % scale.shape[1]:
-        why = f"blocks of {block!r} with scales {list(scale.shape)} do not fit a weight {list(stored.shape)}"
+        shapes = f"scales of shape {list(scale.shape)} and a weight of shape {list(stored.shape)}"
+        why = f"block_size {block!r} does not fit {shapes}"
         raise ShapeMismatch(why, path=base.root, where=of_scale, cure=DAMAGED)
     if zero is not None and (zero.shape != scale.shape or zero.dtype.name != "I8"):
-        why = f"the zero points are {zero.dtype} {list(zero.shape)}, not I8 {list(scale.shape)}"
+        why = f"the zero points are {zero.dtype} of shape {list(zero.shape)}, not I8 of shape {list(scale.shape)}"
         raise ShapeMismatch(why, path=base.root, where=of_zero[0], cure=DAMAGED)
     word = str(target.get("_data", "int8")) if isinstance(target, dict) else ""
     bits = int(word[3:]) if word in {f"int{n}" for n in range(1, 9)} else 0
     if not bits:
-        raise Unsupported(f"the weight has integers of type {target!r}", path=base.root, where=name, cure=ORIGINAL)
+        why = f"target_dtype {target!r} is not one of int1 to int8"
+        raise Unsupported(why, path=base.root, where=name, cure=ORIGINAL)
     dtype = _dtype(base, name, data)
     return _Bytes(name, stored.shape, dtype, members, scale.shape[1], None, bits, stored, scale, zero)
 
@@ -142,5 +145,6 @@ def _dtype(base: Checkpoint, name: str, data: Mapping[str, object]) -> DType:
     dtype_text = data.get("dtype")
     dtype = BY_TORCH.get(str(dtype_text.get("_data"))) if isinstance(dtype_text, dict) else None
     if dtype is None or dtype.name not in ("F16", "BF16", "F32"):
-        raise Malformed(f"the dtype is {dtype_text!r}", path=base.root, where=name, cure=DAMAGED)
+        why = f"dtype {dtype_text!r} is not float16, bfloat16 or float32"
+        raise Malformed(why, path=base.root, where=name, cure=DAMAGED)
     return dtype

@@ -1,9 +1,9 @@
 """Charts: Vega-Lite specifications of the measurements, and the same charts as SVG and PNG.
 
-vl-convert draws the charts without a browser, a display or a network, with the fonts of the machine. A page contains
-only the drawings, and no chart library. The library would add 0.9 MB of script. Mail readers, notebooks on hubs, and
-pages with a strict content security policy do not run scripts. Text is drawn in `currentColor`, so that a drawing suits
-both light and dark pages.
+vl-convert draws the charts with the machine's fonts. It needs no browser, display or network. A page contains the
+drawings, but no chart library, which would add 0.9 MB of script. Also, mail readers, notebooks on hubs, and pages with
+a strict content security policy do not run scripts. Text is drawn in `currentColor`, so that a drawing suits both
+light and dark pages.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def svg(chart: Chart) -> str:
         Unsupported: the package vl-convert-python is not installed.
     """
     drawn: str = _drawing().vegalite_to_svg({**chart.spec, "config": CONFIG})
-    # Rename ids: Vega numbers the clip paths and gradients of all drawings of a process in one sequence. The same chart
-    # would have other ids in each run, and drawings from several runs in one page would have equal ids.
+    # Rename ids. Vega numbers clip paths and gradients in one sequence per process, so the ids of a chart depend on the
+    # charts that were drawn before it. Drawings from several runs in one page would have equal ids.
     for number, name in enumerate(dict.fromkeys(re.findall(r'\bid="(\w+)"', drawn))):
         drawn = re.sub(rf'(\bid="|url\(#){name}(?="|\))', rf"\g<1>{chart.name}-{number}", drawn)
     return drawn
@@ -194,7 +194,7 @@ def _map(
             number = together(numbers)
             where = measured.cells[here[0].target].title
             values.append({"layer": layer, "module": module, "value": number, "label": f"{where}: {label(number)}"})
-    # Map the root of a norm to the colour, so that small changes are visible next to a change 20 times as large.
+    # Map the square root of a norm to the colour, so that small changes are visible next to a change 20 times as large.
     scale: dict[str, Any] = {"scheme": scheme, "reverse": reverse, **({"type": "sqrt"} if root else {})}
     if domain is not None and domain[1] > domain[0]:
         scale["domain"] = list(domain)
@@ -254,8 +254,8 @@ def _spectra(measured: Measurements) -> Iterator[Chart]:
         }  # fmt: skip
         caption = (
             f"One line per target, for up to {LINES} targets. If a line drops right after its first point, the change "
-            f"has one main direction. The target is flagged if this direction has more than {percent(SPIKE)} of the "
-            "squared norm."
+            f"has one main direction. A line is a rank-1 spike if this direction has more than {percent(SPIKE)} of the "
+            "squared norm, and the rank is at least 4."
         )
         yield Chart(f"spectra{end}", "How the adapters change the model", f"Singular values{of}", caption, spec)
 
@@ -263,8 +263,8 @@ def _spectra(measured: Measurements) -> Iterator[Chart]:
 TICKS = [1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001]
 
 LINES = 60
-"""The largest number of spectra that are drawn for an adapter. Targets with a spike come first. The others are taken at
-even steps from the list sorted by norm, beginning with the largest."""
+"""The largest number of spectra that are drawn for an adapter. Targets with a spike come first. The rest are every n-th
+target of the list sorted by norm, starting with the largest."""
 
 
 def _few(effects: Sequence[Effect]) -> list[Effect]:
@@ -313,15 +313,15 @@ def _ranks(measured: Measurements) -> Iterator[Chart]:
             "color": points["encoding"]["color"] if several else {"value": FLAGGED},
         },
     }
-    if several:  # The ranks differ between adapters.
+    if several:  # Adapters can have different ranks.
         stored["encoding"]["yOffset"] = points["encoding"]["yOffset"]
     spec = {
         "data": {"values": values}, "width": 340, "height": {"step": 22 if not several else 9},
         "layer": [points, stored],
     }  # fmt: skip
     caption = (
-        "Each point is the effective rank of a target: the exponential of the entropy of the singular values. The "
-        "vertical line is the stored rank. If the points are far left of the line, a smaller rank is enough."
+        "Each point is a target's effective rank: the exponential of the entropy of its singular values. The vertical "
+        "line is the stored rank. If the points are far left of the line, a smaller rank is enough."
     )
     yield Chart("ranks", "How the adapters change the model", "Effective rank against rank", caption, spec)
 
@@ -372,8 +372,8 @@ def _values(measured: Measurements) -> Iterator[Chart]:
         "layer": [bar(0, 6, 1, 0.9), bar(1, 5, width // 2, 0.45), bar(2, 4, width, 0.9)],
     }  # fmt: skip
     caption = (
-        "The thick bar contains the middle half of the elements, the medium bar 90 %, and the thin bar 98 %. The ends "
-        "of the bars are means over the layers, measured in a block of up to 25,600 elements per target."
+        "The thick bar contains the middle half of the elements, the medium bar 90 %, and the thin bar 98 %. The bars "
+        "are measured in a block of up to 25,600 elements per target. Their ends are averaged over the layers."
     )
     yield Chart("values", "How the adapters change the model", "Values of the elements", caption, spec)
 
@@ -392,7 +392,7 @@ def _base(measured: Measurements) -> Iterator[Chart]:
                 lambda value: f"{percent(value)} of the weight",
                 "share",
             )
-            caption = "Norm of the change relative to the norm of the weight that it is added to."
+            caption = "Norm of the change, divided by the norm of the base's weight."
             yield Chart(f"relative{end}", group, f"Size against the base{of}", caption, spec)
         effects = [effect for effect in measured.of(at) if effect.intruders is not None]
         if effects:
@@ -401,9 +401,10 @@ def _base(measured: Measurements) -> Iterator[Chart]:
                 domain=(0.0, 10.0),
             )  # fmt: skip
             caption = (
-                "The number of intruders among the first ten singular vectors of the tuned weight: vectors whose "
-                "cosine with each singular vector of the base is under 0.6. Intruders are associated with forgetting. "
-                "The largest changes are checked first, within a limit on the work of decompositions."
+                "The number of intruders among the first ten singular vectors of the tuned weight. An intruder is one "
+                "whose absolute cosine with each singular vector of the base's weight is under 0.6. Intruders are "
+                "associated with forgetting. The targets with the largest relative changes are checked first. The "
+                "total cost of the decompositions is limited."
             )
             yield Chart(f"intruders{end}", group, f"Intruder dimensions{of}", caption, spec)
 
@@ -414,10 +415,10 @@ def _likeness(measured: Measurements) -> Iterator[Chart]:
         return
     for name, title, caption, value, domain, scheme in (
         ("cosine", "Cosine between the adapters",
-         "1: the same direction; 0: unrelated; -1: each undoes the other. Computed over all targets together.",
+         "1: same direction; 0: unrelated; -1: opposite directions. Computed over all targets together.",
          measured.cosine, (-1.0, 1.0), "redblue"),
         ("overlap", "Subspace overlap",
-         "How much of the smaller input space lies in the larger input space, 0 to 1; mean over common targets.",
+         "The part of the smaller input subspace that lies in the larger one, from 0 to 1; mean over common targets.",
          lambda a, b: measured.mean(a, b, "overlap_in"), (0.0, 1.0), "viridis"),
     ):  # fmt: skip
         values = []
@@ -466,8 +467,8 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
             "share", domain=(0.0, 1.0), middle=0.5, scheme="redblue", reverse=True,
         )  # fmt: skip
         caption = (
-            "Share of the elements that two adapters move in opposite directions; with several pairs of adapters, the "
-            "largest share. For unrelated changes, the share is one half (white). Red means conflict."
+            "Share of the elements that two adapters change with opposite signs. With several pairs of adapters, the "
+            "largest share is shown. For unrelated changes, the share is one half (white). Red means conflict."
         )
         yield Chart("sign-conflict", group, "Sign conflict by target", caption, spec)
     if measured.together:
@@ -477,12 +478,12 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
             "cancelled", domain=(0.0, 1.0), scheme="viridis",
         )  # fmt: skip
         count = len(measured.names)
-        # The sum of n independent numbers grows with the root of n; the sum of their absolute values grows with n.
+        # The sum of n independent values grows with the square root of n; the sum of their magnitudes grows with n.
         usual = percent(1 - 1 / math.sqrt(count))
         caption = (
-            f"Share of the absolute changes that cancels when the changes are added, entry by entry. With {count} "
-            f"unrelated adapters, {usual} cancels, but each adapter still works, because the changes have different "
-            "directions. If more cancels, the adapters work against each other."
+            "Share of the absolute changes that cancels when the adapters' changes are added element by element. With "
+            f"{count} unrelated adapters, {usual} cancels, but each adapter still works, because the changes have "
+            "different directions. If more cancels, the adapters work against each other."
         )
         yield Chart("interference", group, "Interference of a plain sum", caption, spec)
 

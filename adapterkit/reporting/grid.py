@@ -1,7 +1,7 @@
 """Rows and columns for pictures: derive the layer and the module of each target from its name alone.
 
 A number in a name is a layer number if it varies between targets whose names are otherwise equal. `layers.0` is a layer
-if another target is in `layers.1`. If the only `net` in the names is `net.0`, it is a part of the module's name.
+if another target is in `layers.1`. If the only `net` in the names is `net.0`, `net.0` is a part of the module's name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 EXPERTS = ("experts", "expert")
-"""A number after one of these words is an expert's. Pictures show sums over experts: 256 columns would not fit."""
+"""A number after one of these words is an expert's index. A chart has one column for all experts of a module, because
+256 columns would not fit."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -95,7 +96,8 @@ def _counted(numbers: Mapping[tuple[str, ...], Sequence[set[str]]]) -> set[str]:
     """Return the words, such as `layers`, that come before layer numbers.
 
     Args:
-        numbers: the texts around the numbers in a group of paths -> the set of values at each number's position.
+        numbers: a map for groups of paths. The key is the texts around the numbers, which are equal in a group. The
+            value has one set per number, with all values of this number in the group.
     """
     places = [
         (shape, at, values)
@@ -115,7 +117,7 @@ def _counted(numbers: Mapping[tuple[str, ...], Sequence[set[str]]]) -> set[str]:
 def _division(shape: Sequence[str], counted: set[str]) -> tuple[int, list[int]]:
     """Return the index of the part at which the module's name starts, and the indices of the expert numbers.
 
-    The parts of a path are alternately text and numbers.
+    A path is split into parts, which are alternately text and numbers. `shape` has only the texts.
     """
     words = [_word_before(text) for text in shape[:-1]]
     stop = 2 + 2 * max((at for at, word in enumerate(words) if word and word in counted), default=-1)
