@@ -23,14 +23,14 @@ class StreamedBase(Protocol):
 
     @property
     def path(self) -> Path:
-        """The local folder or single file. Its headers are complete from the start."""
+        """The local folder or single file. The headers of all weight files are available from the start."""
         ...
 
     def bring(self, paths: Iterable[str]) -> None:
-        """Download those of the weight files that have not been downloaded yet."""
+        """Download the weight files at `paths`, except those that have already been downloaded."""
 
     def drop(self, paths: Iterable[str]) -> None:
-        """Free the disk space of weight files."""
+        """Empty the local weight files at `paths`, to free their disk space."""
 
 
 class RangedBase(Protocol):
@@ -38,7 +38,7 @@ class RangedBase(Protocol):
 
     @property
     def path(self) -> Path:
-        """The local folder or single file. Its headers are complete from the start."""
+        """The local folder or single file. The headers of all weight files are available from the start."""
         ...
 
     @property
@@ -47,7 +47,7 @@ class RangedBase(Protocol):
         ...
 
     def bring(self, spans: Iterable[Span]) -> None:
-        """Download ranges of the weight files, so that these ranges can be read from the local files."""
+        """Download the given byte ranges of the weight files into the local files."""
 
     def drop(self) -> None:
         """Free the disk space of all downloaded ranges."""
@@ -58,7 +58,7 @@ class PlacedOutput(Protocol):
 
     @property
     def path(self) -> Path:
-        """The local output; its weight files are sparse."""
+        """The local path of the output. The weight files there are sparse: only their headers are stored."""
         ...
 
     @property
@@ -67,10 +67,10 @@ class PlacedOutput(Protocol):
         ...
 
     def begin(self, names: Iterable[str]) -> None:
-        """Claim the target on the hub. The names are those of the weight files that will be uploaded."""
+        """Claim the target on the hub. `names` lists the weight files that will be uploaded."""
 
     def took(self, name: str, placed: object) -> None:
-        """Record on disk that a weight file was uploaded."""
+        """Record on disk that a weight file was uploaded. `placed` is the value that `Hub.put` returned for it."""
 
     def holds(self, name: str) -> bool:
         """Whether a weight file was uploaded and the hub still has it."""
@@ -84,7 +84,7 @@ class Hub(Protocol):
     """The functions of the package `adapterkit.hub` that other packages call."""
 
     def hub_of(self, scheme: str) -> object:
-        """Return the hub of a scheme.
+        """Return the hub that a uri scheme, such as `hf` or `s3`, refers to.
 
         Raises:
             UsageError: the scheme is unknown.
@@ -95,7 +95,7 @@ class Hub(Protocol):
         ...
 
     def headers(self, name: str) -> AbstractContextManager[Path]:
-        """Return a context manager that yields a local path for reading headers."""
+        """Return a context manager that yields a local path for code that reads only headers."""
         ...
 
     def outgoing(
@@ -105,15 +105,21 @@ class Hub(Protocol):
         sources: Sequence[str | os.PathLike[str]] = (),
         unchanged: Callable[[], object] = ...,
     ) -> AbstractContextManager[Path]:
-        """Return a context manager that yields a local path to write to; at the end, its content is pushed to a hub."""
+        """Return a context manager that yields a local path to write to.
+
+        If the block succeeds, the files at this path are pushed to the uri `name`.
+        """
         ...
 
     def pinned(self, name: str) -> str:
-        """Return a uri with its current commit."""
+        """Return the uri `name`, pinned to its current commit."""
         ...
 
     def ranged(self, name: str, *, whole: bool) -> AbstractContextManager[RangedBase]:
-        """Return a context manager that yields a base. Only the bytes that are read are downloaded."""
+        """Return a context manager that yields a base. Only those bytes of a weight file that are read are downloaded.
+
+        If `whole` is True, all files of the base that are not weights are also downloaded.
+        """
         ...
 
     def placing(
@@ -139,7 +145,7 @@ _load: Callable[[], Hub] | None = None
 
 
 def install(load: Callable[[], Hub]) -> None:
-    """Set the function that returns the hub package. It is called only for uris, so it may import the package then."""
+    """Set the function that imports and returns the hub package. `hub` calls this function only if a uri is used."""
     global _load
     _load = load
 

@@ -1,19 +1,19 @@
-"""Write an output in a hidden folder, store a record of its inputs with it, and rename it to its target.
+"""Write an output in a hidden folder, attach a record of the inputs to the output, and rename the output to its target.
 
 With the record, a second run of the same command recognizes that its output is already complete.
 
 A record has a digest of everything that determines the output (inputs, options, versions), and a fingerprint of every
-written file. It is stored as the extended attribute `user.adapterkit` of the output. This has three advantages. No file
-is added to a folder that other tools read. The record is not uploaded with the folder. And it moves to the target in
-the same rename as the output. On file systems without extended attributes (NFS before 4.2, FAT, Windows), the record is
-a hidden file next to the output. If the record is lost, for example because the output was copied, a second run does
-not recognize the output.
+written file. The record is stored as the extended attribute `user.adapterkit` of the output. This has three advantages.
+No file is added to a folder that other tools read. The record is not uploaded with the folder. And one rename moves
+both the output and its record to the target. On file systems without extended attributes (NFS before 4.2, FAT,
+Windows), the record is a hidden file next to the output. If the record is lost, for example because the output was
+copied, a second run does not recognize the output.
 
 The fingerprint of a file of up to 16 MiB is a hash of its content. For a larger file, the fingerprint consists of the
-size, the modification time and a hash of the first MiB, which contains the header in most formats. The reason is that
-reading a model of 100 GB again would take minutes, and a file with the same header, size and time in nanoseconds is
-almost certainly unchanged. The fingerprint omits the inode number. Network and overlay file systems change this number
-at each mount, but a restarted container must recognize its output.
+size, the modification time and a hash of the first MiB, which contains the header in most formats. To hash all of a
+100 GB model would take minutes, and a file with the same header, size and time in nanoseconds is almost certainly
+unchanged. The fingerprint omits the inode number, because network and overlay file systems change it at each mount. A
+restarted container must still recognize its output.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WHOLE = 16 << 20
 """If a file has at most this many bytes, its fingerprint is a hash of the whole content."""
 
 HEAD = 1 << 20
-"""If a file is larger, this many bytes at its start are hashed."""
+"""If a file has more than `WHOLE` bytes, its fingerprint hashes only this many bytes at its start."""
 
 LARGEST = 1 << 20
 """The largest record in bytes."""
@@ -60,7 +60,7 @@ def fingerprint(file: Path) -> str:
 
 
 def digest_of(decided: object) -> str:
-    """Return a digest of plain data. For the digest in a record, pass everything that determines the output."""
+    """Return a digest of plain data. For a record, `decided` must contain everything that determines the output."""
     return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -79,13 +79,13 @@ def attach(record: bytes, output: Path, beside: Path) -> None:
     """Store a record with an output.
 
     Args:
-        record: the record.
+        record: the bytes that `record_of` returned.
         output: the output's file or folder, in the stage or at the target.
-        beside: the path of the hidden file for the record, if the file system has no extended attributes.
+        beside: the hidden file to which the record is written if it cannot be stored as an extended attribute.
     """
     try:
         os.setxattr(output, ATTRIBUTE, record)
-    except (AttributeError, OSError):  # Extended attributes are not supported or full.
+    except (AttributeError, OSError):  # Extended attributes are not supported, or the record is too large for one.
         write_bytes(beside, record)
     else:
         beside.unlink(missing_ok=True)
@@ -132,12 +132,12 @@ def listed(files: Iterable[Path]) -> list[list[str]]:
 # Every command and function that writes an output uses `Staging`, which gives four guarantees:
 #
 # * Nothing at the target changes until the new output is complete and synced to disk. If the disk is full, a signal
-#   arrives or a writer raises an error, the old output is unchanged.
+#   arrives or a writer raises an error, the old output stays unchanged.
 # * A process that is killed between two renames leaves a journal in the stage. The next run with the same target reads
-#   the journal. It undoes the renames if some of them are missing, and keeps their result otherwise. It finds the
-#   stage, because the stage's name is computed from the target's name.
+#   the journal. If all renames were done, this run keeps the new output. Otherwise, it undoes the renames that were
+#   done. The run finds the stage, because the stage's name is computed from the target's name.
 # * A lock in the stage ensures that only one process writes to a target.
-# * Only files and folders are replaced. Device nodes, pipes and sockets are refused: `rename` would replace them.
+# * Only files and folders are replaced. A device node, pipe or socket is refused, because `rename` would replace it.
 
 
 OVERWRITE = "Write to another path, or pass --overwrite (in Python overwrite=True)"
@@ -146,11 +146,11 @@ WRITING = "writing"
 """Default suffix of a stage's name."""
 
 STAGES = {".writing", ".merging", ".pulling", ".adapterkit"}
-"""Names of stages and the record. If a target folder cannot be renamed, they are inside the folder."""
+"""The names that stages and the record file have inside a target folder that cannot be renamed."""
 
 LONGEST = 200
-"""If the target's name has more bytes than this, the stage's name has a digest instead: file systems allow only names
-of 255 bytes."""
+"""If the target's name has more bytes than this, the stage's name contains a digest of it. File systems limit names to
+255 bytes."""
 
 Move = tuple[Path, Path]
 """The path of a file in the stage, and its destination."""
@@ -162,12 +162,13 @@ class Staging:
     Args:
         target: the path where the output will appear. A link to a folder is followed; a link to a file is replaced.
         suffix: the end of the hidden folder's name. Each kind of work, such as merging or pulling, has its own suffix.
-        noun: the word for another process in the error that another process is writing here.
+        noun: the noun in the error `another <noun> is writing here`, such as `process` or `merge`.
     """
 
     def __init__(self, target: Path, suffix: str = WRITING, noun: str = "process") -> None:
         self.target, self.noun = settled(target), noun
-        # If the target cannot be renamed (it is a mount point, or its parent folder is read-only), build inside it.
+        # A target folder cannot be renamed if it is a mount point, or if its parent folder is read-only. In this case,
+        # build the output inside the target folder.
         self.inside = self.target.is_dir() and not _can_rename(self.target)
         self.place = self.target if self.inside else self.target.parent
         self.folder = self.place / (f".{suffix}" if self.inside else hidden_name(self.target.name, suffix))
@@ -178,7 +179,7 @@ class Staging:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the stage for this process. First undo the renames of a killed run that did not finish them.
+        """Lock the stage for this process. If a killed run left unfinished renames, undo them before the block starts.
 
         Raises:
             StorageError: another process is writing to the same target, or the stage cannot be written.
@@ -188,7 +189,8 @@ class Staging:
             self.place.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
             if self.folder.is_symlink():  # Refuse a link, because clearing the folder could delete a user's files.
-                raise StorageError("a link has the name of the work folder", path=self.folder, cure="Remove the link")
+                why = "adapterkit needs a folder with this name for its work, but the path is a symbolic link"
+                raise StorageError(why, path=self.folder, cure="Remove the link")
             with self._open_lock() as lock:
                 self._hold(lock.fileno())
                 self.recover()
@@ -221,7 +223,7 @@ class Staging:
             moves: (staged path, destination) pairs. The main file or folder is last. The old main file is moved away
                 first and the new one arrives last, so that nobody reads the main file of one output with the files of
                 another.
-            gone: further files of the old output, which are removed.
+            gone: other files of the old output that must be removed.
             durable: True if the staged files are already synced to disk.
             record: the record of the output, from `record_of`. It is stored with the main file or folder.
 
@@ -254,16 +256,20 @@ class Staging:
             raise
 
     def set_aside(self) -> None:
-        """Keep the target file in the stage before the target is overwritten, so that `recover` can restore it."""
+        """Link or copy the target file into the stage, so that `recover` can restore the file.
+
+        Call this before the target is overwritten.
+        """
         kept = self.folder / "before"
         old = [(kept, self.target)] if _exists(self.target) else []
         if old:
             link(str(self.target), str(kept))
-        # Name the lock file in the journal as a file to move. It never moves, so `recover` always sees unfinished work.
+        # List the lock file in the journal as a file to move. The lock file is never moved, so `recover` always finds
+        # an unfinished move.
         self._write_journal([(self.folder / "lock", self.folder), (self.folder / "undone", self.target)], old)
 
     def keep_new(self, made_from: str | None, files: Iterable[Path]) -> None:
-        """Accept the output that was written after `set_aside`: `recover` no longer restores the old file."""
+        """Accept the output that was written after `set_aside`, so that `recover` no longer restores the old file."""
         if made_from is not None:
             written = {str(file.relative_to(self.place)): file for file in files}
             attach(record_of(made_from, written), self.target, self.record)
@@ -273,7 +279,7 @@ class Staging:
         """If a killed run did not finish its renames, undo them. If it finished them, keep the result.
 
         Raises:
-            StorageError: the old output cannot be moved back. It stays in the stage.
+            StorageError: the old output cannot be moved back. The old output stays in the stage.
         """
         moves = self._journaled()
         if not moves or self.is_published:
@@ -288,14 +294,15 @@ class Staging:
             self._journal.unlink()
         except OSError as error:
             why = f"the previous output is in {self._replaced} and cannot be moved back ({error.strerror})"
-            cure = "Move it back yourself, then run the same command again"
+            cure = f"Move the previous output to {self.target}, then run the same command again"
             raise StorageError(why, path=self.target, cure=cure) from error
 
     def discard(self, keep: Collection[str] = ()) -> None:
         """Remove the stage. If the old output was moved away and not replaced, first move it back.
 
         Args:
-            keep: names in the stage to remove last, because a later run reads from these files how far this run got.
+            keep: the names of files in the stage that are removed last. If this process is killed before that, a later
+                run reads these files to find out how far this run got.
         """
         try:
             self._remove(keep)
@@ -308,7 +315,7 @@ class Staging:
             self.recover()
         except StorageError:
             return  # Keep the stage: it has the only copy of the old output.
-        part_of(self.target).unlink(missing_ok=True)  # A run that wrote into the target file may have left this copy.
+        part_of(self.target).unlink(missing_ok=True)  # A killed run may have left the temporary file of `replacing`.
         with contextlib.suppress(OSError):
             clear(self.folder, keep={"lock", self._journal.name, *keep})
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -345,11 +352,13 @@ class Staging:
         except FileNotFoundError:
             same = False
         if not same:
-            # After this process opened the lock file, the previous holder removed it. So this lock protects nothing.
+            # The previous holder removed the lock file after this process had opened it. A lock on a removed file does
+            # not keep other processes out.
             raise self._taken()
 
     def _taken(self) -> StorageError:
-        why, cure = f"another {self.noun} is writing here", "Wait for it, or write elsewhere"
+        why = f"another {self.noun} is writing here"
+        cure = f"Wait until the other {self.noun} ends, or write to another path"
         return StorageError(why, path=self.target, cure=cure)
 
 
@@ -381,7 +390,8 @@ def staged(
             a later run with the same digest sees that the output is complete.
 
     Raises:
-        StorageError: the target exists, or is not a file or folder; another process is writing there; the disk is full.
+        StorageError: the target exists, and `overwrite` is not set; the target is neither a file nor a folder; another
+            process is writing to the target; or the disk is full.
         UsageError: the output would replace a file that belongs to another output, or one of its own inputs.
     """
     inputs = list(inputs)
@@ -420,7 +430,7 @@ def take_over(target: Path, suffix: str = WRITING) -> None:
     """Undo the unfinished renames of a killed run at a target, and remove its stage. If there is no stage, do nothing.
 
     Raises:
-        StorageError: another process is writing there.
+        StorageError: another process is writing to the target.
     """
     stage = Staging(target, suffix)
     if stage.folder.is_dir():
@@ -429,10 +439,10 @@ def take_over(target: Path, suffix: str = WRITING) -> None:
 
 
 def unwritten(error: Exception, path: Path) -> StorageError:
-    """Return the typed error for a failed write to `path`. For a library that raises its own error, not an OSError."""
+    """Return the error for a failed write to `path` by a library that raises its own error instead of an OSError."""
     free = shutil.disk_usage(path.parent).free
     why = f"the file could not be written ({first_line(error)}); {free:,} bytes are free"
-    return StorageError(why, path=path, cure="Free some space, raise the limit of file sizes, or write elsewhere")
+    return StorageError(why, path=path, cure="Free some space, raise 'ulimit -f', or write to another disk")
 
 
 def check_free(target: Path, overwrite: bool) -> None:
@@ -461,7 +471,10 @@ def settled(target: Path) -> Path:
 
 
 def hidden_name(name: str, suffix: str) -> str:
-    """Return the hidden name for a target's name. It is always the same, and short enough for any file system."""
+    """Return the hidden name for a target's name.
+
+    The same arguments always give the same hidden name. The name is short enough for any file system.
+    """
     if len(os.fsencode(name)) > LONGEST:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
     return f".{name}.{suffix}"
@@ -483,7 +496,7 @@ def remove(path: Path) -> None:
 
 
 def remove_empty(*folders: Path) -> None:
-    """Remove the given folders if they are empty. The innermost folder comes first."""
+    """Remove the given folders if they are empty. Pass a folder before the folder that contains it."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -495,7 +508,7 @@ def _outside(stage: Staging, path: str | None) -> str:
 
 
 def check_inputs(replaced: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse to replace an input file. The input is recognized even if the output's path is another name for it.
+    """Refuse to replace an input file. Inodes are compared, so a link to an input is recognized.
 
     Raises:
         UsageError: an output would replace a file that is also an input.
@@ -509,10 +522,10 @@ def check_inputs(replaced: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def replaced_at(target: Path, owns: Collection[str] | None, new: Path | None = None) -> Iterator[Path]:
-    """Yield the files at a target that an output replaces. They match `owns`, or have the path of a new file.
+    """Yield the files at a target that an output replaces: those that match `owns`, or have the path of a new file.
 
     Args:
-        target: the target, which may not exist.
+        target: the target; it need not exist.
         owns: as for `staged`.
         new: the new output, if it has been written already.
     """
@@ -550,7 +563,7 @@ def _planned(
     target = stage.target
     if path.is_dir() and target.exists() and not target.is_dir():
         raise StorageError(
-            "a file has the name of the output folder", path=target, cure="Remove it, or write to another path"
+            "the output is a folder, but the target is a file", path=target, cure="Remove it, or write to another path"
         )
     gone: list[Path] = []
     if path.is_dir() and stage.inside:
@@ -587,7 +600,7 @@ def _check_beside(file: Path, end: Path, target: Path, overwrite: bool) -> None:
 
 
 def _keep(old: Path, new: Path, owns: Collection[str] | None) -> None:
-    """Add the old files that do not match `owns` to the new folder. They are hard links, so nothing is copied."""
+    """Add the old files that do not match `owns` to the new folder, as hard links if possible, otherwise as copies."""
     for entry in old.iterdir():
         if not _exists(new / entry.name) and not _owned(entry.name, owns):
             if entry.is_dir() and not entry.is_symlink():
@@ -606,7 +619,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def link(source: str, target: str) -> str:
-    """Create a hard link, or a copy if a hard link is impossible. If the source is a symbolic link, create the same."""
+    """Create a hard link to a file, or a copy if hard links are impossible. Copy a symbolic link as a symbolic link."""
     if os.path.islink(source):
         os.symlink(os.readlink(source), target)
         return target

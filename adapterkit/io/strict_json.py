@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 MAX_QUOTES = 1 << 23
 """The largest number of quotation marks in a document.
 
-A header has ten quotation marks per tensor. So it may have 800,000 tensors, 8 times as many as the largest known model.
+A safetensors header has ten quotation marks per tensor. So the limit allows 800,000 tensors, 8 times as many as the
+largest known model has.
 """
 
 MAX_CONTAINERS = 1 << 21
-"""The largest number of objects and lists in a document. The entry of a tensor in a header has three."""
+"""The largest number of objects and lists in a document. In a safetensors header, each tensor has one object and two
+lists."""
 
 MAX_VALUES = 1 << 24
 MAX_DEPTH = 100
@@ -93,13 +95,13 @@ def check_size(data: bytes) -> bytes:
     """
     if data.count(b'"') > MAX_QUOTES:
         raise ValueError(f"there are more than {MAX_QUOTES:,} quotation marks")
-    # The pattern lets an unterminated string extend to the end of the text. Otherwise, each quotation mark would start
-    # a search to the end, which takes quadratic time in all.
+    # The pattern lets an unterminated string extend to the end of the text. Otherwise, the search would run to the
+    # end of the text again from each quotation mark, which takes quadratic time.
     bare = re.sub(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)', b"", data, flags=re.DOTALL)
     if bare.count(b"{") + bare.count(b"[") > MAX_CONTAINERS or bare.count(b",") > MAX_VALUES:
         raise ValueError(f"there are more than {MAX_CONTAINERS:,} objects and lists, or {MAX_VALUES:,} values")
-    # Replace both kinds of brackets by one kind, so that each run of the loop removes one level. It does not matter
-    # here whether the kinds match: the parser checks this.
+    # Replace `{}` by `[]`, so that each iteration removes one level of both kinds. The parser checks later whether an
+    # opening bracket and its closing bracket are of the same kind.
     brackets = bare.translate(_ONE_KIND, _BUT_BRACKETS)
     for _ in range(MAX_DEPTH):
         shorter = brackets.replace(b"[]", b"")

@@ -25,22 +25,23 @@ def load_yaml(data: bytes, *, path: Path | None = None, where: str | None = None
     """Return the value of a YAML document: strings, numbers, booleans, null, lists, and mappings with string keys.
 
     The function refuses aliases, because a few aliases can expand to gigabytes. It also refuses tags, repeated keys,
-    numbers that are not finite or have more than 40 digits, and lone surrogates: adapterkit's own format stores the
-    values as JSON, which cannot express these. Dates stay strings. YAML 1.1's numbers with colons (`1:30`) also stay
-    strings, because PyYAML parses them in quadratic time.
+    infinities, NaNs and lone surrogates: adapterkit's own format stores the values as JSON, which cannot express them.
+    Integers of more than 40 digits are refused too. Dates stay strings. YAML 1.1's numbers with colons (`1:30`) also
+    stay strings, because PyYAML parses them in quadratic time.
 
     Args:
         data: the document in UTF-8.
-        path: the file, for errors.
-        where: the location inside the file, for errors.
+        path: the path of the file, for error messages.
+        where: the location inside the file, for error messages.
 
     Raises:
-        Malformed: the document breaks these rules, or is too large.
+        Malformed: the document is not valid YAML, contains something that the function refuses, or is too large.
     """
     import yaml
 
     def fault(why: str) -> Malformed:
-        return Malformed(why, path=path, where=where, cure="Correct the file: plain names, numbers, lists and mappings")
+        cure = "Correct the file. Use only strings, numbers, true, false, null, lists and mappings"
+        return Malformed(why, path=path, where=where, cure=cure)
 
     if len(data) > MAX_BYTES:
         raise fault(f"the document has more than {MAX_BYTES:,} bytes")
@@ -70,7 +71,7 @@ def _loader() -> type[yaml.SafeLoader]:
             self.nodes += 1
             if isinstance(event, yaml.AliasEvent):
                 raise _fault("aliases are not supported", event)
-            # Refuse a tag that names a type. Accept the tag `!`, which means text.
+            # Refuse a tag that names a type. Accept the tag `!`, which marks a value as a string.
             if event.tag not in (None, "!"):
                 raise _fault(f"the tag {event.tag!r} is not supported", event)
             if self.nodes > MAX_NODES or self.depth >= MAX_DEPTH:
