@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class LoHa(Additive):
-    """W' = W + scaling * P1 * P2; P1 and P2 are low-rank products, both with or both without a core."""
+    """W' = W + scaling * P1 * P2; P1 and P2 are low-rank products, both with or both without a Tucker core."""
 
     blocks = frozenset({"out"})
     forms = ((("w1_b", "w2_b"), ("t1", "w1_in", "t2", "w2_in")),)
@@ -51,10 +51,10 @@ class LoHa(Additive):
         return D
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return factors of rank r * r.
+        """Return B and A, whose rank is r * r.
 
-        Column (i, j) of B is the elementwise product of column i of w1_a and column j of w2_a, times `scaling`. Row
-        (i, j) of A is the elementwise product of row i of the first right factor and row j of the second.
+        Column i * r + j of B is the elementwise product of column i of w1_a and column j of w2_a, times `scaling`. Row
+        i * r + j of A is the elementwise product of row i of P1's right factor and row j of P2's right factor.
         """
         one, two = _right(self.w1_b, self.t1, self.w1_in), _right(self.w2_b, self.t2, self.w2_in)
         B = (self.scaling * self.w1_a)[:, :, None] * self.w2_a[:, None, :]
@@ -62,5 +62,5 @@ class LoHa(Additive):
 
 
 def _right(b: Tensor | None, core: Tensor | None, inputs: Tensor | None) -> Tensor:
-    """Return the right factor of a product, `[r, in * k]`; with a core, this is the core times the factor `inputs`."""
+    """Return a product's right factor `[r, in * k]`: `b` or, with a Tucker core, the `core` times `inputs`."""
     return b if b is not None else contracted(cast("Tensor", core), cast("Tensor", inputs))

@@ -1,10 +1,10 @@
 """LoKr: W' = W + scaling * kron(w1, w2).  Yeh et al. 2023, https://arxiv.org/abs/2309.14859
 
-Each factor may be a low-rank product; w2, which contains the kernel of a convolution, may also have a Tucker core. As
+Each factor may be a low-rank product. In a convolution, w2 also has the kernel's axes, and may have a Tucker core. As
 in LyCORIS, output p * m + i belongs to row p of w1 and row i of w2, where m is the number of rows of w2. Inputs are
-ordered in the same way. With `stacked`, w2 `[s, n, k]` is a stack of s matrices. The Kronecker products of w1 `[a, c]`
-with these matrices are stacked to `[s, a * n, c * k]`, and reshaped to the weight's shape. PEFT trains LoKr on
-`nn.Conv1d` like this.
+ordered in the same way: by the column of w1, then by the column of w2. With `stacked`, w2 `[s, n, k]` is a stack of s
+matrices. The Kronecker products of w1 `[a, c]` with these matrices are stacked to `[s, a * n, c * k]`, and reshaped to
+the weight's shape. PEFT trains LoKr on `nn.Conv1d` like this.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ if TYPE_CHECKING:
 
 
 class LoKr(Additive):
-    """W' = W + scaling * kron(w1, w2); w1 is whole or w1_a @ w1_b; w2 is whole, w2_a @ w2_b, or has a Tucker core."""
+    """W' = W + scaling * kron(w1, w2).
+
+    w1 is stored as one matrix, or as w1_a @ w1_b. w2 is stored as one tensor, as w2_a @ w2_b, or as w2_a and w2_in with
+    the Tucker core t2.
+    """
 
     blocks = frozenset({"out"})
     forms = ((("w1",), ("w1_a", "w1_b")), (("w2",), ("w2_a", "w2_b"), ("w2_a", "t2", "w2_in")))
     fits: ClassVar[tuple[Rule, ...]] = (
-        Rule(when="has(w2_b)", require="in % c == 0", meaning="c does not divide the inputs"),
+        Rule(when="has(w2_b)", require="in % c == 0", meaning="the number of inputs is not a multiple of c"),
     )
     paper = "https://arxiv.org/abs/2309.14859"
     dropout: ClassVar[str] = "rows"
@@ -69,9 +73,9 @@ class LoKr(Additive):
         return D
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """Return the Kronecker product of the left factors of w1 and w2, and that of the right factors.
+        """Return B, the Kronecker product of the left factors of w1 and w2, and A, the product of their right factors.
 
-        The result is None if `stacked` is true.
+        Return None if `stacked` is true.
         """
         if self.stacked:
             return None
@@ -90,7 +94,7 @@ class LoKr(Additive):
             return cast(Self, Dense(D=self._product.reshape(len(w1) * len(w2), -1)[start:stop], d=None))
         first, last = start // len(w2), -(-stop // len(w2))
         rows = kron(self.scaling * w1[first:last], w2)[start - first * len(w2) : stop - first * len(w2)]
-        # Return a dense update, because some rows of a Kronecker product may not form a Kronecker product.
+        # Return a dense update, because a range of rows of a Kronecker product need not be a Kronecker product.
         return cast(Self, Dense(D=rows, d=None))
 
     @property
@@ -112,7 +116,7 @@ class LoKr(Additive):
 
     @property
     def _second(self) -> Tensor:
-        """The factor w2, `[b, d * k]`."""
+        """The factor w2, `[out / a, in / c * k]`."""
         if self.w2 is not None:
             return self.w2.reshape(len(self.w2), -1)
         w2_a = cast("Tensor", self.w2_a)

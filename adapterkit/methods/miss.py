@@ -25,8 +25,12 @@ class MiSS(Additive):
     blocks = frozenset({"out", "in"})
     forms = ((("D",), ("mini",)),)
     fits: ClassVar[tuple[Rule, ...]] = (
-        Rule(when="has(D)", require="r >= 1", meaning="the block to repeat has no rows"),
-        Rule(when="has(mini)", require="r >= 1 and out % m == 0", meaning="the outputs are not a multiple of m"),
+        Rule(when="has(D)", require="r >= 1", meaning="D has no rows"),
+        Rule(
+            when="has(mini)",
+            require="r >= 1 and out % m == 0",
+            meaning="mini has no rows, or the number of outputs is not a multiple of m",
+        ),
     )
     paper = "https://arxiv.org/abs/2409.15371"
 

@@ -21,7 +21,9 @@ class MiSSBat(WeightUpdate):
     """W'[n r + i, c r + j] = W[n r + i, c r + j] + sum_k W[n r + i, c r + k] B[n, k, j] + B[n, i, j]."""
 
     linear_only = True
-    fits: ClassVar[tuple[Rule, ...]] = (Rule(require="in % r == 0", meaning="the blocks do not fill the inputs"),)
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="in % r == 0", meaning="the number of inputs is not a multiple of r"),
+    )
     paper = "https://arxiv.org/abs/2409.15371"
     since: ClassVar[tuple[str, ...]] = ("1.1",)
 

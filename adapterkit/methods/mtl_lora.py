@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 SHARPEST = 1e-6
-"""The smallest sharpness. A smaller one could overflow, and would make each share 0 or 1 unless weights are equal."""
+"""The smallest valid `sharpness`.
+
+Division by a smaller value could overflow, and each w_i would be 0 or 1 unless some weights are equal.
+"""
 
 
 class MTLLoRA(LowRank):

@@ -38,7 +38,7 @@ class MultitaskPrompt(ContextUpdate):
             when="decoder",
             where="decoder",
             error="Malformed",
-            meaning="a decoder's prompt takes half of the rows, so their number must be even",
+            meaning="with decoder, P is split into two halves, so its number of rows must be even",
         ),
     )
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class NOLA(LowRank):
     """A = A0 + sum alpha_i A_i / sqrt(p), B = B0 + sum beta_i B_i / sqrt(q).
 
-    The matrices are computed from seeds, or stored.
+    The matrices A_i and B_i are computed from `seeds`, or stored in `A_bases` and `B_bases`.
     """
 
     paper = "https://arxiv.org/abs/2310.02556"
@@ -43,9 +43,9 @@ class NOLA(LowRank):
     def initial(
         cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, beta: int = 256, **attributes: object
     ) -> Self:
-        """Start with B = 0, and A of the same magnitude as in a new LoRA.
+        """Start with B = 0. The elements of A have the same magnitude as in a new LoRA.
 
-        `beta` is the number of matrices, default: 256.
+        `beta` is the number of random matrices A_i, and also of random matrices B_i.
         """
         n = int(beta)
         high, low = (int(part) for part in (random((2,)).abs() * (1 << 23)).tolist())

@@ -2,9 +2,9 @@
 
 Each rotation is the Cayley transform R = (I - Q) inverse(I + Q) of a skew-symmetric Q. OFT v2
 (https://arxiv.org/abs/2506.19847) uses the first terms of the series of (I + Q) inverse(I - Q) instead. PEFT rotates
-the inputs of linear and convolution layers and the outputs of embeddings, and stores Q's upper triangle. LyCORIS
-(https://arxiv.org/abs/2309.14859) rotates outputs, stores whole blocks, and may rescale the result; in its bypass mode
-it also rotates the bias (`on_output`).
+the inputs of linear and convolution layers and the outputs of embeddings. It stores Q's upper triangle. LyCORIS
+(https://arxiv.org/abs/2309.14859) rotates outputs, and may rescale the result. It stores a square matrix S for each
+block, with Q = S^T - S. In LyCORIS's bypass mode, the bias is rotated too (`on_output`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,24 @@ if TYPE_CHECKING:
 
 
 class OFT(WeightUpdate):
-    """W' = W @ blockdiag(R)^T on inputs, rescale * blockdiag(R)^T @ W on outputs; a single stored block is repeated."""
+    """W' = W @ blockdiag(R)^T if `side` is "in", or rescale * blockdiag(R)^T @ W if `side` is "out".
+
+    If the adapter stores a single block, blockdiag(R) repeats this block.
+    """
 
     blocks = frozenset({"in", "out"})
     needs_bias = False
     fits: ClassVar[tuple[Rule, ...]] = (
-        Rule(when="side == 'out'", require="out % b == 0", meaning="the blocks do not fill the outputs"),
-        Rule(when="side == 'in'", require="columns % b == 0", meaning="the blocks do not fill the inputs"),
+        Rule(
+            when="side == 'out'",
+            require="out % b == 0",
+            meaning="the number of outputs is not a multiple of the block size b",
+        ),
+        Rule(
+            when="side == 'in'",
+            require="columns % b == 0",
+            meaning="the number of columns is not a multiple of the block size b",
+        ),
     )
     paper = "https://arxiv.org/abs/2306.07280"
     dropout: ClassVar[str] = "blocks"
@@ -82,7 +93,11 @@ class OFT(WeightUpdate):
         return self.new_weight(b[:, None])[:, 0] if self.on_output else b
 
     def _constrained(self, Q: Tensor) -> Tensor:
-        """Scale Q down if its norm exceeds the bound: each block alone (COFT), or all blocks together (LyCORIS)."""
+        """Scale Q down if its norm exceeds a limit.
+
+        With `coft`, the norm of each block has a limit. With `constraint`, as in LyCORIS, the norm of all blocks
+        together has a limit.
+        """
         if self.coft:
             Q = shortened_blocks(Q, self.eps)
         return shortened(Q, (Q * Q).sum(), self.constraint, 1e-8) if self.constraint > 0 else Q

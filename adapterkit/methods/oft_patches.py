@@ -3,8 +3,7 @@
 Qiu et al. 2023, https://arxiv.org/abs/2306.07280. PEFT splits x into all patches of the kernel's size that lie inside
 the image. It rotates each patch by OFT's rotations, and adds up overlapping patches. A patch is stored channel by
 channel, but PEFT reads it as if it were stored position by position, which mixes up the values. PEFT's merge rotates
-the weight instead, which is a different function if there are two or more patches; the merged function is the method
-`oft`.
+the weight instead. With two or more patches, the merged layer computes a different function: that of the method `oft`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class OFTPatches(OutputUpdate):
-    """Replaces the layer's input by the sum of the input's patches times blockdiag(R)."""
+    """Rotates each patch of the layer's input by blockdiag(R), and adds up the overlapping patches."""
 
     paper = "https://arxiv.org/abs/2306.07280"
     acts_on = "the input (in overlapping patches)"
@@ -52,7 +51,7 @@ class OFTPatches(OutputUpdate):
         """Run the layer on the rotated input.
 
         Raises:
-            Unsupported: the layer is a convolution with groups, a transposed convolution, or has no weight matrix.
+            Unsupported: the layer is a transposed convolution or a convolution with groups, or it has no weight matrix.
         """
         if len(layer.shape) < 2:
             cure = "Target a linear layer or a convolution that is not transposed"
@@ -61,8 +60,8 @@ class OFTPatches(OutputUpdate):
         given = x.shape[-3] if len(layer.shape) > 2 else channels
         # Check only integers: in an exported graph, the size may be unknown.
         if isinstance(given, int) and given != channels:
-            cure = "Convert the update to the method oft and merge that, as PEFT's own merge does, or remove this layer"
-            why = f"the patches have {given} channels, but the convolution's groups have {channels}"
+            cure = "Convert the update to oft and merge the result, as PEFT's merge does, or remove this layer"
+            why = f"each patch has {given} channels, but each group of the convolution has {channels}"
             raise Unsupported(why, cure=cure)
         if high * wide == 1:
             return layer(layer.mix(x, self._mix(channels, 1)))
@@ -77,9 +76,9 @@ class OFTPatches(OutputUpdate):
         return layer(summed(_bordered(x, part, *place, high, wide) for part, place in zip(parts, places, strict=True)))
 
     def _mix(self, channels: int, places: int) -> Tensor:
-        """Return the matrix of the rotations for patches stored position by position.
+        """Return blockdiag(R)^T for patches that are stored position by position.
 
-        The rotations expect patches stored channel by channel.
+        R is defined for patches stored channel by channel, so the matrix's rows and columns are reordered.
         """
         Q = skew(self.pairs)
         R = turned(shortened_blocks(Q, self.eps) if self.coft else Q, self.terms, self.doubled)
@@ -90,12 +89,15 @@ class OFTPatches(OutputUpdate):
 
 
 def _within(i: int, j: int, high: int, wide: int) -> tuple[slice, slice]:
-    """Return two slices of an image that select the values at position i, j of all patches."""
+    """Return the slices of an image's rows and columns that select the values at position (i, j) of all patches.
+
+    A patch has `high` rows and `wide` columns.
+    """
     return slice(i, i + 1 - high or None), slice(j, j + 1 - wide or None)
 
 
 def _bordered(x: Tensor, part: Tensor, i: int, j: int, high: int, wide: int) -> Tensor:
-    """Return an image of zeros that contains `part` at the position from which `_within` selected it."""
+    """Pad `part` with zeros to the size of the image `x`; `part` is at the rows and columns that `_within` returns."""
     rows, _ = _within(i, j, high, wide)
     for axis, before, behind, strip in ((-1, j, wide - 1 - j, x[..., rows, :]), (-2, i, high - 1 - i, x)):
         whole: tuple[Any, ...] = (slice(None),) * (-1 - axis)

@@ -1,4 +1,4 @@
-"""OLoRA: LoRA in place of the first rows of the base's QR.  Buyukakyuz 2024, https://arxiv.org/abs/2406.01775
+"""OLoRA: LoRA that replaces a part of the base's QR decomposition.  Buyukakyuz 2024, https://arxiv.org/abs/2406.01775
 
 W' = W - scaling * Q' R' + scaling * B @ A, where Q' is the first r columns of Q, and R' the first r rows of R, in the
 thin QR decomposition W = Q R. A file with only A and B is complete, because Q' R' can be computed exactly from the

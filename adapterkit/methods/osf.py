@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class OSF(WeightUpdate):
-    """W' = W - T + U @ diag(S) @ V, T = U_own @ diag(S_own) @ V_own or, if not stored, computed from W."""
+    """W' = W - T + U @ diag(S) @ V, with T = U_own @ diag(S_own) @ V_own.
+
+    If the adapter does not store U_own, S_own and V_own, T is computed from W.
+    """
 
     linear_only = True
     frozen = frozenset({"U_own", "S_own", "V_own"})

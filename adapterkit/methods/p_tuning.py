@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PTuning(ContextUpdate):
-    """Puts MLP(E) in front of the embeddings of the input: three linear layers with ReLUs between them."""
+    """Puts MLP(E) in front of the embeddings of the input; the MLP is three linear layers with ReLUs between them."""
 
     place = "embeddings"
     paper = "https://arxiv.org/abs/2103.10385"

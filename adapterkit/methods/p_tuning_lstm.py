@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class PTuningLSTM(ContextUpdate):
     """Puts MLP(LSTM(E)) in front of the embeddings of the input.
 
-    The LSTM reads the tokens in both directions, layer after layer; the MLP is two linear layers with a ReLU. In each
-    layer's tensors, the first axis is the direction (forward, backward). Rows are ordered by gate: input, forget, cell,
-    output, as in torch.nn.LSTM.
+    The LSTM is bidirectional and may have several layers. The MLP is two linear layers with a ReLU between them. In
+    each LSTM layer's tensors, the first axis is the direction (forward, backward). Rows are ordered by gate: input,
+    forget, cell, output, as in torch.nn.LSTM.
     """
 
     place = "embeddings"
@@ -92,9 +92,9 @@ class PTuningLSTM(ContextUpdate):
 
 
 def both_ways(x: Tensor, weights: Tensor, hidden: Tensor, bias: Tensor, hidden_bias: Tensor) -> Tensor:
-    """Return a bidirectional layer's outputs `[n, 2 * hidden]` for its inputs `[n, width]`.
+    """Return the outputs `[n, 2 * hidden]` of a bidirectional LSTM layer for the inputs x `[n, width]`.
 
-    The first axis of every argument but x is the direction.
+    The first axis of all other arguments is the direction.
     """
     ahead = _one_way(x, range(len(x)), weights[0], hidden[0], bias[0] + hidden_bias[0])
     back = _one_way(x, reversed(range(len(x))), weights[1], hidden[1], bias[1] + hidden_bias[1])

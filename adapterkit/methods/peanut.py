@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 class PEANuT(WeightUpdate):
-    """W' = W + scaling * B @ h; h = f(A @ W), then h = f(encoder @ h), then h = f(decoder @ h) + an encoder's input."""
+    """W' = W + scaling * B @ h.
+
+    First h = f(A @ W), then h = f(encoder @ h) for each encoder. Then h = f(decoder @ h) + x for each decoder, where x
+    is the input of the matching encoder. The first decoder matches the last encoder, and so on in reverse order.
+    """
 
     linear_only = True
     blocks = frozenset({"in"})

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Poly(Routed):
-    """Shares = sigmoid(logits[task]), divided by their sum over the skills; x is `[rows, ..., in]`."""
+    """The skills' shares are sigmoid(logits[task]), divided by the sum over the skills; x is `[rows, ..., in]`."""
 
     paper = "https://arxiv.org/abs/2202.13914"
     acts_on = "each row's output (depending on the row's task)"
@@ -56,13 +56,13 @@ class Poly(Routed):
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         tasks = layer.call["task_ids"]
         if tasks.shape != x.shape[:1]:
-            why = f"the tasks have the shape {list(tasks.shape)}, but the input has the shape {list(x.shape)}"
+            why = f"task_ids has the shape {list(tasks.shape)}, but the input has the shape {list(x.shape)}"
             raise ShapeMismatch(why, cure="Pass one task number for each row")
         splits, skills, part, r = self.A.shape
         shares = sigmoid(self.logits[tasks]).reshape(-1, splits, skills)
         shares = (shares / (shares.sum(-1)[..., None] + 1e-12))[..., None, None]
         if not r:
-            return layer(x)  # For rank 0, the empty sum divided by 0 counts as 0 (R-10.13), so nothing changes.
+            return layer(x)  # Rank 0 adds nothing: B @ A x / r counts as 0 (R-10.13), not as 0 / 0.
         A: Tensor = (shares * self.A).sum(2).reshape(-1, splits * part, r)
         B: Tensor = (shares * self.B).sum(2).swapaxes(1, 2).reshape(-1, r, splits * self.B.shape[-1])
         if x.ndim == 2:
@@ -74,6 +74,7 @@ class Poly(Routed):
 def _part(size: int, splits: int) -> int:
     if size % splits:
         raise ShapeMismatch(
-            f"{size} channels do not divide into {splits} splits", cure="Pass a splits= that divides the channels"
+            f"{size} channels cannot be divided into {splits} equal splits",
+            cure="Pass splits= with a divisor of the number of channels",
         )
     return size // splits

@@ -2,8 +2,8 @@
 
 Li and Liang 2021, https://arxiv.org/abs/2101.00190
 
-The formula also covers Cartridges (Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266), and prefixes that a network
-computed if the file stores the network's output. PEFT's files do so.
+The formula also covers Cartridges (Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266). If a network computes the
+prefix, the formula applies to files that store the network's output, as PEFT's files do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Prefix(ContextUpdate):
-    """Puts keys P[j, 0] and values P[j, 1] before the keys and values of layer i, with j = i * step mod layers."""
+    """Puts keys P[j, 0] and values P[j, 1] before the keys and values of layer i; j is (i * step) mod layers."""
 
     place = "past"
     paper = "https://arxiv.org/abs/2101.00190"

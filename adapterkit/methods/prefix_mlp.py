@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 class PrefixMLP(ContextUpdate):
-    """Puts keys P[i, 0] and values P[i, 1] before those of layer i; for each token P = W2 @ tanh(W1 @ E + b1) + b2.
+    """Puts keys P[i, 0] and values P[i, 1] before the keys and values of layer i.
 
-    W2 and b2 are the weight and bias of a linear layer, whose output axis is split into `layers 2 heads d`.
+    For each prefix token, P = W2 @ tanh(W1 @ e + b1) + b2, where e is the token's row of E. W2 and b2 are the weight
+    and bias of a linear layer, whose output axis is split into `layers 2 heads d`.
     """
 
     place = "past"

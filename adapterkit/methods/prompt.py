@@ -2,7 +2,7 @@
 
 Lester et al. 2021, https://arxiv.org/abs/2104.08691
 
-The formula also covers P-tuning and CPT if their embeddings are stored, as in PEFT's files.
+The formula also covers P-tuning and CPT if the file stores the final embeddings, as PEFT's files do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Prompt(ContextUpdate):
             require="0 <= used and used <= n",
             where="used",
             error="Malformed",
-            meaning="more tokens are used than P has",
+            meaning="used is not between 0 and the number of rows of P",
         ),
     )
 

@@ -1,10 +1,10 @@
 """PSOFT: a rotation in the principal subspace of W.  Wu et al. 2025, https://openreview.net/forum?id=FSHrinMArK
 
-W' = W + B (R - I) A, where B @ A is the part of W with its r largest singular values: A = V^T and B = U S, or A =
-sqrt(S) V^T and B = U sqrt(S). PEFT stores only R, and computes A and B from the base. The formula depends on the signs
-of the singular vectors, which depend on the library. So if A and B are not stored, adapterkit computes them as PEFT
-does: with torch's decomposition in float32 on the CPU or, if `steps` is set, with torch's randomised decomposition.
-Adapters that adapterkit creates store A and B.
+W' = W + B (R - I) A, where B @ A is the part of W with its r largest singular values. By default, A = V^T and B = U S.
+If `symmetric` is set, A = sqrt(S) V^T and B = U sqrt(S). PEFT stores only R, and computes A and B from the base. The
+formula depends on the signs of the singular vectors, which depend on the library. So if A and B are not stored,
+adapterkit computes them as PEFT does: with torch's SVD in float32 on the CPU or, if `steps` is set, with torch's
+randomised SVD. Adapters that adapterkit creates store A and B.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class PSOFT(WeightUpdate):
-    """W' = W + B @ (b * R * a - I) @ A; R is a rotation with the parameters `pairs`, or any matrix."""
+    """W' = W + B @ (diag(b) @ R @ diag(a) - I) @ A; R is a rotation computed from `pairs`, or any stored matrix."""
 
     linear_only = True
     frozen = frozenset({"A", "B"})
@@ -71,7 +71,7 @@ class PSOFT(WeightUpdate):
         return changed
 
     def _factors_of(self, W: Tensor, r: int) -> tuple[Tensor, Tensor]:
-        """Compute A and B from W. `steps` is 1 plus the number of iterations, or 0 for the exact decomposition."""
+        """Compute A and B from W: by exact SVD if `steps` is 0, else by randomised SVD with `steps - 1` iterations."""
         if not self.steps:
             return _principal(W, r, self.symmetric)
         return _split(*singular_by_sketch(W, r, self.steps - 1, self.seed), self.symmetric)
@@ -84,7 +84,7 @@ class PSOFT(WeightUpdate):
 
 
 def _principal(W: Tensor, r: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Return A `[r, in]` and B `[out, r]`."""
+    """Return A `[r, in]` and B `[out, r]`, computed by an exact SVD of W."""
     U, S, V = singular(W)
     return _split(U[:, :r], S[:r], V[:r], symmetric)
 

@@ -1,8 +1,8 @@
-"""PVeRA: VeRA with a distribution over d.  Fillioux et al. 2025, https://arxiv.org/abs/2512.07703
+"""PVeRA: VeRA that draws B's input at random in training.  Fillioux et al. 2025, https://arxiv.org/abs/2512.07703
 
-The first r rows of A and the first r entries of d determine the mean. The other rows and entries determine the
-logarithm of the variance, which training needs to draw samples of d. This formula uses the mean, like PEFT's merge and,
-unless sampling is enabled, PEFT's forward pass.
+For an input x, d * (A @ x) has 2 r elements. The first r are a mean, and the others are the logarithm of a variance.
+In training, the r inputs of B are drawn from the normal distribution with this mean and variance. The formula here uses
+the mean, as PEFT's merge does. PEFT's forward pass at inference also uses the mean, unless sampling is enabled.
 """
 
 from __future__ import annotations

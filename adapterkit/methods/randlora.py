@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class RandLoRA(LowRank):
-    """W' = W + scaling * L @ S, or its transpose if `in` is the longer side; the weight has two axes."""
+    """W' = W + scaling * L @ S, or W + scaling * (L @ S)^T if `in` is longer than `out`; the weight has two axes."""
 
     linear_only = True
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     fits: ClassVar[tuple[Rule, ...]] = (
         Rule(
             require="(short == out or short == in) and short <= out and short <= in",
-            meaning="the adapter was made for another length of the shorter side",
+            meaning="the adapter was made for a weight whose shorter side has another length",
         ),
         Rule(
             require="shorts >= short and longs >= out and longs >= in and bases >= n",

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class ReFT(OutputUpdate):
     """h' = h + (act(h @ source^T + source_bias) - h @ projection^T) @ projection, at the first and last positions only.
 
-    Positions are on the axis before the channels. If prefix and suffix overlap, the suffix takes precedence. If the
-    call has a mask `[rows, positions]`, only unmasked positions of a row count as its first or last positions.
+    Positions are on the axis before the channels. If a position is among the first and also among the last positions,
+    only the change for the last positions applies. If the model is called with a mask `[rows, positions]`, only
+    unmasked positions count.
     """
 
     hears = ("attention_mask",)
@@ -42,7 +43,7 @@ class ReFT(OutputUpdate):
             when="orthogonality",
             where="projection",
             error="Malformed",
-            meaning="more directions than channels cannot be orthonormal",
+            meaning="projection has more rows than columns, so its rows cannot be orthonormal",
         ),
     )
 
@@ -101,7 +102,8 @@ def changed_at_ends(
 ) -> Tensor:
     """Apply `first` at the first positions of y `[..., positions, channels]` and `last` at the last positions.
 
-    If the model's call has a mask `[rows, positions]`, masked positions of a row are not counted.
+    `counts` are the numbers of first and last positions. If the model is called with a mask `[rows, positions]`, only
+    unmasked positions count.
     """
     mask: Any = (getattr(layer, "call", None) or {}).get("attention_mask")
     if getattr(mask, "ndim", 0) == 2 and tuple(mask.shape) == tuple(y.shape[:-1]):

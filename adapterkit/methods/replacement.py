@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Replacement(WeightUpdate):
-    """W' = weight, b' = bias. At least one of the two is present; the other parameter stays unchanged if absent."""
+    """W' = weight, b' = bias. One of them may be absent: without `weight`, W' = W; without `bias`, b' = b."""
 
     blocks = frozenset({"out"})
     shared_as = "replacement"
@@ -32,21 +32,25 @@ class Replacement(WeightUpdate):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
-        """Start with copies of W and b. `weight=False` or `bias=False` omits one; BitFit trains only biases."""
+        """Start with copies of W and b.
+
+        `weight=False` omits the weight, as in BitFit, which trains only biases. `bias=False` omits the bias.
+        """
         values = {"weight": W, "bias": b}
         wanted = {name: leaf for name, leaf in values.items() if attributes.pop(name, True) is not False}
         if not any(leaf is not None for leaf in wanted.values()):
             why = "the target has none of the parameters to replace"
-            raise UsageError(why, where="bias", cure="Choose targets that have a bias")
+            raise UsageError(why, where="bias", cure="Choose targets that have a bias, or omit weight=False")
         return cls.from_fields(**wanted, **attributes)
 
     @classmethod
     def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - all updates have the class of `cls`
         cls, updates: Sequence[Self], weights: Sequence[float]
     ) -> Self | None:
-        """Combine updates by a weighted sum.
+        """Return the weighted sum of the updates, or None if it would not be a replacement.
 
-        The weights must sum to 1, because otherwise the result would depend on W.
+        The weights must sum to 1, because otherwise the result would depend on W. All updates must have the same
+        tensors.
         """
         tensors_of: list[Mapping[str, Any]] = [update.tensors for update in updates]
         if not math.isclose(sum(weights), 1) or any(tensors.keys() != tensors_of[0].keys() for tensors in tensors_of):

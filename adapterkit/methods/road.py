@@ -1,9 +1,9 @@
 """RoAd: rotates and scales the outputs in pairs.  Liao and Monz 2024, https://arxiv.org/abs/2409.00119
 
 Output i of the first half of a group is paired with output i of the second half, and each pair is multiplied by a 2x2
-matrix. Each entry has an angle and a scale: in a row, the first angle and scale apply to the output, and the second to
-its partner. In variant 1, all four entries of the matrix have the same angle and scale. In variant 2, the two entries
-of a row have the same angle and scale. In variant 4, each entry has a separate angle and scale.
+matrix. Each entry of the matrix is computed from an angle and a scale. In variant 1, all four entries have the same
+angle and scale. In variant 2, the two entries of a row have the same angle and scale. In variant 4, each entry has a
+separate angle and scale. For each group, theta and alpha list the entries on the diagonal first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class RoAd(WeightUpdate):
 
     blocks = frozenset({"in"})
     needs_bias = False
-    fits: ClassVar[tuple[Rule, ...]] = (Rule(require="out % group == 0", meaning="the groups do not fill the outputs"),)
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="out % group == 0", meaning="the number of outputs is not a multiple of group"),
+    )
     paper = "https://arxiv.org/abs/2409.00119"
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -37,7 +39,7 @@ class RoAd(WeightUpdate):
         Rule(
             require="size * 2 % variant == 0",
             where="theta",
-            meaning="the number of angles does not match a whole number of outputs",
+            meaning="the length of theta does not fit a whole number of outputs",
         ),
         Rule(define="out", value="size * 2 // variant", where="theta"),
     )

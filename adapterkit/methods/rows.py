@@ -1,8 +1,8 @@
 """Token rows: W'[:, index] = values, new embeddings for some tokens.
 
 PEFT calls this method trainable tokens, https://huggingface.co/docs/peft/package_reference/trainable_tokens. The tensor
-`values` contains the new rows, not differences. Updates have the axes `[out, in]`, so a token of an embedding is an
-index on the axis `in`.
+`values` contains the new rows, not differences. Updates see an embedding's weight as `[out, in]`, which here means
+`[dim, vocabulary]`. So a token id is an index on the axis `in`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Rows(WeightUpdate):
         **attributes: object,
     ) -> Self:
         if index is None:
-            raise UsageError("the tokens were not given", where="index", cure="Pass index=[token, ...]")
+            raise UsageError("the token ids are missing", where="index", cure="Pass index=[token_id, ...]")
         return cls.from_fields(index=W.new_tensor(index).long(), values=W[:, list(index)].mT, **attributes)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
@@ -59,7 +59,11 @@ class Rows(WeightUpdate):
     def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - all updates have the class of `cls`
         cls, updates: Sequence[Self], weights: Sequence[float]
     ) -> Self | None:
-        """Combine updates of the same tokens if the weights sum to 1, or of different tokens if all weights are 1."""
+        """Return the weighted sum of the updates as one update, or None if this is not possible.
+
+        If all updates have the same tokens, the weights must sum to 1. If no two updates share a token, all weights
+        must be 1.
+        """
         tokens = [update.index.tolist() for update in updates]
         if any(len(update.index.shape) > 1 for update in updates):
             return None

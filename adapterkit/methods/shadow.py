@@ -62,17 +62,17 @@ class Shadow(OutputUpdate):
         """The shapes of the network's tensors, by name; `network` contains these tensors one after another."""
         lines = [line.split(" ") for line in self.names.splitlines()]
         if any(not name or not all(size.isdecimal() for size in sizes) for name, *sizes in lines):
-            raise Malformed("a line is not a name and a shape", where="names", cure="Write the adapter again")
+            raise Malformed("a line is not a tensor name and its sizes", where="names", cure="Write the adapter again")
         return {name: tuple(map(int, sizes)) for name, *sizes in lines}
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         if len(layer.shape) > 2:
-            why = "Shadow cannot run at a convolution, because its last axis is not the channels"
+            why = "Shadow needs inputs whose last axis is the channels, so it cannot run at a convolution"
             raise Unsupported(why, cure="Target the model's blocks")
         shadow = layer.call["shadow"]
         s = shadow.state(self)
         if s.shape != x.shape:
-            why = f"the layer's input is {list(x.shape)}, but the parallel network returns {list(s.shape)}"
+            why = f"the layer's input has the shape {list(x.shape)}, but the parallel network returns {list(s.shape)}"
             raise UsageError(why, cure="Target the model's blocks, and use one call for all rows")
         y = layer(x + self.alpha * ((x - s) @ self.down.mT @ self.up.mT))
         t, g = self._update("transform", y), sigmoid(self._update("gate", y))

@@ -61,7 +61,10 @@ class VBLoRA(LowRank):
         return B.reshape(-1, B.shape[2]), A.reshape(A.shape[0], -1)
 
     def _mixed(self, logits: Tensor | None, indices: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Return mixtures of the bank's vectors: the last axis has size `b`, the other axes are those of the logits."""
+        """Return mixtures of the bank's vectors, from logits or from indices and weights.
+
+        The result has the same axes as the arguments, but its last axis has length `b`.
+        """
         xp = namespace(self.bank)
         if logits is not None:
             indices = xp.argsort(logits, axis=-1, descending=True)[..., : self.topk]

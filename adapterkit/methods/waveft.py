@@ -2,8 +2,8 @@
 
 The adapter stores some coefficients of a one-level wavelet transform of the change. Without a filter, the coefficients
 are the elements of the change themselves. With a filter of L taps, the transform pads an axis of n elements at both
-ends, to `n + L - 2` elements, or to one more if this number is odd. Index 0 is the first coefficient after the padding
-at the start.
+ends. The padded axis has N elements: `n + L - 2`, or one more if this number is odd. Index 0 is then the coefficient at
+position `(N - n) // 2` of the padded axis.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class WaveFT(Coefficients):
         taps = self.low_pass.shape[0]
         lower, down = _band(rows, shape[0], taps)
         right, across = _band(columns, shape[1], taps)
-        # The axes are crossed. A coefficient in the right half gets the high-pass filter along the outputs; a
-        # coefficient in the lower half gets the high-pass filter along the inputs.
+        # The axes are swapped: the column selects the filter along the outputs, and the row selects the filter along
+        # the inputs. A coefficient in the right half has the high-pass filter along the outputs, and a coefficient in
+        # the lower half has it along the inputs.
         patches = _taps(self.low_pass, right)[:, :, None] * _taps(self.low_pass, lower)[:, None, :]
         inside = _on(down, shape[0])[:, :, None] & _on(across, shape[1])[:, None, :]
         flat = (down[:, :, None] * shape[1] + across[:, None, :]) * inside
@@ -59,7 +60,11 @@ class WaveFT(Coefficients):
 
 
 def _band(positions: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
-    """Return whether each coefficient is in the padded axis's second half, and the positions that its filter covers."""
+    """Return two tensors about each coefficient's position on one axis.
+
+    The first, `[n]`, is true if the coefficient is in the second half of the padded axis. The second, `[n, taps]`,
+    contains the positions in the change that the coefficient's filter covers.
+    """
     padded = size + taps - 2 + size % 2
     at = positions + (padded - size) // 2
     half = padded // 2
@@ -68,7 +73,10 @@ def _band(positions: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
 
 
 def _taps(low: Tensor, high: Tensor) -> Tensor:
-    """Return each coefficient's filter, `[n, taps]`: the low-pass filter, or its reverse with alternating signs."""
+    """Return each coefficient's filter, `[n, taps]`: `low`, or the high-pass filter if `high` is true.
+
+    The high-pass filter is `low` in reverse order with alternating signs.
+    """
     mirrored = namespace(low).flip(low) * (1 - 2 * (counting(low.shape[0], low) % 2))
     return high[:, None] * mirrored[None, :] + ~high[:, None] * low[None, :]
 

@@ -37,7 +37,7 @@ class WeightNorm(WeightUpdate):
         return cls.from_fields(out=norm + eps, eps=eps, **attributes)
 
     def cuts(self, axis: str) -> bool:
-        """Return whether the update can be split along `axis`; only the axis of the stored norms can be split."""
+        """Return whether the update can be split along `axis`: True only for the axis of the stored norms."""
         return axis == ("out" if self.into is None else "in")
 
     def new_weight(self, W: Tensor) -> Tensor:
