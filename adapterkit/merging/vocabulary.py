@@ -1,7 +1,7 @@
-"""Merge adapters whose embedding and head had more or fewer rows in training than they have in the base.
+"""Merge adapters that were trained on an embedding or a head with more or fewer rows than the base has.
 
 Users add tokens with `resize_token_embeddings` before training, so the stored base lacks the rows of these tokens. The
-adapter's file may contain these rows, because PEFT saves the complete resized layers next to the factors.
+adapter's file may contain these rows, because PEFT saves the complete resized layers next to the low-rank factors.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 GROW, KEEP = "grow", "keep"
 
 PADDING = 32
-"""If the base has more rows than the adapter was trained with, the base's last rows count as padding.
+"""If the base has more rows than the adapter was trained with, the base's extra rows at the end count as padding.
 
-These rows may be at most `1 / PADDING` of all rows of the base.
+If more than `1 / PADDING` of the base's rows are extra, the merge raises an error, unless `--vocab` is `keep`.
 
 According to configs and tokenizers, Qwen 2.5 pads 271 of 151,936 rows, Phi-3 53 of 32,064, DeepSeek 2,385 of 102,400.
 """
@@ -47,28 +47,28 @@ def parse_vocab(vocab: str | None) -> str | None:
     """Check and return the option `vocab`.
 
     Raises:
-        UsageError: the choice is unknown.
+        UsageError: `vocab` is not `grow`, `keep` or None.
     """
     if vocab not in (None, GROW, KEEP):
         raise UsageError(
-            f"the choice {vocab!r} for the vocabulary is unknown", cure="Give --vocab (vocab=) grow or keep"
+            f"the choice {vocab!r} for the vocabulary is unknown", cure=f"Pass {_flag(GROW)} or {_flag(KEEP)}"
         )
     return vocab
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Use:
-    """The updates of one adapter for one tensor whose rows are tokens of the vocabulary.
+    """One adapter's updates of one embedding or head.
 
     Attributes:
         position: the adapter's index in the merge's list of adapters.
         adapter: the adapter's name.
-        layer: the name of the tensor in the adapter; for a tied head, it differs from the stored name.
-        stored: the stored name of the tensor.
+        layer: the name of the tensor that the adapter changes. For a tied head, this name differs from `stored`.
+        stored: the name under which the base stores the tensor.
         axis: the axis of the updates that runs over token ids, `in` or `out`.
-        updates: the updates.
-        rows: the number of rows of the tensor in training; None if the adapter has only rows of individual tokens.
-        tokens: the ids of the tokens for which the adapter has individual rows.
+        updates: the adapter's updates of the tensor.
+        rows: the number of rows that the tensor had in training; None if the adapter changes only individual rows.
+        tokens: the ids of the tokens whose rows the adapter changes individually, with `Rows` updates.
     """
 
     position: int
@@ -111,13 +111,13 @@ class _Use:
 
 
 class Vocabulary:
-    """Compares the numbers of rows in a base with those in a merge's adapters, and adds missing rows to the base.
+    """Compares the vocabulary sizes of a base and of the adapters to merge, and adds missing rows to the base.
 
     Args:
         base: the base as the merge reads it.
         aliases: a map from the names of tied tensors to the name under which the base stores the tensor.
-        choice: `grow`, `keep`, or None. None adds rows if the adapters' files contain all new rows, and refuses
-            otherwise.
+        choice: `grow`, `keep`, or None. With None, the merge adds rows if the adapters' files contain all new rows,
+            and raises an error otherwise.
     """
 
     def __init__(self, base: Checkpoint, aliases: Mapping[str, str], choice: str | None) -> None:
@@ -134,17 +134,17 @@ class Vocabulary:
     def settle(
         self, position: int, adapter: str, sites: Sequence[Site], shapes: Shapes
     ) -> tuple[list[Site], dict[str, tuple[int, ...]]]:
-        """Compare an adapter's numbers of rows with the base's; cut the adapter's updates, or note the rows to add.
+        """Compare an adapter's vocabulary size with the base's; cut the adapter's updates, or record the new size.
 
         Args:
-            position: the adapter's position in the merge.
+            position: the adapter's index in the merge's list of adapters.
             adapter: the adapter's name.
             sites: the adapter's targets with their stored tensors.
             shapes: the shapes of the base's tensors, including tied names.
 
         Returns:
-            The sites, with updates cut to the base's rows if `choice` is `keep`; and `shapes`, in which each changed
-            tensor has the number of rows that the adapter was trained with.
+            (sites, shapes). If `choice` is `keep`, updates that have more rows than the base are cut to the base's
+            rows. For all other updates, `shapes` has the number of rows that their tensor had in training.
 
         Raises:
             ShapeMismatch: the adapter has far fewer rows than the base.
@@ -156,7 +156,7 @@ class Vocabulary:
             here = [(at, use) for at, use in uses if use.layer == layer]
             rows = {use.rows for _, use in here if use.rows is not None}
             table = self.tables[here[0][1].stored]
-            if len(rows) > 1:  # Skip updates with different numbers of rows; the later check of shapes refuses them.
+            if len(rows) > 1:  # The updates disagree on the number of rows; a later check of shapes refuses them.
                 continue
             tokens = max((token for _, use in here for token in use.tokens), default=-1)
             needed = max(next(iter(rows), table[0]), tokens + 1)
@@ -177,7 +177,7 @@ class Vocabulary:
         return sites, shapes
 
     def rows(self, position: int, layer: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return `shape`, the shape of a layer's weight or bias, with the number of rows that it had in training."""
+        """Return the shape of a weight or bias, with the number of rows that this tensor had in training."""
         rows = self.made_for.get((position, layer))
         return (rows, *shape[1:]) if shape and rows is not None else shape
 
@@ -203,7 +203,7 @@ class Vocabulary:
             cure = 'Merge with --quantized dequantize (quantized="dequantize"), or --vocab keep (vocab="keep")'
             raise Unsupported("the vocabulary of a quantized model cannot grow", path=self.base.root, cure=cure)
         tensors = dict(self.base.tensors)
-        # Grow all embeddings and heads that have this number of rows, because a separate head needs as many rows as the
+        # Grow all embeddings and heads with `rows` rows together, because a separate head needs as many rows as the
         # embedding.
         for rows, needed in self.sizes.items():
             for name in self._growing(rows):
@@ -215,7 +215,7 @@ class Vocabulary:
     def config_changes(
         self, config: Mapping[str, JsonValue] | None, changes: Mapping[str, JsonValue]
     ) -> dict[str, JsonValue]:
-        """Return the entries of the config that change, with the new number of rows as the vocabulary size.
+        """Return the config entries that store the vocabulary size, with the new number of rows as their value.
 
         Args:
             config: the config of the base.
@@ -242,7 +242,7 @@ class Vocabulary:
         return config_changes
 
     def record(self) -> dict[str, JsonValue] | None:
-        """Return plain data about the added rows, or about the choice `keep`; None if there is neither."""
+        """Return the vocabulary's entry in the merge record; None if no rows are added and `choice` is not `keep`."""
         if self.sizes:
             rows, needed = next(iter(self.sizes.items()))
             return {"choice": GROW, "from": rows, "rows": needed, "filled": dict(self.filled)}
@@ -264,12 +264,12 @@ class Vocabulary:
         """Warn if the base seems to have padding rows that the adapter lacks; refuse an adapter of another model.
 
         Raises:
-            ShapeMismatch: the adapter lacks too many rows for padding.
+            ShapeMismatch: the base has more than `rows // PADDING` rows that the adapter lacks.
         """
         if rows - made_for > rows // PADDING and self.choice != KEEP:
             cure = (
                 "Is this the base that the adapter was trained on? If the base's last rows are padding, "
-                f"{_flag(KEEP)} changes the first {made_for} rows and leaves the others unchanged"
+                f"pass {_flag(KEEP)} to change only the first {made_for} rows"
             )
             raise ShapeMismatch(f"{adapter} was made for {made_for} rows; the base has {rows}", where=layer, cure=cure)
         self.warnings.append(
@@ -279,7 +279,7 @@ class Vocabulary:
     def _say_kept(self, adapter: str, layer: str, rows: int, needed: int) -> None:
         self.warnings.append(
             f"rows {rows} to {needed - 1} of {layer} in {adapter} are dropped: the output has the base's {rows} rows, "
-            f"and loses the training of the added tokens; {_flag(GROW)} keeps these rows"
+            f"without the trained rows of the added tokens; pass {_flag(GROW)} to keep these rows"
         )
 
     def _growing(self, rows: int) -> list[str]:
@@ -338,15 +338,15 @@ class Vocabulary:
             # PEFT saves a resized embedding next to the factors. It does not save a head that has no adapter, not even
             # with save_embedding_layers=True.
             cure += (
-                "PEFT's files have a head's new rows only if the head is adapted, too. The resized model has these "
-                "rows: its save_pretrained makes a base into which the adapter merges exactly. "
+                "PEFT saves the new rows of a head only if the adapter changes the head. For an exact merge, save the "
+                "resized model with save_pretrained, and pass it as the base. "
             )
         cure += "Is this the base that the adapter was trained on?"
         return ShapeMismatch(why, path=self.base.root, where=name, cure=cure)
 
 
 def _rows_along(axis: str, updates: Sequence[Update], width: int) -> tuple[int | None, tuple[int, ...]] | None:
-    """Return (number of rows, ids of tokens with individual rows); None if `axis` cannot be the axis of token ids."""
+    """Return (number of rows, token ids of `Rows` updates); None if `axis` cannot be the axis of token ids."""
     rows: set[int] = set()
     tokens: list[int] = []
     for update in updates:
@@ -369,7 +369,7 @@ def _cut(use: _Use, rows: int) -> tuple[Update, ...]:
     """Cut the updates to the first `rows` rows of the vocabulary.
 
     Raises:
-        NotMergeable: an update's method cannot be computed for a part of the rows.
+        NotMergeable: an update's method cannot be computed for only some of the rows.
     """
     kept_updates: list[Update] = []
     for update in use.updates:
@@ -378,7 +378,7 @@ def _cut(use: _Use, rows: int) -> tuple[Update, ...]:
             continue
         if not update.cuts(use.axis) and not isinstance(update, Replacement):
             why = f"{update.method} needs all rows of the vocabulary that it was trained on"
-            raise NotMergeable(why, where=use.layer, cure=f"{_flag(GROW)} adds the rows")
+            raise NotMergeable(why, where=use.layer, cure=f"Pass {_flag(GROW)} to add the rows")
         changes = {}
         for name, leaf in update.tensors.items():
             tensor = as_lazy(leaf)
@@ -393,7 +393,7 @@ def _cut(use: _Use, rows: int) -> tuple[Update, ...]:
 
 
 def _without_tokens(update: Rows, tokens: Sequence[int], rows: int) -> Rows:
-    """Remove the rows of tokens that the base lacks from the update, even if no row is left."""
+    """Return the update without the rows of tokens that the base lacks. The result may have no rows."""
     kept = [at for at, token in enumerate(tokens) if token < rows]
     index, values = as_lazy(update.index), as_lazy(update.values)
     parts = {
@@ -429,7 +429,7 @@ def _longer(tensor: Lazy, shape: tuple[int, ...], more: Callable[[], bytes]) -> 
 
 
 def _fresh(tensor: Lazy, uses: Sequence[_Use], rows: int, needed: int, mean: bool) -> bytes:
-    """Return the bytes of a tensor's new rows: rows from the adapters' files, and the mean row if no file has a row."""
+    """Return the bytes of a tensor's new rows. Rows that are in no adapter's file get the tensor's mean row."""
     import numpy as np
 
     table = np.zeros((needed - rows, *tensor.shape[1:]), np.float64)
@@ -481,4 +481,4 @@ def _flag(choice: str) -> str:
 
 
 _SIZES = ("vocab_size", "decoder_vocab_size")
-"""Keys of a config whose value is the vocabulary's number of rows."""
+"""The config keys for the vocabulary size."""

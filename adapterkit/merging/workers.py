@@ -35,10 +35,10 @@ RUN = 32 << 20
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """Work on consecutive bytes of an output file: blocks of `output` to compute, or `nbytes` to copy from `source`.
+    """A task that writes consecutive bytes of an output file: compute blocks of `output`, or copy from `source`.
 
-    If `parts` is not empty, the job writes a packed weight, whose stored tensors may be anywhere in the file. With
-    `run`, the job writes only this run of the packed weight's rows.
+    If `parts` is not empty, the job writes a packed weight, whose stored tensors may be anywhere in the file. If `run`
+    is set, the job writes only the rows of this run.
     """
 
     file: OpenFile
@@ -72,11 +72,12 @@ def create(path: Path, planned: OutputFile) -> None:
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Allocate a file's disk blocks, so that a full disk raises an error now; this makes writing a third faster."""
+    """Allocate a file's disk blocks in advance: a full disk raises an error at once, and writing is a third faster."""
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except (AttributeError, OSError) as error:
-        # Ignore these errors: some file systems cannot allocate blocks in advance, and macOS and Windows lack the call.
+        # Some file systems cannot allocate blocks in advance, and macOS and Windows lack the function. In these cases,
+        # only set the file's size.
         if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
         file.truncate(size)
@@ -149,16 +150,15 @@ def _pieces(job: Job) -> list[Job]:
 
 
 def norms_of(file: OpenFile) -> Norms:
-    """Return a map from each output tensor with planned updates to its norms, summed over the jobs in a fixed order.
+    """Return the norms of all output tensors that have planned updates, as a map from tensor names to lists of norms.
 
-    The first norms belong to the planned updates, in order. A packed weight has `NORMS` more norms, which measure the
-    damage that quantizing causes.
+    The first norms in a list belong to the planned updates, in order. A packed weight has `NORMS` more norms, which
+    measure the damage that quantizing causes. The squared norms are summed over a tensor's jobs in a fixed order.
     """
     norms_by_output: Norms = {}
     for output in file.plan.outputs:
         squares = [0.0] * (len(output.folds) + (0 if output.part is None else NORMS))
-        # Sort by job: a sum of floats depends on the order, but two equal merges must write the same bytes into their
-        # records.
+        # Sort by job, because a sum of floats depends on the order, and two equal merges must write identical records.
         for _, norms in sorted(file.norms.get(output.name, ()), key=lambda pair: pair[0]):
             for fold, square in norms.items():
                 squares[fold] += square
@@ -169,10 +169,11 @@ def norms_of(file: OpenFile) -> Norms:
 
 # Pipelines move blocks from the disk to the computing device and back.
 #
-# On the host, a block is computed in the memory into which it was read. Blocks for another device go through staging
-# memory, which is pinned for CUDA. The device receives blocks on one stream, computes on a second stream, and sends
-# blocks back on a third stream, with `DEPTH` blocks in flight. All torch devices share this code. On torch's CPU device
-# the streams do nothing, and tests compare the bytes with numpy's bytes. The code has not been run on a GPU.
+# On the host, a block is read into a buffer, and its result is computed into the writer's memory. Blocks for another
+# device go through staging memory, which is pinned for CUDA. The device receives blocks on one stream, computes on a
+# second stream, and sends blocks back on a third stream, with `DEPTH` blocks in flight. All torch devices share this
+# code. On torch's CPU device the streams do nothing, and tests compare the bytes with numpy's bytes. The code has not
+# been run on a GPU.
 
 
 DEPTH = 3
@@ -190,14 +191,14 @@ class OutputSink(Protocol):
         ...
 
     def filled(self, nbytes: int) -> None:
-        """Write the first `nbytes` bytes of the memory from `room`."""
+        """Write the first `nbytes` bytes of the memory that the last call of `room` returned."""
 
 
 class Pipeline(Protocol):
     """Moves one worker's blocks through a device."""
 
     def computing(self) -> AbstractContextManager[object]:
-        """Return a context in which to load or compute tensors; this work finishes before later blocks are computed."""
+        """Return a context manager. Tensors computed inside its block are ready before later blocks are computed."""
         ...
 
     def through(
@@ -210,8 +211,8 @@ class Pipeline(Protocol):
             source: the dtype of the bytes that are read.
             target: the dtype of the bytes that are written.
             read: a function of (block, memory) that fills the memory with the block's bytes.
-            compute: a function of (block, input, output) that reads one flat array and fills the other.
-            written: the sink for the bytes, in the order of the blocks.
+            compute: a function of (block, input, output) that computes the flat array `output` from the flat `input`.
+            written: the sink, which receives the results in the order of the blocks.
         """
 
 
@@ -313,7 +314,7 @@ class _Slot:
         self.pending = block
 
     def finish(self, written: OutputSink) -> None:
-        """Wait for the slot's block, if the slot has one, and pass the block to the writer."""
+        """If the slot has a block, wait for the block's result and pass the result to `written`."""
         if self.pending is not None:
             self.fetched.synchronize()
             written.room(self.nbytes)[:] = _bytes(self.host_result, self.nbytes)
@@ -352,7 +353,7 @@ class JobResult:
     Attributes:
         norms: a map from the index of each planned update to the squared norm of the update's change. For a packed
             weight, the next `NORMS` indices measure the damage that quantizing causes.
-        runs: checksums of the written bytes; empty if the file's checksums are not recorded.
+        runs: (offset, size in bytes, sha256) of each written range; empty if the file's checksums are not recorded.
         written: a future that completes when the job's bytes are in the file, or raises the OSError that prevented it.
     """
 
@@ -412,7 +413,7 @@ class Worker:
         return self._pack(job.output, job) if job.parts else self._compute(job.output, job)
 
     def _copy(self, job: Job) -> list[Run]:
-        """Let the operating system copy the bytes; for a checksum, read the source again, from the page cache."""
+        """Let the operating system copy the bytes. For a checksum, read the source again, from the page cache."""
         path, start = job.source
         source = self.open(path)
         self.writer.copy(source, start, job.nbytes, self.moved)
@@ -422,7 +423,7 @@ class Worker:
         self._pipeline = pipeline = self._pipeline or pipeline_for(self.arrays)
         with pipeline.computing():
             folder = BlockMerger(output, self.workspace)
-            # These norms are norms of the whole tensor, so count them in only one of the tensor's jobs.
+            # `norms()` returns norms of the whole tensor, so only the tensor's first job counts them.
             norms = folder.norms() if job.order == 0 else {}
 
         def compute(block: Block, raw: Numbers, out: Numbers) -> None:
@@ -448,7 +449,7 @@ class Worker:
         return written.runs(offset, len(data))
 
     def _pack_rows(self, run: PackedRun, job: Job) -> tuple[dict[int, float], list[Run]]:
-        """Write a run of a packed weight's rows. The first stored tensor is written at once, the others at the end."""
+        """Write some rows of a packed weight: first the bytes of its first stored tensor, then those of the others."""
         assert job.output is not None
         offsets = {part.name: part.offset for part in job.parts}
         first, *others = run.places

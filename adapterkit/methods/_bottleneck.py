@@ -24,7 +24,7 @@ def row_shares(logits: Tensor, channel: int = -1) -> Tensor:
 
 
 def gated(P: Tensor, x: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
-    """Multiply the keys and values P `[1, 2, heads, n, d]` by gates, for each row of x `[batch, m, width]`.
+    """Multiply the keys and values P `[1, 2, heads, n, d]` by gates, computed per row of x `[batch, m, width]`.
 
     If `gate` has one row, the keys and the values get the same factor; if it has two rows, they get separate factors.
     The result has the shape `[batch, 2, heads, n, d]`.
@@ -117,7 +117,7 @@ class Narrow(Sublayer):
         return change * shares
 
     def ungated(self, h: Tensor, layer: Layer) -> Tensor:
-        """Return the scaled change for the adapter's input h, before a gate multiplies the change."""
+        """Return the scaled change for the adapter's input h, without the gate's factor."""
         read = h if self.norm_before is None else layer_norm(h, self.norm_before, self.norm_before_bias, layer.channel)
         change = self.change(read, layer) * self.scaling
         factor = self.channel_scaling if self.scaling_factor is None else self.scaling_factor

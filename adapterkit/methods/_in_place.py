@@ -63,7 +63,8 @@ def _kept(W: N, name: str, decompose: Decompose[N]) -> tuple[N, ...]:
     # Skip the cache while torch.compile traces, because a lookup would cause a graph break.
     if not hasattr(W, "_version") or _compiling():
         return _parts(W, decompose)
-    # Detect a changed tensor: `_version` counts in-place writes; `.to()` and `.data` change the other values.
+    # Decompose again if the tensor has changed. In-place writes increase `_version`. `.to()` and assignments to `.data`
+    # change the pointer, the dtype or the device.
     weight = cast("torch.Tensor", W)
     decomposed = cast("Decompose[torch.Tensor]", decompose)
     state = weight._version, weight.data_ptr(), weight.dtype, weight.device

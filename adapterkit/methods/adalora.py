@@ -1,7 +1,7 @@
 """AdaLoRA: W' = W + scaling * B @ diag(E) @ A.  Zhang et al. 2023, https://arxiv.org/abs/2303.10512
 
 The change has the form of a singular value decomposition. Training moves rank between weights: it drops entries of E
-and the matching rows of A and columns of B. All entries of a weight may be dropped.
+and the matching rows of A and columns of B. The E of a weight may lose all of its entries.
 """
 
 from __future__ import annotations

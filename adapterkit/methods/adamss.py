@@ -28,7 +28,7 @@ GROUPS = 5
 
 
 class AdaMSS(LowRank):
-    """W' = W + B @ A @ basis and b' = b + B @ A @ basis_bias, group by group."""
+    """W' = W + B @ A @ basis and b' = b + B @ A @ basis_bias; each row of W and b uses the A of its group."""
 
     linear_only = True
     since: ClassVar[tuple[str, ...]] = ("1.1",)

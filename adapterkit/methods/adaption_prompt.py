@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class AdaptionPrompt(ContextUpdate):
     """Adds gate * softmax(q @ k^T / sqrt(d)) @ v to each head's output; k and v are the prompt's keys and values.
 
-    `gate` has one element for all heads, or one element per head. If `projected` is false, the term is added after the
-    attention's output projection, not before it, as PEFT does for GPT-2.
+    `gate` has one element for all heads, or one element per head. If `projected` is true, the term is added before the
+    attention's output projection. If `projected` is false, the term is added after this projection; PEFT does this for
+    GPT-2.
     """
 
     place = "attention"

@@ -26,7 +26,7 @@ class ALoRA(Routed):
     """y' = y + scaling * (B @ A x + bias), from each row's last invocation on; x is `[rows, tokens, in]`."""
 
     paper = "https://arxiv.org/abs/2504.12397"
-    acts_on = "the output after the invocation tokens only"
+    acts_on = "only the output from the last invocation on"
     asks = ("input_ids",)
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(require="length >= 1", where="invocation", error="Malformed", meaning="the invocation is empty"),

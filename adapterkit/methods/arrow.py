@@ -1,6 +1,6 @@
-"""Arrow: y' = y + sum over e of share_e * strength_e * B_e @ A_e x; shares depend on the experts' prototypes.
+"""Arrow: y' = y + scaling * sum over e of share_e * strength_e * B_e @ A_e x, with shares from the experts' prototypes.
 
-Ostapenko et al. 2024, https://arxiv.org/abs/2405.11157. An expert's prototype is the input direction that its change
+Ostapenko et al. 2024, https://arxiv.org/abs/2405.11157. An expert's prototype is the input direction that B_e @ A_e
 amplifies most: the first right singular vector of B_e @ A_e. With general knowledge subtraction (Vahidifar et al. 2025,
 https://aclanthology.org/2025.acl-short.54), the mean of the general experts' A and B has already been subtracted from
 each expert's A and B.
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class Arrow(Routed):
-    """share = softmax of |prototype_e x| / temperature over the `top_k` experts with the largest values, else 0.
+    """Uses, for each token x, the `top_k` experts with the largest |prototype_e x|; the other experts have share 0.
 
-    A file that contains only the router has no experts, but a pair of factors (`idle_A`, `idle_B`) that no formula
-    uses. `tasks` is the number of experts that the router needs. `general` is the number of general experts, whose mean
-    is subtracted from the other experts.
+    The shares are the softmax of |prototype_e x| / temperature over these experts. A file that contains only the router
+    has no experts. Instead, the file has one pair of factors, `idle_A` and `idle_B`, which no formula uses. `tasks` is
+    the number of experts that the router needs. `general` is the number of general experts.
     """
 
     paper = "https://arxiv.org/abs/2405.11157"

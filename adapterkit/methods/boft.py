@@ -1,8 +1,8 @@
 """BOFT: a butterfly product of block rotations on the inputs.  Liu et al. 2023, https://arxiv.org/abs/2311.06243
 
-Each of m factors rotates blocks of b inputs. Factor i first reorders the inputs: within every run of b * 2^i inputs,
-the even-numbered chunks of b / 2 inputs come first, then the odd-numbered chunks. With a single factor, the inputs are
-not reordered.
+Each of m factors rotates blocks of b inputs. The permutation P_i of factor i reorders the inputs within every run of
+b * 2^i inputs: the even-numbered chunks of b / 2 inputs come first, then the odd-numbered chunks. With a single factor,
+P_0 is the identity.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class BOFT(WeightUpdate):
             require="m <= n and b % 2 == 0 and n % 2 ** (m - 1) == 0",
             when="m > 1",
             where="R",
-            meaning="m factors need blocks of even size, and a multiple of 2 ** (m - 1) of them",
+            meaning="m factors need an even block size, and the number of blocks must be a multiple of 2 ** (m - 1)",
         ),
         Rule(define="columns", value="n * b", where="R"),
     )

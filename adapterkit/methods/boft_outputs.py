@@ -2,7 +2,8 @@
 
 The original BOFT (https://arxiv.org/abs/2311.06243) rotates inputs, and PEFT's BOFT orders the inputs in another way.
 In this method, a block of b outputs in factor i consists of pairs of outputs at a distance of b / 2 * 2^i. The
-skew-symmetric matrix square^T - square is not divided by 2. LyCORIS's bypass mode also rotates the bias (`on_output`).
+permutation P_i puts the two outputs of each pair next to each other. The skew-symmetric matrix square^T - square is not
+divided by 2. LyCORIS's bypass mode also rotates the bias (`on_output`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class BOFTOutputs(WeightUpdate):
         Rule(
             require="m <= n and b % 2 == 0 and n % 2 ** (m - 1) == 0",
             where="square",
-            meaning="m factors need blocks of even size, and a multiple of 2 ** (m - 1) of them",
+            meaning="m factors need an even block size, and the number of blocks must be a multiple of 2 ** (m - 1)",
         ),
         Rule(define="out", value="n * b", where="square"),
     )

@@ -1,7 +1,7 @@
 """DeLoRA: LoRA with the direction decoupled from the strength.  Bini et al. 2025, https://arxiv.org/abs/2503.18225
 
 Row i of A and column i of B form a pair. Each of the r pairs is normalised, and `strength` bounds the sum of all pairs.
-Each input is multiplied by its element of `w_norm`, the norm that its column of W had at the start of training.
+Input j is multiplied by `w_norm[j]`, the norm of column j of W at the start of training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..core.updates import Random
 
 SMALLEST = 1e-4
-"""The smallest value by which a row of A or a column of B is divided, even if its norm is smaller."""
+"""The lower bound of the norms by which the rows of A and the columns of B are divided."""
 
 
 class DeLoRA(LowRank):

@@ -1,8 +1,8 @@
 """FRoD: W' = U (S + diag(l)) V^T in a basis that layers share.  https://doi.org/10.1609/aaai.v40i31.39813
 
-All layers of a kind share the invertible matrix V. The base's weight is W = U diag(c) V^T, which determines the vector
-c and U, whose columns have length 1. Training starts with l = c and S = 0, and changes l and the few elements at
-`index` of the sparse S.
+All layers of a kind share the invertible matrix V. The columns of U have length 1, so the base's weight
+W = U diag(c) V^T determines U and the vector c. Training starts with l = c and S = 0. Training changes l, and the few
+elements of S at the positions in `index`.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class FRoD(WeightUpdate):
 
 
 def _spanned(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """Return U and l with `W = U diag(l) V^T`. Columns of U have length 1, or 0 for elements of l up to 1e-12.
+    """Return U and l with `W = U diag(l) V^T`, where the columns of U have length 1.
 
-    The function computes in float64 for every dtype. With less precision, rounding errors would turn columns that
-    should be 0 into columns of length 1.
+    If an element of l is at most 1e-12, this element and its column of U are 0. The function computes in float64 for
+    every dtype. With less precision, rounding errors would turn columns that should be 0 into columns of length 1.
     """
     xp = namespace(W)
     G = _solved(xp.astype(V, xp.float64), xp.astype(W, xp.float64))

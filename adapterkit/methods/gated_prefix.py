@@ -2,8 +2,8 @@
 
 Mao et al. 2021, https://arxiv.org/abs/2110.07577
 
-AdapterHub uses this prefix in UniPELT. Either the prefix itself was trained, or it is the output of a trained network,
-and only this output is stored.
+AdapterHub uses this prefix in UniPELT. P was either trained directly, or computed by a trained network that is not
+stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class GatedPrefix(ContextUpdate):
-    """Puts keys P[0, 0] and values P[0, 1], times each row's gates, before the attention's own keys and values."""
+    """Puts keys P[0, 0] and values P[0, 1] before the attention's own; each batch row's gates multiply both."""
 
     place = "prefix"
     acts_on = "the keys and values of the attention"

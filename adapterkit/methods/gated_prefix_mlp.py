@@ -1,4 +1,4 @@
-"""A prefix of one attention module. An MLP computes the prefix, and gates that depend on the module's input scale it.
+"""A prefix of one attention module, computed by an MLP and multiplied by gates that depend on the module's input.
 
 AdapterHub uses this prefix in UniPELT, Mao et al. 2021, https://arxiv.org/abs/2110.07577.
 """
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class GatedPrefixMLP(PrefixMLP):
-    """Puts keys and values that an MLP computes, times each row's gates, before the attention's own keys and values.
+    """Puts an MLP's keys and values before the attention's own; each batch row's gates multiply both.
 
-    The formula of the MLP is that of `prefix_mlp`, and the formula of the gates is that of `gated_prefix`.
+    The MLP has the formula of the method `prefix_mlp`, and the gates have the formula of `gated_prefix`.
     """
 
     place = "prefix"

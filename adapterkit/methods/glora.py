@@ -77,7 +77,7 @@ class GLoRA(WeightUpdate):
 
     def new_bias(self, b: Tensor) -> Tensor:
         if self._holds("C"):
-            raise UsageError("GLoRA's C needs the weight", cure="Call settled(W) first")
+            raise UsageError("GLoRA's new bias depends on W, because C is present", cure="Call settled(W) first")
         return b + b * self._support("D") + self._support("E")
 
     def _holds(self, supports: str) -> bool:

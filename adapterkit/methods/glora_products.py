@@ -1,7 +1,7 @@
 """GLoRA as in LyCORIS: W' = W + scaling * (W @ A1 @ A2 + B1 @ B2).  https://arxiv.org/abs/2309.14859
 
 The original GLoRA (https://arxiv.org/abs/2306.07967) multiplies W elementwise by its support A. Here, W is multiplied
-by the low-rank matrix A1 @ A2 along its axis of inputs; for a convolution, at every kernel position.
+by the low-rank matrix A1 @ A2 along the input axis of W; for a convolution, at every kernel position.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class GraLoRA(Additive):
-    """W' = W + scaling * (D + B_whole @ A_whole); block (j, n) of D is (A[n, :, j] @ B[j, n])^T.
+    """W' = W + scaling * (D + B_whole @ A_whole); block (j, n) of D is (A[n, :, J] @ B[j, N])^T.
 
-    j counts the slices of outputs, and n the slices of inputs. The index j of A, and the index n of B, stand for q
-    consecutive ranks.
+    Block (j, n) reads slice n of the inputs, and writes slice j of the outputs. J are the q indices from j * q on, and
+    N are the q indices from n * q on.
     """
 
     linear_only = True

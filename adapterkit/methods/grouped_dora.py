@@ -4,7 +4,7 @@ Liu et al. 2024, https://arxiv.org/abs/2402.09353; https://github.com/huggingfac
 `grouped_lora`: A reads the channels of all groups. W `[out, in / groups, *k]` has no entries for channels of other
 groups, so the change cannot be merged. For each output, n is the norm of W + scaling * B @ A over all channels; W
 counts as zero for channels of other groups. With `regrouped`, n is PEFT's divisor instead: the norm of
-W + scaling * B' @ A in the shape of W, where B' is B read row by row as `[out / groups, r]`. If there is only one
+W + scaling * B' @ A in the shape of W, where B' is B reshaped to `[out / groups, r]`. If there is only one
 group, both norms equal DoRA's norm.
 """
 

@@ -1,7 +1,7 @@
 """IA3: W' = l * W on outputs, W' = W * l on inputs.  Liu et al. 2022, https://arxiv.org/abs/2205.05638
 
-The output form also scales the bias; the paper uses it for keys and values. The input form is used for a feed-forward
-layer, whose input it scales.
+On outputs, l also scales the bias. The paper scales the outputs of the key and value projections, and the input of a
+feed-forward layer.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Lily: y' = y + scaling * (sum over e of share_e * B_e)^T A x, with shares from a router.
 
 Zhong et al. 2024, https://arxiv.org/abs/2407.09946. Layers of one kind share the matrices B, and neighbouring layers
-share A. The whole batch has the same shares: the mean over all rows and tokens of the router's softmax. So the output
-of a row depends on the other rows in the batch. A new update gets its own B, unless the caller passes the B of another
+share A. The whole batch has the same shares: the router's softmax, averaged over all rows and tokens. So the output of
+a row depends on the other rows in the batch. A new update gets its own B, unless the caller passes the B of another
 layer.
 """
 

@@ -170,7 +170,7 @@ def test_writes_what_peft_loads(case, made, bases, tmp_path):
 @pytest.mark.parametrize("case", ["alora", "poly", "lily", "shadow"])
 def test_is_not_merged_and_says_why(case, made, bases, tmp_path):
     adapter = ak.read(made(case))
-    reason = {"alora": "after the invocation tokens only", "poly": "depending on the row's task"}
+    reason = {"alora": "from the last invocation on", "poly": "depending on the row's task"}
     reason |= {"lily": "depend on the input", "shadow": "a network in parallel with the model"}
     with pytest.raises(NotMergeable, match=rf"{case} changes .*{reason[case]}\)?, not weights") as raised:
         ak.merge(bases[llama], adapter, tmp_path / "out")

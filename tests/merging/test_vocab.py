@@ -208,7 +208,7 @@ def test_a_head_that_no_file_has_is_asked_about_and_the_resized_model_answers(tm
     with pytest.raises(ShapeMismatch, match=r"3 of the new rows of lm_head.weight") as error:
         ak.merge(base, tmp_path / "a", tmp_path / "out")
     assert "--vocab grow" in error.value.cure
-    assert "its save_pretrained makes a base" in error.value.cure
+    assert "resized model with save_pretrained" in error.value.cure
     resized = loaded(base)
     torch.manual_seed(1)
     resized.resize_token_embeddings(MORE)
