@@ -1,4 +1,4 @@
-"""PEFT's folder for experts with shared outer factors: all experts of a stack have the same A, or the same B.
+"""Read and write PEFT's folder for experts with shared outer factors: all experts of a stack have the same A or B.
 
 SGLang serves such adapters with `--experts-shared-outer-loras`, and Megatron-Bridge trains them. The shared (outer)
 factor is A in the gate and up projections, and B in the down projection; its shape is `[1, ...]`. The other (inner)
@@ -155,17 +155,20 @@ def _decode(
 def _experts(
     name: str, slots: Slots, numbered: Mapping[int, Slots], rank: int, alpha: float, base: Checkpoint | None
 ) -> Iterator[tuple[Target, tuple[LoRA, ...]]]:
-    """Yield the updates of one stack of experts. `numbered` has the inner factors that are stored for each expert."""
+    """Yield the updates of one stack of experts.
+
+    `numbered` maps an expert's number to its inner factor, if the file stores one tensor per expert.
+    """
     match = STACK.fullmatch(name)
     if match is None:
         raise Malformed(
-            "a factor here has three axes, but this is not the name of a stack of experts", where=name, cure=DAMAGED
+            "a factor has three axes, but the module's name is not that of a stack of experts", where=name, cure=DAMAGED
         )
     shapes = {field: leaf.shape for field, leaf in slots.items()}
     # Refuse axes of size 0. Such tensors take no bytes, so a small file could claim any number of experts.
     if any(len(shape) != 3 or 0 in shape for shape in shapes.values()):
         raise ShapeMismatch(
-            f"the shapes {shapes} are not those of a stack, [e or 1, r, in] and [e or 1, out, r]",
+            f"A must have the shape [e or 1, r, in], and B [e or 1, out, r]; the shapes are {shapes}",
             where=name,
             cure=DAMAGED,
         )
@@ -173,7 +176,7 @@ def _experts(
     count = max(counts)
     if counts - {1, count}:
         raise ShapeMismatch(
-            f"the shapes {shapes} and the keys of {len(numbered)} single experts show different numbers of experts",
+            f"the numbers of experts differ: the shapes are {shapes}, and {len(numbered)} experts have separate keys",
             where=name,
             cure=DAMAGED,
         )
@@ -203,7 +206,7 @@ def _experts(
 
 
 def _bound(updates: dict[Target, tuple[Update, ...]], base: Checkpoint) -> dict[Target, tuple[Update, ...]]:
-    """Bind targets to the base's names. Targets that the base already has stay unchanged."""
+    """Bind the targets whose paths the base does not have. Leave the other targets unchanged."""
     modules_here = set(modules_of(base.tensors))
     lost = {target: group for target, group in updates.items() if target.path not in modules_here}
     placed = bind(Adapter(lost), base).adapter.updates if lost else {}
@@ -314,7 +317,10 @@ def _check_all(stacks: Mapping[str, Mapping[int, Pair]], counts: Mapping[str, in
 
 
 def _writes(name: str) -> bool:
-    """Whether a module's outputs are hidden states, as for `down_proj`. If so, its experts share B; otherwise, A."""
+    """Whether a module's outputs are hidden states, as for `down_proj`.
+
+    The experts of such a module share B. The experts of other modules share A.
+    """
     return name.rpartition(".")[2] in OUTER
 
 
@@ -330,8 +336,8 @@ def _stack(
 ) -> dict[str, Lazy]:
     """Return the tensors A and B of a stack, by key.
 
-    If the experts have different outer factors (`only` is None), these are concatenated along the rank. The inner
-    factor of each expert is padded with zeros at the rank indices of all other experts.
+    If the experts have different outer factors (`only` is None), the outer factors are concatenated along the axis of
+    the rank. Each expert's inner factor is then zero at the rank indices of all other experts.
     """
     writes, first = _writes(name), next(iter(experts_here.values()))
     axis = 1 if writes else 0  # The axis of the rank in the outer factor. In the inner factor, this is 1 - axis.

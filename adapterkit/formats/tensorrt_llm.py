@@ -1,8 +1,8 @@
 """Read and write LoRA as TensorRT-LLM's two arrays, `model.lora_weights.npy` and `model.lora_config.npy`.
 
 A row of the first array has A and B of one module, flattened and padded with zeros. B includes the scaling. The same
-row of the second array has the number of the module's kind, the layer and the rank. The arrays do not contain the
-numbers of inputs and outputs, so reading needs the base.
+row of the second array has a number for the kind of module (1 for q, 2 for k, ...), the layer and the rank. The arrays
+do not contain the modules' numbers of inputs and outputs, so reading needs the base.
 """
 
 from __future__ import annotations
@@ -45,7 +45,13 @@ _REAL = ("F16", "BF16", "F32")
 
 
 class TensorRTHints(Leftovers, total=False):
-    """Kept for the writer: the config's number of columns, the length of the weights' rows, and the rows' paths."""
+    """The sizes and the order of the source file's arrays, kept for the writer.
+
+    Attributes:
+        columns: the number of columns of the config array: 3, or 4 with a flag for DoRA.
+        width: the length of a row of the weight array.
+        paths: the module path of each row.
+    """
 
     columns: int
     width: Annotated[int, msgspec.Meta(ge=0, le=1 << 28)]
@@ -102,23 +108,32 @@ def _rows(weights: Lazy, config: Lazy) -> list[tuple[int, int, int]]:
             cure=DAMAGED,
         )
     if len(weights.shape) != 3 or len(config.shape) != 3 or weights.shape[:2] != config.shape[:2]:
-        why = f"the arrays must have three axes and agree in the first two: {list(weights.shape)}, {list(config.shape)}"
+        why = (
+            "both arrays must have three axes, and the sizes of the first two axes must be equal; "
+            f"the shapes are {list(weights.shape)} and {list(config.shape)}"
+        )
         raise ShapeMismatch(why, where=CONFIG, cure=DAMAGED)
     if config.shape[0] != 1 or config.shape[2] not in (3, 4) or not config.shape[1]:
-        raise ShapeMismatch(f"the shape is {list(config.shape)}, not [1, rows, 3 or 4]", where=CONFIG, cure=DAMAGED)
+        raise ShapeMismatch(
+            f"the shape is {list(config.shape)}, but it must be [1, rows, 3 or 4]", where=CONFIG, cure=DAMAGED
+        )
     rows: list[tuple[int, int, int]] = []
     for module, layer, rank, *dora in config.numpy()[0].tolist():
         where = f"{CONFIG}: row {len(rows)}"
         if any(dora):
             raise Unsupported(
-                "this row is DoRA; its magnitude is stored divided by norms of the base", where=where, cure=_PEFT
+                "this row is a DoRA, whose magnitude was divided by norms of the base", where=where, cure=_PEFT
             )
         if module not in modules():
             raise Unsupported(
                 f"the module number {module} is unknown", where=where, cure=f"Known: {', '.join(map(str, modules()))}"
             )
         if layer < 0 or rank < 1:
-            raise Malformed(f"the layer {layer} is below 0, or the rank {rank} is below 1", where=where, cure=DAMAGED)
+            raise Malformed(
+                f"the layer must be at least 0, and the rank at least 1; they are {layer} and {rank}",
+                where=where,
+                cure=DAMAGED,
+            )
         rows.append((module, layer, rank))
     return rows
 
@@ -208,7 +223,7 @@ def _why_not(target: Target, update: Pair) -> str:
     if target.stacked or ".experts." in target.path:
         return "these arrays cannot store experts; TensorRT-LLM reads experts from PEFT's folders: " + _EXPERTS
     if match is None or match["module"] not in (*numbers(), FUSED):
-        return "TensorRT-LLM does not support LoRA of its module"
+        return "TensorRT-LLM does not support LoRA on this module"
     return unfit(target, update)
 
 
@@ -223,7 +238,7 @@ _EXPERTS = "--to peft --profile tensorrt_llm (format='peft', profile='tensorrt_l
 _PEFT = "Give the PEFT folder from which TensorRT-LLM's files were made"
 
 
-# Define TensorRT-LLM's numbers for the kinds of modules that can have LoRA. Their names are in
+# Define TensorRT-LLM's numbers for the kinds of modules that can have LoRA. TensorRT-LLM's names for these kinds are in
 # spec/architectures/namings.
 #
 # Source: `LORA_MODULE_IDS` in tensorrt_llm/lora_manager.py.
@@ -251,4 +266,4 @@ def modules() -> dict[int, str]:
 
 
 FUSED = "mlp.gate_up_proj"
-"""A fused module, which has the number of `mlp.gate_proj`. TensorRT-LLM stores its outputs as up, then gate."""
+"""The fused module of gate and up. Its number is that of `mlp.gate_proj`, and TensorRT-LLM stores up before gate."""

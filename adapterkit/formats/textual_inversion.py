@@ -37,14 +37,14 @@ ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """A map from the key of a text encoder's tensor to the text encoder's name in a diffusers pipeline."""
 
 _BESIDE = ("adapter_config.json", "config.json")
-"""If a file with one of these names is next to a tensor file, the tensor file contains no token embedding."""
+"""Config files of other formats. A tensor file next to one of them is not detected as a textual inversion."""
 
 
 class TextualInversionFiles(Format):
     """Files with token embeddings.
 
-    The writer uses the form of the source file. If there is none, the writer uses SDXL's form for an adapter that has
-    an embedding for the second text encoder, and otherwise diffusers' form.
+    The writer uses the source file's layout. An adapter from another format is written in SDXL's layout if it has an
+    embedding for the second text encoder, and otherwise in diffusers' layout.
     """
 
     url = "https://huggingface.co/docs/diffusers/main/en/using-diffusers/textual_inversion_inference"
@@ -106,7 +106,9 @@ def _load(path: Path) -> tuple[dict[str, Lazy], Metadata, dict[str, JsonValue] |
     bad = next((name for name, inner in around.items() if not _plain(inner)), None)
     if bad is not None:
         raise Malformed(
-            "this is neither null, text, a number or a boolean, nor a dict of such values", where=str(bad), cure=_AGAIN
+            "the value must be null, a string, a number, a boolean, or a dict of such values",
+            where=str(bad),
+            cure=_AGAIN,
         )
     return _tensors(wrapped), [], around
 
@@ -125,14 +127,14 @@ def _plain(value: object) -> bool:
 
 
 def _form(tensors: Mapping[str, Lazy]) -> str:
-    """Return the form of a file with these tensors: `sdxl`, `kohya` or `diffusers`; empty if it is none of them."""
+    """Return the layout of a file with these tensors: `sdxl`, `kohya` or `diffusers`; empty if it has another one."""
     if not tensors or any(len(leaf.shape) not in (1, 2) or not leaf.dtype.floating for leaf in tensors.values()):
         return ""
     if tensors.keys() <= ENCODERS.keys():
         return "sdxl"
     if tensors.keys() == {KOHYA}:
         return "kohya"
-    # In diffusers' form, the key is the token. A key with a dot is the name of a parameter, not a token.
+    # In diffusers' layout, the key is the token. A key with a dot is the name of a parameter, not a token.
     return "diffusers" if len(tensors) == 1 and "." not in next(iter(tensors)) else ""
 
 
@@ -141,7 +143,7 @@ def _decode(
 ) -> Adapter:
     if "t5xxl" in tensors:
         raise Unsupported(
-            "the file has an embedding for the text encoder T5, but only those for CLIP are supported",
+            "the file has an embedding for T5, but only embeddings for CLIP text encoders are supported",
             where="t5xxl",
             cure="Remove the tensor t5xxl from the file",
         )
@@ -169,7 +171,7 @@ def _decode(
 
 
 def _token(tensors: Mapping[str, Lazy], wrapper: Mapping[str, JsonValue] | None, format_name: str, path: Path) -> str:
-    """Return the token. Depending on the form, it is the tensor's key, the name inside the file, or the file's name."""
+    """Return the token: the tensor's key (diffusers), the `name` entry (AUTOMATIC1111), or else the file's name."""
     if wrapper is not None:
         return str(wrapper.get("name") or path.stem)
     return next(iter(tensors)) if format_name == "diffusers" else path.stem
@@ -201,7 +203,7 @@ def _token_of(inversions: Mapping[str, TextualInversion]) -> str:
 
 
 def _keys(inversions: Mapping[str, TextualInversion], data: Mapping[str, Any], *, wrapped: bool) -> dict[str, Lazy]:
-    """Return the tensors by key. If the source file has the form of the new file, use the source's keys and shapes."""
+    """Return the tensors by key. Keep the source file's keys and shapes if the new file has the same layout."""
     words = {part: name for name, part in ENCODERS.items()}
     kept = wrapped or "wrapper" not in data
     old, flat = (data.get("keys", {}), data.get("flat", [])) if kept else ({}, [])
@@ -223,9 +225,10 @@ def _save_wrapped(path: Path, tensors: Mapping[str, Lazy], around: Mapping[str, 
 
 
 def _renamed(inversions: Mapping[str, TextualInversion], tensors: Mapping[str, Lazy], file: Path) -> list[str]:
-    """Return a line for each component whose token changes, because the file does not store the token.
+    """Return a line for each component that will be read with another token.
 
-    AUTOMATIC1111's files store the token, so this function is not called for them; diffusers' files have it as the key.
+    Files of kohya and SDXL do not store the token, so readers use the file's name. diffusers' files store the token as
+    the key. AUTOMATIC1111's files also store the token; this function is not called for them.
     """
     token = next(iter(tensors)) if _form(tensors) == "diffusers" else file.stem
     why = f"becomes {token!r}, the name of the file; it was {_token_of(inversions)!r}"

@@ -41,14 +41,16 @@ if TYPE_CHECKING:
     from ._kit import Pair, Slots
 
 
-# Map names of single experts to the name of a stack, and back: some formats stack experts that the base has separately.
+# Map names of single experts to the name of a stack, and back. Some formats store a stack of experts even if the base
+# has one tensor per expert.
 
 
 class ExpertNames:
     """Maps our name of an expert's module to the stack's name and the expert's number, and back.
 
     Args:
-        pairs: a map from our name template with `{n}` and `{e}` to the stack's name template with `{n}`.
+        pairs: a map from our name of an expert's module to the stack's name. In the names, `{n}` stands for the layer,
+            and `{e}` for the expert's number.
     """
 
     def __init__(self, pairs: Mapping[str, str]) -> None:
@@ -63,7 +65,7 @@ class ExpertNames:
         return None
 
     def back(self, stack: str, count: int) -> list[str] | None:
-        """Return our names for the experts of a stack, by number; None if `stack` is not the name of a stack."""
+        """Return our names of a stack's first `count` experts, in order; None if `stack` is not the name of a stack."""
         for pattern, template in self._stacks.items():
             if match := pattern.fullmatch(stack):
                 name = match["prefix"] + template.replace("{n}", match["n"])
@@ -82,7 +84,7 @@ PREFIX = "base_model.model."
 _SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _STACKS = ExpertNames(EXPERTS)
 _OFF = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
-"""Fields of PEFT's config that would change the meaning of the tensors; the reader refuses them if they are set."""
+"""Fields of PEFT's config that would change the meaning of the tensors. The reader refuses configs that set them."""
 
 
 class TinkerHints(Leftovers, total=False):
@@ -143,8 +145,10 @@ class Tinker(Format):
 def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
     wrong = next((name for name in _OFF if config.get(name)), None)
     if wrong is not None:
-        cure = "Tinker does not write this field; read the folder as PEFT's: --from peft (format='peft')"
-        raise Unsupported(f"{wrong} is {config[wrong]!r}", where=f"{CONFIG}: {wrong}", cure=cure)
+        cure = "Read the folder as PEFT's format with --from peft (format='peft')"
+        raise Unsupported(
+            f"{wrong} is {config[wrong]!r}, but Tinker does not write this field", where=f"{CONFIG}: {wrong}", cure=cure
+        )
     rank = whole_rank(config.get("r"), f"{CONFIG}: r")
     alpha = is_finite(config.get("lora_alpha"), f"{CONFIG}: lora_alpha")
     if not alpha:
@@ -176,14 +180,16 @@ def _experts(
     A, B = slots["A"], slots["B"]
     shapes = f"A is {list(A.shape)}, B is {list(B.shape)}"
     if len(A.shape) != 3 or len(B.shape) != 3 or A.shape[1] != rank or B.shape[2] != rank:
-        raise ShapeMismatch(f"{shapes}, but the config's r is {rank}", where=name, cure=DAMAGED)
+        raise ShapeMismatch(
+            f"{shapes}, but they must be [experts, {rank}, in] and [experts, out, {rank}]", where=name, cure=DAMAGED
+        )
     count = max(A.shape[0], B.shape[0])
     if {A.shape[0], B.shape[0]} - {1, count}:
-        raise ShapeMismatch(f"{shapes}: the numbers of experts differ", where=name, cure=DAMAGED)
+        raise ShapeMismatch(f"{shapes}: the first axes must be equal, or one must be 1", where=name, cure=DAMAGED)
     paths = _STACKS.back(name, count)
     if paths is None:
         raise Malformed("the name of this stack of experts is unknown", where=name, cure=DAMAGED)
-    # All experts get the same tensor object, so that a writer also stores the factor only once.
+    # All experts get the same object for a shared factor, so that a writer stores this factor only once, too.
     only = {field: item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     for index, path in enumerate(paths):
         one: Slots = {field: only.get(field) or item(leaf, index) for field, leaf in slots.items()}
@@ -202,7 +208,7 @@ class _TinkerNames:
 
 
 class _Same(NameTable):
-    """A table that maps each name of a module in a language model to itself; it has no other names."""
+    """A table that maps each module name of a language model to itself. It has no other names."""
 
     def __init__(self) -> None:
         super().__init__({})
@@ -232,7 +238,9 @@ def _spelled(pairs: Pairs) -> dict[str, Lazy]:
         if sorted(experts_here) != list(range(len(experts_here))):
             items = [f"{name}: the adapter has experts {sorted(experts_here)}"]
             raise Unrepresentable(
-                "Tinker stores all experts of a module in one stack", items=items, cure="Write another format"
+                "Tinker stores the experts of a module in one stack, which must start at expert 0 and have no gaps",
+                items=items,
+                cure="Write another format, such as adapterkit's: --to adapterkit (format='adapterkit')",
             )
         for end, field in _SLOTS.items():
             key = f"{PREFIX}{name}{end}"

@@ -1,7 +1,7 @@
 """torchtune's adapter checkpoints, `adapter_model.pt`: a torch file with torchtune's module names.
 
-Rows of q and k may be in Meta's order. The file does not have alpha. Alpha is in `torchtune.json` next to the file, or
-in torchtune's `adapter_config.json`.
+The rows of q and k may be in Meta's order, in which the two rows that RoPE rotates together are adjacent. The file does
+not contain alpha. Alpha is in `torchtune.json` next to the file, or in torchtune's `adapter_config.json`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Torchtune(Format):
 
 
 class _Order:
-    """Determines the order of rows, which depends on the base's family of models and numbers of heads."""
+    """Determines the order of a module's rows, which depends on the base's model family and its numbers of heads."""
 
     def __init__(self, known: Mapping[str, int | bool], base: Checkpoint | None) -> None:
         self.known, self.base = dict(known), base
@@ -126,7 +126,7 @@ class _Order:
         if "turned" not in self.known:
             config = (None if self.base is None else self.base.config) or {}
             if not config:
-                why = "the order of this module's rows depends on the base's family and numbers of heads"
+                why = "the order of this module's rows depends on the base's model family and numbers of heads"
                 raise UsageError(why, where=where, cure="Give the base, with its config.json: --base (base=)")
             model = config.get("model_type")
             if model not in meta_order():

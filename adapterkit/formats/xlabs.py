@@ -1,8 +1,8 @@
 """Read and write XLabs' LoRA for FLUX (https://github.com/XLabs-AI/x-flux). The files have no alpha.
 
 The keys name processors of attention modules. In a double block, `qkv_lora1` and `proj_lora1` adapt the image's stream,
-and `qkv_lora2` and `proj_lora2` adapt the text's stream. In a single block, `qkv_lora` adapts the first three sevenths
-of linear1's outputs, and `proj_lora` adapts linear2.
+and `qkv_lora2` and `proj_lora2` adapt the text's stream. In a single block, `qkv_lora` adapts q, k and v, which are the
+first three sevenths of linear1's outputs, and `proj_lora` adapts linear2.
 """
 
 from __future__ import annotations
@@ -82,6 +82,6 @@ def _target(module: ImageModule) -> Target:
         return Target(path)
     down, up = module.need("down", "up")
     if len(down.shape) != 2 or up.shape[:1] != (3 * down.shape[1],):
-        why = f"up is {list(up.shape)}, down is {list(down.shape)}: the outputs are not three times the inputs"
+        why = f"up is {list(up.shape)}, down is {list(down.shape)}; there must be three times as many outputs as inputs"
         raise ShapeMismatch(why, where=module.where, cure=AGAIN)
     return Target(path, rows=(0, up.shape[0]))

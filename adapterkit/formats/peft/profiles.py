@@ -1,10 +1,10 @@
 """Rewrite adapters for programs (consumers) that read PEFT's folders but support only a part of the format.
 
 Most of these programs use one rank and one alpha for all modules, and ignore `rank_pattern` and `alpha_pattern`. Some
-also ignore `use_rslora` or alpha. So smaller ranks are padded with zeros to one rank. If a program ignores alpha, all
-scalings are folded into B. Otherwise one alpha is chosen, and only scalings that differ from alpha / rank are folded.
-Releases of PEFT, and programs that train with PEFT, need only another layout of stacked experts. `spec/profiles` lists
-each program's limits.
+also ignore `use_rslora` or alpha. So all factors are padded with zeros to the same rank. If a program ignores alpha,
+all scalings are folded into B. Otherwise one alpha is chosen, and only scalings that differ from alpha / rank are
+folded. For releases of PEFT and for programs that train with PEFT, only the layout of stacked experts changes.
+`spec/profiles` lists each program's limits.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def profiles() -> Mapping[str, Profile]:
     """Return all profiles by name, in alphabetical order.
 
     Raises:
-        Malformed: a profile's file does not have the form that `spec/profiles/README.md` defines.
+        Malformed: a profile's file does not have the fields that `spec/profiles/README.md` defines.
     """
     installed = Path(__file__).parents[1] / "data" / "profiles"
     folder = installed if installed.is_dir() else Path(__file__).parents[3] / "spec" / "profiles"
@@ -91,9 +91,9 @@ def _load(path: Path) -> Profile:
 def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None = None) -> tuple[Adapter, list[str]]:
     """Rewrite an adapter as LoRA with one rank and one alpha, for one program; also return a line for each change.
 
-    Stacks of experts are split into single experts if the base shows the model family. A stack stays if the model's
-    files also store a stack, and if the program reads PEFT's stacks for such models, as vLLM does. For a profile with
-    `order`, the only change is the layout in which stacked experts will be written.
+    Stacks of experts are split into single experts if the base shows the model family. There is one exception: the
+    stack is kept if the model's checkpoint also stores these experts in one tensor and the program reads PEFT's stacks,
+    as vLLM does. For a profile with `order`, the only change is the layout in which stacked experts will be written.
 
     Raises:
         Unrepresentable: the program cannot run an update, and `on_loss` is not `drop`; or the rank or the weight file
@@ -144,7 +144,7 @@ def _rank_for(profile: Profile, rank: int) -> int:
 
 
 def _absent(pairs: Pairs, base: Checkpoint | None) -> Pairs:
-    """Return updates of zeros for the layers in which an adapted module has no update.
+    """Return updates of zeros for modules that the adapter changes in some layers but not in all.
 
     The base shows which layers the model has. Without a base, only the layers that the adapter changes are known.
     """
@@ -192,7 +192,7 @@ def _model_type(profile: Profile, base: Checkpoint | None) -> str:
 
 
 def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
-    """Return a `Foreign` with these hints, and with the tensors of the adapter's `Foreign` if it is PEFT's."""
+    """Return a `Foreign` with these hints. Keep the tensors of the adapter's `Foreign` if its format is PEFT's."""
     kept = adapter.foreign.tensors if adapter.foreign is not None and adapter.foreign.format == FORMAT else {}
     return Foreign(FORMAT, msgspec.to_builtins(hints), kept)
 
@@ -200,8 +200,8 @@ def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
 def _hints(updates: Updates, rank: int, alpha: float, more: Mapping[str, str]) -> Foreign:
     """Return a `Foreign` that contains the config to write.
 
-    `target_modules` lists the last word of each module's path instead of the whole path, because some programs need
-    this.
+    `target_modules` lists only the last word of each module's path, such as `q_proj`, because some programs do not
+    work with whole paths.
     """
     config = COMMON | FRESH["LORA"] | {
         "lora_alpha": whole_number(alpha),
@@ -217,10 +217,10 @@ def _hints(updates: Updates, rank: int, alpha: float, more: Mapping[str, str]) -
 
 
 def _apart(adapter: Adapter, profile: Profile, base: Checkpoint | None) -> Adapter:
-    """Split stacks into one LoRA per expert, with the names in hub checkpoints.
+    """Split stacks into one LoRA per expert, with the names that the model's checkpoints on the hub use.
 
-    The adapter stays unchanged if the base does not show the model family, or if the program supports no experts.
-    Stacks that the program reads as PEFT's stacks stay, too.
+    The adapter stays unchanged if the base does not show the model family, or if the program supports no experts. For
+    programs that read PEFT's stacks, a stack is kept if the checkpoints on the hub store its experts in one tensor.
     """
     family = architecture_of(None if base is None else base.config)
     if family is None or not profile.experts:
@@ -237,7 +237,7 @@ def _apart(adapter: Adapter, profile: Profile, base: Checkpoint | None) -> Adapt
 
 
 def _stored_in_stacks(family: Architecture, path: str) -> bool:
-    """Whether the checkpoints on the hub, like transformers, store all experts of this parameter in one tensor."""
+    """Whether transformers and the checkpoints on the hub both store all experts of this parameter in one tensor."""
     keys = [key for key, place, _ in family.find(path, "transformers5") if place.stacked]
     places = [family.place(key, "hub") for key in keys]
     return bool(places) and all(place is not None and place.stacked for place in places)
@@ -250,8 +250,8 @@ def _why_not(profile: Profile, target: Target, update: Pair, in_stacks: bool) ->
         profile: the program.
         target: the update's target.
         update: the update.
-        in_stacks: whether the program reads stacks and a base is given. If the base shows the model family, only the
-            stacks that the model's files also store are left here.
+        in_stacks: whether the program reads PEFT's stacks and a base is given. If the base shows the model family,
+            `_apart` has already split the stacks whose experts the model's files do not store in one tensor.
     """
     if target.stacked and not in_stacks:
         return (
@@ -270,7 +270,7 @@ def _why_not(profile: Profile, target: Target, update: Pair, in_stacks: bool) ->
         return f"{profile.title} adapts neither embeddings nor weights stored as [in, out]"
     if profile.narrow and min(update.A.shape[1], update.B.shape[0]) <= rank_of(update):
         return (
-            f"{profile.title} takes the smaller side of a factor for the rank, so the rank must be below the module's "
-            "numbers of inputs and outputs"
+            f"{profile.title} assumes that a factor's smaller side is the rank, so the rank must be smaller than the "
+            "module's numbers of inputs and outputs"
         )
     return ""

@@ -31,11 +31,14 @@ BUILT_IN = {
     "LORA": (decoders.decode_replacement, decoders.decode, decoders.decode_rows),
     "TRAINABLE_TOKENS": (decoders.decode_replacement, decoders.decode_rows),
 }
-"""The decoders by `peft_type`, in the order in which PEFT applies the updates. `families` has those of other types."""
+"""For each `peft_type`, the decoders in the order in which PEFT applies the updates.
+
+`families` has the decoders for all other values of `peft_type`.
+"""
 
 Updates = dict[Target, tuple["Update", ...]]
 Places = dict[Target, list[Mapping[str, Key]]]
-"""For each target, one map per update, from the update's fields to the keys of their tensors."""
+"""For each target, a list with one map per update. Each map goes from a field's name to the key of its tensor."""
 
 
 def decode(
@@ -46,7 +49,14 @@ def decode(
     base: Checkpoint | None = None,
     strict: bool = False,
 ) -> Adapter:
-    """Return the adapter that a config and the tensors by key describe.
+    """Decode a file's config and tensors into an adapter.
+
+    Args:
+        config: the config.
+        tensors: the tensors by key.
+        compat: see `Format.read`.
+        base: the base, or None.
+        strict: whether to refuse every config field that PEFT does not define, even a harmless one.
 
     Raises:
         Malformed: a tensor belongs to no update, or the config belongs to another file.
@@ -75,8 +85,8 @@ def decode(
 def without_config(adapter: Adapter, config: Mapping[str, JsonValue], *, assumed: bool) -> Adapter:
     """Record in the lineage that the adapter was read without a config, and remove the config generated for it.
 
-    PEFT loads only configs that list the modules, and the generated config does not. So the writer composes a new
-    config, as for an adapter from another format.
+    PEFT loads only configs that list the modules, and the generated config does not list them. So the writer composes
+    a new config, as for an adapter from another format.
 
     Args:
         adapter: the adapter, which was read with the generated config.
@@ -121,7 +131,7 @@ def _decoders(peft_type: str) -> tuple[Callable[[File], Findings], ...]:
 def _check_all_used(file: File, used: set[Key]) -> None:
     if not used.issuperset(file.tensors):
         left = next(key for key in file.tensors if key not in used)
-        why = f"a file with the peft_type {file.settings.peft_type} has no tensor with this key"
+        why = f"this key is unknown: PEFT stores no such tensor for the peft_type {file.settings.peft_type}"
         raise Malformed(why, where=left.text, cure="Save the adapter again, or remove the tensor")
 
 

@@ -63,7 +63,8 @@ class PeftNames:
 
     Attributes:
         paths: the paths of the targets with an update of a method in `PAIRS`.
-        wrappers: a map from a module's path to the words that wrappers insert after this path.
+        wrappers: a map from a module's path to the text that PEFT's wrappers insert after this path in keys, such as
+            `.base_layer`.
         depths: a map from a parameter's path to the number of wrappers around the parameter's own wrapper.
         guessed: the paths of the parameters whose depth is uncertain.
         base: the base, or None.
@@ -75,10 +76,10 @@ class PeftNames:
     guessed: Collection[str]
     base: Checkpoint | None
     _inside: dict[str, str] = field(default_factory=dict)
-    """A cache: a map from a parent module's path to the same path with the words of all wrappers, including its own."""
+    """A cache: a map from a module's path to this path with the text of all wrappers, the module's own included."""
 
     def inside(self, name: str) -> str:
-        """Return a dotted path with the words of all parents' wrappers. The wrapper of the last module is left out."""
+        """Insert the text of all parent modules' wrappers into a path. The last module's own wrapper is left out."""
         module, dot, last = name.rpartition(".")
         if not dot:
             return last
@@ -129,11 +130,10 @@ def spell_updates(
 
 
 def are_plain(updates: Mapping[Target, tuple[Update, ...]]) -> bool:
-    """Whether all updates are LoRA of linear modules that do not contain one another.
+    """Whether every update is a LoRA of a linear module, and no adapted module contains another one.
 
-    If so, every key has the form `<prefix><path>.lora_A.weight`, without words of wrappers, and the general code for
-    keys is not needed. An adapter for a mixture of experts has 10^5 keys, for which that code took a fifth of the time
-    of reading.
+    If so, every key is `<prefix><path>.lora_A.weight` or `<prefix><path>.lora_B.weight`, and `spell_updates` is not
+    needed. For an adapter with 10^5 keys (a mixture of experts), `spell_updates` took a fifth of the reading time.
     """
     paths: set[str] = set()
     for target, group in updates.items():
@@ -172,7 +172,10 @@ def config_name(target: Target, paths: Collection[str]) -> str:
 
 
 def is_parameter(target: Target, paths: Collection[str], base: Checkpoint | None) -> bool:
-    """Whether a LoRA's target is a parameter and not a module. This is False for the projections of an attention."""
+    """Whether a LoRA's target is a parameter and not a module.
+
+    False for the two projections of an attention if both are targets, because the config then selects the attention.
+    """
     return (target.stacked or _names_parameter(target.path, base)) and config_name(target, paths) == target.path
 
 
@@ -250,7 +253,7 @@ _OTHER_PROJECTION = {"in_proj_weight": "out_proj", "out_proj": "in_proj_weight"}
 
 
 def _stem(target: Target, names: PeftNames) -> str:
-    """Return the path at the start of a LoRA's keys, after the prefix, including the words of wrappers."""
+    """Return the module path in a LoRA's keys, including the text of PEFT's wrappers, such as `.base_layer`."""
     if target.path in names.depths:
         module = target.path.rpartition(".")[0]
         return names.inside(module) + ".base_layer" * names.depths[target.path]
@@ -288,7 +291,7 @@ def _scales(field: str, leaf: Lazy, target: Target, base: Checkpoint | None) -> 
 
 
 def _whole_name(path: str, field: str, base: Checkpoint | None) -> str:
-    """Return the name of the base's parameter that a field of a replacement replaces."""
+    """Return the name of the base's parameter that a `Replacement`'s field (`weight` or `bias`) replaces."""
     if not _names_parameter(path, base):
         return f"{path}.{field}"
     return path if field == "weight" else "bias".join(path.rsplit("weight", 1))
@@ -318,7 +321,7 @@ Fields that older releases of PEFT do not know are left out, so PEFT uses its de
 DROPOUTS = (
     "boft_dropout", "hira_dropout", "lora_dropout", "miss_dropout", "rank_dropout", "vera_dropout",
 )  # fmt: skip
-"""The config fields that get the dropout of an adapter from `create`. Each `peft_type` has at most one of them."""
+"""The config fields for the dropout that `create` recorded. Each `peft_type` has at most one of these fields."""
 
 COMMON = {
     "auto_mapping": None,
@@ -329,7 +332,8 @@ COMMON = {
 }
 """The config fields that every `peft_type` has, with the values for an adapter without a source config.
 
-If the written file has another `peft_type` than the source, the source's values stay, except `inference_mode`.
+If the written file has another `peft_type` than the source file, these fields keep the source config's values, except
+that `inference_mode` becomes True.
 """
 
 ALWAYS = ("r", "lora_alpha", "target_modules", "feedforward_modules", "modules_to_save")
@@ -346,9 +350,9 @@ def configs(
 ) -> Iterator[dict[str, JsonValue]]:
     """Yield the configs to try, the most similar to the source config first.
 
-    If the adapter still has the source's targets and `peft_type`, the first config is the source config with the
-    current base, and the second one differs from the first in ranks and alphas. The last config also has new lists of
-    modules.
+    If the adapter still has the source's targets and `peft_type`, there are three configs. The first is the source
+    config with the current base. The second also has new ranks and alphas. The third also has new lists of modules.
+    For any other adapter, only the third is yielded.
     """
     read = hints.config if hints.config.get("peft_type") == peft_type else {}
     if any(target.stacked for target in updates):
@@ -438,7 +442,10 @@ def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValu
 
 
 def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
-    """Return the fields of an IA3 config that select the modules, and those of them whose inputs are scaled."""
+    """Return the fields of an IA3 config that select modules.
+
+    `target_modules` selects all modules with IA3; `feedforward_modules` selects those whose inputs are scaled.
+    """
     members = {target.path: update for target, us in updates.items() for update in us if isinstance(update, IA3)}
     inputs = sorted(path for path, update in members.items() if update.l_in is not None)
     loose = any(path.endswith(tuple(inputs)) for path in members if path not in inputs)
@@ -453,7 +460,8 @@ def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue
 def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, JsonValue]:
     """Return the fields of a family's config that select modules.
 
-    If the family selects no modules, as prompts do, these are `modules_to_save` and the task type of encoder-decoders.
+    A config for prompts selects no modules to adapt. It gets only `modules_to_save`, if the updates replace whole
+    modules, and `task_type`, if the base is an encoder-decoder.
     """
     paths = sorted(target.path for target, group in updates.items() if _has(group, family.methods()))
     if not family.names_modules:
@@ -502,7 +510,7 @@ def endings(modules: Collection[str], base: Checkpoint | None) -> list[str] | st
 
 
 def saved_modules(updates: Updates, adapted: Iterable[str], base: Checkpoint | None) -> list[str] | None:
-    """Return `modules_to_save`: the modules of which all tensors are replaced; None if there are none.
+    """Return `modules_to_save`, the list of modules whose tensors are all replaced; None if there are no such modules.
 
     Other replaced parameters need no entry, because PEFT loads them by name.
     """
@@ -517,7 +525,10 @@ def saved_modules(updates: Updates, adapted: Iterable[str], base: Checkpoint | N
 
 
 def _is_whole(path: str, group: Sequence[Update], base: Checkpoint | None) -> bool:
-    """Whether updates replace exactly the module's tensors, and no other module's name in the base ends with `path`."""
+    """Whether the updates replace all tensors of the module `path`, and no other module's path ends with `path`.
+
+    If no base is given, this returns True without a check.
+    """
     if base is None:
         return True
     tensor_names = {name for name in base.tensors if name.startswith(f"{path}.")}
@@ -539,7 +550,7 @@ def _also_end_so(modules: Collection[str], base: Checkpoint | None) -> bool:
 
 
 def _ends(name: str) -> Iterator[str]:
-    """Yield the text after each dot of a name."""
+    """Yield the rest of a name after each of its dots: `b.c` and `c` for `a.b.c`."""
     while rest := name.partition(".")[2]:
         yield (name := rest)
 

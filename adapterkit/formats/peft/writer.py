@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 
 
 PLAIN = {"embeddings": "prompt", "past": "prefix"}
-"""For each `place` of a context update, the method that stores the output of the update's network."""
+"""A map from the `place` of a context update to the method that stores the output of the update's network."""
 
 
 def has_encoder(update: Update) -> bool:
@@ -110,7 +110,7 @@ def _computed(update: ContextUpdate) -> Update:
 def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = False) -> list[Loss]:
     """Return (target, index of the update, one reason) for each update that a PEFT file cannot express.
 
-    `by_formula` has the meaning of `File.by_formula`.
+    If `by_formula`, the written file will be read with the paper's formula instead of PEFT's forward.
     """
     losses_found: dict[tuple[Target, int], str] = {}
     parties = (_biases(updates, base, by_formula), _attentions(updates), _families(updates, base))
@@ -179,10 +179,13 @@ def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkp
     if adapts and 0 in next(iter(update.tensors.values())).shape:
         return f"its {update.method} has rank 0"
     if isinstance(update, AcrossGroups) and (len(update.A.shape) < 3 or update.groups == 1):
-        return f"this is a plain {update.method.removeprefix('grouped_')}: its layer is not a convolution with groups"
+        return (
+            f"{update.method} needs a convolution with groups; "
+            f"for another layer, the method must be {update.method.removeprefix('grouped_')}"
+        )
     if isinstance(update, GroupedDoRA) and update.regrouped == by_formula:
-        norms = "of the matrix that PEFT divides by" if update.regrouped else "of its own kernels"
-        return f"{update.method} divides by the norms {norms}, but the written file would be read with the other norms"
+        norms = "that PEFT's forward computes" if update.regrouped else "of its own kernels"
+        return f"{update.method} divides by the norms {norms}, but readers of the file would divide by other norms"
     if isinstance(update, (LoRA, DoRA)) and target.layout == "in out *k" and len(update.tensors["A"].shape) > 2:
         return f"PEFT does not support {update.method} on a transposed convolution"
     apart = isinstance(update, (DoRA, AcrossGroups, *LINEAR, *RESIDUAL, *ROUTED))
@@ -229,9 +232,9 @@ def _order(method: type[Update]) -> int:
 
 
 def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iterator[Loss]:
-    """Yield the LoRAs whose bias PEFT does not support, or else the LoRAs that do not fit the file's `lora_bias`.
+    """Yield the LoRAs whose bias PEFT does not support. If there are none, yield those that do not fit `lora_bias`.
 
-    A file has one `lora_bias` for all LoRAs. So if some LoRAs have a bias and others have none, the LoRAs of the
+    A config has one `lora_bias` for all LoRAs. So if some LoRAs have a bias and others have none, the LoRAs of the
     smaller group cannot be written.
 
     PEFT's forward ignores the bias of an attention's input projection. So a LoRA of this projection that has no bias
@@ -320,11 +323,11 @@ def says(
 
     Args:
         config: the config.
-        tensors: the tensors by key, including tensors that are not in the file.
-        spelled: the same tensors, with their targets and fields.
+        tensors: the tensors by key, including the tensors whose keys are in `omitted`.
+        spelled: the tensors of the updates, with their targets and fields.
         updates: the expected updates.
         base: the base, or None.
-        omitted: the keys of tensors that are not in the file.
+        omitted: the keys of tensors that will not be written to the file.
         compat: the `compat` with which the file will be read.
     """
     written = json.loads(json.dumps(config, sort_keys=True))
@@ -343,9 +346,9 @@ def says(
 
 
 def _unshared_fields(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
-    """Return the fields of each update that have a fixed key, by (path, index of the update).
+    """Return the names of the fields that have a fixed key, for each update, by (path, index of the update).
 
-    Each of the other fields uses one of several shared tensors, which the reader selects.
+    For every other field, the reader selects one of several shared tensors.
     """
     family = family_of_type(file.settings.peft_type)
     several = {key.text for word, key in file.shared.items() if family and word not in family.shared}
@@ -507,7 +510,7 @@ def _omitted(config: Mapping[str, JsonValue], spelled: list[Spelled], updates: U
 
 
 def _kept(adapter: Adapter, updates: Updates, hints: PeftHints) -> dict[str, Lazy]:
-    """Return the source file's tensors that belong to no update; omit those of modules that are no longer adapted."""
+    """Return the source file's tensors that belong to no update. Omit tensors of modules that are no longer adapted."""
     if adapter.foreign is None or adapter.foreign.format != FORMAT:
         return {}
     paths, same = {target.path for target in updates}, hints.targets == fingerprint(updates)
@@ -540,12 +543,12 @@ def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Upd
     needy = [target for target in updates if target.path in paths and config_name(target, paths) in inexact]
     items = [f"{target}: no alpha yields its exact scaling" for target in needy]
     if any(isinstance(update, OLoRA) for target in needy for update in updates[target]):
-        # The scaling also applies to the part that OLoRA takes from W, so it cannot be folded into B.
+        # The scaling cannot be folded into B, because OLoRA also multiplies the term -Q' R' by the scaling.
         cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
-        raise Unrepresentable("PEFT states a scaling as alpha / r", items=items, cure=cure)
+        raise Unrepresentable("PEFT computes each scaling from alpha and r", items=items, cure=cure)
     if on_loss not in ("fold", "promote"):
         cure = "Allow folding the scaling into B with --on-loss fold (on_loss='fold')"
-        raise Unrepresentable("PEFT states a scaling as alpha / r", items=items, cure=cure)
+        raise Unrepresentable("PEFT computes each scaling from alpha and r", items=items, cure=cure)
     changed = {
         t: tuple(_folded(update, _times_added(t, paths, once)) for update in group) if t in needy else group
         for t, group in updates.items()
@@ -555,7 +558,11 @@ def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Upd
 
 
 def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
-    """Fold scalings that a family's config cannot express into a tensor of their update, if `on_loss` allows this."""
+    """Fold each scaling that the family's config cannot express into one of the update's tensors.
+
+    Raises:
+        Unrepresentable: the config cannot express a scaling, and `on_loss` does not allow folding.
+    """
     method = acting_method(updates)
     family = family_of_method(method)
     needy = family.inexact(updates) if family else []
@@ -564,7 +571,7 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
     items = [f"{path}: no alpha yields its exact scaling" for path in needy]
     if on_loss not in ("fold", "promote"):
         raise Unrepresentable(
-            "PEFT states a scaling as alpha / r",
+            "PEFT computes each scaling from alpha and r",
             items=items,
             cure="Allow folding the scaling into a factor with --on-loss fold (on_loss='fold')",
         )
@@ -581,7 +588,7 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
 
 
 def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
-    """Return (rank, scaling) by name in the config, and the attentions whose projections differ in rank or scaling."""
+    """Return (rank, scaling) by `config_name`, and the attentions whose projections differ in rank or scaling."""
     paths, scales, unlike = lora_paths(updates), dict[str, Scale](), dict[str, None]()
     for target, group in updates.items():
         for update in (update for update in group if isinstance(update, PAIRS)):
@@ -593,7 +600,7 @@ def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
 
 
 def _times_added(target: Target, paths: Collection[str], once: bool) -> float:
-    """Return how many times PEFT's forward adds the change of a target. With `once`, always 1, as in the paper."""
+    """Return how many times PEFT's forward adds a target's change; with `once`, return 1, as in the paper's formula."""
     inside = config_name(target, paths) != target.path and target.path.endswith(".out_proj")
     return OUTPUT_TIMES if inside and not once else 1.0
 
