@@ -460,8 +460,8 @@ def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue
 def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, JsonValue]:
     """Return the fields of a family's config that select modules.
 
-    A config for prompts selects no modules to adapt. It gets only `modules_to_save`, if the updates replace whole
-    modules, and `task_type`, if the base is an encoder-decoder.
+    Configs for prompts and X-LoRA do not list adapted modules. They get only `modules_to_save`, if the updates replace
+    whole modules, and `task_type`, if the base is an encoder-decoder.
     """
     paths = sorted(target.path for target, group in updates.items() if _has(group, family.methods()))
     if not family.names_modules:
