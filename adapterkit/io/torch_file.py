@@ -28,26 +28,29 @@ if TYPE_CHECKING:
 
 
 LIMIT = 32 << 20
-"""The largest pickle or archive directory, in bytes. It is enough for about 100,000 tensors."""
+"""The largest size of a pickle or of a zip directory, in bytes. 32 MiB are enough for about 100,000 tensors."""
 
 
 MAX_ENTRIES = 1 << 17
-"""The largest number of entries in an archive. It has about one per tensor; the largest models have about 100,000."""
+"""The largest number of entries in an archive. It allows one entry per tensor of the largest models (about 100,000)."""
 
 _ENTRY = 128
 """The assumed size of an entry in the directory, in bytes. The entries that torch writes have 60 to 80 bytes."""
 
 _TAIL = (1 << 16) + 22 + 20 + 56
-"""The number of bytes at the end of an archive in which its directory record is searched. A comment of up to 64 KiB may
-follow the record."""
+"""How many bytes at the end of an archive are searched for the record that describes the directory. A comment of up to
+64 KiB may follow this record."""
 
 
 class Capped(io.BufferedReader):
-    """A file that refuses huge reads. It is for `zipfile`, which reads as many bytes as an archive states."""
+    """A file that refuses to read more than `LIMIT` bytes at a time.
+
+    Without this limit, `zipfile` would read as many bytes as an archive claims for its directory.
+    """
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > LIMIT:
-            raise refused(f"a directory or pickle has {size} bytes; at most {LIMIT} are read")
+            raise refused(f"a zip directory or a pickle has {size} bytes; at most {LIMIT} are read")
         return super().read(size)
 
     def at(self, offset: int, size: int) -> bytes:
@@ -63,7 +66,7 @@ Contents = tuple[object, dict[str, int]]
 
 
 def is_archive(file: Capped) -> bool:
-    """Whether a zip archive has the entries that `torch.save` writes.
+    """Whether a zip archive has an entry `*/data.pkl`, as every archive of `torch.save` does.
 
     Raises:
         Malformed: the file is not a zip archive.
@@ -81,7 +84,7 @@ def read_zip(file: Capped, size: int) -> Contents:
     entries = _distinct(_entries(file))
     roots = _roots(entries)
     if len(roots) != 1:
-        raise damaged(f"the archive has {len(roots)} entries named */data.pkl, not one", "directory")
+        raise damaged(f"the archive has {len(roots)} entries named */data.pkl; it must have one", "directory")
     root = roots[0]
     _check_byteorder(file, entries.get(f"{root}/byteorder"), size)
     value, storages = _read_pickle(file, entries[f"{root}/data.pkl"], size)
@@ -161,26 +164,26 @@ def _data_offset(file: Capped, info: zipfile.ZipInfo, size: int) -> int:
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise refused("an entry is compressed or encrypted, which torch.save never does", where)
     if not 0 <= info.header_offset < size:
-        raise damaged("a header lies outside the file", where)
+        raise damaged("the entry's header is outside the file", where)
     signature, name, extra = struct.unpack("<4s22xHH", file.at(info.header_offset, 30))
     offset = int(info.header_offset + 30 + name + extra)
     if signature != b"PK\3\4" or info.compress_size != info.file_size or offset + info.file_size > size:
-        raise damaged("two headers contradict each other, or data extends beyond the end of the file", where)
+        raise damaged("the entry's header is invalid, or its data extends beyond the end of the file", where)
     return offset
 
 
 def _storage_offset(file: Capped, info: zipfile.ZipInfo | None, storage: Storage, size: int) -> int:
     if info is None:
-        raise damaged("no entry of the archive holds this storage", storage.where)
+        raise damaged("the archive has no entry for this storage", storage.where)
     if info.file_size // storage.dtype.itemsize != storage.numel:
-        why = f"the storage claims {storage.numel} elements, but its entry has {info.file_size} bytes"
+        why = f"the pickle gives the storage {storage.numel} elements, but its entry has {info.file_size} bytes"
         raise damaged(why, storage.where)
     return _data_offset(file, info, size)
 
 
 def read_legacy(file: Capped, size: int) -> Contents:
     """Return the content of a file from torch before 1.6: a sequence of pickles. The errors are those of `read_zip`."""
-    # The pickles come first, and their length is not stated. So read as many bytes as the pickles may have.
+    # The file begins with the pickles, but does not state their length. So read `LIMIT` bytes, their largest length.
     stream = io.BytesIO(file.at(0, min(size, LIMIT)))
     machine = Machine("pickles")
     magic, version, system, value, keys = (machine.load(stream) for _ in range(5))
@@ -189,21 +192,24 @@ def read_legacy(file: Capped, size: int) -> Contents:
     if system.get("little_endian") is not True:
         raise refused("the file is not marked as little-endian", "pickles")
     if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
-        raise damaged("the list of storages is not a list of distinct keys", "pickles")
+        raise damaged("the storages' keys are not a list of distinct strings", "pickles")
     if set(keys) != set(machine.storages):
-        raise damaged("the list of storages differs from the storages that the tensors use", "pickles")
+        raise damaged("the listed storages differ from the storages that the tensors use", "pickles")
     return value, _walk(file, [machine.storages[key] for key in keys], stream.tell(), size)
 
 
 def _walk(file: Capped, storages: list[Storage], offset: int, size: int) -> dict[str, int]:
-    """Return the offset of each storage. The storages are consecutive; each follows its number of elements (int64)."""
+    """Return the offset of each storage's bytes. In the file, its number of elements (int64) comes before its bytes."""
     places = {}
     for storage in storages:
         count = int.from_bytes(file.at(offset, 8), "little")
         places[storage.key] = offset + 8
         offset += 8 + storage.nbytes
         if count != storage.numel or offset > size:
-            why = f"the pickle states {storage.numel} elements and the data {count}, in a file of {size} bytes"
+            why = (
+                f"the storage has {storage.numel} elements in the pickle and {count} in its header, or it extends "
+                f"beyond the end of the file at byte {size}"
+            )
             raise damaged(why, storage.where)
     if offset != size:
         raise damaged(f"{size - offset} bytes follow the last storage", f"byte {offset}")
@@ -219,9 +225,9 @@ Places = Mapping[str, int]
 _DEEPEST = 8
 """The largest number of levels of nested dicts and lists."""
 _VALUES = 1 << 20
-"""The largest number of values in a pickle. The largest files have 100,000 tensors, so this allows ten per tensor."""
+"""The largest number of values in a pickle. This is ten times the number of tensors in the largest files."""
 _EXPANDED = 256 << 20
-"""The largest total size of a file's tensors with overlapping elements, in bytes, after they are copied."""
+"""The largest total size of a file's tensors with overlapping elements, in bytes, when they are made contiguous."""
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
 
@@ -229,24 +235,25 @@ def state_dict(path: str, value: object, places: Places) -> dict[str, Lazy]:
     """Return the tensors of a state dict by name.
 
     Raises:
-        Malformed: the value is not a state dict, or a view extends beyond its storage.
+        Malformed: the value is not a state dict, or its tensors with overlapping elements are too large.
     """
     return _lazies(path, _checked(value), places)
 
 
 def nested(path: str, value: object, places: Places) -> object:
-    """Return the value of a pickle, which may consist of nested dicts, lists and tuples. Each tensor becomes lazy.
+    """Return an unpickled value with lazy tensors. The value may consist of nested dicts, lists and tuples.
 
     Raises:
-        Malformed: there are too many values or levels. A pickle can repeat a value by a reference, so a few hundred
-            bytes can describe billions of values. So each repetition is counted.
+        Malformed: there are too many values or levels, or a tensor with overlapping elements is too large. A value is
+            counted each time that the pickle refers to it: a few hundred bytes of references can describe billions of
+            values.
     """
     left = [_VALUES]
 
     def plain(value: object, depth: int) -> object:
         left[0] -= 1
         if depth > _DEEPEST or left[0] < 0:
-            raise damaged(f"there are more than {_VALUES:,} values, or more than {_DEEPEST} levels", "top level")
+            raise damaged(f"there are more than {_VALUES:,} values, or more than {_DEEPEST} nested levels", "top level")
         if type(value) is View:
             return _lazies(path, {"tensor": value}, places)["tensor"]
         if type(value) is dict:
@@ -269,7 +276,7 @@ def _checked(value: object) -> dict[str, View]:
         )
     for name, view in value.items():
         if type(name) is not str or not name.isprintable():
-            raise Malformed("the name is not printable text", where=f"entry {short(str(name))}", cure=ALONE)
+            raise Malformed("the entry's name is not printable text", where=f"entry {short(str(name))}", cure=ALONE)
         if type(view) is not View:
             raise Malformed(f"the entry has type {kind_of(view)}, not tensor", where=f"entry {short(name)}", cure=ALONE)
     return value
@@ -281,20 +288,20 @@ def _unwrapped(value: Mapping[object, object]) -> object:
         return value
     if len(value) > 1:
         beside = next(name for name in value if name != wrapper)
-        raise Malformed(f"this entry is next to the dict {wrapper!r}", where=f"entry {short(str(beside))}", cure=ALONE)
+        why = f"the file has this entry next to the dict {wrapper!r}, which must be the only entry"
+        raise Malformed(why, where=f"entry {short(str(beside))}", cure=ALONE)
     return value[wrapper]
 
 
 def _lazies(path: str, views: dict[str, View], places: Places) -> dict[str, Lazy]:
     lazies = {name: _lazy(path, view, places[view.storage.key]) for name, view in views.items()}
-    # Limit tensors with overlapping elements: with a stride of 0, a few stored bytes can describe gigabytes.
+    # Limit the size of tensors with overlapping elements. With a stride of 0, a few bytes can describe gigabytes.
     expanded = {name: lazies[name].nbytes for name, view in views.items() if prod(view.shape) > view.extent}
     if sum(expanded.values()) > _EXPANDED:
         largest = max(expanded, key=lambda name: expanded[name])
         why = f"tensors with overlapping elements would take {sum(expanded.values())} bytes, more than {_EXPANDED}"
-        raise Malformed(
-            why, where=f"entry {short(largest)}", cure="Save them with `.clone()`, or before expanding them"
-        )
+        cure = "Before you save the tensors, call `.clone()` on each, or save them as they were before `expand`"
+        raise Malformed(why, where=f"entry {short(largest)}", cure=cure)
     return lazies
 
 
@@ -315,9 +322,7 @@ def _gather(span: Span, view: View) -> bytes:
     return np.lib.stride_tricks.as_strided(data, view.shape, steps, writeable=False).tobytes()
 
 
-# Read state dicts from torch's `.bin`, `.pt` and `.pth` files, without torch and without running code from the files.
-#
-# The code above reads the two containers of `torch.save`, and turns their values into tensors.
+# Open a torch file, detect which of the two containers it has, and call the functions above to read it.
 
 
 T = TypeVar("T")
@@ -330,7 +335,7 @@ HEAD = 64
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether `torch.save` wrote a file. This is judged by its first bytes and, for an archive, by its directory.
+    """Whether a file looks as if `torch.save` wrote it. Only its first bytes and a zip archive's directory are read.
 
     Raises:
         StorageError: the file cannot be read.
@@ -353,13 +358,13 @@ def read_torch_file(path: Path) -> dict[str, Lazy]:
     """Return the tensors of a saved state dict, keyed by name, in the file's order. No tensor data is read yet.
 
     If the only entry of the saved dict is `state_dict`, `model` or `model_state_dict`, this entry is the state dict. A
-    module's `_metadata` is dropped, because it contains versions of code. If several tensors share a storage, all of
-    them are returned. A contiguous tensor has a `span`. For any other tensor, `fetch` collects the elements. The file
-    is closed between fetches.
+    module's `_metadata` is dropped, because it contains version numbers of code. If several tensors share a storage,
+    all of them are returned. A contiguous tensor has a `span` of the file. If a tensor is not contiguous, its `fetch`
+    gathers the elements. The file is closed between fetches.
 
     Raises:
-        Malformed: the file is not as `torch.save` writes it, a tensor extends beyond its storage, or an entry is not a
-            tensor.
+        Malformed: the file is not as `torch.save` writes it, a tensor extends beyond its storage, an entry is not a
+            tensor, or tensors with overlapping elements are too large.
         Unsupported: the pickle has a global or an opcode that no state dict needs, or data is compressed or
             big-endian.
         StorageError: the file cannot be read. `fetch` can also raise this error, or `Corrupt` if the file has shrunk.
@@ -372,10 +377,11 @@ def read_torch_file(path: Path) -> dict[str, Lazy]:
 
 
 def read_torch_value(path: Path) -> object:
-    """Return a saved value that need not be a state dict: nested dicts, lists and values, with lazy tensors.
+    """Return the value in a torch file: nested dicts, lists and tuples, with lazy tensors. It need not be a state dict.
 
     Raises:
-        Malformed: as for `read_torch_file`, but entries need not be tensors.
+        Malformed: as for `read_torch_file`, but entries need not be tensors; or there are too many values or
+            nested levels.
         Unsupported: as for `read_torch_file`.
         StorageError: as for `read_torch_file`.
     """
@@ -386,7 +392,7 @@ def _opened(path: Path, convert: Callable[[object, dict[str, int]], T]) -> T:
     from .torch_pickle import damaged
 
     try:
-        # Pass the unbuffered file, because `Capped` has a buffer.
+        # Pass the unbuffered file, because `Capped` adds a buffer.
         with Capped(open_input(path, 0)) as file:  # type: ignore[arg-type]
             head = file.read(HEAD)
             container = read_zip if head[:2] == b"PK" else read_legacy if _is_legacy(head) else None

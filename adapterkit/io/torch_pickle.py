@@ -1,6 +1,6 @@
 """A pickle interpreter for the few opcodes that `torch.save` writes for a state dict. It runs no code from the file.
 
-This module also defines the types of the values that a pickle may contain, and the functions that create them.
+This module also defines the types of the values that a pickle may contain, and the functions that create these values.
 
 Format: torch/_utils.py (`_rebuild_*`).
 """
@@ -61,7 +61,7 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A torch storage: a run of elements in the file. The container identifies it by `key`."""
+    """A torch storage: a contiguous block of elements in the file, with the key that the container gives it."""
 
     key: str
     dtype: DType
@@ -88,7 +88,7 @@ class View:
 
     @property
     def extent(self) -> int:
-        """The number of elements in the storage from the first to the last element of the tensor, both included."""
+        """How many storage elements the tensor spans, from its first to its last element; 0 for an empty tensor."""
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) if all(self.shape) else 0
 
     @property
@@ -110,7 +110,7 @@ _DTYPES = {f"torch {name}": dtype for name, dtype in BY_TORCH.items()}
 
 
 def counts(value: object) -> bool:
-    """Whether a value is a tuple of sizes, and has at most as many of them as a tensor can have axes."""
+    """Whether a value is a tuple of at most `_DIMENSIONS` integers, each from 0 to 2^63 - 1."""
     return (
         type(value) is tuple and len(value) <= _DIMENSIONS and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
     )
@@ -123,7 +123,10 @@ def _tensor(
     if hooks or metadata:
         raise refused("the tensor has hooks, or is a conjugate or negative view")
     if type(storage) is not Storage or not (counts((offset,)) and counts(shape) and counts(stride)):
-        raise damaged(f"a tensor has no storage, or its sizes are not up to {_DIMENSIONS} non-negative integers")
+        raise damaged(
+            "a tensor has no storage, or its offset is not a non-negative integer, or its shape or strides are not "
+            f"tuples of at most {_DIMENSIONS} non-negative integers"
+        )
     return _inside(View(storage, storage.dtype, offset, shape, stride))
 
 
@@ -146,11 +149,14 @@ def _tensor_v3(
 
 def _inside(view: View) -> View:
     shape, stride, itemsize = list(view.shape), list(view.stride), view.dtype.itemsize
-    # numpy computes sizes in 64 bits. With `n or 1`, the other axes of an empty tensor are limited too.
+    # Refuse sizes that overflow numpy's 64-bit integers. `n or 1` limits the other axes of an empty tensor, too.
     if len(shape) != len(stride) or prod(n or 1 for n in shape) * itemsize >= 1 << 63:
         raise damaged(f"no tensor can have the shape {shape} and the strides {stride}", view.storage.where)
     if view.extent and (view.offset + view.extent) * itemsize > view.storage.nbytes:
-        why = f"a view with shape {shape}, strides {stride}, offset {view.offset} exceeds {view.storage.nbytes} bytes"
+        why = (
+            f"a tensor with shape {shape}, strides {stride} and offset {view.offset} extends beyond its storage of "
+            f"{view.storage.nbytes} bytes"
+        )
         raise damaged(why, view.storage.where)
     return view
 
@@ -170,13 +176,13 @@ def _set(items: object = ()) -> object:
     if type(items) is list:
         return list(items)
     if items != ():
-        raise damaged("a set is not made from a list")
+        raise damaged("the pickle makes a set from a value that is not a list")
     return []
 
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """A placeholder for a value that is never used, such as a state of numpy's random numbers next to the weights."""
+    """A placeholder for a value that is never used, such as the state of numpy's random number generator."""
 
 
 def _opaque(*_: object) -> Opaque:
@@ -197,7 +203,10 @@ CALLS: dict[str, Callable[..., object]] = {
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_tensor_v3": _tensor_v3,
 }
-"""The functions that the opcode REDUCE may call. All are defined in this module. None of them calls its arguments."""
+"""A map from a global's name to the function that the opcode REDUCE calls instead of the global.
+
+All these functions are defined in this module. None of them calls its arguments.
+"""
 KNOWN = {*CALLS, *STORAGE_TYPES, *_DTYPES, "numpy ndarray"}
 
 
@@ -241,7 +250,7 @@ class Machine:
             raise damaged(why, f"{self.place} byte {position}") from error
 
     def step(self, stream: io.BytesIO) -> str:
-        """Run one opcode and return its name. Its argument is decoded only if the opcode is allowed."""
+        """Run one opcode and return its name. The opcode's argument is decoded only if the opcode is allowed."""
         code = stream.read(1)
         if code not in _OPCODES:
             raise ValueError(f"{code!r} is not an opcode" if code else "it ends without a STOP")
@@ -273,7 +282,7 @@ class Machine:
 
     def top(self, kind: type) -> Any:
         if type(self.stack[-1]) is not kind:
-            raise damaged(f"the pickle needs a {kind.__name__}, but has a value of type {kind_of(self.stack[-1])}")
+            raise damaged(f"the pickle uses a value of type {kind_of(self.stack[-1])} as a {kind.__name__}")
         return self.stack[-1]
 
     def put(self, index: int) -> None:
@@ -286,15 +295,15 @@ class Machine:
         self.top(list).extend(items)
 
     def update(self, items: Sequence[object]) -> None:
-        # Refuse other keys. A file could choose millions of large integers whose hashes collide, and tuples that take
-        # long to hash.
+        # Refuse keys other than strings and small integers. A file could contain millions of large integers with the
+        # same hash, or tuples that take long to hash.
         if not all(type(key) is str or (type(key) is int and abs(key) < 1 << 60) for key in items[::2]):
             raise Malformed("a dict key is neither text nor a small integer", cure=ALONE)
         self.top(dict).update(zip(items[::2], items[1::2], strict=True))
 
     def resolve(self, name: str) -> None:
         if name not in KNOWN:
-            raise refused(f"the pickle asks for {short(name.replace(' ', '.', 1))}, which no state dict needs")
+            raise refused(f"the pickle has the global {short(name.replace(' ', '.', 1))}, which no state dict needs")
         self.push(Global(name))
 
     def resolve_stack(self, _: object) -> None:
@@ -306,7 +315,7 @@ class Machine:
     def reduce(self, _: object) -> None:
         called, args = self.pops(2)
         if type(called) is not Global or called.name not in CALLS or type(args) is not tuple:
-            raise damaged("the pickle calls something that cannot be called")
+            raise damaged("the pickle calls a value that is not an allowed function, or its arguments are not a tuple")
         self.push(CALLS[called.name](*args))
 
     def build(self, _: object) -> None:
@@ -320,8 +329,8 @@ class Machine:
     def persistent(self, _: object) -> None:
         (pid,) = self.pops(1)
         match pid if type(pid) is tuple else ():
-            # Accept a sixth item. Files from torch before 1.6 have one, the metadata of a view. Since torch 0.4 it is
-            # always None.
+            # Accept a sixth item. Files from torch before 1.6 have it for the metadata of a view. Torch 0.4 and later
+            # always write None there.
             case ("storage", Global(name=kind), str(key), str(), numel, *view) if (
                 kind in STORAGE_TYPES and counts((numel,)) and view in ([], [None])
             ):
@@ -329,18 +338,18 @@ class Machine:
             case _:
                 raise damaged("a persistent id does not name a storage")
         if self.storages.setdefault(key, storage).nbytes != storage.nbytes:
-            raise damaged("one storage has two sizes", storage.where)
+            raise damaged("the pickle gives this storage two different sizes", storage.where)
         self.push(storage)
 
 
 def _global_name(stream: io.BytesIO) -> str:
-    """Read the argument of the opcode GLOBAL in the form `module name`.
+    """Read the argument of the opcode GLOBAL, and return it as `module name`.
 
     The reader in pickletools is not used, because it interprets backslashes, and warns about them.
     """
     module, name = stream.readline(), stream.readline()
     if not name.endswith(b"\n"):
-        raise ValueError("a name has no end")
+        raise ValueError("the name of a global does not end with a newline")
     return f"{module[:-1].decode()} {name[:-1].decode()}"
 
 

@@ -1,1 +1,1 @@
-"""Numerics that formulas share: products of factors, decompositions, rotations and reproducible random numbers."""
+"""Functions that formulas share: products of factors, decompositions, rotations, reproducible random numbers."""

@@ -1,7 +1,7 @@
-"""The array-API namespace of a formula's arrays: numpy, torch, or the namespace that symbolic values provide.
+"""Find the array-API functions for a formula's arrays: those of numpy or torch, or those for values of an ONNX graph.
 
-Formulas use Python's operators if possible. Functions without an operator (`solve`, `qr`, `fft`, `exp`, `concat`, ...)
-come from this namespace, with the names in https://data-apis.org/array-api/latest/.
+Formulas use Python's operators if possible. They call functions without an operator (`solve`, `qr`, `fft`, `exp`,
+`concat`, ...) from the object that `namespace` returns. https://data-apis.org/array-api/latest/ defines the names.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ N = TypeVar("N", bound="Numbers")
 class Numbers(Protocol):
     """The operations that formulas use on an array: a numpy array, a torch tensor or a value of an ONNX graph.
 
-    Formulas name torch tensors in their type hints; functions that work for several libraries use `Numbers` in their
-    type hints.
+    The type hints of methods' formulas say `Tensor`. The type hints of functions that are written for several libraries
+    say `Numbers`.
     """
 
     @property
@@ -220,21 +220,21 @@ def namespace(array: N | None, *others: object) -> Namespace[N]:
 
 
 def summed(arrays: Iterable[T]) -> T:
-    """Return the sum of one or more arrays. For type checkers, the builtin `sum` could also return the integer 0."""
+    """Return the sum of one or more arrays. Type checkers assume that the builtin `sum` may return the integer 0."""
     return cast(T, sum(cast("Iterable[int]", arrays)))
 
 
 def lengths(squares: N) -> N:
-    """Return the square roots of sums of squares; an infinite sum gives NaN.
+    """Return vector norms: the square roots of the sums of squares `squares`. An infinite sum gives NaN.
 
-    Dividing by an infinite norm would give zeros, which no check of the result detects. A DoRA with scaling 5e299 had
-    such a norm.
+    Division by an infinite norm would give zeros, and no check of the result would detect them. A DoRA with scaling
+    5e299 had such a norm.
     """
     roots = squares**0.5
     return roots + (roots - roots)
 
 
 def constant(array: T) -> T:
-    """Return an array with the same numbers and no gradient, so that training treats it as a constant."""
+    """Return an array with the same values, detached from autograd, so that training treats it as a constant."""
     detach: Callable[[], T] | None = getattr(array, "detach", None)
     return array if detach is None else detach()

@@ -1,8 +1,8 @@
 """Reproducible random numbers: Philox4x32-10, a pure function of a key and a counter.
 
 Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405. The generator has no state, so any number can be computed
-without the earlier ones. So a sum over many random matrices needs only a few of them in memory at a time, in numpy and
-in torch.
+without the earlier numbers. A sum over many random matrices therefore needs only a few of the matrices in memory at a
+time. The functions work with numpy and torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ROUNDS = 10
 WORD = 0xFFFFFFFF
 
 CHUNK = 1 << 16
-"""The number of random numbers drawn at a time; drawing is twice as fast if they fit in a core's cache."""
+"""How many random values are drawn at a time. Drawing is twice as fast if the values fit in a core's cache."""
 
 
 def philox(counter: tuple[N, N, N, N], key: tuple[N | int, N | int]) -> tuple[N, N, N, N]:
@@ -35,10 +35,10 @@ def philox(counter: tuple[N, N, N, N], key: tuple[N | int, N | int]) -> tuple[N,
 
 
 def uniform(seeds: N, stream: int, first: int, stop: int, count: int, dtype: object) -> N:
-    """Return random vectors `first` to `stop - 1` of each seed, shape `[stop - first, seeds, count]`, in [-1, 1).
+    """Return vectors `first` to `stop - 1` of each seed, shape `[stop - first, seeds, count]`, with values in [-1, 1).
 
-    Number i of vector n is word i mod 4 for the counter (i div 4, n, stream, 0) and the key (seed mod 2^32,
-    seed div 2^32). A word w becomes w / 2^31 - 1, rounded once to the dtype.
+    Element i of vector n is word i mod 4 of `philox` for the counter (i div 4, n, stream, 0) and the key (seed mod
+    2^32, seed div 2^32). A word w becomes the value w / 2^31 - 1, rounded once to the dtype.
     """
     xp = namespace(seeds)
     if seeds.dtype != xp.int64:
@@ -57,11 +57,11 @@ def uniform(seeds: N, stream: int, first: int, stop: int, count: int, dtype: obj
 def combine(coefficients: N, seeds: N, stream: int, count: int) -> N:
     """Return `sum_n coefficients[n] * vectors[n]`, shape `[seeds, count]`, in the coefficients' dtype.
 
-    `vectors[n]` contains random vector n of each seed. The vectors are drawn in small groups. In training, they are not
-    stored for the backward pass but drawn again, which saves memory.
+    `vectors[n]` contains random vector n of each seed. The vectors are drawn in small groups. To save memory, training
+    does not store the vectors for the backward pass, but draws them again.
     """
     n, step = len(coefficients), max(1, CHUNK // max(len(seeds) * count, 1))
-    # Without coefficients, the result is zero: the loop runs once, for an empty group of vectors.
+    # If there are no coefficients, run the loop once for an empty group of vectors, so that the result is zeros.
     return summed(
         _term(coefficients[first : first + step], seeds, stream, first, count) for first in range(0, max(n, 1), step)
     )

@@ -1,4 +1,4 @@
-"""Positions in a weight, for numpy and torch: scatter numbers, draw positions from a seed, check bounds."""
+"""Scatter values to positions in a weight, draw random positions, and check positions, for numpy and torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def scattered(values: N, flat: N, shape: tuple[int, ...]) -> N:
     """Return an array of `shape` with `values` at the flat C-order positions `flat`, and zeros elsewhere.
 
-    Positions may repeat; the values at one position are added up.
+    Positions may repeat; values at the same position are added.
     """
     size = 1
     for axis in shape:
@@ -49,7 +49,7 @@ def counting(count: int, like: N) -> N:
 
 
 def random_positions(seed: int, size: int, count: int) -> torch.Tensor:
-    """Return `count` distinct random numbers below `size`, as torch's CPU generator draws them."""
+    """Return `count` distinct random integers from 0 to `size - 1`, drawn by torch's CPU generator with `seed`."""
     # Use a slice of `randperm`, as PEFT does for SHiRA. Another sampler would give other positions than in training.
     import torch
 
@@ -57,12 +57,12 @@ def random_positions(seed: int, size: int, count: int) -> torch.Tensor:
 
 
 def outside(leaf: Leaf, below: tuple[int | None, ...]) -> int | None:
-    """Return the first number that is negative or not below its bound; None if all numbers are within their bounds.
+    """Return the first position that is negative or not below its bound; None if there is none.
 
     Args:
-        leaf: the numbers.
-        below: one bound for all numbers, or one bound for each index of the second-last axis; a bound of None allows
-            all numbers that are not negative.
+        leaf: the positions, as integers.
+        below: one bound for all positions, or one bound for each row of the last two axes. A bound of None allows all
+            positions that are not negative.
     """
     tensor = as_lazy(leaf)
     if not tensor.nbytes:

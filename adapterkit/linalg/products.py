@@ -1,4 +1,4 @@
-"""Products of small factors for numpy and torch: D = B @ A into existing memory, Kronecker and Tucker products."""
+"""Products of small factors for numpy and torch: B @ A, written to an existing array; Kronecker and Tucker products."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = 16
 """The number of rows that one call of OpenBLAS computes. It is small so that the rows stay in a core's cache."""
 
 STRIP = 3 << 14
-"""The number of elements in a strip of A's columns. The strip stays in the cache while all blocks of rows use it."""
+"""The number of elements in a group of A's columns. The group stays in the cache while all of B is multiplied by it."""
 
 
 def product(D: N, B: N, A: N) -> None:
@@ -60,12 +60,12 @@ def sides(left: N | None, right: N | None, whole: N | None) -> tuple[N, N]:
 
 
 def even_split(size: int, factor: int = -1) -> tuple[int, int]:
-    """Split the size of a weight's side into two factors as LyCORIS does; the first factor belongs to w1.
+    """Split the length of a weight's axis into two factors, as LyCORIS does: the lengths of w1's axis and of w2's axis.
 
     Args:
-        size: the product of the two factors.
-        factor: the first factor, if this number divides `size`. Otherwise the first factor is the largest divisor of
-            `size` that exceeds neither `factor` nor the second factor. -1 means no limit.
+        size: the length of the weight's axis.
+        factor: the first factor, if `factor` divides `size`. Otherwise the first factor is the largest divisor of
+            `size` that exceeds neither `factor` nor the second factor. A `factor` of -1 means no limit.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor

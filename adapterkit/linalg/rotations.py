@@ -54,11 +54,11 @@ def cayley(Q: N) -> N:
 
 
 def orthonormal_rows(R: N) -> N:
-    """Orthonormalize the rows `[r, n]` by Gram-Schmidt; rows that are already orthonormal do not change.
+    """Orthonormalize the rows of R `[r, n]` by Gram-Schmidt; rows that are already orthonormal do not change.
 
     Raises:
-        Malformed: a row depends on the others. Training tools replace such a row by another direction, which the file
-            does not store.
+        Malformed: the rows are linearly dependent. Training tools replace a dependent row by another direction, which
+            the file does not store.
     """
     try:
         return in_float32(_orthonormal, R)
@@ -72,8 +72,8 @@ def _orthonormal(R: N) -> N:
     xp = namespace(R)
     square = R @ R.mT
     L = xp.linalg.cholesky(square)
-    # Rounding may leave a length just above 0 for a row that depends on the others. Refuse such a row, because its
-    # direction is noise.
+    # Gram-Schmidt makes each row orthogonal to the earlier rows. If a row depends linearly on the earlier rows, only
+    # rounding errors remain of it. Refuse such a row, because its direction is noise.
     if _has_values(R):
         left, was = xp.linalg.diagonal(L * L), xp.linalg.diagonal(square)
         if bool(xp.any(left <= 16 * len(R) * xp.finfo(R.dtype).eps * was)):
@@ -82,13 +82,13 @@ def _orthonormal(R: N) -> N:
 
 
 def _dependent(R: Numbers) -> Malformed:
-    why = f"{R.shape[0]} rows of {R.shape[1]} numbers that depend on each other cannot be made orthonormal"
-    cure = "Train from orthonormal rows, as initialisers draw them, or set orthogonality to False"
+    why = f"the {R.shape[0]} rows of length {R.shape[1]} are linearly dependent, so they cannot be made orthonormal"
+    cure = "Initialize the projection with orthonormal rows and train again, or set orthogonality to False"
     return Malformed(why, where="projection", cure=cure)
 
 
 def _has_values(array: object) -> bool:
-    """Whether Python can read the numbers of an array. False in ONNX graphs, torch traces and functorch transforms."""
+    """Whether Python can read an array's values. It cannot in ONNX graphs, torch traces and functorch transforms."""
     import numpy as np
 
     if isinstance(array, np.ndarray):
@@ -128,9 +128,10 @@ def neumann(Q: N, terms: int, doubled: bool = False) -> N:
 def shortened(Q: N, square: N, most: float, more: float) -> N:
     """Multiply Q by `most / (|Q| + more)` if `|Q| + more` exceeds `most`; `square` is `|Q|^2`.
 
-    The gradient is also finite at `|Q| = 0`.
+    The gradient is finite even at `|Q| = 0`.
     """
-    # Take the root of 1 instead of 0: sqrt has no gradient at 0, and `where` would propagate its NaN.
+    # If Q is short enough, take the root of 1, not of `square`. The gradient of sqrt at 0 is infinite, and `where`
+    # would turn it into NaN.
     where, long = namespace(Q).where, square > max(most - more, 0.0) ** 2
     norm = where(long, square, square * 0 + 1) ** 0.5
     return Q * where(long, most / (norm + more), norm * 0 + 1)
@@ -142,7 +143,10 @@ def shortened_blocks(Q: N, eps: float) -> N:
 
 
 def turned(Q: N, terms: int, doubled: bool) -> N:
-    """Return rotations from skew-symmetric Q: exactly with `cayley` for 0 terms, else approximately with `neumann`."""
+    """Return rotations from skew-symmetric Q. For 0 terms, `cayley` computes them, else `neumann` approximates them.
+
+    The two functions rotate in opposite directions: `neumann` approximates the transpose of `cayley`'s result.
+    """
     return neumann(Q, terms, doubled) if terms else cayley(Q)
 
 
@@ -179,8 +183,8 @@ def in_float32(f: Callable[[N], N], X: N) -> N:
 def singular(W: N) -> tuple[N, N, N]:
     """Return U, S and V^T of a weight `[out, in]`, computed by torch in float32 on the CPU, as in PEFT.
 
-    The signs and last digits depend on the library, and adapters depend on the signs and digits. So torch computes the
-    decomposition for numpy arrays, too.
+    The result's signs and last digits depend on the library that computes it, and adapters depend on these signs and
+    digits. So torch computes the decomposition even if W is a numpy array.
 
     Raises:
         ShapeMismatch: the weight is not a matrix.
@@ -195,10 +199,10 @@ def singular(W: N) -> tuple[N, N, N]:
 
 
 def singular_by_sketch(W: N, r: int, steps: int, seed: int) -> tuple[N, N, N]:
-    """Return U `[out, r]`, S `[r]` and V^T `[r, in]` for W's r largest singular values, from `torch.svd_lowrank`.
+    """Return U `[out, r]`, S `[r]` and V^T `[r, in]` for W's r largest singular values.
 
-    The algorithm starts from random numbers. Torch's CPU generator with `seed` draws them, as in PEFT, even if W is not
-    a torch tensor.
+    `torch.svd_lowrank` computes them with `steps` iterations from a random start. As in PEFT, torch's CPU generator
+    with `seed` draws the random start, even if W is not a torch tensor.
     """
     import torch
 
@@ -209,7 +213,7 @@ def singular_by_sketch(W: N, r: int, steps: int, seed: int) -> tuple[N, N, N]:
 
 
 def _on_host(W: Numbers) -> torch.Tensor:
-    """Return the numbers as a float32 tensor on the CPU."""
+    """Return W as a float32 torch tensor on the CPU."""
     import numpy as np
     import torch
 
@@ -217,7 +221,7 @@ def _on_host(W: Numbers) -> torch.Tensor:
 
 
 def _like(W: N, part: torch.Tensor) -> N:
-    """Return a tensor on the CPU as an array of W's library, with W's dtype."""
+    """Convert a CPU tensor to an array of W's library, with W's dtype and device."""
     import torch
 
     if isinstance(W, torch.Tensor):
@@ -242,15 +246,15 @@ class _Kind(TypedDict):
 
 
 _ONE_AT_A_TIME = RLock()
-"""All threads share torch's generator. Without this lock, two workers would take numbers from the same sequence."""
+"""All threads share torch's generator. Without this lock, two threads would draw from one random sequence."""
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator within the block, and restore it afterwards; other threads wait for the block to end.
+    """Seed torch's CPU generator for the block, and restore its state when the block ends.
 
-    Use this for functions of torch that take no generator, such as `torch.svd_lowrank`. Threads that draw without
-    `seeded` do not wait.
+    Use this for torch functions that accept no generator, such as `torch.svd_lowrank`. Other threads that enter
+    `seeded` wait until the block ends. Threads that draw random numbers without `seeded` do not wait.
     """
     import torch
 

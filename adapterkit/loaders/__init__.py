@@ -1,7 +1,7 @@
 """Find out which tools load an adapter file, which tools load it after a conversion, and why the others do not.
 
-Each tool has a data file in `spec/loaders`. Its README says which facts come from running the tool, and which from the
-tool's source or documentation.
+Each tool has a data file in `spec/loaders`. The README in `spec/loaders` explains which facts were generated from the
+tool itself, and which were taken from the tool's source or documentation.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMAT = 1
 
 
 class Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One way in which a tool's files name modules of U-Nets and transformers.
+    """Keys that a tool knows for modules of U-Nets and transformers.
 
     `spec/loaders/README.md` explains the fields.
     """
@@ -51,7 +51,7 @@ class Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EncoderKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One way in which a tool's files name modules of text encoders."""
+    """Keys that a tool knows for modules of text encoders."""
 
     prefix: str
     names: list[str]
@@ -89,16 +89,16 @@ class Loader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The answer to the question whether a tool loads a file.
+    """Whether a tool loads a file, why not, and how to convert the file for the tool.
 
     Attributes:
         tool: the name of the tool's file in `spec/loaders`.
         title: the tool's title, with the version that the data file describes.
         loads: `yes`; `part` if the tool loads some keys of the file and ignores others; `no`; `unknown`.
-        why: the reason why the tool does not load all keys. If the tool loads all keys: how it applies a method in a
-            different way, or empty.
-        convert: the arguments of `adapterkit convert` for a conversion after which the tool loads all keys. Empty if no
-            such conversion is known or needed.
+        why: the reason why the tool does not load all keys. If the tool loads all keys, `why` describes how its results
+            differ from the formulas of the file's methods; empty if they do not differ.
+        convert: arguments with which `adapterkit convert` writes a file that the tool loads completely. Empty if no
+            such arguments are known or needed.
     """
 
     tool: str
@@ -113,7 +113,7 @@ def loaders() -> Mapping[str, Loader]:
     """Return all tools by name, sorted.
 
     Raises:
-        Malformed: a data file does not have the form that `spec/loaders/README.md` defines.
+        Malformed: a data file does not follow `spec/loaders/README.md`.
     """
     return {file.stem: load(file) for file in sorted(folder().glob("*.toml"))}
 
@@ -139,7 +139,7 @@ def load(path: Path) -> Loader:
 
 @cache
 def folder() -> Path:
-    """Return the folder with the data files: next to this module if installed; in a checkout, `spec/loaders`."""
+    """Return the folder with the data files: `data` next to this module if installed, `spec/loaders` in a checkout."""
     installed = Path(__file__).parent / "data"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "spec" / "loaders"
 
@@ -151,7 +151,7 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
         adapter: the adapter that was read from the file.
         format: the format of the file.
         path: the file or folder.
-        convert: whether to look for a conversion for each tool that does not load the whole file; this may load
+        convert: whether to look for a conversion for each tool that does not load the whole file. The search may load
             tensors.
 
     Returns:
@@ -162,10 +162,10 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
 
 
 def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the name in the public API
-    """Replace unusual keys of the source file by the usual keys of the file's format, if the format's tool needs this.
+    """Drop those keys of the source file that the format's tool does not load, so that a writer uses the usual keys.
 
-    The format `comfyui` also reads files with keys that ComfyUI does not load; for some families of models, fal and
-    ACE-Step write such files. Writing the adapter in the same format would keep these keys, so they are replaced.
+    For example, the format `comfyui` also reads files with keys that ComfyUI does not load; fal and ACE-Step write such
+    files for some families of models. If these keys were not dropped, writing in the same format would keep them.
 
     Args:
         adapter: the adapter that was read from the file.
@@ -186,13 +186,13 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
         return _with_usual_keys(adapter, tool, known)
     pairs: Any = adapter.foreign.data.get("metadata") or ()
     metadata = {str(key): str(value) for key, value in pairs}
-    # Record the families that fit: the keys show the family, but they are dropped here.
+    # Record the possible families in the metadata, because the keys that show the family are dropped here.
     family_metadata = {FAMILY: " ".join(family.name for family in seen.families)} if seen.families else {}
     return read_with(adapter.replace(foreign=None), family_metadata | metadata)
 
 
 def _with_usual_keys(adapter: Adapter, tool: Loader, families: Iterable[ImageFamily]) -> Adapter:
-    """Replace each key that the tool ignores with the format's usual key for the same tensor, if the tool knows it.
+    """If the tool ignores a tensor's key but knows the format's usual key for the tensor, use the usual key.
 
     Example: ComfyUI loads the factors of a DoRA under several names, but the magnitude only as `dora_scale`.
     """
@@ -254,7 +254,7 @@ def _answer(name: str, tool: Loader, seen: _File, convert: bool) -> Answer:
 
 
 def _loads(tool: Loader, seen: _File) -> tuple[str, str]:
-    """Return whether a tool loads a file, and a reason if it does not."""
+    """Return `Answer.loads` for a tool and a file, and the reason if it is not `yes`."""
     if seen.container not in tool.containers:
         return "no", f"it does not read {seen.container} files"
     for files in tool.files:
@@ -268,7 +268,7 @@ def _loads(tool: Loader, seen: _File) -> tuple[str, str]:
 
 def _whole(files: Files, seen: _File) -> tuple[str, str]:
     if files.families and not {family.name for family in seen.families} & {*files.families}:
-        return "no", f"it reads such files only for {', '.join(files.families)}"
+        return "no", f"it reads {files.format} files only for {', '.join(files.families)}"
     odd = next((u.method for _, u in seen.adapter if files.methods and u.method not in files.methods), "")
     if odd:
         return "no", f"it does not read {odd} in {files.format} files"
@@ -290,16 +290,16 @@ def _numbers(adapter: Adapter) -> list[Any]:
 
 
 def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
-    """Return whether a tool knows every key of an image model's file, and a reason if it does not."""
+    """Return `Answer.loads` for the keys of an image model's adapter, and the reason if it is not `yes`."""
     if not seen.families and denoiser_targets(seen.adapter.updates, ()):
-        return "unknown", "the family of models is unknown, so it is unknown which keys the tool loads"
+        return "unknown", "the adapter's model family is unknown, so it is unknown which keys the tool loads"
     tried: list[list[str]] = []
     for family in seen.families or (None,):
         if family is not None and not any(family.name in keys.families for keys in tool.keys):
             continue
         tried.append(_lost(tool, family, seen.keys))
     if not tried:
-        return "no", f"it has no {' or '.join(family.title for family in seen.families)}"
+        return "no", f"it does not support {' or '.join(family.title for family in seen.families)}"
     lost = min(tried, key=len)
     if not lost:
         return "yes", ""
@@ -329,7 +329,7 @@ def _lost(tool: Loader, family: ImageFamily | None, keys: tuple[str, ...]) -> li
 
 @lru_cache(maxsize=16)
 def _kinds(keys: tuple[str, ...], literal: frozenset[str]) -> dict[str, str]:
-    """Map each key to a text that is the same for all keys that differ only in block numbers.
+    """Map each key to a pattern. Keys that differ only in block numbers have the same pattern.
 
     The result is cached, because every tool needs it for the same file.
     """
@@ -355,7 +355,7 @@ def _holds(tool: Loader, family: ImageFamily | None, key: str) -> bool:
 
 
 def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
-    """Yield the part of `rest` before a slot, for each slot that `rest` ends with."""
+    """For each slot that is a suffix of `rest`, yield `rest` without the slot, which may be a module's name."""
     words, ends = rest.split("."), _ends(tuple(slots))
     for count in range(1, min(len(words), ends.words + 1)):
         if ".".join(words[-count:]) in ends.dotted:
@@ -367,10 +367,10 @@ def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Ends:
-    """A tool's slots: the texts with which its keys end.
+    """A tool's slots, which are the possible ends of its keys.
 
-    The slots in `dotted` follow a dot, and have at most `words` parts between dots. The slots in `others` begin with an
-    underscore.
+    A slot in `dotted` follows the module's name and a dot. It consists of at most `words` names, joined by dots. A slot
+    in `others` begins with an underscore and follows the module's name directly.
     """
 
     dotted: frozenset[str]
@@ -404,7 +404,7 @@ def _holes(templates: tuple[str, ...]) -> frozenset[str]:
 
 
 def _conversion(tool: Loader, seen: _File) -> str:
-    """Return the arguments of a conversion after which the tool loads all keys; empty if there is none."""
+    """Return `adapterkit convert` arguments for a file that the tool loads completely; empty if there are none."""
     for name in tool.convert:
         writer = FORMATS[name]()
         if isinstance(writer, ImageFormat):
@@ -418,7 +418,7 @@ def _conversion(tool: Loader, seen: _File) -> str:
 
 
 def _written(writer: ImageFormat, seen: _File, on_loss: str) -> _File | None:
-    """Return the file that a writer would write, without the tensors' values.
+    """Describe the file that a writer would write, without the tensors' values.
 
     Return None if the writer refuses the adapter or would leave out a part of it.
     """
@@ -442,9 +442,10 @@ def _written(writer: ImageFormat, seen: _File, on_loss: str) -> _File | None:
 
 
 def _to_language(tool: Loader, writer: Format, seen: _File) -> str:
-    """Return the arguments of `adapterkit convert` for a language model's adapter.
+    """Return the arguments of `adapterkit convert` for a language model's adapter; empty if no conversion is possible.
 
-    Only methods are checked, not keys.
+    If the tool has a profile, the adapter is checked against the profile. Otherwise only its methods are checked. Keys
+    are never checked. If a check fails but the updates can be converted to LoRA, `--on-loss promote` is added.
     """
     profile = next((files.profile for files in tool.files if files.profile is not None), None)
     words = [f"--to {type(writer).__module__.rpartition('.')[2]}", *([f"--profile {profile}"] if profile else [])]
@@ -468,5 +469,5 @@ def _to_language(tool: Loader, writer: Format, seen: _File) -> str:
 
 
 def _promotable(update: Any) -> bool:
-    """Whether an update can be converted to a LoRA with exact factors."""
+    """Whether an update can be converted exactly to a LoRA, because it has low-rank factors."""
     return isinstance(update, LoRA) or (isinstance(update, Additive) and type(update).pair is not Additive.pair)

@@ -159,7 +159,7 @@ def rounded_sum():
 
 @pytest.mark.parametrize("R", [np.zeros((2, 4)), np.ones((3, 7)), rounded_sum(), normal(4, 3)])
 def test_rows_that_depend_on_each_other_are_refused(R, array):
-    with pytest.raises(Malformed, match=f"{len(R)} rows of {R.shape[1]} numbers that depend") as raised:
+    with pytest.raises(Malformed, match=f"{len(R)} rows of length {R.shape[1]} are linearly dependent") as raised:
         orthonormal_rows(array(R))
     assert "orthogonality to False" in raised.value.cure
 

@@ -125,7 +125,7 @@ def test_the_command_lists_tools_and_answers_for_a_file(tmp_path):
     found = {each["tool"]: each for each in record("list", "loaders", tmp_path / "wan.safetensors")["loaders"]}
     assert found["comfyui"]["loads"] == found["diffusers"]["loads"] == "yes"
     assert found["musubi_tuner"]["convert"] == "--to kohya"
-    assert found["sd_scripts"]["why"] == "it has no wan"
+    assert found["sd_scripts"]["why"] == "it does not support wan"
     text = run("list", "loaders", tmp_path / "wan.safetensors").stdout
     assert "arguments of convert" in text
     assert {each["name"] for each in record("list", "loaders")["loaders"]} == set(loaders())
