@@ -293,7 +293,8 @@ class Staging:
                     os.replace(kept, path)
             self._journal.unlink()
         except OSError as error:
-            why = f"the previous output is in {self._replaced} and cannot be moved back ({error.strerror})"
+            kept_at = next((kept for kept, _ in self._journaled("old") if _exists(kept)), self.folder)
+            why = f"the previous output is in {kept_at} and cannot be moved back ({error.strerror})"
             cure = f"Move the previous output to {self.target}, then run the same command again"
             raise StorageError(why, path=self.target, cure=cure) from error
 

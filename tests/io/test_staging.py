@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -326,6 +327,35 @@ def test_a_second_rename_that_fails_puts_the_old_output_back(tmp_path: Path, mon
     with pytest.raises(StorageError, match="input/output error"):
         ak.write(adapter, out, "peft")
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("aside", [True, False], ids=["overwritten", "renamed"])
+def test_the_error_names_the_old_output_if_it_cannot_be_moved_back(
+    aside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "model.onnx"
+    out.write_text("old")
+    stage = staging.Staging(out)
+    with stage.locked():
+        if aside:
+            stage.set_aside()
+            out.unlink()
+        else:  # As a run that was killed between the two renames of two files.
+            kept, new = stage.folder / "replaced" / out.name, stage.folder / "new"
+            kept.parent.mkdir()
+            new.write_text("new")
+            stage._write_journal([(new, out)], [(kept, out)])
+            out.rename(kept)
+
+        def failing(source: object, target: object) -> None:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(os, "replace", failing)
+        with pytest.raises(StorageError, match="cannot be moved back") as raised:
+            stage.recover()
+    named = re.search(r"output is in (.+) and cannot", str(raised.value))
+    assert named is not None
+    assert Path(named[1]).read_text() == "old"
 
 
 def test_a_plug_in_that_writes_badly_leaves_nothing(tmp_path: Path) -> None:
