@@ -1,7 +1,7 @@
 """adapterkit: one typed `Adapter` for all adapter formats, and functions that accept and return adapters.
 
-Importing this package is cheap: names are loaded from their modules on first use. torch and onnx are imported only when
-tensor values are needed.
+Each public name is imported from its module on first use. So `import adapterkit` is fast: it imports neither numpy nor
+torch nor onnx.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ _HOME = {
     "verify": "merging",
     "write": "writing",
 }
-"""A map from each public name to the module that defines it, or to `module:name` if the module uses another name."""
+"""Public name -> the module to import it from, or `module:name` if the object has another name in that module."""
 
 __all__ = [
     "FORMATS",
@@ -132,7 +132,7 @@ _MODULES = ("hub", "onnx", "ops", "provenance", "torch")
 
 
 def _hub() -> _resolving.Hub:
-    """Return the hub package, which is imported only when an address on a hub is used."""
+    """Import and return the package `adapterkit.hub`. It is imported only when a hub address is used."""
     from . import hub
 
     return hub

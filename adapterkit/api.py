@@ -1,7 +1,7 @@
 """Public functions that accept paths and hub addresses; most other modules accept only opened files and adapters.
 
-`adapterkit.names` is a function, so the package for names is called `adapterkit.naming`. A module and a function of the
-same name would replace each other, depending on the order of imports.
+`adapterkit.names` is a function, so the package for names is called `adapterkit.naming`. If a subpackage were also
+called `names`, importing it would replace the function.
 """
 
 from __future__ import annotations
@@ -50,25 +50,29 @@ def convert(
     """Write an adapter in another format, to a local path or a hub.
 
     Args:
-        src: the adapter: a path or an address such as `hf://org/repo`.
+        src: the path of the adapter, or its address, such as `hf://org/repo`.
         dst: the file, the folder or the address to write.
-        to: the format to write; `FORMATS` lists them.
-        format: the format of `src`; detected from its headers if absent.
-        base: the base model; some formats need it to resolve names or to order rows. For `onnx_adapter`, this may be an
-            ONNX graph with slots (`.onnx`): the written file gets the names, types and layout of these slots.
-        compat: how to interpret `src`, if not as its training tool does; see `read`.
-        on_loss: what to do with updates that the format cannot express: `refuse`, `fold`, `promote` or `drop`; see
+        to: the format to write, one of `FORMATS`.
+        format: the format of `src`. If None, it is detected from the headers of `src`.
+        base: the base model; some formats need it to resolve names or to order rows. If `to` is `onnx_adapter`, `base`
+            may be an ONNX graph with slots (`.onnx`). The output then has the names, dtypes and layout of these slots.
+        compat: `"formula"` applies the paper's formula, even if the training tool computed another formula. For further
+            values, see `read`.
+        on_loss: how to treat updates that the format cannot express: `refuse`, `fold`, `promote` or `drop`; see
             `write`.
-        max_error: with `on_loss="promote"`, the largest relative error that the change of a rewritten update may have.
-        profile: the program that will load the output, if it supports only a part of the format, such as `"vllm"`.
+        max_error: with `on_loss="promote"`, an update that the format cannot express may become a LoRA whose weight
+            change has at most this relative error.
+        profile: the program that will load the output, such as `"vllm"`, if it supports only some features of the
+            format.
         match_base: use the weight names that `base` stores, and split or join updates to match the stored weights.
         rename: rules that rename targets, each `FROM=TO` or `@FILE`.
         overwrite: replace an existing output at `dst`.
-        made_from: a digest of all inputs and options, which is stored with the output; see `write`.
+        made_from: a digest of all inputs and options. The digest is stored with the output; see `write`.
         reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
 
     Returns:
-        The path, the format, the number of targets, one line for each omitted or rewritten update, and warnings.
+        The output's path and format, the numbers of targets and updates, one line for each omitted or rewritten update,
+        and warnings.
 
     Raises:
         UsageError: `dst` is `src`, `to` is not a format, or `match_base` is set without a base.
@@ -136,7 +140,7 @@ def _for_slots(
 def base_warnings(sources: Iterable[str], adapters: Iterable[Adapter], base: Checkpoint | None) -> list[str]:
     """Return a warning for each difference between `base` and the base that an adapter's files record.
 
-    Without a base, nothing is compared.
+    If `base` is None, return no warnings.
     """
     if base is None:
         return []
@@ -159,26 +163,30 @@ def inspect(
     base_weights: str | PathLike[str] | None = None,
     **reading: Unpack[ReadOptions],
 ) -> Inspection:
-    """Describe an adapter, a base or a graph; without `layers`, only headers are read.
+    """Describe an adapter, a base or an ONNX graph.
+
+    The description is made from the headers of the files. Tensor values are read only for `layers`, for `base_weights`,
+    and to compute the fingerprint of `base` if the adapter records a fingerprint.
 
     Args:
-        src: an adapter, a base or an ONNX model: a path, an address such as `hf://org/repo`, an `Adapter`, or an open
-            checkpoint.
-        base: the base of an adapter. If it is set, the result also says whether the adapter fits the base.
-        format: the format of an adapter; detected from its headers if absent.
-        compat: how to interpret an adapter, if not as its training tool does; see `read`.
-        layers: measure how much an adapter changes each layer; this reads all tensor values of the adapter.
+        src: the adapter, base or ONNX graph to describe. Pass a path, an address such as `hf://org/repo`, an `Adapter`
+            or an open checkpoint. For an `Adapter` or an open checkpoint, all other arguments are ignored.
+        base: the base of an adapter. If `base` is set, the description also shows whether the adapter fits the base.
+        format: the format of an adapter. If None, it is detected from the headers.
+        compat: for an adapter, `"formula"` applies the paper's formula, even if the training tool computed another
+            formula. For further values, see `read`.
+        layers: measure how much an adapter changes each layer. This reads all tensor values of the adapter.
         rename: rules that rename targets to names in the base, each `FROM=TO` or `@FILE`.
-        base_weights: for a graph, the weights of its base model. Comparing values with these weights finds the layers
-            of nodes whose names do not show the layer.
+        base_weights: for a graph, the weights of its base model. If a node's name does not show its layer, the layer is
+            found by comparing the node's weight with these weights.
         reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
 
     Returns:
-        The description. Its `record()` returns plain data; notebooks show it as a table.
+        The description. Notebooks show it as a table, and its method `record()` returns it as plain data.
 
     Raises:
-        UsageError: an argument does not apply to `src`, such as `base_weights` if `src` is not a graph.
-        UnknownFormat: `src` is neither an adapter nor a base.
+        UsageError: an argument does not apply to the path `src`, such as `base_weights` if `src` is not a graph.
+        UnknownFormat: `src` is neither an adapter nor a base nor a graph.
         AdapterkitError: as for `read`.
 
     Example:
@@ -208,33 +216,37 @@ def names(
     allow_partial: bool = False,
     strict_base: bool = False,
 ) -> NameMap:
-    """Match an adapter's targets to the weights of a base, and list the rules that were used. Only headers are read.
+    """Match an adapter's targets to the weights of a base, and list the naming rules that matched them.
+
+    Only headers are read. But if the adapter records the fingerprint of its base, `strict_base` also reads some values
+    of the base's weights.
 
     Args:
         base: a folder, a weight file, an address on a hub, or an open checkpoint.
-        adapter: the adapter, or its path. If absent, the function lists the base's weight names, each with the names
-            that other tools use for this weight.
+        adapter: the adapter, or its path. If None, the function lists the base's weight names, each with the names that
+            other tools use for this weight.
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
-        allow_partial: list each target that matches no weight in `missing`, instead of raising `TargetNotFound`.
+        allow_partial: if a target matches no weight, add it to the result's list `missing`, instead of raising
+            `TargetNotFound`.
         strict_base: refuse a base whose name, config or fingerprint differs from the values in the adapter's files.
 
     Returns:
         A dict with `base`, `model_type` and `family` (the name of the architecture file for the base, or None).
 
         With an adapter, the dict also has three lists. `targets` has a record for each matched target, with `target`
-        (the name in the adapter), `path` (the name in the base), `rows`, `layout` and `tensor` (the stored tensor).
-        `rules` has each rule, and the number of targets that the rule resolved. `missing` has the targets that match no
-        weight.
+        (the name in the adapter), `path` (the name in the base), `rows` (the slice of the weight's rows, or None),
+        `layout` (the order of the weight's axes) and `tensor` (the name of the stored tensor). `rules` has each rule
+        and the number of targets that the rule matched. `missing` has the targets that match no weight.
 
         Without an adapter, the dict also has the list `weights`. Module names that differ only in numbers share one
         record. A record has `name` (with `#` for each number), `tensors` (the number of modules with such a name) and
         `names` (the names that other tools use).
 
     Raises:
-        CheckFailed: `strict_base` is set, and the adapter names another base.
+        CheckFailed: `strict_base` is set, and the adapter's files record a base that differs from `base`.
         TargetNotFound: a target matches no weight, or its name could mean two different weights.
         ShapeMismatch: the shape of an update does not fit its weight.
-        UsageError: a rule cannot be parsed.
+        UsageError: a rule in `rename` cannot be parsed.
     """
     checkpoint = opened(base)
     given = read(adapter, base=checkpoint) if isinstance(adapter, (str, PathLike)) else adapter
@@ -244,7 +256,7 @@ def names(
 
 
 class NameMap(dict[str, Any]):
-    """The result of `names`: a dict of plain data that notebooks show as a table."""
+    """The dict that `names` returns. Notebooks show it as a table."""
 
     def __repr__(self) -> str:
         base = public(str(self["base"]))
@@ -270,26 +282,29 @@ def report(
     overwrite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> AdapterReport:
-    """Measure adapters, and report the findings as numbers, sentences and charts; notebooks show the result.
+    """Measure adapters, and report the results as numbers, sentences and charts. Notebooks show the report.
 
     Args:
         adapters: one adapter or several, each an `Adapter`, a path or an address.
-        base: the base of the adapters, to compare changes with weights, and to measure adapters that need weights.
-        merged: the merged model, to measure how much of each adapter's change it contains; requires `base`.
+        base: the base of the adapters. With `base`, the report compares the adapters' changes with the base's weights,
+            and also measures adapters whose changes depend on these weights.
+        merged: the merged model. The report shows how much of each adapter's change this model contains. Requires
+            `base`.
         out: an HTML file to write the report to.
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
-        gate: the result of `adapterkit.gate`, its record, or a file with the output of `adapterkit gate --json`; the
-            HTML page shows the gate's result in a separate section.
+        gate: the result of `adapterkit.gate`, the result's record, or a file with the output of
+            `adapterkit gate --json`. The HTML page shows the gate's result in a separate section.
         overwrite: replace an existing file at `out`.
-        progress: a function that is called with (work done, total work).
+        progress: a function that is called with two numbers: the completed units of work, and all units of work.
 
     Returns:
-        The report, with `verdicts`, `measured`, `facts`, `record()`, `html()`, `save(path)` and `figures(folder)`.
+        The report. Its attributes include `verdicts`, `measured` and `facts`. Its methods are `record()`, `html()`,
+        `save(path)` and `figures(folder)`.
 
     Raises:
         UsageError: `adapters` is empty, or `merged` is set without `base`.
         StorageError: `out` exists, and `overwrite` is not set.
-        Unsupported: `out` is set, and the package that draws charts is not installed.
+        Unsupported: `out` is set, and the package that draws charts, vl-convert-python, is not installed.
         AdapterkitError: an adapter cannot be read, or the adapters belong to different models.
     """
     from pathlib import Path
@@ -306,7 +321,7 @@ def report(
         raise UsageError("--merged requires --base", where="merged", cure="Also pass --base BASE (base=)")
     if out is not None:
         check_free(Path(out), overwrite)
-    # Look for the attribute instead of calling `isinstance`: importing `Gate` would also import transformers.
+    # Recognize a `Gate` by its method `record`: for `isinstance`, all modules of `adapterkit.gating` would be imported.
     record: Any = getattr(gate, "record", None)
     gate_record: Any = gate if record is None else record()
     figures = None if gate_record is None else gate_figures(gate_record)
@@ -324,9 +339,9 @@ def report(
 
 
 def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
-    """Read an adapter, and resolve its names with the base if the adapter fits the base.
+    """Read an adapter, and resolve its names with the base.
 
-    Otherwise, read the adapter without the base. The report then says that the adapter does not fit.
+    If the adapter does not fit the base, read it without the base. The report then states that it does not fit.
     """
     if base is None:
         return read(path)
@@ -337,7 +352,11 @@ def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
 
 
 def _names_for(adapters: Sequence[Adapter | str | PathLike[str]]) -> list[str]:
-    """Return a short name for each adapter: the end of its path, as long as needed to make all names different."""
+    """Return a short name for each adapter: the end of its path, with just enough folders to make all names different.
+
+    If two paths are equal or differ only in the extension, each name is a whole path, followed by the adapter's number.
+    An adapter in memory is named after its number, such as `adapter 1`.
+    """
     from os import fspath
 
     parts = [

@@ -1,6 +1,6 @@
-"""The command line: each command is a module of this package and a thin layer over one public function.
+"""The command line. Each command is a module of this package, and a thin layer over one public function.
 
-Until the name of the command is known, only click and the standard library are imported.
+For a fast start, only click and the standard library are imported until the name of the command is known.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
         number = getattr(signal, name, None)
         if (
             number is not None and signal.getsignal(number) == signal.SIG_DFL
-        ):  # `nohup` makes the process ignore SIGHUP. With a handler instead, a hangup would end the command.
+        ):  # `nohup` makes the process ignore SIGHUP. Keep it so: with our handler, a hangup would end the command.
             signal.signal(number, _interrupted)
     # Collect garbage less often: a file of 10^5 tensors makes 10^6 long-lived objects, and each collection visits all
     # objects.
@@ -55,12 +55,15 @@ def main() -> None:
         adapterkit()
     finally:
         gc.set_threshold(*thresholds)
-        # Keep the interpreter from searching all remaining objects for cycles at exit: that search takes a tenth of a
-        # short command's time.
+        # At exit, the interpreter searches all remaining objects for cycles, except frozen objects. Without `freeze`,
+        # this search takes a tenth of a short command's time.
         gc.freeze()
 
 
 def _interrupted(number: int, _frame: FrameType | None) -> NoReturn:
-    """End the command like Ctrl-C, so that unfinished output is removed. Ignore the same signal during the removal."""
+    """End the command as Ctrl-C does, so that unfinished output is removed.
+
+    If the same signal arrives again, ignore it, so that the removal is not interrupted.
+    """
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

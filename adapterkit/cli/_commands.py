@@ -113,7 +113,10 @@ NEXT: Mapping[str, str] = {
     "search": "adapterkit combine {out} -o OUT",
     "validate": "adapterkit merge {base} {src} -o MERGED --plan",
 }
-"""Command -> the command to suggest after its success. If a parameter in braces has no value, nothing is suggested."""
+"""Command -> the command line to suggest after its success.
+
+A name in braces is replaced by the value of this parameter. If the parameter has no value, nothing is suggested.
+"""
 
 
 def epilog(command: str) -> str | None:
@@ -123,15 +126,15 @@ def epilog(command: str) -> str | None:
 
 
 def next_step(command: str, given: Mapping[str, object]) -> str | None:
-    """Return the command line to suggest after a command.
+    """Return the command line to suggest after a command has succeeded.
 
     Args:
         command: the name of the command that succeeded.
         given: the values of that command's parameters.
 
     Returns:
-        The command line. None if `NEXT` has no suggestion or a value for it is missing, if the command only made a
-        plan, or if it has already verified its result.
+        The command line. None if `NEXT` has no suggestion for `command`, if `given` has no value for a parameter in the
+        suggestion, or if the command ran with --plan or --verify.
     """
     import shlex
     import string
@@ -173,7 +176,10 @@ class Interrupted(AdapterkitError):
 
 
 class Carried(Exception):
-    """Wrap an exception to hide it from click, which exits on a closed pipe and treats `EOFError` as Ctrl-C."""
+    """A wrapper that hides an exception from click.
+
+    click itself would exit on a closed pipe, and would treat `EOFError` as Ctrl-C.
+    """
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -261,7 +267,7 @@ _AFTER = re.compile(
 
 
 def as_flags(text: str) -> str:
-    """Replace each pair of a flag and a Python argument, such as `base=/--base` or `--base (base=)`, by the flag."""
+    """Remove the Python arguments from a message: write `base=/--base` and `--base (base=)` as `--base`."""
     return _AFTER.sub(r"\1", _BOTH.sub(r"\1", text))
 
 
@@ -308,7 +314,7 @@ def _discard_output() -> None:
 
 
 def _escape_unprintable() -> None:
-    """Print characters that the terminal's encoding lacks as backslash escapes, instead of raising an error."""
+    """If the terminal's encoding lacks a character, print a backslash escape instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -345,10 +351,10 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Execution": ("device", "engine", "address", "memory", "stream"),
     "Messages": ("json", "quiet", "verbose", "debug", "help", "_click_default_help"),
 }  # fmt: skip
-"""Heading in the help -> the parameters under it. All other parameters are listed first, under Options."""
+"""Heading in the help -> the parameters under this heading. All other parameters come first, under Options."""
 
 FEW = 12
-"""The help of a command with at most this many options has no headings."""
+"""If a command has at most this many options, its help lists all of them under Options."""
 
 
 def write_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -400,7 +406,7 @@ class HelpContext(click.Context):
 
 
 def completing() -> bool:
-    """Whether a shell runs this process only to get completions for a command line; see `completion`."""
+    """Whether a shell started this process only to complete a command line; see the command `completion`."""
     return "_ADAPTERKIT_COMPLETE" in os.environ
 
 
@@ -420,8 +426,7 @@ class Commands(click.Group):
 
     @cached_property
     def _names(self) -> list[str]:
-        # Cache the names: reading the folder takes 5 ms, and one run of the command line needs the names two or three
-        # times.
+        # Cache the names of the commands: listing the modules takes 5 ms, and a run needs the names two or three times.
         modules = pkgutil.iter_modules(import_module(self.package).__path__)
         return sorted(module.name for module in modules if not module.name.startswith("_"))
 
@@ -455,7 +460,7 @@ class Commands(click.Group):
 
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None:
-            # Read no defaults for `doctor`: it reports errors in files of defaults, so it must not fail on such errors.
+            # `doctor` reports errors in files of defaults, so it must not fail on such errors: do not read these files.
             defaults = {} if name == "doctor" else for_command(name, command)
             ctx.default_map = {name: defaults}
             lines = ctx.meta.get(STAGES)
@@ -470,7 +475,10 @@ class Commands(click.Group):
             formatter.write_dl([(name, self._summary(name)) for name in self.list_commands(ctx)])
 
     def _summary(self, name: str) -> str:
-        """Return the first line of a module's docstring. It is read from the source, because imports are slow."""
+        """Return the first line of the docstring of a command's module.
+
+        The line is read from the source file, because importing all commands is slow.
+        """
         module = f"{self.package}.{name}"
         loader = getattr(find_spec(module), "loader", None)
         read = getattr(loader, "get_source", None)

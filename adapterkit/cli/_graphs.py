@@ -21,14 +21,16 @@ MOST_SHOWN = 8
 
 
 def damage_lines(record: Mapping[str, object]) -> Iterator[str]:
-    """Yield a line for each target that was quantized again, worst first, and one line about changes kept as factors.
+    """Yield lines about the quantization errors of a merge into quantized weights.
 
-    If there are more than `MOST_SHOWN` targets, one line stands for the rest.
+    The first lines are about the targets whose weights were quantized again: one line per target, worst first. If there
+    are more than `MOST_SHOWN` such targets, one line summarizes the rest. The last line counts the changes that were
+    kept as floating-point factors.
 
     Args:
-        record: the record of a merge. `damage` maps each target to `error`, the quantization error, and `kept`, the
-            share of the change that is left after quantization. `beside` lists the targets whose changes were attached
-            as floating-point factors instead.
+        record: the record of a merge. `damage` maps each target to a record with two numbers: `error` is the
+            quantization error relative to the merged weight, and `kept` is the fraction of the change that is left
+            after quantization. `beside` lists the targets whose changes were kept as floating-point factors instead.
     """
     every, beside = part_or_none(record, "damage") or {}, texts(record, "beside")
     damage = {name: part(every, name) for name in every}
@@ -48,7 +50,7 @@ def damage_lines(record: Mapping[str, object]) -> Iterator[str]:
 
 ONLY_FOLDERS = {
     "method": "Combine the adapters first with adapterkit combine, then merge the result",
-    "dtype": "Export the model with this --dtype instead",
+    "dtype": "Export the model with adapterkit export --dtype, then merge into the exported graph",
     "device": "Omit the option: graphs are merged on the CPU",
     "shard_size": "Omit the option: the weights of a graph are written to one file",
     "engine": "Omit the option: graphs are merged on this machine",
@@ -65,7 +67,7 @@ ONLY_FOLDERS = {
     "parameters": "--set requires --method; combine the adapters first with adapterkit combine",
     "checksums": "Omit the option: checksums are not recorded for graphs",
     "tokenizer": "Copy the tokenizer next to the graph",
-    "verified": "Omit the option: without --no-check, the merged graph is run and compared anyway",
+    "verified": "Omit the option: a merged graph is always run and compared, except with --no-check",
     "consumer": "Merge into a GGUF model instead: Ollama does not run graphs",
     "calibration": "Merge into the folder of weights, then export the result: a graph's weights are rounded to nearest",
     "keep": "Merge into the folder of weights, then export the result: a graph's weights are rounded to nearest",
@@ -73,23 +75,27 @@ ONLY_FOLDERS = {
     "strict_licence": "Omit the option, because graphs have no model card; adapterkit inspect shows the licences of "
     "base and adapters",
 }  # fmt: skip
-"""A map from each parameter that does not work for a graph to the cure in the error."""
+"""Parameters of `merge` that are refused for an ONNX graph -> the cure in the error."""
 
 ONLY_GRAPHS = ("base_weights", "keep_change", "check")
-"""Parameters that work only for graphs."""
+"""Parameters of `merge` that are accepted only for ONNX graphs."""
 
 
 def graph_in(base: str) -> str | None:
-    """Return `base` if it is an ONNX file, or the only ONNX file in the folder `base`; None for anything else."""
+    """Return the path of an ONNX file: `base` itself, or the only ONNX file in the folder `base`.
+
+    Return None for anything else, such as a folder that also has weights.
+    """
     from ..reporting.inspecting import graph_file
 
     return graph_file(base)
 
 
 def graph_or_folder(model: str, out: str | None) -> str:
-    """Return the path of the ONNX file at `model`; or `model` itself if there is none, or if all its graphs are meant.
+    """Return the path of the single ONNX file at `model`, or `model` itself.
 
-    All graphs of a folder are meant if `out` is a path that does not end in .onnx.
+    Return `model` itself in two cases: if it is a folder of graphs and `out` does not end in .onnx, so that the command
+    changes all graphs of the folder; or if there is no single ONNX file at `model`. See `graph_in`.
     """
     from ..reporting.inspecting import graph_folder
 
@@ -99,9 +105,10 @@ def graph_or_folder(model: str, out: str | None) -> str:
 
 
 def is_graphs(base: str, out: str | None) -> str | None:
-    """Return the path of the graph, or of the folder of graphs, at `base`; None if `base` has no graphs.
+    """Return the path of an ONNX file or of a folder of ONNX files; None if `base` is neither.
 
-    A folder that also has weights counts as a folder without graphs.
+    A folder that also has weights does not count as a folder of ONNX files. If `base` is a folder with a single ONNX
+    file, `out` decides which of the two paths is returned; see `graph_or_folder`.
     """
     from ..reporting.inspecting import graph_folder
 
@@ -122,7 +129,10 @@ def merge_graph(
     base_weights: str | None, quantized: str | None, keep_change: str | None, tied: str | None, strict_base: bool,
     check: bool, overwrite: bool, only_plan: bool, rename: Sequence[str], allow_partial: bool,
 ) -> None:  # fmt: skip
-    """Merge adapters into a graph with `adapterkit.onnx.merge`; with `only_plan`, only print `adapterkit.onnx.plan`."""
+    """Merge adapters into a graph with `adapterkit.onnx.merge`.
+
+    With `only_plan`, merge nothing, and print the result of `adapterkit.onnx.plan`.
+    """
     from ..errors import UsageError
 
     for name, option in given(ctx, tuple(ONLY_FOLDERS)):
@@ -159,7 +169,7 @@ def merge_graph(
 
 
 def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Path]]:
-    """Return a digest of all inputs and options of the merge (see `made_from`), and the files that the merge reads.
+    """Return a digest of the inputs and options of a merge or an injection (see `made_from`), and its input files.
 
     Args:
         model: the graph, or the folder of graphs.
@@ -176,7 +186,7 @@ def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Pat
         source = opened(model)
         files = [] if source.path is None else [source.path, *source.data]
         beside = [] if source.path is None else [source.path.parent / "config.json"]
-        # The config changes the result, too: it says whether the output head shares its weight with the embedding.
+        # config.json affects the result, because it states whether the output head and the embedding share a weight.
         files += [file for file in beside if file.is_file()]
     files += [file for path in sources if path is not None for file in files_read(located(path))]
     return made_from(files, ("onnx", "onnx-ir", "numpy")), files
@@ -192,10 +202,10 @@ def free(out: str, overwrite: bool, read: Sequence[Path]) -> None:
 
 
 def refuse_graph_options(ctx: click.Context, base: str) -> None:
-    """Refuse options that work only for graphs.
+    """Raise an error if the user typed an option of `merge` that is only for ONNX graphs.
 
     Raises:
-        UsageError: one of these options was typed.
+        UsageError: such an option was typed.
     """
     refuse(ctx, ONLY_GRAPHS, "is only for ONNX graphs", base, "Pass an .onnx file as BASE, or omit the option")
 
@@ -203,17 +213,17 @@ def refuse_graph_options(ctx: click.Context, base: str) -> None:
 def refuse(
     ctx: click.Context, names: Sequence[str], why: str, path: str | None = None, cure: str = "Omit the option"
 ) -> None:
-    """Raise an error if the option of a parameter in `names` was typed.
+    """Raise an error if the user typed one of the given options.
 
     Args:
         ctx: the context of the command.
-        names: the parameters to refuse.
-        why: the part of the message that follows the option's name.
-        path: the file that the message names.
+        names: the parameter names of the options to refuse, such as `base_weights` for `--base-weights`.
+        why: the end of the error message, which starts with the option, such as `is only for ONNX graphs`.
+        path: the path that the error shows.
         cure: the cure in the error.
 
     Raises:
-        UsageError: one of these options was typed.
+        UsageError: one of the options was typed.
     """
     from ..errors import UsageError
 
@@ -222,17 +232,19 @@ def refuse(
 
 
 def warn(warnings: Sequence[str]) -> None:
-    """Print the warnings of a report on standard error; with `--json`, standard output has these warnings, too."""
+    """Print the warnings of a report on standard error. With `--json`, the JSON on standard output also has them."""
     for line in warnings:
         click.echo(f"warning: {line}", err=True)
 
 
 def targets_view(record: Mapping[str, object], every: bool = False) -> View:
-    """Yield a table with a row for each target in a graph; if there are many targets, with a row for each module.
+    """Yield a table of the targets that were found in a graph.
+
+    The table has a row for each target. If there are many targets, it has a row for each module instead.
 
     Args:
         record: the record of a merge, an injection or a plan.
-        every: whether to list all targets, even if there are many.
+        every: whether to print a row for each target even if there are many.
     """
     targets = _render.in_order(parts(record, "targets"))
     if every or len(targets) <= _render.FEW:
@@ -265,7 +277,7 @@ def graphs_lines(record: Mapping[str, object]) -> Iterator[str]:
 
 
 def checked(record: Mapping[str, object]) -> str:
-    """Return the result of a graph's check as text: the largest difference and the note, or `not checked`."""
+    """Return the result of a graph's check as text: the largest difference and the check's note, or `not checked`."""
     parts = []
     if record["difference"] is not None:
         parts.append(f"largest difference {number(record, 'difference'):.2g}, relative to the output")
