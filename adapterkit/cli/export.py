@@ -1,12 +1,13 @@
 """Export a model with adapters to ONNX.
 
-MODEL is a folder that transformers saved. The graph of a causal language model has the cache as inputs and outputs:
-keys and values, and the states of layers such as Mamba's. The graph of an encoder or a classifier has the tokens as
-inputs. An encoder-decoder model becomes the graphs that optimum loads, and a model that reads images becomes the
-graphs that transformers.js loads. For any other torch module, --model names a Python function that returns the module,
-and MODEL, if given, is the module's weight file. The command writes the graph, the config and the tokenizer to DIR.
-With --mode slots, it also writes an .onnx_adapter file for each adapter. Unless --no-check is given, the command runs
-the graph and compares its outputs with the outputs of the torch model.
+MODEL is the folder of a transformers model. The graph of a causal language model takes the cache as inputs and returns
+it as outputs. The cache contains keys and values, and the states of layers such as Mamba layers. The graph of an
+encoder or a classifier takes the tokens as inputs. An encoder-decoder model is exported as the set of graphs that
+optimum loads. A model that reads images is exported as the set of graphs that transformers.js loads. For any other
+torch module, --model names a Python function that returns the module, and MODEL, if given, is the module's weight file.
+The command writes the graph, the config and the tokenizer to DIR. With --mode slots, the command also writes an
+.onnx_adapter file for each adapter. Unless --no-check is given, the command runs the graph and compares its outputs
+with the outputs of the torch model.
 """
 
 from __future__ import annotations
@@ -130,11 +131,11 @@ def _try(record: Mapping[str, object]) -> View:
         yield from (f'  session.load("{name}")' for name in names)
         which = f', adapter="{next(iter(names))}"' if names else ""
         if "encoder_model.onnx" in graphs:
-            yield f"  session.generate(inputs{which})  # inputs: {{name: array}} of the encoder"
+            yield f"  session.generate(inputs{which})  # inputs: {{name: array}} for the encoder"
         else:
-            yield f'  session.run("{graphs[0]}", inputs{which})  # each graph by its name'
+            yield f'  session.run("{graphs[0]}", inputs{which})  # the first argument is the graph to run'
         return
     loaded = ", ".join(f'"{path.stem}": "{graph.parent / path.name}"' for path in adapters)
     yield f'  session = adapterkit.onnx.Session("{graph}"' + (f", {{{loaded}}})" if loaded else ")")
     which = f', adapter="{adapters[0].stem}"' if adapters else ""
-    yield f"  session.generate(input_ids{which})  # a language model; others: session.run({{name: array}})"
+    yield f"  session.generate(input_ids{which})  # language models; other models: session.run({{name: array}})"

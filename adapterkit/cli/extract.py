@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 @click.option("--error", type=float, metavar="E", help="Maximum error, relative to the norm of the change.")
 @click.option(
     "--scope", type=click.Choice(["target", "all"]), default="target", show_default=True,
-    help="target: apply --rank, --energy or --error to each matrix; all: apply it to the whole model, where --rank is "
-    "the average rank.",
+    help="target: apply --rank, --energy or --error to each matrix; all: apply the option to the model as a whole. "
+    "With all, --rank is the average rank.",
 )  # fmt: skip
 @click.option("--target", "targets", multiple=True, metavar="GLOB", help="Extract only these targets. Repeatable.")
 @click.option(

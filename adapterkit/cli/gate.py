@@ -2,8 +2,9 @@
 
 BASE is the folder or hub address of a transformers model; each A is an adapter. The base runs with the adapters,
 without the adapters, and with random changes of the same size. --merged names a merged model, and --onnx names a graph.
-Their outputs are compared with the base with adapters. The models run on texts from the package, or on the texts of
---data. The exit code is 1 if a threshold is missed, and 3 if the adapters' effect is too small for a decision.
+Their outputs are compared with the outputs of the base with the adapters. The models run on texts from the package, or
+on the texts of --data. The exit code is 1 if a threshold is missed, and 3 if the adapters' effect is too small for a
+decision.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ RESULTS = {True: "passed", False: "failed", None: "undecided"}
 )
 @click.option(
     "--new-tokens", type=click.IntRange(0), default=16, show_default=True,
-    help="Number of tokens to generate greedily after the beginning of each of four texts, to compare. 0 skips this.",
+    help="Number of tokens to generate greedily for each of four prompts, to compare the generated text. The prompts "
+    "are the beginnings of four texts. 0 skips this comparison.",
 )  # fmt: skip
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Random seed for choosing texts and making random changes."
@@ -60,15 +62,16 @@ RESULTS = {True: "passed", False: "failed", None: "undecided"}
 )  # fmt: skip
 @click.option(
     "--min-effect", type=float, default=1e-6, show_default=True, metavar="NATS",
-    help="Minimum effect of the adapters: KL divergence per token from the base.",
+    help="Minimum effect of the adapters: KL divergence per token between the base without and with adapters.",
 )  # fmt: skip
 @click.option(
     "--min-kept", type=float, default=0.9, show_default=True, metavar="SHARE",
-    help="Minimum share of the effect that the merged model or graph keeps.",
+    help="Minimum share of the adapters' effect that the merged model or graph keeps.",
 )  # fmt: skip
 @click.option(
     "--max-scale-error", type=float, default=0.1, show_default=True, metavar="SHARE",
-    help="Maximum of |1 - scale|. The scale is the share of the change that the model contains: 1 in a correct merge.",
+    help="Maximum of |1 - scale|. The scale is the share of the adapters' change that the merged model or graph "
+    "contains; in a correct merge, it is 1.",
 )  # fmt: skip
 @click.option(
     "--max-part-error", type=float, default=0.3, show_default=True, metavar="SHARE",
@@ -80,7 +83,7 @@ RESULTS = {True: "passed", False: "failed", None: "undecided"}
 )  # fmt: skip
 @click.option(
     "--max-perplexity", type=float, metavar="RATIO",
-    help="Maximum perplexity, relative to the base with adapters.",
+    help="Maximum perplexity, relative to the perplexity of the base with adapters.",
 )  # fmt: skip
 @click.option(
     "--min-over-null", type=float, metavar="RATIO",

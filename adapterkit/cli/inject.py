@@ -1,9 +1,9 @@
 """Attach an adapter to an ONNX graph, or to a folder of graphs.
 
 MODEL.onnx is the graph; A is an adapter in any known format. The weights of the graph are not changed. Unless
---no-check is given, the new graph is run, and its outputs are compared with an independent computation. MODEL.onnx may
-also be a folder that optimum or onnxruntime-genai wrote. In this case, the adapter is attached to each graph that
-contains targets of the adapter, and all other files are copied to the folder OUT.onnx.
+--no-check is given, the new graph is run, and its outputs are compared with the same outputs computed in another way.
+MODEL.onnx may also be a folder that optimum or onnxruntime-genai wrote. In this case, the adapter is attached to each
+graph that contains targets of the adapter, and all other files are copied to the folder OUT.onnx.
 """
 
 from __future__ import annotations
@@ -34,30 +34,31 @@ if TYPE_CHECKING:
 @click.option(
     "--mode", type=click.Choice(["constant", "slots", "rows", "inputs"]), default="constant", show_default=True,
     help="constant: write the adapter into the graph; slots: make the adapter's tensors optional inputs of the graph; "
-    "rows: stack these inputs over several LoRAs, so that each row of a batch can use its own LoRA; inputs: make the "
-    "tensors required inputs, which every runtime supports.",
+    "rows: like slots, but each input stacks the tensors of several LoRAs, so that each row of a batch can use its own "
+    "LoRA; inputs: make the tensors required inputs, which every runtime supports.",
 )  # fmt: skip
 @click.option(
     "--base-weights", metavar="DIR",
-    help="Weights of the base. They show which layers of the base are in the graph, if the graph has lost the names. "
-    "config.json in DIR describes the model.",
+    help="Folder with the weights of the base. With them, layers are also found if the graph has lost the layers' "
+    "names. The model's config is read from config.json in DIR.",
 )  # fmt: skip
 @click.option(
     "--call", "words", metavar="ARGUMENT=NAME", multiple=True,
-    help="If the adapter reads an argument of the model, such as attention_mask: NAME is the name of this argument's "
-    "value in the graph. task_ids=N sets the task of all rows. Repeatable.",
+    help="For a model argument that the adapter reads: its name in the graph, e.g. attention_mask=mask. Required only if "
+    "the two names differ. task_ids=N selects task N for all rows of a batch. Repeatable.",
 )  # fmt: skip
 @click.option(
     "--expert",
     "experts",
     metavar="A",
     multiple=True,
-    help="Adapter that is an expert of A, if A is a router whose file does not contain its experts. Repeat the option "
-    "in the router's order.",
+    help="Adapter that is an expert of A, if A is a router whose file does not contain its experts. Give the option "
+    "once for each expert, in the router's order.",
 )
 @click.option(
     "--calibration", metavar="FILE.npz",
-    help="Inputs for the check, such as a quantizer's calibration data. The file has one array for each input's name.",
+    help="Inputs for the check, such as a quantizer's calibration data. The file has one array per input, under "
+    "the input's name.",
 )  # fmt: skip
 @_options.tied
 @_options.strict_base
@@ -100,7 +101,9 @@ def command(
 def _inputs(path: str, check: bool) -> dict[str, Array]:
     """Return the arrays in the file of --calibration, keyed by name."""
     if not check:
-        raise click.UsageError("--calibration provides inputs for the check that --no-check omits. Omit one of the two")
+        raise click.UsageError(
+            "--calibration provides inputs for the check, but --no-check skips the check. Omit one of the two options"
+        )
     from ..io.lazy import as_array
     from ..io.numpy_files import read_npz
 
@@ -108,7 +111,7 @@ def _inputs(path: str, check: bool) -> dict[str, Array]:
 
 
 def _call(words: tuple[str, ...]) -> dict[str, str | int]:
-    """Parse the values of --call. Return a map from arguments of the model to names of graph values, or to numbers."""
+    """Parse the values of --call into a map from model arguments to names in the graph. Decimal values become int."""
     options: dict[str, str | int] = {}
     for given in words:
         word, equals, value = given.partition("=")

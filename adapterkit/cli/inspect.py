@@ -40,10 +40,14 @@ from ._render import (
 
 @click.command(help=__doc__)
 @click.argument("src")
-@click.option("--base-weights", metavar="DIR", help="For a graph: weights of its base, to identify layers by value.")
+@click.option(
+    "--base-weights", metavar="DIR",
+    help="For a graph: folder with the weights of its base. With them, layers are also found if the graph has lost the "
+    "layers' names.",
+)  # fmt: skip
 @click.option(
     "--all", "every", is_flag=True,
-    help="List every target or tensor. By default, a table of more than 24 of them has one row for each module.",
+    help="List every target or tensor. By default, if there are more than 24, the table has one row per module.",
 )  # fmt: skip
 @click.option("--layers", is_flag=True, help="Show how much the adapter changes each layer. This reads all tensors.")
 @_options.reading
@@ -133,7 +137,7 @@ def _adapter_view(record: Mapping[str, object], every: bool) -> View:
         yield f"fields that the format does not define (kept): {', '.join(texts(record, 'unknown_fields'))}"
     for args in (part(step, "args") for step in parts(record, "recipe")):
         if "subfolder" in args:
-            yield f"read from the subfolder {args['subfolder']}, which contains the only adapter in the folder"
+            yield f"read from the subfolder {args['subfolder']}, because the folder has no other adapter"
     names = part_or_none(record, "names")
     if names:
         used = "; ".join(f"{each['rule']} ({integer(each, 'targets'):,})" for each in parts(names, "rules"))
@@ -308,7 +312,7 @@ def _packed(quantized: Mapping[str, object]) -> str:
 
 
 def _tensor_groups(tensors: Sequence[Mapping[str, object]]) -> list[list[object]]:
-    """Return one row for the tensors of each module that have the same shape and dtype, over all layers."""
+    """Return one row per combination of module, shape and dtype. Each row covers the tensors of all layers."""
     from ..reporting.grid import cells
 
     where = cells(str(tensor["name"]) for tensor in tensors)
@@ -347,7 +351,7 @@ def _graph_view(record: Mapping[str, object], every: bool) -> View:
 
 
 def _places_row(module: str, group: Sequence[Mapping[str, object]], layers: Mapping[str, str]) -> list[object]:
-    """Return the row of a module in a graph. If layers have different values, the cell has a list or a range."""
+    """Return the table row of one module. If a value differs between layers, its cell contains a list or a range."""
     rows = [_layer_row(place) for place in group]
     shapes, methods = ([*dict.fromkeys(str(row[at]) for row in rows)] for at in (1, 4))
     confidence = span([row[5] for row in rows if row[5]])

@@ -59,10 +59,10 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--keep-change", type=click.Choice(["float", "packed"]),
-    help="How to store the change of a quantized graph. float: as floating-point factors beside the quantized weights; "
-    "packed (only with --quantized requantize): quantize weight and change together, even if much of the change is "
-    "lost. Default for --quantized requantize: float for each weight that would lose more than 5 % of its change, "
-    "packed for the others.",
+    help="For a quantized graph: how to store the adapters' changes. float: keep the quantized weights and attach the "
+    "changes as floating-point factors; packed (only with --quantized requantize): add each change to its weight and "
+    "quantize the sum, even if much of the change is lost. Default for --quantized requantize: float for each weight "
+    "that would lose more than 5 % of its change, packed for the others.",
 )  # fmt: skip
 @click.option(
     "--keep", type=click.Choice(["adapter"]),
@@ -96,18 +96,20 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--tokenizer", metavar="base|adapter|DIR",
-    help="Source of the tokenizer and chat template. Default: the tokenizer of an adapter, if it fits the base.",
+    help="Source of the tokenizer and chat template. Default: the tokenizer of an adapter, if this tokenizer is "
+    "complete and fits the base; otherwise the tokenizer of the base.",
 )  # fmt: skip
 @_options.strict_base
 @_options.strict_licence
 @click.option(
     "--vocab", type=click.Choice(["grow", "keep"]),
     help="If an adapter has more tokens than the base: grow adds the new embedding rows, keep omits them. Default: "
-    "grow if the adapter's file contains all new rows.",
+    "grow if the adapter's file contains all new rows, otherwise an error.",
 )  # fmt: skip
 @click.option(
-    "--stream", is_flag=True, help="Download one weight file of the base at a time; the disk never holds all of them."
-)
+    "--stream", is_flag=True,
+    help="Download the base's weight files one at a time, and delete each file after use.",
+)  # fmt: skip
 @_options.compat
 @_options.allow_partial
 @_options.rename
@@ -119,12 +121,14 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--bandwidth", callback=_options.byte_count, metavar="SIZE",
-    help="With --nodes: bytes per second between a node and the store in each direction, e.g. 1.25GB for 10 Gbit/s.",
+    help="With --nodes: speed of a node's network link in bytes per second, in each direction, e.g. 1.25GB for "
+    "10 Gbit/s.",
 )  # fmt: skip
 @click.option("--price", type=click.FloatRange(min=0), metavar="P", help="With --nodes: price of one node per hour.")
 @click.option(
     "--node-tasks", type=click.IntRange(min=1), metavar="N",
-    help="With --nodes: number of tasks that a node runs at once. Default: 1. Ray itself runs one for each processor.",
+    help="With --nodes: number of tasks that a simulated node runs at once. Default: 1. A real Ray node runs one task "
+    "per CPU.",
 )  # fmt: skip
 @click.option(
     "--verify",
@@ -134,7 +138,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--base-weights", metavar="DIR",
-    help="For a graph: weights of its base. They show which layers are in the graph, if the graph has lost the names.",
+    help="For a graph: folder with the weights of its base. With them, layers are also found if the graph has lost the "
+    "layers' names.",
 )  # fmt: skip
 @click.option(
     "--check/--no-check", default=True, show_default=True, help="For a graph: run the result and check its outputs."
@@ -166,7 +171,9 @@ def command(
         raise click.UsageError("Missing argument 'A...': type the adapters after the base")
     graph = is_graphs(base, out)
     if graph is not None and read_from is not None:
-        raise click.UsageError("--recipe does not work with an ONNX graph: combine first, then merge the result")
+        raise click.UsageError(
+            "--recipe does not work with an ONNX graph: run 'adapterkit combine --recipe' first, then merge its result"
+        )
     if graph is not None:
         loaded = _options.in_reading(adapters, compat, base_weights)
         merge_graph(
@@ -212,7 +219,7 @@ def command(
     if remainder is not None:
         _check_remainder(out, quantized, keep)
     if consumer is not None and is_address(out):
-        raise click.UsageError("--for ollama requires a path as OUT: merge into a file or a folder")
+        raise click.UsageError("--for ollama requires a local path as OUT: merge into a file or a folder")
     activations = None
     if calibration is not None:
         if _given_file(calibration) is None and not is_remote(base):
@@ -295,7 +302,7 @@ def _activations(
     if given is not None:
         return given
     if is_address(out):
-        raise click.UsageError("--calibration TEXTS requires a path as OUT: merge into a folder, then push it")
+        raise click.UsageError("--calibration TEXTS requires a local path as OUT: merge into a folder, then push it")
     from ..gating import calibrate
 
     there = f"{out.rstrip('/')}.calibration.safetensors"
@@ -309,7 +316,10 @@ def _activations(
 
 @contextmanager
 def _headers_of(base: str) -> Iterator[str]:
-    """Yield a path of the base for a plan. For a base on a hub, download only headers and small files if possible."""
+    """Yield the path or address of the base for `plan`.
+
+    For a safetensors base on a hub, download only the headers and the small files, and yield their local path.
+    """
     from ..errors import Unsupported
     from ..io.locations import is_remote, ranged
 
@@ -331,7 +341,9 @@ def _check_nodes(
         if first is not None:
             raise click.UsageError(f"{first} requires --nodes")
     elif not only_plan:
-        raise click.UsageError("--nodes requires --plan: a merge uses all nodes of the Ray cluster")
+        raise click.UsageError(
+            "--nodes only simulates a merge, and requires --plan; a real merge uses all nodes of the Ray cluster"
+        )
     elif not bandwidth:
         raise click.UsageError("--nodes requires --bandwidth, the bytes per second of a node, e.g. --bandwidth 1.25GB")
 
@@ -466,7 +478,7 @@ def _report_view(record: Mapping[str, object]) -> View:
     if "modelfile" in record:
         yield f"{record['modelfile']}: run ollama create NAME -f {record['modelfile']}"
     if "calibration" in record:
-        yield f"{record['calibration']}: activations for rounding; adapterkit verify requires this file (--calibration)"
+        yield f"{record['calibration']}: activations for rounding; to verify, pass this file: adapterkit verify --calibration"
     if "remainder" in record:
         yield _remainder_line(part(record, "remainder"))
     if (resumed := texts(record, "resumed")) and not record.get("already_done"):
@@ -508,7 +520,10 @@ def _names(record: Mapping[str, object]) -> Iterator[str]:
 
 
 def _extremes(norms: Mapping[str, object]) -> Iterator[str]:
-    """Yield the smallest and the largest norm of a target's change; they show adapters that do nothing or too much."""
+    """Yield a line with the smallest and the largest norm of the targets' changes.
+
+    These norms reveal adapters that do nothing, and adapters that change the base too much.
+    """
     if norms:
         sizes = {name: max(map(float, texts(norms, name))) for name in norms}
         low, high = (choose(sizes, key=lambda name: sizes[name]) for choose in (min, max))

@@ -27,11 +27,11 @@ from ._render import TextTable, View, show, texts
 @_options.base
 @click.option(
     "--on-loss", type=click.Choice(ON_LOSS), default="refuse", show_default=True,
-    help="How to treat updates that the --to format cannot hold; see adapterkit convert --help.",
+    help="How to treat updates that the format of --to cannot store; see adapterkit convert --help.",
 )  # fmt: skip
 @click.option(
     "--shard-size", callback=_options.byte_count, metavar="SIZE",
-    help="Split the weight files of a model into files of at most this size, e.g. 5GB. Default: unchanged.",
+    help="Split the weight files of a model into files of at most this size, e.g. 5GB. Default: do not split.",
 )  # fmt: skip
 @click.option("--private", is_flag=True, help="If the repository does not exist, create it as private.")
 @click.option(
@@ -72,7 +72,7 @@ def _view(record: Mapping[str, object]) -> View:
         creation = "; the repository would be created" if record["created"] else ""
         yield f"{record['uri']}: nothing was written{creation}"
     elif not any(record[kind] for kind in ("added", "replaced", "removed")):
-        yield f"{record['uri']}: nothing to push, all files are there already"
+        yield f"{record['uri']}: nothing to push, the hub already has all files"
     else:
         yield f"{record['uri']}: pushed" + (", in a new repository" if record["created"] else "")
     if record["card"] is not None:

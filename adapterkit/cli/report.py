@@ -24,7 +24,7 @@ from ._writing import is_done, made_from
 @_options.strict_base_of_read
 @click.option(
     "--merged", metavar="OUT",
-    help="Merged model. The page shows how much of each adapter's change it contains. Requires --base.",
+    help="Merged model. The page shows how much of each adapter's change the merged model contains. Requires --base.",
 )  # fmt: skip
 @click.option(
     "--gate", metavar="FILE", help="Output of 'adapterkit gate ... --json'. The page shows it in a separate section."

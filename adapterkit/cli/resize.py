@@ -62,7 +62,8 @@ def command(
     by_values = {key: value for key, value in by_values.items() if value is not None}
     if promoted and by_values:
         why = "--promote accepts only --rank, --energy, --error and --frobenius"
-        raise UsageError(why, where=f"--{next(iter(by_values)).replace('_', '-')}", cure="Promote first, then resize")
+        cure = "Run 'adapterkit resize' with --promote first, then run 'adapterkit resize' on the result"
+        raise UsageError(why, where=f"--{next(iter(by_values)).replace('_', '-')}", cure=cure)
     cuts: list[ops.Cut] = []
     adapter = read(src, name, base, compat=compat, **_options.stated())
     resized = (ops.promote if promoted else ops.resize)(

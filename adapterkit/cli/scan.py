@@ -1,9 +1,9 @@
 """Scan an untrusted adapter for signs of an attack.
 
 SRC is a file, a folder, or an address on a hub (the files are downloaded first). Nothing in the files is executed. The
-scan looks for pickles that call functions, for code in configs, for chat templates that access more than their data,
-for misleading names, and for targets or values that training does not produce. Findings are evidence, not proof. The
-exit code is 1 if a finding has at least the severity that --fail-on names.
+scan looks for pickles that call functions, for code in configs, for chat templates that access anything except the data
+passed to them, for misleading names, and for targets or values that training does not produce. Findings are evidence,
+not proof. The exit code is 1 if a finding has at least the severity of --fail-on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEVELS = ("note", "low", "medium", "high", "never")
 @_options.strict_base_of_read
 @click.option(
     "--fail-on", type=click.Choice(LEVELS), default="medium", show_default=True,
-    help="Lowest severity that makes the exit code 1.",
+    help="Exit with code 1 if a finding has at least this severity.",
 )  # fmt: skip
 @click.option("--sarif", metavar="FILE", help="Also write the findings as SARIF 2.1.0, for code hosts and editors.")
 @_options.flags

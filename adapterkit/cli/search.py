@@ -24,7 +24,7 @@ SHOWN = 8
 
 
 def bounds(text: str) -> tuple[str, tuple[float, float]]:
-    """Parse the text of `--tune`, such as `scale=0.2:2`, into a parameter's name and its bounds.
+    """Parse a value of `--tune`, such as `scale=0.2:2`, into a parameter's name and its bounds.
 
     Raises:
         UsageError: the text does not have the form NAME=LOW:HIGH.
@@ -52,7 +52,7 @@ def bounds(text: str) -> tuple[str, tuple[float, float]]:
 )  # fmt: skip
 @click.option(
     "--start", multiple=True, metavar="RECIPE|METHOD",
-    help="Combination to try first: a recipe of these adapters, or a method (with the weight 1 for each). Repeatable.",
+    help="Combination to try first: a recipe of these adapters, or a method (all weights are then 1). Repeatable.",
 )  # fmt: skip
 @click.option("--most", type=float, default=1.5, show_default=True, metavar="W", help="Largest weight to try.")
 @click.option(
@@ -121,8 +121,8 @@ def _view(result: Search, out: str, trials_file: str, warnings: Sequence[str]) -
     ]  # fmt: skip
     yield TextTable(("trial", "method", "weights", "parameters", "loss"), rows)
     for adapter, alone in zip(result.adapters, result.alone, strict=True):
-        yield f"{adapter} alone: {'no loss' if alone is None else f'loss {alone:.5g}'}"
+        yield f"{adapter} alone: {'loss not measured' if alone is None else f'loss {alone:.5g}'}"
     left = len(result.trials) - len(ranked)
-    yield f"{counted(len(result.trials), 'trial')}, {left} without a loss" if left else counted(len(ranked), "trial")
+    yield f"{counted(len(result.trials), 'trial')}, {left} of them failed" if left else counted(len(ranked), "trial")
     yield from (f"warning: {warning}" for warning in warnings)
     yield f"{out}: the recipe of the best trial; {trials_file}: all trials"

@@ -1,9 +1,9 @@
 """Sign an adapter or a model together with its lineage.
 
-The signature follows OpenSSF model signing and covers every file of PATH. It also covers a statement of the lineage:
-the base, the fingerprint of the base, and the adapters with their digests and weights. Check the signature with
-adapterkit verify --signature, or with the model_signing command. Signing with a key needs no network; --sigstore needs
-a network, and writes your identity to a public log.
+The signature follows OpenSSF model signing and covers every file of PATH. The signature also covers a statement of the
+lineage: the base, the fingerprint of the base, and the adapters with their digests and weights. Check the signature
+with adapterkit verify --signature, or with the model_signing command. Signing with a key needs no network; --sigstore
+needs a network, and writes your identity to a public log.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--key", metavar="KEY.pem", help="Private elliptic-curve key (P-256, P-384 or P-521) in PEM form.")
 @click.option(
     "--password-file", metavar="FILE",
-    help="File with the password of an encrypted key; default: the variable ADAPTERKIT_KEY_PASSWORD.",
+    help="File with the password of an encrypted key; default: read ADAPTERKIT_KEY_PASSWORD from the environment.",
 )  # fmt: skip
 @click.option(
     "--certificate", metavar="CERT.pem",
