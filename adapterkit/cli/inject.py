@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--call", "words", metavar="ARGUMENT=NAME", multiple=True,
-    help="For a model argument that the adapter reads: its name in the graph, e.g. attention_mask=mask. Required only if "
-    "the two names differ. task_ids=N selects task N for all rows of a batch. Repeatable.",
+    help="For a model argument that the adapter reads: its name in the graph, e.g. attention_mask=mask. Required only "
+    "if the two names differ. task_ids=N selects task N for all rows of a batch. Repeatable.",
 )  # fmt: skip
 @click.option(
     "--expert",

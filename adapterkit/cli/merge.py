@@ -478,7 +478,7 @@ def _report_view(record: Mapping[str, object]) -> View:
     if "modelfile" in record:
         yield f"{record['modelfile']}: run ollama create NAME -f {record['modelfile']}"
     if "calibration" in record:
-        yield f"{record['calibration']}: activations for rounding; to verify, pass this file: adapterkit verify --calibration"
+        yield f"{record['calibration']}: activations for rounding; pass this file to adapterkit verify --calibration"
     if "remainder" in record:
         yield _remainder_line(part(record, "remainder"))
     if (resumed := texts(record, "resumed")) and not record.get("already_done"):
