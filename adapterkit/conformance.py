@@ -1,7 +1,8 @@
 """Run the specification's test vectors on a program that reads adapterkit files (spec/README.md, section 16).
 
-Any program can be tested. `conformance` calls the program with a verb and paths, and the program prints one line of
-JSON per path. The vectors contain the expected results, so testing does not need this package's own adapter reader.
+Any program can be tested. `conformance` calls the program with a verb (such as `check`) and paths, and the program
+prints one line of JSON per path. The vectors contain the expected results, so `conformance` does not call adapterkit's
+own reader of adapters.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ BATCH = 100
 
 CONTEXTS = ("embeddings", "decoder_embeddings", "past", "attention", "prefix", "vocabulary")
 OUTPUTS = ("merged.weight", "merged.bias", "y", *CONTEXTS)
-"""The names of the tensors that the verb `compute` can print. A case's base file contains the expected values of these
-tensors, and also the weights and the inputs."""
+"""The names of the tensors that a program can print for the verb `compute`. The base file of a `compute` case contains
+the weights, the inputs, and the expected values of these tensors."""
 
 TEXTS = {"canonical": ("canonical", "canonical"), "rules": ("values", "value")}
-"""Verb that answers with a list of texts -> the name of this list in the answer, and the name of the field that holds
-the expected text in each entry of the vector."""
+"""For each verb whose answer contains a list of texts: the key of this list in the answer, and the key of the expected
+text in each entry of the vector."""
 
 SIGNED_ZEROS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """The dtypes that have a negative zero."""
@@ -47,8 +48,8 @@ class CaseOutcome:
         case: the name of the case in the index.
         conformance_class: the kind of program that the case tests: reader, validator, base reader, merger, runtime or
             writer.
-        requirements: the requirements of the specification that the case tests, such as R-10.4.
-        verb: the verb with which the program was called.
+        requirements: the ids of the requirements that the case tests, such as R-10.4.
+        verb: the verb with which the program was called, such as `check` or `merge`.
         passed: whether the program printed the expected result; None if the case was not decided, because the program
             does not support the case's method, verb or formula.
         why: the difference from the expected result, or what the program does not support; empty if the case passed.
@@ -94,14 +95,14 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
     """Run a program on all cases, and return the outcome of each.
 
     Args:
-        command: the program and its first arguments, to which a verb and paths are appended; or a Python function that
-            takes the verb and the paths, and returns the answers.
-        suite: the specification's folder `vectors`, or the zip archive of this folder from a release. Default: the
-            folder in this checkout.
+        command: the program's command line, to which the verb and the paths are appended. It may also be a Python
+            function that takes the verb and the paths, and returns the answers.
+        suite: the path of the folder `spec/vectors`, or of the zip archive of this folder from a release. Default:
+            `spec/vectors` in this checkout.
 
     Raises:
         UsageError: `suite` has no `index.json`.
-        Corrupt: a vector is missing, or its digest differs from its digest in `index.json`.
+        Corrupt: a vector is missing, or its sha256 differs from the one in `index.json`.
 
     Example:
         >>> from adapterkit.conformance import conformance
@@ -113,7 +114,7 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
             return conformance(command, Path(folder, "spec", "vectors"))
     root = suite or Path(__file__).parents[1] / "spec" / "vectors"
     if not (root / "index.json").is_file():
-        cure = "Pass the folder spec/vectors of the specification, or its archive, with --suite PATH (suite=)"
+        cure = "Type --suite PATH (suite=Path(...)); PATH is the folder spec/vectors, or its zip archive from a release"
         raise UsageError("the folder has no index.json, which lists the vectors", path=root, cure=cure)
     cases: list[Case] = json.loads((root / "index.json").read_text("utf-8"))["cases"]
     for name, digest in {name: digest for case in cases for name, digest in case["inputs"].items()}.items():
@@ -159,7 +160,7 @@ def _foreign(case: Case, line: Line, known: set[str]) -> bool:
     where, wanted = str(line.get("where", "")), case["expected"]
     if line.get("error") != "Unsupported" or not where.startswith("updates["):
         return False
-    # The test above also accepts `updates[0] (q)`, because errors of `compute` and `merge` add the target's name.
+    # Compare only the start of `where`: `compute` and `merge` append the target's name, as in `updates[0] (q)`.
     reads = case["verb"] not in ("compute", "merge")
     right = reads and wanted.get("error") == "Unsupported" and wanted.get("where", "") in where
     return not right and not known.issuperset(_methods(case))
@@ -219,7 +220,10 @@ def _rewritten(case: Case, line: Line, path: Path) -> CaseOutcome:
 
 
 def _merged(case: Case, line: Line, expected: Path | None) -> CaseOutcome:
-    """Compare all bytes of a merged base; if `expected` is None, check that the program refuses the merge."""
+    """Check the merged tensors in the program's answer against the file `expected`: names, dtypes, shapes and bytes.
+
+    If `expected` is None, check that the program refuses the merge.
+    """
     from .io import safetensors
 
     judged = _judged(case, line) if expected is None else None
@@ -256,9 +260,10 @@ def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list
 
 
 def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
-    """Compare the tensors that the program computed with the expected tensors in the case's base file `expected`.
+    """Check the tensors that the program computed against the expected tensors in `expected`, the case's base file.
 
-    `passed` is None if the program answers Unsupported for some paths, and the tensors of all other paths are right.
+    The outcome's `passed` is None if the program answers Unsupported for at least one target's path, and its tensors
+    for all other paths are right.
     """
     import numpy as np
 
@@ -289,7 +294,7 @@ def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
         extra.discard(f"{path}.{word}")
         got = arrays.get(word)
         if got is None and word == "y" and "merged.weight" in arrays:
-            continue  # A missing `y` is allowed: a merger does not compute outputs.
+            continue  # `y` may be missing, because a program that only merges weights does not compute outputs.
         if got is None:
             return _outcome(case, False, f"{name} is missing")
         wanted = leaf.numpy()

@@ -1,8 +1,8 @@
 """Check that a merged model is the exact merge of its adapters.
 
-Every tensor of MERGED is computed again from the base and the adapters and compared bit by bit. Name the adapters and
-their weights in the same order as for the merge. Without --base and --adapter, the files are compared with the
-checksums that 'adapterkit merge --checksums' recorded.
+Every tensor of MERGED is computed again from the base and the adapters, and the results are compared bit by bit. Pass
+the adapters and their weights in the same order as in the merge. Without --base and --adapter, the files of MERGED are
+compared with the checksums that 'adapterkit merge --checksums' recorded.
 
 With --signature, MERGED is any adapter or model. Its files are compared with the signed digests, and the signature is
 checked with --key, --trust, or --identity and --issuer. The exit code is 4 if a file or the signature is not valid.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--base", metavar="BASE", help="The base that the adapters were merged into.")
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="A",
-    help="Adapter that was merged. Repeat the option, or type all other adapters after the first one.",
+    help="An adapter of the merge. For several adapters, repeat the option, or list them all after one --adapter.",
 )  # fmt: skip
 @_options.weights
 @_options.compat
@@ -147,7 +147,7 @@ def _other_bases(record: Mapping[str, object]) -> View:
 
 def _signature(signed: Mapping[str, object]) -> View:
     by = f"the key {str(signed['key'])[:16]}..." if signed["key"] else f"a {signed['kind']}"
-    yield f"signature is valid: {counted(integer(signed, 'files'), 'file')} as signed by {by}"
+    yield f"signature is valid: {counted(integer(signed, 'files'), 'file')}, signed by {by}"
     yield from (f"not signed: {name}" for name in texts(signed, "not_covered"))
     statement = part_or_none(signed, "statement")
     if statement is None:

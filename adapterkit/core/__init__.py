@@ -1,1 +1,1 @@
-"""The data model: `Adapter` and its targets, the kinds of update, shapes, and the registry."""
+"""The data model of adapters (targets, updates, shapes, metadata and licences), and the class `Registry`."""

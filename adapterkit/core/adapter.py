@@ -64,13 +64,12 @@ class Target:
     """One location in a base: a weight with its bias, a slice of a weight, or the whole model.
 
     Attributes:
-        path: dotted path of a module, which stands for its `weight` and `bias`, or of a single parameter; names are
-            those of the base. An empty path is the whole model. Only context updates and routers without their experts
-            may have an empty path.
+        path: the dotted path, in the base, of a module (its `weight` and `bias`) or a single parameter. An empty path
+            means the whole model. Only a context update, or a router without its experts, may have an empty path.
         layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see the weight as `[out,
             in, *k]`. A leading `e` means that the weight is a stack with one weight per expert; each tensor of an
-            update then has a leading axis of the same size.
-        rows: start and stop on the `out` axis, if the update applies to a slice of a fused weight.
+            update then also has a leading axis with one entry per expert.
+        rows: `(start, stop)` on the `out` axis, if the target is only a slice of a fused weight; None for all rows.
     """
 
     path: str
@@ -91,14 +90,15 @@ class Target:
 
 
 Updates = Mapping[Target, tuple[Update, ...]]
-"""Target -> its updates, in the order in which they apply."""
+"""A map from each target to its updates, in the order in which they are applied."""
 
 
 def order_counts(targets: Sequence[tuple[Target, Sequence[Update]]]) -> bool:
-    """Whether targets at the same weight must be applied in their order to get the right result.
+    """Whether the result depends on the order in which the updates of these targets are applied.
 
-    The order matters if two targets share rows, and at least one update of these two targets is not additive.
-    Otherwise the order does not matter, because all changes are added. The targets may come from several adapters.
+    All targets refer to the same weight, but may come from several adapters. The order matters if two targets share
+    rows, and at least one update of these two targets is not additive. Otherwise, updates that share rows are all
+    additive, so their order does not matter.
     """
     plain = [all(update.kind == "additive" for update in updates) for _, updates in targets]
     places = [(target.layout, target.rows) for target, _ in targets]
@@ -154,7 +154,7 @@ def _public(value: object) -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Foreign:
-    """Content of a source file that `Adapter` has no field for. Writers of this format store it again."""
+    """Content of a source file that no other field of `Adapter` can store. Writers of the same format keep it."""
 
     format: str
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -176,10 +176,10 @@ class Adapter:
     """An adapter: typed updates for each target, with the base, the lineage, and further content of the source file.
 
     Attributes:
-        updates: target -> its updates, in the order in which they apply.
+        updates: a map from each target to its updates, in the order in which they are applied.
         base: the base for which the adapter was made; None if unknown.
         recipe: the adapter's lineage, oldest step first.
-        foreign: content of the source file that has no field here.
+        foreign: content of the source file that none of the other attributes can store.
         extensions: optional fields that a newer minor version of the spec defines; they are kept unchanged.
     """
 
@@ -245,14 +245,14 @@ class Adapter:
         return self.replace(recipe=(*self.recipe, Step(op, args)))
 
     def validate(self) -> None:
-        """Check each update against its method's shape strings and rules, and that a target's updates fit together.
+        """Check that updates follow their methods' shape strings and rules, and that a target's updates fit together.
 
-        Also check that the base, the lineage, the foreign content, the extensions and the target paths are plain JSON,
-        because the native format stores them as JSON.
+        Also check that `base`, `recipe`, `foreign`, `extensions` and the target paths contain only plain JSON, because
+        the native format stores them as JSON.
 
         Raises:
-            AdapterkitError: the adapter has no updates, or a check fails. The message names the target or the field of
-                the first error.
+            AdapterkitError: the adapter has no updates, or a check fails. The message names the first target or field
+                that is wrong.
         """
         if not self.updates:
             cure = "Was the adapter saved before training, or were all keys in its file renamed?"
@@ -281,10 +281,10 @@ class Adapter:
         check_json([target.path for target in self.updates], "targets")
 
     def check_values(self) -> None:
-        """Read one tensor after another, and check that it contains no NaN, no infinity and no index out of range.
+        """Read all tensors, one by one, and check that they contain no NaN, no infinity and no index out of range.
 
         Raises:
-            Malformed: a value is wrong; the message names the first target, field and position.
+            Malformed: a value is wrong; the message names the target, field and position of the first wrong value.
         """
         with files_kept_open():
             for target, update in self:
@@ -324,13 +324,13 @@ class Adapter:
         return digest.hexdigest()
 
     def bind(self, base: Checkpoint | str | PathLike[str], *, rename: str | Sequence[str] = ()) -> Adapter:
-        """Translate the targets into the names and layouts of `base`, and check that all updates fit their weights.
+        """Translate targets into the names and layouts of `base`, and check that all updates fit the base's weights.
 
         If the base stores one target's weight in several tensors, updates are split. If the base stores the weights of
-        several targets in one tensor, updates are joined. For example, an adapter for a model in memory, as
-        transformers 5 builds it, becomes an adapter for the checkpoint on a hub, or the reverse. The lineage records
-        the rules that changed names. It also records the base's fingerprint, unless an earlier step recorded a
-        fingerprint.
+        several targets in one tensor, updates are joined. For example, `bind` converts an adapter for a model that
+        transformers 5 built in memory to an adapter for the model's checkpoint on a hub, or the reverse. The lineage
+        records the rules that changed target names. It also records the base's fingerprint, unless an earlier step
+        recorded a fingerprint.
 
         Args:
             base: an open checkpoint, or its path.
@@ -350,7 +350,7 @@ class Adapter:
         return bound.adapter.step("bind", **args) if args else bound.adapter
 
     def delta(self, path: str, base: Checkpoint | str | PathLike[str] | None = None) -> torch.Tensor:
-        """Return W' - W at a target.
+        """Return W' - W, the change of a target's weight.
 
         Args:
             path: the target's dotted path.
@@ -360,7 +360,7 @@ class Adapter:
             float32 `[out, in, *k]`; `[e, out, in, *k]` for stacked experts.
 
         Raises:
-            TargetNotFound: no update applies at the path.
+            TargetNotFound: no target has this path.
             NotMergeable: the update changes outputs or context, not only weights.
             UsageError: an update's formula reads W, but `base` is None.
         """
@@ -385,7 +385,7 @@ def canonical(value: object) -> str:
 
     Raises:
         Malformed: canonical JSON cannot express the value, because it contains a number that is not finite, a mapping
-            with keys of several types, half of a surrogate pair, or an object that is not plain data.
+            with keys of several types, a lone surrogate, or an object that is not plain data.
     """
     try:
         text = _ENCODER.encode(value)
@@ -421,8 +421,8 @@ def check_json(value: object, where: str) -> None:
     Values from YAML and pickles may contain dates, NaN, keys of any type and lone surrogates, which JSON cannot store.
 
     Args:
-        value: the value.
-        where: the name of the value, such as `foreign`, with which the error's location begins.
+        value: the value to check.
+        where: the name of the value, such as `foreign`. The location in an error begins with this name.
 
     Raises:
         Malformed: the value, or a value inside it, is not plain JSON.
@@ -471,7 +471,7 @@ def _encodes(text: str) -> bool:
 
 
 def _form(target: Target, updates: tuple[Update, ...]) -> Hashable:
-    """Return a key for the set of checked targets: everything that the checks of a target read, except its path.
+    """Return a key for `validate`, which checks only one of the targets that have equal keys.
 
     Return None if the key is not hashable, because the adapter contains a damaged value.
     """
@@ -487,7 +487,7 @@ def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
     context = [update.kind == "context" for update in updates]
     whole = [update.kind == "context" or getattr(update, "of_model", False) for update in updates]
     if not target.path and not all(whole):
-        raise Malformed("a target has no path, but an update that needs a path", where="path", cure=_REWRITE)
+        raise Malformed("a target without a path has an update that needs a path", where="path", cure=_REWRITE)
     if any(context) and (target.layout, target.rows) != (LAYOUTS[0], None):
         raise Malformed("a context update must not have a layout or rows", where=f"{target}: layout", cure=_REWRITE)
     kinds = [update.kind for update in updates]
@@ -502,7 +502,7 @@ def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
         known = f"Known: {', '.join(LAYOUTS)}"
         raise Malformed(f"unknown layout {target.layout!r}", where=f"{target}: layout", cure=known)
     if target.rows is not None and not 0 <= target.rows[0] < target.rows[1]:
-        raise Malformed("rows must be a start of at least 0 and a larger stop", where=f"{target}: rows", cure=_REWRITE)
+        raise Malformed("rows must be [start, stop] with 0 <= start < stop", where=f"{target}: rows", cure=_REWRITE)
 
 
 def _check_update(target: Target, update: Update, together: dict[str, object]) -> None:
@@ -511,7 +511,7 @@ def _check_update(target: Target, update: Update, together: dict[str, object]) -
         dims = update.dims(target.stacked)
         for axis, size in _shared(dims).items():
             if together.setdefault(axis, size) != size:
-                why = f"{axis} is {size} here, but {together[axis]} in the rows or in the previous update of the target"
+                why = f"{axis} is {size} in this update, but {together[axis]} in the target's rows or an earlier update"
                 raise ShapeMismatch(why, cure=_REWRITE)
     except AdapterkitError as error:
         raise _placed(error, target, update) from None
@@ -548,4 +548,4 @@ def _row(update: Update, stacked: bool) -> tuple[object, ...]:
 
 _CORRECT = "Correct this value in the file, or write the file again with the tool that made it"
 _REWRITE = "Write the adapter again with the tool that made it"
-_PLAIN = "Correct the source file: keys must be text, and values text, finite numbers, true, false or null"
+_PLAIN = "Correct the source file: keys must be text, and values must be text, finite numbers, true, false or null"

@@ -26,7 +26,7 @@ from ..io.strict_yaml import load_yaml
 IDENTIFIER = r"[A-Za-z0-9.+-]{1,64}"
 _TOKEN = re.compile(rf"\s*([()]|{IDENTIFIER}(?=[\s()]|$))")
 _MOST = 64
-"""The maximum number of alternatives that an expression may offer, and of words that it may contain."""
+"""An expression may have at most this many words, and may offer at most this many alternatives."""
 
 Alternatives = tuple[tuple[str, ...], ...]
 """Sets of licences. A user of the model chooses one set, and must comply with all licences in this set."""
@@ -34,10 +34,10 @@ Alternatives = tuple[tuple[str, ...], ...]
 
 @cache
 def alternatives(text: str) -> Alternatives | None:
-    """Return the sets of licences between which an SPDX expression lets the user choose, in lower case.
+    """Parse an SPDX expression, and return the sets of licences from which the user may choose one set.
 
-    A licence with an exception counts as one licence, such as `gpl-2.0 with classpath-exception-2.0`. Return None if
-    the text is not an expression, or is too large.
+    The licences are in lower case. A licence with an exception, such as `gpl-2.0 with classpath-exception-2.0`, counts
+    as one licence. Return None if `text` is not an expression, or has more than `_MOST` words or alternatives.
 
     Example:
         >>> alternatives("MIT AND (GPL-3.0 OR Apache-2.0)")
@@ -54,7 +54,10 @@ def alternatives(text: str) -> Alternatives | None:
 
 
 def _words(text: str) -> list[str] | None:
-    """Return the words of an expression, last word first; None if there are too many words or other characters."""
+    """Return the words of an expression, last word first.
+
+    Return None if there are more than `_MOST` words, or if the text contains a character that is not allowed.
+    """
     words: list[str] = []
     at = 0
     while text[at:].strip():
@@ -110,14 +113,17 @@ def _bounded(alternatives_: Alternatives) -> Alternatives:
 
 
 Licence = Mapping[str, str]
-"""The licence fields of a model card that are present. If `license` is `other`, `license_name` names the licence."""
+"""The fields in `KEYS` that a model card contains. If `license` is `other`, `license_name` is the licence's name."""
 
 KEYS = ("license", "license_name", "license_link")
 MAX_CARD = 1 << 20
 
 
 def licence_called(name: str | Licence | None) -> Licence:
-    """Convert an identifier, such as `apache-2.0`, to a `Licence`; None gives an empty one. A `Licence` is kept."""
+    """Convert an identifier, such as `apache-2.0`, to a `Licence`.
+
+    None is converted to an empty `Licence`. A `Licence` is returned unchanged.
+    """
     return {"license": name} if isinstance(name, str) else name or {}
 
 
@@ -150,7 +156,7 @@ def licence_at(path: Path) -> Licence:
 
 
 def metadata(card: str) -> Mapping[str, Any]:
-    """Return the metadata at the head of a model card; empty if the card has none, or if it is not a YAML mapping."""
+    """Return the metadata at the head of a model card; empty if the card has no metadata that is a YAML mapping."""
     head = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---", card, re.DOTALL)
     try:
         fields = load_yaml(head[1].encode("utf-8", "replace")) if head else None
@@ -229,12 +235,15 @@ def spdx_of(licence: Licence) -> str | None:
 
 
 def is_expression(licence: Licence) -> bool:
-    """Whether the licence in a card is an expression of several words: several licences, or one with an exception."""
+    """Whether the field `license` is an SPDX expression of several words, instead of a single identifier."""
     return " " in _id(licence)
 
 
 def spdx_expression_of(licence: Licence) -> str | None:
-    """Return an expression with each licence's SPDX identifier; None if the table has none for one of the licences."""
+    """Return the licence as an SPDX expression.
+
+    Return None if the expression contains a licence for which the table has no SPDX identifier.
+    """
     words = re.findall(rf"\(|\)|{IDENTIFIER}", licence.get("license", ""))
     tokens, exception = [], False
     for word in words:
@@ -250,7 +259,7 @@ def spdx_expression_of(licence: Licence) -> str | None:
 def choices(licence: Licence) -> list[list[Licence]]:
     """Return the sets of single licences from which a user of the model may choose one set.
 
-    If the table of licences has all licences of at least one set, only such sets are returned.
+    Sets with a licence that is not in the table are returned only if every set contains such a licence.
     """
     options = alternatives(licence.get("license", "")) if is_expression(licence) else None
     if options is None:
@@ -264,9 +273,9 @@ _MOST_READINGS = 256
 
 
 def _readings(parts: Sequence[Part]) -> list[list[Part]]:
-    """Return each way to choose one set of licences for every part, as a list of (part's name, single licence).
+    """Return the combinations in which each part has one of its sets of licences, at most `_MOST_READINGS` of them.
 
-    At most `_MOST_READINGS` ways are returned.
+    A combination is a list of pairs of a part's name and a single licence.
     """
     each = [[[(name, licence) for licence in some] for some in choices(licence)] for name, licence in parts]
     return [[part for some in choice for part in some] for choice in islice(product(*each), _MOST_READINGS)]
@@ -290,7 +299,7 @@ def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _contradictions(parts: Sequence[Part]) -> tuple[str, ...]:
-    """Return the contradictions between parts if each part has only a single licence."""
+    """Return a sentence for each contradiction between licences; each entry of `parts` has a single licence."""
     known = [(name, licence, terms) for name, licence in parts if (terms := terms_of(licence)) is not None]
     if len(known) < 2:
         return ()
@@ -304,7 +313,7 @@ def _contradictions(parts: Sequence[Part]) -> tuple[str, ...]:
                 continue
             pair = f"{_cited(name, licence)}, and {_cited(other, second)}"
             if terms.whole and others.whole:
-                problems.append(f"{pair}: each of them must cover the whole model")
+                problems.append(f"{pair}: each licence must cover the whole model")
             elif _adds_limits(terms, others) or _adds_limits(others, terms):
                 problems.append(
                     f"{pair}: one licence must cover the whole model without further limits, but the other adds limits"
@@ -316,7 +325,7 @@ def _contradictions(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _adds_limits(whole: Terms, other: Terms) -> bool:
-    """Whether the licence `whole` must cover the whole model without further limits, but `other` adds limits."""
+    """Whether `whole` must cover the whole model and does not limit its use, but `other` limits its use."""
     return whole.whole and not whole.restricts and other.restricts
 
 
@@ -369,9 +378,9 @@ def check_licences(parts: Sequence[Part], against: Sequence[str], path: Path | s
     """Raise an error if licences contradict each other, or if a part's licence is missing or unknown.
 
     Args:
-        parts: base and adapters, including those without a licence.
-        against: the sentences of `conflicts` and `passed_over`.
-        path: the merged or pushed file or folder, which the error names.
+        parts: base and adapters, including those without a licence; for a push, also the model or adapter to push.
+        against: the sentences that `conflicts` and `passed_over` returned.
+        path: the file or folder that the error names: the base of a merge, or the model or adapter to push.
 
     Raises:
         CheckFailed: `against` is not empty, or a part's licence is missing or not in the table.
@@ -405,8 +414,7 @@ def _cited(name: str, licence: Licence) -> str:
 def _reached(licence: Licence) -> set[str]:
     """Return the other licences that a merged model may have if one of its parts has `licence`.
 
-    The table lists compatible licences for a licence. A compatible licence may have further compatible licences, which
-    are included, too.
+    These are the licences that the table lists in `into` for `licence`, the licences listed for those, and so on.
     """
     reached: set[str] = set()
     left = [_id(licence)]

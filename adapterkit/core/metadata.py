@@ -22,7 +22,8 @@ SHAPES = "base_shapes"
 """Name of the argument in which a lineage step stores a digest of its base's tensor names and shapes."""
 
 KEYS_OF_FILES = {FINGERPRINT: "adapterkit.base_fingerprint", SHAPES: "adapterkit.base_shapes"}
-"""Argument of a lineage step -> the metadata key under which formats without lineage, such as PEFT, store its value."""
+"""A map from an argument of a lineage step to a metadata key. Formats without lineage, such as PEFT, store the
+argument's value under this key."""
 
 MODEL_TYPE = "model_type"
 """Name of the argument in which a lineage step stores the `model_type` from its base's transformers config."""
@@ -60,9 +61,9 @@ def metadata_of(adapter: Adapter) -> dict[str, str]:
 
 
 def read_with(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
-    """Return the adapter with its file's text metadata in the lineage step `read`, the last step.
+    """Return the adapter with `metadata`, its file's text metadata, in the last step of its lineage, which is `read`.
 
-    This is for readers of formats that store no metadata in `foreign`.
+    Readers that store no metadata in `foreign` call this function.
     """
     if not metadata:
         return adapter
@@ -74,7 +75,7 @@ def with_metadata(pairs: Iterable[tuple[str, str]], adapter: Adapter) -> list[tu
     """Return the (key, value) pairs for a new file's header.
 
     The result contains `pairs`, then the metadata of the adapter's source files, then the fingerprints and shape
-    digests of its bases. A key in `pairs` keeps its value.
+    digests of its bases. If `pairs` contains a key, the key's other values are ignored.
 
     Args:
         pairs: the pairs that the format requires, or the pairs from the source file's header.
@@ -97,7 +98,7 @@ def merged_metadata(adapters: Sequence[Adapter], names: Sequence[str] | None = N
     Args:
         adapters: the adapters, in order.
         names: the names of the adapters. Default: the `ss_output_name` or `modelspec.title` of each adapter. An
-            adapter that has neither, or shares this name with another adapter, gets its position, counted from 1.
+            adapter without such a name, or with the same name as another one, gets its position (1, 2, ...) as name.
     """
     each = [metadata_of(adapter) for adapter in adapters]
     called = _names(each) if names is None else list(names)
@@ -131,12 +132,12 @@ def fingerprints_of(adapter: Adapter) -> tuple[str, ...]:
 
 
 def shapes_of(adapter: Adapter) -> tuple[str, ...]:
-    """Return the digests of the base's tensor names and shapes that lineage and metadata record, without duplicates."""
+    """Return the shape digests (see `SHAPES`) that an adapter's lineage and metadata record, without duplicates."""
     return _of_bases(adapter, SHAPES)
 
 
 def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
-    """Return the values of the argument `name` in all lineage steps, and of the metadata key that matches it."""
+    """Return the values of the lineage argument `name`, and of its metadata key in `KEYS_OF_FILES`."""
     texts = [_strings(step.args.get(METADATA)) for step in adapter.recipe]
     if adapter.foreign is not None:
         texts.append(_strings(adapter.foreign.data.get(METADATA)))
@@ -147,8 +148,8 @@ def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
 def model_types_of(adapter: Adapter) -> tuple[str, ...]:
     """Return the model types of the base that an adapter's lineage and config state, without duplicates.
 
-    A PEFT config without a task type contains the import path of the base's class, such as
-    `transformers.models.llama.modeling_llama`, and this path contains the model type. An AdapterHub config contains
+    A PEFT config without a task type contains the name of the Python module that defines the base's class, such as
+    `transformers.models.llama.modeling_llama`. This name contains the model type. An AdapterHub config contains
     `model_type`.
     """
     types = [*_arguments(adapter.recipe, MODEL_TYPE)]
@@ -162,7 +163,7 @@ def model_types_of(adapter: Adapter) -> tuple[str, ...]:
 
 
 def model_class_of(adapter: Adapter) -> tuple[str, str]:
-    """Return the name of the base's class and of the class's module, as the PEFT config states them; "" if unknown."""
+    """Return the names of the base's class and of its Python module from the PEFT config; "" for an unknown name."""
     config = None if adapter.foreign is None else adapter.foreign.data.get("config")
     mapping = config.get("auto_mapping") if isinstance(config, Mapping) else None
     fields = mapping if isinstance(mapping, Mapping) else {}

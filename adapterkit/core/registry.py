@@ -49,7 +49,8 @@ class Registry(Mapping[str, T], Generic[T]):
 
         Raises:
             Unsupported: the registry has no entry with this name, or several packages add one.
-            TypeError: the module of the entry does not define exactly one entry, or the entry point is wrong.
+            TypeError: a built-in module does not define exactly one entry, or an entry point is wrong. An entry point
+                must have the name of its module, and must refer to a class that derives from `root`.
         """
         if not isinstance(name, str):
             raise Unsupported(f"{shown(name)} is not the name of a {self.noun}", cure=f"Known: {', '.join(self)}")
@@ -78,7 +79,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @cached_property
     def _third_party(self) -> Mapping[str, list[EntryPoint]]:
-        """Map each name that installed packages add, including names of built-in entries, to its entry points."""
+        """The entry points of other packages by name, including those that have the name of a built-in entry."""
         announced = _announcements(tuple(sys.path))
         if announced is not None and f"[{self.group}]".encode() not in announced:
             return {}
@@ -93,7 +94,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return points
 
     def packages(self) -> dict[str, str]:
-        """Map each name that installed packages add to the packages that add it: `acme-adapters 1.0, other 2.1`."""
+        """For each name that other packages add, return these packages: `acme-adapters 1.0, other 2.1`."""
         return {name: ", ".join(map(_package, points)) for name, points in sorted(self._third_party.items())}
 
     def refused(self) -> dict[str, str]:
@@ -122,7 +123,8 @@ class Registry(Mapping[str, T], Generic[T]):
     def _foreign(self, name: str, entry: object) -> T:
         """Check that another package's entry derives from `root`, and that its module has the name of the entry point.
 
-        Files store this name.
+        The two names must be equal: files store the module's name, for example as an update's method, and readers look
+        up the entry point of this name.
         """
         fits = inspect.isclass(entry) and issubclass(entry, self.root)
         if not fits or entry.__module__.rpartition(".")[2] != name:
@@ -152,25 +154,25 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 def _package(point: EntryPoint) -> str:
-    """Return the name and version of an entry point's package, or its value if the package is unknown."""
+    """Return the name and version of an entry point's package; the entry point's value if the package is unknown."""
     return point.value if point.dist is None else f"{point.dist.name} {point.dist.version}"
 
 
 @lru_cache
 def _announcements(places: tuple[str, ...]) -> bytes | None:
-    """Return the joined texts of all `entry_points.txt` files of installed packages.
+    """Return the contents of the `entry_points.txt` files of all installed packages, joined.
 
     Return None if there may be further packages, because an entry of `sys.path` is an archive or cannot be listed, or
-    an import hook finds packages elsewhere.
+    because an import hook finds packages elsewhere.
 
-    `importlib.metadata` is not used here: it parses the metadata of every package, which takes as long as a short
-    command.
+    `importlib.metadata` is not used here, because it parses the metadata of every package. This takes as long as a
+    short adapterkit command.
     """
     if any(hasattr(finder, "find_distributions") and finder is not PathFinder for finder in sys.meta_path):
         return None
     try:
         return b"\n".join(_announced_in(place or ".") for place in places if os.path.exists(place or "."))
-    except OSError:  # An archive: only the import system can search it.
+    except OSError:  # An entry is an archive, which only the import system can search, or cannot be listed.
         return None
 
 

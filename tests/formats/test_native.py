@@ -284,12 +284,12 @@ def test_updates_that_disagree_at_one_target_are_refused():
         IA3(l_in=from_numpy(np.ones(3))),
         lora(A=from_numpy(np.ones((2, 5)))),
     ):
-        with pytest.raises(ak.AdapterkitError, match="in the rows or in the previous update of the target"):
+        with pytest.raises(ak.AdapterkitError, match="in the target's rows or an earlier update"):
             Adapter({Target("q"): (lora(), second)}).validate()
     dense = METHODS["dense"](D=from_numpy(np.ones((3, 5))))
-    with pytest.raises(ak.AdapterkitError, match="in is 5 here, but 4"):
+    with pytest.raises(ak.AdapterkitError, match="in is 5 in this update, but 4"):
         Adapter({Target("q"): (lora(), dense)}).validate()
-    with pytest.raises(ak.AdapterkitError, match="out is 3 here, but 2"):
+    with pytest.raises(ak.AdapterkitError, match="out is 3 in this update, but 2"):
         Adapter({Target("q", rows=(4, 6)): (lora(),)}).validate()
 
 

@@ -45,8 +45,8 @@ def told(*names: str) -> list[tuple[str, dict[str, str]]]:
     (("apache-2.0", "cc-by-nc-4.0"), "no commercial use, because of part 1"),
     (("cc-by-nc-4.0", "llama2"), "no commercial use, because of part 0"),
     (("gpl-3.0", "llama3"), "the other adds limits"), (("openrail", "agpl-3.0"), "the other adds limits"),
-    (("gpl-2.0", "gpl-3.0"), "each of them must cover the whole model"),
-    (("cc-by-nc-sa-4.0", "cc-by-nc-4.0"), None), (("cc-by-sa-4.0", "cc-by-nc-sa-4.0"), "each of them must cover"),
+    (("gpl-2.0", "gpl-3.0"), "each licence must cover the whole model"),
+    (("cc-by-nc-sa-4.0", "cc-by-nc-4.0"), None), (("cc-by-sa-4.0", "cc-by-nc-sa-4.0"), "each licence must cover"),
     (("cc-by-nd-4.0", "mit"), "sharing changed copies"), (("mit", "cc-by-nc-nd-4.0"), "sharing changed copies"),
 ])  # fmt: skip
 def test_conflicts(names: tuple[str, ...], words: str | None) -> None:
@@ -208,7 +208,7 @@ def licensed(path: Path, name: str | None) -> None:
 
 @pytest.mark.parametrize(("base", "lora", "words"), [
     ("llama3.1", "cc-by-nc-4.0", r"no commercial use, because of lora"),
-    ("gpl-2.0", "gpl-3.0", "each of them must cover the whole model"),
+    ("gpl-2.0", "gpl-3.0", "each licence must cover the whole model"),
     ("apache-2.0", None, "lora names no licence"), (None, "mit", "the base names no licence"),
     ("apache-2.0", "acme-1", "lora is under acme-1, which is not in the table"),
 ])  # fmt: skip
