@@ -40,7 +40,10 @@ class CliSettings:
 
     @classmethod
     def of(cls, words: Sequence[str]) -> CliSettings:
-        """Read the settings from the raw arguments and the environment, because they also apply to parsing errors."""
+        """Read the settings from the raw arguments and the environment, before click parses the arguments.
+
+        The settings also apply to click's parsing errors: with `--json`, such an error is printed as JSON.
+        """
         given = words[: words.index("--")] if "--" in words else words
         debug, quiet = (os.environ.get(f"ADAPTERKIT_{word}", "") not in ("", "0") for word in ("DEBUG", "QUIET"))
         verbose = sum({"-v": 1, "--verbose": 1, "-vv": 2}.get(word, 0) for word in given)
@@ -61,7 +64,7 @@ def format_name(_ctx: click.Context, _param: click.Parameter, value: str | None)
 
 
 _PLAIN = 1_000_000
-"""Without a unit, fewer bytes than this are refused: someone who types `--memory 5` probably means 5GB."""
+"""The smallest size that is accepted without a unit. Someone who types `--memory 5` probably means 5GB."""
 
 
 def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
@@ -97,9 +100,9 @@ def device_name(_ctx: click.Context, _param: click.Parameter, value: str) -> str
 
 
 def _rules(_ctx: click.Context, _param: click.Parameter, value: Sequence[str]) -> tuple[str, ...]:
-    """Return the rename rules, with @FILE replaced by the rules in the file.
+    """Return the rename rules, with each `@FILE` replaced by the rules in that file.
 
-    Otherwise, the digest of a command's inputs and options would not change if the rules in the file change.
+    The digest of a command's options then changes if a rule in the file changes, and the command runs again.
     """
     from ..naming.renames import rule_texts
 
@@ -107,7 +110,10 @@ def _rules(_ctx: click.Context, _param: click.Parameter, value: Sequence[str]) -
 
 
 RUNNING = "adapterkit.running"
-"""Key in click's `Context.meta` for the context of the running command; the group gets this context in no other way."""
+"""Key in click's `Context.meta` for the context of the running command.
+
+The command group needs the command's parameters for its hint about the next command, and click does not pass them on.
+"""
 
 
 def _remember(ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
@@ -131,7 +137,7 @@ def flags(command: F) -> F:
 
 
 STATED = "adapterkit.stated"
-"""Key in click's `Context.meta` for the options that are passed to `adapterkit.read`, as a dict of its arguments."""
+"""Key in click's `Context.meta` for the keyword arguments of `adapterkit.read` that options such as `--alpha` set."""
 
 
 V = TypeVar("V")
@@ -149,28 +155,31 @@ def stated() -> dict[str, Any]:
 
 
 def stating(command: F) -> F:
-    """Add the options `--alpha`, `--strict` and `--family`, for commands whose `--rank` has another meaning."""
+    """Add `--alpha`, `--strict` and `--family`, for commands that do not check an adapter's rank with `--rank`."""
     for option in (_family, _strict, _alpha):
         command = option(command)
     return command
 
 
 def compat(command: F) -> F:
-    """Add `--compat`, `--alpha`, `--rank`, `--strict` and `--family`: how to interpret and check adapter files."""
+    """Add the options for interpreting and checking adapter files.
+
+    The options are `--compat`, `--alpha`, `--rank`, `--strict` and `--family`.
+    """
     for option in (_family, _strict, _rank, _alpha, _compat):
         command = option(command)
     return command
 
 
 def reading(command: F) -> F:
-    """Add the options of `compat`, `--strict-base`, `--base` and `--from`, for commands that read a single adapter."""
+    """Add `--strict-base`, `--base`, `--from` and the options that `compat` adds, for commands that read an adapter."""
     for option in (compat, strict_base_of_read, base, source_format):
         command = option(command)
     return command
 
 
 def reading_to_cut(command: F) -> F:
-    """Add the options of `reading` except `--rank`, for commands whose `--rank` is the rank of the result."""
+    """Add the options that `reading` adds, except `--rank`, for commands whose `--rank` is the rank of the result."""
     for option in (_family, _strict, _alpha, _compat, strict_base_of_read, base, source_format):
         command = option(command)
     return command
@@ -183,7 +192,7 @@ def in_reading(
 
     Args:
         adapters: the paths of the adapters. Adapters in memory are returned unchanged.
-        compat: the value of `--compat`: another formula, or a layout of stacked experts.
+        compat: the value of `--compat`, which names a formula or a layout of stacked experts.
         base: the base, which some formats need to resolve names.
     """
     options = stated()
@@ -191,8 +200,8 @@ def in_reading(
         return tuple(adapters)
     from ..formats import FORMATS, read
 
-    # If `compat` is a layout of stacked experts, pass it as `experts_order`: formats without stacked experts ignore
-    # this argument, but refuse an unknown `compat`. So one command can read adapters of several formats.
+    # If `compat` names a layout of stacked experts, pass it as `experts_order`. Formats without stacked experts ignore
+    # `experts_order`, but refuse the name of a layout as `compat`. So one command can read adapters of several formats.
     name = "experts_order" if compat in FORMATS["peft"].experts_orders else "compat"
     options |= {} if compat is None else {name: compat}
     return tuple(
@@ -221,12 +230,12 @@ def base_warnings(sources: Sequence[str], adapters: Sequence[Adapter | str], bas
 base = click.option("--base", metavar="BASE", help="The base model of the adapter: a folder or a weight file.")
 source_format = click.option(
     "--from", "source_format", callback=format_name, metavar="FORMAT",
-    help="Format of the adapter; detected from the file headers if absent.",
+    help="Format of the adapter. Default: detected from the file headers.",
 )  # fmt: skip
 _compat = click.option(
     "--compat", "--experts-order", "compat", metavar="NAME",
-    help="Interpret the adapter differently from its training tool: 'formula' follows the paper. If the file does not "
-    "state the layout of stacked experts, give it here: rank_major, grouped_by_expert or peft_0.18.",
+    help="How to interpret the adapter, if not as its training tool does. formula: compute the paper's formula. "
+    "rank_major, grouped_by_expert or peft_0.18: the layout of stacked experts, if the file does not state the layout.",
 )  # fmt: skip
 _alpha = click.option(
     "--alpha", type=float, callback=_state, expose_value=False, metavar="A",
@@ -247,8 +256,9 @@ _family = click.option(
 allow_partial = click.option("--allow-partial", is_flag=True, help="Skip targets that the base does not have.")
 rename = click.option(
     "--rename", multiple=True, callback=_rules, metavar="FROM=TO|@FILE|family:NAME",
-    help="Rename a target, or the start of its name; {n} stands for a number. @FILE names a file with a rule per line. "
-    "family:NAME gives the model_type of a base without config.json. Repeatable.",
+    help="Replace FROM by TO in the names of targets that are FROM or start with FROM and a dot; {n} stands for a "
+    "number. @FILE reads one rule per line from FILE. family:NAME gives the model_type of a base without config.json. "
+    "Repeatable.",
 )  # fmt: skip
 overwrite = click.option("--overwrite", is_flag=True, help="Replace existing output.")
 weights = click.option(
@@ -258,10 +268,10 @@ weights = click.option(
 tied = click.option(
     "--tied", metavar="CHOICE",
     help="Which layers an update changes if the output head shares its weight with the embedding. merge: both layers. "
-    "untie: only the layer that the update names; token rows still change both layers. Or a choice for each kind of "
-    "update, e.g. rows=untie,embedding=merge. Default: the layers that the adapter's training tool changed.",
+    "untie: only the layer that the update names; token rows still change both layers. Each kind of update can have "
+    "its own choice, e.g. rows=untie,embedding=merge. Default: the layers that the adapter's training tool changed.",
 )  # fmt: skip
-_STRICT_BASE = "Refuse a base other than the one that an adapter names, instead of printing a warning."
+_STRICT_BASE = "If the base differs from the base that an adapter names, stop with an error instead of a warning."
 strict_base = click.option("--strict-base", is_flag=True, help=_STRICT_BASE)
 strict_licence = click.option(
     "--strict-licence", "--strict-license", "strict_licence", is_flag=True,
@@ -270,8 +280,7 @@ strict_licence = click.option(
 strict_base_of_read = click.option(
     "--strict-base", is_flag=True, callback=_state, expose_value=False, help=_STRICT_BASE
 )  # fmt: skip
-"""`--strict-base` for commands that read all adapters with `adapterkit.read`, which compares the adapters' base itself.
-"""
+"""`--strict-base` for commands that read every adapter with `adapterkit.read`, which checks the base itself."""
 
 
 # Options that define how adapters are combined: a method, `--set name=value`, weights, or a recipe.
@@ -279,7 +288,7 @@ strict_base_of_read = click.option(
 
 def method_and_settings(default: str | None) -> Callable[[F], F]:
     """Add the options `--method`, `--set` and `--data`."""
-    default_text = f"; {default} if absent" if default else ""
+    default_text = f" (default: {default})" if default else ""
 
     def decorated(command: F) -> F:
         for option in (
@@ -294,7 +303,7 @@ def method_and_settings(default: str | None) -> Callable[[F], F]:
             ),
             click.option(
                 "--method", metavar="METHOD",
-                help=f"Method to combine the adapters{default_text}. 'adapterkit list combine' shows all.",
+                help=f"Method to combine the adapters{default_text}. 'adapterkit list combine' shows all methods.",
             ),
         ):  # fmt: skip
             command = option(command)
@@ -304,7 +313,7 @@ def method_and_settings(default: str | None) -> Callable[[F], F]:
 
 
 def learned_data(files: Sequence[str], sources: Sequence[Adapter | str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {"data": ...}, the argument of `ops.combine` for methods that learn from texts; {} if there are no files.
+    """Return {"data": function}, an argument of `ops.combine` for methods that learn from texts; {} without files.
 
     Args:
         files: the values of `--data`.
@@ -312,7 +321,8 @@ def learned_data(files: Sequence[str], sources: Sequence[Adapter | str], options
         options: the arguments of `ops.combine`.
 
     Raises:
-        UsageError: no base is given, the method does not learn from texts, or the number of files is wrong.
+        UsageError: no base is given; the method does not learn from texts; or the number of files is neither 1 nor
+            the number of adapters.
     """
     from ..errors import UsageError
     from ..ops.combiners import COMBINERS
@@ -352,8 +362,8 @@ def combination(
         recipe: the recipe, which names adapters, weights and the method.
 
     Raises:
-        UsageError: adapters, weights or the method are typed in addition to a recipe, no adapter is named, or a value
-            of `--set` is not NAME=VALUE.
+        UsageError: a recipe is given together with adapters, weights or a method; no adapter is given; or a value of
+            `--set` is invalid (see `setting`).
     """
     from ..errors import UsageError
 
@@ -375,15 +385,15 @@ def combination(
 
 recipe_option = click.option(
     "--recipe", metavar="FILE",
-    help="Read adapters, method, weights and parameters from a YAML file in the format of mergekit's.",
+    help="Read adapters, method, weights and parameters from a YAML file in mergekit's format.",
 )  # fmt: skip
 
 
 def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str], Recipe | None]:
-    """Return the adapters, and the recipe or None. A recipe is given as --recipe or as the only argument, a YAML file.
+    """Return the adapters and the recipe; None if there is no recipe.
 
-    A YAML file is recognized by its name, which ends in .yml or .yaml. If this file is the argument, the adapters are
-    empty: the recipe names them.
+    The recipe is the file of `--recipe`. If `adapters` is a single file whose name ends in .yml or .yaml, this file is
+    the recipe, and no adapters are returned, because the recipe names them.
     """
     from ..ops.recipes import read_recipe
 
@@ -411,8 +421,8 @@ def setting(text: str) -> tuple[str, object]:
     """Split `density=0.5` into a name and a value.
 
     Raises:
-        UsageError: the text is not NAME=VALUE, NAME is an argument of `combine` and not a parameter of a method, or
-            VALUE is not valid YAML.
+        UsageError: the text is not NAME=VALUE; NAME is an argument of `combine`, such as `weights`, and not a
+            parameter of a method; or VALUE is not valid YAML.
     """
     import yaml
 
@@ -422,7 +432,7 @@ def setting(text: str) -> tuple[str, object]:
     name, sign, value = text.partition("=")
     if not sign or not name.isidentifier() or name in ARGUMENTS:
         why = f"{text!r} does not set a parameter of a method"
-        raise UsageError(why, where="--set", cure="Type NAME=VALUE, such as --set density=0.5")
+        raise UsageError(why, where="--set", cure="Type NAME=VALUE for a method's parameter, such as density=0.5")
     try:
         return name, yaml.safe_load(value)
     except yaml.YAMLError:
@@ -430,7 +440,7 @@ def setting(text: str) -> tuple[str, object]:
         raise UsageError(f"{value!r} is not valid YAML", where="--set", cure=cure) from None
 
 
-# Users can set defaults of options in the environment, in a project's file, and in their own file.
+# Users can set defaults of options in environment variables, in a project's file, and in a file for all projects.
 #
 #     ADAPTERKIT_DEVICE=cpu                      for every command that has --device
 #     ADAPTERKIT_MERGE_DEVICE=cpu                only for merge
@@ -447,14 +457,14 @@ PREFIX = "ADAPTERKIT_"
 _PROGRAM_VARIABLES = ("CACHE", "CONFIG", "DEBUG", "KERNEL", "PATIENCE", "PROGRESS", "QUIET", "VERBOSE")
 
 OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in _PROGRAM_VARIABLES)
-"""Environment variables that adapterkit reads for other purposes than the default of an option."""
+"""Environment variables that adapterkit reads, but not as defaults of options."""
 
 TYPED = frozenset({
     "address", "dst", "engine", "figures", "json", "only_plan", "out", "overwrite", "sarif", "uri",
 })  # fmt: skip
-"""Parameters for which users cannot set defaults: what is written or replaced, and which machine does the work.
+"""Parameters for which users cannot set defaults. They choose what is written or replaced, or which machine is used.
 
-These options must be typed, because a file of defaults in a downloaded folder could otherwise choose their values.
+Users must type these options, because otherwise a file of defaults in a downloaded folder could set them.
 """
 
 _MOST = 1 << 20
@@ -484,7 +494,7 @@ def for_command(name: str, command: click.Command) -> dict[str, JsonValue]:
     """Return a command's defaults (parameter -> value) in the form of click's `default_map`.
 
     Raises:
-        UsageError: the command's table in a file sets an option that does not exist, or that must be typed.
+        UsageError: the command's table in a file sets an option that does not exist or cannot have a default.
         Malformed: a file is not valid TOML, or a value in it does not fit its option.
         StorageError: the file that ADAPTERKIT_CONFIG names cannot be read.
     """
@@ -568,8 +578,8 @@ def files() -> Iterator[tuple[Path, Mapping[str, JsonValue]]]:
 def _project() -> tuple[Path, Mapping[str, JsonValue]] | None:
     """Return the path and the content of the project's file of defaults; None if there is no such file.
 
-    The file is the first adapterkit.toml, or pyproject.toml with `tool.adapterkit`, in the working directory and the
-    folders above.
+    The search starts in the working directory and goes up to its parents. The first adapterkit.toml, or
+    pyproject.toml with `tool.adapterkit`, is used.
     """
     try:
         folder = Path.cwd()
@@ -618,9 +628,10 @@ def _bytes(path: Path, *, needed: bool = False) -> bytes:
 
 
 def unknown(commands: Mapping[str, click.Command]) -> Iterator[tuple[str, str]]:
-    """Yield (source, hint) for every environment variable and every key in a file of defaults that no command uses.
+    """Yield (source, hint) for each default that no command uses. `doctor` reports these pairs.
 
-    The hint names a similar variable or key, or says that no command uses it. `doctor` reports these pairs.
+    The source is an environment variable that starts with `ADAPTERKIT_`, or a key in a file of defaults. The hint names
+    a similar variable or key; if there is none, the hint is "no command uses it".
     """
     options = {name: options_of(command) for name, command in commands.items()}
     everywhere = {key for known in options.values() for key in known}

@@ -28,10 +28,10 @@ PATIENCE = 2.0
 """On a terminal, the steps of a command are printed once the command has run for this many seconds."""
 
 PLAIN_PATIENCE = 5.0
-"""`PATIENCE` if standard error is not a terminal, but a log for example. ADAPTERKIT_PATIENCE overrides both values."""
+"""Used instead of `PATIENCE` if standard error is not a terminal. ADAPTERKIT_PATIENCE overrides both values."""
 
 AGAIN = 10.0
-"""The line about a step is repeated after this many seconds."""
+"""While a step runs, its line is printed again after each interval of this many seconds."""
 
 STAGES = "adapterkit.stages"
 """Key in click's `Context.meta` for the `StageLines` of the running command."""
@@ -41,7 +41,11 @@ busy = threading.Event()
 
 
 class StageLines(logging.Handler):
-    """Print the steps of a command: by default, only after `PATIENCE`; with -v, every step; with -vv, also details."""
+    """Print the steps of a command.
+
+    By default, steps are printed only after the command has run for `PATIENCE` seconds. With -v, every step is printed;
+    with -vv, details are printed too.
+    """
 
     def __init__(self, command: str, verbose: int) -> None:
         super().__init__(logging.DEBUG if verbose > 1 else logging.INFO)
@@ -81,7 +85,7 @@ class StageLines(logging.Handler):
         self._print(f"{self.command}: {self.text}" + (f" ({seconds:.0f} s)" if seconds >= 1 else ""))
 
     def finish(self) -> None:
-        """Print how long the command took, and with -vv the largest amount of memory that it used."""
+        """Print how long the command took and, with -vv, the peak memory of the process."""
         seconds = time.monotonic() - self.started
         memory = ""
         if self.verbose > 1 and sys.platform != "win32":
@@ -208,7 +212,7 @@ def progress(settings: CliSettings, label: str, *, sizes: bool = True) -> Iterat
 
     Args:
         settings: the output settings of the command.
-        label: the name of the work, which is shown before the progress.
+        label: the text in front of the progress bar or line.
         sizes: whether the work is counted in bytes. If not, bytes and speed are not shown.
     """
     if settings.quiet:
@@ -234,7 +238,7 @@ def line(label: str, done: int, total: int, seconds: float, *, sizes: bool = Tru
     """Return a line of progress as plain text: percentage, bytes, speed and remaining time."""
     speed = done / seconds if seconds > 0 else 0.0
     share = f"{done / total:.0%}" if total else "100%"
-    # Show no remaining time at first, because imports and slow starts make the first speed too low.
+    # Show no remaining time at first: imports and slow starts lower the initial speed, so the time would be too long.
     left = f", {clock((total - done) / speed)} left" if speed > 0 and done >= total * TELLING else ""
     if not sizes:
         return f"{label}: {share}{left}"

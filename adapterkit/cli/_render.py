@@ -50,8 +50,8 @@ class TextTable:
 View = Iterable[TextTable | str]
 
 _LARGE = 1 << 20
-"""JSON of at least this many characters is indented by msgspec. For shorter JSON, importing msgspec takes longer than
-the json module does."""
+"""JSON of at least this many characters is indented by msgspec. For shorter JSON, the json module takes less time than
+the import of msgspec."""
 
 
 def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Mapping[str, object]], View]) -> None:
@@ -76,7 +76,7 @@ def part(record: Mapping[str, object], name: str) -> Mapping[str, object]:
 
 
 def part_or_none(record: Mapping[str, object], name: str) -> Mapping[str, object] | None:
-    """Return the entry `name` of a record; None if absent, null or empty. Any other entry must be a record."""
+    """Return the entry `name` of a record, itself a record; None if the entry is absent, null or empty."""
     return part(record, name) if record.get(name) else None
 
 
@@ -166,7 +166,10 @@ def cell(value: object) -> str:
 
 
 def size(count: int) -> str:
-    """Return a number of bytes as text with a decimal unit, such as `1.25 GB`. `--shard-size` accepts it up to TB."""
+    """Return a number of bytes as text with a decimal unit, such as `1.25 GB`.
+
+    `--shard-size` accepts such texts, except those with the unit PB.
+    """
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB", "PB"):
         if value < 999.5:
@@ -202,7 +205,10 @@ def _aligned(table: TextTable) -> list[str]:
 
 
 def _cells(values: Sequence[object]) -> list[str]:
-    """Return the text of each cell of a column. Equal values are formatted once, because long columns repeat a few."""
+    """Return the text of each cell of a column.
+
+    Equal values are formatted only once, because a long column often consists of a few values that repeat.
+    """
     known: dict[tuple[type, object], str] = {}
     texts = []
     for value in values:
@@ -273,7 +279,7 @@ def _widths(texts: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _print_records(texts: Sequence[Sequence[str]]) -> None:
-    """Print each row as its first cell, followed by one line for each other cell, with the column's heading."""
+    """Print each row over several lines: the first cell, then the heading and the text of each other non-empty cell."""
     names = [column[0] for column in texts[1:]]
     width = max(map(len, names), default=0)
     for first, *rest in zip(*(column[1:] for column in texts), strict=True):
@@ -283,12 +289,12 @@ def _print_records(texts: Sequence[Sequence[str]]) -> None:
                 click.echo(folded(f"  {name.ljust(width)}  {text}"))
 
 
-# Tables of targets. If there are more than `FEW` targets, a row covers one module in all layers. With --all, each
-# target has its own row.
+# Tables of targets. If there are more than `FEW` targets, a table has one row for each module, which covers all layers.
+# With --all, each target has its own row.
 
 
 FEW = 24
-"""A table of more targets or tensors than this has one row for each module, unless --all is typed."""
+"""Without --all, a table with more targets or tensors than this has one row for each module."""
 
 every = click.option(
     "--all", "every", is_flag=True,
@@ -331,7 +337,8 @@ def by_module(records: Sequence[Record]) -> list[tuple[str, list[Record], dict[s
 def ranges(layers: Sequence[str]) -> str:
     """Return layers as ranges, such as `0-21` or `0-3, 8`. If a layer is not a number, return the number of layers.
 
-    More than four ranges are shortened to the number of layers, the first three ranges and the last layers.
+    If there are more than four ranges, return the number of layers, the first three ranges and the last range, such as
+    `7: 0, 2, 4, ... 10-11`.
     """
     if not all(layer.isdecimal() for layer in layers):
         return f"{len(layers):,}"
@@ -372,7 +379,8 @@ def span(values: Sequence[object]) -> object:
     """Return the smallest and the largest value as `2-8`, one value if all are equal, or None if all are unknown.
 
     Args:
-        values: numbers, numbers as texts, or None. Texts are compared by character, so their digits must line up.
+        values: numbers, numbers as strings, or None. Strings are compared character by character, so all of them must
+            have the same number of digits before and after the decimal point.
     """
     numbers = [value for value in values if isinstance(value, (int, float))]
     if numbers:

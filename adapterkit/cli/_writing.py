@@ -1,4 +1,4 @@
-"""Options of all commands that write an adapter, and the check whether the output already exists."""
+"""The options of commands that write an adapter, and the check whether an earlier run already wrote the same output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
 
     Args:
         files: all files that the command reads.
-        packages: names of other distributions than adapterkit whose versions can change the output.
+        packages: names of distributions whose versions can change the output. adapterkit's version is always included.
 
     Raises:
         StorageError: a file cannot be read.
@@ -47,18 +47,19 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
         raise storage_error(error, error.filename or "a file") from error
     versions = {}
     for name in packages:
-        with suppress(PackageNotFoundError):  # E.g. if only onnxruntime-gpu is installed, onnxruntime is not found.
+        # A package may be missing: for example, onnxruntime if only onnxruntime-gpu is installed.
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return digest_of([__version__, versions, ctx.command.name, words, read])
 
 
 def is_done(settings: CliSettings, out: str, digest: str | None, overwrite: bool) -> bool:
-    """Whether `out` is the unchanged output of an earlier run with the same digest; if so, print that it exists."""
+    """Whether `out` is the unchanged output of an earlier run with the same digest. If so, print "already done"."""
     from ..io.staging import Staging, take_over
 
     if overwrite or digest is None:
         return False
-    take_over(Path(out))  # If a run was killed during its renames, the previous output is still in a staging folder.
+    take_over(Path(out))  # Undo a killed run's unfinished renames, which may have moved the previous output away.
     if not Staging(Path(out)).is_finished(digest):
         return False
     show(settings, {"out": out, "already_done": True}, _view)
@@ -73,12 +74,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 on_loss = click.option(
     "--on-loss", type=click.Choice(ON_LOSS), default="refuse", show_default=True,
-    help="How to treat updates that the format cannot hold. refuse: write nothing; fold: multiply scales into the "
-    "factors; promote: rewrite updates in a more general method; drop: omit updates.",
+    help="How to treat updates that the format cannot store. refuse: write nothing; fold: multiply scales into the "
+    "factors; promote: convert the updates to a more general method; drop: omit the updates.",
 )  # fmt: skip
 max_error = click.option(
     "--max-error", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="E",
-    help="With --on-loss promote: accept a LoRA as an approximation of a change if its relative error is at most E.",
+    help="With --on-loss promote: a change that the format cannot store exactly may become a LoRA with a relative "
+    "error of at most E.",
 )  # fmt: skip
 dtype = click.option("--dtype", metavar="D", help="Dtype of computed factors, e.g. BF16. Default: float32 or float64.")
 
@@ -87,7 +89,7 @@ def writing(default: str) -> Callable[[F], F]:
     """Add the options for the destination and the format of the result.
 
     Args:
-        default: the words for the default format in the help.
+        default: the text that describes the default format in the help.
     """
     out = click.option("-o", "--out", metavar="DST", required=True, help="File, folder or hub URI to write.")
     target_format = click.option(
@@ -104,9 +106,9 @@ def writing(default: str) -> Callable[[F], F]:
 
 
 class CommandDestination:
-    """A command's destination, which recognises output of an earlier run of the same command.
+    """The destination of a command. It recognises the output of an earlier run of the same command.
 
-    The arguments are those of `adapterkit.destination.Destination`; `target_format` is its `format`.
+    The arguments are those of `adapterkit.destination.Destination`, except that `format` is called `target_format`.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class CommandDestination:
         self.made_from: str | None = None
 
     def is_done(self, settings: _options.CliSettings) -> bool:
-        """Whether an earlier run wrote this output from the same inputs. If so, print that it exists.
+        """Whether an earlier run wrote this output from the same inputs. If so, print "already done".
 
         Raises:
             UsageError: the destination is one of the sources.
@@ -139,7 +141,7 @@ class CommandDestination:
 
 
 def refuse_place(out: str) -> None:
-    """Raise an error if the output of a command that can only write to disk is an address on a hub.
+    """Refuse an output on a hub, for commands that can write only to disk.
 
     Raises:
         Unsupported: `out` is an address on a hub.
@@ -152,7 +154,7 @@ def refuse_place(out: str) -> None:
 
 
 def outcome(record: Mapping[str, object]) -> Iterable[str]:
-    """Yield lines about the written output, about updates that the format cannot express, and about warnings."""
+    """Yield a line about the output, a line for each update that was omitted or rewritten, and the warnings."""
     updates, targets = counted(integer(record, "updates"), "update"), counted(integer(record, "targets"), "target")
     if record.get("already_done"):
         yield f"already done: {record['out']} contains this result"
@@ -163,7 +165,10 @@ def outcome(record: Mapping[str, object]) -> Iterable[str]:
 
 
 def cuts_view(record: Mapping[str, object], every: bool) -> View:
-    """Yield a table with rank, norm and error of each target or module, and a line with the error over all targets."""
+    """Yield the report of a rank cut: a table of ranks, norms and errors, then lines about the output and the error.
+
+    The table has a row for each target or, if there are many targets, for each module.
+    """
     cuts = _render.in_order(parts(record, "cuts"))
     if every or len(cuts) <= _render.FEW:
         columns = ("target", "method", "rank before", "rank", "norm", "relative error")

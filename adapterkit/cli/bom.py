@@ -1,8 +1,8 @@
 """Write a bill of materials for an adapter or a model.
 
 PATH is an adapter, a merged model or an ONNX graph. The result is a CycloneDX 1.6 ML-BOM. It lists every file with its
-SHA-256 digest, and each licence with its obligations. It names the base and the adapters as ancestors. Without
---serial, the same files give the same document, unless SOURCE_DATE_EPOCH changes its time.
+SHA-256 digest, and each licence with its obligations. It names the base and the adapters as ancestors. It has a time
+only if SOURCE_DATE_EPOCH is set. With the same time and without --serial, the same files give the same document.
 """
 
 from __future__ import annotations

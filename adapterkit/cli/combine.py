@@ -1,7 +1,7 @@
 """Combine several adapters into one.
 
 Each A is an adapter in any known format. 'adapterkit list combine' shows the methods and their parameters. A recipe is
-a YAML file in the form of mergekit's configs. It states the merge_method, the models, and the parameters of each.
+a YAML file in the format of mergekit's configs. It states the merge_method, the models and each model's parameters.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def keep_freed_memory() -> None:
     """Let the process keep up to 64 MB of freed memory for new arrays, instead of returning it to the system.
 
     By default, glibc unmaps an array of a few megabytes when it is freed, and the kernel must map and zero new pages
-    for the next array. This work took a quarter of the time of `combine --method knots_ties`. Only commands call
-    this function, because it changes the whole process. It does nothing if the C library has no `mallopt`.
+    for the next array. Mapping and zeroing took a quarter of the time of `combine --method knots_ties`. Only commands
+    call this function, because it changes the whole process. It does nothing if the C library has no `mallopt`.
     """
     if sys.platform != "linux":
         return
@@ -52,18 +52,18 @@ def keep_freed_memory() -> None:
 @recipe_option
 @click.option(
     "--rank", type=int, metavar="R",
-    help="Cut the result to rank R at each target. Default: no cut. If the format cannot hold dense updates, dense "
-    "results are cut to the largest rank of the adapters.",
+    help="Cut the result to rank R at each target. Default: no cut. But if the format cannot store dense results, "
+    "they are cut to the largest rank that the adapters have at the target.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=None, metavar="N", help="Random seed of the method. Default: 0.")
 @click.option("--disjoint", is_flag=True, help="Allow adapters that have no target in common.")
 @_writing.dtype
 @_options.base
 @_options.strict_base_of_read
-@click.option("--compat", metavar="NAME", help="Compute with the method names and defaults of mergekit or peft.")
+@click.option("--compat", metavar="NAME", help="Use the method names and defaults of this tool: mergekit or peft.")
 @_options.rename
 @_options.stating
-@_writing.writing("the format of the adapters if they share one, otherwise adapterkit")
+@_writing.writing("the adapters' format if all have the same format, otherwise adapterkit")
 @_options.flags
 @click.pass_obj
 def command(
@@ -148,7 +148,7 @@ def _error(cuts: Sequence[Cut]) -> float | None:
 
 
 def method_record(combined: Adapter) -> dict[str, object]:
-    """Return the method with which adapters were combined, and its parameters, from the lineage of the result."""
+    """Return the method, parameters and weights with which `combined` was made, as its lineage records them."""
     args = combined.recipe[-1].args
     return {key: args.get(key) for key in ("method", "parameters", "weights", "each", "seed", "rank", "compat")}
 
@@ -180,6 +180,6 @@ def _view(record: Mapping[str, object]) -> View:
         largest = number(worst, "relative_error")
         yield (
             f"cut to rank {said_ranks} at {counted(len(cuts), 'target')}: relative error over all targets {error:.4g}, "
-            f"at most {largest:.4g} at {worst['target']}; "
-            "a higher --rank keeps more, --to adapterkit without --rank keeps everything"
+            f"largest error {largest:.4g} at {worst['target']}; "
+            "a higher --rank keeps more of the changes; --to adapterkit without --rank cuts nothing"
         )

@@ -18,8 +18,8 @@ from ._render import View, show
 
 # Shell completion of paths and of the names of formats, combiners and devices.
 #
-# click completes commands, flags and choices but not plain text. Therefore, when a shell runs the program to get
-# completions, parameters for plain text get types that can complete values.
+# click completes commands, flags and choices, but not the values of text parameters. Therefore, when a shell runs the
+# program to get completions, each text parameter in `VALUES` or `PATHS` gets a type that completes its values.
 
 
 VARIABLE = "_ADAPTERKIT_COMPLETE"
@@ -74,7 +74,7 @@ class _Completed(_Text):
 
 
 def with_completions(command: click.Command) -> click.Command:
-    """Give each parameter of a command that is in `VALUES` or `PATHS` a type that completes its values."""
+    """Give each parameter that `VALUES` or `PATHS` names a type that completes its values. Return the command."""
     for param in command.params:
         name = param.name or ""
         if isinstance(param.type, click.Choice):
@@ -91,7 +91,7 @@ def _named(values: Callable[[], Iterable[str]]) -> Callable[[str], list[Completi
 
 
 def script(shell: str, program: str = "adapterkit") -> str:
-    """Return the shell script that completes the command line.
+    """Return the script that completes adapterkit's command line in a shell.
 
     Args:
         shell: bash, zsh or fish.
@@ -104,7 +104,7 @@ def script(shell: str, program: str = "adapterkit") -> str:
     completion_class = get_completion_class(shell)
     assert completion_class is not None
     completion: Any = completion_class(adapterkit, {}, program, VARIABLE)
-    # Use the template directly, because `source()` runs bash only to warn about versions before 4.4 (2016).
+    # Use the template directly: `source()` would start bash, just to warn about bash versions before 4.4 (2016).
     return str(completion.source_template % completion.source_vars())
 
 

@@ -1,9 +1,9 @@
 r"""Test another program that reads adapterkit files.
 
 The program CMD runs on the test vectors of the specification. It is called with a verb (check, base, canonical, rules,
-compute or merge) and paths. It must print one line of JSON for each path; for compute and merge, one line in all.
-Section 16 of the specification defines these lines. A program may support only some methods: cases of other methods are
-counted separately if the program answers Unsupported. The exit code is 1 if a case fails.
+compute or merge) and paths. It must print one line of JSON for each path; for compute and merge, it must print only one
+line in total. Section 16 of the specification defines these lines. A program may support only some methods. For a case
+with another method, it must answer Unsupported; these cases are counted separately. The exit code is 1 if a case fails.
 
 \b
 Examples:
@@ -68,10 +68,10 @@ def _view(record: Mapping[str, object]) -> View:
         counts = part(record, "requirements" if what == "requirement" else "classes")
         each_count = [(name, part(counts, name)) for name in counts]
         rows = [[name, c["passed"], c["failed"], c["without_formula"]] for name, c in each_count]
-        yield TextTable((what, "passed", "failed", "without formula"), rows)
+        yield TextTable((what, "passed", "failed", "not supported"), rows)
     failed = parts(record, "failed")
     if failed:
         lines = [[each["case"], " ".join(texts(each, "requirements")), each["why"]] for each in failed]
         yield TextTable(("case", "requirements", "why"), lines)
     total = f"{record['passed']} passed, {len(failed)} failed"
-    yield f"{total}, {len(texts(record, 'without_formula'))} without a formula"
+    yield f"{total}, {len(texts(record, 'without_formula'))} not supported by the program"

@@ -27,7 +27,7 @@ from ._render import View, counted, integer, show, texts
 @_writing.on_loss
 @_writing.max_error
 @click.option(
-    "--profile", metavar="NAME", help="Write for a program that supports only a part of the format, such as vllm."
+    "--profile", metavar="NAME", help="Write for a program, such as vllm, that supports only a part of the format."
 )
 @click.option(
     "--match-base", is_flag=True,
@@ -62,9 +62,9 @@ def command(
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Switch garbage collection off inside the block, because it took a quarter of the time and freed no memory.
+    """Switch garbage collection off inside the block, and exclude the existing objects from later collections.
 
-    At the end, exclude all existing objects from later collections.
+    Garbage collection took a quarter of the time of a conversion, and freed no memory.
     """
     with collection_off():
         try:

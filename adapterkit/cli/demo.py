@@ -31,7 +31,7 @@ def command(ctx: click.Context) -> None:
 
 def _view(record: Mapping[str, object]) -> View:
     right = f"{number(record, 'plain'):.1%}"
-    yield f"{record['images']} handwritten digits that were not used in training; the base classifies {right} correctly"
+    yield f"{record['images']} handwritten digits, not used in training; the base classifies {right} of them correctly"
     columns = ("task", "method", "accuracy before", "accuracy merged", "verified", "seconds")
     yield TextTable(columns, [_row(row) for row in parts(record, "rows")])
 

@@ -86,7 +86,7 @@ def _view(record: Mapping[str, object], every: bool) -> View:
         yield TextTable(MODULES, _module_rows(targets), ("least cosine", "norm A", "norm B"))
     same = sum(target["equal"] is True for target in targets)
     bits = sum(integer(target, "bits") for target in targets)
-    verdict = {True: "the same change", False: "not the same change", None: "undecided without a base: type --base"}
+    verdict = {True: "the same change", False: "not the same change", None: "undecided without --base BASE"}
     equal = record["equal"]
     assert equal is None or isinstance(equal, bool)
     yield f"{verdict[equal]}: {same:,} of {counted(len(targets), 'target')} equal, {bits:,} bit by bit"
@@ -102,7 +102,7 @@ def _view(record: Mapping[str, object], every: bool) -> View:
 
 
 def _module_rows(targets: Sequence[Mapping[str, object]]) -> list[list[object]]:
-    """Return one row for each module, with total norms, the largest error with its layer, and the smallest cosine."""
+    """Return one row for each module: counts, the largest error and its layer, the smallest cosine, and total norms."""
     rows: list[list[object]] = []
     for module, group, layers in by_module(targets):
         most = largest(group, "relative_error")

@@ -147,7 +147,10 @@ def imported(package: str, otherwise: str) -> Check:
 
 
 def providers() -> Check:
-    """Check onnxruntime and its devices. Warn if onnxruntime-gpu is installed too: both write the same files."""
+    """Check onnxruntime and its devices.
+
+    Warn if onnxruntime-gpu is installed too, because the two packages overwrite each other's files.
+    """
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
     check = imported("onnxruntime", "warn")
     if len(both) > 1:
@@ -219,7 +222,7 @@ def copies(folder: Path) -> Iterator[Check]:
     else:
         yield Check("copy_file_range", "warn", f"{kernel}; copies take longer", cure)
     shared = _try_in(folder, _reflink)
-    # Do not warn if this fails, because most file systems cannot share blocks.
+    # Do not warn if reflink fails, because most file systems cannot share blocks.
     yield Check("reflink", "ok", "works here" if shared is None else "not on this file system; bytes are copied")
     direct = _try_in(folder, _direct_write)
     state = "works here" if direct is None else f"not here ({direct}); files are written through the page cache"
