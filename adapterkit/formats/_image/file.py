@@ -1,4 +1,4 @@
-"""Define the data of one module in a file: tensors by slot, rules for decoding, updates. Load and save the files."""
+"""Define classes for the keys, modules, updates and decoding rules of a file. Load and save tensor files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 AGAIN = "Write the file again with the tool that made it"
 
 
-# Read the network options in the header (`ss_network_args`). They change the forward, and the tensors do not show them.
+# Read the network options in the header (`ss_network_args`). The options change the forward, and no tensor shows which
+# options were set.
 #
 # sd-scripts writes the options as JSON. LyCORIS treats every value except `false` as true.
 
@@ -35,22 +36,23 @@ FLUX = "networks.lora_flux"
 OPTIONS = {
     "split_qkv": Departure(
         "with split_qkv=True in ss_network_args of sd-scripts' networks.lora_flux, a LoRA's scaling is 3 alpha / r "
-        "on a double block's qkv, and 4 alpha / r on a single block's linear1: their parts were trained separately",
+        "on a double block's qkv, and 4 alpha / r on a single block's linear1, because the parts of these fused "
+        "weights were trained as separate LoRAs",
         "the scaling is alpha / r",
     ),
     "bypass_mode": Departure(
-        "with bypass_mode in ss_network_args of a LyCORIS network, OFT, BOFT and IA3 of outputs also change the bias, "
+        "with bypass_mode in ss_network_args of a LyCORIS network, OFT, BOFT and IA3 on outputs also change the bias, "
         "and a dora_scale has no effect",
-        "they change only the weight, and a dora_scale is DoRA's magnitude",
+        "OFT, BOFT and IA3 change only the weight, and a dora_scale is DoRA's magnitude",
     ),
     "rs_lora": Departure(
-        "with rs_lora in ss_network_args of a LyCORIS network, GLoRA's scaling is alpha / sqrt(r), and the scaling of "
-        "a LoKr with two full factors is sqrt(r), the cube root of the file's alpha, which is r * sqrt(r)",
+        "with rs_lora in ss_network_args of a LyCORIS network, GLoRA's scaling is alpha / sqrt(r); the scaling of "
+        "a LoKr with two full factors is sqrt(r), computed as the cube root of its alpha, r * sqrt(r)",
         "GLoRA's scaling is alpha / r, and the scaling of a LoKr with two full factors is 1",
     ),
     "dylora": Departure(
-        "with algo=dylora in ss_network_args of a LyCORIS network, the scaling of all ranks together is "
-        "alpha / (r / block_size)",
+        "with algo=dylora in ss_network_args of a LyCORIS network, the scaling is "
+        "alpha / (r / block_size) if all ranks are used",
         "the scaling is alpha / r",
     ),
 }
@@ -62,8 +64,8 @@ class Arguments:
     """The network options with which an adapter was trained.
 
     Attributes:
-        bypass: whether training used LyCORIS's bypass mode, in which modules change the layer's output (with its bias)
-            instead of its weight. In this mode, DoRA's magnitudes have no effect.
+        bypass: whether training used LyCORIS's bypass mode. In this mode, the adapter changes the layer's output,
+            including the bias, instead of the layer's weight, and DoRA's magnitudes have no effect.
         rs: whether scalings are `alpha / sqrt(r)`.
         unit: the number by which a LoRA's `alpha / r` is multiplied; 0 means 1. For DyLoRA, this is the number of ranks
             that are trained together.
@@ -77,7 +79,7 @@ class Arguments:
     split: bool = False
 
     def at(self, stem: str) -> Arguments:
-        """Return the options for one module, given the module's name in the keys."""
+        """Return the options for the module that the file's keys name `stem`."""
         if not self.split:
             return self
         fused = {"qkv": 3 if "double" in stem else 0, "linear1": 4 if "single" in stem else 0}
@@ -85,7 +87,10 @@ class Arguments:
 
 
 def arguments_in(metadata: Mapping[str, str]) -> Arguments:
-    """Return the options in a header. Return the defaults if the header has none, or names another type of network."""
+    """Return the network options in a file's header.
+
+    Return the defaults if the header has no options, or if it names neither a LyCORIS network nor `FLUX`.
+    """
     network = metadata.get("ss_network_module", "")
     if not (network.startswith("lycoris") or network == FLUX):
         return Arguments()
@@ -173,11 +178,11 @@ class Rules:
     """A format's rules for decoding and encoding tensors.
 
     Attributes:
-        alpha_needed: whether the format's trainers write an alpha for every module. Their forward uses the rank if the
-            alpha is missing or 0. In other formats, a missing alpha gives a scaling of 1, and an alpha of 0 is an error
-            unless `by_formula` is set.
-        by_formula: whether to follow the paper's formula. An alpha of 0 then gives a scaling of 0. If `alpha_needed` is
-            set, a missing alpha is then an error.
+        alpha_needed: whether the format's trainers write an alpha for every module. If an alpha is missing or 0, the
+            forward of these trainers uses the rank as alpha. In other formats, a missing alpha gives a scaling of 1,
+            and an alpha of 0 is an error unless `by_formula` is set.
+        by_formula: whether to follow the paper's formula. If so, an alpha of 0 gives a scaling of 0, and a missing
+            alpha is an error in formats with `alpha_needed`.
         oft_zero: whether an alpha of 0 means that an OFT's rotation has no constraint. If false, an alpha of 0 allows
             no rotation, which is an error.
         norms: whether changes of one-dimensional weights are stored in the slots `w_norm` and `b_norm`.
@@ -197,7 +202,7 @@ class Rules:
 
 
 def rules_at(rules: Rules, stem: str) -> Rules:
-    """Return the rules for one module, given the module's name in the keys."""
+    """Return the rules for the module that the file's keys name `stem`."""
     there = rules.trained.at(stem)
     return rules if there is rules.trained else replace(rules, trained=there)
 
@@ -214,7 +219,7 @@ class ImageUpdate:
 
     Attributes:
         update: the decoded update.
-        fields: a map from each field of the update to the slot whose tensor the field contains.
+        fields: a map from field to slot, for each field of the update that contains the tensor of one slot.
         kept: slots whose original tensors the adapter stores, so that the writer can write the same file again.
         derived: a map from slots in `kept` to the field that was computed from the slot's tensor.
         idle: slots whose tensors have no effect. The adapter stores these tensors too, so that the writer can write
@@ -230,7 +235,10 @@ class ImageUpdate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """A tensor to write, its slot, and the update's field that it contains; empty for tensors such as an alpha."""
+    """A tensor to write, and its slot.
+
+    `field` is the update's field that the tensor comes from. It is empty for tensors such as an alpha.
+    """
 
     slot: str
     leaf: Leaf
@@ -253,7 +261,7 @@ NATIVE = "adapterkit"
 """The metadata key that marks files in adapterkit's own format. The image formats do not read such files."""
 
 Metadata = list[tuple[str, str]]
-"""Metadata as (key, value) pairs. The pairs keep the file's order, which is not alphabetical."""
+"""Metadata as (key, value) pairs. The pairs keep the file's order, which need not be alphabetical."""
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Lazy], Metadata]:
@@ -294,7 +302,10 @@ def tensor_names(path: Path) -> list[str]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Lazy], metadata: Metadata) -> None:
-    """Write a file atomically: a torch file, which has no metadata, if the suffix is torch's; otherwise safetensors."""
+    """Write tensors to a file atomically.
+
+    If the suffix is in `TORCH_SUFFIXES`, write a torch file, which has no metadata. Otherwise, write safetensors.
+    """
     if path.suffix not in TORCH_SUFFIXES:
         return safetensors.write(path, tensors, dict(metadata))
     import torch

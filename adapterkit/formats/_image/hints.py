@@ -29,11 +29,12 @@ class ImageHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         metadata: the keys and values of the header, in the header's order.
         stems: a map from each target to the name of the target's module in the file's keys.
         keys: a map from the writer's default key to the file's key, for keys where the two differ.
-        shapes: a map from a key in the file to the tensor's shape, for tensors with another shape than the writer's
-            default.
-        without_alpha: the names (in keys) of modules that had no alpha.
-        derived: a map from the key of a stored tensor to the fingerprint of the field that was computed from it.
-        idle: a map from the key of a stored tensor that has no effect to the tensor's target.
+        shapes: a map from a key in the file to the tensor's shape, for tensors whose shape differs from the writer's
+            default shape.
+        without_alpha: the modules that have no alpha in the file, by their names in the file's keys.
+        derived: a map from the key of a stored tensor to the fingerprint of the field that was computed from this
+            tensor.
+        idle: a map from key to target, for stored tensors that have no effect.
         compat: the `compat` with which the caller read the file.
     """
 
@@ -129,6 +130,7 @@ def still(old: Lazy, new: Lazy, update: Update, rules: Rules) -> bool:
     if whole and not rules.trained.rs:
         return True
     value, wanted = (ImageModule("", {"alpha": alpha}, {"alpha": "alpha"}).number("alpha") for alpha in (old, new))
-    # Allow rounding errors: with sqrt(r), the alpha that is computed from the scaling may differ in the last bits.
+    # Allow rounding errors: with rs_lora, scalings contain sqrt(r), so the writer's alpha may differ from the file's in
+    # the last bits.
     near = rules.trained.rs and math.isclose(value, wanted, rel_tol=1e-12)
     return value == wanted or near or (value == 0 and update.attributes.get("scaling") == 1)

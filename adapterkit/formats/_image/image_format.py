@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 ALPHAS = {
     "alpha_missing_or_zero": Departure(
-        "an alpha that is missing or 0 means the rank, so that the scaling is 1",
-        "alpha / r: a file without an alpha is refused, and an alpha of 0 is a scaling of 0",
+        "if the alpha is missing or 0, the rank is used as alpha, so the scaling is 1",
+        "the scaling is alpha / r; a missing alpha is an error, and an alpha of 0 gives a scaling of 0",
     )
 }
 """sd-scripts and LyCORIS compute `alpha = lora_dim if alpha is None or alpha == 0 else alpha`."""
 
 
 def zero_padded(update: Update, layer: LayerFacts) -> Update:
-    """Return an update that computes what its trainer's forward computes, also on a layer whose padding is not zeros.
+    """Return an update that computes the same as its trainer's forward, even if the layer does not pad with zeros.
 
     Raises:
         Unsupported: no method of adapterkit computes the same function as the trainer's forward.
@@ -59,13 +59,13 @@ def zero_padded(update: Update, layer: LayerFacts) -> Update:
 
 PADDING = {
     "convolution_padding": Departure(
-        "on a convolution whose padding_mode is not zeros (the live layer shows this, a file does not): the LoRA pads "
-        "its input with zeros, and methods other than LoRA are refused",
-        "the change of the weight, with the layer's padding, as tools merge it",
+        "if a convolution's padding_mode is not zeros (a file does not show the mode, only the live layer does), the "
+        "LoRA still pads its input with zeros, and other methods are refused",
+        "the change is added to the weight, as tools merge it, so the layer's own padding applies",
         zero_padded,
     )
 }
-"""Trainers run a convolution's LoRA as a second convolution with the same padding width. It always pads with zeros."""
+"""Trainers run a convolution's LoRA as another convolution, which pads by the same width, but always with zeros."""
 
 
 class ImageFormat(Format, ABC):
@@ -89,7 +89,7 @@ class ImageFormat(Format, ABC):
     def name(cls) -> str:
         return cls.__module__.rpartition(".")[2]
 
-    # Subclasses define these methods.
+    # Subclasses define the abstract methods, and may override the other methods.
 
     @abstractmethod
     def parse(self, key: str) -> ImageKey | None:
@@ -103,10 +103,10 @@ class ImageFormat(Format, ABC):
     def targets(
         self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        """Return the target of each module, by the module's name in the file."""
+        """Return a map from each module's name in the file to the module's target."""
 
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
-        """Return the name that the format's keys have for a target's module; None if the format cannot name it."""
+        """Return the name of a target's module in the format's keys; None if the format has no name for the module."""
         return target.path if target.rows is None else None
 
     def rescaled(self, decoded_update: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
@@ -126,12 +126,12 @@ class ImageFormat(Format, ABC):
         if not self.naming:
             return dict(updates), []
         if families := FAMILIES.get(self.name()):
-            # Files of this format belong only to these families.
+            # All files of this format are for models of these families.
             origin = replace(origin, families=families)
         return in_naming(updates, self.naming, kept, origin, fold=fold, rows=self.rows)
 
     def prepared(self, updates: Updates) -> Updates:
-        """Rewrite updates in a form that only this format can store, without changing their function."""
+        """Rewrite updates as the format requires, without changing the function that they compute."""
         return updates
 
     def why_not(self, target: Target, update: Update, rules: Rules) -> str:
@@ -145,14 +145,14 @@ class ImageFormat(Format, ABC):
         return hints.metadata, False
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
-        """Return the file to read or write if the path is a folder; otherwise the path."""
+        """Return the file in the folder `path` to read or write; if `path` is not a folder, return `path`."""
         return path
 
     def rules_in(self, file: Path, hints: ImageHints) -> Rules:
         """Return the rules for writing to this file; they may depend on the file's suffix."""
         return self.rules
 
-    # These methods are the same for all formats.
+    # Most formats do not override these methods.
 
     def read(
         self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None, family: str | None = None
@@ -180,7 +180,10 @@ class ImageFormat(Format, ABC):
         return lines
 
     def switch(self, stem: str) -> str:
-        """Return the component of a module. Either all LoRAs of a component have a bias, or none has."""
+        """Return the component of a module, for checks of biases: in a component, all LoRAs or none have a bias.
+
+        By default, all modules of a file are in one component.
+        """
         return ""
 
     def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, ImageModule]:
@@ -198,7 +201,7 @@ class ImageFormat(Format, ABC):
                 raise Unsupported(why, where=text, cure="Move the tensors with keys bundle_emb.* to a separate file")
             if key is None:
                 cure = "Remove this tensor from the file. If the tensor comes from another file, convert that file"
-                raise Malformed(f"{self.name()} has no keys of this form", where=text, cure=cure)
+                raise Malformed(f"this is not a key of the format {self.name()}", where=text, cure=cure)
             slots = grouped.setdefault(key.stem, {})
             if key.slot in slots:
                 raise Malformed(f"this key has the same meaning as {slots[key.slot].text}", where=text, cure=AGAIN)
@@ -214,7 +217,7 @@ class ImageFormat(Format, ABC):
 
 
 def folder_file(path: Path, names: Iterable[str]) -> Path:
-    """Return the first of these files that the folder contains; `path` itself if it is not a folder.
+    """Return the path of the first file in `names` that the folder contains; if `path` is not a folder, return `path`.
 
     Raises:
         UsageError: the folder has none of these files.
@@ -350,7 +353,7 @@ def _check_distinct(targets: Mapping[str, Target]) -> None:
         seen[target] = stem
 
 
-# Read the alpha in the header: for some families, trainers store a single alpha for all modules in the header.
+# Read the alpha in the header. For some families, trainers store one alpha in the header, which applies to all modules.
 
 ALPHA = "alpha"
 """The key of alpha in the header, and also the name of the slot for alpha."""
@@ -364,8 +367,8 @@ def _with_alphas(
 ) -> tuple[dict[str, Lazy], Metadata]:
     """Return the tensors with the header's alpha added to each LoRA, and the metadata without the alpha.
 
-    Most loaders ignore an alpha in the header. So apply it only if `header_alpha` is true for all possible families.
-    Ignore it if the file has alpha tensors or diffusers' config.
+    Most loaders ignore an alpha in the header. So apply this alpha only if `header_alpha` is true for all possible
+    families. Ignore the header's alpha if the file has alpha tensors or diffusers' config.
     """
     value = _finite(dict(metadata).get(ALPHA, ""))
     parsed = [key for key in map(image_format.parse, tensors) if key is not None] if value else []
@@ -380,13 +383,13 @@ def _with_alphas(
 
 
 def _has_header_alpha(names: Collection[str]) -> bool:
-    """Whether every family with all of these modules uses an alpha from the header."""
+    """Whether some family has all of these modules, and each such family uses the alpha in the header."""
     fitting = families_with(names)
     return bool(fitting) and all(family.facts.header_alpha for family in fitting)
 
 
 def _finite(text: str) -> float:
-    """Convert a text to a number; return 0 if the text is not a number, or if the number is not below 1e30."""
+    """Convert text to a number; return 0 if the text is not a number, or if the absolute value is not below 1e30."""
     try:
         value = float(text)
     except ValueError:
@@ -431,7 +434,7 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
 
 
 def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[Target, tuple[Update, ...]]:
-    """Give the target the prefix that the base has for the same module; unchanged if the base lacks the module."""
+    """Replace the target's prefix by the base's prefix for the module. Keep the target if the base lacks the module."""
     if target.path in known:
         return {target: each}
     root, rest = rooted(target.path)
@@ -469,9 +472,10 @@ def check_biases(modules: Mapping[str, ImageModule], part_of: Callable[[str], st
 
 
 def mixed_biases(updates: Updates, part_of: Callable[[Target, Update], str]) -> Iterator[tuple[Target, str]]:
-    """Yield (target, reason) for a component's LoRAs with a bias or without one, whichever are fewer.
+    """Find the components in which some LoRAs have a bias and others have none.
 
-    If both are equally many, yield the LoRAs with a bias. If all LoRAs of a component or none have a bias, yield none.
+    Yield (target, reason) for each LoRA in the smaller of these two groups. If the groups have the same size, yield the
+    LoRAs with a bias.
     """
     parties: dict[str, dict[bool, list[Target]]] = {}
     for target, group in updates.items():

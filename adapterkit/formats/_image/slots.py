@@ -41,7 +41,7 @@ def decode(module: ImageModule, rules: Rules) -> list[ImageUpdate]:
     Raises:
         Malformed: a tensor lacks its partner, or the tensors belong to methods that cannot be combined.
         ShapeMismatch: the tensors' shapes do not fit the method.
-        Unsupported: no method of adapterkit computes what the tensors mean.
+        Unsupported: no method of adapterkit computes the function that the tensors define.
     """
     decoders, rules = _decoders(tuple(module.tensors)), rules_at(rules, module.stem)
     if not decoders:
@@ -68,11 +68,13 @@ def _decoders(slots: tuple[str, ...]) -> list[Callable[[ImageModule, Rules], Ima
 
 
 def scaling(module: ImageModule, rank: int, rules: Rules) -> float:
-    """Return `alpha / rank`, or 1 if the rules allow a missing or zero alpha. See `Rules`.
+    """Return a module's scaling, `alpha / rank`.
+
+    Return 1 if the alpha is missing. Also return 1 if the alpha is 0, unless `by_formula` is set.
 
     Raises:
         Malformed: the alpha is missing, and both `by_formula` and `alpha_needed` are set. Or the alpha is 0, and
-            neither of the two is set.
+            neither `by_formula` nor `alpha_needed` is set.
         ShapeMismatch: the rank is 0.
     """
     if "alpha" not in module.tensors:
@@ -124,14 +126,14 @@ def drawn(rank: int, unit: int) -> int:
 
 
 def _through(module: ImageModule) -> Lazy:
-    """Return the product of the Tucker core `mid` and the factor `down`, a convolution kernel in float32."""
+    """Multiply the Tucker core `mid` by the factor `down`. The product is a convolution kernel in float32."""
     down, mid = module.need("down", "mid")
     rank, *kernel = mid.shape[1:] if len(mid.shape) > 2 else (0,)
     ones = all(n == 1 for n in down.shape[2:])
     if mid.shape[:2] != (rank, rank) or len(down.shape) < 2 or down.shape[0] != rank or not ones:
         why = (
-            f"the Tucker core (mid) must have the shape [r, r, *kernel], and down the shape [r, in, 1, ...]; their "
-            f"shapes are {list(mid.shape)} and {list(down.shape)}"
+            f"the Tucker core (mid) must have the shape [r, r, *kernel], and the factor (down) must have the shape "
+            f"[r, in, 1, ...]; their shapes are {list(mid.shape)} and {list(down.shape)}"
         )
         raise ShapeMismatch(why, where=module.keys["mid"], cure=AGAIN)
     shape = (rank, down.shape[1], *kernel)
@@ -196,10 +198,10 @@ def _normed(module: ImageModule, update: Update) -> ImageUpdate:
 def _check_bypassed(module: ImageModule, update: Update) -> None:
     if isinstance(update, LoRA) and len(update.A.shape) > 2:
         why = (
-            "the module is DoRA on a convolution, trained with bypass_mode: LyCORIS ignores its magnitude, except on "
-            "grouped convolutions, and the file does not show which convolutions are grouped"
+            "the module is DoRA on a convolution, trained with bypass_mode: LyCORIS uses the magnitude only on grouped "
+            "convolutions, and the file does not show whether this convolution is grouped"
         )
-        cure = 'Read the file with its magnitude: --compat formula (compat="formula")'
+        cure = 'To use the magnitude, read the file with --compat formula (compat="formula")'
         raise Unsupported(why, where=module.keys["dora"], cure=cure)
 
 
@@ -233,10 +235,10 @@ def _lokr(module: ImageModule, rules: Rules) -> ImageUpdate:
         leaves["w2_a"] = _turned(leaves["w2_a"])
     factors = [module.tensors[slot] for slot in ("lokr_w1_b", "lokr_w2_b") if slot in module.tensors]
     whole = {"w1", "w2"} <= fields.keys()
-    # If both factors are full, ignore the alpha, as LyCORIS does. Such a module may have any alpha in the file.
+    # If both factors are full, LyCORIS ignores the alpha, so the file may contain any alpha. The exception is rs_lora.
     rank = factors[0].shape[0] if factors and factors[0].shape else 0
-    # With rs_lora and two full factors, the scaling is `sqrt(r)`. LyCORIS saves `alpha = r * sqrt(r)`, and the cube
-    # root of this alpha is `sqrt(r)`.
+    # With rs_lora and two full factors, LyCORIS saves `alpha = r * sqrt(r)`, and the scaling is `sqrt(r)`. The tensors
+    # do not show r, so compute the scaling as the cube root of alpha.
     root = max(module.number("alpha"), 0.0) ** (1 / 3) if rules.trained.rs and "alpha" in module.tensors else 1.0
     update = LoKr(**leaves, scaling=root if whole else scaling(module, rank, rules))
     _checked(update, module)
@@ -267,7 +269,8 @@ def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
     """Decode OneTrainer's OFT, which rotates blocks of inputs. It is PEFT's OFT with five terms of the Cayley series.
 
     With `oft_scaled`, OneTrainer divides the stored values by `2 * sqrt(b - 1)`, for blocks of size b. On convolutions,
-    it applies the inverse rotation. The file does not show which layers are convolutions.
+    OneTrainer applies the inverse rotation. The file does not show which layers are convolutions, so refuse modules
+    whose names match `_CONVOLUTION`.
     """
     _no_dora(module)
     (pairs,) = module.need("oft_R")
@@ -296,7 +299,7 @@ _CONVOLUTION = re.compile(
 
 def _constraint(module: ImageModule, rules: Rules) -> float:
     if "alpha" not in module.tensors:
-        raise Malformed("the module has no alpha, and an OFT's alpha is its constraint", where=module.where, cure=AGAIN)
+        raise Malformed("the module has no alpha, which an OFT needs as its constraint", where=module.where, cure=AGAIN)
     alpha = module.number("alpha")
     if alpha < 0 or (alpha == 0 and not rules.oft_zero):
         why = f"the constraint (alpha) is {alpha}, which allows no rotation"
@@ -419,7 +422,7 @@ def number(value: float) -> Lazy:
 
 _WITHOUT_ALPHA = 'Read the file without --compat formula (compat="formula"): adapterkit then uses the rank as alpha'
 
-# Encode updates as tensors by slot, and explain why some updates cannot be encoded.
+# Encode an update as one tensor for each slot, or return the reason why the format cannot express the update.
 
 
 _SLOTS: dict[type[Update], str] = {
@@ -430,7 +433,7 @@ _SLOTS: dict[type[Update], str] = {
 
 
 LARGEST_RANK = 1e290
-"""The largest scaling that is written. Its product with a rank is the alpha, which readers accept only below 1e300."""
+"""The largest scaling that is written. Readers accept only alphas below 1e300, and the alpha is scaling * rank."""
 
 
 def why_not(update: Update, rules: Rules) -> str:
@@ -441,7 +444,7 @@ def why_not(update: Update, rules: Rules) -> str:
     if isinstance(update, LoRA) and update.bias is not None and "bias" not in rules.slots:
         return "the format cannot store the bias of this lora"
     if abs(update.attributes.get("scaling", 0.0)) > LARGEST_RANK:
-        return "its scaling is too large for an alpha"
+        return f"the absolute value of its scaling is above {LARGEST_RANK}, so the alpha would be too large"
     if isinstance(update, (LoRA, DoRA, LoHa, GLoRAProducts)) and update.scaling == 0 and _rank_for_zero(rules):
         return "its scaling is 0, but the format's tools replace an alpha of 0 by the rank"
     if isinstance(update, LoKr) and update.stacked:
@@ -463,9 +466,9 @@ NO_SLOT_FOR_SCALING = "has a scaling, which the format cannot store"
 
 
 def why_not_there(update: OFT | BOFTOutputs | IA3Weights, rules: Rules) -> str:
-    """Return the reason if a file's `bypass_mode` contradicts the way in which an update treats the bias; empty if not.
+    """Return the reason why a file with this `bypass_mode` cannot express an update; empty if it can.
 
-    The header has one `bypass_mode` for all modules. It decides whether all updates of these methods change the bias.
+    The header has one `bypass_mode` for all modules. It decides whether updates of these methods change the bias.
     """
     inputs = isinstance(update, IA3Weights) and update.w is None
     if inputs or update.on_output == rules.trained.bypass:
@@ -480,7 +483,7 @@ def _rank_for_zero(rules: Rules) -> bool:
 
 def _why_not_oft(update: OFT, rules: Rules) -> str:
     if update.square is None or update.side != "out" or update.terms or update.coft:
-        return "the format can express only an oft that rotates outputs by Cayley transforms and stores complete blocks"
+        return "the format needs an oft that rotates outputs by exact Cayley transforms and stores full blocks"
     if update.rescale is not None and "rescale" not in rules.slots:
         return "the format cannot express an oft that rescales the outputs"
     return (
@@ -489,7 +492,7 @@ def _why_not_oft(update: OFT, rules: Rules) -> str:
 
 
 def folded(update: Update, rules: Rules) -> Update:
-    """Fold an update's scaling into a factor (and the bias, if any), in the dtype of these tensors.
+    """Multiply a factor (and the bias, if any) by the update's scaling, and set the scaling to 1. Dtypes stay the same.
 
     Return the update unchanged if a slot can store the scaling.
     """
@@ -532,7 +535,7 @@ def encode(update: Update, rules: Rules, kernel: int = 0) -> list[StoredTensor]:
         if "pairs" in leaves:
             return [
                 StoredTensor("oft_R", leaves["pairs"], "pairs")
-            ]  # OneTrainer's slot: `hints` compares it with the file. `why_not` refuses to write it.
+            ]  # OneTrainer's slot. Only `ImageLeftovers` uses it, because `why_not` refuses to write it.
         blocks = leaves["square"]
         alpha = update.constraint / (blocks.shape[-3] * blocks.shape[-2])
         rescale = (
@@ -614,7 +617,9 @@ def _turned_back(leaf: Lazy) -> Lazy:
 
 
 def without_effect(updates: Updates, rules: Rules) -> tuple[Updates, list[str]]:
-    """Omit updates that the format cannot express, if they are all zero. Return the rest, and a line for each change.
+    """Omit the updates that the format cannot express and that are all zero.
+
+    Return the other updates, and one line for each target that lost updates.
 
     LoRAs extracted from Wan contain an all-zero `diff` tensor for every norm.
     """

@@ -154,7 +154,7 @@ class _Into:
             turned = [reordered(update, pieces) for update in group]
             if None in turned or target.rows is not None:
                 return self.lose(
-                    target, group, "the other naming orders the weight's rows differently; the update cannot be split"
+                    target, group, "the other naming reorders the weight's rows, and the update cannot be reordered"
                 )
             return self.keep(replace(target, path=root + first.path), tuple(u for u in turned if u is not None))
         return self._part(target, group, pieces, root, source)
@@ -162,15 +162,15 @@ class _Into:
     def _root(self, root: str) -> str:
         """Return the prefix of the translated path.
 
-        If diffusers' naming is requested, a prefix other than `transformer_2.` becomes the component's name in
-        diffusers.
+        In diffusers' naming, the prefix is the component's name. Only `transformer_2.` and an empty prefix stay
+        unchanged.
         """
         if self.naming != "diffusers" or root in ("", "transformer_2."):
             return root
         return f"{self.family.component}."
 
     def _fused(self, target: Target, group: tuple[Update, ...], source: str) -> str | None:
-        """Return the fused module that diffusers creates for a LoKr; None if there is none.
+        """Return the path of the fused module that diffusers creates for a LoKr; None if there is no such module.
 
         diffusers cannot load a LoKr that was split into parts.
         """
@@ -256,14 +256,14 @@ def ratio_of(target: Target, group: tuple[Update, ...]) -> float | None:
 
 
 def _is_order(pieces: tuple[Piece, ...]) -> bool:
-    """Whether the pieces are the whole of one module in the other naming, but with its rows in another order."""
+    """Whether the pieces together are one whole module in the other naming, where the rows have another order."""
     first = pieces[0]
     whole = len({piece.path for piece in pieces}) == 1 and sum(p.there.parts for p in pieces) == first.there.of
     return whole and len(pieces) > 1
 
 
 def _is(rows: tuple[int, int] | None, run: Run) -> bool:
-    """Whether `rows` are the rows of `run` for some size of the fused weight; the actual size is unknown."""
+    """Whether the fused weight can have a size for which `run` covers exactly `rows`. The actual size is unknown."""
     size = 0 if rows is None else rows[1] - rows[0]
     return rows is not None and size % run.parts == 0 and rows[0] == run.start * (size // run.parts)
 
@@ -310,8 +310,8 @@ def reordered(update: Update, pieces: tuple[Piece, ...]) -> Update | None:
 def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
     """Return one update for each span of rows; None if the update cannot be split along outputs.
 
-    If a LoRA was joined from separate LoRAs of the spans, each span uses different rows of A, and its update gets only
-    these rows. Otherwise, the update of each span gets the whole A.
+    If a LoRA was joined from separate LoRAs of the spans, each span uses different rows of A, and the span's update
+    gets only these rows. Otherwise, the update of each span gets the whole A.
     """
     if isinstance(update, LoRA) and (ranks := _diagonal(update, spans)):
         whole = [
@@ -329,7 +329,10 @@ def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | N
 
 
 def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Return one OFT for each span; None if a span starts or ends inside a block, or if a constraint couples blocks."""
+    """Return one OFT for each span; None if the OFT does not store square blocks, or if it has a constraint.
+
+    Also return None if a span starts or ends inside a block. A constraint applies to all blocks together.
+    """
     name = "square" if update.square is not None else "pairs"
     size = int(update.dims()["b"]) if update.square is not None else 0  # type: ignore[arg-type]
     if not size or update.constraint or update.coft or any(edge % size for span in spans for edge in span):
@@ -342,9 +345,9 @@ def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Updat
 
 
 def _kronecker_parts(update: LoKr, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Return one LoKr for each span; None if a span starts or ends between rows that share one row of w1.
+    """Return one LoKr for each span; None if a span starts or ends inside the rows that one row of w1 produces.
 
-    Also None if w2 is a stack of matrices.
+    Also return None if w2 is a stack of matrices.
     """
     size = int(update.dims()["out"]) // int(update.dims()["a"])  # type: ignore[arg-type]
     if update.stacked or any(edge % size for span in spans for edge in span):
@@ -369,7 +372,10 @@ def _bias_cut(update: LoRA, span: tuple[int, int]) -> LoRA:
 
 
 def _diagonal(update: LoRA, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the range of B's columns that each span uses; empty if B is not block-diagonal, or if a block is zero."""
+    """Return the range of B's columns that each span uses.
+
+    Return an empty list if B is not block-diagonal, if a block is zero, or if there is only one span.
+    """
     used = as_array(as_lazy(update.B)) != 0
     edges = [0]
     for start, stop in spans:
@@ -417,8 +423,8 @@ def joined(parts: Sequence[FusedPart], *, fold: bool) -> tuple[Update | None, st
 
     Args:
         parts: the updates, each with its rows.
-        fold: whether B may be multiplied by a quotient of different scalings, which rounds B. If the quotient is a
-            power of two from 2**-8 to 2**8, B is multiplied in any case.
+        fold: whether B may be multiplied by the ratio of two parts' scalings, which rounds B. If the ratio is a power
+            of two from 2**-8 to 2**8, B is multiplied even if `fold` is false.
     """
     unit, of = parts[0].unit, parts[0].run.of
     if not unit and outputs_of(parts[0].update) is None and sum(part.run.parts for part in parts) == of:
@@ -428,7 +434,7 @@ def joined(parts: Sequence[FusedPart], *, fold: bool) -> tuple[Update | None, st
             "" if whole is not None else f"{parts[0].update.method} differs between the parts of a fused weight",
         )
     if not unit or any(part.unit != unit for part in parts):
-        return None, "the sizes of its parts do not add up to the fused weight"
+        return None, "the updates' numbers of outputs do not fit the parts of the fused weight"
     parts = sorted(parts, key=lambda part: part.run.start)
     rows = [(part.run.start * unit, part.run.stop * unit) for part in parts]
     updates: list[Any] = [part.update for part in parts]
@@ -524,8 +530,8 @@ def _block_diagonal(
         if not fold and not _power_of_two(ratio):
             return None, "the parts of a fused weight have different scalings"
         blocks.append(update.B if ratio == 1 else times(update.B, ratio))
-    # Store each A only once, although several parts may have it. Example: in one weight, queries, keys and values have
-    # the same A, and the MLP has another.
+    # If several parts have the same A, store this A only once. Example: the queries, keys and values of a weight share
+    # one A, and its MLP has another.
     ranks, blocks_by_A, end = list[tuple[int, int]](), dict[str, tuple[int, int]](), 0
     for update in updates:
         known = blocks_by_A.setdefault(fingerprint(update.A), (end, end + int(update.A.shape[0])))
@@ -557,7 +563,7 @@ Place = tuple[tuple[int, int], tuple[int, int] | None, Any]
 def place(parts: Iterable[Place], shape: tuple[int, ...]) -> Lazy:
     """Copy tensors into a tensor of zeros. The result has the tensors' dtype, or float32 if the dtypes differ.
 
-    Each part is (rows, columns, tensor); columns are None for all columns.
+    Each part is (rows, columns, tensor). If `columns` is None, the tensor covers all columns.
     """
     kept = [(rows, columns, as_lazy(leaf)) for rows, columns, leaf in parts]
     kinds = {leaf.dtype.name for _, _, leaf in kept}
@@ -579,9 +585,9 @@ def place(parts: Iterable[Place], shape: tuple[int, ...]) -> Lazy:
 
 
 def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
-    """Begin each target with diffusers' name of its component: `x_embedder` becomes `transformer.x_embedder`.
+    """Give each target its component's name in diffusers as the prefix, instead of any other prefix.
 
-    Targets of unknown components stay unchanged.
+    Example: `x_embedder` becomes `transformer.x_embedder`. Targets of unknown components stay unchanged.
     """
     renamed: dict[Target, tuple[Update, ...]] = {}
     for target, each in updates.items():
@@ -605,7 +611,7 @@ def in_parts(
 
 
 def parts_of(path: str) -> list[str]:
-    """Return diffusers' names of a module with a native name: several for a fused weight, none if unknown."""
+    """Return diffusers' names for the native name `path`: several for a fused weight, none for an unknown module."""
     root, rest = rooted(path)
     component = component_of(path)
     before = f"{component}." if root and component else ""
@@ -640,7 +646,7 @@ def _check_families(adapters: Sequence[Sequence[str]]) -> None:
     """Check that every adapter has a possible family in common with the first adapter.
 
     Raises:
-        UsageError: an adapter has no such family; the error names the families of both adapters.
+        UsageError: an adapter and the first adapter have no family in common; the error names the families of both.
     """
     known = [(paths[0], frozenset(families_of_all(paths))) for paths in adapters if paths]
     for place, others in known[1:]:
@@ -649,7 +655,7 @@ def _check_families(adapters: Sequence[Sequence[str]]) -> None:
             names = [_titles(each) or "an unknown family" for each in (first, others)]
             why = f"the adapters are for different models: {names[0]}, and {names[1]}"
             raise UsageError(
-                why, where=place, cure="Give adapters for one base: these adapters change no common weight"
+                why, where=place, cure="Give only adapters for the same base: these adapters have no weight in common"
             )
 
 

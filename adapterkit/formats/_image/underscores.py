@@ -49,7 +49,7 @@ _PARTS = {
 """A map from each prefix of flattened names to the components of the pipeline that the prefix may mean."""
 
 _DENOISER = ("lora_unet", "oft_unet", "lora_transformer", "Hunyuan_video_I2V_lora", "lora_prior_unet", "lycoris")
-"""Prefixes of flattened names whose modules are in the U-Net or the transformer."""
+"""The prefixes that flattened names of modules in the U-Net or the transformer may have."""
 
 _FAMILIES = {"Hunyuan_video_I2V_lora": "hunyuan_video"}
 """A map from a prefix to the only family whose trainer writes this prefix."""
@@ -59,7 +59,7 @@ _ARCHITECTURES = {"flux": "text_encoder_2", "sd3": "text_encoder_3", "stable-dif
 
 
 def resolve(modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None) -> dict[str, str]:
-    """Return the dotted path of each module, by the module's flattened name (its stem).
+    """Return a map from each module's flattened name (its stem) to the module's dotted path.
 
     Args:
         modules: the modules of the file, by stem.
@@ -67,8 +67,8 @@ def resolve(modules: Mapping[str, ImageModule], metadata: Mapping[str, str], bas
         base: the base, whose module names are tried first; if None, only the names of known families are tried.
 
     Raises:
-        TargetNotFound: a stem fits no module, or several modules; the error names these modules, or the most similar
-            module.
+        TargetNotFound: a stem fits several modules, which the error names. Or a stem fits no module; the error then
+            suggests the most similar name, if there is one.
     """
     known = list(modules)
     walked = None if base is None else _walked(base)
@@ -92,7 +92,7 @@ def _together(
     """Return the dotted path of each stem in the denoiser, if one family has all these stems; otherwise an empty dict.
 
     Args:
-        rest: the part of `words` with the stems that are not resolved yet.
+        rest: the entries of `words` whose stems are not resolved yet.
         words: a map from every stem to its prefix and the flattened name after the prefix. The stems of text encoders
             help to choose the family.
         metadata: the file's metadata.
@@ -123,12 +123,13 @@ def _together(
     fitting = narrowed(fitting, lambda family: names_family(family, metadata))
     kinds = {kind for tag, flat in words.values() if tag not in _DENOISER and (kind := _kind(flat))}
     fitting = narrowed(fitting, lambda family: bool(kinds) and kinds <= _kinds(family))
-    # Compare input sizes: FLUX.2 shares names with FLUX, and HunyuanVideo 1.5 with HunyuanVideo, but sizes differ.
+    # Compare input sizes: FLUX.2 has the same module names as FLUX, and HunyuanVideo 1.5 the same as HunyuanVideo, but
+    # their input sizes differ.
     fitting = narrowed(fitting, lambda family: not set(family.facts.widths).isdisjoint(sizes))
     fitting = narrowed(fitting, lambda family: complete(family, [rooted(p)[1] for p in readings[family].values()]))
     first = readings[fitting[0]]
-    # If there is a base, targets are translated to the base's names later. So it suffices that the families have the
-    # same names in diffusers.
+    # If there is a base, targets are translated to the base's names later. So it suffices that all these
+    # families have the same names in diffusers.
     same = of_base is not None and len({_in_diffusers(family, readings[family]) for family in fitting}) == 1
     for family in () if same else fitting[1:]:
         odd = next((stem for stem, path in readings[family].items() if path != first[stem]), None)
@@ -138,7 +139,7 @@ def _together(
     return first
 
 
-_DECIDE = "Name the family with --family (family=), or give the base with --base (base=), so that its names decide"
+_DECIDE = "Name the family with --family (family=), or give the base with --base (base=): its module names then decide"
 
 
 def _kind(flat: str) -> str:
@@ -157,7 +158,7 @@ def _in_diffusers(family: ImageFamily, reading: Mapping[str, str]) -> tuple[tupl
 
 
 def _reading(family: ImageFamily, inside: Mapping[str, str]) -> dict[str, str]:
-    """Return the path of each stem in the family's first naming that has all stems; empty if no naming has all."""
+    """Return a map from stem to path in the first naming of the family that has all stems; empty if no naming does."""
     if not all(family.may_have(flat) for flat in inside.values()):
         return {}
     for naming in dict.fromkeys((family.facts.kohya, *family.namings)):
@@ -253,7 +254,7 @@ def _has(family: ImageFamily, flats: Iterable[str]) -> bool:
 def _walked(base: Checkpoint) -> dict[str, list[tuple[str, str]]]:
     """Map flattened names to (component, dotted path) pairs, for all modules of the base.
 
-    A module whose path has a prefix is listed twice: with the prefix and without it.
+    A module whose path has a prefix gets two flattened names: one with the prefix, and one without it.
     """
     places_by_name: dict[str, list[tuple[str, str]]] = {}
     for path in modules_of(base):
@@ -279,7 +280,7 @@ def _near(flat: str, walked: Mapping[str, object] | None) -> str:
     known = {flatten(p) for family in families() for naming in family.namings for p in family.names(naming).patterns}
     shape = re.sub(r"(?<![^_])\d+(?![^_])", "#", flat)
     near = nearest(shape, {name for name in known if name[:4] == shape[:4]})
-    return f"{near}{'. ' if near else ''}Give the base with --base (base=), so that its names are used"
+    return f"{near}{'. ' if near else ''}Give the base with --base (base=): its module names are then used"
 
 
 def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris: bool = False) -> str | None:
@@ -288,7 +289,7 @@ def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris:
     Args:
         path: the target's path.
         paths: the paths of all targets in the file.
-        tag: the prefix of stems in the U-Net or the transformer.
+        tag: the prefix for modules of the U-Net or the transformer.
         lycoris: whether to use the prefix `lycoris` for a module outside image models. If false, such a module has no
             stem.
     """
