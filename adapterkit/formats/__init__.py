@@ -41,11 +41,12 @@ FORMATS: Registry[type[Format]] = Registry("format", __name__, "adapterkit.forma
 
 @inputs_kept()
 def detect(path: str | PathLike[str]) -> str:
-    """Detect the format of the adapter at `path`, a file or a folder, from its headers, and return the format's name.
+    """Return the name of the format of an adapter's file or folder, without reading tensor data.
 
     Raises:
         StorageError: nothing exists at `path`.
-        UnknownFormat: no format recognises the headers, or several formats do; the error names the candidates.
+        UnknownFormat: no format recognises the headers, or several formats recognise them, or the folder has adapters
+            in subfolders and the caller must choose one. The error lists the candidates, if there are any.
     """
     return _only(_searched(path, FORMATS)[1], path)
 
@@ -84,13 +85,14 @@ def read(
         format: the name of the adapter's format; None detects the format from the headers.
         base: the base model, for formats that cannot resolve module names without the base.
         compat: `"formula"` applies the paper's formula, even if the training tool computed another formula. Some
-            formats accept further values, for files that can be understood in two ways.
+            formats accept further values; each selects one interpretation of an ambiguous file.
         alpha: LoRA's alpha, for a file that does not store alpha.
         rank: the expected rank; a file with a different rank is an error.
         strict: refuse every setting that the format does not define, even a harmless one.
-        experts_order: the layout of the factors of stacked experts, if neither the file nor the base shows this layout:
-            `"rank_major"` (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (PEFT before
-            0.19: the columns of lora_A are the outputs). Formats without stacked experts ignore this argument.
+        experts_order: the layout of the factors of stacked experts. It is needed if neither the file nor the base shows
+            the layout. The values are `"rank_major"` (PEFT), `"grouped_by_expert"` (Unsloth before September 2026) and
+            `"peft_0.18"` (PEFT before 0.19, where each column of lora_A belongs to an output of the layer). Formats
+            without stacked experts ignore this argument.
         strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter records.
         family: the family of the image, video or audio model, such as `"flux"`, if the names of the adapter's modules
             fit several families.
@@ -144,7 +146,7 @@ def read(
 
 @inputs_kept()
 def outline(path: str | PathLike[str], format: str) -> Adapter:  # noqa: A002 - the public contract's word
-    """Read an adapter's targets and shapes without a base, even if its values depend on a base; see `Format.outline`.
+    """Read an adapter's targets and shapes without its base, even if `read` requires the base; see `Format.outline`.
 
     Raises:
         AdapterkitError: see `Format.outline`.
@@ -166,7 +168,8 @@ def _with_order(compat: str | None, order: str, reader: Format) -> str | None:
     if not reader.experts_orders:
         return compat
     if compat is not None:
-        raise UsageError("compat and experts_order cannot be combined", cure="Omit --compat (compat=)")
+        why = "--compat (compat=) and --experts-order (experts_order=) cannot be combined"
+        raise UsageError(why, cure="Omit --compat (compat=)")
     return order
 
 
@@ -181,10 +184,10 @@ def save(
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> list[str]:
-    """Write an adapter. Unlike `adapterkit.write`, do not try other methods if the format refuses an update.
+    """Write an adapter. If the format refuses an update, raise an error; `adapterkit.write` would try other methods.
 
     The output is written next to `path` and renamed to `path` when it is complete. After an error, `path` is unchanged.
-    If `path` is a folder with an adapter, the format's own files in the folder are replaced, and all other files stay.
+    If `path` is a folder with an adapter, the files that match `Format.owns` are replaced, and all other files stay.
     Before the rename, the output is read back and compared with the adapter.
 
     For the arguments and errors, see `adapterkit.write`. Returns one line for each omitted or rewritten update.
@@ -215,9 +218,9 @@ def save(
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """If the format lacks the method of an update, replace the update with an equivalent update of another method.
+    """Replace updates whose method the format does not support, if their layer has no bias.
 
-    This is done only for layers without a bias, because only there the other methods compute the same function.
+    On such a layer, an update of another method may have the same effect; see `Update.without_bias`.
     """
     from ..naming.binding.fitting import biasless
 
@@ -243,9 +246,9 @@ def files_of(adapter: Adapter) -> set[Path]:
 
 
 def files_read(source: str | PathLike[str]) -> list[Path]:
-    """List the local files that reading an adapter or a base may open; empty for an address on a hub.
+    """List the local files that may be opened to read an adapter or a base; empty for an address on a hub.
 
-    For a folder, the list has the tensor files and all other files that a format or a base may store there.
+    For a folder, list the tensor files and all other files that a format or a base may store in the folder.
     """
     if is_remote(source):
         return []
@@ -261,7 +264,7 @@ def files_read(source: str | PathLike[str]) -> list[Path]:
 
 @inputs_kept()
 def recognised(path: str | PathLike[str]) -> tuple[str, ...]:
-    """List all formats that recognise the headers at `path`. If a folder has only one tensor file, try this file, too.
+    """List all formats that recognise a file or a folder, or the only tensor file in the folder.
 
     Raises:
         StorageError: nothing exists at `path`.
@@ -289,7 +292,7 @@ def _only(formats: Sequence[str], path: str | PathLike[str]) -> str:
         raise UnknownFormat(why, path=path, where=key, cure=kind.cure)
     module = next(iter(adapter_modules(source)), None)
     if module is not None:
-        why = "the file's keys end like an adapter's keys, but no known family of models has all modules of these keys"
+        why = "the file has an adapter's keys, but no known model family has all modules that these keys name"
         cure = "Name the format with --from (format=), and give the base that has these modules with --base (base=)"
         raise UnknownFormat(why, path=path, where=module, cure=cure)
     cure = f"Tried: {', '.join(FORMATS)}"
@@ -303,7 +306,7 @@ def _only(formats: Sequence[str], path: str | PathLike[str]) -> str:
 
 
 def is_model(source: str | PathLike[str]) -> bool:
-    """Whether a local path is a whole model, such as a base or a tuned model, so that `opened` finds tensors there."""
+    """Whether `opened` can open a local path as a model with tensors, such as a base or a tuned model."""
     if is_address(source):
         return False
     try:
@@ -322,14 +325,14 @@ def _check_order(path: str | PathLike[str], base: Checkpoint | str | PathLike[st
     if is_remote(place) or not is_model(path) or not recognised(place):
         return
     first, second = public(str(place)), public(os.fspath(path))
-    cure = f"Swap them: BASE comes first, then its adapters: {second} {first}"
+    cure = f"Swap them. BASE comes first, then its adapters: {second} {first}"
     raise UsageError(f"{first} is an adapter, and {second} is not", cure=cure)
 
 
 def _searched(path: str | PathLike[str], names: Iterable[str]) -> tuple[Path, list[str], str | None]:
-    """Return the path to read and the formats that recognise it.
+    """Return the path to read, the formats that recognise this path, and the name of a subfolder.
 
-    If the adapter to read is in a subfolder of `path`, also return the subfolder's name, otherwise None.
+    The name is None unless the adapter is in a subfolder of `path`.
     """
     source = _existing(path)
     file, formats = _recognised(source, names)
@@ -370,12 +373,12 @@ def _as_member(adapter: Adapter, member: str) -> Adapter:
 
 
 def unknown_fields(adapter: Adapter) -> list[str]:
-    """List the settings that the reader kept, although the source file's format does not define these settings."""
+    """List the settings that the reader kept although the adapter's format does not define them."""
     return sorted({name for step in adapter.recipe if step.op == "read" for name in step.args.get(UNKNOWN, ())})
 
 
 def warnings_of(adapter: Adapter) -> list[str]:
-    """Return a warning, one sentence, for each kind of unusual content that the reader accepted."""
+    """Return warnings about fields that the reader accepted although the adapter's format does not define them."""
     names = ", ".join(unknown_fields(adapter))
     refuse = "--strict (strict=True) refuses such fields"
     return [f"the config has fields that its format does not define: {names}; {refuse}"] if names else []
@@ -402,14 +405,14 @@ def _existing(path: str | PathLike[str]) -> Path:
     if exists(source):
         return source
     if "#" in os.fspath(path) and source.parent.is_dir() and (members := members_of(source.parent)):
-        why, cure = f"{source.parent} has no adapter {source.name!r}", f"It has: {', '.join(members)}"
+        why, cure = f"{source.parent} has no adapter {source.name!r}", f"The folder has: {', '.join(members)}"
         raise StorageError(why, path=path, cure=cure)
     check_exists(source, path)
     return source
 
 
 def _sourced(adapter: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
-    """Record the commits of files from a hub: the adapter's commit in the lineage, the base's commit in `base`."""
+    """If files come from a hub, record their commits: the adapter's in its lineage, the base's in `adapter.base`."""
     from ..core.adapter import BaseRef, Step
 
     source, below = source_of(path), None if base is None else source_of(base.folder)

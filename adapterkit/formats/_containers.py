@@ -37,7 +37,7 @@ def read_tensors(path: Path) -> dict[str, Lazy]:
         Malformed: the file is damaged, or `path` is a folder.
     """
     if path.is_dir():
-        raise Malformed("this is a folder; a tensor file is expected here", path=path, cure="Fetch the adapter again")
+        raise Malformed("the path is a folder; it must be a tensor file", path=path, cure="Fetch the adapter again")
     if path.suffix == ".bin" or is_torch_file(path):
         return read_torch_file(path)
     return safetensors.read(path)
@@ -51,7 +51,7 @@ def make_folder(folder: Path) -> None:
         StorageError: the folder cannot be created.
     """
     if folder.suffix.lower() in TENSORS and not folder.is_dir():
-        why = f"this format writes a folder, but the path ends in {folder.suffix}, like a tensor file"
+        why = f"this format writes a folder, but {folder.suffix} is the suffix of a tensor file"
         cure = "Pass a folder, or choose a format that writes one file, such as --to adapterkit (format='adapterkit')"
         raise UsageError(why, path=folder, cure=cure)
     try:
@@ -99,7 +99,7 @@ def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) ->
     """
     if path.suffix == ".safetensors":
         if wrapper is not None:
-            why = f"safetensors files cannot store the dict {wrapper!r} around the tensors"
+            why = f"this format nests the tensors in a dict {wrapper!r}; safetensors files cannot store nested dicts"
             raise UsageError(why, path=path, cure="Give the file a name that ends in .pt")
         return safetensors.write(path, tensors, {"format": "pt"})
     import torch
@@ -128,7 +128,7 @@ def read_settings(file: Path, known: tuple[str, ...], example: str) -> dict[str,
         Malformed: the file has unknown settings, or an invalid alpha.
     """
     if not file.exists():
-        why = "this settings file is missing; it must contain alpha, because the tensor file next to it has no alpha"
+        why = "the settings file is missing, so alpha is unknown; this format's tensor files do not store alpha"
         raise UsageError(why, path=file, cure=f"Write this file with the content {example}")
     settings = read_json(file, strict=True)
     unknown = next((name for name in settings if name not in known), None)
@@ -167,7 +167,8 @@ def load_yaml(data: bytes, where: str) -> dict[str, JsonValue]:
 def dump_yaml(value: Mapping[str, object], read: str = "") -> bytes:
     """Return a mapping as YAML bytes, with the keys in the mapping's order.
 
-    If the YAML text `read` contains an equal mapping, return the bytes of `read` instead, with its comments and layout.
+    `read` is the YAML text of the source file, or empty. If this text contains an equal mapping, return the text's
+    bytes unchanged, to keep its comments and layout.
     """
     import yaml
 

@@ -20,10 +20,10 @@ T = TypeVar("T")
 ON_LOSS = ("refuse", "fold", "promote", "drop")
 
 LEFT_OUT, CHANGED = "left out ", "changed "
-"""The first words of the lines that report an omitted or changed update; see `Format.write`."""
+"""Prefixes of the lines in which `Format.write` reports an omitted update or a changed field."""
 
 TENSORS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".nemo", ".onnx_adapter", ".h5"}
-"""Suffixes of adapters' tensor files; in a folder, all other files are model cards, configs and the like."""
+"""Suffixes of adapters' tensor files. All other files in a folder are model cards, configs and the like."""
 
 
 FORMULA = "formula"
@@ -39,11 +39,12 @@ class Departure:
     """A difference between a tool's forward and the paper's formula; `compat` selects one of the two.
 
     Attributes:
-        trained: a description of the formula that the tool's forward computes. Readers use this formula by default.
+        trained: a description of the formula that the tool's forward computes. Readers use this formula by default,
+            unless `at_layer` is set.
         formula: a description of the paper's formula. Readers use this formula if `compat` is `"formula"`.
-        at_layer: a function that returns an update as the tool computes it at a given layer; None if the difference is
-            the same at all layers. If the function is set, readers use the paper's formula, because they do not know
-            the layer. Merges and injections know the layer and call the function; see `_trained`.
+        at_layer: a function that rewrites an update so that it computes the tool's formula at a given layer. None if
+            the tool's formula is the same at all layers. If `at_layer` is set, readers use the paper's formula, because
+            they do not know the layer. Merges and injections know the layer and call `at_layer`; see `_trained`.
     """
 
     trained: str
@@ -57,8 +58,9 @@ class LayerFacts:
 
     Attributes:
         shape: the shape of the layer's weight, `[out, in, *k]`.
-        padding: a phrase for messages that says how the layer pads its input. Empty if the layer pads with zeros and
-            has no dilation, or if the padding is unknown, for example because only a file of weights is known.
+        padding: a phrase for messages that describes how the layer pads its input. Empty if the layer pads with zeros
+            and has no dilation. Also empty if the padding is unknown: a file of weights, for example, does not store
+            the padding.
     """
 
     shape: tuple[int, ...]
@@ -93,26 +95,26 @@ class Format:
         methods: the names of the methods that the format can express.
         departures: the cases, by name, in which the tool's forward differs from the paper's formula. The format's entry
             in spec/formats lists the same cases, each with the test that runs the tool's forward.
-        compat: the values of `compat` that the format accepts: `"formula"`, and a name for each way to understand an
-            ambiguous file. Without `compat`, an adapter computes the same function as the tool's forward.
-        options: optional arguments of `formats.read` that this format's `read` accepts: `alpha`, `rank`, `strict`,
-            `family`.
-        experts_orders: names of layouts of stacked experts. The format's files do not show which layout they have, so
-            `compat` also accepts these names.
-        models: `image` if the format's names are only for image, video and audio models; `language` if the format's
-            names are only for other models; empty if the format accepts any name.
+        compat: the values that the format's `read` accepts as its argument `compat`. `"formula"` selects the paper's
+            formula. Every other value selects one interpretation of an ambiguous file. Without `compat`, an adapter
+            computes the same function as the tool's forward.
+        options: those of the arguments `alpha`, `rank`, `strict` and `family` that the format's `read` accepts.
+        experts_orders: names of layouts of stacked experts. A file of the format does not show which layout it has, so
+            the format's `read` also accepts these names as `compat`.
+        models: `image` if the format accepts module names only of image, video and audio models; `language` if it
+            accepts module names only of other models; empty if it accepts any module name.
         differences: whether the format can store any change of a weight as a full matrix, and so can express any
             method that changes weights.
         identities: whether the writer may write a full weight change as a LoRA of full rank, because the format's tool
             does so. All other writers refuse to write such a LoRA, because the file would be as large as the base.
-        profiles: names of programs that load only a part of the format; `fit` rewrites an adapter for one of these
+        profiles: names of programs that support the format only partly; `fit` rewrites an adapter for one of these
             programs.
         dtypes: the element types that the format supports; empty if it supports all. Tensors with other types may be
             rounded to one of these types.
         file: the name of the tensor file in a folder; empty if the format's code chooses the name.
         owns: the names, or name patterns, of the files that belong to an adapter in this format. The files are in the
-            adapter's folder or next to its tensor file. If a new adapter is written to the folder, all these files are
-            removed, even those that the new adapter does not have. All other files in the folder stay.
+            adapter's folder or next to its tensor file. When a new adapter is written to the folder, all these files
+            are replaced or removed. All other files in the folder stay.
     """
 
     url: ClassVar[str] = ""
@@ -132,7 +134,7 @@ class Format:
 
     @classmethod
     def departures_of(cls, methods: Collection[str]) -> Mapping[str, Departure]:
-        """Return the departures that can affect updates with these methods; by default, all departures."""
+        """Return the departures that can affect updates with these methods. The base class returns all departures."""
         return cls.departures
 
     def sniff(self, path: Path) -> bool:
@@ -154,8 +156,9 @@ class Format:
 
         Args:
             path: a file or a folder.
-            compat: one of `self.compat`: `"formula"` for the paper's formula, or the name of a way to understand an
-                ambiguous file. With None, the adapter computes the same function as the training tool's forward.
+            compat: a value in `self.compat` or `self.experts_orders`. `"formula"` selects the paper's formula; every
+                other value selects one interpretation of an ambiguous file. With None, the adapter computes the same
+                function as the training tool's forward.
             base: the base, if the file alone does not determine module names or weight layouts.
 
         Raises:
@@ -165,13 +168,14 @@ class Format:
         raise Unrepresentable(f"{type(self).__name__} cannot be read")
 
     def outline(self, path: Path) -> Adapter:
-        """Read the targets, shapes and ranks of an adapter. Loading a value that depends on the base raises an error.
+        """Read the targets, shapes and ranks of an adapter without its base.
 
+        The returned adapter raises an error when the caller loads a value that depends on the base.
         `inspect` and `list loaders` call this method if `read` requires a base. Formats whose `read` never requires a
         base inherit this method.
 
         Raises:
-            UsageError: without the base, not even targets and shapes are known.
+            UsageError: the targets and shapes are unknown without the base.
         """
         return self.read(path)
 

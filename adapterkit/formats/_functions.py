@@ -37,7 +37,7 @@ SIGMAS = 8.0
 """The allowed error, in standard deviations of the rounding error. About 5 of a million correct runs exceed it."""
 
 ALONE = 2.0**-20
-"""The allowed relative error of a weight change: scalings and alphas may be rounded to float32 several times."""
+"""The relative error that is always allowed, because scalings and alphas may be rounded to float32 several times."""
 
 BLOCK = 1 << 16
 """The number of elements that are compared in one step: a block and its intermediate results fit the L2 cache."""
@@ -94,7 +94,7 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
 
 
 def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) -> bool:
-    """Whether the groups have only LoRAs, with equal A and equal `scaling * B`. False can also mean undecided.
+    """Whether both groups have only LoRAs, with equal A and `scaling * B`. If False, the groups may still be equal.
 
     Writers often fold a scaling into B. This check is fast because it multiplies no matrices; the general check with
     random inputs would take ten times as long as the conversion.
@@ -112,12 +112,12 @@ def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) ->
 
 
 def _near_scaled(one: LoRA, other: LoRA, unit: float, least: float) -> bool:
-    """Whether `scaling * B` of two LoRAs is equal, up to rounding. False can also mean undecided.
+    """Whether `scaling * B` of two LoRAs is equal, up to rounding. If False, the products may still be equal.
 
-    The first B, times the quotient of the scalings, is compared with the second B, element by element. Multiplying only
-    by the quotient avoids overflow and underflow. Values of at most 32 bits are multiplied in float32, and the rounding
-    error of float32 is subtracted from the allowed error. The arrays are compared in blocks that fit the processor's
-    cache: comparing whole arrays in float64 took longer than the rest of a conversion.
+    The first B is multiplied by the quotient of the two scalings and compared with the second B, element by element.
+    `scaling * B` is not computed, because it can overflow or underflow. Values of at most 32 bits are multiplied in
+    float32, and the rounding error of float32 is subtracted from the allowed error. The arrays are compared in blocks
+    that fit the processor's cache: a comparison of whole arrays in float64 took longer than the rest of a conversion.
     """
     import numpy as np
 
@@ -149,10 +149,10 @@ def _in_order(group: Updates) -> Iterator[Update]:
 
 
 def _rounding(asked: Updates, got: Updates, dtypes: frozenset[str]) -> tuple[float, float]:
-    """Return the relative rounding error of stored values, and the smallest value for which this error bound holds.
+    """Return the largest relative rounding error of stored values, and the smallest value to which this bound applies.
 
-    A writer rounds a computed tensor to the tensor's dtype. If the format lacks this dtype, the writer rounds to a
-    dtype that the format has.
+    A writer rounds a computed tensor to the tensor's dtype. If the format does not support this dtype, the writer
+    rounds to a dtype that the format supports.
     """
     kinds = _kinds(asked) or _kinds(got)
     if dtypes and not kinds <= dtypes:
@@ -286,7 +286,7 @@ class _WeightAnswers:
 
     @property
     def _outputs(self) -> int:
-        """Return the number of the weight's outputs: the largest number that the targets' shapes or rows show."""
+        """Return the weight's number of outputs; if all targets are slices of rows, the end of the last slice."""
         targets = (target for group in (self.asked, self.got) for target in group)
         return max(self._shape(t)[0] if t.rows is None else t.rows[1] for t in targets)
 
@@ -302,12 +302,13 @@ class _WeightAnswers:
         for update in every:
             if (shape := update.largest_shape()) is not None:
                 return shape
-        # A method with one factor per input fits any number of outputs, and vice versa. So choose an arbitrary size.
+        # A method with one factor per input fits any number of outputs, and a method with one factor per output fits
+        # any number of inputs. So choose an arbitrary size, 3.
         dims = [update.dims(target.stacked) for update in every]
         known = {axis: n for each in dims for axis, n in each.items() if axis in ("out", "in") and isinstance(n, int)}
         if known and all(isinstance(each.get("out"), int) or isinstance(each.get("in"), int) for each in dims):
             return known.get("out", 3), known.get("in", 3)
-        why = f"the shape of the weight of {target} does not follow from the adapter's tensors"
+        why = f"the adapter's tensors do not determine the shape of the weight of {target}"
         raise UsageError(why, cure="Give the base with --base (base=)")
 
 
@@ -318,7 +319,7 @@ def _random(shape: tuple[int, ...]) -> Array:
 
 
 def _values(leaf: Leaf) -> torch.Tensor:
-    """Load a tensor as an array. The return type is a torch tensor because the formulas' type hints use torch."""
+    """Load a tensor as an array. The annotation says `torch.Tensor`, like the annotations of the methods' formulas."""
     array = as_array(leaf)
     return cast("torch.Tensor", array.astype("<f8") if as_lazy(leaf).dtype.floating else array)
 
@@ -335,16 +336,14 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
             return f"the shape of the {key[0]} is {list(other.value.shape)}, not {list(one.value.shape)}"
         a, b = one.value, other.value
         error = np.abs(a - b)
-        # Squares of values above 1e154 overflow, and infinity times 0 is NaN. In this case, allow an error relative to
-        # the largest value.
+        # Squares of values above 1e154 overflow to infinity, and infinity times 0 is NaN. If an allowed error is
+        # infinite or NaN, replace it with a fraction of the largest value.
         rounding = SIGMAS * np.sqrt(np.maximum(one.squares, other.squares))
         rounding = np.where(np.isfinite(rounding), rounding, UNSQUARED * np.abs(a).max(initial=0.0))
         allowed = rounding + ALONE * np.maximum(np.abs(a), np.abs(b)) + NOTHING
         if not ((error <= allowed) | (a == b) | (np.isnan(a) & np.isnan(b))).all():
             size, worst = float(np.nan_to_num(np.abs(a)).max()), float(np.nan_to_num(error).max())
-            return (
-                f"the change of the {key[0]} differs by {worst / size if size else math.inf:.1e}, relative to its size"
-            )
+            return f"the change of the {key[0]} differs by {worst / size if size else math.inf:.1e} times its maximum"
     return ""
 
 
@@ -357,10 +356,10 @@ def _unlike_values(asked: list[Update], got: list[Update], unit: float, least: f
         return _unlike_fields(asked, got, unit, least)
     ours, theirs = _tokens(asked), _tokens(got)
     if ours is None or theirs is None:
-        return f"the file has {' and '.join(update.method for update in got) or 'nothing'} instead of this update"
+        return f"the file has {' and '.join(update.method for update in got) or 'nothing'} instead"
     for place in dict.fromkeys((*ours, *theirs)):
         if place not in ours or place not in theirs:
-            return f"the file {'has no' if place in ours else 'has unexpected'} {place}"
+            return f"the file {'has no' if place in ours else 'has unexpected'} virtual tokens ({place})"
         if not _near(ours[place], theirs[place], unit, least):
             return f"the values of {place} differ"
     return ""
@@ -369,8 +368,8 @@ def _unlike_values(asked: list[Update], got: list[Update], unit: float, least: f
 def _tokens(updates: list[Update]) -> dict[str, Array] | None:
     """Return the virtual tokens by place: `embeddings`, `decoder_embeddings` or `past`.
 
-    The tokens of several updates are concatenated in the updates' order. Return None if the updates do not state fixed
-    virtual tokens, for example because the tokens depend on a task.
+    The tokens of several updates are concatenated in the updates' order. Return None if the virtual tokens are
+    not fixed, for example because they depend on a task.
     """
     import numpy as np
 

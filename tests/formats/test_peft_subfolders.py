@@ -75,7 +75,7 @@ def test_of_several_one_is_named(tmp_path: Path) -> None:
     two = run("combine", f"{tmp_path / 'peft'}#poet", f"{tmp_path / 'peft'}#pirate", "-o", str(tmp_path / "both"))
     assert two.exit_code == 0, two.stderr
     assert len(ak.read(tmp_path / "both").updates) == 2
-    with pytest.raises(StorageError, match=r"It has: pirate, poet"):
+    with pytest.raises(StorageError, match=r"The folder has: pirate, poet"):
         ak.read(f"{tmp_path / 'peft'}#sailor")
 
 

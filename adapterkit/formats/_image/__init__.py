@@ -1,1 +1,1 @@
-"""Shared code for image-model formats: one tensor file; each key has a module's name and a slot, such as `alpha`."""
+"""Shared code for image-model formats. An adapter is one tensor file; a key is a module's name and a slot (`alpha`)."""

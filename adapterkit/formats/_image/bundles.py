@@ -1,7 +1,7 @@
-"""Read and write token embeddings in a LoRA file: `bundle_emb.<token>.<slot>`, from OneTrainer and AUTOMATIC1111.
+"""Read and write the token embeddings that OneTrainer and AUTOMATIC1111 store in a LoRA file.
 
-The embeddings are textual inversions. ComfyUI ignores keys of this form, and diffusers refuses a file with such a
-key. So only the formats of kohya and LyCORIS write embeddings.
+The embeddings are textual inversions, and their keys are `bundle_emb.<token>.<slot>`. ComfyUI ignores such keys, and
+diffusers refuses a file with such a key. So only the formats of kohya and LyCORIS write embeddings.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ SLOTS = {"clip_l": "clip", "clip_g": "clip", "t5": "t5", "llama": "llm"}
 """A map from OneTrainer's name of a text encoder to the encoder's kind."""
 
 ALONE = ("emb_params", "string_to_param.*")
-"""Slots of models that have only one text encoder (Stable Diffusion 1 and 2). AUTOMATIC1111 writes the second slot."""
+"""Slots for models with only one text encoder (Stable Diffusion 1 and 2). AUTOMATIC1111 writes the second slot."""
 
 USUAL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-"""A map from OneTrainer's name of a text encoder to diffusers' usual name; some families have other names."""
+"""A map from OneTrainer's name of a text encoder to its usual name in diffusers. Some families use other names."""
 
 
 def split(tensors: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
@@ -50,7 +50,7 @@ class ImageBundle:
 
     Attributes:
         updates: the embeddings of the tokens by target, in the file's order.
-        keys: a map from the key that `keyed` would choose for an embedding to the embedding's key in the file.
+        keys: a map from an embedding's default key, which `keyed` would choose, to the embedding's key in the file.
         shapes: a map from the key of each one-dimensional embedding to its shape in the file. In `updates`, this
             embedding is a matrix with one row.
     """
@@ -60,12 +60,12 @@ class ImageBundle:
 
         Args:
             tensors: the embeddings' tensors.
-            updates: the updates of the LoRAs in the same file; they show the family of models.
+            updates: the LoRAs in the same file. Their targets and shapes help to find the model family.
             origin: what is known about the naming of the file's modules.
 
         Raises:
-            Unsupported: an embedding is not an input of a known text encoder. OneTrainer can also add embeddings to a
-                text encoder's output.
+            Unsupported: an embedding is not an input embedding of a known text encoder. OneTrainer can, for example,
+                also add embeddings to a text encoder's output.
             Malformed: an embedding is neither a vector nor a matrix, or a token has two embeddings for one text
                 encoder.
         """
@@ -97,9 +97,9 @@ class ImageBundle:
 
 
 def _words(updates: Updates, origin: Origin) -> dict[str, str]:
-    """Map OneTrainer's name of each text encoder to diffusers' name.
+    """Map OneTrainer's name of each text encoder to the text encoder's name in diffusers.
 
-    Omit a text encoder if the possible families have different diffusers names for it.
+    Omit a text encoder that has different names in the possible families.
     """
     targets = denoiser_targets(updates, ())
     fitting = candidates(updates, targets, origin) if targets else []
@@ -118,7 +118,7 @@ def _place(key: str, slot: str, words: Mapping[str, str]) -> Target:
     if slot in SLOTS and part:
         return Target(f"{part}.{PLACES[SLOTS[slot]]}")
     why = "this embedding is not an input embedding of a text encoder that adapterkit knows"
-    cure = "Save the LoRA without embeddings, remove this key from the file, or name the family: --family (family=)"
+    cure = "Save the LoRA without embeddings, remove the key from the file, or name the family with --family (family=)"
     raise Unsupported(why, where=key, cure=cure)
 
 
@@ -130,9 +130,9 @@ def is_bundled(target: Target, update: object) -> bool:
 
 
 def keyed(updates: Updates, hints: ImageHints, origin: Origin) -> tuple[Updates, dict[str, Lazy]]:
-    """Return the updates that are not embeddings, and the embeddings' tensors by key.
+    """Separate the embeddings from the other updates. Return the other updates, and the embeddings' tensors by key.
 
-    If an adapter has only embeddings, return all updates, and no tensors.
+    If an adapter has only embeddings, return all updates and an empty dict.
     """
     bundled = {t: tuple(u for u in each if is_bundled(t, u)) for t, each in updates.items()}
     bundled = {target: each for target, each in bundled.items() if each}
@@ -153,7 +153,7 @@ def keyed(updates: Updates, hints: ImageHints, origin: Origin) -> tuple[Updates,
 
 
 def _slot(target: Target, bundled: Iterable[Target], words: Mapping[str, str]) -> str:
-    """Return OneTrainer's slot for an embedding: its text encoder, or `emb_params` for Stable Diffusion 1 and 2."""
+    """Return OneTrainer's slot of an embedding: a text encoder's name, or `emb_params` (Stable Diffusion 1 and 2)."""
     part, _, rest = target.path.partition(".")
     kind = next(kind for kind, name in PLACES.items() if name == rest)
     if kind != "clip":

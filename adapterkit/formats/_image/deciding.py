@@ -1,7 +1,7 @@
-"""Find the family of models to which an adapter's target names belong, or name all possible families.
+"""Find the model family that an adapter's target names belong to, or list all possible families.
 
-A family must have all of the names, because families share many names: half of the names of a Qwen-Image LoRA are also
-FLUX's names, and all names of a FLUX.2 LoRA on double blocks are also FLUX.1's names.
+A family must have all of the names, because families share many names: half of a Qwen-Image LoRA's names also exist in
+FLUX, and all names of a FLUX.2 LoRA on double blocks also exist in FLUX.1.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
 """
 
 PREFIXES = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.", "pipe.dit.")
-"""Prefixes that names of a U-Net's or transformer's modules may have in files of ComfyUI's format."""
+"""Prefixes that U-Net or transformer modules may have in files of ComfyUI's format."""
 
 CONTROLNET = "controlnet"
-"""The component of a ControlNet. A ControlNet is a copy of the model's first blocks, with the same module names."""
+"""The `component` of ControlNet families. A ControlNet copies a model's first blocks, with the same module names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +59,14 @@ class Origin:
 
     Attributes:
         naming: `native` (the names of the model's authors), `comfyui` or `diffusers`; empty if unknown.
-        families: the names of the possible families, which follow from the base, or, without a base, from the
-            adapter's format or config; empty if unknown.
+        families: the names of the possible families; empty if unknown. They come from the base. Without a base, they
+            come from the adapter's format or config.
         inside: whether all targets are modules of the base.
         unknown: the name of the base's class in diffusers, if the base belongs to no known family; otherwise empty.
         metadata: the metadata of the file that the adapter was read from.
-        bare: whether the file has ComfyUI's format, but no module name has a prefix of ComfyUI. Most such files have
-            diffusers' names.
-        of_format: whether `families` follows only from the file's format; see `FAMILIES`.
+        bare: whether the file has ComfyUI's format, but no module name has a prefix such as `diffusion_model.`. Most
+            such files have diffusers' names.
+        of_format: whether `families` comes only from the file's format; see `FAMILIES`.
     """
 
     naming: str = ""
@@ -110,10 +110,10 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
 
 
 def _bare(adapter: Adapter, naming: str) -> bool:
-    """Whether a file has ComfyUI's format, but none of its module names has a prefix of ComfyUI.
+    """Whether a file has ComfyUI's format, but no module name has a prefix such as `diffusion_model.`.
 
-    Without a prefix, the naming is unknown. Example: diffusers' names for FLUX's attention are also ComfyUI's names for
-    Qwen-Image's attention.
+    Without a prefix, the naming is unknown. For example, FLUX's attention has the same names in diffusers as
+    Qwen-Image's attention has in ComfyUI.
     """
     stems = None if adapter.foreign is None else adapter.foreign.data.get("stems")
     prefixes = tuple(prefix for prefix in PREFIXES if prefix != "base_model.model.")
@@ -132,7 +132,8 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
 def families_in(base: Checkpoint) -> tuple[str, ...]:
     """List the names of the families that a base may belong to.
 
-    These are the families with the base's class in diffusers or, if there are none, with the base's module names.
+    The families are found by the base's class in diffusers. If no family has this class, they are found by the base's
+    module names.
     """
     from .underscores import modules_of
 
@@ -141,7 +142,8 @@ def families_in(base: Checkpoint) -> tuple[str, ...]:
         return named
     fitting = families_of_model(base.tensors)
     if kind is not None:
-        # Require all names of the base, because an unknown class in diffusers may share most names with a known family.
+        # Keep only families that have all names of the base: a class that adapterkit does not know may share most names
+        # with a known family.
         known = set(modules_of(base))
         fitting = [family for family in fitting if all(rooted(path)[1] in family for path in known)]
     return tuple(family.name for family in narrowed(fitting, lambda family: not family.facts.unlikely))
@@ -199,10 +201,10 @@ def decide(
         return None, "" if origin.naming == naming else _unknown(paths, naming)
     if len({_outcome(family, paths, naming) for family in fitting}) > 1:
         names = " or ".join(family.title for family in fitting)
-        return None, f"its names fit {names}, which translate the names differently"
+        return None, f"the module names fit {names}, and these families translate the names differently"
     if len({family.component == CONTROLNET for family in fitting}) > 1:
         names = " or ".join(family.title for family in fitting)
-        return None, f"its names fit {names}, and nothing shows which of these families is right"
+        return None, f"the module names fit {names}, and nothing shows which of these families is right"
     return fitting[0], ""
 
 
@@ -231,7 +233,8 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
         fitting = narrowed(fitting, lambda family: _possible(family, paths, extents))
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
     if FAMILY in origin.metadata:
-        # The caller or the file's writer named these families. Other evidence only selects among them.
+        # The caller or the file's writer named families in the metadata. Other evidence only selects among these
+        # families.
         fitting = narrowed(fitting, lambda family: names_family(family, origin.metadata))
     denoisers = [family for family in fitting if family.component != CONTROLNET]
     stated = any(names_family(family, origin.metadata) for family in denoisers)
@@ -261,9 +264,9 @@ def _narrowed_on(
 
 
 def module_of(path: str) -> str:
-    """Return the path of the module that a target's path names.
+    """Return the path of a target's module, without the name of a parameter.
 
-    In BFL's naming, the path of a replaced norm of FLUX also contains the parameter's name, `.scale`. Remove it.
+    Only targets in BFL's naming have the name of a parameter: the path of a replaced FLUX norm ends in `.scale`.
     """
     bare = path.removesuffix(".scale")
     return bare if bare != path and families_of(bare, "native") else path
@@ -289,7 +292,7 @@ def has_encoders(family: ImageFamily, parts: Mapping[str, str]) -> bool:
 def check_stated_family(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, str]) -> None:
     """Check that the base can belong to the family that is named in a file's metadata.
 
-    Names and shapes cannot show a wrong base: half of the modules in a Qwen-Image adapter also exist in FLUX, with
+    Names and shapes may not reveal a wrong base: half of the modules in a Qwen-Image adapter also exist in FLUX, with
     weights of equal shapes.
 
     Args:
@@ -298,7 +301,7 @@ def check_stated_family(paths: Sequence[str], base: Checkpoint, metadata: Mappin
         metadata: the file's metadata.
 
     Raises:
-        UsageError: the metadata names a family that has all paths, and the base belongs to another family.
+        UsageError: the metadata names a family that has all of these modules, and the base belongs to another family.
     """
     known = [family for family in families() if all(path in family for path in paths)]
     stated = [family for family in known if names_family(family, metadata)]
@@ -326,16 +329,16 @@ def narrowed(families: list[ImageFamily], fits: Callable[[ImageFamily], object])
 def likely(
     fitting: list[ImageFamily], paths: Collection[str], inputs: Collection[int], origin: Origin
 ) -> list[ImageFamily]:
-    """Remove the families that are marked `unlikely`, except the families that the evidence points to.
+    """Remove the families that are marked `unlikely`, unless there is evidence for them.
 
     The evidence is the metadata, the base, or the weights' input sizes together with the block numbers. If no family
     would be left, return all.
 
     Args:
-        fitting: the families that have all names.
-        paths: the names, without the pipeline's component.
+        fitting: the families that have all module names in `paths`.
+        paths: the adapter's module names, without the pipeline's component.
         inputs: the input sizes of the adapted weights.
-        origin: what is known about the naming; the metadata and the base's families are evidence.
+        origin: the metadata, and the families that are possible by the base, the format or the config.
     """
     sizes = set(inputs)
 
@@ -358,16 +361,16 @@ def likely(
             # If the adapter lacks a kind of block that this family and a rival have, the block numbers prove nothing:
             # FLUX and Bria FIBO have the same number of single blocks.
             return False
-        # Trainers adapt all blocks by default. So accept consecutive blocks from the first block on, unless these
-        # blocks are all blocks of a rival family and not all blocks of this family. Other selections of blocks prove
-        # nothing: if an adapter has only block 7, this may be one of FLUX's blocks, or Bria's last block.
+        # Trainers adapt all blocks by default. So accept this family only if the adapted blocks are consecutive and
+        # begin at block 0. If they are all blocks of a rival family, they must also be all blocks of this family. Other
+        # selections of blocks prove nothing: block 7 alone may be any block of FLUX, or Bria's last block.
         return in_a_row(paths) and (complete(family, paths) or not any(complete(each, paths) for each in rivals))
 
     return narrowed(fitting, lambda family: not family.facts.unlikely or spoken_for(family))
 
 
 def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata: Mapping[str, str]) -> bool:
-    """Whether modules may belong to a ControlNet. Their names have no prefix of a component, such as `transformer.`.
+    """Whether modules whose names have no component prefix, such as `transformer.`, may belong to a ControlNet.
 
     Args:
         paths: the names of the modules.
@@ -381,7 +384,7 @@ def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata:
 
 
 def _begins(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether the names contain two or more blocks, numbered consecutively from 0 or 1, that the family also has."""
+    """Whether the names have two or more block numbers, consecutive from 0 or 1, and the family has all these blocks."""
     numbers = _numbers(paths)
     if not numbers or sum(map(len, numbers.values())) < 2:
         return False
@@ -408,7 +411,7 @@ def _numbers(paths: Iterable[str]) -> dict[str, set[int]]:
 
 
 def _naming(naming: str) -> str:
-    words = {"native": "its authors' naming", "comfyui": "ComfyUI's naming", "diffusers": "diffusers' naming"}
+    words = {"native": "the model authors' naming", "comfyui": "ComfyUI's naming", "diffusers": "diffusers' naming"}
     return words.get(naming, "the naming of this format")
 
 
@@ -446,7 +449,7 @@ def _extents(updates: Updates, targets: Iterable[Target]) -> list[_Extent]:
 
 
 def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Extent]) -> bool:
-    """Whether the family has blocks with these numbers, and weights with these ratios of outputs to inputs."""
+    """Whether the family has all blocks in `paths`, and weights with the output-to-input ratios in `extents`."""
     for path in paths:
         first, _, rest = path.partition(".")
         number = rest.partition(".")[0]
@@ -456,7 +459,7 @@ def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Exte
 
 
 def names_family(family: ImageFamily, metadata: Mapping[str, str]) -> bool:
-    """Whether a file's metadata names this family. If it contains words for several families, the longest word wins."""
+    """Whether a file's metadata names this family. If the text contains names of several families, the longest wins."""
     if FAMILY in metadata:
         return family.name in metadata[FAMILY].split()
     text = " ".join(metadata.get(key, "") for key in _TELLING).lower()
@@ -473,7 +476,7 @@ _TELLING = (
 
 
 def complete(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether the highest number of each kind of block in the names is the highest in the family's published models."""
+    """Whether each kind of block in the names includes the last block of the family's largest published model."""
     last = {first: max(numbers) for first, numbers in _numbers(paths).items()}
     counted = {first: number for first, number in last.items() if first in family.facts.blocks}
     return bool(counted) and all(number + 1 == family.facts.blocks[first] for first, number in counted.items())
@@ -503,7 +506,7 @@ def _shaped(family: ImageFamily, extent: _Extent) -> bool:
 
 
 def _outcome(family: ImageFamily, paths: Collection[str], naming: str) -> tuple[object, ...]:
-    """Return the names that the family's tables give for these paths in the requested naming."""
+    """Translate module names to another naming with the family's tables, to compare the results of families."""
     wanted = family.wanted(naming)
     source = family.naming_of(paths, wanted)
     return tuple(
