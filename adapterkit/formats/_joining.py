@@ -1,7 +1,7 @@
 """Join LoRAs of different rows of a weight into one LoRA of the whole weight.
 
-Example: the LoRAs of gate and up, if the base stores gate and up in one weight. The LoRAs' factors are concatenated.
-Rows without an update get zeros.
+For example, a base may store gate and up in one weight, but an adapter has a LoRA for each. The LoRAs' factors are
+concatenated. In B, rows that no LoRA changes are zero.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ Updates = Mapping[Target, tuple[Update, ...]]
 def with_joined_rows(
     updates: Updates, base: Checkpoint | None, sizes: Mapping[str, int] | None = None
 ) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
-    """Join LoRAs without a bias that change different rows of one weight.
+    """Join the LoRAs that change different rows of one weight, for formats that can only update whole weights.
 
-    Some formats can only express updates of a whole weight.
+    LoRAs with a bias are not joined.
 
     Args:
         updates: the updates by target.
         base: the base, which shows the number of rows of each weight.
-        sizes: numbers of rows that are known without the base, by the weight's path. If the number of rows is unknown,
-            the LoRAs are not joined.
+        sizes: a map from a weight's path to its number of rows, for weights whose number of rows is known without the
+            base. If neither `sizes` nor `base` has a weight, the weight's LoRAs are not joined.
 
     Returns:
-        the updates, and one line for each joined LoRA whose rank is larger than the rank of its parts. The rank grows
-        unless all parts have the same A. LoRAs that cannot be joined are unchanged.
+        the updates, and one line for each joined LoRA with a larger rank than the LoRAs that it replaces. The rank
+        grows unless these LoRAs have the same A. LoRAs that cannot be joined are unchanged.
     """
     groups: dict[Target, list[Target]] = {}
     for target, given in updates.items():
@@ -68,14 +68,15 @@ def with_joined_rows(
 def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
     """Join all updates of a target into one LoRA, if all of them are LoRAs without a bias.
 
-    Example: the LoRAs of gate and up, if the base interleaves the rows of gate and up in one weight.
+    For example, a base may interleave the rows of gate and up in one weight. The LoRAs of gate and up then have one
+    target.
 
     Args:
         updates: the updates by target.
 
     Returns:
-        the updates, and one line for each joined LoRA whose rank is larger than the rank of its parts. The rank grows
-        unless all LoRAs of a target have the same A and change different rows.
+        the updates, and one line for each joined LoRA with a larger rank than the LoRAs that it replaces. The rank
+        grows unless all LoRAs of a target have the same A and change different rows.
     """
     result = dict(updates)
     lines = []
@@ -98,7 +99,7 @@ def _summed(given: Sequence[LoRA], axis: int) -> LoRA:
 
 
 def _disjoint(Bs: Sequence[Lazy], axis: int) -> bool:
-    """Whether each row is zero in all matrices except at most one. The sum of such matrices is exact."""
+    """Whether no row is nonzero in more than one of the matrices. The sum of such matrices is exact."""
     from ..io.lazy import as_array
 
     writers = summed((as_array(B) != 0).any(axis=axis + 1).astype(int) for B in Bs)
@@ -114,7 +115,7 @@ def _rows_of(target: Target, base: Checkpoint | None) -> int:
 
 
 def _apart(parts: Sequence[Target]) -> bool:
-    """Whether no row belongs to two of the targets."""
+    """Whether the row ranges of the targets do not overlap."""
     spans = sorted(target.rows for target in parts if target.rows is not None)
     return all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
 
@@ -142,8 +143,8 @@ def _joined(parts: Sequence[tuple[Target, LoRA]], out: int) -> LoRA:
 
 
 def _scaled(B: Lazy, factor: float) -> Lazy:
-    # The joined LoRA has the first LoRA's scaling. So multiply the B of another LoRA by the quotient of its scaling and
-    # the first scaling, in float32 or float64.
+    # The joined LoRA has the first LoRA's scaling. So multiply the B of each other LoRA by `scaling / first scaling` in
+    # float32 or float64.
     return B if factor == 1 else arrange.times(arrange.widened(B, "F64" if B.dtype.name == "F64" else "F32"), factor)
 
 

@@ -1,4 +1,4 @@
-"""Code that formats share: A and B factors, one alpha per file, leftovers, and updates that a format cannot express."""
+"""Helpers that formats share: group A and B factors, choose a file's alpha, keep leftovers, refuse or omit updates."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ DAMAGED = "Write the file again with the tool that made it"
 
 
 def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) -> dict[str, Slots]:
-    """Group the tensors of a file by module, then by the update's field, which follows from the ending of the key.
+    """Group the tensors of a file by module, then by field of the update. The ending of a key determines the field.
 
     Args:
         tensors: the tensors by key.
         slots: a map from endings of keys, such as `.lora_A.weight`, to fields of the update. Every module must have the
             fields A and B.
-        what: the format's name, for messages.
+        what: the name of the format or of its files, for messages.
 
     Raises:
         Malformed: a key has no known ending, a module lacks A or B, or there are no tensors.
@@ -77,7 +77,7 @@ def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) ->
 
 
 def pair(slots: Slots, scaling: float) -> Pair:
-    """Create a DoRA if a magnitude is among the tensors, otherwise a LoRA."""
+    """Create a DoRA if `slots` has a magnitude, otherwise a LoRA."""
     return DoRA(**slots, scaling=scaling) if "magnitude" in slots else LoRA(**slots, scaling=scaling)
 
 
@@ -104,7 +104,7 @@ def expressible(
 ) -> tuple[Pairs, list[str]]:
     """Return the updates that the format can express, and a line for each omitted update.
 
-    The format stores one pair of factors, A and B, for each module.
+    Use this function for a format that stores one pair of factors, A and B, for each module.
 
     Args:
         adapter: the adapter to write.
@@ -113,8 +113,8 @@ def expressible(
         why: a function that returns the reason why the format cannot express an update; empty if the format can. The
             function is called only for updates with one of the `methods`.
         methods: the methods that the format supports.
-        dtypes: the names of the dtypes that tensors of updates may have; integer tensors are not checked. The default
-            is the dtypes that `grouped` accepts. A writer that converts tensors may accept other dtypes.
+        dtypes: the names of the allowed dtypes. Integer tensors are not checked. The default, `REAL`, contains the
+            dtypes that `grouped` accepts. A writer that converts tensors can pass other dtypes.
 
     Raises:
         Unrepresentable: some updates cannot be expressed and `on_loss` is not `drop`, or no update can be expressed.
@@ -152,7 +152,7 @@ def _kinds(update: Pair) -> set[str]:
 def unfit(target: Target, update: Pair, *, stacked: bool = False, bias: bool = False) -> str:
     """Return the reason why two plain matrices A and B cannot express an update; empty if they can.
 
-    With `stacked` or `bias`, updates of stacked experts or updates with a bias are allowed.
+    With `stacked`, updates of stacked experts are allowed. With `bias`, updates with a bias are allowed.
     """
     if target.rows is not None:
         return "it changes only some rows of a weight"
@@ -215,7 +215,7 @@ def is_finite(value: object, where: str) -> float:
         return float(value)
     if isinstance(value, float) and math.isfinite(value):
         return float(value)
-    cure = f"Write a finite number there; an integer may be at most {EXACT}"
+    cure = f"Replace the value with a finite number; the largest allowed integer is {EXACT}"
     raise Malformed(f"{shown(value)} is not a finite number", where=where, cure=cure)
 
 
@@ -226,7 +226,7 @@ def whole_rank(value: object, where: str) -> int:
         Malformed: the value is not an integer from 1 to 2 ** 31.
     """
     if type(value) is not int or not 1 <= value <= LARGEST_RANK:
-        cure = f"Write an integer from 1 to {LARGEST_RANK} there"
+        cure = f"Replace the value with an integer from 1 to {LARGEST_RANK}"
         raise Malformed(f"{shown(value)} is not a rank", where=where, cure=cure)
     return value
 
@@ -234,8 +234,8 @@ def whole_rank(value: object, where: str) -> int:
 def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
     """Return the layout in which the base stores a weight.
 
-    The base does not show the layout if there is no base, if the base lacks the weight, or if the weight is square. In
-    these cases, assume `in out *k` if the weight has the name of an embedding, and `out *in` otherwise.
+    The shape of the base's weight shows the layout. If there is no base, if the base lacks the weight, or if the weight
+    is square or does not have two axes, assume `in out *k` for the name of an embedding, and `out *in` otherwise.
     """
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     out, in_ = update.B.shape[0], update.A.shape[1]
@@ -244,8 +244,8 @@ def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
     return "in out *k" if path.rpartition(".")[2] in EMBEDDINGS else "out *in"
 
 
-# Choose the value of an alpha or scaling that a file stores only once, for all modules. If a module needs another
-# scaling, fold this scaling into the module's B.
+# Choose the alpha or scaling for files that store a single value for all modules. If a module's update has another
+# scaling, fold the update's scaling into B.
 
 
 def of_one_alpha(
@@ -293,7 +293,7 @@ def one_alpha(
 
 
 def of_one_rank(pairs: Pairs) -> Pairs:
-    """Pad all updates with zeros to the largest rank among them. The functions of the updates stay the same."""
+    """Pad all updates with zeros to the largest rank among them. The updates still compute the same functions."""
     rank = max(map(rank_of, pairs.values()))
     return {target: to_rank(update, rank) for target, update in pairs.items()}
 
@@ -308,19 +308,19 @@ def one_number(
     default: float,
     first: float | None = None,
 ) -> tuple[float, Pairs, list[str]]:
-    """Choose the one value, such as an alpha, from which a tool computes the scalings of all modules.
+    """Choose the value, such as alpha, that a file stores once and from which a tool computes every module's scaling.
 
-    If the tool would compute a scaling that differs from an update's own, the update's scaling is folded into B.
+    If the tool would compute the wrong scaling for an update, the difference is folded into the update's B.
 
     Args:
         pairs: the updates by target.
-        of: a function that returns the value that yields exactly the scaling of an update; None if no value does.
-        gives: a function that returns the scaling that the tool computes for an update from a given value.
+        of: a function that returns the value from which the tool computes exactly the update's scaling; None if there
+            is no such value.
+        gives: a function that returns the scaling that the tool computes from a value for an update.
         format_name: the format's name, for messages.
         on_loss: `fold` and `promote` allow folding scalings.
         default: the value to use if `of` returns None for every update.
-        first: the source file's value. If several values fit the largest number of updates, and this is one of them,
-            it is chosen.
+        first: the source file's value. It breaks ties between values that fit the same number of updates.
 
     Raises:
         Unrepresentable: the value does not fit all updates, and `on_loss` does not allow folding.
@@ -334,7 +334,8 @@ def one_number(
     needy = {t: gives(number, u) for t, u in pairs.items() if gives(number, u) != u.scaling}
     if needy and on_loss not in FOLDING:
         items = [
-            f"{target}: its scaling is {pairs[target].scaling:g}, not {value:g}" for target, value in needy.items()
+            f"{target}: its scaling is {pairs[target].scaling:g}, but the file would give it {value:g}"
+            for target, value in needy.items()
         ]
         raise Unrepresentable(f"{format_name} stores one scaling for all modules", items=items, cure=_ALLOW)
     changed = {t: folded(u, needy[t]) if t in needy else u for t, u in pairs.items()}
@@ -342,7 +343,9 @@ def one_number(
 
 
 def of_no_number(pairs: Pairs, *, format_name: str, on_loss: str) -> tuple[Pairs, list[str]]:
-    """Fold every scaling into B, for formats that store no scalings. Return the updates, and a line for each fold.
+    """Fold every scaling into B, for formats that store no scalings.
+
+    Return the updates, and a line for each update that changed.
 
     Raises:
         Unrepresentable: a scaling is not 1, and `on_loss` does not allow folding.
@@ -356,9 +359,9 @@ def of_no_number(pairs: Pairs, *, format_name: str, on_loss: str) -> tuple[Pairs
 
 
 def folded(update: Pair, scaling: float) -> Pair:
-    """Return an update with another scaling that computes the same function, up to one rounding.
+    """Set an update's scaling, and multiply B and the bias by `old scaling / new scaling`.
 
-    B and the bias are multiplied by `old scaling / new scaling`.
+    The returned update computes the same function as before, up to one rounding.
     """
     if update.scaling == scaling:
         return update
@@ -368,7 +371,7 @@ def folded(update: Pair, scaling: float) -> Pair:
 
 
 def whole_number(value: float) -> float:
-    """Return a whole float as an int (16.0 as 16), as tools write it. Floats of at least 2**53 in size stay floats."""
+    """Convert a whole float to an int (16.0 to 16), as tools write it. Floats of size 2**53 or more stay floats."""
     return int(value) if float(value).is_integer() and abs(value) < 1 << 53 else value
 
 
@@ -377,8 +380,8 @@ FOLDING = ("fold", "promote")
 
 _ALLOW = "Allow folding the scaling into B with --on-loss fold (on_loss='fold')"
 
-# Leftovers are contents of a source file that no field of an adapter can express. The adapter stores them, so that the
-# same format's writer can write them again.
+# Leftovers are contents of a source file that an adapter's updates cannot express. `Adapter.foreign` stores the
+# leftovers, and the writer of the same format writes them again.
 
 
 T = TypeVar("T")
@@ -425,8 +428,8 @@ def all_expressible(
 
     Args:
         updates: the updates to write.
-        find: a function that returns the updates that the format cannot express. If updates are omitted, `find` is
-            called again on the remaining updates, until `find` returns nothing.
+        find: a function that returns a `Loss` for each update that the format cannot express. After updates are
+            omitted, `find` is called again on the remaining updates, until `find` returns nothing.
         format_name: the format's name, for messages.
         place: a phrase for messages that names the output, such as "a file of this format".
         on_loss: `drop` omits updates that the format cannot express. With any other value, these updates are an error.

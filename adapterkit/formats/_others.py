@@ -42,7 +42,7 @@ class OtherFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sources: list[str]
 
     def key_of(self, names: Iterable[str]) -> str:
-        """Return a key that matches the first expression, or an empty string if the file is not of this kind."""
+        """Return a key that matches the first regular expression; empty if the file is not of this kind."""
         known = list(names)
         keys_found = [next((name for name in known if re.search(pattern, name)), "") for pattern in self.keys]
         return keys_found[0] if all(keys_found) else ""
@@ -66,7 +66,7 @@ def other_files() -> tuple[OtherFile, ...]:
 
 
 def other_file(names: Iterable[str]) -> tuple[OtherFile, str] | None:
-    """Return the kind of a file with these keys, and the key that identifies the kind; None for every other file."""
+    """Return the kind of a file with these keys, and a key that shows the kind; None if the kind is unknown."""
     known = list(names)
     return next(((kind, key) for kind in other_files() if (key := kind.key_of(known))), None)
 
@@ -86,8 +86,8 @@ _ALPHA = re.compile(r"(.+)\.(alpha)")
 def adapter_modules(path: Path) -> dict[str, dict[str, Lazy | safetensors.Entry]]:
     """Group the tensors of an adapter's file by module, then by the ending of the key.
 
-    Return an empty dict if any key does not end like a key of an adapter, such as in `.lora_A.weight`, or if all keys
-    end in `.alpha`.
+    The keys of adapters have endings such as `.lora_A.weight` and `.alpha`. Return an empty dict if a key has no such
+    ending, or if all keys end in `.alpha`.
 
     Args:
         path: a tensor file. If `path` is anything else, the result is an empty dict.

@@ -32,22 +32,22 @@ if TYPE_CHECKING:
     from ._format import Format
 
 SINGLE = 2.0**-22
-"""The allowed relative error of a number such as the scaling; many formats store the scaling or alpha in float32."""
+"""The allowed relative error of numeric attributes. Many formats store the scaling or alpha in float32."""
 
 WHOLE, RUN = 1 << 16, 1 << 12
-"""Tensors of at most WHOLE bytes are compared completely. In larger ones, three samples of RUN bytes are compared."""
+"""`equal` compares all bytes of a tensor that has at most WHOLE bytes, and otherwise three samples of RUN bytes."""
 
 COMPUTED = 1 << 20
-"""The size in bytes up to which tensors that the writer computed are compared with the bytes on disk.
+"""`_check_bytes` skips tensors that the writer computed and that have more than this number of bytes.
 
-Each comparison computes the tensor again, which takes too long for larger tensors.
+Each comparison would compute such a tensor again, which takes too long.
 """
 
 MOST_CHOICES = 256
-"""The number of choices from which `_Proof._choices` stops trying all subsets of the omitted updates of a weight."""
+"""`_Proof._choices` stops trying all combinations of omitted updates when it has this number of choices."""
 
 SPOTS = 32
-"""The largest number of tensors per file that are compared with the bytes on disk; reading each one takes 70 us."""
+"""The largest number of tensors per file that `_check_bytes` compares. Reading one tensor takes 70 us."""
 
 
 @inputs_kept()
@@ -65,17 +65,17 @@ def prove(
 
     Args:
         name: the name of the format.
-        writer: the format. Its `read` reads the files back.
+        writer: the `Format` object, whose `read` reads the files back.
         asked: the adapter that was to be written.
         path: the written file or folder.
         lines: the lines that the writer returned; see `Format.write`.
         base: the base that the writer used, or None. The reader uses the same base.
-        files: the tensors that were written to each file.
+        files: a map from the path of each written file to its source tensors.
 
     Raises:
         Miswritten: the files do not contain the adapter, or cannot be read; the error names the target and the field.
-        Unrepresentable: the format cannot store the layout of the base's weights, and the reader assumes another
-            layout.
+        Unrepresentable: the format does not store the layout of a weight, and the reader assumes a layout that differs
+            from the adapter's.
         UsageError: the files cannot be read back without the base.
     """
     report = list(lines)
@@ -86,9 +86,9 @@ def prove(
     try:
         proof.check(asked, got)
     except Miswritten:
-        # Perhaps the names of the targets differ only in their prefixes. Some formats store only a layer's number, and
-        # their readers take the rest of the name from the base. Without a base, they use the usual names
-        # (`model.layers.0...`). So read the file again, with a stand-in for the base that has the adapter's names.
+        # Perhaps the targets differ only in the prefixes of their paths. Some formats store only the layer's number,
+        # and the reader takes the rest of the path from the base. Without a base, the reader assumes the usual paths
+        # (`model.layers.0...`). So read the file again, with a stand-in for the base that has the adapter's paths.
         if base is not None:
             raise
         with suppress(AdapterkitError):
@@ -99,9 +99,10 @@ def prove(
 
 
 def _named(line: str) -> Iterator[str]:
-    """Yield every text in a report line that may be a target.
+    """Yield every part of a report line that may be a target.
 
-    These are all words of the line, and each text from its beginning to a colon, because targets may contain spaces.
+    Yield each word of the line. Targets may contain spaces, so also yield each part from the start of the line to a
+    colon.
     """
     yield from (word.rstrip(":") for word in line.split())
     *ends, _ = line.removeprefix(LEFT_OUT).strip().split(": ")
@@ -126,7 +127,8 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
         UsageError: the file cannot be read without the base.
     """
     foreign = asked.foreign
-    # Read with the `compat` with which the adapter's source file was read. The written file may be invalid without it.
+    # Use the `compat` that the adapter's source file was read with. Without `compat`, the reader may reject the written
+    # file.
     compat = foreign.data.get("compat") if foreign is not None and foreign.format == name else None
     try:
         return writer.read(path, compat=compat, base=base)
@@ -140,10 +142,10 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
         if readable is not None:
             raise  # The base lacks one of the adapter's targets; the writer is correct.
         if base is None and isinstance(error, UsageError):
-            why = f"without the base, {name} cannot read its output back, so the output cannot be checked: {error.why}"
+            why = f"the written {name} file cannot be checked, because reading it needs the base: {error.why}"
             raise UsageError(why, where=error.where, cure="Give the base with --base (base=)") from error
         if base is not None:
-            # If the adapter does not fit the base, the writer is correct, and binding raises the right error.
+            # If the adapter does not fit the base, the writer is not at fault, and `bind` raises the right error.
             from ..naming.binding import bind
 
             bind(asked, base)
@@ -190,9 +192,9 @@ class _Proof:
     Attributes:
         name: the name of the format.
         base: the base, or None.
-        left_out: texts from the lines that report omitted updates. Each target in these lines is one of the texts.
+        left_out: the targets with omitted updates. The set also contains other words of the writer's report.
         changed: the fields that the writer reported as changed, as `TARGET:METHOD.FIELD`.
-        dtypes: the element types that the format supports; empty if it supports all.
+        dtypes: the dtypes that the format supports; empty if the format supports all.
     """
 
     name: str
@@ -206,7 +208,7 @@ class _Proof:
 
         Raises:
             Miswritten: the updates of a target differ.
-            Unrepresentable: the reader assumes another layout of a weight than the adapter has.
+            Unrepresentable: the reader assumes a layout of a weight that differs from the adapter's.
         """
         ours, theirs = asked.updates, got.updates
         if ours.keys() == theirs.keys() and all(_same(group, theirs[target]) for target, group in ours.items()):
@@ -224,8 +226,8 @@ class _Proof:
         for path, group in _by_path(ours).items():
             self._check_path(group, there.pop(path, {}))
         for group in there.values():
-            # Some formats store tensors for every module of a kind: zeros for modules that the adapter does not update.
-            # So a target that only the file has is correct if its updates change nothing.
+            # Some formats store tensors for every module of a kind. For modules that the adapter does not update, the
+            # tensors are zeros. So the file may have additional targets, if their updates change nothing.
             self._check_path({}, group)
 
     def _check_path(self, asked: Updates, got: Updates) -> None:
@@ -244,9 +246,9 @@ class _Proof:
         layouts = [{target.layout for target in group} for group in (asked, got)]
         if asked and got and layouts[0] != layouts[1]:
             ours, theirs = (" and ".join(f"[{layout}]" for layout in sorted(group)) for group in layouts)
-            items = [f"{target}: its base stores the weight as {ours}; the reader assumes {theirs}" for target in asked]
+            items = [f"{target}: the base stores the weight as {ours}; the reader assumes {theirs}" for target in asked]
             places = [(target, position) for target, group in asked.items() for position in range(len(group))]
-            why = f"{self.name} does not state how a base stores these weights"
+            why = f"{self.name} files do not state the layout in which the base stores these weights"
             raise Unrepresentable(
                 why, items=items, cure="Write adapterkit's format: --to adapterkit (format='adapterkit')", places=places
             )
@@ -254,16 +256,16 @@ class _Proof:
             raise Miswritten(f"{self.name} did not write this target", where=where, cure=_REPORT)
         if not asked:
             raise Miswritten(f"{self.name} wrote a target that the adapter does not have", where=where, cure=_REPORT)
-        # If the adapter's own values are not finite, the writer is correct; `check_values` raises the right error.
+        # If the adapter has values that are not finite, the writer is not at fault, and `check_values` raises an error.
         Adapter(asked).check_values()
         raise Miswritten(
-            f"{self.name} wrote an update that differs from the adapter's: {why}", where=where, cure=_REPORT
+            f"{self.name} wrote an update that differs from the adapter's update: {why}", where=where, cure=_REPORT
         )
 
     def _as_reported(self, target: Target, asked: tuple[Update, ...], got: tuple[Update, ...]) -> tuple[Update, ...]:
-        """Return the updates that were to be written, with the changes that the writer reported.
+        """Return `asked`, but with the values of `got` in the fields that the writer reported as changed.
 
-        Each field that the writer reported as changed gets the value that was read back.
+        If the methods of `asked` and `got` differ, return `asked` unchanged.
         """
         if not self.changed or [u.method for u in asked] != [u.method for u in got]:
             return asked
@@ -273,23 +275,25 @@ class _Proof:
         )
 
     def _choices(self, asked: Updates) -> list[Updates]:
-        """Return every set of updates that a correct file may contain.
+        """Return sets of updates; a correct file contains one of these sets.
 
         If the writer reported that it omitted updates of a target, some or all updates of this target may be missing.
+        The report does not say which, so each combination of the target's updates is one of the choices.
         """
         choices: list[Updates] = [asked]
         for target, group in asked.items():
             if str(target) in self.left_out:
                 some = [c for size in range(len(group)) for c in combinations(group, size)]
-                # The number of choices grows exponentially with the number of omitted targets. So from the limit on,
-                # extend only the last choice. It omits all reported targets so far, if each target has one update.
+                # The number of choices grows exponentially with the number of omitted targets. So from MOST_CHOICES
+                # on, extend only the last choice. If each target has one update, the last choice omits every omitted
+                # target that the loop has reached.
                 before = choices if len(choices) < MOST_CHOICES else [choices[-1]]
                 choices = [*choices, *({**choice, target: c} for choice in before for c in some)]
         return [{target: left for target, left in choice.items() if left} for choice in choices]
 
 
 def _difference(asked: Updates, got: Updates) -> str:
-    """Return the first target that differs. If its methods are equal, append the first method and field that differ."""
+    """Return the first target whose updates differ. If only a field differs, append the method and the field."""
     for target in dict.fromkeys((*asked, *got)):
         ours, theirs = asked.get(target, ()), got.get(target, ())
         if [u.method for u in ours] != [u.method for u in theirs]:
@@ -301,9 +305,9 @@ def _difference(asked: Updates, got: Updates) -> str:
 
 
 def _ways(asked: Adapter, got: Adapter, base: Checkpoint | None) -> list[Callable[[Updates], Updates]]:
-    """Return functions that rename targets; one of them may give the targets of both adapters the same names.
+    """Return functions that rename targets, to try on both adapters. The first function renames nothing.
 
-    The first function renames nothing.
+    `check` uses the function that gives the two adapters the most targets in common.
     """
     from ._image.deciding import candidates, denoiser_targets, families_of_all, origin_of
     from ._image.translate import in_components, in_parts
@@ -366,7 +370,10 @@ def _close(one: object, other: object) -> bool:
 
 
 def equal(one: Leaf | None, other: Leaf | None) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes. In large tensors, compare only samples if possible."""
+    """Whether two tensors have the same dtype, shape and bytes.
+
+    If the tensors are large and can be read in parts, compare only samples of the bytes.
+    """
     if one is other:
         return True
     if one is None or other is None:
@@ -386,7 +393,7 @@ def equal(one: Leaf | None, other: Leaf | None) -> bool:
 
 
 def _check_bytes(name: str, file: str, written: Written) -> None:
-    """Compare the last bytes of some tensors on disk with the tensors that were to be written.
+    """Compare the last bytes of up to `SPOTS` tensors on disk with the tensors that were to be written.
 
     Raises:
         Miswritten: the bytes differ.
@@ -395,13 +402,13 @@ def _check_bytes(name: str, file: str, written: Written) -> None:
     for key, leaf in leaves[:: -(-len(leaves) // SPOTS) or 1]:
         tensor = written.sources[key]
         if tensor.span is None and leaf.nbytes > COMPUTED:
-            continue  # To compare the tensor, it would be computed again, which takes too long.
+            continue  # The comparison would compute the tensor again, which takes too long.
         size = leaf.dtype.itemsize
         count = min(leaf.nbytes, RUN) // size
         first = leaf.nbytes // size - count
         if bytes(leaf.read(first, count)) != bytes(tensor.read(first, count)):
             raise Miswritten(
-                f"{name}: the bytes on the disk differ from the written tensor", path=file, where=key, cure=_REPORT
+                f"{name}: the bytes on the disk differ from the adapter's tensor", path=file, where=key, cure=_REPORT
             )
 
 

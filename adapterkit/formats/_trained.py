@@ -1,8 +1,7 @@
-"""Rewrite an update so that it computes what its training tool's forward computes at a given layer.
+"""Rewrite an update for a given layer, so that it computes the same function as the forward of the training tool.
 
 The forward may depend on the layer's kernel or padding. A file with OFT or LoRA does not show whether a layer is a
-convolution, or how the layer pads its input. Merges and injections know the layer, so they call this module before they
-compute.
+convolution, or how the layer pads its input. Merges and injections know the layer, so they rewrite the updates first.
 Updates stay unchanged if the adapter was not read from a tool's file, or was read with `compat="formula"`.
 """
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 def as_trained(
     updates: Sequence[Update], recipe: Sequence[Step], shape: tuple[int, ...], target: Target, padding: str = ""
 ) -> tuple[Update, ...]:
-    """Return the updates of one target as their training tools compute them at one layer.
+    """Rewrite the updates of one layer, so that they compute the same function as their training tools.
 
     Args:
         updates: the updates of one target.
@@ -48,7 +47,10 @@ Rule = Callable[["Update", LayerFacts], "Update"]
 
 
 def _rules(recipe: Sequence[Step], methods: Collection[str]) -> list[Rule]:
-    """Return the `at_layer` functions of the source formats for these methods. Omit files read with the formula."""
+    """Return the `at_layer` functions that the source formats define for these methods.
+
+    Skip source files that were read with `compat="formula"`.
+    """
     names = {
         str(step.args.get("format"))
         for step in recipe
@@ -72,11 +74,11 @@ def _by_rules(
 def sites_as_trained(
     sites: Iterable[Site], recipe: Sequence[Step], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[Site]:
-    """Apply `as_trained` to the updates of each site, with an unknown padding, and return the sites.
+    """Return the sites, with their updates rewritten as in `as_trained`. The padding of the layers is unknown.
 
     Args:
-        sites: the places in a base where the adapter's updates apply. Sites of stacked weights, and sites of only some
-            rows of a weight, stay unchanged.
+        sites: for each target, its updates and the names of its weight and bias in the base. Sites of stacked weights,
+            and sites of only some rows of a weight, stay unchanged.
         recipe: the adapter's lineage.
         shapes: the stored shape of each tensor of the base, by name.
 
@@ -111,17 +113,17 @@ def lora_among_zeros(update: Update) -> Update | None:
 
 
 def refused(update: Update, layer: LayerFacts, trainer: str) -> Unsupported:
-    """Return the error for an update if its trainer computed a function that no method of adapterkit can compute.
+    """Return the error for an update whose training tool computes a function that no method of adapterkit can compute.
 
     Args:
         update: the update.
         layer: properties of the layer, including its padding.
-        trainer: the trainer's name, for the message.
+        trainer: the name of the training tool, for the message.
     """
     why = (
-        f"{update.method} on a convolution with {layer.padding}: {trainer} trained it with zeros around the input, "
+        f"{update.method} on a convolution with {layer.padding}: {trainer} pads the input with zeros in training, "
         "and no change of the weight computes the same function; the paper's formula uses the layer's padding"
     )
     return Unsupported(
-        why, cure='Read the adapter with the formula, as a merge does: --compat formula (compat="formula")'
+        why, cure='To use the paper\'s formula, as merges do, read with --compat formula (compat="formula")'
     )

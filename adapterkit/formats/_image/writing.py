@@ -40,7 +40,7 @@ def encoded(
 
     Raises:
         Unrepresentable: the format cannot express an update, and `on_loss` allows neither rewriting nor omitting this
-            update. Or two updates would have the same key.
+            update. Or tensors of two updates would have the same key.
     """
     hints = hints_of(adapter, image_format.name())
     rules = rules_for(image_format.rules_in(file, hints), hints.compat, dict(hints.metadata) if hints.stems else {})
@@ -64,7 +64,7 @@ def encoded(
                     image_format, rules, stems[target, position], stored, update, hints, kept, stated
                 ).items():
                     if key in tensors and not _same(stored, tensors[key], leaf):
-                        why = f"two updates have the key {key}"
+                        why = f"two updates would have tensors with the same key {key}"
                         raise Unrepresentable(why, cure="Write adapterkit's format: --to adapterkit")
                     tensors[key] = leaf
     written = {str(target) for target in updates}
@@ -73,16 +73,16 @@ def encoded(
 
 
 def _family(updates: Updates, origin: Origin) -> Metadata:
-    """Return a metadata entry that names the adapter's possible families, for readers of the file."""
+    """Return the metadata entry with the names of the model families to which the adapter may belong."""
     targets = denoiser_targets(updates, ())
     known = [family.name for family in candidates(updates, targets, origin)] if targets else []
     return [(FAMILY, " ".join(known))] if known else []
 
 
 def _ranks(updates: Updates) -> Metadata:
-    """Return sd-scripts' metadata for rank and alpha; a value is `Dynamic` if it differs between modules.
+    """Return sd-scripts' metadata for rank and alpha. If modules have different values, the entry is `Dynamic`.
 
-    Return nothing unless all updates are LoRAs or DoRAs.
+    If an update is neither a LoRA nor a DoRA, return an empty list.
     """
     each = [update for group in updates.values() for update in group]
     pairs = [(update.A.shape[0], update.scaling) for update in each if isinstance(update, (DoRA, LoRA))]
@@ -105,9 +105,9 @@ def _stored(
     kept: Mapping[str, object],
     alpha_stated: bool,
 ) -> dict[str, Lazy]:
-    """Return the tensors to write for one slot, by key.
+    """Return a map from keys to the tensors that the writer stores for one slot.
 
-    Reuse the source file's tensor if that tensor still has the same meaning.
+    Reuse the source file's tensors if they would still be read as the same value.
     """
     default = image_format.spell(stem, stored.slot)
     key, leaf = hints.keys.get(default, default), as_lazy(stored.leaf)
@@ -130,7 +130,7 @@ def _stored(
 def _sources(
     image_format: ImageFormat, stem: str, stored: StoredTensor, hints: ImageHints, kept: Mapping[str, object]
 ) -> dict[str, Lazy]:
-    """Return the source file's `down` and `mid` if the reader computed a LoRA's A from both; otherwise nothing."""
+    """Return the source file's `down` and `mid` if the reader computed A from both; otherwise an empty dict."""
     if stored.slot != "down" or not hints.derived:
         return {}
     keys = [hints.keys.get(k, k) for k in (image_format.spell(stem, "down"), image_format.spell(stem, "mid"))]
@@ -158,8 +158,9 @@ def _expressible(
     places = [(t, i) for t, group in updates.items() for i, u in enumerate(group) if why_not(u, rules)]
     before = updates
     updates, losses = image_format.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
-    # The caller can convert the updates at `places` to LoRAs. If updates of a weight's parts cannot be joined, their
-    # targets are not renamed. LoRAs can be joined. So add all updates of such targets that are not LoRAs.
+    # The caller can convert the updates at `places` to LoRAs. A target may keep its name because its updates must be
+    # joined with others, and only LoRAs can be joined. So if a target was not renamed, add its updates to `places`,
+    # except LoRAs.
     lost = {target for target, _ in losses if target in before}
     places += [(t, i) for t in before if t in lost for i, u in enumerate(before[t]) if not isinstance(u, LoRA)]
     named = not losses
@@ -184,11 +185,11 @@ def _expressible(
 
 
 def _keeping(origin: Origin) -> str:
-    """Return the advice for an error about names that cannot be translated."""
+    """Return the cure for the error that module names cannot be translated."""
     keeps = {"native": "comfyui", "comfyui": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
     return (
-        f"Write a format that keeps these names: --to {keeps}. Or name the family when you read the adapter: "
-        "--family (family=). Or give the base with --base (base=), so that its names decide"
+        f"Write a format that keeps these names: --to {keeps}. Or name the model family when you read the adapter: "
+        "--family (family=). Or give the base with --base (base=), so that the base's names decide the family"
     )
 
 
@@ -218,7 +219,7 @@ def _losses(
                 if component_of(target.path) == "transformer_2":
                     why = "its module is in a second transformer, for which this format has no prefix"
             if isinstance(update, WeightNorm) and not isinstance(before, (LoHa, LoKr, LoRA)):
-                why = "its weight_norm does not follow a LoRA, a LoHa or a LoKr"
+                why = "its weight_norm does not come directly after a LoRA, a LoHa or a LoKr"
             before = update
             if not why:
                 update_slots = {stored.slot for stored in encode(update, rules)}
@@ -229,7 +230,7 @@ def _losses(
 
 
 def _same(stored: StoredTensor, one: Lazy, other: Lazy) -> bool:
-    """Whether both tensors are the same alpha. Updates of different parts of one module share the key of the alpha."""
+    """Whether both tensors are equal alphas. The updates of one module's parts may share a single alpha."""
     return stored.slot == "alpha" and (one.dtype, bytes(one.fetch())) == (other.dtype, bytes(other.fetch()))
 
 

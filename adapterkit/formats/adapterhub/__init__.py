@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
 
-# Define the values of `compat`. They select a paper's formula if the adapters library computes another formula, or
-# select the method of an ambiguous file.
+# Define the values of `compat`. `formula` selects the paper's formula for methods that the adapters library computes
+# differently. `noreft` and `direft` select the method of an ambiguous file.
 
 
 DEPARTURES = {
@@ -46,7 +46,7 @@ DEPARTURES = {
 }
 
 REFT = ("noreft", "direft")
-"""The two possible meanings of a ReFT without orthogonality. The adapters library writes the same file for both."""
+"""A ReFT without orthogonality is one of these two methods. The adapters library writes the same file for both."""
 
 # Load and save an AdapterHub folder: a JSON config, one tensor file, and optional further files.
 
@@ -61,10 +61,10 @@ COMPOSITIONS = {
     "adapter_setup.json": "a composition of adapters",
     "adapter_fusion_config.json": "an AdapterFusion layer over several adapters",
 }
-"""A map from the files that mark a folder as a composition of adapters to phrases that messages use for each kind."""
+"""The names of the files that mark a folder as a composition of adapters, each with a phrase for messages."""
 
 OTHERS = ("peft_type", "fine_tune_type", "lora_parameters")
-"""Keys that occur in configs of PEFT and MLX, but not of AdapterHub. All three tools use the name `CONFIG`."""
+"""Keys that occur in configs of PEFT and MLX, but not of AdapterHub. All three tools name the config file `CONFIG`."""
 
 MAX_SNIFF = 16 << 20
 
@@ -127,12 +127,12 @@ def load(path: Path) -> Content:
         raise StorageError(why, path=folder, cure=cure)
     config = read_json(folder / CONFIG, strict=True)
     if not _is_config(config):
-        why = "this is not a config of AdapterHub: it has no sub-dict `config`, or has keys of another tool"
+        why = "this is not an AdapterHub config: the config has no sub-dict `config`, or has keys of another tool"
         raise Malformed(
             why,
             path=folder / CONFIG,
             where="config",
-            cure="Name the file's format with --from (format=), or omit the option to detect the format",
+            cure="Name the right format with --from (format=), or omit --from, so that adapterkit detects the format",
         )
     head, head_weights = folder / HEAD_CONFIG, _first(folder, HEADS)
     return Content(

@@ -45,7 +45,7 @@ from .file import RELEASE, AdapterHubSettings
 
 FORMAT = "adapterhub"
 HEAD = "head/"
-"""The prefix that names of a prediction head's tensors have in the leftovers. Names of other tensors have no prefix."""
+"""In the leftovers, the names of a prediction head's tensors start with this prefix. Other names do not."""
 
 
 class AdapterHubHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -81,14 +81,15 @@ def hints_of(adapter: Adapter) -> AdapterHubHints:
     return leftovers(adapter, FORMAT, AdapterHubHints)
 
 
-# Every tensor must belong to an update, or have a `KeptKey`: such a tensor has no effect, and is only stored.
+# Every tensor must belong to an update, or its key must be in a `KeptKey`. Tensors with a `KeptKey` have no effect; the
+# adapter stores them only so that the writer can write them again.
 
 
 def decode(content: Content, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
-    """Return the adapter in a folder's contents.
+    """Convert a folder's contents to an `Adapter`.
 
     Raises:
-        Malformed: a tensor belongs to no update, or the config belongs to another file.
+        Malformed: a tensor belongs to no update, or the config does not fit the tensor file.
         Unsupported: the config needs a feature that this version does not have.
         ShapeMismatch: the tensors' shapes contradict each other or the config.
     """
@@ -114,9 +115,10 @@ def decode(content: Content, *, compat: str | None = None, base: Checkpoint | No
 def assemble(
     content: Content, *, compat: str | None = None, base: Checkpoint | None = None, heads: int | None = None
 ) -> tuple[Updates, list[AdapterHubKey], AdapterHubSettings]:
-    """Return the updates by target, the keys of tensors that have no effect and are only stored, and the settings.
+    """Return (updates by target, keys of tensors without an effect, settings).
 
-    `heads` is the number of heads in the keys and values of prefixes; None to read it from the base.
+    `heads` is the number of attention heads in the keys and values of prefix tuning. If `heads` is None, the number is
+    read from the base.
     """
     settings = parse(content.config, content.interface)
     tensors = parse_keys(content.tensors, settings.name)
@@ -195,7 +197,7 @@ def parse(config: Mapping[str, JsonValue], interface: Mapping[str, object] | Non
         raise Malformed(why, where=place.strip("`").removeprefix("$.") or "name", cure=_REWRITE) from None
     if not settings.name or re.search(r"[./\\\0]", settings.name):
         why = f"{settings.name[:60]!r} is not a valid adapter name: it is empty, or has a dot or a slash"
-        raise Malformed(why, where="name", cure="Load the adapter, and save it under another name")
+        raise Malformed(why, where="name", cure="Save the adapter under another name with the adapters library")
     return settings
 
 
@@ -230,7 +232,7 @@ def _part(
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         why = f"this version does not know the architecture {str(architecture)[:60]!r}"
-        raise Unsupported(why, where=f"{at}.architecture", cure=f"Known: {known}, union")
+        raise Unsupported(why, where=f"{at}.architecture", cure=f"Known architectures: {known}, union")
     for name, value in part_fields.items():
         if value and name not in {**family.read, **family.harmless, "architecture": ""}:
             why = f"this version does not know this field, and its value {str(value)[:60]} may change the maths"
@@ -248,12 +250,12 @@ _UPGRADE = "Upgrade adapterkit, or remove the field if it is known to be harmles
 
 # Encode an `Adapter` as the contents of a folder, and check that these contents read back as the same adapter.
 #
-# If the source file's config still describes the adapter, the writer copies it. Otherwise the writer makes a new
-# config, with the fields that release 1.3 writes.
+# If the source folder's config still describes the adapter, the writer copies this config. Otherwise, the writer
+# makes a new config with the fields that release 1.3 of the adapters library writes.
 
 
 NAME = "adapter"
-"""The name that is written for adapters from other formats."""
+"""The adapter name that the writer stores if the adapter was read from another format."""
 
 
 def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[Content, list[str]]:
@@ -261,6 +263,7 @@ def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[
 
     Raises:
         Unrepresentable: AdapterHub's format cannot express an update, and `on_loss` does not allow omitting the update.
+            Or the format cannot express any of the updates, or their combination.
     """
     hints = hints_of(adapter)
     if hints.config and all(family_of(update) for _, update in adapter):
@@ -297,7 +300,7 @@ def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config:
 
 
 def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
-    """Return the stored tensors that belong to no update: first those of the adapter's file, then those of the head."""
+    """Return the tensors in the adapter's leftovers: (tensors from the tensor file, tensors of the prediction head)."""
     foreign = adapter.foreign
     tensors = {} if foreign is None or foreign.format != FORMAT else foreign.tensors
     weights = {key: as_lazy(leaf) for key, leaf in tensors.items() if not key.startswith(HEAD)}
@@ -343,7 +346,7 @@ def _position(updates: tuple[Update, ...], update: Update) -> int:
 
 
 def says(content: Content, updates: Updates, *, compat: str | None, base: Checkpoint | None) -> bool:
-    """Whether reading these contents would give these updates. Values of tensors are not compared."""
+    """Whether reading `content` would give `updates`. Values of tensors are not compared."""
     written = json.loads(json.dumps(dict(content.config), sort_keys=True))
     try:
         read, _, _ = assemble(replace(content, config=written), compat=compat, base=base, heads=_heads(updates))

@@ -31,7 +31,7 @@ class FamilyFields(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterHubFamily(ABC):
-    """Converts files with one value of `architecture`. Each subclass has its own module, whose name is this value.
+    """Converts files whose config has one value of `architecture`. The module of a subclass is named after this value.
 
     Class attributes:
         methods: the names of the methods that the family reads and writes.
@@ -49,13 +49,13 @@ class AdapterHubFamily(ABC):
 
     @classmethod
     def settle(cls, fields: Any, settings: AdapterHubSettings) -> Any:
-        """Replace names that old releases wrote as values of fields with today's names, and return the fields."""
+        """Return the config fields. If old releases used another name for a value, replace it with today's name."""
         return fields
 
     @classmethod
     @abstractmethod
     def decode(cls, part: AdapterHubPart) -> Findings:
-        """Yield the updates of this family in a file, and the keys of tensors that have no effect and are only stored.
+        """Yield the file's updates of this family, and a `KeptKey` for each tensor of this family without an effect.
 
         Raises:
             Malformed: the file lacks some of an update's tensors.
@@ -66,7 +66,7 @@ class AdapterHubFamily(ABC):
     @classmethod
     @abstractmethod
     def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
-        """Yield (key, tensor) for all tensors of these updates, which all belong to this family."""
+        """Yield (key, tensor) for each tensor of these updates. All of the updates belong to this family."""
 
     @classmethod
     @abstractmethod
@@ -98,7 +98,7 @@ def family_of(update: Update) -> type[AdapterHubFamily] | None:
 
 
 def family_of_architecture(architecture: object) -> type[AdapterHubFamily] | None:
-    """Return the family of an `architecture`; None if it is unknown. Bottleneck configs have the architecture None."""
+    """Return the family of an `architecture`; None if there is no family. Bottleneck configs have no `architecture`."""
     if architecture is None:
         architecture = "bottleneck"
     elif architecture == "bottleneck":
