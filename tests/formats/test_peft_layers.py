@@ -207,7 +207,7 @@ def test_other_methods_of_padded_convolutions_are_refused_with_both_readings(tmp
     torch.manual_seed(3)
     model = nn.ModuleDict({"m": PADDED["reflect"]()}).eval()
     get_peft_model(copy.deepcopy(model), LoHaConfig(r=2, target_modules={"m"})).save_pretrained(str(tmp_path / "a"))
-    with pytest.raises(Unsupported, match=r"padding_mode='reflect'.*zeros around the input") as raised:
+    with pytest.raises(Unsupported, match=r"padding_mode='reflect'.*pads the input with zeros") as raised:
         ak.torch.inject(model, ak.read(tmp_path / "a"))
     assert raised.value.where == "m"
     assert 'compat="formula"' in raised.value.cure
