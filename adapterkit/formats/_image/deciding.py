@@ -384,7 +384,7 @@ def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata:
 
 
 def _begins(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether the names have two or more block numbers, consecutive from 0 or 1, and the family has all these blocks."""
+    """Whether the names have two or more block numbers, consecutive from 0 or 1, and the family has these blocks."""
     numbers = _numbers(paths)
     if not numbers or sum(map(len, numbers.values())) < 2:
         return False
