@@ -33,7 +33,7 @@ class WriteResult:
         format: the name of the format in which the adapter was written.
         targets: the number of targets.
         updates: the number of updates.
-        losses: one line for each update that was omitted or rewritten; see `on_loss`.
+        losses: one line for each update that was omitted or rewritten; see `on_loss` of `adapterkit.write`.
         warnings: further warnings, for example that the adapter was made for another base.
         already_done: True if nothing was written, because the destination already had the same output.
     """
@@ -72,8 +72,8 @@ class Destination:
             of a pushed adapter names this licence too.
         overwrite: replace an existing output.
         format: the format to write.
-        base: the base that is read.
-        inputs: other files that are read.
+        base: the base, as a path, an address or an opened checkpoint; None if no base is used.
+        inputs: the paths or addresses of other inputs, which the output must not replace either.
 
     Raises:
         UsageError: the destination is on a hub, and a source has the same address.
@@ -93,15 +93,17 @@ class Destination:
 
     @cached_property
     def files(self) -> list[Path]:
-        """The local files that are read."""
+        """The local files of all inputs, which the output must not replace."""
         return [file for source in self.inputs for file in files_read(located(source))]
 
     def check(self) -> None:
-        """Refuse a path that is taken, or whose files are inputs. A hub's files are checked only during the push.
+        """Refuse an output path that already exists, or an output that would replace an input.
+
+        If the destination is on a hub, its files are checked only during the push.
 
         Raises:
-            UsageError: the output would replace one of the files that are read.
-            StorageError: the path exists, and `overwrite` is not set; or another process is writing there.
+            UsageError: the output would replace an input file.
+            StorageError: the path exists, and `overwrite` is not set; or another process is writing to the path.
         """
         if self.remote:
             return
@@ -121,10 +123,11 @@ class Destination:
         Args:
             adapter: the adapter.
             on_loss: what to do with updates that the format cannot express; see `adapterkit.write`.
-            profile: the program that will load the output, if it supports only a part of the format.
+            profile: the name of the program that will load the output, if this program supports only a part of the
+                format.
             max_error: with `on_loss="promote"`, the largest relative error that an approximated change may have.
-            base: the opened base; None to use the `base` that the constructor got.
-            made_from: a digest of all inputs and options, which is stored with the output.
+            base: the opened base; None to use the `base` that was passed to the constructor.
+            made_from: a digest of all inputs and options. It is stored with the output.
             warnings: warnings to include in the result.
         """
         unchanged: list[bool] = []

@@ -1,4 +1,4 @@
-"""The errors that adapterkit raises on purpose: a base class and its subclasses. An error can name a place and a cure.
+"""The errors that adapterkit raises on purpose. An error can name the faulty file and tell the user what to do.
 
 The library never prints, exits or asks questions. The command line prints the error and exits with its exit code.
 """
@@ -38,7 +38,7 @@ _USER = re.compile(r"(?!\[)[^/@]*:(?!\d{1,5}/)[^@]*@|[^/?#@]*@")
 _QUERY = re.compile(r"\?[^#]*")
 _FRAGMENT = re.compile(r"#(?![\w.-]*$).*", re.DOTALL)
 _PARAMETER = re.compile(r"(?i)([?&][\w-]*(?:token|sig|signature|key|secret|password|credential|auth)[\w-]*=)[^\s&#/]+")
-"""Matches a secret in a query even if the url has no scheme, as in the path of a file on a hub."""
+"""Matches a secret parameter, such as `?token=...`. The url needs no scheme: it may be the path of a file on a hub."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
@@ -47,8 +47,8 @@ def public(text: str) -> str:
     """Return the text without secrets: `...` replaces secrets in urls, and `<token>` replaces Hugging Face tokens.
 
     No other function removes secrets. This function is applied to errors, lineage, origin files, reports and all output
-    of the command line. In a url, it removes user names and passwords before the host, and the whole query (`?token=`,
-    `X-Amz-Signature`, ...), because no list could name all secret parameters.
+    of the command line. In a url, the function replaces user names and passwords before the host. It also replaces the
+    whole query (`?token=`, `X-Amz-Signature`, ...), because no list could name all secret parameters.
     """
     if ":/" in text:
         text = _ADDRESS.sub(_without_secrets, text)
@@ -93,7 +93,8 @@ def _cut(text: str, limit: int) -> str:
 class AdapterkitError(Exception):
     """The base class of all errors that adapterkit raises on purpose.
 
-    Whenever a text is assigned to an attribute, `public` removes secrets from urls, and `brief` shortens a long text.
+    When `why`, `path`, `where` or `cure` is set, secrets are removed from the text (see `public`), and a long text is
+    shortened.
 
     Attributes:
         why: the fault, in one sentence without a full stop.
@@ -130,7 +131,7 @@ class AdapterkitError(Exception):
         return f"{text}. {self.cure}" if self.cure else text
 
     def at(self, path: Path | None = None, where: str | None = None) -> AdapterkitError:
-        """Set `path` and `where` if the error does not have them yet, and return the same error."""
+        """Set `path` and `where` unless they are already set, and return the same error."""
         self.path = self.path or (None if path is None else str(path))
         self.where = self.where or where
         return self
@@ -140,7 +141,7 @@ class AdapterkitError(Exception):
         return {"code": self.code, "why": self.why, "path": self.path, "where": self.where, "cure": self.cure}
 
 
-ONE_WEIGHT_EACH = "Give one weight for each adapter: --weight W for each (weights=[...])"
+ONE_WEIGHT_EACH = "Give one weight for each adapter: repeat --weight W (weights=[...])"
 """The cure if the number of weights differs from the number of adapters."""
 
 
@@ -151,7 +152,7 @@ class UsageError(AdapterkitError):
 
 
 class Malformed(AdapterkitError):
-    """A file violates the rules of its own container or format."""
+    """A file violates the rules of its container or format, or an update violates the rules of its method."""
 
     code = "malformed"
 
@@ -193,8 +194,8 @@ class Unrepresentable(AdapterkitError):
 
     Attributes:
         items: one line for each update or value that the format cannot express.
-        places: the refused updates that the writer could perhaps store with another method, as pairs (target, index of
-            the update among the target's updates).
+        places: one pair for each refused update that the writer could perhaps store with another method: the target,
+            and the index of the update among the target's updates.
     """
 
     code = "unrepresentable"
@@ -230,7 +231,7 @@ class Corrupt(AdapterkitError):
 
 
 class StorageError(AdapterkitError):
-    """The file system refused an operation: the disk is full, access is denied, or the path is missing or exists."""
+    """A path cannot be read or written: the disk is full, access is denied, or the path is missing or is taken."""
 
     code = "storage"
     exit_code = 6
@@ -260,8 +261,8 @@ _CURES = {
     errno.EDQUOT: "Raise the quota or write elsewhere, then run the same command again",
     errno.EACCES: "Check the owner and the permissions of that path",
     errno.EPERM: "Check the owner and the permissions of that path",
-    errno.EEXIST: "A folder is needed at that path: move the file that is at the path or at one of its parents",
-    errno.ENOTDIR: "A folder is needed at that path: move the file that is at the path or at one of its parents",
+    errno.EEXIST: "The path must be a folder, but the path or one of its parents is a file; move this file",
+    errno.ENOTDIR: "The path must be a folder, but the path or one of its parents is a file; move this file",
     errno.ENOENT: "Check the spelling of the path",
     errno.EISDIR: "Pass a file, not a folder",
     errno.EROFS: "The file system is mounted read-only; write elsewhere",
@@ -279,10 +280,10 @@ R = TypeVar("R")
 
 
 def places_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function whose first argument is a file: errors that the function raises get the path of this file.
+    """Decorate a function that uses a file, so that each error of the function names the path of the file.
 
-    The first argument is a path, or an object whose `root` is a path. Errors that already name a file stay unchanged.
-    A `UsageError` also stays unchanged, because it is about the call and not about a file.
+    The function's first argument must be this path, or an object whose `root` is this path. Errors that already name a
+    file stay unchanged. A `UsageError` also stays unchanged, because it is about the call and not about a file.
     """
     name = next(iter(signature(function).parameters))
 
@@ -301,7 +302,7 @@ def places_errors(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def shown(value: object, most: int = 120) -> str:
-    """Return the `repr` of a value that was read from a file, cut to at most `most` characters, for a message.
+    """Return the `repr` of a value from a file, for an error message. It is cut to at most `most` characters.
 
     Large integers are described by their size: Python refuses to print more than 4300 digits, and YAML and numpy
     headers can contain such integers in hexadecimal.

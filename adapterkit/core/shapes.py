@@ -1,8 +1,9 @@
-"""Shape strings such as `"r in *k"` document and check the shapes of tensor fields; tests create examples from them.
+"""Check the fields of updates: tensors against shape strings such as `"r in *k"`, and plain values against rules.
 
 A shape string is a list of axes separated by spaces. An axis is an integer, a name, or a product or quotient of
-integers and names (`out/b`, `r*n`). At most one axis is `*name`, which stands for any number of axes. Comparing a shape
-string with a tensor's shape gives each name its size.
+integers and names (`out/b`, `r*n`). At most one axis is `*name`, which stands for any number of axes. When a shape
+string is compared with a tensor's shape, each name in the string gets a size. Tests also create example tensors from
+shape strings.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from .updates.update import Update
 
 Dims = dict[str, int | tuple[int, ...]]
-"""Axis name -> size. A starred name has a tuple: the sizes of all axes that it stands for."""
+"""A map from the name of an axis to its size. A starred name stands for several axes, and maps to a tuple of sizes."""
 
 _AXIS = re.compile(r"\*[a-z_]\w*|(?:[a-z_]\w*|\d+)(?:[*/](?:[a-z_]\w*|\d+))*")
 
@@ -41,7 +42,7 @@ class Axes:
     text: str
     axes: tuple[str, ...]
     star: int | None
-    """Position of the starred axis, or None."""
+    """The index of the starred axis in `axes`; None if there is no starred axis."""
 
     @staticmethod
     def parse(text: str) -> Axes:
@@ -49,13 +50,14 @@ class Axes:
 
     @property
     def plain(self) -> bool:
-        """Whether all axes are integers or names, without products and quotients."""
+        """Whether no axis is a product or a quotient."""
         return all(axis.lstrip("*").isalnum() or axis.lstrip("*").isidentifier() for axis in self.axes)
 
     def index(self, axis: str) -> int | None:
-        """Return the index of an axis in a tensor's shape; None if no axis of the string is exactly `axis`.
+        """Return the index of an axis in a tensor's shape; None if the shape string does not list the axis.
 
-        The index of an axis after the starred axis is negative, because it must be counted from the back.
+        A product such as `r*n` does not count as the axis `r`. An axis after the starred axis gets a negative index,
+        because the starred axis may stand for any number of axes.
         """
         if axis not in self.axes:
             return None
@@ -63,15 +65,15 @@ class Axes:
         return position - len(self.axes) if self.star is not None and position > self.star else position
 
     def bind(self, shape: tuple[int, ...], dims: Dims, what: str) -> None:
-        """Compare a tensor's shape with this string, and add the sizes of the string's names to `dims`.
+        """Check that a tensor's shape matches this shape string, and add the size of each name to `dims`.
 
         Args:
             shape: the tensor's shape.
-            dims: the sizes that are known from other tensors.
+            dims: the sizes that are known from other tensors. New sizes are added in place.
             what: the name of the tensor, for the error.
 
         Raises:
-            ShapeMismatch: the shape does not match this string, or contradicts a size in `dims`.
+            ShapeMismatch: the shape does not match this shape string, or contradicts a size in `dims`.
         """
         star = self.star
         fixed = len(self.axes) - (star is not None)
@@ -90,7 +92,7 @@ class Axes:
                 raise _mismatch(self, shape, dims, what)
 
     def sizes(self, dims: Mapping[str, int | tuple[int, ...]]) -> tuple[int, ...]:
-        """Return the shape that results if the names of this string have the sizes in `dims`."""
+        """Replace each name in this shape string by its size in `dims`, and return the resulting shape."""
         shape: list[int] = []
         for axis in self.axes:
             if axis.startswith("*"):
@@ -116,12 +118,13 @@ def tensor(
     """Declare a dataclass field that holds a tensor whose shape must match a shape string.
 
     Args:
-        shape: the shape string.
+        shape: the shape string, such as `"r in *k"`.
         optional: True if the tensor may be missing (None).
-        integer: True if the tensor contains indices instead of real numbers.
-        below: the axis, or product of axes, that the indices refer to; each index must be less than the axis's size. If
-            the tensor has two rows (the first and the second index of each pair), `below` names one axis for each row.
-        distinct: True if no index (or pair) may repeat.
+        integer: True if the tensor contains integers instead of real numbers.
+        below: if the tensor contains indices, the axis (or product of axes) that they index. Each index must be less
+            than the axis's size. A tensor may also contain pairs of indices, with the first index of each pair in one
+            row and the second index in another row. In this case, `below` names two axes, separated by a space.
+        distinct: True if no index (or pair of indices) may occur twice.
     """
     indices = {"integer": integer, "below": tuple(below.split()), "distinct": distinct}
     metadata = {"axes": Axes.parse(shape), "optional": optional, **indices}
@@ -152,7 +155,7 @@ def _candidates(axis: str, name: str, size: int, dims: Dims) -> tuple[int, ...]:
 
 @cache
 def _factors(axis: str) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
-    """Return the names and numbers in an axis's numerator, and those in its denominator."""
+    """Split an axis such as `r*n/b` into the factors of its numerator and the factors of its denominator."""
     factors: dict[str, list[str | int]] = {"*": [], "/": []}
     for sign, part in re.findall(r"([*/])(\w+)", "*" + axis):
         factors[sign].append(int(part) if part.isdigit() else part)
@@ -176,10 +179,11 @@ def _evaluate(axis: str, dims: Mapping[str, int | tuple[int, ...]]) -> int:
 def _mismatch(axes: Axes, shape: tuple[int, ...], dims: Dims, what: str) -> ShapeMismatch:
     known = ", ".join(f"{name}={size}" for name, size in dims.items())
     why = f"the shape {list(shape)} does not match [{axes.text}]" + (f" with {known}" if known else "")
-    return ShapeMismatch(why, where=what, cure="Compare the shape with the other tensors and with the file's rank")
+    return ShapeMismatch(why, where=what, cure="Check the shapes of the other tensors, and the rank in the file")
 
 
-# Check rules that shape strings cannot express: ranges of attribute values, positions in tensors, and conditions.
+# The functions below check rules that shape strings cannot express. Some rules limit the value of an attribute, some
+# limit the positions that a tensor contains, and some are conditions on axes and attributes.
 
 
 DAMAGED = "The file is damaged, or the tool that wrote it has a bug; write the file again"
@@ -191,14 +195,14 @@ def attribute(
     most: float | None = None,
     positive: bool = False, since: int = 1,
 ) -> Any:  # fmt: skip
-    """Declare a dataclass field that holds an attribute, which is plain data, with rules for its value.
+    """Declare a dataclass field for plain data (an attribute), with rules that its value must satisfy.
 
     Args:
         default: the value if neither the file nor the caller gives one. Without a default, the attribute is required.
         among: the allowed strings or numbers.
         least: the smallest allowed number.
         most: the largest allowed number.
-        positive: require a number above 0.
+        positive: True if the number must be above 0.
         since: the version of the method that introduced the attribute.
     """
     rules = {"among": tuple(among), "least": least, "most": most, "positive": positive, "since": since}
@@ -210,7 +214,7 @@ def check_attribute(name: str, value: object, field: dataclasses.Field[object]) 
 
     Raises:
         Malformed: the value has another type than the field, is not finite, or is out of range.
-        Unsupported: the value is not in the list of the field's allowed values.
+        Unsupported: the value is not one of the field's allowed values (`among`).
     """
     _check_type(name, value, _type_name(field.type))
     _check_range(name, value, field.metadata)
@@ -225,7 +229,8 @@ def _check_type(name: str, value: object, annotation: str) -> None:
     allowed = _TYPES.get(annotation)
     if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and annotation != "bool")):
         raise Malformed(f"{value!r} is not of type {annotation}", where=name, cure=DAMAGED)
-    # Do not convert the number to a float: an integer may be too large. Comparisons with infinity work for any integer.
+    # Do not use `math.isfinite`, which converts an integer to a float and raises OverflowError if the integer is too
+    # large. Comparisons between an integer and a float work for any integer.
     if (
         annotation == "float"
         and isinstance(value, int | float)
@@ -251,15 +256,16 @@ def _type_name(annotation: object) -> str:
     return annotation if isinstance(annotation, str) else str(getattr(annotation, "__name__", annotation))
 
 
-# Check tensors of positions: each position must be less than its axis's size, and some fields forbid repetition.
+# The functions below check tensors that contain positions, which are indices into an axis. Each position must be at
+# least 0 and less than the size of the axis. Some fields also forbid that a position occurs twice.
 
 
 def misplaced(update: Update, sizes: Mapping[str, int | tuple[int, ...]]) -> Iterator[tuple[str, str]]:
-    """Yield the name of each field that has a position outside its axis, and a description of the error.
+    """For each field with a position outside its axis, yield the field's name and a description of the error.
 
     Args:
-        update: the update. The argument `below` of a field's `tensor()` names the axis to which the positions refer.
-        sizes: the sizes of axes that do not follow from the shapes of the update's tensors.
+        update: the update. A field that contains positions names their axis with the argument `below` of `tensor`.
+        sizes: the sizes of axes that the shapes of the update's tensors do not determine.
     """
     fields = update.tensor_fields()
     placed = {name: leaf for name, leaf in update.tensors.items() if fields[name].metadata["below"]}
@@ -275,7 +281,7 @@ def misplaced(update: Update, sizes: Mapping[str, int | tuple[int, ...]]) -> Ite
 
 
 def repeated(update: Update) -> str:
-    """Return the name of the first field declared `distinct` that repeats a position or a pair; "" if there is none."""
+    """Return the name of the first `distinct` field in which a position (or a pair) occurs twice; "" if none does."""
     import numpy as np
 
     fields = update.tensor_fields()
@@ -284,7 +290,7 @@ def repeated(update: Update) -> str:
         if not tensor.nbytes:
             continue
         index = tensor.numpy()
-        # Sort pairs by two keys: a single number that combines both positions would overflow if they are large.
+        # Sort pairs by two keys. If the positions are large, one integer that combines both positions would overflow.
         rows = [index] if len(fields[name].metadata["below"]) == 1 else [index[..., 0, :], index[..., 1, :]]
         order = np.lexsort(rows, axis=-1)
         sorted_rows = [np.take_along_axis(row, order, -1) for row in rows]
@@ -294,7 +300,7 @@ def repeated(update: Update) -> str:
 
 
 def _size(axis: str, sizes: Mapping[str, int | tuple[int, ...]]) -> int | None:
-    """Return the size of an axis or of a product of axes; None if `sizes` lacks a name."""
+    """Return the size of an axis or of a product of axes; None if a name in `axis` has no size in `sizes`."""
     try:
         return Axes.parse(axis).sizes(sizes)[0]
     except KeyError:
@@ -313,11 +319,11 @@ class Rule:
     Attributes:
         require: the expression that must be true.
         define: the axis whose size the rule defines; if the tensors give the axis another size, the update is refused.
-        value: the expression for the size of the axis `define`.
-        when: an expression; the rule applies only if this expression is true. Empty: the rule always applies.
+        value: the expression that computes the size of the axis `define`.
+        when: the rule applies only if this expression is true. If `when` is empty, the rule always applies.
         where: the field or attribute that the error names.
-        error: the class of the error if `require` is not true, `ShapeMismatch` or `Malformed`.
-        meaning: the start of this error's message, which explains the failure in plain words.
+        error: the name of the error class to raise if `require` is not true: `ShapeMismatch` or `Malformed`.
+        meaning: a plain explanation of the failure; the error message starts with this text.
     """
 
     require: str = ""
@@ -330,7 +336,7 @@ class Rule:
 
 
 def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
-    """Check an update against its method's rules, in order, and add the sizes that the rules define to `dims`.
+    """Check an update against its method's rules, in order. `dims` also gets the sizes that rules define.
 
     Args:
         update: the update; its attributes and shapes must already be checked.
@@ -380,11 +386,11 @@ def check_fits(update: Update, shape: Shape) -> None:
 
 
 class _NoValue(Exception):
-    """A part of an expression has no value, for example an axis without a size, a division by 0, or a text in a sum."""
+    """Part of an expression has no value. Examples: an axis without a size, a division by 0, a string in a sum."""
 
 
 class _Names:
-    """Look up the names in an expression, which are axes and attributes of an update."""
+    """Look up the names in an expression: an axis has a size, and an attribute of the update has a value."""
 
     def __init__(self, update: Update, dims: Mapping[str, object], stack: bool) -> None:
         self.update, self.dims, self.stack = update, dims, stack
@@ -392,7 +398,7 @@ class _Names:
     def value(self, name: str) -> int | str:
         name = name.removesuffix("_")
         value = self.dims[name] if name in self.dims else self.update.attributes.get(name)
-        # Refuse the name of a starred axis: it has several sizes, but rules compute with integers.
+        # A starred axis has a tuple of sizes. Refuse its name, because rules compute with single integers.
         if not isinstance(value, int | str):
             raise _NoValue(name)
         return int(value) if isinstance(value, bool) else value
@@ -403,7 +409,7 @@ class _Names:
         return None if leaf is None else len(leaf.shape) - self.stack
 
     def shown(self, expression: str) -> str:
-        """Return an expression's names and values as text, such as `r=8, out=64`; names without a value are omitted."""
+        """Return the value of each name in an expression as text, such as `r=8, out=64`; omit names without a value."""
         return ", ".join(f"{name}={value}" for name in names_in(expression) if (value := self._known(name)) is not None)
 
     def _known(self, name: str) -> int | str | None:
@@ -414,7 +420,7 @@ class _Names:
 
 
 class _Given(_Names):
-    """Look up the names in an expression in two mappings instead of an update."""
+    """Like `_Names`, but with sizes and values from two mappings, because there is no update."""
 
     def __init__(self, values: Mapping[str, object], axes: Mapping[str, int]) -> None:
         self.values, self.given_axes = values, axes
@@ -434,8 +440,8 @@ def value_of(expression: str, values: Mapping[str, object], axes: Mapping[str, i
 
     Args:
         expression: the expression.
-        values: name -> the size of an axis, or the value of an attribute.
-        axes: name of each tensor that is present -> how many axes it has, not counting the experts' axis.
+        values: a map from the name of an axis to its size, and from the name of an attribute to its value.
+        axes: a map from the name of each present tensor to its number of axes, not counting the experts' axis.
     """
     value = _compiled(expression)(_Given(values, axes))
     return None if value is False else value
@@ -443,7 +449,7 @@ def value_of(expression: str, values: Mapping[str, object], axes: Mapping[str, i
 
 @cache
 def names_in(expression: str) -> tuple[str, ...]:
-    """Return the names of the axes and attributes whose values an expression reads, in order."""
+    """Return the names of the axes and attributes that an expression reads, each once, in the order of `ast.walk`."""
     tree = ast.parse(_without_keywords(expression), mode="eval")
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     asked = {
@@ -461,7 +467,7 @@ def _without_keywords(expression: str) -> str:
 
 
 Evaluate = Callable[[_Names], int | str]
-"""A compiled expression: a function that returns a number or a text, or raises `_NoValue`."""
+"""A compiled expression: a function that returns an integer or a string, or raises `_NoValue`."""
 
 
 def _floor(a: int, b: int) -> int:
@@ -489,9 +495,9 @@ _OF_EQUALS: dict[type[ast.AST], Callable[[Any, Any], bool]] = {ast.Eq: operator.
 
 @cache
 def _compiled(expression: str) -> Callable[[_Names], int | str | Literal[False]]:
-    """Compile an expression into a function that returns the expression's value, or False if it has none.
+    """Compile an expression into a function that returns the expression's value, or False if there is no value.
 
-    No value is False itself, because values are integers (true is 1) or texts.
+    A false expression has the value 0 and a true one has the value 1, so False always stands for "no value".
     """
     evaluate = _evaluator(ast.parse(_without_keywords(expression), mode="eval").body)
 
@@ -505,7 +511,10 @@ def _compiled(expression: str) -> Callable[[_Names], int | str | Literal[False]]
 
 
 def _evaluator(node: ast.expr) -> Evaluate:
-    """Compile one node of an expression; refuse nodes outside the spec's grammar, because other readers reject them."""
+    """Compile one node of an expression.
+
+    Refuse a node that the spec's grammar for rules does not allow, because other readers of the spec reject it.
+    """
     match node:
         case ast.Constant(value=value) if isinstance(value, int | str):
             return lambda _: value

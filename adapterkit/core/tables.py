@@ -1,4 +1,4 @@
-"""Build the HTML tables with which a notebook shows results; `_repr_html_` methods return these tables."""
+"""Build the HTML tables that `_repr_html_` methods return, so that a notebook shows a result as a table."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
 
     Args:
         title: the text above the table.
-        columns: the names of the columns.
-        rows: the cells of each row. Rows beyond `MOST_ROWS` are not shown, only counted.
+        columns: the column headers.
+        rows: the cells of each row. The table shows the first `MOST_ROWS` rows and the number of further rows.
     """
     every = list(rows)
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)

@@ -20,10 +20,10 @@ def run(progress: Progress | None = None) -> dict[str, Any]:
         progress: a function that is called with (bytes merged, total bytes).
 
     Returns:
-        Plain data: `images`, the number of images; `plain`, the accuracy of the base on its original task; and `rows`,
-        one for each variant of the task. A row has the variant's name, the method, the number of targets, the
-        accuracy (0 to 1) of the base and of the merged model on the variant, whether the verification passed, and the
-        duration in seconds.
+        Plain data. `images` is the number of images. `plain` is the accuracy (0 to 1) of the base on its original task.
+        `rows` has one row for each variant of the task: the variant's name, the method, the number of targets, the
+        accuracy of the base and of the merged model on the variant, whether the verification passed, and the duration
+        in seconds.
     """
     from .model import DATA, TASKS, accuracy, build, held_out
 
@@ -63,7 +63,7 @@ def _weights(folder: Path) -> dict[str, Any]:
 
 
 def _shifted(progress: Progress | None, position: int, count: int) -> Callable[[int, int], None] | None:
-    """Return a progress function for one task, which reports the progress of all tasks."""
+    """Return a function that converts the progress of one task to the progress of all tasks, and reports it."""
     if progress is None:
         return None
     return lambda done, total: progress(position * total + done, count * total)

@@ -1,4 +1,4 @@
-"""The demo's model, a small transformer that reads 8x8 handwritten digits; the adapters' tasks; and a score function.
+"""The demo's model (a small transformer that classifies handwritten digits), its accuracy, and the adapters' tasks.
 
 Images are uint8 `[n, 8, 8]` with values 0 (paper) to 16 (ink); labels are uint8 `[n]`, 0 to 9. A token is a patch of
 2x2 pixels, so an image is 16 tokens. `tools/train_demo.py` trains the model with this module.
@@ -7,7 +7,7 @@ Source of the images: E. Alpaydin and C. Kaynak, Optical Recognition of Handwrit
 Repository, doi:10.24432/C50P49 (CC BY 4.0), from the copy in scikit-learn.
 """
 
-# Only code that runs the demo may import this module, because it imports torch.
+# Only code that runs the demo may import this module, because this module imports torch.
 from __future__ import annotations
 
 from pathlib import Path
@@ -75,7 +75,7 @@ class DemoLayer(nn.Module):
 
 
 class DigitTransformer(nn.Module):
-    """The model: images uint8 `[n, 8, 8]` to logits float32 `[n, 10]`."""
+    """The demo's model. It maps images (uint8, `[n, 8, 8]`) to logits (float32, `[n, 10]`)."""
 
     def __init__(self, *, d: int, hidden: int, layers: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class DigitTransformer(nn.Module):
 
 
 def _patches(images: Tensor) -> Tensor:
-    """Return images uint8 `[n, 8, 8]` as float32 `[n, 16, 4]` between -1 (paper) and 1 (ink)."""
+    """Split images (uint8, `[n, 8, 8]`) into patches (float32, `[n, 16, 4]`) between -1 (paper) and 1 (ink)."""
     pixels = images.float() * (2 / INK) - 1
     return pixels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).flatten(3).flatten(1, 2)
 
@@ -103,8 +103,9 @@ def build(weights: Mapping[str, Tensor]) -> nn.Module:
     """Return a `DigitTransformer` in float32 with the given weights, whose shapes determine the sizes of the model.
 
     Raises:
-        KeyError: the first layer's `mlp.up_proj`, from which the sizes are taken, is missing.
-        RuntimeError: another weight is missing, unknown, or has a wrong shape (torch's `load_state_dict` lists them).
+        KeyError: `layers.0.mlp.up_proj.weight`, from which the sizes are read, is missing.
+        RuntimeError: another weight is missing, is unknown, or has a wrong shape. The error is from torch's
+            `load_state_dict`, and lists these weights.
     """
     hidden, d = weights["layers.0.mlp.up_proj.weight"].shape
     layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
@@ -115,7 +116,7 @@ def build(weights: Mapping[str, Tensor]) -> nn.Module:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the fraction (0 to 1) of images uint8 `[n, 8, 8]` for which the model predicts the label, int `[n]`."""
+    """Return the fraction (0 to 1) of the images (uint8, `[n, 8, 8]`) whose label (int, `[n]`) the model predicts."""
     return float((model(images).argmax(1) == labels).double().mean())
 
 

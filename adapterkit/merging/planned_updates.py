@@ -181,7 +181,7 @@ def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
     for target, update in updates:
         if update.kind not in ("additive", "weight"):
             why = f"{update.method} changes {update.acts_on}, not weights"
-            raise NotMergeable(why, where=str(target), cure="Inject it into a live model instead")
+            raise NotMergeable(why, where=str(target), cure="Inject the adapter into a live model instead")
 
 
 def _folds(

@@ -1,9 +1,10 @@
-"""An update is the change at one target. Each update has one of four kinds; only two kinds can be merged.
+"""The four kinds of updates. An update is the change that one method makes at one target, such as a weight.
 
-The kinds are `Additive`, `WeightUpdate` (a function of the weight), `OutputUpdate` (a function of a layer's output) and
-`ContextUpdate` (extra context). A method is a subclass of one kind, with fields, their shape strings, and one formula.
-All other functions are derived from the fields and the formula. Formulas get each weight as `[out, in, *k]`, even if
-the base stores it in another axis order.
+The kinds are `Additive` (a change that is added to the weight), `WeightUpdate` (a function of the weight),
+`OutputUpdate` (a function of a layer's output) and `ContextUpdate` (extra context). Only updates of the first two kinds
+can be merged into weights. A method is a subclass of one kind. It declares fields with shape strings, and one formula.
+All other functions are derived from the fields and the formula. A formula gets each weight as `[out, in, *k]`, even if
+the base stores the weight in another axis order.
 
 Formulas run in the caller's floating dtype: float64 in a merge, the model's dtype in a live model. The type hints name
 torch tensors, but formulas use only operations that numpy arrays have too (operators, indexing, `reshape`, `sum`,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from .update import Random as Random
 
     Task = int | torch.Tensor | None
-    """The task number of the whole batch, or one task number for each row; None for prompts without tasks."""
+    """The index of the batch's task, or a tensor `[batch]` with one index for each row; None if there are no tasks."""
 
 __all__ = [
     "Additive",
@@ -52,18 +53,20 @@ def of_pair(forward: _Function) -> _Function:
     """Mark a `forward` that computes `layer(x) + mix(op(x, A), B) + d`, so that backends may use a faster computation.
 
     B and A are the result of `pair`, and d is the result of `bias_delta`. If a method overrides `forward` without this
-    decorator, backends always call the method's `forward`, because it may compute something else. For example, its
-    output may depend on the tokens.
+    decorator, backends always call that `forward`, because it may compute something else. For example, its output may
+    depend on the tokens.
     """
     forward.of_pair = True  # type: ignore[attr-defined]
     return forward
 
 
 class Additive(Update):
-    """`W' = W + D` and `b' = b + d`, where D and d do not depend on W.
+    """An update that adds D to the weight W, and d to the bias b: `W' = W + D` and `b' = b + d`.
+
+    D and d do not depend on W.
 
     Class attributes:
-        thin: True if `forward` is decorated by `of_pair`, so a backend may compute the output from the factors that
+        thin: True if `forward` is decorated with `of_pair`. A backend may then compute the output from the factors that
             `pair` returns.
     """
 
@@ -79,7 +82,7 @@ class Additive(Update):
         return True
 
     def delta(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return D for a weight of `shape` = `[out, in, *k]`."""
+        """Return D `[out, in, *k]`, the change of a weight that has this shape."""
         raise NotMergeable(f"{self.method} has no formula")
 
     def bias_delta(self) -> torch.Tensor | None:
@@ -101,18 +104,21 @@ class Additive(Update):
     def scaled(self, weight: float) -> Self | None:
         """Return an update of the same method that changes the weight by `weight * D` and the bias by `weight * d`.
 
-        Return None if this is impossible without reading tensors.
+        Return None if such an update cannot be made without reading the tensors.
         """
         scaling = self.attributes.get("scaling")
         return None if scaling is None else self.replace(scaling=weight * scaling)
 
     def delta_norm(self, shape: tuple[int, ...]) -> float:
-        """Return the Frobenius norm of D. A method overrides this function if it can compute the norm without D."""
+        """Return the Frobenius norm of D. A method overrides this function to compute the norm without computing D."""
         D = self.delta(shape)
         return math.sqrt(float((D * D).sum()))
 
     def delta_into(self, D: torch.Tensor, weight: float) -> None:
-        """Write `weight * D` into the array `D`. A method may override this function to avoid a copy."""
+        """Multiply the change by `weight`, and write it into the array `D`, whose shape is the weight's shape.
+
+        A method may override this function to avoid a copy.
+        """
         D[...] = weight * self.delta(tuple(D.shape))
 
     def new_weight(self, W: torch.Tensor) -> torch.Tensor:
@@ -130,7 +136,7 @@ class Additive(Update):
 
 
 class WeightUpdate(Update):
-    """`W' = f(W)` and `b' = g(b)`."""
+    """An update that computes a new weight from the weight, `W' = f(W)`, and a new bias from the bias, `b' = g(b)`."""
 
     kind = "weight"
 
@@ -140,32 +146,32 @@ class WeightUpdate(Update):
 
     @classmethod
     def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
-        """Return one update that changes each W by the weighted sum `sum_i weights[i] * (f_i(W) - W)`.
+        """Combine several updates into one update, which adds `sum_i weights[i] * (f_i(W) - W)` to any weight W.
 
-        f_i is the formula of update i. The changes of the bias are summed in the same way.
+        f_i is the formula of `updates[i]`. The changes of the bias are summed in the same way.
 
         Args:
             updates: updates of this method, with loaded tensors.
-            weights: one number per update.
+            weights: the factor of each update in the sum.
 
         Returns:
-            The summed update; None if the method cannot express the sum.
+            The combined update; None if the method cannot express the sum.
         """
         return None
 
     def scaled_factors(self, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Return s `[out]`, B `[out, r]` and A `[r, in * k]`, such that `W' = s[:, None] * (W + B @ A)` and `b' = b`.
 
-        Return None if the formula does not have this form. W is a constant; gradients flow through s, B and A as they
-        do in `new_weight`.
+        Return None if the formula does not have this form. W counts as a constant, so it gets no gradient. The update's
+        tensors get the same gradients through s, B and A as through `new_weight`.
         """
         return None
 
     def normalized(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Return m `[out]`, B `[out, r]` and A `[r, in * k]`, such that `W' = m * V / |V|` and `V = W + B @ A`.
 
-        |V| is the norm of each row of V. Return None if the formula does not have this form. If it has this form, a
-        merge computes W' in a compiled loop.
+        |V| is the norm of each row of V. If the formula has this form, a merge computes W' in a compiled loop. If not,
+        return None.
         """
         return None
 
@@ -176,38 +182,44 @@ class WeightUpdate(Update):
 
 
 class OutputUpdate(Update):
-    """`y' = f(x, layer)`. A method defines `forward`, or `inside` if it acts before the residual and the norm.
+    """An update that computes a layer's new output from the layer and its input: `y' = f(x, layer)`.
+
+    A method defines `forward`. If the method changes the output before a residual is added and the sum is normalised,
+    the method defines `inside` instead.
 
     A `layer` is any module, with or without a weight. It has these attributes and methods:
 
     `layer(x)`: the complete output.
     `layer.hidden(x)`: the output before a residual is added and the sum is normalised.
     `layer.residual(x)`: the residual that is added to the output, or None.
-    `layer.norm(h)`: the sum h of output and residual, normalised; h itself if the layer does not normalise.
+    `layer.norm(h)`: the normalised h, where h is the sum of output and residual; h itself if the layer has no norm.
     `layer.close(h, x, whole)`: the output that the layer would have if `layer.hidden(x)` were h. If `whole` is false,
         this output includes neither the residual nor the norm.
     `layer.mix(h, w)`: the channels of h, multiplied by the matrix w `[out, r]`, as in a 1x1 convolution.
     `layer.per_channel(v)`: the vector v `[out]`, in a shape that can be added to the output.
-    `layer.channel`: the axis of the channels.
+    `layer.channel`: the index of the channel axis in the output.
     `layer.weight`, `layer.bias`: the current weight `[out, in, *k]` and bias; a module without a weight has neither.
-    `layer.call`: the arguments with which the model was called, keyed by name. A method lists the arguments that it
-        needs in `asks`; if one of them is missing, an error is raised. Three entries are special. `input_ids` has
-        the earlier tokens, whose keys and values are in the cache, before the tokens of the call. `hidden_states` is
-        the last layer's output without the adapter. `shadow` is the state of a network in parallel with the model:
-        at each block, the formula reads the state with `state`, and stores the next block's state with `keep`.
+    `layer.call`: the arguments with which the model was called, keyed by name. The class attribute `asks` lists the
+        arguments that the method needs. If one of them is missing, an error is raised. Three arguments are special.
+        `input_ids` contains first the earlier tokens, whose keys and values are in the cache, and then the tokens of
+        the call. `hidden_states` is the last layer's output without the adapter. `shadow` is the state of a side
+        network, which runs in parallel with the model: at each block, the formula reads this state with `state`, and
+        sets the state for the next block with `keep`.
 
     Class attributes:
-        placed: True if the method defines `inside`, so that several updates can apply before residual and norm.
+        placed: True if the method defines `inside`. Several updates of a layer can then all change the output before
+            the residual is added and the sum is normalised.
         asks: arguments of the model's call that the formula needs.
         hears: arguments of the model's call that the formula uses if they are present.
         moves_input: True if the formula calls the layer with a changed input.
-        of_model: True if an update may have the whole model, `Target("")`, as its target, like X-LoRA's router without
-            experts.
+        of_model: True if the target may be the whole model, `Target("")`. For example, this is the target of X-LoRA's
+            router without experts.
 
-    Attributes that locate an update, if the method has them:
+    The updates of some methods also have these attributes, which locate the residual and the norm:
         residual: the path of the module whose input is added to the target's output. The path is relative to the
             target's parent.
-        norm: the path of the module that normalises this sum, also relative to the target's parent.
+        norm: the path of the module that normalises the sum of output and residual. This path is also relative to the
+            target's parent.
     """
 
     kind = "output"
@@ -231,7 +243,7 @@ class OutputUpdate(Update):
 
     @property
     def whole(self) -> bool:
-        """Whether residual and norm are applied to the result of `inside`; if not, the output includes neither."""
+        """Whether the layer's new output includes the residual and the norm, which follow `inside`."""
         return True
 
     def check_against(self, shape: tuple[int, ...]) -> None:
@@ -251,14 +263,15 @@ _WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
 class ContextUpdate(Update):
-    """Extra context for the model: vectors, or keys and values, before those of the input; or embeddings of new tokens.
+    """An update that gives the model extra context: a prompt before the input, or embeddings of new tokens.
 
-    The target is the whole model, `Target("")`, or the module that the update changes: an attention or an embedding.
-    No weight is involved, so the target has no layout, rows or experts. If a target has several updates, their vectors
-    are concatenated in the order in which the updates are attached.
+    A prompt consists of vectors before the input's embeddings, or of keys and values before the input's keys and
+    values. The target is the whole model, `Target("")`, or the module that the update changes: an attention or an
+    embedding. No weight is involved, so the target has no layout, rows or experts. If a target has several updates,
+    their vectors are concatenated in the order in which the updates are attached.
 
     Class attributes:
-        place: the name of the function below that the method overrides.
+        place: the name of the function that the method overrides, such as `embeddings` or `past`.
     """
 
     kind = "context"
@@ -266,11 +279,13 @@ class ContextUpdate(Update):
     place: ClassVar[str] = ""
 
     def embeddings(self, task: Task = None) -> torch.Tensor | None:
-        """Return vectors `[n, dim]` to put before the embeddings of the input (of the encoder's input, if it has one).
+        """Return vectors `[n, dim]` to put before the embeddings of the model's input.
+
+        In an encoder-decoder model, the input is the encoder's input.
 
         Args:
-            task: if the prompt depends on a task, the task number of the whole batch, or an array `[batch]` with the
-                task number of each row. With an array, the result has the shape `[batch, n, dim]`.
+            task: if the prompt depends on a task, the index of the batch's task, or an array `[batch]` with the index
+                of each row's task. With an array, the result has the shape `[batch, n, dim]`.
         """
         return None
 
@@ -279,11 +294,11 @@ class ContextUpdate(Update):
         return None
 
     def past(self) -> torch.Tensor | None:
-        """Return a decoder's keys and values to put before those of the input, `[layers, 2, heads, n, d]`."""
+        """Return `[layers, 2, heads, n, d]`: a decoder's prompt keys and values, which precede those of the input."""
         return None
 
     def prefix(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Return keys and values to put before those of the target attention: `[batch or 1, 2, heads, n, d]`.
+        """Return keys and values `[batch or 1, 2, heads, n, d]` to put before the attention's own keys and values.
 
         Args:
             x: the attention's input, `[batch, m, width]`.
@@ -293,12 +308,12 @@ class ContextUpdate(Update):
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Return the change that the prompt adds to the output of each attention head: `[batch, heads, m, d]`.
 
-        Methods with this formula store the prompt as `P`, `[n, dim]`. If `projected` is True, the change is added
-        before the attention's output projection, otherwise after it.
+        Methods with this formula store the prompt as `P`, `[n, dim]`. If the attribute `projected` is True, the change
+        is added before the attention's output projection. If not, it is added after the projection.
 
         Args:
-            q: queries of the input, `[batch, heads, m, d]`, with positions applied.
-            k: keys of the prompt, `[heads, n, d]`, without positions.
+            q: queries of the input, `[batch, heads, m, d]`, after the position encoding.
+            k: keys of the prompt, `[heads, n, d]`, without position encoding.
             v: values of the prompt, `[heads, n, d]`.
         """
         raise NotMergeable(f"{self.method} has no formula for attention")
@@ -308,9 +323,8 @@ class ContextUpdate(Update):
         return None
 
 
-# Chain the updates of one target: a layer with an update is itself a layer, to which the next update is applied.
-#
-# A layer is a backend's view of one target, with the interface `Layer` (update.py).
+# If a target has several updates, they are chained: `Composed` is a layer with one update, and the next update is
+# applied to the `Composed`. The first layer of the chain comes from a backend, and implements `Layer` (update.py).
 
 
 class Composed:

@@ -1,4 +1,4 @@
-"""The base class `Update`: fields with shape strings, checks of their values, and functions that a kind implements.
+"""The base class of all updates, `Update`. It declares and checks fields, and defines the functions to override.
 
 `Layer` is the interface through which a formula uses a layer, in any backend.
 """
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 
 class Layer(Protocol):
-    """The layer at one target, as a formula sees it in any backend; see also `OutputUpdate`.
+    """The interface through which a formula uses the layer at a target, in any backend; see also `OutputUpdate`.
 
-    As in all formulas, the type `Tensor` also covers numpy arrays and symbolic values of a graph.
+    In the type hints of formulas, `Tensor` also stands for numpy arrays and for symbolic values of a graph.
     """
 
     @property
@@ -51,7 +51,7 @@ class Layer(Protocol):
 
     @property
     def channel(self) -> int:
-        """The axis of the output's channels."""
+        """The index of the channel axis in the output."""
         ...
 
     @property
@@ -65,7 +65,7 @@ class Layer(Protocol):
 
     @property
     def call(self) -> Mapping[str, Any]:
-        """The arguments of the model's own call, keyed by name."""
+        """The arguments with which the model was called, keyed by name; see `OutputUpdate`."""
         ...
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class Layer(Protocol):
         ...
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
-        """Apply the layer's operation to x with the weight w and no bias; stride, padding and other settings stay."""
+        """Apply the layer's operation, with its stride and other settings, to x with the weight w and no bias."""
         ...
 
     def zero_padded(self, x: Tensor, w: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Layer(Protocol):
         """Return the residual that is added to `hidden(x)`, or None."""
 
     def norm(self, h: Tensor) -> Tensor:
-        """Normalise h, the sum of the output and the residual; return h itself if the layer does not."""
+        """Normalise h, the sum of the output and the residual; return h itself if the layer has no norm."""
         ...
 
     def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
@@ -113,34 +113,34 @@ class Update:
 
     Class attributes:
         kind: `additive`, `weight`, `output` or `context`; the base class of each kind sets it.
-        since: the versions of the spec that introduced the method's versions 1, 2, and so on. The text is empty for a
-            version of the method that can no longer be read.
+        since: for each version of the method (1, 2, ...), the version of the spec that introduced it. An empty string
+            means that this version of the method can no longer be read.
         version: the newest version of the method; `stated_version` is the version that one update needs.
-        blocks: axes along which the formula can be split into blocks that are computed separately.
-        needs_bias: whether an update that changes the bias is refused at a layer without a bias. If False, such a layer
+        blocks: the axes of the weight (`out`, `in`) along which the formula can be computed block by block.
+        needs_bias: True if a layer without a bias refuses an update that changes the bias. If False, such a layer
             ignores the change of the bias.
         linear_only: True if the formula applies only to weights `[out, in]`, which linear layers and embeddings have.
         acts_on: a phrase for error messages that says what the update changes.
         rules: conditions on axes, attributes and tensors that shape strings cannot express; checked in this order.
-        fits: conditions on the weight. In these conditions, `out`, `in` and `columns` are sizes of the weight as a
-            matrix, and `kernel` is the number of kernel axes.
+        fits: conditions on the weight `[out, in, *k]`. A condition can use the sizes `out` and `in`, `columns` (the
+            product of `in` and the kernel sizes), and `kernel` (the number of kernel axes).
         forms: groups of alternatives. Each alternative is a set of optional tensors, and exactly one alternative of
             each group must be present. The alternative `()` means that none of the group's tensors is present.
-        frozen: names of floating tensors that are not trained, such as random projections and masks; integer tensors
-            are never trained.
+        frozen: names of floating-point tensors that are not trained, such as random projections and masks; integer
+            tensors are never trained.
         bias_sees_weight: True if the change of the bias depends on the weight; if so, call `settled` before
             `new_bias`.
-        sizes: for a new update, the default sizes of axes that are not axes of the weight.
+        sizes: the default sizes of the axes that a new update has in addition to the weight's axes.
         starts_at_base: True if a new update leaves the model's outputs unchanged. It is False for methods whose paper
             starts training with changed outputs.
-        shared_as: the key with which a merge's option `tied` chooses how the update changes tied layers: `rows` or
-            `replacement`. `layer` means that the key is `head` or `embedding`, depending on the layer.
-        dropout: the values that dropout drops in training, as in PEFT. `input`: elements of the input of the change.
-            `rows`: rows of the change. `scaled rows`: rows of the change, and the remaining rows are scaled up to
-            compensate. `blocks`: blocks along a tensor's axis `n`; if the tensor also has an axis `m`, only blocks at
-            one random position of `m`.
+        shared_as: which key of a merge's option `tied` decides how the update changes tied layers: `rows` or
+            `replacement`. The default `layer` stands for the key `head` or `embedding`, depending on the layer.
+        dropout: which values dropout drops in training, as in PEFT. `input`: elements of the input to which the change
+            is applied. `rows`: rows of the change. `scaled rows`: rows of the change, while the remaining rows are
+            scaled up to compensate. `blocks`: blocks along a tensor's axis `n`; if the tensor also has an axis `m`,
+            only blocks at one random index of `m`.
         bound_to: the library or function that an implementation must use to compute the formula, for example because
-            it computes tensors that are not stored; empty for most methods.
+            this function computes tensors that the file does not store. Empty for most methods.
         paper: the source of the formula.
         by_form: True if `check_against` depends on `form` only, not on the tensors' values; derived from the fields.
     """
@@ -188,7 +188,8 @@ class Update:
         cls._axes = {name: (f.metadata["axes"], f.metadata["integer"]) for name, f in cls._tensors.items()}
         cls.by_form = not any(f.metadata["integer"] for f in cls._tensors.values())
         cls._positions = any(f.metadata["below"] or f.metadata["distinct"] for f in cls._tensors.values())
-        # If an axis is a product or quotient, bind all tensors twice: sizes of its names may follow from later tensors.
+        # If an axis is a product or a quotient, bind all tensors twice. In the first round, the sizes of the names in
+        # this axis may be unknown until a later tensor is bound.
         cls._rounds = 1 if all(axes.plain for axes, _ in cls._axes.values()) else 2
 
     def __repr__(self) -> str:
@@ -227,7 +228,7 @@ class Update:
         return {name: plain(getattr(self, name), field) for name, field in self.attribute_fields().items()}
 
     def attributes_of(self, version: int) -> dict[str, JsonValue]:
-        """Return the plain values that exist in a version of the method, keyed by field name."""
+        """Return the values of those attributes that a version of the method has, keyed by field name."""
         fields = self.attribute_fields()
         return {
             name: value for name, value in self.attributes.items() if fields[name].metadata.get("since", 1) <= version
@@ -244,7 +245,7 @@ class Update:
         return max((f.metadata["since"] for f in newer if getattr(self, f.name) != f.default), default=oldest)
 
     def map(self, f: Callable[[Leaf], Leaf]) -> Self:
-        """Return the same update with each leaf replaced by f(leaf)."""
+        """Return the same update with each tensor replaced by `f(tensor)`."""
         return self.replace(**{name: f(leaf) for name, leaf in self.tensors.items()})
 
     @classmethod
@@ -254,8 +255,8 @@ class Update:
 
     def replace(self, **changes: object) -> Self:
         """Return the same update with other field values."""
-        # Do not use `dataclasses.replace`, which takes twice as long: splitting stacks calls this for tens of thousands
-        # of experts.
+        # Do not use `dataclasses.replace`, which takes twice as long. When stacked updates are split into experts, this
+        # function is called for tens of thousands of experts.
         return self.from_fields(**{name: getattr(self, name) for name in self._fields} | changes)
 
     @property
@@ -270,7 +271,7 @@ class Update:
         return type(self), self._tensor_forms(), *values, *map(type, values)
 
     def _tensor_forms(self) -> TensorForms:
-        """Return name, element type and shape of each tensor that is present."""
+        """Return the field name, dtype and shape of each tensor that is present."""
         forms = []
         for name in self._names:
             leaf = getattr(self, name)
@@ -279,14 +280,15 @@ class Update:
         return tuple(forms)
 
     def dims(self, stack: bool = False) -> Dims:
-        """Return the sizes of all named axes, solved from the tensors.
+        """Return the sizes of all named axes, computed from the tensors' shapes and the method's rules.
 
         Args:
             stack: True if every tensor has a leading axis `e`, one slice per expert.
 
         Raises:
-            Malformed: tensors are missing, so that the sizes of axes are unknown.
-            ShapeMismatch: the tensors contradict their shape strings or each other, or have the wrong dtype.
+            Malformed: the present tensors are not a valid combination (see `forms`), or a rule does not hold.
+            ShapeMismatch: the tensors contradict their shape strings or each other, or have the wrong dtype; or a rule
+                does not hold.
         """
         if self.forms:
             self._check_forms()
@@ -296,12 +298,12 @@ class Update:
         return dims
 
     def check(self) -> None:
-        """Check the plain values and the set of present tensors; methods with further rules extend this function.
+        """Check all attribute values, and which tensors are present. Methods with further checks extend this function.
 
         Raises:
             Malformed: a value has the wrong type, is not finite or is out of range, or the present tensors are not a
                 valid combination.
-            Unsupported: the method does not know a string value.
+            Unsupported: a value is not one of the attribute's allowed values (`among`).
         """
         for name, field in self.attribute_fields().items():
             check_attribute(name, getattr(self, name), field)
@@ -315,16 +317,16 @@ class Update:
             present = {name for names in group for name in names if getattr(self, name) is not None}
             if present not in [set(names) for names in group]:
                 choices = " or ".join(" and ".join(names) or "none" for names in group)
-                raise Malformed(f"the update needs exactly one of: {choices}", cure=DAMAGED)
+                raise Malformed(f"the update needs exactly one of these sets of tensors: {choices}", cure=DAMAGED)
 
     @property
     def file(self) -> str | None:
-        """The file that the tensors will be read from; None if the tensors are loaded, or if the file is unknown."""
+        """The file that the tensors will be read from; None if they are already loaded, or if the file is unknown."""
         files = (as_lazy(leaf).file for leaf in self.tensors.values())
         return next((file for file in files if file is not None), None)
 
     def check_values(self) -> None:
-        """Read every tensor and check its values; methods with further rules extend this function.
+        """Read every tensor and check its values. Methods with further checks extend this function.
 
         Raises:
             Malformed: a tensor contains a NaN or an infinity (the message names the field and the first position), or
@@ -348,7 +350,9 @@ class Update:
             raise Malformed("the same position occurs twice", where=name, cure=DAMAGED)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
-        """Check that the update fits a weight of shape `[out, in, *k]`: axes, `fits`, and the range of indices.
+        """Check that the update fits a weight of shape `[out, in, *k]`.
+
+        The function checks the number of axes, the conditions in `fits`, and that all positions are inside the weight.
 
         Raises:
             ShapeMismatch: the update does not fit.
@@ -361,16 +365,16 @@ class Update:
             raise ShapeMismatch(f"{name}: {why}", cure="Is this the base that the adapter was trained on?")
 
     def largest_shape(self) -> tuple[int, ...] | None:
-        """Return the shape `[out, in, *k]` of the largest weight that the update fits, if it fits several sizes.
+        """Return the shape `[out, in, *k]` of the largest weight that the update's tensors fit.
 
-        A method overrides this function if weights of several sizes share its tensors. Return None if the tensors do
-        not determine a largest size.
+        A method overrides this function if weights of several sizes share the same tensors. For other methods, and if
+        the tensors do not determine a largest size, return None.
         """
         return None
 
     @classmethod
     def check_axes(cls, shape: tuple[int, ...]) -> None:
-        """Check that the formula applies to weights with this number of axes.
+        """Check that the formula applies to weights with as many axes as `shape` has.
 
         Raises:
             ShapeMismatch: the formula does not apply.
@@ -384,7 +388,7 @@ class Update:
         return axis in self.blocks
 
     def block(self, axis: str, start: int, stop: int) -> Self:
-        """Return the part of the update that changes positions `start` to `stop` of a named axis of the weight."""
+        """Return the update for one block of the weight: the indices `start` to `stop - 1` along a named axis."""
         changes = {}
         for name, leaf in self.tensors.items():
             position = self.tensor_fields()[name].metadata["axes"].index(axis)
@@ -403,19 +407,19 @@ class Update:
         Args:
             W: the weight `[out, in, *k]`.
             b: the bias `[out]`, or None.
-            rank: the inner size, for methods that have one.
-            random: a function that takes a shape and returns a tensor of numbers in W's dtype, drawn uniformly from -1
+            rank: the rank, for methods that have one.
+            random: a function that takes a shape and returns a tensor in W's dtype, with values drawn uniformly from -1
                 to 1.
             attributes: the plain values of the method, keyed by field name.
 
         Raises:
-            Unsupported: the method defines no initial value.
+            Unsupported: the method does not define initial values for its tensors.
         """
         raise Unsupported(f"{cls.__name__} has no initial value", cure="Build the update from tensors instead")
 
     @classmethod
     def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, torch.Tensor]:
-        """Return the tensors, keyed by field, that new updates of several weights share; pass them to `initial`."""
+        """Return the tensors that new updates of several weights share, keyed by field name; pass them to `initial`."""
         return {}
 
     @property
@@ -435,11 +439,15 @@ class Update:
             NotMergeable: the update changes outputs or context, not only weights.
         """
         raise NotMergeable(
-            f"{self.method} changes {self.acts_on}, not its weights", cure="Inject it into a live model instead"
+            f"{self.method} changes {self.acts_on}, not its weights",
+            cure="Inject the adapter into a live model instead",
         )
 
     def settled(self, W: torch.Tensor) -> Self:
-        """Return an update that stores the part of the bias's change that depends on W `[out, in, *k]`."""
+        """Return an update with the same effect on a layer with the weight W `[out, in, *k]`.
+
+        The new update stores everything about W that `new_bias` needs.
+        """
         return self
 
     def settled_at(self, W: torch.Tensor, stacked: bool) -> Self:
@@ -468,11 +476,11 @@ class Update:
 
     def forward(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Return the layer's new output y' for the input `x`; both may be arrays or symbolic values of a graph."""
-        raise NotMergeable(f"{self.method} has no forward formula", cure="Merge it instead")
+        raise NotMergeable(f"{self.method} has no forward formula", cure="Merge the adapter instead")
 
 
 TensorForms = tuple[tuple[str, str, tuple[int, ...]], ...]
-"""The field, element type and shape of each tensor of an update."""
+"""The field name, dtype name and shape of each tensor of an update."""
 
 
 @lru_cache(maxsize=1 << 10)
@@ -488,7 +496,7 @@ def _solved(method: type[Update], stack: bool, leaves: TensorForms) -> Dims:
 
 
 def _narrow(leaf: torch.Tensor, axis: int, start: int, stop: int) -> torch.Tensor:
-    """Return positions `start` to `stop` along `axis`; a negative `axis` is counted from the last axis."""
+    """Return the slice `start:stop` along `axis`; a negative `axis` is counted from the last axis."""
     whole, here = slice(None), slice(start, stop)
     key: tuple[Any, ...] = (*[whole] * axis, here) if axis >= 0 else (..., here, *[whole] * (-axis - 1))
     return leaf[key]

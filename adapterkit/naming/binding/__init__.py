@@ -483,7 +483,7 @@ def _refuse_other_formulas(path: str, targets: Mapping[Target, tuple[Update, ...
     other = next((u for updates in targets.values() for u in updates if u.kind not in ("additive", "weight")), None)
     if other is not None:
         why = f"{other.method} changes {other.acts_on}, not weights"
-        raise NotMergeable(why, where=path or "(model)", cure="Inject it into a live model instead")
+        raise NotMergeable(why, where=path or "(model)", cure="Inject the adapter into a live model instead")
 
 
 def view(W: A, target: Target, bias: bool = False) -> A:
