@@ -1,4 +1,4 @@
-"""Parse the settings and keys of AdapterHub files, compose keys for writers, and list the layers that keys may name."""
+"""Parse the settings and keys of AdapterHub files, compose keys and LoRA configs, and list the layers with adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ...io.lazy import Leaf
     from ...io.strict_json import JsonValue
 
-# Define the top-level fields of a config, one of which is the release that wrote the config.
+# Define the top-level fields of a config. The field `version` names the release that wrote the config.
 
 
 LIBRARY = "adapters."
@@ -38,7 +38,7 @@ UNSCALED_UNTIL = ((1, 1, 0), True)
 """Before this release, the adapters library trained LoRA without a scaling."""
 
 Release = tuple[tuple[int, ...], bool]
-"""(the release's numbers, whether the release is final). In this form, `1.1.0.dev0` sorts before `1.1.0`."""
+"""A release as (version numbers, is final). `1.1.0.dev0` sorts before `1.1.0`, because False sorts before True."""
 
 
 class AdapterHubSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +60,7 @@ class AdapterHubSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unscaled(self) -> bool:
-        """Whether training used no scaling, because a release of `adapters` before 1.1 wrote the file.
+        """Whether a release of `adapters` before 1.1 wrote the file.
 
         These releases trained LoRA without the scaling `alpha / r`.
         """
@@ -69,7 +69,7 @@ class AdapterHubSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _release(version: str | None) -> Release | None:
-    """Parse a release of `adapters`; return None for other texts, such as releases of adapter-transformers."""
+    """Parse a `version` such as `adapters.1.3.0`. Return None for any other value, such as `3.2.1`."""
     match = re.match(r"adapters\.(\d{1,6}(?:\.\d{1,6}){0,3})(.{0,40})$", version or "")
     if match is None:
         return None
@@ -95,9 +95,9 @@ KINDS = {
     "refts": "refts",
     "shared_parameters": "shared_parameters",
 }
-"""A map from the kind of tensor that a key names to today's name of this kind.
+"""A map from the kind of adapter in a key, such as `loras`, to the kind's current name.
 
-Only releases of adapter-transformers before 2 wrote the names that differ from today's names.
+Old names, such as `layer_text_task_adapters`, are only in files from adapter-transformers before 2.
 """
 
 _KEY = re.compile(
@@ -127,7 +127,7 @@ def parse_keys(tensors: Mapping[str, Lazy], name: str) -> dict[AdapterHubKey, La
     """Parse all keys of a file, in the file's order.
 
     Raises:
-        Malformed: a key does not belong to an adapter with this name.
+        Malformed: a key does not belong to the adapter `name`.
     """
     return {parse_key(text, name): tensor for text, tensor in tensors.items()}
 
@@ -136,11 +136,11 @@ def parse_key(text: str, name: str) -> AdapterHubKey:
     """Parse one key.
 
     Raises:
-        Malformed: the key does not belong to an adapter with this name.
+        Malformed: the key does not belong to the adapter `name`.
     """
     match = _KEY.fullmatch(text)
     if match is None:
-        why, cure = f"this is not a key of the adapter {name!r}", "Remove the tensor, or save the adapter again"
+        why, cure = f"the key does not belong to the adapter {name!r}", "Remove the tensor, or save the adapter again"
         raise Malformed(why, where=text, cure=cure)
     if match["name"] != name:
         why = f"the key belongs to the adapter {match['name']!r}, but the config belongs to {name!r}"
@@ -148,11 +148,12 @@ def parse_key(text: str, name: str) -> AdapterHubKey:
     return AdapterHubKey(text, match["path"] or "", KINDS[match["kind"]], match["slot"])
 
 
-# A key contains the target's path, the adapter's name, and the path of the base inside the saved model.
+# A key consists of a module's path, the kind, the adapter's name and the slot. If the saved model has a head, the path
+# begins with the base's name inside the saved model, such as `bert`.
 
 
 INNER = ("blocks", "decoder", "embeddings", "encoder", "h", "layer", "layers", "transformer.layer")
-"""Words with which paths begin if the saved model has no head. In such a model, paths have no prefix for the base."""
+"""Beginnings of module paths in a saved model without a head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,24 +171,25 @@ class AdapterHubNaming:
     root: str = ""
 
     def key(self, path: str, kind: str, slot: str) -> str:
-        """Return the key of a module's slot."""
+        """Return the key `path.kind.name.slot`, without its empty parts."""
         return ".".join(part for part in (path, kind, self.name, slot) if part)
 
     def at_root(self, name: str = "") -> str:
-        """Return the path that keys use for a tensor that the whole model shares."""
+        """Return the path `root.name`, without its empty parts. Tensors of the whole model have keys with this path."""
         return ".".join(part for part in (self.root, name) if part)
 
 
 def root_of(paths: Iterable[str]) -> str:
-    """Return the path of the base inside the saved model: the first part of all targets' paths.
+    """Return the base's name inside the saved model, such as `bert`: the first component of all paths.
 
-    Return an empty string if the first parts differ, or if the saved model has no head.
+    Return an empty string if the first components differ, or if the saved model has no head.
     """
     first = {path.partition(".")[0] for path in paths if path}
     return first.pop() if len(first) == 1 and not first & {*INNER} else ""
 
 
-# Describe the part of a file that belongs to one config. The config's family finds updates in this part.
+# Define the input and the results of a family's `decode`: the part of a file that one config describes, and the updates
+# in this part.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,14 +197,14 @@ class AdapterHubPart:
     """The part of a file that one config describes: the whole file, or one member of a union.
 
     Attributes:
-        settings: the settings outside the sub-dict `config`.
+        settings: the top-level fields of the config file.
         method_fields: the fields of this config.
         tensors: the tensors by parsed key, in the file's order.
         base: the base, or None.
         compat: the caller's `compat`; see `Format`.
-        at: the position of this config in the config file, for messages: `config`, or for a member of a union, for
-            example `config.configs[1]`.
-        heads: the number of heads in a prefix's keys and values; None to read it from the base.
+        at: the location of this config in the config file, for messages. It is `config`, or in a union for example
+            `config.configs[1]`.
+        heads: the number of heads in a prefix's keys and values; None to read this number from the base's config.
     """
 
     settings: AdapterHubSettings
@@ -219,10 +221,10 @@ class AdapterHubPart:
         return self.compat == FORMULA
 
     def groups(self, kind: str) -> dict[str, dict[str, AdapterHubKey]]:
-        """Group the keys of one kind by module, then by slot.
+        """Return the keys of one kind, by module path and then by slot.
 
         Raises:
-            Malformed: two keys have the same meaning.
+            Malformed: two keys name the same tensor, because their kinds have the same current name (see `KINDS`).
         """
         groups: dict[str, dict[str, AdapterHubKey]] = {}
         for key in self.tensors:
@@ -230,7 +232,7 @@ class AdapterHubPart:
                 continue
             slots = groups.setdefault(key.path, {})
             if key.slot in slots:
-                why = f"this key means the same as {slots[key.slot].text}"
+                why = f"this key names the same tensor as {slots[key.slot].text}"
                 raise Malformed(why, where=key.text, cure="Save the adapter again with one release of adapters")
             slots[key.slot] = key
         return groups
@@ -277,15 +279,15 @@ def sliced(leaf: Lazy, start: int, stop: int) -> Lazy:
 
 
 def make(method: str, leaves: Mapping[str, Leaf], **attributes: object) -> Update:
-    """Create an update from a method's name, tensors that are not loaded yet, and attributes."""
+    """Create an update of the method `method` from its tensors by field, which may be lazy, and its attributes."""
     return METHODS[method](**leaves, **attributes)
 
 
 def take(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], fields: Mapping[str, str]) -> dict[str, Lazy]:
-    """Return the tensors of the slots in `fields`, by field; `fields` maps slots to fields.
+    """Return a map from fields to tensors. `fields` maps slots to fields, and `slots` maps slots to keys.
 
     Raises:
-        Malformed: the file lacks one of the slots.
+        Malformed: the file lacks the tensor of a slot in `fields`.
     """
     missing = next((slot for slot in fields if slot not in slots), None)
     if missing is not None:
@@ -384,9 +386,9 @@ def model_type_of(base: Checkpoint | None) -> str | None:
 
 
 def role(path: str, model_type: str) -> str | None:
-    """Return the word by which a config selects the linear layer at a path, such as `q` or `intermediate`.
+    """Return the role of the linear layer at a path, such as `q` or `intermediate`. Configs select layers by role.
 
-    For a fused weight, return `qkv`. Return None if the adapters library does not adapt this layer.
+    The role of a fused weight is `qkv`. Return None if the layer is not in `ROLES`.
     """
     roles = ROLES.get(model_type, {})
     return next((word for word, endings in roles.items() if f".{path}".endswith(endings)), None)
@@ -395,8 +397,8 @@ def role(path: str, model_type: str) -> str | None:
 def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
     """Return `model_type` if `ROLES` lists the layers of this type of model, otherwise None.
 
-    If `model_type` is None, return a type of model in which the adapters library can adapt the layers at all paths.
-    If several types fit, return one of them if all of them select these layers by the same words, otherwise None.
+    If `model_type` is None, return a model type in which all paths have a role (see `role`). Return None if no model
+    type fits, or if the paths have different roles in two model types that fit.
     """
     paths = list(paths)
     if model_type is not None:
@@ -437,13 +439,13 @@ def compose(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
 
 
 def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-    """Yield each update that a new config cannot express, with the reason."""
+    """Yield (target, index of the update, reason) for each update that a new config cannot express."""
     first = _formula_key(next(iter(updates.values()))[0])
     for target, group in updates.items():
         for position, update in enumerate(group):
             why = _why_not(target, update, base) or ("" if position == 0 else "the module has a second update")
             if not why and _formula_key(update) != first:
-                why = "its method, rank or scaling differs from the other updates', but a config states each only once"
+                why = "its method, rank or scaling differs from the first update, but one config applies to all updates"
             if why:
                 yield target, position, why
     yield from _unplaced(updates, base)
@@ -457,7 +459,7 @@ def _formula_key(update: Any) -> tuple[object, ...]:
 
 
 def _numbers(update: Any) -> tuple[int, int | float]:
-    """Return (rank, alpha). `losses` must have checked that an alpha exists. Both have no effect in IA3."""
+    """Return (rank, alpha), which have no effect in IA3. `losses` must have checked that an exact alpha exists."""
     rank = 1 if update.method == "ia3" else int(update.A.shape[0])
     return rank, exact_alpha((rank, float(update.attributes.get("scaling", 1.0))), rslora=False) or 0
 
@@ -466,7 +468,7 @@ def _why_not(target: Target, update: Any, base: Checkpoint | None) -> str:
     if target.stacked:
         return f"the adapters library has no {update.method} on stacked experts"
     if update.method == "ia3":
-        return "" if update.l is not None else "the adapters library has no ia3 on inputs"
+        return "" if update.l is not None else "the adapters library's ia3 scales only outputs"
     if len(update.A.shape) != 2:
         return f"the adapters library has no {update.method} on a convolution"
     if 0 in update.A.shape:
@@ -482,23 +484,23 @@ def _why_not(target: Target, update: Any, base: Checkpoint | None) -> str:
 
 
 def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
-    """Return the reason why the adapters library cannot express a DoRA; empty if it can.
+    """Return the reason why the adapters library cannot express a `dora` update; empty if it can.
 
-    The adapters library has only the method `dora_outputs`. It computes the same as `dora` if the scaling is 1 and the
-    layer has no bias.
+    The adapters library has only `dora_outputs`, which computes the same as `dora` if the scaling is 1 and the layer
+    has no bias.
     """
     if target.layout != "out *in":
         return "the adapters library has no dora on a weight stored as [in, out]"
     if update.scaling != 1:
         return "the scaling of this dora is not 1, but the adapters library computes the norm with a scaling of 1"
     if base is None:
-        why = "the adapters library's dora scales a bias, and only the base shows whether the layer has one"
-        return f"{why}: pass the base with --base (base=)"
+        why = "the adapters library's dora also scales a bias, and only the base shows whether the layer has one"
+        return f"{why}; give the base with --base (base=)"
     return "" if biasless(base, target.path) else "the layer has a bias, which the adapters library's dora would scale"
 
 
 def on_outputs(updates: Updates, base: Checkpoint | None) -> Updates:
-    """Replace `dora` with `dora_outputs`, which the adapters library has, if both compute the same function."""
+    """Replace each `dora` with a `dora_outputs` that computes the same function, if possible."""
     return {target: tuple(_on_outputs(target, update, base) for update in group) for target, group in updates.items()}
 
 
@@ -509,7 +511,7 @@ def _on_outputs(target: Target, update: Any, base: Checkpoint | None) -> Any:
 
 
 def _words(updates: Updates, base: Checkpoint | None) -> set[str]:
-    """Return the words by which a config selects all adapted layers."""
+    """Return the roles of all adapted layers (see `role`). A third of a fused weight has the role `q`, `k` or `v`."""
     model_type = base_family(updates, base) or ""
     words: set[str] = set()
     for target in updates:
@@ -520,24 +522,28 @@ def _words(updates: Updates, base: Checkpoint | None) -> set[str]:
 
 
 def base_family(updates: Updates, base: Checkpoint | None) -> str | None:
-    """Return the `model_type` by which `role` finds the words for these targets; None if the type is unknown.
+    """Return the `model_type` to pass to `role` for these targets; None if `ROLES` lacks the model type.
 
-    This is the `model_type` in the base's config. Without one, it is a type that fits the paths of all targets.
+    If the base is None or its config has no `model_type`, infer it from the targets' paths (see `family_of_base`).
     """
     return family_of_base((target.path for target in updates), model_type_of(base))
 
 
 def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-    """Yield each update whose target a config cannot select, with the reason. Configs select only kinds of modules."""
+    """Yield (target, index of the update, reason) for each update whose target a config cannot select."""
     family = base_family(updates, base)
     for target, group in updates.items():
         word = role(target.path, family or "")
         if family is None:
-            why = "the kinds of these layers are unknown; give the base with --base (base=)"
+            why = "the model type is unknown; give the base with --base (base=)"
         elif word is None:
-            why = f"the adapters library does not adapt this layer of {family}"
+            why = f"the adapters library does not adapt this layer of a {family} model"
         elif (word == "qkv") != (target.rows is not None):
-            why = "it adapts all of a fused weight" if target.rows is None else "it adapts only some rows of a weight"
+            why = (
+                "it adapts all of a fused weight, but the adapters library adapts queries, keys and values separately"
+                if target.rows is None
+                else "it adapts only some rows of a weight that is not fused"
+            )
         elif target.rows is not None and not _third(target.rows):
             why = "its rows are not the queries, the keys or the values of a fused weight"
         else:
@@ -550,30 +556,31 @@ def _third(rows: tuple[int, int]) -> bool:
     return start % size == 0 and start // size < 3
 
 
-# List where the adapters library puts bottleneck adapters, by `model_type`, and the base's module at each position.
+# For each `model_type`, list the positions at which the adapters library puts bottleneck adapters. Each position has a
+# target, which is a module of the base.
 #
-# In the adapters library, the adapter is a submodule of the block whose residual connection it replaces. In adapterkit,
-# the target is the module of the base whose output changes. If the target does not add the residual itself, `residual`
-# and `norm` name the modules that show where the residual comes from and which norm follows.
+# In the adapters library, an adapter is a submodule of a block, and replaces the block's residual connection. In
+# adapterkit, the target is the module of the base whose output changes. If the target does not add the residual itself,
+# `residual` and `norm` name the modules that show where the residual comes from and which norm follows.
 
 
 @dataclass(frozen=True, slots=True)
 class SublayerRule:
-    """One kind of position for adapters.
+    """One position of bottleneck adapters in a block, such as after the attention.
 
-    The path of the library's module and the path of the target have the same beginning, but different ends.
+    The module that contains the adapter and the target have paths with the same beginning. Their ends may differ.
 
     Attributes:
         models: the values of `model_type` that have this position.
-        module: the end of the path of the adapters library's module, which contains the adapter.
+        module: the end of the path of the module that contains the adapter in the adapters library.
         target: the end of the path of the target, whose output changes.
         flag: the config field that switches this position on: `mh_adapter`, `output_adapter` or `cross_adapter`.
-        residual: the name of the module in the target's parent whose input is the residual, which is added to the
-            target's output. Empty if the target already adds the residual.
-        norm: the name of the module in the target's parent that normalises this sum. Empty if the target already
-            normalises the sum, or if no norm follows it.
-        within: a component that the common beginning of both paths must have, such as `decoder`; empty if any beginning
-            is allowed.
+        residual: the name of a module with the same parent as the target. Its input is the residual, which is added to
+            the target's output. Empty if the target adds the residual itself.
+        norm: the name of a module with the same parent as the target. It normalises the sum of residual and output.
+            Empty if the target normalises the sum itself, or if no norm follows the sum.
+        within: a component that must be in the common beginning of both paths, such as `decoder`; empty if any
+            beginning is allowed.
     """
 
     models: tuple[str, ...]
@@ -620,7 +627,7 @@ RULES = (
         PRE_NORM_BART, ".cross_attention_adapters", ".encoder_attn", "cross_adapter", "encoder_attn_layer_norm"
     ),
 )  # fmt: skip
-"""All rules; more specific endings come first."""
+"""All rules. The first rule that fits applies, so rules with more specific endings come first."""
 
 MODELS = frozenset(chain.from_iterable(rule.models for rule in RULES))
 
@@ -629,20 +636,20 @@ EMBEDDINGS = {
     **dict.fromkeys(LLAMA_POSITIONS, "embed_tokens"),
     "gpt2": "drop",
 }
-"""The path of the last module of the embeddings, by `model_type`.
+"""A map from `model_type` to the name of the module whose output is the input of the first layer.
 
-Invertible adapters change the output of this module, and prompts are prepended to the output.
+Invertible adapters change this module's output. Prompts are prepended to this module's output.
 """
 
 
 def standing(path: str, model_type: str | None) -> tuple[str, SublayerRule] | None:
-    """Return (path of the target, rule) for the path of the adapters library's module; None if no rule fits."""
+    """Return (path of the target, rule) for the path of a module that contains an adapter; None if no rule fits."""
     rule_found = next((rule for rule in _rules(model_type) if _fits(path, rule.module, rule)), None)
     return None if rule_found is None else (path.removesuffix(rule_found.module) + rule_found.target, rule_found)
 
 
 def hanging(path: str, residual: str, norm: str, model_type: str | None) -> tuple[str, SublayerRule] | None:
-    """Return (path of the adapters library's module, rule) for the path of a target; None if no rule fits."""
+    """Return (path of the module that contains the adapter, rule) for the path of a target; None if no rule fits."""
     for rule in _rules(model_type):
         if _fits(path, rule.target, rule) and (rule.residual, rule.norm) == (residual, norm):
             return path.removesuffix(rule.target) + rule.module, rule

@@ -38,7 +38,7 @@ WORDS: Mapping[str, str] = {
     "Average": "weights", "BatchSplit": "batch_sizes", "Fuse": "", "MultiTask": "", "Parallel": "", "Split": "splits",
     "Stack": "",
 }  # fmt: skip
-"""The field of `kwargs` that contains one number per child, by kind of block; empty if the kind has no such field."""
+"""A map from a kind of block to the field of its `kwargs` that has one number per child; empty if there is none."""
 
 MAX_DEPTH = 32
 
@@ -48,7 +48,7 @@ class Setup:
     """One block of a composition, such as a stack of adapters.
 
     Attributes:
-        kind: one of the keys of `WORDS`.
+        kind: the kind of block, such as `Stack`; see `WORDS`.
         children: the children in order; a child is the name of an adapter or another block.
         numbers: one number per child: the weights of an `Average`, or the sizes of the parts of a `BatchSplit` or
             `Split`. Other kinds have none.
@@ -72,7 +72,7 @@ class Setup:
 
     @property
     def fusion(self) -> str:
-        """Return the adapters library's name for this fusion: each child's last adapter name, joined by commas."""
+        """Return this fusion's name in the adapters library: the last adapter of each child, joined by commas."""
         return ",".join(child if isinstance(child, str) else list(child.names())[-1] for child in self.children)
 
 
@@ -107,10 +107,10 @@ def write_setup(
         setup: the tree of blocks.
         adapters: the adapters, by their name in the tree.
         fusions: the source folder of each fusion, by the fusion's name; the folders are copied.
-        base: the base. The configs of some adapters can only be written with the base.
+        base: the base. Without the base, some adapters may be refused, such as bottleneck adapters.
 
     Raises:
-        UsageError: an adapter or a fusion is missing, or the adapters library does not allow such a tree.
+        UsageError: an adapter or a fusion is missing, or the tree of blocks is invalid.
         Unrepresentable: AdapterHub's format cannot express an adapter.
         StorageError: the folder cannot be written.
     """
@@ -195,9 +195,9 @@ def _named(adapter: Adapter, name: str) -> Adapter:
     return replace(adapter, foreign=Foreign(FORMAT, msgspec.to_builtins(hints_of_part), {}))
 
 
-_BLOCKS = f"Blocks: {', '.join(WORDS)}; nested at most {MAX_DEPTH} deep"
+_BLOCKS = f"Known blocks: {', '.join(WORDS)}; nested at most {MAX_DEPTH} deep"
 
-# Read AdapterFusion: `adapter_fusion_config.json`, and one attention over the adapters for each layer.
+# Read AdapterFusion: `adapter_fusion_config.json`, and the tensors of each layer's attention over the adapters.
 #
 # Keys are `<module>.adapter_fusion_layer.<names, separated by commas>.<query|key|value>.<weight|bias>`.
 
@@ -230,12 +230,12 @@ class FusionFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 def read_fusion(path: str | PathLike[str]) -> tuple[dict[str, bool], dict[str, dict[str, Lazy]]]:
-    """Return the settings of the fusion in a folder, and the fusion's tensors by target path, then by field.
+    """Read the fusion in a folder. Return (settings, tensors), with the tensors by target path and then by field.
 
     Raises:
         StorageError: a file is missing.
         Malformed: a key does not belong to a fusion, or a layer lacks a tensor.
-        Unsupported: the position of a layer in the model is unknown.
+        Unsupported: this version does not know which module of the model a fusion layer changes.
     """
     folder = Path(path)
     try:
@@ -282,10 +282,10 @@ def _by_target(tensors: Mapping[str, Lazy], model_type: object) -> dict[str, dic
     for text, tensor in tensors.items():
         key = _KEY.fullmatch(text)
         if key is None or key["slot"] not in FIELDS:
-            raise Malformed("this is not a query, key or value tensor of AdapterFusion", where=text, cure=_AGAIN)
+            raise Malformed("this is not the name of a query, key or value in AdapterFusion", where=text, cure=_AGAIN)
         place = standing(key["path"], model_type if isinstance(model_type, str) else None)
         if place is None:
-            why = f"this version does not know the position of {key['path']} in a model of type {model_type!r}"
+            why = f"this version does not know which module {key['path']} changes in a {model_type!r} model"
             raise Unsupported(why, where=text, cure="Run the fusion with the adapters library")
         by_target.setdefault(place[0], {})[FIELDS[key["slot"]]] = tensor
     return by_target

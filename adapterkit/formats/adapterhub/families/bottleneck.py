@@ -139,8 +139,9 @@ def _factors(words: Words, *, shared: bool) -> list[str]:
 
 # A new config states the settings of all bottleneck adapters, the kinds of positions that have adapters, and the layers
 # that have no adapters. In all other layers, the adapters library creates an adapter at every position of these kinds.
-# If the file has no tensors for such a position, its adapter is untrained, and changes the model. So the updates must
-# cover all these positions. The writer needs the base, because only the base shows the number of layers.
+# If the file has no tensors for such a position, the new adapter there is untrained, and changes the model's output. So
+# the updates must cover all these positions. The writer needs the base, because only the base shows the number of
+# layers.
 
 
 FRESH = {
@@ -156,7 +157,7 @@ FRESH = {
 """Config fields that have the same value in every new config."""
 
 SAME = ("adapter_residual_before_ln", "non_linearity", "original_ln_after", "original_ln_before")
-"""Names of attributes of an update that are also the names of the config fields with the same values."""
+"""Attributes of an update that a config stores unchanged, under the same names."""
 
 FLAGS = ("mh_adapter", "output_adapter", "cross_adapter")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
@@ -170,7 +171,7 @@ def placed(updates: Updates) -> list[tuple[Target, Update]]:
 
 
 def forms(updates: Updates) -> list[list[tuple[Target, Update]]]:
-    """Group the adapters inside blocks by method and tensor names. A union has one config for each group."""
+    """Group the adapters inside blocks by method and tensor names. In a union, each group has its own config."""
     groups: dict[Any, list[tuple[Target, Any]]] = {}
     for target, update in placed(updates):
         groups.setdefault((update.method, frozenset(update.tensors)), []).append((target, update))
@@ -197,7 +198,7 @@ def compose(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
 
 
 def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-    """Yield each update that a new config cannot express, with the reason."""
+    """Yield (target, index of the update, reason) for each update that a new config cannot express."""
     first = next((_form(update) for _, update in placed(updates)), None)
     model_type = model_type_of(base)
     rules = _stack_rules(updates, base)
@@ -205,22 +206,27 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
     for target, group in updates.items():
         for position, update in enumerate(group):
             if update.method == "invertible":
-                alone = "this version writes an invertible adapter only beside bottleneck adapters, and there are none"
+                alone = "this version writes an invertible adapter only together with bottleneck adapters"
                 why = _why_no_coupling(target, update, model_type) if first else alone
             elif model_type not in MODELS or not _layers(base):
-                why = "all other layers would be adapted, too; only the base shows their number and the model type"
+                why = (
+                    "a config lists the layers without adapters, and only the base shows the number of layers and the "
+                    "model type; give the base with --base (base=)"
+                )
             elif target not in rules:
-                why = f"the adapters library has no adapters at this position of a {model_type}"
+                why = f"the adapters library has no adapters at this position of a {model_type} model"
             elif _form(update) != first:
-                why = "its method, sizes or settings differ from the first update's, but a config states each only once"
+                why = (
+                    "its method, sizes or settings differ from the first update, but one config applies to all updates"
+                )
             elif not {"down_bias", "up_bias"} <= {*update.tensors, *_unbiased(update)} or _bare_gate(update):
-                why = "its down projection, up projection or gate has no bias"
+                why = "its down projection, up projection or gate has no bias, but AdapterHub's format requires one"
             elif _layer(target, base) in patchy:
-                why = "its layer lacks an adapter that other layers have"
+                why = "its layer lacks an adapter at a position where other layers have one"
             elif _layer(target, base) in uneven:
-                why = "its layer has adapters with different bottleneck sizes"
+                why = "its layer has adapters with different bottleneck sizes, but a config has one size per layer"
             else:
-                why = "the position has a second adapter" if position else ""
+                why = "the target has a second adapter" if position else ""
             if why:
                 yield target, position, f"{update.method}: {why}"
 
@@ -262,7 +268,7 @@ def _why_no_coupling(target: Target, update: Update, model_type: str | None) -> 
     if update.attributes["reverse"] or not target.path.endswith(EMBEDDINGS.get(model_type or "", "?")):
         return "its target is not the base's embeddings, or the base is unknown; give the base with --base (base=)"
     if int(first // _factor(int(second), int(a))) != b or first not in (second, second - 1):
-        return "no reduction factor yields the sizes of its halves"
+        return "a config has one reduction factor for F and G, but no factor fits the shapes of both"
     return ""
 
 
@@ -277,7 +283,7 @@ def _form(update: Update) -> tuple[object, ...]:
 
 
 def _unbiased(update: Update) -> tuple[str, ...]:
-    """Return the fields of biases that an update may lack: both if it is a Compacter without biases, otherwise none."""
+    """Return the bias fields that an update may lack: all in a Compacter that has no bias, otherwise none."""
     none = update.method == "compacter" and "down_bias" not in update.tensors and "up_bias" not in update.tensors
     return ("down_bias", "up_bias") if none else ()
 
@@ -287,7 +293,7 @@ def _bare_gate(update: Update) -> bool:
 
 
 def _stack_factors(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> float | dict[str, float]:
-    """Return the reduction factor: one number for all layers, or a dict with a number for each layer."""
+    """Return the reduction factor. If it is not the same in all layers, return a dict with a factor for each layer."""
     factors = {str(_layer(target, base)): _factor(*_sizes(update)) for target, update in adapters}
     return next(iter(factors.values())) if len(set(factors.values())) == 1 else factors
 
@@ -318,7 +324,7 @@ def _rule_size(update: Update) -> int:
 
 
 def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
-    """Return the number of layers in the whole model, or with `encoder` in the encoder; 0 if unknown."""
+    """Return the number of the model's layers; 0 if unknown. If `encoder` is true, count only the encoder's layers."""
     config = {} if base is None else base.config or {}
     layers = next((config[name] for name in LAYERS if isinstance(config.get(name), int)), 0)
     if model_type_of(base) not in ENCODER_DECODER or encoder:
@@ -327,7 +333,7 @@ def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
 
 
 def _layer(target: Target, base: Checkpoint | None = None) -> int:
-    """Return the number of a target's layer. With a base, decoder layers are counted after the encoder layers."""
+    """Return the index of a target's layer. In an encoder-decoder base, decoder layers come after encoder layers."""
     match = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", target.path)
     before = _layers(base, encoder=True) if model_type_of(base) in ENCODER_DECODER and _in_decoder(target) else 0
     return before + int(match[1]) if match else 0
@@ -340,10 +346,10 @@ def _in_decoder(target: Target) -> bool:
 KIND, INVERTIBLE, SHARED = "adapters", "invertible_adapters", "shared_parameters"
 
 OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}
-"""A map from old names of activations, in configs without a version, to today's names."""
+"""A map from the names of activations in configs without a `version` to the current names."""
 
 TWICE = {"adapter_norm_before.weight": "norm_before", "adapter_norm_before.bias": "norm_before_bias"}
-"""A map from slots to fields for the norm before the adapter. Files store this norm also inside `adapter_down`."""
+"""A map from slots to fields, for the norm before the adapter. Files store this norm again as `adapter_down.0`."""
 
 
 class BottleneckFields(FamilyFields, frozen=True, kw_only=True):
@@ -392,7 +398,10 @@ class BottleneckFamily(AdapterHubFamily):
         "output_adapter": "whether adapters follow the feed-forward layers",
         "phm_bias": "Compacter: whether the down and up layers have a bias",
         "phm_layer": "whether the method is Compacter",
-        "residual_before_ln": "where the adapter's own residual begins: `true`, `false` or `post_add`",
+        "residual_before_ln": (
+            "the value that the adapter's own residual adds (`true`: the layer's output; `false`: the adapter's input; "
+            "`post_add`: the layer's output, plus the block's residual if `original_ln_before`)"
+        ),
         "scaling": "the factor that multiplies the change: a number, `learned` or `channel`",
         "shared_W_phm": "Compacter: whether the layers of all adapters share their factors",
         "shared_phm_rule": "Compacter: whether the layers of all adapters share one rule",
@@ -430,8 +439,8 @@ class BottleneckFamily(AdapterHubFamily):
             rule_found = standing(path, part.settings.model_type) if part.settings.model_type in MODELS else None
             if rule_found is None:
                 why = (
-                    f"this version does not know which module of a {part.settings.model_type} the adapter at {path} "
-                    "changes"
+                    f"this version does not know which module the adapter at {path} changes in a "
+                    f"{part.settings.model_type} model"
                 )
                 known = f"Known: {', '.join(sorted(MODELS))}"
                 raise Unsupported(why, where=next(iter(slots.values())).text, cure=known)
@@ -503,7 +512,7 @@ def _shared(part: AdapterHubPart, words: Mapping[str, object]) -> tuple[dict[str
     groups = [*part.groups(SHARED).values()]
     missing = [slot for slot in fields if not groups or slot not in groups[0]]
     if missing:
-        why = f"the file lacks the shared {', '.join(missing)}: saving from a model without a head omits these tensors"
+        why = f"the file lacks the shared {', '.join(missing)}; a model without a head saves no shared tensors"
         raise Malformed(why, where=SHARED, cure="Save the adapter again, from the trained model with a head")
     keys = [groups[0][slot] for slot in fields]
     tensors = {field: part.tensors[key] for key, slot in zip(keys, fields, strict=True) for field in fields[slot]}
@@ -531,7 +540,7 @@ def _invertible(part: AdapterHubPart) -> Iterator[AdapterHubUpdate]:
     for path, slots in part.groups(INVERTIBLE).items():
         name = EMBEDDINGS.get(part.settings.model_type or "")
         if name is None:
-            why = f"this version does not know where the embeddings of a {part.settings.model_type} end"
+            why = f"this version does not know the embedding module of a {part.settings.model_type} model"
             raise Unsupported(
                 why, where=next(iter(slots.values())).text, cure=f"Known: {', '.join(sorted(EMBEDDINGS))}"
             )

@@ -1,4 +1,4 @@
-"""Read and write LoRA, and other methods with keys like LoRA's.
+"""Read and write LoRA, DoRA, gated LoRA, VeRA and IA3.
 
 LoRA has the tensors `lora_A` `[r, in]` and `lora_B` `[out, r]`. DoRA also has `m.weight` `[out, 1]`. IA3 has only
 `lora_B` `[out, 1]`.
@@ -43,7 +43,7 @@ class LoraFields(FamilyFields, frozen=True, kw_only=True):
 
 
 class LoraFamily(AdapterHubFamily):
-    """The family `lora`: LoRA, DoRA, VeRA and IA3."""
+    """The family `lora`: LoRA, DoRA, gated LoRA, VeRA and IA3."""
 
     methods = frozenset({"dora", "dora_outputs", "gated_lora", "ia3", "lora", "vera_matrices"})
     fields = LoraFields
@@ -109,7 +109,7 @@ def _kind(part: AdapterHubPart) -> str:
     """Return the name of the method that the config selects.
 
     Raises:
-        Unsupported: the config selects a combination of methods.
+        Unsupported: the config selects several methods, or its `composition_mode` is unknown.
     """
     fields = part.method_fields
     if fields.composition_mode not in ("add", "scale"):
@@ -183,7 +183,7 @@ def _vera(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) -
     groups = [*part.groups(SHARED).values()]
     shared = {"lora_A": "A", "lora_B": "B"}
     if not groups or any(slot not in groups[0] for slot in shared):
-        why = "the file lacks the shared lora_A and lora_B: saving from a model without a head omits these tensors"
+        why = "the file lacks the shared lora_A and lora_B; a model without a head saves no shared tensors"
         raise Malformed(
             why, where=slots["vera_D"].text, cure="Save the adapter again, from the trained model with a head"
         )
@@ -205,7 +205,7 @@ def _ia3(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) ->
         yield AdapterHubUpdate(Target(path, part.layout(path)), make("ia3", {"l": vector}), (key,))
         return
     if vector.shape[0] % len(blocks):
-        why = f"the shape is {list(B.shape)}, but the config states {len(blocks)} adapted thirds of equal size"
+        why = f"the shape is {list(B.shape)}, but its rows cannot be divided equally among {len(blocks)} adapted thirds"
         raise ShapeMismatch(why, where=key.text, cure=_OTHER)
     for group, rows in enumerate(_rows(vector.shape[0], blocks)):
         size = rows[1] - rows[0]
@@ -223,7 +223,7 @@ def _scaling(part: AdapterHubPart) -> float:
 
 
 def _blocks(part: AdapterHubPart, path: str, groups: int) -> list[int] | None:
-    """Return the indices of the adapted thirds of a fused weight: some of 0, 1 and 2, in order.
+    """Return the adapted thirds of a fused weight, in order: 0 for queries, 1 for keys, 2 for values.
 
     Return None if the weight is not fused.
     """
@@ -231,7 +231,7 @@ def _blocks(part: AdapterHubPart, path: str, groups: int) -> list[int] | None:
     name = (part.settings.interface or {}).get("attn_qkv_proj") or FUSED.get(part.settings.model_type or "")
     fused = path.rpartition(".")[2] == str(name).rpartition(".")[2] if name else False
     if fused and not enabled:
-        why = "attn_matrices names none of q, k and v, but the file has factors for a weight that contains them"
+        why = "attn_matrices has none of q, k and v, but the file adapts a fused weight of queries, keys and values"
         raise Malformed(why, where=f"{part.at}.attn_matrices", cure=_OTHER)
     return enabled if fused or (groups == len(enabled) > 1) else None
 
@@ -245,7 +245,7 @@ def _check_factors(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], A: 
     r = part.method_fields.r
     if len(A.shape) != 2 or A.shape[0] != r * groups:
         why = f"the shape is {list(A.shape)}, but the config states rank {r}" + (
-            f" and {groups} groups" if groups > 1 else ""
+            f" and {groups} adapted thirds" if groups > 1 else ""
         )
         raise ShapeMismatch(why, where=slots["lora_A"].text, cure=_OTHER)
     if len(B.shape) != 2 or B.shape[1] != r or B.shape[0] % groups:

@@ -1,6 +1,7 @@
 """Read and write MTL-LoRA for one task.
 
 The tensors are `lora_A` `[r, in]`, `lora_B` `[n, out, r]`, `weights` `[n]` and `task_specific.values` `[r]`.
+n is the number of B factors.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class MtlLoraFamily(AdapterHubFamily):
         for target, group in updates.items():
             for position, update in enumerate(group):
                 if target.stacked or target.rows is not None:
-                    why = "the adapters library does not adapt experts, or only some rows of a weight"
+                    why = "it adapts experts or only some rows of a weight, which the adapters library cannot do"
                 elif role(target.path, family) in (None, "qkv"):
                     why = "the adapters library is not known to adapt this layer; give the base with --base (base=)"
                 elif exact_alpha((_settings_of(update)[0], _settings_of(update)[2]), rslora=False) is None:
@@ -131,7 +132,7 @@ class MtlLoraFamily(AdapterHubFamily):
                     why = (
                         ""
                         if _settings_of(update) == first and not position
-                        else "its sizes or settings differ from those of the other updates"
+                        else "its sizes or settings differ from the first update, or its module has another update"
                     )
                 if why:
                     yield target, position, f"{update.method}: {why}"

@@ -30,16 +30,16 @@ ATTENTIONS = {
     **dict.fromkeys(("bart", "mbart", "plbart"), (".self_attn", ".encoder_attn")),
     "gpt2": (".attn",),
 }
-"""The endings of attention modules' paths, by model_type. A new config can only describe prefixes at these modules."""
+"""The endings of attention modules' paths, by `model_type`. The writer supports prefixes only at these modules."""
 
 DEPTHS = {
     "encoder_prefix": ("encoder_layers", "num_layers"),
     "self_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
     "cross_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
 }
-"""Config fields of an encoder-decoder base that state how many layers have an attention of each group.
+"""A map from a group of attention modules (see `group_of`) to config fields of the base for the group's size.
 
-The keys are groups; see `group_of`.
+The map is for encoder-decoder models. The first field that exists is used.
 """
 
 
@@ -50,25 +50,28 @@ def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> 
     """
     endings = ATTENTIONS.get(model_type or "")
     if endings is None:
-        return "the adapters library adds prefixes to all attentions, and only the base shows which attentions exist"
+        return (
+            "the adapters library adds prefixes to all attentions, and only the base shows which attentions exist; "
+            "give the base with --base (base=)"
+        )
     if not target.path.endswith(endings):
         return f"the adapters library has no prefixes at this attention of a {model_type}"
     if "P" in update.tensors:
         return (
             ""
             if update.P.shape[0] == 1 and update.attributes.get("step", 1) == 1
-            else "it has keys and values for several layers"
+            else "it has keys and values for several layers, but each attention must have its own update"
         )
     shared = all(update.tensors[name] is first.tensors[name] for name in ("E", "W1", "b1"))
     return "" if shared and update.b2.shape[0] == 1 else "it has its own network, but all attentions must share one"
 
 
 def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> str:
-    """Return the reason why updates of an encoder-decoder model do not cover a group of attentions; empty if they do.
+    """Return the reason why an encoder-decoder model has too few or too many updates in a group; empty if it does not.
 
-    The updates must cover the attentions of all layers in this group and in `self_prefix`, because the adapters library
-    cannot omit a layer in such a model. Layers are counted in the base's tensors, because a config may omit the number
-    of layers if this number is the default.
+    `counts` are the numbers of updates by group. Every attention in `group` and in `self_prefix` must have an update,
+    because the adapters library cannot omit a layer of an encoder-decoder model. The attentions are counted by the
+    names of the base's tensors, because the base's config may omit a number of layers that is the default.
     """
     config = {} if base is None else base.config or {}
     model_type = config.get("model_type")
@@ -98,11 +101,11 @@ def unlike(update: Any, first: Any) -> str:
     """Return the reason why one config cannot describe both updates; empty if their methods and shapes are equal."""
     shapes, others = ({n: tuple(leaf.shape) for n, leaf in u.tensors.items()} for u in (update, first))
     same = shapes == others and update.method == first.method
-    return "" if same else "its method or sizes differ from the first update's, but a config states each only once"
+    return "" if same else "its method or shapes differ from the first update, but one config applies to all updates"
 
 
 def group_of(path: str, model_type: str | None) -> str:
-    """Return the group of an attention module: the adapters library's name for this kind of attention."""
+    """Return the group of an attention module: `encoder_prefix`, `cross_prefix` or `self_prefix`."""
     if path.endswith(("EncDecAttention", ".encoder_attn")) or ".crossattention" in path:
         return "cross_prefix"
     inside = "encoder" in path.split(".") and model_type in ENCODER_DECODER
@@ -140,7 +143,7 @@ NETWORK = {
     "control_trans.2.weight": "W2",
     "control_trans.2.bias": "b2",
 }
-"""A map from a group's slots to fields. The tensors of the last two slots contain the values of all layers."""
+"""A map from a group's slots to fields. In a file, the tensors for `W2` and `b2` contain the rows of all layers."""
 
 HEADS = ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
 """Config fields that state a base's number of heads for keys and values. The first field that exists is used.
@@ -212,7 +215,9 @@ class PrefixTuningFamily(AdapterHubFamily):
             for slot, key in slots.items():
                 if slot not in whole:
                     raise Malformed(
-                        "the prefix of the whole model does not have this tensor", where=key.text, cure=AGAIN
+                        "this tensor is a layer's copy, but the file lacks the whole model's tensor",
+                        where=key.text,
+                        cure=AGAIN,
                     )
                 check_same(part, key, whole[slot])
                 if path not in used:
@@ -302,7 +307,7 @@ def _group_updates(
             why, where=keys[0].text, cure="Give the base that the adapter was trained on with --base (base=)"
         )
     if "W2" in tensors and (len(tensors["W2"].shape) != 2 or tensors["W2"].shape[:1] != tensors["b2"].shape):
-        why = f"the shape {list(tensors['W2'].shape)} does not fit a bias {list(tensors['b2'].shape)}"
+        why = f"the weight {list(tensors['W2'].shape)} does not fit the bias {list(tensors['b2'].shape)}"
         raise ShapeMismatch(why, where=keys[0].text, cure=AGAIN)
     method = METHODS[part.method_fields.flat, part.method_fields.use_gating]
     for position, path in enumerate(placed):
@@ -326,7 +331,7 @@ def _gate(part: AdapterHubPart, path: str, where: AdapterHubKey) -> dict[str, Ad
 
     Raises:
         Malformed: the file lacks the gate.
-        ShapeMismatch: the number of gates is not the one that the config states.
+        ShapeMismatch: the number of gates contradicts the config.
     """
     if not part.method_fields.use_gating:
         return {}
@@ -346,8 +351,8 @@ def _sizes(part: AdapterHubPart, tensors: Mapping[str, Lazy], layers: int, key: 
     """Return the number of heads, and the total width of all heads in one layer's keys.
 
     Raises:
-        UsageError: neither the file nor a base shows the number of heads.
-        ShapeMismatch: the tensors do not fit the numbers of layers and heads.
+        UsageError: neither `part.heads` nor the base's config gives the number of heads.
+        ShapeMismatch: the tensors' shapes do not fit the number of layers or the number of heads.
     """
     last = tensors["P"] if part.method_fields.flat else tensors["b2"]
     total = last.shape[0] if len(last.shape) == 1 else 0
@@ -358,7 +363,7 @@ def _sizes(part: AdapterHubPart, tensors: Mapping[str, Lazy], layers: int, key: 
         why = "the file does not state the number of heads of keys and values"
         raise UsageError(why, where=key.text, cure="Give the base, with its config.json: --base (base=)")
     if not rows or total % (rows * heads) or not total:
-        why = f"the shape {list(last.shape)} is not that of keys and values for {layers} layers with {heads} heads"
+        why = f"the shape {list(last.shape)} does not fit keys and values for {layers} layers with {heads} heads"
         raise ShapeMismatch(why, where=key.text, cure="The config or the base does not belong to this file")
     return heads, total // rows
 

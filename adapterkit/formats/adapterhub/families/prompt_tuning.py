@@ -61,7 +61,7 @@ class PromptTuningFamily(AdapterHubFamily):
                 raise ShapeMismatch(why, where=slots[SLOT].text, cure="The config does not belong to this file")
             name = EMBEDDINGS.get(part.settings.model_type or "")
             if name is None:
-                why = f"this version does not know where the embeddings of a {part.settings.model_type} end"
+                why = f"this version does not know the embedding module of a {part.settings.model_type} model"
                 raise Unsupported(why, where=slots[SLOT].text, cure=f"Known: {', '.join(sorted(EMBEDDINGS))}")
             yield AdapterHubUpdate(Target(path.removesuffix(LAYER) + name), make("prompt", tensors), (slots[SLOT],))
 
@@ -87,7 +87,7 @@ class PromptTuningFamily(AdapterHubFamily):
                 yield (
                     target,
                     position,
-                    "the prompt precedes the model's input, but the adapters library adds prompts after the embeddings",
+                    "its target is not the embedding module; the adapters library adds prompts only to embeddings",
                 )
             elif update.attributes["used"]:
                 yield target, position, "only some rows of the prompt are used"

@@ -116,14 +116,14 @@ class ReftFamily(AdapterHubFamily):
         for target, group in updates.items():
             for position, update in enumerate(group):
                 if _form(update) != first:
-                    why = "its settings or shapes differ from the first update's, but one config applies to all updates"
+                    why = "its settings or shapes differ from the first update, but one config applies to all updates"
                 elif any(f"{prefix}source" in update.tensors and f"{prefix}source_bias" not in update.tensors
                          for prefix in ("", "suffix_")):  # fmt: skip
                     why = "it has no source_bias, but AdapterHub's format requires one"
                 elif not update.attributes["subtract_projection"]:
-                    why = "it has no subtract_projection (DiReFT), and the adapters library would read it as NoReFT"
+                    why = "it is DiReFT (no subtract_projection), but the adapters library would read it as NoReFT"
                 elif _layer(target.path) is None:
-                    why = "its target's path does not end in the number of a layer"
+                    why = "its target's path does not end in a layer number"
                 else:
                     why = "the module has a second update" if position else ""
                 if why:
@@ -197,7 +197,10 @@ def _unit(
 def _check_halves(key: AdapterHubKey, original: Lazy, base: Lazy) -> None:
     n = original.shape[-1] if original.shape else 0
     if len(original.shape) != 2 or original.shape[0] >= n or base.shape != (n, n):
-        why = f"original is {list(original.shape)}, base is {list(base.shape)}; must be [r, n] and [n, n] with r < n"
+        why = (
+            f"original has the shape {list(original.shape)}, and base {list(base.shape)}; "
+            "the shapes must be [r, n] and [n, n] with r < n"
+        )
         raise ShapeMismatch(why, where=key.text, cure=AGAIN)
 
 
