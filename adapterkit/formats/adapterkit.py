@@ -126,7 +126,7 @@ class Native(Format):
     ) -> list[str]:
         unknown = [f"{t}: {u.method} is not a registered method" for t, u in adapter if u.method not in METHODS]
         if unknown:
-            cure = "Replace an update that combines several updates by these updates"
+            cure = "If an update combines several updates, write those updates instead"
             raise Unrepresentable("the format can store only updates with registered methods", items=unknown, cure=cure)
         tensors: dict[str, Leaf] = {}
         record = encode_record(adapter, tensors)
@@ -135,7 +135,7 @@ class Native(Format):
         except (TypeError, RecursionError) as error:
             why = f"the adapter has a value that JSON cannot express ({first_line(error)})"
             raise Malformed(
-                why, where=f"metadata {KEY}", cure="Remove the value, or replace it with plain values"
+                why, where=f"metadata {KEY}", cure="Remove the value, or replace it with JSON values"
             ) from None
         text = canonical(plain)
         safetensors.write(_file(path), {name: as_lazy(leaf) for name, leaf in tensors.items()}, {KEY: text})
@@ -150,7 +150,8 @@ def decode_record(text: str, tensors: Mapping[str, Lazy]) -> Adapter:
     """Return the adapter that a record and its tensors contain.
 
     Raises:
-        Malformed, Unsupported: the same errors as for a file.
+        Malformed: the record is invalid, or does not match the tensors.
+        Unsupported: the record needs a newer release of adapterkit.
     """
     return _decode(_parse(text), tensors)
 
@@ -186,8 +187,8 @@ def version_of(adapter: Adapter) -> str:
 
 def _encode_update(target: Target, update: Update, store: Callable[[str, Leaf], str]) -> UpdateRecord:
     tensors = {name: store(f"{target.path}.{name}".lstrip("."), leaf) for name, leaf in update.tensors.items()}
-    # msgspec omits a field only if its value is the same object as the default. So if the layout is equal to a known
-    # layout, use the known layout's object.
+    # msgspec omits a field only if its value is the same object as the default. So use the equal string from `LAYOUTS`,
+    # if there is one.
     layout = next((known for known in LAYOUTS if known == target.layout), target.layout)
     place = TargetRecord(target.path, layout, target.rows)
     version = update.stated_version
@@ -238,7 +239,7 @@ def _keep_unknown(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     unknown = {name: value for name, value in fields.items() if name not in known}
     kept = known.get("extensions", {})
     if not isinstance(kept, dict) or kept.keys() & unknown.keys():
-        raise ValueError("this is not a JSON object, or repeats a field of the record - at `$.extensions`")
+        raise ValueError("must be a JSON object without keys that are fields of the record - at `$.extensions`")
     return {**known, "extensions": kept | unknown}
 
 
@@ -286,7 +287,7 @@ def _decode(record: Record, tensors: Mapping[str, Lazy]) -> Adapter:
         )
     )
     if unused:
-        raise Malformed("no update refers to this tensor, nor does `foreign`", where=next(iter(unused)), cure=_REWRITE)
+        raise Malformed("neither an update nor `foreign` uses this tensor", where=next(iter(unused)), cure=_REWRITE)
     base = None if record.base is None else BaseRef(**msgspec.structs.asdict(record.base))
     recipe = tuple(Step(step.op, step.args) for step in record.recipe)
     return Adapter(updates, base, recipe, foreign, record.extensions)
@@ -296,7 +297,7 @@ def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Upd
     cls = METHODS[entry.method]
     if entry.version > cls.version or not cls.since[entry.version - 1]:
         versions = ", ".join(str(number) for number, since in enumerate(cls.since, 1) if since)
-        why = f"the file has {entry.method} version {entry.version}; this release knows {versions}"
+        why = f"the update has version {entry.version} of {entry.method}; this release reads {versions}"
         raise Unsupported(why, where="version", cure=_UPGRADE)
     known = {n: f for n, f in cls.attribute_fields().items() if f.metadata.get("since", 1) <= entry.version}
     _check_names("tensors", entry.tensors, cls.tensor_fields())
@@ -314,5 +315,5 @@ def _check_names(what: str, given: Mapping[str, object], fields: Mapping[str, da
             raise Malformed(f"{name!r} is missing", where=what, cure=_REWRITE)
 
 
-_UPGRADE = "Upgrade adapterkit, or write the file for an older version"
+_UPGRADE = "Upgrade adapterkit, or write the file again with an older release of adapterkit"
 _REWRITE = "Write the file again with the tool that made it"

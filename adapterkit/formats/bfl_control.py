@@ -34,7 +34,7 @@ _NORM = re.compile(r"(?:double_blocks\.\d+\.(?:img|txt)_attn|single_blocks\.\d+)
 
 
 class BflControl(ImageFormat):
-    """Files such as the LoRAs FLUX.1 Depth and FLUX.1 Canny."""
+    """Black Forest Labs' control LoRAs, such as FLUX.1 Depth and FLUX.1 Canny."""
 
     url = "https://github.com/black-forest-labs/flux/blob/main/src/flux/modules/lora.py"
     description = "Black Forest Labs' control LoRA for FLUX: native names, biases, scales of norms"
@@ -45,7 +45,7 @@ class BflControl(ImageFormat):
 
     def sniff(self, path: Path) -> bool:
         keys = tensor_names(path)
-        # Other models also have names such as `final_layer`. So require that FLUX has all names in the file.
+        # Other models also have modules such as `final_layer`, so accept the file only if FLUX has all its modules.
         parsed = list(map(self.parse, keys))
         stems = {key.stem for key in parsed if key is not None and key.slot != "set_weight"}
         return None not in parsed and bool(stems) and all(map(_of_flux, stems))
@@ -67,7 +67,7 @@ class BflControl(ImageFormat):
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """Translate targets to native names.
 
-        A target that replaces a norm then ends in `.scale`, the native name of the norm's parameter.
+        If a target's updates replace a norm, append `.scale`, the native name of the norm's parameter, to its path.
         """
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
         return {_scale(target, group): group for target, group in changed.items()}, losses

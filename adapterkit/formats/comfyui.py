@@ -1,9 +1,9 @@
 """Read and write files with ComfyUI's names: `diffusion_model.`, the module's dotted path, and a slot.
 
 ai-toolkit, musubi-tuner and others write the same names with the slots `lora_A` and `lora_B`, without alpha. Files of
-DiffSynth, the Lightning distillations, fal and ACE-Step have no prefix or PEFT's prefix. A file without ComfyUI's
-prefix is recognised only if one known family has all of the file's names, because nothing else shows the kind of
-model.
+DiffSynth, the Lightning distillations, fal and ACE-Step have either PEFT's prefix or none. A file without ComfyUI's
+prefix is recognised only if a known family has all modules that the file names, because nothing else in the file
+identifies the model.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
 
 _ENDS = "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True))
 _BARE = {"lora_A": "down", "lora_B": "up"}
-"""The endings of keys that loralib also writes.
+"""A map from key endings to slots, for endings that loralib also writes.
 
-So a key with one of these endings is ComfyUI's only if the key begins with ComfyUI's prefix.
+A key with one of these endings is accepted only if it begins with one of ComfyUI's prefixes.
 """
 
 _KEY = re.compile(rf"((?:diffusion_model|text_encoders\.\w+\.transformer)\..+?)\.({_ENDS}|{'|'.join(_BARE)})")
@@ -185,14 +185,14 @@ def _apart(update: Update) -> tuple[Update, ...]:
 def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
     """Reorder the rows of fused weights in DiffSynth's files, and remove `default` from the keys.
 
-    In DiffSynth's files, all rows of one head (its queries, keys and values) come before the rows of the next head. In
-    the result, all queries come first, then all keys, then all values. DiffSynth trains MiniMax-H3 with the rows in the
-    order of the model's authors, while all other tools reorder the rows when they load the model. Both orders have the
-    same shapes, so only PEFT's adapter name `default` in the keys identifies DiffSynth's files. If a written file had
-    this name, readers would take the file for DiffSynth's.
+    DiffSynth's files order the rows by head: the queries, keys and values of the first head, then those of the second
+    head, and so on. In the result, all queries come first, then all keys, then all values. DiffSynth trains MiniMax-H3
+    with the row order of the model's authors, but all other tools reorder the rows when they load the model. Both
+    orders have the same shapes, so only PEFT's adapter name `default` in the keys identifies DiffSynth's files. The
+    name is removed, because a new file with this name would be read as DiffSynth's.
 
     Raises:
-        Malformed: the rows do not form whole heads.
+        Malformed: the number of rows is not a multiple of the rows of a head.
     """
     fitting = families_with({_rest(stem) for stem in modules})
     if not fitting or not all(family.facts.diffsynth_head for family in fitting):
@@ -206,7 +206,7 @@ def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
         if up is not None and len({piece.path for piece in pieces}) == 3:
             size, rows = family.facts.diffsynth_head, up.shape[0] if up.shape else 0
             if rows % (3 * size):
-                why = f"the {rows} rows do not form queries, keys and values of heads with {size} rows each"
+                why = f"the number of rows, {rows}, is not a multiple of 3 x {size} (query, key and value of a head)"
                 raise Malformed(why, where=module.keys["up"], cure=AGAIN)
             module = replace(module, tensors={**module.tensors, "up": _by_part(up, size)})
         stacked[stem] = replace(module, keys=keys)
@@ -214,7 +214,7 @@ def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
 
 
 def _by_part(leaf: Lazy, size: int) -> Lazy:
-    """Return the rows of `leaf`, which are ordered by head, as all queries, then all keys, then all values."""
+    """Reorder rows that are ordered by head, so that all queries come first, then all keys, then all values."""
 
     def ordered(array: Array) -> Array:
         parts = array.reshape(-1, 3, size, *array.shape[1:]).swapaxes(0, 1)
@@ -229,7 +229,7 @@ def _says_part(stem: str) -> bool:
 
 
 def _rest(stem: str) -> str:
-    """Return a module's name without prefixes, which may be repeated, and without the names of torch's wrappers."""
+    """Remove all prefixes, also repeated ones, and the names of torch's wrappers from a module's name."""
     if not WRAPPERS.isdisjoint(words := stem.split(".")):
         stem = ".".join(word for word in words if word not in WRAPPERS)
     while root := next((root for root in PREFIXES if stem.startswith(root)), ""):
@@ -297,15 +297,18 @@ def component_is_encoder(path: str) -> bool:
 
 
 def _encoder(component: str, rest: str, paths: frozenset[str], named: tuple[str, ...]) -> tuple[str, str]:
-    """Return ComfyUI's names for a text encoder and for one of its modules. An unknown encoder's name is empty."""
+    """Return ComfyUI's names for a text encoder and for one of its modules.
+
+    If the encoder has no known name, the first name is empty.
+    """
     kind = encoder_kind(rest)
     word, prefix = _words(paths, named).get((component, kind), ("", ""))
     if not word:
         word = {"clip": _ENCODERS.get(component, ""), "t5": "t5xxl"}.get(kind, "")
     if kind == "llm":
         before = next(each for each in reversed(LLM_PREFIXES) if rest.startswith(f"{each}layers."))
-        # If the module does not have the prefix of the family's model in diffusers, return no name for the encoder,
-        # because a reader would find another module under the written name.
+        # The reader prepends the family's prefix to the module's name. If the module has another prefix, return no name
+        # for the encoder, because the reader would get the path of another module.
         word = word if before == prefix else ""
         rest = f"model.{rest.removeprefix(before)}"
     return word, rest

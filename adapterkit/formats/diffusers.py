@@ -92,9 +92,10 @@ class Diffusers(ImageFormat):
     rules = Rules(peft=True, slots=(*SLOTS, SCALE, "lokr_"))
     naming = "diffusers"
     _whole_norms: bool = True
-    """Whether diffusers' loader may accept replaced norms. `renamed` sets this attribute.
+    """Whether updates may replace norms. `renamed` sets this attribute.
 
-    It is true if the loader accepts them for at least one family that fits the adapter, or if no family fits.
+    It is true if diffusers' loader accepts replaced norms for at least one family that fits the adapter. It is also
+    true if no family fits.
     """
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
@@ -105,8 +106,8 @@ class Diffusers(ImageFormat):
     def rules_in(self, file: Path, hints: ImageHints) -> Rules:
         """Return the rules for writing.
 
-        Torch files have no header that could store scalings. So the rules for a torch file allow only a scaling of 1,
-        unless the source file has alphas; the new file then has alphas, too.
+        A torch file has no header that could store scalings. If the source file has alphas, the new file has alphas
+        too. Otherwise the rules for a torch file allow only a scaling of 1.
         """
         if file.suffix not in TORCH_SUFFIXES or len(hints.without_alpha) < len(hints.stems):
             return self.rules
@@ -160,7 +161,7 @@ class Diffusers(ImageFormat):
         return stem
 
     def prepared(self, updates: Updates) -> Updates:
-        """Join each separate change of a bias with the LoRA of the same module, as diffusers' own converter does."""
+        """Move each separate bias update into the LoRA of the same module, as diffusers' own converter does."""
         return _with_biases(updates)
 
     def why_not(self, target: Target, update: Update, rules: Rules) -> str:
@@ -180,8 +181,8 @@ class Diffusers(ImageFormat):
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """Rename targets to diffusers' naming.
 
-        One component cannot have both LoKr updates and LoRA or DoRA updates. So if a component has both, the kind with
-        fewer updates is refused.
+        A component cannot mix LoKr with LoRA or DoRA. If a component has both kinds, the kind with fewer updates is
+        refused.
         """
         fitting = candidates(updates, denoiser_targets(updates, ()), origin)
         self._whole_norms = not fitting or any(family.facts.whole_norms for family in fitting)
@@ -206,7 +207,7 @@ class Diffusers(ImageFormat):
             return decoded_update
         if isinstance(update, LoKr):
             raise Unsupported(
-                "LoKr cannot have a config in the header", where=stem, cure=f"Remove {CONFIG} from the header"
+                "the header must not have a config for LoKr", where=stem, cure=f"Remove {CONFIG} from the header"
             )
         rank = update.dims()["r"]  # `dims` raises a typed error for wrong shapes.
         if settings.rank(name) != rank:
@@ -258,7 +259,7 @@ def _path(stem: str) -> str:
 
 
 def _with_biases(updates: Updates) -> Updates:
-    """Join each separate change of a bias with the LoRA of the same module.
+    """Move each separate bias update into the LoRA of the same module.
 
     `lora_bias` is one setting for a whole component. So if one LoRA of a component has a bias, the component's other
     LoRAs get a bias of zeros.
@@ -306,7 +307,7 @@ def _settings(text: str) -> dict[str, PeftSettings]:
             f"the header's {CONFIG} is not valid JSON ({error})", where=CONFIG, cure="Write the file again"
         ) from None
     if not isinstance(fields, dict) or not all("." in name for name in fields):
-        why = "this is not a JSON object in which every key is COMPONENT.FIELD, such as transformer.r"
+        why = "the value must be a JSON object whose keys are COMPONENT.FIELD, such as transformer.r"
         raise Malformed(why, where=CONFIG, cure="Write the file again with diffusers")
     parts: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
@@ -316,7 +317,7 @@ def _settings(text: str) -> dict[str, PeftSettings]:
 
 
 def _say(settings: Mapping[str, PeftSettings], scales: Mapping[str, tuple[int, float, object]]) -> bool:
-    """Whether a reader of the header's configs would get these ranks, scalings and methods.
+    """Whether the header's configs give each module the same rank, scaling and method as `scales`.
 
     Without configs, diffusers assumes that each component has a single rank, and that all scalings are 1. So if
     `settings` is empty, return whether this holds for `scales`.

@@ -1,19 +1,19 @@
 """Read and write Keras Hub's LoRA files: `.lora.h5`, from `backbone.save_lora_weights`.
 
 A file stores one rank for all layers. For each adapted layer, it stores the layer's number, `lora_kernel_a` and
-`lora_kernel_b`. It stores no alpha, because Keras uses a scaling of 1. It stores no names, because the base's model
-type determines the order of the layers.
+`lora_kernel_b`. It stores no alpha, because Keras uses a scaling of 1. It stores no layer names, because the base's
+model type determines the order of the layers.
 
 The kernels of query, key and value have an axis for the heads. Their `lora_kernel_b` is `[rank, dim]`, and all heads
 share it:
 
     change[in, head, dim] = sum over r of a[in, head, r] * b[r, dim]
 
-The B of a LoRA is `[heads * dim, rank]`, so each head has its own part `[dim, rank]`. The writer makes each different
-column of these parts a row of `lora_kernel_b`. If there are more than `dim` such columns, `lora_kernel_b` is the
-identity, and `lora_kernel_a` is the whole change. Both ways are exact, except for rounding to the file's dtype, but the
-file may need a larger rank than the LoRA. For all other layers, A and B are only transposed, and padded to the file's
-rank.
+The B of a LoRA is `[heads * dim, rank]`, so each head has its own part `[dim, rank]`. The writer stores each distinct
+column of these parts as a row of `lora_kernel_b`. If there are more than `dim` distinct columns, `lora_kernel_b` is the
+identity, and `lora_kernel_a` contains the whole weight change. In both cases, the result is exact except for rounding
+to the file's dtype, but the file may need a larger rank than the LoRA. For all other layers, A and B are only
+transposed, and padded to the file's rank.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class KerasLayer(NamedTuple):
 
     @property
     def shares(self) -> bool:
-        """Whether all heads share `lora_kernel_b`, because the last axis of the kernel is the width of a head."""
+        """Whether all heads share one `lora_kernel_b`. They do if the kernel's last axis is the width of a head."""
         return self.axes.endswith("dim")
 
 
@@ -91,14 +91,14 @@ class KerasFamily:
 
     @cached_property
     def layers(self) -> Mapping[str, KerasLayer]:
-        """The layers of a block, by the module's path in a block of the base, such as `self_attn.q_proj`."""
+        """A map from a module's path in a block of the base, such as `self_attn.q_proj`, to Keras Hub's layer."""
         return {path: KerasLayer(*layer) for path, layer in self.record.modules.items()}
 
     @cached_property
     def table(self) -> NameTable:
-        """A table from the base's module paths to texts such as `{n}.query`.
+        """A table that translates the base's module paths to names such as `{n}.query`.
 
-        In these texts, `{n}` is the block's number, and `query` is the layer's name in Keras Hub.
+        Here, `{n}` is the block's number, and `query` is the layer's name in Keras Hub.
         """
         return NameTable({f"model.layers.{{n}}.{path}": f"{{n}}.{layer.name}" for path, layer in self.layers.items()})
 
@@ -115,7 +115,7 @@ class KerasFamily:
 
 @cache
 def families() -> Mapping[str, KerasFamily]:
-    """Return the families by transformers' `model_type`."""
+    """Return a map from transformers' `model_type` to the family."""
     installed = Path(__file__).parent / "data" / "keras_hub.toml"
     file = installed if installed.is_file() else Path(__file__).parents[2] / "spec" / "keras_hub.toml"
     records = msgspec.toml.decode(read_input(file), type=dict[str, _KerasRecord])
@@ -192,17 +192,18 @@ class KerasHub(Format):
 
         def why_not(target: Target, update: Pair) -> str:
             if names.there(target.path) is None:
-                return f"Keras Hub's backbones of {kind} have no layer that can adapt this module"
+                return f"in Keras Hub's backbones of {kind} models, this module cannot have LoRA"
             return "its weight is stored as [in, out]" if target.layout != "out *in" else unfit(target, update)
 
         pairs, lines = expressible(adapter, "Keras Hub", on_loss, why_not)
-        # Convert factors to float32 or float64 first, so that folding does not round to a half-precision type.
+        # Convert the factors to float32 or float64 before the scaling is multiplied into them. A half-precision type
+        # would round the products.
         _check_shapes(pairs, base)
         pairs, folded = of_no_number(_wide(pairs), format_name="Keras Hub", on_loss=on_loss)
         by_layer = _by_layer(pairs, names)
         writer = _KerasWriter(family, by_layer, _Sizes.of(base), hints.get("rank", 1))
         write_hdf5(path, writer.tensors(), {MODEL_TYPE: kind})
-        # If the adapter was read from this format, the same call loads the new file. So the user needs no notes.
+        # If the source file has this format, the calls that load it also load the new file, so omit the notes.
         notes = [] if hints else writer.notes(max(map(rank_of, pairs.values())))
         return lines + folded + notes
 
@@ -213,12 +214,12 @@ def _family(base: Checkpoint | None, stored: str) -> tuple[KerasFamily, str]:
     Raises:
         UsageError: neither the base's config nor the file states the model type.
         Unsupported: the order of the layers of this model type is unknown.
-        Malformed: the file states a model type of another family than the base's.
+        Malformed: the file's model type and the base's model type belong to different families.
     """
     config = None if base is None else base.config
     kind = stored if config is None else str(config.get("model_type", ""))
     if not kind:
-        why = "the file has only the numbers of layers; the base's model type is needed to know the layers' modules"
+        why = "Keras Hub's files identify layers only by number, so the base's model type is needed to find the modules"
         raise UsageError(why, where="config.json: model_type", cure=_GIVE)
     family = families().get(kind)
     if family is None:
@@ -247,7 +248,7 @@ def _layers(tensors: Mapping[str, Lazy]) -> tuple[int, dict[int, dict[str, Lazy]
             case ["lora", number, "vars", name] if _is_number(number) and name in (A_KEY, B_KEY):
                 layers.setdefault(int(number), {})[name] = leaf
             case _:
-                cure = f"Its keys are {RANK} and lora/<number>/vars/{A_KEY} or {B_KEY}"
+                cure = f"Keras Hub's keys are {RANK} and lora/<number>/vars/{A_KEY} or {B_KEY}"
                 raise Malformed("this is not a key of Keras Hub's LoRA files", where=key, cure=cure)
     rank = tensors.get(RANK)
     if rank is None or rank.shape != () or rank.dtype.name not in ("I32", "I64"):
@@ -279,7 +280,7 @@ def _decode(
         if place is None:
             cure = "Is this the base that the adapter was trained on?"
             raise Malformed(
-                f"in {family.name} models, no layer that can have LoRA has this number",
+                f"in {family.name} models, the layer with this number cannot have LoRA",
                 where=f"lora/{number}",
                 cure=cure,
             )
@@ -319,7 +320,7 @@ def _pair(layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads 
             f"than {MOST_ELEMENTS} elements"
         )
         raise Unsupported(
-            why, where=where, cure="Merge the file in Keras Hub, and compare the models: adapterkit extract"
+            why, where=where, cure="Merge the file in Keras Hub, then extract an adapter: adapterkit extract"
         )
     order = (0, 2, 1) if first else (1, 2, 0)
     A = a.map(lambda values: values.transpose(order).reshape(count * rank, width), (count * rank, width))
@@ -354,19 +355,19 @@ def _wide(pairs: Pairs) -> Pairs:
 def _check_shapes(pairs: Pairs, base: Checkpoint | None) -> None:
     """Check that updates fit the base's weights.
 
-    If the adapter has no update of a layer in some blocks, the writer stores zeros for these blocks. The zeros have the
-    shapes of the layer's update in another block.
+    If a layer has no update in some blocks, the writer stores zeros for these blocks. It takes the zeros' shapes from
+    the layer's update in another block.
 
     Raises:
         ShapeMismatch: an update does not fit.
-        Malformed: a factor holds a NaN or an infinity.
+        Malformed: a factor contains a NaN or an infinity.
     """
     for target, update in pairs.items():
         weight = None if base is None else base.tensors.get(f"{target.path}.weight")
         shape = (update.B.shape[0], update.A.shape[1])
-        # The stored tensor of a quantized weight may have another shape.
+        # Skip quantized weights, because their stored tensors may have other shapes.
         if weight is not None and weight.dtype.floating and weight.shape != shape:
-            why = f"the update is for a weight of shape {list(shape)}, but the base's has {list(weight.shape)}"
+            why = f"the update is for a weight of shape {list(shape)}, but the base's weight is {list(weight.shape)}"
             raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
         for name in ("A", "B"):
             check_finite(update.tensors[name], f"{target}: {update.method}.{name}")
@@ -385,7 +386,7 @@ def _by_layer(pairs: Pairs, names: TableNames) -> dict[tuple[int, str], Pair]:
         block, path = str(names.table.back(foreign)).removeprefix("model.layers.").split(".", 1)
         if (int(block), path) in by_layer:
             why = "another target of the adapter belongs to the same layer of Keras Hub"
-            raise UsageError(why, where=str(target), cure="Write the two as separate files, or remove one of them")
+            raise UsageError(why, where=str(target), cure="Write the two targets to separate files, or remove one")
         by_layer[int(block), path] = update
     return by_layer
 
@@ -399,10 +400,10 @@ class _Sizes:
 
     @classmethod
     def of(cls, base: Checkpoint | None) -> _Sizes:
-        """Read the numbers from the base's config.
+        """Read the numbers of blocks and heads from the base's config.
 
         Raises:
-            UsageError: the config does not state a number.
+            UsageError: the config does not state one of the numbers.
         """
         assert base is not None
         config: Mapping[str, object] = base.config or {}
@@ -448,11 +449,15 @@ class _KerasWriter:
         return tensors
 
     def notes(self, rank: int) -> list[str]:
-        """Return lines for the user: a larger rank than `rank`, and the call that must precede loading, if any."""
+        """Return notes for the user, such as the call that must precede `load_lora_weights`.
+
+        Args:
+            rank: the largest rank of the pairs. If the file's rank is larger, a note says so.
+        """
         names = [self.family.layers[path].name for path in self.adapted]
         lines = []
         if self.rank > rank:
-            why = "the heads of query, key and value share one lora_kernel_b"
+            why = "all heads of a query, key or value layer share one lora_kernel_b"
             lines.append(f"the rank grew from {rank} to {self.rank}: in Keras Hub, {why}")
         if {*names} != {*DEFAULT}:
             call = f"backbone.enable_lora({self.rank}, target_layer_names={names})"
@@ -460,7 +465,7 @@ class _KerasWriter:
         return lines
 
     def _needs(self, path: str, update: Pair) -> int:
-        """Return the rank that the file must have at least, so that it can store a pair."""
+        """Return the smallest rank with which a file can store a pair."""
         layer = self.family.layers[path]
         if not layer.shares:
             return rank_of(update)
@@ -552,8 +557,8 @@ def _shared_rows(B: Array, count: int) -> tuple[Array, list[tuple[int, int, int]
         count: the number of heads.
 
     Returns:
-        (rows, uses). `rows` is `[n, dim]`; its rows are distinct, and none is zero. `uses` has an entry (head, row of
-        A, index in `rows`) for each use of a row.
+        (rows, uses). `rows` is `[n, dim]` and contains the distinct non-zero columns of the heads' parts of B. `uses`
+        has an entry (head, row of A, index in `rows`) for each non-zero column.
     """
     import numpy as np
 

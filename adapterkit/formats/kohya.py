@@ -129,7 +129,7 @@ class Kohya(ImageFormat):
 
 
 def _foreign(key: str) -> bool:
-    """Whether LyCORIS wrote a key that has one of kohya's prefixes, judged by the key's slot."""
+    """Whether a key has one of kohya's prefixes, but a slot that shows that LyCORIS wrote the key."""
     match = _KEY.fullmatch(key)
     slot = match[2] if match else ""
     return bool(match) and slot.startswith(LYCORIS) and not key.startswith("oft_unet_")
@@ -139,7 +139,7 @@ LYCORIS = (
     "hada_", "lokr_", "oft_blocks", "a1.", "a2.", "b1.", "b2.", "bm.", "w_norm", "b_norm", "diff", "on_input",
     "q_layer", "p_layer", "lambda_layer", "rescale",
 )  # fmt: skip
-"""The beginnings of LyCORIS's slots. sd-scripts has only `oft_blocks` of these, in keys with the prefix `oft_unet_`."""
+"""The prefixes of LyCORIS's slots. sd-scripts writes only one, `oft_blocks`, in keys that begin with `oft_unet_`."""
 
 
 # Read kohya's OFT for FLUX, which rotates each part of a fused weight separately. Part N has the slot `oft_blocks.N`:
@@ -150,7 +150,7 @@ LYCORIS = (
 
 PART = re.compile(r"oft_blocks\.(\d+)")
 _PARTS = {"qkv": 3, "linear1": 4}
-"""The number of parts of a fused weight, by the last part of its path."""
+"""A map from the last name in a fused weight's path to the number of the weight's parts."""
 
 
 def parts(module: ImageModule) -> list[ImageModule]:
@@ -178,7 +178,7 @@ def _part(module: ImageModule, number: int, slot: str) -> ImageModule:
 
 
 def rows_of(modules: Mapping[str, ImageModule]) -> dict[str, tuple[int, int]]:
-    """Return the range of rows that each part of a fused weight covers, by the part's name.
+    """Return a map from each part of a fused weight, named `MODULE.NUMBER`, to its range of rows in the weight.
 
     Raises:
         ShapeMismatch: the tensor of a part does not have three axes, [blocks, size, size].

@@ -1,7 +1,7 @@
 """Read and write litgpt's LoRA: `lit_model.pth.lora`, `hyperparameters.yaml` and `model_config.yaml` in a folder.
 
-litgpt fuses q, k and v into one weight, in this order. The file has one A and one B for the fused weight. Both are
-concatenations of the factors of those parts (q, k or v) that are adapted.
+litgpt fuses q, k and v into one weight, in this order. The file has one A and one B for the fused weight: the
+concatenated As and the concatenated Bs of the adapted parts (q, k or v).
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class _LitgptWriter:
         pairs = []
         for name, update in zip(enabled, updates_of_parts, strict=True):
             if update is None and not sizes:
-                why = f"layer {layer} has no update for {name}, and the number of zero rows depends on the base's heads"
+                why = f"layer {layer} has no update for {name}; the shape of its zeros depends on the base's heads"
                 raise UsageError(why, where=LITGPT_QKV, cure="Give the base, with its config.json: --base (base=)")
             pairs.append(self.zero(sizes[name], width) if update is None else (as_lazy(update.A), as_lazy(update.B)))
         return joined([A for A, _ in pairs]), joined([B for _, B in pairs])
@@ -235,7 +235,7 @@ def _below(hub_path: str) -> str:
 
 
 def _shapes(base: Checkpoint | None) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the base's matrices by module name. A name has no prefix such as `language_model.`."""
+    """Return a map from module names, without prefixes such as `language_model.`, to shapes of the base's matrices."""
     tensors = {} if base is None else base.tensors
     shapes = {name.removesuffix(".weight"): leaf.shape for name, leaf in tensors.items() if len(leaf.shape) == 2}
     return {bare: shape for name, shape in shapes.items() for bare in without_prefix(name)}
@@ -279,7 +279,7 @@ def _saved_heads(hints: LitgptHints, base: Checkpoint | None) -> Heads | None:
 
 
 def _count(hints: LitgptHints, base: Checkpoint | None, pairs: Pairs) -> int:
-    """Return the config's number of layers, or the highest number of an adapted layer plus 1 if that is larger."""
+    """Return the config's number of layers, or the highest index of an adapted layer plus 1 if that is larger."""
     stated = ((None if base is None else base.config) or {}).get("num_hidden_layers") or hints.get("model", {}).get(
         "n_layer"
     )
@@ -291,7 +291,7 @@ def _text(path: Path, *, needed: bool) -> str:
     """Read the text of a settings file. If the file is missing and not `needed`, return an empty string."""
     if not path.exists():
         if needed:
-            cure = "Fetch the file, because it states the rank, alpha and which modules are adapted"
+            cure = "Fetch the file, because it states the rank, the alpha and the adapted modules"
             raise StorageError("the file is missing", path=path, cure=cure)
         return ""
     try:

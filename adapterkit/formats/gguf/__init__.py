@@ -1,10 +1,10 @@
-"""Read and write llama.cpp's LoRA adapters: GGUF files with the `general.type` `adapter`.
+"""Read and write llama.cpp's LoRA adapters: GGUF files whose `general.type` is `adapter`.
 
 Older `ggla` files can be read, but not written.
 
 An adapter file has the same module names as the base's GGUF file. For each architecture, a table translates these names
-to the names in transformers. If llama.cpp stores the rows of q and k in Meta's order, reader and writer need the
-numbers of heads from the base's config.
+to the names in transformers. For some architectures, llama.cpp stores the rows of q and k in Meta's order. This order
+depends on the numbers of heads, so the reader and the writer then need the base's config.
 """
 
 from __future__ import annotations

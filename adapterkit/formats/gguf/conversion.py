@@ -87,7 +87,7 @@ class GgufPlace:
         return cls(name, family, base.config, {}, expert_count(base.config))
 
     def where(self, foreign: str) -> Where | None:
-        """Return the weight that a module of the file contains; None if there are several, or if it is unknown."""
+        """Return the weight that `foreign` names in the file; None if unknown, or if it names several weights."""
         place = place_of(self.family, foreign)
         return None if place is None else place[1]
 
@@ -102,7 +102,7 @@ class GgufPlace:
         return row_order(where, rows, heads, foreign)
 
     def _check_width(self, rows: int, count: int, foreign: str) -> None:
-        """Check that `count` heads of the config's width have `rows` rows. Otherwise the order would be wrong."""
+        """Check that `rows` is `count` times the config's head width. Otherwise the order of rows would be wrong."""
         dim = heads_of(self.config, foreign).dim
         if rows != count * dim:
             why = f"the base's config states {count} heads of width {dim}, which do not give {rows} rows"
@@ -164,8 +164,8 @@ class GgufPlace:
         experts = target.stacked or any(move.slot is not None for move in moves[target.path])
         if isinstance(update, ALoRA) and (target.layout != "out *in" or experts):
             return "an activated LoRA cannot adapt an embedding, a Conv1D or an expert"
-        # Ignore the target's rows here: GGUF stores the parts of a fused weight separately. If the rows are not a whole
-        # part, `placed` refuses the update.
+        # Ignore `target.rows` here, because GGUF stores the parts of a fused weight as separate tensors. If the rows
+        # are not exactly one part, `placed` refuses the update.
         return unfit(replace(target, rows=None), update, stacked=True)
 
     def placed(self, pairs: Pairs, moves: Mapping[str, tuple[Move, ...]]) -> Pairs:
@@ -189,7 +189,7 @@ class GgufPlace:
         return {target: given[0] for target, given in placed_updates.items()}  # type: ignore[misc]
 
     def spelled(self, target: Target, update: Pair) -> dict[str, Lazy]:
-        """Return A and B of an update by key, with rows and inputs in the file's order."""
+        """Return a map from the file's keys to A and B of an update. Rows and inputs are in the file's order."""
         A, B = as_lazy(update.A), as_lazy(update.B)
         if not target.stacked:
             order = self.order(target.path, B.shape[0])
@@ -201,7 +201,7 @@ class GgufPlace:
 
 
 def keys(foreign: str) -> list[str]:
-    """Return the keys of A and B for a module name in the file."""
+    """Return the file's keys for A and B of a module."""
     return [foreign + end for end in SLOTS]
 
 
@@ -217,9 +217,9 @@ def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Ada
 
     Args:
         file: the file.
-        base: the base. The numbers of heads in its config determine the order of rows.
-        outline: whether to accept a file if the order of some rows depends on the base, but `base` is missing. The
-            UsageError is then raised only if values of these modules are loaded.
+        base: the base model. The order of some rows depends on the numbers of heads in its config.
+        outline: whether to return an adapter even if the order of some rows is unknown without a base. The UsageError
+            is then raised only when such a tensor is loaded.
 
     Raises:
         Malformed, Unsupported: the file is not a LoRA adapter for llama.cpp, or its architecture is unknown.
@@ -272,9 +272,9 @@ def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
 
 
 def _family(name: str, modules: Collection[str], base: Checkpoint | None) -> Architecture:
-    """Find the family of models of an adapter file.
+    """Return the family of the models that an adapter file fits.
 
-    For some families, such as Granite 4, the file is not enough to identify the family, but the base's config is.
+    If possible, the base's config decides, because the file alone does not identify families such as Granite 4.
     """
     with suppress(Unsupported, UsageError):
         architecture, family = name_for(None if base is None else base.config)
@@ -299,7 +299,7 @@ def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline:
     if where.stacked:
         A, B = slots["A"], slots["B"]
         if len(A.shape) != 3 or len(B.shape) != 3 or A.shape[:2] != (B.shape[0], B.shape[2]) or not A.shape[1]:
-            why = f"A is {list(A.shape)}, B is {list(B.shape)}; must be [experts, r, in] and [experts, out, r]"
+            why = f"A is {list(A.shape)}, B is {list(B.shape)}; they must be [experts, r, in] and [experts, out, r]"
             raise ShapeMismatch(why, where=foreign, cure=DAMAGED)
         place.experts = A.shape[0]
         return Target(foreign, "e out *in"), LoRA(**slots, scaling=alpha / A.shape[1] if alpha else 1.0)
@@ -362,7 +362,7 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
         foreign = _modern(name)
         slots = {**slots, "A": turned(slots["A"])} if len(slots["A"].shape) == 2 else slots
         if check_factors(name, slots) != file.rank:
-            why = f"the tensors' rank differs from the rank in the file's header, {file.rank}"
+            why = f"the file's header states rank {file.rank}, but these tensors have another rank"
             raise ShapeMismatch(why, where=name, cure=DAMAGED)
         update = LoRA(**slots, scaling=file.alpha / file.rank)
         order = _legacy_order(place, name, foreign, compat, update.B.shape[0])
@@ -392,7 +392,8 @@ def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None,
     if compat is None:
         why = "the order of these rows depends on the tool that wrote the file, and the file does not name this tool"
         cure = (
-            "State the tool with --compat (compat=): convert-lora-to-ggml for PEFT, finetune for llama.cpp's training"
+            "Add --compat convert-lora-to-ggml (compat='convert-lora-to-ggml') if the file was converted from PEFT, or "
+            "--compat finetune (compat='finetune') if llama.cpp trained the adapter"
         )
         raise UsageError(why, where=name, cure=cure)
     return place.order(foreign, rows)
@@ -430,7 +431,7 @@ def invocation_of(file: Gguf) -> Lazy | None:
         return None
     if value.type not in ("[u32]", "[i32]") or not value.value or min(value.value) < 0:
         raise Malformed(
-            f"the value of type {value.type} must be a list of at least one token id, none of them negative",
+            f"the value must be a non-empty list of token ids, as u32 or non-negative i32; its type is {value.type}",
             where=INVOCATION,
             cure=DAMAGED,
         )
@@ -462,7 +463,7 @@ class Invocation:
         self.tokens = _tokens(first)
 
     def why_not(self, update: Pair) -> str:
-        """Return the reason why a file cannot contain both this update and the first update; empty if it can."""
+        """Return the reason why the file cannot store this update's activation tokens; empty if it can."""
         tokens = _tokens(update)
         if tokens != self.tokens:
             return "its invocation differs from the first update's, but a file has one invocation for all updates"
@@ -490,7 +491,8 @@ METHODS = (LoRA, ALoRA)
 class GgufHints(Leftovers, total=False):
     """The leftovers of a GGUF file.
 
-    `values` contains the file's (key, type, value) triples, and `types` the block type of each quantized tensor.
+    `values` contains the file's metadata as (key, type, value) triples. `types` maps the name of each tensor in Q8_0 to
+    its block type.
     """
 
     architecture: str
@@ -534,10 +536,10 @@ def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) ->
 
 
 def _holds(kind: str, tensor: Lazy) -> bool:
-    """Whether a quantized block type stores a tensor's values without rounding.
+    """Whether a quantized block type such as Q8_0 can store a tensor's values without rounding.
 
-    If llama.cpp quantized the values to Q8_0 and they have not changed since, each value is a whole multiple of its
-    block's scale, so the answer is yes. The writer stores all other tensors in their own dtype, to avoid rounding.
+    It can if the values were read from a Q8_0 tensor and have not changed since, because each value is then a whole
+    multiple of its block's scale. The writer stores all other tensors in their own dtype, to avoid rounding.
     """
     import numpy as np
 
@@ -548,7 +550,7 @@ def _holds(kind: str, tensor: Lazy) -> bool:
 
 
 def _place(hints: GgufHints, adapter: Adapter, base: Checkpoint | None) -> GgufPlace:
-    """Return the new file's names and orders, from the base's config, or without a config, from the source file."""
+    """Create a new file's `GgufPlace` from the base's config. Without a config, use the source file's leftovers."""
     if (base is not None and base.config is not None) or not hints:
         return GgufPlace.of_base(base) if base is not None else GgufPlace(*name_for(None))
     name = str(hints.get("architecture"))
@@ -568,7 +570,7 @@ def _rank(update: Pair) -> int:
 
 
 def _exact_alpha(update: Pair) -> float | None:
-    """Return the float32 alpha from which llama.cpp computes exactly the update's scaling; None if there is none.
+    """Return the float32 alpha for which `alpha / rank` is exactly the update's scaling; None if there is none.
 
     llama.cpp computes the scaling as `alpha / rank`.
     """
