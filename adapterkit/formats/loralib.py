@@ -1,13 +1,13 @@
 """Read and write loralib's checkpoints: a torch file with `lora_A` and `lora_B`, and `loralib.json` next to it.
 
-For an embedding, `B @ A` is the transposed change of the weight.
+For an embedding, the change of the weight is the transpose of `B @ A`.
 
 The outputs of a `MergedLinear` consist of blocks of equal size, some of which are adapted. The factors of all adapted
 blocks are stored in one A and one B. The torch file shows neither the number of blocks nor which blocks are adapted. So
-`loralib.json` states this, in addition to alpha.
+`loralib.json` contains not only alpha, but also the list `enable_lora`, with one flag for each block.
 
 For a `Conv2d`, A is `[r * k, in * k]` and B is `[out * k, r * k]`. loralib reshapes `B @ A` to `[out, in, k, k]`. The
-result equals a LoRA of rank `r * k * k`.
+reader converts A and B to an equivalent LoRA of rank `r * k * k`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SETTINGS = "loralib.json"
 _EXAMPLE = '{"alpha": <lora_alpha>}, with "enable_lora": [true, false, true] if the model has a MergedLinear'
 _SLOTS = {".lora_A": "A", ".lora_B": "B"}
 _OTHERS = (".parametrizations.", ".loras.")
-"""Parts of keys that only other tools write, such as minLoRA. The ends of these keys are the same as loralib's."""
+"""Substrings of keys from other tools, such as minLoRA. These keys have the same endings as loralib's keys."""
 
 
 class LoralibSettings(TypedDict, total=False):
@@ -123,15 +123,15 @@ def _decode(
 
 
 def _alone(path: str, slots: Slots, enabled: list[bool] | None, weight: Lazy | None) -> bool:
-    """Whether a pair adapts a MergedLinear in which one block is adapted; if not, the pair adapts a whole weight.
+    """Whether the pair adapts a MergedLinear with a single adapted block, and not a whole weight.
 
     Raises:
-        UsageError: only the base's weight shows which of the two is true, and no base is given.
+        UsageError: the answer depends on the shape of the base's weight, and no base is given.
     """
     if enabled is None or sum(enabled) != 1 or len(enabled) == 1:
         return False
     if weight is None:
-        why = "the pair may adapt a whole layer, or only the block of a MergedLinear that enable_lora marks as true"
+        why = "only the base shows whether lora_A and lora_B adapt a whole layer or one block of a MergedLinear"
         raise UsageError(why, where=path, cure="Give the base with --base (base=)")
     return slots["B"].shape[0] * len(enabled) in weight.shape
 
@@ -141,15 +141,15 @@ def _merged(
 ) -> Iterator[tuple[Target, LoRA]]:
     A, B = slots["A"], slots["B"]
     if len(A.shape) != 2 or len(B.shape) != 2 or not B.shape[1] or A.shape[0] % B.shape[1]:
-        raise ShapeMismatch(f"A is {list(A.shape)}, B is {list(B.shape)}", where=path, cure=DAMAGED)
+        raise ShapeMismatch(f"A {list(A.shape)} and B {list(B.shape)} do not fit each other", where=path, cure=DAMAGED)
     if enabled is None:
         why = "the tensors of this MergedLinear do not show which blocks of its outputs are adapted"
         raise UsageError(why, where=path, cure=f"Write {SETTINGS}: {_EXAMPLE}")
     rank, count = B.shape[1], A.shape[0] // B.shape[1]
     if count != sum(enabled) or B.shape[0] % count:
         why = (
-            f"A and B have {count} pairs with {B.shape[0]} rows in total, but enable_lora marks {sum(enabled)} blocks "
-            "of equal size as adapted"
+            f"A and B have the factors of {count} blocks, and enable_lora is true for {sum(enabled)} blocks; the two "
+            f"numbers must be equal, and the {B.shape[0]} rows of B must split into blocks of equal size"
         )
         raise ShapeMismatch(why, where=path, cure=f"Correct {SETTINGS}")
     size, positions = B.shape[0] // count, [index for index, flag in enumerate(enabled) if flag]
@@ -164,8 +164,8 @@ def _merged(
 def _convolution(path: str, slots: Slots, alpha: float, shape: tuple[int, ...]) -> LoRA:
     """Decode the pair of a Conv2d whose weight has the shape `shape`, `[out, in, k, k]`.
 
-    loralib reshapes `B @ A` from `[out * k, in * k]` to the weight's shape. So each output has k rows of B. The product
-    of each row and A gives one of k equal parts of the output's `in * k * k` flattened values.
+    loralib reshapes `B @ A` from `[out * k, in * k]` to the weight's shape. So each output has k consecutive rows of
+    `B @ A`. Joined end to end, these rows are the output's `in * k * k` values.
     """
     out, in_, k, _ = shape
     A, B = slots["A"], slots["B"]
@@ -173,7 +173,7 @@ def _convolution(path: str, slots: Slots, alpha: float, shape: tuple[int, ...]) 
     if A.shape != (rank * k, in_ * k) or B.shape != (out * k, rank * k) or not rank or shape[3] != k:
         why = (
             f"A is {list(A.shape)}, B is {list(B.shape)}, and the base's weight is {list(shape)}; for a square kernel, "
-            f"A must be [r * {k}, {in_ * k}] and B [{out * k}, r * {k}]"
+            f"A must be [r * {k}, {in_ * k}], and B must be [{out * k}, r * {k}]"
         )
         raise ShapeMismatch(why, where=path, cure=DAMAGED)
     whole = A.map(lambda a: _kron(k, a), (k * rank * k, in_, k, k))
@@ -221,7 +221,8 @@ def _enabled(
 ) -> list[bool]:
     """Return `enable_lora` for `loralib.json`: one flag for each block of the weight's outputs, true if it is adapted.
 
-    The file has one such list for all weights. So if `enabled` is given, this weight must match it.
+    `loralib.json` has only one list for all weights. So if `enabled` is given, it must be true for exactly those blocks
+    of the weight that are adapted.
     """
     size = group[0][0][1] - group[0][0][0]
     weight = None if base is None else base.tensors.get(f"{path}.weight")
@@ -236,7 +237,7 @@ def _enabled(
     if [rows for rows, _ in group] != [(i * size, (i + 1) * size) for i, flag in enumerate(enabled) if flag]:
         items = [f"{path}: rows {', '.join(f'{a} to {b}' for (a, b), _ in group)}"]
         raise Unrepresentable(
-            f"{SETTINGS} has one enable_lora for all weights, so the same blocks of equal size must be adapted in each",
+            f"{SETTINGS} has one enable_lora, so all weights must have the same adapted blocks, of equal size",
             items=items,
             cure="Write another format",
         )

@@ -1,7 +1,8 @@
 """Read and write LyCORIS's files: LoHa, LoKr, OFT, BOFT, GLoRA, IA3, LoCon and full weight differences.
 
-A key has the same three parts as a key of kohya's sd-scripts. A file whose keys begin with `lycoris_` may be for any
-kind of model, not only for image models.
+As in kohya's sd-scripts, a key consists of a prefix for the model's component, the module's path with underscores
+instead of dots, and a slot such as `hada_w1_a`. If the prefix is `lycoris_`, the file may be for any kind of model, not
+only for an image model.
 """
 
 from __future__ import annotations

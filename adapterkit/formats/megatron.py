@@ -1,7 +1,7 @@
 """Read and write LoRA of Megatron-Bridge and NeMo 2: a state dict, and `megatron.json` with alpha next to it.
 
 The state dict is a torch or safetensors file. Plain LoRA has one pair (A, B) for a fused weight; canonical LoRA has a
-pair for each part of the weight. Only a single file can be read. If each process of a distributed training saved its
+pair for each part of the weight. The reader needs a single file. If each process of a distributed training saved its
 own file, merge these files first.
 """
 
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from ._kit import Pair
 
 
-# Convert LoRA in Megatron's layout. It has one pair (A, B) for each fused weight, or, in canonical LoRA, one pair for
-# each part of the weight.
+# Convert LoRA in Megatron's layout. Plain LoRA has one pair (A, B) for each fused weight. Canonical LoRA has one pair
+# for each part of a fused weight.
 
 
 SLOTS = {".linear_in.weight": "A", ".linear_out.weight": "B"}
@@ -52,7 +52,7 @@ Modules = Mapping[str, tuple[str, ...]]
 
 
 def is_of(keys: list[str], modules: Modules) -> bool:
-    """Whether at least one key is A or B of one of `modules`."""
+    """Whether at least one key names the A or B of a module in `modules`."""
     ends = tuple(module + end for module in modules for end in SLOTS)
     return any(key.endswith(ends) for key in keys)
 
@@ -62,13 +62,13 @@ def decode(
 ) -> tuple[dict[Target, tuple[Pair, ...]], dict[str, JsonValue]]:
     """Return the updates, and a dict of leftovers for the writer.
 
-    The leftovers are the module names' prefix (such as `decoder.layers.`), the order of the keys, and whether a pair
-    adapts a fused weight.
+    The dict has the fields `prefix` (the start of the module names, such as `decoder.layers.`), `order` (the keys in
+    the file's order) and `fused` (whether any pair adapts a fused weight).
 
     Raises:
-        Malformed: a key belongs to none of `modules`, or two pairs adapt the same weight.
+        Malformed: a key belongs to no module in `modules`, or two pairs adapt the same weight.
         ShapeMismatch: A and B do not fit each other, or the rows of B cannot be split into the fused weight's parts.
-        TargetNotFound: a name in the file is the name of no module, or of several modules, in the base.
+        TargetNotFound: for a module name in the file, the base has no module, or several modules.
     """
     names_of_base = _BaseNames(base)
     updates: dict[Target, tuple[Pair, ...]] = {}
@@ -83,7 +83,7 @@ def decode(
         for weight, part in zip(weights, _split(name, update, weights, heads), strict=True):
             target = Target(names_of_base.named(f"model.layers.{match['n']}.{weight}"))
             if target in updates:
-                raise Malformed(f"a second pair adapts {target}", where=name, cure=DAMAGED)
+                raise Malformed(f"two modules in the file adapt {target}", where=name, cure=DAMAGED)
             updates[target] = (part,)
     return updates, {"prefix": prefix, "fused": fused, "order": list(tensors)}
 
@@ -107,9 +107,9 @@ def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[]
 
 
 def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
-    """Return the function that `expressible` calls to learn why `modules` cannot express an update.
+    """Return a function that returns the reason why LoRA of `modules` cannot express an update.
 
-    The function returns an empty string if they can.
+    If `modules` can express the update, the reason is an empty string. `expressible` calls the function.
     """
     known = {weight for weights in modules.values() for weight in weights}
 
@@ -125,10 +125,10 @@ def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
 def encode(
     pairs: Pairs, modules: Modules, prefix: str, heads: Callable[[], Heads], fused: bool | None
 ) -> tuple[dict[str, Lazy], bool]:
-    """Return the tensors by key, and true if each fused weight has one pair, or false if each part has its own pair.
+    """Return the tensors by key, and whether each fused weight has a single pair.
 
-    One pair for a fused weight is possible only if the pairs of all its parts have the same A and scaling. If this is
-    not possible for some weight, or if `fused` is false, every part gets its own pair.
+    A fused weight can have a single pair only if the pairs of all its parts have the same A and scaling. If any fused
+    weight cannot have a single pair, or if `fused` is false, each part of each fused weight gets its own pair.
     """
     if LAYER.fullmatch(f"{prefix}0.x") is None:
         why = f"the stored data of the Megatron file is damaged: the prefix of the module names is {prefix!r}"
@@ -181,7 +181,7 @@ def _fits(slots: Mapping[str, Pair], weights: tuple[str, ...]) -> bool:
 
 
 class _BaseNames:
-    """Translates module names to the base's names, which may have another prefix. Without a base, nothing changes."""
+    """Translates module names to the base's names, which may have another prefix. Without a base, keeps the names."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         self.modules: dict[str, list[str]] | None = None
@@ -203,9 +203,10 @@ class _BaseNames:
 
 
 def heads_again(kept: tuple[int, int, int] | None, base: Checkpoint | None, where: str) -> Callable[[], Heads]:
-    """Return a function that returns the base's heads, or those in `kept` (query heads, kv heads, dim) without a base.
+    """Return a function that returns the numbers of attention heads and their size, as a `Heads`.
 
-    The function raises UsageError if there is neither a base nor `kept`.
+    The function reads them from the base's config. Without a base, it returns `kept`, which is (number of query heads,
+    number of key-value heads, size of a head). If there is neither a base nor `kept`, it raises UsageError.
     """
     from ..naming.heads import heads_of
 
@@ -229,10 +230,10 @@ PREFIX = "decoder.layers."
 
 
 class MegatronHints(Leftovers, total=False):
-    """The leftovers of a file, for the writer.
+    """The data that the reader keeps for the writer.
 
-    `prefix` is the prefix of the module names. `fused` is true if a pair adapts a fused weight. `heads` is (query
-    heads, kv heads, dim).
+    `prefix` is the prefix of the module names. `fused` is true if any pair adapts a fused weight. `heads` is (number of
+    query heads, number of key-value heads, size of a head).
     """
 
     prefix: str

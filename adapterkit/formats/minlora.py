@@ -1,7 +1,8 @@
 """Read and write minLoRA's checkpoints: a torch file of parametrizations, and `minlora.json` with alpha next to it.
 
-For an embedding, A and B are stored transposed, and the change of the weight is `A @ B`. For a convolution, A is
-`[r, in * kernel]`: its second axis contains both the inputs and the positions of the kernel.
+For an embedding, the file stores the transposes of A and B. So the change of the weight is the stored A times the
+stored B. For a convolution, A is `[r, in * kernel]`: the second axis is the input channels and the kernel's positions,
+flattened.
 """
 
 from __future__ import annotations
@@ -88,14 +89,14 @@ def _decode(tensors: Mapping[str, Lazy], alpha: float, base: Checkpoint | None) 
 
 
 def _with_kernel(path: str, slots: Slots, base: Checkpoint | None) -> Slots:
-    """Reshape A from `[r, in * kernel]` to `[r, in, *kernel]`; the base's weight is `[out, in, *kernel]`."""
+    """Reshape a convolution's A from `[r, in * kernel]` to `[r, in, *kernel]`, with the sizes of the base's weight."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     if weight is None or len(weight.shape) < 3:
         return dict(slots)
     if slots["A"].shape[1] != weight.nbytes // weight.dtype.itemsize // weight.shape[0]:
         why = (
-            f"A is {list(slots['A'].shape)}, and the base's weight is {list(weight.shape)}; the length of "
-            "A's second axis must be the product of the weight's sizes after the first"
+            f"A is {list(slots['A'].shape)}, and the base's weight is {list(weight.shape)}; "
+            "for a weight [out, in, *kernel], A must be [r, in * kernel]"
         )
         raise ShapeMismatch(why, where=path, cure=DAMAGED)
     return {**slots, "A": slots["A"].reshape(-1, *weight.shape[1:])}

@@ -1,8 +1,8 @@
 """Read and write NeMo 1's LoRA: a `.nemo` archive, which is a tar file of `model_config.yaml` and `model_weights.ckpt`.
 
 Both of NeMo's variants can be read and written: `nemo` (one pair for query, key and value) and `canonical` (separate
-pairs). The config in the archive has alpha and the numbers of heads. Tensors that are split over the ranks of parallel
-training cannot be read; merge them with NeMo first.
+pairs). The config in the archive has alpha and the numbers of attention heads. If parallel training split the tensors
+over its ranks, merge the tensors with NeMo first.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lz
 class NemoHints(Leftovers, total=False):
     """The data that the reader keeps for the writer.
 
-    `prefix` is the prefix of the keys. `fused` is true if query, key and value share one pair. `heads` is (query heads,
-    key-value heads, size of a head). `text` is the YAML text of `config`.
+    `prefix` is the prefix of the keys. `fused` is true if query, key and value share one pair. `heads` is (number of
+    query heads, number of key-value heads, size of a head). `text` is the YAML text of `config`.
     """
 
     prefix: str
@@ -166,8 +166,8 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 class _Bounded(io.RawIOBase):
     """The decompressed contents of an archive, with a limit for one read and a limit for the total size.
 
-    The first limit protects memory, because `tarfile` reads a header at once, with the size that the file states. The
-    second limits time, because the bytes of a skipped member must be decompressed, too.
+    The limit for one read bounds memory: `tarfile` reads a whole header in one call, of any size that the file states.
+    The limit for the total size bounds time: even the bytes of a skipped member must be decompressed.
     """
 
     def __init__(self, source: IO[bytes], limit: int) -> None:
@@ -190,8 +190,8 @@ class _Bounded(io.RawIOBase):
     def read(self, size: int = -1, /) -> bytes:
         if not 0 <= size <= PIECE or self.tell() > self.limit:
             raise Malformed(
-                f"a read of {size:,} bytes at byte {self.tell():,} is not allowed: at most {PIECE:,} bytes can be read "
-                f"at once, and only from the first {self.limit:,} bytes",
+                f"the archive requires a read of {size:,} bytes at byte {self.tell():,}; adapterkit reads at most "
+                f"{PIECE:,} bytes at once, and only the first {self.limit:,} decompressed bytes",
                 cure=DAMAGED,
             )
         return bytes(self.source.read(size))
@@ -206,7 +206,7 @@ def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
     """Open a tar archive, which may be compressed in any way that `tarfile` supports.
 
     Yields:
-        the archive, and its open file; instead of the file, None if the archive is compressed.
+        (archive, file): the archive, and its open file; `file` is None if the archive is compressed.
     """
     with open_input(path) as file:
         head = file.read(6)
@@ -221,8 +221,8 @@ def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
 def _copy(archive: tarfile.TarFile, member: tarfile.TarInfo, plain: BinaryIO | None, copy: BinaryIO) -> None:
     """Copy the contents of a member to the open file `copy`.
 
-    From an uncompressed archive (`plain`), the kernel copies the data, three times as fast as a loop in Python. A
-    sparse member is copied in Python, because its data is not contiguous in the archive.
+    If the archive is uncompressed, `plain` is its open file, and the kernel copies the data, three times as fast as a
+    loop in Python. A sparse member needs the loop, because its data is not contiguous in the archive.
     """
     done = 0
     if plain is not None and member.sparse is None:
@@ -245,13 +245,15 @@ def _check(config: Mapping[str, object]) -> float:
     peft = config.get("peft")
     tuning = peft.get("lora_tuning") if isinstance(peft, dict) else None
     if not isinstance(tuning, dict):
-        raise Malformed("the config has no peft.lora_tuning", where=CONFIG, cure="Give an archive with a LoRA")
+        raise Malformed("the config has no peft.lora_tuning", where=CONFIG, cure="Give a .nemo file of a LoRA")
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if config.get(name, 1) != 1:
-            raise Unsupported(f"{name} is {shown(config[name])}", where=CONFIG, cure="Merge the ranks with NeMo first")
+            raise Unsupported(
+                f"{name} is {shown(config[name])}, not 1", where=CONFIG, cure="Merge the ranks with NeMo first"
+            )
     alpha = is_finite(tuning.get("alpha", tuning.get("adapter_dim")), f"{CONFIG}: peft.lora_tuning.alpha")
     if not alpha:
-        raise Malformed("alpha is 0", where=f"{CONFIG}: peft.lora_tuning.alpha", cure="Set it to the training's alpha")
+        raise Malformed("alpha is 0", where=f"{CONFIG}: peft.lora_tuning.alpha", cure="Set the alpha used in training")
     return alpha
 
 
@@ -269,9 +271,11 @@ def _heads(config: Mapping[str, object]) -> Callable[[], Heads]:
 def _config(
     hints: NemoHints, base: Checkpoint | None, alpha: float, rank: int, fused: bool, keys: list[str]
 ) -> dict[str, object]:
-    """Return the config that was read, with the given alpha and rank, and the variant that `fused` determines.
+    """Return the config to write: the config that was read, with the given alpha and rank.
 
-    If no config was read, return one with only the fields that NeMo needs. The sizes come from the base's config.
+    If `fused` is false, the config gets the variant `canonical`. If `fused` is true and the config states a variant,
+    the variant becomes `nemo`. If no config was read, the result has only the fields that NeMo needs, with the sizes
+    from the base's config.
     """
     read = dict(hints.get("config", {}))
     if not read and base is not None and base.config is not None:

@@ -41,7 +41,10 @@ LARGEST = 4 << 30
 _PARTS: dict[str, tuple[str, int | None]] = {
     "nola_query": ("c_attn", 0), "nola_value": ("c_attn", 2), "p1_nola": ("c_fc", None), "p2_nola": ("c_proj", None),
 }  # fmt: skip
-"""A map from a word in keys to (adapted module, index of the adapted third of its outputs; None for all outputs)."""
+"""A map from a name in the file's keys to the adapted module and the adapted third of the module's outputs.
+
+The third is 0, 1 or 2. It is None if all outputs are adapted.
+"""
 
 _KEY = re.compile(
     rf"(?:module\.)?(?P<path>.+)\.(?P<part>{'|'.join(_PARTS)})\.lora_(?P<factor>[AB])\.(?P<slot>weight|seed|coefficients)"
@@ -60,7 +63,7 @@ class NolaSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class NolaHints(Leftovers, total=False):
-    """The settings in `nola.json`, which the writer needs again. The seeds are not here, but in `Foreign.tensors`."""
+    """The settings in `nola.json`, which the reader keeps for the writer. `Foreign.tensors` contains the seeds."""
 
     alpha: float
     device: Literal["cpu", "cuda"]
@@ -120,12 +123,12 @@ class Nola(Format):
 
 
 def _place(target: Target) -> tuple[str, int | None]:
-    """Return (module, index of the changed third of the module's outputs); the index is None for all outputs."""
+    """Return the target's module, and the adapted third of its outputs (0, 1 or 2; None if all outputs are adapted)."""
     return target.path, None if target.rows is None else target.rows[0] // max(target.rows[1] - target.rows[0], 1)
 
 
 def _stems(seeds: Mapping[str, object]) -> dict[tuple[str, int | None], str]:
-    """Return the common prefix of the keys of A and B, by the (module, index) that `_place` returns."""
+    """Return a map from (module, third), as in `_place`, to the prefix that the keys of A and B share."""
     matches = {key.removesuffix(".lora_A.seed"): _KEY.fullmatch(key) for key in seeds if key.endswith(".lora_A.seed")}
     parts = {stem: (match["path"], *_PARTS[match["part"]]) for stem, match in matches.items() if match}
     return {(f"{path}.{module}", third): stem for stem, (path, module, third) in parts.items()}
@@ -158,7 +161,7 @@ def _drawn(slots: Mapping[str, Lazy], factor: str, device: str, bases: Lazy) -> 
 def _spelled(update: NOLA, stem: str, seeds: Mapping[str, Leaf]) -> dict[str, Lazy]:
     tensors: dict[str, Lazy] = {}
     for factor, start, mix in (("A", update.A0, update.alpha), ("B", update.B0, update.beta)):
-        assert start is not None  # `_why_not` has refused updates without a start.
+        assert start is not None  # `_why_not` has refused updates without A0 or B0.
         leaves = (start, seeds[f"{stem}.lora_{factor}.seed"], mix)
         tensors |= {f"{stem}.lora_{factor}.{end}": as_lazy(leaf) for end, leaf in zip(_ENDS, leaves, strict=True)}
     return tensors
@@ -173,7 +176,7 @@ def _alpha(update: NOLA, known: float) -> float:
 def _settings(path: Path) -> NolaSettings:
     if not path.exists():
         raise UsageError(
-            f"the file does not state LoRA's alpha and the device that drew its matrices; {SETTINGS} must state both",
+            f"{SETTINGS} is missing; it must state LoRA's alpha and the device that drew the random matrices",
             path=path, cure='Write the file: {"alpha": <--lora_alpha of the training>, "device": "cuda" or "cpu"}',
         )  # fmt: skip
     try:
@@ -183,10 +186,12 @@ def _settings(path: Path) -> NolaSettings:
 
 
 def _groups(tensors: Mapping[str, Lazy]) -> dict[tuple[str, str], dict[str, Lazy]]:
-    """Group the tensors by (path of an attention or MLP, key of `_PARTS`), then by factor and slot, as in `Aseed`.
+    """Return the tensors by (path, key of `_PARTS`), and then by factor and slot, such as `Aseed`.
+
+    `path` is the path of an attention layer or an MLP.
 
     Raises:
-        Malformed: a key does not have the form of NOLA's keys, or a tensor of a group is missing.
+        Malformed: a key is not one of NOLA's keys, or a tensor of a group is missing.
     """
     groups: dict[tuple[str, str], dict[str, Lazy]] = {}
     for key, tensor in tensors.items():
@@ -208,11 +213,11 @@ def _check(where: str, slots: Mapping[str, Lazy]) -> None:
         weight, seed, mix = (slots[factor + slot] for slot in ("weight", "seed", "coefficients"))
         if len(weight.shape) != 2 or len(mix.shape) != 1 or seed.shape != (1,) or seed.dtype.name != "I64":
             shapes = f"{list(weight.shape)}, {list(seed.shape)} and {list(mix.shape)}"
-            why = f"weight, seed and coefficients are {shapes}; they must be [n, m], [1] of I64, and [k]"
+            why = f"weight, seed and coefficients have shapes {shapes}, not [n, m], [1] (dtype I64) and [k]"
             raise ShapeMismatch(why, where=f"{where}.lora_{factor}", cure="Save the checkpoint again")
         size = math.prod(weight.shape) * mix.shape[0] * mix.dtype.itemsize
         if size > LARGEST or mix.dtype.name != "F32":
-            why = f"the random matrices are {mix.dtype} of {size} bytes; they must be F32 of at most {LARGEST} bytes"
+            why = f"the random matrices are {mix.dtype}, {size} bytes in total; supported: F32, up to {LARGEST} bytes"
             raise Unsupported(why, where=f"{where}.lora_{factor}", cure="Train with fewer random matrices, in float32")
 
 

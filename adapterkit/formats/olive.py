@@ -72,7 +72,7 @@ class Olive(Format):
             quantized = next((key for key in tensors if ".quant." in key), None)
             if quantized is not None:
                 why = "the factors are quantized, so their values were rounded when the file was written"
-                raise Unsupported(why, where=quantized, cure="Convert the adapter again, in floating point")
+                raise Unsupported(why, where=quantized, cure="Convert the adapter again, without quantization")
             updates: dict[Target, tuple[LoRA, ...]] = {}
             for name, slots in grouped(tensors, _SLOTS, "Olive").items():
                 factors: Slots = {f: turned(leaf) if len(leaf.shape) == 2 else leaf for f, leaf in slots.items()}
@@ -128,5 +128,5 @@ def _save(path: Path, tensors: Mapping[str, Lazy], hints: OliveHints) -> None:
 
 def _why_not(target: Target, update: Pair) -> str:
     if not _KEY.fullmatch(f"{target.path}.lora_A.weight"):
-        return "its name does not have Olive's form, model.<module>"
+        return "the target's path must have the form model.<module>"
     return unfit(target, update)

@@ -1,8 +1,9 @@
 """Read and write onnxruntime's `.onnx_adapter` files, which hold named values for the inputs of an ONNX graph.
 
 The adapter file has only names and values. A second file, adapterkit's record, states methods and targets. The record's
-file name is that of the adapter file plus `.json`. The record has the same contents as the metadata key in adapterkit's
-own files. An adapter file without a record can be read with the format `olive`, if the values have Olive's names.
+file name is the adapter file's name plus `.json`. The record is the JSON that adapterkit's own format stores under the
+metadata key `adapterkit`. An adapter file without a record can be read with the format `olive`, if the values have
+Olive's names.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class OnnxAdapter(Format):
         file = read_ort_adapter(path)
         record = sidecar(path)
         if not record.exists():
-            why = f"the record {record.name}, which states the meaning of the file's values, is missing"
+            why = f"the record {record.name} is missing; it states the methods and targets of the file's values"
             raise UsageError(
                 why,
                 path=path,
@@ -100,8 +101,9 @@ def write_slots_record(
 
     Args:
         adapter: the adapter in the adapter file.
-        names: a map for each update, in the adapter's order, from the update's fields to names of the graph's inputs.
-        others: the names of the file's other values. They are scalings, which are also in the record.
+        names: one map for each update, in the adapter's order. A map's keys are the names of the update's tensors, and
+            its values are the names of the graph's inputs.
+        others: the names of the file's other values, which are scalings. The record contains the scalings, too.
         path: the adapter file.
     """
     record = encode_record(adapter.replace(foreign=None), {})
@@ -120,4 +122,4 @@ def sidecar(path: Path) -> Path:
 def _not_text(path: Path) -> Any:
     from ..errors import Malformed
 
-    return Malformed("the file is not valid UTF-8", path=path, cure="Fetch it again")
+    return Malformed("the file is not valid UTF-8", path=path, cure="Fetch the file again")

@@ -1,7 +1,7 @@
 """Read and write MLX-LM's adapters: a folder with `adapters.safetensors` and `adapter_config.json`.
 
 The methods are LoRA, DoRA and the replacement of whole parameters. Module names are those of MLX's models; most of
-these names are the same in transformers. For a linear layer, MLX-LM stores the transposes of A and B, compared with the
+these names are the same in transformers. For a linear layer, the stored A and B are the transposes of A and B in the
 LoRA paper. For stacked experts, A and B are not transposed. The config has one scale for all modules.
 """
 

@@ -66,15 +66,15 @@ if TYPE_CHECKING:
 # Most of the names that differ are names of experts, because MLX-LM stacks the experts' tensors.
 #
 # spec/architectures contains MLX-LM's names, as the naming `mlx`. MLX-LM's adapter folders do not state the family of
-# the base. Without a base, all families that have the target's name are tried. If these families translate the name of
-# an expert differently, an error is raised. If they translate any other name differently, the name stays unchanged.
+# the base. Without a base, all families that have the target's name are tried. If these families disagree on the
+# translation of an expert's name, an error is raised. If they disagree on any other name, the name stays unchanged.
 
 
 NAMING = "mlx"
 
 
 def to_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tuple[Move, ...] | None:
-    """Translate a target's name to its locations in MLX-LM's model; None if the name stays unchanged.
+    """Translate a target's name to its locations in MLX-LM's model. Return None if the name stays unchanged.
 
     Args:
         name: the target's name, in any naming of its family.
@@ -82,16 +82,16 @@ def to_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tupl
         experts: the number of experts in the stack, if the target is a stack of experts; otherwise 0.
 
     Raises:
-        UsageError: `config` does not show the family, and the families that have `name` translate it differently.
+        UsageError: `config` does not show the family, and families that have `name` disagree on its translation.
     """
     return _translated(name, config, experts, NAMING)
 
 
 def from_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tuple[Move, ...] | None:
-    """Translate the name of a module in MLX-LM's model to the hub's names of the weights or experts in this module.
+    """Translate a module's name in MLX-LM to its names on the hub. Return None if the name stays unchanged.
 
-    `name` is the module's name in MLX-LM. The other arguments and the errors are those of `to_mlx`. The result is None
-    if the name stays unchanged.
+    If MLX-LM's module is a stack of experts or a fused weight, there is one hub name for each expert or part. The other
+    arguments and the errors are those of `to_mlx`.
     """
     return _translated(name, config, experts, WEIGHT)
 
@@ -111,20 +111,23 @@ def _translated(name: str, config: Mapping[str, object] | None, experts: int, na
     if family is None and by_moves and any(_keep(variant) for variant in variants(name)):
         by_moves.setdefault((Move(name),), "other families")
     if len(by_moves) > 1 and any(move.plain for moves in by_moves for move in moves):
-        # Keep the name if the families translate it differently. Example: the prefix of MLX-LM's name for
-        # `model.layers.0.self_attn.q_proj` is different in vision-language models.
+        # The families disagree, so keep the name. Example: for `model.layers.0.self_attn.q_proj`, MLX-LM uses another
+        # prefix in vision-language models.
         return None
     if len(by_moves) > 1:
-        why = f"{' and '.join(by_moves.values())} disagree on this name: {', '.join(m[0].path for m in by_moves)}"
+        why = (
+            f"{' and '.join(by_moves.values())} translate this name differently: "
+            f"{', '.join(m[0].path for m in by_moves)}"
+        )
         raise UsageError(why, where=name, cure="Give the base, which shows the family: --base (base=)")
     return next(iter(by_moves), None)
 
 
 def _candidates(name: str, naming: str) -> list[Architecture]:
-    """Return the families that have this name, and in which MLX-LM's name differs from the hub's name.
+    """Return the families that have this name, and in which MLX-LM and the hub name the weight differently.
 
-    If `naming` is `WEIGHT` (the hub's names), prefer the families in which the hub stores the module's weights as
-    separate tensors, because only these families have names for single experts.
+    If `naming` is `WEIGHT`, the caller translates `name` to hub names. In this case, prefer the families in which the
+    hub stores the module's weights as separate tensors, because only these families have names for single experts.
     """
     shapes = [shape_of(variant) for variant in variants(name)]
     architectures = [each for each, templates in _all() if any(shape in templates for shape in shapes)]
@@ -137,7 +140,9 @@ def _keep(name: str) -> bool:
 
 
 def is_absent(name: str, config: Mapping[str, object] | None) -> bool:
-    """Whether MLX-LM has no layer that can be adapted for the hub's weight `name`, in any family that has this name.
+    """Whether MLX-LM cannot adapt the hub's weight `name`, because its model has no suitable layer for the weight.
+
+    If `config` does not show the family, this must be true in all families that have the name.
 
     Examples: MLX-LM turns DeepSeek's `kv_b_proj` into two stacks with a matrix per head, which `load_adapters` cannot
     adapt. In `prism_hadamard_qwen35`, MLX-LM's model rotates the layers. In Muse Spark, MLX-LM fuses queries, keys,
@@ -171,8 +176,8 @@ def _family(config: Mapping[str, object] | None) -> Architecture | None:
 def _common() -> Iterator[Architecture]:
     """Yield the families that MLX-LM has, except those marked `rare`.
 
-    MLX-LM's names of experts in a rare family mean other weights in far more common families. So use a rare family only
-    if a base's config names it.
+    The names that MLX-LM gives to experts in a rare family belong to other weights in far more common families. So a
+    rare family is used only if the base's config names it.
     """
     return (each for each in with_naming(NAMING) if not each.record.rare)
 
@@ -181,7 +186,7 @@ def _common() -> Iterator[Architecture]:
 def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
     """Return (family, templates) for each family in which MLX-LM renames weights.
 
-    The templates cover the names of the renamed weights in all namings of the family.
+    A template is a name with `#` for each number. There is one for each renamed weight in each naming of the family.
     """
     entries = []
     for each in _common():
@@ -234,7 +239,7 @@ class Modules:
                     self.names_of_base.setdefault(bare, []).append(name)
 
     def placed(self, updates: dict[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
-        """Return the updates with those of experts split or stacked, as the base stores the experts.
+        """Split or stack the updates of experts, so that they match how the base stores the experts.
 
         Raises:
             TargetNotFound, ShapeMismatch: the base does not have one of the experts.
@@ -273,7 +278,7 @@ def decode(config: Mapping[str, JsonValue], text: str, file: Path, modules: Modu
 
     Raises:
         Malformed, Unsupported, ShapeMismatch: the tensors do not fit the config, or `fine_tune_type` is unknown.
-        TargetNotFound: the base does not have a module of the file.
+        TargetNotFound: a module in the file is not in the base.
     """
     kind = config.get("fine_tune_type", "lora")
     if kind not in KINDS:
@@ -285,7 +290,7 @@ def decode(config: Mapping[str, JsonValue], text: str, file: Path, modules: Modu
     updates: dict[Target, tuple[Update, ...]] = {}
     for target, update in decoded:
         if target in updates:
-            raise TargetNotFound("two module names in the file stand for this target", where=str(target), cure=DAMAGED)
+            raise TargetNotFound("two modules in the file adapt this target", where=str(target), cure=DAMAGED)
         updates[target] = (update,)
     updates = modules.placed(updates)
     data = {
@@ -325,14 +330,15 @@ def _pairs(
 
 def _one(name: str, slots: Slots, scale: float) -> Pair:
     if any(len(slots[field].shape) != 2 for field in "AB"):
-        raise ShapeMismatch(f"A is {list(slots['A'].shape)}, B is {list(slots['B'].shape)}", where=name, cure=DAMAGED)
+        why = f"A and B must be matrices, not {list(slots['A'].shape)} and {list(slots['B'].shape)}"
+        raise ShapeMismatch(why, where=name, cure=DAMAGED)
     factors = {**slots, "A": turned(slots["A"]), "B": turned(slots["B"])}
     check_factors(name, factors)
     if "magnitude" in factors and (
         name.rpartition(".")[2] in EMBEDDINGS or factors["magnitude"].shape != factors["B"].shape[:1]
     ):
         why = "for an embedding, MLX computes a norm per token, but DoRA computes a norm per dimension"
-        raise Unsupported(why, where=name, cure="Fuse the adapter with MLX-LM")
+        raise Unsupported(why, where=name, cure="Merge the adapter into the base with mlx_lm.fuse")
     return pair(factors, scale)
 
 
@@ -341,10 +347,10 @@ def _target(hub_name: str) -> Target:
 
 
 def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[str, str]) -> TargetUpdates:
-    """Yield the updates of stacked experts. A is `[e, r, in]` and B is `[e, out, r]`: they are not transposed."""
+    """Yield the updates of stacked experts, whose A (`[e, r, in]`) and B (`[e, out, r]`) are not transposed."""
     A, B = slots["A"].shape, slots["B"].shape
     if len(B) != 3 or A[0] != B[0] or A[1] != B[2] or "magnitude" in slots:
-        raise ShapeMismatch(f"A is {list(A)}, B is {list(B)}", where=name, cure=DAMAGED)
+        raise ShapeMismatch(f"A {list(A)} and B {list(B)} do not fit stacked experts", where=name, cure=DAMAGED)
     for index, expert_name in enumerate(_experts(name, A[0], modules)):
         names[expert_name] = expert_name
         one: Slots = {field: item(leaf, index) for field, leaf in slots.items()}
@@ -352,7 +358,7 @@ def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[
 
 
 def _experts(name: str, count: int, modules: Modules) -> list[str]:
-    """Return the names that the experts of a stack have in the hub's checkpoints, sorted by the expert's number.
+    """Return the names of a stack's experts in the hub's checkpoints, in the order of the expert index.
 
     Raises:
         TargetNotFound: no family has this stack.
@@ -365,7 +371,7 @@ def _experts(name: str, count: int, modules: Modules) -> list[str]:
 
 
 def _parts(name: str, modules: Modules) -> tuple[Move, ...]:
-    """Return the parts of a layer that MLX-LM fuses; empty if the hub's checkpoints have the same fused layer."""
+    """Return the hub's weights that MLX-LM fuses into this layer; empty if the hub stores the same layer."""
     moves = from_mlx(name, modules.config, 0) or ()
     return moves if len(moves) > 1 and all(move.take is not None and move.expert is None for move in moves) else ()
 
@@ -403,7 +409,7 @@ def _fused(
     """Yield the update of one part of a fused weight. The parts are consecutive blocks of rows."""
     keys = [f"{name}.lora_b.{index}" for index in range(count)]
     if part >= count or any(key not in tensors or len(tensors[key].shape) != 2 for key in keys):
-        raise Malformed("lora_a.N and lora_b.N must be matrices, and N must have no gaps", where=name, cure=DAMAGED)
+        raise Malformed("lora_a.N and lora_b.N must be matrices, with N = 0, 1, 2, ...", where=name, cure=DAMAGED)
     start = sum(tensors[key].shape[1] for key in keys[:part])
     hub_name = modules.named(name)
     names[hub_name] = name
@@ -426,7 +432,7 @@ def _read_whole(tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, 
     for key, tensor in tensors.items():
         module, _, field = key.rpartition(".")
         if field not in ("weight", "bias") or not module:
-            raise Malformed("this is neither a weight nor a bias", where=key, cure=DAMAGED)
+            raise Malformed("the key ends with neither .weight nor .bias", where=key, cure=DAMAGED)
         by_module.setdefault(module, {})[field] = tensor
     for name, fields in by_module.items():
         if "weight" in fields and len(fields["weight"].shape) == 3 and _is_stack(name, modules):
@@ -447,10 +453,10 @@ METADATA = {"format": "mlx"}
 
 
 class MlxHints(Leftovers, total=False):
-    """The leftovers of a folder, for the writer.
+    """The data that the reader keeps for the writer.
 
-    `text` is the text of `config`. `metadata` is that of the tensor file. `names` is a map from a target's path to the
-    module's name in MLX, for paths where the two differ.
+    `text` is the JSON text of `config`. `metadata` is the metadata of the tensor file. `names` maps a target's path to
+    the module's name in MLX, for paths that differ from this name.
     """
 
     config: dict[str, Any]
@@ -494,7 +500,8 @@ def _without_absent(
     ]
     if on_loss != "drop" or len(absent) == len(adapter.updates):
         cure = (
-            "Omit these with --on-loss drop (on_loss='drop'), or merge the adapter into the base and convert the base"
+            "Omit the updates with --on-loss drop (on_loss='drop'), or merge the adapter into the base and convert the "
+            "base"
         )
         raise Unrepresentable("MLX-LM cannot express these updates", items=items, cure=cure)
     kept = {target: updates for target, updates in adapter.updates.items() if target not in absent}
@@ -502,7 +509,9 @@ def _without_absent(
 
 
 def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[Adapter, list[str]]:
-    """Stack the experts and fuse the weights that MLX-LM stacks and fuses. Also return a line for each changed rank.
+    """Join the updates of experts that MLX-LM stacks, and of weights that MLX-LM fuses.
+
+    Also return a line for each update whose rank grows.
 
     Raises:
         UsageError: without a base, several families are possible, and MLX-LM stores their experts differently.
@@ -542,7 +551,7 @@ def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:
             if move.slot is not None:
                 slots.setdefault(move.path, set()).add(move.slot)
     gaps = [
-        f"{name}: the adapter has experts {sorted(experts)}"
+        f"{name}: the adapter has only experts {sorted(experts)}"
         for name, experts in slots.items()
         if len(experts) <= max(experts)
     ]
@@ -557,9 +566,9 @@ def _metadata(adapter: Adapter, hints: MlxHints) -> dict[str, str]:
 
 
 def _encode(adapter: Adapter, hints: MlxHints, on_loss: str) -> tuple[dict[str, JsonValue], dict[str, Lazy], list[str]]:
-    """Return the config, the tensors, and a line for each change.
+    """Return the config, the tensors, and a line for each omitted or changed update.
 
-    A file has only one method: LoRA or DoRA, whichever has more updates.
+    A file can have only one method: DoRA if the adapter has more DoRA than LoRA updates, otherwise LoRA.
 
     Raises:
         Unrepresentable: MLX-LM cannot express an update, and `on_loss` does not allow omitting the update.
@@ -592,7 +601,7 @@ def _of_one_rank(pairs: Pairs, hints: MlxHints) -> tuple[Pairs, list[str]]:
     """Pad all updates with zeros to the largest rank, and return a line for each padded update.
 
     MLX-LM creates all layers with the rank in the config. Since version 0.32, it refuses tensors with another rank. If
-    the tensors have the same names as those of the MLX-LM folder that was read, all ranks stay unchanged.
+    the adapter was read from an MLX-LM folder with the same tensor names, all ranks stay unchanged.
     """
     ranks = {target: rank_of(update, target.stacked) for target, update in pairs.items()}
     rank = max(ranks.values(), default=0)
@@ -635,7 +644,7 @@ def _of_slices(name: str, parts: list[tuple[tuple[int, int], Pair]]) -> dict[str
 
 
 def _config(hints: MlxHints, pairs: Pairs, scale: float, kind: str) -> dict[str, JsonValue]:
-    """Return the config that was read, if it still fits the tensors; otherwise add the fields that MLX-LM needs."""
+    """Return the config that was read if it still fits the tensors; otherwise set the fields that MLX-LM needs."""
     read = dict(hints.get("config", {}))
     before = _parameters(hints)
     if read and before.get("scale") == scale and read.get("fine_tune_type", "lora") == kind and _same(hints, pairs):
@@ -691,7 +700,7 @@ def _name(target: Target, hints: MlxHints) -> str:
 def _as_read(config: Mapping[str, JsonValue], hints: Mapping[str, object]) -> str:
     """Return the text of the config that was read, if its contents equal `config`; otherwise an empty string.
 
-    The old text keeps the order of the fields.
+    If the writer uses this text, the fields keep their order.
     """
     text = str(hints.get("text", ""))
     try:

@@ -41,8 +41,8 @@ TORCH = "adapter_model.bin"
 SHARDED = ("adapter_model.safetensors.index.json", INDEX)
 """Possible names of the index of an adapter that is split into `adapter_model-00001-of-00002.safetensors` and so on.
 
-The second name is normally that of a base model's index. transformers 5.24 also gives this name to an adapter's index,
-but then cannot load the adapter.
+The second name is normally the name of a base model's index. transformers 5.24 also uses it for an adapter's index, but
+cannot load such an adapter.
 """
 
 METADATA = {"format": "pt"}
@@ -111,7 +111,7 @@ def check_stated(config: Mapping[str, JsonValue], alpha: float | None, rank: int
     for name, field, stated in (("alpha", "lora_alpha", alpha), ("rank", "r", rank)):
         if stated is not None and config.get(field) != stated:
             why = f"{CONFIG} states {field} {config.get(field)}, but --{name} ({name}=) is {stated:g}"
-            raise UsageError(why, where=field, cure=f"Omit --{name} ({name}=): the config has it")
+            raise UsageError(why, where=field, cure=f"Omit --{name} ({name}=)")
 
 
 def save(
@@ -161,9 +161,9 @@ def _departures() -> Mapping[str, Departure]:
 
 
 def _departures_of(methods: Collection[str]) -> Mapping[str, Departure] | None:
-    """Return the departures of LoRA if all methods are LoRA or other methods of no family; otherwise None.
+    """Return LoRA's departures if all methods are in `BESIDE`, such as LoRA; otherwise None.
 
-    For LoRA, this avoids importing every module in `families`.
+    The caller then needs no departures of the families, so the modules in `families` are not imported.
     """
     from .decoders import DEPARTURES
     from .families import BESIDE

@@ -37,19 +37,22 @@ _ALPHA = ".alpha"
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _ZERO = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-"""Matches the name of a file that DeepSpeed writes without ZeRO-3. Without tensor parallelism, it has all weights."""
+"""Matches the name of a file that DeepSpeed writes without ZeRO-3.
+
+Without tensor parallelism, there is only one such file, with all weights.
+"""
 _ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
-"""Matches the name of a file that DeepSpeed writes with ZeRO-3. This file has no weights: each rank writes its part to
-another file.
+"""Matches the name of a file that DeepSpeed writes with ZeRO-3. The file has no weights: each rank writes its part of
+the weights to another file.
 """
 
 _ALPHA_FIELDS = ("lora_alpha", "alpha", "ss_network_alpha")
 _CONFIG_FIELD = "lora_adapter_metadata"
-"""The metadata key under which diffusers stores PEFT's config as JSON. A field is `COMPONENT.FIELD`, such as
+"""The metadata key under which diffusers stores PEFT's config as JSON. The fields are named `COMPONENT.FIELD`, such as
 `transformer.lora_alpha`.
 """
 ASSUMED = "alpha_assumed"
-"""A field in configs that this module builds. It marks an alpha that was set to the rank, because the file has none."""
+"""A field in configs that this module builds. It is true if alpha was set to the rank because the file has no alpha."""
 
 _SCALING_FIELDS = ("lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora")
 
@@ -57,9 +60,10 @@ _MAX_SCAN = 64 << 20
 
 
 def sniff(path: Path) -> bool:
-    """Whether `path` has LoRA tensors with PEFT's names and no config, or is a tensor file next to PEFT's config.
+    """Whether `path` is a file or folder of LoRA tensors with PEFT's names, without a config.
 
-    A checkpoint of DeepSpeed is recognized only by the names of its files.
+    The result is also true for a tensor file next to PEFT's config. For a checkpoint of DeepSpeed, only the file names
+    are checked.
     """
     if not is_bare(path):
         # Next to PEFT's config, accept a tensor file with any name. Check the config's contents, because other tools
@@ -229,8 +233,8 @@ def _check_trained(keys: Iterable[Key]) -> None:
     stacked = next((key for stem, key in adapted.items() if stem.rpartition(".")[2] in ("experts", "base_layer")), None)
     if stacked is not None:
         why = (
-            "LoRA adapts stacked experts here; only adapter_config.json states which parameter (target_parameters) and "
-            "how many experts"
+            "LoRA adapts stacked experts here; only adapter_config.json states the adapted parameter "
+            "(target_parameters) and the number of experts"
         )
         raise Unsupported(why, where=stacked.text, cure=f"Put {CONFIG} next to the file")
 
@@ -247,7 +251,7 @@ def _file(path: Path) -> Path | None:
 
 
 def _tag(folder: Path) -> Path:
-    """Return the subfolder that a DeepSpeed checkpoint names in its file `latest`; otherwise return `folder`."""
+    """Return the subfolder that a DeepSpeed checkpoint's file `latest` names; if there is none, return `folder`."""
     latest = folder / "latest"
     if _file(folder) is not None or not latest.is_file() or latest.stat().st_size > 255:
         return folder
@@ -287,7 +291,7 @@ def _refuse_split(path: Path) -> None:
         folder = path if path.is_dir() else path.parent
         what = "ZeRO-3" if zero3 else "tensor parallelism"
         why = f"this is a DeepSpeed checkpoint, and {what} has split its weights over ranks"
-        command = f"python zero_to_fp32.py {folder.parent} OUT, with the zero_to_fp32.py that DeepSpeed wrote there"
+        command = f"python zero_to_fp32.py {folder.parent} OUT, with the zero_to_fp32.py in that folder"
         raise Unsupported(why, path=path, cure=f"If you trust the checkpoint, join its files first: {command}")
 
 
@@ -312,7 +316,10 @@ def _tensors(file: Path) -> dict[str, Lazy]:
     module = states.get("module")
     if not isinstance(module, dict) or not all(isinstance(leaf, Lazy) for leaf in module.values()):
         raise Malformed(
-            "this is not a dict of tensors", path=file, where="module", cure="Join the checkpoint with zero_to_fp32.py"
+            "the value is not a dict of tensors",
+            path=file,
+            where="module",
+            cure="Join the checkpoint with zero_to_fp32.py",
         )
     groups = states.get("param_shapes")
     groups = groups if isinstance(groups, list) else [groups]
@@ -337,14 +344,14 @@ def _without_wrapper(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
 
 _KEY = re.compile(r"(.+)\.matrix_([AB])\.(\d+)", re.DOTALL)
 OF_FAMILY = "adapterkit.family"
-"""The metadata key for the adapter's model family, which writers read to choose names."""
+"""The metadata key for the adapter's model family. Writers choose module names by this family."""
 
 FAMILY = "cogvideox"
 """The only model family whose module names in SAT are known."""
 
 
 def is_sat(keys: Mapping[str, object]) -> bool:
-    """Whether the keys belong to a model with SAT's LoRA."""
+    """Whether any of the keys is the name of a LoRA matrix in SAT."""
     return any(map(_KEY.fullmatch, keys))
 
 
@@ -357,7 +364,7 @@ def in_peft_names(tensors: Mapping[str, Lazy], alpha: float | None) -> dict[str,
 
     Raises:
         UsageError: `alpha` is None.
-        Unsupported: CogVideoX has no module, or no part of a fused weight, that belongs to a key.
+        Unsupported: a key names a module, or a part of a fused weight, that CogVideoX does not have.
     """
     if alpha is None:
         why = "SwissArmyTransformer scales a LoRA by lora_alpha / r, but does not save lora_alpha"
