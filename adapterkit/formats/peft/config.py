@@ -1,4 +1,4 @@
-"""Parse the config. This module lists every field that any release of PEFT writes, with the field's effect."""
+"""Parse adapter_config.json. This module lists every field that any release of PEFT writes, and the field's effect."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 from .file import RESIDUAL, PeftSettings
 
 OTHER_TYPES = {
-    "BONE": "the older name of MiSS: rename .bone_ to .miss_ in the keys, and peft_type to MISS",
+    "BONE": "the older name of MiSS; rename .bone_ to .miss_ in the tensors' keys, and set peft_type to MISS",
 }
-"""Known values of `peft_type` that cannot be read. Each has a phrase that gives the reason or the remedy."""
+"""Known values of `peft_type` that adapterkit cannot read, each with the reason or the remedy."""
 
 READ = {
     "alora_invocation_tokens": "the method is aLoRA, and these tokens activate it",
     "alpha_pattern": "alpha of the modules that a pattern matches",
     "arrow_config": "the method is Arrow; its experts are in separate files",
-    "enable_lora": "before 0.3: for each of the equal blocks of a fused weight, whether it is adapted",
+    "enable_lora": "PEFT before 0.3: one boolean for each equal block of a fused weight; true if the block is adapted",
     "fan_in_fan_out": "whether the base stores its weights as [in, out]; only a hint, because the base's shapes decide",
     "feedforward_modules": "IA3: modules whose inputs are scaled",
-    "init_lora_weights": "shows whether PEFT changed the base for the adapter; pissa and olora have their own formulas",
+    "init_lora_weights": "shows whether PEFT changed the base's weights; pissa and olora have their own formulas",
     "kasa_config": "the method is KaSA",
     "lora_B_layout": "Unsloth's field: the order of lora_B's columns for stacked experts",
     "lora_alpha": "scaling = lora_alpha / r",
@@ -53,30 +53,30 @@ HARMLESS = {
     "corda_config": "settings of an initialisation; see init_lora_weights",
     "ensure_weight_tying": "ties the adapters of tied layers in training; the file contains the adapter of each layer",
     "eva_config": "settings of an initialisation; see init_lora_weights",
-    "exclude_modules": "selects the modules that have tensors; the keys show these modules",
+    "exclude_modules": "selects the adapted modules, which the tensors' keys already show",
     "inference_mode": "training only",
     "init_ia3_weights": "initial values",
     "init_weights": "initial values",
-    "layers_pattern": "selects the modules that have tensors; the keys show these modules",
-    "layers_to_transform": "selects the modules that have tensors; the keys show these modules",
+    "layers_pattern": "selects the adapted modules, which the tensors' keys already show",
+    "layers_to_transform": "selects the adapted modules, which the tensors' keys already show",
     "loftq_config": "settings of an initialisation; see init_lora_weights",
     "lora_dropout": "training only",
     "lora_ga_config": "settings of an initialisation; see init_lora_weights",
     "megatron_core": "the name of the library that megatron_config needs",
-    "merge_weights": "before 0.3: whether to merge the adapter for inference; the outputs are the same",
+    "merge_weights": "PEFT before 0.3: whether to merge the adapter for inference; the outputs are the same",
     "modules_to_save": "which modules were trained whole; the file contains these modules",
     "monteclora_config": "adds noise in training; without the noise, the formula is plain LoRA's",
     "qalora_group_size": "a setting of use_qalora",
     "revision": "the base's revision",
     "runtime_config": "affects only the running process, not the result",
-    "target_modules": "selects the modules that have tensors; the keys show these modules",
+    "target_modules": "selects the adapted modules, which the tensors' keys already show",
     "task_type": "the base's class",
     "velora_config": "compresses the stored activations in training; the formula is plain LoRA's",
 }
-"""Fields that do not affect a merge or a forward pass. Each has a phrase that describes the field or says why."""
+"""Fields that affect neither a merge nor a forward pass. Each value describes the field, or gives the reason."""
 
 REFUSED = {
-    "layer_replication": "it repeats layers of the base, and the layer numbers in the keys count repeated layers",
+    "layer_replication": "layers of the base are repeated, and the layer numbers in the keys count the repeated layers",
     "megatron_config": "the tensors are split over the processes of Megatron's tensor parallelism",
     "use_qalora": "QA-LoRA averages groups of inputs before it applies A",
 }
@@ -101,12 +101,12 @@ CHANGED_BASE = ("corda", "loftq", "lora_ga", "pissa_niter")
 """If `init_lora_weights` begins with one of these words, PEFT subtracted the adapter's initial values from the base."""
 
 WHY_CHANGED = {
-    "corda": "values computed from samples of its training data",
-    "loftq": "the error of a quantization that the file does not contain",
-    "lora_ga": "values computed from gradients on its training data",
+    "corda": "values computed from samples of the training data",
+    "loftq": "a quantization error, which the file does not contain",
+    "lora_ga": "values computed from gradients on the training data",
     "pissa_niter": "the result of a randomised decomposition, whose random numbers are not recorded",
 }
-"""For each entry of `CHANGED_BASE`, a phrase for errors that describes the values subtracted from the base."""
+"""For each entry of `CHANGED_BASE`, a description of the values that PEFT subtracted from the base. Errors show it."""
 
 
 def peft_types() -> tuple[str, ...]:
@@ -161,7 +161,7 @@ def _check_type(config: Mapping[str, JsonValue]) -> None:
 def unknown_fields(config: Mapping[str, JsonValue]) -> list[str]:
     """List the nonempty fields that PEFT does not define, sorted.
 
-    Call `parse` first: `parse` refuses such a field unless the field is harmless.
+    Call `parse` first. It refuses every such field that may change the model's outputs.
     """
     family = family_of_type(str(config["peft_type"]))
     known = READ.keys() | HARMLESS.keys() | REFUSED.keys()
@@ -187,12 +187,12 @@ def _check_field(name: str, value: object, strict: bool) -> None:
 
 
 def _is_marker(name: str, value: object) -> bool:
-    """Whether an unknown field only records who wrote the file, when, or in which training run.
+    """Whether an unknown field is only a record of the file's origin, such as the author, a date or a training run.
 
-    A string is such a record if `_RECORD` matches the field's name, or if the string looks like a release, a date or a
-    digest. All other strings, numbers and `true` may change the model's outputs. For example, Unsloth's `lora_B_layout`
-    is `rank_major` or `grouped_by_expert`, and the two words select two orders of the same values
-    (unslothai/unsloth-zoo#1232). A list or dict is a record if all of its contents are records.
+    A string is a record if `_RECORD` matches the field's name, or if the string looks like a release, a date, a UUID or
+    a digest. Any other string, any number and `true` may change the model's outputs. For example, Unsloth's
+    `lora_B_layout` is a string that selects the order of lora_B's columns (unslothai/unsloth-zoo#1232). A list or dict
+    is a record if each of its values is a record or is empty.
     """
     if isinstance(value, Mapping):
         return all(not inner or _is_marker(str(key), inner) for key, inner in value.items())
@@ -206,7 +206,7 @@ def _is_marker(name: str, value: object) -> bool:
 def _check_variants(settings: PeftSettings) -> None:
     """Check that the config selects at most one variant of LoRA.
 
-    Also refuse `lora_bias` and `target_parameters` beside a variant that PEFT cannot combine with these fields.
+    Also refuse `lora_bias` or `target_parameters` if PEFT cannot combine the field with the selected variant.
     """
     variants_on = {
         "use_bdlora": settings.use_bdlora is not None,
@@ -230,10 +230,10 @@ def _check_init(value: bool | str | None) -> None:
     known = next((name for name in CHANGED_BASE if value.lower().startswith(name)), None)
     if known:
         raise Unsupported(
-            f"{value} changed the base when the adapter was created: "
-            f"from the base's weights, it subtracted {WHY_CHANGED[known]}",
+            f"with {value}, PEFT changes the base's weights when it creates the adapter: "
+            f"PEFT subtracts {WHY_CHANGED[known]}",
             where="init_lora_weights",
-            cure="Save the adapter again with PEFT as a plain LoRA, with path_initial_model_for_weight_conversion",
+            cure="Save a plain LoRA: pass path_initial_model_for_weight_conversion=... to PEFT's save_pretrained",
         )
     raise Unsupported(f"the initialisation {value!r} is unknown", where="init_lora_weights", cure=_WITH_PEFT)
 
@@ -243,7 +243,7 @@ _RECORD = re.compile(
     r"|(?:created|saved|trained|written|exported|generated)_(?:at|on|by|with)|author|user|project|experiment|license"
     r"|description|comments?|notes?|tags?)"
 )
-"""Matches the names of fields whose strings only record where a file comes from."""
+"""Matches the names of fields whose strings are only records, such as `created_at`."""
 
 _STAMP = re.compile(
     r"v?\d+\.\d+\.\d+[\w.+-]*"  # a release: 0.18.1.dev0

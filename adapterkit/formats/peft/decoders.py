@@ -54,7 +54,7 @@ def turns_patches(shape: tuple[int, ...]) -> bool:
 
 
 def on_patches(update: Update, layer: LayerFacts) -> Update:
-    """Return the update as PEFT's forward computes it: an OFT that rotates patches becomes an `OFTPatches`."""
+    """Convert an OFT to an `OFTPatches` if PEFT rotates patches at this layer. Other updates stay unchanged."""
     if not isinstance(update, OFT) or update.side == "out" or not turns_patches(layer.shape) or update.pairs is None:
         return update
     same = {name: getattr(update, name) for name in ("terms", "doubled", "coft", "eps")}
@@ -62,7 +62,10 @@ def on_patches(update: Update, layer: LayerFacts) -> Update:
 
 
 def zero_padded(update: Update, layer: LayerFacts) -> Update:
-    """Return the update as PEFT's forward computes it on a convolution whose padding is not zeros.
+    """Rewrite an update so that it pads a convolution's input with zeros, as PEFT's forward does.
+
+    The update stays unchanged if no rewrite is needed, for example if the layer itself pads with zeros and is not
+    dilated.
 
     Raises:
         Unsupported: no method of adapterkit computes PEFT's forward at this layer.
@@ -88,14 +91,14 @@ DEPARTURES = {
         "the adapter's bias is added to the projection's bias",
     ),
     "grouped_dora_norm": Departure(
-        "DoRA on a grouped convolution divides by the norms of a matrix that its forward does not use: "
-        "W + B @ A, where B's values are read as [out / groups, r]",
-        "DoRA divides by the norms, over all channels, of the changed kernels that its forward uses",
+        "on a grouped convolution, DoRA divides by the norms of W + B @ A with B reshaped to [out / groups, r], "
+        "although its forward uses other kernels",
+        "DoRA divides by the norms of the changed kernels that its forward uses; each norm covers all channels",
     ),
     "convolution_padding": Departure(
         "on a convolution whose padding_mode is not zeros, or with a dilation and padding=same, lora_A pads its input "
-        "with zeros and is not dilated, and methods other than LoRA and DoRA are refused; a live layer shows its "
-        "padding and dilation, but a file does not",
+        "with zeros and is not dilated; methods other than LoRA and DoRA are refused; these rules need a live layer, "
+        "because a file does not show a layer's padding and dilation",
         "the change is added to the weight, as in PEFT's merge, so the layer's padding and dilation apply to it",
         zero_padded,
     ),
@@ -174,13 +177,13 @@ def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> DecodedUp
 
 def _check_plain(factors: PeftFactors, rank: int) -> None:
     if factors.key.depth:
-        why = "the key contains .base_layer, as for an adapted parameter, but target_parameters lists no such parameter"
+        why = "the key contains .base_layer, as if a parameter were adapted, but the config adapts no parameter here"
         raise Malformed(why, where=factors.key.text, cure="The config does not belong to this file")
     check_rank(factors, rank, groups=_groups(factors))
 
 
 def _groups(factors: PeftFactors) -> int:
-    """Return the number of groups of a grouped convolution, otherwise 1. In PEFT, only B is split into groups."""
+    """Return the number of groups of a grouped convolution; 1 for any other layer. PEFT splits only B into groups."""
     rank, share = factors.A.shape[0], factors.B.shape[1]
     return rank // share if len(factors.A.shape) > 2 and 0 < share < rank and rank % share == 0 else 1
 
@@ -204,18 +207,18 @@ def _flat_output(factors: PeftFactors) -> Lazy:
 def _vector(factors: PeftFactors, field: str) -> Lazy:
     tensor, out = factors.tensors[field], factors.B.shape[1 if field == "diag" else 0]
     if sorted(tensor.shape)[-1:] != [out] or sorted(tensor.shape)[:-1] != [1] * (len(tensor.shape) - 1):
-        why = f"the shape is {list(tensor.shape)}, but lora_B implies {out} values"
+        why = f"the shape is {list(tensor.shape)}, but a vector that fits lora_B has {out} elements"
         raise ShapeMismatch(why, where=factors.keys[field].text, cure="Save the adapter again with PEFT")
     return tensor if len(tensor.shape) == 1 else tensor.reshape(out)
 
 
 # Decode LoRA with `enable_lora`, which adapts blocks of a fused weight. Only PEFT 0.1 and 0.2 wrote such files.
-# The outputs of the weight form n equal blocks. Only the enabled blocks are adapted, and B has the rows of these
-# blocks, in order. A and B form a grouped convolution: each group of B's rows uses a separate part of A's rows.
+# The outputs of the weight form n equal blocks. Only the enabled blocks are adapted, and B contains only the rows of
+# the enabled blocks. A and B form a grouped convolution: each group of B's rows is multiplied by its own rows of A.
 
 
 def decode_blocks(settings: PeftSettings, factors: PeftFactors) -> Iterator[DecodedUpdate]:
-    """Yield a LoRA for each run of adjacent output rows. All rows of a run belong to one block and one group.
+    """Yield a LoRA for each range of adjacent output rows that belong to the same block and the same group.
 
     Raises:
         ShapeMismatch: the tensors do not fit the number of enabled blocks or the rank in the config.
@@ -247,7 +250,7 @@ def _block_groups(settings: PeftSettings, factors: PeftFactors, blocks: int) -> 
 
 
 def _runs(outputs: int, size: int, high: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) for each run of B's rows. A run ends at the end of a block or a group."""
+    """Yield (start, stop) for each range of B's rows. A range stops at the end of each block and of each group."""
     cuts = sorted({*range(0, outputs, size), *range(0, outputs, high), outputs})
     return pairwise(cuts)
 
@@ -261,15 +264,14 @@ def _rows(tensor: Lazy, start: int, stop: int) -> Lazy:
 # The key of a whole parameter is the parameter's name in the base. Such parameters come from `modules_to_save`, trained
 # biases and embeddings.
 #
-# If the key of a tensor is a parameter's name, PEFT loads the tensor into the model in place of the parameter. PEFT
-# also saves a copy of an adapted embedding's weight next to the embedding's factors. This copy replaces the
-# weight, too, before the factors are applied.
+# PEFT loads a whole parameter into the model in place of the base's parameter. For an adapted embedding, PEFT may save
+# both the factors and a copy of the weight. Then the copy replaces the base's weight, and the factors change the copy.
 
 
 def decode_replacement(file: File) -> Findings:
     """Yield a replacement for each module whose parameters the file stores whole, not as factors.
 
-    Tensors of integers or booleans were not trained. They are kept for writing, but change nothing.
+    Tensors of integers or booleans were not trained. The adapter keeps them only so that the writer can write them.
 
     Raises:
         Unsupported: a parameter is a scalar.
@@ -314,7 +316,7 @@ def replaced(file: File, path: str, keys: Mapping[str, Key]) -> DecodedUpdate:
 
 
 def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
-    """Return the path of the target, and the field of the update, for a parameter with `axes` axes.
+    """Return (target's path, update's field) for a parameter, given its name in the base and its number of axes.
 
     The target of a `weight` or a `bias` is its module. The target of an attention's `in_proj_bias` is the attention's
     `in_proj_weight`. Any other parameter is itself the target, with the field `weight`.
@@ -332,7 +334,7 @@ def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
 
 
 # IA3: `ia3_l` of shape [out, 1] scales a module's outputs. In modules listed in `feedforward_modules`, `ia3_l` has the
-# shape [1, in] and scales the inputs. On convolutions, `ia3_l` has the shape [1, n, 1, ...] in both cases.
+# shape [1, in] and scales the inputs. On convolutions, the shapes are [1, out, 1, ...] and [1, in, 1, ...].
 
 
 IA3_PART = "ia3_l"
@@ -370,7 +372,7 @@ def _scales_inputs(settings: PeftSettings, key: Key, shape: Shape) -> bool:
 def feedforward(settings: PeftSettings, path: str) -> bool | None:
     """Whether IA3 scales a module's inputs; None if the config has no `feedforward_modules`.
 
-    As in PEFT, a listed name matches every path that ends with it.
+    As in PEFT, `feedforward_modules` is a regular expression for the whole path, or a list of endings of paths.
     """
     named = settings.feedforward_modules
     if named is None:
@@ -424,7 +426,7 @@ def _index(settings: PeftSettings, path: str) -> list[int] | None:
     fitting = [name for name in named if path.endswith(name)]
     exact = [name for name in fitting if name == path]
     if not fitting and len(named) == 1:
-        # A head that is tied to the embedding has no entry of its own. A single entry is the embedding's, so use it.
+        # A head that is tied to the embedding has no entry. A single entry belongs to the embedding, so use that entry.
         return next(iter(named.values()))
     return named[(exact or fitting)[0]] if len(exact or fitting) == 1 else None
 
@@ -442,7 +444,7 @@ NORM_PART = "ln_tuning_layers"
 def decode_ln_tuning(file: File) -> Findings:
     """Yield a replacement for each module of which the file contains a trained copy.
 
-    Tensors of integers or booleans were not trained. They are kept for writing, but change nothing.
+    Tensors of integers or booleans were not trained. The adapter keeps them only so that the writer can write them.
 
     Raises:
         Unsupported: a parameter is a scalar.
@@ -466,9 +468,10 @@ def norm_spelled(name: str) -> str:
 
 
 def _norm_name(key: Key) -> str:
-    """Return the path, in the base, of the parameter that a key of LN tuning stores.
+    """Return the name, in the base, of the parameter that LN tuning stores under `key`.
 
-    `parse_key` mistakes the name of a child module for an adapter's name, and this function corrects the mistake.
+    If the parameter belongs to a child module, `parse_key` mistakes the child's name for an adapter's name. This
+    function puts the child's name back into the parameter's name.
     """
     inside = [key.adapter or "", key.part.removeprefix(NORM_PART).removeprefix("."), key.leaf]
     words = [part for part in inside if part]

@@ -1,4 +1,4 @@
-"""Find the factors, rank and scaling of each LoRA and DoRA, whether it adapts a module or a stack of experts."""
+"""Find the factors, rank and scaling of each LoRA and DoRA, for modules and for stacks of experts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PeftFactors:
     """The tensors of one adapted module or parameter, as stored in the file.
 
     Attributes:
-        stem: the module's path in the keys, including words of PEFT's wrappers.
+        stem: the module's path in the keys, including the words that PEFT's wrappers insert, such as `base_layer`.
         keys: a map from each field of the update to its key.
         tensors: a map from each field of the update to its tensor.
         embedding: whether the keys show that the module is an embedding.
@@ -160,7 +160,10 @@ def _method(settings: PeftSettings, tensors: Mapping[str, Lazy], embedding: bool
 
 
 def _router(arrow: Any, tensors: Mapping[str, Lazy], scaling: float) -> Update:
-    """Create Arrow's update with the router's settings. Arrow does not use the file's pair; `idle_*` fields keep it."""
+    """Create an Arrow update with the router's settings.
+
+    Arrow does not use this file's A and B. The update's `idle_*` fields store them, so that they can be written again.
+    """
     idle = {f"idle_{name}": tensor for name, tensor in tensors.items()}
     tasks, general = len(arrow.task_adapter_names or ()), len(arrow.gks_adapter_names or ()) if arrow.use_gks else 0
     return make("arrow", idle, scaling=scaling).replace(
@@ -190,7 +193,8 @@ def _factors(
     for name in ("A", "B"):
         if len(tensors[name].shape) < 2:
             raise ShapeMismatch(
-                f"a factor needs two or more axes, but has shape {list(tensors[name].shape)}", where=keys[name].text,
+                f"factor {name} needs two or more axes, but has shape {list(tensors[name].shape)}",
+                where=keys[name].text,
                 cure="The factor was saved from one shard of a model: gather the shards, then save again",
             )  # fmt: skip
     embedding = keys["A"].part == "lora_embedding_A" or keys["B"].part == "lora_embedding_B"
@@ -201,10 +205,10 @@ def _check_partners(settings: PeftSettings, keys: Mapping[str, Key], needs: Mapp
     """Check that a module has exactly the tensors that the config requires.
 
     Args:
-        settings: the config's settings.
+        settings: the settings in the config.
         keys: a map from each field of the update to its key.
-        needs: for each field, whether the config requires it.
-        where: a key of the module, which errors show.
+        needs: a map from each field of the update to whether the config requires the field.
+        where: a key of the module, for errors.
     """
     for name, needed in needs.items():
         if needed and name not in keys:
@@ -221,7 +225,7 @@ def _check_partners(settings: PeftSettings, keys: Mapping[str, Key], needs: Mapp
 
 
 _WORDS = {
-    "A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector of DoRA", "bias": "the bias of lora_bias",
+    "A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector of DoRA", "bias": "lora_B.bias (lora_bias)",
     "diag": "lora_diag of KaSA",
 }  # fmt: skip
 _AGAIN = "Save the adapter again with PEFT"
@@ -237,7 +241,7 @@ _AGAIN = "Save the adapter again with PEFT"
 # Files differ in two ways that the keys do not show:
 #
 # * PEFT before 0.19 assumes that every stack is `[expert, in, out]`, but nearly all models store `[expert, out, in]`.
-#   For these models, such a PEFT writes a lora_A with outputs as columns and a lora_B with inputs as rows (peft #3165).
+#   In old files for these models, lora_A's columns are outputs and lora_B's rows are inputs (peft #3165).
 # * lora_B's columns have one of two orders. In PEFT, the expert's index varies fastest (`rank_major`). In Unsloth's
 #   training until September 2026, the expert's index varied slowest (`grouped_by_expert`), and the config does not show
 #   the order (unsloth-zoo #1232, #1269).
@@ -252,17 +256,20 @@ SWAPPED_BEFORE = (0, 19)
 """The first release of PEFT that does not swap inputs and outputs of stacks stored as `[expert, out, in]`."""
 
 OLD_VERSION = "0.18.1"
-"""The `peft_version` to write into the config if the stacks have the order of axes of PEFT before 0.19."""
+"""The `peft_version` to write into the config if the file swaps inputs and outputs, as PEFT before 0.19 does."""
 
 MAX_NAMES = 6
-"""The maximum number of adapted parameters in one module. It limits the permutations to try; real models need two."""
+"""The maximum number of adapted parameters in one module. Real models need two. The reader tries all permutations."""
 
 IN_ORDER = ("gate_up_proj", "down_proj")
 """The parameters of stacked experts in transformers, in the order in which the module defines them."""
 
 
 def adapts_parameter(file: File, path: str) -> bool:
-    """Whether a module's pair adapts a parameter, not the module; `target_modules` takes precedence, as in PEFT."""
+    """Whether a pair of factors adapts a parameter listed in `target_parameters`, not the module at `path`.
+
+    If `target_modules` selects the module, the pair adapts the module, as in PEFT.
+    """
     return bool(file.settings.target_parameters and _names(file, path)) and not names_module(
         file.settings.target_modules, path
     )
@@ -272,9 +279,9 @@ def decode_parameters(file: File, factors: Iterable[PeftFactors]) -> Findings:
     """Yield an update for each parameter that a pair of factors adapts.
 
     Raises:
-        UsageError: the file does not show which parameter a pair adapts, or how the pair stores the experts, and the
-            caller gave neither the base nor `experts_order`.
-        Unsupported: a pair may adapt several parameters, and their shapes in the base are equal.
+        UsageError: the file does not show which parameter a pair adapts, and the caller gave no base. Or the file does
+            not show the layout of the experts, and neither the base nor `experts_order` shows it.
+        Unsupported: the shapes of several parameters in the base fit the same pair.
         Malformed: a pair fits no parameter in `target_parameters`.
         ShapeMismatch: a factor is not a matrix, or its rank does not match the config.
     """
@@ -307,7 +314,7 @@ def stack(B: Lazy, experts: int, order: str = RANK_MAJOR) -> Lazy:
 
 
 def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Lazy]:
-    """Return A as [e, r, in] and B as [e, out, r] for a file in which the axes of outputs and inputs are swapped.
+    """Return A as [e, r, in] and B as [e, out, r], from a file that swaps inputs and outputs.
 
     Args:
         A: the matrix lora_A, [r * e, out]; along the rows, the expert's index varies slowest.
@@ -330,7 +337,7 @@ def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Laz
 
 
 def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Array, slice], Array]) -> Lazy:
-    """Return a stack of experts that `take` gathers from a matrix. Reading a few experts gathers only these experts."""
+    """Return a lazy stack of experts. Reading some experts calls `take`, which gathers only these from the matrix."""
     each = math.prod(shape[1:])
 
     def part(first: int, count: int) -> Buffer:
@@ -343,10 +350,10 @@ def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Array, slice], Array]) 
 
 @lru_cache(maxsize=4)
 def _values(leaf: Lazy) -> Array:
-    """Read a whole matrix, because the columns of one expert are scattered over it, and cache its values.
+    """Read a whole matrix and cache its values. The columns of one expert are scattered over the matrix.
 
-    The cache helps a merge into a base with separate experts. The merge reads one expert after another, alternately
-    from two parameters.
+    The cache helps a merge into a base that stores each expert separately. Such a merge reads one expert at a time and
+    alternates between two parameters.
     """
     return leaf.numpy()
 
@@ -381,7 +388,7 @@ def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
 def in_order_of(
     config: Mapping[str, JsonValue], order: str | None, updates: Mapping[Target, object]
 ) -> Mapping[str, JsonValue]:
-    """Return the config with a field for the layout of stacks: Unsloth's `lora_B_layout`, or an old `peft_version`."""
+    """Return the config with the field that tells readers the layout of stacks: `lora_B_layout` or `peft_version`."""
     if order is None or not any(target.stacked for target in updates):
         return config
     if order == PEFT_0_18:
@@ -424,10 +431,10 @@ def _order(file: File, factors: PeftFactors, experts: int, rank: int) -> str:
         return settings.lora_B_layout
     if settings.unsloth and experts > 1 and rank > 1:
         raise UsageError(
-            f"Unsloth wrote this adapter without lora_B_layout; the columns of lora_B {list(factors.B.shape)} are "
-            "rank_major (as in PEFT, and in Unsloth since September 2026) or grouped_by_expert (earlier in Unsloth)",
+            f"Unsloth wrote this adapter without lora_B_layout, so the column order of lora_B {list(factors.B.shape)} "
+            "is unknown: rank_major (PEFT, and Unsloth since September 2026) or grouped_by_expert (older Unsloth)",
             where=factors.keys["B"].text,
-            cure="Give the order: --experts-order grouped_by_expert or --experts-order rank_major (experts_order=)",
+            cure="Pass --experts-order grouped_by_expert or --experts-order rank_major (experts_order=)",
         )
     return RANK_MAJOR
 
@@ -440,10 +447,10 @@ def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, rel
         factors: lora_A and lora_B of one parameter.
         path: the parameter's path.
         shape: the parameter's shape in the base, if known.
-        related: the answer that follows from the shapes of gate_up_proj and down_proj; None if they do not show it.
+        related: the answer, if the shapes of gate_up_proj and down_proj show it; otherwise None.
 
     Raises:
-        UsageError: PEFT before 0.19 wrote the file, and without a base the answer is unknown.
+        UsageError: PEFT before 0.19 wrote the file, and only the base would show the answer, but no base is given.
     """
     if related is not None:
         return related
@@ -452,10 +459,10 @@ def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, rel
         if old and file.compat is None:
             raise UsageError(
                 "PEFT before 0.19 wrote this file: the columns of lora_A are inputs if the model stores experts as "
-                "[expert, in, out] (gpt-oss), but outputs if it stores [expert, out, in] (nearly all others)",
+                "[expert, in, out] (gpt-oss), but outputs if it stores [expert, out, in] (nearly all other models)",
                 where=factors.keys["A"].text,
-                cure="Pass --base (base=). Or state the columns of lora_A with --experts-order (experts_order=): "
-                "rank_major for inputs, peft_0.18 for outputs",
+                cure="Pass --base (base=). Without the base, pass --experts-order (experts_order=): "
+                "rank_major if the columns of lora_A are inputs, peft_0.18 if they are outputs",
             )
         return False
     in_out = stored_in_out(path, None if file.base is None else file.base.config)
@@ -467,7 +474,7 @@ def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, rel
 def _check_matrices(factors: PeftFactors) -> None:
     for field in ("A", "B"):
         if len(factors.tensors[field].shape) != 2:
-            why = f"a parameter's factor must be a matrix, but this one has shape {list(factors.tensors[field].shape)}"
+            why = f"factor {field} of a parameter must be a matrix, but has shape {list(factors.tensors[field].shape)}"
             raise ShapeMismatch(why, where=factors.keys[field].text, cure="Write the adapter again with PEFT")
 
 
@@ -480,7 +487,7 @@ def _names(file: File, path: str) -> list[str]:
 
 
 def _named(file: File, path: str) -> list[str]:
-    """List the module's parameters that `target_parameters` names together with the module, such as `gate.weight`."""
+    """List the module's parameters whose entry in `target_parameters` names the module too, such as `gate.weight`."""
     path = unwrapped(path)
     known = [name.rpartition(".") for name in file.settings.target_parameters or ()]
     return list(dict.fromkeys(n for module, _, n in known if module and f".{path}".endswith(f".{module}")))
@@ -509,7 +516,7 @@ def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, .
         raise UsageError(
             f"the file does not show if this pair adapts {which}", where=where, cure="Give the base with --base (base=)"
         )
-    why = f"the base does not show whether this pair adapts {which}, because their shapes fit equally"
+    why = f"the base does not show whether this pair adapts {which}, because several choices fit the shapes"
     raise Unsupported(why, where=where, cure="Merge the adapter with PEFT")
 
 
@@ -519,7 +526,7 @@ def _fits(file: File, path: str, group: Sequence[PeftFactors], names: Sequence[s
         return False
     shapes = {name: file.base_shape(f"{path}.{name}") for name in _names(file, path)}
     if any(shapes.values()):
-        # A base that has one of the config's parameters has all of them. So a name that the base lacks does not fit.
+        # A base that has one parameter of `target_parameters` has all. So a parameter that the base lacks does not fit.
         return all(_fits_base(shapes[name], size) for name, size in sizes.items() if size)
     return len({size[0] for size in sizes.values() if size}) == 1 and _fits_gate(sizes)
 
@@ -545,8 +552,8 @@ def _fits_gate(sizes: dict[str, tuple[int, int, int] | None]) -> bool:
 def _related(sizes: Mapping[str, tuple[int, int, int] | None]) -> str | None:
     """Return `straight` or `swapped` if the shapes show whether inputs and outputs are swapped; otherwise None.
 
-    gate_up has twice as many outputs as down has inputs, and as many inputs as down has outputs. No shapes fit both
-    answers: `in_` would have to equal both `down_out` and `2 * down_out`.
+    gate_up_proj has twice as many outputs as down_proj has inputs, and as many inputs as down_proj has outputs. No
+    shapes fit both answers: `in_` would have to equal both `down_out` and `2 * down_out`.
     """
     gate_up, down = (sizes.get(name) for name in IN_ORDER)
     if not gate_up or not down:
@@ -563,15 +570,19 @@ def has_known_order(names: Sequence[str]) -> bool:
 
 
 def depths(names: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Yield (name, number of wrappers around the parameter's wrapper) for each adapted parameter, innermost first."""
+    """Yield (name, depth) for each adapted parameter of a module, innermost first.
+
+    PEFT adds one wrapper for each parameter. The depth is the number of wrappers around the parameter's wrapper.
+    """
     ordered = sorted(names, key=lambda name: (IN_ORDER.index(name) if name in IN_ORDER else -1, name))
     return ((name, len(ordered) - 1 - position) for position, name in enumerate(ordered))
 
 
 def as_written(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the config for a file with the column order of `unstack`, the only order that PEFT reads since 0.19.
+    """Return the config for a file with the columns of lora_B in the order that `unstack` creates.
 
-    PEFT ignores `lora_B_layout`. If the columns had another order, PEFT would silently use the wrong experts.
+    PEFT since 0.19 reads only this order, and ignores `lora_B_layout`. If the columns had another order, PEFT would
+    silently use the wrong experts.
     """
     config = dict(config)
     if "lora_B_layout" in config or written_by_unsloth(config):

@@ -1,6 +1,6 @@
 """The base class and the registry of PEFT's families, and the methods that belong to no family, such as LoRA.
 
-A family reads and writes adapters with one `peft_type` and its own kinds of keys.
+A family reads and writes the adapters of one `peft_type`.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 
 
 class MethodFields(msgspec.Struct, frozen=True, kw_only=True):
-    """The config fields that only this family reads."""
+    """The base class for the config fields that only one family reads."""
 
 
 class Family(ABC):
@@ -239,13 +239,13 @@ class Family(ABC):
     def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         """Return the update of one module.
 
-        `keys` maps each part to the module's key, and `file.shared` has the shared keys.
+        `keys` maps each of the family's `parts` to the module's key. `file.shared` has the shared keys.
         """
 
     @classmethod
     @abstractmethod
     def encode(cls, update: Any) -> Parts:
-        """Return (part or shared key, tensor as PEFT stores it) for each field of an update.
+        """Return a map from each field of an update to (part or shared key, tensor as PEFT stores it).
 
         If PEFT stores a field as several tensors, their entries are `FIELD.0`, `FIELD.1`, and so on. A part that begins
         with a dot belongs to the module, even if a shared key has the same name.
@@ -311,16 +311,17 @@ class Family(ABC):
 
     @classmethod
     def of_it(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
-        """Return the updates of this family by path.
+        """Return a map from each target's path to the update of this family.
 
-        Updates of stacked experts are omitted: in PEFT's files only LoRA has stacks, and the writer refuses all others.
+        The map omits updates of stacked experts. In PEFT's files, only LoRA can have stacks, so the writer refuses the
+        omitted updates.
         """
         whole = {target: group for target, group in updates.items() if not target.stacked}
         return {t.path: update for t, group in whole.items() for update in group if type(update) in cls.methods()}
 
     @classmethod
     def turned(cls, updates: Mapping[Target, tuple[Update, ...]]) -> bool:
-        """Return the value of `fan_in_fan_out`: whether at least one of the family's weights is stored as [in, out]."""
+        """Return the value of `fan_in_fan_out`: whether the family adapts at least one weight stored as [in, out]."""
         targets = (
             target for target, group in updates.items() if any(type(update) in cls.methods() for update in group)
         )
@@ -350,7 +351,7 @@ def inexact_alphas(scales: Mapping[str, tuple[int, float]]) -> list[str]:
 
 
 def minority(value_of: Mapping[Target, object]) -> list[Target]:
-    """Return the targets whose value is not the most common one. If several values tie, the first counts."""
+    """Return the targets that do not have the most common value. If several values tie, the first one wins."""
     count = Counter(value_of.values())
     most = max(count, key=lambda value: count[value], default=None)
     return [target for target, value in value_of.items() if value != most]
@@ -383,7 +384,7 @@ def check_rank(key: Key, tensor: Lazy, rank: int, axis: int = 0) -> None:
     """Check the size of one axis of a factor against the rank in the config.
 
     Raises:
-        ShapeMismatch: the axis has another size, or the factor has no such axis.
+        ShapeMismatch: the axis has another size, or the factor has fewer than two axes.
     """
     if len(tensor.shape) < 2 or tensor.shape[axis] != rank:
         why = f"the shape is {list(tensor.shape)}, but the config states rank {rank}"
@@ -434,7 +435,7 @@ def family_of_type(peft_type: str) -> type[Family] | None:
 
 @cache
 def _by_method() -> dict[type[Update], type[Family]]:
-    """Map each method to the family that writes it. If several families can, use the first of them by name."""
+    """Map each method to the family that writes it. If several families can write it, use the first one by name."""
     return {method: family for family in reversed(list(FAMILIES.values())) for method in family.methods()}
 
 

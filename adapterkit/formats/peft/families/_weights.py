@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 def layout(file: File, path: str) -> str:
     """Return the layout in which the base stores a weight.
 
-    The table of the base's model family decides. If the table does not, `fan_in_fan_out` in the config decides.
+    Look up the layout in the table of the base's model family. If the layout is not in the table, follow the config's
+    `fan_in_fan_out`.
     """
     known = stored_in_out(path, None if file.base is None else file.base.config)
     turned = file.settings.fan_in_fan_out if known is None else known
@@ -39,8 +40,8 @@ def weight_shape(file: File, key: Key, why: str) -> tuple[int, int]:
     """Return (outputs, inputs) of the weight of the module to which `key` belongs.
 
     Raises:
-        UsageError: only the base shows the sizes, and no base is given. The message begins with `why`, a clause that
-            says what depends on the sizes.
+        UsageError: only the base shows the sizes, and no base is given. The message begins with `why`, which names the
+            values that depend on the sizes.
         ShapeMismatch: the base has no linear layer at this path.
     """
     if key.path in file.known:
@@ -53,7 +54,7 @@ def weight_shape(file: File, key: Key, why: str) -> tuple[int, int]:
     shape = file.base_shape(f"{key.path}.weight")
     if shape is None or len(shape) != 2:
         shape_text = "nothing" if shape is None else str(list(shape))
-        raise ShapeMismatch(f"the base needs a 2-D weight here, but has {shape_text}", where=key.path, cure=_BASE)
+        raise ShapeMismatch(f"the weight must have two axes, but the base has {shape_text}", where=key.path, cure=_BASE)
     return (shape[1], shape[0]) if layout(file, key.path) == "in out *k" else (shape[0], shape[1])
 
 
@@ -89,10 +90,10 @@ def unlike(scalings: Mapping[str, float]) -> list[str]:
 
 
 def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
-    """Return the size for the module at `path`; the default is `size`.
+    """Return the size that `pattern` gives for the module at `path`, or `size` if it gives none.
 
-    A pattern must match all of the text after one of the dots in `path`. The first pattern that matches decides. If no
-    pattern matches, an entry whose name is exactly `path` decides.
+    Each key of `pattern` is a regular expression that must match the whole rest of `path` after one of its dots. The
+    first key that matches is used. If none matches, the key that equals `path` is used.
     """
     pattern = pattern or {}
     fitting = (name for name in pattern if matches(rf".*\.{name}$", path))
@@ -100,7 +101,7 @@ def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
 
 
 def size_fields(sizes: Mapping[str, int], field: str) -> dict[str, JsonValue]:
-    """Return the config fields for sizes: the most common size, and the full paths of modules with other sizes."""
+    """Return two config fields: the most common size, and a pattern with the path and size of each other module."""
     common = min(Counter(sizes.values()).items(), key=lambda item: (-item[1], item[0]))[0]
     return {field: common, f"{field}_pattern": {path: size for path, size in sizes.items() if size != common}}
 
@@ -132,7 +133,7 @@ _BASE = "Is this the base that the adapter was trained on?"
 def declared_by(base: Checkpoint | None) -> tuple[str, ...]:
     """Return the names of a base's tensors in the order in which the model defines them.
 
-    The result is empty unless the base is a single torch file.
+    The order is read only from a base that is a single torch file. For any other base, the result is empty.
     """
     one = base is not None and len(base.files) == 1 and base.files[0].suffix in TORCH
     return tuple(base.tensors) if base is not None and one else ()
@@ -144,10 +145,12 @@ TORCH = frozenset({".bin", ".pt", ".pth"})
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The order of a model's modules, as endings of their paths.
+    """The order of a model's modules. Each string is the end of a module's path.
 
-    `before` has the modules before the layers, `inside` the modules of each layer, and `after` the modules after the
-    layers.
+    Attributes:
+        before: the modules before the layers.
+        inside: the modules of each layer.
+        after: the modules after the layers.
     """
 
     before: tuple[str, ...]
