@@ -1,7 +1,7 @@
 """Run a gate: compare the outputs of the base, the base with adapters, and the merged model or graph.
 
-As a reference for the adapters' effect, the base also runs with the null adapter. It has a random change at each target
-of the adapters, of the same size as the adapters' change there.
+The base also runs with a null adapter, to get a reference for the adapters' effect. The null adapter changes the same
+targets as the adapters. Each of its changes is random, and has the same norm as the adapters' change at that target.
 """
 
 from __future__ import annotations
@@ -49,26 +49,29 @@ if TYPE_CHECKING:
     Source = Adapter | str | PathLike[str]
 
 RANK = 8
-"""The rank of the random change at a target where an adapter's change is not a low-rank product."""
+"""The rank of the null adapter's change at a target if an adapter's change there is not a low-rank product.
+
+If all changes at the target are low-rank products, the null adapter's rank is the sum of their ranks.
+"""
 
 
 def null_adapter(
     adapters: Sequence[Adapter], base: Checkpoint, *, weights: Sequence[float], seed: int, rename: str | Sequence[str]
 ) -> Adapter:
-    """Return an adapter with a random change at each target.
+    """Return an adapter that makes a random change at each target of the given adapters.
 
-    The random change has the same Frobenius norm as the sum of the adapters' changes at that target.
+    Each random change has the same Frobenius norm as the sum of the adapters' changes at that target.
 
     Args:
-        adapters: the adapters.
+        adapters: the adapters that determine the targets and the norms.
         base: the base of the adapters; its weights must not be quantized.
-        weights: a factor for each adapter.
+        weights: for each adapter, the factor that multiplies its changes.
         seed: the seed of the random numbers.
         rename: rules for names, as in `adapterkit.merge`.
 
     Raises:
-        NotMergeable: an adapter changes more than weights (for example outputs or the context), so its change has no
-            norm.
+        NotMergeable: an adapter changes outputs, the context or anything else that is not a weight or a bias. Such a
+            change has no norm.
         AdapterkitError: an adapter does not fit the base.
     """
     import numpy as np
@@ -153,15 +156,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEFAULTS = Thresholds()
 
 MULTIPLES = (1.0, 2.0, 0.5, -1.0, 0.25, 4.0, 0.8, 3.0)
-"""Factors to try. A graph may contain the adapters' change with a wrong factor; see `_Run._scale`."""
+"""The factors that `_Run._scale` tries, to find out by which factor a graph scales the adapters' change."""
 
 EXACT = 1e-3
-"""The tried factor with the smallest divergence from the graph is the graph's factor, if this divergence is at most
-`EXACT` times the largest divergence."""
+"""The threshold at which `_Run._scale` accepts the factor with the smallest divergence from the graph.
+
+The smallest divergence must be at most `EXACT` times the largest divergence of all tried factors.
+"""
 
 STEP = {"float32": 0.0, "bfloat16": 2.0**-7, "float16": 2.0**-10}
-"""The relative rounding step of each dtype in which the models can run. It is 0 for float32, where rounding is
-negligible."""
+"""The relative rounding step of each dtype in which the models can run. The step of float32 is set to 0, because its
+rounding errors are negligible."""
 
 
 @places_errors
@@ -192,43 +197,44 @@ def gate(
     strict_base: bool = False,
     vocab: str | None = None,
 ) -> Gate:
-    """Check that adapters change the outputs of a base, and that a merged model or a graph has the same outputs.
+    """Check that adapters change the outputs of a base, and that a merged model or a graph reproduces the new outputs.
 
     Args:
-        base: the folder of a transformers model, an address on a hub, or an open checkpoint.
-        adapters: one adapter or several: paths, addresses or `Adapter`s.
-        merged: the merged model: a folder or a GGUF model. A GGUF model runs with the config of `base`. Quantized
-            weights are dequantized, and the gate checks which share of each change they still contain.
-        onnx: a graph of base and adapters. If the graph has slots, the adapters' tensors fill them.
-        data: `builtin`, a file with one text per line, or a JSON Lines file with a field `text`.
-        weights: the weight of each adapter; 1 each if None.
+        base: the folder of a transformers model, a uri on a hub, or an open checkpoint.
+        adapters: one or several adapters. Each is a path, a uri or an `Adapter`.
+        merged: the merged model: a folder or a GGUF model. A GGUF model runs with the config of `base`. If the merged
+            model is quantized, its weights are dequantized first. The gate measures how much of each change is left.
+        onnx: an ONNX graph of the base with the adapters. If the graph has slots, the adapters' tensors fill the slots.
+        data: the texts to run: `builtin`, a file with one text per line, or a JSON Lines file (`.jsonl`) with a field
+            `text`.
+        weights: for each adapter, the factor that multiplies its changes; if None, all factors are 1.
         device: `auto`, `cpu` or `cuda:N`.
-        dtype: the dtype to compute in: `float32`, or a smaller one to save memory.
-        texts: the number of texts.
+        dtype: the dtype in which the models run: `float32`, or `bfloat16` or `float16` to save memory.
+        texts: the number of texts to run.
         length: the maximum number of tokens of each text.
-        new_tokens: the number of tokens to generate, to compare generated text. The beginnings of four texts are the
-            prompts. 0 skips this comparison.
+        new_tokens: the number of tokens to generate after the beginning of each of four texts. The gate compares the
+            tokens that the models generate. 0 skips this comparison.
         seed: the seed for the choice of texts, for the null adapter and for random inputs.
-        null: also run the base with random changes of the same size.
+        null: whether to also run the base with the null adapter, which makes random changes of the same size.
         min_effect: see `gating.result.Thresholds`.
-        min_kept: as `min_effect`.
-        max_scale_error: as `min_effect`.
-        max_part_error: as `min_effect`.
-        min_agreement: as `min_effect`.
-        max_perplexity: as `min_effect`.
-        min_over_null: as `min_effect`.
-        tied: which layers an update changes if embedding and head share a weight; as in `adapterkit.merge`.
+        min_kept: see `gating.result.Thresholds`.
+        max_scale_error: see `gating.result.Thresholds`.
+        max_part_error: see `gating.result.Thresholds`.
+        min_agreement: see `gating.result.Thresholds`.
+        max_perplexity: see `gating.result.Thresholds`.
+        min_over_null: see `gating.result.Thresholds`.
+        tied: which layers an update changes if the base ties its head to its embedding, as in `adapterkit.merge`.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
         strict_base: refuse the base if its name, config or fingerprint differs from the one that an adapter records.
         vocab: `grow` adds the adapters' new vocabulary rows to the base, as in `adapterkit.merge`.
 
     Returns:
-        The figures, checks and verdicts; `ok` says whether all checks passed.
+        The `Gate` with the measured values, the checks and the verdicts. Its `ok` is true if all checks passed.
 
     Raises:
         UsageError: `adapters` is empty, the number of weights is wrong, the device or dtype does not exist, or
             transformers is not installed.
-        CheckFailed: an adapter names another base, and `strict_base` is set.
+        CheckFailed: `strict_base` is set, and an adapter records another base.
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
         Unsupported: the model reads neither tokens nor pixels, or needs code from its own folder.
         Malformed: transformers cannot load the base.
@@ -251,7 +257,7 @@ def gate(
     with inputs_kept():
         checkpoint = opened(base)
         if is_gguf_model(checkpoint):
-            load(checkpoint, dtype, "cpu")  # This raises an error: a GGUF base has no config.json.
+            load(checkpoint, dtype, "cpu")  # A GGUF base has no config.json, so this call always raises a UsageError.
         check_transformers(checkpoint.folder, "running models")
         loaded = [each if isinstance(each, Adapter) else read(each, base=checkpoint) for each in given]
         after = None if merged is None else opened(merged)
@@ -273,7 +279,7 @@ def gate(
     kept = []
     if graph is not None:
         kept.append(run.graph(graph, loaded, factors))
-    if after is not None:  # Measure the merged model last: the comparison merges the adapters into the loaded base.
+    if after is not None:  # Measure the merged model last, because this merges the adapters into the loaded base.
         kept.insert(0, run.merged(after, dtype, place, checkpoint))
     checks = checks_of(effect, kept, limits)
     return Gate(
@@ -286,13 +292,13 @@ def gate(
 def checked(
     given: Sequence[object], weights: Sequence[float] | None, dtype: str, counts: Mapping[str, tuple[int, int]]
 ) -> list[float]:
-    """Check the arguments, and return the weights of the adapters.
+    """Check the arguments of `gate`, and return one weight for each adapter.
 
     Args:
         given: the adapters.
         weights: the weights of the adapters; 1 each if None.
-        dtype: the dtype of the computation.
-        counts: the integer arguments: name -> (value, smallest allowed value).
+        dtype: the dtype in which the models run.
+        counts: a map from the name of each integer argument to its value and its smallest allowed value.
     """
     if not given:
         raise UsageError("no adapter was given", cure="Pass at least one adapter")
@@ -309,7 +315,7 @@ def checked(
 
 
 def _grow(model: Any, planned: Plan) -> None:
-    """Add vocabulary rows to a model, as a merge does; rows without values in an adapter are zero."""
+    """Add vocabulary rows to the embedding and the head of a model, as many as a merge adds. All new rows are zero."""
     import torch
 
     rows = (planned.vocabulary or {}).get("rows")
@@ -337,7 +343,7 @@ def _add_null(
 
 
 class _Run:
-    """Run the base with adapters, and compare the outputs of the other models with its outputs."""
+    """Runs all models on the same inputs, and compares their outputs with those of the base with adapters."""
 
     def __init__(self, adapted: Adapted, inputs: ModelInputs, limits: Thresholds, coarse: float, new: int) -> None:
         from .models import is_causal
@@ -404,8 +410,8 @@ class _Run:
     def _scale(self, run: Run) -> float | None:
         """Return the factor by which a graph scales the adapters' change; None if no tried factor matches.
 
-        The factor cannot be computed: a graph has no modules to compare, and only for small changes are the logits
-        proportional to the factor. So each factor in `MULTIPLES` is tried.
+        The factor cannot be computed from the outputs: a graph has no modules to compare, and the change of the logits
+        is proportional to the factor only for small changes. So this method tries each factor in `MULTIPLES`.
         """
         from .models import divergence
 
@@ -439,7 +445,7 @@ class _Run:
             return replace(effect, why=error.why)
         model = self.adapted.model
         if type(other) is not type(model):
-            return replace(effect, why=f"it is a {type(other).__name__}, but the base is a {type(model).__name__}")
+            return replace(effect, why=f"its class is {type(other).__name__}, the base's is {type(model).__name__}")
         effect = replace(effect, lacking=tuple(lacking))
         states, watched = StateSums(), Watched(model, other, self.adapted.handles)
 
@@ -499,7 +505,7 @@ def _blocks(states: StateSums) -> tuple[BlockDifference, ...]:
 
 
 class _Mean:
-    """Compute a mean over positions from sums, each of which covers `count` positions."""
+    """A mean over positions. Each call of `add` adds a sum over `count` positions."""
 
     def __init__(self) -> None:
         self.total, self.count = 0.0, 0
@@ -513,7 +519,7 @@ class _Mean:
 
 
 class _Perplexity:
-    """Perplexity over all texts; None for models that do not predict the next token."""
+    """The perplexity over all texts. Its `value` is None for models that do not predict the next token."""
 
     def __init__(self, causal: bool) -> None:
         self.causal, self.mean = causal, _Mean()

@@ -1,4 +1,4 @@
-"""Hubs: pull adapters and models from them, push to them, and read files in place.
+"""Pull adapters and models from hubs, push them to hubs, and read single files or byte ranges from hubs.
 
 Importing this package does not import huggingface_hub. huggingface_hub is imported when a hub is first accessed.
 """

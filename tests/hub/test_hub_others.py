@@ -95,7 +95,7 @@ def test_nobody_takes_half_of_a_push_for_the_whole(
 
     def put(remote: S3, name: str, content: object) -> None:
         for _ in range(2):
-            with pytest.raises(NetworkError, match="is still running"):
+            with pytest.raises(NetworkError, match="is not finished"):
                 _ = remote_at(parse(uri)).files
             seen.append(name)
             real(remote, name, content)

@@ -28,7 +28,7 @@ class Listing(Remote):
         listing = sorted((file.path, file.size, file.digest) for file in self.files)
         if not listing:
             raise RemoteNotFound(
-                "nothing is there", path=str(self.uri), cure="Check the spelling and your access rights"
+                "the uri has no files", path=str(self.uri), cure="Check the spelling and your access rights"
             )
         digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
         if isinstance(self.uri, Address) and self.uri.revision not in (None, digest):
@@ -38,7 +38,15 @@ class Listing(Remote):
 
 
 def unknown(path: str, size: int, *signs: object) -> RemoteFile:
-    """Describe a file for which the hub lists no digest; `signs` are values that change with the content."""
+    """Return the `RemoteFile` of a file for which the hub lists no digest.
+
+    Its `digest` is `unknown:` and a hash of the path, the size and the signs.
+
+    Args:
+        path: the path inside the repository.
+        size: the size in bytes.
+        signs: values that change when the file changes, such as an ETag or a modification time.
+    """
     text = json.dumps([path, size, *map(str, signs)])
     return RemoteFile(path, size, f"unknown:{hashlib.sha256(text.encode()).hexdigest()}")
 
@@ -48,11 +56,11 @@ def unknown(path: str, size: int, *signs: object) -> RemoteFile:
 
 CHUNK = 1 << 20
 LOCAL = {"file", "local", "hf", "dir", "reference", "simplecache", "filecache", "blockcache", "cached"}
-"""Schemes that fsspec knows, but that are not read through it. Local paths and `hf` have code of their own; the other
-schemes wrap another location."""
+"""Schemes that fsspec supports, but that adapterkit does not read through fsspec. Other modules read local paths and
+`hf`. The remaining schemes wrap another location."""
 
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
-"""Hosts of the Hugging Face hub's web pages; users copy urls of these pages from a browser."""
+"""The hosts of the Hugging Face hub's web pages. Users copy the url of such a page from a browser."""
 
 
 class Filesystem(Listing):
@@ -66,19 +74,17 @@ class Filesystem(Listing):
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        """The fsspec file system, and the path in it of the uri's container, such as a bucket or a host."""
+        """The fsspec file system, and the path of the uri's bucket or host in this file system."""
         import fsspec
 
         if self.scheme in ("http", "https") and self.uri.repo.split("/")[0] in _HUB_HOSTS:
             repo = "/".join(str(self.uri).split("/")[3:5]) or "org/repo"
             cure = f"Write hf://{repo}, or hf://{repo}/FILE for one file"
-            raise UsageError(
-                "this is a web page of the Hugging Face hub, not a uri of files", path=str(self.uri), cure=cure
-            )
+            raise UsageError("this url belongs to a web page of the Hugging Face hub", path=str(self.uri), cure=cure)
         try:
             return fsspec.core.url_to_fs(f"{self.scheme}://{self.uri.repo}")  # type: ignore[no-any-return]
         except ImportError as error:
-            cure = f"Install the package that fsspec needs for it ({error.name or 'see its documentation'})"
+            cure = f"Install the package that fsspec needs for this scheme ({error.name or 'see its documentation'})"
             raise Unsupported(f"{self.scheme}:// cannot be read", path=str(self.uri), cure=cure) from None
 
     def listed(self) -> list[RemoteFile]:
@@ -99,7 +105,7 @@ class Filesystem(Listing):
             [details.get(key) for key in ("ETag", "etag", "mtime", "created", "LastModified")],
         )
         if type(size) is not int:
-            cure = "Fetch it with another tool first"
+            cure = "Download the file with another tool, and give its local path"
             raise Unsupported(
                 "the file system does not give the size of a file", path=str(self.uri), where=name, cure=cure
             )
@@ -121,15 +127,15 @@ class Filesystem(Listing):
     def failure(self, error: Exception) -> AdapterkitError | None:
         place = str(self.uri)
         if isinstance(error, FileNotFoundError):
-            return RemoteNotFound("nothing is there", path=place, cure="Check the spelling")
+            return RemoteNotFound("the uri has no files", path=place, cure="Check the spelling")
         if isinstance(error, PermissionError):
-            return AccessDenied("access is denied", path=place, cure="Set the credentials that fsspec needs here")
-        return NetworkError(f"cannot be read ({type(error).__name__})", path=place, cure="Check the address")
+            return AccessDenied("access is denied", path=place, cure="Set the credentials that fsspec needs")
+        return NetworkError(f"the uri cannot be read ({type(error).__name__})", path=place, cure="Check the uri")
 
 
 @cache
 def filesystem(scheme: str) -> type[Filesystem] | None:
-    """Return the hub class of a scheme that fsspec knows, or None."""
+    """Return a hub class that reads a scheme through fsspec; None if fsspec does not support it or `LOCAL` lists it."""
     if scheme in LOCAL:
         return None
     import fsspec
@@ -146,7 +152,7 @@ HUBS: Registry[type[Remote]] = Registry("hub", __name__, "adapterkit.hubs", Remo
 
 
 def hub_of(scheme: str) -> type[Remote]:
-    """Return the hub class of a scheme. If adapterkit has none but fsspec knows the scheme, it reads through fsspec.
+    """Return the hub class of a scheme. For a scheme that is not in `HUBS`, return a class that reads through fsspec.
 
     Raises:
         UsageError: the scheme is unknown.
@@ -169,8 +175,8 @@ def parse(text: str) -> Uri:
     """Parse a uri.
 
     Raises:
-        UsageError: the scheme is unknown, the text after it is not a name on that hub, or the path leads outside the
-            repository.
+        UsageError: the scheme is unknown, the rest of the uri does not follow the hub's syntax, or the path leads
+            outside the repository.
     """
     scheme, rest = scheme_of(text)
     named = hub_of(scheme or "hf").named

@@ -107,9 +107,9 @@ class HuggingFace(Remote):
     def _json(self, url: str) -> tuple[Any, str | None]:
         """Return the JSON document at a url of the hub, and the url of the next page (None on the last page).
 
-        This method does not use huggingface_hub's functions, for two reasons. Those functions read replies of any
-        length. They also send the token to the url of the next page, even if this url is in a reply from another
-        server, after a redirect.
+        This method does not use huggingface_hub's functions, for two reasons. Those functions do not limit the length
+        of a reply. They also send the token to the url of the next page. After a redirect, another server may have
+        chosen this url.
 
         Raises:
             HfHubHTTPError: the hub refuses the request.
@@ -138,7 +138,7 @@ class HuggingFace(Remote):
         with answered("GET", url, sent, secret, str(self.uri)) as response:
             if response.status_code >= 400:
                 # huggingface_hub reads the whole body of an error reply to explain the error, and a server could send
-                # an endless body. So pass a copy of the reply whose body is cut to a limit.
+                # an endless body. So pass a copy of the reply that has only the beginning of the body.
                 kept_headers = {key: response.headers[key] for key in _EXPLAINING if key in response.headers}
                 copy = httpx.Response(
                     response.status_code,
@@ -152,12 +152,14 @@ class HuggingFace(Remote):
     def _file(self, entry: Any) -> RemoteFile:
         path, size, lfs = entry.get("path"), entry.get("size"), entry.get("lfs")
         digest = f"git:{entry.get('oid')}"
-        # For a large file, `oid` is the digest of git's pointer file. The size and digest of the content are in `lfs`.
+        # For an LFS file, `oid` is the digest of the pointer file. `lfs` has the size and the digest of the content.
         if lfs is not None:
             size, digest = lfs.get("size"), f"sha256:{lfs.get('oid')}"
         valid = isinstance(path, str) and type(size) is int and size >= 0
         if not valid or not re.fullmatch(r"git:[0-9a-f]{40}|sha256:[0-9a-f]{64}", digest):
-            raise Malformed("the hub lists a file without a path, size or digest", path=str(self.uri), cure=_NOT_A_HUB)
+            raise Malformed(
+                "the hub lists a file whose path, size or digest is invalid", path=str(self.uri), cure=_NOT_A_HUB
+            )
         return RemoteFile(path, size, digest)
 
     @contextmanager
@@ -220,7 +222,7 @@ class HuggingFace(Remote):
     def _denial(self, status: int) -> AccessDenied:
         place = str(self.uri)
         if status == 403:
-            cure = "Use a token that permits this: read for a pull, write for a push" if self.token else _LOGIN
+            cure = "Use a token with read permission for a pull, write permission for a push" if self.token else _LOGIN
             known = "with this token" if self.token else "without a token"
             return AccessDenied(f"the hub forbids this request {known}", path=place, cure=cure)
         if self.token:
@@ -270,7 +272,7 @@ class HuggingFace(Remote):
 
         def act() -> bool:
             known, _, _ = post_lfs_batch_info([info], self.token, "model", self.uri.repo, endpoint=self.endpoint)
-            # The hub returns an upload url only if it does not have the bytes yet.
+            # The hub returns an upload url only for a file that the hub does not have yet.
             return bool(known) and not any("upload" in (each.get("actions") or {}) for each in known)
 
         return self.call(act)
@@ -304,7 +306,7 @@ def _is_folder(entry: object) -> bool:
 
 
 def _cause(error: Exception) -> Exception:
-    """Return the original error of a failed upload, which huggingface_hub wraps in a `RuntimeError`."""
+    """Unwrap an error. huggingface_hub wraps the original error of a failed upload in a `RuntimeError`."""
     wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
     return error.__cause__ if wrapped and isinstance(error.__cause__, Exception) else error
 
@@ -315,7 +317,7 @@ def _bare(endpoint: str) -> str:
 
 
 _EXPLAINING = ("X-Error-Code", "X-Error-Message", "Content-Type", "Retry-After", "X-Request-Id")
-"""Response headers that explain a refusal; huggingface_hub reads the same headers."""
+"""The response headers that huggingface_hub reads to explain why a server refused a request."""
 
 _LOGIN = "Set HF_TOKEN, or run 'hf auth login'"
 _REACH = "Check the connection and HF_ENDPOINT, then run the same command again: it continues where it stopped"
@@ -369,10 +371,10 @@ def head_of(remote: HuggingFace) -> str:
 
 
 def _once(remote: HuggingFace, head: str, digests: Mapping[str, Digests], act: Callable[[], str]) -> str:
-    """Make the commit only once, even if the hub's reply is lost.
+    """Call `act`, which makes a commit, and return the commit's hash. The commit is made only once.
 
-    The hub may have made the commit before the connection broke. So after an error, if the branch has moved on from
-    `head` and contains the pushed files, return the branch's commit instead of raising the error.
+    If the connection breaks, the hub may already have made the commit. So after an error, read the branch again. If its
+    newest commit is not `head` and contains the pushed files, return this commit instead of raising the error.
     """
     try:
         return remote.call(act)
@@ -394,12 +396,12 @@ def _once(remote: HuggingFace, head: str, digests: Mapping[str, Digests], act: C
 
 
 def _created(remote: HuggingFace, private: bool) -> None:
-    # Pass None for a public push: the organisation's default then decides the visibility of a new repository.
+    # Pass None instead of False, so that the organisation's default decides the visibility of a new repository.
     remote.call(lambda: remote.api.create_repo(remote.uri.repo, private=private or None, exist_ok=True))
 
 
 def _addition(name: str, content: str | bytes) -> CommitOperationAdd:
-    """Return a commit operation that adds a file with LFS, so huggingface_hub need not ask the hub for the mode."""
+    """Return a commit operation that adds a file with LFS. huggingface_hub does not ask the hub for the upload mode."""
     from huggingface_hub import CommitOperationAdd
 
     operation = CommitOperationAdd(name, content)
@@ -408,7 +410,7 @@ def _addition(name: str, content: str | bytes) -> CommitOperationAdd:
 
 
 def _placed(name: str, placed: Placed) -> CommitOperationAdd:
-    """Return a commit operation that adds an already uploaded file; it refers to the file by sha256 and size."""
+    """Return a commit operation that adds an uploaded file. The operation contains only the file's sha256 and size."""
     from huggingface_hub.lfs import UploadInfo
 
     operation, (size, digest, _) = _addition(name, b""), placed.digests

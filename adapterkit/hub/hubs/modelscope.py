@@ -1,7 +1,7 @@
 """ModelScope: `modelscope://org/repo[@revision][/path]`, read with the small client package modelscope-hub.
 
-The client's environment variables MODELSCOPE_API_TOKEN and MODELSCOPE_ENDPOINT apply. Files are verified against the
-sha256 that the hub lists.
+The client's environment variables MODELSCOPE_API_TOKEN and MODELSCOPE_ENDPOINT apply. Each file is verified against the
+sha256 that the hub lists. If the hub lists no sha256 for a file, only the file's size is checked.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class ModelScope(Listing):
 
 
 def _guard(client: Any, place: str) -> None:
-    """Send the token only to the hub's own origin, and limit the size of all replies that are not files.
+    """Make a client send the token only to the hub's own origin, and limit the size of all replies except files.
 
     The client sends the token in the `Authorization` header, and drops this header on redirects to another origin. But
     the client also sends the token in a cookie. By default, a cookie is valid for every port and scheme of a host. So

@@ -2,8 +2,9 @@
 
 The first part of this module writes and reads the manifest of a ModelPack artifact.
 
-Sources: the OCI image specification, https://github.com/opencontainers/image-spec/blob/main/manifest.md, and
-https://github.com/modelpack/model-spec/blob/main/docs/spec.md with its config.md.
+Sources:
+- the OCI image specification: https://github.com/opencontainers/image-spec/blob/main/manifest.md
+- the ModelPack specification: https://github.com/modelpack/model-spec/blob/main/docs/spec.md and `config.md` next to it
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ MAX_MANIFEST = 4 << 20
 manifests of at least 4 megabytes."""
 
 TRIES = 3
-"""The maximum number of times that a manifest is fetched if its bytes do not match the digest each time."""
+"""The maximum number of attempts to fetch a manifest. An attempt fails if the bytes do not match the digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +256,7 @@ class Distribution(Remote):
         with self.asked("GET", f"{self.url}/manifests/{revision}", {"Accept": ACCEPTED}) as response:
             body = body_of(response, str(self.uri), MAX_MANIFEST)
             digest = response.headers.get("Docker-Content-Digest", "")
-        # Compare only sha256 digests: the header is optional and may use another algorithm.
+        # Compare only sha256 digests: Docker-Content-Digest is optional, and may use another algorithm.
         promised = revision if revision.startswith("sha256:") else digest
         return body, promised if promised.startswith("sha256:") else ""
 
@@ -407,17 +408,19 @@ class Distribution(Remote):
 #
 # The upload's url is saved to disk, so that another process can continue the upload. That process asks the registry how
 # many bytes the registry has received, because only a part of the last chunk may have arrived. Docker's registry 2.8
-# puts a signed byte count into its upload urls. If this registry has received more bytes than the count (half a chunk,
-# or a chunk whose reply was lost), it refuses to continue the upload, and the blob is sent again from its start.
+# puts a signed byte count into its upload urls. The registry may have received more bytes than the url counts: half a
+# chunk, or a chunk whose reply was lost. Then it refuses to continue the upload, and the blob is sent again from its
+# start.
 
 
 UPLOAD_CHUNK = 16 << 20
 LONGEST = 256 << 20
 """The largest chunk, in bytes. A registry may require chunks that are larger than `UPLOAD_CHUNK`. Each chunk is kept in
-memory, so this constant limits the size that a registry can ask for."""
+memory, so this constant limits the memory that an upload needs."""
 
 ANEW = 6
-"""The maximum number of times that a blob is uploaded if the registry loses or damages it each time."""
+"""The maximum number of attempts to upload a blob from its first byte. An attempt fails if the registry loses or
+damages the upload."""
 
 
 def upload(remote: Distribution, content: Path | bytes, size: int, digest: str) -> None:
@@ -446,13 +449,13 @@ class _Upload:
 
     Attributes:
         location: the upload's current url; None if the upload has not been started.
-        at: the number of bytes that the registry has received; None if it is unknown, so the registry must be asked.
+        at: the number of bytes that the registry has received; None if this process must ask the registry for it.
     """
 
     def __init__(self, remote: Distribution, content: Path | bytes, size: int, digest: str) -> None:
         self.remote, self.content, self.size, self.digest, self.chunk = remote, content, size, digest, UPLOAD_CHUNK
-        # The name of the file with the url is computed from the repository's url and the blob's digest, so that any
-        # process that pushes this blob finds the file.
+        # This file stores the upload's url. The file name is a hash of the repository's url and the blob's digest, so
+        # that any process that pushes the blob to this repository finds the file.
         self.note = cache_folder() / "uploads" / hashlib.sha256(f"{remote.url} {digest}".encode()).hexdigest()
         self.location = _noted(self.note, remote)
         self.at: int | None = None
@@ -477,7 +480,7 @@ class _Upload:
         self.forget()
 
     def forget(self) -> None:
-        """Delete the saved url of this upload, so that no process continues it."""
+        """Delete the saved url of this upload, so that no process continues the upload."""
         self.location = self.at = None
         self.note.unlink(missing_ok=True)
 
@@ -499,7 +502,10 @@ class _Upload:
             _keep(self.note, location)
 
     def _overcome(self, error: Exception, attempt: int) -> None:
-        """After an error, wait before the next attempt; raise the error if another attempt is useless."""
+        """Wait after an error, so that the caller can try again.
+
+        The error is raised if it is permanent, if all attempts have failed, or if the registry asks for a long wait.
+        """
         met = self.remote.passing(error)
         if met is None:
             raise _failed(self.remote, error) from None
@@ -525,7 +531,10 @@ def _has(remote: Distribution, digest: str) -> bool:
 
 
 def _begun(remote: Distribution) -> tuple[str, int]:
-    """Start an upload; return its url, and the minimum chunk size in bytes, which does not apply to the last chunk."""
+    """Start an upload. Return its url and the minimum chunk size in bytes (0 if the registry states none).
+
+    The minimum does not apply to the last chunk.
+    """
     with remote.asked("POST", f"{remote.url}/blobs/uploads/", {"Content-Length": "0"}, b"") as response:
         least = response.headers.get("OCI-Chunk-Min-Length", "")
         return _location(remote, remote.url, response), int(least) if least.isascii() and least.isdigit() else 0

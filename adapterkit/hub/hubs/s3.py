@@ -58,10 +58,10 @@ SIGNED = timedelta(minutes=15)
 
 
 class Bucket:
-    """A bucket. The AWS environment variables configure the access to it.
+    """An S3 bucket. The AWS environment variables set its endpoint, region and credentials.
 
     Attributes:
-        store: the obstore store.
+        store: the obstore store that uploads objects to the bucket.
 
     Raises:
         Unsupported: obstore is not installed.
@@ -94,7 +94,7 @@ class Bucket:
         """Return the bytes of a small object and its ETag.
 
         Raises:
-            NetworkError: the object is larger than `MAX_TOLD`, and so cannot be a file list that adapterkit wrote.
+            NetworkError: the object has more than `MAX_TOLD` bytes. A file list that adapterkit wrote is smaller.
         """
         with self.asked("GET", key, {}) as response:
             return body_of(response, self.place), response.headers.get("ETag")
@@ -102,9 +102,9 @@ class Bucket:
     def page(self, query: Mapping[str, str]) -> bytes:
         """Return the body of the response to a query about the bucket, such as a listing.
 
-        obstore can sign only the url of an object. It forms this url by appending the object's key to the endpoint. So
-        this method passes an endpoint that ends with the query and `x-id=`. The appended key then becomes the value of
-        the parameter `x-id`, which S3 ignores.
+        obstore can sign only the url of an object, and it forms this url by appending the object's key to the endpoint.
+        So this method passes an endpoint that ends with the query and `x-id=`. The appended key then becomes the value
+        of the parameter `x-id`, which S3 ignores.
         """
         bucket = self._address(self.signer, "GET", "x").partition("?")[0].removesuffix("/x")
         endpoint = f"{bucket}?{urlencode({**query, 'x-id': ''}, quote_via=quote)}"
@@ -155,7 +155,7 @@ def _options() -> dict[str, Any]:
 Query = dict[str, str]
 
 PAGE = 1000
-"""Largest number of objects in one response."""
+"""The maximum number of objects in one response to a listing request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,20 +228,20 @@ def _name(element: Element) -> str:
 
 # S3 and compatible stores: `s3://bucket/path`, through obstore (the extra `s3`). AWS's environment variables apply.
 #
-# A push writes a list of the files and their digests next to the files. The list has the state `pushing` before the
-# first upload, and the state `whole` after the last upload. Each write of the list is conditional: it succeeds only if
-# the list is still absent, or still has the ETag that the push saw last. So two pushes cannot mix, and nobody takes
-# half a push for a complete one. A folder without such a list can be read, too, but then only the sizes of its objects
-# are checked.
+# A push writes a list of the files and their digests next to the files. Before the first upload, it sets the list's
+# state to `pushing`. After the last upload, it sets the state to `whole`. Each write of the list is conditional: it
+# succeeds only if the list is still absent, or still has the ETag that the push saw last. So two pushes cannot mix
+# their files, and no reader takes an unfinished push for a complete one. A folder without such a list can be read, too,
+# but then only the sizes of its objects are checked.
 #
-# obstore signs urls and uploads files. Objects and lists are read from the signed urls by the HTTP client that all hubs
-# share. S3 verifies each upload against a sha256. obstore ignores Retry-After and uses exponential backoff.
+# obstore signs urls and uploads files. The HTTP client that all hubs share reads objects and listings from the signed
+# urls. S3 verifies each upload against a sha256. obstore ignores Retry-After and uses exponential backoff.
 
 
 LIST = ".adapterkit-files.json"
 CHUNK = 8 << 20
 MULTIPART = 64 << 20
-"""A file with more bytes than this is uploaded in parts."""
+"""Files with more than `MULTIPART` bytes are uploaded in parts of `CHUNK` bytes."""
 
 
 class S3(Listing):
@@ -252,7 +252,7 @@ class S3(Listing):
     def __init__(self, uri: Uri, token: str | None = None) -> None:
         super().__init__(uri, token)
         if token is not None:
-            raise UsageError("S3 has no tokens", path=str(uri), cure="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+            raise UsageError("S3 uses no token", path=str(uri), cure="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         self.bucket = Bucket(uri.repo, str(uri))
         self._claimed: str | None = None
         self._met: Mapping[str, RemoteFile] | None = None
@@ -284,7 +284,7 @@ class S3(Listing):
             return self._objects_here()
         if self._list[1]["state"] != "whole":
             cure = "Wait until the push ends; if the push was interrupted, run the same push again"
-            raise NetworkError("a push to this folder is still running", path=str(self.uri), cure=cure)
+            raise NetworkError("a push to this folder is not finished", path=str(self.uri), cure=cure)
         return self._listed_files()
 
     def _listed_files(self) -> list[RemoteFile]:
@@ -307,7 +307,7 @@ class S3(Listing):
             first = next(entries, None)
         if first is None:
             cure = "Check the spelling of the bucket and the path"
-            raise RemoteNotFound("nothing is there", path=place, cure=cure)
+            raise RemoteNotFound("the uri has no files", path=place, cure=cure)
         return (unknown(entry.key, entry.size, entry.tag) for entry in chain([first], entries))
 
     def _listing(self, query: Mapping[str, str]) -> bytes:
@@ -320,9 +320,9 @@ class S3(Listing):
             yield begins_at(response), response.iter_raw(PIECE)
 
     def there(self) -> Mapping[str, RemoteFile] | None:
-        """Return the files in the folder, keyed by path. If a push is unfinished, return the files from before it."""
+        """Return the files in the folder, keyed by path. During an unfinished push, return the files from before it."""
         if self._claimed is not None:
-            # After the claim, tasks upload files to this folder, so return the files that existed before the claim.
+            # `begin` has started a push, and tasks may have uploaded files. So return the files that `begin` saw.
             return self._met
         if self._list is not None and self._list[0] == self._key(LIST):
             return {file.path: file for file in self._listed_files()}
@@ -391,7 +391,9 @@ class S3(Listing):
         return self._write({"state": "pushing", "files": before, "by": secrets.token_hex(16)}, tag)
 
     def _write(self, state: Mapping[str, JsonValue], tag: str | None) -> str | None:
-        """Replace the file list with the ETag `tag`, or create the list if `tag` is None; return the new ETag.
+        """Write `state` as the file list, and return the list's new ETag.
+
+        The write succeeds only if the stored list has the ETag `tag`, or if `tag` is None and no list is stored.
 
         Raises:
             NetworkError: the list has another ETag, or `tag` is None and a list exists.
@@ -434,7 +436,11 @@ class S3(Listing):
             return offline(place)
         status = _status(error)
         if status == 404 or kind in ("NotFoundError", "FileNotFoundError"):
-            return RemoteNotFound("nothing is there", path=place, cure="Check the spelling of the bucket and the path")
+            return RemoteNotFound(
+                "the bucket or the object does not exist",
+                path=place,
+                cure="Check the spelling of the bucket and the path",
+            )
         if status in (401, 403) or kind in ("PermissionDeniedError", "UnauthenticatedError"):
             return AccessDenied("access is denied", path=place, cure=_CREDENTIALS)
         if kind in ("AlreadyExistsError", "PreconditionError"):
