@@ -173,7 +173,7 @@ def test_miss_of_several_ranks_is_dropped_or_refused(tmp_path):
     })  # fmt: skip
     with pytest.raises(Unrepresentable) as raised:
         ak.write(adapter, tmp_path / "a", "peft")
-    why = "its rank or form differs from that of most miss updates; the config states one for all"
+    why = "its rank or form differs from that of most miss updates, but the config has only one of each"
     assert sorted(raised.value.items) == [f"b: {why}", f"d: {why}"]
     ak.write(adapter, tmp_path / "a", "peft", on_loss="drop")
     assert {target.path for target, _ in ak.read(tmp_path / "a")} == {"a", "c"}

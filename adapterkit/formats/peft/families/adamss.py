@@ -1,9 +1,11 @@
 """AdaMSS: `adamss_A.<i>` [r_i, r], `adamss_B.<i>` [rows of group i, r_i], and `adamss_newB` [r, in] or [r, in + 1].
 
-The file does not list the rows of each group. Whenever PEFT loads the file, it computes the groups again:
-`torch.svd_lowrank`, seeded with `random_seed`, decomposes the base's weight, and k-means with a fixed seed groups the
-left singular vectors. This module computes the groups in the same way. The result is accepted only if the base's right
-singular vectors and the sizes of the groups agree with the file.
+The file does not list the rows of each group. PEFT computes the groups from the base's weight whenever it loads the
+file. First, `torch.svd_lowrank`, seeded with `random_seed`, decomposes the weight into U, S and V. Then k-means with a
+fixed seed groups the rows of U, which has one row for each row of the weight.
+
+This module computes the groups in the same way. It accepts the groups only if V and the sizes of the groups agree with
+the file.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 ROUNDS, SEED, STEPS = 10, 123456789, 2
-"""PEFT's arguments `max_iter` and `random_state` for scikit-learn's KMeans, and `niter` for torch.svd_lowrank."""
+"""The values that PEFT passes to KMeans as `max_iter` and `random_state`, and to torch.svd_lowrank as `niter`."""
 
 NEAR = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-4, "BF16": 4e-3}
-"""For each dtype, the allowed difference between the singular vectors (of length 1) of the file and of the base."""
+"""For each dtype, how far an element of the file's singular vectors (of length 1) may differ from the base's."""
 
 
 class AdaMSSFields(MethodFields, frozen=True, kw_only=True):
@@ -51,7 +53,7 @@ class AdamssFamily(Family):
     method_fields: ClassVar[type[MethodFields]] = AdaMSSFields
     read: ClassVar[Mapping[str, str]] = {
         "num_subspaces": "number of groups into which the rows of each weight are divided",
-        "random_seed": "seed of torch.svd_lowrank on the CPU; k-means groups the resulting vectors",
+        "random_seed": "seed of torch.svd_lowrank on the CPU; k-means then groups the rows of its left factor U",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "asa_importance_beta": "training only",
@@ -115,7 +117,7 @@ class AdamssFamily(Family):
                 elif isinstance(update, AdaMSS):
                     why = _unproven(config, target.path, update, base)
                     if update.seed != config.random_seed:
-                        why = "its seed differs from that of the first update; the config states one seed for all"
+                        why = "its seed differs from the first update's seed, but the config has only one random_seed"
                     if why:
                         yield target, why
 
@@ -131,7 +133,7 @@ class AdamssFamily(Family):
 
 
 def _unproven(config: AdaMSSFields, path: str, update: AdaMSS, base: Checkpoint | None) -> str:
-    """Return the reason why PEFT would not compute the same groups as the update has; empty if it would."""
+    """Return an empty string if PEFT would compute the update's groups from the base. Otherwise, return the reason."""
     basis = _joined(as_lazy(update.basis), update.basis_bias)
     group, count = as_array(update.group), int(update.A.shape[0])
     try:
@@ -142,17 +144,22 @@ def _unproven(config: AdaMSSFields, path: str, update: AdaMSS, base: Checkpoint 
     except AdapterkitError as error:
         return f"PEFT cannot compute the groups of this adamss: {error.why}"
     return (
-        "" if (expected == group).all() else "for this base, PEFT computes other groups than the groups of this adamss"
+        ""
+        if (expected == group).all()
+        else "the groups that PEFT computes from this base differ from those of this adamss"
     )
 
 
 def _check(places: Mapping[str, Key], A: list[Lazy], B: list[Lazy], basis: Lazy) -> None:
     for i, (a, b) in enumerate(zip(A, B, strict=True)):
         if len(a.shape) != 2 or len(b.shape) != 2 or (a.shape[0], basis.shape[:1]) != (b.shape[1], a.shape[1:]):
-            why = f"the shapes of A, B and newB do not fit: {list(a.shape)}, {list(b.shape)} and {list(basis.shape)}"
+            why = f"A.{i} {list(a.shape)}, B.{i} {list(b.shape)} and newB {list(basis.shape)} do not fit together"
             raise ShapeMismatch(why, where=places[f"A.{i}"].text, cure="Save the adapter again with PEFT")
         if len({a.dtype, b.dtype, basis.dtype, A[0].dtype}) > 1:
-            why = f"A, B and newB need the dtype of A.0, but have {a.dtype.name}, {b.dtype.name} and {basis.dtype.name}"
+            why = (
+                f"A.{i}, B.{i} and newB must have the dtype of A.0, {A[0].dtype.name}, but have {a.dtype.name}, "
+                f"{b.dtype.name} and {basis.dtype.name}"
+            )
             raise ShapeMismatch(why, where=places[f"A.{i}"].text, cure="Save the adapter again with PEFT")
 
 
@@ -161,7 +168,7 @@ def _base(base: Checkpoint | None, path: str) -> tuple[Array, Array | None]:
 
     Raises:
         UsageError: no base is given.
-        ShapeMismatch: the base has no linear layer at this path, or the layer's values are not floating-point.
+        ShapeMismatch: the base has no linear layer at this path, or the dtype of the layer's weight is not in `NEAR`.
     """
     import numpy as np
 
@@ -171,19 +178,19 @@ def _base(base: Checkpoint | None, path: str) -> tuple[Array, Array | None]:
     weight = tensors.get(f"{path}.weight")
     if weight is None or len(weight.shape) != 2 or weight.dtype.name not in NEAR:
         weight_text = "nothing" if weight is None else f"{weight.dtype.name} {list(weight.shape)}"
-        why = f"{_WHY}: the base needs a linear layer's weight here, but has {weight_text}"
+        why = f"{_WHY}: the base must have the weight of a linear layer at this path, but has {weight_text}"
         raise ShapeMismatch(
-            why, where=path, cure="Give the base that the adapter was trained on, with weights that are not quantized"
+            why, where=path, cure="Give the base that the adapter was trained on, unquantized, with --base (base=)"
         )
     bias = tensors.get(f"{path}.bias")
     return as_array(weight).astype(np.float32), None if bias is None else as_array(bias).astype(np.float32)
 
 
 def _groups(config: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Array | None, sizes: list[int]) -> Array:
-    """Return the index of the group of each row of the weight.
+    """For each row of the weight, return the index of the row's group.
 
     Raises:
-        ShapeMismatch: the sizes in the file do not fit the base's weight.
+        ShapeMismatch: the shape of newB, or the sizes of the groups, do not fit the base's weight.
         Unsupported: the file's singular vectors differ from the base's, or the groups depend on rounding.
     """
     import numpy as np
@@ -191,7 +198,10 @@ def _groups(config: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Ar
     W = weight if bias is None else np.concatenate([weight, bias[:, None]], axis=1)
     rank, count = min(config.r, *W.shape), min(config.num_subspaces, len(W))
     if basis.shape != (rank, W.shape[1]) or len(sizes) != count or sum(sizes) != len(W):
-        why = f"newB {list(basis.shape)} and groups of {sizes} rows do not fit {list(W.shape)} in {count} groups"
+        why = (
+            f"newB has the shape {list(basis.shape)}, and the groups have {sizes} rows, but the base's layer needs "
+            f"newB {[rank, W.shape[1]]} and {count} groups that together have {len(W)} rows"
+        )
         raise ShapeMismatch(why, where=key.text, cure="Is this the base that the adapter was trained on?")
     U, _, V = singular_by_sketch(W, rank, STEPS, config.random_seed)
     basis_rows, V = as_array(basis).astype(np.float64), V.astype(np.float64)
@@ -200,8 +210,9 @@ def _groups(config: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Ar
     apart = float(np.abs(basis_rows - (basis_rows @ V.T) @ V).max())
     if not apart <= NEAR[_precision(basis)]:
         why = (
-            f"{_WHY}: the base's singular vectors, from the config's random_seed on the CPU, differ by {apart:.1e} "
-            "from those in the file. Training ran on an accelerator with other random numbers, or on another base"
+            f"{_WHY}: the base's singular vectors, computed on the CPU with the config's random_seed, differ by "
+            f"{apart:.1e} from those in the file. The adapter was trained on an accelerator, which draws other random "
+            "numbers, or on another base"
         )
         raise Unsupported(why, where=key.text, cure=_CURE)
     try:
@@ -219,7 +230,10 @@ def _groups(config: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Ar
 
 
 def _precision(basis: Lazy) -> str:
-    """Return the dtype to which PEFT rounded the vectors: the base's dtype, even if the file stores float32."""
+    """Return the base's dtype, to which PEFT rounded the singular vectors before it saved them.
+
+    If the file stores the vectors in float32, the zero bits at the end of their elements show the base's dtype.
+    """
     import numpy as np
 
     if basis.dtype.name != "F32":
@@ -229,7 +243,7 @@ def _precision(basis: Lazy) -> str:
 
 
 def _update(A: list[Lazy], B: list[Lazy], basis: Lazy, group: Array, inputs: int, seed: int) -> AdaMSS:
-    """Create the update: pad the factors of all groups with zeros to one rank, and sort B's rows as in the weight."""
+    """Create the update: pad each group's factors with zeros to the largest rank, and put B's rows in weight order."""
     import numpy as np
 
     ranks = [a.shape[0] for a in A]
@@ -287,11 +301,15 @@ def _joined(basis: Lazy, bias: Leaf | None) -> Lazy:
 _WHY = "the rows of each group depend on the base's weights"
 _CURE = "Run the adapter with PEFT, on the machine where it was trained"
 
-# Compute the same result as scikit-learn's `KMeans(init="random", n_init=1)`. Refuse data for which rounding decides.
+# This k-means gives the same result as scikit-learn's `KMeans(init="random", n_init=1)`. It refuses data for which the
+# result depends on rounding.
 
 
 TOLERANCE = 1e-4
-"""scikit-learn's `tol`: k-means stops if the centers' squared movement is at most this share of the mean variance."""
+"""scikit-learn's `tol`. k-means stops if the sum of the centers' squared movements is at most `tol * variance`.
+
+`variance` is the mean of the variances of the points' coordinates.
+"""
 
 CLOSE = 2e-6
 """Two squared distances count as tied if they differ by at most this fraction of the largest squared distance.
@@ -313,7 +331,7 @@ def k_means(points: Array, count: int, rounds: int, seed: int) -> Array:
         seed: scikit-learn's `random_state`.
 
     Raises:
-        Unsupported: a tie decides the result.
+        Unsupported: the result depends on a tie.
     """
     import numpy as np
 
@@ -355,7 +373,7 @@ def _centers(X: Array, labels: Array, count: int) -> Array:
     import numpy as np
 
     if len(np.unique(labels)) < count:
-        raise _tie("the new location of a center that is nearest to no row")
+        raise _tie("the new location of a center that no row is nearest to")
     return np.stack([X[labels == cluster].mean(axis=0) for cluster in range(count)])
 
 

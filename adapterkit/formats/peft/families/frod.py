@@ -1,7 +1,7 @@
 """FRoD: `frod_lambda_l` [in], `frod_lambda_s_values` [n], and tensors that all modules of a kind share.
 
 The shared tensors are `frod_V.<kind>` [in, in], `frod_s_indices.<kind>` [2, n] and `frod_s_size.<kind>` [2].
-The last tensor contains the sizes (in, in).
+`frod_s_size` contains the shape of `frod_V`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FIELDS = {"frod_lambda_l": "l", "frod_lambda_s_values": "values"}
-"""A map from parts of keys to fields of the update."""
+"""A map from the endings of keys to fields of the update."""
 
 SHARED = {"V": "frod_V", "index": "frod_s_indices", "index.size": "frod_s_size"}
-"""A map from a field of the update to the beginning of its shared key. The kind of module follows in the key."""
+"""A map from a field of the update to the prefix of its shared key. The key is `<prefix>.<kind of module>`."""
 
 
 class FRoDFields(MethodFields, frozen=True, kw_only=True):
-    """The fraction of trained positions, and whether the file contains the basis."""
+    """The fraction of a matrix's positions that PEFT trains, and whether the file contains the basis."""
 
     save_projection: bool = True
     sparse_rate: float = 0.01
@@ -51,7 +51,7 @@ class FrodFamily(Family):
     method_fields: ClassVar[type[MethodFields]] = FRoDFields
     empty = True
     read: ClassVar[Mapping[str, str]] = {
-        "save_projection": "whether the basis is in the file; a file without it is refused",
+        "save_projection": "whether the basis is in the file; must be true",
         "sparse_rate": "number of trained off-diagonal positions, as a fraction of all positions",
     }
     harmless: ClassVar[Mapping[str, str]] = {
@@ -108,7 +108,10 @@ class FrodFamily(Family):
 
 
 def kind(path: str) -> str:
-    """Return a module's kind: the last one or two words of its path, without numbers. Each kind shares one basis."""
+    """Return a module's kind: the last one or two names in its path, without layer numbers.
+
+    All modules of a kind share one basis.
+    """
     words = path.split(".")
     if len(words) == 1 or words[-2].isdigit():
         return words[-1]
@@ -129,7 +132,9 @@ def _shared(file: File, some: Key) -> dict[str, Key]:
     size, V = file.tensors[shared_keys["index.size"]], file.tensors[shared_keys["V"]]
     if size.shape != (2,) or size.dtype.floating or size.numpy().tolist() != list(V.shape):
         raise ShapeMismatch(
-            "the tensor must contain the two sizes of the basis", where=shared_keys["index.size"].text, cure=_AGAIN
+            f"the tensor must contain the shape of the basis, {list(V.shape)}",
+            where=shared_keys["index.size"].text,
+            cure=_AGAIN,
         )
     return shared_keys
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FORMS = {"lora": ("_d", "_u"), "vector": ("",), "constant": ("_c",), "none": ()}
-"""A map from each form in the config to the endings of the fields that store a support of this form."""
+"""A map from a form in the config to the endings of its fields: A has the fields `A_d` and `A_u` in the form `lora`."""
 
 
 LEAVES = ("Xd", "Xu", "X", "zeros")
@@ -101,7 +101,12 @@ class GloraFamily(Family):
 
 
 def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple[str, Key]]:
-    """Yield (field, key) for each tensor of one support, A to E; nothing if the support is missing or all zeros."""
+    """Yield (field, key) for each tensor of `support`, one of A to E. Yield nothing if the support is unused.
+
+    Raises:
+        Malformed: the support's tensors are missing, or do not have the form that the config states.
+        ShapeMismatch: a tensor has another shape than the config states.
+    """
     leaves = {leaf: keys[part] for leaf in LEAVES if (part := f"glora_{support}.{leaf}") in keys}
     form = file.settings.method_fields.form(support)
     unbiased = not any(part[6] in "CDE" and not part.endswith(".zeros") for part in keys)

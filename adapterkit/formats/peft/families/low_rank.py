@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FIELDS = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
-"""A map from parts of keys to fields of the update."""
+"""A map from the endings of keys to fields of the update."""
 
 EPSILON = 1e-5
-"""A constant that PEFT adds to the rank before it divides alpha by the rank."""
+"""PEFT computes AdaLoRA's scaling as `lora_alpha / (rank + EPSILON)`."""
 
 
 class AdaLoRAFields(MethodFields, frozen=True, kw_only=True):
-    """The rank before training, and which of the `init_r` rows of `lora_A` each module keeps after training."""
+    """The rank before training, alpha, and which of the `init_r` rows of `lora_A` each module keeps."""
 
     init_r: Rank = 12
     lora_alpha: float = 8
@@ -85,9 +85,9 @@ class AdaloraFamily(Family):
         check_rank(keys["lora_E"], file.tensors[keys["lora_E"]], left)
         tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
         tensors["E"] = tensors["E"].reshape(left) if tensors["E"].shape == (left, 1) else tensors["E"]
-        # If lora_alpha is 0 or below, PEFT uses init_r as alpha in training, so use init_r here, too. When PEFT loads a
-        # pruned module, PEFT divides by the remaining rank instead of init_r. This bug of PEFT changes the trained
-        # function, so this code does not copy the bug.
+        # In training, PEFT uses init_r as alpha if lora_alpha is 0 or below, and so does this code. When PEFT loads a
+        # pruned module, it divides alpha by the remaining rank instead of init_r. That is a bug, because it changes the
+        # trained function. This code therefore always divides by init_r.
         alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
         update = make("adalora", tensors, scaling=alpha / (config.init_r + EPSILON))
         layout = "in out *k" if file.settings.fan_in_fan_out else "out *in"
@@ -131,14 +131,14 @@ class AdaloraFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         scalings = {t: u.scaling for t, group in updates.items() for u in group if isinstance(u, AdaLoRA)}
         for target in minority(scalings):
-            yield target, "its scaling differs from that of most adalora updates; the config states one for all"
+            yield target, "its scaling differs from that of most adalora updates, but the config has only one scaling"
 
 
 def _left(config: AdaLoRAFields, key: Key) -> int:
-    """Return the rank that the config states for a module after training."""
+    """Return a module's rank after training, which the config's `rank_pattern` or `init_r` states."""
     kept = (config.rank_pattern or {}).get(f"{key.path}.lora_E")
     if kept is not None and len(kept) != config.init_r:
-        why = f"it has {len(kept)} entries, but init_r is {config.init_r}"
+        why = f"this list has {len(kept)} entries, but init_r is {config.init_r}"
         raise Malformed(why, where=f"rank_pattern: {key.path}.lora_E", cure="Save the adapter again with PEFT")
     return config.init_r if kept is None else sum(kept)
 
@@ -154,14 +154,14 @@ def _exact(scaling: float, rank: int) -> Iterator[tuple[int, float]]:
         yield from ((init_r, alpha) for alpha in near if alpha > 0 and alpha / (init_r + EPSILON) == scaling)
 
 
-# DEFT: `deft_P` [out, r] and, unless `para` is set, `deft_R` [r, in]. The rank r is at most the number of outputs.
+# DEFT: `deft_P` [out, r] and, if `para` is false, `deft_R` [r, in]. The rank r is at most the number of outputs.
 
 
 PARTS = {"deft_P": "P", "deft_R": "R"}
 
 
 class DEFTFields(MethodFields, frozen=True, kw_only=True):
-    """The rank, the scaling, and whether P is made orthonormal."""
+    """The rank, the scaling, whether the modules have no R (`para`), and whether P is made orthonormal."""
 
     r: int = 8
     alpha: float | None = None
@@ -229,7 +229,7 @@ class DeftFamily(Family):
 
 BLOCKS = {"gralora_A": "A", "gralora_B": "B"}
 HYBRID = BLOCKS | {"gralora_A_general.weight": "A_whole", "gralora_B_general.weight": "B_whole"}
-"""A map from parts of keys to fields of the update."""
+"""Maps from the endings of keys to fields of the update. HYBRID is for configs in which `hybrid_r` is not 0."""
 
 
 class GraLoRAFields(MethodFields, frozen=True, kw_only=True):
@@ -327,7 +327,7 @@ class PeanutFamily(Family):
     method_fields: ClassVar[type[MethodFields]] = PEANuTFields
     read: ClassVar[Mapping[str, str]] = {
         "act_fn": "the activation",
-        "depth": "number of encoders and of decoders",
+        "depth": "number of encoders; there are as many decoders",
         "scaling": "factor on the change",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
@@ -337,7 +337,7 @@ class PeanutFamily(Family):
         config = file.settings.method_fields
         if not 0 <= config.depth <= len(keys):
             some = next(iter(keys.values()))
-            why = f"the module has {len(keys)} tensors, but the config's depth states {config.depth} encoders"
+            why = f"the config has depth = {config.depth}, which does not fit a module with {len(keys)} tensors"
             raise ShapeMismatch(why, where=some.text, cure="The config does not belong to this file")
         inner = {f"{side}s.{i}": f"peanut_{side}s.{i}.weight" for side in _SIDES for i in range(config.depth)}
         parts = {"A": "peanut_A.weight", "B": "peanut_B.weight", **inner}
@@ -389,7 +389,7 @@ _SIDES = ("encoder", "decoder")
 
 
 OSF_FIELDS = {"osf_svd_params.U_low": "U", "osf_svd_params.S_low": "S", "osf_svd_params.V_low": "V"}
-"""A map from parts of keys to fields of the update."""
+"""A map from the endings of keys to fields of the update."""
 
 Share = int | float | None
 
@@ -419,7 +419,7 @@ class OsfFamily(Family):
     parts = tuple(OSF_FIELDS)
     method_fields: ClassVar[type[MethodFields]] = OSFFields
     read: ClassVar[Mapping[str, str]] = {
-        "effective_rank": "number or fraction of the frozen singular values (default: half); rank_pattern overrides it",
+        "effective_rank": "number or fraction of frozen singular values (default: half); rank_pattern takes precedence",
     }
     harmless: ClassVar[Mapping[str, str]] = {"target_svd_config": "PEFT does not use it"}
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
@@ -444,7 +444,7 @@ class OsfFamily(Family):
     @classmethod
     def why_not(cls, target: Target, update: OSF) -> str:
         if update.S_own is not None:
-            return "this osf stores the part of the weight to subtract, but PEFT computes this part from the base"
+            return "this osf stores the matrix that it subtracts, but PEFT computes this matrix from the base"
         return super().why_not(target, update) or (
             "" if _kept(update) else "this osf replaces all singular values; PEFT keeps at least one"
         )

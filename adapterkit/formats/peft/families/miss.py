@@ -1,4 +1,7 @@
-"""MiSS: `miss_block` is [r, out]. If `init_weights` is "mini", it is [r, mini_r]; if "bat", it is [out / r, r, r]."""
+"""MiSS: each module has one tensor `miss_block`, whose shape depends on the config's `init_weights`.
+
+The shape is [r, mini_r] for "mini", [out / r, r, r] for "bat", and [r, out] for all other values.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ PART = "miss_block"
 
 
 class MiSSFields(MethodFields, frozen=True, kw_only=True):
-    """The rank, and the form and width of the block."""
+    """The config fields that determine the shape of the block."""
 
     r: int = 64
     mini_r: int = 1
@@ -52,7 +55,7 @@ class MissFamily(Family):
         if config.init_weights == "bat":
             if len(tensor.shape) != 3 or tensor.shape[1:] != (config.r, config.r):
                 shape = list(tensor.shape)
-                why = f"the shape is {shape}, but init_weights and r require blocks of {config.r} x {config.r}"
+                why = f"the shape is {shape}, but init_weights and r in the config require [n, {config.r}, {config.r}]"
                 raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
             return DecodedUpdate(key.path, make("miss_bat", {"B": tensor}), {"B": key})
         check_rank(key, tensor, config.r)
@@ -74,7 +77,7 @@ class MissFamily(Family):
             t: _form(update) for t, group in updates.items() for update in group if isinstance(update, cls.methods())
         }
         for target in minority(forms):
-            yield target, "its rank or form differs from that of most miss updates; the config states one for all"
+            yield target, "its rank or form differs from that of most miss updates, but the config has only one of each"
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
@@ -87,7 +90,7 @@ class MissFamily(Family):
 
 
 def _form(update: Update) -> tuple[str, tuple[int, ...]]:
-    """Return the name of the block's form, and the values that `r` and `mini_r` must have in the config."""
+    """Return the form of the block (whole, mini or bat) and its sizes: (r, mini_r) for mini, (r,) for the others."""
     if isinstance(update, MiSSBat):
         return "bat", (int(update.B.shape[2]),)
     tensors = update.tensors

@@ -4,7 +4,7 @@ Lily: `lily_A.weight` [r, in], `lily_B.weight` [num_B * r, out], `lily_router.we
 
 Modules share B if their weights have equal shapes and their paths end with the same entry of `target_modules`. Every
 `stride_A` consecutive modules among them also share A. The file contains a copy of a shared tensor for each module. The
-reader gives the updates of these modules one tensor object.
+reader replaces equal copies by one tensor object.
 """
 
 from __future__ import annotations
@@ -103,15 +103,15 @@ class LilyFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         sizes = {t: (u.scaling, *u.router.shape) for t, group in updates.items() for u in group if isinstance(u, Lily)}
         for target in minority(sizes):
-            yield target, "its rank, scaling or number of experts differs from that of most lily updates"
+            yield target, "its rank, its scaling or its number of factors B differs from that of most lily updates"
 
 
 def _shared(decoded: list[DecodedUpdate], settings: PeftSettings) -> Iterator[DecodedUpdate]:
-    """Yield the updates, with one tensor object for all equal copies of A or B in modules that may share them.
+    """Yield the updates, and replace equal copies of A, or of B, in modules that share the tensor by one tensor object.
 
     Raises:
-        Malformed: there are more different tensors A or B than the config allows. PEFT would load only the last copy of
-            a shared tensor.
+        Malformed: the modules have more different tensors A or B than the config allows. PEFT would load only the last
+            copy of a shared tensor.
     """
     groups: dict[Any, list[DecodedUpdate]] = defaultdict(list)
     for each in decoded:
@@ -126,15 +126,19 @@ def _shared(decoded: list[DecodedUpdate], settings: PeftSettings) -> Iterator[De
                 kind = sha256(leaf.fetch()).digest()
                 first[id(leaf)] = several.setdefault(kind, leaf)
                 if len(several) > allowed:
-                    why = f"PEFT creates {allowed} {field} for modules that match {group[0]!r}, but the file has more"
+                    why = (
+                        f"PEFT creates {allowed} {field} for modules that match {group[0]!r}, but the file has more "
+                        f"different tensors {field}"
+                    )
                     raise Malformed(why, where=each.keys[field].text, cure="Save the adapter again with PEFT")
     yield from (replace(each, update=each.update.map(lambda leaf: first.get(id(leaf), leaf))) for each in decoded)
 
 
 def _word(path: str, settings: PeftSettings) -> str:
-    """Return the last entry of `target_modules` that `path` ends with. PEFT groups modules by this entry.
+    """Return the entry of `target_modules` that `path` ends with; the last such entry if there are several.
 
-    If `target_modules` is a string, return this string. If `path` ends with none of the entries, return `path`.
+    PEFT groups modules by this entry. If `target_modules` is a string, return this string. If `path` ends with none of
+    the entries, return `path`.
     """
     words = settings.target_modules
     if isinstance(words, str):
@@ -211,14 +215,14 @@ def _sizes(update: Poly) -> tuple[int, int, int, int]:
     """Return the rank, and the numbers of tasks, skills and splits, from the tensors' shapes.
 
     Raises:
-        ShapeMismatch: the tensors contradict each other.
+        ShapeMismatch: the shapes of the tensors contradict each other.
     """
     r, tasks, skills, splits = (cast(int, update.dims()[name]) for name in ("r", "tasks", "skills", "splits"))
     return r, tasks, skills, splits
 
 
-# X-LoRA: a classifier with the keys `internal_xlora_classifier.layers.<i>.weight` and `.bias`. The index i also counts
-# activations and dropouts.
+# X-LoRA: a classifier with the keys `internal_xlora_classifier.layers.<i>.weight` and `.bias`. The index i counts
+# linear layers, activations and dropouts.
 #
 # The experts are separate adapters. The config contains the experts' paths. adapterkit keeps these paths as text and
 # never opens them.
@@ -228,7 +232,7 @@ LAYERS = "internal_xlora_classifier.layers"
 
 
 class XLoRAFields(MethodFields, frozen=True, kw_only=True):
-    """The config fields that determine the meaning of the classifier's tensors."""
+    """The config fields that determine the classifier's layers, and how the classifier mixes the experts."""
 
     hidden_size: Rank = 4096
     adapters: dict[str, str] | None = None
@@ -253,7 +257,7 @@ class XloraFamily(Family):
     names_modules = False
     method_fields: ClassVar[type[MethodFields]] = XLoRAFields
     read: ClassVar[Mapping[str, str]] = {
-        "adapters": "a map from the experts' names to their paths, which are not opened; expert 0 comes first",
+        "adapters": "a map from each expert's name to its path, in the order of the experts; the paths are not opened",
         "enable_softmax": "whether the experts' shares are a softmax of the logits",
         "enable_softmax_topk": "whether a softmax is applied to the nonzero shares",
         "global_scaling_weight": "factor on the change",
@@ -262,8 +266,8 @@ class XloraFamily(Family):
         "scaling_pass_value": "must be 0; otherwise the experts also change the forward pass that computes the "
         "classifier's input",
         "softmax_temperature": "divisor of the logits",
-        "top_k_lora": "number of the experts' largest shares that are kept; the other shares become 0",
-        "xlora_depth": "number of the classifier's layers",
+        "top_k_lora": "how many of the largest shares are kept; the other shares become 0",
+        "xlora_depth": "number of linear layers in the classifier",
         "xlora_dropout_p": "if it is above 0, the layer indices in the keys also count dropouts",
     }
     harmless: ClassVar[Mapping[str, str]] = {
@@ -276,14 +280,19 @@ class XloraFamily(Family):
     def decode(cls, file: File) -> Findings:
         config = file.settings.method_fields
         if config.scaling_pass_value:
-            why = "experts in the forward pass that computes the classifier's input are not supported"
+            why = (
+                "scaling_pass_value must be 0; otherwise the experts also change the forward pass that computes the "
+                "classifier's input"
+            )
             raise Unsupported(why, where="scaling_pass_value", cure="Run the adapter with PEFT")
         words = [f"{LAYERS}.{number}" for number in _numbers(config.xlora_depth, config.xlora_dropout_p > 0)]
         lost = next((word for word in words if f"{word}.weight" not in file.shared), None)
         if lost:
-            why = "the file lacks a layer of the classifier; PEFT may omit layers whose number is also an expert's name"
+            why = "the file lacks a layer of the classifier; PEFT may omit a layer whose number is an expert's name"
             raise Malformed(
-                why, where=f"{lost}.weight", cure="Save the model's state dict with the PEFT release that trained it"
+                why,
+                where=f"{lost}.weight",
+                cure="Save the model's state dict with the PEFT release that the adapter was trained with",
             )
         check_parts(file.shared, [f"{word}.{leaf}" for word in words for leaf in ("weight", "bias")])
         yield cls.decode_keys(file, {word: file.shared[f"{word}.weight"] for word in words})
@@ -351,7 +360,7 @@ class XloraFamily(Family):
 
 
 def _numbers(depth: int, dropout: bool) -> list[int]:
-    """Return the indices of the classifier's linear layers, which also count activations and, if any, dropouts."""
+    """Return the indices of the classifier's linear layers. The indices also count the activations and dropouts."""
     return [position * (3 if dropout else 2) for position in range(depth)]
 
 

@@ -3,9 +3,9 @@
 LoKr has `lokr_w1` [a, c] and `lokr_w2` [b, d, *k]. The file may contain `lokr_w1_a` and `lokr_w1_b` instead of
 `lokr_w1`, and `lokr_w2_a` and `lokr_w2_b` instead of `lokr_w2`. For a convolution, there may also be a core `lokr_t2`.
 
-PEFT's config does not contain the sizes a, b, c, d. PEFT splits the numbers of outputs and inputs into a * b and c * d
-according to `decompose_factor`. If the rank is small, PEFT decomposes w2 (with `decompose_both`, also w1) into two
-tensors. PEFT can load a file only if the tensors have exactly the resulting shapes.
+PEFT's config does not contain the sizes a, b, c, d. PEFT computes the sizes from `decompose_factor`. The number of
+outputs is a * b, and the number of inputs is c * d. If the rank is small, PEFT decomposes w2 (with `decompose_both`,
+also w1) into two tensors. PEFT can load a file only if the tensors have exactly the shapes that PEFT computes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ SECOND = (
     {"lokr_w2": "w2"}, {"lokr_t2": "t2", "lokr_w2_a": "w2_a", "lokr_w2_b": "w2_in"},
     {"lokr_w2_a": "w2_a", "lokr_w2_b": "w2_b"},
 )  # fmt: skip
-"""Maps from the endings of keys to fields, for w1 and for w2. A module uses the first map whose first ending it has."""
+"""FIRST lists the maps from the endings of keys to fields for w1; SECOND lists the maps for w2.
+
+The reader uses the first map in the list whose first ending is among the module's keys.
+"""
 
 
 class LoKrFields(ScaledFields, frozen=True, kw_only=True):
@@ -129,18 +132,21 @@ class LokrFamily(Family):
         for target in updates if cored else ():
             kernel = _kernel(base, target.path)
             if target.path in members and members[target.path].w2_b is not None and kernel > 1:
-                yield target, "this lokr has no core, but others have cores; use_effective_conv2d applies to all"
+                yield target, "this lokr has no core, but others do, and use_effective_conv2d applies to all modules"
 
 
 class LokrSizes:
     """The sizes of one update's factors, for a comparison with the sizes that PEFT would choose.
 
-    `kernel` is the number of elements of the convolution's kernel. If it is None, the number of inputs may be unknown.
+    Args:
+        update: the update.
+        kernel: the number of elements of the convolution's kernel; None if unknown. Without it, `w2_b` [r, d * kernel]
+            does not show d.
 
     Attributes:
-        sides: (the weight's outputs, w1's outputs) and, if known, (the weight's inputs, w1's inputs).
-        first: (whether w1 is decomposed into two tensors, the larger of w1's sizes a and c).
-        second: (whether w2 is decomposed into two tensors, the larger of w2's sizes b and d).
+        sides: the pairs (a * b, a) and (c * d, c); only the first pair if d is unknown.
+        first: whether w1 is decomposed into two tensors, and the larger of a and c.
+        second: whether w2 is decomposed into two tensors, and the larger of b and d (infinity if d is unknown).
         rank: the rank of the decomposed w1 or w2; None if neither is decomposed.
     """
 
@@ -158,9 +164,9 @@ class LokrSizes:
         self.rank: int | None = ranks[0] if ranks else None
 
     def smallest(self, both: bool) -> int:
-        """Return the smallest rank with which PEFT does not decompose a factor (w1, w2) that this update stores whole.
+        """Return the smallest rank at which PEFT decomposes none of the factors that this update stores undecomposed.
 
-        `both` is the config's `decompose_both`.
+        `both` is the config's `decompose_both`. If `both` is false, PEFT never decomposes w1.
         """
         needed = [self.second] if not both else [self.first, self.second]
         return max((-(-int(size) // 2) for apart, size in needed if not apart), default=1)
@@ -177,7 +183,7 @@ def _form(keys: Mapping[str, Key], forms: tuple[dict[str, str], ...]) -> dict[st
 
 
 def _turned(field: str, tensor: Lazy, forms: Mapping[str, str]) -> Lazy:
-    """Transpose w2_a from [b, r] to [r, b] or back if there is a core; return all other tensors unchanged."""
+    """If there is a core, transpose w2_a from [b, r] to [r, b] or back. Return all other tensors unchanged."""
     if field != "w2_a" or "t2" not in forms.values() or len(tensor.shape) != 2:
         return tensor
     return tensor.map(lambda values: values.T, tensor.shape[::-1])
@@ -203,9 +209,10 @@ def _rank(update: LoKr, both: bool) -> int:
 
 
 def _splits(members: Mapping[str, LoKr], base: Checkpoint | None) -> Iterator[tuple[int, bool]]:
-    """Yield each (decompose_factor, decompose_both) with which PEFT would choose the sizes of all `members`.
+    """Yield each (decompose_factor, decompose_both) for which PEFT would choose the sizes that all `members` have.
 
-    Without a base, first assume that all weights belong to linear layers. Then search again, with any number of inputs.
+    Without a base, first assume that all weights belong to linear layers. Then search again without this assumption
+    and ignore numbers of inputs that are unknown.
     """
     yield from _splits_of([LokrSizes(update, _kernel(base, path)) for path, update in members.items()])
     if base is None:
@@ -288,7 +295,7 @@ class LohaFamily(Family):
 
 
 def _loha_turned(part: str, tensor: Lazy, fields: Mapping[str, str]) -> Lazy:
-    """Transpose w1_a or w2_a from [out, r] to [r, out] or back if there are cores; return all others unchanged."""
+    """If there are cores, transpose w1_a or w2_a from [out, r] to [r, out] or back. Return all others unchanged."""
     if fields is PLAIN or part not in ("hada_w1_a", "hada_w2_a") or len(tensor.shape) != 2:
         return tensor
     return tensor.map(lambda values: values.T, tensor.shape[::-1])
@@ -321,7 +328,7 @@ class HiraFamily(Family):
         A, B = (file.tensors[key_of[field]] for field in ("A", "B"))
         _check_r(file, key_of["A"], A)
         if math.prod(B.shape[:2]) != math.prod(B.shape):
-            why = f"the shape is {list(B.shape)}, but after [out, r] all sizes of B must be 1"
+            why = f"the shape is {list(B.shape)}, but B must be [out, r], followed only by axes of length 1"
             raise ShapeMismatch(why, where=key_of["B"].text, cure="Save the adapter again with PEFT")
         update = make("hira", {"A": A, "B": B.reshape(*B.shape[:2])})
         turned = fields is EMBEDDING or (file.settings.fan_in_fan_out and len(A.shape) == 2)

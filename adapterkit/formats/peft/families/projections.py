@@ -47,7 +47,8 @@ class ProjectionFields(MethodFields, frozen=True, kw_only=True):
 class Projections(Family):
     """The code that VeRA and PVeRA share.
 
-    `parts` lists the endings of the keys of b and d. `shared` lists the keys of A and B. A has `halves * r` rows.
+    `parts` lists the endings of the keys of the vectors b and d. `shared` lists the keys of the projections A and B. A
+    has `halves * r` rows.
     """
 
     halves: ClassVar[int] = 1
@@ -94,7 +95,10 @@ class Projections(Family):
 
     @classmethod
     def omitted(cls, config: Mapping[str, object], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
-        """Return A and B if the source file omits them and the seed in the config yields the same values."""
+        """Return the fields A and B if `save_projection` is false and the config's seed yields the values of A and B.
+
+        Otherwise, return no fields.
+        """
         if config.get("save_projection", True):
             return frozenset()
         try:
@@ -191,7 +195,10 @@ def _inputs(file: File, path: str, out: int) -> int:
 
 
 def _draw(seed: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[Lazy, Lazy]:
-    """Return A and B. When they are loaded, torch's generator on the CPU draws A, then B, uniformly."""
+    """Return A and B as lazy tensors.
+
+    On loading, torch's CPU generator with this seed draws first A and then B from uniform distributions.
+    """
 
     def fetch(position: int) -> bytes:
         import torch
@@ -280,7 +287,10 @@ class PveraFamily(Projections):
 
 SEPARATE = {"randlora_lambda": "lam", "randlora_gamma": "gamma"}
 SHARED = {"randlora_A": "A", "randlora_B": "B"}
-"""Maps from the endings of keys to fields of the update: tensors of one module, and tensors that all modules share."""
+"""Maps from the endings of keys to fields of the update.
+
+SEPARATE is for the tensors of one module, and SHARED for the tensors that all modules share.
+"""
 
 
 class RandLoRAFields(MethodFields, frozen=True, kw_only=True):
@@ -370,8 +380,9 @@ class RandloraFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         """Yield (target, reason) for updates that PEFT could not load from one file with the other updates.
 
-        A file has one rank and one scaling. The bases' sizes are the largest number of outputs and the largest number
-        of inputs. The number of bases B is the smaller of the two, divided by the rank and rounded up.
+        A file has one rank and one scaling. PEFT sizes the bases for the largest number of outputs and the largest
+        number of inputs of the adapted weights. There are ceil(n / rank) bases B, where n is the smaller of these two
+        numbers.
         """
         members = {t: u for t, group in updates.items() for u in group if isinstance(u, RandLoRA)}
         settings_of = {t: (u.scaling, tuple(u.A.shape), tuple(u.B.shape)) for t, u in members.items()}
@@ -383,7 +394,10 @@ class RandloraFamily(Family):
         for target, update in kept.items():
             n, short = update.gamma.shape
             if n != -(-short // update.lam.shape[0]):
-                yield target, "its number of terms is not the number that PEFT uses for a weight of this size"
+                yield (
+                    target,
+                    f"its gamma has {n} rows, but PEFT creates {-(-short // update.lam.shape[0])} for this weight",
+                )
         for longs, bases, r, shorts in {(*u.B.shape, u.A.shape[-1]) for u in kept.values()}:
             needed = _needed(base, kept)
             if bases != -(-shorts // r) or (needed is not None and (shorts, longs) != needed):
@@ -394,7 +408,10 @@ class RandloraFamily(Family):
 
 
 def _needed(base: Checkpoint | None, members: Mapping[Target, RandLoRA]) -> tuple[int, int] | None:
-    """Return the largest numbers of outputs and of inputs, the smaller one first; None if the base lacks them."""
+    """Return the largest number of outputs and the largest number of inputs, the smaller of the two first.
+
+    Return None if no base is given, or if the base lacks a weight.
+    """
     widths = {target: stored_inputs(base, target) for target in members}
     if base is None or None in widths.values():
         return None

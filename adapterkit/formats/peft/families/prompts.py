@@ -50,7 +50,7 @@ class Sizes(MethodFields, frozen=True, kw_only=True):
 
     @property
     def parts(self) -> int:
-        """Return the model's number of stacks of layers: 2 for an encoder and a decoder, otherwise 1."""
+        """Return how many stacks of layers the model has: 2 for an encoder and a decoder, otherwise 1."""
         return 1 if self.num_transformer_submodules is None else self.num_transformer_submodules
 
 
@@ -163,12 +163,12 @@ def stacks(parts: int) -> dict[str, JsonValue]:
 
 
 def rows(config: Any) -> int | None:
-    """Return the number of rows that a tensor of embeddings must have according to the config."""
+    """Return the number of rows of `prompt_embeddings` in the config; None if the config does not state it."""
     return None if config.num_virtual_tokens is None else int(config.num_virtual_tokens * config.parts)
 
 
 def check_sizes(key: Key, tensor: Lazy, *wanted: int | None) -> None:
-    """Check the shape of a tensor against the sizes in the config.
+    """Check that a tensor has the shape `wanted`, which comes from the config. None allows any size of an axis.
 
     Raises:
         ShapeMismatch: the shape does not match the config.
@@ -234,14 +234,14 @@ FIELDS = {EMBEDDINGS: "P", "prefix_task_cols": "columns", "prefix_task_rows": "r
 
 
 class Tasks(Sizes, frozen=True, kw_only=True):
-    """The sizes of the tensors, the number of tasks, and the rank of each task's change."""
+    """The sizes of the tensors, the number of tasks, and the rank of each task's matrix."""
 
     num_ranks: int | None = 1
     num_tasks: int | None = 1
 
 
 class MultitaskPromptFamily(ContextFamily):
-    """Multitask prompt tuning: a prompt for all tasks, and a change of rank r for each task.
+    """Multitask prompt tuning: each task multiplies a shared prompt elementwise by its own matrix of rank r.
 
     `prompt_embeddings` is [n, dim], `prefix_task_cols` is [tasks, n, r], and `prefix_task_rows` is [tasks, r, dim]. If
     the model has an encoder and a decoder, the second half of the n rows belongs to the decoder.
@@ -254,7 +254,7 @@ class MultitaskPromptFamily(ContextFamily):
     method_fields: ClassVar[type[MethodFields]] = Tasks
     read: ClassVar[Mapping[str, str]] = {
         **SIZES,
-        "num_ranks": "rank of each task's change",
+        "num_ranks": "rank of the matrix by which each task multiplies the prompt",
         "num_tasks": "number of tasks",
     }
     harmless: ClassVar[Mapping[str, str]] = {
@@ -334,7 +334,7 @@ class CartridgeFamily(PrefixLike):
 GPT2 = "attn"
 """The name of GPT-2's attention modules.
 
-PEFT adds the change after the attention's output projection for GPT-2, and before the output projection for all others.
+In GPT-2, PEFT adds the change after the attention's output projection. In all other models, PEFT adds it before.
 """
 
 
@@ -394,11 +394,16 @@ class AdaptionPromptFamily(Family):
             other = "before" if update.projected else "after"
             return f"for {name!r}, PEFT adds the change {side} the output projection, but this update adds it {other}"
         return (
-            "" if re.search(r"\.\d+\.\w+$", f".{target.path}") else "the attention is not directly in a numbered layer"
+            ""
+            if re.search(r"\.\d+\.\w+$", f".{target.path}")
+            else "this module is not a direct child of a numbered layer"
         )
 
 
 def _length(members: Mapping[str, AdaptionPrompt]) -> int | None:
-    """Return the modules' number of virtual tokens; None if it differs, because the config has only one number."""
+    """Return the modules' number of virtual tokens.
+
+    Return None if the number differs between modules, because the config has only one number.
+    """
     lengths = {int(update.P.shape[0]) for update in members.values()}
     return lengths.pop() if len(lengths) == 1 else None
