@@ -1,6 +1,7 @@
 """Collect the files of a push, and generate a model card if the push has none.
 
-A generated card has metadata that hubs index, a table of facts about the adapter or model, and code that loads it.
+A generated card has metadata that hubs index, a table of facts about the adapter or model, and example code that loads
+the adapter or model.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ class CardModel:
     """The facts about a model that its generated card shows.
 
     Attributes:
-        base: the name of the model's base on its hub, or None.
-        revision: the commit of the base, or None.
-        adapters: the merge report's record of each merged adapter; empty if nothing was merged.
-        config: the content of the `config.json` of transformers; empty for a model without this file.
+        base: the name of the model's base, such as `org/repo`; None if it is unknown.
+        revision: the commit of the base; None if it is unknown.
+        adapters: one record for each merged adapter, from the merge report; empty if nothing was merged.
+        config: the parsed `config.json` of a transformers model; empty for a model without this file.
     """
 
     base: str | None = None
@@ -55,11 +56,11 @@ def adapter_card(adapter: Adapter, name: str, source_format: str, place: Uri, li
     """Return the text of an adapter's card.
 
     Args:
-        adapter: the adapter.
-        name: the repository's name, used as the title.
+        adapter: the adapter that the card describes.
+        name: the card's title, such as the repository's name.
         source_format: the format of the pushed files.
         place: the uri that the card's example code loads the adapter from.
-        licence: the licence metadata, which the card repeats unchanged.
+        licence: the licence fields, which are copied into the card's metadata.
     """
     base = base_id(adapter)
     data = {
@@ -87,11 +88,14 @@ def model_card(name: str, place: Uri, model: CardModel, licence: Licence) -> str
 
 
 ADAPTER_COLUMNS = ("name", "methods", "ranks", "weight", "targets", "lineage", "digest")
-"""Columns of the card's table of merged adapters. All its values come from the merge's report."""
+"""Columns of the card's table of merged adapters. All values in the table come from the merge report."""
 
 
 def is_generated(card: str) -> bool:
-    """Whether adapterkit generated a card and nobody has edited it: the card ends with a checksum of its text."""
+    """Whether adapterkit generated a card and nobody has edited it since.
+
+    A generated card ends with a checksum of its text. After an edit, the checksum no longer matches.
+    """
     text = card[: -len(_MARK.format("0" * 64))]
     return card == text + _MARK.format(sha256(text.encode()).hexdigest())
 
@@ -132,7 +136,7 @@ def _model_facts(model: CardModel) -> list[tuple[str, str]]:
 
 
 def _merged(adapter: Mapping[str, Any]) -> list[str]:
-    """Return the table row of a merged adapter, in the order of `ADAPTER_COLUMNS`; a missing value gives ""."""
+    """Return a merged adapter's row of the table with the columns `ADAPTER_COLUMNS`; cells without a value are ""."""
     lists = {key: _listed(adapter.get(key) or ()) for key in ("methods", "ranks", "lineage")}
     plain = {key: _text(adapter.get(key, "")) for key in ("name", "weight", "targets")}
     cells = {**plain, **lists, "digest": _span(str(adapter.get("digest", ""))[:16])}
@@ -140,7 +144,10 @@ def _merged(adapter: Mapping[str, Any]) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table. Rows with text only in the first cell are left out; "" if no row remains."""
+    """Return a Markdown table. Return "" if all rows are left out.
+
+    A row is left out if all its cells after the first cell are empty.
+    """
     lines = [f"| {' | '.join(cells)} |" for cells in rows if any(cells[1:])]
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]) if lines else ""
 
@@ -175,10 +182,10 @@ def _model_usage(place: Uri, config: Mapping[str, JsonValue]) -> list[str]:
 
 
 def _class_of(config: Mapping[str, JsonValue]) -> str | None:
-    """Return the name of the transformers class that loads a model, or None.
+    """Return the transformers class for the card's example code; None if the card must not show such code.
 
-    The card's example code contains the name, and users run this code. So the result is None for a text that is not a
-    class name, and for a model with `auto_map`, which loads remote code.
+    Users run the example code. So the result is None if the config's `architectures` names no valid class, and for a
+    model with `auto_map`, because loading such a model runs code from its repository.
     """
     if "model_type" not in config or "auto_map" in config:
         return None
@@ -190,7 +197,7 @@ def _class_of(config: Mapping[str, JsonValue]) -> str | None:
 
 
 def _loaded(place: Uri) -> str:
-    """Return a Hugging Face uri as the arguments of `from_pretrained`."""
+    """Return the arguments, as Python source, with which `from_pretrained` loads a Hugging Face uri."""
     fields = [("revision", place.revision), ("subfolder", place.path)]
     more = [f"{key}={json.dumps(value)}" for key, value in fields if value]
     return ", ".join([json.dumps(place.repo), *more])
@@ -214,12 +221,16 @@ def _span(value: object) -> str:
 
 
 def _text(value: object) -> str:
-    """Return a value as escaped text for a table cell, so that it cannot end the cell or act as markup."""
+    """Return a value as text for a table cell.
+
+    Characters that could end the cell, or start HTML, a code span or a Markdown link, are replaced by spaces. The text
+    is cut to 200 characters.
+    """
     return re.sub(r"[^\w .,:+/@=()*-]", " ", str(value))[:200]
 
 
 def is_of_the_base(folder: Path) -> bool:
-    """Whether a folder's card is the copy of the base's card that a merge made, and nobody has edited this copy."""
+    """Whether the card in a folder is an unedited copy of the base's card, which a merge put there."""
     card = folder / CARD
     if not card.is_file():
         return False
@@ -261,11 +272,12 @@ def _adapters(record: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
 def _base_of(
     record: Mapping[str, object], folder: Path, adapters: tuple[Mapping[str, object], ...]
 ) -> tuple[str | None, str | None]:
-    """Return the base's name and commit; each of them is None if it is unknown.
+    """Return the name and the commit of a model's base; each is None if it is unknown.
 
-    Both come from the base's uri in the merge report. If the report has no such uri, the name is the base that the
-    merged adapters were made for, if all of them name the same base; the commit is None. If nothing was merged, both
-    come from the record of the download.
+    If the merge report has the base's uri, the uri gives the name and the commit. If the report lists adapters but not
+    the base's uri, the commit is None, and the name is the base that the adapters name, if they all name the same base.
+    If nothing was merged, the model itself counts as the base, and the name and the commit come from the record of its
+    download.
     """
     base_uri = record.get("base_uri")
     if isinstance(base_uri, str):
@@ -278,8 +290,8 @@ def _base_of(
     return (made_for.pop() if len(made_for) == 1 else None), None
 
 
-# Collect the files of a push: the files of an adapter or a model, and a model card. If the caller asks for it, an
-# adapter is converted first, or a model's weights are split into new shards.
+# Collect the files of a push: the files of an adapter or a model, and a model card. If a format is passed, the adapter
+# is first converted to it. If a shard size is passed, the model's weights are first split into new shards.
 
 
 @dataclass(slots=True)
@@ -287,11 +299,11 @@ class Payload:
     """The files to push.
 
     Attributes:
-        files: a map from each path in the repository to a local path, to the bytes of the generated card, or to a
-            `Placed` for a file that is already uploaded.
+        files: the content of each file, keyed by the file's path in the repository. The content is a local path, the
+            bytes of the generated card, or a `Placed` if the file is already uploaded.
         card_name: the path of the card in the repository.
         card: the text of the generated card; None if the push has no generated card.
-        known_digests: the digests that have been computed, by path in the repository.
+        known_digests: the digests that have been computed so far, keyed by path in the repository.
     """
 
     files: dict[str, Content]
@@ -316,7 +328,7 @@ def prepared(
     path: str | os.PathLike[str], name: str | None, base: str | os.PathLike[str] | None, on_loss: str,
     shard_size: int | None,
 ) -> Iterator[tuple[Path, dict[str, Path]]]:  # fmt: skip
-    """Yield the path of the adapter or model to push, and a map from the names of its files to their local paths.
+    """Yield the path of the adapter or model to push, and a map from the name of each file to its local path.
 
     Converted files and new shards are in a temporary folder, which is removed at the end of the block.
 
@@ -328,7 +340,7 @@ def prepared(
         shard_size: the maximum size of a weight file of a model, in bytes; None to push the files unchanged.
 
     Raises:
-        UsageError: `shard_size` is set, but `path` is an adapter, or `name` is set, too.
+        UsageError: `shard_size` is set, and `path` is an adapter or `name` is also set.
         AdapterkitError: as for `adapterkit.read` and `adapterkit.write`.
     """
     if name is not None and shard_size is not None:
@@ -348,9 +360,10 @@ def prepared(
 def payload_of(source: Path, files: Mapping[str, Content], remote: Remote, licence: Licence) -> Payload:
     """Return the files to push. If `files` contains no card, generate one.
 
-    No card is generated for a subfolder if the hub shows cards only at the top of a repository.
+    If the push goes into a subfolder of the repository, a card is generated only on hubs that show the cards of
+    subfolders.
     """
-    # Leave out a copy of the base's card that a merge made, because a generated card describes the merged model.
+    # If the folder has the base's card, which a merge put there, leave it out: it does not describe the merged model.
     chosen = {name: path for name, path in files.items() if name != CARD or not is_of_the_base(source)}
     check_names(chosen)
     text, target = _card(source, remote.uri, licence), remote.uri
@@ -362,15 +375,15 @@ def payload_of(source: Path, files: Mapping[str, Content], remote: Remote, licen
 
 
 def card_there(remote: Remote, there: Mapping[str, RemoteFile] | None) -> str:
-    """Return the text of the card on the hub, which a push may replace; empty if missing, too large or not text."""
+    """Return the text of the card that is now on the hub; empty if the card is missing, too large or not text."""
     file = (there or {}).get(_card_name(remote))
     if file is None or file.size > MAX_CARD:
         return ""
     try:
         return read_range(remote, file, 0, file.size).decode()
     except (RemoteNotFound, ValueError):
-        # The listed card may not exist. For a new branch, the files of the main branch are listed. On S3, the stored
-        # list may name files that were never uploaded.
+        # The card may be listed although it does not exist: `there` lists the main branch's files for a branch that is
+        # not yet created, and on S3 the stored list may name files that were never uploaded.
         return ""
 
 
@@ -380,7 +393,10 @@ def _card_name(remote: Remote) -> str:
 
 
 def files_of(source: Path) -> dict[str, Path]:
-    """Return the files to push from a file or a folder; hidden names and links to folders are omitted."""
+    """Return the files to push. A file in a folder is keyed by its path in the folder, a single file by its name.
+
+    Hidden files, hidden subfolders and links to folders are left out of a folder.
+    """
     check_exists(source)
     if source.is_file():
         return {source.name: source}
@@ -408,7 +424,10 @@ def _converted(
 
 
 def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
-    """Return a model's files. If a weight file has over `shard_size` bytes, split the weights and write a new index."""
+    """Return the files of a model to push.
+
+    If a weight file has more than `shard_size` bytes, all weights are split into new shards, with a new index.
+    """
     from ..io.checkpoint import INDEX, TORCH_INDEX, open_checkpoint
     from ..merging.options import MergeOptions
     from ..merging.planning import index_of, make_plan
@@ -441,9 +460,9 @@ def _check_model(source: Path) -> None:
 
 
 def _without_sums(source: Path, folder: Path) -> dict[str, Path]:
-    """Copy the merge report of a model without the checksums, which do not fit the new shards; return name and path.
+    """Write a copy of a model's merge report without the checksums, because they do not match the new shards.
 
-    The result is empty if the report has no checksums.
+    Return the path of the copy, keyed by file name; empty if the report has no checksums.
     """
     from ..merging.checksums import KEY
 

@@ -30,7 +30,8 @@ Progress = Callable[[int, int], None]
 SUFFIX = "pulling"
 CONNECTIONS = 4
 HEADROOM = 1 << 20
-"""Bytes that must be free in addition to the sizes of the files, for folders and for the file with the commit."""
+"""Disk space that a pull needs in addition to the sizes of the files, in bytes: for folders, and for the file that
+records the commit."""
 
 if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
@@ -44,8 +45,8 @@ class Pulled:
         uri: the requested uri, pinned to the commit.
         out: the folder that was (or would be) written.
         files: a map from each file's name in the folder to its size in bytes and its digest.
-        fetched: the number of bytes that this call downloaded; bytes from an interrupted run do not count. After a dry
-            run, the total size of the files.
+        fetched: the number of bytes that this call downloaded, without the bytes that an interrupted run downloaded.
+            After a dry run, this is the total size of the files.
         dry: True if the pull was a dry run, which writes nothing.
         already: True if the folder already contained the same files, unchanged, from an earlier pull.
     """
@@ -58,7 +59,7 @@ class Pulled:
     already: bool = False
 
     def record(self) -> dict[str, JsonValue]:
-        """Return the result as plain data."""
+        """Return the result as a dict that can be written as JSON."""
         files: list[JsonValue] = [
             {"name": name, "bytes": size, "digest": digest} for name, (size, digest) in self.files.items()
         ]
@@ -85,15 +86,15 @@ def pull(
 ) -> Pulled:
     """Download a repository, or one of its folders or files, into the folder `dest`.
 
-    If the hub lists a digest of a file, the downloaded bytes are compared with the digest. If they do not match, they
-    are downloaded again. When all files are complete, a rename moves them to `dest`. To continue an interrupted pull,
-    make the same call again. A file in `dest` records the commit; `adapterkit.read` adds the commit to the adapter's
-    lineage.
+    If the hub lists a file's digest, the downloaded file is compared with the digest. A file that does not match is
+    downloaded again. When all files are complete, they are moved to `dest` by a rename. To continue an interrupted
+    pull, make the same call again. A file in `dest` records the commit; `adapterkit.read` adds the commit to the
+    adapter's lineage.
 
     Args:
         uri: `hf://org/repo[@revision][/path]`, `org/repo`, or a uri of another hub.
-        dest: the folder to write. Without `overwrite`, it must be missing, empty, or contain an earlier pull of the
-            same uri at the same commit, with all files unchanged.
+        dest: the folder to write. Without `overwrite`, the folder must be missing, be empty, or contain an earlier pull
+            of the same uri at the same commit, with all files unchanged.
         include: patterns such as `*.safetensors`; only files whose name matches a pattern are downloaded.
         overwrite: replace the content of `dest`.
         dry_run: list the files, and write nothing.
@@ -102,7 +103,7 @@ def pull(
 
     Raises:
         NetworkError: the repository, revision or file does not exist, access is denied, or the hub is not reachable.
-        Malformed: the name of a file in the repository would lead outside the folder.
+        Malformed: the path of a file in the repository, such as `../name`, leads outside the folder.
         Corrupt: the bytes do not have the digest that the hub lists, even after several downloads.
         StorageError: the disk is full, writing is not permitted, or `dest` has other content.
     """
@@ -122,12 +123,12 @@ def pull(
 
 
 def source_at(remote: Remote) -> Source:
-    """Return the record of where a remote's files come from: the uri at its commit, the repository and the commit."""
+    """Return the origin of a remote's files: the uri pinned to the commit, the repository's name and the commit."""
     return Source(public(str(remote.uri.at(remote.commit))), public(remote.uri.name), remote.commit)
 
 
 def choose(remote: Remote, include: Sequence[str] = ()) -> dict[str, RemoteFile]:
-    """Return the files to download for a uri, keyed by their names in the folder to write.
+    """Return the files to download for a uri. The key of each file is its path in the local folder.
 
     Raises:
         RemoteNotFound: the uri's path does not exist, or no file there matches `include`.
@@ -140,7 +141,7 @@ def choose(remote: Remote, include: Sequence[str] = ()) -> dict[str, RemoteFile]
     if include:
         chosen = {n: file for n, file in chosen.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in include)}
     if not chosen:
-        cure = f"Files in the repository: {', '.join(file.path for file in files[:5])}"
+        cure = f"Change --include (include=). Files in the repository: {', '.join(file.path for file in files[:5])}"
         raise RemoteNotFound("the repository has no matching file", path=str(remote.uri), cure=cure)
     return chosen
 
@@ -169,7 +170,7 @@ def bring(
 
 
 class _Transfer:
-    """Download files over several connections. If one connection fails, all of them stop.
+    """Download files over several connections. If one download fails, all other downloads stop.
 
     The calling thread reports the progress.
     """
@@ -194,7 +195,8 @@ class _Transfer:
             try:
                 self._watch({pool.submit(self._one, file) for file in missing})
             finally:
-                # Set `stop`, which workers check at each chunk; otherwise leaving the pool would wait for whole files.
+                # Workers check `stop` after each chunk. Without it, the end of the `with` block would wait until the
+                # running downloads are complete.
                 self.stop.set()
                 pool.shutdown(cancel_futures=True)
         return self.done - self.present_bytes
@@ -219,8 +221,8 @@ class _Transfer:
         part = self.stage / "parts" / file.digest.replace(":", "-")
         left = part.stat().st_size if part.exists() else 0
         with self.lock:
-            # Do not count the bytes of a partial file that is longer than the listed size: it is wrong, and will be
-            # downloaded again.
+            # Do not count the bytes of a partial file that is longer than the listed size. Such a file is wrong, and
+            # `fetch` downloads it again.
             self.present_bytes += left if left <= file.size else 0
         fetch(self.remote, file, part, self._count, self.asked)
         first, *others = [self.stage / "out" / name for name in self.names[file.digest]]
@@ -252,8 +254,8 @@ def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
         if part.name not in {file.digest.replace(":", "-") for file in wanted.values()}:
             part.unlink()
     if not same:
-        # Write the plan atomically. Otherwise a crash could leave half a plan. The next run would compare its own plan
-        # with this half, find a difference, and delete the finished files in `out`.
+        # Write the plan atomically. Otherwise a crash could leave an incomplete plan. The next run would find that this
+        # plan differs from its own plan, and would delete the finished files in `out`.
 
         write_bytes(plan, names_text.encode())
 
@@ -264,7 +266,7 @@ def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
     needed = sum(file.size for file in wanted.values()) - present + HEADROOM
     free = shutil.disk_usage(stage).free
     if needed > free:
-        cure = "Free some disk space, write to another disk, or fetch fewer files with --include"
+        cure = "Free some disk space, write to another disk, or fetch fewer files with --include (include=)"
         raise StorageError(f"the pull needs {needed:,} more bytes, but {free:,} are free", path=stage.parent, cure=cure)
 
 

@@ -43,18 +43,18 @@ class Pushed:
     """The result of a push, or of a dry run.
 
     Attributes:
-        uri: the uri that was pushed to. After a push it is pinned to `commit`.
+        uri: the uri of the target; after a push, the uri is pinned to `commit`.
         commit: the commit with the pushed files; None after a dry run.
         created: True if the repository was (or would be) created.
-        added, replaced, unchanged, removed: the paths in the repository of the files that were (or would be) added,
-            replaced, left unchanged or removed. Files are removed only on hubs where a push replaces the whole
-            artifact.
+        added, replaced, unchanged, removed: paths in the repository. They list the files that the push added, replaced,
+            left unchanged or removed, or would have in a dry run. A push removes files only on hubs where it replaces
+            the whole artifact.
         card: the text of the generated card; None if the push contains no generated card.
         tag: the tag that was set, or None.
         dry: True if the push was a dry run, which writes nothing.
-        warnings: one sentence for each problem with the licences. There are two kinds of problems: the base or an
-            adapter has a licence with a requirement that the card's licence lacks; or two of them have licences that
-            contradict each other.
+        warnings: one sentence for each problem with the licences. There are two kinds of problems: the licence of the
+            base or of an adapter has a requirement that the card's licence lacks; or the licences of the base and the
+            adapters contradict each other.
     """
 
     uri: str
@@ -70,7 +70,7 @@ class Pushed:
     warnings: tuple[str, ...] = ()
 
     def record(self) -> dict[str, JsonValue]:
-        """Return the result as plain data."""
+        """Return the result as a dict that can be written as JSON."""
         return {
             "uri": self.uri, "commit": self.commit, "created": self.created, "added": list(self.added),
             "replaced": list(self.replaced), "unchanged": list(self.unchanged), "removed": list(self.removed),
@@ -104,8 +104,8 @@ def push(
     A model card is generated if neither the local folder nor the hub has a README.md. A generated card also replaces an
     existing README.md in three cases:
 
-    - The local README.md is the copy of the base's card that a merge made.
-    - The README.md on the hub was generated, nobody has edited it, and this push replaces other files there.
+    - The local README.md is an unedited copy of the base's card, which a merge put there.
+    - The README.md on the hub is an unedited generated card, and the push also replaces other files on the hub.
     - The hub is an OCI registry, where each push replaces the whole artifact, and there is no local README.md.
 
     Args:
@@ -119,12 +119,12 @@ def push(
         private: create a missing repository as private.
         tag: set this tag on the commit.
         message: the commit message.
-        licence: the licence for the generated card: an identifier such as `apache-2.0`, or a mapping of `license`,
-            `license_name` and `license_link`. If absent, the licence in the card at `path` is used, or else the
-            licence in the card on the hub.
-        strict_licence: raise an error in three cases: the base or an adapter has a licence with a requirement that the
-            card's licence lacks; two of them have licences that contradict each other; or a licence, including the
-            card's, is missing or unknown. If False, the first two cases give a warning.
+        licence: the licence for the generated card: an identifier such as `apache-2.0`, or a mapping with the keys
+            `license`, `license_name` and `license_link`. If absent, the licence in the card at `path` is used, or else
+            the licence in the card on the hub.
+        strict_licence: raise an error in three cases: the licence of the base or of an adapter has a requirement that
+            the card's licence lacks; the licences of the base and the adapters contradict each other; or the licence of
+            the base, an adapter or the card is missing or unknown. If False, the first two cases give a warning.
         overwrite: replace existing files that have other content. If False, such files are an error.
         dry_run: compare the files with the hub, and write nothing.
         token: the access token; if absent, the token that the hub's own tools use.
@@ -135,7 +135,7 @@ def push(
         UnknownFormat: `path` is neither an adapter nor a base.
         UsageError: `shard_size` is set, but `path` is an adapter, which cannot be split.
         Corrupt: after the push, the hub does not list the pushed files with their digests.
-        CheckFailed: `strict_licence` is set, and one of its three cases occurs.
+        CheckFailed: `strict_licence` is set, and one of the three cases that its entry lists occurs.
     """
     target = parse(uri) if isinstance(uri, str) else uri
     remote = remote_at(target, token)
@@ -159,9 +159,9 @@ def push_placed(folder: Path, placed: Mapping[str, Placed], remote: Remote, over
     """Push an output whose weight files have already been uploaded. `folder` has only the headers of the weight files.
 
     Args:
-        folder: the output; the model card is generated from the headers of the weight files.
+        folder: the local folder of the output. The model card is generated from the headers of the weight files.
         placed: the uploaded weight files, keyed by their names in the folder.
-        remote: the same object that claimed the target on the hub before the uploads.
+        remote: the remote whose `begin` was called before the uploads.
         overwrite: replace existing files that have other content.
 
     Raises:
@@ -177,17 +177,18 @@ def push_placed(folder: Path, placed: Mapping[str, Placed], remote: Remote, over
     return _sent(pushed, payload, remote, f"Push {folder.name} with adapterkit", private=False, tag=None)
 
 
-OUTPUT = "what is pushed"
-"""The name of the pushed output in the list of parts whose licences are checked."""
+OUTPUT = "the model or adapter to push"
+"""The name that errors about licences use for the files of the push."""
 
 
 def _licences(
     source: Path, stated: Licence, card: str, base: str | os.PathLike[str] | None
 ) -> tuple[list[Part], Licence, tuple[str, ...]]:
-    """Return the parts of an output with their licences, the output's own licence, and a sentence for each problem.
+    """Return the licences of the base and the adapters, the output's own licence, and a sentence for each problem.
 
-    If no licence is passed, the output's licence is the licence in the card at `source`, or else in `card`. The folder
-    of a merged model contains a copy of the base's card, so a merged model then has the licence of its base.
+    The output's own licence is `stated`. If `stated` is empty, it is the licence in the card at `source`, or else in
+    `card`. The folder of a merged model contains a copy of the base's card, so a merged model without `stated` has the
+    licence of its base.
     """
     record = record_at(source)
     parts = parts_of(record) if record else []
@@ -214,9 +215,11 @@ def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, privat
 def _compared(payload: Payload, there: Mapping[str, RemoteFile] | None, remote: Remote, generated: bool) -> Pushed:
     """Compare the files of a push with the files on the hub; return which files the push will add, replace or remove.
 
-    A generated card does not replace a card on the hub, because a person may have edited that card. There are two
-    exceptions: the card on the hub is an unedited generated card, and the push replaces other files; or the push
-    replaces the whole artifact.
+    If the hub already has a card, the generated card is left out, because a person may have edited the card on the hub.
+    There are two exceptions:
+
+    - The card on the hub is an unedited generated card, and the push also replaces other files.
+    - The push replaces the whole artifact.
     """
     pushed = _all_compared(payload, there, remote)
     if payload.card is None or payload.card_name not in (there or {}) or remote.whole:
@@ -250,12 +253,12 @@ def _refuse(pushed: Pushed, overwrite: bool) -> None:
 
 
 def begun(name: str, kind: str) -> tuple[Remote, Path]:
-    """Return the target on a hub, and the local folder in which an output for this target is built.
+    """Return the remote of the target on a hub, and the local folder to build the output in.
 
     Args:
         name: the uri of the output.
-        kind: the subfolder of the cache that contains the output's folder. The name of the output's folder is computed
-            from the uri, so that the same command finds the folder of an interrupted run.
+        kind: the subfolder of the cache in which the local folder is created. The local folder's name is a hash of the
+            uri, so a second run of the same command finds the folder of an interrupted run.
 
     Raises:
         AdapterkitError: as for `push`. If the hub cannot be read, or does not accept pushes, the error is raised before
@@ -264,7 +267,7 @@ def begun(name: str, kind: str) -> tuple[Remote, Path]:
     uri = parse(name)
     remote = remote_at(uri)
     remote.check_writable()
-    # List the files on the hub now, so that an error of the hub appears before hours of work, not after.
+    # List the files on the hub now: if the hub returns an error, fail before hours of work and not after.
     _ = remote.there()
     folder = cache_folder() / kind / hashlib.sha256(str(uri).encode()).hexdigest()[:16]
     try:
@@ -283,12 +286,14 @@ def outgoing(
 ) -> Iterator[Path]:
     """Yield a local path to write to. If the block ends without an error, push the files at this path.
 
-    After an error, the local folder is kept. The same command continues its work there.
+    After an error, the local folder is kept, so that a second run of the same command can continue. The folder is
+    removed only if the error was that the hub already has other content.
 
     Args:
         name: the uri to push to.
         overwrite: replace existing files.
-        sources: the adapters and the base. If all their cards name the same licence, the output's card names it too.
+        sources: the adapters and the base. If all their cards name the same licence, the output's card gets this
+            licence.
         unchanged: a function to call if nothing was pushed, because the hub already had all files.
 
     Raises:
@@ -319,11 +324,12 @@ def _licence(sources: Sequence[Path]) -> Licence:
 
 
 # Write to a hub from many machines. Each machine uploads whole weight files. At the end, one process (the driver) makes
-# all of them visible.
+# all uploaded files visible.
 #
-# The driver does not have the weights. It builds the output in a local folder, with a sketch in place of each weight
-# file: a sparse file with the real header. For each uploaded weight file, a small file next to this folder records the
-# `Placed` that the upload returned. If the driver is killed, the same command uses these records to continue.
+# The driver does not have the weights. It builds the output in a local folder, in which each weight file is a sketch: a
+# sparse file with the real header. Each upload of a weight file returns a `Placed`, which the driver saves as a small
+# JSON file next to the local folder. If the driver is killed, a second run of the same command reads these JSON files
+# and continues.
 
 
 SKETCHED = (".safetensors", ".gguf")
@@ -343,7 +349,10 @@ class IncrementalPush:
         self.notes = folder / "placed"
 
     def begin(self, names: Iterable[str]) -> None:
-        """Claim the target on the hub. Call this before tasks upload the weight files, which are listed in `names`.
+        """Reserve the target on the hub. Call this before the files in `names` are uploaded.
+
+        Args:
+            names: the names of the weight files that will be uploaded.
 
         Raises:
             StorageError: the hub already has files that a push would replace or remove, and `overwrite` is not set.
@@ -420,8 +429,8 @@ def placing(
 ) -> Iterator[IncrementalPush]:
     """Yield an output whose weight files are uploaded one by one; when the block ends, make the output visible.
 
-    The local folder with the sketches is kept. With it, a second run of the same command sees that the output is
-    finished.
+    The local folder with the sketches is kept, so that a second run of the same command detects that the output is
+    already finished.
 
     Args:
         name: the uri of the output.

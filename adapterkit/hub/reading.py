@@ -43,7 +43,8 @@ COMPANIONS = ("adapter_config.json", "config.json")
 FIRST_READ = 1 << 16
 MAX_SMALL = 16 << 20
 FRESH = 60.0
-"""The number of seconds for which the commit of a branch is remembered, so that a whole command sees one commit."""
+"""The number of seconds for which a branch's commit is cached. During this time, all reads of the branch use the same
+commit."""
 
 _seen: dict[tuple[str, str], tuple[float, Remote]] = {}
 
@@ -52,8 +53,9 @@ def fetched(name: str) -> Path:
     """Return the local path of an adapter or a model from a hub. Download and verify files that are not in the cache.
 
     The cache is the folder `$ADAPTERKIT_CACHE`, or `adapterkit` in the user's cache folder. It has a subfolder for each
-    commit. If the uri has safetensors files, weights in other formats are not downloaded. If some weights are not in a
-    subfolder, the weights in subfolders are not downloaded. In offline mode, a branch stands for its last known commit.
+    commit. If the uri has safetensors files, weight files in other formats are not downloaded. If the uri's top folder
+    has weight files, weight files in its subfolders are not downloaded. In offline mode, a branch's last known commit
+    is used.
 
     Raises:
         AdapterkitError: as for `pull`.
@@ -62,8 +64,8 @@ def fetched(name: str) -> Path:
     commit = _commit(uri)
     folder = _cache(uri) / commit.replace(":", "-") / hashlib.sha256(uri.path.encode()).hexdigest()[:16]
     inside = PurePosixPath(uri.path).name
-    # The file `NOTE` records where the files came from. If it exists, the download is complete: `bring` downloads them
-    # into a temporary folder and renames the temporary folder at the end.
+    # The file `NOTE` records the uri and the commit. If it exists, the download is complete, because `bring` downloads
+    # all files into a temporary folder, and renames the temporary folder at the end.
     if not (folder / NOTE).is_file():
         # Lock the folder: several tasks of a cluster may start on this machine together and need the same adapter.
         with _turn(folder):
@@ -99,9 +101,9 @@ def needed(remote: Remote) -> dict[str, RemoteFile]:
 
 
 def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
-    """Return the files that may contain an ONNX graph's external data.
+    """Return the files that may contain an ONNX graph's external data, keyed by file name.
 
-    They are in the graph's folder, and their names start with the graph's file name without `.onnx`.
+    For `model.onnx`, these are the files in the same folder whose names start with `model`.
     """
     if graph.suffix != ".onnx":
         return {}
@@ -111,11 +113,12 @@ def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
 
 @contextmanager
 def headers(name: str) -> Iterator[Path]:
-    """Yield a local folder or file for code that reads only headers: its safetensors files have no tensor data.
+    """Yield a local folder or file in which safetensors files have headers but no tensor data.
 
     JSON files are downloaded whole and verified. The headers of safetensors files are fetched by range requests, and
-    written to sparse files. If the block reads tensor data, the data is also fetched by range requests. The bytes of a
-    range cannot be verified. If the uri has no safetensors files, all needed files are downloaded, as by `fetched`.
+    written to sparse files. If the block reads tensor data, the data is also fetched by range requests. Bytes that come
+    from range requests cannot be verified. If the uri has no safetensors files, all needed files are downloaded, as by
+    `fetched`.
 
     Raises:
         AdapterkitError: as for `pull`.
@@ -148,7 +151,7 @@ def _sketch(remote: Remote, wanted: Mapping[str, RemoteFile], folder: Path) -> N
 
 
 def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
-    """Write a sparse file that has only a remote file's header. Reading a tensor from it fetches the data from the hub.
+    """Write a local sparse file with only the header of a remote file. Tensors are fetched from the hub when read.
 
     The modification time of the sparse file is computed from the remote file's digest. A merge plan identifies its
     inputs by size and modification time. So an interrupted merge can be resumed only if the remote file is unchanged.
@@ -174,7 +177,8 @@ def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
 
     def read(span: Span) -> bytearray:
         end = span.offset + span.nbytes
-        if end <= length:  # Copying a whole file also reads its header, which is in memory.
+        # A copy of the whole file also reads the header, which is in memory.
+        if end <= length:
             return bytearray(start[span.offset : end])
         return bytearray(read_range(remote, file, span.offset, span.nbytes))
 
@@ -183,7 +187,7 @@ def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
 
 
 def remote_of(uri: Uri) -> Remote:
-    """Return the repository of a uri. The hub is asked for its commit at most once in `FRESH` seconds."""
+    """Return the remote of a uri. The commit is requested from the hub at most once in `FRESH` seconds."""
     key, now = (os.environ.get("HF_ENDPOINT", ""), str(uri)), time.monotonic()
     when, remote = _seen.get(key, (0.0, None))
     if remote is None or now - when > FRESH:
@@ -204,7 +208,8 @@ def _commit(uri: Uri) -> str:
             return reference.read_text("utf-8").strip()
         except OSError:
             cure = "Unset HF_HUB_OFFLINE, or pass a local path"
-            raise NetworkError("offline mode is on; the cache lacks this revision", path=str(uri), cure=cure) from None
+            why = "offline mode is on, and the uri's revision is not in the cache"
+            raise NetworkError(why, path=str(uri), cure=cure) from None
     commit = remote_of(uri).commit
     try:
         reference.parent.mkdir(parents=True, exist_ok=True)
@@ -233,11 +238,11 @@ NOT_STREAMED = "Omit --stream (stream=), so that the whole base is downloaded fi
 
 
 class Shards:
-    """A base on a hub that is streamed: each local weight file has only its header until `bring` downloads the file.
+    """A base that is streamed from a hub. Each local weight file has only its header until `bring` downloads the file.
 
     Attributes:
         path: the base's local path.
-        begun: True if the download of a weight file has started. Then a later run can continue this download.
+        begun: True once the download of a weight file has started, so that a later run can continue this download.
     """
 
     def __init__(self, remote: Remote, folder: Path) -> None:
@@ -254,7 +259,7 @@ class Shards:
         wanted = needed(self.remote)
         if not any(name.endswith(".safetensors") for name in wanted):
             raise Unsupported("only safetensors files can be streamed", path=str(self.remote.uri), cure=NOT_STREAMED)
-        # Keep `parts`, which has the downloads of an interrupted run. Write the sparse files in `base` again.
+        # Keep the folder `parts`, which has the downloads of an interrupted run. Write all files in `base` again.
         shutil.rmtree(self.folder / "base", ignore_errors=True)
         (self.folder / "parts").mkdir(exist_ok=True)
         for name, file in wanted.items():
@@ -271,8 +276,8 @@ class Shards:
         """Download the given weight files, except those that have already been downloaded.
 
         Raises:
-            Corrupt: a file does not have the digest that the hub lists, or its header differs from the header that was
-                fetched first.
+            Corrupt: a file does not have the digest that the hub lists, or its header differs from the header in the
+                sparse file.
             NetworkError: the hub is not reachable, or refuses.
         """
         for path in paths:
@@ -299,7 +304,7 @@ class Shards:
         except OSError as error:
             raise storage_error(error, error.filename or part) from error
         if not same:
-            why = "the header was damaged when it was first fetched, so the plan made from this header is wrong"
+            why = "the header that was fetched earlier to plan the merge was damaged"
             raise Corrupt(why, path=str(self.remote.uri), where=file.path, cure="Run the same command again")
         del ELSEWHERE[path]
 
@@ -318,8 +323,8 @@ class Shards:
 def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
     """Yield a base on a hub, whose weight files are downloaded one by one into a hidden folder next to `out`.
 
-    At the end of the block, the folder is removed. After an error of the network or the disk, it is kept, so that a
-    later run can continue a download.
+    The folder is removed at the end of the block, except after an error of the network or the disk: then a later run
+    can continue the downloads.
 
     Raises:
         UsageError: `name` is a local path, not a uri.
@@ -366,8 +371,9 @@ WHOLE = 0.9
 """If a task needs at least this share of a file's bytes, the whole file is downloaded, so that it can be verified."""
 
 AHEAD = 8 << 20
-"""The largest size of a request, in bytes. Longer ranges are split into several requests. For a shorter range,
-`RangedFile.read` downloads this many bytes, because packed weights are read in many small consecutive pieces."""
+"""The largest size of a request, in bytes. Longer ranges are split into several requests. If a range is shorter,
+`RangedFile.read` also downloads the bytes that follow it, up to this size: packed weights are read in many small
+consecutive pieces."""
 
 Run = tuple[int, int]
 """A range of bytes: the offset of the first byte, and the offset after the last byte."""
@@ -384,13 +390,14 @@ def pinned(name: str) -> str:
 
 
 class RangedFile:
-    """One weight file: a sparse local file, and the ranges of bytes that have been downloaded.
+    """A weight file on a hub, with a sparse local file and a list of the byte ranges that have been downloaded.
 
     Args:
         remote: the repository.
         file: the remote file.
         path: the sparse file.
-        start: the first bytes of the file, including the whole header, which the sparse file already contains.
+        start: the first bytes of the remote file, with at least the whole header. The sparse file already contains the
+            header.
     """
 
     def __init__(self, remote: Remote, file: RemoteFile, path: Path, start: bytes) -> None:
@@ -400,7 +407,7 @@ class RangedFile:
         self.lock, self.stamp = threading.Lock(), os.stat(path).st_mtime_ns
 
     def read(self, span: Span) -> bytearray:
-        """Return the bytes of a range. If some of them are missing, download them, and also bytes after the range."""
+        """Return the bytes of a range. If bytes are missing, download them and the bytes after them (see `AHEAD`)."""
         begin, end = span.offset, span.offset + span.nbytes
         with self.lock:
             if missing := gaps(self.present, [(begin, end)]):
@@ -414,7 +421,7 @@ class RangedFile:
         return data
 
     def bring(self, wanted: list[Run]) -> None:
-        """Download the missing bytes of the given ranges, or the whole file if these bytes are almost all of it."""
+        """Download the missing bytes of the given ranges. If almost the whole file is missing, download all of it."""
         with self.lock:
             missing = gaps(self.present, wanted)
             if sum(end - begin for begin, end in missing) >= WHOLE * (self.file.size - len(self.header)):
@@ -454,7 +461,7 @@ class RangedFile:
         with open(part, "rb") as whole:
             same = whole.read(len(self.header)) == self.header
         if not same:
-            why = "the header was damaged when it was first fetched, so the plan made from this header is wrong"
+            why = "the header that was fetched earlier to plan the merge was damaged"
             raise Corrupt(why, path=str(self.remote.uri), where=self.file.path, cure="Run the same command again")
         os.replace(part, self.path)
         self.present = [(0, self.file.size)]
@@ -467,7 +474,7 @@ class RangedFile:
 
 
 def joined(runs: Iterable[Run]) -> list[Run]:
-    """Return ranges in order, with adjacent and overlapping ranges joined."""
+    """Sort ranges, and join those that overlap or touch."""
     result: list[Run] = []
     for begin, end in sorted(runs):
         if result and begin <= result[-1][1]:
@@ -478,7 +485,7 @@ def joined(runs: Iterable[Run]) -> list[Run]:
 
 
 def gaps(present: list[Run], wanted: Iterable[Run]) -> list[Run]:
-    """Return the parts of the wanted ranges that are missing from `present`, the ranges that have been downloaded."""
+    """Return the ranges of bytes that are in `wanted` but not in `present`, which lists the downloaded ranges."""
     missing: list[Run] = []
     for begin, end in joined(wanted):
         for first, last in present:
@@ -496,7 +503,8 @@ class Ranged:
     """A base whose weight files are downloaded in byte ranges.
 
     Attributes:
-        path: the local folder or single file; the headers of all weight files are complete.
+        path: the local folder, or the local file if the uri names a single file. Each weight file has its complete
+            header.
         uri: the base's uri, pinned to its commit.
     """
 
@@ -505,7 +513,7 @@ class Ranged:
         wanted = needed(remote)
         weights = {name: file for name, file in wanted.items() if name.endswith(".safetensors")}
         if not weights:
-            cure = "Pull the base to a disk that all nodes share ('adapterkit pull'), and pass the folder's path"
+            cure = "Run 'adapterkit pull' with a folder on a disk that all nodes share, and pass the folder's path"
             raise Unsupported("only safetensors files can be read in byte ranges", path=str(remote.uri), cure=cure)
         for name, file in wanted.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -526,7 +534,8 @@ class Ranged:
         """Download the given ranges of the weight files, so that they can be read from the local files.
 
         Raises:
-            Corrupt: a file that was downloaded whole does not have the listed digest.
+            Corrupt: a file that was downloaded whole does not have the digest that the hub lists, or its header differs
+                from the header in the sparse file.
             NetworkError: the hub is not reachable, or refuses.
             StorageError: the disk is full.
         """
@@ -546,7 +555,7 @@ class Ranged:
             file.drop()
 
     def close(self) -> None:
-        """Stop reading the sparse files through the hub."""
+        """Stop fetching the missing bytes of the sparse files from the hub."""
         for path in self.files:
             ELSEWHERE.pop(path, None)
 

@@ -237,7 +237,7 @@ def test_strict_licence_lets_parts_pass_that_agree(tmp_path: Path, parts: tuple[
     assert run("push", tmp_path / "out", "hf://org/out", "--strict-licence").exit_code == 0
     licensed(parts[1], None)
     unnamed = run("push", parts[1], "hf://org/lora", "--strict-licence")
-    assert (unnamed.exit_code, "what is pushed names no licence" in unnamed.stderr) == (1, True), unnamed.output
+    assert (unnamed.exit_code, "to push names no licence" in unnamed.stderr) == (1, True), unnamed.output
     assert run("push", parts[1], "hf://org/lora", "--strict-licence", "--licence", "mit").exit_code == 0
 
 
