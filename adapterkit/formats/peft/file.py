@@ -39,15 +39,17 @@ _OUTERMOST = re.compile(r"(?:\.base_layer)*$")
 class Key(NamedTuple):
     """A parsed key of a tensor file.
 
+    In `base_model.model.h.0.attn.lora_A.weight`, the stem is `h.0.attn`, the part is `lora_A`, the leaf is `weight`.
+
     Attributes:
         text: the complete key.
-        stem: the text between the prefix and the part, including the words that wrappers insert, such as `base_layer`.
+        stem: the text between the prefix and the part, including the names that wrappers insert, such as `base_layer`.
             For a parameter of the base, the stem is the parameter's whole path. For a tensor that all modules share,
             the stem is empty.
         part: the kind of tensor, such as `lora_A` or `ia3_l`; empty for a parameter of the base.
-        leaf: the last word of the key if it is `weight` or `bias`; otherwise empty.
-        adapter: the adapter's name, if the key contains it.
-        copy: `modules_to_save` or `original_module` if the key contains one of these words; otherwise empty.
+        leaf: `weight` or `bias` if the key ends with this name; otherwise empty.
+        adapter: the adapter's name, or None if the key does not contain it.
+        copy: `modules_to_save` or `original_module` if the key contains one of these names; otherwise empty.
     """
 
     text: str
@@ -59,24 +61,25 @@ class Key(NamedTuple):
 
     @property
     def word(self) -> str:
-        """Return the part and the leaf, such as `lora_A.weight`."""
+        """Return the part and the leaf, joined by a dot, such as `lora_A.weight`."""
         return f"{self.part}.{self.leaf}" if self.leaf else self.part
 
     @property
     def path(self) -> str:
-        """Return the module's dotted path in the base, without words of wrappers."""
+        """Return the module's dotted path in the base, without the names that PEFT's wrappers insert."""
         return _WRAPPERS.sub("", self.stem) if self.wrapped else self.stem
 
     @property
     def wrapped(self) -> bool:
-        """Whether the stem contains words of PEFT's wrappers."""
+        """Whether the stem contains a name that a PEFT wrapper inserts: `base_layer` or `token_adapter`."""
         return ".base_layer" in self.stem or ".token_adapter" in self.stem
 
     @property
     def depth(self) -> int:
-        """Return the number of wrappers around the wrapper that has this key's tensor.
+        """Return how many other wrappers enclose the wrapper that stores this key's tensor.
 
-        PEFT wraps a module once for each parameter that it adapts.
+        PEFT wraps a module once for each parameter that it adapts, so the wrappers are nested. Each enclosing wrapper
+        adds `.base_layer` to the end of the stem.
         """
         if not self.wrapped:
             return 0
@@ -85,9 +88,9 @@ class Key(NamedTuple):
 
     @property
     def module(self) -> str:
-        """Return the path of the outermost module in the stem that PEFT wraps.
+        """Return the path of the outermost module in the stem that PEFT wraps, if wrapped modules are nested.
 
-        If the key belongs to the output projection of an attention, this is the path of the attention.
+        For the output projection of an `nn.MultiheadAttention`, this is the path of the attention.
         """
         if not self.wrapped:
             return self.stem
@@ -99,17 +102,17 @@ class Key(NamedTuple):
 class File:
     """A parsed tensor file.
 
+    The writer checks its output by decoding it. Only then are `parameters`, `known` and `omitted` filled.
+
     Attributes:
         settings: the settings in the config.
-        tensors: the tensors by key, in the file's order.
+        tensors: a map from parsed keys to tensors, in the file's order.
         base: the base, or None.
         compat: the caller's `compat`; see `Format`.
-        parameters: a map from the stems of keys to the paths of their targets. Only the writer fills this map, for its
-            check, because the file may not show which parameter of a module a key belongs to.
-        known: a map from paths to the families' updates that the writer wants to store. Only the writer fills this map,
-            for its check.
-        omitted: the shared tensors that the writer leaves out of the file, by `Key.word`. Only the writer fills this
-            map, for its check.
+        parameters: a map from the stems of keys to the paths of their targets. The writer provides this map, because
+            the file may not show which parameter of a module a key belongs to.
+        known: a map from targets' paths to the families' updates that the writer stores.
+        omitted: a map from `Key.word` to tensors that all modules share and that the writer leaves out of the file.
     """
 
     settings: PeftSettings
@@ -126,7 +129,7 @@ class File:
         return self.compat == FORMULA
 
     def groups(self, parts: Iterable[str]) -> dict[str, dict[tuple[str, str], Key]]:
-        """Return the keys with one of these parts, as `stem -> (part, leaf) -> key`."""
+        """Return the keys whose part is in `parts`, as `stem -> (part, leaf) -> key`."""
         parts = frozenset(parts)
         groups_by_stem: dict[str, dict[tuple[str, str], Key]] = {}
         for key in self.tensors:
@@ -138,9 +141,10 @@ class File:
         return groups_by_stem
 
     def modules(self, parts: Iterable[str]) -> dict[str, dict[str, Key]]:
-        """Return the keys whose `word` matches one of these patterns, as `stem -> word -> key`.
+        """Return the keys whose `word` matches a pattern in `parts`, as `stem -> word -> key`.
 
-        In a pattern, `*` matches the text between two dots. The keys of tensors that all modules share are left out.
+        In a pattern, `*` matches one or more characters other than dots. The result does not include the keys of
+        tensors that all modules share.
         """
         wanted = re.compile("|".join(re.escape(part).replace(r"\*", "[^.]+") for part in parts) or "(?!)")
         modules_by_stem: dict[str, dict[str, Key]] = {}
@@ -163,7 +167,7 @@ class File:
         return {key.module for key in wrapped if key.module != key.path}
 
     def base_shape(self, name: str) -> Shape | None:
-        """Return the shape of the base's tensor `name`, as the function `base_shape` does; None without a base."""
+        """Call the function `base_shape` with the file's base; return None if there is no base."""
         return None if self.base is None else base_shape(self.base, name)
 
 
@@ -196,9 +200,9 @@ class Kept:
 def base_shape(base: Checkpoint, name: str) -> Shape | None:
     """Return the shape that the tensor `name` has in the loaded model; None if the shape is unknown.
 
-    If the base has no tensor `name`, the shape is that of the only tensor whose name ends with `name`. The base may
-    also store the tensor in parts, which the loaded model joins. Then the shape is computed from the parts, with the
-    table of the model family.
+    If the base has no tensor `name`, but exactly one tensor whose name ends with `.name`, return the shape of this
+    tensor. Otherwise, the loaded model may split or join tensors of the base. Then compute the shape from the base's
+    tensors, with the table of the model family.
     """
     if name in base.tensors:
         return base.tensors[name].shape
@@ -212,7 +216,10 @@ def _ending(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _by_ending(base: Checkpoint) -> dict[str, list[str]]:
-    """Return a map from endings (one word, or two words) to the base's tensor names with this ending."""
+    """Return a map from endings to the base's tensor names with this ending.
+
+    An ending is the last component of a name, or the last two: `weight` or `q_proj.weight`.
+    """
     names_by_ending: dict[str, list[str]] = {}
     for name in base.tensors:
         two = _ending(name)
@@ -225,31 +232,35 @@ Findings = Iterator[DecodedUpdate | Kept]
 
 
 def make(method: str, leaves: Mapping[str, Leaf], **attributes: float) -> Update:
-    """Create an update of the method with this name. The tensors may be lazy; they are not loaded."""
+    """Create an update of the method whose name is `method`, without loading lazy tensors."""
     return METHODS[method](**leaves, **attributes)
 
 
 # Parse keys: `<prefix><module>.<part>[.<adapter name>][.weight|.bias]`, or `<prefix><parameter of the base>`.
 #
 # A tensor that all adapted modules share has the key `base_model.<part>` or `<part>`. PEFT adapts a module by wrapping
-# it, so a path may contain words of wrappers: `base_layer`, once for each further adapted parameter of the module;
-# `token_adapter`; and, in state dicts that users saved without PEFT's function, `modules_to_save.<adapter name>`.
+# it, and a wrapper may insert a name into the path. `base_layer` occurs once for each further adapted parameter of the
+# module. The other names are `token_adapter` and `modules_to_save.<adapter name>`. `modules_to_save` occurs only in
+# state dicts that users saved without PEFT's function.
 
 
 PREFIX = "base_model.model."
 LATENT = "lora_latent_mapping"
-"""The part of a key for LoRA-XS's R. PEFT removes `.default` from R's module name as if it were an adapter's name."""
+"""`Key.part` of LoRA-XS's R, in the module `default_lora_latent_mapping`.
+
+PEFT removes `.default` from the key, because it mistakes `default` for the adapter's name.
+"""
 SHARED_PREFIX = "base_model."
 
 _SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)", re.DOTALL)
 _COPY = re.compile(r"(?P<stem>.+)\.(?P<copy>modules_to_save|original_module)\.(?P<rest>weight|bias)", re.DOTALL)
-"""Matches the keys that `save_embedding_layers` adds. They are copies of a trained module, without an adapter name."""
+"""Matches the keys that `save_embedding_layers` adds for copies of a trained module. Such keys have no adapter name."""
 _LATENT = re.compile(r"(?P<stem>.+?)(?:\.default)?_lora_latent_mapping\.weight", re.DOTALL)
 _PLAIN = re.compile(
     rf"{re.escape(PREFIX)}(?P<stem>.+)\.(?P<part>(?:lora|ia3|ln_tuning|trainable_tokens)_\w+)(?:\.(?P<leaf>weight|bias))?",
     re.DOTALL,
 )
-"""Matches the most common keys. Such a key belongs to no family, so parsing it does not import the families."""
+"""Matches the most common keys. No family uses these keys, so parsing them does not import the families."""
 
 
 def prefix_of(peft_type: str) -> str:
@@ -259,12 +270,12 @@ def prefix_of(peft_type: str) -> str:
 
 
 def parse_keys(tensors: Mapping[str, Lazy], usual: str = PREFIX) -> tuple[str, dict[Key, Lazy]]:
-    """Return the prefix of all keys, and the tensors by parsed key, in the file's order.
+    """Parse all keys. Return their prefix, and a map from parsed keys to tensors, in the file's order.
 
     Args:
-        tensors: the tensors by key.
-        usual: the prefix that PEFT writes. Either all keys or no keys must begin with it, but the keys of tensors that
-            all modules share may always lack it.
+        tensors: a map from the file's keys to its tensors.
+        usual: the prefix that PEFT writes. Either all keys must begin with this prefix, or no keys. The keys of tensors
+            that all modules share are exceptions: they may always lack the prefix.
 
     Raises:
         Malformed: only some keys begin with the prefix, or the keys belong to several adapters.
@@ -279,7 +290,7 @@ def parse_keys(tensors: Mapping[str, Lazy], usual: str = PREFIX) -> tuple[str, d
 
 
 def _stands_alone(text: str) -> bool:
-    """Whether a key is that of a tensor that all modules share, which needs no prefix."""
+    """Whether a key belongs to a tensor that all modules share. Such a key needs no prefix."""
     return _PLAIN.fullmatch(text) is None and _shared().fullmatch(text) is not None
 
 
@@ -287,13 +298,13 @@ def _stands_alone(text: str) -> bool:
 def parse_key(text: str, prefix: str) -> Key:
     """Parse one key. Results are cached, because the writer's check parses the keys that were just written."""
     if prefix == PREFIX and (match := _PLAIN.fullmatch(text)):
-        # Intern the strings to save memory: all keys of a module have the same stem, and all keys share a few words.
+        # Intern the strings to save memory: all keys of a module have the same stem, and a file has only a few parts.
         return Key(text, intern(match["stem"]), intern(match["part"]), match["leaf"] or "")
     return parse_by_families(text, prefix)
 
 
 def parse_by_families(text: str, prefix: str) -> Key:
-    """Parse one key, with the patterns for the keys of all families."""
+    """Parse one key. Compare it with the key patterns of all families."""
     if match := _shared().fullmatch(text):
         names, leaf = _tail(match["rest"])
         return Key(text, "", match["part"] + names[1], leaf, names[0])
@@ -333,10 +344,10 @@ def _families() -> Iterable[type[Family]]:
 
 
 def _words(patterns: Iterable[str]) -> str:
-    """Return a regular expression that matches these patterns for the parts of keys.
+    """Return a regular expression that matches a key's part if one of `patterns` matches it.
 
-    In a pattern, `*` stands for one word. The expression tries longer patterns first, because one pattern may be the
-    beginning of another. If `patterns` is empty, the expression matches nothing.
+    In a pattern, `*` matches one or more characters other than dots. The expression tries longer patterns first,
+    because one pattern may be the beginning of another. If `patterns` is empty, the expression matches nothing.
     """
     bare = sorted({re.sub(r"\.(?:weight|bias)$", "", pattern) for pattern in patterns}, key=len, reverse=True)
     return "|".join(re.escape(pattern).replace(r"\*", "[^.]+") for pattern in bare) or "(?!)"
@@ -353,7 +364,7 @@ def _tail(rest: str) -> tuple[tuple[str | None, str], str]:
 def _check_names(keys: Iterable[Key]) -> None:
     """Check that the keys of adapted modules all have the same adapter name, or all have none.
 
-    The keys of replaced parameters are not checked, because they may lack the adapter name.
+    The keys of the base's own parameters are not checked, because these keys may lack the adapter name.
     """
     named: dict[str | None, Key] = {}
     for key in keys:
@@ -391,17 +402,17 @@ class PeftHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The details of a PEFT file that the writer needs to write the same file again.
 
     Attributes:
-        config: the source config.
+        config: the config of the source file.
         targets: a fingerprint of the source's targets. If the adapter's targets still have this fingerprint, the lists
-            of modules in the config are correct.
+            of modules in the config are still correct.
         prefix: the prefix of all keys.
         compat: the `compat` with which the source was read. Reading the written file with the same `compat` must yield
             the same adapter.
         experts_order: the layout in which stacked experts are written; None for the layout of current PEFT.
-        keys: a map from the key that the writer would choose to the key in the file. It contains the keys that differ,
-            and the keys that the writer cannot choose with certainty.
-        shapes: a map from keys in the file to the shapes of their tensors. It contains the tensors for which the writer
-            would choose another shape for the same elements.
+        keys: a map from the key that the writer would choose to the key in the source file. The map contains only keys
+            for which the two differ, or for which the writer's choice is uncertain.
+        shapes: a map from the source file's keys to the shapes of their tensors. The map contains only tensors to which
+            the writer would give another shape with the same elements.
     """
 
     config: dict[str, Any] = {}
@@ -431,9 +442,9 @@ def fingerprint(targets: Iterable[Target]) -> str:
 
 
 RESIDUAL = ("olora", "pissa")
-"""The values of `init_lora_weights` with which PEFT subtracts an exactly computable change from the base.
+"""The values of `init_lora_weights` for which PEFT subtracts an exactly computable change from the base.
 
-The methods have the same names.
+adapterkit's methods for such adapters have the same names.
 """
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
@@ -451,7 +462,7 @@ class Kasa(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class BlockSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`use_bdlora`: which modules have a block-diagonal A, and which have a block-diagonal B.
 
-    Each list contains words. It selects the modules whose names contain at least one of the words.
+    Each of the two lists selects the modules whose names contain at least one string in the list.
     """
 
     target_modules_bd_a: list[str] | None = None
@@ -470,7 +481,7 @@ class BlockSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`arrow_config`: how Arrow selects experts, and the experts' names. The experts themselves are other adapters.
+    """`arrow_config`: how Arrow selects experts, and the experts' names. Each expert is a separate adapter.
 
     PEFT finds the router's vectors by power iteration from a random start, so the config has a seed. adapterkit
     computes the vectors exactly.
@@ -555,7 +566,7 @@ def written_by_unsloth(config: Mapping[str, JsonValue]) -> bool:
 def parse_version(version: str | None) -> tuple[int, ...]:
     """Return the first two numbers of a PEFT version, such as (0, 18).
 
-    If the version is missing or has another form, return a tuple that is larger than that of any release.
+    If the version is missing or cannot be parsed, return a tuple that compares as greater than every release.
     """
     match = re.match(r"(\d+)\.(\d+)", version or "")
     return (int(match[1]), int(match[2])) if match else (1 << 30,)
@@ -564,8 +575,8 @@ def parse_version(version: str | None) -> tuple[int, ...]:
 def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:
     """Whether `target_modules` selects a module.
 
-    If `target_modules` is a string, it is a regular expression for the whole path. If it is a list, each item is a
-    whole path, or the end of a path after a dot.
+    If `target_modules` is a string, it is a regular expression that must match the whole path. If it is a list, the
+    path must equal an item of the list, or end with a dot and an item.
     """
     path = unwrapped(path)
     if isinstance(target_modules, str):

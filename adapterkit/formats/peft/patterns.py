@@ -1,4 +1,7 @@
-"""Match module names against a config's patterns in bounded time, as a config may be hostile; and compose patterns."""
+"""Match module names against the patterns in a config, and create patterns for a config.
+
+Matching takes a bounded time, because a config may be hostile.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ if TYPE_CHECKING:
 
 
 SURE = 2_000_000
-"""`re` matches the patterns that need at most this number of steps per name. These take a few milliseconds."""
+"""The largest number of steps per name with which `re` may match a pattern. So many steps take a few milliseconds."""
 
 PATIENT = 200_000_000
-"""The same limit for patterns that `Automaton` cannot express. This number of steps takes about a second."""
+"""The same limit for patterns that `Automaton` does not support. This number of steps takes about a second."""
 
 MAX_STATES = 4_000
 MAX_VISITS = 2_000_000
@@ -34,11 +37,11 @@ MAX_REMEMBERED = 20_000
 _NEVER = float("inf")
 
 _INSIDE = "base_model.model."
-"""The prefix of the names in PEFT's model. DistributedDataParallel and TRL's value heads add words before it."""
+"""The prefix of names in a PEFT model. DistributedDataParallel and TRL's value heads add names before it."""
 
 
 class TooSlow(Exception):
-    """Raised if the time for matching a pattern has no acceptable bound."""
+    """Raised if matching a pattern may take too long."""
 
 
 def fits(pattern: str, name: str, kind: str) -> bool:
@@ -47,7 +50,7 @@ def fits(pattern: str, name: str, kind: str) -> bool:
     Args:
         pattern: a valid regular expression.
         name: the text to match.
-        kind: the function of `re`: `match`, `fullmatch` or `search`.
+        kind: the name of the function in `re`: `match`, `fullmatch` or `search`.
 
     Raises:
         TooSlow: matching may take too long.
@@ -86,7 +89,7 @@ def _steps(pattern: str, length: int) -> float:
 
 
 def _ways(items: Iterable[Any], length: int) -> float:
-    """Return an upper bound for the number of ways in which the items can match, one after another, at one position."""
+    """Return an upper bound for the number of ways in which the sequence `items` can match at one position."""
     ways = 1.0
     for code, value in items:
         ways *= _ways_of(str(code), value, length)
@@ -107,8 +110,8 @@ def _ways_of(code: str, value: Any, length: int) -> float:
         inner = _ways(body, length)
         if most <= 1:
             return 1 + inner
-        # If the body can match in several ways, or texts of several lengths, each repetition multiplies the number of
-        # ways, so there is no small bound.
+        # Each repetition multiplies the number of ways if the body can match in several ways, or can match texts of
+        # different lengths. Then there is no small bound.
         narrowest, widest = body.getwidth()
         if inner > 1 or narrowest != widest or not narrowest:
             return inner if least == most == 1 else _NEVER
@@ -119,7 +122,7 @@ def _ways_of(code: str, value: Any, length: int) -> float:
 
 
 class _Unsupported(Exception):
-    """Raised if `Automaton` cannot express a part of a pattern, such as a reference to a group or a look-ahead."""
+    """Raised if `Automaton` does not support a feature of a pattern, such as a look-ahead or a group reference."""
 
 
 @lru_cache(maxsize=1 << 10)
@@ -133,8 +136,8 @@ def _automaton(pattern: str) -> Automaton | None:
 class Automaton:
     """Matches a pattern without backtracking: follows all its alternatives at the same time (K. Thompson 1968).
 
-    A state is `("char", test, next)`, `("split", nexts)`, `("at", test, next)` or `("end",)`. The steps between sets of
-    states are cached, because many names share them.
+    A state is `("char", test, next)`, `("split", nexts)`, `("at", test, next)` or `("end",)`. The transitions between
+    sets of states are cached, because many names lead to the same transitions.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -207,9 +210,9 @@ class Automaton:
         return len(self.states) - 1
 
     def _sequence(self, items: Any, following: int, flags: int) -> int:
-        """Create the states for a sequence of items, and return the number of the first state.
+        """Create the states for a sequence of items, and return the index of the first state.
 
-        The last state of the sequence continues at the state `following`.
+        After the last item, matching continues at the state with the index `following`.
         """
         for code, value in reversed(list(items)):
             following = self._item(str(code), value, following, flags)
@@ -300,12 +303,12 @@ T = TypeVar("T")
 
 
 def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """Return the value of the first pattern that fits `name`, or fits the end of `name` after a dot.
+    """Return the value of the first pattern that matches all of `name`, or all of the text after one of its dots.
 
-    If no pattern fits, return the value of the key that equals `name`. If there is no such key, return `default`.
+    If no pattern matches, return the value of the key that equals `name`. If there is no such key, return `default`.
 
-    The patterns are also compared with the name without the words of wrappers. PEFT applies the patterns before FSDP or
-    torch.compile wraps the model, but the keys of a model that was saved inside a wrapper contain the wrapper's words.
+    Wrappers such as FSDP and torch.compile insert names such as `_orig_mod` into the keys of a model. PEFT applies the
+    patterns before the model is wrapped, so the patterns are also compared with `name` without the inserted names.
     """
     if not patterns:
         return default
@@ -314,18 +317,18 @@ def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
         if len(_INDEXES) >= _MOST_INDEXES:
             _INDEXES.clear()
         known = _INDEXES[id(patterns)] = _Index(patterns)
-    # Try the name with the words of wrappers, too, because patterns that adapterkit wrote contain these words.
+    # Also try the unchanged name, because patterns that adapterkit wrote contain the names that wrappers insert.
     tried = {name, unwrapped(name)}
     if "module." in name:
-        # DistributedDataParallel adds the word `module`, but a model's own names may contain this word, too. Try the
-        # name with and without the word. A pattern that starts with `^` fits only one of the two names.
+        # DistributedDataParallel inserts `module`, but the path of a model's own module may contain `module`, too. Try
+        # the name with and without `module`, because a pattern that starts with `^` matches only one of the two.
         tried.add(".".join(word for word in unwrapped(name).split(".") if word != "module"))
     positions = [position for each in tried if (position := known.first(each)) is not None]
     return known.values[min(positions)] if positions else patterns.get(name, default)
 
 
 def unwrapped(name: str) -> str:
-    """Return a module's path in the base model, without PEFT's prefix and without the words of wrappers."""
+    """Return a module's path in the base model, without PEFT's prefix and without the names that wrappers insert."""
     name = name.rpartition(_INSIDE)[2]
     if not any(word in name for word in WRAPPERS):
         return name
@@ -351,9 +354,9 @@ class _Index(Generic[T]):
             if literal:
                 self._exact.setdefault(literal, position)
             elif _PLAIN.fullmatch(pattern):
-                # The pattern is a plain name, except that each dot fits any character. One look-up compares a name with
-                # all patterns of the same form, which have the same length, and dots at the same positions. The
-                # patterns of a config have a few dozen forms.
+                # The pattern is a plain name, except that each dot matches any character. Group such patterns by their
+                # length and the positions of their dots. One look-up then compares a name with all patterns of a group.
+                # A config has a few dozen groups.
                 dots = tuple(at for at, char in enumerate(pattern) if char == ".")
                 forms = self._plain.setdefault(pattern.rpartition(".")[2], {})
                 forms.setdefault((len(pattern), dots), {}).setdefault(pattern, position)
@@ -361,7 +364,7 @@ class _Index(Generic[T]):
                 self._others.append((position, pattern))
 
     def first(self, name: str) -> int | None:
-        """Return the position of the first pattern that fits the name, or the text after a dot of the name; or None."""
+        """Return the index of the first pattern that matches `name`, or the text after one of its dots; or None."""
         if "\n" in name:  # Try every pattern, because `.` and `$` treat a newline differently from other characters.
             tried = ((at, _literal(p), p) for at, p in enumerate(self.patterns))
             return next((at for at, word, p in tried if (word == name if word else _behind_a_dot(p, name))), None)
@@ -380,9 +383,9 @@ def _behind_a_dot(pattern: str, name: str) -> bool:
 
 
 def _among(name: str, form: tuple[int, tuple[int, ...]], known: Mapping[str, int]) -> int | None:
-    """Return the position of the pattern that fits `name`, or the text after a dot of `name`; None if no pattern fits.
+    """Return the index of the pattern in `known` that matches `name`, or the text after one of its dots; or None.
 
-    `form` is the length of the patterns and the positions of their dots; `known` is a map from patterns to positions.
+    All patterns in `known` have the same `form`: (length, positions of the dots). `known` maps patterns to indices.
     """
     length, dots = form
     start = len(name) - length
@@ -397,13 +400,14 @@ def _among(name: str, form: tuple[int, tuple[int, ...]], known: Mapping[str, int
 _INDEXES: dict[int, _Index[Any]] = {}
 _MOST_INDEXES = 8
 _PLAIN = re.compile(r"[\w.-]+", re.ASCII)
-"""Matches plain names, which are patterns in which every character except a dot fits only itself."""
+"""Matches patterns that are plain names. In such a pattern, every character except a dot matches only itself."""
 
 
 def exactly(name: str) -> str:
-    """Return a pattern that fits only this name.
+    """Return a pattern that matches only this name.
 
-    PEFT would apply the name itself, as a pattern, also to longer names that end with it; its dots fit any character.
+    The name itself is not such a pattern: PEFT would also apply it to longer names that end with it, and each dot would
+    match any character.
     """
     return f"^{re.escape(name)}$"
 
@@ -461,10 +465,10 @@ Scale = tuple[int, float]
 
 
 def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[dict[str, JsonValue], list[str]]:
-    """Return the config fields for ranks and scalings, and the modules whose scaling no alpha yields exactly.
+    """Return the config fields for ranks and scalings, and the names of modules that have no exact alpha.
 
-    `rslora` contains the values that `use_rslora` may have. The value for which most scalings have an exact alpha is
-    chosen.
+    `scales` maps module names to (rank, scaling). An alpha is exact if PEFT computes exactly the module's scaling from
+    it. `rslora` contains the allowed values of `use_rslora`. The chosen value is the one with the most exact alphas.
     """
     tried = {flag: {name: exact_alpha(scale, flag) for name, scale in scales.items()} for flag in rslora}
     flag = min(tried, key=lambda flag: sum(alpha is None for alpha in tried[flag].values()))
@@ -485,7 +489,7 @@ def exact_alpha(scale: Scale, rslora: bool) -> int | float | None:
     """Return an alpha for which PEFT computes exactly this scaling, preferably an integer; None if there is none."""
     rank, scaling = scale
     divisor = math.sqrt(rank) if rslora else rank
-    # Convert the scaling to float first: it may be a large integer, whose product with a rank would overflow.
+    # Convert the scaling to float first. The scaling may be a large integer, whose product with a rank would overflow.
     guess = float(scaling) * divisor
     return next((alpha for alpha in _candidates(guess) if alpha / divisor == scaling), None)
 

@@ -60,13 +60,13 @@ class OftFamily(Family):
         "oft_series_before_0_18": Departure(
             "with use_cayley_neumann, PEFT releases before 0.18 multiply the last term of the series by 2, like the "
             "terms before it",
-            "the last term is not multiplied by 2, as in newer PEFT releases, which read the same files",
+            "the last term is not multiplied by 2, as in PEFT 0.18 and later, which also read these files",
         ),
         "oft_of_overlapping_patches": Departure(
-            "oft_patches on a Conv2d with a kernel larger than 1 x 1 (the base or the loaded layer shows the kernel, "
-            "the file does not): PEFT rotates the input's patches and adds them up, so no change of the weight is "
-            "equivalent",
-            "oft: the weight is rotated, as PEFT merges it",
+            "oft_patches on a Conv2d with a kernel larger than 1 x 1: PEFT rotates the input's patches and adds them "
+            "up, so no change of the weight is equivalent; the file does not show the kernel's size, but the base or "
+            "the loaded layer does",
+            "oft: the weight is rotated, as in PEFT's merge",
             on_patches,
         ),
     }
@@ -74,7 +74,7 @@ class OftFamily(Family):
         "block_share": "whether all blocks have the same rotation",
         "coft": "whether eps limits the norm of each block's Q",
         "eps": "with coft, the limit for all n blocks together; the limit for one block is eps / sqrt(n)",
-        "num_cayley_neumann_terms": "number of terms of the series",
+        "num_cayley_neumann_terms": "number of terms of the Cayley-Neumann series",
         "oft_block_size": "size of a block, rounded to the nearest divisor of the layer's width; if it is 0, r is "
         "the number of blocks",
         "use_cayley_neumann": "whether a series replaces the exact Cayley transform; PEFT 0.18 changed the last term",
@@ -185,7 +185,7 @@ def nearest_divisor(width: int, wanted: int) -> int:
 
 
 def _blocks(blocks: list[tuple[int, int]]) -> dict[str, JsonValue]:
-    """Return the config fields for layers with these blocks. `blocks` has (number, size) for each layer."""
+    """Return the config fields for layers with `blocks`: (number of blocks, size of a block) for each layer."""
     if all(n == 1 for n, _ in blocks) and len({size for _, size in blocks}) == 1:
         return {"block_share": True, "r": 0, "oft_block_size": blocks[0][1]}
     size, number = _fitting(blocks, 1), _fitting(blocks, 0)
@@ -195,9 +195,9 @@ def _blocks(blocks: list[tuple[int, int]]) -> dict[str, JsonValue]:
 
 
 def _fitting(blocks: list[tuple[int, int]], which: int) -> int | None:
-    """Return a value for the config that PEFT rounds to the right value in every layer; None if there is none.
+    """Return a number of blocks (`which` 0) or a block size (`which` 1) for the config; None if no value fits.
 
-    The value is a number of blocks if `which` is 0, and the size of a block if `which` is 1.
+    PEFT rounds the value from the config for each layer. In every layer, the result must be the layer's actual value.
     """
     tried = sorted({each[which] for each in blocks}, reverse=True)
     widths = [(n * size, (n, size)[which]) for n, size in blocks]
@@ -207,11 +207,11 @@ def _fitting(blocks: list[tuple[int, int]], which: int) -> int | None:
 _AGAIN = "Save the adapter again with PEFT"
 
 
-# BOFT: `boft_R` [factors, blocks, b, b] and `boft_s`, which is [out, 1], but [1, out] for a convolution.
+# BOFT: `boft_R` [factors, blocks, b, b] and `boft_s`. For a convolution, `boft_s` is [1, out]; otherwise [out, 1].
 
 
 class BOFTFields(MethodFields, frozen=True, kw_only=True):
-    """The sizes and the numbers of blocks, and the number of factors."""
+    """The size of a block, the number of blocks, and the number of factors."""
 
     boft_block_size: int = 4
     boft_block_num: int = 0
@@ -293,7 +293,7 @@ WEIGHT, VECTOR_A, VECTOR_B = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vect
 
 
 class PSOFTFields(MethodFields, frozen=True, kw_only=True):
-    """The rank, the form of R, and how PEFT computes A and B from the base's weight."""
+    """The rank, how PEFT computes R from the stored tensors, and how PEFT computes A and B from the base's weight."""
 
     r: int = 32
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
@@ -309,7 +309,7 @@ class PSOFTFields(MethodFields, frozen=True, kw_only=True):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return the endings of the keys that each module has with these settings."""
+        """Return the endings of the keys that each module must have if the config has these fields."""
         return (WEIGHT, *[VECTOR_A] * self.psoft_mag_a, *[VECTOR_B] * self.psoft_mag_b)
 
 
@@ -325,11 +325,11 @@ class PsoftFamily(Family):
     read: ClassVar[Mapping[str, str]] = {
         "ab_svd_init": "psoft_init: B contains the singular values; pissa_init: A and B contain their square roots",
         "cayley_neumann_eps": "with use_cayley_neumann, the limit on the norm of Q",
-        "num_cayley_neumann_terms": "number of terms of the series",
+        "num_cayley_neumann_terms": "number of terms of the Cayley-Neumann series",
         "psoft_mag_a": "whether each module has psoft_R.vector_a",
         "psoft_mag_b": "whether each module has psoft_R.vector_b",
         "psoft_orth": "whether R is a rotation; otherwise R is any matrix",
-        "psoft_svd": "if it is lowrank, torch.svd_lowrank on the CPU computes A and B",
+        "psoft_svd": "full or lowrank; with lowrank, A and B are computed by torch.svd_lowrank on the CPU",
         "psoft_svd_lowrank_niter": "the argument niter of torch.svd_lowrank",
         "random_seed": "the seed of the random numbers in torch.svd_lowrank",
         "use_cayley_neumann": "whether a truncated series replaces the exact Cayley transform",
@@ -376,7 +376,7 @@ class PsoftFamily(Family):
         if update.seed and not update.steps:
             return "this psoft has a seed, but its decomposition is exact and needs no seed"
         if update.eps and not update.terms:
-            return "this psoft limits Q, which PEFT does only with use_cayley_neumann"
+            return "this psoft limits the norm of Q, but PEFT limits this norm only with use_cayley_neumann"
         return super().why_not(target, update)
 
     @classmethod

@@ -1,8 +1,9 @@
 """Shadow: each block has `shadow_down.<name>.weight` etc.; the whole model has `shadow_backbone.<name>.<tensor>`.
 
-`<name>` is the adapter's name, but PEFT always writes `default`. The two small networks of a block are `nn.Sequential`
-modules whose linear layers have the indices 0 and 2. For a classifier, the file also contains the classification head
-that was used in training. The formula does not use this head.
+`<name>` is the adapter's name, but PEFT always writes `default`. Each block has two small networks,
+`shadow_update_transform` and `shadow_update_gate`. Both are `nn.Sequential` modules, whose linear layers have the
+indices 0 and 2. For a classifier, the file also contains the classification head that was used in training. The formula
+does not use this head.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class ShadowFamily(Family):
     peft_type = "SHADOW"
     method = Shadow
     parts = (*FIELDS, "shadow_update_transform", "shadow_update_gate")
-    # The reader uses the patterns without `*`, and allows more words after them. The writer needs `*` for these words.
+    # The reader uses the patterns without `*`, because it accepts all keys that begin with a pattern. The writer needs
+    # the patterns with `*`, because it compares a pattern with the whole key.
     shared = tuple(f"{word}{end}" for word in (NETWORK, PROJECTION, HEAD) for end in ("", "*"))
     method_fields: ClassVar[type[MethodFields]] = ShadowFields
     read: ClassVar[Mapping[str, str]] = {
@@ -78,7 +80,7 @@ class ShadowFamily(Family):
     @classmethod
     def decode(cls, file: File) -> Findings:
         if file.settings.method_fields.shadow_model != "mirror":
-            why = "the network's class differs from the base's class, and the file does not state the network's class"
+            why = "the shadow network does not have the base's class, and the file does not state the network's class"
             raise Unsupported(why, where="shadow_model", cure="Train the adapter with shadow_model='mirror'")
         yield from (Kept(key) for word, key in file.shared.items() if _of(HEAD, word))
         network = _network(file)
@@ -136,7 +138,7 @@ class ShadowFamily(Family):
         members = {t: u for t, group in updates.items() for u in group if isinstance(u, Shadow)}
         sizes = {t: (u.down.shape, u.gate_in.shape, id(u.network), id(u.projection)) for t, u in members.items()}
         for target in minority({t: repr((u.attributes, sizes[t])) for t, u in members.items()}):
-            yield target, "this shadow has another network, other sizes or other settings than most blocks"
+            yield target, "the network, sizes or settings of this block's shadow differ from those of most blocks"
 
 
 def _named(part: str) -> str:

@@ -113,8 +113,8 @@ class C3AFamily(Renamed):
     method_fields: ClassVar[type[MethodFields]] = C3AFields
     read: ClassVar[Mapping[str, str]] = {
         "block_size": "number of rows and columns of a block",
-        "block_size_pattern": "sizes for some modules; a pattern must equal the module's path or match the text after "
-        "one of its dots",
+        "block_size_pattern": "block sizes for some modules; a pattern must equal the module's path, or match all of "
+        "the text after a dot in the path",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": "xavier_uniform"}
 
@@ -140,8 +140,8 @@ class DeLoRAFamily(Renamed):
     }  # fmt: skip
     parts = tuple(fields)
     harmless: ClassVar[Mapping[str, str]] = {
-        "delora_lambda": "initial value of a tensor",
-        "lambda_pattern": "initial values of a tensor",
+        "delora_lambda": "initial value of the tensor delora_lambda",
+        "lambda_pattern": "initial values of the tensor delora_lambda for some modules",
         "module_dropout": "training only",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": True, "module_dropout": 0.0}
@@ -159,7 +159,7 @@ class DeLoRAFamily(Renamed):
 
 
 class HRAFields(MethodFields, frozen=True, kw_only=True):
-    """The rank, and whether the directions are made orthogonal."""
+    """The rank, and whether the columns of `hra_u` are made orthogonal before they are used."""
 
     r: int = 8
     apply_GS: bool = False
@@ -174,7 +174,7 @@ class HraFamily(Renamed):
     fields: ClassVar[Mapping[str, str]] = {"hra_u": "u"}
     parts = tuple(fields)
     method_fields: ClassVar[type[MethodFields]] = HRAFields
-    read: ClassVar[Mapping[str, str]] = {"apply_GS": "whether the directions are made orthogonal before they are used"}
+    read: ClassVar[Mapping[str, str]] = {"apply_GS": "whether hra_u's columns are made orthogonal before they are used"}
     fresh: ClassVar[Mapping[str, Any]] = {"apply_GS": False, "bias": "none", "init_weights": True}
 
     @classmethod
@@ -193,7 +193,7 @@ class HraFamily(Renamed):
 
 
 class RoAdFields(MethodFields, frozen=True, kw_only=True):
-    """The variant, and the size of a group."""
+    """The variant, and the number of outputs in a group."""
 
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"
     group_size: int = 64
@@ -210,7 +210,8 @@ class RoadFamily(Renamed):
     method_fields: ClassVar[type[MethodFields]] = RoAdFields
     read: ClassVar[Mapping[str, str]] = {
         "group_size": "number of outputs in a group",
-        "variant": "road_1, road_2 or road_4: which entries of a pair's matrix share an angle and a scale",
+        "variant": "road_1, road_2 or road_4: which entries of a 2 x 2 matrix have the same angle and scale; each pair "
+        "of outputs has such a matrix",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
 

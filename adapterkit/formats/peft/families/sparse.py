@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SPARSE = {"supertuning_indices": "index", "supertuning_values": "values"}
 HYBRID = SPARSE | {"supertuning_lora_A.weight": "A", "supertuning_lora_B.weight": "B"}
-"""A map from the endings of keys to fields of the update."""
+"""A map from the endings of keys to fields of the update, for the hybrid form."""
 
 
 class SupertuningFields(MethodFields, frozen=True, kw_only=True):
@@ -47,7 +47,7 @@ class SuperTuningFamily(Family):
     folds = ("B",)
     method_fields: ClassVar[type[MethodFields]] = SupertuningFields
     read: ClassVar[Mapping[str, str]] = {
-        "save_precomputed_indices": "whether the file has the positions; a file without them is refused",
+        "save_precomputed_indices": "whether the file has the positions of the trained elements; if not, reading fails",
         "sparsity": "the number of trained elements is int(out * in * (1 - sparsity))",
     }
     harmless: ClassVar[Mapping[str, str]] = {
@@ -59,7 +59,8 @@ class SuperTuningFamily(Family):
     def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         config = file.settings.method_fields
         if config.save_precomputed_indices is False:
-            why = "the file omits the positions, and the base does not determine them if elements are equally large"
+            why = "the file omits the positions of the trained elements, and adapterkit cannot compute the positions "
+            why += "from the base if several elements of a weight are equally large"
             raise Unsupported(
                 why,
                 where="save_precomputed_indices",
@@ -117,10 +118,10 @@ def _count(size: int, sparsity: float) -> int:
 def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
     """Return a sparsity from which PEFT computes the right number of trained elements for every weight.
 
-    `counts` maps each weight's path to (number of trained elements, number of elements).
+    `counts` maps each weight's path to (number of trained elements, number of all elements).
 
     Raises:
-        Unrepresentable: no sparsity yields all of these numbers.
+        Unrepresentable: no single sparsity yields the numbers of trained elements.
     """
     lower = max(1 - (count + 1) / size for count, size in counts.values())
     upper = min(1 - count / size for count, size in counts.values())

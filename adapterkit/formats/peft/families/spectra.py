@@ -203,7 +203,7 @@ class DrawnSpectrum(Family):
 
     @classmethod
     def further(cls, file: File, path: str) -> dict[str, Lazy]:
-        """Return further tensors that the update of a module needs."""
+        """Return the tensors of a module's update other than `index` and `spectrum`."""
         return {}
 
     @classmethod
@@ -255,9 +255,10 @@ class WaveFTFamily(DrawnSpectrum):
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "number of coefficients",
         "n_frequency_pattern": "numbers of coefficients for the modules that a pattern matches",
-        "proportional_parameters": "whether the number of coefficients depends on the weight's size; the tensors "
-        "show the number",
-        "random_loc_seed": "positions: the first n of torch.randperm(out * in) on the CPU; needs the base",
+        "proportional_parameters": "whether the number of coefficients depends on the weight's size; if so, the length "
+        "of waveft_spectrum is the number",
+        "random_loc_seed": "seed of torch.randperm(out * in) on the CPU, whose first n values are the positions; the "
+        "base shows out and in",
         "scaling": "factor on the change",
         "use_idwt": "whether the coefficients belong to a wavelet transform; otherwise they are elements of the change",
         "wavelet_family": "name of the wavelet whose filter is used",
@@ -301,7 +302,7 @@ class WaveFTFamily(DrawnSpectrum):
 
 
 def _dtype(file: File, path: str) -> str:
-    """Return the dtype for a module's filter: the dtype of the filter in `file.known`, or F64 if there is none."""
+    """Return the dtype of the module's filter in `file.known`; F64 if `file.known` has no filter for the module."""
     known = file.known[path].tensors.get("low_pass") if path in file.known else None
     return "F64" if known is None else as_lazy(known).dtype.name
 
@@ -337,9 +338,10 @@ class FourierFTFamily(DrawnSpectrum):
     method_fields: ClassVar[type[MethodFields]] = FourierFTFields
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "number of coefficients",
-        "n_frequency_pattern": "numbers for some modules; a pattern must equal the module's path or match the text "
-        "after one of its dots",
-        "random_loc_seed": "positions: the first n of torch.randperm(out * in) on the CPU; needs the base",
+        "n_frequency_pattern": "numbers of coefficients for some modules; a pattern must equal the module's path, or "
+        "match all of the text after a dot in the path",
+        "random_loc_seed": "seed of torch.randperm(out * in) on the CPU, whose first n values are the positions; the "
+        "base shows out and in",
         "scaling": "factor on the change",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": True, "random_loc_seed": SEED}
@@ -359,17 +361,17 @@ class FourierFTFamily(DrawnSpectrum):
         return size_fields(sizes, "n_frequency") | of_one(updates, cls.method)
 
 
-# Draw the positions, which files omit, from the seed as PEFT does.
+# Draw the positions as PEFT does. Files contain only the seed, not the positions.
 
 
 LARGEST = 1 << 34
-"""The limit on the number of a weight's elements, which protects against hostile files."""
+"""The largest allowed number of elements of a weight. The limit protects against hostile files."""
 
 
 def drawn(seed: int | None, out: int, in_: int, count: int, key: Key) -> Lazy:
-    """Return the rows and columns `[2, count]` of `count` random positions, the first of a random permutation.
+    """Return the rows and columns `[2, count]` of `count` random positions in a weight.
 
-    The positions are drawn when the tensor's values are loaded.
+    The positions are the first values of a random permutation. They are drawn when the tensor's values are loaded.
 
     Raises:
         Malformed: the seed is missing or invalid.
@@ -389,9 +391,10 @@ def drawn(seed: int | None, out: int, in_: int, count: int, key: Key) -> Lazy:
 
 @lru_cache(maxsize=64)
 def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
-    """Return the first `count` random positions of a weight. Results are cached, so weights of one size share a draw.
+    """Return the first `count` random positions in a weight.
 
-    A draw is slow, because it shuffles as many positions as the weight has elements.
+    Results are cached, because a draw is slow: it shuffles as many positions as the weight has elements. Weights with
+    the same shape use the same draw.
     """
 
     @cache
@@ -407,7 +410,10 @@ def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
 
 
 def of_one(updates: Mapping[Target, tuple[Update, ...]], method: type[Update]) -> dict[str, JsonValue]:
-    """Return the most common `scaling`, and `fan_in_fan_out`. A config has one value of each field for all modules."""
+    """Return the config fields `scaling` and `fan_in_fan_out`, each of which has one value for all modules.
+
+    `scaling` is the most common scaling of the updates.
+    """
     members: list[Any] = [(target, u) for target, group in updates.items() for u in group if type(u) is method]
     scaling = Counter(float(update.scaling) for _, update in members).most_common(1)[0][0]
     return {"scaling": scaling, "fan_in_fan_out": any(target.layout == "in out *k" for target, _ in members)}

@@ -31,7 +31,7 @@ SEED = 42
 
 
 class TinyLoRAFields(MethodFields, frozen=True, kw_only=True):
-    """The sizes, how many modules share a v, and the seed of P."""
+    """The sizes `r` and `u`, the fraction that determines the number of groups, and the seed of P."""
 
     r: int = 2
     u: int = 64
@@ -79,7 +79,7 @@ class TinyLoRAFamily(Family):
         A, B = (file.tensors[keys[part]] for part in ("tinylora_A", "tinylora_B"))
         key, most = keys["tinylora_A"], min(config.r, side(A, 1, 2), side(B, 0, 2))
         check_size(key, side(A, 0, 2), max(most, 0), "r")
-        # v, and P if the file omits it, depend on all modules. They stay None here, and `_completed` fills them in.
+        # v depends on all modules, and so does P if the file omits P. Leave them None here; `_completed` sets them.
         tensors: dict[str, Any] = {"P": None, "v": None} | {FIELDS[part]: file.tensors[k] for part, k in keys.items()}
         update = make("tinylora", tensors)
         return DecodedUpdate(
@@ -130,9 +130,9 @@ class TinyLoRAFamily(Family):
 
 
 def _numbers(updates: Mapping[str, TinyLoRA], file: File) -> dict[str, int] | None:
-    """Return a map from each module's path to its index in the model's order; None if the indices are unknown.
+    """Return a map from module paths to indices; None if the indices are unknown.
 
-    The model's order is the order in which the model defines its modules.
+    The indices count the adapted modules in the order in which the model defines its modules.
     """
     known: Mapping[str, Any] = file.known or updates
     projections = {path: as_lazy(known[path].P) for path in updates if path in known and known[path].P is not None}
@@ -149,7 +149,10 @@ def _numbers(updates: Mapping[str, TinyLoRA], file: File) -> dict[str, int] | No
 
 
 def _by_projection(projections: Mapping[str, Lazy], seed: int) -> dict[str, int] | None:
-    """Return a map from each module's path to the index that P shows; None if an index is unknown or occurs twice."""
+    """Return a map from module paths to indices, found by drawing P for each possible index.
+
+    Return None if a module's P is not among the drawn P, or if two modules have the same index.
+    """
     drawn: dict[tuple[Any, ...], dict[bytes, int]] = {}
     for tensor in projections.values():
         kind = tensor.shape, tensor.dtype.name
@@ -161,7 +164,7 @@ def _by_projection(projections: Mapping[str, Lazy], seed: int) -> dict[str, int]
 
 
 def _drawn(seed: int, shape: tuple[int, ...], dtype: str) -> Lazy:
-    """Return P `[u, r, r]`, drawn in the same way as in PEFT. P is drawn when its values are loaded."""
+    """Return P `[u, r, r]`. When the values of P are loaded, they are drawn in the same way as in PEFT."""
     kind = DTYPES[dtype]
 
     def fetch() -> Buffer:
@@ -175,7 +178,9 @@ def _drawn(seed: int, shape: tuple[int, ...], dtype: str) -> Lazy:
 
 
 def _completed(file: File, decoded: DecodedUpdate, number: int | None, count: int) -> DecodedUpdate:
-    """Return the update of a module, completed with its group's v and, if the file omits P, with P.
+    """Return a module's update with the v of the module's group. If the file omits P, draw P and add it, too.
+
+    `number` is the module's index in the model, and `count` is the number of adapted modules.
 
     Raises:
         UsageError: the module's index depends on the base, and no base is given.
@@ -212,4 +217,4 @@ def _completed(file: File, decoded: DecodedUpdate, number: int | None, count: in
 
 
 LARGEST = 1 << 33
-"""The limit on the number of elements of P, which protects against hostile files."""
+"""The largest allowed number of elements of P. The limit protects against hostile files."""

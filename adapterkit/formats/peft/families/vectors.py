@@ -3,8 +3,8 @@
 Uni-LoRA: one shared `unilora_theta_d` [d]. With `save_indices`, each module also has `unilora_indices_A`,
 `unilora_scales_A`, `unilora_indices_B` and `unilora_scales_B`.
 
-Without `save_indices`, the positions in theta are drawn for all modules together, in the order in which the model
-defines its modules.
+Without `save_indices`, the file omits the indices, which are positions in theta. PEFT draws the positions for all
+modules at once, in the order in which the model defines its modules.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class UniLoRAFamily(Family):
     shared = (THETA,)
     method_fields: ClassVar[type[MethodFields]] = UniLoRAFields
     read: ClassVar[Mapping[str, str]] = {
-        "proj_seed": "seed with which numpy's default_rng shuffles the positions of all modules together",
-        "save_indices": "whether the file has the positions; if not, the order of the base's modules determines them",
+        "proj_seed": "seed with which numpy's default_rng shuffles the positions in theta, for all modules together",
+        "save_indices": "whether the file has the positions in theta; if not, they follow from proj_seed, and from the "
+        "order and sizes of the base's modules",
         "theta_d_length": "number of trained values",
     }
     harmless: ClassVar[Mapping[str, str]] = {"init_theta_d_bound": "initial values", "unilora_dropout": "training only"}
@@ -104,7 +105,10 @@ class UniLoRAFamily(Family):
 
 
 def _regenerated(file: File) -> Findings:
-    """Yield the updates of all modules. Positions and scales are computed when their values are loaded."""
+    """Yield the updates of all modules if the file omits indices and scales.
+
+    The omitted tensors are computed when their values are loaded.
+    """
     theta, config = file.shared[THETA], file.settings.method_fields
     shapes = {path: weight_shape(file, Key(path, path), _WHY) for path in _modules(file)}
     total = config.r * sum(out + in_ for out, in_ in shapes.values())
@@ -139,14 +143,15 @@ def _modules(file: File) -> list[str]:
     if base is None:
         raise UsageError(f"{_WHY}, and no base is given", where=THETA, cure="Give the base with --base (base=)")
     if settings.method_fields.exclude_modules or settings.method_fields.layers_to_transform is not None:
-        why = "the file omits the positions, and exclude_modules or layers_to_transform limits the modules"
+        why = "the file omits the positions in theta, and adapterkit cannot compute the positions if the config "
+        why += "sets exclude_modules or layers_to_transform"
         raise Unsupported(why, where=THETA, cure="Save the adapter from PEFT with save_indices=True")
     weights = (name for name, tensor in base.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2)
     paths = [name.removesuffix(".weight") for name in weights]
     named = [path for path in paths if names_module(settings.target_modules, path)]
     ordered = in_order(named, base.config, declared_by(base)) if named else None
     if ordered is None:
-        why = "the file omits the positions, and the order of the modules is unknown"
+        why = "the file omits the positions in theta, and the order of the modules is unknown"
         cure = "Give the base as a torch file of its state dict, which keeps the order (--base model.bin, base=), or "
         cure += "save the adapter from PEFT with save_indices=True"
         raise Unsupported(why, where=THETA, cure=cure)
@@ -154,7 +159,7 @@ def _modules(file: File) -> list[str]:
 
 
 def _scale_dtype(file: File, path: str) -> str:
-    """Return the dtype of PEFT's scales: the dtype of the base's weight, or F32 if that is not a float dtype."""
+    """Return the dtype of PEFT's scales: the dtype of the base's weight, or F32 if the weight has no float dtype."""
     if path in file.known:
         return as_lazy(file.known[path].tensors["scales_A"]).dtype.name
     assert file.base is not None
@@ -164,7 +169,10 @@ def _scale_dtype(file: File, path: str) -> str:
 
 @lru_cache(maxsize=4)
 def _drawn(total: int, length: int, seed: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """Return a function that returns the position in theta of each element, and the number of uses of each position."""
+    """Return a function that draws positions in theta, and counts how many factor elements use each position.
+
+    The function returns (positions `[total]`, one for each element of the factors; counts `[length]`).
+    """
 
     @cache
     def draw() -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,7 +207,7 @@ def _part(
 
 
 LARGEST = 1 << 33
-"""The limit on the number of elements of all factors together, which protects against hostile files."""
+"""The largest allowed number of elements of all factors together. The limit protects against hostile files."""
 _WHY = "Uni-LoRA's positions depend on the order and sizes of the base's weights"
 
 
@@ -308,7 +316,10 @@ def _check_sizes(file: File, keys: Mapping[str, Key], bank: Key) -> None:
 
 
 def _whole(part: str, tensor: Lazy) -> Lazy:
-    """If `part` has weights, append the last weight, 1 minus the sum of the others. Otherwise change nothing."""
+    """Append the last weight of each mixture, which is 1 minus the sum of the other weights.
+
+    If `part` does not end with `weights`, return `tensor` unchanged.
+    """
     if not part.endswith("weights"):
         return tensor
 
