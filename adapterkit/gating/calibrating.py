@@ -1,7 +1,7 @@
 """Run a model on texts and record the inputs of each target. A quantized merge uses these inputs for its rounding.
 
 The base runs once over the texts, with the adapters attached, so that its activations are those of the merged model.
-The memory needed is that of the model, plus 4 bytes for each number in the recorded tensors (tokens x width).
+The memory needed is that of the model, plus 4 bytes for each element of the recorded inputs, `[tokens, width]`.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def calibrate(
     """Run a base with adapters over texts, and write the inputs of each target to a file.
 
     Only targets that are linear layers are recorded. `adapterkit.merge(..., quantized="requantize", keep="adapter",
-    calibration=out)` uses the file for rounding. If `out` already exists and was made from the same base, adapters and
-    texts, the file is used again.
+    calibration=out)` uses the file for rounding. If `out` already exists and was made from the same base, adapters,
+    texts and settings (`weights`, `texts`, `length`, `seed`), the model does not run, and `out` is read again.
 
     Args:
         base: a folder of a transformers model, quantized or not. For a GGUF model, the folder from which it was
@@ -78,18 +78,18 @@ def calibrate(
         length: the maximum number of tokens of each text.
         seed: the seed for the random choice of texts.
         device: `auto`, `cpu` or `cuda:N`.
-        overwrite: replace an existing calibration that was made from another base, other adapters or other texts.
+        overwrite: replace `out` if it was made from another base, or with other adapters, texts or settings.
         tied: as in `adapterkit.merge`.
         rename: as in `adapterkit.merge`.
         allow_partial: as in `adapterkit.merge`: omit targets that the base lacks.
         progress: a function that is called with (number of texts done, number of all texts).
 
     Returns:
-        The calibration in the file.
+        The calibration, as read from `out`.
 
     Raises:
-        UsageError: adapters or texts are missing, `out` does not end in `.safetensors`, or `out` exists and has a
-            calibration from other inputs.
+        UsageError: adapters or texts are missing; `out` does not end in `.safetensors`; or `out` exists, was made from
+            another base or with other adapters, texts or settings, and `overwrite` is False.
         Unsupported: the model does not read text, or the base is a GGUF model.
         TargetNotFound, ShapeMismatch: an adapter does not fit the base, or no target is a linear layer.
         Malformed: transformers cannot load the base, or the existing file is not a calibration.
@@ -106,7 +106,7 @@ def calibrate(
     target = Path(fspath(out))
     if target.suffix != ".safetensors":
         raise UsageError(
-            "the calibration file must end in .safetensors", path=target, cure="Name it acts.safetensors, for example"
+            "the calibration file must end in .safetensors", path=target, cure="Use a name such as acts.safetensors"
         )
     given = [adapters] if isinstance(adapters, (Adapter, str, PathLike)) else list(adapters)
     factors = checked(given, weights, "float32", {"texts": (texts, 1), "length": (length, 2)})
@@ -115,8 +115,8 @@ def calibrate(
         checkpoint = opened(base)
         if is_gguf_model(checkpoint):
             cure = (
-                "Run adapterkit.gating.calibrate on the folder that it was converted from, and pass the file with "
-                "--calibration FILE.safetensors (calibration=)"
+                "Run adapterkit.gating.calibrate on the folder that the GGUF model was converted from, and pass the "
+                "written file with --calibration FILE.safetensors (calibration=)"
             )
             raise Unsupported("a GGUF model cannot run, because it has no config.json", path=checkpoint.root, cure=cure)
         check_transformers(checkpoint.folder, "running models")
@@ -132,9 +132,9 @@ def calibrate(
         if dict(known.made_from) == made_from:
             return known
         if not overwrite:
-            cure = "Add --overwrite (overwrite=True), or name another file"
+            cure = "Add --overwrite (overwrite=True), or choose another file name"
             raise UsageError(
-                "the file exists, and is a calibration from another base, other adapters or other texts",
+                "the file exists, but is from another base, other adapters or other texts, or has other settings",
                 path=target,
                 cure=cure,
             )
@@ -161,13 +161,14 @@ def calibrate(
 def recorded(
     model: nn.Module, run: Callable[[], object], file: Path, made_from: Mapping[str, object], drawn: bool = False
 ) -> Calibration:
-    """Run a model, record the inputs of its linear layers with adapters, and write these inputs to a file.
+    """Run a model, record the inputs of the linear layers that have adapters, and write these inputs to a file.
 
     Args:
         model: a model with attached adapters.
-        run: the function that runs it.
+        run: a function that runs the model on all texts.
         file: the `.safetensors` file to write.
-        made_from: a description of everything that the inputs depend on.
+        made_from: the base, adapters, texts and settings that determine the inputs, by name. They are stored in the
+            file.
         drawn: whether the model reads random ids instead of texts.
 
     Raises:
@@ -177,7 +178,7 @@ def recorded(
         run()
     if not recorder.rows:
         why = "no target of the adapters is a linear layer that ran on the texts"
-        raise TargetNotFound(why, cure="Omit --calibration (calibration=), or choose a method without data")
+        raise TargetNotFound(why, cure="Omit --calibration (calibration=), or choose a method that needs no texts")
     record = {"version": VERSION, "made_from": made_from, "shared": recorder.shared, "drawn": drawn}
     tensors = {path: from_numpy(recorder.joined(path)) for path in sorted(recorder.rows)}
     write(file, tensors, {KEY: json.dumps(record, sort_keys=True)})
@@ -201,7 +202,8 @@ class _Recorder:
     """Record the inputs of linear layers.
 
     Attributes:
-        rows: a map from the path of a target to its inputs, with one array for each call.
+        rows: a map from a target's path to its inputs: a list with one array, `[tokens, width]`, for each call. If
+            several targets read the same tensor, only the first of them is a key.
         shared: a map from the path of each target to the path of the first target that reads the same tensor.
     """
 
@@ -211,7 +213,7 @@ class _Recorder:
         self._last: tuple[str, Tensor] | None = None
 
     def add(self, paths: Sequence[str], x: Tensor) -> None:
-        """Record the input tensor of a call, for all layers that read this tensor."""
+        """Record `x`, the input of one call of a layer, for the layer's targets `paths`."""
         first = paths[0]
         known = self.shared.get(first)
         # Store a tensor only once if several layers read it. Such layers (queries, keys, values) are called one after

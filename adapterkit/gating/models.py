@@ -1,8 +1,9 @@
 """Run the models that a gate compares, and measure their outputs.
 
 The models are the base with attached adapters, a merged model, and an ONNX graph. A language model reads the tokens of
-short texts; if the base has no tokenizer, it reads random token ids. An image model reads random pixels. The figures
-are the KL divergence, perplexity, the agreement of greedy text, and the difference of hidden states after each block.
+short texts; if the base has no tokenizer, it reads random token ids. An image model reads random pixels. The metrics
+are the KL divergence, the perplexity, the agreement of greedily generated tokens, and the difference of the hidden
+states after each block.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ class ModelInputs:
     """The inputs on which all models run.
 
     Attributes:
-        feeds: for each text, the arguments of the model's `forward`; tensors on the CPU.
-        source: a phrase that names the source of the inputs.
-        tokens: the number of tokens in all texts; 0 for pixels.
+        feeds: for each text or image, a map from the argument names of the model's `forward` to tensors on the CPU.
+        source: a description of the inputs, such as `8 built-in texts`.
+        tokens: the number of tokens in all texts; 0 for images.
         drawn: whether the tokens are random ids.
     """
 
@@ -74,7 +75,8 @@ def texts_of(data: str | PathLike[str]) -> list[str] | None:
 
     Raises:
         UsageError: the file contains no text.
-        Malformed: a line of a `.jsonl` file is not JSON, or lacks the field `text`.
+        Malformed: a line of a `.jsonl` file is not JSON, or is neither a string nor an object with the field `text`; or
+            the file is not UTF-8.
         StorageError: the file cannot be read.
     """
     if fspath(data) == BUILTIN:
@@ -86,7 +88,7 @@ def texts_of(data: str | PathLike[str]) -> list[str] | None:
         raise Malformed(f"the file is not UTF-8 ({error})", path=path, cure="Save it as UTF-8") from None
     lines = [line for line in lines if line.strip()]
     if not lines:
-        cure = "Write one text per line, or JSON Lines with a field text"
+        cure = 'Write one text per line, or, in a .jsonl file, {"text": "..."} on each line'
         raise UsageError("the file contains no texts", path=path, cure=cure)
     return [_text(line, path, at) for at, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
 
@@ -98,18 +100,18 @@ def _text(line: str, path: Path, at: int) -> str:
         raise Malformed(f"the line is not JSON ({error})", path=path, where=f"line {at}", cure=_JSONL) from None
     text = entry.get("text") if isinstance(entry, dict) else entry
     if not isinstance(text, str):
-        raise Malformed("the line has no field text", path=path, where=f"line {at}", cure=_JSONL)
+        raise Malformed('the line has no field "text"', path=path, where=f"line {at}", cure=_JSONL)
     return text
 
 
-_JSONL = 'Write {"text": "..."} on each line, or name the file .txt for plain lines'
+_JSONL = 'Write {"text": "..."} on each line. If the lines are plain text, rename the file to end in .txt'
 
 
 def inputs_for(
     model: Any, folder: Path, texts: Sequence[str] | None, *, count: int, length: int, seed: int,
     option: str = "--data (data=)",
 ) -> ModelInputs:  # fmt: skip
-    """Return inputs for a model.
+    """Return inputs for a model: tokens of texts, random token ids, or random pixels.
 
     Args:
         model: the model, loaded by transformers.
@@ -118,11 +120,13 @@ def inputs_for(
         count: the number of texts, which are chosen at random.
         length: the maximum number of tokens of each text.
         seed: the seed of all random choices.
-        option: the option and the argument that give the texts, for errors.
+        option: the command-line option and the Python argument for the texts, as errors print them.
 
     Raises:
-        UsageError: `texts` is set but the folder has no tokenizer, or all texts have fewer than two tokens.
-        Unsupported: the model reads neither tokens nor pixels.
+        UsageError: `texts` is set but the folder has no tokenizer, or no text has at least two tokens of the base's
+            vocabulary.
+        Unsupported: the model reads neither tokens nor pixels, or its config has no `vocab_size`.
+        Malformed: transformers cannot load the tokenizer.
     """
     main = getattr(model, "main_input_name", "input_ids")
     names = inspect.signature(model.forward).parameters
@@ -164,7 +168,7 @@ def _tokens(
     chosen = random.Random(seed)
     if not _has_tokenizer(folder):
         if texts is not None:
-            cure = f"Copy the tokenizer's files there, or pass builtin to {option} to use random ids"
+            cure = f"Copy the tokenizer's files into the folder, or pass builtin to {option} to use random token ids"
             raise UsageError("texts were given, but the folder has no tokenizer", path=folder, cure=cure)
         rows = [[chosen.randrange(size) for _ in range(length)] for _ in range(count)]
         return rows, f"{count} rows of random token ids, because the base has no tokenizer"
@@ -180,8 +184,12 @@ def _tokens(
         raise Malformed(why, path=folder, cure="Download the folder again") from None
     rows = [row for row in rows if len(row) >= SHORTEST and max(row) < size]
     if not rows:
-        cure = f"Pass longer texts to {option}"
-        raise UsageError("no text has at least two tokens of the base", path=folder, cure=cure)
+        cure = f"Pass longer texts to {option}, and check that the folder has the base's tokenizer"
+        raise UsageError(
+            "every text has fewer than two tokens, or has token ids outside the base's vocabulary",
+            path=folder,
+            cure=cure,
+        )
     return rows, f"{len(rows)} {source}"
 
 
@@ -209,7 +217,7 @@ def _pixels(model: Any, count: int, seed: int) -> ModelInputs:
 
 
 PROMPT, PROMPTS = 8, 4
-"""To compare generated text, `PROMPTS` prompts of `PROMPT` tokens are continued."""
+"""The prompts for the comparison of generated text are the first `PROMPT` tokens of the first `PROMPTS` texts."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,9 +225,9 @@ class ModelOutput:
     """The output of a model for one input.
 
     Attributes:
-        main: the logits, or the last hidden state of a model without logits, in float64. The last axis is the classes
-            or channels.
-        is_logits: whether `main` is logits.
+        main: the logits, in float64; for a model without logits, the last hidden state. The last axis indexes the
+            classes or channels.
+        is_logits: whether `main` contains logits of at least two classes.
         states: the hidden states after the embedding and after each block.
     """
 
@@ -253,7 +261,10 @@ def run_torch(model: nn.Module, feeds: Mapping[str, Tensor], device: str) -> Mod
 
 
 def output_of(outputs: Mapping[str, Any], states: Sequence[Tensor] = ()) -> ModelOutput:
-    """Return the logits or hidden states among a model's outputs, which have the names that transformers uses."""
+    """Find the logits or the last hidden state in a model's outputs, by the names that transformers uses.
+
+    If no output has such a name, use the first output with a floating-point dtype.
+    """
     for name in ("logits", "logits_per_text", "start_logits", "last_hidden_state"):
         output_value = outputs.get(name)
         if output_value is not None:
@@ -271,7 +282,8 @@ def _double(values: Tensor) -> Tensor:
 def divergence(first: ModelOutput, second: ModelOutput) -> float:
     """Return KL(first || second) in nats, summed over positions.
 
-    Without logits, return the relative squared difference of the hidden states, times the number of positions.
+    For hidden states instead of logits, return `|first - second|^2 / |first|^2`, times the number of positions. If the
+    shapes differ in more than the last axis, return infinity.
     """
     if first.main.shape[:-1] != second.main.shape[:-1]:
         return math.inf
@@ -284,19 +296,19 @@ def divergence(first: ModelOutput, second: ModelOutput) -> float:
 
 
 def unit_of(output: ModelOutput) -> str:
-    """Return the unit of the divergence per position, in words."""
+    """Return the text that is printed after a divergence per position to name its unit, such as `nats per token`."""
     if not output.is_logits:
-        return "of the squared hidden states"
+        return "times the squared norm of the hidden states"
     return "nats per token" if output.main.ndim == 3 else "nats per input"
 
 
 def positions(output: ModelOutput) -> int:
-    """Return the number of positions in an output: each has a distribution over tokens, or a hidden state."""
+    """Return the number of positions in an output, such as tokens: the elements of `main` without the last axis."""
     return max(1, output.main.numel() // output.main.shape[-1])
 
 
 def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut both outputs to the smaller width, because vocabularies may be padded to different sizes."""
+    """Cut the last axis of both outputs to the same size, because the vocabularies may have different padding."""
     width = min(first.shape[-1], second.shape[-1])
     return first[..., :width], second[..., :width]
 
@@ -304,8 +316,9 @@ def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 def along(base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> tuple[float, float]:
     """Return two inner products: `<other - base, adapted - base>` and `<adapted - base, adapted - base>`.
 
-    The first divided by the second is the share of the adapters' change in `other`. Logits are first converted to
-    log-probabilities, and each product is weighted by the probabilities of `adapted`.
+    The first product divided by the second is the factor by which `other` scales the adapters' change. Logits are
+    converted to log-probabilities before the products are computed, and the products are weighted by the probabilities
+    of `adapted`.
     """
     a, b = _alike(adapted.main, base.main)
     a, c = _alike(a, other.main)
@@ -321,7 +334,10 @@ def along(base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> tuple[
 
 
 def is_causal(run: Run, feeds: Mapping[str, Tensor]) -> bool:
-    """Whether a model predicts the next token, tested by changing the last token: earlier outputs must not change."""
+    """Whether a model predicts the next token.
+
+    As a test, change the last input token. Then the logits at all earlier positions must stay the same.
+    """
     if set(feeds) != {"input_ids"}:
         return False
     ids = feeds["input_ids"]
@@ -344,13 +360,14 @@ def surprise(output: ModelOutput, feeds: Mapping[str, Tensor]) -> tuple[float, i
 
 
 def greedy(run: Run, feeds: Sequence[Mapping[str, Tensor]], new: int) -> list[list[int]]:
-    """Generate `new` tokens greedily after the beginnings of the first texts."""
+    """Generate `new` tokens greedily for each prompt; see `PROMPT`. Return only the new token ids."""
     import torch
 
     prompts = [feed["input_ids"][:, :PROMPT] for feed in feeds[:PROMPTS]]
     alike = len({prompt.shape for prompt in prompts}) == 1
     texts: list[list[int]] = []
-    for ids in [torch.cat(prompts)] if alike else prompts:  # Padding would change results.
+    # Run prompts of different lengths one by one, because a batch would need padding, which would change the results.
+    for ids in [torch.cat(prompts)] if alike else prompts:
         start = ids.shape[1]
         for _ in range(new):
             ids = torch.cat([ids, run({"input_ids": ids}).main[:, -1].argmax(-1)[:, None]], 1)
@@ -359,7 +376,7 @@ def greedy(run: Run, feeds: Sequence[Mapping[str, Tensor]], new: int) -> list[li
 
 
 def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> float:
-    """Compare pairs of generated texts. Return the share of tokens that come before the first difference in a pair."""
+    """Compare generated texts pair by pair. Return the share of tokens before the first difference of each pair."""
     same = total = 0
     for first, second in zip(one, other, strict=True):
         total += len(first)
@@ -369,10 +386,12 @@ def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> f
 
 @dataclass(slots=True)
 class StateSums:
-    """Squared norms for the hidden states after the embedding and each block, summed over inputs.
+    """Sums of squared norms over all inputs. Each list has one sum for the embedding's output, and one for each block.
 
-    `size` is for the states of the base with adapters, `apart` for their difference from the other model's states, and
-    `moved` for their difference from the base's states.
+    Attributes:
+        size: `|adapted|^2`; `adapted` is the hidden state of the base with adapters.
+        apart: `|adapted - other|^2`; `other` is the hidden state of the compared model.
+        moved: `|adapted - base|^2`; `base` is the hidden state of the base without adapters.
     """
 
     size: list[float] = field(default_factory=list)
@@ -413,25 +432,25 @@ def device_of(name: str) -> str:
 def load(
     checkpoint: Checkpoint, dtype: str, device: str, lacking: list[str] | None = None, like: Checkpoint | None = None
 ) -> Any:
-    """Load a folder with transformers, or a GGUF model. Quantized weights are dequantized.
+    """Load a model folder or a GGUF model with transformers. Quantized weights are dequantized.
 
     Args:
         checkpoint: the folder, or the GGUF file.
         dtype: the name of the torch dtype of the weights.
         device: the device of the model.
         lacking: a list to which the function adds the names of weights that the model has but the files lack.
-        like: for a GGUF model, the folder with its config.json.
+        like: for a GGUF model, the folder whose config.json describes the model; otherwise unused.
 
     Raises:
         Malformed, Unsupported: see `torch.pretrained.load_pretrained`, and `quant.dequantized`.
-        UsageError: the checkpoint is a single weight file, or a GGUF model without a folder for its config.
+        UsageError: the checkpoint is a single weight file, or it is a GGUF model and `like` is None.
     """
     from ..torch.pretrained import load_pretrained
 
     source = checkpoint.root
     if is_gguf_model(checkpoint):
         if like is None:
-            cure = "Pass the folder from which it was converted as BASE, and the GGUF model with --merged (merged=)"
+            cure = "As BASE, pass the folder that was converted to GGUF; pass the GGUF model with --merged (merged=)"
             raise UsageError("a GGUF model cannot run without a config.json", path=checkpoint.root, cure=cure)
         source = like.root
     elif checkpoint.folder != checkpoint.root:
@@ -450,7 +469,7 @@ def is_gguf_model(checkpoint: Checkpoint) -> bool:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
-    """Return the dtype of most weights, or `quantized`."""
+    """Return the dtype that stores the most elements; for a quantized checkpoint, return `quantized`."""
     if is_quantized(checkpoint):
         return "quantized"
     sizes = Counter[str]()
@@ -463,7 +482,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 class Adapted:
-    """A base with attached adapters. A null adapter can be attached, too; it makes random changes of the same size.
+    """A base with attached adapters and, if `add_null` was called, a null adapter, which makes random changes.
 
     The adapters and the null adapter are never active at the same time.
     """
@@ -483,7 +502,7 @@ class Adapted:
         return inject(self.model, loaded, name=name, weight=weight, **self.options)
 
     def add_null(self, null: Adapter) -> None:
-        """Attach the null adapter, switched off."""
+        """Attach the null adapter, but leave it inactive."""
         self.null = self._inject(null, "null", 1.0)
         self.null.set_active(False)
 
@@ -509,7 +528,7 @@ class Adapted:
                 self.null.set_active(False)
 
     def run(self, feeds: Mapping[str, Tensor], state: str) -> ModelOutput:
-        """Run one input."""
+        """Run the model on one input. For the values of `state`, see `as_`."""
         with self.as_(state):
             return run_torch(self.model, feeds, self.device)
 
@@ -541,11 +560,11 @@ class Graph:
                 self.chosen[f"adapter{at}"] = weight
 
     def run(self, feeds: Mapping[str, Tensor]) -> ModelOutput:
-        """Run one input.
+        """Run the graph on one input.
 
         Raises:
             Unsupported: the graph outputs neither logits nor hidden states.
-            UsageError, ShapeMismatch: the graph needs other inputs.
+            UsageError, ShapeMismatch: the graph needs inputs with other names, dtypes or shapes.
         """
         import numpy as np
         import torch
@@ -561,7 +580,7 @@ class Graph:
             given |= {name: value for name, value in usual.items() if name in self.session.inputs}
         names = [name for name in ("logits", "last_hidden_state", "start_logits") if name in self.session.outputs]
         if not names:
-            cure = "Name the outputs logits or last_hidden_state, as adapterkit export does"
+            cure = "Rename the graph's output to logits or last_hidden_state, as in graphs from adapterkit export"
             raise Unsupported("the graph outputs neither logits nor hidden states", path=self.path, cure=cure)
         outputs = self.session.run(given, self.chosen, names[:1])
         return output_of({name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in outputs.items()})

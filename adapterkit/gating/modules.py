@@ -29,40 +29,51 @@ NOISE = 1e-5
 """Two float32 outputs count as equal if their relative difference is below this."""
 
 GRAIN = {"F32": 2.0**-23, "F64": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
-"""A map from each stored dtype to its rounding step, relative to the rounded number."""
+"""The relative rounding step of each stored dtype. For F64 it is the step of F32, because no model runs in float64."""
 
 ALIKE = 0.9
-"""Two changes count as the same if their cosine is above this."""
+"""Two changes count as the same if their cosine similarity is above this."""
 
 QUANTIZED = "quantized"
-"""The dtype of a quantized model in results."""
+"""The name that results give as the dtype of a quantized model."""
 
 
 RESIDUE = 0.2
-"""A wrong change counts as a multiple of the right change if its part orthogonal to the right change is small: at most
-this fraction of the larger of the two changes."""
+"""The tolerance for calling a wrong change a multiple of the right change.
+
+The component of the wrong change that is orthogonal to the right change may have at most this fraction of the norm of
+the right change, or of the multiple if the multiple is larger.
+"""
 
 BROKEN = ("has a ", "has no ", "contains values that are not finite")
-"""The fault of a weight that cannot be compared begins with one of these texts."""
+"""If a weight cannot be compared, its fault begins with one of these prefixes."""
 
 CERTAIN = 5.0
-"""The scale of a quantized change may differ from 1 by `max_scale_error` plus this many standard errors of the rounding
-noise. A larger difference is a fault."""
+"""In a quantized weight, the scale of the change may differ from 1 by `max_scale_error` plus this many standard errors.
+The standard error of the scale is estimated from the rounding noise. A larger difference is a fault."""
 
 OTHER = 0.5
 """A quantized weight with a larger relative error counts as a different weight: 2-bit rounding has an error of 1/3."""
 
 MOST_COMPARED = 64
-"""A wrong weight is compared with the changes of at most this many other weights, to find swapped changes."""
+"""To find swapped changes, a wrong weight is compared with the changes of at most this many weights."""
 
 
 @dataclass(slots=True)
 class ModuleSums:
     """Squared norms and inner products of a module's outputs, summed over the inputs.
 
-    `size` is the squared norm of the output with adapters. `asked` is that of the adapters' change, and `there` that of
-    the change in the merged model. `apart` is the squared norm of the difference between these two changes, and
-    `product` is their inner product.
+    The module runs with the weights of the base (`base`), with adapters (`adapted`), and with the weights of the merged
+    model (`other`).
+
+    Attributes:
+        size: `|adapted|^2`.
+        asked: `|adapted - base|^2`.
+        there: `|other - base|^2`.
+        product: the inner product of `adapted - base` and `other - base`.
+        apart: `|adapted - other|^2`.
+        finite: False if `other` has NaN or infinities in a call where `adapted` has none.
+        why: the reason why the outputs cannot be compared; empty if they can.
     """
 
     size: float = 0.0
@@ -74,7 +85,7 @@ class ModuleSums:
     why: str = ""
 
     def add(self, base: Tensor, adapted: Tensor, other: Tensor) -> None:
-        """Add the outputs of a call: without adapters, with adapters, and of the merged model."""
+        """Add the three outputs that the module computes for the same input."""
         if adapted.shape != other.shape:
             self.why = f"gives an output of the shape {list(other.shape)} instead of {list(adapted.shape)}"
             return
@@ -92,12 +103,12 @@ class ModuleSums:
 
 @dataclass
 class ModuleComparison:
-    """The comparison of all modules of two models of the same class.
+    """The comparison of the modules of a merged model with those of the base with adapters.
 
     Attributes:
-        sums: a map from each module to its sums, in the order in which the modules ran.
-        missing: modules that the merged model does not have.
-        idle: modules with weights that did not run for any input.
+        sums: a map from each module's name to its sums, in the order in which the modules ran.
+        missing: names of the base's modules that the merged model does not have.
+        idle: names of modules that have weights but never ran.
     """
 
     sums: dict[str, ModuleSums] = field(default_factory=dict)
@@ -106,7 +117,10 @@ class ModuleComparison:
 
 
 class Watched:
-    """Forward hooks on the base with adapters, which compare each module with the module of the merged model."""
+    """Forward hooks on the base with adapters.
+
+    They compare the outputs of each module with those of the merged model's module of the same name.
+    """
 
     def __init__(self, model: nn.Module, other: nn.Module, handles: Sequence[Handle]) -> None:
         self.other, self.handles, self.on = dict(other.named_modules()), handles, False
@@ -124,7 +138,7 @@ class Watched:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """Compare modules inside the block, in which the caller runs the base with adapters."""
+        """Enable the hooks inside the `with` block, where the caller runs the base with adapters."""
         self.on = True
         try:
             yield
@@ -161,7 +175,7 @@ class Watched:
         sums = self.sums.setdefault(name, ModuleSums())
         try:
             other = self.other[name](*args, **kwargs)
-        except (RuntimeError, IndexError, ValueError) as error:  # The sizes do not fit.
+        except (RuntimeError, IndexError, ValueError) as error:  # The merged module needs another input shape.
             sums.why = f"cannot be run on the same input ({str(error).strip().splitlines()[0]})"
             return
         for three in zip(_floats(base), _floats(adapted), _floats(other), strict=False):
@@ -189,9 +203,9 @@ def _floats(output: object) -> Iterator[Tensor]:
 
 
 def scale_of(comparison: ModuleComparison) -> float | None:
-    """Return the share of the change that the merged model contains; None if the adapters change no module.
+    """Return the factor by which the merged model scales the adapters' change; None if the adapters change no module.
 
-    This is a mean over the modules, weighted by the squared norms of the adapters' changes.
+    The factor is a mean over the modules, weighted by the squared norm of the adapters' change of each module's output.
     """
     asked = math.fsum(sums.asked for sums in comparison.sums.values())
     return math.fsum(sums.product for sums in comparison.sums.values()) / asked if asked else None
@@ -201,13 +215,13 @@ def judged(
     comparison: ModuleComparison, model: nn.Module, other: nn.Module, handles: Sequence[Handle], *, dtype: str,
     coarse: float, max_scale_error: float, max_part_error: float,
 ) -> tuple[ModulePart, ...]:  # fmt: skip
-    """Return the comparison and the fault, if any, of each module. This merges the adapters into `model`.
+    """Find the fault of each module, if it has one. The adapters are merged into `model`, to compare weights too.
 
     Args:
-        comparison: the comparison of the outputs.
+        comparison: the comparison of the modules' outputs.
         model: the base with adapters.
         other: the merged model.
-        handles: the attached adapters; the function merges them.
+        handles: the handles of the adapters that are attached to `model`.
         dtype: the stored dtype of the merged model, or `quantized`.
         coarse: the relative rounding step of the dtype in which the models ran.
         max_scale_error: see `Thresholds`.
@@ -234,7 +248,7 @@ def judged(
         if name in weights.names:
             parts_by_name[name] = weights.judged(part, name in suspects, max_scale_error, max_part_error)
         plain = _plain_fault(comparison.sums[name]) if name in parts else ""
-        # Keep the fault of a broken weight, which explains more than a wrong output.
+        # If a weight cannot be compared, keep its fault, because it explains why the output is wrong.
         if plain and not parts_by_name[name].fault.startswith(BROKEN):
             parts_by_name[name] = replace(part, fault=plain)
     lost = [ModulePart(name, False, None, 1.0, True, "is missing") for name in comparison.missing]
@@ -262,9 +276,11 @@ def _part(name: str, sums: ModuleSums) -> ModulePart:
 def named_scale(scale: float, residue: float) -> str:
     """Return a phrase that describes a module's wrong change: a multiple of the right change, or a different change.
 
+    The wrong change is the sum of `scale` times the right change and a component orthogonal to the right change.
+
     Args:
-        scale: the factor of the right change.
-        residue: the norm of the part orthogonal to the right change, relative to the right change.
+        scale: the factor of the right change in this sum.
+        residue: the norm of the orthogonal component, divided by the norm of the right change.
     """
     if residue > RESIDUE * max(abs(scale), 1.0) and residue > RESIDUE:
         return "contains another change"
@@ -277,7 +293,7 @@ def named_scale(scale: float, residue: float) -> str:
 
 @dataclass(slots=True, eq=False)
 class _WeightCopy:
-    """A copy of a parameter from before the adapters are merged."""
+    """A copy of a parameter of the base, made before the adapters are merged."""
 
     module: str
     name: str
@@ -300,7 +316,7 @@ class SuspectWeights:
         self.changes: dict[str, Tensor] = {}
 
     def fold(self, handles: Sequence[Handle]) -> None:
-        """Merge the adapters into the base. If they cannot be merged, only outputs are compared."""
+        """Merge the adapters into the base. If the adapters cannot be merged, weights are not compared."""
         if not self.copies:
             return
         try:
@@ -315,7 +331,7 @@ class SuspectWeights:
     def judged(self, part: ModulePart, suspected: bool, max_scale_error: float, max_part_error: float) -> ModulePart:
         """Compare a module's weights, and return `part` with the result.
 
-        For a suspected module, the result has a fault unless rounding explains the difference.
+        If the module is suspected, the result has a fault, unless rounding explains the difference of the outputs.
         """
         worst, same, along = "", True, list[tuple[float, float]]()
         touched = part.touched
@@ -372,8 +388,8 @@ class SuspectWeights:
             ok = not self._scrambled(got - before, delta)
         if ok:
             return _WeightFound("", scale, apart / size, same)
-        # Subtract the energy of rounding errors, which are mostly orthogonal to the change. Subtract it twice, because
-        # other tools round twice.
+        # Rounding errors are mostly orthogonal to the change, so `across` contains their squared norm. Subtract this
+        # norm twice, because other tools round twice.
         across = (float((got - before - scale * delta).norm()) / size) ** 2
         residue = math.sqrt(max(across - 2 * (grain / size) ** 2, 0.0))
         return _WeightFound(self._named(weight, got - before, scale, residue), scale, apart / size, False)
@@ -383,15 +399,15 @@ class SuspectWeights:
     ) -> _WeightFound:  # fmt: skip
         """Compare a quantized weight, whose rounding errors may be larger than the change.
 
-        Along the direction of the change, the rounding errors of single numbers mostly cancel. If the scale still
-        differs too much from 1, the merge was wrong, or rounding removed the change.
+        The scale is a projection onto the adapters' change. In this projection, the rounding errors of single elements
+        mostly cancel. If the scale still differs too much from 1, the merge was wrong, or rounding removed the change.
         """
         there, size, whole = got - before, float(delta.norm()), float((before + delta).norm())
         apart = float((there - delta).norm())
         if apart > OTHER * max(whole, 1e-30) and apart > 2 * size:
             return _WeightFound("has other weights than the base", None, apart / max(whole, 1e-30), False)
         if size <= 1e-6 * float(before.norm()):
-            # Allow vectors only an error of 16-bit rounding, because they are not quantized.
+            # Vectors are not quantized, so their error may be at most that of rounding to 16 bits.
             far = before.ndim < 2 and apart > GRAIN["BF16"] * max(whole, 1e-30)
             return _WeightFound("has other weights than the base" if far else "", None, 0.0, apart <= 1e-6 * whole)
         scale = _along(there, delta)
@@ -406,7 +422,7 @@ class SuspectWeights:
         return _WeightFound(fault, scale, apart / size, False)
 
     def _elsewhere(self, weight: _WeightCopy, there: Tensor) -> str:
-        """Return a fault if a quantized weight contains a known wrong change: transposed, or of another weight."""
+        """Return a fault if a quantized weight contains its change transposed, or another weight's change; else ""."""
         delta = self.changes[weight.name].double()
         if there.ndim == 2 and there.shape[0] == there.shape[1] and abs(_along(there, delta.T) - 1) < OTHER:
             return "contains the change transposed"
@@ -424,7 +440,7 @@ class SuspectWeights:
         return bool((apart > sizes).any())
 
     def _named(self, weight: _WeightCopy, there: Tensor, scale: float, residue: float) -> str:
-        """Return a fault that names the wrong change which a weight contains."""
+        """Return a phrase that describes a weight's wrong change, such as `contains the change transposed`."""
         plain = named_scale(scale, residue)
         if plain != "contains another change":
             return plain
@@ -447,10 +463,13 @@ class _WeightFound:
     """The comparison of one weight.
 
     Attributes:
-        fault: the fault in words; empty if the weight is right.
-        scale: the share of the change that the weight contains; None if the adapters do not change the weight.
-        error: the error relative to the change.
-        same: whether the weight equals the right weight up to float32 rounding.
+        fault: a phrase that describes the fault; empty if the weight is right.
+        scale: the factor by which the weight scales the adapters' change; None if the adapters do not change the
+            weight, or if the weight cannot be compared.
+        error: the norm of the error, divided by the norm of the adapters' change. If `scale` is None, the norm of the
+            error divided by the norm of the weight, or a fixed value if the error was not measured.
+        same: whether the weight equals the right weight up to float32 rounding; always False for a quantized weight
+            that the adapters change.
     """
 
     fault: str
@@ -460,7 +479,10 @@ class _WeightFound:
 
 
 def _kind(name: str) -> torch.dtype:
-    """Return the torch dtype for a stored dtype."""
+    """Return the torch dtype for a stored dtype; bfloat16 if the stored dtype is none of F32, F64 and F16.
+
+    For F64, return float32, because no model runs in float64.
+    """
     import torch
 
     return {"F32": torch.float32, "F64": torch.float32, "F16": torch.float16}.get(name, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The result of a gate: figures, checks against thresholds, and plain sentences."""
+"""The result of a gate: metrics, checks of the metrics against thresholds, and plain sentences."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ OUTCOMES = ("passed", "failed", "inconclusive")
 
 
 UNCHANGED = 0.1
-"""If a weight contains less than this share of the change, it counts as unchanged."""
+"""If a weight contains less than this share of the adapters' change, the weight counts as unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """The thresholds of a gate; None omits the check.
+    """The thresholds of a gate. If a threshold is None, the gate omits its check.
 
     Attributes:
         min_effect: the minimum of KL(base || base with adapters), in nats per token.
         min_kept: the minimum share of the effect that a merged model or graph keeps.
-        max_scale_error: the maximum of `|1 - scale|`; `scale` is the share of the change in the merged model or graph.
+        max_scale_error: the maximum of `|1 - scale|`. The merged model or graph contains `scale` times the adapters'
+            change.
         max_part_error: the maximum error of a module's change, relative to the change; rounding errors are not counted.
-        min_agreement: the minimum share of greedily generated tokens that are equal to those of the base with adapters.
+        min_agreement: the minimum of `KeptEffect.agreement`.
         max_perplexity: the maximum perplexity, relative to the perplexity of the base with adapters.
         min_over_null: the minimum effect, relative to the effect of the null adapter.
     """
@@ -49,12 +50,12 @@ class GateCheck:
     """The comparison of a measured value with its threshold.
 
     Attributes:
-        name: the name of the check.
-        model: the model to which the check applies: `adapter`, `merged` or `onnx`.
-        ok: whether the check passed; None if it is undecided.
-        value: the measured value.
-        limit: the threshold.
-        text: a sentence about the result.
+        name: the name of the check, such as `kept` or `scale`.
+        model: the model to which the check applies: `adapter` (the base with adapters), `merged` or `onnx`.
+        ok: whether the check passed; None if the check is undecided, for example because nothing was measured.
+        value: the measured value; None if the check has no value, or if nothing was measured.
+        limit: the threshold; None if the check has no threshold.
+        text: an explanation of the result.
     """
 
     name: str
@@ -67,19 +68,20 @@ class GateCheck:
 
 @dataclass(frozen=True, slots=True)
 class AdapterEffect:
-    """The effect of adapters on a base. Figures that cannot be measured for this kind of model are None.
+    """The effect of adapters on a base.
 
     Attributes:
-        divergence: KL(base || base with adapters) in nats; for models without logits, the squared difference of the
-            hidden states, relative to the base's hidden states.
-        unit: the unit of `divergence`, in words.
-        null: the divergence between the base and the base with random changes, which have the same norm as the
-            adapters' change at each target.
-        why_no_null: the reason why `null` was not measured; empty if it was.
-        agreement: the share of greedily generated tokens that are equal for the base and the base with adapters.
-        perplexity_base: the perplexity of the base.
-        perplexity: the perplexity of the base with adapters.
-        finite: whether all outputs are finite.
+        divergence: KL(base || base with adapters) in nats per token or input. For models without logits,
+            `|adapted - base|^2 / |base|^2`, computed from the hidden states.
+        unit: the text that is printed after `divergence` to name its unit, such as `nats per token`.
+        null: the divergence between the base and the base with the null adapter, in the same unit. The null adapter
+            makes a random change at each target, with the same norm as the adapters' change. None if not measured.
+        why_no_null: the reason why `null` was not measured; None if `null` was measured.
+        agreement: the share of greedily generated tokens before the first difference between the texts of the base and
+            the base with adapters. None if no text was generated.
+        perplexity_base: the perplexity of the base; None for models that do not predict the next token.
+        perplexity: the perplexity of the base with adapters; None for models that do not predict the next token.
+        finite: whether all outputs of the base with adapters are finite.
     """
 
     divergence: float
@@ -99,10 +101,12 @@ class ModulePart:
     Attributes:
         module: the name of the module.
         touched: whether the adapters change the module.
-        scale: the share of the change that the module contains, measured along the change; None if `touched` is false.
-        error: the norm of the error, relative to the change; if `touched` is false, relative to the output.
-        finite: whether the output is finite.
-        fault: the fault in words; empty if the module is right.
+        scale: the factor by which the merged model scales the adapters' change of this module: 1 in a correct merge, 0
+            if the change is missing. None if `touched` is False or the scale was not measured.
+        error: the norm of the error, divided by the norm of the adapters' change; if `touched` is False, divided by the
+            norm of the output.
+        finite: False if only the merged model's output has NaN or infinities.
+        fault: a phrase that describes the fault; empty if the module is right.
         rounded: whether rounding to the merged model's dtype explains the difference.
     """
 
@@ -119,11 +123,14 @@ class ModulePart:
 class BlockDifference:
     """The difference of the hidden states after one block.
 
+    The hidden states are those of the base (`base`), the base with adapters (`adapted`) and the merged model
+    (`merged`).
+
     Attributes:
-        block: the number of the block; 0 stands for the embedding.
-        difference: `|merged - adapted| / |adapted|`; `merged` stands for the states of the merged model, and `adapted`
-            for the states of the base with adapters.
-        change: `|adapted - base| / |adapted|`; `base` stands for the states of the base.
+        block: the index in the list of hidden states. 0 is the embedding's output, and n is the output of the nth
+            block. In an encoder-decoder model, the decoder's hidden states follow the encoder's.
+        difference: `|merged - adapted| / |adapted|`.
+        change: `|adapted - base| / |adapted|`.
     """
 
     block: int
@@ -133,21 +140,23 @@ class BlockDifference:
 
 @dataclass(frozen=True, slots=True)
 class KeptEffect:
-    """The share of the effect that a merged model or a graph keeps. Figures that cannot be measured are None.
+    """The share of the adapters' effect that a merged model or a graph keeps. A metric is None if it was not measured.
 
     Attributes:
         model: `merged` or `onnx`.
         path: the path of the model or graph.
-        divergence: KL(base with adapters || this model); without logits, the relative squared difference of the hidden
-            states.
-        kept: `1 - divergence / KL(base with adapters || base)`.
-        scale: the share of the change in this model: 1 in a correct merge, 0 in the base, 2 for twice the change.
-        agreement: the share of greedily generated tokens that are equal to those of the base with adapters.
+        divergence: KL(base with adapters || this model) in nats per token or input. For models without logits,
+            `|adapted - this|^2 / |adapted|^2`, computed from the hidden states.
+        kept: `1 - divergence / d`, where `d` is the divergence between the base with adapters and the base.
+        scale: the factor by which this model scales the adapters' change: 1 in a correct merge, 0 in the base.
+        agreement: the share of greedily generated tokens before the first difference from the text of the base with
+            adapters.
         perplexity: the perplexity of this model.
         finite: whether all outputs are finite.
-        dtype: the dtype of the weights, or `quantized`.
-        parts: the modules, in the order in which they run; empty for a graph.
-        blocks: the differences of the hidden states, block by block; empty for a graph.
+        dtype: the dtype that stores most of the weights' elements, or `quantized`; None for a graph.
+        parts: the comparison of each module, in the order in which the modules run. Modules that did not run are last.
+            Empty for a graph.
+        blocks: the difference of the hidden states after each block; empty for a graph.
         lacking: names of weights that the model has but the files lack.
         why: the reason why the model could not be run; None if it ran.
     """
@@ -173,7 +182,7 @@ class KeptEffect:
 
     @property
     def parted(self) -> str | None:
-        """The first module that differs from the base with adapters, or None."""
+        """The name of the first module with a fault; None if no module has a fault."""
         return self.faults[0].module if self.faults else None
 
 
@@ -184,16 +193,16 @@ class Gate:
     Attributes:
         base: the name of the base.
         adapters: the names of the adapters.
-        data: a phrase that names the inputs.
+        data: a description of the inputs, such as `8 built-in texts`.
         device: the device on which the models ran.
         dtype: the dtype in which the models ran.
         seed: the seed of all random choices.
-        effect: the effect of the adapters.
-        kept: an entry for the merged model and an entry for the graph, if the caller gave them.
+        effect: the effect of the adapters on the base.
+        kept: one entry for the merged model and one for the graph, each only if the caller gave that model.
         checks: the comparisons with thresholds.
         verdicts: plain sentences about the result, faults first.
-        seconds: the duration.
-        warnings: sentences about adapters whose files name another base.
+        seconds: the duration of the gate, in seconds.
+        warnings: warnings about adapters whose files record another base.
     """
 
     base: str
@@ -223,12 +232,12 @@ class Gate:
 
     @property
     def merged(self) -> KeptEffect | None:
-        """The figures of the merged model; None if the caller gave no merged model."""
+        """The metrics of the merged model; None if the caller gave no merged model."""
         return next((each for each in self.kept if each.model == "merged"), None)
 
     @property
     def onnx(self) -> KeptEffect | None:
-        """The figures of the graph; None if the caller gave no graph."""
+        """The metrics of the ONNX graph; None if the caller gave no graph."""
         return next((each for each in self.kept if each.model == "onnx"), None)
 
     def __repr__(self) -> str:
@@ -242,7 +251,7 @@ class Gate:
         return html_table(repr(self), ("model", "check", "result", "value", "limit", "explanation"), rows)
 
     def record(self) -> dict[str, JsonValue]:
-        """Return the result as plain data."""
+        """Return the result as a dict of JSON values."""
         return {
             "kind": "gate", "outcome": self.outcome, "ok": self.ok, "base": self.base, "adapters": list(self.adapters),
             "data": self.data, "device": self.device, "dtype": self.dtype, "seed": self.seed,
@@ -256,26 +265,28 @@ def _kept(each: KeptEffect) -> Mapping[str, JsonValue]:
     return {**asdict(each), "parted": each.parted}
 
 
-# Compare measured figures with thresholds, and describe the figures in plain sentences.
+# Compare metrics with thresholds, and describe the metrics in plain sentences.
 
 
 LEAST = 1e-9
-"""If the effect is smaller than this, in nats per token, float32 is too coarse to measure the kept share."""
+"""Below this effect, in nats per token, the checks `kept` and `scale` are undecided, because float32 is too coarse."""
 
 SHOWN = 3
 """The maximum number of modules that a sentence names."""
 
 MOST = 0.9
-"""If at least this share of the modules has the same fault, the fault is reported once, for the whole model."""
+"""If at least this share of the modules with adapters contains about the same wrong multiple of the change, report the
+fault once, for the whole model."""
 
 EVERYWHERE = 0.5
-"""If at least this share of the modules without adapters has wrong weights, the merge used another base."""
+"""The merge used another base if at least this share of the modules without adapters (and at least two modules) has
+wrong weights, and at least this share of the modules with adapters has a fault."""
 
 NAMES = {"merged": "the merged model", "onnx": "the graph"}
 
 
 def checks_of(effect: AdapterEffect, kept: Sequence[KeptEffect], limits: Thresholds) -> list[GateCheck]:
-    """Return the checks of the adapters and of each model."""
+    """Return the checks of the adapters' effect, and the checks of the merged model and the graph."""
     checks = [*_of_adapter(effect, limits)]
     for each in kept:
         checks += _of_model(each, effect, limits)
@@ -321,10 +332,10 @@ def _of_model(each: KeptEffect, effect: AdapterEffect, limits: Thresholds) -> It
         yield GateCheck("kept", each.model, ok, each.kept, limits.min_kept, text)
         if each.scale is not None:
             near = abs(each.scale - 1) <= limits.max_scale_error
-            # Accept a wrong scale that rounding explains: in a correct merge, rounding to 16 bits can remove a tenth of
-            # a small change. The check `kept` then decides whether too much of the effect is lost.
+            # Even in a correct merge, rounding to 16 bits can remove a tenth of a small change. So accept a wrong scale
+            # that rounding explains. The check `kept` decides whether too much of the effect is lost.
             rounded = not near and bool(ok) and not each.faults and any(part.rounded for part in each.parts)
-            text = f"{name} contains {each.scale:.3g} times the change; 1 ± {limits.max_scale_error:.3g} passes"
+            text = f"{name} contains {each.scale:.3g} times the change; allowed: 1 ± {limits.max_scale_error:.3g}"
             text += f"; {_rounding(each)} explains the difference" if rounded else ""
             yield GateCheck(
                 "scale", each.model, (near or rounded) if known else None, each.scale, limits.max_scale_error, text
@@ -355,7 +366,7 @@ def verdicts_of(effect: AdapterEffect, kept: Sequence[KeptEffect], checks: Seque
     notes: list[str] = []
     failed = {(check.model, check.name) for check in checks if check.ok is False}
     if not effect.finite:
-        faults.append("the base with the adapters gives NaN or infinities: adapters or base are damaged")
+        faults.append("the base with the adapters gives NaN or infinities: the adapters or the base are damaged")
     elif ("adapter", "effect") in failed:
         faults.append("the adapter changes nothing")
     else:
@@ -371,7 +382,7 @@ def verdicts_of(effect: AdapterEffect, kept: Sequence[KeptEffect], checks: Seque
             notes.append(f"{NAMES[each.model]} keeps {100 * min(each.kept, 1.0):.4g} % of the effect")
         below = sum(part.rounded for part in each.parts)
         if below:
-            notes.append(f"at {below} modules {_rounding(each)} explains the difference")
+            notes.append(f"{_rounding(each)} explains the difference at {below} modules")
     faults += [check.text for check in checks if check.ok is False and check.name in ("over null",)]
     return tuple(dict.fromkeys([*faults, *notes]))
 
@@ -398,7 +409,7 @@ def _faults(each: KeptEffect, failed: set[tuple[str, str]]) -> Iterator[str]:
             yield f"{name} is wrong: it keeps {100 * each.kept:.3g} % of the effect"
     for check in ("agreement", "perplexity"):
         if (each.model, check) in failed:
-            yield f"{name} misses the threshold for {check}"
+            yield f"{name} fails the {check} check"
 
 
 def _scaled(name: str, scale: float) -> str:
@@ -423,8 +434,8 @@ def _by_modules(each: KeptEffect, name: str) -> Iterator[str]:
     scales = [part.scale for part in broken if part.scale is not None and _is_multiple(part)]
     if touched and len(scales) >= MOST * len(touched) and max(scales) - min(scales) < 2 * UNCHANGED:
         mean = sum(scales) / len(scales)
-        # Prefer the scale measured across all modules. The plain mean counts weak changes as much as strong ones,
-        # although rounding distorts weak changes most.
+        # Prefer `each.scale`, a mean weighted by the size of the changes. The plain mean gives weak changes the same
+        # weight as strong changes, although rounding distorts weak changes most.
         known = each.scale is not None and abs(each.scale - mean) < UNCHANGED
         yield _scaled(name, each.scale if known else mean)  # type: ignore[arg-type]
         broken = [part for part in broken if not _is_multiple(part)]
@@ -443,7 +454,7 @@ def _is_multiple(part: ModulePart) -> bool:
 
 
 def _kind(part: ModulePart) -> str:
-    """Return a fault without its numbers and names, so that similar faults can be grouped."""
+    """Return a module's fault without numbers and module names, so that similar faults can be grouped."""
     if part.fault.startswith("contains the change of "):
         return "contains the change of another module"
     return "contains another multiple of the change" if "times the change" in part.fault else part.fault

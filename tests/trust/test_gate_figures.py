@@ -146,7 +146,7 @@ def test_texts_of_files(tmp_path: Path) -> None:
     assert texts_of("builtin") is None
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n"two"\n')
     assert texts_of(tmp_path / "a.jsonl") == ["one", "two"]
-    for content, match in (('{"words": 1}', "no field text"), ("{", "not JSON")):
+    for content, match in (('{"words": 1}', 'no field "text"'), ("{", "not JSON")):
         (tmp_path / "b.jsonl").write_text(content)
         with pytest.raises(Malformed, match=match) as raised:
             texts_of(tmp_path / "b.jsonl")
