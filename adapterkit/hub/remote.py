@@ -28,11 +28,11 @@ _DEVICES = re.compile(r"(?i)(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt
 
 
 def check_name(name: str, kind: type[AdapterkitError] = Malformed) -> None:
-    """Check that a name is a plain relative path on every system.
+    """Check that a file name is a plain relative path, which every operating system can store.
 
     Raises:
-        AdapterkitError: (an instance of `kind`) the name leads outside the folder, is absolute, names a drive or a
-            device, is too long, or cannot be stored on some systems.
+        AdapterkitError: the name is absolute, has `..` as a path component, names a drive or a device, is too long, or
+            cannot be stored on some operating systems. The error's class is `kind`.
     """
     fault = _fault(name)
     if fault:
@@ -77,7 +77,7 @@ def _fault(name: str) -> str | None:
 
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.*)", re.DOTALL)
-"""Matches the scheme and the rest of a uri. One slash is accepted too, because `pathlib` turns `//` into `/`."""
+"""Matches the scheme and the rest of a uri. It also accepts `scheme:/`, because `pathlib` turns `//` into `/`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,8 @@ class Uri:
 
     Attributes:
         repo: the repository's name on its hub, e.g. `org/name`.
-        revision: a branch, tag or commit; None for the hub's default. In the text of a uri, `%2F` stands for a slash.
+        revision: a branch, tag or commit; None for the hub's default. In a uri, a slash in the revision is written as
+            `%2F`.
         path: a file or folder inside the repository; empty for the whole repository.
         scheme: the hub's scheme.
     """
@@ -102,7 +103,7 @@ class Uri:
 
     @property
     def name(self) -> str:
-        """The repository's name without revision and path. The scheme `hf` is omitted, because it is the default."""
+        """The scheme and the repository, without the revision and the path. The default scheme `hf` is omitted."""
         return self.repo if self.scheme == "hf" else f"{self.scheme}://{self.repo}"
 
     def at(self, revision: str) -> Uri:
@@ -111,7 +112,7 @@ class Uri:
 
 
 def scheme_of(text: str) -> tuple[str | None, str]:
-    """Split a name into its scheme and the rest. The scheme is None if the name has no scheme."""
+    """Split a uri into its scheme and the rest. If `text` has no scheme, return None and the whole `text`."""
     match = _SCHEME.fullmatch(text)
     return (match[1].lower(), match[2]) if match else (None, text)
 
@@ -131,7 +132,7 @@ def address(rest: str, scheme: str) -> Address | None:
     The path and the digest are optional. The result is None if the syntax is wrong.
 
     Raises:
-        UsageError: the path leads outside the container.
+        UsageError: `check_name` refuses the path, for example because it leads outside the container.
     """
     match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{1,254})(?:/([^#]*))?(?:#([0-9a-f]{64}))?", rest)
     if match is None:
@@ -176,7 +177,7 @@ class RemoteFile:
         path: the path inside the repository.
         size: the size in bytes.
         digest: `sha256:...` or `md5:...` of the content, or `git:...`, the sha1 that git computes for a file. If the
-            hub lists no digest, this is `unknown:...`, a hash of other values that change with the content.
+            hub lists no digest, this is `unknown:...`, a hash of values that change with the content, such as an ETag.
     """
 
     path: str
@@ -201,7 +202,7 @@ class Remote(ABC):
     """The syntax of uris on this hub, for error messages."""
 
     whole: ClassVar[bool] = False
-    """True if a push replaces the whole artifact, so that files that are not in the push are removed."""
+    """True if a push replaces the whole artifact: it removes all remote files that are not part of the push."""
 
     cards_below: ClassVar[bool] = False
     """True if each folder of a repository can have its own model card."""
@@ -243,14 +244,14 @@ class Remote(ABC):
 
     @abstractmethod
     def failure(self, error: Exception) -> AdapterkitError | None:
-        """Return the typed error, without secrets, for a network or hub failure; None for any other exception."""
+        """Convert a network or hub failure to adapterkit's error, without secrets. Return None for other exceptions."""
 
     @cached_property
     def files(self) -> tuple[RemoteFile, ...]:
         """All files of the commit; their names have been checked.
 
         Raises:
-            Malformed: a name would lead outside the folder, or a name is both a file and a folder.
+            Malformed: `check_names` refuses the file names, or there are more than `MAX_FILES` files.
             NetworkError: as for `commit`.
         """
         collected: list[RemoteFile] = []
@@ -284,7 +285,7 @@ class Remote(ABC):
         """Run a request, with retries for temporary failures.
 
         Raises:
-            NetworkError: the request failed after all retries, or with an error for which a retry is useless.
+            NetworkError: the last retry failed too, or the failure is permanent.
         """
         try:
             return retrying(act, self.passing)
@@ -299,7 +300,7 @@ class Remote(ABC):
         raise failure
 
     def there(self) -> Mapping[str, RemoteFile] | None:
-        """Return the files that the target of a push has now, keyed by path; None if the repository does not exist.
+        """Before a push, return the repository's files, keyed by path; None if the repository does not exist.
 
         Raises:
             NetworkError: access is denied, or the hub is not reachable.
@@ -327,7 +328,7 @@ class Remote(ABC):
 
         Args:
             files: the content of all files of the push, keyed by path.
-            changed: the paths of the files that the hub lacks, or has with other content.
+            changed: the paths of the files that are missing on the hub, or whose content differs from the hub's file.
             digests: the digests of all files, keyed by path.
             message: the commit message.
             private: if the repository does not exist, create it as a private repository.
@@ -339,11 +340,11 @@ class Remote(ABC):
         raise AssertionError("a hub that accepts pushes overrides this method")
 
     def begin(self) -> None:
-        """Prepare for `place`: reserve the target or create the repository. If a permission is missing, fail now.
+        """Prepare for `place`: reserve the target or create the repository. Missing permissions raise an error here.
 
         Raises:
             NetworkError: access is denied, another push is running, or the hub is not reachable.
-            Unsupported: this kind of hub cannot receive files one by one before a push.
+            Unsupported: this kind of hub has no `place`, which uploads single files before a push.
         """
         self.check_writable()
         if type(self).place is Remote.place:
@@ -369,7 +370,7 @@ class Remote(ABC):
         raise AssertionError("hubs that support `place` override this method")
 
     def kept(self) -> str:
-        """Return the commit for a push in which no file changed; create the branch if it is missing."""
+        """Finish a push that changes no files: create the branch if it is missing, and return the current commit."""
         return self.commit
 
     def tagged(self, tag: str, commit: str) -> None:
@@ -393,6 +394,10 @@ NOT_REACHED = "Check the connection, then run the same command again: it continu
 
 
 def unreachable(place: str, host: str, error: Exception) -> NetworkError:
-    """Return the error for a failed connection. An exception's text may contain secrets, so only its type is shown."""
+    """Return the error for a failed connection.
+
+    If `error` is a `Passing`, its text is shown. The text of any other exception may contain secrets, so only the
+    exception's type is shown.
+    """
     why = f"cannot reach {host} ({type(error).__name__.removesuffix('Error')})"
     return NetworkError(str(error) if isinstance(error, Passing) else why, path=place, cure=NOT_REACHED)

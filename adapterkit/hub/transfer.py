@@ -1,4 +1,4 @@
-"""Download a file so that a later process can continue after an interruption, and verify the file by its digest.
+"""Download files, resume interrupted downloads, and verify the files' digests.
 
 This module also manages the local folders for files from hubs: the cache, scratch folders, and locks on folders.
 """
@@ -60,7 +60,7 @@ def turn(folder: Path) -> Iterator[None]:
 def scratch() -> Iterator[Path]:
     """Yield an empty folder in the cache and remove it afterwards.
 
-    Folders left by killed processes are removed first.
+    Folders that killed processes have left behind are removed first.
 
     Raises:
         StorageError: the cache folder is not writable.
@@ -70,7 +70,7 @@ def scratch() -> Iterator[Path]:
         try:
             root.mkdir(parents=True, exist_ok=True)
             # Hold the lock of the parent folder until the new lock file is locked. Otherwise another process could
-            # remove the new file first, because no process holds its lock yet.
+            # find the new lock file unlocked, and remove it.
             with open(root / "lock", "wb") as gate:
                 _lock(gate, wait=True)
                 _sweep(root)
@@ -84,7 +84,7 @@ def scratch() -> Iterator[Path]:
 
 
 def _sweep(root: Path) -> None:
-    """Remove the folders whose locks no process holds: their processes have died. Without `flock`, do nothing."""
+    """Remove the folders that no process has locked, because their processes have died. On Windows, do nothing."""
     if not _has_locks():
         return
     for file in root.glob("*.lock"):
@@ -103,7 +103,7 @@ def _has_locks() -> bool:
 
 
 def _lock(file: BinaryIO, *, wait: bool = False) -> bool:
-    """Lock an open file for this process until it is closed; return False if another process holds the lock."""
+    """Lock an open file until it is closed. If another process holds the lock, return False, or wait if `wait`."""
     if not _has_locks():
         # Windows has no flock, so return True without a lock. The folder is protected in another way: Windows refuses
         # to rename a folder that contains open files.
@@ -141,7 +141,7 @@ def digests(file: Path) -> tuple[int, str, str]:
 
 
 def digests_of(content: Content) -> Digests:
-    """Return the digests of a file to push: a local file, bytes, or a file that has already been uploaded."""
+    """Return the size and the digests of a pushed file, given as a path, as bytes, or as an uploaded file."""
     if isinstance(content, Placed):
         return content.digests
     if isinstance(content, Path):
@@ -182,19 +182,19 @@ def check_listed(there: Remote, digests: Mapping[str, Digests]) -> None:
         if file is None or file.size != size or file.digest not in names:
             cure = "The local file changed during the push, or the hub damaged it: push again with --overwrite "
             cure += "(in Python overwrite=True)"
-            why = "the hub does not list this pushed file with the local file's size and digest"
+            why = "after the push, this file is missing on the hub, or its size or digest differs from the local file's"
             raise Corrupt(why, path=str(there.uri), where=name, cure=cure)
 
 
-# Download a file into a partial file, which a later process can continue, and verify the complete file.
+# Download a file into a partial file, and verify the complete file. A later process can resume the download.
 
 
 CHUNK = 1 << 20
 ASKED = 16 << 20
 """The total size of the range requests that run at the same time, in bytes. A killed process loses at most this much.
 
-A single request for the whole rest of a file could lose more: all bytes that are in the buffers of the two machines and
-of the network, which can be large.
+If one request asked for the whole rest of a file, a killed process could lose more: all bytes that are in the buffers
+of the two machines and of the network. These buffers can be large.
 """
 
 ANEW = 3
@@ -202,19 +202,20 @@ ANEW = 3
 
 
 def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], None], asked: int = ASKED) -> None:
-    """Download the bytes of a file that `part` does not have yet, then verify `part` and sync it to disk.
+    """Complete a partial file: download the missing bytes, sync the file to disk, and verify its digest.
 
     Args:
         remote: the repository.
         file: the file to download.
         part: the partial file. The bytes that it already has are hashed, but not downloaded again.
-        count: a function that is called with the number of bytes that were added, for a progress bar. If bytes must be
-            downloaded again, the number is negative. The function may raise an error to stop the download.
+        count: a progress callback, which gets the number of bytes done since its last call. The bytes that `part`
+            already has count as done. If bytes must be downloaded again, the number is negative. The callback may raise
+            an error to stop the download.
         asked: the number of bytes in one request. The next request is made when all these bytes are in the file.
 
     Raises:
         Corrupt: the file does not have the digest that the hub lists, even after `ANEW` downloads.
-        NetworkError: the hub is not reachable, or refuses.
+        NetworkError: the hub is not reachable, or refuses the request.
         StorageError: the partial file is not writable.
     """
     for _ in range(ANEW):
@@ -228,10 +229,12 @@ def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], N
 
 
 def read_range(remote: Remote, file: RemoteFile, start: int, length: int) -> bytes:
-    """Return `length` bytes of a file from byte `start`, unverified: hubs list digests only of whole files.
+    """Return `length` bytes of a file, starting at byte `start`.
+
+    The bytes are not verified, because hubs list digests only for whole files.
 
     Raises:
-        NetworkError: the hub is not reachable, refuses, or answers with another range.
+        NetworkError: the hub is not reachable, refuses the request, or sends another range.
     """
 
     def act() -> bytes:
@@ -271,7 +274,7 @@ class _Fetching:
         return self.digest is None or self.digest.hexdigest() == self.file.digest.partition(":")[2]
 
     def _replay(self, target: BinaryIO) -> None:
-        """Hash the bytes that the partial file already has. If it is larger than the remote file, empty it first."""
+        """Hash the bytes of the partial file. If the partial file is larger than the remote file, empty it first."""
         if target.seek(0, os.SEEK_END) > self.file.size:
             target.truncate(0)
         target.seek(0)
@@ -284,14 +287,18 @@ class _Fetching:
         while self.done < self.file.size:
             before, end = self.done, min(self.done + self.asked, self.file.size)
             met = self._piece(target, end)
-            # Less than a megabyte does not count as progress, unless it completes the piece. Otherwise a server that
-            # sends a few bytes per attempt could keep this loop running forever.
+            # An attempt makes progress only if it adds at least a megabyte or completes the piece. If a few bytes were
+            # enough, a server that sends a few bytes per attempt could keep this loop running forever.
             attempt = 0 if self.done >= min(end, before + CHUNK) else attempt + 1
             if self.done < end and (attempt >= ATTEMPTS or not pause(attempt, met.wait)):
                 raise NetworkError(f"gave up: {met}", path=str(self.remote.uri), where=self.file.path, cure=_AGAIN)
 
     def _piece(self, target: BinaryIO, end: int) -> Passing:
-        """Make one request and append its bytes. Return the failure to report if some bytes did not arrive."""
+        """Make one request and append the received bytes.
+
+        Returns:
+            The failure to report if bytes are still missing.
+        """
         try:
             for chunk in _chunks(self.remote, self.file, self.done, end):
                 _written(target, chunk)
@@ -318,8 +325,8 @@ class _Fetching:
 def _written(target: BinaryIO, chunk: bytes) -> None:
     """Write bytes to a file.
 
-    An error of the disk becomes a StorageError. Otherwise callers could not tell it from a network error, because both
-    may be OSErrors.
+    A disk error becomes a StorageError. As an OSError, it would look like a network error to callers, because network
+    errors may be OSErrors too.
     """
     try:
         target.write(chunk)
@@ -328,7 +335,7 @@ def _written(target: BinaryIO, chunk: bytes) -> None:
 
 
 def _chunks(remote: Remote, file: RemoteFile, start: int, end: int) -> Iterator[bytes]:
-    """Request the bytes from `start` to `end`. If the hub sends the whole file, yield its bytes from `start` on."""
+    """Request the bytes from `start` to `end`. If the hub sends the whole file, skip the bytes before `start`."""
     with remote.opened(file, start, end if end < file.size else None) as (begin, coming):
         if not 0 <= begin <= start:
             raise Passing("the hub did not send the requested range")

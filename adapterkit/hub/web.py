@@ -45,7 +45,7 @@ class Passing(Exception):
     """A temporary failure.
 
     Attributes:
-        wait: the number of seconds for which the hub asks to wait; None if the reply does not state a time.
+        wait: the seconds to wait before a retry, as requested by the hub; None if the reply does not give a time.
     """
 
     def __init__(self, why: str, wait: float | None = None) -> None:
@@ -85,7 +85,7 @@ def pause(attempt: int, asked: float | None) -> bool:
 
 
 def retry_after(value: str | None) -> float | None:
-    """Return the seconds to wait from a `Retry-After` header, a number or a date; None if it is absent or invalid."""
+    """Convert a `Retry-After` header (seconds or a date) to seconds from now; None if it is absent or invalid."""
     if not value:
         return None
     try:
@@ -107,19 +107,25 @@ READ_TIMEOUT = 30.0
 
 MAX_HOPS = 5
 MAX_ERROR_BODY = 64 << 10
-"""The maximum number of bytes that are read from the body of an error. Hubs explain errors in a few hundred bytes."""
+"""At most this many bytes of an error response's body are read. Hubs explain errors in a few hundred bytes."""
 
 MAX_TOLD = 64 << 20
 """The largest document that is read from a hub, in bytes. A document is, for example, one page of a file list.
 
-The bodies of errors and the replies with tokens have lower limits: `MAX_ERROR_BODY` and `MAX_ANSWER`. The files of a
-repository have no limit. In practice, the largest documents are pages of file lists, which have 1,000 entries of about
-1 KB. The pages of S3 have a similar size.
+Error responses and token responses have lower limits: `MAX_ERROR_BODY` and `MAX_ANSWER`. The files of a repository have
+no limit. In practice, the largest documents are pages of file lists, which have 1,000 entries of about 1 KB. The pages
+of S3 have a similar size.
 """
 
 
 class Refused(Exception):
-    """The hub refused a request: the HTTP status, and the hub's error code and message if the reply has them."""
+    """The hub refused a request.
+
+    Attributes:
+        status: the HTTP status.
+        code: the hub's error code; empty if the reply has none.
+        message: the hub's error message; empty if the reply has none.
+    """
 
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
         super().__init__(f"{status} {code}".rstrip())
@@ -173,10 +179,10 @@ def answered(
 
 
 def body_of(response: httpx2.Response, place: str, limit: int | None = None) -> bytes:
-    """Read the whole body of an open response, up to `limit` bytes (`MAX_TOLD` if absent).
+    """Read the whole body of an open response, up to `limit` bytes (None: `MAX_TOLD`).
 
     Code that keeps a whole body in memory must use this function, because a server may send bytes forever, and
-    `Response.read` has no limit. `answered` requests uncompressed replies, so decoding does not enlarge the body.
+    `Response.read` has no limit. The body is not decompressed, because `answered` requests uncompressed replies.
 
     Raises:
         NetworkError: the body is longer than `limit`.
@@ -191,7 +197,7 @@ def body_of(response: httpx2.Response, place: str, limit: int | None = None) -> 
 
 
 def error_body_of(response: httpx2.Response) -> bytes:
-    """Return the beginning of an error's body, at most `MAX_ERROR_BODY` bytes."""
+    """Return the first `MAX_ERROR_BODY` bytes of an error response's body, or the whole body if it is shorter."""
     body = bytearray()
     for chunk in response.iter_raw(MAX_ERROR_BODY):
         body += chunk
@@ -329,7 +335,7 @@ MAX_ANSWER = 1 << 20
 """The largest reply to a token request, in bytes. Even tokens with many scopes take only about 10 KB."""
 
 DOCKER_HUB = {"docker.io", "index.docker.io", "registry-1.docker.io"}
-"""The host names of Docker Hub: in users' uris, in files with stored credentials, and in requests."""
+"""The host names of Docker Hub. Uris, stored credentials and requests do not all use the same one."""
 
 
 def is_near(host: str) -> bool:
@@ -345,10 +351,10 @@ class Admission:
     """The authentication headers for one registry.
 
     Args:
-        host: the registry's host name, with a port if it has one.
+        host: the registry's `HOST` or `HOST:PORT`.
         url: the url of the repository.
         place: the uri to show in error messages.
-        token: `user:password` or a bearer token. If absent, the credentials that other tools have stored are used.
+        token: `user:password` or a bearer token. If None, the credentials that other tools have stored are used.
     """
 
     def __init__(self, host: str, url: str, place: str, token: str | None) -> None:
@@ -368,7 +374,11 @@ class Admission:
         return _basic(self.token) if ":" in self.token else f"Bearer {self.token}"
 
     def ask(self, challenge: str) -> bool:
-        """Set the headers that a `WWW-Authenticate` challenge asks for. Return True if they changed: then retry."""
+        """Set the headers that a `WWW-Authenticate` challenge asks for.
+
+        Returns:
+            Whether the headers changed. If so, the caller sends the request again.
+        """
         kind, _, rest = challenge.partition(" ")
         parameters = dict(re.findall(r'(\w+)="([^"]*)"', rest))
         before = dict(self.headers)
@@ -407,7 +417,7 @@ def _token_in(body: bytes, place: str) -> str:
 
 
 def _left(host: str) -> Iterator[str]:
-    """Yield the credentials that other tools have stored for a registry."""
+    """Yield the credentials that other tools have stored for a registry, each as an `Authorization` header's value."""
     hosts = DOCKER_HUB if host in DOCKER_HUB else {host}
     for file in _files():
         entries = _read(file).get("auths")

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     Order = Callable[[], Array]
 
 AT_ONCE = 1 << 18
-"""A tensor in a file with at most this many bytes is read whole, even if only parts of it are needed. Three small reads
-would take longer than one read of this size."""
+"""A tensor of at most this many bytes is read whole from its file, even if only parts of it are needed. Three small
+reads would take longer than one read of this size."""
 
 REAL = ("F64", "F32", "F16", "BF16")
 """The dtypes that all adapter formats for language models support."""
@@ -43,12 +43,13 @@ REAL = ("F64", "F32", "F16", "BF16")
 def turned(leaf: Lazy) -> Lazy:
     """Return a tensor with its last two axes swapped. Swapping the result again returns the original object.
 
-    This makes it cheap to check a written file with transposed factors. The reader swaps the axes again and gets the
-    original object, so the comparison does not transpose the data a second time.
+    Some formats store transposed factors. When a written file is checked, its reader swaps the axes again and gets the
+    original object. So the check does not transpose the data a second time.
     """
     *lead, rows, columns = leaf.shape
     shape = (*lead, columns, rows)
-    if isinstance(leaf.source, _Turned) and leaf.source.leaf.shape == shape:  # Unequal after a reshape.
+    # Compare the shapes too, because `reshape` changes the shape but not the source.
+    if isinstance(leaf.source, _Turned) and leaf.source.leaf.shape == shape:
         return leaf.source.leaf
     return Lazy(shape, leaf.dtype, _Turned(leaf))
 
@@ -68,16 +69,19 @@ class _Turned:
 
 
 def is_moved(leaf: Lazy) -> bool:
-    """Whether a tensor's values are not computed: they come from a file, at most with two axes swapped."""
+    """Whether a tensor's values come unchanged from a file. The tensor's last two axes may have been swapped."""
     return leaf.span is not None or (isinstance(leaf.source, _Turned) and is_moved(leaf.source.leaf))
 
 
 def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
-    """Return the bytes of some runs of a tensor's elements; None if only the whole tensor can be read.
+    """Read several contiguous ranges of a tensor's elements. Return None if only the whole tensor can be read.
 
     Args:
         leaf: the tensor.
-        places: for each run, the index of its first element in C order, and the number of elements.
+        places: the ranges, each as the index of the first element in C order and the number of elements.
+
+    Returns:
+        The bytes of each range.
     """
     if leaf.span is not None and leaf.nbytes <= AT_ONCE:
         data, size = memoryview(leaf.fetch()), leaf.dtype.itemsize
@@ -86,7 +90,7 @@ def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
         return [bytes(leaf.read(first, count)) for first, count in places]
     if not isinstance(leaf.source, _Turned) or len(leaf.source.leaf.shape) != 2:
         return None
-    # Each run of elements lies in a few rows of the transposed matrix. Copy only these rows into C order.
+    # Each range of elements lies in a few rows of the transposed matrix. Copy only these rows into C order.
     swapped = leaf.source.leaf.numpy().T
     width = swapped.shape[1]
     rows = []
@@ -228,10 +232,14 @@ def zeros(shape: tuple[int, ...], dtype: DType) -> Lazy:
 def times(tensor: Leaf, factor: float) -> Lazy:
     """Multiply a tensor by a number. The products are computed in float64, and rounded once to the tensor's dtype.
 
-    Fetching the result raises `Malformed` in two cases: a product of finite numbers overflows the dtype; or all
-    products are smaller than the dtype's smallest normal number, so they would lose digits or become zero.
+    Fetching the result raises `Malformed` in two cases:
+
+    - All elements of the tensor are finite, but a product overflows the dtype.
+    - The largest product is not zero, but is smaller than the dtype's smallest normal number. So all products would
+      lose digits or become zero.
     """
-    cure = "Write a format that stores the scaling apart from the factors, such as adapterkit's own"
+    cure = "Write a format that stores the scaling and the factors separately, such as --to adapterkit "
+    cure += "(format='adapterkit')"
     leaf = as_lazy(tensor)
 
     def fetch() -> memoryview:
@@ -265,7 +273,10 @@ def widened(leaf: Lazy, name: str) -> Lazy:
 
 
 def same_type(leaves: Sequence[Lazy]) -> list[Lazy]:
-    """Convert tensors to a common dtype that holds all values exactly: their own if all are equal, else F64 or F32."""
+    """Convert tensors to one dtype that represents all their values exactly.
+
+    If all tensors have the same dtype, they keep it. Otherwise the dtype is F64 if one of them is F64, else F32.
+    """
     names = {leaf.dtype.name for leaf in leaves}
     if len(names) == 1:
         return list(leaves)

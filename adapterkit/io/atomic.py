@@ -99,7 +99,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock(handle: int, *, wait: bool = False) -> bool:
-    """Lock an open file for this process until it is closed; return False if another process holds the lock."""
+    """Lock an open file until it is closed. If another process holds the lock, return False, or wait if `wait`."""
     try:
         import fcntl
     except (
@@ -115,10 +115,9 @@ def lock(handle: int, *, wait: bool = False) -> bool:
 
 # Remember the source tensors of a written file while the writer checks the file.
 #
-# After writing a file, a writer reads it back. The header is read from the disk. If a tensor was moved to the file
-# without a computation, only a sample of its bytes is read from the disk and compared. All other reads of such tensors
-# return the source tensors. Reading a tensor from the disk would take 70 us if the file was written around the page
-# cache.
+# After writing a file, a writer reads the file back to check it. The header and the last bytes of a few tensors are
+# read from the disk. All other reads of a remembered tensor return its source tensor, because reading a tensor from the
+# disk takes 70 us if the file was written with direct I/O, which bypasses the page cache.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,8 +177,8 @@ def sources_of(path: str) -> Mapping[str, Lazy]:
 def source_of(path: str, name: str, dtype: DType, nbytes: int) -> Lazy | None:
     """Return the source tensor that was written to a file under the name `name`.
 
-    The result is None if no such tensor is remembered, or if its dtype or size differs from the arguments, which come
-    from the file's header.
+    The arguments `dtype` and `nbytes` come from the file's header. Return None if the source tensor has another dtype
+    or size, or if no source tensor is remembered.
     """
     source = sources_of(path).get(name)
     return source if source is not None and (source.dtype, source.nbytes) == (dtype, nbytes) else None

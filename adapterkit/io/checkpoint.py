@@ -40,8 +40,8 @@ class Checkpoint:
 
     Attributes:
         root: the folder, or the single file.
-        tensors: the lazy tensors, keyed by name, in the order of `files`, and for each file in the file's own order.
-        files: the weight files, in order.
+        tensors: the lazy tensors, keyed by name. They have the order of `files`, and inside a file the file's order.
+        files: the weight files, sorted by name.
         home: the weight file of each tensor, keyed by the tensor's name.
         metadata: the safetensors metadata of each weight file; empty for torch and GGUF files.
         config: the content of the model's `config.json`, if this file is next to the weights; otherwise None.
@@ -71,8 +71,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         StorageError: the path does not exist or cannot be read, or a file of a split GGUF model is missing.
         Malformed: the files contradict each other or their index.
-        UsageError: the folder has no weights, both a single file and an index, or several safetensors files without an
-            index.
+        UsageError: the folder has no weights, or has both a single file and an index, or has several safetensors files
+            without an index.
     """
     root = located(path)
     check_exists(root, path)
@@ -188,14 +188,15 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], _Index | None]:
 
 
 def _splits(file: Path) -> tuple[Path, ...]:
-    """Return all files of the GGUF model that `file` belongs to, in order. Any other file is returned alone."""
+    """Return all files of a split GGUF model, given one of them. A file of any other kind is returned alone."""
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", file.name)
     if match is None:
         return (file,)
     files = tuple(file.with_name(f"{match[1]}-{n:05d}-of-{match[3]}.gguf") for n in range(1, int(match[3]) + 1))
     lost = next((other for other in files if not other.is_file()), None)
     if lost is not None:
-        raise StorageError(f"{lost.name} of the same model is missing", path=file, cure="Fetch all files of the model")
+        why = f"the model is split into several files, and {lost.name} is missing"
+        raise StorageError(why, path=file, cure="Fetch all files of the model")
     return files
 
 
@@ -284,13 +285,13 @@ def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path])
 
 # A fingerprint is a short hash of a base's weights. Computing it is so fast that every merge does it.
 #
-# The hash covers the names, shapes and dtypes of all tensors, and a sample of their bytes. It does not depend on file
-# names and sharding. If a base changes, its fingerprint changes:
+# The hash covers the names, shapes and dtypes of all tensors, and a sample of their bytes. File names and sharding do
+# not affect the hash. If a base changes, its fingerprint changes:
 #
 # - always, if the name, the shape or the dtype of a tensor changed;
 # - always, if any element changed in a tensor that is small enough to be read whole;
-# - always, if the change covers a run of at least 1/63 of a tensor's elements, such as an attention head or an MLP
-#   block. The reason: 64 blocks are read, evenly spaced from the first element to the last;
+# - always, if a contiguous range of at least 1/63 of a tensor's elements changed, such as an attention head or an MLP
+#   block. The reason is that 64 blocks are read, evenly spaced from the first element to the last;
 # - almost always, if the changed elements are scattered over the model, as after training. If a fraction p of all
 #   elements changed, and n elements are read, the fingerprint stays the same with probability `(1 - p) ** n`. For a
 #   model of 13 billion bfloat16 parameters, n is about 7 million. If one in a million of its elements changed, this
@@ -299,7 +300,7 @@ def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path])
 
 
 PREFIX = "sampled-2-sha256:"
-"""The prefix of a fingerprint. It names the version of the sampling; different versions are never compared."""
+"""The prefix of a fingerprint. It names the version of the sampling. Never compare fingerprints of two versions."""
 
 SAMPLE = 16 << 20
 """About this many bytes are read from all tensors together. Reading and hashing them takes about 100 ms."""
@@ -354,7 +355,7 @@ def _part(whole: bytes, size: int, first: int, count: int) -> bytes:
 
 
 def _places(tensor: Lazy, share: int) -> list[tuple[int, int]]:
-    """Return the runs of elements to read, each as (first element, count), evenly spaced over the tensor."""
+    """Return the ranges of elements to read, each as (first index, count). They are evenly spaced in the tensor."""
     elements, size = math.prod(tensor.shape), max(tensor.dtype.itemsize, 1)
     if elements * size <= share:
         return [(0, elements)] if elements else []

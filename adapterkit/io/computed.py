@@ -81,8 +81,8 @@ def times(leaf: Leaf, factor: float) -> Leaf:
 def total(leaves: Sequence[Leaf], factors: Sequence[float], shape: Shape | None = None) -> Leaf:
     """Return the sum of `factors[i] * leaves[i]`, with the shape `shape` (None: the shape of the first tensor).
 
-    The dtype is float64 if one of the tensors is float64, otherwise float32. But for a single tensor and no `shape`, it
-    is the dtype that `times` gives.
+    The result's dtype is float64 if one of the tensors is float64, otherwise float32. Exception: with a single tensor
+    and no `shape`, the result is that of `times`, whose dtype may be the tensor's own.
     """
     if len(leaves) == 1 and shape is None:
         return times(leaves[0], factors[0])
@@ -159,10 +159,11 @@ def _checked(leaf: Lazy) -> Array:
     return values
 
 
-# Keep computed tensors until they are written. Up to a limit, keep them in memory, and the rest in a temporary file.
+# Keep computed tensors until they are written: in memory up to a limit, and above the limit in a temporary file.
 #
 # The output can be written only after all targets have been computed, because the last target may still raise an error.
-# Until then, combining eight adapters with 224 targets of `4096 x 4096` can take a gigabyte, because the ranks add up.
+# Until then, the combination of eight adapters with 224 targets of `4096 x 4096` can take a gigabyte, because the ranks
+# add up.
 
 
 IN_MEMORY = 64 << 20
@@ -172,7 +173,7 @@ IN_MEMORY = 64 << 20
 class Spool:
     """Keep computed tensors in memory and, above a limit, in a temporary file. Threads may share a spool.
 
-    The temporary file is removed when the last tensor is deleted.
+    The temporary file is removed when the spool and all its tensors have been deleted.
 
     Args:
         memory: the largest total size of the tensors in memory, in bytes.
