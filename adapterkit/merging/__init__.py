@@ -62,12 +62,12 @@ def plan(
     calibration: str | PathLike[str] | None = None,
     options: MergeOptions | None = None,
 ) -> Plan:
-    """Return the plan of a merge, which is made from the headers of files; nothing is written.
+    """Return the plan of a merge. The plan is made from file headers, and nothing is written.
 
     `plan(...).record()` returns the plan as plain data. The arguments have the same meaning as for `merge`.
 
     Raises:
-        AdapterkitError: `merge` would refuse the same inputs before it writes anything.
+        AdapterkitError: the inputs cannot be merged. `merge` refuses such inputs before it writes anything.
     """
     from .planning import make_plan
     from .quantized import as_merged, unneeded  # pyright: ignore[reportAssignmentType] - binds no local `quantized`
@@ -133,7 +133,7 @@ def merge(
             `cuda:0,cuda:1`, each output file is computed on the next device of the list. The code for torch devices
             was tested only with torch's CPU device, not on a GPU.
         dtype: the dtype to which all floating-point tensors are cast; default: the base's dtypes.
-        shard_size: the largest size of an output file in bytes; default: the same files as the base.
+        shard_size: the largest size of an output file in bytes; default: split the weights into the base's files.
         engine: `local` runs the merge in threads of this process. `ray` runs one task per output file on a Ray cluster.
             A task uses the credentials of its node to download inputs from hubs and, if `out` is on a hub, to upload
             its file. Local inputs and outputs must have the same paths on all nodes.
@@ -142,64 +142,64 @@ def merge(
         progress: a function that is called with (bytes done, total bytes) in the calling thread.
         tied: which layers an update changes if the base ties its head to its embedding. Default: the layers that the
             adapter's training tool changed. For PEFT, token rows change both layers, and any other update changes only
-            the layer that it names, unless the adapter's config has `ensure_weight_tying`. `untie`: the layers that
-            PEFT changes without `ensure_weight_tying`; the head is written as a separate tensor. `merge`: every update
-            changes both layers. Each kind of update may have its own choice, given as `rows=untie,embedding=merge` or
-            as a mapping. The kinds are `rows` (token rows), `replacement` (PEFT's `modules_to_save`), `embedding`
-            (other updates of the embedding) and `head` (other updates of the head).
+            the layer that it names, unless the adapter's config sets `ensure_weight_tying`. `untie`: every update
+            changes the layers that PEFT changes without `ensure_weight_tying`, and the head is written as a separate
+            tensor. `merge`: every update changes both layers. Each kind of update may have its own choice, given as
+            `rows=untie,embedding=merge` or as a mapping. The kinds are `rows` (token rows), `replacement` (PEFT's
+            `modules_to_save`), `embedding` (other updates of the embedding) and `head` (other updates of the head).
         allow_partial: whether to skip targets that the base does not have, instead of refusing the adapter.
         overwrite: whether to replace an existing output at `out`.
         quantized: how to merge into a quantized base. `dequantize`: merge into the dequantized weights, and write
             16-bit weights. `requantize`: merge into the dequantized weights, and quantize the result in the base's
             scheme. `original`: merge into the 16-bit weights that you pass as `onto`.
         onto: only with `original`: the 16-bit weights from which the quantized base was made.
-        keep: only with `requantize`: `adapter` adjusts the merged weights before they are rounded, so that rounding
+        keep: only with `requantize`. `adapter` adjusts the merged weights before they are rounded, so that rounding
             does not lose the adapters' effect on the inputs to which the adapters respond. The merge takes about ten
             times as long as without `keep`, and whole weights must fit into memory.
         calibration: only with `keep`: a file of activations from `adapterkit.gating.calibrate`. The weights are then
-            rounded such that the layers' outputs for these activations hardly change. Rounding errors along the input
-            directions to which the adapters respond get more weight. Far more of the adapters' effect survives than
-            with `keep` alone. Each weight is quantized up to 200 times.
-        seed: the seed of stochastic rounding; default: round each value to the nearest. Each random number depends only
-            on the seed, the tensor's name and the element's index.
+            rounded so that the layers' outputs for these activations hardly change. Rounding errors count more in the
+            input directions to which the adapters respond. This preserves far more of the adapters' effect than `keep`
+            alone. Each weight is quantized up to 200 times.
+        seed: the seed of stochastic rounding; default: round to nearest, without random numbers. Each random number
+            depends only on the seed, the tensor's name and the element's index.
         memory: the largest amount of memory to use, in bytes, not counting the memory of the imported libraries;
             default: half of the free memory.
         link: whether to write hard links to unchanged files of the base instead of copies. Never modify such an output
             in place, because that modifies the base.
-        tokenizer: `base`, `adapter` or a folder: where to copy the tokenizer from, with its vocabulary, added tokens
-            and chat template. Default: the base's tokenizer. But if the adapter's folder has a complete tokenizer that
-            differs from the base's, and the base has an embedding for each token of this tokenizer, then the adapter's
-            tokenizer is copied, and the report contains a warning.
+        tokenizer: the source of the tokenizer (vocabulary, added tokens and chat template): `base`, `adapter` or a
+            folder. By default, the base's tokenizer is copied, with one exception. If the adapter's folder has a
+            complete tokenizer that differs from the base's, and the base has an embedding for each of its tokens, the
+            adapter's tokenizer is copied, and the report contains a warning.
         strict_base: whether to refuse a base whose name, config or fingerprint differs from what an adapter records.
             If False, the report contains a warning instead.
         strict_licence: whether to refuse a merge if the licences of base and adapters contradict each other, or if a
             model card has no known licence. If False, the report only warns about contradictions.
         vocab: what to do if an adapter was trained with more tokens than the base's embedding has rows. `grow`: add
-            rows to the embedding and the head, and change the config; a new row that is in no adapter's file becomes
-            the mean of the base's rows. `keep`: drop the added tokens. Default: grow if the adapters' files contain all
-            new rows, and refuse the merge otherwise.
+            rows to the embedding and the head, and change the config. If no adapter's file contains a new row, this row
+            becomes the mean of the base's rows. `keep`: drop the added tokens. Default: `grow` if the adapters' files
+            contain all new rows; otherwise the merge is refused.
         checksums: whether to compute sha256 checksums of the bytes while they are written, so that `verify` can check
             the output without the base. This makes the merge slower.
         rename: rules for target names that cannot be resolved. Each rule is `FROM=TO`; both sides are dotted names or
             prefixes, with `{n}` and other placeholders for numbers. `@FILE` reads rules from a file, one per line. For
             each target, the first rule that matches the target's name is used; each rule must match at least one target
-            of an adapter. `family:NAME` states the `model_type` of a base without a config, if names and shapes fit two
-            families. `rows:by_head` or `rows:by_part` states how a sharded MiniMax-H3 orders the rows of its fused
-            query, key and value weights.
+            of an adapter. `family:NAME` states the `model_type` of a base that has no config and whose tensor names and
+            shapes fit two families. `rows:by_head` or `rows:by_part` states how a sharded MiniMax-H3 orders the rows of
+            its fused query, key and value weights.
         stream: for a base on a hub: whether to download one weight file at a time, verify it, and delete it after use.
-        options: several of these arguments as one `MergeOptions`. An argument that is set there cannot also be given by
-            name.
+        options: a `MergeOptions` with several of these arguments. If you pass it, do not pass any argument that is an
+            attribute of `MergeOptions`.
 
     Raises:
         TargetNotFound, ShapeMismatch: an adapter does not fit the base, or was trained with more tokens than the base
             has (see `vocab`).
         NotMergeable: an adapter's method changes outputs or the context, not weights.
         Unsupported: the base cannot be streamed; or the base is quantized and `quantized` is not given.
-        CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set; or licences
-            contradict each other or are unknown, and `strict_licence` is set.
+        CheckFailed: with `strict_base`, the base differs from the base that an adapter records; with `strict_licence`,
+            licences contradict each other or are unknown.
         UsageError: arguments contradict each other, or it is unknown which layers an update of a tied weight changes
             (see `tied`).
-        Malformed: a factor contains a NaN or an infinity, or a result overflows its dtype.
+        Malformed: a factor contains a NaN or an infinity, or a merged weight overflows the dtype of the output.
         StorageError: the disk is full, writing is not permitted, or `out` exists.
     """
     _check_engine(engine, address, stream)
@@ -300,8 +300,9 @@ def verify(
     If no base is given, compare the files with the checksums in the merge's record instead. Nothing is written.
 
     Args:
-        merged: the output of a merge. Any tool may have written it if a base is given; otherwise only this library.
-        base: the base of the merge; after `quantized="original"`, the 16-bit weights `onto`.
+        merged: the output of a merge. If no base is given, `adapterkit.merge` must have written the output, with
+            `checksums=True`; otherwise any tool may have written it.
+        base: the base of the merge; after `quantized="original"`, the 16-bit weights that were passed as `onto`.
         adapters: the adapters.
         weights: one factor per adapter; default: 1.
         allow_partial: as in `merge`.
@@ -315,8 +316,8 @@ def verify(
             If False, the result contains a warning instead.
 
     Returns:
-        The number of compared tensors, and all differences; a difference raises no error. A
-        fingerprint in the merge's record or in an adapter that differs from the base's fingerprint is also reported.
+        The number of compared tensors, and all differences; a difference raises no error. If the merge's record or an
+        adapter contains the fingerprint of another base, the result reports this, too.
 
     Raises:
         UsageError: adapters or a sample are given without a base; or no base is given, and the output has no recorded
@@ -328,7 +329,7 @@ def verify(
         from .verification import check_written
 
         if adapters or sample is not None:
-            cure = "Add --base BASE (base=), or omit the adapters and the sample to compare checksums"
+            cure = "Give --base BASE (base=); to compare checksums, omit --adapter (adapters=) and --sample (sample=)"
             raise UsageError("adapters or a sample are given, but the base is missing", cure=cure)
         return check_written(merged, progress)
     from ..naming.binding.fitting import check_base
@@ -363,8 +364,8 @@ def remainder(
     """Return a LoRA that restores what quantization lost in a merge; use the LoRA together with the quantized model.
 
     For each weight that the adapters change, the LoRA approximates the difference between the exact merged weight and
-    the stored, quantized weight. The LoRA is the best approximation of the given rank in the Frobenius norm. One weight
-    per processor is in memory, in float32.
+    the stored, quantized weight. The LoRA is the best approximation of the given rank in the Frobenius norm. At any
+    time, one weight per processor is in memory, in float32.
 
     Args:
         merged: the output of `merge` with `quantized="requantize"`.
@@ -375,8 +376,8 @@ def remainder(
         allow_partial: as in `merge`.
         rename: as in `merge`.
         dtype: the dtype of the factors; default: float32.
-        report: a function that is called with a `Cut` for each weight. The `Cut` contains the norm of what quantization
-            lost, and the norm of the part that the LoRA does not restore.
+        report: a function that is called with a `Cut` for each weight. `Cut.norm` is the norm of the quantization
+            error, and `Cut.error` is the norm of the error that remains if the LoRA is used.
         progress: a function that is called with (bytes done, total bytes).
 
     Returns:
@@ -469,7 +470,8 @@ def _named(
 def _folders(adapters: Source | Sequence[Source]) -> list[Path | None]:
     """Return the local folder of each adapter, or None for an adapter that has no local folder.
 
-    The folder of an `Adapter` object is the folder of the file with its tensors, if that folder has a config.
+    For an `Adapter` object, return the folder of the file from which its tensors were read, if the folder contains an
+    `adapter_config.json`.
     """
     from ..core.adapter import Adapter
     from ..io.lazy import Lazy
@@ -525,22 +527,23 @@ def _coarse(planned: Plan) -> Iterator[str]:
         if bits is not None:
             yield (
                 f"{kinds.count(kind)} merged weights are rounded to {kind.name}, whose mantissa has {bits} bits: "
-                f"changes below 1/{2 ** (bits + 2)} of a weight are lost; write a wider dtype to keep "
-                "smaller changes: --dtype bfloat16 (dtype='bfloat16')"
+                f"changes below 1/{2 ** (bits + 2)} of a weight are lost; to keep smaller changes, write "
+                "a wider dtype with --dtype bfloat16 (dtype='bfloat16')"
             )
 
 
 def _licences(
     planned: Plan, named: list[tuple[str, Adapter, float]], folders: list[Path | None]
 ) -> dict[str, Licence]:  # fmt: skip
-    """Return the known licences of the base and the adapters: a map from the name in messages to the licence."""
+    """Return the known licences of the base and the adapters, keyed by the names that messages use."""
     from ..core.licence_terms import BASE, licence_at, licence_called
     from ..core.metadata import metadata_of
 
     places = {BASE: planned.base.root}
     places |= {name: folder for (name, _, _), folder in zip(named, folders, strict=True) if folder is not None}
     licences = {name: licence_at(place) for name, place in places.items()}
-    # If no licence was found so far, use the one in the file's metadata: adapters of image models state it there.
+    # If an adapter's folder has no known licence, use the licence in the metadata of the adapter's file. Adapters of
+    # image models state their licence there.
     stated = {name: metadata_of(adapter).get("modelspec.license", "") for name, adapter, _ in named}
     licences |= {name: licence_called(text) for name, text in stated.items() if text and not licences.get(name)}
     return {name: licence for name, licence in licences.items() if licence}
@@ -556,7 +559,7 @@ def _unnamed_tokens(planned: Plan, beside: Companions) -> Iterator[str]:
     elif (beside.tokenizer or {}).get("from") != "adapter":
         yield (
             "the base's tokenizer is kept, but it may lack the added tokens; "
-            'to copy another tokenizer: --tokenizer DIR (tokenizer="DIR")'
+            'to copy another tokenizer, pass --tokenizer DIR (tokenizer="DIR")'
         )
 
 
@@ -565,7 +568,7 @@ def _several(adapters: Source | Sequence[Source]) -> list[Source]:
 
     single = isinstance(adapters, (str, PathLike, Adapter))
     if not single and not isinstance(adapters, Iterable):
-        cure = "Pass an adapter, its path, or a list of them"
+        cure = "Pass an Adapter, the path of an adapter, or a list of Adapters and paths"
         raise UsageError(f"{shown(adapters)} of type {type(adapters).__name__} is not an adapter or a list", cure=cure)
     several: list[Source] = [adapters] if single else list(adapters)  # type: ignore[list-item, arg-type]
     for each in several:
@@ -576,7 +579,10 @@ def _several(adapters: Source | Sequence[Source]) -> list[Source]:
 
 
 _OF_FILES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".zip", ".tar", ".gz"}
-"""File extensions. An output folder whose name ends in one of them is refused, because a file was probably meant."""
+"""File extensions. If the base is a folder, a new output path with one of these extensions is refused.
+
+The user probably expects a file there, but the output of such a merge is a folder.
+"""
 
 
 def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:
@@ -589,14 +595,14 @@ def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | No
     except RuntimeError as error:
         raise UsageError(f"the path cannot be resolved ({error})", path=out, cure="Check the path") from error
     if base.root.is_dir() and out.suffix.lower() in _OF_FILES and not out.is_dir():
-        why = f"the base is a folder, so the output is a folder, too; {out.suffix} is the ending of a file name"
+        why = f"the base is a folder, so the output must be a folder, too, but {out.suffix} is a file extension"
         raise UsageError(why, path=out, cure=f"Name a folder, such as {out.with_suffix('')}")
     if overlapped is not None:
         why = f"the output overlaps the input {overlapped}: they are the same path, or one contains the other"
         raise UsageError(why, path=out, cure="Write to another folder")
     stage = Staging(out, SUFFIX)
-    # Do not refuse an existing output yet, because an earlier run of this merge may have written it. Later,
-    # `run_plan` compares the digests.
+    # Do not refuse an existing output yet, because an earlier run of this merge may have written it. `run_plan` later
+    # compares the output's digest with the plan's.
     check_free(out, overwrite or stage.folder.is_dir() or stage.has_record())
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CAST_AT_A_TIME = 1024
 
 KEPT = 31 << 20
-"""The size in bytes of an array that raises glibc's mmap threshold to about this size when the array is freed.
+"""The size in bytes of an array that is allocated and freed once, to raise glibc's mmap threshold to about this size.
 
 The largest possible threshold is 32 MiB; freeing a larger array would not change the threshold.
 """
@@ -40,7 +40,7 @@ class Arrays(Protocol):
         ...
 
     def over(self, buffer: memoryview, dtype: DType) -> Numbers:
-        """Return a flat array over bytes in host memory, without a copy."""
+        """View bytes in host memory as a flat array of dtype `dtype`, without copying them."""
         ...
 
     def empty(self, count: int) -> Numbers:
@@ -48,13 +48,13 @@ class Arrays(Protocol):
         ...
 
     def assign(self, target: Numbers, values: Numbers) -> None:
-        """Copy `values` into `target`, rounded to the nearest number of `target`'s dtype.
+        """Copy `values` into `target`, rounded to the nearest values that `target`'s dtype can represent.
 
         Both arrays have the same shape; they may be on different devices.
         """
 
     def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
-        """Write `raw + change` into `out`: compute the sum in float64, and round it to the nearest.
+        """Compute `raw + change` in float64, and write it into `out`, rounded to nearest.
 
         `change` (float64) may be overwritten.
         """
@@ -64,7 +64,7 @@ class Arrays(Protocol):
         ...
 
     def quiet(self) -> AbstractContextManager[None]:
-        """Return a context in which a worker thread computes.
+        """Return a context manager that a worker thread enters before it computes.
 
         The context suppresses overflow warnings, because results are checked later. With torch, it also limits the
         worker to one thread.
@@ -93,7 +93,7 @@ class Workspace:
     def keep(self, count: int, dtype: DType) -> Array:
         """Return an uninitialised numpy array of `count` elements in host memory.
 
-        The next call may return the same memory; `take` never returns it.
+        The next call of `keep` may return the same memory. `take` uses separate memory.
         """
         import numpy as np
 
@@ -117,7 +117,7 @@ def arrays_for(device: str) -> Arrays:
         arrays.empty(0)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        cure = "Use auto, cpu, cuda:N, or several: cuda:0,cuda:1"
+        cure = "Give --device (device=) auto, cpu, cuda:N, or several devices, such as cuda:0,cuda:1"
         raise UsageError(f"the device {device!r} does not exist ({first})", cure=cure) from None
     return arrays
 
@@ -141,7 +141,7 @@ def _has_cuda() -> bool:
 
 
 class NumpyArrays:
-    """Computes with numpy, for which ml_dtypes provides the dtypes that numpy lacks."""
+    """Computes with numpy. The package ml_dtypes provides the dtypes that numpy lacks."""
 
     def __init__(self) -> None:
         import numpy as np  # Import before the workers start: only a loaded BLAS can be limited to one thread.
@@ -166,8 +166,8 @@ class NumpyArrays:
         self.np.copyto(cast("Array", target), cast("Array", values), casting="unsafe")
 
     def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
-        # The ufunc casts its inputs and its output in small buffers. A cast before the call would instead write a whole
-        # float64 copy of the base to memory.
+        # The ufunc casts its inputs and its output in small buffers. A cast before the call would instead write a
+        # float64 copy of the whole array `raw` to memory.
         one, other, into = cast("tuple[Array, Array, Array]", (raw, change, out))
         self.np.add(one, other, out=into, dtype=self.np.float64, casting="unsafe")
 
@@ -197,7 +197,7 @@ class TorchArrays:
     """Computes with torch on one device.
 
     Args:
-        device: the device. On every device, blocks are read into host memory and written from host memory.
+        device: the device that computes. Blocks are always read into host memory and written from host memory.
     """
 
     def __init__(self, device: str) -> None:
@@ -254,7 +254,7 @@ class TorchArrays:
 
 
 class _OneThread:
-    """A context in which torch uses one thread per worker. Restore the main thread's setting at the end."""
+    """A context in which torch uses one thread per worker. Its end restores the main thread's number of threads."""
 
     def __init__(self, torch: ModuleType) -> None:
         self.torch = torch
@@ -264,7 +264,7 @@ class _OneThread:
         self.torch.set_num_threads(1)
 
     def __exit__(self, *_: object) -> None:
-        # torch stores the number of threads separately for each calling thread. Restore this number only in the main
+        # torch stores the number of threads separately for each calling thread. Restore the number only in the main
         # thread, because a worker thread ends after this context.
         if threading.current_thread() is threading.main_thread():
             self.torch.set_num_threads(self.before)

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows `start` to `stop - 1` of a stored tensor with `rows` rows, or of one expert's slice of the tensor.
+    """The rows `start` to `stop - 1` of a stored tensor, or of the tensor's slice for one expert.
 
-    `first` is the offset of the block in the tensor, and `elements` is its size; both count elements.
+    `expert` is the index of the expert; None if the block belongs to the whole tensor. The tensor or slice has `rows`
+    rows with `width` elements each. `first` is the index of the block's first element in the flattened tensor, and
+    `elements` is the number of the block's elements.
     """
 
     expert: int | None
@@ -48,7 +50,8 @@ def blocks(output: Output) -> list[Block]:
     stacked = any(fold.target.stacked for fold in output.folds)
     experts = range(shape[0]) if stacked else (None,)
     rows, width = shape[int(stacked)], math.prod(shape[int(stacked) + 1 :])
-    # If an update needs all rows of the weight, such as a rotation of the outputs, use one block for the whole tensor.
+    # Some updates, such as rotations of the outputs, need all rows of the weight. With such an update, a block has all
+    # rows of the tensor or of an expert's slice.
     cut = all(fold.blockable for fold in output.folds)
     step = _even(BLOCK_ELEMENTS // max(width, 1)) if cut else max(rows, 1)
     return [
@@ -68,7 +71,10 @@ def _even(rows: int) -> int:
 
 
 def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Block]]:
-    """Group consecutive blocks into runs of at least `nbytes`; only the last run may be smaller. A run is one job."""
+    """Group consecutive blocks into runs of at least `nbytes` bytes; only the last run may be smaller.
+
+    A worker computes one run at a time.
+    """
     run: list[Block] = []
     elements = 0
     for block in blocks_:
@@ -82,12 +88,12 @@ def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Bloc
 
 
 def part_of(fold: PlannedUpdate, block: Block) -> tuple[int, int] | None:
-    """Return (the first row that the planned update changes in a block, the row after the last such row).
+    """Return the range of rows that a planned update changes in a block, as (first row, last row + 1).
 
     Return None if the update changes no row of the block. Rows are counted from the start of the tensor.
     """
     if fold.target.rows is None or fold.axis == "in":
-        # An adapter that was trained with fewer rows than the base has changes only the first rows.
+        # If the base has more rows than the adapter was trained with, the adapter changes only the first rows.
         last = block.stop if fold.target.stacked else min(block.stop, fold.shape[0] if fold.shape else block.stop)
         return (block.start, last) if block.start < last else None
     start, stop = max(block.start, fold.target.rows[0]), min(block.stop, fold.target.rows[1])
@@ -106,7 +112,7 @@ def view_of(work: Numbers, fold: PlannedUpdate, part: tuple[int, int], block: Bl
 
 
 def cut_to(update: Update, fold: PlannedUpdate, block: Block, part: tuple[int, int]) -> Update:
-    """Cut an update to the changed part of a block."""
+    """Return the part of an update that changes the rows `part` of a block."""
     if block.expert is not None:
         update = update.expert(block.expert)
     if block.whole or fold.bias:

@@ -2,8 +2,8 @@
 
 A file consists of runs of consecutive bytes, which the workers may write in any order. So each run has its own sha256,
 and a file's checksum is the sha256 over the checksums of its runs, in file order. Checksums are computed from the bytes
-in memory, and stored in the output's record. The checksums later show, without the base, in which run a file is
-damaged. A file that is copied unchanged from the base has no checksums.
+in memory, and stored in the output's record. With the checksums, the damaged runs of a file can be found later without
+the base. A file that is copied unchanged from the base has no checksums.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KEY = "written"
 
 
 def record_of(runs: Iterable[Run]) -> dict[str, JsonValue]:
-    """Return the checksums of one file in the form in which the output's record contains them."""
+    """Return the checksums of one file as plain data for the output's record."""
     ordered = sorted(runs)
     return {"sha256": over(ordered), "runs": [list(run) for run in ordered]}
 
@@ -56,9 +56,9 @@ def digest_of(file: BinaryIO, start: int, nbytes: int) -> str:
 
 
 def wrong_runs(path: Path, runs: list[Run]) -> list[str]:
-    """Return the differences between a file and its checksums, with one text for each run that does not match.
+    """Return one message for each run of a file that does not match its checksum.
 
-    If the file is missing or has the wrong size, return one text about that instead.
+    If the file is missing or has the wrong size, return a single message that reports this.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -78,14 +78,14 @@ def wrong_runs(path: Path, runs: list[Run]) -> list[str]:
 
 
 def recorded(folder: Path) -> dict[str, list[Run]]:
-    """Return a map from each file in the output's record to its runs, in file order and without gaps.
+    """Return the checksums in an output's record: a map from file names to runs, which are in order and without gaps.
 
     Raises:
         UsageError: the folder has no record, or the record has no checksums.
         Malformed: the record is damaged.
     """
     path = folder / REPORT
-    cure = "Give --base BASE (base=), and --adapter A (adapters=) for each adapter, to compute everything again"
+    cure = "To recompute the merge instead, give --base BASE (base=), and --adapter A (adapters=) for each adapter"
     try:
         sums = json.loads(path.read_text()).get(KEY)
     except (FileNotFoundError, NotADirectoryError):

@@ -6,8 +6,8 @@ determine where a task reads and writes:
 
 * A task downloads inputs from hubs into scratch space on its node. The task downloads only those bytes of the base that
   its file needs.
-* If the output is on a hub, the task uploads its file from its node. The driver stores only a sparse file with the
-  header in place of each file, and makes the output visible when all files are uploaded.
+* If the output is on a hub, the task uploads its file from its node. In place of each file, the driver stores a sparse
+  file that contains only the header. The driver makes the output visible when all files are uploaded.
 * Local paths must be on a file system that all nodes share.
 
 So no weight passes through Ray's object store or through the driver.
@@ -130,7 +130,7 @@ def recipe_of(
 
     if placed and any(isinstance(adapter, Adapter) for adapter in adapters):
         why = "an adapter in memory cannot be sent to the nodes of a cluster without a shared disk"
-        cure = f"Write the adapter with adapterkit.write to a file system that all nodes share. {_PUSH}"
+        cure = f"Write the adapter with adapterkit.write to a file system that all nodes share; pass its path. {_PUSH}"
         raise UsageError(why, cure=cure)
     if placed and options.calibration is not None:
         why = "a calibration file cannot be sent to the nodes of a cluster without a shared disk"
@@ -182,7 +182,7 @@ def on_ray(
 
 
 def _prepare(plan: Plan, stage: StagingDir, place: PlacedOutput) -> None:
-    """Keep the files that an interrupted run uploaded if the hub still has them; begin the upload of all others."""
+    """Keep each file that an interrupted run uploaded and the hub still has; prepare the upload of all others."""
     for file in plan.files:
         if stage.finished(file.name) and not place.holds(file.name):
             stage.drop(file.name)
@@ -196,7 +196,7 @@ def _prepare(plan: Plan, stage: StagingDir, place: PlacedOutput) -> None:
 
 
 def write_file(recipe: ClusterRecipe, digest: str, target: str, name: str) -> Shard:
-    """Write one file into the stage of `target`, on a file system that all nodes share, unless the file is finished.
+    """Write one file into the stage of `target`, unless the file is already finished. All nodes must share the stage.
 
     Raises:
         Corrupt: the inputs differ from the driver's inputs.
@@ -230,8 +230,8 @@ def put_file(recipe: ClusterRecipe, digest: str, uri: str, name: str) -> Shard:
 _last: dict[str, TaskInputs] = {}
 """A map from the digest of the last task's plan to the inputs of that task.
 
-A worker process runs many tasks of a merge. If all inputs are uris, which cannot change, the process plans only once.
-Otherwise this map stays empty.
+A worker process runs many tasks of a merge. If all inputs are uris of fixed commits, which cannot change, the process
+plans only once. Otherwise this map stays empty.
 """
 
 
@@ -251,7 +251,7 @@ def inputs_of(recipe: ClusterRecipe, digest: str) -> TaskInputs:
     with contextlib.ExitStack() as stack:
         inputs = _planned(recipe, stack)
         if inputs.plan.digest != digest:
-            why = "the base or the adapters differ from those from which the driver made its plan"
+            why = "the base or the adapters on this node differ from the driver's base or adapters"
             raise Corrupt(
                 why, path=recipe.base, cure="Give all nodes the same files and the same version of adapterkit"
             )
@@ -318,7 +318,7 @@ def _write(inputs: TaskInputs, device: str, name: str, stage: StagingDir) -> Non
 def spans_of(file: OutputFile, base: Checkpoint) -> Iterator[Span]:
     """Yield the byte ranges of the base's files that are needed to compute an output file.
 
-    The ranges for computed tensors, such as an embedding with new rows, are not included; these bytes are read later.
+    A source tensor that is computed, such as an embedding with new rows, has no byte range. Its bytes are read later.
     """
     if file.whole is not None:
         yield Span(str(file.whole), 0, file.size)
@@ -333,10 +333,8 @@ def spans_of(file: OutputFile, base: Checkpoint) -> Iterator[Span]:
 def _check_space(needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        cure = (
-            "Free some space on the nodes, set ADAPTERKIT_CACHE on the nodes to a larger disk, or write smaller files: "
-        )
-        cure += "--shard-size (shard_size=)"
+        cure = "Free some space on the nodes, set ADAPTERKIT_CACHE on the nodes to a folder on a larger disk, or write "
+        cure += "smaller files with --shard-size (shard_size=)"
         raise StorageError(f"a task needs {needed:,} bytes of disk, but only {free:,} are free", path=folder, cure=cure)
 
 
@@ -387,7 +385,7 @@ def _connected(address: str | None) -> Iterator[None]:
         ray.init(address=address, include_dashboard=None if address else False, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         why = f"the Ray cluster is not reachable ({str(error).splitlines()[0]})"
-        raise NetworkError(why, path=address, cure="Check the address, and that the cluster is up") from error
+        raise NetworkError(why, path=address, cure="Check --address (address=), and that the cluster runs") from error
     try:
         with contextlib.redirect_stdout(cast(TextIO, _Stdout(sys.stdout))):
             yield
@@ -469,7 +467,7 @@ def _end(waiting: Sequence[object]) -> None:
     ray.wait(list(waiting), num_returns=max(1, len(waiting)), timeout=10) if waiting else None
 
 
-_PUSH = "Or push it to a hub ('adapterkit push PATH s3://bucket/name'), and pass the hub's address instead of the path"
+_PUSH = "Or push the files to a hub ('adapterkit push PATH s3://bucket/name'), and pass s3://bucket/name as the path"
 
 
 SPEED = 1.2e9
@@ -479,10 +477,10 @@ START = 5.0
 """Seconds from the start of a worker to its first task, for imports and for reading the base's headers."""
 
 TARGET = 1e-4
-"""The seconds of planning for each target of the adapters. The driver and every worker plan the whole merge."""
+"""The planning time in seconds for each target of the adapters. The driver and every worker plan the whole merge."""
 
 DRIVER = 6.0
-"""Seconds that the driver needs before the first task and after the last task together, without the planning.
+"""The time in seconds that the driver needs before the first task, plus after the last task, without the planning.
 
 `tools/bench nodes` measured 10.7 s for `START` and `DRIVER` together, on a busy machine of two processors.
 """
@@ -496,7 +494,7 @@ class Forecast:
         nodes: the number of nodes.
         seconds: the time from the start of the command to the finished output.
         downloaded, uploaded: the bytes that nodes transfer from and to the store.
-        busy: the mean used fraction of the nodes' bandwidth, in the busier direction.
+        busy: the mean fraction of the nodes' bandwidth that is used, in the direction with more traffic.
         node_hours: the number of nodes times the duration of the merge in hours.
         cost: `node_hours` times the price of a node for an hour; None if no price was given.
     """
@@ -625,9 +623,9 @@ def _simulated(
 
 
 def _rates(running: Sequence[_Task], bandwidth: float) -> list[float]:
-    """Return the speed of each task's current phase: for a transfer, in bytes per second; for a computation, 1.
+    """Return how fast each task's current phase progresses: bytes per second for a transfer, 1 for all other phases.
 
-    The transfers of a node in one direction share its link equally.
+    All transfers of a node in the same direction share the node's bandwidth equally.
     """
     sharing: dict[tuple[int, int | None], int] = {}
     for task in running:

@@ -3,8 +3,9 @@
 All files of the tokenizer (vocabulary, added tokens, settings, chat template) come from the same folder, because the
 token ids and templates of two folders may contradict each other.
 
-A Modelfile is for `ollama create NAME -f FILE`; Ollama does not accept adapters. Ollama reads the chat template and the
-tokenizer from the GGUF file, so the Modelfile needs only `FROM`:
+`ollama create NAME -f FILE` creates a model from a Modelfile. Recent versions of Ollama do not accept adapters there,
+only merged models. Ollama reads the chat template and the tokenizer from the GGUF file, so the Modelfile needs only
+`FROM`:
 https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx
 """
 
@@ -65,8 +66,8 @@ class Companions:
     Attributes:
         copies: (path of the file, name in the output) for each file to copy.
         left_out: files of the base that are not copied.
-        tokenizer: plain data about where the tokenizer comes from; None if no adapter has a complete tokenizer, or if
-            the base is one file.
+        tokenizer: the source of the tokenizer, as plain data; None if no adapter has a complete tokenizer, or if the
+            base is one file.
         warnings: warnings for the user about the choice of the tokenizer.
     """
 
@@ -82,21 +83,21 @@ def companions(
     """Return the files to copy next to the weights when a merge writes a folder.
 
     Args:
-        base: the base as the merge reads it.
+        base: the checkpoint that the merge reads, such as the dequantized base.
         adapters: (name, folder) of each adapter that has a folder.
-        chosen: where the tokenizer comes from: `base`, `adapter` or a folder. None means an adapter's tokenizer if it
-            is complete and fits the base, else the base's tokenizer.
+        chosen: the source of the tokenizer: `base`, `adapter` or a folder. None means the adapters' tokenizer if it is
+            complete, fits the base, and is the same for all adapters that have one; else the base's tokenizer.
 
     Raises:
         UsageError: `chosen` is neither a known choice nor a folder. Or `chosen` is `adapter` or a folder, but there is
             no complete tokenizer, the adapters' tokenizers differ, or the base lacks embeddings for some tokens.
-        Malformed: a file of the base is a link to a path outside its folder.
+        Malformed: a file to copy is a link to a path outside the folder of the base or the adapter.
     """
     if chosen is not None and chosen not in CHOICES:
         folder = Path(chosen)
         if not (exists(folder) and folder.is_dir()):
             why = f"the choice {str(chosen)!r} for the tokenizer is unknown, and no folder has this name"
-            raise UsageError(why, cure=f"Choose {', '.join(CHOICES)}, or a folder with a tokenizer")
+            raise UsageError(why, cure=f"Give --tokenizer (tokenizer=) {', '.join(CHOICES)}, or a tokenizer's folder")
         adapters, chosen = [(folder.name, folder)], "adapter"
     if not base.root.is_dir():
         return Companions()
@@ -124,8 +125,8 @@ def _tokenizer(
     whole = [(name, folder, files) for name, folder, files in contents if files.keys() & VOCABULARIES]
     differing = [each for each in whole if each[2] != base_contents]
     warnings = [
-        f"{name} has {', '.join(sorted(files))} but no vocabulary file; these files are not used, "
-        "because a mix of two tokenizers could be wrong"
+        f"{name} has {', '.join(sorted(files))} but no vocabulary file; these files are not copied, "
+        "because files of two tokenizers may contradict each other"
         for name, _, files in contents
         if files
         and not files.keys() & VOCABULARIES
@@ -236,7 +237,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _check_inside(file: Path, folder: Path) -> None:
-    """Refuse a link to a file outside `folder`, so that a downloaded model cannot have any file of the user copied.
+    """Refuse a link to a file outside `folder`. Otherwise a link in a downloaded model could get any user file copied.
 
     The links in huggingface_hub's cache are allowed: `snapshots/COMMIT/config.json` is a link to `blobs/HASH` of the
     same repository.
@@ -246,7 +247,7 @@ def _check_inside(file: Path, folder: Path) -> None:
     home, target = folder.resolve(), file.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-        cure = "Replace the link with a copy of the file, if you know what it is, or delete the link"
+        cure = "If you trust the linked file, replace the link with a copy of this file; otherwise delete the link"
         raise Malformed(f"the file is a link to {target}, outside the folder", path=file, cure=cure)
 
 
@@ -272,7 +273,7 @@ def write_modelfile(out: str | PathLike[str], *, overwrite: bool = False) -> Pat
             quantized but not in GGUF.
         UsageError: the name of `out` starts or ends with a space, or contains a line break. A Modelfile cannot contain
             such a name.
-        StorageError: another Modelfile exists, or the folder is not writable.
+        StorageError: a Modelfile with other content exists and `overwrite` is False, or the folder is not writable.
     """
     path = Path(out)
     merged = open_checkpoint(path)
@@ -289,7 +290,7 @@ def write_modelfile(out: str | PathLike[str], *, overwrite: bool = False) -> Pat
     if path.name != path.name.strip() or "\n" in path.name or "\r" in path.name:
         cure = "Choose a name without line breaks, and without a space at its start or end"
         raise UsageError("a Modelfile cannot contain this name", path=path, cure=cure)
-    # Write a path relative to the Modelfile, so that both can be moved together.
+    # Write a path relative to the Modelfile, so that the model and its Modelfile can be moved together.
     text = f"FROM ./{path.name}\n" if packed else "FROM .\n"
     there = modelfile_path(path)
     if there.exists() and there.read_bytes() != text.encode() and not overwrite:
