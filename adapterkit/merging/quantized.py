@@ -23,20 +23,21 @@ WHY = {
     "dequantize": "the adapter is merged into the dequantized weights, on which it was trained. The output has 16-bit "
     "weights, or weights of the requested dtype, and is no longer quantized",
     "requantize": "the adapter is merged into the dequantized weights, on which it was trained, and the result is "
-    "quantized again in the same scheme. A change that is smaller than a quantization step may be lost, so the part "
-    "that remains is measured for each target; unchanged weights keep their bytes",
+    "quantized again in the same scheme. A change that is smaller than a quantization step may be lost, so the report "
+    "shows for each weight how much of the change remains. Unchanged weights keep their bytes",
     "original": "the adapter is merged into the 16-bit weights from which the base was quantized. They are closer to "
-    "the original model, but the adapter was not trained on them: if it learned to correct errors of the quantization, "
-    "these corrections are added too",
+    "the original model, but the adapter was not trained on them. If the adapter learned to correct quantization "
+    "errors, the merge adds these corrections, although the 16-bit weights do not have the errors",
 }
-"""A map from each choice to its effect and the reason for it; the text is stored in the output's record."""
+"""A map from each value of `quantized` to an explanation, which is stored in the output's record."""
 
 EXPLAINED = (
-    "Choose one: (1) --quantized dequantize (quantized='dequantize'): merge into the dequantized weights, on which "
-    "the adapter was trained, and write 16-bit weights; (2) requantize: do the same, but quantize the result again in "
-    "the same scheme, which rounds the change as coarsely as the weights, and report how much of the change remains; "
-    "(3) original, with --onto DIR (onto=): merge into the 16-bit weights from which the base was made, which are "
-    "closer to the original model, but on which the adapter was not trained"
+    "Choose one. (1) --quantized dequantize (quantized='dequantize') merges into the dequantized weights, on which "
+    "the adapter was trained, and writes 16-bit weights. (2) --quantized requantize (quantized='requantize') merges "
+    "into the dequantized weights, and quantizes the result again in the same scheme. This rounds the change as "
+    "coarsely as the weights; the report shows how much of the change remains. (3) --quantized original --onto DIR "
+    "(quantized='original', onto='DIR') merges into the 16-bit weights from which the base was made. They are closer "
+    "to the original model, but the adapter was not trained on them"
 )
 
 
@@ -54,13 +55,13 @@ class Original(Checkpoint):
 
 
 SAVED = (
-    "An adapter that was trained with load_in_4bit or load_in_8bit belongs to the quantized weights: save them with "
-    "from_pretrained(..., quantization_config=...).save_pretrained(DIR), and merge into DIR"
+    "With load_in_4bit or load_in_8bit, an adapter is trained on quantized weights: save these "
+    "weights with from_pretrained(..., quantization_config=...).save_pretrained(DIR), and merge into DIR"
 )
 """Advice for users whose base is not quantized on disk, but was quantized when the trainer loaded it."""
 
 KEPT = ("adapter",)
-"""The values of the argument `keep`."""
+"""The values that the argument `keep` may have. `adapter` means that rounding preserves the adapter's change."""
 
 
 def as_merged(
@@ -73,16 +74,17 @@ def as_merged(
         base: the base.
         quantized: the choice for a quantized base, a key of `WHY`.
         onto: the 16-bit weights from which the base was made, for `original`.
-        dtype: the type of the matrices in the output, if base and output are GGUF files.
+        dtype: the GGUF type of the output's matrices, such as `Q8_0`, if a GGUF base is quantized again; for other
+            bases, the argument has no effect here.
         keep: what rounding must preserve, one of `KEPT`.
-        calibration: the file of activations that the rounding of weights uses.
+        calibration: a file of recorded activations, which `keep` uses to round the weights.
 
     Raises:
         TargetNotFound, ShapeMismatch: the weights in `onto` do not match the base.
         Unsupported: the base is quantized and `quantized` is None, or its scheme is unknown.
         UsageError: the choice is unknown; or `onto` is given without `original`, `keep` without `requantize`, or
             `calibration` without `keep`.
-        Malformed, ShapeMismatch: parts of a packed weight are missing, damaged or do not fit together.
+        Malformed, ShapeMismatch: stored tensors of a packed weight are missing, damaged or do not fit together.
     """
     if quantized is not None and quantized not in WHY:
         raise UsageError(f"the choice {quantized!r} for quantized bases is unknown", cure=f"Known: {', '.join(WHY)}")
@@ -90,13 +92,13 @@ def as_merged(
         why = (
             "the 16-bit weights to merge into are missing"
             if onto is None
-            else f"onto has no effect with quantized={quantized!r}"
+            else f"--onto (onto=) has no effect with quantized={quantized!r}"
         )
         raise UsageError(
-            why, cure="Choose --quantized original (quantized=) and give the weights with --onto (onto=), or omit both"
+            why, cure="Pass --quantized original --onto DIR (quantized='original', onto='DIR'), or omit both"
         )
     if keep is not None and keep not in KEPT:
-        raise UsageError(f"the choice {keep!r} for keep is unknown", where="keep", cure=f"Known: {', '.join(KEPT)}")
+        raise UsageError(f"the value {keep!r} of keep is unknown", where="keep", cure=f"Known: {', '.join(KEPT)}")
     if calibration is not None and keep is None:
         cure = "Add --keep adapter (keep='adapter'), or omit --calibration (calibration=)"
         raise UsageError("a calibration file has an effect only with keep='adapter'", where="calibration", cure=cure)
@@ -138,12 +140,12 @@ def _nothing_rounds(base: Checkpoint) -> UsageError:
 
 
 def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[str] | None = None) -> Checkpoint:
-    """Return the base in the form that was read by the merge that wrote `merged`.
+    """Return the base as the merge that wrote `merged` read it.
 
     A quantized base is dequantized. If `merged` is quantized, the returned base also quantizes merged weights again.
 
     Raises:
-        UsageError: the merge was rounded with a calibration file, but no file or a different file is given.
+        UsageError: `calibration` is missing, or is not the calibration file that the merge used.
     """
     recorded = merge_record(merged).get("quantized")
     used = _calibration_of(recorded, calibration, merged)
@@ -162,34 +164,32 @@ def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[st
 
 
 def _calibration_of(recorded: JsonValue, given: str | PathLike[str] | None, merged: Checkpoint) -> Calibration | None:
-    """Read the given calibration file, and check that the merge's record has its digest.
+    """Read the calibration file `given`, and check that its digest equals the digest in the merge's record.
 
-    Return None if no file is given and the record has none.
+    Return None if no file is given and the record has no digest.
     """
     recorded_digest = recorded.get("calibration") if isinstance(recorded, dict) else None
     if recorded_digest is None and given is None:
         return None
     if recorded_digest is None:
         cure = "Omit --calibration (calibration=)"
-        raise UsageError("the merge was not rounded with a calibration file", path=merged.root, cure=cure)
+        raise UsageError("the merge did not use a calibration file", path=merged.root, cure=cure)
     if given is None:
-        cure = "Add the file of the merge: --calibration FILE.safetensors (calibration=)"
-        raise UsageError(
-            "the merge was rounded with a calibration file, but none is given", path=merged.root, cure=cure
-        )
+        cure = "Pass the calibration file of the merge: --calibration FILE.safetensors (calibration=)"
+        raise UsageError("the merge used a calibration file, but none is given", path=merged.root, cure=cure)
     given_calibration = read_calibration(given)
     if given_calibration.digest != recorded_digest:
         cure = f"Pass the file with the sha256 {recorded_digest}: --calibration FILE.safetensors (calibration=)"
-        raise UsageError("the merge was rounded with another calibration file", path=given_calibration.path, cure=cure)
+        raise UsageError("the merge used another calibration file", path=given_calibration.path, cure=cure)
     return given_calibration
 
 
 def _original(base: Dequantized, onto: Checkpoint) -> Original:
     if is_quantized(onto):
         raise Unsupported(
-            f"the weights in onto are themselves quantized ({_kind(onto)})",
+            f"the weights for --onto (onto=) are themselves quantized ({_kind(onto)})",
             path=onto.root,
-            cure="Pass --onto (onto=) with the 16-bit weights",
+            cure="Pass the folder of the 16-bit weights: --onto DIR (onto='DIR')",
         )
     _check_same(base.tensors, onto)
     values = {field.name: getattr(onto, field.name) for field in fields(Checkpoint)}
@@ -197,20 +197,26 @@ def _original(base: Dequantized, onto: Checkpoint) -> Original:
 
 
 def _check_same(tensors: Mapping[str, Lazy], onto: Checkpoint) -> None:
-    """Check that the 16-bit weights have the base's names and shapes."""
-    cure = "Pass --onto (onto=) with the weights from which the base was quantized"
-    for one, other, where in ((tensors, onto.tensors, "onto"), (onto.tensors, tensors, "the quantized base")):
+    """Check that the 16-bit weights have the same names and shapes as the dequantized base's weights."""
+    cure = "Pass the folder of the weights from which the base was made: --onto DIR (onto='DIR')"
+    for one, other, where in (
+        (tensors, onto.tensors, "the 16-bit model"),
+        (onto.tensors, tensors, "the quantized base"),
+    ):
         lost = sorted(set(one) - set(other))
         if lost:
             raise TargetNotFound(f"{where} lacks {', '.join(lost[:3])}", path=onto.root, where=lost[0], cure=cure)
     for name, tensor in tensors.items():
         if onto.tensors[name].shape != tensor.shape:
-            why = f"the shape is {list(onto.tensors[name].shape)}, but {list(tensor.shape)} in the quantized base"
+            why = f"the shape is {list(onto.tensors[name].shape)}, but the base has {list(tensor.shape)}"
             raise ShapeMismatch(why, path=onto.root, where=name, cure=cure)
 
 
 def config_changes(base: Checkpoint) -> dict[str, JsonValue]:
-    """Return the changes of `config.json` if the output is no longer quantized, else an empty dict."""
+    """Return the keys to set in the output's `config.json` if the base is dequantized; None removes a key.
+
+    Return an empty dict if the base has no quantization, or if the merged weights are quantized again.
+    """
     if not isinstance(base, Dequantized) or base.packs:
         return {}
     text = (base.config or {}).get("text_config")
@@ -219,7 +225,10 @@ def config_changes(base: Checkpoint) -> dict[str, JsonValue]:
 
 
 def quantized_record(base: Checkpoint) -> dict[str, JsonValue] | None:
-    """Return the record of how a quantized base was merged into, as plain data; None if the base is not quantized."""
+    """Return the entry about the choice for a quantized base in the output's record, as plain data.
+
+    Return None if the base is not quantized.
+    """
     if isinstance(base, Original):
         choice, weights = "original", base.weights
     elif isinstance(base, Dequantized):

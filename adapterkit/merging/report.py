@@ -39,11 +39,12 @@ class Report:
     Attributes:
         out: the path of the output, or its uri on a hub.
         plan: the plan that was run.
-        norms: a map from each changed tensor to the Frobenius norms of its changes, one norm for each adapter.
-        damage: a map from each weight that was quantized again to its `error` and `kept`, see `damage_of`.
+        norms: a map from each changed tensor to the Frobenius norms of its changes, one norm for each planned update
+            of the tensor. Usually, each adapter that changes the tensor has one planned update.
+        damage: a map from each weight that was quantized again to the values that `damage_of` returns.
         resumed: the names of the files that an earlier, interrupted run had finished.
-        carried: the names of the companion files in the output: copies of the base's files, and of an adapter's
-            tokenizer if that was chosen.
+        carried: the names of the companion files in the output, which are copies of the base's files. If an adapter's
+            tokenizer was chosen, the tokenizer's files are copied from the adapter.
         left_out: the base's files that were not copied, such as weights in other formats or a replaced tokenizer.
         seconds: the time in seconds from the start of planning until the output was flushed to disk.
         already: whether an earlier run wrote the same output from the same inputs, so that nothing was written.
@@ -132,14 +133,17 @@ def run_plan(
             # Keep the finished files, so that the same command resumes the merge.
             raise
         except (AdapterkitError, OSError, MemoryError):
-            # Delete the stage after these errors. After an interrupt, the stage stays, and the next run resumes.
+            # Delete the stage after these errors. After an interrupt, keep it, so that the next run resumes the merge.
             if not placed:
                 stage.discard()
             raise
 
 
 def _decided(plan: Plan) -> str:
-    """Return a digest of everything on which the output depends: the plan, its record and the companion files."""
+    """Return a digest of everything on which the output depends.
+
+    This is the plan, the plan's lineage, the choice whether to record checksums, and the companion files.
+    """
     copies = plan.companions.copies
     try:
         beside = [[name, *listed([file])] for file, name in copies]
@@ -185,7 +189,7 @@ def _write(
 
 
 def _apart(plan: Plan, norms_found: Norms) -> tuple[Norms, dict[str, dict[str, float]]]:
-    """Split the engine's norms into the changes' norms and the damage from quantizing again, both by tensor name."""
+    """Split the engine's norms into two maps from tensor names: to norms of changes, and to results of `damage_of`."""
     norms: Norms = {}
     damage = {}
     for output in plan.outputs():
@@ -253,5 +257,5 @@ def _check_space(plan: Plan, out: Path, resumed: tuple[str, ...]) -> None:
         raise StorageError(
             f"the merge needs {needed:,} bytes on disk, but only {free:,} are free",
             path=out.parent,
-            cure="Free some space or write elsewhere",
+            cure="Free some space, or write to another disk",
         )

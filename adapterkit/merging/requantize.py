@@ -1,8 +1,9 @@
 """Quantize merged weights again in the base's scheme, and measure how much of the change survives.
 
-A packed weight is a quantized weight, which consists of several stored tensors, such as codes and scales. If a scheme
-packs each row separately, several workers merge, pack and write runs of rows of a weight. Otherwise, one worker
-computes all stored tensors of a weight together. Packed weights that no adapter changes are copied.
+A packed weight is a quantized weight, which consists of several stored tensors, such as codes and scales. If a
+scheme can pack groups of rows separately, a weight is divided into runs of rows, and several workers merge, pack and
+write these runs. Otherwise, one worker computes all stored tensors of the weight together. A packed weight that no
+adapter changes is copied, unless the output stores it in another type.
 """
 
 from __future__ import annotations
@@ -31,16 +32,19 @@ if TYPE_CHECKING:
     from .planned_update import PlannedUpdate
 
 MAX_WHOLE = 1 << 24
-"""The largest number of elements of a merged weight that is kept in memory.
+"""A merged weight is kept in memory if it has at most this many elements.
 
-A larger weight is merged again each time that rows of it are requested.
+A larger weight is merged again each time that some of its rows are requested.
 """
 
 RUN = 1 << 22
-"""If rows are packed separately, a run ends at the first group of rows with which it has this many elements."""
+"""Groups of rows are added to a run until the run has this many elements; only a weight's last run may be smaller."""
 
 KEPT_BYTES = 64
-"""Bytes per element that `keep` needs for float64 copies of merged, shifted and packed weights and of differences."""
+"""The memory in bytes that `keep` needs for each element of a weight.
+
+It is used for float64 copies of the merged, the shifted and the packed weight, and of differences between them.
+"""
 
 TEXTS = (
     "--keep adapter (keep='adapter') keeps more of the change with a calibration file: add --calibration builtin, or "
@@ -55,7 +59,7 @@ DRAWN = (
 """The warning if a calibration file has activations of random token ids; `{}` is the file's name."""
 
 SQUARE_BYTES = 48
-"""Rounding with activations needs this many bytes times inputs^2, for six float64 matrices `[inputs, inputs]`."""
+"""Rounding with activations needs `SQUARE_BYTES * inputs^2` bytes: six float64 matrices `[inputs, inputs]`."""
 
 NORMS = 4
 """The number of norms that `damage` returns, which measure how much quantizing again changes a weight."""
@@ -63,7 +67,7 @@ NORMS = 4
 
 @dataclass(frozen=True, eq=False)
 class RepackedRun:
-    """Rows of a packed weight to merge and pack again, or bytes of a packed weight to copy.
+    """A run: rows of a packed weight that are merged and packed again, or bytes of a packed weight that are copied.
 
     Attributes:
         places: a map from each stored tensor to (offset of the run's first byte, number of bytes); the last run
@@ -84,11 +88,11 @@ class RepackedRun:
     source: Lazy | None = None
 
     def compute(self, workspace: Workspace, write: Callable[[str, bytes], None]) -> dict[int, float]:
-        """Merge and pack the rows; pass the bytes of each stored tensor to `write`, in order.
+        """Merge and pack the rows; call `write(name, data)` with the bytes of each stored tensor, in file order.
 
         Returns:
-            A map from an index to a squared norm. Indices below `count` belong to planned updates, and the next `NORMS`
-            indices to the damage.
+            {index: squared norm}. Norms with an index below `count` measure the changes by the planned updates. The
+            next `NORMS` norms come from `damage`.
 
         Raises:
             Malformed: an element of a factor or of the merged weight is not finite.
@@ -154,7 +158,7 @@ class Repacked:
 
     Attributes:
         base: the dequantized base.
-        packed: the stored weight.
+        packed: the weight as the base stores it.
         folds: the planned updates of the weight.
     """
 
@@ -181,18 +185,18 @@ class Repacked:
 
     @property
     def keeps(self) -> bool:
-        """Whether the option `keep` applies to this weight; it never applies if packing is only a cast."""
+        """Whether the option `keep` applies to this weight. It never applies if packing is only a cast of dtypes."""
         packed = self.packed
         return self.base.keep is not None and bool(self.folds) and len(packed.shape) > 1 and packed.merged == "F32"
 
     @property
     def memory(self) -> int:
-        """The memory in bytes that the computation needs."""
+        """The memory in bytes that computing the packed weight needs."""
         return self._memory_by_rows if self.apart else self._memory_whole
 
     @property
     def _memory_by_rows(self) -> int:
-        """Memory in bytes for a group of rows before, during and after its merge, and for float64 copies of a block."""
+        """Memory in bytes: copies of the largest group of rows, float64 copies of a block, and the updates' factors."""
         width, count = self.packed.shape[-1], math.prod(self.packed.shape)
         block = max(BLOCK_ELEMENTS, width) if all(fold.blockable for fold in self.folds) else count
         group = max((sum(block.elements for block in group) for group in self._groups()), default=0)
@@ -200,7 +204,10 @@ class Repacked:
         return 16 * group + 8 * images * min(block, count) + factor_bytes(self.folds)
 
     def runs(self) -> tuple[RepackedRun, ...] | None:
-        """Return the runs of rows of the weight; None if all stored tensors are computed together."""
+        """Return the weight's runs, including the copies of unchanged stored tensors.
+
+        Return None if all stored tensors are computed together.
+        """
         if not self.apart:
             return None
         stored = self.base.stored.tensors
@@ -214,8 +221,8 @@ class Repacked:
     ) -> Iterator[RepackedRun]:
         """Yield the runs of rows.
 
-        `starts` and `ends` are the offsets of the weight's bytes in each stored tensor; for `at` and `count` see
-        `RepackedRun`.
+        `starts` and `ends` map each stored tensor to the offsets at which the weight's bytes begin and end. `at` and
+        `count` are the attributes of `RepackedRun`.
         """
         run: list[tuple[Block, ...]] = []
         total, width = math.prod(self.packed.shape[:-1]), self.packed.shape[-1]
@@ -242,14 +249,15 @@ class Repacked:
 
     def rows_of(self, group: Sequence[Block]) -> tuple[int, int]:
         """Return (first row, row after the last) of consecutive blocks, as row numbers of the packed weight."""
-        # Compute the row numbers from offsets in elements, because blocks number rows in another way: a block of a
-        # stack counts from the first row of its expert, and a row of a block contains all kernel positions.
+        # Compute the row numbers from offsets in elements, because a block's own row numbers may differ from those of
+        # the packed weight. In a stack of experts, a block counts rows from the first row of its expert. In a
+        # convolution, a row of a block contains all kernel positions.
         width, last = self.packed.shape[-1], group[-1]
         return group[0].first // width, (last.first + last.elements) // width
 
     @property
     def _memory_whole(self) -> int:
-        """Bytes of memory for the old tensors, two copies of the new ones, the merged weight and temporary arrays."""
+        """Memory in bytes: the old stored tensors, two copies of the new ones, the merged weight, temporary arrays."""
         stored = sum(self.base.stored.tensors[name].nbytes for name in self.packed.members)
         count = math.prod(self.packed.shape)
         if self.keeps:
@@ -260,7 +268,7 @@ class Repacked:
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
         """Return the bytes of every stored tensor, and {index: squared norm}.
 
-        The first indices belong to the planned updates, the next `NORMS` indices to the damage.
+        The first norms measure the changes by the planned updates. The next `NORMS` norms come from `damage`.
 
         Raises:
             Malformed: an element of a factor or of the merged weight is not finite.
@@ -315,9 +323,9 @@ class Repacked:
         return lambda start, stop: flat[start:stop]
 
     def _swept(self, M: Array, inputs: Array, directions: Array) -> Array:
-        """Return a matrix to pack instead of M, from `keeping.swept`.
+        """Return the matrix that `keeping.swept` computes from M, which is then packed instead of M.
 
-        After packing, its outputs for the calibration's activations are closer to those of M.
+        For the calibration's activations, packing this matrix gives outputs closer to M's outputs than packing M does.
         """
         target, count = self.folds[0].target, math.prod(self.packed.shape[:-1])
 
@@ -399,7 +407,7 @@ class RepackedStack:
 
     @property
     def packed(self) -> Packed:
-        """The first weight, with the name of the stored tensor."""
+        """The stack's first weight, renamed to the name of the stored tensor; it represents the whole stack."""
         first = self.weights[0].packed
         return replace(first, name=first.members[0])
 
@@ -435,9 +443,9 @@ class RepackedStack:
             offset, at = offset + nbytes, at + len(weight.folds)
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
-        """Like `Repacked.compute`.
+        """Return the bytes of the stored tensor, and {index: squared norm}, as `Repacked.compute` does.
 
-        The squared norms of the damage are summed over all weights that are quantized again.
+        The squared norms from `damage` are summed over all weights that are quantized again.
         """
         member, data, norms, squares = self.packed.name, bytearray(), dict[int, float](), [0.0] * NORMS
         at = 0
@@ -457,7 +465,7 @@ class RepackedStack:
 
 
 class _Merged:
-    """A merged weight in the dtype that packing expects; the method `rows` returns any of its rows."""
+    """A merged weight in the dtype that packing expects. Its rows can be requested in any order."""
 
     def __init__(self, output: Output, workspace: Workspace) -> None:
         self.output = output
@@ -523,13 +531,18 @@ class _Merged:
 def repacked(
     base: Dequantized, names: Mapping[str, str], folds: Mapping[str, tuple[PlannedUpdate, ...]]
 ) -> tuple[dict[str, Lazy], dict[str, tuple[PlannedUpdate, ...]], dict[str, Repacked | RepackedStack], frozenset[str]]:
-    """Replace each packed weight with its stored tensors in the tables of a plan.
+    """Replace each packed weight with its stored tensors in the maps from which a plan is made.
+
+    Args:
+        base: the dequantized base.
+        names: a map from output tensors to the base's tensors.
+        folds: a map from tensors to planned updates, in which each packed weight is one tensor.
 
     Returns:
-        four values: a map from output tensors to source tensors; a map from output tensors to planned updates, in which
-        a packed weight's updates are listed under its first stored tensor; a map from output tensors to the packed
-        weights that are quantized again; and the names of all stored tensors of packed weights, which no option casts
-        to another dtype.
+        Four values. The first three are maps from the names of output tensors: to source tensors, to planned updates,
+        and to the packed weights that are quantized again. The updates of a packed weight are listed under its first
+        stored tensor. The fourth value is the set of the names of all stored tensors of packed weights. No option casts
+        these tensors to another dtype.
 
     Raises:
         Unsupported: a packed weight would have to be written twice, or adapterkit cannot quantize in its scheme.
@@ -569,11 +582,11 @@ def repacked(
 
 
 def uncalibrated(plan: Plan) -> tuple[str, ...]:
-    """Return warnings about weights without activations, and about activations that come from random token ids.
+    """Return warnings if `keep` rounds weights without activations, or with activations of random token ids.
 
     Raises:
         TargetNotFound: the calibration has no activations for any target.
-        ShapeMismatch: a target has another number of inputs than the calibration's activations for it.
+        ShapeMismatch: the calibration's activations for a target do not have as many inputs as the target.
     """
     base = plan.base
     if not isinstance(base, Dequantized) or base.keep is None:
@@ -602,18 +615,22 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
         names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
         count = f"{len(lacking)} of {len(changed)} targets ({names})"
         name = calibration.path.name
-        warnings.append(f"{name} has no activations for {count}; these are rounded as with --keep adapter alone")
+        warnings.append(
+            f"{name} has no activations for {count}. These targets are rounded as with --keep adapter alone, without "
+            "activations"
+        )
     return tuple(warnings)
 
 
 def damage_of(norms: list[float]) -> dict[str, float]:
     """Return `error`, the rounding error relative to the merged weight, and `kept`, how much of the change survived.
 
-    `kept` is the length of the actual change along the intended change, divided by the norm of the intended change. It
-    is 1 if the whole change survived, and 0 if nothing did.
+    `kept` is the projection of the actual change on the intended change, divided by the norm of the intended change.
+    It is 1 if the whole change survived, and 0 if nothing did.
 
     Args:
-        norms: the square roots of the results of `damage`, summed over all rows of the weight.
+        norms: the four norms of the whole weight. Each is the square root of a squared norm from `damage`, summed over
+            all rows.
     """
     error, merged, change, left = norms
     # R, M and W are the new, the merged and the old weight. |R - M|^2 = |R - W|^2 + |M - W|^2 - 2 <R - W, M - W>. So

@@ -1,4 +1,6 @@
-"""Compute a LoRA that corrects the rounding errors of a quantized merge. It is loaded together with the merged model.
+"""Compute a LoRA that corrects the rounding errors of a quantized merge.
+
+The LoRA is loaded together with the merged model.
 
 Quantizing a merged weight again may lose most of a change that is small compared to a quantization step. The rounding
 error resembles the lost change, so a LoRA of small rank can represent a large part of the error. LQER
@@ -56,24 +58,24 @@ def remainder_of(
     Args:
         merged: the output of the merge, with quantized weights.
         base: the dequantized base of the merge.
-        adapters: (name, adapter, weight) of each adapter.
-        rank: the rank of the result.
+        adapters: a tuple (name, adapter, weight) for each adapter of the merge.
+        rank: the rank of the returned LoRA.
         allow_partial: whether to skip targets that the base does not have, as in the merge.
-        rename: the merge's rules that map names in the adapters to names in the base.
+        rename: the rules of the merge's option `rename`, which map names in the adapters to names in the base.
         dtype: the dtype of the LoRA's factors.
         report: a function that is called with a `Cut` for each weight.
         progress: a function that is called with (bytes done, total bytes).
     """
     from ..ops.sketching import Criterion
 
-    stage("decomposing what rounding lost")
+    stage("decomposing the rounding errors")
     stored = dequantized(merged)
     tied, vocab = recorded_choices(merged, base)
     options = MergeOptions(dtype="f32", tied=tied, allow_partial=allow_partial, rename=rename, vocab=vocab)
     outputs = make_plan(base, adapters, options).outputs()
     changed = [output for output in outputs if output.folds and output.name in stored.packed]
     if not changed:
-        cure = "Omit --remainder, or do not call remainder(): without packed weights, quantization loses nothing"
+        cure = "Omit --remainder, or do not call remainder(): no change was rounded, so there is nothing to correct"
         raise UsageError("no adapter changes a packed weight", path=merged.root, cure=cure)
     criterion = Criterion(rank)
     criterion.check()

@@ -33,12 +33,12 @@ SUFFIX = "merging"
 
 
 class StagingDir(Staging):
-    """The folder in which a merge builds one output.
+    """The stage of one merge: the folder in which the merge builds its output.
 
     Args:
         out: the path of the output.
-        digest: the digest of the plan; a stage that a merge with another plan left behind is deleted.
-        files: the names of the plan's weight files; those that an earlier run finished are kept.
+        digest: the digest of the plan. If the stage was left behind by a merge with another plan, it is cleared.
+        files: the names of the plan's weight files; files that an earlier run finished are kept.
         single: whether the output is a single file instead of a folder.
     """
 
@@ -73,7 +73,7 @@ class StagingDir(Staging):
         return (self.out / name).exists()
 
     def norms_of(self, name: str) -> Norms:
-        """Return the norms in the record of a finished file, by tensor name."""
+        """Return the recorded norms of a finished file: a map from tensor names to lists of norms."""
         return self._read_finished(name)["norms"]
 
     def runs_of(self, name: str) -> list[tuple[int, int, str]]:
@@ -85,7 +85,7 @@ class StagingDir(Staging):
         return finished
 
     def apart(self) -> StagingDir:
-        """Return the same stage with a separate folder for unfinished files, for one of several processes."""
+        """Return a `StagingDir` of the same stage for another process, with a separate folder for unfinished files."""
         stage = StagingDir(self.target, self.digest, self.files, single=self.single)
         stage.parts = self.parts / secrets.token_hex(8)
         stage.parts.mkdir()
@@ -105,7 +105,7 @@ class StagingDir(Staging):
         self, name: str, header: bytes, size: int, norms: Mapping[str, Sequence[float]],
         runs: Sequence[tuple[int, int, str]],
     ) -> None:  # fmt: skip
-        """Finish a file whose bytes are on a hub: write a sparse file of the same size with only the header."""
+        """Finish a file whose bytes are on a hub: write a sparse file of the same size that has only the header."""
         with open(self.parts / name, "wb") as file:
             file.write(header)
             file.truncate(size)
@@ -129,7 +129,7 @@ class StagingDir(Staging):
         return True
 
     def publish_all(self, made_from: str | None = None) -> None:
-        """Flush the whole output to disk, rename it to its path, and remove the stage.
+        """Flush the whole output to disk, move it to its path, and remove the stage.
 
         Args:
             made_from: a digest of everything on which the output depends. It is stored with the output, so that a later
@@ -155,8 +155,8 @@ class StagingDir(Staging):
     def discard(self, keep: Collection[str] = ()) -> None:
         """Remove the stage.
 
-        The file `plan` is removed last. So if the process is killed while it removes the stage, the next run still
-        recognises the completed merge.
+        The file `plan` is removed last. So if the process is killed during the removal, the next run still recognises
+        the completed merge.
         """
         super().discard({"plan", *keep})
 

@@ -27,18 +27,19 @@ Folds = dict[str, list[PlannedUpdate]]
 """A map from the name of a layer's weight to its planned updates."""
 
 KINDS = ("rows", "embedding", "head", "replacement")
-"""The kinds of updates for which `tied` may contain separate choices."""
+"""The kinds of updates. The option `tied` may contain a separate choice for each kind."""
 
 MERGE, UNTIE = "merge", "untie"
 
-GRAMMAR = "merge, untie, or KIND=merge|untie with KIND one of rows, embedding, head, replacement, joined by commas"
+GRAMMAR = "merge, untie, or pairs such as rows=untie,embedding=merge; kinds are rows, embedding, head, replacement"
 
 
 def parse_tied(tied: str | Mapping[str, str] | None) -> str | None:
-    """Parse the option `tied`; return it as normalised text, or None if the adapters' files decide.
+    """Parse the option `tied`; return it as normalised text, or None if the option is not set.
 
     Args:
-        tied: `"merge"`, `"untie"`, `"rows=untie,embedding=merge"`, or a mapping of kinds to choices.
+        tied: `"merge"`, `"untie"`, a choice for each kind such as `"rows=untie,embedding=merge"`, or a mapping of kinds
+            to choices. If None, each adapter's file determines the choice.
 
     Raises:
         UsageError: a kind or a choice is unknown.
@@ -50,7 +51,7 @@ def parse_tied(tied: str | Mapping[str, str] | None) -> str | None:
     else:
         pairs = [(kind.strip(), choice.strip()) for kind, _, choice in (p.partition("=") for p in str(tied).split(","))]
     if not pairs or any(kind not in KINDS or choice not in (MERGE, UNTIE) for kind, choice in pairs):
-        raise UsageError(f"the choice {tied!r} for tied weights is unknown", cure=f"Give --tied (tied=) {GRAMMAR}")
+        raise UsageError(f"the choice {tied!r} for tied weights is unknown", cure=f"Pass --tied (tied=) {GRAMMAR}")
     return ",".join(f"{kind}={choice}" for kind, choice in sorted(dict(pairs).items()))
 
 
@@ -74,7 +75,7 @@ def settle_tie(
         rows: the number of rows of the tied tensor in the output.
 
     Returns:
-        The changes of the config that tie or untie the head, as the output needs it; empty if there are none.
+        The keys to set in the output's config, so that the head is tied or untied; empty if no key must change.
 
     Raises:
         UsageError: it is unknown which layers training changed; or two different changes would apply to one tensor.
@@ -93,11 +94,14 @@ def settle_tie(
     if loses_bias(head, adapters) and (bias in names or bias in dict(tie.beside)):
         warnings.append(
             f"{bias} is kept, as in PEFT's own merge. In training, PEFT omitted this bias, because token rows were "
-            "trained at a tied head. So the merged model's logits differ from those in training by the bias"
+            "trained at a tied head. So the merged model adds the bias to logits that had no bias in training"
         )
     if not all(_equal(changed[layer], inputs) for layer in tie.inputs):
         why = f"the adapter changes {' and '.join(tie.inputs)} differently, but the model stores one tensor for them"
-        cure = f"Inject the adapter into a live model, which has separate layers; {_MERGE} applies each change to all"
+        cure = (
+            "Inject the adapter into a live model, in which these layers are separate; "
+            f"{_MERGE} applies each change to all tied layers"
+        )
         raise UsageError(why, where=tie.stored, cure=cure)
     if tied != UNTIE and _equal(inputs, head):
         folds |= dict.fromkeys((tie.stored, tie.head) if tie.apart else (tie.stored,), inputs)
@@ -120,9 +124,9 @@ def settle_tie(
 def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str, JsonValue] | None) -> None:
     """Refuse updates of a nested decoder's embedding, if the decoder ties its head to the embedding.
 
-    The decoder is part of a larger model. In TrOCR's published models, for example, only the decoder's config states
-    this tie. The output would need a separate head, and only the decoder's class in transformers determines the
-    head's name.
+    Such a decoder is part of a larger model. In TrOCR's published models, for example, only the decoder's config states
+    this tie. The merge would have to write a separate head, but it does not know the head's name, which depends on the
+    decoder's class in transformers.
 
     Args:
         folds: a map from stored names to planned updates.
@@ -130,7 +134,7 @@ def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str,
         config: the base's config, which contains the decoder's config.
 
     Raises:
-        UsageError: PEFT changed only the embedding in training, but a merge would also change the head.
+        UsageError: the adapter was trained to change only the embedding, but a merge would also change the head.
     """
     part = (config or {}).get("decoder")
     inside = [name for name in stored if name.startswith("decoder.")]
@@ -142,7 +146,8 @@ def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str,
             why = (
                 "the decoder ties its head to this embedding, but the adapter was trained to change only the embedding"
             )
-            raise UsageError(why, where=name, cure=f"Inject the adapter into a live model; {_MERGE} changes both")
+            cure = f"Inject the adapter into a live model; {_MERGE} changes the embedding and the head"
+            raise UsageError(why, where=name, cure=cure)
 
 
 def loses_bias(head: Sequence[PlannedUpdate], adapters: Sequence[Adapter]) -> bool:
@@ -190,8 +195,9 @@ def acting(tie: Tie, adapter_folds: Folds, adapter: Adapter, tied: str | None, w
             readers = " and ".join(layer.removesuffix(".weight") for layer in tie.inputs)
             module = name.removesuffix(".weight")
             warnings.append(
-                f"the update at {module} is not used: it had no effect while PEFT trained it, since the model calls "
-                f"{readers} instead; {_flag('embedding=untie,replacement=untie')} applies the update to {readers}"
+                f"the update at {module} is not used. It had no effect in PEFT's training, because the model calls "
+                f"{readers} instead of {module}. {_flag('embedding=untie,replacement=untie')} applies the update to "
+                f"{readers}"
             )
             continue
         for fold in folds:
@@ -250,12 +256,12 @@ class _Choice:
         return not rows or self._has_rows(self.tie.head)
 
     def _by_file(self, kind: str, name: str) -> str:
-        """Return `merge` or `untie`, as the tool that trained the adapter treats tied layers."""
+        """Return `merge` if the tool that made the adapter applies the update to all tied layers, else `untie`."""
         tools = _tools(self.adapter.recipe)
         if kind == "rows" or tools == {"create"}:
             return UNTIE
         if tools == {"mlx"} and kind == "embedding":
-            # mlx-lm uses the tied embedding as the head, and its LoRAEmbedding.as_linear adds the same factors there.
+            # mlx-lm uses the tied embedding as the head: its LoRAEmbedding.as_linear adds the same factors to the head.
             return MERGE
         if tools != {"peft"}:
             raise self._unknown(name, "the adapter's file does not state which layers training changed")
@@ -280,13 +286,19 @@ class _Choice:
 
 
 def _extracted(adapter: Adapter) -> str | None:
-    """Return the choice that `extract` recorded, or None. It depends on whether the tuned model has a separate head."""
+    """Return the choice that `extract` recorded: `untie` if the tuned model has a separate head, else `merge`.
+
+    Return None if there is no such record.
+    """
     settings = [step.args.get("tied") for step in adapter.recipe if step.op == "extract"]
     return str(settings[0]) if settings and settings[0] in (MERGE, UNTIE) else None
 
 
 def _tools(recipe: Iterable[Step | Mapping[str, Any]]) -> set[str]:
-    """Return the tools that made an adapter, according to its lineage: names of formats, `create` or `extract`."""
+    """Return the tools that made an adapter, according to its lineage.
+
+    Each entry is `create`, `extract`, or the name of the format from which an adapter was read.
+    """
     formats: set[str] = set()
     for step in recipe:
         op, args = (step["op"], step["args"]) if isinstance(step, Mapping) else (step.op, step.args)
@@ -325,7 +337,11 @@ def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
 def _unscaled(
     head: list[PlannedUpdate], adapter_folds: Folds, tie: Tie, scale: float, rows: int
 ) -> list[PlannedUpdate]:
-    """Return the head's updates and a scale of the untied head: T5-like models scale only a tied head's input."""
+    """Return the updates of a head that is untied: `head`, multiplied by `scale`, and an update that scales the weight.
+
+    Models such as T5 scale the head's input, but only if the head is tied; `scale` replaces this factor. If `scale` is
+    1, return `head` unchanged.
+    """
     if scale == 1:
         return head
     import numpy as np
@@ -368,9 +384,9 @@ def _same_update(a: Update, one: PlannedUpdate, b: Update, other: PlannedUpdate)
 
 
 def _factors(update: Update, fold: PlannedUpdate) -> tuple[Array, Array] | None:
-    """Return (left, right) of an update W + left @ right in the stored layout, without the scaling.
+    """Return the factors (left, right) of an update that adds `left @ right` to the weight in the stored layout.
 
-    Return None if the update has no factors.
+    The update's scaling is not included. Return None if the update has no factors.
     """
     from .arrays import NumpyArrays
 

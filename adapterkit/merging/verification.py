@@ -45,10 +45,10 @@ NEAREST = 0.5001
 
 @dataclass(frozen=True, slots=True)
 class TensorDifference:
-    """One tensor that differs from the merge.
+    """A tensor that differs from the recomputed merge, or a file that differs from its recorded checksums.
 
     Attributes:
-        tensor: the name of the tensor.
+        tensor: the name of the tensor or of the file.
         why: a description of the difference.
         elements: the number of wrong elements; 0 if they were not counted.
         largest: the largest absolute error of an element; 0 if no errors were computed.
@@ -69,7 +69,7 @@ class BaseDifference:
 
     Attributes:
         named_by: the source of the recorded fingerprint: the adapter's name, or the file name of the merge's record.
-        expected: the recorded fingerprint.
+        expected: the recorded fingerprint. If an adapter records several, they are joined by commas.
         given: the fingerprint of the given base.
         how: `same architecture, other weights` or `other names or shapes of tensors`; empty if the shapes of the base's
             tensors were not recorded.
@@ -142,7 +142,7 @@ def compare(
     options = MergeOptions(tied=tied, allow_partial=allow_partial, seed=seed, rename=rename, vocab=vocab)
     plan = make_plan(base, adapters, options)
     differences = [
-        TensorDifference(name, "the recomputed merge does not have it")
+        TensorDifference(name, "the recomputed merge does not have this tensor")
         for name in merged.tensors
         if name not in _names(plan)
     ]
@@ -186,7 +186,11 @@ def check_written(merged: Checkpoint | str | PathLike[str], progress: Progress |
 def compare_bases(
     merged: Checkpoint, base: Checkpoint, adapters: Sequence[tuple[str, Adapter, float]]
 ) -> list[BaseDifference]:
-    """Return a difference for each record, of the merge or an adapter, that has the fingerprint of another base."""
+    """Compare the base's fingerprint with the fingerprints in the merge's record and in the adapters.
+
+    Return a `BaseDifference` for the merge's record if its fingerprint differs, and for each adapter that records only
+    other fingerprints.
+    """
     differences, given = [], fingerprint(base)
     record = merge_record(merged)
     recorded = record.get("base_fingerprint")
@@ -200,11 +204,11 @@ def compare_bases(
 
 
 def _sampled(outputs: list[Output], sample: int | None) -> list[Output]:
-    """Draw `sample` changed and `sample` unchanged tensors at random; None returns all tensors."""
+    """Draw `sample` changed and `sample` unchanged tensors at random. If `sample` is None, return all tensors."""
     if sample is None:
         return outputs
     if sample <= 0:
-        raise UsageError(f"the sample has {sample} tensors", cure="Give a positive number")
+        raise UsageError(f"sample must be at least 1, got {sample}", cure="Pass --sample N (sample=N), N >= 1")
     groups = [[o for o in outputs if not o.copied], [o for o in outputs if o.copied]]
     # Use no seed, so that repeated verifications cover more and more tensors.
     draw = random.SystemRandom().sample
@@ -256,7 +260,7 @@ def _compare_packed(output: Output, tensor: Lazy, arrays: Arrays) -> TensorDiffe
     assert output.part is not None
     if (tensor.shape, tensor.dtype) != (output.shape, output.dtype):
         return TensorDifference(
-            output.name, f"it is {tensor.dtype} {list(tensor.shape)}, not {output.dtype} {list(output.shape)}"
+            output.name, f"the tensor is {tensor.dtype} {list(tensor.shape)}, not {output.dtype} {list(output.shape)}"
         )
     import numpy as np
 
@@ -272,7 +276,7 @@ def _compare_bytes(output: Output, tensor: Lazy) -> TensorDifference | None:
     for at in range(0, count, PIECE):
         size = min(PIECE, count - at)
         if memoryview(output.source.read(at, size)) != memoryview(tensor.read(at, size)):
-            return TensorDifference(output.name, "its bytes differ from the base's, but no adapter changes it")
+            return TensorDifference(output.name, "it differs from the base, although no adapter changes it")
     return None
 
 
