@@ -1,12 +1,13 @@
 """Compute low-rank changes and DoRA with the compiled loops `native/merge.c` and `native/normalize.c`.
 
-Both loops round once, and are several times as fast as the float64 computation with numpy. Their results have the same
-bits as numpy's. `merge.c` computes each element in float32, with an error bound. If the bound is too large to tell how
-an element is rounded, the loop computes this element again in float64. `normalize.c` computes in float64.
+Both loops round each element only once. They are several times as fast as numpy in float64, and write the same bits.
+`merge.c` computes each element in float32, and also computes a bound on the element's error. If values within this
+bound round to different outputs, the loop computes the element again in float64. `normalize.c` always computes in
+float64.
 
-Adapters often change only parts of a tensor, such as q, k and v in one fused weight. So the rows are cut into segments
-in which the same updates apply, and the factors of all updates in a segment are joined into one product. A segment with
-a DoRA has no other update.
+Adapters often change only parts of a tensor, such as q, k and v in one fused weight. So the rows are cut into segments:
+all rows of a segment are changed by the same updates. The factors of a segment's updates are joined into one product.
+If a segment has a DoRA and another update, numpy computes the whole tensor.
 """
 
 from __future__ import annotations
@@ -32,12 +33,18 @@ if TYPE_CHECKING:
 
 
 THIN = 256
-"""The largest rank of a product of joined factors; numpy computes a change of a higher rank."""
+"""The largest rank of joined factors. If their rank would be higher, numpy computes the change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows of a stored tensor (or of each expert), and the indices of the planned updates that change these rows."""
+    """Consecutive rows of a stored tensor that are changed by the same planned updates.
+
+    Attributes:
+        start: the first row. In a stacked tensor, the rows of each expert are counted from 0.
+        stop: the row after the last row.
+        changes: the indices of the planned updates that change these rows.
+    """
 
     start: int
     stop: int
@@ -64,7 +71,10 @@ def lowrank_blocks(output: Output, folds: Sequence[tuple[PlannedUpdate, list[Upd
 
 
 def _is_sum(fold: PlannedUpdate, shape: tuple[int, ...], stacked: bool) -> bool:
-    """Whether a change can be added row by row to the stored tensor; `_joined` checks that it has low rank."""
+    """Whether the loop can add a change row by row to the stored tensor, if the change has a low rank.
+
+    `_joined` checks the rank later.
+    """
     if not fold.additive or fold.bias or fold.target.stacked != stacked:
         return False
     if fold.axis == "out":
@@ -75,7 +85,7 @@ def _is_sum(fold: PlannedUpdate, shape: tuple[int, ...], stacked: bool) -> bool:
 
 
 def _is_normalizing(fold: PlannedUpdate, updates: list[Update], stacked: bool) -> bool:
-    """Whether the change is one update with weight 1 that scales the stored tensor's rows to a magnitude, like DoRA."""
+    """Whether the change is one update with weight 1 that, like DoRA, scales each stored row to a given norm."""
     if len(updates) != 1 or fold.weight != 1 or fold.bias or fold.target.stacked != stacked or fold.axis != "out":
         return False
     first = updates[0]
@@ -95,8 +105,8 @@ def _segments(folds: Sequence[PlannedUpdate], rows: int) -> list[Segment]:
 def _span(fold: PlannedUpdate, rows: int) -> tuple[int, int]:
     if fold.target.rows is not None:
         return fold.target.rows
-    # The base may have more rows than the adapter was trained with, such as rows for added tokens. The change ends
-    # before these rows.
+    # The base may have more rows than the adapter was trained with, such as rows for added tokens. The adapter does not
+    # change these last rows.
     return (0, rows) if fold.target.stacked else (0, min(rows, fold.shape[0]))
 
 
@@ -112,14 +122,12 @@ class LowRankBlocks:
         self._sums: dict[Segment, LowRankSum | NormalizedSum | None] = {}
 
     def write(self, raw: Numbers, out: Numbers, block: Block) -> dict[int, float] | None:
-        """Write a block of the merged tensor into `out`, rounded once; `raw` is the base's block.
-
-        Both arrays are flat.
+        """Compute a block of the merged tensor into `out`, from the base's block `raw`. Both arrays are flat.
 
         Returns:
             {index of a planned update: squared norm of its change}, for the changes that depend on the base. None if
-            the block is too small for a call to pay off, if the loops cannot compute a change, or if the rounding of an
-            element is uncertain; the content of `out` is then undefined.
+            numpy must compute the block: the block has fewer than `LEAST` elements, the loops cannot compute a change,
+            or the rounding of an element is uncertain. The content of `out` is then undefined.
         """
         if block.elements < LEAST:
             return None
@@ -197,13 +205,14 @@ def _cast(values: Array, out: Array) -> None:
 WRITTEN = ("BF16", "F16")
 """The dtypes that the loops write.
 
-The loops do not write float32, because they would have to compute every sum in float64, which numpy does just as fast.
+The loops do not write float32. For float32, every sum would have to be computed in float64, and in float64 numpy is
+just as fast as the loops.
 """
 
 PANEL, FILLED, CHUNK = 16, 32, 16
 
 LEAST = 1 << 14
-"""The smallest number of elements in a block for which a call of the compiled library pays off."""
+"""Numpy computes blocks with fewer elements, because a call of the compiled library does not pay off for them."""
 
 
 class _Factors(ctypes.Structure):
@@ -256,8 +265,9 @@ class LowRankSum:
             self._panels = _panels(right, padded, np.float32)
             self._left = np.ascontiguousarray(left, np.float32)
         self._left64, self._right64 = np.ascontiguousarray(left), np.ascontiguousarray(right.T)
-        # If product k is rounded w_k times, the error of an element is at most 2**-24 times `sum_k w_k |b_k| |a_k|`. By
-        # the Cauchy-Schwarz inequality, this sum is at most |b| |a|, if both norms are weighted by w.
+        # An element is the sum of the products b_k a_k. If product k is rounded w_k times, the element's error is at
+        # most 2**-24 times `sum_k w_k |b_k| |a_k|`. By the Cauchy-Schwarz inequality, this sum is at most the norm of
+        # `sqrt(w) * b` times the norm of `sqrt(w) * a`.
         weights = np.sqrt(_roundings(rank))
         rows, columns = _norms(left * weights), _norms(right.T * weights)
         self._row_bound = _upwards(rows, 2.0**-24)
@@ -294,7 +304,7 @@ class NormalizedSum:
     """A DoRA of a tensor, prepared once for all blocks: `m * V / |V|` for each row of `V = W + left @ right`.
 
     Args:
-        magnitude: float64 m, `[rows]`.
+        magnitude: m, float64 `[rows]`.
         left: float64 `[rows, rank]`, already multiplied by the scaling.
         right: float64 `[rank, width]`.
     """
@@ -318,8 +328,9 @@ class NormalizedSum:
         Both arrays are flat.
 
         Returns:
-            The squared norm of the change. None if the rounding of an element is uncertain, or a row's norm is zero,
-            infinite or out of range; the content of `out` is then undefined, and numpy must compute the block.
+            The squared norm of the change. None if the rounding of an element is uncertain, or if |V| of a row is zero,
+            infinite or out of the loop's range. The content of `out` is then undefined, and numpy must compute the
+            block.
         """
         import numpy as np
 
@@ -344,7 +355,7 @@ class NormalizedSum:
 
 
 def _panels(right: Array, padded: int, dtype: type[np.floating[Any]]) -> Array:
-    """Return the columns in groups of 16, `[groups, rank, 16]`, padded with zeros."""
+    """Return `right` with zero columns up to the width `padded`, in groups of 16 columns: `[groups, rank, 16]`."""
     import numpy as np
 
     rank, width = right.shape
@@ -354,9 +365,10 @@ def _panels(right: Array, padded: int, dtype: type[np.floating[Any]]) -> Array:
 
 
 def _double_bounds(rows: Array, columns: Array, rank: int) -> tuple[Array, Array]:
-    """Return two arrays: entry i of the first array times entry j of the second bounds the error of element (i, j).
+    """Return two arrays that bound the errors of a product of two factors in float64.
 
-    An element is a float64 sum of `rank` products. The error is how much the result depends on the order of summation.
+    The error of element (i, j) is at most entry i of the first array times entry j of the second array. The element is
+    a sum of `rank` products, and its error is how much the sum can differ if the products are added in another order.
 
     Args:
         rows: upper bounds for the norms of the left factor's rows.
@@ -372,11 +384,13 @@ def _double_bounds(rows: Array, columns: Array, rank: int) -> tuple[Array, Array
 def _roundings(rank: int) -> Array:
     """Return an upper bound for the number of float32 roundings of each product `b_k a_k` in the sum of an element.
 
-    Both factors are rounded, and so is the product, unless a fused multiply-add adds it without rounding. Each sum that
-    contains the product is rounded, too: the sum to which the product is added, one sum for each later product in the
-    same chunk of 16, the sum to which the chunk is added, and one sum for each later chunk. One more rounding covers
-    two small errors. These are the float64 roundings of numpy's sum, each 2**-29 times as large as a float32 rounding,
-    and the squares of all these errors.
+    The products are added in chunks of 16, and then the chunks are added. The bound counts these roundings:
+
+    - three for the two factors and the product; a fused multiply-add does not round the product;
+    - one when the product is added to its chunk, and one for each later product of the chunk;
+    - one when the chunk is added to the element, and one for each later chunk;
+    - one to cover two small errors: the float64 roundings of numpy's sum, each 2**-29 times as large as a float32
+      rounding, and the squares of all these errors.
     """
     import numpy as np
 
@@ -387,18 +401,18 @@ def _roundings(rank: int) -> Array:
 
 
 def _norms(factor: Array) -> Array:
-    """Return upper bounds for the norms of the rows, and exactly zero for zero rows."""
+    """Return an upper bound for the norm of each row. The bound of a zero row is exactly zero."""
     import numpy as np
 
     norms: Array = np.sqrt(np.einsum("ij,ij->i", factor, factor)) * (1 + 1e-9)
-    # If a row has only tiny elements, compute its bound from its largest element, because their squares underflow to
-    # zero. A bound of zero would mean that the row does not change the weight.
+    # The squares of tiny elements underflow to zero. So if a row has only tiny elements, compute its bound from its
+    # largest element. A bound of zero would mean that the row does not change the weight.
     tiny = np.abs(factor).max(axis=1, initial=0.0) if norms.min(initial=1.0) < 1e-100 else norms
     return np.where(norms < 1e-100, tiny * math.sqrt(factor.shape[1]), norms)
 
 
 def _upwards(norms: Array, factor: float) -> Array:
-    """Return norms times a factor as float32, rounded up; zero stays zero, and other values stay above zero."""
+    """Return `norms * factor` in float32, rounded up. The result is zero only if the norm is zero."""
     import numpy as np
 
     # Add a small number, so that the product of two bounds does not underflow to zero in float32. A bound of zero would

@@ -50,16 +50,16 @@ def key_of(seed: int, name: str) -> Key:
 
 
 def stochastic(values: Numbers, first: int, key: Key, dtype: DType) -> Numbers:
-    """Return the values, stochastically rounded to numbers of `dtype`, as a flat float64 array.
+    """Round values stochastically to `dtype`, and return them as a flat float64 array.
 
-    Each value is rounded down or up to a neighbouring number of `dtype`, with probabilities chosen so that the expected
-    result equals the exact value.
+    Each value is rounded to the next lower or the next higher value of `dtype`. The probabilities are such that the
+    expected result equals the exact value.
 
     Args:
         values: flat float64 array. A value stays unchanged if it is exact in `dtype`, a NaN or an infinity.
-        first: the index of the first element in its tensor.
+        first: the index in the tensor at which `values` begins.
         key: the Philox key of the tensor, see `key_of`.
-        dtype: the type to round to, narrower than float64.
+        dtype: the dtype to round to, narrower than float64.
     """
     xp, unit = namespace(values), _unit(values, dtype)
     rounded = xp.floor(values / unit + draws(values, first, key)) * unit
@@ -74,7 +74,7 @@ def draws(like: Numbers, first: int, key: Key) -> Numbers:
 
     Args:
         like: a flat array; the result has the same length, library and device.
-        first: the index of the first element in its tensor.
+        first: the index in the tensor at which `like` begins.
         key: the Philox key of the tensor.
     """
     from array_api_compat import device
@@ -91,13 +91,13 @@ def draws(like: Numbers, first: int, key: Key) -> Numbers:
 
 
 def _unit(values: Numbers, dtype: DType) -> Numbers:
-    """Return the distance between the two numbers of `dtype` around each value; each distance is a power of two."""
+    """Return, for each value, the spacing of the values of `dtype` around it. Each spacing is a power of two."""
     import ml_dtypes
 
     info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
     xp = namespace(values)
     # A value divided by its mantissa (in [0.5, 1)) is exactly the next larger power of two. Below the smallest normal
-    # number, the distance is constant.
+    # number, the spacing is constant.
     mantissa: Any = _frexp(values)
     smallest = xp.zeros_like(values) + 2.0 ** int(info.minexp)
     safe = xp.where((mantissa == 0) | ~xp.isfinite(values), smallest * 0 + 1, mantissa)
@@ -120,23 +120,24 @@ def _frexp(values: Numbers) -> Numbers:
 Term = tuple["PlannedUpdate", list[Update], float]
 
 LARGEST = 2.0**500
-"""The largest allowed magnitude of a factor's element; its square does not overflow float64."""
+"""The largest allowed magnitude of a factor's element. The sum of 2**23 squares of such elements does not overflow."""
 
 
 def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
     """Load the updates of a planned update into memory, in float64.
 
-    If a bias change depends on the weight, the loaded updates contain the change for this weight.
+    If the change of a bias depends on the weight, the returned updates are settled (see `Update.settled`), so they do
+    not need the weight.
 
     Raises:
         Malformed: a factor contains a NaN or an infinity.
     """
     if fold.seen is None:
         return [_load(update, fold, arrays) for update in fold.updates]
-    # The changes of the bias depend on the weight. Compute them now, so that the weight need not stay in memory.
+    # The changes of the bias depend on the weight. Settle them now, so that the weight need not stay in memory.
     W = arrays.load(fold.seen.tensor)
     if fold.target.rows is None and not fold.target.stacked:
-        # Use only the rows that the adapter was trained on, which may be the first rows of a vocabulary.
+        # If the base has more tokens than the adapter was trained with, ignore the rows of the other tokens.
         W = W[: fold.shape[0]] if fold.axis == "out" else W[:, : fold.shape[0]]
     W = W if not fold.seen.before else W * 1
     for earlier in fold.seen.before:
@@ -157,7 +158,7 @@ def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
 
 
 def _whole_change(update: Update, W: Numbers, stacked: bool) -> Numbers:
-    """Return a whole weight after one update; a stacked weight contains all experts."""
+    """Apply one update to a whole weight, and return the new weight. A stacked weight contains all experts."""
     if not stacked:
         return cast("Numbers", update.new_weight(_tensor(W)))
     xp = namespace(W)
@@ -168,7 +169,7 @@ def _whole_change(update: Update, W: Numbers, stacked: bool) -> Numbers:
 def _whole_view(W: Numbers, fold: PlannedUpdate) -> Numbers:
     """Return a view of the target's rows in a stored weight, with the axes in the order that updates use.
 
-    A stacked weight contains all experts.
+    If the weight is stacked, the view contains all experts.
     """
     axis = int(fold.target.stacked)
     W = W if fold.axis == "out" else W.swapaxes(axis, axis + 1)
@@ -189,12 +190,12 @@ def _load(update: Update, fold: PlannedUpdate, arrays: Arrays) -> Update:
 
 
 def _check_size(update: Update) -> None:
-    """Refuse values whose squares overflow float64, because DoRA would divide by an infinite norm and write zeros."""
+    """Refuse elements above `LARGEST`. If their squares overflow, DoRA divides by an infinite norm and writes zeros."""
     for name, leaf in update.tensors.items():
         tensor = as_lazy(leaf)
         # Check only float64, because no other dtype has numbers above 2^128.
         if tensor.dtype.name == "F64" and abs(tensor.numpy()).max(initial=0) > LARGEST:
-            why = f"a number is above {LARGEST:.0e}, so its square overflows float64"
+            why = f"an element's magnitude is above {LARGEST:.0e}, so a norm may overflow float64"
             raise Unsupported(why, where=name, cure="The training diverged; use an earlier checkpoint")
 
 
@@ -236,7 +237,7 @@ def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
 
 
 def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
-    """Join the low-rank factors of several planned updates into one LoRA, multiplied by the updates' weights.
+    """Join the low-rank factors of several planned updates into one LoRA. The LoRA's B includes the terms' weights.
 
     All planned updates must have the same `axis`. The joined factors are in the workspace, where the next call
     overwrites them.
@@ -275,7 +276,7 @@ class _Loaded:
         self.output, self._lock, self._folds = output, Lock(), Folds()
 
     def folds(self, arrays: Arrays) -> Folds:
-        """Return the updates; the first call loads them."""
+        """Return each planned update with its loaded updates. The first call loads them."""
         with self._lock:
             if not self._folds:
                 self._folds = [(fold, load_all(fold, arrays)) for fold in self.output.folds]
@@ -316,15 +317,16 @@ class BlockMerger:
 
     @cached_property
     def watched(self) -> bool:
-        """Whether results must be checked, because they could overflow although base and factors are finite."""
+        """Whether results could overflow although base and factors are finite. If so, `compute` checks the results."""
         narrow = self.output.dtype.itemsize < 4 and self.output.dtype.name != "BF16"
         return narrow or any(not fold.additive or not self._is_small(fold, us) for fold, us in self.folds)
 
     def _is_small(self, fold: PlannedUpdate, updates: list[Update]) -> bool:
         """Whether each element of a change is provably far below the largest float32.
 
-        Return False if the proof would be expensive. The norm of a low-rank product is an upper bound for each element.
-        The norm includes the weight and the scaling, because even a finite alpha, such as 1e308, may be too large.
+        The proof computes the norm of a low-rank change, because no element is larger than the norm. For other changes,
+        this would be expensive, so return False. The norm includes the weight and the scaling, because a finite alpha
+        can also be too large, such as 1e308.
         """
         thin = not fold.bias and is_thin(fold, updates)
         return thin and abs(fold.weight) * norm_of(updates, fold) < LARGE
@@ -349,8 +351,8 @@ class BlockMerger:
         Raises:
             Malformed: the result overflows the output's dtype, or is NaN.
         """
-        # Use as little memory as possible, because memory bandwidth limits merges. A cast needs no float64 copy of the
-        # block, and a sum is added to the base in one operation. Other formulas need the float64 copy.
+        # Avoid float64 copies of the block, because memory bandwidth limits merges. A block without updates is only
+        # cast. A sum of changes is added to the base in one operation. All other formulas need the float64 copy.
         watched = self.watched
         if not self.folds and self._key is None:
             self.arrays.assign(out, raw)
@@ -361,7 +363,8 @@ class BlockMerger:
             self.arrays.assign(out, stochastic(work.reshape((-1,)), block.first, self._key, self.output.dtype))
         elif self._compiled is not None and (written := self._compiled.write(raw, out, block)) is not None:
             norms = written
-            # The compiled loop has checked DoRA's rows: it returns None for a block with a row that is not finite.
+            # Skip the check if all updates are DoRA (`written` has one norm for each): the compiled loop has already
+            # returned None if a row is not finite.
             watched = watched and len(written) < len(self.folds)
         elif self._sums:
             norms = {}
@@ -387,14 +390,20 @@ class BlockMerger:
 
     @cached_property
     def _key(self) -> tuple[int, int] | None:
-        """The Philox key for stochastic rounding; None without stochastic rounding, or if nothing is rounded."""
+        """The Philox key for stochastic rounding; None if this tensor is not rounded stochastically.
+
+        Stochastic rounding needs a seed, and an output dtype that is floating-point but not float64 or complex.
+        """
         seed, kind = self.output.seed, self.output.dtype
         rounds = seed is not None and kind.floating and kind.name != "F64" and not kind.torch.startswith("complex")
         return key_of(seed, self.output.name) if rounds and seed is not None else None
 
     @cached_property
     def _sums(self) -> bool:
-        """Whether the changes can be summed before the base is added: each covers whole blocks and needs no base."""
+        """Whether the changes can be summed first, and then added to the base in one operation.
+
+        Each change must be additive, because then it does not depend on the base. It must also change every row.
+        """
         return all(
             fold.additive and not fold.bias and fold.target.rows is None and fold.shape[:1] == self.output.shape[:1]
             for fold, _ in self.folds
@@ -410,8 +419,8 @@ class BlockMerger:
         for position, (fold, updates, weight) in enumerate(self._terms):
             view = view_of(total, fold, (block.start, block.stop), block)
             cut = additive(cut_to(update, fold, block, (block.start, block.stop)) for update in updates)
-            # The workspace still contains an earlier block. So the first change overwrites this memory, and the other
-            # changes are added to it.
+            # `total` still contains the values of an earlier block. So write the first change over them, and add the
+            # other changes.
             if position == 0:
                 cut.pop(0).delta_into(_tensor(view), weight)
             _add(cut, view, weight)
@@ -419,9 +428,9 @@ class BlockMerger:
 
     @cached_property
     def _terms(self) -> list[Term]:
-        """The additive updates to sum, with weights.
+        """The terms of the sum of changes, each a planned update with its loaded updates and its weight.
 
-        Low-rank factors of several adapters are joined into one product.
+        The terms that have thin factors (see `is_thin`) and the first term's `axis` are joined into one term.
         """
         terms = [(fold, updates, fold.weight) for fold, updates in self.folds]
         if len(terms) < 2:
@@ -444,9 +453,9 @@ class BlockMerger:
 
     def _fold(self, work: Numbers, block: Block) -> dict[int, float]:
         norms: dict[int, float] = {}
-        # Copy the base's weight, because `work` changes in place, and every update that is not additive needs the
-        # unchanged weight. A single such update needs no copy: `_order` puts it first, when `work` is still the base's
-        # weight.
+        # `work` changes in place, but each update that is not additive needs the base's weight. So keep a copy of the
+        # base's weight. If there is only one such update, no copy is needed: `_order` puts this update first, and until
+        # then `work` is the base's weight.
         original = work * 1 if self._needs_original else work
         untouched = True
         for positions in self._ordered:
@@ -507,7 +516,8 @@ class BlockMerger:
     def _order(self) -> list[int]:
         """The indices of the planned updates that are not in `_ordered`; updates that are not additive come first.
 
-        If the first update has weight 1, its result replaces the block. This avoids the rounding of `W + (new - W)`.
+        If the first update is not additive and has weight 1, its result replaces the block. This avoids the rounding of
+        `W + (new - W)`.
         """
         apart = {position for positions in self._ordered for position in positions}
         return sorted(
@@ -533,7 +543,7 @@ def _add(updates: Sequence[Additive], view: Numbers, weight: float) -> None:
 def _mix(new: Numbers, W: Numbers, view: Numbers, weight: float, *, replace: bool) -> float:
     """Add the change `weight * (new - W)` to `view`, and return the squared norm of the change.
 
-    If `replace` is set and the weight is 1, overwrite `view` with `new` instead, which has less rounding.
+    If `replace` is set and the weight is 1, copy `new` into `view` instead, which avoids the rounding of the addition.
     """
     change = new - W
     flat = change.reshape((-1,))

@@ -44,7 +44,7 @@ def execute(
     Args:
         files: the files of the plan.
         stage: the staging folder to write the files into.
-        devices: one array library per device; each file is computed on the next device of the list.
+        devices: one array library per device; the files are assigned to the devices in turn.
         progress: a function that is called with (bytes done, total bytes).
         threads: the number of workers; at least one per device is started.
         link: whether to write hard links to unchanged files of the base.
@@ -120,7 +120,7 @@ class _Scheduler:
             self._report(progress)
 
     def _start(self, planned: OutputFile, device: int, progress: Progress | None) -> None:
-        """Queue all jobs of a file except the last job, which `_release` queues."""
+        """Create a file, and queue all its jobs except the last job. `_release` queues the last job."""
         file = OpenFile(planned, self.stage.parts / planned.name)
         create(file.path, planned)
         jobs = jobs_of(file)
@@ -133,9 +133,10 @@ class _Scheduler:
         self.withheld.append((file, jobs[-1:], device))
 
     def _release(self, progress: Progress | None) -> None:
-        """Queue the last job of the oldest file when all earlier files are flushed to disk.
+        """Wait until all earlier files are flushed to disk, then queue the last job of the oldest file in `withheld`.
 
-        So if the merge is interrupted, at most one complete file must be written again.
+        So at any time, at most one complete file is not flushed. If the merge is interrupted, only this file and the
+        incomplete files must be written again.
         """
         while self.failure is None and self.unfinished:
             with self.settled:
@@ -202,7 +203,7 @@ class _Scheduler:
             self.written.put(job.file)
 
     def _finish(self) -> None:
-        # Flush files in a separate thread, because a flush may take seconds and workers should continue.
+        # A flush may take seconds. It runs in this separate thread, so that the workers can continue.
         while (file := self.written.get()) is not None:
             try:
                 if self.failure is None:
@@ -228,7 +229,7 @@ def streamed_engine(device: str, base: StreamedBase) -> Engine:
 
     Raises:
         Unsupported: a tensor, such as a quantized weight, is not stored as consecutive bytes in one file of the base.
-        AdapterkitError: as for `execute`, or a download fails.
+        AdapterkitError: a download or a worker fails.
     """
 
     def run(plan: Plan, stage: StagingDir, progress: Progress | None) -> dict[str, Norms]:

@@ -1,24 +1,25 @@
 """Adjust merged weights before quantization, so that the quantized weights keep the adapter's change.
 
-Let `W` be the base's weight, `M` the merged weight, and `D = M - W` the change. Rounding M to the nearest loses D if D
-is smaller than a quantization step. Another rounding can keep D, because the elements of a row together can represent
-D. Let `V` be the right singular vectors of D: the directions of the inputs to which D responds. The functions `kept`
-and `swept` call the scheme's packing function to round, so they work for every scheme.
+Let `W` be the base's weight, `M` the merged weight, and `D = M - W` the change. If D is smaller than a quantization
+step, rounding M to the nearest loses D. But the elements of a row can also be rounded such that their errors cancel in
+the input directions to which D responds. Let `V` be these directions: the right singular vectors of D. The functions
+`kept` and `swept` call the scheme's packing function to round, so they work for every scheme.
 
 `kept` needs no data. It looks for the quantized matrix `Q` that is nearest to M, subject to `(Q - M) V = 0`. With
-Lagrange multipliers `C`, Q is `M + C V^T` rounded to the nearest. C is found by gradient ascent, row by row; the
-gradient is the part of the error along V. The shift `C V^T` changes elements by whole quantization steps. So the shift
-adds errors in all other directions, and these errors add up over the layers. Each row gets the shift with the smallest
-squared error; errors along V count `OFTEN` times as much as errors in other directions. One of the candidates is the
-shift 0, which is rounding to the nearest.
+Lagrange multipliers `C`, Q is `M + C V^T` rounded to the nearest. Gradient ascent finds C, for each row separately. The
+gradient is `(Q - M) V`, the error along V. The shift `C V^T` changes elements by whole quantization steps. So it also
+adds errors in all other directions, and these errors add up over the layers. Therefore each row gets the shift with the
+smallest squared error, in which errors along V count `OFTEN` times as much as other errors. The shift 0 is one of the
+candidates: it rounds to the nearest.
 
 `swept` uses recorded inputs `X` of the layer. It minimizes the error of the layer's outputs,
-`tr((Q - M) H (Q - M)^T)` with `H = X^T X`. GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds a block
-of columns, and uses the inverse of H to move the error to the columns that are not rounded yet. Here the scheme packs
-the whole weight for each block. Afterwards, each block is rounded a second time to compensate for the errors of
-all other blocks; a row is changed only if its error decreases. The second round is needed because a scale may change
-after some of the columns that use it were rounded. H is increased in the directions to which the adapter responds.
-Otherwise the adapter's change would be lost first, because it is small relative to the weight.
+`tr((Q - M) H (Q - M)^T)` with `H = X^T X`. As in GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323), blocks
+of columns are rounded one after another. After each block, the inverse of H determines how the remaining columns change
+to compensate for the block's error. To round a block, the scheme packs the whole weight. Afterwards, each block is
+rounded a second time to compensate for the errors of all other blocks; a row is changed only if its error decreases.
+The second round is needed because the scale of some columns may change after one of these columns was rounded.
+`weighting` increases H in the directions to which the adapter responds. Otherwise the adapter's change would be lost
+first, because it is small relative to the weight.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ DIRECTIONS = 64
 """The largest number of directions that are kept for one weight."""
 
 SHARE = 8
-"""At most one direction is kept for this many inputs of a weight; more directions cannot all be kept."""
+"""For a weight with n inputs, at most `n / SHARE` directions are kept, because more cannot be kept at the same time."""
 
 WEAK = 1e-3
 """A direction is not kept if its singular value is at most this fraction of the largest singular value."""
 
 OFTEN = 8.0
-"""The factor for the squared error along the change's directions; for all other directions, the factor is 1.
+"""Squared errors along the change's directions are multiplied by this factor, and all other squared errors by 1.
 
-Percentage of a LoRA's effect that survives with other factors, measured on SmolLM2-135M in nf4:
+This table shows which percentage of a LoRA's effect survives with each factor, measured on SmolLM2-135M in nf4:
 
     factor          1 (nearest)   8    16    32   no limit
     all layers             4     37    63   -81       -277
@@ -58,21 +59,22 @@ ENOUGH = 0.02
 """The search ends when each row's smallest error along the directions is at most this fraction of its first error."""
 
 STILL, TURNED = 0.7, -0.2
-"""Thresholds for the ratio of a row's error after a step to its error before the step, both along the directions.
+"""Thresholds for the fraction of a row's error along the directions that is left after a step.
 
-If the ratio is above `STILL`, the error hardly changed. If it is below `TURNED`, the error changed its sign.
+The fraction is 1 if the error did not change, 0 if it is gone, and negative if it changed its sign. Above `STILL`, the
+step was too short. Below `TURNED`, the step was too long.
 """
 
 LONGER, SHORTER = 1.6, 0.6
-"""The step is multiplied by `LONGER` if the ratio is above `STILL`, and by `SHORTER` if it is below `TURNED`."""
+"""The step is multiplied by `LONGER` if the fraction is above `STILL`, and by `SHORTER` if it is below `TURNED`."""
 
 
 def directions(D: Array, seed: int) -> Array:
-    """Return the directions of the inputs to which a change responds, `[k, inputs]`, as orthonormal rows in float64.
+    """Return the input directions to which a change responds: orthonormal rows, `[k, inputs]`, float64.
 
     Args:
         D: the change, `[outputs, inputs]`, float64.
-        seed: the seed of the decomposition of a large matrix.
+        seed: the seed of the random vectors in the decomposition, see `ops.sketching.dominant`.
     """
     from ..ops.sketching import Criterion, dominant
 
@@ -87,8 +89,8 @@ def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Ar
     Args:
         trip: a function that packs weights `[experts, outputs, inputs]` and returns the dequantized result.
         merged: the merged weights, `[experts, outputs, inputs]`, float32.
-        directions: `[experts, k, inputs]`, orthonormal rows for each expert; zero rows pad the directions of an expert
-            to k.
+        directions: `[experts, k, inputs]`, orthonormal rows for each expert. If an expert has fewer than k directions,
+            the remaining rows are zero.
 
     Returns:
         float32, with the shape of `merged`; `merged` itself if no better weights were found.
@@ -119,7 +121,7 @@ def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Ar
         smallest = np.minimum(smallest, np.linalg.norm(now, axis=2, keepdims=True))
         lost = now
     shifted = _shifted(M, best, Vh)
-    # Rows may share a scale, so the best shift of each row alone need not be the best for all rows. Check the result.
+    # Rows may share a scale. Then one row's shift can increase the error of another row, so check the total error.
     error = trip(shifted) - M
     return shifted if _weighed(error, error @ V).sum() < nearest.sum() else merged
 
@@ -139,7 +141,7 @@ def _weighed(error: Array, along: Array) -> Array:
 
 
 def _shifted(M: Array, C: Array, Vh: Array) -> Array:
-    """Return M + C V^T in float32; compute in float64, so that the order of summation hardly changes the result."""
+    """Return M + C V^T in float32. It is computed in float64, so that the order of summation hardly matters."""
     import numpy as np
 
     shifted: Array = (M + C @ Vh).astype(np.float32)
@@ -153,8 +155,8 @@ BLOCKS = 96
 """The largest number of blocks of a weight; the weight is packed twice for each block."""
 
 DAMPING = 0.01
-"""This multiple of the mean of H's diagonal is added to the diagonal. H must be invertible, but texts do not activate
-all directions.
+"""This multiple of the mean of H's diagonal is added to the diagonal. Without it, H would not be invertible if the
+recorded inputs do not span all directions.
 """
 
 ADAPTER = 10.0
@@ -177,12 +179,12 @@ def weighting(inputs: Array, directions: Array) -> Array:
 
 
 def swept(trip: Callable[[Array], Array], merged: Array, H: Array) -> Array:
-    """Adjust a merged weight, so that after packing, its outputs for recorded activations have a smaller error.
+    """Adjust a merged weight, so that the packed weight has smaller output errors for the recorded activations.
 
     Args:
         trip: a function that packs a weight `[outputs, inputs]` and returns the dequantized result.
         merged: the merged weight, `[outputs, inputs]`, float32.
-        H: the result of `weighting`.
+        H: the matrix `[inputs, inputs]` from `weighting`.
 
     Returns:
         float32, with the shape of `merged`; `merged` itself if no better weights were found.
@@ -216,10 +218,10 @@ def _once(trip: Callable[[Array], Array], merged: Array, H: Array, step: int) ->
 
 
 def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Array, step: int) -> Array:
-    """Round each block again to compensate for the errors of the other blocks; keep only rows whose error decreases.
+    """Round each block again to compensate for the errors of the other blocks.
 
-    The first round cannot know the final errors: if a scale changes later, all elements with this scale are rounded
-    again.
+    A row is changed only if its error decreases. The errors are known only after the first round: when a scale changes,
+    all elements that use this scale are rounded again.
     """
     import numpy as np
 
@@ -233,7 +235,7 @@ def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Arr
         tried[:, now] -= np.linalg.solve(H[now, now], slope[:, now].T).T.astype(np.float32)
         again = trip(tried)
         # `slope` is E H for the rounding error E. With most schemes, only a few groups of columns change. Update E H
-        # from these columns only, because computing E H of the whole weight would take most of the time.
+        # from these columns only, because computing E H from all columns would take most of the time.
         moved = (again - packed).astype(np.float64)
         columns = np.flatnonzero(moved.any(0))
         moved = moved[:, columns]

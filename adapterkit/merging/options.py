@@ -24,16 +24,16 @@ class MergeOptions:
         tied: which layers an update changes if the base ties its head to its embedding; see `merge`.
         allow_partial: whether to skip targets that the base does not have, instead of refusing the adapter.
         seed: the seed of stochastic rounding; default: round to the nearest.
-        memory: the largest amount of memory to use, in bytes, without the memory of the imported libraries; default:
-            half of the free memory.
+        memory: the largest amount of memory to use, in bytes, not counting the memory of the imported libraries;
+            default: half of the free memory.
         link: whether to write hard links to unchanged files of the base instead of copies.
         checksums: whether to compute a sha256 of the bytes while they are written.
-        rename: rules for the adapters' names that cannot be found in the base, each `FROM=TO` or `@FILE`.
-        vocab: `grow` or `keep`: what to do if an adapter was trained with more tokens than the base has; see `merge`.
-        keep: `adapter`: adjust merged weights before they are quantized again, so that rounding does not lose the
+        rename: rules for target names that cannot be resolved in the base, each `FROM=TO` or `@FILE`.
+        vocab: what to do if an adapter was trained with more tokens than the base has: `grow` or `keep`, see `merge`.
+        keep: `adapter` adjusts merged weights before they are quantized again, so that rounding does not lose the
             adapters' effect; see `merge`.
-        calibration: only with `keep`: a file of activations, so that rounding preserves the outputs for them; see
-            `merge`.
+        calibration: only with `keep`: a file of activations. The weights are then rounded such that the layers' outputs
+            for these activations hardly change; see `merge`.
 
     Example:
         >>> options = adapterkit.MergeOptions(dtype="bf16", shard_size=5 << 30)  # doctest: +SKIP
@@ -56,7 +56,7 @@ class MergeOptions:
 
 
 def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:
-    """Return the options of a call as one `MergeOptions`, with `tied` normalised and files of rename rules read.
+    """Return the options of a call as one `MergeOptions`. Normalise `tied`, and read the rename rules in `@FILE`s.
 
     A caller gives the options as a `MergeOptions` or by name. No option may be given in both ways.
 
@@ -80,7 +80,9 @@ def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:
 
 
 def allowed(memory: int | None) -> int:
-    """Return the number of bytes that a merge may use: `memory`, or half of the machine's or container's free memory.
+    """Return the number of bytes that a merge may use: `memory`, or by default half of the free memory.
+
+    The free memory is that of the machine or of the container, whichever is smaller.
 
     Raises:
         UsageError: `memory` is not positive.
@@ -88,7 +90,9 @@ def allowed(memory: int | None) -> int:
     if memory is None:
         return max(_available() // 2, 1)
     if memory <= 0:
-        raise UsageError(f"the memory is {memory} bytes", cure="Give a positive size, e.g. 2GB")
+        raise UsageError(
+            f"the memory limit is {memory} bytes", cure="Give a positive size, such as --memory 2GB (memory=2 << 30)"
+        )
     return memory
 
 
@@ -128,7 +132,7 @@ def _of_machine() -> int:
 
 
 def _of_container() -> int:
-    """Return the free memory of the process's control group (version 2), or a huge number without a control group."""
+    """Return the free memory of the process's control group (version 2); 2**62 if it has no memory limit."""
     try:
         limit, used = (Path(f"/sys/fs/cgroup/memory.{word}").read_text().strip() for word in ("max", "current"))
         return max(int(limit) - int(used), 0)

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from .arrays import Workspace
 
 BLOCK_ELEMENTS = 3 << 17
-"""The number of elements in a block; its float64 copy (3 MB) stays in a processor core's cache."""
+"""The number of elements in a block. A block's float64 copy (3 MB) stays in a processor core's cache."""
 
 STEPS = 4
-"""A formula needs at most this many temporary arrays in addition to the block; each is as large as the block."""
+"""A formula needs at most this many temporary arrays in addition to the block. Each array is as large as the block."""
 
 
 class PackedRun(Protocol):
@@ -49,11 +49,13 @@ class PackedRun(Protocol):
         ...
 
     def compute(self, workspace: Workspace, write: Callable[[str, bytes], None]) -> dict[int, float]:
-        """Compute the run's bytes, and pass those of each stored tensor to `write` from first to last.
+        """Compute the run's bytes, and pass them to `write(tensor_name, data)`.
+
+        Each stored tensor's bytes are passed from first to last, in one or more calls.
 
         Returns:
-            {index: squared norm}. The first indices belong to the planned updates, the next to the damage, see
-            `requantize.damage`.
+            {index: squared norm}. The first indices are those of the planned updates. The next indices are those of the
+            norms from `requantize.damage`.
         """
         ...
 
@@ -63,7 +65,7 @@ class PackedPart(Protocol):
 
     @property
     def packed(self) -> Packed:
-        """The packed weight. If several share a stored tensor: the first weight, with the stored tensor's name."""
+        """The packed weight. If the part has several, this is the first weight, with the stored tensor's name."""
         ...
 
     @property
@@ -77,11 +79,11 @@ class PackedPart(Protocol):
         ...
 
     def runs(self) -> Sequence[PackedRun] | None:
-        """Return the runs if parts of the weight can be computed separately, else None."""
+        """Return the part as runs that can be computed separately; None if it must be computed as a whole."""
         ...
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
-        """Return the bytes of every stored tensor, and {index: squared norm}, as in `PackedRun.compute`."""
+        """Return {name of a stored tensor: its bytes}, and the squared norms as from `PackedRun.compute`."""
         ...
 
 
@@ -151,7 +153,7 @@ class Plan:
         config_changes: a map from keys of `config.json` to new values; a value None removes the key.
         dtype: the dtype to which all floating-point tensors are cast, or None.
         seed: the seed for stochastic rounding; None rounds to nearest.
-        memory: the largest amount of memory to use, in bytes, without the memory of the imported libraries.
+        memory: the largest amount of memory to use, in bytes, not counting the memory of the imported libraries.
         link: whether the output contains hard links to unchanged files of the base instead of copies.
         origin: the uri of the base if it came from a hub. It is stored here because the downloaded folder may be
             deleted before the report is made.
@@ -160,7 +162,7 @@ class Plan:
         companions: the files to copy next to the weights.
         fingerprint: the fingerprint of the base's weights, see `io/checkpoint.py`; None if it was not computed.
         shapes: a digest of the names and shapes of the base's tensors; None if it was not computed.
-        licences: a map from the names of base and adapters, as messages write them, to their licences.
+        licences: a map from the base's and each adapter's name, as in messages, to the licence.
         vocabulary: plain data about a changed vocabulary; None if the base's vocabulary is kept.
     """
 
@@ -245,8 +247,8 @@ class Plan:
             computed = [
                 (BUFFERED + _memory_of(output, known), output.name) for output in self.outputs() if not output.copied
             ]
-            # Cache the value, because a mixture of experts has 45,000 outputs. A plain assignment would raise an error,
-            # because the dataclass is frozen.
+            # Cache the value, because a mixture of experts may have 45,000 outputs. The dataclass is frozen, so a plain
+            # assignment would raise an error.
             object.__setattr__(self, "_cached_memory", max(computed, default=(0, "")))
         return cast("tuple[int, str]", self._cached_memory)
 
@@ -287,7 +289,7 @@ class Plan:
 def _memory_of(output: Output, known: dict[Hashable, int]) -> int:
     """Return the memory in bytes that one worker needs for an output.
 
-    `known` caches the result for outputs with the same shape, dtypes and forms of updates.
+    `known` caches the result for all outputs with equal shapes and dtypes whose updates have equal `form`s.
     """
     if output.part is not None:
         return output.part.memory

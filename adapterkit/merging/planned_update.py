@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenWeight:
-    """A target's weight and updates, which are needed to compute a change of the bias that depends on the weight.
+    """A target's weight and updates. They are needed if the change of the target's bias depends on the weight.
 
     Attributes:
         name: the name of the base's weight.
         tensor: the base's weight.
-        before: the planned updates of the same weight from earlier targets of the same adapter.
+        before: the planned updates of the same adapter that change the weight before this target's updates do.
         updates: all updates of the target's weight and bias, in order.
     """
 
@@ -41,9 +41,9 @@ class PlannedUpdate:
         weight: the factor by which the change is multiplied.
         source: the adapter's position in the merge's list of adapters; -1 if the change comes from no adapter.
         bias: whether the stored tensor is the target's bias instead of its weight.
-        shape: the shape of the stored tensor; if the adapter was trained with another number of tokens, with as many
-            rows as in training.
-        seen: the target's weight, if the stored tensor is the bias and its change depends on the weight; else None.
+        shape: the shape of the stored tensor when the adapter was trained. It has another number of rows than the
+            base's tensor if the adapter was trained with another number of tokens.
+        seen: the target's weight and updates, if this is a change of the bias that depends on the weight; else None.
     """
 
     target: Target
@@ -60,12 +60,15 @@ class PlannedUpdate:
 
     @property
     def axis(self) -> str:
-        """`in` or `out`: the updates' axis that comes first in the stored tensor, not counting an axis of experts."""
+        """`out` if the tensor is stored as `[out, in, *k]`, `in` if it is stored as `[in, out, *k]`.
+
+        A first axis of experts does not count.
+        """
         return "in" if self.target.layout.removeprefix("e ").startswith("in") else "out"
 
     @property
     def logical(self) -> tuple[int, ...]:
-        """The shape that the updates expect, `[out, in, *k]`: the shape of one weight, or of one expert's weight."""
+        """The shape that the updates expect, `[out, in, *k]`. It has only the target's rows, and no axis of experts."""
         # Treat a bias or a vector as a weight with one input.
         first, second, *rest = self.shape[1:] if self.target.stacked else (*self.shape, 1)[: max(2, len(self.shape))]
         shape = (second, first, *rest) if self.axis == "in" else (first, second, *rest)

@@ -36,8 +36,8 @@ class AdapterSource:
         adapter: the adapter, bound to the base.
         weight: the factor by which the adapter's change is multiplied.
         missing: the adapter's targets that the base does not have.
-        renamed: (removed prefix, added prefix) of the first change of a prefix that turned the adapter's names into
-            names in the base; None if no prefix was changed.
+        renamed: (removed prefix, added prefix), if prefixes of the adapter's names had to be changed to find the names
+            in the base. If several prefixes were changed, the first pair. None if no prefix was changed.
         rules: the rules that mapped the adapter's names to names in the base.
     """
 
@@ -58,7 +58,10 @@ class AdapterSource:
         return cast(str, self._digest)
 
     def record(self, digests: bool = True) -> dict[str, JsonValue]:
-        """Return plain data about the adapter; `base` is the base's name on a hub, and null if only a path is known.
+        """Return plain data about the adapter.
+
+        The key `base` has the base's name on a hub, as the adapter's file gives it. It is null if the file gives no
+        base, or only a path.
 
         Args:
             digests: whether to include the digest; computing it reads all tensors. If False, the digest is null.
@@ -72,7 +75,7 @@ class AdapterSource:
         }  # fmt: skip
 
     def _names(self) -> dict[str, JsonValue]:
-        """Return the rules that mapped names; empty if all names in the adapter are names in the base."""
+        """Return {"names": the rules that mapped names}; empty if the base has all names of the adapter."""
         used = [rule for rule in self.rules if rule.kind != "exact"]
         return {"names": [{"rule": str(rule), "targets": rule.targets} for rule in self.rules]} if used else {}
 
@@ -175,8 +178,8 @@ def _seen_in(base: Checkpoint, fold: PlannedUpdate) -> PlannedUpdate:
 def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
     """Refuse updates that do not change weights.
 
-    The caller makes this check twice: before names are resolved, to fail early, and again afterwards, because the kind
-    of some updates depends on the base's shapes.
+    The caller checks twice. The check before names are resolved fails early. The check afterwards is needed because the
+    kind of some updates depends on the base's shapes.
     """
     for target, update in updates:
         if update.kind not in ("additive", "weight"):
@@ -187,7 +190,7 @@ def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
 def _folds(
     site: Site, before: Sequence[Site], weight: float, position: int, base: Checkpoint, aliases: Mapping[str, str]
 ) -> list[tuple[str, PlannedUpdate]]:
-    """Return (stored tensor, planned update) pairs for a site; `before` are the earlier sites with the same weight."""
+    """Return a site's (stored tensor, planned update) pairs. `before` lists the earlier sites with the same weight."""
     folds = []
     for stored, bias in ((site.weight, False), (site.bias, True)):
         if stored is None:

@@ -1,4 +1,4 @@
-"""Make the plan of a merge from the headers of files. Every byte of the output follows from the plan and the inputs.
+"""Make the plan of a merge from the files' headers. The plan and the input files determine every byte of the output.
 
 The plan lists the output files, and the tensors of each file in order. An output tensor is computed from a stored
 tensor of the base and from planned updates. If it has no updates and its dtype stays the same, its bytes are copied.
@@ -60,7 +60,7 @@ def make_plan(
     changes |= config_changes(base)
     before = config_file(base)
     if cast is not None and before is not None:
-        # Use the key in the config, because transformers renamed `torch_dtype` to `dtype`.
+        # Use the key that the base's config has, because transformers renamed `torch_dtype` to `dtype`.
         key = "dtype" if "dtype" in before else "torch_dtype"
         changes[key] = cast.torch
     parts: dict[str, Repacked | RepackedStack] = {}
@@ -89,8 +89,8 @@ def make_plan(
 def index_of(plan: Plan) -> bytes | None:
     """Return the bytes of the output's index file, which maps tensors to weight files.
 
-    They are the bytes of the base's index if it is still correct. Return None if the output has one weight file and the
-    base has no index.
+    If the base's index is correct for the output too, return its bytes unchanged. If the output has one weight file and
+    the base has no index, return None.
     """
     if len(plan.files) == 1 and plan.base.index is None:
         return None
@@ -119,16 +119,17 @@ def _files(
 
 
 def _untouched(name: str, outputs: list[Output]) -> OutputFile | None:
-    """Return the output file as a copy of the base's file with the same name.
+    """Return an output file that is a copy of the base's file with the same name, if the merge changes nothing in it.
 
-    Return None if there is no such file, or if its tensors are not exactly the unchanged tensors of the output file.
+    Return None if the base has no such file, if the merge changes one of the tensors, or if the two files do not have
+    the same tensors.
     """
     spans = [output.source.span for output in outputs if output.copied]
     paths = {span.path for span in spans if span is not None}
     if len(spans) < len(outputs) or len(paths) != 1 or None in spans:
         return None
-    # A copy keeps the header of the base's file. So that file must contain no other tensors than the output file, and
-    # no bytes after its last tensor.
+    # A copy keeps the header of the base's file. So the base's file must contain only the output file's tensors, and no
+    # bytes after its last tensor.
     path = Path(paths.pop())
     start = min(span.offset for span in spans if span is not None)
     if path.name != name or start + sum(output.nbytes for output in outputs) != path.stat().st_size:
@@ -146,7 +147,7 @@ def _header(base: Checkpoint, name: str, members: list[tuple[str, DType, Shape]]
 
 
 def is_gguf_output(base: Checkpoint) -> bool:
-    """Whether the base is a GGUF file and the output will be one."""
+    """Whether both the base and the output are GGUF models."""
     return isinstance(base, Dequantized) and base.scheme == "gguf" and base.packs
 
 
@@ -155,7 +156,7 @@ def _grouping(
 ) -> Iterator[tuple[str, list[str], Mapping[str, str]]]:
     """Yield (file name, tensor names in order, metadata) of each output file.
 
-    By default, the files are those of the base.
+    If `shard_size` is None, the output has one file for each file of the base.
     """
     common = next(iter(base.metadata.values()), {}) or {"format": "pt"}
     if is_gguf_output(base):
@@ -176,7 +177,7 @@ def _grouping(
 
 
 def _by_home(base: Checkpoint, names: Iterable[str], otherwise: Path | None) -> dict[Path, list[str]]:
-    """Return a map from the base's files to their tensors, in order.
+    """Return a map from each file of the base to the names of its tensors, in order.
 
     A tensor that is not in the base is assigned to the file `otherwise`, or left out if `otherwise` is None.
     """
@@ -196,7 +197,10 @@ def _by_home(base: Checkpoint, names: Iterable[str], otherwise: Path | None) -> 
 
 def _split(tensors: Mapping[str, Lazy], kinds: Mapping[str, DType], shard_size: int) -> list[list[str]]:
     if shard_size <= 0:
-        raise UsageError(f"the shard size is {shard_size} bytes", cure="Give a positive size, e.g. 5GB")
+        raise UsageError(
+            f"the shard size is {shard_size} bytes",
+            cure="Give a positive size, such as --shard-size 5GB (shard_size=5 << 30)",
+        )
     shards: list[list[str]] = [[]]
     filled = 0
     for name, tensor in tensors.items():
@@ -221,7 +225,7 @@ def _dtype(name: str | None) -> DType | None:
     dtype = dtype_named(name)
     if dtype is None or not dtype.floating or dtype.torch.startswith(("complex", "float8_e8")):
         known = ", ".join(d.name for d in DTYPES.values() if d.floating)
-        raise UsageError(f"weights cannot be cast to {name!r}", cure=f"Known: {known}")
+        raise UsageError(f"weights cannot be cast to {name!r}", cure=f"Choose another --dtype (dtype=). Known: {known}")
     return dtype
 
 

@@ -400,7 +400,7 @@ def test_numbers_whose_squares_overflow_are_refused(tmp_path):
     fields = {"A": np.array([[1e200, 1.0]]), "B": np.array([[1.0], [1.0]]), "magnitude": np.ones(2)}
     adapter = Adapter({Target("q"): (METHODS["dora"](**{n: from_numpy(array) for n, array in fields.items()}),)})
     save_file({"q.weight": np.eye(2)}, tmp_path / "base.safetensors")
-    with pytest.raises(Unsupported, match=r"q: dora\.A: a number is above 3e\+150"):
+    with pytest.raises(Unsupported, match=r"q: dora\.A: an element's magnitude is above 3e\+150"):
         ak.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
 
 

@@ -98,6 +98,6 @@ def test_memory_bounds_the_workers_and_a_plan_says_so(tmp_path: Path) -> None:
     with pytest.raises(ak.AdapterkitError, match=r"layers.*needs .* bytes of memory or more") as caught:
         ak.merge(base, adapter, tmp_path / "none", memory=one - 1)
     assert caught.value.exit_code == 6
-    with pytest.raises(ak.AdapterkitError, match="the memory is 0"):
+    with pytest.raises(ak.AdapterkitError, match="the memory limit is 0"):
         plan(base, adapter, memory=0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "free", "tight"]
