@@ -223,17 +223,21 @@ def _dtype(name: str | None) -> DType | None:
     if name is None:
         return None
     dtype = dtype_named(name)
-    if dtype is None or not dtype.floating or dtype.torch.startswith(("complex", "float8_e8")):
-        known = ", ".join(d.name for d in DTYPES.values() if d.floating)
+    if dtype is None or not _is_for_weights(dtype):
+        known = ", ".join(each.name for each in DTYPES.values() if _is_for_weights(each))
         raise UsageError(f"weights cannot be cast to {name!r}", cure=f"Choose another --dtype (dtype=). Known: {known}")
     return dtype
+
+
+def _is_for_weights(dtype: DType) -> bool:
+    """Whether real weights can be cast to and from this dtype: it is floating-point, has a sign, and is not complex."""
+    return dtype.floating and not dtype.torch.startswith(("complex", "float8_e8"))
 
 
 def _output_dtype(tensor: Lazy, cast: DType | None, stored: str, base: Checkpoint) -> DType:
     if cast is None and isinstance(base, Dequantized) and stored in base.packed and tensor.dtype.name == "F32":
         return DTYPES["BF16"]  # Write 16 bits, although schemes dequantize to float32; see `quantized.WHY`.
-    convertible = tensor.dtype.floating and not tensor.dtype.torch.startswith(("complex", "float8_e8"))
-    return cast if cast is not None and convertible else tensor.dtype
+    return cast if cast is not None and _is_for_weights(tensor.dtype) else tensor.dtype
 
 
 def _check_floating(name: str, tensor: Lazy, base: Checkpoint) -> None:

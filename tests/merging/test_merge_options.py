@@ -70,6 +70,18 @@ def test_stochastic_rounding_is_the_same_on_any_cut(tmp_path: Path, monkeypatch:
     assert tree(tmp_path / "out") != tree(tmp_path / "other")
 
 
+def test_the_cure_for_a_dtype_lists_only_dtypes_that_a_merge_accepts(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", {"m.weight": rand(8, 8)})
+    adapter = ak.Adapter({ak.Target("m"): (lora(8, 8),)})
+    with pytest.raises(ak.AdapterkitError, match="cannot be cast to 'I8'") as caught:
+        plan(base, adapter, dtype="I8")
+    known = caught.value.cure.partition("Known: ")[2].split(", ")
+    assert {"F32", "F16", "BF16"} <= set(known)
+    assert not {"C64", "F8_E8M0"} & set(known)
+    for dtype in known:
+        plan(base, adapter, dtype=dtype)
+
+
 def test_linked_files_are_those_of_the_base(tmp_path: Path) -> None:
     base, adapter = big_base(tmp_path / "base", 6)
     only = adapter.replace(updates=dict(list(adapter.updates.items())[:1]))
