@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from .building import Array
 
 KEEPS_ORDER = {"Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
-"""Operators that keep the order of the elements. An Add of a vector after such an operator can be moved before the
-operator, provided that the vector lies along the last axis."""
+"""Operators that keep the order of the elements. If an Add follows such an operator and adds a vector along the last
+axis, the Add can be moved before the operator."""
 
 PASSES = KEEPS_ORDER | {
     "Transpose", "Cast", "QuantizeLinear", "DequantizeLinear", "Split", "Slice", "Dropout",
@@ -45,13 +45,13 @@ PADDLE = (("w_0", "b_0"), ("_weights", "_offset"))
 """Pairs of suffixes that PaddlePaddle gives to the names of a layer's weight and bias."""
 
 _COPY = re.compile(r"_deepcopy_\d+$")
-"""Suffix that paddle2onnx appends to each parameter's name; its number differs between a layer's weight and bias."""
+"""Suffix that paddle2onnx appends to each parameter's name. A layer's weight and bias get different numbers."""
 
 BROADCAST = {"MatMul", "Add", "Sub", "Mul", "Div", "Equal", "Cast", "Identity"}
 """Operators whose output has at least as many axes as each input."""
 
 WIDE = 64
-"""Largest number of values to visit in one search through the graph, such as for the name of a bias."""
+"""Maximum number of values that one search through the graph visits, such as the search for a bias's name."""
 
 _AGAIN = "Export the graph again, so that the bias is an input of the layer's node or of an Add right after this node"
 
@@ -62,7 +62,11 @@ def changes_bias(place: ResolvedTarget) -> bool:
 
 
 def with_base_bias(place: ResolvedTarget, base: Checkpoint) -> ResolvedTarget:
-    """Return the target with `bias` set to its layer's bias in the base, if the base contains the layer's weight."""
+    """Return the target with `bias` set to the bias that the layer has in the base.
+
+    The target is returned unchanged if no update changes the bias, if it has no layer in the graph, or if the layer's
+    weight is not found in the base.
+    """
     if not changes_bias(place) or not place.spots:
         return place
     for path in dict.fromkeys((place.target.path, place.asked.path)):
@@ -98,15 +102,15 @@ def _base_bias(base: Checkpoint, name: str) -> BaseBias | None:
 
 
 def settle_biases(places: Sequence[ResolvedTarget], building: Building) -> None:
-    """For each layer whose bias an update changes, find the bias; if needed, move its Add right after the layer.
+    """Find the bias of each layer whose bias is updated. If needed, move the bias's Add right after the layer.
 
     If the vector that is added to a layer's output is not the layer's bias, put the layer's node into
     `building.apart`, so that updates do not change the vector.
 
     Raises:
-        Unsupported: it is unknown whether a vector that is added to a layer's output is the bias; or the graph adds
-            the bias at a place from which it cannot be moved; or one node computes several layers with different
-            biases.
+        Unsupported: it is unknown whether a vector that the graph adds to a layer's output is the bias; or the bias is
+            computed by the graph, cannot be added right after the layer, or is in the base but was not found in the
+            graph; or one node computes several layers with different biases.
     """
     for place in places:
         for spot in dict.fromkeys(place.spots):
@@ -118,7 +122,7 @@ def settle_biases(places: Sequence[ResolvedTarget], building: Building) -> None:
 
 
 def _refuse_shared(spot: Spot, place: ResolvedTarget) -> None:
-    """Raise an error if an optimizer merged several layers, which have equal weights and inputs, into this node."""
+    """Raise an error if an optimizer merged several layers with equal weights and inputs into this node."""
     uses = list(spot.node.outputs[0].uses())
     if len(uses) < 2:
         return
@@ -187,7 +191,7 @@ def _settle(spot: Spot, place: ResolvedTarget, building: Building) -> None:
                 continue
             kind = added.node.op_type
             through = ", ".join(node.op_type for node in added.passed)
-            why = f"an update cannot change the bias of this layer, which the operator {kind} adds"
+            why = f"an update cannot change this layer's bias, which the operator {kind} adds"
             why += f" after {through}" if through else ""
             raise Unsupported(why, where=where, cure=_AGAIN)
         building.apart.discard(layer.node)
@@ -196,10 +200,10 @@ def _settle(spot: Spot, place: ResolvedTarget, building: Building) -> None:
 
 
 def _in_float_sums(layer: GraphLayer) -> bool:
-    """If a QLinearAdd adds a constant after a layer, replace this node by DequantizeLinear, Add and QuantizeLinear.
+    """If a QLinearAdd adds a constant after a layer, replace it with DequantizeLinear, Add and QuantizeLinear.
 
     Returns:
-        Whether a node was replaced.
+        Whether a QLinearAdd was replaced.
     """
     value = layer.result
     again = only_reader(value, "QuantizeLinear")
@@ -271,7 +275,7 @@ def _zero(place: ResolvedTarget) -> bool:
 
 
 def _refuse_lost(place: ResolvedTarget, where: str) -> None:
-    """Raise an error if the layer has a bias in the base, because none was found in the graph."""
+    """Raise an error for a layer without a known bias in the graph if the layer has a nonzero bias in the base."""
     if place.bias is None or _zero(place):
         return
     why = "the layer has a bias in the base, but it is unclear where the graph adds this bias"
@@ -296,14 +300,15 @@ def _is_bias(
     Args:
         layer: the layer.
         adds: the node that adds the vector.
-        vector: the vector, with one element for each output channel; None if it cannot be converted to this form.
+        vector: the vector as `[out]`, one element for each output channel; None if it cannot have this shape.
         place: the layer's target.
-        plain: True if exporters usually write a bias in this way. The vector is then taken for the bias unless the base
-            or the nodes' names show that it is not.
+        plain: True if the graph adds the vector in the way in which exporters usually add a bias. The vector then
+            counts as the bias, unless the base or the nodes' names show that it is not.
         bias: the graph value that holds the vector; None if the layer's own node reads the vector.
 
     Raises:
-        Unsupported: nothing shows whether the vector is the bias; or its values differ from those of the base's bias.
+        Unsupported: nothing shows whether the vector is the bias; or the vector equals neither the layer's bias in the
+            base nor another vector of the base.
     """
     where = str(place.asked)
     named = bias is not None and _is_named(bias, place)
@@ -338,15 +343,16 @@ def _in_base(vector: Array, place: ResolvedTarget) -> bool | None:
     if base is None:
         if not vector.any() or _is_other(vector, place.bias):
             return False
-        why = "the graph adds a vector to the layer's output, but the base has no bias there, and no vector equal to it"
-        raise Unsupported(why, where=str(place.asked), cure="Pass all weights of the base: --base-weights DIR")
+        why = "the base has no bias for this layer and lacks the vector that the graph adds to the layer's output"
+        cure = "Pass all weights of the base: --base-weights DIR (base_weights=)"
+        raise Unsupported(why, where=str(place.asked), cure=cure)
     for part in (vector[rows], vector):
         if part.shape == base.shape:
             if _near(part, base):
                 return True
             if _is_other(part, place.bias):
                 return False
-            why = "the graph adds a vector to the layer's output, but it holds other numbers than the base's bias"
+            why = "the vector that the graph adds to the layer's output differs from the layer's bias in the base"
             raise Unsupported(why, where=str(place.asked), cure="Is this the base that the graph was exported from?")
     return None
 
@@ -365,7 +371,11 @@ def _near(one: Array, other: Array) -> bool:
 
 
 def _may_be_foreign(value: ir.Value, place: ResolvedTarget, layer: GraphLayer) -> bool:
-    """Whether a value cannot be the layer's bias: the base has none, or the value is a matrix, scalar or residual."""
+    """Whether a value cannot be the layer's bias.
+
+    No value is the bias if the layer has no bias in the base. A value without the bias's name cannot be the bias if it
+    is a matrix or scalar, or if it depends on the model's inputs, as a residual does.
+    """
     if place.bias is not None and place.bias.numbers is None:
         return True
     if _is_named(value, place):
@@ -377,7 +387,7 @@ def _may_be_foreign(value: ir.Value, place: ResolvedTarget, layer: GraphLayer) -
 
 
 def _added(layer: GraphLayer) -> Iterator[_Added]:
-    """Yield the values that nodes add to a layer's output, directly or after operators in `PASSES` and other sums."""
+    """Yield the values that nodes add to a layer's output, directly or after `PASSES` operators and other additions."""
     waiting: list[tuple[ir.Value, tuple[ir.Node, ...], bool]] = [(layer.result, (), True)]
     for _ in range(WIDE):
         if not waiting:
@@ -421,7 +431,7 @@ def _may_be_bias(added: _Added, layer: GraphLayer, place: ResolvedTarget) -> boo
 
 
 def _vector(added: _Added, layer: GraphLayer) -> Array | None:
-    """Return an added vector as `[out]`, for the layer's output channels; None if it cannot have this shape."""
+    """Return an added vector as `[out]`, one element for each output channel; None if it cannot have this shape."""
     vector = numbers(added.value)
     vector = -vector if added.negative else vector
     if vector.size != layer.outputs:
@@ -459,13 +469,13 @@ def _least_axes(value: ir.Value | None, depth: int = 5) -> int:
 
 
 def _channel_after(nodes: Sequence[ir.Node], layer: GraphLayer) -> int | None:
-    """Return the axis, a negative index, at which a convolution's channels are after nodes that move axes.
+    """Return the negative index of the channel axis of a convolution's output after `nodes` have moved its axes.
 
     Returns:
         None if a node cuts or removes the channels, or the effect of a node on the axes is unknown.
     """
     rank = 1 - layer.channel
-    axes = list(range(rank))  # For each axis of the current value, the convolution's axis; -1 for a new axis.
+    axes = list(range(rank))  # The index that each axis had in the convolution's output; -1 for a new axis.
     for node in nodes:
         given = [None if one is None or not is_constant(one) else numbers(one) for one in node.inputs[1:]]
         moved = node.attributes["axes"].as_ints() if "axes" in node.attributes else given[-1] if given else None
@@ -493,7 +503,10 @@ def _channel_after(nodes: Sequence[ir.Node], layer: GraphLayer) -> int | None:
 
 
 def _last_sizes(node: ir.Node, count: int) -> list[int] | None:
-    """Return the last `count` sizes of the output of a node such as a Reshape; None if they are not known."""
+    """Return the last `count` sizes in the shape of a node's output; None if they are unknown.
+
+    If the graph does not declare the shape of a Reshape's output, the sizes are read from the Reshape's shape input.
+    """
     sizes = node.outputs[0].shape
     last = None if sizes is None else list(sizes)[-count:]
     if last is not None and len(last) == count and all(isinstance(size, int) for size in last):
@@ -518,11 +531,11 @@ def _last_sizes(node: ir.Node, count: int) -> list[int] | None:
 
 
 def _brought(added: _Added, vector: Array, layer: GraphLayer) -> bool:
-    """Replace the node that adds or subtracts a vector by an Add right after the layer.
+    """Replace the node that adds or subtracts a vector with an Add right after the layer.
 
     Returns:
-        False if this is impossible, because other nodes also read a value between the layer and the node, or because
-        the nodes are in different graphs.
+        Whether the node was replaced. It is not replaced if other nodes also read a value between the layer and the
+        node, if it is not the first addition after the layer, or if the nodes are in different graphs.
     """
     graph, building = layer.node.graph, layer.branch.building
     chain = [layer.result, *(node.outputs[0] for node in added.passed)]
@@ -596,8 +609,8 @@ def _modules(one: ir.Node, other: ir.Node) -> tuple[str, str] | None:
     if not all("/" in name for name in names):
         return None
     first, second = (name.rpartition("/")[0] for name in names)
-    # In TensorFlow's names, each operation of a module has its own scope, so two scopes may be in the same module. Such
-    # names do not begin with a slash.
+    # In names from TensorFlow, which do not begin with a slash, each operation of a module has its own scope. Two nodes
+    # with different scopes may then be in the same module.
     return (first, second) if first == second or all(name.startswith("/") for name in names) else None
 
 

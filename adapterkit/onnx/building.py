@@ -1,4 +1,4 @@
-"""Add nodes and tensors to a graph, with unique names and each tensor only once; insert and copy nodes."""
+"""Add nodes and tensors to a graph under unique names, create each new tensor only once, and copy nodes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Building:
         model: the model that is being changed.
 
     Attributes:
-        apart: the nodes of layers to whose output the graph adds a vector that is not the layer's bias; see biases.py.
+        apart: nodes of layers. The graph adds a vector to each such layer's output, and this vector is not the layer's
+            bias; see biases.py.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -57,7 +58,7 @@ class Building:
         self.apart: set[ir.Node] = set()
 
     def now(self, value: ir.Value) -> ir.Value:
-        """Return the value that replaces `value` now; `value` itself if it was not replaced."""
+        """Return the current replacement of `value`, or `value` itself if it was not replaced."""
         # Follow the whole chain: several targets may replace the same output, one after the other.
         while value in self.moved:
             value = self.moved[value]
@@ -73,7 +74,10 @@ class Building:
         return name
 
     def tensor(self, key: Hashable, wanted: str, make: Callable[[], Array]) -> ir.Value:
-        """Return the initializer for `key`, created once. `settle` adds it to the graph if a node reads it."""
+        """Return the initializer for `key`. The first call with a key calls `make` to create it.
+
+        `settle` adds the initializer to the graph if a node reads it.
+        """
         if key not in self.tensors:
             array = np.asarray(make(), order="C")  # `ascontiguousarray` would turn a scalar into shape [1].
             name = self.name(wanted)
@@ -93,7 +97,7 @@ class Building:
         """Return an optional input: an initializer with the default value, which is also listed as a graph input."""
         if key not in self.tensors:
             value = self.tensor(key, wanted, lambda: default)
-            # Set the shape with the dynamic sizes: the default has size 0 or 1 there, which would become a fixed size.
+            # Replace the default's shape: its sizes of 0 or 1 would become fixed sizes of axes that are dynamic.
             value.shape = ir.Shape(shape)
             self.inputs.append(value)
         return self.tensors[key]
@@ -104,7 +108,7 @@ class Building:
         return id(thing)
 
     def settle(self) -> None:
-        """Add the new tensors and inputs that nodes read to the graph's initializers and inputs."""
+        """Add the new initializers and inputs to the graph, except those that no node reads."""
         for value in self.tensors.values():
             if value.uses() and not value.is_initializer():
                 self.model.graph.register_initializer(value)
@@ -127,7 +131,7 @@ class Building:
 
 
 class Branch:
-    """The new nodes of one target, in the order in which they run, until they are inserted into the target's graph.
+    """Collects the new nodes of one target, in the order in which they run, before they are inserted into the graph.
 
     Args:
         building: collects the changes to the model.
@@ -146,7 +150,7 @@ class Branch:
         self, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Attribute] | None,
         dtype: npt.DTypeLike, shape: Sequence[int | None] | None, position: int = 0, domain: str = "",
     ) -> ir.Value:  # fmt: skip
-        """Append a node, and return its output at index `position`; other nodes cannot read its earlier outputs."""
+        """Append a node, and return its output at index `position`, the only output that other nodes can read."""
         name = self.building.name(f"{self.name}/{op}")
         out = ir.Value(name=f"{name}_output", type=ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype))))
         # Omit a shape that has a size of FREE or more. Such a size stands for a dynamic size and must not be written to
@@ -173,7 +177,7 @@ class Branch:
         return [node for node in reversed(needed) if node.graph is None]
 
     def close(self) -> None:
-        """Remove all nodes from the branch. Nodes that were not inserted no longer count as readers of their inputs."""
+        """Empty the branch. Disconnect nodes that are in no graph, so that they do not count as readers of values."""
         _disconnect([node for node in self.nodes if node.graph is None])
         self.nodes.clear()
 
@@ -187,7 +191,7 @@ KEEPS_TYPE = frozenset({
 
 
 def element_type(value: ir.Value | None) -> Dtype:
-    """Return a value's numpy dtype: as the graph declares it, or as the nodes before it imply, or else float32."""
+    """Return a value's numpy dtype: declared in the graph, inferred from the nodes before it, or else float32."""
     while value is not None:
         dtype = value.const_value.dtype if value.dtype is None and value.const_value is not None else value.dtype
         if dtype is not None and dtype not in _UNKNOWN:
@@ -219,10 +223,10 @@ def kind_of(value: ir.Value) -> ir.DataType:
 
 
 def _typed(name: str, value: Attribute) -> Attribute:
-    """Return an attribute in the form that `ir.node` accepts.
+    """Convert a list of integers to an attribute of onnx-ir, and return any other value unchanged.
 
-    For a list of integers, create the attribute here. If onnx-ir has to find out the attribute's type, it tests the
-    list against each of its protocols, which took a quarter of the time of an injection.
+    Given a plain list, onnx-ir would test the list against each of its protocols to find the attribute's type. This
+    took a quarter of the time of an injection.
     """
     if isinstance(value, list | tuple):
         whole = [one for one in value if type(one) is int]
@@ -283,7 +287,7 @@ def takes_over(old: ir.Value, new: ir.Value, branch: Branch) -> None:
 
 
 def readers_of(value: ir.Value, branch: Branch) -> list[ir.Node]:
-    """Return the nodes that read a value, without the branch's own nodes."""
+    """Return the nodes that read a value, except the branch's own nodes."""
     branch_nodes = set(branch.nodes)
     return [use.node for use in value.uses() if use.node not in branch_nodes]
 
@@ -302,11 +306,11 @@ def _graph(node: ir.Node) -> ir.Graph:
     return graph
 
 
-# Copy nodes, so that the copies compute the same from other inputs.
+# Copy nodes, to run the same computation on other inputs.
 
 
 Copies = dict[ir.Value, ir.Value]
-"""A map from each original value to its copy."""
+"""A map from original values to the values that the copied nodes read instead."""
 
 
 def copied(nodes: Sequence[ir.Node], copies: Copies, name: Callable[[str], str]) -> list[ir.Node]:
@@ -324,7 +328,7 @@ def copied(nodes: Sequence[ir.Node], copies: Copies, name: Callable[[str], str])
 
 
 def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Node:
-    # Refuse a subgraph: it may read values of the outer graph, and these would have to be replaced in it, too.
+    # Refuse a node with a subgraph. The subgraph may read values of the outer graph, which this code does not replace.
     if any(
         attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
     ):
@@ -349,8 +353,8 @@ def between(start: ir.Value | None, end: ir.Value, among: Sequence[ir.Node]) -> 
     """Return the nodes that compute `end` from `start`, in the order in which they run.
 
     Args:
-        start: the value that the paths begin at; None to return all nodes that contribute to `end`.
-        end: the value that the paths end at.
+        start: the value on which all returned nodes depend; None to return all nodes that contribute to `end`.
+        end: the value to compute.
         among: the nodes to consider, in the order in which they run.
     """
     after = set[ir.Value]() if start is None else {start}

@@ -35,13 +35,13 @@ KEY, VALUE, CONV = "key", "value", "conv"
 
 @dataclass(frozen=True, slots=True)
 class PastTensor:
-    """One tensor of the past.
+    """A tensor of the cache, which becomes an input and an output of the exported graph.
 
     Attributes:
         layer: the index of the layer.
         kind: `key`, `value`, `conv`, or the kind of a recurrent state, such as `ssm`.
-        number: the number of the state, if the layer has several states of one kind; otherwise None.
-        sizes: the sizes of all axes but the first, the batch; the size of the axis of tokens is given as 0.
+        number: the state's index if the layer has several states of this kind; otherwise None.
+        sizes: the shape without the batch axis, which is the first axis. The token axis has size 0.
         dtype: the dtype.
     """
 
@@ -53,7 +53,7 @@ class PastTensor:
 
     @property
     def grows(self) -> bool:
-        """Whether the tensor has an axis of tokens, so that it grows with each call."""
+        """Whether the tensor has a token axis, which grows with each call."""
         return self.kind in (KEY, VALUE)
 
     @property
@@ -62,7 +62,7 @@ class PastTensor:
         return {0: "batch_size", 2: "past"} if self.grows else {0: "batch_size"}
 
     def name(self, present: bool = False) -> str:
-        """Return the name of the graph's input for this tensor; if `present`, of the graph's output."""
+        """Return the name of this tensor's graph input, or of its graph output if `present`."""
         if self.grows:
             return f"{'present' if present else 'past_key_values'}.{self.layer}.{self.kind}"
         stem = f"{'present' if present else 'past'}_{self.kind}.{self.layer}"
@@ -83,9 +83,9 @@ class Past:
 
     Attributes:
         tensors: the tensors, in the order of the graph's inputs.
-        last: the recurrent state that a layer read last from the cache.
-        has_attention: whether a layer holds keys and values.
-        has_states: whether a layer holds states.
+        last: the recurrent state that was last read from the cache.
+        has_attention: whether any layer of the cache holds keys and values.
+        has_states: whether any layer of the cache holds states of convolutions or recurrences.
     """
 
     def __init__(self, model: PretrainedModel, word: str, source: Path, given: Mapping[str, Tensor]) -> None:
@@ -93,8 +93,8 @@ class Past:
 
         Args:
             model: the model.
-            word: the name of the model's parameter for the cache.
-            source: the model's folder, for errors.
+            word: the keyword with which the cache is passed to the model's `forward`.
+            source: the model's folder, for error messages.
             given: the other arguments of the call.
 
         Raises:
@@ -128,7 +128,7 @@ class Past:
         self.has_states = not all(one.grows for one in self.tensors)
 
     def names(self, present: bool = False) -> list[str]:
-        """Return the names of the graph's inputs for the tensors; if `present`, of the graph's outputs."""
+        """Return the names of the tensors' graph inputs, or of their graph outputs if `present`."""
         return [one.name(present) for one in self.tensors]
 
     def axes(self) -> list[dict[int, str]]:
@@ -140,13 +140,13 @@ class Past:
         return [one.example(batch, past, rng) for one in self.tensors]
 
     def cache(self, tensors: Sequence[Tensor] | None, *, first: bool = False) -> Cache:
-        """Return a cache that holds the tensors; an empty cache for None.
+        """Return a cache that holds `tensors`, or an empty cache if `tensors` is None.
 
         Args:
             tensors: the tensors, in the order of the graph's inputs.
-            first: True to make the cache report that it is empty, because some models use the types of tokens only in
-                the first call. In later calls, these types do not change the result: new tokens may attend to all
-                earlier tokens.
+            first: True to make the cache report that it is empty. Some models read the token types only while the
+                cache is empty. In later calls, the token types do not change the result, because new tokens may attend
+                to all earlier tokens.
         """
         empty: Any = import_module("transformers").DynamicCache
         cache: Any = (type("FirstCache", (empty,), {"is_initialized": False}) if first else empty)()
@@ -165,9 +165,9 @@ class Past:
         return cast("Cache", cache)
 
     def mask(self, mask: Tensor, length: int) -> Tensor:
-        """Return the mask to pass to the model: of all tokens, or of the call's tokens if no layer has an attention.
+        """Return the mask to pass to the model: for all tokens, or for the call's tokens if no layer has attention.
 
-        Models without any attention multiply the hidden states of the call by the mask. If only some layers have an
+        Models without any attention multiply the hidden states of the call by the mask. If only some layers have
         attention, transformers itself cuts the mask for the other layers.
         """
         return mask if self.has_attention else mask[:, mask.shape[1] - length :]
@@ -222,9 +222,9 @@ def _tensors(layers: Sequence[Any], recurrent: str) -> list[PastTensor]:
 
 
 def _layer(like: Any, tensors: Mapping[tuple[str, int], Tensor], library: Any) -> Any:
-    """Return a new cache layer that holds the tensors, to be used in place of the layer `like`.
+    """Return a new cache layer that holds the tensors and replaces the layer `like`.
 
-    For a layer with a sliding window, return a layer that keeps all keys and values: the model's mask hides the tokens
+    If `like` has a sliding window, the new layer keeps all keys and values, because the model's mask hides the tokens
     before the window.
     """
     states = hasattr(like, "conv_states")

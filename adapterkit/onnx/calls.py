@@ -1,7 +1,8 @@
 """Provide the inputs of the model's call that formulas read, such as the token ids.
 
 A formula may read all tokens, but a graph with cached keys and values only gets the new tokens. For such a formula, the
-graph gets an extra input for the ids of the cached tokens; the formula reads these ids and the new ones; see tokens.py.
+graph gets an extra input for the ids of the cached tokens. The formula then reads the cached and the new tokens' ids;
+see tokens.py.
 """
 
 from __future__ import annotations
@@ -54,15 +55,15 @@ def first_pass(words: CallWords, output_name: str | None) -> ir.Value:
     """Copy the nodes that compute the last layer's output, and return the copy's output for the call's tokens.
 
     Args:
-        words: the inputs of the call; their graph must not have been changed yet.
-        output_name: the name of the last layer's output. None to use the graph output with a name in `KNOWN`, or else
-            the input of the head that computes `logits`.
+        words: the inputs of the call. The graph must not have been changed yet.
+        output_name: the name of the last layer's output. If None, use the graph output with a name in `KNOWN`, or else
+            the input of the layer that computes `logits`.
 
     Raises:
         UsageError: the graph has no value named `output_name`; or `output_name` is None, and the graph does not show
             which value is the last layer's output.
-        Unsupported: a node to copy has a subgraph; or the graph has a past, and the values of some input
-            are unknown for the past's tokens.
+        Unsupported: a node that must be copied has a subgraph; or the graph has cached keys and values, and one of its
+            other inputs has no values for the cached tokens.
     """
     building, graph = words.building, words.building.model.graph
     value, branch = _last(building.model, output_name), Branch(building, _NAME)
@@ -71,20 +72,20 @@ def first_pass(words: CallWords, output_name: str | None) -> ir.Value:
     end, ids = copies.get(value, value), words.input(TOKENS)
     if ids is not None:
         end = of_call(end, words, branch, plain(ids, branch))
-    # Insert the copy at the start of the graph, because nodes that are added anywhere may read its result.
+    # Insert the copy at the start of the graph, because new nodes at any position of the graph may read its result.
     graph.insert_before(graph[0], branch.nodes)
     return end
 
 
 def _without_past(words: CallWords, branch: Branch) -> Copies:
-    """Return the values that the copy reads instead of the graph's inputs: all tokens, and an empty cache."""
+    """Map graph inputs to the values that the copy reads instead: ids and positions of all tokens, an empty cache."""
     copies: Copies = {value: _emptied(value, branch) for value in past_inputs(words.building.model.graph).values()}
     ids, positions, mask = (words.input(name) for name in (TOKENS, POSITIONS, MASK))
     tokens = every_token(words, branch)
     assert ids is not None
     for value in words.building.model.graph.inputs:
         if value not in copies and value not in (ids, positions, mask) and not value.is_initializer():
-            why = f"the first pass needs the input {value.name} for all tokens, but the past contains no values for it"
+            why = f"the adapter reruns the model on cached tokens, but the input {value.name} has no values for them"
             raise Unsupported(why, cure="Export the model without past keys and values")
     copies[ids] = _like(tokens, ids, branch)
     if positions is not None:
@@ -94,7 +95,7 @@ def _without_past(words: CallWords, branch: Branch) -> Copies:
 
 
 def _emptied(value: ir.Value, branch: Branch) -> ir.Value:
-    """Return cached keys or values with no positions, `[rows, heads, 0, width]`."""
+    """Return an empty slice of cached keys or values, with the shape `[rows, heads, 0, width]`."""
     zero, two = (branch.building.literal(np.array([n], dtype=np.int64)) for n in (0, 2))
     empty = branch.node("Slice", [value, zero, zero, two], None, element_type(value), None)
     empty.shape = None if value.shape is None else ir.Shape([*value.shape[:2], 0, *value.shape[3:]])
@@ -127,7 +128,7 @@ def _last(model: ir.Model, output_name: str | None) -> ir.Value:
 
 
 def _is_head(node: ir.Node) -> bool:
-    """Whether a node's output is the graph output `logits`, or becomes it through nodes that add a bias or cast."""
+    """Whether a node's output is the graph output `logits`, directly or after Add, Cast and Identity nodes."""
     value = node.outputs[0]
     while not value.is_graph_output():
         uses = list(value.uses())
@@ -140,7 +141,7 @@ def _is_head(node: ir.Node) -> bool:
 _NAME = "adapterkit/first_pass"
 
 
-# Find the graph values for the inputs of the model's call that formulas read; `OutputUpdate` explains each input.
+# Some formulas read inputs of the model's call (see `OutputUpdate`). The code below finds these inputs in the graph.
 # Graphs of language models have inputs named `input_ids` and `attention_mask`. If a graph's input has another name, the
 # caller passes this name. If the graph has no input `task_ids`, one is added. `hidden_states`, the last layer's output
 # without the adapter, is computed by `first_pass`.
@@ -150,14 +151,15 @@ TASKS, LAST = "task_ids", "hidden_states"
 
 
 class CallWords:
-    """Finds the graph values for the inputs of the model's call that updates read, by their names in `OutputUpdate`.
+    """Finds inputs of the model's call in a graph, for the updates that read these inputs.
 
     Args:
-        building: the model; its graph must not have been changed yet.
+        building: collects the changes to the model. The graph must not have been changed yet.
         updates: the updates; their `asks` and `hears` name the inputs that they read.
         given: a map from an input's name in `OutputUpdate` to the name of a graph value. `task_ids` may also map to an
-            integer, which is then the task of all rows.
-        config: returns the base's `config.json`, for formulas with a side network of the base's architecture.
+            integer, the index of one task for all rows.
+        config: returns the base's `config.json`. It is needed by formulas that run a side network with the base's
+            architecture.
 
     Raises:
         UsageError: `given` contains an input that no update reads, or the name of a value that the graph lacks.
@@ -170,17 +172,17 @@ class CallWords:
     ) -> None:  # fmt: skip
         self.building, self.stated = building, dict(given or {})
         asked = {word for update in updates for kind in ("asks", "hears") for word in getattr(update, kind, ())}
-        # A side network and a first pass read all inputs of the call, so `given` may then rename any of them.
+        # Side networks and first passes read all inputs in `CALL`, so `given` may then rename any of these inputs.
         asked |= set(CALL) if asked & {SHADOW, LAST} else set()
         for word, value in self.stated.items():
             if word not in asked:
                 raise UsageError(
                     f"no update reads {word}",
                     where="call",
-                    cure=f"Omit --call {word} (call=). Updates read: {', '.join(sorted(asked)) or 'no inputs'}",
+                    cure=f"Omit --call {word} (call=). The updates read: {', '.join(sorted(asked)) or 'nothing'}",
                 )
             if not isinstance(value, str) and not (word == TASKS and type(value) is int and value >= 0):
-                cure = f"Name a graph value: --call {word}=NAME (call=); {TASKS} may also be a task's number"
+                cure = f"Give a graph value's name: --call {word}=NAME (call=); {TASKS} may also be a task's number"
                 raise UsageError(f"{value!r} is not a valid value for {word}", where=f"call: {word}", cure=cure)
         self.new_inputs: dict[str, ir.Value] = {}
         last = self.stated.get(LAST)
@@ -189,8 +191,8 @@ class CallWords:
 
     @property
     def note(self) -> str:
-        """A text that names the inputs that were added to the graph. Every run must pass these inputs."""
-        meanings = {TASKS: "a task's number for each row", EARLIER: "the token ids of the past, without the call's"}
+        """A note about the inputs that were added to the graph, which every run must pass."""
+        meanings = {TASKS: "a task's number for each row", EARLIER: "the token ids of the past, without new tokens"}
         return "; ".join(f"the input {value.name} takes {meanings[word]}" for word, value in self.new_inputs.items())
 
     def at(self, layer: GraphLayer | Ended) -> Heard:
@@ -198,7 +200,11 @@ class CallWords:
         return Heard(self, layer)
 
     def input(self, word: str) -> ir.Value | None:
-        """Return the graph input for the call's input `word`; None if the graph has none. `stated` may rename it."""
+        """Return the graph input for `word`; None if there is none. Its name is `given[word]`, or else `word` itself.
+
+        Raises:
+            UsageError: the graph has no input with the name `given[word]`.
+        """
         name = self.stated.get(word, word)
         if not isinstance(name, str):
             return None
@@ -226,7 +232,7 @@ class Heard:
 
     Args:
         words: the inputs of the call.
-        layer: the layer whose formula reads them.
+        layer: the layer whose formula reads the inputs.
     """
 
     def __init__(self, words: CallWords, layer: GraphLayer | Ended) -> None:
@@ -238,7 +244,7 @@ class Heard:
             return self.shadow
         formula = {TOKENS: self._tokens, TASKS: self._tasks, LAST: self._last}.get(word)
         if formula is None:
-            why = f"its formula reads {word} from the model's call, which a graph cannot provide"
+            why = f"the update's formula reads {word} from the model's call, but a graph cannot provide {word}"
             raise Unsupported(why, cure="Keep the adapter in the torch model")
         return formula()
 
@@ -285,7 +291,12 @@ class Heard:
         return Value(self.layer.branch, hidden.sizes, hidden.dtype, hidden.value).cast(self.layer.dtype)
 
     def _mask(self, value: ir.Value) -> Value | None:
-        """Return the mask for the layer's positions; ones if the graph's mask has another size, e.g. with a past."""
+        """Return the mask for the layer's positions, as int64.
+
+        If the mask that is passed to the graph has another shape, for example because it covers a past, the result is
+        all ones. Return None if the graph does not declare a mask with two axes, or if the layer's output does not have
+        three axes.
+        """
         y = self.layer.y
         if value.shape is None or len(value.shape) != 2 or y.ndim != 3:
             return None

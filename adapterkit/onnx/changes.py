@@ -1,6 +1,6 @@
-"""Compute the changed tensors of a graph merge block by block, with the engine that also merges checkpoints.
+"""Merge updates into a graph's stored tensors, block by block, with the engine that also merges checkpoints.
 
-If a node reads a stored weight through Transpose nodes, the merge changes the stored tensor and keeps these nodes.
+If a node reads a stored weight through Transpose nodes, the merge changes the stored tensor and keeps the Transposes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ class Stored:
     """The stored tensor that a node reads, directly or through Transpose and Identity nodes.
 
     Attributes:
-        value: the stored tensor; or the operand itself, if other nodes compute the operand.
+        value: the stored tensor. If other nodes compute the operand, `stored_behind` gives the operand itself, and
+            `unturned` gives the computed value before the Transpose and Identity nodes.
         turned: True if the operand is `value` with its first two axes swapped.
-        chain: the nodes from the stored tensor to the operand.
+        chain: the nodes from `value` to the operand.
     """
 
     value: ir.Value
@@ -38,7 +39,7 @@ class Stored:
 
 
 def stored_behind(operand: ir.Value) -> Stored:
-    """Return the stored tensor that an operand comes from; only Transpose and Identity nodes may be in between."""
+    """Return the stored tensor that becomes an operand, directly or through Transpose and Identity nodes."""
     source = unturned(operand)
     return source if source.value.const_value is not None else Stored(operand, False, ())
 
@@ -74,12 +75,12 @@ def _turns(node: ir.Node) -> bool | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredChange:
-    """A stored tensor that the merge computes.
+    """A stored tensor, and the updates that the merge applies to it.
 
     Attributes:
         where: the target, for error messages.
         source: the tensor before the merge.
-        folds: the planned updates of the tensor, converted to the axis order in which the tensor is stored.
+        folds: the planned updates of the tensor, in the axis order in which the tensor is stored.
     """
 
     where: str
@@ -87,11 +88,11 @@ class StoredChange:
     folds: tuple[PlannedUpdate, ...]
 
     def output(self, offset: int) -> Output:
-        """Return the plan to write the tensor at an offset in a file."""
+        """Return the plan for writing the merged tensor at `offset` in a file."""
         return Output(self.where, self.source.dtype, self.source.shape, offset, self.source, self.folds)
 
     def array(self) -> Array:
-        """Compute the whole tensor in memory."""
+        """Compute the whole merged tensor in memory."""
         output = self.output(0)
         out: Array = np.empty(self.source.shape, dtype=self.source.dtype.array)
         flat, arrays = out.reshape(-1), NumpyArrays()
@@ -127,7 +128,7 @@ def bytes_of(tensor: ir.TensorProtocol) -> Lazy:
 
 
 def _flat_bytes(tensor: ir.TensorProtocol) -> Array:
-    """Return the bytes of a tensor. Only 4-bit types are copied, because numpy stores them differently."""
+    """Return the bytes of a tensor. Only 4-bit types are packed again, because numpy uses one byte for each element."""
     array = tensor.numpy()
     if array.nbytes == tensor.nbytes:
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -225,10 +226,10 @@ def exchange(node: ir.Node, position: int, stored: Stored, new: ir.Value, buildi
 
 
 def settle(fresh: Iterable[ir.Value]) -> None:
-    """Remove each old tensor that no node reads any more; give its name, which tools rely on, to its new tensor."""
+    """Remove each old tensor that no node reads any more, and give its name to the new tensor, as tools expect."""
     for value in fresh:
         old, graph = value.meta.pop("adapterkit.old"), value.graph
-        # If two layers shared `old`, each layer has its own new tensor. Only the first one gets the name of `old`.
+        # If two layers shared `old`, each layer has its own new tensor. Only the first new tensor gets the old name.
         stored = {} if graph is None else graph.initializers
         lost = old.name in stored and stored[old.name] is old and not old.uses()
         if lost and graph is not None and not old.is_graph_input() and not old.is_graph_output():
