@@ -28,7 +28,8 @@ class Rename:
 
     Attributes:
         text: the rule as the user wrote it.
-        pattern: a regular expression for names, with a group for each placeholder and a group for the rest of the name.
+        pattern: a regular expression that matches the names to change. It has one group for each placeholder in FROM,
+            and a group `rest` for the rest of the name.
         to: the replacement for FROM, with placeholders.
         family: NAME in a rule `family:NAME`, a model type; empty in other rules.
         rows: `by_head` or `by_part` in a rule `rows:...`; empty in other rules.
@@ -56,7 +57,7 @@ def read_rules(rename: str | Sequence[str | Rename]) -> tuple[str | Rename, ...]
 
     Raises:
         StorageError: a file cannot be read.
-        Malformed: a file is not text, or is too large for a rules file.
+        Malformed: a rules file is not valid UTF-8, or has more than 1 MiB.
         UsageError: a rules file contains an `@FILE`.
     """
     rules: list[str | Rename] = []
@@ -113,7 +114,7 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
 def renamed_by(name: str, rules: Sequence[Rename]) -> tuple[str, Rename | None]:
     """Apply the first rule that matches a name.
 
-    Return the new name and this rule; the unchanged name and None if no rule matches.
+    Return the new name and this rule. If no rule matches, return the unchanged name and None.
     """
     for rule in rules:
         renamed = rule.apply(name)

@@ -1,8 +1,8 @@
 """Map the names in an adapter to the names in a base.
 
-For each target the resolver tries, in this order: a rule of the user; the exact name; the name without words that
-wrappers such as FSDP insert; the file of the base's family; a change of prefix that maps every target with this prefix.
-If a name can mean two modules of the base, the resolver raises an error instead of guessing.
+The resolver first applies the user's rules to each target. Then it tries, in this order: the exact name; the name
+without the words that wrappers such as FSDP insert; the names in the file of the base's family; another prefix, if it
+fits every target with the old prefix. If a name can mean two modules of the base, the resolver raises an error.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def resolve(
         base: the names in the base.
         architecture: the architecture of the base's family, if a file describes it.
         renames: the user's rules; the first rule that matches a name is used.
-        partial: whether the base may lack some targets. If so, a change of prefix may also map only some of the targets
-            that are left at the end.
+        partial: whether the base may lack some targets. If so, the last step may put one prefix in front of all targets
+            that are still left, even if the base has only some of the resulting names.
         fits: a function of (target, name in the base) that returns whether their shapes fit. It is called only if
             several names are possible.
 
@@ -83,8 +83,9 @@ def resolve(
     left = _by_renames(targets, base, renames, resolution)
     halves: Left = []
     if architecture is not None:
-        # If the base has only a bias under a target's name, do not take the exact name, because the family's file knows
-        # the name of the weight. For example, Jev's heads store the bias as `proj.bias`, but the weight as `weight`.
+        # If the base has only a bias under a target's name, try the family's file before the exact name, because the
+        # weight may have another name. For example, Jev's heads store the bias as `proj.bias`, but the weight as
+        # `weight`.
         halves = [each for each in left if base.lacks_weight(each[1]) and each[0] not in base.anywhere]
         left = [each for each in left if each not in halves] if halves else left
     left = _exact(left, base, resolution)
@@ -155,10 +156,10 @@ def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
 def _of_modules(left: Left) -> Left:
     """Replace the name of a weight with the name of its module.
 
-    The rules that follow, and the families' files, use the names of modules.
+    The steps after this one, and the families' files, use the names of modules.
 
-    For example, PEFT's `target_parameters=["mlp.gate.weight"]` names the weight of a router. In Mixtral's files, the
-    router's module is `block_sparse_moe.gate`.
+    For example, PEFT's `target_parameters=["mlp.gate.weight"]` names the weight of a router. The router's module is
+    `mlp.gate`, and Mixtral's files call this module `block_sparse_moe.gate`.
     """
     return [(target, name.removesuffix(".weight")) for target, name in left]
 
@@ -183,8 +184,8 @@ def by_family(left: Left, base: Names, architecture: Architecture, resolution: R
             placed.append((target, name, *next(iter(readings.items()))))
         else:
             rest.append((target, name))
-    # Do not map two targets to the same weight. For example, FLAVA has three encoders. Without prefixes, the names in
-    # all three equal the names in DPT's only encoder.
+    # Do not map two targets to the same weight. For example, the layers of FLAVA's three encoders differ only in their
+    # prefixes. Without the prefixes, all three would be mapped to DPT's only encoder.
     uses = Counter(_spot(move) for moves in resolution.moves.values() for move in moves)
     uses.update(_spot(move) for _, _, moves, _ in placed for move in moves)
     for target, name, moves, used in placed:
@@ -221,9 +222,9 @@ class FamilyNames:
         self.counts: dict[str, int] = {}
         templates = {naming: list(architecture.templates(naming)) for naming in architecture.namings}
         covered = {naming: sum(t in self.shapes for t in known) for naming, known in templates.items()}
-        # If the base has most names of one naming exactly, do not search prefixes of the other namings: the search
-        # could find a wrong prefix. In the naming that fits, one part may still need a prefix: in Dots 3's class
-        # without a head, the names of the text model lack a prefix, but those of the towers do not.
+        # If the base has more than half of a naming's names unchanged, search no prefixes for the other namings,
+        # because the search could find a wrong prefix. Still search one for this naming, because one part of the model
+        # may need it: in Dots 3's class without a head, only the names of the text model lose a prefix.
         plain = {naming for naming, count in covered.items() if 2 * count > len(templates[naming])}
         self.prefixes = {
             naming: self._prefix(known, bool(plain)) if not plain or naming in plain else ("", "")
@@ -231,15 +232,15 @@ class FamilyNames:
         }
 
     def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
-        """Return a map from each set of weights in the base that `name` can mean to a pair of namings.
+        """Return everything in the base that `name` can mean: a map from moves to a pair of namings.
 
-        The first naming is the one that contains `name`, and the second is the one that the base uses. The map is empty
-        if the base has nothing that `name` can mean.
+        Each key has the moves from `name` to weights of the base. The pair has the naming that contains `name`, and the
+        naming that the base uses. The map is empty if the base has nothing that `name` can mean.
         """
         readings: dict[tuple[Move, ...], tuple[str, str]] = {}
         rooted = [f"{self.root}.{name}"] if self.root and not name.startswith(f"{self.root}.") else []
-        # Also put prefixes that the base's names lack in front of `name`. If the base is one part of a model, its names
-        # lack the part's prefix, and the adapter's names may lack it too, but the names in the family's file have it.
+        # Also try `name` with each prefix that the family's file has, but the base lacks. If the base is one part of a
+        # model, its names lack the part's prefix, and the adapter's names may lack this prefix too.
         rooted += [off + name for off, on in dict.fromkeys(self.prefixes.values()) if off and not on]
         for variant in (*variants(name), *rooted):
             if self.loses_a_part(name, variant):
@@ -256,12 +257,13 @@ class FamilyNames:
 
     @cached_property
     def root(self) -> str:
-        """Return the name under which the family's classes with a head store the model without a head: `vit` for a ViT.
+        """Return the prefix that the family's classes with a head put before the model's names: `vit` for a ViT.
 
-        transformers calls this name `base_model_prefix`. Empty if the name, such as `model`, is not that of a family.
+        transformers calls this prefix `base_model_prefix`. Return an empty string if the prefix is not the name of a
+        family; for example, `model` is not.
 
-        `AutoModel` loads the class without a head. The names in an adapter for this class therefore lack the word, as
-        in `layers.0.attention.q_proj`.
+        `AutoModel` loads the class without a head, so the names in an adapter for this class lack the prefix. An
+        example is `layers.0.attention.q_proj`.
         """
         firsts = Counter(weight.partition(".")[0] for weight in self.architecture.record.weights)
         (word, count), *_ = firsts.most_common(1) or [("", 0)]
@@ -303,9 +305,9 @@ class FamilyNames:
         return frozenset(word for templates in every for name in templates for word in name.split("."))
 
     def _prefix(self, templates: Sequence[str], in_part: bool = False) -> tuple[str, str]:
-        """Find the change of prefix, as (removed, added), that maps the largest number of a naming's names to the base.
+        """Return the change of prefix, as (removed, added), with which the base has the most names of a naming.
 
-        For example, a model that is saved without its head loses a prefix.
+        For example, a model that is saved without its head loses a prefix. Return `("", "")` if no change helps.
 
         Args:
             templates: the names in the naming.
@@ -323,7 +325,7 @@ class FamilyNames:
         return best
 
     def _moves_a_part(self, templates: Sequence[str], off: str, on: str) -> bool:
-        """Whether the base has all names with the prefix `off` under `on`, and none of them under `off`."""
+        """Whether the base has none of the names that begin with `off`, but all of them with `on` instead of `off`."""
         part = [template for template in templates if template.startswith(off)]
         return bool(off) and all(
             template not in self.shapes and swap(template, off, on) in self.shapes for template in part
@@ -342,7 +344,7 @@ class FamilyNames:
         return swap(fill(place.name, numbers), *self.prefixes[naming])
 
     def _experts(self, place: WeightPlace, numbers: Mapping[str, str], naming: str) -> int:
-        """Return the number of experts: from the base's config for a stack, otherwise by counting the base's names."""
+        """Return the number of experts. For a stack, the base's config has it; otherwise, count the base's names."""
         if place.stacked:
             return self.base.experts
         each = self._path(place, {**numbers, "{e}": "{e}"}, naming)
@@ -357,7 +359,7 @@ class FamilyNames:
 WeightMatch = tuple[str, WeightPlace, dict[str, str]]
 """One result of `Architecture.find`: (key of a weight, its `WeightPlace`, numbers for the placeholders).
 
-The `WeightPlace` belongs to the naming of the name that was searched for.
+The `WeightPlace` describes the weight in the naming in which `find` searched.
 """
 
 
@@ -369,15 +371,17 @@ def moves_to(
     experts: Callable[[WeightPlace, Mapping[str, str]], int],
     orders: bool = True,
 ) -> tuple[Move, ...] | None:
-    """Return the moves that map a name to the tensors with the same weights in another naming.
+    """Return the moves from a name to the tensors that store the same weights in another naming.
 
-    None if the other naming lacks one of the weights.
+    Return None if the other naming lacks one of the weights. With `orders`, also return None if one of the namings
+    stores the rows of one weight in two tensors.
 
     Args:
         architecture: the family.
         weights: the result of `Architecture.find` for the name.
         naming: the other naming.
-        path: a function of (place, numbers) that returns the place's name, with numbers instead of placeholders.
+        path: a function of (place, numbers) that returns the name of a tensor in the other naming. It replaces the
+            placeholders in the name by the numbers.
         experts: a function of (place, numbers) that returns the number of experts.
         orders: whether the moves record that the two namings order rows differently. False for callers that reorder
             the rows themselves.
@@ -391,7 +395,7 @@ def moves_to(
         before, after = (WeightPlace("", rows=place.rows, heads=place.heads) for place in (ours, theirs))
         turn = (before, after) if orders and before != after else None
         if ours.half is not None:
-            # Two weights share one numbering of experts. Compute the expert's number within its own weight.
+            # The experts of two weights are numbered as one sequence. Compute the expert's index within its own weight.
             count = experts(theirs, numbers)
             expert_in_half = int(numbers["{e}"]) - ours.half * count
             if not 0 <= expert_in_half < count:
@@ -413,10 +417,11 @@ def moves_to(
 
 
 def translate(name: str, architecture: Architecture, naming: str, experts: int) -> tuple[Move, ...] | None:
-    """Return the moves that map a name to the tensors with the same weights in another naming, without a base.
+    """Translate a target's name to another naming, without a base.
 
-    None if the other naming lacks one of the weights. The moves do not record the order of rows, because each format
-    reorders rows itself.
+    Return the moves from the name to the tensors that store the same weights in the other naming, or None if the other
+    naming lacks one of the weights. The moves do not record the order of rows, because each format reorders rows
+    itself.
 
     Args:
         name: the name of a target.
@@ -444,7 +449,7 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
 
 
 def _joined(moves: list[Move]) -> tuple[Move, ...]:
-    """Replace the moves of all parts of a tensor by one move of the tensor, if both namings have the same parts."""
+    """Replace the moves of all parts of a tensor by one move of the tensor, if each part keeps its position."""
     first = moves[0]
     same = all((m.path, m.take, m.expert, m.slot) == (first.path, m.into, first.expert, first.slot) for m in moves)
     plain = all(move.turn is None for move in moves)
@@ -454,9 +459,9 @@ def _joined(moves: list[Move]) -> tuple[Move, ...]:
 
 
 def variants(name: str) -> Iterator[str]:
-    """Yield a name, then the name with its first words removed, then the name with `model.` in front.
+    """Yield a name, then the name without its first one, two or three words, then the name with `model.` in front.
 
-    The names in classes with another head, or without a head, differ in these words.
+    A model's classes with different heads, and its class without a head, use different first words.
     """
     yield name
     words = name.split(".")
@@ -465,8 +470,8 @@ def variants(name: str) -> Iterator[str]:
             break
         yield ".".join(words[cut:])
     yield f"model.{name}"
-    # Also remove the prefix of a language model inside a larger model, and put `model.` in front. Do not do this for
-    # other prefixes: they may name a vision tower, whose layers have the same names.
+    # Also replace the prefix of a language model inside a larger model by `model.`. Do not replace other prefixes by
+    # `model.`: they may name a vision tower, and its layers may have the same names as the language model's layers.
     yield from without_prefix(name)
 
 
@@ -498,9 +503,9 @@ def by_prefixes(
         left: the targets that are not mapped yet.
         base: the names in the base.
         resolution: the result; the function adds moves and rules to it.
-        partial: whether the base may lack some targets. If so, the function finally puts one prefix in front of all
-            remaining targets: the prefix that maps the most of them. It does nothing if several prefixes map equally
-            many.
+        partial: whether the base may lack some targets. If so, the last step puts one prefix in front of all targets
+            that are still left: the prefix that maps the most of these targets to the base. The step is skipped if two
+            prefixes map equally many.
         fits: a function of (target, name in the base) that returns whether their shapes fit.
         loses_a_part: a function of (name, changed name) that returns whether the change removes the name of a part;
             None if the family is unknown.
@@ -509,7 +514,7 @@ def by_prefixes(
         the targets that are still not mapped.
 
     Raises:
-        TargetNotFound: the prefix of some targets has several replacements that map all of these targets.
+        TargetNotFound: a prefix has several replacements, and each maps every target that has the prefix.
     """
     templates = _trials(left, base)
     if loses_a_part is not None:
@@ -527,9 +532,9 @@ def by_prefixes(
     taken = {move.path for moves in resolution.moves.values() for move in moves}
     rest, changed = left, True
     while rest and changed:
-        # Start over after each replaced prefix, because the remaining targets may then fit a replacement that failed
-        # before. For example, once the targets of `model.text.` are mapped, one replacement may fit all remaining
-        # targets of `model.`.
+        # Start over after each replaced prefix, because a replacement that failed before may fit all targets that are
+        # left. For example, once the targets with the prefix `model.text.` are mapped, one replacement may fit all
+        # other targets with the prefix `model.`.
         changed = False
         for off in prefixes:
             group = [(target, name) for target, name in rest if name.startswith(off)]
@@ -590,10 +595,10 @@ def _all_land(group: Left, off: str, on: str, base: Names, taken: Collection[str
 
 
 def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
-    """Return the candidate that only adds words to `off`, or only drops words from it, as a list of one candidate.
+    """Return a list with the only candidate that differs from `off` just by added words, or just by removed words.
 
-    The list is empty if several candidates do so, or none. It is also empty if the candidate keeps no words of `off`
-    except `model` and `transformer`, or if another candidate also keeps all words of `off` that this candidate keeps.
+    Return an empty list if there is no such candidate, or more than one. Also return an empty list if this candidate
+    keeps no words of `off` except `model` and `transformer`, or if another candidate keeps the same words of `off` too.
 
     For example, Video-LLaVA has two towers of the same shape, and `image_tower.vision_model.` becomes `image_tower.`,
     not `video_tower.`.
@@ -634,7 +639,7 @@ def _placed(group: Left, rest: Left, off: str, on: str, base: Names, taken: set[
 def _trials(left: Left, base: Names) -> dict[str, set[tuple[str, str]]]:
     """Return a map from each template to the changes of prefix to try, as (removed, added).
 
-    A change whose removed prefix has a number is tried only if all names of the template have the same number there.
+    If the removed prefix contains a number, the change is tried only if all names of the template have the same number.
     """
     names: dict[str, list[str]] = {}
     for _, name in left:

@@ -1,8 +1,8 @@
 """Find tied weights: an output head and input embeddings that use the same tensor.
 
 A checkpoint stores a tied tensor once, under the embedding's name, or twice with equal bytes. `spec/architectures/ties`
-lists the ties of transformers' classes. If a base's config names none of these classes, the tie is found by the usual
-names of heads and embeddings among the stored tensors.
+lists the ties of transformers' classes. If a base's config names none of these classes, this module searches the stored
+tensors for the usual names of heads and embeddings.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _HEAD_OF = {
 """A map from model_type to the name of the output head; the head of all other types is `lm_head`."""
 
 _WITH_HEAD = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
-"""Endings of the names of classes that have an output head over the vocabulary."""
+"""Classes whose names end like this have an output head over the vocabulary."""
 
 _HEADLESS = ("Model", "Classification", "Answering", "Choice")
-"""Endings of the names of classes without an output head; their configs may still have `tie_word_embeddings`."""
+"""Classes whose names end like this have no output head. Their configs may still have `tie_word_embeddings`."""
 
 _SCALED = frozenset({"longt5", "pop2piano", "switch_transformers", "t5", "udop"})
 """Model types that multiply the head's input by `d_model ** -0.5` if head and embeddings are tied."""
@@ -50,14 +50,14 @@ class Tie:
     """A tensor that the output head and the input embeddings share.
 
     Attributes:
-        stored: the tensor's name in the files: the embedding's name, or `shared.weight` for the tensor that an encoder
-            and a decoder share.
+        stored: the tensor's name in the files. This is the embedding's name, or a name such as `shared.weight` if an
+            encoder and a decoder share the tensor.
         inputs: the names of the input embeddings that use the tensor: `(stored,)`, or the embeddings of encoder and
             decoder.
         head: the name of the output head's weight.
         apart: whether the files also contain the head's weight, although the head is tied.
-        beside: (name, stored name) for each other tensor that the model class ties and that is stored under one name
-            only, such as the bias of BERT's head.
+        beside: the model class's other ties, such as the bias of BERT's head. Each is a pair (name that the files lack,
+            name that the files have).
     """
 
     stored: str
@@ -73,7 +73,7 @@ class Tie:
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Return a map from each of the tensor's names that is not in the files to its stored name."""
+        """Return a map from each name of the tensor that the files lack to the tensor's name in the files."""
         kept = {self.stored, self.head} if self.apart else {self.stored}
         return {name: self.stored for name in self.layers if name not in kept}
 
@@ -118,10 +118,10 @@ def find_tie(names: Mapping[str, object], config: Mapping[str, object] | None) -
 
 
 def aliases(base: Checkpoint) -> Mapping[str, str]:
-    """Return a map from a tied tensor's names that are not in the base's files to its stored name.
+    """Return a map from each name of the tied tensor that the base's files lack to the tensor's name in the files.
 
-    Empty if no tensor is tied. The result is cached for each base. Callers need it for every target, and computing it
-    goes through all names of the base, so without a cache, the time would grow with the square of the base's size.
+    The map is empty if no tensor is tied. It is cached for each base, because callers need it for every target, and
+    computing it reads all names of the base. Without a cache, the time would grow with the square of the base's size.
     """
     if base not in _ALIASES:
         tie = find_tie(base.tensors, base.config)
@@ -143,7 +143,7 @@ def says_tied(config: Mapping[str, object] | None) -> bool:
 
 
 def ties_by_default(config: Mapping[str, object]) -> bool:
-    """Whether head and embeddings are tied, by the config if it sets this, otherwise by the model type's default."""
+    """Whether head and embeddings are tied. If the config does not state it, the model type's default decides."""
     explicit = _explicit(config)
     return config.get("model_type") in table().defaults if explicit is None else explicit is True
 
@@ -170,7 +170,7 @@ def is_head(name: str) -> bool:
 
 
 def untied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
-    """Return the keys to set in the config, with their values, to untie the head from the embeddings."""
+    """Return the config keys and values that untie the head from the embeddings."""
     changes: dict[str, Any] = {"tie_word_embeddings": False}
     text = (config or {}).get("text_config")
     if isinstance(text, dict) and "tie_word_embeddings" in text:
@@ -181,7 +181,7 @@ def untied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
 
 
 def kept_tied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
-    """Return the keys to set in the config, with their values, to keep the head tied; empty if it stays tied anyway."""
+    """Return the config keys and values that keep a tied head tied; empty if the config needs no change."""
     silent = _explicit(config or {}) is None and (config or {}).get("model_type") not in table().defaults
     return {"tie_word_embeddings": True} if silent else {}
 
@@ -198,7 +198,7 @@ def untied_scale(config: Mapping[str, object] | None) -> float:
 
 
 def _inputs(stored: str) -> tuple[str, ...]:
-    """List the input embeddings that use a tensor; both the encoder's and the decoder's use a tensor named `shared`."""
+    """List the input embeddings that use a tensor. The encoder and the decoder both use a tensor named `shared`."""
     prefix, _, name = stored.removesuffix(".weight").rpartition(".")
     if name != "shared":
         return (stored,)
@@ -264,7 +264,7 @@ def _pairs_of(config: Mapping[str, object] | None) -> Mapping[str, str]:
 def _head_and_embedding(pairs: Mapping[str, str]) -> tuple[str, str] | None:
     """Return (name of the head's weight, name of the embedding's weight) from the pairs that a class ties.
 
-    None unless exactly one pair ties a head to an embedding.
+    Return None if no pair, or more than one pair, ties a head to an embedding.
     """
     head_pairs = []
     for one, other in pairs.items():
@@ -274,7 +274,7 @@ def _head_and_embedding(pairs: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def _stored_as(name: str, names: Mapping[str, object], config: Mapping[str, object] | None) -> str | None:
-    """Return the name under which a base stores a weight of the live model; None if it does not store the weight."""
+    """Return the name in the base's files of the live model's weight `name`; None if the files lack this weight."""
     family = architecture_of(config)
     place = None
     if family is not None and name.removesuffix(".weight") in family.record.weights:
@@ -284,10 +284,11 @@ def _stored_as(name: str, names: Mapping[str, object], config: Mapping[str, obje
 
 
 def _says_tied(config: Mapping[str, object] | None, has_head: bool, known: bool) -> bool:
-    """Whether the head is tied. False without a config, or if neither the files nor the model's class have a head.
+    """Whether the head is tied. False without a config, or if the files have no head and the class name shows none.
 
-    Otherwise, `tie_word_embeddings` in the config decides. If the config lacks this key, a stored head is tied if this
-    is the default of the model type, and a head that is not stored is tied if the model's class has a head.
+    Otherwise, the config's `tie_word_embeddings` decides. If the config lacks this key, there are two cases. A head in
+    the files is tied if heads of this model type are tied by default. Without a head in the files, the head is tied if
+    the model's class has one.
 
     Args:
         config: the base's `config.json`.
@@ -323,7 +324,7 @@ def _endings(modules: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _of_another_shape(head: str, stored: str, names: Mapping[str, object]) -> bool:
-    """Whether a base stores a head whose dtype is that of the embeddings, but whose shape differs."""
+    """Whether a base stores a head with the same dtype as the embeddings, but with another shape."""
     one, other = names.get(head), names[stored]
     shapes = [getattr(each, "shape", ()) for each in (one, other)]
     alike = getattr(one, "dtype", None) == getattr(other, "dtype", None)

@@ -1,6 +1,7 @@
 """Translate module names between spec/architectures and tools for language models, in both directions.
 
-"Our name" is the key of a weight in spec/architectures. A table has pairs of templates: our name and the tool's name.
+"Our name" is the key of a weight in spec/architectures. A table has pairs of templates: the template of our name, and
+the template of the tool's name for the same module.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ class NameTable:
         assert len({*self.pairs.values()}) == len(self.pairs), "two of our names have the same name in the tool"
 
     def there(self, name: str) -> str | None:
-        """Return the tool's name for `name`, which is our name; None if the table does not have it."""
+        """Translate our name `name` to the tool's name; None if the table does not have our name."""
         return _translate(name, self._there)
 
     def back(self, foreign: str) -> str | None:
-        """Return our name for `foreign`, which is the tool's name; None if the table does not have it."""
+        """Translate the tool's name `foreign` to our name; None if the table does not have the tool's name."""
         return _translate(foreign, self._back)
 
     @cached_property
@@ -55,8 +56,8 @@ class TableNames:
 
     Args:
         table: the table of the base's family.
-        modules: the base's names, if known. If they are given, `back` returns only names in the base, including a
-            prefix such as `language_model.` if the base's names have it.
+        modules: the base's names, if known. `back` then returns only names that the base has. The returned names have
+            the base's prefix, such as `language_model.`.
     """
 
     def __init__(self, table: NameTable, modules: Iterable[str] | None = None) -> None:
@@ -70,14 +71,15 @@ class TableNames:
                     self.walked.setdefault(foreign, []).append(name)
 
     def there(self, hub_path: str) -> str | None:
-        """Return the tool's name for our name, which may have a prefix; None if the table does not have our name."""
+        """Translate our name, with or without a prefix, to the tool's name; None if the table does not have our name."""
         return next(filter(None, (self.table.there(name) for name in without_prefix(hub_path))), None)
 
     def back(self, foreign: str) -> str:
-        """Return our name for a tool's name.
+        """Translate a tool's name to our name.
 
         Raises:
-            TargetNotFound: the table does not have the tool's name, or not exactly one module of the base has it.
+            TargetNotFound: the table does not have the tool's name. Or `modules` was given, and this name stands for no
+                module of the base, or for more than one.
         """
         if self.walked is None:
             name = self.table.back(foreign)
@@ -94,9 +96,10 @@ class TableNames:
 
 
 def without_prefix(name: str) -> Iterable[str]:
-    """Yield the name, and the name without each prefix in `PREFIXES` with which it begins.
+    """Yield the name. If it begins with a prefix in `PREFIXES`, also yield the name without this prefix.
 
-    If a shortened name does not begin with `model.`, the name with `model.` in front is yielded, too.
+    A shortened name may begin with another prefix, which is removed in the same way. If a shortened name does not begin
+    with `model.`, also yield it with `model.` in front.
     """
     yield name
     for prefix in PREFIXES:
@@ -146,17 +149,20 @@ def litgpt_parts() -> dict[str, str]:
 
 @cache
 def litgpt_table() -> NameTable:
-    """Return the table of names of the litgpt modules that may have LoRA, except the fused projection `attn.qkv`."""
+    """Return the `NameTable` of litgpt's modules that may have LoRA, except the fused projection `attn.qkv`."""
     places = namings_of("litgpt")[0].places()
     names = {key: place.name for key, place in places.items() if place.name.endswith(tuple(FLAGS))}
     return NameTable(names | {"lm_head": "lm_head"})
 
 
 FLAGS = {"attn.proj": "projection", "mlp.fc_1": "mlp", "mlp.fc_2": "mlp", "mlp.proj": "mlp", "lm_head": "head"}
-"""A map from the ending of a module's name to the litgpt setting that enables its LoRA, without `lora_`."""
+"""A map from the end of a module's name to litgpt's setting that enables LoRA for this module.
+
+The names of the settings are written without `lora_`.
+"""
 
 MLP = ("LLaMAMLP", "GemmaMLP")
-"""Values of litgpt's setting `mlp_class_name` whose modules the table has."""
+"""The MLP classes (litgpt's setting `mlp_class_name`) whose modules are in the table."""
 
 _LITGPT_KEY = re.compile(
     r"(?:transformer\.h\.\d+\.(?:attn\.(?:qkv|attn|proj)|mlp\.(?:fc|fc_1|fc_2|proj))|lm_head)\.lora_[AB]"
@@ -164,7 +170,7 @@ _LITGPT_KEY = re.compile(
 
 
 def is_litgpt(keys: Collection[str]) -> bool:
-    """Whether all keys have the form of litgpt's keys."""
+    """Whether all keys match the pattern of litgpt's LoRA keys, and at least one is in a transformer layer."""
     return any(key.startswith("transformer.h.") for key in keys) and all(_LITGPT_KEY.fullmatch(key) for key in keys)
 
 
@@ -174,7 +180,7 @@ def is_litgpt(keys: Collection[str]) -> bool:
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-"""The parts of the fused projection, whose rows are ordered by groups: a group's queries, then its key and value."""
+"""The parts of the fused projection. For each group, it has the rows of the queries, then of the key and the value."""
 
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 """The parts of the fused MLP projection. All rows of gate come before those of up, as on one tensor-parallel rank."""
@@ -186,8 +192,8 @@ def bridge() -> dict[str, tuple[str, ...]]:
 
     Names are relative to the layer.
 
-    Canonical LoRA has separate factors for each part of a fused weight. Their module is named after the part:
-    `adapter_q` for `q_proj`.
+    Canonical LoRA has separate factors for each part of a fused weight. The factors of `q_proj`, for example, are in
+    the adapter module `adapter_q`.
     """
     fused: dict[str, list[str]] = {}
     for key, place in namings_of("megatron")[0].places().items():
@@ -215,11 +221,11 @@ NEMO = {
 """A map from each adapter module of NeMo 1 to our modules; names are relative to the layer."""
 
 LAYER = re.compile(r"(?P<prefix>(?:\w+\.)*layers\.)(?P<n>\d{1,9})\.(?P<module>.+)")
-"""Matches a module's name in a layer, with any prefix, because each wrapper around a model adds a prefix."""
+"""Matches the name of a module in a layer. Any prefix is allowed, because each wrapper around a model adds a prefix."""
 
 LAYER_PATH = re.compile(r"(?:\w+\.)*layers\.(?P<n>\d{1,9})\.(?P<module>.+)")
 
-# The names in Tinker's adapters, as far as they differ from PEFT's names.
+# The names in Tinker's adapters that differ from PEFT's names.
 #
 # Source: weights in tinker-cookbook, https://github.com/thinking-machines-lab/tinker-cookbook
 
@@ -253,16 +259,16 @@ def is_tinker(keys: Iterable[str]) -> bool:
 
 
 INNER = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
-"""Modules whose inputs are the hidden states; their experts share A."""
+"""Expert modules that read the hidden states. All experts have the same factor A for such a module."""
 
 OUTER = ("down_proj", "w2")
-"""Modules whose outputs are the hidden states; their experts share B."""
+"""Expert modules that output the hidden states. All experts have the same factor B for such a module."""
 
 STACK = re.compile(rf"(?P<stem>.*\.experts)\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
 """Matches the module's name in the key of a tensor that stacks the factors of all experts."""
 
 EXPERT = re.compile(rf"(?P<stem>.*\.experts)\.(?P<e>\d{{1,9}})\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
-"""Matches the module's name in the key of one expert's factor; the experts' shared factor may be in a stack."""
+"""Matches the module's name in the key of one expert's factor. The factor that all experts share may be in a stack."""
 
 
 def is_shared_outer(entries: Mapping[str, Lazy | Entry]) -> bool:

@@ -19,7 +19,7 @@ VERSION = 11
 """The version that the library must report; a library of another version is not used."""
 
 OFF = "ADAPTERKIT_KERNEL"
-"""The environment variable that disables the library if its value is `off`."""
+"""The environment variable that disables the library if its value is `off` or `0`."""
 
 KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 """A map from each element type to its code in the library."""

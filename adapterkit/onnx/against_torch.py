@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 NARROW_NOISE = 2.0
-"""Limit for 16-bit outputs: the graph may differ from torch by this many times torch's own rounding error. The limit is
-above 1 because the graph rounds too."""
+"""16-bit outputs of the graph may differ from torch's outputs by this many times torch's own rounding error. The factor
+is above 1 because the graph rounds too."""
 
 Tree = TypeVar("Tree")
 
@@ -30,8 +30,8 @@ Example = tuple[Sequence[object], Mapping[str, object]]
 """The positional arguments and the keyword arguments of one call of a torch model."""
 
 Run = tuple[Callable[[], AbstractContextManager[object]], Path | None]
-"""A function and a path. The function returns a context in which the adapter is attached to the torch model. The path
-is the adapter file to load into the graph's slots; None to load no file."""
+"""A function, and the path of an adapter file. The function returns a context in which the adapter is attached to the
+torch model. The file is loaded into the graph's slots; if the path is None, no file is loaded."""
 
 
 def compared(
@@ -46,7 +46,7 @@ def compared(
         out: the path of the graph.
         session: a session of the graph. The adapters that are loaded for the comparison stay loaded.
         runs: a map from each adapter's name to its `Run`; the key None is the run without an adapter.
-        judged: False to return the difference instead of raising an error if the difference is too large.
+        judged: True to raise an error if the difference is too large. False to return the difference in any case.
 
     Raises:
         CheckFailed: the difference is larger than rounding can explain.
@@ -101,9 +101,9 @@ def session_outputs(session: Session, example: Example, adapter: str | None = No
 def _most(model: nn.Module, example: Example, wanted: Sequence[Array]) -> float:
     """Return the largest difference that rounding can cause, relative to the largest output.
 
-    For 16-bit outputs, measure torch's own rounding error against a run in float32, and allow `NARROW_NOISE` times this
-    error. A fixed limit would be wrong for some models: a model with a few large activations loses much precision in 16
-    bits, in any runtime.
+    For 16-bit outputs, compare torch's outputs with those of a run in float32, and allow `NARROW_NOISE` times their
+    difference. A fixed limit would be wrong for some models: a model with a few large activations loses much precision
+    in 16 bits, in any runtime.
     """
     if not is_narrow(wanted):
         return MOST_NOISE
@@ -144,7 +144,10 @@ def _widened(tree: Tree) -> Tree:
 def _judge(difference: float, most: float, out: Path, name: str | None) -> None:
     if difference <= most:
         return
-    why = f"the graph's outputs differ from the torch model's by {difference:.3g} times the largest output value"
+    why = (
+        f"the graph's outputs differ by {difference:.3g} times the largest output value from those of the torch model "
+        "(or, if the graph is quantized, from those of its dequantized copy)"
+    )
     raise CheckFailed(why, path=out, where=name, cure=_CURE)
 
 
@@ -175,4 +178,4 @@ def _array(leaf: Tensor) -> Array:
     return leaf.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
-_CURE = "Report this. To keep the file, turn the check off: --no-check (check=False)"
+_CURE = "Report this bug. To keep the file, turn the check off: --no-check (check=False)"

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Slice:
-    """A range of a layer's output channels, treated as a layer, for updates of some rows of a fused weight."""
+    """A view of a range of a layer's output channels, for updates that change only some rows of a fused weight."""
 
     def __init__(self, layer: GraphLayer | Normed | Ended, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)
@@ -128,7 +128,7 @@ class Normed:
 
 
 class Turned:
-    """A layer for which formulas see the weight with its first two axes swapped, as for embeddings."""
+    """A view of a layer that swaps the first two axes of the layer's weight, as for embeddings."""
 
     def __init__(self, layer: GraphLayer | Normed | Ended) -> None:
         self.layer, self.x, self.branch, self.node = layer, layer.x, layer.branch, layer.node
@@ -183,7 +183,8 @@ def attach(
         building: collects the changes to the model.
         slots: creates graph inputs for the adapter's tensors, so that other adapters can be loaded later (see
             slots.py); None to store the tensors in the graph as constants.
-        words: the inputs of the model's call that the updates read; None to use the graph inputs with these names.
+        words: finds the graph values that the updates read as inputs of the model's call; None to find them by their
+            default names.
 
     Raises:
         Unsupported: a layer does not support the method of an update.
@@ -212,26 +213,26 @@ def attach(
         if not place.spots:
             _attach(place, None, building, slots, words)
     for (node, kind), places in stacks.items():
-        assert not isinstance(slots, RowSlots)  # `_check_experts` has raised an error if these are experts.
+        assert not isinstance(slots, RowSlots)  # `_check_experts` raises an error for experts with `RowSlots`.
         _attach_experts(node, kind, places, building, slots)
     words.shadows.close()
 
 
 def unchangeable(places: Sequence[ResolvedTarget], by_rows: bool) -> list[Target]:
-    """Return the targets whose updates added nodes cannot apply, because they are experts inside a single node.
+    """Return the targets that cannot be changed by adding nodes, because a single node computes all experts.
 
-    With `by_rows`, these are all experts inside such nodes; otherwise, only the experts with packed weights.
+    With `by_rows`, return all targets inside such nodes; otherwise, only those with packed weights.
     """
     kind = Experts if by_rows else PackedExperts
     return [*dict.fromkeys(at.asked for at in places if at.spots and issubclass(at.spots[0].kind, kind))]
 
 
 def _check_experts(place: ResolvedTarget, kind: type[Experts], by_rows: bool) -> None:
-    """Raise an error if added nodes cannot change the experts that a node computes.
+    """Raise an error if the experts inside a node cannot be changed by adding nodes.
 
     Raises:
-        Unsupported: the node reads packed weights; or, with `by_rows`, each row of a batch may use a different
-            adapter, but the node reads the same weights for all rows; or an update changes an output.
+        Unsupported: the node reads packed weights. Or an update changes an output. Or `by_rows` is set: each row of a
+            batch may then use a different adapter, but the node reads the same weights for all rows.
     """
     node = place.spots[0].node
     where = f"its experts are inside the node {node.name or node.outputs[0].name} ({node.op_type})"
@@ -256,9 +257,9 @@ def _attach_selected(place: ResolvedTarget, building: Building, slots: Slots | R
 def _attach_experts(
     node: ir.Node, kind: type[Experts], places: Sequence[ResolvedTarget], building: Building, slots: Slots | None
 ) -> None:
-    """Change the stack of expert weights that a node reads: new nodes before this node compute the changed stack."""
-    # Updates of overlapping rows, such as those of two adapters, must be applied one after the other. Put their targets
-    # into different rounds; each round computes all of its changes at once.
+    """Insert nodes that compute the changed stack of expert weights, and let the experts' node read this stack."""
+    # Updates of overlapping rows must be applied one after the other; two adapters may have such updates. Put the
+    # targets of such updates into different rounds. Each round computes all of its changes at once.
     rounds: list[list[ResolvedTarget]] = []
     for place in places:
         free = (one for one in rounds if not any(_overlap(place, other) for other in one))
@@ -290,7 +291,10 @@ def _overlap(one: ResolvedTarget, other: ResolvedTarget) -> bool:
 
 
 def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spot:
-    """Split a fused attention node once, and return the spot of its projection; return any other spot unchanged."""
+    """Return the spot of the projection if the spot is a fused attention node; return any other spot unchanged.
+
+    The first call for a fused attention node splits the projection off.
+    """
     if not issubclass(spot.kind, Attention):
         return spot
     if spot.node not in apart:
@@ -307,7 +311,7 @@ def _attach(
     layer.call = words.at(layer)
     core: GraphLayer | Ended | Normed = layer
     if place.norm is not None:
-        assert isinstance(layer, GraphLayer)  # `_layer` returns a `GraphLayer` or raises if a norm is folded.
+        assert isinstance(layer, GraphLayer)  # If a norm is folded, `_layer` returns no other type.
         core = Normed(layer, place.norm)
     seen: TargetView = Slice(core, place.target.rows) if place.target.rows else Turned(core) if place.turned else core
     _check(place, layer, core.bias)
@@ -319,7 +323,7 @@ def _attach(
     given = [_valued(update, layer, place, position, slots) for position, update in enumerate(place.updates)]
     more = computes_apart(layer, place)
     if spot is not None and spot.kind.inside:
-        assert isinstance(layer, GraphLayer)  # `_layer` returns a `GraphLayer` or raises for such nodes.
+        assert isinstance(layer, GraphLayer)  # For such a node, `_layer` returns no other type.
         _change_inside(given, seen, layer, place, slots, spot)
         return
     try:
@@ -344,7 +348,10 @@ def _attach(
 def _new_weights(
     given: Sequence[Update], seen: TargetView, layer: GraphLayer, place: ResolvedTarget, slots: Slots | None
 ) -> list[Update]:
-    """Return equal updates whose formulas for the weight and the bias can be written as nodes.
+    """Replace each update whose formula for the weight or the bias cannot be written as nodes.
+
+    Without `slots`, the replacement is an equal update with constants. With `slots`, it is an update whose slots hold
+    factors.
 
     Raises:
         Unsayable: nodes cannot compute the weight from the slots of an update.
@@ -364,7 +371,7 @@ def _new_weights(
 def _change_inside(
     given: Sequence[Update], seen: TargetView, layer: GraphLayer, place: ResolvedTarget, slots: Slots | None, spot: Spot
 ) -> None:
-    """Change the weight and bias that a node reads: new nodes before this node compute the changed values."""
+    """Insert nodes that compute the changed weight and bias, and let the layer's node read the results."""
     try:
         new = _new_weights(given, seen, layer, place, slots)
         changed_inside(layer, cast("FormulaLayer", seen), place, new, spot)
@@ -391,13 +398,14 @@ def _weighable(update: Update, seen: TargetView, branch: Branch) -> Update | Non
 
 
 def in_order(places_found: Sequence[ResolvedTarget], graph: ir.Graph) -> list[ResolvedTarget]:
-    """Sort the targets: first those with an update that changes the target's input, in the order of the graph.
+    """Return the targets in the order in which to attach them: first the targets whose input an update changes.
 
-    Attach these targets first, because nodes that are added for layers inside such a target read its changed input. A
-    shadow network passes its state from block to block, so the blocks must be in the graph's order.
+    If a layer is inside such a target, the nodes that are added for the layer read the changed input, so the target
+    must be attached before the layer. These targets are in the graph's order, because a shadow network passes its state
+    from block to block.
 
     Raises:
-        Unsupported: a target whose input is changed is inside a subgraph.
+        Unsupported: an update changes the input of a target that is inside a subgraph.
     """
     moving = [place for place in places_found if any(getattr(update, "moves_input", False) for update in place.updates)]
     if not moving:
@@ -474,7 +482,10 @@ def _wide(leaf: Leaf) -> Array:
 
 
 def _sayable(update: Update, layer: TargetView, branch: Branch, constant: bool) -> Update:
-    """Return the update if its formula can be written as nodes; otherwise, if `constant`, an equal dense update."""
+    """Return the update if its formula can be written as nodes.
+
+    Otherwise, return an equal update with a constant weight, or raise `Unsayable` if `constant` is False.
+    """
     # Run the formula to see whether it fails, and remove the nodes that this trial appended to the branch.
     if isinstance(update, OutputUpdate):
         return update
@@ -493,7 +504,7 @@ def _sayable(update: Update, layer: TargetView, branch: Branch, constant: bool) 
 def _slotted(
     update: Update, position: int, seen: TargetView, layer: GraphLayer | Ended, place: ResolvedTarget, slots: Slots
 ) -> Update:
-    """Return the update if its formula can be written as nodes; otherwise one with slots for factors."""
+    """Return the update if its formula can be written as nodes; otherwise, an update whose slots hold factors."""
     try:
         return _sayable(update, seen, layer.branch, False)
     except (AttributeError, TypeError):
@@ -538,7 +549,8 @@ def _constant(layer: TargetView, array: Tensor | None) -> Tensor | None:
 def _output(layer: TargetView, updates: Sequence[Update], added: bool = False, more: bool = False) -> Value:
     """Return the layer's output after the updates.
 
-    If the layer is not `direct`, as with groups, use only the updates' formulas for the weight and the bias.
+    If the layer is not `direct`, such as a convolution with groups, compute the output from the changed weight and
+    bias. Do not use the updates' formulas for the output.
 
     Args:
         layer: the layer.
@@ -551,7 +563,7 @@ def _output(layer: TargetView, updates: Sequence[Update], added: bool = False, m
     inner = updates[: len(updates) - len(outer)]
     weights = all(isinstance(update, WeightUpdate) for update in inner)
     sums = all(isinstance(update, Additive) for update in inner)
-    # The formulas' type hints name torch tensors; graph values support the same operators.
+    # The casts are needed because the formulas are typed for torch tensors. Graph values support the same operators.
     chain = cast("FormulaLayer", layer)
     for update in updates:
         chain = cast("FormulaLayer", Composed(chain, update))

@@ -1,8 +1,8 @@
 """Find attentions in a graph, and attach prefixes: learned keys and values that come before the computed ones.
 
-Exporters write an attention as `softmax(q @ k^T + mask) @ v`. The prefix's scores are inserted before the scores of the
-computed keys, and its values before the computed values. The scores are inserted after the mask is added, so that
-the mask does not apply to the prefix. The prefix is not part of any cache.
+Exporters write an attention as `softmax(q @ k^T + mask) @ v`. The prefix's scores are concatenated in front of the
+masked scores `q @ k^T + mask`, so the mask does not apply to the prefix. The prefix's values are concatenated in front
+of `v`. The prefix is not part of any cache.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class AttentionNodes:
         """The number of channels of each head's values.
 
         Raises:
-            Unsupported: the graph does not show this number.
+            Unsupported: the graph does not show the number of channels.
         """
         return self._size(3)
 
@@ -88,7 +88,7 @@ def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
     """Return the attention in the module that `target` names.
 
     Raises:
-        TargetNotFound: there is no such module.
+        TargetNotFound: the graph does not have this module.
         Unsupported: the module does not contain exactly one attention softmax, or it adds a position bias to the
             scores.
     """
@@ -103,11 +103,11 @@ def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
 
 
 def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
-    """Insert the updates' prefixes before the keys and values of the attention at `target`, in the updates' order.
+    """Put the updates' prefixes in front of the keys and values of the attention at `target`, in the updates' order.
 
     Raises:
         ShapeMismatch: the number or the size of a prefix's heads does not fit the attention.
-        Unsupported: the attention's input that a prefix's gate reads is unknown.
+        Unsupported: a prefix has a gate, and the attention does not have exactly one input that fits the gate.
         Also the errors of `attention_at`.
     """
     at = attention_at(building.model, target)
@@ -122,7 +122,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     _check_width(past, at, target)
     scores = _scores(past[:, 0], at, branch)
     values = past[:, 1] * _ones(at, branch, kind)
-    # The mask is already part of the graph's own scores, so the prefix's scores stay unmasked.
+    # The softmax's input is already masked, so the mask does not apply to the prefix's scores.
     joined = branch.node("Concat", [scores.value, at.softmax.inputs[0]], {"axis": -1}, kind, None)
     every = branch.node("Concat", [values.value, at.mixed.inputs[1]], {"axis": -2}, kind, None)
     for reader, position, new in ((at.softmax, 0, joined), (at.mixed, 1, every)):
@@ -133,7 +133,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
 
 
 def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Dtype, target: Target) -> Value:
-    """Return a prefix's keys and values, `[rows or 1, 2, heads, n, d]`, repeated for each query head."""
+    """Return a prefix's keys and values, `[rows or 1, 2, heads, n, d]`, where `heads` counts the query heads."""
 
     def value(leaf: Leaf) -> Value:
         array = as_array(leaf).astype(np.float64)
@@ -145,7 +145,8 @@ def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Dtype
     if at.heads % heads:
         why = f"the prefix was made for {heads} heads, but the attention has {at.heads}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
-    # In grouped-query attention, several query heads share one key head; the graph repeats it for each query head.
+    # In grouped-query attention, several query heads share one key head, and the graph repeats the key head for each of
+    # them. Repeat the prefix's heads in the same way.
     shared = [head * heads // at.heads for head in range(at.heads)]
     out: Value = pasts if heads == at.heads else pasts[:, :, shared]
     return out
@@ -159,7 +160,10 @@ def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Ta
     width = gate.shape[-1]
     entering = [v for v in at.module.entering if v.shape is not None and len(v.shape) == 3 and v.shape[2] == width]
     if len(entering) != 1:
-        why = f"the prefix's gate reads an input of {width} channels; the attention has {len(entering)} such inputs"
+        why = (
+            f"the attention must have exactly one input with {width} channels, for the prefix's gate; "
+            f"it has {len(entering)}"
+        )
         raise Unsupported(why, where=str(target), cure=_EXPORT)
     return Value(branch, (None, None, width), element_type(entering[0]), branch.building.now(entering[0]))
 
@@ -191,7 +195,10 @@ def _check_width(past: Value, at: AttentionNodes, target: Target) -> None:
 
 
 def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
-    """Return the node that computes the scores in a softmax's input, and the factors in between; else None."""
+    """Return the node that computes a softmax's scores, and the factors between this node and the softmax.
+
+    Return None if there is no such node.
+    """
     node = None if value is None else value.producer()
     if node is None:
         return None
@@ -210,7 +217,7 @@ def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
 
 
 def _operands(node: ir.Node) -> Iterator[tuple[ir.Value | None, Factors]]:
-    """Yield each input that may hold the scores or keys, with the scalar that the node multiplies or divides it by."""
+    """Yield each input that may be the scores or the keys, with the factors that the node applies to this input."""
     for position, one in enumerate(node.inputs):
         if node.op_type not in ("Mul", "Div"):
             yield one, ()
@@ -232,7 +239,7 @@ def _factors_of(value: ir.Value | None) -> Factors:
 
 
 def without_factors(value: ir.Value | None) -> ir.Value:
-    """Return `value` before all multiplications and divisions by a scalar."""
+    """Return the value from which `value` is computed by multiplying or dividing by scalars, or else `value`."""
     assert value is not None
     node = value.producer()
     if node is None or node.op_type not in ("Mul", "Div"):
