@@ -71,7 +71,7 @@ class TableNames:
                     self.walked.setdefault(foreign, []).append(name)
 
     def there(self, hub_path: str) -> str | None:
-        """Translate our name, with or without a prefix, to the tool's name; None if the table does not have our name."""
+        """Translate our name, with or without a prefix, to the tool's name; None if the table lacks our name."""
         return next(filter(None, (self.table.there(name) for name in without_prefix(hub_path))), None)
 
     def back(self, foreign: str) -> str:
