@@ -3,7 +3,7 @@
 A naming is the set of names that one tool (or hub) uses for a family's weights.
 
 Each family has one TOML file, `spec/architectures/<family>.toml`; `spec/architectures/README.md` defines the format.
-Binding a base reads only the file of its family.
+If a base's config names its family, only this family's file is parsed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import msgspec
 from ..errors import Malformed
 
 WEIGHT = "weight"
-"""A naming without fused weights. A weight that the hub fuses or stacks is named by its key in the family's file.
+"""A naming in which each weight is a separate tensor. GGUF files are read with this naming.
 
-All other weights have the hub's names. GGUF files are read with this naming.
+A weight that the hub also stores as a separate tensor, in the same layout, has the hub's name. The name of every other
+weight, such as one that the hub fuses or stacks, is its key in the family's file.
 """
 
 STORED_AS = "stored_as"
@@ -31,52 +32,52 @@ COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exper
 """Fields of configs that state the number of experts in a layer."""
 
 FORMAT = 1
-"""The version of the file format that this code reads."""
+"""The version of the architecture files' format that this code reads."""
 
 
 TURNED = ("rope", "rotary")
-"""Orders of rows that depend on rotary embeddings.
+"""Values of `WeightPlace.rows` for orders that depend on rotary embeddings.
 
-A `WeightPlace` with such an order also names one kind of heads, see `SHARED`.
+A `WeightPlace` with one of these values must also set `heads`.
 """
 
 SHARED = ("query", "kv", "vision")
-"""Kinds of attention heads: query heads, key and value heads, or the heads of the vision tower."""
+"""Values of `WeightPlace.heads`: query heads, key and value heads, or the heads of the vision tower."""
 
 LINEAR = ("linear_value", "linear_qkv")
-"""Orders of rows that depend on the heads of linear attention."""
+"""Values of `WeightPlace.rows` for orders that depend on the heads of linear attention."""
 
 SPLIT = ("latent", "linear_qkvz")
-"""Ways to divide the rows of a weight between two tensors."""
+"""Values of `WeightPlace.rows` for weights whose rows are divided between two tensors."""
 
 QKV = ("query", "key", "value")
-"""The weights that a fused projection contains, in the order of their rows."""
+"""Values of `WeightPlace.qkv`: the weights in a fused projection, in the order of their rows."""
 
 
 class WeightPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The name and layout of one weight in one naming: which tensor contains the weight, and in which rows.
 
     Attributes:
-        name: a template for the name of the tensor's module or of a parameter. Placeholders such as `{n}` stand for
-            numbers, `{e}` for an expert's number.
+        name: a template for the tensor's name without `.weight` or `.bias`. Placeholders such as `{n}` stand for
+            numbers; `{e}` stands for an expert's number.
         stacked: whether all experts are in one tensor, along its first axis.
-        part: the index of the weight's first run of rows, if the tensor consists of `of` equal runs. None if the weight
-            is the whole tensor.
-        parts: the number of runs that belong to the weight.
+        part: the tensor is divided into `of` equal runs of rows. `part` is the index of the weight's first run. None if
+            the tensor is not divided into equal runs.
+        parts: the number of consecutive runs that belong to the weight.
         of: the number of equal runs of rows in the tensor.
         interleaved: whether the weight has every `of`-th row of the tensor, starting at row `part`, instead of
             consecutive rows.
-        qkv: `query`, `key` or `value` if the tensor has all queries, then all keys, then all values. The base's numbers
-            of heads determine how many rows each of the three has.
-        groups: whether the rows are ordered by groups. A group has the queries that share a key, then this key, then
-            its value. Only with `qkv`.
-        half: for two weights whose experts are numbered together: 0 if this weight has the first half of the numbers, 1
-            if it has the second half.
+        qkv: `query`, `key` or `value` if the tensor has all queries, then all keys, then all values. The head counts in
+            the base's config determine how many rows each of the three has.
+        groups: whether the tensor's rows are ordered by key heads instead: the queries that share a key head, then the
+            key, then the value. Only with `qkv`.
+        half: set if the experts of two weights share one numbering: 0 if the experts of this weight have the first half
+            of the numbers, 1 if they have the second half.
         flat: whether the tensor has shape `[in]`, so that the weight has one row.
         transposed: whether the tensor is stored as `[in, out]`.
         rows: the order of the tensor's rows. `rope`: Meta's order, in which rotated pairs of rows are adjacent. `qkv`:
-            all queries, then all keys, then all values, although the family itself orders the fused weight by groups.
-            The README of spec/architectures lists the other orders.
+            the tensor has all queries, then all keys, then all values, but the family's own layout of this fused weight
+            is ordered by groups. `spec/architectures/README.md` lists the other orders.
         heads: the kind of heads to which the rows belong, one of `SHARED`; only if `rows` is one of `TURNED`.
         columns: the order of the tensor's inputs: None, or `linear_value` with the same meaning as for `rows`.
         beside: a template for the name of a second tensor, which has the weight's remaining rows.
@@ -104,16 +105,14 @@ class WeightPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
 
 class GgufCondition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A condition on a base's config.
-
-    If the condition is met, llama.cpp's converter writes the `general.architecture` to which the condition belongs.
+    """The condition on a base's config under which llama.cpp's converter writes one `general.architecture`.
 
     Attributes:
         classes: the condition is met if the first entry of the config's `architectures` is in this list.
         field: the condition is also met if the config has this field.
-        only: for each field, the words that the field's list may contain. If `only` is set, `classes` and `field` are
-            ignored: the condition is met if all listed fields and `zero` fit.
-        zero: with `only`, a field that the config must lack, or whose value must be 0.
+        only: a map from a config field to allowed strings. Each of these fields must be a non-empty list of allowed
+            strings. If `only` is set, `classes` and `field` are ignored.
+        zero: a config field that must be absent or 0. Used only if `only` is set.
     """
 
     classes: list[str] = []
@@ -148,37 +147,39 @@ class TextEncoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PipelineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Facts about a family that is part of a diffusers pipeline.
+    """Facts about a family whose models are part of a diffusers pipeline.
 
-    The fields list names of the family, and properties by which a file's family is recognised.
+    The fields are the family's names in several tools, and properties that identify the family of an adapter file.
 
     Attributes:
         component: the part of the pipeline: `unet`, `transformer` or `controlnet`.
         title: the family's name in messages; empty to use the name of its file.
         classes: the values of `_class_name` in configs of diffusers.
         words: the family's names in the metadata of files, reduced to letters and digits, such as `flux1`.
-        sd_scripts: whether sd-scripts trains the family; other families have no OFT adapters from sd-scripts.
-        kohya: the naming whose names sd-scripts and similar tools write with underscores for dots.
+        sd_scripts: whether sd-scripts trains the family. If not, the family has no OFT adapters from sd-scripts.
+        kohya: the naming from which sd-scripts and similar tools make their keys, by replacing dots with underscores.
         distinctive: True if no language model uses this family's names. The names then identify the family even without
             a prefix.
         generic: whether the names fit any number of blocks. A generic family is chosen only if no other family fits.
         unlikely: whether the family shares names with another family that has far more adapters. An unlikely family is
             chosen only if no other family fits, or if metadata, a base, or the width and the number of blocks identify
             it.
-        no_inputs: input sizes that only the text encoders of other models have; no weight of this family has them.
+        no_inputs: input sizes that no weight of this family has, such as the width of a text encoder that only other
+            models use.
         outputs: a map from an input size to the output sizes of weights with that input size, in the published models.
         widths: input sizes of the blocks in the published models.
-        blocks: a map from the first word of block names to the number of blocks whose names start with it, in the
-            largest published model.
+        blocks: a map from the first part of a block's name, such as `double_blocks`, to the number of such blocks in
+            the largest published model.
         ratios: a map from a weight to its number of outputs divided by its number of inputs; a list of ratios if the
             published models differ.
-        encoders: a map from diffusers' names to the text encoders.
+        encoders: the text encoders, by their names in diffusers, such as `text_encoder_2`.
         prefixes: a map from a part of the pipeline to the prefix of its keys in kohya's files. Parts with the prefix
             `lora_unet` or `lora_te` are not listed.
         beside: a map from a module (or a prefix) in another part of the pipeline to the module's name in ComfyUI.
-        modules: a map from a part of the pipeline, as in `beside`, to templates of its modules' names. Kohya's keys are
-            these names with underscores for dots.
+        modules: a map from a part of the pipeline that is a key of `beside` to templates for the names of the part's
+            modules. Kohya's keys are these names, with underscores instead of dots.
         diffsynth_head: the number of rows of one head, if DiffSynth's files order fused q, k and v head by head.
+            Otherwise 0.
         header_alpha: whether an alpha in a file's header applies to every module, if the file has no alpha tensors.
         whole_norms: whether diffusers' loader accepts adapter files with new weights for the norms of queries and keys.
     """
@@ -207,7 +208,7 @@ class PipelineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ArchitectureRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The contents of one family's file. The README in the folder of these files explains the fields."""
+    """The contents of one family's file. `spec/architectures/README.md` explains the fields."""
 
     format: int
     family: str
@@ -227,9 +228,10 @@ class ArchitectureRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
 
 class Naming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The contents of one file in the folder `namings`.
+    """The contents of one file in `spec/architectures/namings`.
 
-    The file has one tool's names for the weights of several families; each of these families also has a separate file.
+    The file has one tool's names for the weights of several families. `load` adds them to the names in each family's
+    own file.
     """
 
     format: int
@@ -258,7 +260,10 @@ class Architecture:
 
     @cached_property
     def namings(self) -> tuple[str, ...]:
-        """List the namings in the file, in the order in which they first occur."""
+        """List the family's namings: first those in `keyed`, then those of the weights, then those in `extends`.
+
+        `WEIGHT` comes last, and only if `apart` is true.
+        """
         named = (naming for places in self.record.weights.values() for naming in places)
         names = [*self.record.keyed, *named, *self.record.extends]
         return tuple(dict.fromkeys([*names, *((WEIGHT,) if self.apart else ())]))
@@ -290,7 +295,7 @@ class Architecture:
         return places
 
     def namings_with(self, name: str) -> tuple[str, ...]:
-        """List the namings with `name`, or with a name that differs only in its numbers; `WEIGHT` comes last."""
+        """List the namings that have `name`, or a name that differs from it only in numbers; `WEIGHT` comes last."""
         shape = shape_of(name)
         if shape not in self._namings:
             every = dict.fromkeys((*self.namings, WEIGHT))
@@ -298,7 +303,7 @@ class Architecture:
         return self._namings[shape]
 
     def templates(self, naming: str) -> Iterator[str]:
-        """Yield the names in a naming, with `#` for every placeholder."""
+        """Yield the names in a naming, with `#` instead of every placeholder and every number."""
         return iter(self._index(naming))
 
     def _index(self, naming: str) -> Mapping[str, list[tuple[str, WeightPlace, tuple[str, ...]]]]:
@@ -335,7 +340,7 @@ def architecture_of(config: Mapping[str, object] | None) -> Architecture | None:
 
 
 def is_family(module: str) -> bool:
-    """Return whether a family with this name, such as `llama` or `blip_2`, has a file."""
+    """Return whether there is a file for the family `module`, such as `llama` or `blip_2`."""
     return module in _modules()
 
 
@@ -351,8 +356,8 @@ def _of_type(model_type: str) -> Architecture | None:
     if own_file.exists():
         return load(own_file)
     for file in sorted(folder().glob("*.toml")):
-        # Most families are named after their first model type. For another type, read only the start of each file,
-        # which lists the file's model types.
+        # Most families are named after their first model type. To find any other model type, read only the start of
+        # each file, because it lists the family's model types.
         listed = _TYPES.search(_head(file))
         if listed and f'"{model_type}"' in listed[1]:
             return load(file)
@@ -386,7 +391,10 @@ def gguf_architectures() -> list[str]:
 
 
 def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
-    """Yield the families in which one of these names is a stack of experts; prefixes of names are ignored."""
+    """Yield the families in which one of these names is a stack of experts.
+
+    The function compares only the part of each name after the last number, such as `mlp.experts.gate_up_proj`.
+    """
     tails = {shape_of(name).rpartition(".#.")[2] for name in names}
     for file in _files_with_stacks():
         architecture = _loaded(file)
@@ -403,7 +411,7 @@ def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
 
 
 def with_names(names: Iterable[str]) -> Iterator[Architecture]:
-    """Yield the families that have one of these names in any naming; prefixes of names are ignored.
+    """Yield the families that have one of these names in any naming, except families of diffusers pipelines.
 
     The function compares only the part of each name after the last number, such as `mlp.experts.gate_up_proj`.
     """
@@ -422,7 +430,7 @@ def with_naming(naming: str) -> Iterator[Architecture]:
 
 
 class Head(msgspec.Struct, frozen=True):
-    """The first tables of a pipeline family's file: everything before the table `[weights]`."""
+    """Two fields of a family's file, parsed from the text before the table `[weights]`."""
 
     family: str
     pipeline: PipelineRecord
@@ -432,7 +440,7 @@ def of_pipelines() -> Iterator[tuple[Head, str]]:
     """Yield (head, whole text of the file) for each family that is part of a diffusers pipeline.
 
     There are about thirty such files, and parsing all of them takes longer than reading an adapter. So this function
-    does not parse the tables of weights; `named` parses one whole file.
+    does not parse the table `[weights]`. To parse one whole file, call `named`.
 
     Raises:
         Malformed: a file is damaged.
@@ -450,14 +458,17 @@ def of_pipelines() -> Iterator[tuple[Head, str]]:
 
 @cache
 def texts_of_models() -> tuple[str, ...]:
-    """Return the texts of the files of transformers' models, which are all families outside diffusers pipelines."""
+    """Return the text of each architecture file whose family is not part of a diffusers pipeline.
+
+    Most of these families are models of transformers.
+    """
     texts = (file.read_text(encoding="utf-8") for file in sorted(folder().glob("*.toml")))
     return tuple(text for text in texts if "\n[pipeline]\n" not in text)
 
 
 @cache
 def named(family: str) -> Architecture:
-    """Return the architecture of a family, given the name of its file."""
+    """Return the architecture in the file `<family>.toml`."""
     return _loaded(folder() / f"{family}.toml")
 
 
@@ -468,7 +479,7 @@ def _loaded(path: Path) -> Architecture:
 
 @cache
 def _head(file: Path) -> str:
-    """Return the first 4 KiB of a file, which contain the lists of model types and architectures."""
+    """Return the first 4 KiB of a file. They contain the lists `model_types` and `gguf`."""
     with file.open("rb") as stream:
         return stream.read(1 << 12).decode("utf-8", "replace")
 
@@ -479,11 +490,11 @@ def _files_with_stacks() -> tuple[Path, ...]:
 
 
 def load(path: Path) -> Architecture:
-    """Parse a family's file and check it.
+    """Parse a family's file, add the names from the folder `namings`, and check the result.
 
     Raises:
-        Malformed: the file does not follow the README of spec/architectures, or two weights have the same name and rows
-            in a naming.
+        Malformed: a file does not follow `spec/architectures/README.md`, or two weights have the same name and rows in
+            a naming.
     """
     record = decoded(path, ArchitectureRecord)
     for naming in namings(path.parent / "namings"):
@@ -498,20 +509,20 @@ def load(path: Path) -> Architecture:
 
 @cache
 def namings(where: Path | None = None) -> tuple[Naming, ...]:
-    """Load the files of tools whose naming covers several families.
+    """Load all files in the folder `namings`. Each file has one tool's names for the weights of several families.
 
     Args:
-        where: the folder of the files.
+        where: the folder; None for `spec/architectures/namings`.
 
     Raises:
-        Malformed: a file does not follow the README of spec/architectures.
+        Malformed: a file does not follow `spec/architectures/README.md`.
     """
     files = sorted((where or folder() / "namings").glob("*.toml"))
     return tuple(decoded(file, Naming) for file in files)
 
 
 def namings_of(name: str) -> tuple[Naming, ...]:
-    """Return all files of one tool's naming; each file covers different model types."""
+    """Load all files for the naming `name`; each of them covers different model types."""
     return tuple(naming for naming in namings(folder() / "namings") if naming.naming == name)
 
 
@@ -544,9 +555,9 @@ def decoded(path: Path, kind: type[_T]) -> _T:
 
 
 def faults(record: ArchitectureRecord) -> Iterator[str]:
-    """Yield a sentence for each error that the file's schema cannot detect.
+    """Yield a message for each error in a family's file that parsing does not detect.
 
-    For example, two weights may not have the same name and rows in one naming.
+    For example, it is an error if two weights have the same name and rows in one naming.
     """
     if record.format != FORMAT:
         yield f"the file has format {record.format}; this version reads format {FORMAT}"
@@ -585,12 +596,12 @@ def _place_faults(weight: str, naming: str, place: WeightPlace) -> Iterator[str]
     if holes - {"{e}"} != there - {"{e}"}:
         yield f"{naming}: {place.name} does not have the placeholders of {weight}"
     if ("{e}" in holes) != (place.stacked or "{e}" in there) or (place.stacked and "{e}" in there):
-        yield f"{naming}: {place.name} does not state where the experts of {weight} are"
+        yield f"{naming}: {place.name} needs stacked or {{e}}, not both, if {weight} has experts; otherwise neither"
     first, of = place.part, place.of
     if (first is None) != (of is None) or (first is None and place.parts != 1):
         yield f"{naming}: {place.name} must have both part and of, or neither"
     elif first is not None and of is not None and not (0 <= first < first + place.parts <= of):
-        yield f"{naming}: {place.name} has part {first} of {of}"
+        yield f"{naming}: {place.name} has part {first} of {of}, but 0 <= part < part + parts <= of must hold"
     known = (None, "qkv", *TURNED, *LINEAR, *SPLIT)
     if place.rows not in known or (place.rows in TURNED) != (place.heads in SHARED):
         yield f"{naming}: {place.name} cannot have rows {place.rows!r} with heads {place.heads!r}"
@@ -603,7 +614,7 @@ def _place_faults(weight: str, naming: str, place: WeightPlace) -> Iterator[str]
     if place.groups and place.qkv is None:
         yield f"{naming}: {place.name} has groups, but no qkv"
     if place.half is not None and (place.half not in (0, 1) or "{e}" not in there):
-        yield f"{naming}: {place.name} has half {place.half}, but does not list experts one by one"
+        yield f"{naming}: {place.name} has half {place.half}; half must be 0 or 1, and the name must contain {{e}}"
     if place.interleaved and place.of is None:
         yield f"{naming}: {place.name} is interleaved, but has no part"
 
@@ -630,11 +641,10 @@ def fill(template: str, numbers: Mapping[str, str]) -> str:
 
 
 def _numbers(template: tuple[str, ...], words: list[str]) -> dict[str, str] | None:
-    """Return a map from each placeholder to its number.
+    """Match the parts of a name to a template; return a map from each placeholder to its number.
 
-    Returns:
-        the map; None if a word outside the placeholders differs from the template, or if a placeholder would get two
-        different numbers.
+    Return None if a part that is not a placeholder differs from the template, or if a placeholder would get two
+    different numbers.
     """
     numbers: dict[str, str] = {}
     for pattern, word in zip(template, words, strict=True):

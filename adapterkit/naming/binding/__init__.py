@@ -1,8 +1,8 @@
 """Bind an adapter to a base: find the stored tensors of each target, and check that shapes fit.
 
 `naming.resolver` maps names. `moving` splits and joins updates if the base fuses or stacks weights differently. Shapes
-show the layout of most stored weights. For the others, the layout comes from the family's table, or else from the
-adapter.
+show the layout of most stored weights. If a weight's shape fits two layouts, the layout comes from the base's family,
+or else from the adapter.
 """
 
 from __future__ import annotations
@@ -95,14 +95,15 @@ def bind(
         base: an open checkpoint, or its path.
         partial: whether to omit targets that the base does not have, instead of raising an error; at least one target
             must remain.
-        aliases: a map from further names of stored tensors, such as the name of a tied head, to the stored names.
+        aliases: a map from a name that is not in the base's files, such as the name of a tied head, to the name under
+            which the same tensor is stored.
         rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name is used.
             `family:NAME` names the family of a base without a config. `rows:by_head` or `rows:by_part` states the order
             of fused queries, keys and values.
         resize: a function that gets the sites and all shapes, and returns the sites and shapes to use instead. It is
             called before shapes are checked.
-        distinct: whether to check that the positions of a sparse update do not repeat. A merge skips this check here,
-            because it checks positions when it reads the values.
+        distinct: whether to check that the positions of a sparse update do not repeat. A merge passes False, because it
+            checks the positions later, when it reads the update's values.
 
     Raises:
         TargetNotFound: the base does not have a target; the error names the nearest module.
@@ -117,7 +118,7 @@ def bind(
     given: Sequence[Site] = in_order_of(base, sites_here.sites, shapes, rules)
     if resize is not None:
         given, shapes = resize(given, shapes)
-    # Share one object among all sites with the same form: tens of thousands of targets have only a few dozen forms.
+    # Let all sites with equal forms share one form object: tens of thousands of targets have only a few dozen forms.
     same: dict[Hashable, Hashable] = {}
     forms = [same.setdefault(form, form) for form in (site.form(shapes) for site in given)]
     sites = with_layouts(list(given), shapes, sites_here.config, forms)
@@ -145,8 +146,8 @@ def check_site(site: Site, shapes: Shapes, *, biasless: bool = False, distinct: 
     Args:
         site: the target's stored tensors.
         shapes: the shapes of stored tensors, by name.
-        biasless: whether to accept an update of a bias that the base lacks. Live models accept it: the layer adds the
-            bias to its output.
+        biasless: whether to accept an update of a bias that the base lacks. Live models accept such an update, because
+            an injected layer can add the bias to its output.
         distinct: whether to check that the positions of a sparse update do not repeat.
 
     Raises:
@@ -199,7 +200,11 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
 
 
 def _bias_fits(update: Update, target: Target, shape: tuple[int, ...], weight: tuple[int, ...] | None) -> bool:
-    """Return whether a bias `[out]` (for experts, `[e, out]`) has as many rows as the update and the weight."""
+    """Return whether a bias has as many outputs as the update and the weight.
+
+    The bias has shape `[out]`, or `[e, out]` for a stack of experts. If the target has `rows`, the bias must only be
+    long enough to contain them.
+    """
     dims = update.dims(target.stacked)
     lead = (dims["e"],) if target.stacked else ()
     if target.rows is not None:
@@ -212,15 +217,18 @@ _NO_BIAS = (
     "Inject the adapter instead of merging it (adapterkit.torch.inject). Or, if the base's config has attention_bias "
     "or mlp_bias, merge into a copy with biases: from_pretrained(base, attention_bias=True), then save_pretrained"
 )
-"""PEFT's merge refuses such an update, too. Transformers fills new biases with zeros, which change no output."""
+"""The cure if an update changes a bias that the base does not have. PEFT's merge also refuses such an update.
+
+If `from_pretrained` adds the biases, it fills them with zeros, which change no output.
+"""
 
 _WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
 # Rename the targets of an adapter by the user's rules, for operations without a base.
 #
-# Operations with a base pass the user's rules to the resolver. The resolver reports which of these rules and of its own
-# rules it used. Operations without a base apply the user's rules to the adapter's targets here.
+# Operations with a base pass the user's rules to the resolver. The resolver also has rules of its own, and reports all
+# rules that it used. Operations without a base call `renamed`, which applies only the user's rules.
 
 
 def renamed(adapters: Sequence[Adapter], rename: str | Sequence[str | Rename]) -> list[Adapter]:
@@ -262,14 +270,14 @@ def _renamed(adapter: Adapter, rules: Sequence[Rename]) -> Adapter:
     return adapter.replace(updates=updates).step("rename", rules=list(used)) if used else adapter
 
 
-# Find the layout of each stored weight: from shapes, or else from the family's table, or else from the adapter's own
+# Find the layout of each stored weight: from shapes, or else from the base's family, or else from the adapter's own
 # layout.
 
 
 def with_layouts(
     sites: list[Site], shapes: Shapes, config: Mapping[str, object] | None, forms: Sequence[Hashable] = ()
 ) -> list[Site]:
-    """Return the sites with the layout in which the base stores each weight.
+    """Return the sites, with each target's layout replaced by the layout in which the base stores the weight.
 
     Args:
         sites: the sites.
@@ -322,7 +330,7 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
         return fits[0] if fits else declared
     if declared in fits and _whole_only(site):
         return declared
-    # Ignore the family's table for GGUF files: they store all weights as [out, in].
+    # For a GGUF file, ignore the layouts that the family's file lists: GGUF files store all weights as [out, in].
     gguf = (config or {}).get(STORED_AS) == "gguf"
     in_out = not gguf and stored_in_out(site.target.path, config)
     if in_out:
@@ -340,7 +348,7 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
 
 
 def _whole_only(site: Site) -> bool:
-    """Return whether all updates are whole weights, so that the adapter's layout describes these weights' axes."""
+    """Return whether the updates have whole weights, not factors; their axes are then in the adapter's layout."""
     dims = [update.dims(site.target.stacked) for update in site.updates]
     return any("rest" in each for each in dims) and not any("in" in each for each in dims)
 
@@ -348,13 +356,13 @@ def _whole_only(site: Site) -> bool:
 # Reorder fused queries, keys and values for bases that store them head by head. Shapes do not show this order.
 #
 # MiniMaxAI's shards of MiniMax-H3 have each head's query, key and value side by side. Single files of the model have
-# the same names, but store all queries, then all keys, then all values. After reading, adapters always have the order
-# of the single files. Names, shapes and metadata do not show the order, so diffusers' loader has an argument for it
-# (`qkv_layout`).
+# the same names, but store all queries, then all keys, then all values. Adapters that adapterkit has read always have
+# the order of the single files. Names, shapes and metadata do not show the order of a file, so users of diffusers'
+# loader state it with the argument `qkv_layout`.
 
 
 def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: Sequence[Rename]) -> list[Site]:
-    """Reorder updates of fused projections to the order of the base's rows.
+    """Reorder the updates of fused projections so that their rows have the order of the base's rows.
 
     Args:
         base: the base. Published single files have all queries, then all keys, then all values; shards may have either
@@ -364,7 +372,7 @@ def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: 
         rules: the user's rules; a rule `rows:by_head` or `rows:by_part` states the order.
 
     Raises:
-        UsageError: the base is sharded, and no rule states its order.
+        UsageError: the base is sharded, and no rule states the order of its fused queries, keys and values.
         NotMergeable: an update's rows cannot be reordered.
         ShapeMismatch: the rows do not form whole heads.
     """
@@ -388,9 +396,9 @@ def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: 
 
 @cache
 def _fused() -> dict[str, int]:
-    """Return a map from the end of a fused projection's name to its rows per head.
+    """Return a map from the end of a fused projection's name to the number of rows of one head.
 
-    The map covers the families whose bases may have either order of rows.
+    The map covers the families whose bases may store the rows in either order.
     """
     keys = {}
     for head, _ in of_pipelines():
@@ -410,7 +418,7 @@ def _tail(path: str) -> str:
 def _by_head(site: Site, shapes: Shapes, size: int) -> Site:
     rows = shapes[site.weight][0] if site.weight is not None else 0
     if not rows or rows % (3 * size):
-        why = f"the {rows} rows do not form queries, keys and values of heads with {size} rows each"
+        why = f"the base's weight has {rows} rows; q, k and v with {size} rows per head need a multiple of {3 * size}"
         raise ShapeMismatch(why, where=str(site.target), cure="Is this the base that the adapter was trained on?")
     target = replace(site.target, rows=None)
     updates = tuple(_reordered(update, site, rows, size) for update in site.updates)
@@ -418,20 +426,23 @@ def _by_head(site: Site, shapes: Shapes, size: int) -> Site:
 
 
 def _reordered(update: Update, site: Site, rows: int, size: int) -> Update:
-    """Reorder an update's rows to the base's order; first extend an update of one part to all rows, with zeros."""
+    """Reorder an update's rows to the base's order.
+
+    If the update changes only the queries, keys or values, first extend the update to all rows, with zeros.
+    """
     if site.target.rows is not None:
         if update.method != "lora":
-            why = f"{update.method} adapts one part of a weight whose rows are ordered by heads"
+            why = f"only LoRA, not {update.method}, can change some rows of a weight that the base orders by heads"
             raise NotMergeable(why, where=str(site.target), cure="Train the adapter on the fused weight, or use LoRA")
         update = update.replace(B=_within(update.tensors["B"], rows, site.target.rows))
     elif not update.cuts("out"):
-        why = f"{update.method} changes all outputs of a weight together, but the base has them in another order"
+        why = f"{update.method} changes all outputs of a weight together, but the base orders the outputs differently"
         raise NotMergeable(why, where=str(site.target), cure="Inject the adapter into a live model instead")
     return ungrouped(update, lambda: _order(rows, size), site.target.stacked)
 
 
 def _within(leaf: Leaf, rows: int, part: tuple[int, int]) -> Lazy:
-    """Copy a factor into the rows `part` of a zero tensor that has `rows` rows."""
+    """Extend a factor to `rows` rows: rows `part[0]:part[1]` are the factor's rows, all other rows are zero."""
     tensor = as_lazy(leaf)
 
     def spread(array: Array) -> Array:
@@ -491,7 +502,7 @@ def view(W: A, target: Target, bias: bool = False) -> A:
 
     Args:
         W: a numpy array or torch tensor as stored.
-        target: the target. Its layout is the order of the stored axes; its `rows` are the rows that the updates use.
+        target: the target. Its layout is the order of the stored axes; its `rows` are the rows to return.
         bias: whether W is a bias.
     """
     seen: Any = W
@@ -509,7 +520,7 @@ def view(W: A, target: Target, bias: bool = False) -> A:
 
 
 def fold(updates: Iterable[Update], W: torch.Tensor, stacked: bool) -> torch.Tensor:
-    """Load the updates in the dtype of W and apply them in order to W, whose axes are those of `view`."""
+    """Apply the updates to W in order, computing in W's dtype and on W's device. W has the axes of `view`."""
     import torch
 
     device, dtype = W.device, W.dtype
@@ -525,7 +536,7 @@ def fold(updates: Iterable[Update], W: torch.Tensor, stacked: bool) -> torch.Ten
 
 
 def view_shape(target: Target, updates: Iterable[Update]) -> tuple[int, ...]:
-    """Return the weight's shape with the axes of `view`, deduced from the updates alone.
+    """Deduce a weight's shape from its updates, without the base. The axes are those of `view`.
 
     Raises:
         UsageError: the updates do not show the whole shape.
@@ -589,5 +600,5 @@ def _one_view(path: str, targets: Iterable[Target]) -> None:
     views = {(target.layout, target.rows) for target in targets}
     if len(views) > 1:
         raise UsageError(
-            "the updates use different layouts or different rows of this weight", where=path, cure="Merge them instead"
+            "the weight's updates differ in layout or rows", where=path, cure="Merge the adapter into the base instead"
         )

@@ -62,7 +62,7 @@ def viewed(shape: tuple[int, ...], target: Target) -> tuple[int, ...] | None:
     lead, rest = shape[: int(target.stacked)], shape[int(target.stacked) :]
     if not rest:
         return None
-    # These shapes already have the order of updates: the outputs come first, or are the only axis.
+    # The shape already has the axis order of updates: the outputs come first, or are the only axis.
     if len(rest) < 2 or target.layout.removeprefix("e ").startswith("out"):
         return shape
     inputs, outputs, *kernel = rest
@@ -103,9 +103,9 @@ def biasless(base: Checkpoint, path: str) -> bool:
 
 
 def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
-    """Return the shape that the loaded model's tensor `name` has, if the base stores this tensor split or fused.
+    """Return the shape of the tensor `name` in the loaded model; None if the shape is unknown.
 
-    Return None if the shape is unknown.
+    The base may store this tensor under other names: split into several tensors, or as a part of a fused tensor.
     """
     # Cache the shapes: format readers ask for the shape of a stack several times, and each computation visits every
     # expert in the base.
@@ -125,7 +125,7 @@ def _live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
     if names_family(base.config):
         return None
     # A folder of shards without a config does not state its family. Try all families that have a weight of this name.
-    # If their shapes differ, the shape is unknown.
+    # If the families give different shapes, the shape is unknown.
     path = name.removesuffix(".weight")
     shapes = {_shape_in(base, path, known) for known in with_names((path,))} - {None}
     return shapes.pop() if len(shapes) == 1 else None
@@ -141,7 +141,7 @@ def _share(part: PathPart, base: Checkpoint) -> tuple[int, int]:
 
 
 def names_family(config: Mapping[str, object] | None) -> bool:
-    """Return whether a config has a model type, known to adapterkit or not, or was built from a GGUF file."""
+    """Return whether a config has a `model_type`, even an unknown one, or was built from a GGUF file."""
     return not {"model_type", STORED_AS}.isdisjoint(config or {})
 
 
@@ -172,7 +172,8 @@ def _names_of(base: Checkpoint) -> Names:
     return Names(paths_of(base.tensors))
 
 
-# Check whether an adapter was made for a given base: compare the bases' names, configs and fingerprints of weights.
+# Check whether an adapter was made for a given base. The adapter may record its base's name, config hash and weight
+# fingerprint; compare them with those of the given base.
 
 
 _CACHED = re.compile(r"models--(.+)")
@@ -208,16 +209,16 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
         given = config_hash(base.config)
         if given != wanted.config_hash:
             reasons.append(
-                f"{name} was made for a base whose config has the hash {wanted.config_hash}; this config has {given}"
+                f"{name} was made for a base with the config hash {wanted.config_hash}; this base has {given}"
             )
     return reasons
 
 
 def relation(base: Checkpoint, shapes: Sequence[str]) -> str:
-    """Return a phrase for a warning: whether only the weights differ from the recorded base, or also names or shapes.
+    """Return a phrase that says how a base differs from the recorded base: in weights only, or in names or shapes.
 
     Args:
-        base: the base; its fingerprint is not the recorded one.
+        base: the base. Its fingerprint differs from the recorded fingerprint.
         shapes: the recorded digests of tensor names and shapes, see `shapes_digest`. If there are none, the phrase is
             empty.
     """
@@ -228,10 +229,10 @@ def relation(base: Checkpoint, shapes: Sequence[str]) -> str:
 
 
 def identity_of(base: Checkpoint) -> dict[str, str]:
-    """Return the arguments of a lineage step that identify a base.
+    """Return the arguments with which a lineage step identifies a base.
 
-    These are a fingerprint of the base's weights and a digest of its tensors' names and shapes. The fingerprint needs
-    about 16 MiB of reads, spread over all tensors.
+    The arguments are a fingerprint of the base's weights, and a digest of the tensors' names and shapes. To compute the
+    fingerprint, the function reads about 16 MiB, spread over all tensors.
     """
     from ...io.checkpoint import fingerprint
 
@@ -272,7 +273,7 @@ def check_base(
     """Compare the base with the bases that the adapters record, and return the differences; see `check_bases`.
 
     The base's fingerprint is computed only if an adapter records a fingerprint. Without a base, nothing is compared.
-    `formats.read` calls this function if a base is given, and so do functions that take adapters in memory.
+    `formats.read` calls this function if a base is given. Functions that take adapters in memory also call it.
 
     Raises:
         CheckFailed: see `check_bases`.
@@ -291,9 +292,10 @@ def check_base(
 
 
 def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str, ...]:
-    """Return a warning if adapterkit merged the tuned weights from a base with another fingerprint than `base`.
+    """Return a warning if adapterkit made the tuned weights by a merge into a base other than `base`.
 
-    The merge record in the folder of the tuned weights states the fingerprint. Without a record, nothing is compared.
+    The merge record in the folder of the tuned weights has the fingerprint of the merge's base. The function compares
+    this fingerprint with that of `base`. Without a record, nothing is compared.
 
     Raises:
         CheckFailed: there is a warning, and `strict` is set.
@@ -325,8 +327,8 @@ def merge_record(merged: Checkpoint) -> dict[str, Any]:
 def names_of(base: Checkpoint) -> tuple[str, ...]:
     """List the repositories that a base may come from.
 
-    They are named in the record of a pull and in the names of cache folders. The config's `_name_or_path` is used only
-    if neither exists.
+    The function looks in the record that a pull wrote, and in the names of huggingface_hub's cache folders. If neither
+    names a repository, the function uses the config's `_name_or_path`.
     """
     names = []
     source = source_of(base.folder)
@@ -355,14 +357,14 @@ def name_map(
     rename: str | Sequence[str] = (),
     partial: bool = False,
 ) -> dict[str, Any]:
-    """Return the name in the base of each of an adapter's targets, and the rules that mapped the names.
+    """Map an adapter's targets to names in the base; return the names, and the rules that mapped them.
 
     Args:
         base: an open checkpoint, or its path.
         adapter: the adapter. If None, the result lists the base's own names, each with the names that other tools use
             for the same weight.
         rename: rules for names, each `FROM=TO`, `@FILE` or `family:NAME`.
-        partial: whether to list the targets that the base does not have under `missing`, instead of raising an error.
+        partial: whether to list targets in `missing` if the base does not have them, instead of raising an error.
 
     Returns:
         a dict with `base` (its path), `model_type` and `family` (the name of the base's architecture file, or None).

@@ -1,4 +1,7 @@
-"""Move updates between namings: into and out of fused weights and stacks. Factors are sliced, never multiplied."""
+"""Move updates between namings: into and out of fused weights and stacks of experts.
+
+The factors of an update are sliced and joined, but never multiplied with each other.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ if TYPE_CHECKING:
     from ...io.lazy import Array, Leaf
 
 
-# Move updates into and out of fused weights and stacks of experts. Factors are sliced, never multiplied.
+# Move updates into and out of fused weights and stacks of experts.
 #
-# If a target has several destinations in the base, its update is split into one update per destination. Each of these
-# changes some of the output rows, or one expert. If the base stores a stack, the updates of single experts are joined
-# into one update of the stack.
+# If the base stores a target's weight in several tensors, the target's update is split into one update per tensor. Each
+# of the new updates changes some of the target's output rows, or one expert. If the base stores a stack of experts, the
+# updates of single experts are joined into one update of the stack.
 
 
 Config = Mapping[str, object] | None
@@ -49,19 +52,19 @@ def moved(
 
     Args:
         updates: a map from each target to its updates.
-        moves: a map from each target's path to the places of its rows or experts in the base. Targets without moves are
-            left out of the result.
+        moves: a map from each target's path to its moves, which state where the base stores the target's rows or
+            experts. Targets without moves are left out of the result.
         shapes: the shapes of the base's tensors, by name.
-        config: the base's config. The order of a projection's rows and the sizes of a fused projection's parts depend
-            on the numbers of heads in the config.
+        config: the base's config. Its numbers of heads determine the order of a projection's rows and the sizes of a
+            fused projection's parts.
 
     Raises:
         UsageError: the numbers of heads are needed, and the config does not state them.
         NotMergeable: the formula of an update cannot be split along rows.
         ShapeMismatch: a fused weight cannot be divided into its parts, or the base and the adapter have different
             numbers of experts.
-        Unsupported: updates of single experts cannot be joined into one stack, a target's rows are not one part of a
-            fused weight, or the base stores a fused projection group by group.
+        Unsupported: updates of single experts cannot be joined into one stack; a target's rows are not exactly one part
+            of a fused weight; or the base stores the queries, keys and values of a fused projection group by group.
     """
     placed: list[Placed | tuple[str, PathPart | None]] = []
     stacks: dict[tuple[str, PathPart | None], dict[int, tuple[Target, tuple[Update, ...]]]] = {}
@@ -89,9 +92,10 @@ def moved(
 
 
 def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[Target, tuple[Move, ...]]:
-    """Replace a target that names rows of a fused weight by a target that stands for one part of this weight.
+    """Find the part of a fused weight that has exactly the rows `target.rows`.
 
-    Return the target without `rows`, and the moves of the part that has exactly these rows.
+    Return the target without `rows`, and the moves of this part. If the target has no `rows`, or its moves do not
+    divide it into parts, return the target and all its moves.
 
     Raises:
         Unsupported: no part has exactly these rows.
@@ -110,7 +114,7 @@ def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[T
     if len(parts) != 1:  # Count parts, not moves: a part of a stack has one move per expert.
         raise Unsupported(
             "the base stores this weight in parts, and the update's rows are not exactly one of the parts",
-            where=str(target), cure="Give each part a target of its own, under the part's name in the base",
+            where=str(target), cure="Use one target per part, with the part's name in the base",
         )  # fmt: skip
     return replace(target, rows=None), tuple(moves_here)
 
@@ -118,10 +122,10 @@ def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[T
 def _taken(
     target: Target, updates: tuple[Update, ...], move: Move, config: Config, slices: dict[int, tuple[Update, ...]]
 ) -> tuple[Target, tuple[Update, ...]]:
-    """Cut the rows or the expert that one move selects out of the updates; return the new target and its updates.
+    """Cut updates to the rows or the expert that a move selects; return the target in the base and its updates.
 
-    `slices` caches the updates of each expert: an expert's gate and up have separate moves, but are cut from the same
-    updates.
+    `slices` caches the updates of each expert, because several moves may select rows of the same expert. For example,
+    an expert's gate and up projections have separate moves.
     """
     layout, stack = target.layout, target.stacked
     if move.expert is not None:
@@ -130,7 +134,7 @@ def _taken(
         if move.expert not in slices:
             count = updates[0].dims(stack).get("e") if stack else 0
             if not isinstance(count, int) or move.expert >= count:
-                why = f"the base has an expert {move.expert}, but the update is for {count or 'no'} experts"
+                why = f"the base has an expert with the index {move.expert}, but the update has {count or 'no'} experts"
                 raise ShapeMismatch(why, where=str(target), cure=_WRONG_BASE)
             slices[move.expert] = tuple(
                 [update.map(lambda leaf: _slice(leaf, move.expert or 0)) for update in updates]
@@ -233,11 +237,11 @@ def _output_axis(update: Update, name: str, leaf: Leaf, stack: bool) -> int | No
 
 
 def _steps(size: int, part: PathPart, target: Target, config: Config) -> tuple[int, int, int]:
-    """Return the rows of a part as (start, stop, step)."""
+    """Return which of a fused weight's `size` rows belong to a part, as (start, stop, step)."""
     if part.heads:
         shares = _shares(config, target)
         if size % sum(shares):
-            why = f"the {size} outputs do not match {shares[0]} query heads and {shares[1]} key and value heads"
+            why = f"{size} outputs do not fit {shares[0]} query heads, {shares[1]} key and {shares[2]} value heads"
             raise ShapeMismatch(why, where=str(target), cure=_WRONG_BASE)
         unit = size // sum(shares)
         return sum(shares[: part.number]) * unit, sum(shares[: part.number + 1]) * unit, 1
@@ -251,7 +255,7 @@ def _steps(size: int, part: PathPart, target: Target, config: Config) -> tuple[i
 
 
 def _out_of_groups(size: int, config: Config, target: Target) -> Array:
-    """Return the order of rows stored by group that puts all queries first, then all keys, then all values."""
+    """Return `order` for rows stored group by group: `rows[order]` are all queries, then all keys, then all values."""
     heads = heads_of(config, str(target))
     return undone(by_group(replace(heads, dim=size // (heads.query + 2 * heads.kv))))
 
@@ -285,7 +289,7 @@ def _into(
     if len(sizes) != 1 or not sizes <= set(shape):
         kind = "parts (queries, keys, values)" if move.into.heads else "equal parts"
         counts = ", ".join(map(str, sorted(outs)))
-        why = f"one of {move.into.of} {kind} has {counts} outputs, but the base's weight has shape {list(shape)}"
+        why = f"the update for one of {move.into.of} {kind} has {counts} outputs; the base's shape is {list(shape)}"
         raise ShapeMismatch(why, where=str(there), cure=_WRONG_BASE)
     size = sizes.pop()
     start, stop, step = _steps(size, move.into, there, config)
@@ -297,7 +301,7 @@ def _into(
 def _spread(update: Update, size: int, start: int, step: int, target: Target) -> Update:
     """Extend a LoRA for every `step`-th row of a weight to all rows, with zeros in the other rows."""
     if update.method != "lora":
-        why = f"{update.method} cannot adapt one of every {step} rows of a weight; the base interleaves gate and up"
+        why = f"the base interleaves gate and up; only LoRA, not {update.method}, can change one of every {step} rows"
         raise NotMergeable(
             why, where=str(target), cure="Train the adapter on the weight that the base stores, or use LoRA"
         )
@@ -332,7 +336,7 @@ def _stacked(
 def _one(updates: list[Update | None], target: Target) -> Update:
     """Join one update per expert into one update of a stack.
 
-    Only LoRA allows experts without an update (None); they get zeros.
+    An expert may have no update (None) only if the other experts have LoRAs. The stack then has zeros for this expert.
     """
     given = [update for update in updates if update is not None]
     first = given[0]
@@ -345,8 +349,8 @@ def _one(updates: list[Update | None], target: Target) -> Update:
         return _one_lora(updates, first, scalings)
     shapes = {tuple((name, leaf.shape) for name, leaf in update.tensors.items()) for update in given}
     if len(given) < len(updates) or len(shapes) > 1 or len(scalings) > 1:
-        why = f"{first.method} adapts {len(given)} of {len(updates)} experts"
-        why += f", and the updates have {len(shapes)} different shapes and {len(scalings)} different scalings"
+        why = f"{first.method} must adapt all experts of a stack, with equal shapes and scalings; {len(given)} of "
+        why += f"{len(updates)} experts have updates, with {len(shapes)} different shapes and {len(scalings)} scalings"
         raise Unsupported(why, where=str(target), cure=_ALIKE)
     return first.replace(
         **{name: arrange.stacked([as_lazy(update.tensors[name]) for update in given]) for name in first.tensors}
@@ -373,8 +377,8 @@ def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collect
             elif name == "B":
                 tensor = arrange.padded(tensor, rank, 1)
             if name != "A" and update is not None and update.attributes["scaling"] != scaling:
-                # A stack has only one scaling. So multiply B and bias by the ratio of this expert's scaling to the
-                # stack's, at least in float32.
+                # A stack has only one scaling. So multiply B and bias by this expert's scaling divided by the stack's
+                # scaling. Compute in float64 for a float64 tensor, otherwise in float32.
                 wide = arrange.widened(tensor, "F64" if tensor.dtype.name == "F64" else "F32")
                 tensor = arrange.times(wide, update.attributes["scaling"] / scaling)
             leaves.append(tensor)
@@ -415,7 +419,7 @@ def translated(
         updates: a map from each target to its updates. Targets without moves are left out of the result.
         moves: the result of `moves_of`.
         experts: the number of experts in a stack; 0 for as many as the updates need.
-        config: the base's config. The sizes of a fused projection's parts depend on the numbers of heads in the config.
+        config: the base's config. Its numbers of heads determine the sizes of a fused projection's parts.
 
     Raises:
         UsageError: the numbers of heads are needed, and the config does not state them.
@@ -439,7 +443,10 @@ def _experts(target: Target, updates: tuple[Update, ...]) -> int:
 def _shapes(
     updates: Mapping[Target, tuple[Update, ...]], moves: Mapping[str, tuple[Move, ...]], experts: int
 ) -> dict[str, tuple[int, ...]]:
-    """Return each destination's shape, `[out, in]` or for a stack `[e, out, in]`; sizes that no update shows are 0."""
+    """Return the shape of each tensor in the new naming: `[out, in]`, or `[e, out, in]` for a stack.
+
+    Sizes that no update shows are 0.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     counts: dict[str, int] = {}
     for target, given in updates.items():
@@ -465,8 +472,8 @@ def _slotted(path: str, moves: Mapping[str, tuple[Move, ...]]) -> bool:
 # Match two adapters for the same mixture of experts, without the base.
 #
 # One adapter changes stacks of experts, the other adapter changes single experts. There is no base, so the functions
-# use the names and shapes of the adapter with single experts instead. They try every family whose file has the
-# stacks; all families that fit must give the same result.
+# use the names and shapes of the adapter with single experts instead of the base's. They try every family whose file
+# has the names of the stacks. All families that fit must split the stacks in the same way.
 
 
 Moves = dict[str, tuple[Move, ...]]
@@ -479,12 +486,12 @@ def by_expert(adapters: Sequence[Adapter]) -> list[Adapter]:
         adapters: adapters for the same unknown base.
 
     Returns:
-        the adapters in the same order. A split adapter uses the names of the first adapter that has single experts. All
-        adapters are unchanged if none has single experts. An adapter is also unchanged if no family's file maps its
-        stacks to these names.
+        the adapters in the same order. If an adapter has stacks, its updates are split into updates of single experts,
+        with the names that the first adapter with single experts uses. An adapter is unchanged if no adapter has single
+        experts, or if no family's file maps its stacks to these names.
 
     Raises:
-        UsageError: two families split the stacks differently.
+        UsageError: several families' files map the stacks to these names, but split the stacks differently.
     """
     reference = next((adapter for adapter in adapters if _has_single_experts(adapter)), None)
     if reference is None:
@@ -498,7 +505,7 @@ def by_rows(adapters: Sequence[Adapter]) -> list[Adapter]:
     """Split updates of a whole weight if another adapter has separate updates for its parts, such as gate and up.
 
     Args:
-        adapters: adapters for one base, whose targets have the base's names.
+        adapters: adapters for the same base. Their targets must have the base's names.
 
     Returns:
         the adapters in the same order. An update is not split if the other adapters' parts do not cover all rows, or if
@@ -571,7 +578,7 @@ def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
     if len(families_by_moves) > 1:
         why = f"the families {' and '.join(families_by_moves.values())} split the experts differently"
         raise UsageError(
-            why, where=str(next(iter(stacks))), cure="Give the base, which shows the family: --base (base=)"
+            why, where=str(next(iter(stacks))), cure="Give the base, whose config names the family: --base (base=)"
         )
     (only,) = families_by_moves
     parts: dict[Target, list[Placed]] = {}
@@ -585,7 +592,7 @@ def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
 
 
 def _whole(target: Target, updates: Sequence[Update], moves: Moves) -> bool:
-    """Return whether the moves give every part of every expert in a stack a destination."""
+    """Return whether the moves cover all of a stack: every expert, and every part of an expert."""
     given = moves[target.path]
     parts = {move.take for move in given}
     count = next((take.of for take in parts if take is not None), 1)
@@ -594,5 +601,5 @@ def _whole(target: Target, updates: Sequence[Update], moves: Moves) -> bool:
 
 
 def _fit(placed: Sequence[Placed], shapes: Shapes) -> bool:
-    """Return whether every part has the shape of its destination."""
+    """Return whether all updates fit the shapes of the weights to which they were moved."""
     return all(fits(there, updates, shapes[f"{there.path}.weight"]) for _, there, updates in placed)
