@@ -1,4 +1,7 @@
-"""Export a torch model as an ONNX graph, with adapters merged, attached or as slots, and check the graph."""
+"""Export a torch model with adapters as an ONNX graph, and check the graph.
+
+The adapters are merged into the weights, attached as nodes, or loaded at run time into slots; see `export`.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ if TYPE_CHECKING:
 
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
-"""Suffixes of weight files. An export writes no weight files except those in `GRAPHS`."""
+"""Suffixes of weight files. The only files with these suffixes that an export writes are those in `GRAPHS`."""
 
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -73,15 +76,15 @@ OWNS = frozenset(
         *CARRIED,
     }
 )
-"""Names and name patterns of the files in an exported folder. A new export to the folder removes old files that
-match."""
+"""Names and name patterns of the files that an export writes. A new export to the same folder removes the old files
+with these names."""
 
 
 def check_folder(target: Path, overwrite: bool) -> None:
     """Check that an export may write to a folder.
 
-    The folder may be missing or empty. If `overwrite` is set, it may also be the folder of an earlier export without
-    other weight files.
+    The folder may be missing or empty. If `overwrite` is set, it may also contain an earlier export, but no weight
+    files that the export did not write.
 
     Raises:
         StorageError: the folder has files that must not be replaced, or its parent folder does not exist.
@@ -127,7 +130,7 @@ def moved(report: GraphReport, target: Path, carried: Sequence[Path] = ()) -> Gr
     return replace(report, out=target / report.out.name, files=files)
 
 
-# Change torch models in memory by adapters while the models are traced or run; afterwards, restore the models.
+# Apply adapters to a torch model in memory while the model is traced or run, and restore the model afterwards.
 
 
 def attached(model: nn.Module, adapters: Mapping[str, Adapter], mode: str) -> AbstractContextManager[object]:
@@ -142,7 +145,7 @@ def attached(model: nn.Module, adapters: Mapping[str, Adapter], mode: str) -> Ab
 
 @contextmanager
 def injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list[Handle]]:
-    """Inject adapters into the torch model for the block; yield their handles."""
+    """Inject adapters into the torch model, and yield their handles; when the block ends, remove the adapters."""
     from ..torch import inject
 
     handles: list[Handle] = []
@@ -157,7 +160,7 @@ def injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list
 
 @contextmanager
 def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]:
-    """Merge adapters into the torch model's parameters for the block; afterwards, restore the original tensors."""
+    """Merge adapters into the torch model's parameters; when the block ends, restore the parameters."""
     from ..torch.handle import changes
 
     with injected(model, adapters) as handles:
@@ -173,7 +176,7 @@ def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]
             parameter.data = data
 
 
-# Share weights with the base's safetensors files: the graph refers to the bytes in these files instead of a copy.
+# Share weights with the base's safetensors files: the graph refers to tensors in these files instead of storing copies.
 # Runtimes do not read files outside of a graph's folder, so the weights must be in that folder. If a file stores 16-bit
 # weights and the graph computes in 32 bits, a Cast node converts the weights when a runtime loads the graph.
 
@@ -184,7 +187,7 @@ def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> l
     Tensors of up to `INLINE` bytes stay in the graph.
 
     Args:
-        graph: an exported graph. Its tensors have the names that they have in the base.
+        graph: an exported graph, whose tensors have the same names as in the base.
         weights: a safetensors file, or a folder of them.
         out: the file to which the graph will be written. It must be in the folder of the safetensors files, or in a
             parent of that folder.
@@ -193,7 +196,7 @@ def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> l
         the names of the shared tensors.
 
     Raises:
-        UsageError: no tensor of more than `INLINE` bytes equals a tensor of these files.
+        UsageError: none of the graph's tensors of more than `INLINE` bytes equals a tensor in the files.
     """
     by_name = {name: leaf for name, leaf in opened_base(weights).tensors.items() if leaf.span is not None}
     building, shared = Building(graph), list[str]()
@@ -207,7 +210,7 @@ def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> l
             _placed(value, leaf, out, building)
             shared.append(name)
     if not shared:
-        cure = "Pass the safetensors files that the model was loaded from (share=)"
+        cure = "Pass the safetensors files that the model was loaded from: --share-weights (share_weights=, share=)"
         raise UsageError("no weight of the graph equals a tensor of these files", path=weights, cure=cure)
     return shared
 
@@ -223,17 +226,17 @@ def _check_place(by_name: Mapping[str, Lazy], out: Path) -> None:
             cure = "Save the model with save_pretrained, which writes safetensors files"
             raise UsageError("weights that are not in a safetensors file cannot be shared", path=file, cure=cure)
         if file.is_symlink() or not file.resolve().is_relative_to(home):
-            why = "weights outside of the graph's folder cannot be shared: runtimes do not read them"
+            why = "weights outside of the graph's folder cannot be shared: runtimes read only files in that folder"
             raise UsageError(
-                why, path=file, cure=f"Write the graph into {file.parent}; a link to the weights is not enough"
+                why, path=file, cure=f"Write the graph into {file.parent}; if the file is a link, replace it by a copy"
             )
 
 
 def _alike(name: str, shape: tuple[int, ...], by_name: Mapping[str, Lazy]) -> list[Lazy]:
     """Return the stored tensors that may equal a graph's tensor.
 
-    These are the tensors with the same name and shape. Tied weights may be stored under another name only, so if there
-    are none, return all tensors with the same shape.
+    These are the tensors with the same name and shape. If no tensor has both, return all tensors with the same shape,
+    because the files may store a tied weight only under its other name.
     """
     sized = {other: leaf for other, leaf in by_name.items() if leaf.shape == shape}
     named = [leaf for other, leaf in sized.items() if same_end(name, other)]
@@ -241,7 +244,10 @@ def _alike(name: str, shape: tuple[int, ...], by_name: Mapping[str, Lazy]) -> li
 
 
 def _same(tensor: ir.TensorProtocol, leaf: Lazy) -> bool:
-    """Whether two tensors are equal bit for bit, after a stored 16-bit tensor is converted to a graph's float32."""
+    """Whether a tensor of the graph equals a stored tensor bit for bit.
+
+    If the graph's tensor is float32, a stored 16-bit tensor is converted to float32 first.
+    """
     theirs, ours = as_array(leaf), np.asarray(tensor.numpy(), order="C")
     if theirs.dtype != ours.dtype:
         if not leaf.dtype.floating or theirs.dtype.itemsize != 2 or ours.dtype != np.float32:
@@ -271,12 +277,12 @@ def _placed(value: ir.Value, leaf: Lazy, out: Path, building: Building) -> None:
         use.node.replace_input_with(use.idx, cast.outputs[0])
     graph = value.graph
     assert isinstance(graph, ir.Graph)
-    # Insert the Cast at the front, before all nodes that may read it.
+    # Insert the Cast at the front, before all nodes that may read its output.
     graph.insert_before(graph[0], cast)
     value.const_value, value.type = place, ir.TensorType(kind)
 
 
-# Export a torch model as a graph, with adapters merged, attached or as slots, and compare the graph with torch.
+# Export a torch model as a graph, with adapters in one of the `MODES`, and compare the graph with the torch model.
 # onnxruntime runs the written graph on the example inputs. In every mode, the graph's outputs must equal the outputs of
 # the torch model with injected adapters, up to rounding.
 
@@ -290,7 +296,7 @@ if TYPE_CHECKING:
 MODES = ("merged", "attached", "slots")
 
 RECORD = "adapterkit.export"
-"""Key of the graph's metadata that stores the mode, the adapters' digests, and the quantization if there is one."""
+"""Key in the graph's metadata. Its value has the mode, the adapters' digests and the quantization if there is one."""
 
 
 def export(
@@ -313,34 +319,34 @@ def export(
     rename: str | Sequence[str] = (),
     allow_partial: bool = False,
 ) -> GraphReport:
-    """Export a torch model as an ONNX graph with torch's dynamo exporter; tensors and nodes keep the modules' names.
+    """Export a torch model as an ONNX graph with torch's dynamo exporter. Tensors and nodes keep the modules' names.
 
     Args:
         torch_model: the model, in evaluation mode; the export leaves it unchanged.
         args: an example of the model's positional arguments.
         out: the file to write. If the tensors have more than 64 MB, they go into a data file: `out` with `.data`
             appended.
-        adapter: one adapter, several, or a mapping from names to adapters. The adapters apply together; with `slots`,
-            each adapter gets a separate file.
+        adapter: one adapter, several, or a mapping from names to adapters. In the modes `merged` and `attached`, all
+            adapters apply together. In mode `slots`, each adapter gets a separate file.
         mode: `merged` folds adapters into the weights, in float64 with one rounding; `attached` adds nodes that compute
             the adapters' formulas; `slots` makes the adapters' tensors optional inputs of the graph and writes
             `.onnx_adapter` files beside the graph.
-        kwargs: an example of the model's named arguments.
+        kwargs: an example of the model's keyword arguments.
         input_names: names of the graph's inputs.
         output_names: names of the graph's outputs.
-        dynamic_shapes: the dynamic sizes, in the form that `torch.onnx.export` takes.
+        dynamic_shapes: the dynamic sizes, as for `torch.onnx.export`.
         opset: the opset version; torch's default if not given.
         inside: if `torch_model` is a wrapper, the name of its attribute that holds the model. The names of tensors,
             nodes and targets are then relative to that attribute.
         also: more examples of `args`, for example with other sizes. The check also runs the graph on these examples.
-        quantize: `int8` or `int4` packs the linear layers with onnxruntime's quantizers; see quantizing.py.
+        quantize: `int8` or `int4` quantizes the linear layers with onnxruntime's quantizers; see quantizing.py.
             The report gives the error of each weight in `GraphReport.damage`, and the error of the outputs in
             `GraphReport.difference`.
         share: a safetensors file in the folder of `out`, or a folder of such files. The graph refers to the weights in
             these files instead of storing a copy.
-        rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
-        allow_partial: True if the graph is one part of a model, such as its encoder. With slots, the export then omits
-            targets that the graph lacks (listed in `GraphReport.left`), and names the adapter files
+        rename: rules that map unresolved target names to names in the model, as in `adapterkit.merge`.
+        allow_partial: True if the graph is one part of a model, such as its encoder. In mode `slots`, the export then
+            omits targets that the graph lacks (listed in `GraphReport.left`), and each adapter file is named
             `PART.NAME.onnx_adapter`.
         check: run the graph in onnxruntime, and compare its outputs with the torch model's. A quantized graph is also
             compared with a copy of the graph whose weights are dequantized.
@@ -381,7 +387,7 @@ def export(
     numbered = steps(steps_of(mode, quantize, check))
     with placing(target, stays=stays, inputs=files_of_adapters(named)) as place, numbered:
         path = place.path
-        # The quantizer reads a float graph from a file. The check compares this graph with torch, too.
+        # The quantizer reads the float graph from a file. The check compares the float graph with torch, too.
         plain = path if quantize is None else place.scratch / "float.onnx"
         with attached(model, adapters, mode):
             if mode == "attached" and any(getattr(u, "asks", ()) for one in adapters.values() for _, u in one):
@@ -410,11 +416,11 @@ def export(
 def _split_by_target(
     graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None
 ) -> tuple[dict[str, Adapter], dict[str, tuple[Target, ...]]]:
-    """Split each adapter by whether the graph has its targets.
+    """Split each adapter into the targets that the graph has and the targets that the graph lacks.
 
     Returns:
-        the adapters with only the targets that the graph has, without adapters that have none of them; and for each
-        adapter, the targets that the graph lacks.
+        two maps whose keys are the adapters' names: the adapters with only the targets that the graph has, without
+        adapters that have no such target; and the targets that the graph lacks.
     """
     split = {name: taken(graph, adapter, None, config) for name, adapter in adapters.items()}
     kept_parts = {name: kept for name, (kept, _) in split.items() if kept.updates}
@@ -427,12 +433,12 @@ def steps_of(mode: str, quantize: str | None, check: bool) -> int:
 
 
 def read_adapters(adapters: Adapters) -> dict[str, Adapter]:
-    """Read the adapters of an export; return them by name."""
+    """Read the adapters of an export; return a map from names to adapters."""
     return {name: loaded(one, None)[0] for name, one in _named(adapters).items()}
 
 
 def files_of_adapters(adapters: Adapters) -> list[Path]:
-    """Return the files of the adapters of an export."""
+    """Return the files from which an export reads its adapters."""
     return [file for one in _named(adapters).values() for file in inputs_of(one, None)]
 
 
@@ -460,13 +466,14 @@ def _checked(
 
     stage("running the graph and comparing it with the model")
     try:
-        # Load each graph only once, because onnxruntime optimizes a graph at every load. The comparison with ONNX's
-        # reference uses the same session.
+        # onnxruntime optimizes a graph every time that it loads the graph, so load each graph only once.
+        # `by_reference` uses the same session.
         session = Session(plain)
         difference = compared(model, examples, plain, session, runs)
         if quantize is not None:
-            # Compare the packed layers with layers that have dequantized weights, and round no layer's inputs, so that
-            # both must agree. The difference from torch is the error of quantizing: it is reported, but not judged.
+            # Compare the quantized graph with a copy whose weights are dequantized. Neither graph rounds the inputs of
+            # layers, so their outputs must agree. The difference from torch is the error of quantizing, so it is
+            # reported, but not judged.
             unpacked, exact = plain.with_name("unpacked.onnx"), plain.with_name("exact.onnx")
             as_floats(out, unpacked)
             with_exact_inputs(out, exact)
@@ -493,10 +500,10 @@ def _runs(model: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: st
 
 
 def _named(adapter: Adapters) -> dict[str, One]:
-    """Return adapters by name.
+    """Return a map from names to adapters.
 
-    Without given names, an adapter in a file or folder has the name of that file or folder, and an `Adapter` in memory
-    is named `adapter`.
+    If the caller passes no names, an adapter gets the name of its file or folder. An `Adapter` in memory is named
+    `adapter`.
     """
     if adapter is None:
         return {}
@@ -529,7 +536,7 @@ def _check_call(model: object, out: Path, adapters: Mapping[str, object], mode: 
         raise UsageError("the model is in training mode", cure="Call model.eval() first")
     if mode == "slots" and not adapters:
         raise UsageError(
-            "mode slots needs an adapter", where="adapter", cure="Pass the adapters to make slots for (adapter=)"
+            "mode slots needs an adapter", where="adapter", cure="Pass the adapters whose targets get slots (adapter=)"
         )
     for name in adapters:
         if not name or name.startswith(".") or any(sign in name for sign in "/\\:\0"):
@@ -542,7 +549,7 @@ def _check_call(model: object, out: Path, adapters: Mapping[str, object], mode: 
     files = [_file(out, name, part) for name in adapters if mode == "slots"]
     for file in (out.with_name(f"{out.name}.data"), *files, *map(sidecar, files)):
         if file.exists():
-            raise StorageError("already there", path=file, cure="Remove it, or write to another folder")
+            raise StorageError("already there", path=file, cure="Remove the file, or write to another folder")
 
 
 def _check_weights(quantize: str | None, share: object) -> None:
@@ -558,21 +565,21 @@ def _check_weights(quantize: str | None, share: object) -> None:
 
 
 def _file(out: Path, name: str, part: bool) -> Path:
-    """Return the path of an adapter file for a graph's slots; if `part`, its name begins with the name of the graph."""
+    """Return the path of an adapter's `.onnx_adapter` file; if `part`, the file name begins with the graph's name."""
     return out.with_name(f"{out.stem}.{name}.onnx_adapter" if part else f"{name}.onnx_adapter")
 
 
 def _opened(
     graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None
 ) -> list[ResolvedTarget]:
-    """Give the graph one set of slots for each target that any adapter has."""
+    """Add slots to the graph for every target of the adapters; adapters with the same target share its slots."""
     places: dict[tuple[str, str], ResolvedTarget] = {}
     for name, adapter in adapters.items():
         for place in resolve(graph, adapter, tying=Tying(config=config)):
             first = places.setdefault((str(place.asked), str(place.target)), place)
             if _form(first) != _form(place):
-                why = f"adapter {name!r} has another method or other tensors at this target than a previous adapter"
-                raise Unsupported(why, where=str(place.asked), cure="Export one graph for each kind of adapter")
+                why = f"adapter {name!r} cannot share slots: an earlier adapter has another method or other tensors"
+                raise Unsupported(why, where=str(place.asked), cure="Export a separate graph for this adapter")
     building = Building(graph)
     slots = Slots(building)
     attach(list(places.values()), building, slots)
@@ -582,7 +589,7 @@ def _opened(
 
 
 def _form(place: ResolvedTarget) -> list[object]:
-    """Return the properties that two adapters must share at a target to use the same slots."""
+    """Return the properties that must be equal for two adapters to share a target's slots."""
     return [
         # Adapters may have different scalings, because the scaling has a separate slot.
         (update.method, sorted(update.tensors), {k: v for k, v in update.attributes.items() if k != "scaling"})

@@ -39,14 +39,14 @@ class FolderSession:
 
     Args:
         folder: the folder with the graphs.
-        adapters: the adapters to load, by name; see `load`.
+        adapters: a map from names to the adapters to load; see `load`.
         providers: the execution providers, as for `Session`.
 
     Attributes:
-        parts: the graphs, by their file names in the folder.
+        parts: a map from the path of each graph in the folder to the graph's `Session`.
 
     Raises:
-        UsageError: the folder has no graph, or a requested provider is not available here.
+        UsageError: the folder has no graph, or onnxruntime does not support one of the providers on this computer.
         StorageError, Malformed: a graph cannot be read.
     """
 
@@ -79,16 +79,16 @@ class FolderSession:
     ) -> None:
         """Load an adapter into all graphs that have slots for its targets.
 
-        If an adapter of that name is loaded, it is replaced.
+        If an adapter of that name is already loaded, the new adapter replaces it.
 
         Args:
-            name: the adapter's name in calls of `run` and `generate`.
+            name: the name to pass as `adapter` to `run` and `generate`.
             adapter: an adapter, or its path. By default, the files `PART.NAME.onnx_adapter` that `export` wrote to the
                 folder.
-            base_weights: the base's weights, for adapter files whose values depend on them.
+            base_weights: the base's weights, needed for adapter files whose values are computed from the base.
 
         Raises:
-            TargetNotFound: no graph has slots for a target, or the folder has no files for that name.
+            TargetNotFound: no graph has slots for a target, or the folder has no adapter files of that name.
             ShapeMismatch: a tensor does not fit its slot.
             Malformed: a file is damaged.
         """
@@ -103,18 +103,28 @@ class FolderSession:
         self._adapters[name] = set(by_part)
 
     def _files(self, name: str) -> dict[str, Path]:
-        """Return the adapter files that an export wrote beside the graphs, by the file name of the graph."""
+        """Return a map from each graph to the file that an export wrote beside it for the adapter `name`.
+
+        Graphs without such a file are omitted.
+
+        Raises:
+            TargetNotFound: no graph has such a file.
+        """
         files = {key: self._path / f"{key.removesuffix('.onnx')}.{name}.onnx_adapter" for key in self.parts}
         there = {key: file for key, file in files.items() if file.is_file()}
         if not there:
             stems = [file.name.removesuffix(".onnx_adapter") for file in self._path.glob("*.*.onnx_adapter")]
             known = {stem.partition(".")[2] for stem in stems}
-            cure = nearest(name, known) or "Pass the adapter, or its path"
+            cure = nearest(name, known) or "Pass the adapter or its path (adapter=)"
             raise TargetNotFound(f"no file of an adapter {name!r} is in the folder", path=self._path, cure=cure)
         return there
 
     def _parts(self, adapter: Adapter) -> dict[str, Adapter]:
-        """Return, for each graph, the part of an adapter whose targets have slots in that graph."""
+        """Return a map from each graph to an adapter with only the updates that have slots in that graph.
+
+        Raises:
+            TargetNotFound: no graph has slots for a target.
+        """
         by_part: dict[str, Adapter] = {}
         seen: set[Target] = set()
         for part in self._graphs:
@@ -128,7 +138,7 @@ class FolderSession:
                 seen |= set(slotted_part.updates)
         lost = [target for target in adapter.updates if target not in seen]
         if lost:
-            cure = "Make the slots: inject an adapter that has this target, and pass --mode slots (mode='slots')"
+            cure = "To add the slots, inject an adapter that has this target with --mode slots (mode='slots')"
             raise TargetNotFound("no graph of the folder has slots for this target", where=str(lost[0]), cure=cure)
         return by_part
 
@@ -146,16 +156,16 @@ class FolderSession:
         """Run one graph.
 
         Args:
-            part: the graph's file name, such as `encoder_model.onnx`.
+            part: the graph's path in the folder, such as `encoder_model.onnx`.
             inputs: the graph's inputs, as for `Session.run`.
             adapter: the adapter's name; None for the bare model.
 
         Raises:
-            UsageError: there is no such graph, or no adapter of this name is loaded.
+            UsageError: the folder has no such graph, or no adapter of this name is loaded.
             Also the errors of `Session.run`.
         """
         if part not in self.parts:
-            cure = nearest(part, self.parts) or f"The graphs are {', '.join(self.parts)}"
+            cure = nearest(part, self.parts) or f"The graphs of the folder are {', '.join(self.parts)}"
             raise UsageError(f"no graph {part!r}", path=self._path, cure=cure)
         if adapter is not None:
             self._check_loaded(adapter)
@@ -176,9 +186,9 @@ class FolderSession:
                 required, and the texts must be padded on the left.
             max_new_tokens: the largest number of tokens to generate.
             adapter: the adapter's name; None for the bare model.
-            start: the id of the first token that an encoder-decoder's decoder reads; by default,
-                `decoder_start_token_id` of the config files in the folder.
-            end: the id or ids of the tokens that end a text; by default, `eos_token_id` of the config files.
+            start: the id of the first token that an encoder-decoder's decoder reads; by default, the
+                `decoder_start_token_id` in the folder's config files.
+            end: the id or ids of the tokens that end a text; by default, the `eos_token_id` in the config files.
 
         Returns:
             the token ids. An encoder-decoder gives `[batch, 1 + new]`, where the first token is `start`. A language
@@ -186,8 +196,8 @@ class FolderSession:
             others are padded with the first id of `end`.
 
         Raises:
-            UsageError: the folder has neither kind of model, an input is unknown or missing, or no config file has the
-                id of the first token or of the image token.
+            UsageError: the folder holds neither an encoder-decoder nor a language model that reads images, an input is
+                unknown or missing, or no config file has the id of the first token or of the image token.
             ShapeMismatch: the images do not fit the image tokens of the texts.
             Also the errors of `run`.
         """
@@ -195,7 +205,7 @@ class FolderSession:
             return self._continued(inputs, max_new_tokens, adapter, end)
         if not {*FILES[:3]} <= {*self.parts}:
             lacking = ", ".join(name for name in FILES[:3] if name not in self.parts)
-            cure = "Export the model with adapterkit export, or call run for each graph"
+            cure = "Export the model with adapterkit export, or call FolderSession.run for each graph"
             why = f"neither an encoder-decoder nor a language model that reads images: the folder lacks {lacking}"
             raise UsageError(why, path=self._path, cure=cure)
         given = (
@@ -251,7 +261,7 @@ class FolderSession:
 
     def _check_loaded(self, name: str) -> None:
         if name not in self._adapters:
-            cure = nearest(name, self._adapters) or f"Loaded: {', '.join(self._adapters) or 'none'}"
+            cure = nearest(name, self._adapters) or f"Loaded adapters: {', '.join(self._adapters) or 'none'}"
             raise UsageError(f"no adapter {name!r} is loaded", path=self._path, cure=cure)
 
     def _named_token(self, word: str, argument: str) -> int:
@@ -268,7 +278,7 @@ class FolderSession:
             try:
                 value = json.loads(read_input(file).decode("utf-8")).get(word)
             except (ValueError, AttributeError) as error:
-                raise Malformed(f"not a config ({error})", path=file, cure="Copy the file again") from None
+                raise Malformed(f"not a config ({error})", path=file, cure="Copy the model's file again") from None
             if isinstance(value, int) or (isinstance(value, list) and all(isinstance(one, int) for one in value)):
                 return value
         return None

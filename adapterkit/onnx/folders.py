@@ -1,10 +1,11 @@
-"""Change a folder of graphs as one model: an encoder with its decoders, or text, vision and speech parts.
+"""Merge or inject adapters into a folder of graphs that are one model, such as an encoder with its decoders.
 
 Optimum writes `encoder_model.onnx`, `decoder_model.onnx`, `decoder_with_past_model.onnx` and
-`decoder_model_merged.onnx` for one model; onnxruntime-genai lists a model's parts in `genai_config.json`. An adapter
-may have targets in several graphs; each graph gets the updates of its own targets. The graph of an encoder names its
-layers without the word `encoder`, so `layers.0.self_attn.q_proj` may be in the encoder or in the decoder. Therefore,
-a target is searched only in graphs that may hold its part of the model, which the file names show.
+`decoder_model_merged.onnx` for one model; onnxruntime-genai lists a model's graphs in `genai_config.json`. An adapter
+may have targets in several graphs; each graph gets the updates of the targets that it contains. Layer names in an
+encoder's graph lack the word `encoder`, so `layers.0.self_attn.q_proj` may be in the encoder or in the decoder.
+Therefore, each graph has a role, such as `encoder`, which its file name or `genai_config.json` shows. If the path of a
+target shows a role, too, the target is searched only in graphs whose role fits.
 """
 
 from __future__ import annotations
@@ -51,19 +52,20 @@ if TYPE_CHECKING:
     from .tying import Tying
 
 DEEP = 2
-"""Number of folder levels that are searched for graphs: the model's folder, and its subfolders, because diffusers
+"""Graphs are searched on this many folder levels: in the model's folder and in its direct subfolders, because diffusers
 writes each part of a model to a subfolder."""
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 """Suffixes of other frameworks' weight files. These files are not copied to the folder of the changed model, because
-they hold the old weights."""
+they hold the unchanged weights."""
 
 TAKES = {"decoder": {"decoder", "text"}, "text": {"text", "encoder", "decoder"}}
-"""A map from the part in a file's name to the parts whose targets may be in the file's graph. For example, a file named
-`decoder` may hold the language model of a vision-language model, whose targets belong to the part `text`."""
+"""A map from a graph's role to the roles of the targets that the graph may have. For example, a graph with role
+`decoder` may be the language model of a vision-language model, whose targets have the role `text`. A graph with a role
+that is not in the map has no targets of other roles. Targets without a role may be in any graph."""
 
 GENAI = {"decoder": "decoder", "encoder": "encoder", "vision": "vision", "speech": "audio", "embedding": "embedding"}
-"""A map from each section of `genai_config.json` to the part of the model that the section's graph holds."""
+"""A map from each section of `genai_config.json` to the role of the graph whose file the section names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class GraphPart:
         return self.path, *self.data
 
     def may_hold(self, target: Target) -> bool:
-        """Whether the graph may have this target, judging by the graph's role and subfolder and the target's name."""
+        """Whether the graph may have this target, judging by the graph's role and subfolder and the target's path."""
         words = target.path.split(".")
         folder = self.name.parts[0]
         if len(self.name.parts) > 1 and any(word == folder for word in words[:1]):
@@ -99,7 +101,7 @@ class GraphPart:
 
 
 def folder_of(model: Model, out: str | PathLike[str]) -> Path | None:
-    """Return the model's folder if the output is a folder, too; None if the output is a single graph.
+    """Return the model's folder if the output is a folder, too; None if the model or the output is a single graph.
 
     Raises:
         UsageError: the model is a folder of several graphs, but `out` is a `.onnx` file.
@@ -131,7 +133,7 @@ def graphs_in(folder: Path) -> list[Path]:
 
 
 def parts_of(folder: Path) -> list[GraphPart]:
-    """Return the graphs that make up a model.
+    """Return the graphs in a model's folder.
 
     Raises:
         UsageError: the folder has no graph.
@@ -168,18 +170,19 @@ def _roles_of_genai(folder: Path) -> dict[str, str]:
     return {str(section["filename"]): GENAI[key] for key, section in sections.items() if "filename" in section}
 
 
-# Give each graph the updates of an adapter whose targets the graph contains.
+# Split an adapter: each graph gets the updates whose targets are in that graph.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """An adapter, split into the parts for each graph of a folder. Graphs are identified by `GraphPart.name`.
+    """An adapter that is split into one adapter for each graph of a folder. The maps' keys are `GraphPart.name`.
 
     Attributes:
         whole: the adapter before the split.
-        of: for each graph, the adapter with only the graph's targets; None if the graph has none of the targets.
+        of: a map from each graph to the adapter with only the graph's targets, or to None if the graph has none of the
+            adapter's targets.
         lost: targets that no graph has.
-        lacking: for each graph, the targets that another form of the same graph has, but this graph lacks.
+        lacking: a map from a graph to the targets that it lacks, although another variant of the graph has them.
     """
 
     whole: Adapter
@@ -189,13 +192,13 @@ class Division:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Warnings that name the omitted targets, one for each reason."""
+        """Warnings that name the omitted targets; there is one warning for each reason."""
         lines = [left_line(lost, f"{name.as_posix()} does not have them") for name, lost in self.lacking.items()]
         return (*left_line(self.lost, "no graph has them"), *(line for each in lines for line in each))
 
 
 def left_line(lost: Sequence[Target], why: str) -> tuple[str, ...]:
-    """Return a tuple with one warning that names omitted targets; an empty tuple if no target is omitted."""
+    """Return a tuple with one warning that names the targets in `lost`; an empty tuple if `lost` is empty."""
     if not lost:
         return ()
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
@@ -205,7 +208,7 @@ def left_line(lost: Sequence[Target], why: str) -> tuple[str, ...]:
 def left_out(
     model: ir.Model, adapter: Adapter, base: Checkpoint | None, tying: Tying
 ) -> tuple[Adapter, tuple[str, ...]]:
-    """Return an adapter with only the targets that a graph has, and a warning that names the other targets.
+    """Return an adapter with only the targets that a graph has, and a warning that names the omitted targets.
 
     If the graph has none of the targets, return the whole adapter and no warning.
 
@@ -213,18 +216,20 @@ def left_out(
         TargetNotFound: as in `taken`.
     """
     kept, lost = taken(model, adapter, base, tying.config, tying.role)
-    # For a whole adapter, the caller's search by name raises TargetNotFound with the nearest names.
+    # If the graph has none of the targets, the caller looks up the whole adapter, and its TargetNotFound names the
+    # nearest targets.
     return (kept if kept.updates else adapter), left_line(lost if kept.updates else (), "the graph does not have them")
 
 
 def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | None, allow_partial: bool) -> Division:
-    """Split an adapter, so that each graph gets the updates of its own targets.
+    """Split an adapter into one adapter for each graph, with the updates of the targets in that graph.
 
     Raises:
-        TargetNotFound: no graph has any of the targets; or `allow_partial` is not set, and a target is in no graph, or
-            is missing in one form of a graph, such as `model_O2.onnx` beside `model.onnx`.
-        Unsupported: the adapter has new tokens or prefixes, and there are several graphs; or a target is inside a node
-            with all experts of a layer.
+        TargetNotFound: no graph has any of the targets. Without `allow_partial`, this is also raised if a target is in
+            no graph, or if a graph lacks a target that another variant of the graph has (such as `model_O2.onnx` beside
+            `model.onnx`).
+        Unsupported: the adapter has new tokens or prefixes, and there are several graphs; or a target is one expert,
+            and a node of the graph computes all experts of the layer.
     """
     rest, context = parted(adapter)
     if context and len(parts) > 1:
@@ -248,16 +253,16 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
     if lost and (not allow_partial or not seen):
         for part in parts:
             inside = rest.replace(updates={t: rest.updates[t] for t in lost})
-            # Raise Unsupported if a lost target is an expert in a node with all experts.
+            # Raise Unsupported if a lost target is one expert inside a node that computes all experts of a layer.
             by_expert(inside, opened(part.path).model, known_config(base, part.path))
         raise _nowhere(lost, parts, bool(seen))
     lacking = {part.name: missing for part in parts if (missing := _lacking(part, parts, by_part))}
     if lacking and not allow_partial:
         name, missing = next(iter(lacking.items()))
         more = f" ({len(missing)} targets)" if len(missing) > 1 else ""
-        why = f"{name.as_posix()} does not have this target, but another form of the same graph has it{more}"
+        why = f"{name.as_posix()} does not have this target, but another variant of the same graph has it{more}"
         cure = (
-            "To find layers by their values, pass the base: --base-weights DIR (base_weights=). To omit such targets: "
+            "To find layers by their weights, pass the base: --base-weights DIR (base_weights=). To omit such targets: "
             "--allow-partial (allow_partial=True)"
         )
         raise TargetNotFound(why, where=str(next(iter(missing))), cure=cure)
@@ -265,9 +270,9 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
 
 
 def _lacking(part: GraphPart, parts: Sequence[GraphPart], by_part: Mapping[Path, Adapter | None]) -> tuple[Target, ...]:
-    """Return the targets that a graph lacks, although another form of the same graph has them.
+    """Return the targets that a graph lacks, although another variant of the same graph has them.
 
-    The files' names show which graphs are forms of the same graph and so must have the same layers.
+    `same_layers` decides by the file names which graphs must have the same layers.
     """
     adapter = by_part[part.name]
     there = {} if adapter is None else adapter.updates
@@ -311,14 +316,16 @@ def files_of_folder(folder: Path, parts: Sequence[GraphPart] | None = None) -> l
 
 
 def _others(folder: Path, parts: Sequence[GraphPart]) -> Iterator[Path]:
-    """Yield the other files to copy, such as configs and tokenizers; hidden files and other weight files are omitted.
+    """Yield the files to copy that are not part of a graph, such as configs and tokenizers.
+
+    Hidden files and files with suffixes in `WEIGHTS` are omitted.
 
     Raises:
         Malformed: a file is a link to a file outside of the folder.
     """
     graph_files = {file.resolve() for part in parts for file in part.files}
     home = folder.resolve()
-    # In huggingface_hub's cache, files of a snapshot are links into `blobs`, two levels above the snapshot.
+    # In huggingface_hub's cache, a snapshot's files are links to files in `../../blobs`, so allow links into `../..`.
     root = home.parent.parent if home.parent.name == "snapshots" else home
     for file in files_below(folder):
         hidden = any(word.startswith(".") for word in file.relative_to(folder).parts)
@@ -334,7 +341,7 @@ def inject_folder(
     base_weights: Base | None, rename: str | Sequence[str],
     allow_partial: bool, overwrite: bool, made_from: str | None, **options: object,
 ) -> GraphReport:  # fmt: skip
-    """Attach an adapter to the graphs of a folder: call `inject` for each graph that has targets, and copy the others.
+    """Inject an adapter into a folder of graphs: call `inject` for each graph with targets, and copy the other files.
 
     Raises:
         TargetNotFound: a target is in none of the graphs, and `allow_partial` is not set.
@@ -358,7 +365,7 @@ def merge_folder(
     base_weights: Base | None, rename: str | Sequence[str], allow_partial: bool, overwrite: bool,
     made_from: str | None, **options: object,
 ) -> GraphReport:  # fmt: skip
-    """Fold adapters into the graphs of a folder: call `merge` for each graph that has targets, and copy the others.
+    """Fold adapters into a folder of graphs: call `merge` for each graph with targets, and copy the other files.
 
     Raises:
         TargetNotFound: a target is in none of the graphs, and `allow_partial` is not set.
@@ -477,7 +484,7 @@ def _copied(files: Iterable[Path], home: Path, there: Path) -> None:
 def joined(
     reports: Mapping[str, GraphReport], scratch: Path, out: Path, files: Sequence[Path], warnings: tuple[str, ...]
 ) -> GraphReport:
-    """Join the reports of all graphs to one report, with the files' final paths in `out`."""
+    """Join the graphs' reports into one report, with the final paths of the files in `out`."""
     moved = {
         name: replace(
             each, out=out / each.out.relative_to(scratch), files=tuple(out / f.relative_to(scratch) for f in each.files)

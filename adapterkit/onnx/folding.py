@@ -50,15 +50,15 @@ def fold(
     Args:
         folds: pairs of a target and the merge weight of the target's adapter.
         building: the model that is being changed.
-        quantized: one of `CHOICES`, which say how packed weights are merged; None refuses packed weights, unless
-            `keep_change` is `float`.
-        damage: a dictionary for the errors of quantizing changed weights again, by target. The function adds an error
-            even if the change is then attached beside the unchanged weight.
-        keep_change: one of `KEEPING`, the choices for the change of a packed weight: attached beside the unchanged
-            weight, or quantized into it. By default, the change is attached if quantizing again would lose more than
-            the fraction `MOST_LOST` of the change.
-        beside: a list for the targets whose changes the caller must attach beside a packed weight; the function adds
-            these targets. If None, `keep_change` is ignored, and no change is left to attach.
+        quantized: one of `CHOICES`, which say how packed weights are merged. If None, a packed weight raises
+            `Unsupported`, unless `keep_change` is `float`.
+        damage: a dictionary from targets to the errors of quantizing their changed weights again. The function adds an
+            error even if the change is then attached beside the unchanged weight.
+        keep_change: `float` attaches the change of a packed weight beside the unchanged weight; `packed` quantizes the
+            changed weight again. By default, the change is attached if quantizing again would lose more than the
+            fraction `MOST_LOST` of the change.
+        beside: a list. The function appends each target whose change the caller must attach beside a packed weight. If
+            `beside` is None, `keep_change` is ignored, and every change is folded into the weight.
     """
     opened = opened_up([place for place, _ in folds], building)
     folds = [(place, factor) for place, (_, factor) in zip(opened, folds, strict=True)]
@@ -108,7 +108,7 @@ class Folding:
         spot: the layer.
         at: the layer's targets, each paired with the merge weight of its adapter.
         building: the model that is being changed.
-        fresh: the new tensors of all layers of this merge; see `Fresh`.
+        fresh: the new tensors that this merge makes for all layers; see `Fresh`.
     """
 
     spot: Spot
@@ -118,7 +118,7 @@ class Folding:
 
     @property
     def name(self) -> str:
-        """The target's name, for error messages."""
+        """The name of the layer's first target, for error messages."""
         return str(self.at[0][0].asked)
 
     @property
@@ -136,17 +136,18 @@ class Folding:
 
         Args:
             quantized: one of `CHOICES`, as for `fold`.
-            damage: a dictionary to which the error of quantizing the changed weight again is added.
+            damage: a dictionary. The function adds the error of quantizing the changed weight again.
             keep: one of `KEEPING`. An empty string attaches the change if quantizing the changed weight again would
                 lose more than `MOST_LOST` of the change; None never attaches the change.
 
         Raises:
-            Unsupported: the layer does not support this change, or its weight is packed and no choice was given.
+            Unsupported: the layer does not support this change; or its weight is packed, `quantized` is None and `keep`
+                is not `float`.
             NotMergeable: the updates need a bias that the layer does not have.
         """
         if any(key == EXPERT or key.startswith(BEFORE) for key in self.spot.node.metadata_props):
             why = "an injected adapter already changes the weight of this layer"
-            raise Unsupported(why, where=self.name, cure="Remove it first, with adapterkit.onnx.eject")
+            raise Unsupported(why, where=self.name, cure="Remove that adapter first: adapterkit.onnx.eject")
         layer, packed = self.spot.kind(self.spot.node, Branch(self.building, "merge")), is_packed(self.spot)
         if packed and keep == "float":
             return self._apart(True)
@@ -192,16 +193,16 @@ class Folding:
         return []
 
     def _apart(self, must: bool) -> list[ResolvedTarget]:
-        """Return the targets to attach beside the layer, with their updates scaled by the adapters' merge weights.
+        """Return the targets to attach beside the layer; their updates are multiplied by the adapters' merge weights.
 
-        If attached updates cannot express the merge, return an empty list.
+        The list is empty if attached updates cannot compute the merged change.
 
         Raises:
-            Unsupported: `must` is set, and attached updates cannot express the merge.
+            Unsupported: `must` is set, and attached updates cannot compute the merged change.
         """
         if self.spot.kind.inside:
             if must:
-                why = f"nodes beside the node {self.spot.node.name} cannot add the change"
+                why = f"the change cannot be added to the output of the node {self.spot.node.name}"
                 cure = (
                     "Merge with --quantized requantize --keep-change packed "
                     "(quantized='requantize', keep_change='packed')"
@@ -219,8 +220,8 @@ class Folding:
             return apart
         if must:
             methods = ", ".join(dict.fromkeys(update.method for update in self.updates))
-            why = f"{methods} can only be kept beside a quantized weight if one adapter is merged, with weight 1"
-            cure = "Omit --keep-change (keep_change=), or add the adapters first: adapterkit combine"
+            why = f"{methods} can only be stored beside a quantized weight if one adapter is merged, with weight 1"
+            cure = "Omit --keep-change (keep_change=), or combine the adapters first: adapterkit combine"
             raise Unsupported(why, where=self.name, cure=cure)
         return []
 
@@ -283,7 +284,7 @@ class Folding:
         self.spot.node.replace_input_with(kind.position, new)
 
     def _replacement(self, old: ir.Value, make: Callable[[], Array], *key: Hashable) -> ir.Value:
-        """Return a new initializer of the dtype of `old`, to replace `old`; `make` later computes the whole array."""
+        """Return a new initializer that replaces `old` and has its dtype; `make` computes its values later."""
         kind, name = kind_of(old), self.name
         change = StoredChange(name, from_array(lambda: _rounded(make(), kind, name), shape_of(old), kind), ())
         return fresh_value(self.building, self.fresh, (*key, *self.key), old, change)
@@ -301,7 +302,7 @@ class Folding:
 
 
 def _stored(place: ResolvedTarget, factor: float, spot: Spot, stored: Stored, shape: tuple[int, ...]) -> Folded:
-    """Return a target's weight updates as a planned update whose layout is the axis order of the stored tensor."""
+    """Return a planned update with the target's weight updates, in the axis order of the stored tensor."""
     turned = (spot.kind.turns(spot.node) != place.turned) != stored.turned
     target = replace(place.target, layout="in out *k" if turned else "out *in")
     updates = tuple(update for update in place.updates if update.changes_weight)
@@ -309,7 +310,7 @@ def _stored(place: ResolvedTarget, factor: float, spot: Spot, stored: Stored, sh
 
 
 def _bias(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array], bias: Array) -> Array:
-    """Return the changed bias in the shape of the given bias, in float64."""
+    """Return the changed bias in float64, in the shape of `bias`."""
     before = bias.astype(np.float64)
     flat, after = before.reshape(-1), before.reshape(-1).copy()
     needs = any(update.bias_sees_weight for place, _ in at for update in place.updates)
@@ -323,14 +324,14 @@ def _bias(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array], b
             bias_flat = np.zeros_like(flat) if norm.bias is None else norm.bias
             scale = norm.scale[rows]
         seen = None if W is None else part_of(W if norm is None else norm.weight, place)
-        # If a norm is folded into the layer, the graph's bias is `scale * b + shift`. So a change of `b`, the base's
-        # bias, must be multiplied by the scale.
+        # If a norm is folded into the layer, the graph's bias is `scale * b + shift`, where `b` is the base's bias. So
+        # a change of `b` must be multiplied by the scale.
         after[rows] += factor * scale * (through(place, seen, bias_flat[rows])[1] - bias_flat[rows])
     return after.reshape(before.shape)
 
 
 def _behind_norm(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array]) -> Array:
-    """Return the changed weight of a layer with a folded norm, in the node's axis order, in float64.
+    """Return the changed weight of a layer with a folded norm in float64, in the node's axis order.
 
     The updates apply to the base's weight. The graph's weight is the base's weight multiplied by the norm's scale, so
     the change is multiplied by this scale, too.
@@ -346,7 +347,7 @@ def _behind_norm(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Ar
 
 
 def _matrix(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array], shape: tuple[int, ...]) -> Array:
-    """Return the changed weight in the shape of the stored weight, in float64."""
+    """Return a layer's changed weight in float64, in the shape of the stored weight."""
     before = seen_by(weight_of().astype(np.float64), spot)
     after = before.copy()
     for place, factor in at:
@@ -356,7 +357,7 @@ def _matrix(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array],
 
 
 def _added(at: list[PlannedUpdate], W: Array, start: int = 0) -> Array:
-    """Return `W` with the updates of all targets whose rows `W` contains; `W` begins at row `start` of the layer."""
+    """Return a copy of `W` with all updates whose rows are in `W`; `W` begins at row `start` of the layer."""
     after = W.copy()
     for place, factor in at:
         first, last = place.target.rows or (start, start + len(W))
@@ -374,7 +375,7 @@ def seen_by(W: Array, spot: Spot) -> Array:
 
 
 def part_of(W: Array, place: ResolvedTarget) -> Array:
-    """Return the part of a weight to which a target's updates apply, in the axis order that these updates use."""
+    """Return the rows of a weight to which a target's updates apply, in the axis order that the updates use."""
     W = W.swapaxes(0, 1) if place.turned else W
     return W[slice(*place.target.rows)] if place.target.rows else W
 
@@ -386,6 +387,6 @@ def _rounded(array: Array, kind: ir.DataType, name: str) -> Array:
         out = np.ascontiguousarray(array).astype(kind.numpy())
     # Refuse NaNs and infinities only if the conversion made them: the base itself may already contain some.
     if not np.isfinite(out.astype(np.float64)).all() and np.isfinite(array).all():
-        cure = "Merge with a smaller weight of the adapter: --weight (weights=)"
+        cure = "Give the adapter a smaller merge weight: --weight (weights=)"
         raise Malformed(f"merging gives values that are too large for {kind.name}", where=name, cure=cure)
     return out

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 NAME = "genai_config.json"
 
 KIND, CONVOLUTIONS = "decoder", "lfm2"
-"""Values for the config's `type`. `lfm2` is for models whose only states, besides keys and values, are those of
-convolutions; `decoder` is for all other models.
+"""Values of `type` in the config: `lfm2` if all states except keys and values are states of convolutions; `decoder`
+for all other models.
 
 onnxruntime-genai's other types differ only in the cache layout."""
 
@@ -37,13 +37,13 @@ PAST, PRESENT = "past_key_values.%d.", "present.%d."
 """Patterns for the names of cached keys and values; `%d` stands for the layer's index."""
 
 STATES = {"conv": ("past_conv.%d",), "recurrent": ("past_ssm.%d", "past_recurrent.%d")}
-"""Patterns for the names of the graph's state inputs, by onnxruntime-genai's name for the kind of state."""
+"""A map from onnxruntime-genai's name for a kind of state to name patterns of the graph's inputs for such states."""
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def write_genai_config(model: PretrainedModel, graph: Path, out: Path) -> list[Path]:
-    """Write the config of an exported language model.
+    """Write `genai_config.json` for an exported language model.
 
     Args:
         model: the transformers model.
@@ -78,7 +78,7 @@ def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, Jso
     heads, width = sizes.pop() if len(sizes) == 1 else (None, None)
     if not isinstance(heads, int) or not isinstance(width, int):
         return None
-    # onnxruntime-genai expects the number of all layers, including layers without keys and values.
+    # onnxruntime-genai counts all layers, including layers without keys and values.
     count = 1 + max(int(part) for name in known & shapes.keys() for part in name.split(".") if part.isdigit())
     text_config = model.config.get_text_config()
     ids = _token_ids(model)
@@ -105,8 +105,8 @@ def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, Jso
     }  # fmt: skip
     alone = states.keys() == {"conv"}
     if alone:
-        # onnxruntime-genai creates these states with shape `[batch, hidden_size, conv_cache_size]`, so the graph must
-        # use this shape.
+        # onnxruntime-genai creates convolution states with shape `[batch, hidden_size, conv_cache_size]`, so the graph
+        # must use this shape.
         wide = {tuple(shapes[name % at][1:]) for name in states.values() for at in numbers if name % at in shapes}
         hidden, length = wide.pop() if len(wide) == 1 else (None, None)
         if hidden != decoder["hidden_size"] or not isinstance(length, int):

@@ -1,8 +1,8 @@
 """Find the queries, keys and values in a layer that packs them, such as `qkv_proj` in graphs of onnxruntime-genai.
 
-An adapter has separate targets `q_proj`, `k_proj` and `v_proj`. The number of rows of each part is computed from the
-head counts of the attention node that reads the layer, or read from the sizes of a Split node. So no size is guessed,
-and the base's weights are not needed.
+An adapter has separate targets `q_proj`, `k_proj` and `v_proj`. If an attention node reads the layer's output, the
+number of rows of each target is computed from the node's head counts. If a Split node reads the output, the numbers are
+the sizes of the Split. So no size is guessed, and the base's weights are not needed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 PARTS = ("q_proj", "k_proj", "v_proj")
 
 FUSED = {"qkv_proj": PARTS, "gate_up_proj": ("gate_proj", "up_proj")}
-"""A map from the last segment of a layer's name in Phi-3 to the names of the layers into which the model builder of
-onnxruntime-genai splits that layer, in the order of their rows."""
+"""A map from the last segment of a fused layer's name in Phi-3 to the names of separate layers, in the order of their
+rows. onnxruntime-genai's model builder splits the fused layer into these layers."""
 
 PACKED = "qkv_proj"
 """The model builder's name for the layer that packs `PARTS`."""
@@ -63,13 +63,13 @@ def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Ad
 
 
 def in_packed(target: Target, names: Collection[str]) -> Target:
-    """If a target is a part of a packed layer, return a target for the part's rows of that layer.
+    """Convert a target for queries, keys or values to a target for their rows in the packed layer.
 
-    Any other target is returned unchanged. The conversion is needed for a graph with slots at the packed layer: the
-    slots' nodes are between the layer and its attention node, so `in_heads` does not find the parts.
+    Any other target is returned unchanged. A graph with slots at the packed layer needs this conversion: the slots'
+    nodes are between the layer and its attention node, so `in_heads` does not find the queries, keys and values.
 
     Args:
-        target: a target with its name in the graph. Its rows count from the first row of the packed layer.
+        target: a target whose path is the name in the graph. Its rows count from the first row of the packed layer.
         names: the names of the weights in the graph.
     """
     stem, _, word = target.path.rpartition(".")
@@ -110,7 +110,7 @@ def _parts(spot: Spot) -> Iterator[Spot]:
 
 
 def _sizes(value: ir.Value, rows: int) -> tuple[int, int, int] | None:
-    """Return how many rows the queries, keys and values have; None if no attention node or Split shows these counts."""
+    """Return how many rows are queries, keys and values; None if no attention node or Split gives these numbers."""
     node = _reader(value)
     if node is not None and node.op_type == "Add" and any(is_constant(one) for one in node.inputs):
         value = node.outputs[0]  # Skip the bias.
@@ -145,6 +145,6 @@ def _is_read_as(value: ir.Value, position: int) -> bool:
 
 
 def _reader(value: ir.Value) -> ir.Node | None:
-    """Return the node that reads a value; None if several nodes read it, or if it is an output of the graph."""
+    """Return the only node that reads a value; None if there is no such node, or if the graph outputs the value."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None

@@ -1,10 +1,10 @@
 """Trace vision towers that read the patches of several images as one sequence, for any number and size of images.
 
-Such towers (Qwen2-VL and others) get the patches `[patches, values]` and a grid `[images, 3]`: the frames, rows and
-columns of each image. In transformers, loops over the images compute the positions of patches, the windows of patches,
-and the segments in which patches attend to each other. A trace of these loops is valid only for the traced grid. But
-the towers also accept the results of the loops as arguments. This module computes these arguments from the index of
-each patch, with operations on whole tensors, which torch can trace.
+Such towers (Qwen2-VL and others) get the patches `[patches, values]` and a grid `[images, 3]`: the number of frames, of
+patch rows and of patch columns of each image. In transformers, loops over the images compute the positions of patches,
+the windows of patches, and the segments in which patches attend to each other. A trace of these loops is valid only for
+the traced grid. But the towers also accept the results of the loops as arguments. This module computes these arguments
+from the index of each patch, with operations on whole tensors, which torch can trace.
 
 The towers' attention runs once over all patches, with a mask that separates the images, windows or frames.
 """
@@ -32,11 +32,11 @@ POSITIONS, SEGMENTS, WINDOWS, TAPS = (
     "get_vision_interpolation_indices_and_weights",
 )  # fmt: skip
 """Names of the transformers functions that compute the positions, segments, windows and interpolation of a tower,
-unless the tower's caller passes these arguments."""
+unless the caller passes the results as arguments."""
 
 
 def tower_of(model: PretrainedModel) -> nn.Module | None:
-    """Return the first part of a model that takes `grid_thw` and accepts the computed arguments; None if none does."""
+    """Return the first module that takes `grid_thw` and calls `POSITIONS` and `SEGMENTS`; None if no module does."""
     for part in model.modules():
         names = inspect.signature(part.forward).parameters
         if "grid_thw" in names and {POSITIONS, SEGMENTS} <= _used(part):
@@ -72,12 +72,12 @@ class Patches:
 def patches_of(grid: Tensor, count: Tensor, merge: int) -> Patches:
     """Compute the location of each patch in its image.
 
-    A frame is a sequence of squares of `merge` rows and `merge` columns; the patches of one square follow each other.
+    The patches of a frame come square by square; a square has `merge` rows and `merge` columns of patches.
 
     Args:
-        grid: frames, rows and columns of each image, `[images, 3]`.
-        count: the indices of the patches in the sequence of all images' patches, `[patches]`.
-        merge: the number of rows, and of columns, in a square.
+        grid: the number of frames, of patch rows and of patch columns of each image, `[images, 3]`.
+        count: the index of each patch in the sequence of the patches of all images, `[patches]`.
+        merge: the side length of a square, in patches.
     """
     sizes = grid[:, 0] * grid[:, 1] * grid[:, 2]
     ends = sizes.cumsum(0)
@@ -96,8 +96,8 @@ def arguments_of(tower: Any, grid: Tensor, patches: Tensor) -> dict[str, Any]:
     """Return the tower's arguments that transformers would otherwise compute with loops over the grid.
 
     Args:
-        tower: the tower; its attributes give the sizes of squares and windows.
-        grid: frames, rows and columns of each image, `[images, 3]`.
+        tower: the tower, whose attributes give the sizes of squares and windows.
+        grid: the number of frames, of patch rows and of patch columns of each image, `[images, 3]`.
         patches: the tower's input, `[patches, values]`.
     """
     import torch
@@ -105,8 +105,8 @@ def arguments_of(tower: Any, grid: Tensor, patches: Tensor) -> dict[str, Any]:
     merge, used = int(tower.spatial_merge_size), _used(tower)
     count = torch.arange(patches.shape[0])
     each = patches_of(grid, count, merge)
-    # In `cu_seqlens`, pass the segment index of each patch instead of the segments' ends, because `_attention` compares
-    # these indices. Each frame of each image is one segment.
+    # `_attention` compares segment indices, so `cu_seqlens` has the segment index of each patch instead of the
+    # segments' ends. Each frame of each image is one segment.
     given: dict[str, Any] = {
         "position_ids": torch.stack([each.row, each.column], 1), "max_seqlen": 1,
         "cu_seqlens": each.image * (each.frame.max() + 1) + each.frame,
@@ -120,9 +120,9 @@ def arguments_of(tower: Any, grid: Tensor, patches: Tensor) -> dict[str, Any]:
 
 
 def _windows(tower: Any, grid: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the squares of patches, sorted by window, and the window of each patch in this order.
+    """Return the indices of the squares sorted by window, and the window index of each patch in this order.
 
-    The squares are indices, `[squares]`; the windows are indices, `[patches]`.
+    A square has `spatial_merge_size` rows and columns of patches. The shapes are `[squares]` and `[patches]`.
     """
     import torch
 
@@ -131,19 +131,20 @@ def _windows(tower: Any, grid: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]
     squares = grid // torch.tensor([1, merge, merge])
     each = patches_of(squares, torch.arange(patches.shape[0] // merge**2), 1)
     across, down = (each.columns + size - 1) // size, (each.rows + size - 1) // size
-    # Count `size * size` places in every window, so that sorting squares by the index of their place sorts them by
-    # window. Windows at the edge of an image leave some places empty.
+    # The number of windows of each image, over all its frames.
     places = squares[:, 0] * ((squares[:, 1] + size - 1) // size) * ((squares[:, 2] + size - 1) // size)
     window = (places.cumsum(0) - places)[each.image] + each.frame * down * across
     window = window + each.row // size * across + each.column // size
+    # Sort the squares as if every window had `size * size` squares: then the sort keys of one window come before the
+    # keys of the next window. Windows at the edge of an image have fewer squares and leave some keys unused.
     order = (window * size**2 + each.row % size * size + each.column % size).argsort()
     return order, window[order][:, None].expand(-1, merge**2).reshape(-1)
 
 
 def _taps(tower: Any, each: Patches) -> tuple[Tensor, Tensor]:
-    """Return, for each patch, the entries of the position table to interpolate between, and their weights.
+    """Return the indices of the position table's entries to interpolate for each patch, and the weights of the entries.
 
-    Both have shape `[patches, entries]`.
+    Both tensors have shape `[patches, entries]`.
     """
     library = import_module("transformers.vision_utils")
     side = int(tower.num_grid_per_side)
@@ -160,7 +161,7 @@ def _taps(tower: Any, each: Patches) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def in_segments(tower: Any) -> Iterator[None]:
-    """For the block, run a tower's attention once over all patches, with a mask that separates the segments."""
+    """Inside the block, run the tower's attention once over all patches, with a mask that separates the segments."""
     functions: Any = import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
     functions.register(SEGMENTED, _attention)
     before = tower.config._attn_implementation
@@ -176,8 +177,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Compute attention between patches of the same segment.
 
-    `query`, `key` and `value` have shape `[1, heads, patches, width]`. `cu_seq_lens_q` is the segment index of each
-    patch, `[patches]`, not the ends of the segments as in transformers.
+    `query`, `key` and `value` have shape `[1, heads, patches, width]`. `cu_seq_lens_q` has the segment index of each
+    patch, `[patches]`; in transformers, this argument has the ends of the segments instead.
     """
     import torch
 

@@ -336,7 +336,7 @@ def test_each_form_of_a_graph_gets_the_whole_adapter(tmp_path, way):
     """An optimizer lost the names of two layers in one form; the other form has them, so they must not be left out."""
     names, folder, out = forms(tmp_path / "model"), tmp_path / "model", tmp_path / "out"
     held, change = adapter(*names), getattr(ak.onnx, way)
-    with pytest.raises(TargetNotFound, match="another form of the same graph has it \\(2 targets\\)") as caught:
+    with pytest.raises(TargetNotFound, match="another variant of the same graph has it \\(2 targets\\)") as caught:
         change(folder, held, out)
     assert "model_O2.onnx" in caught.value.why
     assert "--base-weights DIR" in caught.value.cure
