@@ -1,4 +1,4 @@
-"""Find the family of a GGUF file, and compute the order of its rows relative to the weights on the Hugging Face Hub.
+"""Find the family of a GGUF file, and compute how its row order differs from that of the Hugging Face Hub's weights.
 
 The names of tensors and the orders of rows are data in spec/architectures, under the naming `gguf`.
 `tools/foreign/architectures` measures this data by converting tiny models with llama.cpp. Tensors that the data does
@@ -38,11 +38,13 @@ def family_of(name: str, modules: Collection[str], keys: Collection[str] = ()) -
     """Find the family of a GGUF model or adapter.
 
     Several families can share one `general.architecture`: Llama, Mistral and Mixtral are all `llama`. Some of these
-    families are marked by a key-value. If the file has such a key-value, only the families that it marks are
-    considered; otherwise, families with a mark are considered only if there are no others.
+    families have a key-value that the others lack (`gguf_key` in the family's file). If the GGUF file has such a
+    key-value, only families with this key-value are considered. Otherwise, only families without a `gguf_key` are
+    considered, or all families if each has one.
 
-    The function chooses the family whose file lists the most tensors of the GGUF file. It breaks ties by the fewest
-    weights without a GGUF name, and then by the fewest GGUF names that the GGUF file lacks.
+    The function chooses the family whose file lists the most tensors of the GGUF file. If several families list equally
+    many, it prefers the family with the fewest weights without a GGUF name, and then the family with the fewest GGUF
+    names that are not in the GGUF file.
 
     Args:
         name: the file's `general.architecture`.
@@ -50,7 +52,7 @@ def family_of(name: str, modules: Collection[str], keys: Collection[str] = ()) -
         keys: the names of the file's key-values.
 
     Raises:
-        Unsupported: no family has this architecture.
+        Unsupported: no family's file lists this `general.architecture`.
     """
     families = of_gguf(name)
     if not families:
@@ -75,20 +77,22 @@ def is_projector(values: Mapping[str, object]) -> bool:
 
 
 def place_of(family: Architecture, module: str) -> tuple[str, WeightPlace, dict[str, str]] | None:
-    """Return the weight of the family that a GGUF tensor stores, as (weight, place, numbers).
+    """Return which weight a GGUF tensor stores, as (weight, place, numbers).
 
-    These are the weight's name template, its name and layout in GGUF, and the numbers in `module`. Return None if the
-    family does not list the tensor, or if the tensor stores several weights.
+    `weight` is the template of the weight's name in the family's file. `place` is the weight's name and layout in GGUF.
+    `numbers` maps the template's placeholders to the numbers in `module`. Return None if the family does not list the
+    tensor, or if the tensor stores several weights.
     """
     places = family.find(module, NAMING)
     return places[0] if len(places) == 1 else None
 
 
 FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
-"""A map from each tensor that llama.cpp's `--fuse-qkv` and `--fuse-gate-up-exps` write to its parts, in order.
+"""A map from each fused tensor to its parts, in the order of their rows.
 
-The rows of a part have the same order as in a tensor that stores only this part. In the tensor of all experts, each
-expert has its gate rows first, then its up rows.
+llama.cpp's options `--fuse-qkv` and `--fuse-gate-up-exps` create these fused tensors. Each part's rows have the same
+order as in a tensor that stores only this part. In `ffn_gate_up_exps`, each expert has its gate rows first, then its up
+rows.
 """
 
 
@@ -107,7 +111,7 @@ def fused_rows(module: str, rows: int, values: Mapping[str, object], name: str) 
 
     Args:
         module: the tensor, without `.weight`.
-        rows: the number of rows of the tensor, or of one expert in it.
+        rows: the number of rows of the tensor; if the tensor stacks experts, the number of rows of one expert.
         values: the file's key-values.
         name: the file's `general.architecture`.
 
@@ -129,10 +133,10 @@ def row_order(place: WeightPlace, rows: int, heads: Heads, where: str) -> Rows |
     """Return `order`: row i of the file's tensor is row `order[i]` of the weight; None if both orders are equal.
 
     Raises:
-        UsageError: the number of the vision tower's heads is needed, but unknown.
+        UsageError: the vision tower's number of heads is needed, but unknown.
         ShapeMismatch: the rows cannot be divided evenly among the heads.
-        Unsupported: the weight's rows are divided between two tensors, or the heads of linear attention or the number
-            of rotary rows are unknown.
+        Unsupported: the weight's rows are divided between two tensors; or the heads of linear attention or the number
+            of rotary rows are needed, but unknown.
     """
     if place.rows is None:
         return None
@@ -140,12 +144,12 @@ def row_order(place: WeightPlace, rows: int, heads: Heads, where: str) -> Rows |
         return rope_pairs(rows, sharing(heads, place.heads, where), where)
     if place.rows == "rotary":
         if not heads.rotary:
-            why = "the order of the tensor's rows depends on how many rows of a head are rotated, which is unknown"
+            why = "the order of the tensor's rows depends on the number of rotary rows per head, which is unknown"
             raise Unsupported(why, where=where, cure="Give a base whose config.json has partial_rotary_factor")
         return rotary_halves(rows, sharing(heads, place.heads, where), heads.rotary, where)
     if place.rows in SPLIT:
         raise Unsupported(
-            f"the rows are divided between two tensors, {place.name} and {place.beside}", where=where, cure=_MERGE
+            f"the weight is split into two tensors, {place.name} and {place.beside}", where=where, cure=_MERGE
         )
     if place.rows == "linear_value":
         return by_value_head(rows, _linear(heads, where), where)
@@ -180,7 +184,7 @@ def rows_apart(
         each head's matrix transposed; the length of a row of the weight.
 
     Raises:
-        Unsupported: the shapes of the two tensors do not fit each other, or the heads of linear attention are unknown.
+        Unsupported: the shapes of the two tensors do not match, or the heads of linear attention are unknown.
         ShapeMismatch: the rows cannot be divided evenly among the heads.
     """
     first, second = shapes
@@ -188,7 +192,7 @@ def rows_apart(
         return latent(first[0], first[2], second[1]), True, first[1]
     if place.rows == "linear_qkvz" and len(first) == len(second) == 2 and first[1] == second[1]:
         return linear_qkvz(first[0] + second[0], _linear(heads(), where), where), False, first[1]
-    why = f"the rows are divided between two tensors with shapes {list(first)} and {list(second)}"
+    why = f"the two tensors that store the weight have shapes that do not match: {list(first)} and {list(second)}"
     raise Unsupported(why, where=where, cure=_MERGE)
 
 
@@ -200,10 +204,10 @@ def _linear(heads: Heads, where: str) -> LinearHeads:
 
 
 def heads_in(values: Mapping[str, object], name: str, where: str) -> Heads:
-    """Read the numbers of heads from a model file's key-values.
+    """Read the numbers of heads from a GGUF file's key-values.
 
     Raises:
-        Unsupported: the key-values do not state a number of heads that holds for all layers.
+        Unsupported: the key-values do not state the numbers of heads, or layers with attention have different numbers.
     """
     query = _in_attention(values.get(f"{name}.attention.head_count"))
     kv = _in_attention(values.get(f"{name}.attention.head_count_kv", query))
@@ -222,9 +226,9 @@ def heads_in(values: Mapping[str, object], name: str, where: str) -> Heads:
 
 
 def _in_attention(count: object) -> object:
-    """Return the number of heads in a layer with attention; return `count` if these layers have different numbers.
+    """Return the number of heads per layer with attention; return `count` if these layers have different numbers.
 
-    Hybrid models list one number per layer. It is 0 for layers without attention.
+    In hybrid models, `count` is a list with one number per layer, which is 0 for layers without attention.
     """
     several = {each for each in count if each != 0} if isinstance(count, list | tuple) else {count}
     return several.pop() if len(several) == 1 else count

@@ -41,11 +41,11 @@ class Heads:
 
     Attributes:
         query: the number of query heads.
-        kv: the number of key heads. There are as many value heads.
+        kv: the number of key heads, which equals the number of value heads.
         dim: the number of rows of a head.
         linear: the heads of linear attention, if some layers use linear attention; otherwise None.
         rotary: the number of rows per head that the rotary embedding rotates; 0 if unknown.
-        vision: the number of heads of the vision tower; 0 if the model has no vision tower.
+        vision: the number of heads of the vision tower; 0 if it is unknown or the model has no vision tower.
     """
 
     query: int
@@ -65,13 +65,13 @@ def heads_of(config: Mapping[str, object] | None, where: str) -> Heads:
     """Read the numbers of heads from a base's config.
 
     Args:
-        config: a config in transformers' form; if it contains the configs of several models, the language model's
-            config is used.
+        config: a config in transformers' format. If it contains a `text_config`, the numbers of the language model's
+            heads are read from there.
         where: the tensor or file that needs the heads, for error messages.
 
     Raises:
-        UsageError: there is no config, or the config does not state the numbers or the width of the heads.
-        Malformed: a value in the config is not a valid number.
+        UsageError: there is no config, or the config does not state the number of query heads or the width of a head.
+        Malformed: a field of the config must be a positive integer, but is not, or is too large.
         Unsupported: the blocks have different numbers of query heads per key head.
     """
     if config is None:
@@ -120,9 +120,9 @@ def linear_of(config: Mapping[str, object]) -> LinearHeads | None:
 
 
 def linear_heads(keys: object, values: object, key_dim: object, value_dim: object) -> LinearHeads | None:
-    """Return `LinearHeads` with these values; None if a value is not a valid number.
+    """Build a `LinearHeads`; return None if an argument is not a positive integer or is too large.
 
-    Also return None if `values` is not a multiple of `keys`.
+    Also return None if the number of value heads is not a multiple of the number of key heads.
     """
     counts = [count for count in (keys, values, key_dim, value_dim) if type(count) is int and 0 < count <= _LARGEST]
     return LinearHeads(*counts) if len(counts) == 4 and counts[1] % counts[0] == 0 else None
@@ -146,11 +146,11 @@ def sharing(heads: Heads, which: str | None, where: str) -> int:
 
     Args:
         heads: the model's numbers of heads.
-        which: `query`, `vision`, or `kv`; None means `kv`.
+        which: the kind of heads: `query`, `kv`, or `vision` for the heads of the vision tower. None means `kv`.
         where: the tensor, for errors.
 
     Raises:
-        UsageError: the number of the vision tower's heads is needed, but unknown.
+        UsageError: `which` is `vision`, but the vision tower's number of heads is unknown.
     """
     if which == "query":
         return heads.query
@@ -199,7 +199,10 @@ def rotary_halves(rows: int, heads: int, rotary: int, where: str) -> Rows:
 
 
 def by_group(heads: Heads) -> Rows:
-    """Return Megatron's order of fused rows: for each key head the queries that share it, the key, then the value."""
+    """Return Megatron's order of the rows of fused queries, keys and values.
+
+    For each key head, the rows of all query heads that share it come first, then its key rows, then its value rows.
+    """
     import numpy as np
 
     q, k, v = np.split(np.arange(sum(heads.sizes)), np.cumsum(heads.sizes)[:2])
@@ -226,7 +229,13 @@ def by_value_head(rows: int, heads: LinearHeads, where: str) -> Rows:
 
 
 def linear_qkv(rows: int, heads: LinearHeads, where: str) -> Rows:
-    """Return llama.cpp's order of fused query, key and value rows in linear attention; only value rows are moved."""
+    """Return llama.cpp's order of fused query, key and value rows in linear attention.
+
+    Only the order of the value rows differs from transformers' order, as in `by_value_head`.
+
+    Raises:
+        ShapeMismatch: the number of rows does not match the numbers and widths of the heads.
+    """
     import numpy as np
 
     values = heads.values * heads.value_dim
@@ -237,10 +246,13 @@ def linear_qkv(rows: int, heads: LinearHeads, where: str) -> Rows:
 
 
 def linear_qkvz(rows: int, heads: LinearHeads, where: str) -> tuple[Rows, Rows]:
-    """Return two arrays of row indices of a fused weight: queries, keys and values; and gates.
+    """Split the rows of a fused weight: return the row indices of queries, keys and values, and those of the gates.
 
-    The weight is ordered by key heads, as transformers stores Qwen3-Next's `in_proj_qkvz`: for each key head, its
-    query, its key, its values and the gates of these values.
+    The weight is ordered by key heads, as in transformers' `in_proj_qkvz` of Qwen3-Next: each key head has its query
+    rows, then its key rows, then its value rows, then the gate rows for these values.
+
+    Raises:
+        ShapeMismatch: the number of rows does not match the numbers and widths of the heads.
     """
     import numpy as np
 
@@ -264,7 +276,7 @@ def latent(heads: int, keys: int, values: int) -> tuple[Rows, Rows]:
 
 
 def undone(order: Rows) -> Rows:
-    """Return the inverse of `order`, which puts reordered rows back in their original order."""
+    """Return the inverse of `order`. Indexing reordered rows with the inverse restores their original order."""
     import numpy as np
 
     return np.argsort(order, kind="stable")

@@ -18,27 +18,27 @@ from .architectures import Architecture, Head, WeightPlace, fill
 _WORD = re.compile(r"[A-Za-z]\w*?(?=[._]|$)")
 
 KOHYA = "kohya"
-"""Stands for the naming on which sd-scripts' names are based; sd-scripts replaces the dots by underscores.
+"""A placeholder for the naming from which sd-scripts makes its keys, by writing dots as underscores.
 
-Each family's file states which naming this is.
+The key `kohya` in a family's file states which naming is meant; the default is `native`.
 """
 
 
 COMFYUI = "comfyui"
-"""The naming of ComfyUI's key maps. Most families use `native` for it; the others have a separate naming."""
+"""The naming of ComfyUI's key maps. For families that do not have this naming, it stands for `native`."""
 
 FUSED = "diffusers_fused"
-"""The names that modules have after diffusers' `fuse_qkv_projections`.
+"""The naming of the modules that diffusers' `fuse_qkv_projections` creates.
 
-diffusers loads a LoKr of a fused weight under such a name.
+diffusers loads a LoKr of a fused weight if the LoKr has such a module name.
 """
 
 
 class ImageFamily:
-    """A family that is part of a diffusers pipeline.
+    """A model family whose models are part of a diffusers pipeline.
 
     Args:
-        head: the tables of the family's file before `[weights]`.
+        head: the tables that precede `[weights]` in the family's file.
         text: the whole text of the family's file.
     """
 
@@ -62,17 +62,17 @@ class ImageFamily:
         return known and any(path in self.names(naming) for naming in self.namings)
 
     def has_all(self, names: Iterable[str]) -> bool:
-        """Whether the family has all of these modules. Each name may be in another naming."""
+        """Whether the family has all of these modules. The names may belong to different namings."""
         literal = self.literal
         return all(name in self for name in {alike(name, literal): name for name in names}.values())
 
     @cached_property
     def literal(self) -> frozenset[str]:
-        """Return the numbers in the family's names that are not block numbers."""
+        """Return the numbers in the family's names that are not block numbers, such as the 0 of `to_out.0`."""
         return frozenset(number for naming in self.namings for number in self.names(naming).literal)
 
     def modules(self, part: str) -> PatternNames:
-        """Return the module names of another part of the pipeline, `part`, which `facts.modules` must list."""
+        """Return the module names of `part`, another part of the pipeline. `facts.modules` must list this part."""
         if part not in self._names:
             self._names[part] = names_of(_pattern(name) for name in self.facts.modules[part])
         return self._names[part]
@@ -121,9 +121,9 @@ class ImageFamily:
         return next((naming for naming in order if all(path in self.names(naming) for path in paths)), "")
 
     def moves(self, path: str, ours: str, theirs: str, ratio: float | None = None) -> tuple[Piece, ...]:
-        """Return which modules of another naming have the rows of a module.
+        """Return the modules that, in another naming, contain the rows of the module `path`.
 
-        The result is empty if the other naming lacks some of the rows.
+        The result is empty if the modules of the other naming do not contain all of these rows.
 
         Args:
             path: the module's name.
@@ -145,9 +145,9 @@ class ImageFamily:
         return pieces_here if complete else ()
 
     def ratios(self, path: str) -> list[float]:
-        """List the ratios that a module's number of outputs to its number of inputs can have.
+        """List the possible values of a module's number of outputs divided by its number of inputs.
 
-        The list is empty if the family's file states no ratio.
+        The list is empty if the family's file states no ratio for the module.
         """
         # The key of the cache is the name without block numbers, because callers need the ratios for every block.
         kind = alike(path, self.literal)
@@ -188,8 +188,8 @@ def families_of_model(tensors: Iterable[str]) -> list[ImageFamily]:
 
     A family fits if its file lists all modules of the model. If no file lists all modules, a family fits under three
     conditions: its file lists more than half of the modules, no other file lists more of them, and no other file lists
-    any of the remaining modules. The remaining modules are those that no file lists: published checkpoints also have
-    learned tokens and small networks.
+    a module that this file lacks. Published checkpoints have modules that no file lists: learned tokens and small
+    networks.
     """
     split = [rooted(name) for name in tensors]
     prefixed = [rest for root, rest in split if ROOTS.get(root[:-1]) == "denoiser"]
@@ -219,7 +219,7 @@ def looks_of_pipeline(paths: Iterable[str]) -> bool:
 
     Use this function for models whose family has no file. It looks for the last two words of each name, such as
     `attn.to_q`, in all architecture files. It returns True if the files of pipelines have more matches than all other
-    files. A single match is not enough, because the audio tower of a language model may also have a `to_q`.
+    files together. One match is not enough, because the audio tower of a language model may also have a `to_q`.
     """
     ends = {".".join(path.split(".")[-2:]) + '"' for path in paths}
     texts = [family.text for family in families()], architectures.texts_of_models()
@@ -270,7 +270,7 @@ def encoder_kind(rest: str) -> str:
 
 
 _TIED = {"t5": ("encoder.embed_tokens",)}
-"""Second names of tied tensors, by kind of text encoder: architecture files list only one name of each tensor."""
+"""Second names of tied tensors, by kind of text encoder. Architecture files list only one name of each tensor."""
 
 
 @lru_cache(maxsize=8)
@@ -332,21 +332,27 @@ PARTS = tuple(word for word, part in ROOTS.items() if word == part)
 
 @cache
 def beside() -> dict[str, str]:
-    """Return a map from ComfyUI's module names (or prefixes) to diffusers', for modules outside the denoiser."""
+    """Return a map from ComfyUI's module names to diffusers' module names, for modules outside the denoiser.
+
+    A name in the map can also be a prefix of several module names.
+    """
     return {theirs: ours for family in families() for ours, theirs in family.facts.beside.items()}
 
 
 def in_other_words(path: str, words: Mapping[str, str]) -> str:
-    """Replace the prefix of a path with the text to which the map `words` maps this prefix.
+    """Replace the prefix of a path. `words` maps each old prefix to its replacement.
 
-    Return an empty string if the path has none of the prefixes in the map.
+    Return an empty string if the path has none of the old prefixes.
     """
     prefix = next((word for word in words if path == word or path.startswith(f"{word}.")), "")
     return words[prefix] + path[len(prefix) :] if prefix else ""
 
 
 def rooted(path: str) -> tuple[str, str]:
-    """Split a path into a prefix listed in `ROOTS`, with its dot, and the rest. The prefix is empty if none fits."""
+    """Split a path into a prefix from `ROOTS`, followed by a dot, and the rest.
+
+    The prefix is empty if the path does not start with one.
+    """
     root = next((root for root in ROOTS if path.startswith(f"{root}.")), "")
     return (f"{root}.", path[len(root) + 1 :]) if root else ("", path)
 
@@ -355,7 +361,8 @@ def rooted(path: str) -> tuple[str, str]:
 def component_of(path: str) -> str | None:
     """Return the part of the pipeline to which a dotted path belongs; None if unknown.
 
-    The part follows from the path's prefix; without a prefix, from the families' files.
+    The path's prefix determines the part. If the path has no prefix from `ROOTS`, the families whose files list the
+    path determine the part.
     """
     root, rest = rooted(path)
     if root:
@@ -397,7 +404,7 @@ def _only(family: str, other: str, paths: Collection[str]) -> bool:
 
 
 _NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
-"""Matches a number between two dots or underscores, but not the 1 of `attn1`."""
+"""Matches a number between dots or underscores, or at an end of the name. The 1 of `attn1` does not match."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,8 +413,8 @@ class PatternNames:
 
     Attributes:
         patterns: the dotted names, with `#` for each number that may vary.
-        by_dots: a map from each dotted name with `#` for all its numbers to the patterns that it stands for.
-        by_underscores: the same map for flattened names.
+        by_dots: a map from keys to patterns. A key is a pattern in which `#` also replaces the literal numbers.
+        by_underscores: the same map, with underscores instead of dots in the keys.
     """
 
     patterns: frozenset[str]
@@ -477,13 +484,13 @@ def flatten(name: str) -> str:
 
 
 def numbers_in(pattern: str, name: str) -> list[str]:
-    """Return the words of `name` at the positions of `#` in `pattern`; all other words must be the same in both."""
+    """Return the words of `name` at the positions of `#` in `pattern`. All other words are ignored."""
     words, parts = re.split(r"[._]", pattern), re.split(r"[._]", name)
     return [parts[i] for i, word in enumerate(words) if word == "#" and i < len(parts)]
 
 
 def fill_numbers(pattern: str, given: Iterable[str]) -> str:
-    """Replace the first `#` in a pattern with the first number of `given`, the second with the second, and so on."""
+    """Replace each `#` in a pattern with the next number of `given`; any `#` without a number remains."""
     values = iter(given)
     return re.sub("#", lambda _: next(values, "#"), pattern)
 
@@ -519,12 +526,12 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some rows of a module in one naming, and the place of these rows in another naming.
+    """Some rows of a module in one naming, and the module that contains these rows in another naming.
 
     Attributes:
-        path: the name of the module that has these rows in the other naming.
-        here: the position of the rows in the module of the first naming.
-        there: the position of the rows in the module `path`.
+        path: the name of the module in the other naming.
+        here: the rows in the module of the first naming.
+        there: the same rows in the module `path`.
     """
 
     path: str
@@ -533,7 +540,7 @@ class Piece:
 
 
 def merged(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
-    """Sort pieces by their rows, and join pieces that are adjacent in both namings."""
+    """Sort pieces by their rows in the first naming, and join pieces that are adjacent in both namings."""
     pieces_merged: list[Piece] = []
     for piece in sorted(pieces, key=lambda piece: piece.here.start):
         last = pieces_merged[-1] if pieces_merged else None

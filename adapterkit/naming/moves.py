@@ -1,4 +1,4 @@
-"""Types and tables for mapping an adapter's names to a base: moves, rules, an index of names, words that name parts."""
+"""Define the types and tables that map the names in an adapter to the names in a base."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class PathPart(NamedTuple):
         interleaved: whether the part consists of every `of`-th row, starting at row `number`, instead of consecutive
             rows.
         heads: whether the parts are queries, keys and values. Their sizes depend on the base's numbers of heads.
-        groups: whether the rows are ordered by key heads: the queries that share the key head, its key, its value. Only
-            if `heads` is true.
+        groups: whether the rows are ordered by key heads: for each key head, first the queries that share it, then its
+            key, then its value. `groups` can be true only if `heads` is true.
     """
 
     number: int
@@ -37,11 +37,11 @@ class PathPart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One part of a target, and the place of this part in the base.
+    """Some or all rows of a target, and the rows of the base that they correspond to.
 
     Attributes:
-        path: the name in the base.
-        take: the rows of the target that belong to this part; None for all rows.
+        path: the dotted path in the base.
+        take: the rows of the target that this move maps; None for all rows.
         into: the rows of the base's weight that correspond to `take`; None for all rows.
         expert: the expert's index in the target, if the target is a stack and the base has single experts. Otherwise
             None.
@@ -59,7 +59,7 @@ class Move:
 
     @property
     def plain(self) -> bool:
-        """Whether the target is stored unchanged in the base, so that at most its name differs."""
+        """Whether the base stores the target in the same layout as the adapter, perhaps under another name."""
         return (self.take, self.into, self.expert, self.slot, self.turn) == (None, None, None, None, None)
 
 
@@ -86,8 +86,8 @@ class Resolution:
     """The result of mapping an adapter's names to a base.
 
     Attributes:
-        moves: a map from each name in the adapter to the places of the target's parts in the base. There is one part,
-            unless the base stores the target in several tensors.
+        moves: a map from each target's name in the adapter to its moves. A target has one move, unless the base stores
+            it in several tensors.
         missing: the adapter's names that the base does not have.
         rules: the rules that were used, in the order in which they were tried.
         prefixes: the changes of prefix that were used, as (removed, added).
@@ -100,7 +100,7 @@ class Resolution:
 
 
 def part_of(place: WeightPlace) -> PathPart | None:
-    """Return which rows of the tensor `place.name` belong to the weight; None if all rows do."""
+    """Return which rows of the tensor `place.name` belong to the weight that `place` describes; None for all rows."""
     if place.qkv is not None:
         return PathPart(QKV.index(place.qkv), len(QKV), heads=True, groups=place.groups)
     if place.part is None or place.of is None:
@@ -111,12 +111,12 @@ def part_of(place: WeightPlace) -> PathPart | None:
 def ambiguous(target: str, readings: Sequence[str]) -> TargetNotFound:
     """Return an error for a target whose name can mean several modules of the base.
 
-    The error lists up to four of these modules, and the option that selects one of them.
+    The error lists up to four of these modules, and shows the `--rename` option that selects the first of them.
     """
     shown = " or ".join(sorted(readings)[:4])
     return TargetNotFound(
         f"the name can mean several modules of the base: {shown}", where=target,
-        cure=f"Choose one with --rename '{target}={sorted(readings)[0]}' (rename=), or with a shorter prefix",
+        cure=f"Choose one with --rename '{target}={sorted(readings)[0]}' (rename=), or rename a prefix of the name",
     )  # fmt: skip
 
 
@@ -156,7 +156,10 @@ class Names:
     experts: int = 0
 
     def has(self, path: str, target: str) -> bool:
-        """Whether `target` can be mapped to `path`: the base has this path, and a target of this kind may have it."""
+        """Whether `target` can be mapped to `path`.
+
+        The path must be in `outer` if the target is in `anywhere`; otherwise, it must be in `paths`.
+        """
         return path in (self.outer if target in self.anywhere else self.paths)
 
     def lacks_weight(self, path: str) -> bool:
@@ -167,8 +170,8 @@ class Names:
     def templates(self) -> dict[str, str]:
         """Return a map from each template, such as `layers.#.mlp`, to one name that fits it, such as `layers.0.mlp`."""
         names = [name for name in (*self.paths, *self.outer) if "." in name]
-        # Join all names into one string and substitute once: with one call for each of the 90,000 names of a large
-        # model, this takes three times as long.
+        # Join all names into one string and substitute once. For a large model with 90,000 names, one substitution per
+        # name takes three times as long.
         templates = _NUMBERS.sub(".#", "\n".join(names)).split("\n")
         if len(templates) != len(names):  # There are no names, or a name contains a line break.
             templates = [template_of(name) for name in names]
@@ -190,12 +193,12 @@ class Names:
     def without_wrappers(self) -> tuple[Names, dict[str, str]] | None:
         """Return the base's names without the words in `WRAPPERS`, and a map from each shortened name to its full name.
 
-        Return None if no name can be shortened. FSDP and torch.compile add such words to the names in a state dict, and
-        PEFT adds `base_layer`, which is also removed.
+        The word `base_layer`, which PEFT adds, is removed too. FSDP and torch.compile add the words in `WRAPPERS` to
+        the names in a state dict. Return None if no name can be shortened.
         """
         off = WRAPPERS | {"base_layer"}
-        # Join all names into one string and search it once: to search each of the 90,000 names of a large mixture of
-        # experts takes 40 times as long.
+        # Join all names into one string and search this string. For a large mixture of experts with 90,000 names,
+        # searching each name takes 40 times as long.
         text = "\n".join(self.paths)
         if not any(word in text for word in off):
             return None
@@ -211,7 +214,7 @@ class Names:
 
 
 _NUMBERS = re.compile(r"\.(?:0|[1-9][0-9]{0,8})(?=[.\n]|\Z)")
-"""Matches numbers in names, except a number that is the first word, because it names a part of a pipeline."""
+"""Matches the numbers in a name, except a number at its start: such a number names a part of a pipeline."""
 
 
 def template_of(name: str) -> str:
@@ -236,9 +239,9 @@ _KINDS: dict[str, dict[str, str]] = {
     "half": {"encoder": "encoder", "decoder": "decoder"},
     "role": {"thinker": "thinker", "talker": "talker"},
 }
-"""The parts of models, by kind. Each part has the words that name it in a prefix.
+"""The parts of models, by kind, each with the words that stand for the part in a prefix.
 
-Two parts of one kind may have the same shapes, so only such words tell them apart.
+The tensors of two parts of one kind may have the same shapes, so only these words tell the parts apart.
 """
 
 _KIND = {
@@ -281,7 +284,7 @@ def exchangeable(off: str, on: str) -> bool:
 
 
 def keeps_parts(off: str, on: str) -> bool:
-    """Whether the prefix `on` adds no words to `off`, or drops no words of `off` except `model` and `transformer`."""
+    """Whether `on` keeps all words of the prefix `off`, except perhaps `model` and `transformer`, or adds no words."""
     ours, theirs = off.split(".")[:-1], on.split(".")[:-1]
     dropped = {word for word in ours if word not in theirs}
     return dropped <= {"model", "transformer"} or all(word in ours for word in theirs)
@@ -322,7 +325,7 @@ def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None
 
 @cache
 def _transposed(family: Architecture) -> tuple[str, ...]:
-    """Return the names of a family's tensors that have `transposed`, each cut to the part from its last `#` on."""
+    """Return the endings of the names of a family's transposed tensors; each ending starts at the name's last `#`."""
     places = (family.place(weight, naming) for weight in family.record.weights for naming in ("hub", "transformers5"))
     names = (shape_of(HOLE.sub("0", place.name)) for place in places if place is not None and place.transposed)
     return tuple(dict.fromkeys(name[name.rfind("#") :] for name in names))

@@ -1,4 +1,4 @@
-"""Find the stored tensors that an adapter's targets mean, and the part of a base that the adapter was trained on."""
+"""Map an adapter's targets to a base's tensors, and check that the base is of the family that the adapter records."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from ..resolver import Fits, resolve
 from .fitting import Shapes, fits, names_family, paths_of
 from .moving import moved
 
-# Find the stored tensors that an adapter's targets mean.
+# Find the stored tensors of an adapter's targets.
 
 
 def check_family(adapter: Adapter, config: Mapping[str, object] | None) -> None:
     """Refuse a base whose family differs from the family that the adapter records.
 
     A base that contains a model of the recorded family also passes: an adapter for a Llama fits a LLaVA whose language
-    model is a Llama. Models that are neither in transformers nor in a family's file are not compared.
+    model is a Llama. The check is skipped for models that neither transformers nor a family's file lists.
 
-    An adapter whose lineage has a `rename` step is not compared, because the user's rules take precedence.
+    The check is also skipped if the adapter's lineage has a `rename` step, because the user's rules take precedence.
 
     Args:
-        adapter: the adapter; its lineage may record a family.
-        config: the base's config; None skips the comparison.
+        adapter: the adapter. Its lineage or its config may record a family.
+        config: the base's config; None skips the check.
 
     Raises:
-        TargetNotFound: the adapter and the base name different families.
+        TargetNotFound: the base does not contain a model of the family that the adapter records.
     """
     if any(step.op == "rename" for step in adapter.recipe):
         return
@@ -57,8 +57,8 @@ def check_family(adapter: Adapter, config: Mapping[str, object] | None) -> None:
     if not any(module_of(name) for name in given):
         return
     other = next((name for name, module in trained.items() if not has_model(given, module, kind)), None)
-    # Accept a base with another model_type if the adapter was trained on the class that the base's config names: an
-    # EXAONE has its own model_type in transformers 5, but its class is that of a Llama.
+    # Two models can have the same class but different model_types: an EXAONE has its own model_type in transformers 5,
+    # but its class is that of a Llama. So also accept a base whose config lists the class that the adapter records.
     listed = (config or {}).get("architectures")
     same = isinstance(listed, list) and kind in listed
     if other is not None and not same:
@@ -84,10 +84,10 @@ class Site:
     bias: str | None
 
     def form(self, shapes: Shapes) -> Hashable:
-        """Return a key of this site: sites with equal keys give the same answer to whether the updates fit the base.
+        """Return a key for caching shape checks. A check has the same result for all sites with equal keys.
 
-        The key has the layout, the rows, the shapes of the stored tensors, and `Update.form` of each update. It has no
-        values of tensors.
+        The key consists of the layout, the rows, the shapes of the stored tensors, and `Update.form` of each update. It
+        does not depend on the values of tensors.
         """
         weight = None if self.weight is None else shapes[self.weight]
         bias = None if self.bias is None else shapes[self.bias]
@@ -134,7 +134,10 @@ def find_parts(
 
 
 def _part_change(path: str, modules: set[str]) -> Prefix:
-    """Return the change of prefix that maps `path` to a module of the base; no change if there are none or several."""
+    """Return the change of prefix that maps `path` to a module of the base, if there is exactly one.
+
+    Otherwise, return `("", "")`.
+    """
     parts = path.split(".")
     off = [".".join(parts[:cut]) + "." for cut in range(1, len(parts)) if ".".join(parts[cut:]) in modules]
     on = [module.removesuffix(path) for module in modules if module.endswith(f".{path}")]
@@ -154,8 +157,8 @@ class Bound:
         missing: the targets that the base does not have.
         rules: the rules that mapped names.
         renamed: the first change of prefix that was used, as (removed, added); None if no prefix changed.
-        config: the base's config. If it names no family, `model_type` is added. Its value comes from a user's rule, or
-            is deduced from names and shapes.
+        config: the base's config. If the base's config names no family, `find_sites` adds the `model_type` of the
+            family that a user's rule names, or of the family that it deduces from names and shapes.
     """
 
     sites: list[Site]
@@ -190,10 +193,10 @@ def find_sites(
 
     Raises:
         TargetNotFound: the base has none of the targets; the base lacks some of the targets, and `partial` is false; a
-            name can mean two different modules; or the adapter records another family than the base's, and there are no
-            rules.
-        ShapeMismatch, NotMergeable, Unsupported: the base stores a target split, fused or stacked, and the target's
-            update cannot be converted to that form.
+            name can mean two different modules; or `rename` is empty, and the adapter records another family than the
+            base's.
+        ShapeMismatch, NotMergeable, Unsupported: the base splits, fuses or stacks the weight of a target, and the
+            target's update cannot be split, fused or stacked in the same way.
     """
     if not adapter.updates:
         return Bound([], [], [])
@@ -256,11 +259,11 @@ def find_sites(
 
 
 def _place_in_parts(resolution: Resolution, names: Names, config: Mapping[str, object], fits: Fits) -> None:
-    """Map the missing targets with the families' files of the models that a base consists of.
+    """Map the missing targets that belong to a model inside the base, with the file of that model's family.
 
     The config of an encoder-decoder can contain one config per model. For example, TrOCR's published models are a
-    `vision-encoder-decoder` that contains a ViT. Transformers 5 renamed the layers of ViT; the file of the ViT family
-    has both the old and the new names.
+    `vision-encoder-decoder` that contains a ViT. The file of the ViT family is needed because transformers 5 renamed
+    the layers of ViT: the file has both the old and the new names.
     """
     for key, part in config.items():
         if not isinstance(part, Mapping) or (architecture := architecture_of(part)) is None:
@@ -281,7 +284,10 @@ def _place_in_parts(resolution: Resolution, names: Names, config: Mapping[str, o
 
 
 def _keys(path: str, shapes: Shapes) -> tuple[str | None, str | None] | None:
-    """Return the stored names of a module's weight and bias; None instead of a name, or instead of both, if missing."""
+    """Return the stored names of the weight and the bias of `path`, which is a module or a parameter.
+
+    The name of a tensor that the base does not store is None. Return None if the base stores neither tensor.
+    """
     weight, bias = f"{path}.weight", f"{path}.bias"
     if weight in shapes or bias in shapes:
         return weight if weight in shapes else None, bias if bias in shapes else None
@@ -308,7 +314,7 @@ def _not_found(missing: list[Target], adapter: Adapter, names: Names) -> TargetN
     partly = "" if len(missing) == len(adapter.updates) else _PARTLY
     near = nearest(missing[0].path, modules) or "No name in the base is similar: is this the right base?"
     if modules and all(_FACTOR.search(module) for module in modules):
-        near = "This base is an adapter itself: as the base, pass the model that it was trained on"
+        near = "This base is an adapter itself: instead, give the model that this adapter was trained on"
     return TargetNotFound(f"{count} not in the base: {shown}", where=str(missing[0]), cure=near + partly)
 
 
@@ -327,10 +333,10 @@ Reading = tuple[tuple[str, tuple[Move, ...]], ...]
 
 
 def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[str] = ()) -> Architecture | None:
-    """Find the family whose file maps the targets to weights of the base with fitting shapes.
+    """Find the family whose file maps the targets to weights of the base whose shapes fit the updates.
 
     Args:
-        updates: the updates of the targets for which no tensor of the base was found yet, by target.
+        updates: a map from each target that has not been found in the base yet to its updates.
         names: the base's names.
         shapes: the shapes of the base's tensors, by name.
         families: the model types that the adapter records for its base; if empty, all families are tried.
@@ -341,8 +347,8 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
 
     Raises:
         TargetNotFound: two families map the targets to different weights, and the shapes fit in both cases.
-        UsageError: no family fits, and at least one family could not be tried. Its file splits a fused projection by
-            heads, and the numbers of heads are unknown without a config.
+        UsageError: no family fits, and at least one family could not be tried, because its file splits a fused
+            projection by heads, and the numbers of heads are unknown without a config.
     """
     some = _one_of_each_form(updates)
     readings: dict[Reading, list[Architecture]] = {}
@@ -357,7 +363,7 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
         except AdapterkitError:
             continue
         # Names and shapes are not enough: a family's file could map an encoder's layer to a decoder's layer of the same
-        # shape. So also compare the words before the part of the two names that is equal.
+        # shape. So remove the common ending of the two names, and compare the words that remain.
         if reading and (every or all(_may_be(path, move.path) for path, moves in reading for move in moves)):
             readings.setdefault(reading, []).append(architecture)
     most = max(map(len, readings), default=0)
@@ -373,7 +379,7 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
 
 
 def _one_of_each_form(updates: Updates) -> Updates:
-    """Keep only the first of the targets whose names differ only in numbers, because layers and experts are alike."""
+    """Among targets whose names differ only in numbers, keep only the first, because layers and experts are alike."""
     some: dict[str, Target] = {}
     for target in updates:
         some.setdefault(shape_of(target.path), target)
@@ -479,10 +485,10 @@ def table() -> ModelTypeTable:
 
 
 def module_of(name: str) -> str | None:
-    """Return the Python module of transformers for `name`, a model type or a module; None if the name is unknown.
+    """Return the Python module of transformers that defines the model type `name`; None if `name` is unknown.
 
-    If transformers does not have the model but there is a family's file of this name, such as a user's own file, return
-    the family's name.
+    `name` may also be the name of such a module. If transformers does not know `name`, but a family's file has this
+    name, return the family's name. Users can add such files.
     """
     word = name.lower().replace("-", "_")
     kind = table().modules.get(name) or _by_word().get(word)
@@ -503,8 +509,9 @@ def _modules() -> frozenset[str]:
 def _parts_with() -> frozenset[str]:
     """Return the model types that stand for parts of models, such as `gemma3_text`.
 
-    These are all types in the table's `parts`. They are also all types in a Python module whose name is itself a model
-    type, except the type with the module's name.
+    The result has all types that the table's `parts` lists. If a model type has the name of its Python module, the
+    result also has all other types of this module. For example, the module `gemma3` defines the types `gemma3` and
+    `gemma3_text`, so `gemma3_text` is in the result.
     """
     modules = table().modules
     whole = {module for name, module in modules.items() if name.replace("-", "_") == module}
@@ -525,8 +532,8 @@ def models_of(config: Mapping[str, object]) -> dict[str, bool]:
     if isinstance(model_type := config.get("model_type"), str) and model_type:
         types[model_type] = True
     for part in config.values():
-        # Look at all fields: the config of a part is mostly in a field such as `text_config`, but an encoder-decoder
-        # has the fields `encoder` and `decoder`.
+        # Look at all fields: most models store the config of a part in a field such as `text_config`, but
+        # encoder-decoders use the fields `encoder` and `decoder`.
         if isinstance(part, Mapping):
             types |= {name: False for name in models_of(part) if name not in types}
     return types
@@ -550,6 +557,6 @@ def has_model(given: Mapping[str, bool], module: str, trained_class: str | None)
         # model alone.
         return any(whole or name not in _parts_with() for name, whole in there.items())
     # The adapter was trained on a part. Accept the same part, and accept whole models, because they contain all parts
-    # that their Python module defines. Parakeet's models with different heads are in one module, but none of them
-    # contains another.
+    # that their Python module defines. Parakeet is an exception: one module defines several models with different
+    # heads, and none of these models contains another. So the table lists each of them as a part.
     return any(name in types or (whole and name not in _parts_with()) for name, whole in there.items())
