@@ -1,4 +1,4 @@
-"""Generate the continuation of texts with images, with the graphs of a language model that reads images."""
+"""Generate continuations of prompts that contain images, with the ONNX graphs of a vision-language model."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ earlier tokens."""
 
 
 class ImageTexts:
-    """A batch of texts with images, and the graphs that continue these texts.
+    """A batch of prompts that may contain images, and the sessions of the graphs that generate the continuations.
 
     Args:
         parts: the sessions of the model's graphs, by file name.
         inputs: the inputs of all texts, by the names that processors of transformers use.
-        mark: the id of the token that stands for a part of an image.
+        mark: the id of the image token. One row of image features replaces the embedding of each image token.
         path: the model's folder, for error messages.
 
     Raises:
@@ -47,16 +47,16 @@ class ImageTexts:
         known = ["input_ids", "attention_mask", "position_ids", GRID, *TYPES, *self._images.values()]
         if unknown := sorted(set(inputs) - {*known}):
             cure = nearest(unknown[0], known) or f"The inputs are {', '.join(dict.fromkeys(known))}"
-            raise UsageError(f"no input {unknown[0]!r}", path=path, cure=cure)
+            raise UsageError(f"the model has no input {unknown[0]!r}", path=path, cure=cure)
         if "input_ids" not in inputs:
-            raise UsageError("no input input_ids was given", path=path, cure="Pass the tokens of the texts")
+            raise UsageError("the input input_ids is missing", path=path, cure="Pass the token ids of the texts")
         self.tokens, self.mask = prompt(inputs["input_ids"], inputs.get("attention_mask"))
         self._given = {name: np.asarray(array) for name, array in inputs.items()}
         self._decoder = parts[MERGED]
         self._types = next((name for name in TYPES if name in self._decoder.inputs), None)
         if self._types is not None and self._types not in inputs:
             cure = f"Pass {self._types} as the model's processor returns it"
-            raise UsageError(f"no input {self._types} was given", path=path, cure=cure)
+            raise UsageError(f"the input {self._types} is missing", path=path, cure=cure)
 
     def written(self, run: Run, count: int, ends: Sequence[int]) -> Array:
         """Generate greedily; return the ids of the given and the new tokens, `[batch, length + new]`.
@@ -64,7 +64,8 @@ class ImageTexts:
         Args:
             run: a function that takes a graph's file name and its inputs, and returns the graph's outputs.
             count: the largest number of tokens to generate.
-            ends: the ids of the tokens that end a text. Texts that end before others are padded with the first id.
+            ends: the ids of the tokens that end a text. A text that ends before the others is padded with the first of
+                these ids.
         """
         tokens, mask, types = self.tokens, self.mask, self._given.get(self._types or "")
         embedded = self._merged(run)
@@ -88,7 +89,8 @@ class ImageTexts:
             embedded = run(EMBEDDING, {"input_ids": new})["inputs_embeds"]
             if types is not None:
                 types = np.concatenate([types, np.full_like(new, CAUSAL)], 1)
-            # Positions in images have three rows; the next position in each row is 1 more than the largest of all rows.
+            # Positions of shape `[3, batch, length]` give the frame, row and column. A new token has the same value for
+            # all three: 1 more than the largest value in its text.
             places = places.max((0, 2))[None, :, None].repeat(3, 0) + 1 if places.ndim == 3 else places[:, -1:] + 1
         return tokens
 
@@ -107,12 +109,12 @@ class ImageTexts:
         """Return the features of all images, `[features, width]`."""
         missing = [other for other in self._images.values() if other not in self._given]
         if missing:
-            raise UsageError(f"no input {missing[0]} was given", path=self._path, cure=_PROCESSOR)
+            raise UsageError(f"the input {missing[0]} is missing", path=self._path, cure=_PROCESSOR)
         vision = self._parts[VISION]
         arrays = {name: self._given[other].astype(vision.types[name][0]) for name, other in self._images.items()}
         pixels = arrays["pixel_values"]
         if pixels.ndim == 5:
-            # Texts with fewer images than others are padded with images of zeros. Drop these, as transformers does.
+            # Texts with fewer images than others are padded with images of zeros. Drop the padding, as in transformers.
             real = pixels.reshape(-1, *pixels.shape[2:]).any((1, 2, 3))
             arrays = {name: array.reshape(-1, *array.shape[2:])[real][None] for name, array in arrays.items()}
         if vision.types["pixel_values"][1][0] == 1 and pixels.ndim == 4:
@@ -142,12 +144,13 @@ class ImageTexts:
     def _in_images(self, marks: Array, grids: Iterator[Array]) -> Array:
         """Return the positions of one text's tokens, `[3, tokens]`: the frame, the row and the column of each token.
 
-        Outside of images, the three positions of a token are equal. The first position after an image is the image's
-        first position plus the number of its token rows or token columns, whichever is larger.
+        Outside of images, the three positions of a token are equal. If an image starts at position p and has r rows and
+        c columns of tokens, the token after the image has the position p + max(r, c).
 
         Args:
             marks: whether each token is an image token, `[tokens]`.
-            grids: the frames, rows and columns of the next images; one is taken for each image of the text.
+            grids: an iterator over the images of the batch, which yields the frames, rows and columns of an image's
+                patches. The function takes one item for each image of the text.
         """
         pieces, at = [np.zeros((3, 0), np.int64)], 0
         edges = [0, *(np.flatnonzero(np.diff(marks.astype(np.int8))) + 1), len(marks)]
@@ -161,7 +164,7 @@ class ImageTexts:
             frames, rows, columns = (0, 0, 0) if grid is None else map(int, grid)
             merge = round((frames * rows * columns / length) ** 0.5)
             if not merge or frames * (rows // merge) * (columns // merge) != length:
-                why = f"{length} image tokens in a row, but the image has {frames} x {rows} x {columns} patches"
+                why = f"{length} successive image tokens do not fit an image of {frames} x {rows} x {columns} patches"
                 raise ShapeMismatch(why, path=self._path, where=GRID, cure=_PROCESSOR)
             sizes = (frames, rows // merge, columns // merge)
             pieces.append(np.indices(sizes).reshape(3, -1) + at)

@@ -51,12 +51,14 @@ if TYPE_CHECKING:
 
 
 def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
-    """Return the adapter with `experts` added to its router; unchanged if none are passed and the router lacks none.
+    """Return the adapter with `experts` added to its router.
+
+    If no experts are passed and none are missing, the adapter is returned unchanged.
 
     Raises:
         Unsupported: the router is X-LoRA's classifier. Its logits are in the order of the torch model's modules, and a
-            graph does not show this order.
-        Also the errors of `with_experts` in `adapterkit/torch/inject.py`.
+            graph does not store this order.
+        Other errors: as in `with_experts` in `adapterkit/torch/inject.py`.
     """
     if not experts and not any(getattr(update, "lacks_experts", False) for _, update in adapter):
         return adapter
@@ -66,7 +68,7 @@ def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
 
 
 def _no_order() -> NoReturn:
-    why = "X-LoRA's classifier has its logits in the order of the torch model's modules, and a graph lacks this order"
+    why = "the logits of X-LoRA's classifier are in the order of the torch model's modules; a graph lacks this order"
     cure = "Inject the adapter and its experts into the torch model, and write them to one adapter file"
     raise Unsupported(why, where="(model): xlora", cure=cure)
 
@@ -107,11 +109,10 @@ def inject(
         mode: `constant` writes the adapter into the graph. `slots` makes the adapter's tensors optional inputs, and
             writes the adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime. `rows`
             is like `slots`, but each input stacks the tensors of several LoRAs, so that each row of a batch can use its
-            own LoRA. `inputs` makes the tensors required inputs, which every runtime can swap. A LoRA's factors then
-            have a rank of at least 1.
-            With `inputs`, `OUT.slots.safetensors` stores the adapter's tensors under the names of the inputs.
-            `OUT.neutral.safetensors` and `OUT.neutral.onnx_adapter` store tensors with which the graph computes the
-            base model.
+            own LoRA. `inputs` makes the tensors required inputs, which every runtime can swap.
+            With `inputs`, a LoRA needs a rank of at least 1. `OUT.slots.safetensors` stores the adapter's tensors under
+            the names of the inputs. `OUT.neutral.safetensors` and `OUT.neutral.onnx_adapter` store tensors with which
+            the graph gives the base model's outputs.
         base_weights: the weights of the model that the graph was exported from. With them, layers are also found if the
             graph has lost their names. If the adapter has a side network (Shadow), the network's architecture is read
             from the base's `config.json`, or from the `config.json` beside the graph.
@@ -161,8 +162,8 @@ def inject(
         wrong = (*wrong, *lost)
     if context and mode != "constant":
         cure = (
-            "Inject the adapter with --mode constant (mode='constant'). To run without a prompt, omit its new tokens "
-            "from the input; a prefix is used only by runs without a past"
+            "Inject the adapter with --mode constant (mode='constant'). Then a run uses the prompt only if its input "
+            "contains the prompt's token ids, and uses the prefix only if no past is passed"
         )
         raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
     unblock(source.model, base)  # Before `Building`, which collects the names that are taken.
@@ -178,7 +179,8 @@ def inject(
     try:
         attach(places, building, slots, words)
     except Unsupported:
-        if check is not False:  # Report an invalid graph first, e.g. one that mixes dtypes: it may cause this error.
+        # An invalid graph, e.g. one that mixes dtypes, may be the cause of this error. If so, report the graph instead.
+        if check is not False:
             refuse_invalid(opened(model))
         raise
     building.settle()
@@ -223,8 +225,8 @@ def _recomputed(places: Sequence[ResolvedTarget]) -> str | None:
     if split == len(nodes):
         return f"{split} MoE {'nodes were' if split > 1 else 'node was'} split into nodes for each expert"
     return (
-        f"every run, with or without an adapter, computes the weights of all experts in {len(nodes)} MoE "
-        f"{'nodes' if len(nodes) > 1 else 'node'} again; --mode constant (mode='constant') computes them once"
+        f"every run, with or without an adapter, recomputes the weights of all experts in {len(nodes)} MoE "
+        f"{'nodes' if len(nodes) > 1 else 'node'}; with --mode constant (mode='constant'), they are computed once"
     )
 
 
@@ -290,7 +292,10 @@ def keep_original(source: GraphSource) -> None:
 
 
 def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
-    """Return the names and bytes of the main graph's tensors of at least 256 bytes, in the order of the file."""
+    """Return the name and bytes of each initializer that is inside the model file and has at least 256 bytes.
+
+    The initializers of subgraphs are omitted. The result is in the order of the file.
+    """
     constants = ((name, value.const_value) for name, value in model.graph.initializers.items())
     return [
         (name, tensor.tobytes())
@@ -301,7 +306,7 @@ def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
 
 @places_errors
 def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
-    """Write the original model of an injected graph, byte for byte.
+    """Restore the model file as it was before `inject`, byte for byte, and write it to `out`.
 
     Args:
         model: a file that `inject` wrote.

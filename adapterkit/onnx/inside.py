@@ -1,8 +1,8 @@
-"""Compute changed weights in nodes before a layer, if nodes after the layer cannot express the change of its output.
+"""Compute a layer's changed weight in nodes before the layer, if nodes after the layer cannot correct its output.
 
-A recurrent layer reads its own state, and a fused layer applies an activation. For such a node, the graph computes the
-changed weight from the base's weight and the adapter's tensors, and the node reads the result. If the tensors are
-constants, onnxruntime computes the weight once, when a session starts.
+A recurrent layer reads its own state, and a fused layer applies an activation. For such a layer, injected nodes compute
+the changed weight from the base's weight and the adapter's tensors, and the layer's node reads the changed weight. If
+the adapter's tensors are constants, onnxruntime computes the weight once, when a session starts.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 def refuse_outputs(place: ResolvedTarget, op_type: str) -> None:
-    """Refuse updates that change more than a weight and a bias.
+    """Refuse updates that change a layer's output directly, instead of its weight or bias.
 
     Raises:
-        Unsupported: an update changes the output itself, as an `OutputUpdate` does.
+        Unsupported: an update is an `OutputUpdate`.
     """
     for update in place.updates:
         if isinstance(update, OutputUpdate):
@@ -43,7 +43,7 @@ def changed_inside(
     """Insert nodes that compute the changed weight and bias, and make the layer's node read the results.
 
     Args:
-        layer: the node's layer.
+        layer: the whole layer, whose node reads the results.
         seen: the layer as the updates see it, e.g. only the target's rows.
         place: the target.
         updates: the updates, with graph values in place of tensors.
@@ -75,7 +75,7 @@ def changed_inside(
         changed = cast("Value | None", chain.bias)
         bias = changed
         if changed is not None and place.norm is not None:
-            # The graph stores `scale * b + shift`, so also multiply the change of b by the scale.
+            # The graph stores the base's bias b as `scale * b + shift`, so multiply the change of b by the scale.
             before = cast("Value | None", seen.bias)
             bias = layer.bias + (changed if before is None else changed - before) * layer.bias.like(place.norm.scale)
     graph = layer.node.graph
@@ -87,7 +87,8 @@ def changed_inside(
         _reads(layer.node, layer.position, layer.operand, operands[0])
     if bias is not None:
         node, read = (layer.node, layer.constant_bias) if layer.after is None else layer.after
-        # The weight and the bias may be one tensor, if their elements are equal. So search only after the weight.
+        # A graph may store a weight and a bias with equal elements as one tensor. So search only the inputs after the
+        # weight.
         first = layer.position + 1 if node is layer.node else 0
         at = next(at for at, one in enumerate(node.inputs) if at >= first and weight_at(node, at) is read)
         _reads(node, at, read, bias)
@@ -97,7 +98,7 @@ def changed_inside(
 def experts_changed(layer: GraphLayer, parts: Sequence[tuple[ResolvedTarget, FormulaLayer, Sequence[Update]]]) -> None:
     """Insert nodes that compute the changed weights and biases of all experts, and make the node read the results.
 
-    All parts of a stack are joined at once. Joining one part after the other would copy the whole stack for each part.
+    One Concat replaces the rows of all targets, because one Concat per target would copy the whole stack each time.
 
     Args:
         layer: the stack of experts.

@@ -1,8 +1,8 @@
-"""Layers whose operators compute with integers, with the weights, inputs and outputs that formulas need as floats.
+"""Layers whose operators compute with integers. They give formulas their weights, inputs and outputs as floats.
 
 An adapter's nodes compute in floats. They read the dequantized input of the operator, and their result is added to the
 dequantized output. The operator itself stays, so that a graph with empty slots computes the same integers as before.
-The exception is an operator that may include a Relu; see `opened_up`.
+Only operators that may include a Relu are replaced; see `opened_up`.
 https://onnx.ai/onnx/operators/onnx__QLinearMatMul.html
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
@@ -31,11 +31,11 @@ class IntegerLayer(GraphLayer):
     Class attributes:
         domain: the operator's domain.
         parts: the positions of the weight, its scale and its zero point among the node's inputs.
-        origin: the positions of the layer's input, its scale and its zero point among the node's inputs; if the layer's
-            input is in floats, only its position.
+        origin: the positions of the layer's input, its scale and its zero point among the node's inputs. If the layer's
+            input is in floats, `origin` has only the position of the input.
         out: the positions of the output's scale and zero point among the node's inputs; None if the output is in
             floats.
-        floating: the layer class whose operator computes the same with a float weight.
+        floating: the layer class of the equivalent float operator.
     """
 
     domain: ClassVar[str] = ""
@@ -52,7 +52,8 @@ class IntegerLayer(GraphLayer):
             return False
         weight, scale = node.inputs[cls.parts[0]], node.inputs[cls.parts[1]]
         operands = [weight, scale, _at(node, cls.parts[2])]
-        if cls.out is not None:  # Static quantization stores the scales of inputs and outputs, too.
+        # With static quantization, the scales and zero points of the input and output must be constants, too.
+        if cls.out is not None:
             operands += [_at(node, position) for position in (*cls.origin[1:], *cls.out)]
         if weight is None or scale is None or not all(one is None or is_constant(one) for one in operands):
             return False
@@ -99,7 +100,7 @@ class IntegerLayer(GraphLayer):
         return ir.Value(name=bias.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
 
     def put(self, arrays: Sequence[ir.Value]) -> None:
-        """Replace the node's weight, scale and zero point; requantize an integer bias, whose scale thereby changes."""
+        """Replace the node's weight, scale and zero point; requantize an integer bias for the new scale."""
         vector = None if self.vector is None else _at(self.node, self.vector)
         b = None if vector is None else numbers(vector)
         before = None if b is None else _scale(self.node, self.parts[1])
@@ -107,7 +108,7 @@ class IntegerLayer(GraphLayer):
             self.node.replace_input_with(position, value)
         if b is None or before is None or b.dtype.kind not in "iu" or self.vector is None:
             return
-        # The scale of an integer bias is the input's scale times the weight's scale, which has changed.
+        # The scale of an integer bias is the input's scale times the weight's scale. The weight's scale has changed.
         again = np.rint(b.astype(np.float64) * before.reshape(-1) / _scale(self.node, self.parts[1]).reshape(-1))
         name = f"{vector.name}.merged"  # type: ignore[union-attr]
         self.node.replace_input_with(self.vector, initializer(self.branch.building, name, again.astype(b.dtype)))
@@ -200,14 +201,17 @@ class QLinearConv(IntegerLayer, Conv):
 
 
 class DynamicQuantizeMatMul(IntegerLayer):
-    """`x @ W` with a float x, which the node quantizes; onnxruntime's optimizer writes it for dynamic quantization."""
+    """`x @ W` with a float x, which the node quantizes.
+
+    onnxruntime's optimizer writes this operator for dynamically quantized models.
+    """
 
     op_type, domain = "DynamicQuantizeMatMul", MICROSOFT
     position, parts, origin, vector = 1, (1, 2, 3), (0,), 4
 
 
 class MatMulIntegerToFloat(IntegerLayer):
-    """`x @ W` with an integer x, which another node has quantized, because several layers read it."""
+    """`x @ W` with an integer x. A separate node quantizes x, because several layers read the result."""
 
     op_type, domain = "MatMulIntegerToFloat", MICROSOFT
     position, parts, origin, vector = 1, (1, 3, 5), (0, 2, 4), 6
@@ -246,12 +250,18 @@ def _scale(node: ir.Node, position: int) -> Array:
 
 
 def _along(small: Array, axis: int, axes: int) -> Array:
-    """Return a scale or zero point, or one for each channel, in a shape that broadcasts with the weight."""
+    """Reshape a scale or zero point, of the whole weight or per channel, so that it broadcasts with the weight."""
     return small.reshape(-1, *[1] * (axes - 1 - axis)) if small.size > 1 else small.reshape(-1)
 
 
 def float_input(node: ir.Node, given: Sequence[int]) -> ir.Value | None:
-    """Return a node's input in floats: before quantization, or dequantized again; None if the graph has neither."""
+    """Return a node's input as a float value: before quantization, or dequantized; None if the graph has neither.
+
+    Args:
+        node: the node.
+        given: the positions of the input, its scale and its zero point among the node's inputs, as in
+            `IntegerLayer.origin`.
+    """
     x = node.inputs[given[0]]
     if len(given) == 1 or x is None:
         return x

@@ -1,4 +1,4 @@
-"""Layers of a graph with the interface that formulas use; see `adapterkit/torch/layers.py`.
+"""Give the layers of a graph the interface that formulas use; see `adapterkit/torch/layers.py`.
 
 Formulas see a weight as `[out, in, *k]`, however the node stores it. A layer's input and output are graph values, and
 the result of a formula replaces the output.
@@ -21,8 +21,8 @@ from .operands import attribute, detached_copy, is_constant, numbers, shape_of
 from .values import Unsayable, Value
 
 BEFORE = "adapterkit.weight"
-"""Prefix of a metadata key of nodes whose weight or bias is computed by injected nodes. In `adapterkit.weight.1`, 1 is
-the position of the computed input. The value is the name of the base's tensor, which the node read before."""
+"""Prefix of a metadata key, which a node gets if injected nodes compute its weight or bias. In `adapterkit.weight.1`, 1
+is the position of the computed input. The key's value is the name of the base's tensor that the node read before."""
 
 
 def weight_at(node: ir.Node, position: int) -> ir.Value | None:
@@ -36,7 +36,7 @@ def weight_at(node: ir.Node, position: int) -> ir.Value | None:
 
 
 def _behind(value: ir.Value | None, name: str) -> ir.Value | None:
-    """Return the value called `name`: `value`, or a value from which `value` is computed; None if there is none."""
+    """Return the value called `name` among `value` and the values that `value` is computed from; None if absent."""
     waiting, seen = [value], set[ir.Value]()
     while waiting:
         one = waiting.pop()
@@ -57,8 +57,8 @@ class GraphLayer:
         op_type: the node's operator.
         position: the position of the weight among the node's inputs.
         axes: how many axes the weight may have.
-        inside: True if the output is not a function of `x @ W` alone. Nodes after such a node cannot express a change
-            of the weight, so nodes before it compute the changed weight; see inside.py.
+        inside: True if the output is not a function of `x @ W` alone. Then nodes after the layer cannot express a
+            change of the weight, and nodes before the layer compute the changed weight; see inside.py.
         whole: True if the stored tensor and the weight have different axes. A merge then replaces the whole tensor.
         indexed: True if the layer's input is a tensor of indices, whose dtype is not the weight's dtype.
         vector: the position of the bias among the node's inputs; None if the operator adds no bias.
@@ -91,8 +91,8 @@ class GraphLayer:
         self.after = None if self.apart or self.stated_bias is not None else self._bias_after(plain)
         end = plain if self.after is None else dequantized(self.after[0].outputs[0])
         self.given, self.end = self.unfolded(self.read, end)
-        # Some converters remove the dtypes of values. Then the input is assumed to have the weight's dtype, unless it
-        # consists of indices.
+        # Some converters remove the dtypes of values. For a value without a dtype, assume the weight's dtype. An input
+        # of indices is the exception.
         self.x = self._value(self.given, like=None if self.indexed else self.dtype)
         self.y = self._value(self.end, like=self.dtype)
         self.call: object = None
@@ -105,11 +105,14 @@ class GraphLayer:
         return weight is not None and is_constant(weight) and len(shape_of(weight)) in cls.axes
 
     def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Return the layer's input and output outside of any Reshapes that merge the batch and position axes.
+        """Return the layer's input and output.
+
+        A Gemm may be between two Reshapes, which merge the batch and position axes and split them again. Then the
+        layer's input is the first Reshape's input, and its output is the second Reshape's output.
 
         Args:
             given: the input that the node reads.
-            end: the output, after an Add of the bias.
+            end: the output of the node, or of the Add that adds the bias after the node.
         """
         return given, end
 
@@ -177,7 +180,7 @@ class GraphLayer:
     def weight(self) -> Value:
         shape, read = self.stored_shape(self.node), self.node.inputs[self.position]
         if read is not None and f"{BEFORE}.{self.position}" in self.node.metadata_props:
-            # If nodes of another target already change the weight (e.g. other rows of it), continue from their result.
+            # Nodes of another target already change this weight, e.g. other rows of it. Continue from their result.
             known = (lambda: numbers(read)) if is_constant(read) else None
             return self.seen(Value(self.branch, shape, self.dtype, read, known))
         # For a packed weight, give formulas an unpacked copy, because the graph has no float value of the weight.
@@ -205,7 +208,7 @@ class GraphLayer:
 
     @property
     def adds_more(self) -> bool:
-        """Whether the node adds something that is not the layer's bias, so formulas cannot compute the output anew."""
+        """Whether the node adds something other than the layer's bias. Then formulas cannot recompute the output."""
         return self.stated_bias is not None and self.bias is None
 
     @property
@@ -470,7 +473,11 @@ class Gemm(GraphLayer):
 
 
 def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
-    """Return the only node that reads a value, if its operator is `op_type` and it is in the same graph; else None."""
+    """If only one node reads `value` and its operator is `op_type`, return this node; otherwise return None.
+
+    Also return None if no node computes `value`, if `value` is a graph output, or if the node that computes it is in
+    another graph than the node that reads it.
+    """
     uses, made_by = list(value.uses()), value.producer()
     if len(uses) != 1 or value.is_graph_output() or made_by is None or uses[0].node.graph is not made_by.graph:
         return None
@@ -478,9 +485,9 @@ def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
 
 
 def before_rounding(output: ir.Value | None) -> ir.Value:
-    """Return the value that was quantized and dequantized to give `output`; if none was, return `output`.
+    """If a QuantizeLinear and a DequantizeLinear compute `output`, return the value that the QuantizeLinear reads.
 
-    A QuantizeLinear that may stand for a Relu is not skipped.
+    Otherwise, or if the QuantizeLinear may stand for a Relu (see `rectifies`), return `output`.
     """
     assert output is not None
     back = output.producer()
@@ -490,10 +497,10 @@ def before_rounding(output: ir.Value | None) -> ir.Value:
 
 
 def dequantized(value: ir.Value) -> ir.Value:
-    """Return the result of quantizing and dequantizing a value, if the graph does so; otherwise the value itself.
+    """If the graph quantizes `value` and dequantizes the result, return the dequantized value.
 
-    A change is added after these two nodes, because the QuantizeLinear would clip it. A QuantizeLinear that may stand
-    for a Relu is not skipped.
+    Otherwise, or if the QuantizeLinear may stand for a Relu (see `rectifies`), return `value`. An adapter's change is
+    added to the returned value: before the QuantizeLinear, the change would be clipped.
     """
     there = only_reader(value, "QuantizeLinear")
     there = None if there is None or rectifies(there) else there
@@ -539,14 +546,14 @@ def bias_after(node: ir.Node, out: ir.Value, outputs: int, channel: int) -> tupl
     other = add.inputs[1 - list(add.inputs).index(out)]
     if other is None or not is_constant(other) or not by_channel(shape_of(other), outputs, channel):
         return None
-    # A constant with more axes than the layer's output is not a bias, because the sum would get more axes. If the graph
-    # does not show the output's axes, count those of the node's inputs: most outputs have as many axes as the input.
+    # A constant with more axes than the layer's output is not a bias, because the sum would get more axes. The graph
+    # may lack the output's shape, so also use the inputs' shapes: most outputs have as many axes as the input.
     most = max(2, -channel, *(axes_of(value) for value in (out, *node.inputs[:2])))
     return (add, other) if len(shape_of(other)) <= most else None
 
 
 def axes_of(value: ir.Value | None) -> int:
-    """Return how many axes a value has; 0 if neither its shape nor a Transpose that computes it shows the number."""
+    """Return a value's number of axes, from its shape or the Transpose that computes it; 0 if neither is known."""
     if value is None or value.shape is not None:
         return 0 if value is None or value.shape is None else len(value.shape)
     order = attribute(node, "perm", ()) if (node := value.producer()) is not None and _is(node, "Transpose") else ()
@@ -554,7 +561,7 @@ def axes_of(value: ir.Value | None) -> int:
 
 
 def by_channel(shape: Sequence[int], outputs: int, channel: int) -> bool:
-    """Whether an array of this shape has one element per output channel; others may be masks or position tables."""
+    """Whether an array of this shape has one element per output channel. If not, it may be a mask or position table."""
     at = len(shape) + channel
     return at >= 0 and shape[at] == outputs and math.prod(shape) == outputs
 
@@ -571,9 +578,9 @@ PACKED_BIASES = {"MultiHeadAttention": 3, "PackedMultiHeadAttention": 3, "Decode
 
 
 def refuse_fused_bias(layer: GraphLayer, where: str) -> None:
-    """Raise an error if a fused node adds a bias to the layer's output, because this bias cannot be changed there.
+    """Raise an error if a fused node adds a bias to the layer's output, because an adapter cannot change this bias.
 
-    If the fused node also adds the output of another layer, the bias may belong to that layer.
+    A fused node that adds the outputs of two layers is refused for both layers: its bias may belong to either.
 
     Raises:
         Unsupported: a fused node adds a bias to the layer's output.
@@ -588,7 +595,7 @@ def refuse_fused_bias(layer: GraphLayer, where: str) -> None:
                 continue
         elif node.domain != "com.microsoft" or position is None or len(node.inputs) <= position:
             continue
-        why = f"the bias of this layer is inside a {node.op_type}"
+        why = f"the bias of this layer is inside a {node.op_type} node, where an adapter cannot change it"
         raise Unsupported(why, where=where, cure="Use the graph before it is optimized")
 
 
@@ -601,7 +608,7 @@ def _adds_at(node: ir.Node, at: int, outputs: int) -> bool:
     if not is_constant(bias):
         return True
     b = numbers(bias).reshape(-1)
-    # The vector packs the biases of queries, keys and values; the biases of values may have another size.
+    # The vector concatenates the biases of queries, keys and values. The last bias may have another size.
     return bool((b[at * outputs : (at + 1) * outputs] if at < 2 else b[-outputs:]).any())
 
 
@@ -632,7 +639,7 @@ class Conv(GraphLayer):
         w = self._of(x, w)
         # Drop `kernel_shape`: the new kernel may have another shape, and ONNX infers the shape without the attribute.
         kept = {name: attribute.value for name, attribute in self.node.attributes.items() if name != "kernel_shape"}
-        # If the weight spans the channels of all groups, convolve without groups.
+        # If each filter of the new weight reads the channels of all groups, convolve without groups.
         if len(w.shape) == len(self.shape) and w.shape[1] != self.shape[1]:
             return self._convolved(x, w, w.shape[0], kept | {"group": 1})
         whole = w.reshape(w.shape[0], *self.shape[1:])
@@ -698,7 +705,7 @@ class Gather(GraphLayer):
         return Value(self.branch, sizes, table.dtype, node)
 
 
-# onnxruntime's fused attention: a node that computes a whole attention, with one weight `[in, q | k | v]`.
+# onnxruntime's fused attention is one node for a whole attention. Its weight `[in, q | k | v]` packs three projections.
 # A merge changes that weight. Before an adapter is attached, the node is split into a MatMul, an Add of the bias and a
 # MultiHeadAttention.
 # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.Attention

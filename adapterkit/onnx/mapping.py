@@ -32,7 +32,7 @@ class Place:
         method: how the name was found, one of `METHODS`; None if no name was found.
         confidence: 1 minus the relative distance from the base's weight. For a layer that was not compared with a
             weight: 1 if it has a name, otherwise 0.
-        note: if the base has this layer's weight, but no node was found for it, the reason; otherwise None.
+        note: if `spots` is empty, the reason why no node was found for the base's weight; otherwise None.
     """
 
     target: str | None
@@ -60,8 +60,8 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
     Args:
         model: an ONNX file, or an in-memory model.
         base_weights: the weights of the model that the graph was exported from. If passed, the function searches the
-            graph for each of the base's weights (except vectors), first by name, then by values. A layer that was found
-            by name is compared with the base's weight.
+            graph for each of these weights (except vectors), first by name, then by values. A layer with the right name
+            is accepted only if its weight is close to the base's weight.
 
     Returns:
         the layers in the order of the graph; with `base_weights`, first the base's layers in the base's order, then all
@@ -90,7 +90,7 @@ def _named(spots: Sequence[Spot]) -> list[Place]:
     several = with_several_weights(spots)
     for spot in spots:
         method, name = _best(spot, several)
-        # Exporters append a number to the name of the node for a module's second call: `qkv_proj_1`.
+        # If a model calls a module twice, exporters append a number to the second node's name: `qkv_proj_1`.
         first = (plain_call(name), method, spot.sources) if name is not None and method == "path" else None
         key = first if first in groups else (name, method, spot.sources)
         groups.setdefault(key, []).append(spot)

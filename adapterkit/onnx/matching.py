@@ -1,9 +1,9 @@
-"""Find layers by the values of their weights, if a graph has lost the names, and compare layers with the base.
+"""Find layers by the values of their weights if a graph lacks names, and compare layers found by name with the base.
 
 A layer is a certain match if its weight, or some rows of its weight, equal a base weight. If no weight is equal, as in
-quantized graphs, the layer with the nearest weight of the same shape is accepted. The distance of this weight must be
-at most `NEAR`, and the second nearest must be at least `APART` times as far away. A quantized copy of a weight is
-within `NEAR` of it. The same layer's weight in another checkpoint is not.
+quantized graphs, the layer with the nearest weight of the same shape is accepted. Its relative distance from the base
+weight must be at most `NEAR`, and the second nearest weight must be at least `APART` times as far away. `NEAR` accepts
+a quantized copy of the base weight, but not the same layer's weight from another checkpoint.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         error: the error that the search by name raised. It is raised again if the base lacks a target's weight.
 
     Returns:
-        a map from the name of each target's weight to the method that found the layers, and the layers.
+        a map from the name of each target's weight to a pair: the method that found the layers, and these layers.
 
     Raises:
         TargetNotFound: no layer has the values of a target's weight; several different layers are about equally near;
@@ -62,12 +62,13 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         try:
             method, matching = nearest(W, spots, str(asked))
         except TargetNotFound:
-            # `compare` later searches for the norm or scale again, by the target's name in the adapter. So accept one
-            # only if this name leads to the same base weight.
+            # A layer may store the base weight with a norm or scale folded in. `compare` later looks up the base weight
+            # by the target's name in the adapter. So accept such a layer only if this name gives the same base weight.
             scaled = _behind_scale(base, site.weight, W, spots) if _named(base, asked) == [site.weight] else []
             if not scaled:
                 raise
             method, matching = "nearest", scaled
+        # If another base weight has equal values, some of the nodes may belong to this other weight.
         twin = _twin(base, site.weight, W) if len(matching) > 1 else None
         if twin is not None:
             why = (
@@ -80,7 +81,10 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
 
 
 def compare(places: Sequence[ResolvedTarget], base: Checkpoint) -> list[ResolvedTarget]:
-    """Check layers that were found by name against the base's weights; return all targets, with any folded norms.
+    """Check layers that were found by name against the base's weights, and find norms folded into these layers.
+
+    Returns:
+        all targets. A target whose layer has a folded norm gets the norm.
 
     Raises:
         TargetNotFound: a layer's weight differs from the base's weight by more than quantization explains.
@@ -112,7 +116,7 @@ def _named(base: Checkpoint, asked: Target) -> list[str]:
 
 
 def _compare_rows(place: ResolvedTarget, W: Array) -> None:
-    """Check a target's rows of a packed layer against the base's weight: wrong head counts would select other rows.
+    """Check that a target's rows of a packed weight match the base's weight. Wrong head counts select other rows.
 
     Raises:
         TargetNotFound: the rows differ from the base's weight by more than quantization explains.
@@ -129,7 +133,7 @@ def _compare_rows(place: ResolvedTarget, W: Array) -> None:
 
 
 def _twin(base: Checkpoint, name: str, W: Array) -> str | None:
-    """Return the name of another base weight with equal values, to which the same nodes may belong; None if none."""
+    """Return the name of another base weight whose values equal the weight `name`; None if there is none."""
     same = (
         n for n, t in base.tensors.items() if n != name and t.shape == base.tensors[name].shape and t.dtype.floating
     )
@@ -174,7 +178,10 @@ def _by_weight(spots: Sequence[Spot]) -> dict[Any, list[Spot]]:
 
 
 def _behind_scale(base: Checkpoint, name: str, W: Array, spots: Sequence[Spot]) -> list[Spot]:
-    """Return the nodes whose weight is a base weight with a norm or scale of the base folded in; none if ambiguous."""
+    """Return the nodes that store the base weight `name`, with or without one of the base's norms or scales folded in.
+
+    The list is empty if no stored weight is near enough, or if two are about equally near.
+    """
     candidates = []
     for same in _by_weight(spots).values():
         ways = [distance(W, same[0]), scaled_distance(base, name, same[0])]

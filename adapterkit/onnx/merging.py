@@ -56,6 +56,8 @@ def merge(
 ) -> GraphReport:
     """Fold adapters into the weights of a graph: `W' = W + sum_i weight_i * (f_i(W) - W)`, rounded once.
 
+    `f_i(W)` is the weight that adapter i gives if it is merged alone.
+
     Args:
         model: an ONNX file, an in-memory model, or a folder of graphs that make up one model, such as encoder and
             decoders. The model is not changed.
@@ -71,8 +73,8 @@ def merge(
             `GraphReport.damage` stores the error of this quantization.
         keep_change: how to store the change of a packed weight. `float` keeps the weight unchanged and attaches the
             change beside it, as floating-point factors. `packed` quantizes the changed weight again, even if most of
-            the change is lost. By default, `requantize` attaches a change if quantizing again would lose more than 5 %
-            of that change; `GraphReport.beside` names these targets.
+            the change is lost. By default, with `quantized="requantize"`, a change is attached beside the weight if
+            quantizing again would lose more than 5 % of it; `GraphReport.beside` names these targets.
         tied: which layers an update changes if the embedding and the head have equal weights, as in `adapterkit.merge`.
             By default, the same layers as in the tool that trained the adapter.
         strict_base: refuse a base whose name, config or fingerprint differs from the base that an adapter names. By
@@ -102,10 +104,14 @@ def merge(
         raise UsageError(f"unknown choice {keep_change!r}", where="keep_change", cure=f"Known: {', '.join(KEEPING)}")
     if keep_change is not None and quantized != ("requantize" if keep_change == "packed" else quantized):
         cure = "Also pass --quantized requantize (quantized='requantize')"
-        raise UsageError("a change can only be packed if weights are quantized again", where="keep_change", cure=cure)
+        raise UsageError("the choice 'packed' requires that weights are requantized", where="keep_change", cure=cure)
     if keep_change == "float" and quantized == "dequantize":
         cure = "Omit either --keep-change (keep_change=) or --quantized (quantized=)"
-        raise UsageError("dequantized weights take the whole change; no part is kept", where="keep_change", cure=cure)
+        raise UsageError(
+            "the choice 'float' has no effect on dequantized weights, because they get the whole change",
+            where="keep_change",
+            cure=cure,
+        )
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     if (folder := folder_of(model, out)) is not None:
         return merge_folder(
@@ -155,7 +161,7 @@ def plan(
     rename: str | Sequence[str] = (),
     allow_partial: bool = False,
 ) -> tuple[ResolvedTarget, ...]:
-    """Return the targets of a graph or a folder of graphs into which `merge` would fold adapters; write nothing.
+    """Return the targets into which `merge` would fold the adapters; write nothing. The arguments are as in `merge`.
 
     Raises:
         TargetNotFound, ShapeMismatch, NotMergeable, Malformed, UsageError, CheckFailed: as in `merge`.
@@ -212,4 +218,4 @@ def _refuse(adapter: Adapter) -> None:
     for target, update in adapter:
         if update.kind in ("output", "context"):
             why = f"{update.method} changes {update.acts_on}, not its weights"
-            raise NotMergeable(why, where=str(target), cure="Inject the adapter instead")
+            raise NotMergeable(why, where=str(target), cure="Inject the adapter instead of merging it")

@@ -198,14 +198,14 @@ def refused(session, inputs):
     """Inputs that do not fit each other, or the graphs."""
     with pytest.raises(UsageError, match="no input 'pixel_value'"):
         session.generate({**inputs, "pixel_value": inputs["pixel_values"]})
-    with pytest.raises(UsageError, match="no input input_ids was given"):
+    with pytest.raises(UsageError, match="the input input_ids is missing"):
         session.generate({"pixel_values": inputs["pixel_values"]})
-    with pytest.raises(UsageError, match="no input image_grid_thw was given"):
+    with pytest.raises(UsageError, match="the input image_grid_thw is missing"):
         session.generate({name: array for name, array in inputs.items() if name != "image_grid_thw"})
     with pytest.raises(ShapeMismatch, match="the texts have 0 image tokens, but the images have 18 features"):
         session.generate({**inputs, "input_ids": np.minimum(inputs["input_ids"], MARK - 1)})
     wrong = inputs["image_grid_thw"][::-1]  # As many patches, but of the other text's image.
-    with pytest.raises(ShapeMismatch, match="6 image tokens in a row, but the image has 1 x 6 x 8 patches"):
+    with pytest.raises(ShapeMismatch, match="6 successive image tokens do not fit an image of 1 x 6 x 8 patches"):
         session.generate({**inputs, "image_grid_thw": wrong.copy()})
 
 
