@@ -50,18 +50,19 @@ FEW = 1 << 16
 """Largest number of input elements on which the reference implementation runs."""
 
 RECURRENT = (b"LSTM", b"GRU", b"RNN")
-"""Operators whose stored weights onnxruntime packs, which changes the order of its sums; see `_computed`."""
+"""Operators for which onnxruntime packs stored weights. Packing changes the order of summation; see `_computed`."""
 
 STATIC = (b"QuantizeLinear", b"QLinear", b"QGemm")
-"""Parts of the operator names of static quantization; `_saturation` skips graphs that contain none of them."""
+"""Parts of the names of statically quantized operators. `_saturation` skips graphs whose bytes contain none of them."""
 
 STEP = 1e-2
 """Largest accepted difference between an integer operator and the same operator in floating point, relative to the
 largest output. It allows a few rounding steps."""
 
 HALF_STEP, ROUNDINGS = 1 / 256, 3.0
-"""`HALF_STEP` is half a rounding step of 8 bits, relative to the largest value. To find the accepted difference between
-two correct graphs, measure the effect of changes of up to half a step, and multiply it by `ROUNDINGS`."""
+"""`HALF_STEP` is half a rounding step of 8 bits, relative to the largest value. `_most_rounded` changes scales, weights
+and biases by up to `HALF_STEP` of their values, and measures how much the outputs change. The accepted difference is
+`ROUNDINGS` times this change."""
 
 
 def reference_outputs(model: Path | bytes, feeds: Feeds) -> list[Array] | None:
@@ -99,7 +100,7 @@ def _proto(model: Path | bytes) -> onnx.ModelProto | None:
     return onnx.load(model) if model.stat().st_size + outside <= SMALL else None
 
 
-# Measure the difference of outputs, and compute the largest difference that rounding alone can cause.
+# Measure how much the outputs of two graphs differ, and compute the largest difference that rounding alone can cause.
 
 
 TOLERANCE = {"f": 1e-5, "V": 3e-2}
@@ -113,16 +114,18 @@ more than `MOST_NOISE`."""
 
 
 def difference_of(got: Sequence[object], wanted: Sequence[object]) -> float:
-    """Return the largest difference over all outputs; each is relative to the largest value of its output."""
+    """Return the largest difference in any floating-point output, divided by this output's largest value in `wanted`.
+
+    Return infinity if the shapes differ, or if NaNs and infinities are not at the same indices.
+    """
     worst = 0.0
     for one, other in zip(got, wanted, strict=True):
         a, b = (np.asarray(array) for array in (one, other))
-        # ml_dtypes gives bfloat16 and float8 the kind V.
+        # The bfloat16 and float8 dtypes of ml_dtypes have the kind "V".
         if a.dtype.kind not in "fV":
             continue
         a, b = a.astype(np.float64), b.astype(np.float64)
         there = np.isfinite(b)
-        # NaNs and infinities must be in the same positions; otherwise, the difference cannot be measured.
         if a.shape != b.shape or not np.array_equal(np.isfinite(a), there):
             return float("inf")
         if not np.array_equal(a[~there], b[~there], equal_nan=True):
@@ -133,7 +136,7 @@ def difference_of(got: Sequence[object], wanted: Sequence[object]) -> float:
 
 
 def is_narrow(outputs: Sequence[object]) -> bool:
-    """Whether any output has floating-point numbers of 16 bits or fewer."""
+    """Whether any output has a floating-point dtype of 16 bits or fewer."""
     arrays = (np.asarray(one) for one in outputs)
     return any(array.dtype.kind in "fV" and array.dtype.itemsize < 4 for array in arrays)
 
@@ -157,12 +160,12 @@ class CheckOutcome:
     """The result of a check.
 
     Attributes:
-        difference: the largest difference between the graphs' outputs, relative to the largest output value. If the
-            graphs round activations to integers, they are compared without this rounding, if that is possible.
+        difference: the largest difference between the outputs of the two graphs, relative to the largest output value.
+            Graphs that round activations to integers are compared without this rounding if possible.
         note: why `difference` is None, or what the check could not cover.
-        reference: the largest difference between ONNX's reference implementation and onnxruntime; None if the
-            reference implementation did not run, or is itself wrong on the original graph.
-        saturation: the values that static quantization clips; None if the graph has no static quantization.
+        reference: the largest difference between the outputs of ONNX's reference implementation and onnxruntime. It is
+            None if the reference implementation did not run, or if it may be wrong; see `_second`.
+        saturation: how many values static quantization clips; None if the graph has no static quantization.
     """
 
     difference: float | None
@@ -182,15 +185,15 @@ def checked_injection(
         adapter: the injected adapter.
         base: the base's weights.
         out: the written graph.
-        beside: for a graph with slots, the `.onnx_adapter` file that fills the slots. The check fills slots only from
-            this file, as a user does, and so finds slots that the file does not fill. It also compares the graph with
-            empty slots with the original graph.
+        beside: for a graph with slots, the `.onnx_adapter` file that fills the slots. The check uses only the tensors
+            of this file, as a user does, so it finds a slot for which the file has no tensor. The check also runs the
+            graph with empty slots, and compares this run with the original graph.
         given: inputs to run on, by name.
         alone: True if only an injection can make the change, as for attention prefixes. In that case, the check runs
             the graph, but has no second graph to compare it with.
-        tying: the choices for tied layers, as for the injection.
-        by_rows: True if the slots are stacks of adapters. In that case, the check also runs a batch in which only one
-            row uses the adapter.
+        tying: the choices for tied layers; they must be the same as for the injection.
+        by_rows: True if the slots contain several adapters, and each row of a batch selects one. In that case, the
+            check also runs a batch in which only one row uses the adapter.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains, the written graph does not run, or the file in
@@ -209,7 +212,8 @@ def checked_injection(
             return outcome
     if alone:
         return _compared(None, out, {}, plain=plain, given=given, known=known)
-    # An adapter of only context has no effect on inputs that have no new tokens, or that bring their own past.
+    # An adapter without other updates must not change the outputs for the inputs of the check. Its new tokens have an
+    # effect only if the inputs contain them, and its prefix has one only if the inputs include no past.
     if not adapter.updates:
         return _compared(plain, out, {}, exact=True, given=given, known=known)
     other: bytes | None = None
@@ -221,7 +225,7 @@ def checked_injection(
         places = resolve(source.model, adapter, base, tying)
         blocked = _obstacle(plain) if rough else None
         smooth = rough and blocked is None
-        with contextlib.suppress(NotMergeable, Unsupported):  # A missing bias or a packed weight cannot be merged.
+        with contextlib.suppress(NotMergeable, Unsupported):  # E.g. the layer has no bias, or its weight is packed.
             # Dequantize only if the whole graph can run without rounding activations. Otherwise, the two graphs would
             # differ, because a dequantized layer does not round its activations.
             packed = None if rough and not smooth else "dequantize"
@@ -239,9 +243,9 @@ def checked_injection(
 def _compared_by_rows(
     wanted: bytes, plain: bytes, out: Path, fed: Feeds, known: Sizes, bare: bool
 ) -> float | None:  # fmt: skip
-    """Run a batch of two, in which only the first row uses the adapter; compare each row with the graph it must equal.
+    """Run a batch of two rows, of which only the first uses the adapter, and compare each row with its expected output.
 
-    The first row must equal the graph with merged weights, and the second row the original graph.
+    The first row is compared with the graph with merged weights, and the second row with the original graph.
 
     Raises:
         CheckFailed: a row differs by more than rounding explains.
@@ -272,7 +276,7 @@ def _compared_by_rows(
 
 
 def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
-    """Read the tensors that fill the slots of a graph from its `.onnx_adapter` file.
+    """Read a graph's `.onnx_adapter` file, and return its tensors, which fill the graph's slots.
 
     Raises:
         CheckFailed: the file leaves a slot of the graph unfilled.
@@ -298,8 +302,8 @@ def checked_merge(
 
     If the merge dequantized packed weights, the check dequantizes the same weights of the original graph before the
     injection. If the merge requantized weights, the difference includes the requantization error, so the check returns
-    the difference without judging it. If nodes beside a packed weight apply the change, the check compares with a merge
-    of the change into the dequantized weight.
+    the difference, however large it is. If the merge added nodes beside packed weights instead of changing the weights,
+    the check compares the merged graph with a graph whose weights were dequantized and then merged.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -337,7 +341,10 @@ def _checked_beside(
     model: Model, adapters: Sequence[Adapter], factors: Sequence[float], base: Base | None, out: Path,
     quantized: str | None, given: Feeds | None, tying: Tying | None,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare the written graph, which adds the change beside packed weights, with a merge into dequantized weights."""
+    """Check a merge that left weights packed: compare it with a merge that dequantizes the weights first.
+
+    In the written graph, added nodes beside the packed weights apply the change.
+    """
     from ..io.checkpoint import opened as opened_base
 
     source = opened(model)
@@ -353,7 +360,8 @@ def _checked_beside(
         (p, f) for one, f in zip(adapters, factors, strict=True) for p in resolve(source.model, one, weights, tying)
     ]
     other: bytes | None = None
-    # A dequantized layer does not round its activations. If the written graph must round them, the two would differ.
+    # A dequantized layer does not round its activations. If the written graph cannot run without rounding, the two
+    # graphs would differ, so do not compare them.
     if smooth or not rough:
         with contextlib.suppress(NotMergeable, Unsupported):
             fold(folds, building, "dequantize")
@@ -392,7 +400,7 @@ def _in_order(model: ir.Model, base: Checkpoint | None, given: Feeds | None, kno
 
 
 def _exact(model: ir.Model) -> bool:
-    """Whether a session with default options computes all layers with packed weights in floating point.
+    """Whether onnxruntime, with default options, never rounds the inputs of layers with packed weights.
 
     onnxruntime may round the inputs of a node that it fuses with a DequantizeLinear, and the inputs of a MatMulNBits
     whose `accuracy_level` allows rounding.
@@ -416,12 +424,15 @@ def _obstacle(model: bytes) -> str | None:
 
 
 def _session(model: bytes | str, bare: bool) -> OrtSession:
-    """Start a session. If `bare`, it does not round activations, because two correct graphs may round differently."""
+    """Start a session; if `bare`, without optimizations and, if possible, without rounding activations.
+
+    Rounding could make the outputs of two correct graphs differ.
+    """
     return started(_unrounded(model), optimized=False) if bare else started(model)
 
 
 def _unrounded(model: bytes | str) -> bytes:
-    """Return a graph that rounds no activations, or as few as possible."""
+    """Return a copy of the graph that rounds no activations, or as few as possible."""
     import onnx
 
     proto = onnx.ModelProto.FromString(model) if isinstance(model, bytes) else onnx.load(model)
@@ -462,10 +473,11 @@ def refuse_invalid(source: GraphSource) -> None:
 
 
 def _computed(model: bytes | str) -> bytes | str:
-    """Insert an Identity before each weight of a recurrent layer, so that the weight counts as computed, not as stored.
+    """Insert an Identity before each weight of a recurrent layer, so that onnxruntime does not pack the weight.
 
-    onnxruntime packs stored weights of recurrent layers. The packed weights are summed in another order than computed
-    weights, as in a graph with slots. So compare two graphs with computed weights.
+    onnxruntime packs only stored weights of recurrent layers, and sums in another order if a weight is packed. In a
+    graph with slots, weights are computed, so they are not packed. The graph that it is compared with must not pack
+    them either.
     """
     import onnx
 
@@ -507,18 +519,20 @@ def _run_both(
     plain: bytes | None = None, judged: bool = True, given: Feeds | None = None, known: Sizes | None = None,
     bare: bool = False, blocked: str | None = None,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare two graphs on the same inputs: `given`, or made-up inputs. Sizes are tried until both graphs run.
+    """Run two graphs on the same inputs, and compare their outputs.
+
+    Without `given`, make up inputs, and try several sizes until both graphs run and the adapter changes an output.
 
     Args:
         wanted: the graph that `out` is compared with; None to only run `out`.
         out: the written graph.
         more: inputs that only `out` has, such as slots.
-        exact: require equal outputs. If they differ, compare again without onnxruntime's optimizations, and accept a
-            difference up to `_most_empty`, or more if a `MoE` was split.
+        exact: True if the outputs should be equal. If they differ, compare again without onnxruntime's optimizations,
+            and accept a difference of up to `_most_empty`, or more if a `MoE` was split.
         plain: the graph without the adapter, to see whether the adapter has any effect on these inputs.
-        judged: False to return a difference without raising.
+        judged: False to return the difference even if it is large, instead of raising an error.
         given: inputs to run on, by name.
-        known: sizes from the configs beside the graph.
+        known: sizes of dynamic axes, from the configs beside the graph.
         bare: run both graphs without optimizations, and without rounding activations.
         blocked: the node that cannot run without rounding activations, if the graph has one. In that case, the accepted
             difference is at least `_most_rounded` of `wanted`.
@@ -559,7 +573,7 @@ def _run_both(
                 continue
             if blocked is not None and difference > most:
                 most = max(most, _most_rounded(wanted, feeds, results))
-                # If rounding may change as much as the adapter does, a difference within the limit proves nothing.
+                # If rounding may change the outputs as much as the adapter does, a small difference proves nothing.
                 if plain is not None and most >= difference_of(_of_plain(plain, feeds), results):
                     untried = f"the difference was not judged, because {_UNJUDGED.format(blocked)}"
             _judge(difference, out, most)
@@ -595,7 +609,7 @@ def _run_both(
 
 
 def _most_empty(model: bytes) -> float:
-    """Return the largest accepted difference between a graph with empty slots and the original graph, often 0."""
+    """Return the largest accepted difference between a graph with empty slots and the original graph; often 0."""
     if _rounds_outputs(model):
         return STEP
     # A fused attention in 16 bits rounds less often than the nodes that replace it in a graph with slots.
@@ -625,10 +639,10 @@ def _flipped(wanted: bytes, out: Path, name: str, feeds: Feeds, both: Feeds, jud
     """Negate the input `name`, which selects a branch of an If, and compare both graphs in the other branch.
 
     Returns:
-        the difference, or None if the original graph does not run in that branch.
+        the difference, or None if `wanted` does not run in that branch.
 
     Raises:
-        CheckFailed: the difference is larger than rounding explains, or only the written graph fails.
+        CheckFailed: the difference is larger than rounding explains, or `out` does not run although `wanted` does.
     """
     other = {name: ~feeds[name]}
     try:
@@ -668,10 +682,14 @@ def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Sa
 
 
 def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[object]) -> float | None:
-    """Return the difference between onnxruntime and ONNX's reference implementation; raise if it is large.
+    """Return how much `got`, onnxruntime's outputs, differ from the outputs of ONNX's reference implementation.
 
-    The reference implementation may be wrong, too. So a large difference counts only if the two agree on the graph in
-    `first`; otherwise, return None.
+    The reference implementation may be wrong. So if the difference is large, compare onnxruntime and the reference
+    implementation on the graph `first`, too. If they agree on `first`, raise an error; otherwise, return None. Also
+    return None if the reference implementation does not run.
+
+    Raises:
+        CheckFailed: the difference is large for `out`, but not for `first`.
     """
     expected = reference_outputs(widened(str(out)) or out, feeds)
     if expected is None:
@@ -706,7 +724,7 @@ def _of_new_inputs(
 ) -> Feeds:
     """Return values for the inputs that only the written graph has, such as the task of each row.
 
-    Each value comes from `given`, or consists of zeros.
+    An input that `given` does not contain gets zeros.
     """
     new = {entry.name for entry in session.get_inputs()} - feeds.keys()
     zeros = {
@@ -732,7 +750,10 @@ def _limit(
 
 
 def _noise(wanted: bytes, feeds: Feeds, results: Sequence[object], bare: bool) -> float:
-    """Return how much onnxruntime's optimizations change a graph's outputs; `results` is one of the two runs."""
+    """Return how much onnxruntime's optimizations change a graph's outputs.
+
+    `results` are the graph's outputs without optimizations if `bare`, otherwise its outputs with optimizations.
+    """
     form = _unrounded(wanted) if bare else wanted
     return difference_of(started(form, optimized=bare).run(None, feeds), results)
 
@@ -796,12 +817,12 @@ def _judge(difference: float, out: Path, most: float) -> None:
     if difference <= most:
         return
     why = (
-        "the graph's outputs differ from those of a graph that was changed by another method: "
-        f"by {difference:.3g} times the largest output value"
+        f"the graph's outputs differ by {difference:.3g} times the largest output value "
+        "from those of a graph that was changed by another method"
     )
     raise CheckFailed(why, path=out, cure=_REPORT)
 
 
 _UNJUDGED = "two correct graphs may round differently, and {} cannot be computed without rounding"
 
-_REPORT = "Report this. To keep the file, turn the check off: --no-check (check=False)"
+_REPORT = "Report this bug. To keep the file, turn the check off: --no-check (check=False)"

@@ -74,7 +74,7 @@ def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTo
     table = building.tensor(*key_and_name)
     first, zero = (building.literal(np.array(n, dtype=kind)) for n in (count, 0))
     new = branch.node("Not", [branch.node("Less", [ids, first], None, bool, None)], None, bool, None)
-    # Each Gather looks up every token, also tokens of the other table. Replace their ids by 0, which is always valid.
+    # Each table's Gather gets all tokens. Replace the ids of the other table's tokens by 0, which is always valid.
     known = branch.node("Where", [new, zero, ids], None, kind, None)
     shifted = branch.node("Sub", [ids, first], None, kind, None)
     row = branch.node("Where", [new, shifted, zero], None, kind, None)
@@ -89,22 +89,22 @@ def read_by(node: ir.Node) -> str | None:
 
 
 def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
-    """Insert the vectors of new tokens at the output of a module that adds several embeddings.
+    """Insert the vectors of new tokens into the output of a module that adds several embeddings.
 
-    The nodes that this adds also change the positions of other tokens, so that they do not count the new tokens.
+    Also lower the position ids, so that other tokens have the positions that they would have without the new tokens.
 
     Raises:
         TargetNotFound: the module does not embed tokens, or does not have exactly one output of the vectors' width.
         ShapeMismatch: the vectors' size differs from the embedding's.
-        Unsupported: the graph does not compute the positions that the module looks up; or the graph has inputs for past
-            keys and values, so the positions of later tokens would count the new tokens in the past.
+        Unsupported: the graph does not compute the positions that the module looks up. Or the graph has inputs for past
+            keys and values; then the positions would count the new tokens that are in the past.
     """
     where = str(target)
     module = module_at(building.model, target.path, where)
     spots = [spot for spot in spots_of(building.model) if spot.kind is Gather and spot.node in module.nodes]
     tokens = [spot for spot in spots if "input_ids" in (read_by(spot.node) or "")]
     if len(tokens) != 1:
-        why = f"the module {module.path} has {len(tokens)} embeddings of the graph's tokens, but must have exactly one"
+        why = f"the module {module.path} has {len(tokens)} embeddings of input_ids, but must have exactly one"
         raise TargetNotFound(why, where=where, cure="Export the model again with torch's exporter")
     branch = Branch(building, f"adapterkit/{target}")
     new = new_tokens(tokens[0], more, target, branch)
@@ -149,10 +149,13 @@ SEPARATE, FUSED = ("k_proj", "v_proj", "o_proj"), ("c_attn", "c_proj")
 
 
 def with_prompts(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
-    """Add nodes with which an attention's queries also attend to adaption prompts, and add the results to its output.
+    """Add nodes that let an attention's queries also attend to adaption prompts.
+
+    The result for a prompt is added to the heads' outputs if the update is `projected`, otherwise to the attention's
+    output.
 
     Raises:
-        TargetNotFound: there is no such module.
+        TargetNotFound: the graph has no module with the target's path.
         Unsupported: the module is not an attention like Llama's or GPT-2's.
         ShapeMismatch: a prompt's width differs from the attention's.
     """
@@ -192,7 +195,7 @@ def _projections(at: AttentionNodes, branch: Branch, model: ir.Model, target: Ta
 def _added(
     update: ContextUpdate, at: AttentionNodes, layers: Mapping[str, GraphLayer], branch: Branch, target: Target
 ) -> Value:
-    """Return the result of attending to the prompt, `[rows, positions, heads * d]`, which is added to the outputs."""
+    """Attend to the prompt, and return the value that the caller adds to an output: `[batch, positions, heads * d]`."""
     queries = without_factors(at.scores.inputs[0])
     kind, d = element_type(at.mixed.outputs[0]), at.width
 
@@ -233,8 +236,8 @@ def _of_heads(array: Array, heads: int, d: int) -> Array:
 # Context of the whole model: soft prompts and new tokens at the embedding, and prefixes as the initial past.
 # A soft prompt becomes new tokens with ids after the vocabulary, like the tokens of textual inversion. To use the
 # prompt, begin an input with these ids, and extend the mask and the positions to cover them. If the embedding's module
-# computes the positions itself, they do not count the prompt. A prefix becomes the default of the graph's inputs for
-# past keys and values, for a batch of one. The mask and the positions must count the prefix.
+# computes the positions itself, the positions do not count the prompt. A prefix becomes the default value of the
+# inputs for past keys and values, with a batch size of 1. The mask and the positions must count the prefix.
 
 
 PLACES = ("embeddings", "vocabulary", "past", "prefix", "attention")
@@ -242,7 +245,11 @@ PLACES = ("embeddings", "vocabulary", "past", "prefix", "attention")
 
 
 def parted(adapter: Adapter) -> tuple[Adapter, list[tuple[Target, ContextUpdate]]]:
-    """Split an adapter into an adapter without the context that a graph supports, and a list of this context."""
+    """Separate an adapter's context updates that a graph supports from the rest of the adapter.
+
+    Returns:
+        the adapter without these context updates, and a list of these updates with their targets.
+    """
     context = [(target, update) for target, update in adapter if isinstance(update, ContextUpdate) and _placed(update)]
     kept = {
         target: rest
@@ -274,11 +281,12 @@ def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -
     """Attach prompts, new tokens and prefixes to a graph; return notes that tell the user how to use them.
 
     Args:
-        context: the second result of `parted`.
+        context: the context updates with their targets, from `parted`.
         building: the model that is being changed.
 
     Raises:
-        TargetNotFound: no token embedding of the graph matches, or several do; or the graph has no past.
+        TargetNotFound: a target matches no attention, or not exactly one token embedding, or the graph has no inputs
+            for past keys and values.
         ShapeMismatch: the sizes of the context and the graph differ.
         Unsupported: there are several prefixes for the whole model.
     """
@@ -321,7 +329,7 @@ def _numbers(tokens: object) -> Array:
 
 
 def _with_tokens(target: Target, more: Array, building: Building) -> str:
-    """Extend an embedding, or a module of embeddings, by new tokens, whose vectors are in a second table."""
+    """Add new tokens to an embedding, or to a module that contains embeddings; their vectors are in a second table."""
     if _is_module(target, building.model):
         return with_tokens_behind(target, more, building)
     spot, branch = _embedding(target, building.model), Branch(building, f"adapterkit/{target or 'prompt'}")
@@ -346,7 +354,7 @@ def _is_module(target: Target, model: ir.Model) -> bool:
 
 
 def _embedding(target: Target, model: ir.Model) -> Spot:
-    """Return the embedding of the graph's input tokens. If the target has a path, the embedding must have this name."""
+    """Return the embedding of the graph's input tokens. If the target has a path, the embedding must match the path."""
     spots = [spot for spot in spots_of(model) if spot.kind is Gather and read_by(spot.node) is not None]
     if target.path:
         names = [(spot, name) for spot in spots for names_here in spot.names.values() for name in names_here]
@@ -379,4 +387,4 @@ def _with_past(target: Target, past: Array, building: Building) -> str:
         array = past[layer, ("key", "value").index(part)][None].astype(element_type(value))
         value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)
         building.model.graph.register_initializer(value)
-    return f"a run without a past begins with the prefix: count its {length} tokens in the mask and the positions"
+    return f"a run without a past begins with the prefix; count the prefix's {length} tokens in mask and positions"

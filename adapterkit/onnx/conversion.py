@@ -58,7 +58,7 @@ def _without_functions(model: ir.Model) -> ir.Model:
 
 
 def _is_the_same_in(function: ir.Function, opsets: Mapping[str, int]) -> bool:
-    """Whether the operators that a function uses mean the same in the model's opsets as in the function's opsets.
+    """Whether a function's operators have the same definitions in the model's opsets as in the function's own opsets.
 
     Two versions of an operator count as the same if they have the same inputs, outputs and attributes, because most new
     versions only add dtypes.
@@ -83,12 +83,14 @@ def _is_the_same_in(function: ir.Function, opsets: Mapping[str, int]) -> bool:
             for op, domain in used
             if domain in changed
         )
-    except SchemaError:  # This version of ONNX does not know the operator or its version.
+    except SchemaError:  # The installed onnx package lacks the operator, or lacks this version of it.
         return False
 
 
 def _name_layers(model: ir.Model) -> None:
-    """Name the only layer of a local function after the function's call, unless the layer's name already has a path.
+    """Name a layer after the call of its local function, so that the layer has a path after inlining.
+
+    This applies to functions with exactly one layer. A layer whose name already contains a path keeps its name.
 
     A call that stands for a module has the module's path in its name, as in `/block/fc/Linear`. Each such call gets its
     own copy of the function. In this copy, the layer's node gets the name that exporters give to a node of the module:
@@ -113,7 +115,7 @@ def _name_layers(model: ir.Model) -> None:
 
 
 def _recent(model: ir.Model, path: Path | None) -> ir.Model:
-    """Return the model in a recent opset."""
+    """Return the model, converted to the opset `OPSET` if its opset is older."""
     version = model.graph.opset_imports.get("", OPSET)
     if version >= OPSET:
         return model
@@ -139,8 +141,8 @@ def _inputs_for_outside(model: ir.Model) -> dict[str, tuple[ir.TensorProtocol, b
     example the sizes of a Reshape.
 
     Returns:
-        a map from the name of each tensor that became an input to the tensor, and to whether the name already was an
-        input of the graph.
+        a map from the name of each tensor that became an input to a pair: the tensor, and True if the graph already had
+        an input with this name.
     """
     outside: dict[str, tuple[ir.TensorProtocol, bool]] = {}
     for graph in model.graphs():

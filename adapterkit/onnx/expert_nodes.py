@@ -43,7 +43,7 @@ ACTIVATIONS = ("relu", "gelu", "silu", "identity", "swiglu")
 
 
 class ExpertGemm(Gemm):
-    """The Gemm of one expert's weight, in a split `MoE`."""
+    """A Gemm of a split `MoE`, which multiplies by the weight of one expert."""
 
     op_type = "Gemm"
     fused: ClassVar[bool] = False
@@ -64,7 +64,7 @@ class ExpertGemm(Gemm):
 
 
 class FusedExpertGemm(ExpertGemm):
-    """The Gemm of one expert's fused gate and up, in a split `MoE`.
+    """A Gemm of a split `MoE`, which multiplies by the fused gate and up of one expert.
 
     In the stored weight, rows of the gate and rows of the up alternate. Formulas get all rows of the gate first, and
     then all rows of the up.
@@ -74,13 +74,13 @@ class FusedExpertGemm(ExpertGemm):
 
     @property
     def result(self) -> ir.Value:
-        # After the Gemm, a Reshape, a Transpose and a Reshape move the gate before the up, which is the order in which
-        # formulas get the output.
+        # After the Gemm, a Reshape, a Transpose and a second Reshape put all outputs of the gate before the outputs of
+        # the up. Formulas need this order.
         out = self.node.outputs[0]
         for op in ("Reshape", "Transpose", "Reshape"):
             reader = next((use.node for use in out.uses() if use.node.op_type == op), None)
             if reader is None:
-                why = "the nodes that separate an expert's gate from its up are missing"
+                why = "the Reshape and Transpose nodes that separate an expert's gate and up are missing"
                 raise Malformed(why, where=self.node.name, cure="Write the model with slots again")
             out = reader.outputs[0]
         return out
@@ -126,7 +126,7 @@ def _separated(W: Value) -> Value:
 
 
 def with_split(places: Sequence[ResolvedTarget], building: Building) -> list[ResolvedTarget]:
-    """Split each `MoE` node that contains a target into nodes for each expert, if the split supports the `MoE`.
+    """Split each `MoE` node that contains a target into separate nodes for each expert, if `split` supports the `MoE`.
 
     Returns:
         the targets. A target in a split `MoE` refers to the new nodes that read its weight.
@@ -154,7 +154,8 @@ def with_split(places: Sequence[ResolvedTarget], building: Building) -> list[Res
 
 
 def _can_split(node: ir.Node) -> bool:
-    # The CPU kernel ignores `use_sparse_mixer`, but other kernels do not, so the split would compute something else.
+    # Do not split a node with `use_sparse_mixer`. The CPU kernel and the split ignore it, but other kernels do not, so
+    # the split would compute something else than these kernels.
     plain_routing = not attribute(node, "use_sparse_mixer", 0)
     return node.op_type == "MoE" and attribute(node, "activation_type", "relu") in ACTIVATIONS and plain_routing
 
@@ -167,8 +168,8 @@ def split(node: ir.Node, building: Building) -> dict[tuple[bool, int], ir.Node]:
         building: the model that is being changed.
 
     Returns:
-        a map from a weight to the Gemm that reads it. A weight's key is a pair: True if it is the first weight of its
-        expert, and the expert's index.
+        a map from `(is_first, expert)` to a Gemm. `expert` is the expert's index. `is_first` is True for the Gemm that
+        reads the expert's first weight, and False for the Gemm that reads the second weight.
     """
     graph, given, router = node.graph, node.inputs[0], node.inputs[1]
     assert graph is not None
@@ -183,8 +184,8 @@ def split(node: ir.Node, building: Building) -> dict[tuple[bool, int], ir.Node]:
     x = _reshaped(x, [-1, hidden])
     odds = Value(branch, (None, experts), element_type(router), router).cast(np.float32)
     odds = odds.apply("Softmax", [odds], np.copy, odds.sizes, attributes={"axis": -1})
-    # If several experts are equally likely, the kernel selects the last of them, but TopK selects the first. This
-    # happens often, because padding tokens may be all zeros. So reverse the order of the experts.
+    # If several experts are equally likely, the kernel selects the last of them, but TopK selects the first. So reverse
+    # the order of the experts. Equal probabilities are frequent, because padding tokens may be all zeros.
     odds = odds[:, list(range(experts))[::-1]]
     top = _top(odds, _whole_numbers(branch, [k]), (None, k), largest=True)
     shares = SYMBOLS.take_along_axis(odds, top, 1)
@@ -219,7 +220,7 @@ def split(node: ir.Node, building: Building) -> dict[tuple[bool, int], ir.Node]:
     back = _top(order, count, (None,), largest=False)
     y = _reshaped(_gathered(concatenated(results, 0), back).cast(np.float32), [-1, k, hidden])
     y = (y * shares[:, :, None]).sum(1).cast(dtype)
-    # Without `allowzero`, Reshape takes a size of 0 to mean the same size as in its input. Opset 13 has no `allowzero`.
+    # Without `allowzero`, Reshape replaces a size of 0 by the input's size. Opset 13 has no `allowzero`.
     zero: dict[str, Attribute] = {"allowzero": 1} if branch.opset >= 14 else {}
     y = y.apply("Reshape", [y, whole], np.reshape, None, attributes=zero)
     graph.insert_before(node, branch.nodes)
@@ -229,7 +230,7 @@ def split(node: ir.Node, building: Building) -> dict[tuple[bool, int], ir.Node]:
 
 
 def _computed(node: ir.Node, expert: int, x: Value, nodes: dict[tuple[bool, int], ir.Node]) -> Value:
-    """Compute the output of one expert for the rows `x`; register the Gemms of the expert's weights in `nodes`."""
+    """Compute the output of one expert for the rows `x`, and add the expert's two Gemms to `nodes`."""
     stem, kind = stem_of(node), attribute(node, "activation_type", "relu")
     assert stem is not None
 

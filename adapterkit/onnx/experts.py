@@ -1,7 +1,7 @@
 """Change experts in onnxruntime's nodes `MoE` and `QMoE`, which read the weights of all experts of a layer.
 
-Such a node applies an activation between an expert's weights, so nodes after it cannot add a change. Instead, an
-injection adds nodes before it that compute the changed stack of weights, and a merge changes the stored stack. For
+Such a node applies an activation between the two weights of an expert, so nodes after it cannot add a change. Instead,
+an injection adds nodes before it that compute the changed stack of weights, and a merge changes the stored stack. For
 slots, the node is split into separate nodes for each expert; see expert_nodes.py.
 
 Formulas get a stack `[expert, out, in]` as one matrix: the rows of expert 0, then the rows of expert 1, and so on. Each
@@ -58,7 +58,7 @@ def holds_experts(node: ir.Node) -> bool:
 
 
 def fused(node: ir.Node) -> int:
-    """Return the number of weights in each expert's part of the first stack: 2 if it fuses gate and up, otherwise 1."""
+    """Return how many matrices the first weight of each expert consists of: 2 for a fused gate and up, otherwise 1."""
     return 2 if attribute(node, "activation_type", "relu") == "swiglu" else 1
 
 
@@ -105,7 +105,7 @@ def _unknown_packing(node: ir.Node) -> str | None:
 
 
 def _width(node: ir.Node, bias: int) -> int | None:
-    """Return the width of a node's input: the last size of the second bias, or of the input; None if unknown."""
+    """Return the width of a node's input; None if neither the second bias nor the input has a known last axis."""
     stack, x = _at(node, bias), node.inputs[0]
     shapes = [one.shape for one in (stack, x) if one is not None and one.shape is not None]
     return next((last for shape in shapes if isinstance(last := shape[-1], int)), None)
@@ -150,7 +150,7 @@ class Experts(GraphLayer):
 
     @classmethod
     def sizes(cls, node: ir.Node) -> tuple[int, int, int]:
-        """Return the number of experts, and the numbers of outputs and inputs of each expert's weight."""
+        """Return `(experts, out, in)`: the number of experts, and the shape of each expert's weight."""
         experts, out, in_ = shape_of(cls.operand_of(node))
         return experts, out, in_
 
@@ -161,7 +161,7 @@ class Experts(GraphLayer):
 
     @classmethod
     def parts(cls, node: ir.Node) -> int:
-        """Return how many weights alternate by rows in each expert: 2 for a fused gate and up, otherwise 1."""
+        """Return how many matrices' rows alternate in an expert's weight: 2 for a fused gate and up, otherwise 1."""
         return fused(node) if cls.first else 1
 
     @classmethod
@@ -191,8 +191,9 @@ class Experts(GraphLayer):
 
         Args:
             node: the node.
-            f: a function that returns the changed weight of one expert. It gets the weight, `[out, in]` in float64 and
-                torch's order of rows, and the index of the weight's first row in the matrix of all experts.
+            f: a function that returns the changed weight of one expert. Its first argument is the weight: `[out, in]`,
+                float64, with the rows in torch's order. Its second argument is the index of the weight's first row in
+                the matrix of all experts.
         """
         copy, out = detached_copy(cls.operand_of(node)), cls.sizes(node)[1]
 
@@ -253,7 +254,7 @@ class Experts(GraphLayer):
 
     @classmethod
     def changed_bias(cls, node: ir.Node, bias: ir.Value, f: Callable[[Array], Array]) -> Callable[[], Array]:
-        """Return a function that computes the changed biases; `f` gets them in torch's order, `[experts * out]`."""
+        """Return a function that changes the biases with `f`. `f` gets them in torch's order, `[experts * out]`."""
         copy = detached_copy(bias)
 
         def make() -> Array:
@@ -299,7 +300,8 @@ class PackedExperts(Experts):
         copy, size = detached_copy(stored), attribute(node, "block_size", 0)
 
         def make() -> Array:
-            # Zero points are packed into bytes. With blocks, each row begins a new byte; without, each expert does.
+            # Zero points are packed into bytes. With blocks, each row begins with a new byte. Without blocks, each
+            # expert does.
             if size:
                 return split(numbers(copy).reshape(experts * out, -1), bits)[:, : -(-in_ // size)]
             return split(numbers(copy).reshape(experts, -1), bits)[:, :out].reshape(experts * out, 1)
@@ -366,12 +368,12 @@ def stem_of(node: ir.Node) -> str | None:
 
 
 def path_of(stem: str, expert: int, part: str) -> str:
-    """Return the name in a graph of a part of an expert, such as `gate_proj` or `down_proj`."""
+    """Return the name that a graph uses for one part of an expert, such as its `gate_proj` or `down_proj`."""
     return f"{stem}.moe.experts.{expert}.{part}"
 
 
 def in_experts(spots: Sequence[Spot]) -> Iterator[Spot]:
-    """Yield a spot for each part of each expert, such as its gate; the spot has the rows and the name of the part."""
+    """Yield one spot for each part of each expert, such as its gate. The spot has the part's name and range of rows."""
     for spot in spots:
         if (weight := spot.node.metadata_props.get(EXPERT)) is not None:
             stem, _, word = weight.rpartition(".")
@@ -392,7 +394,7 @@ def in_experts(spots: Sequence[Spot]) -> Iterator[Spot]:
 
 
 def _parts_of(word: str, out: int) -> list[tuple[str, int, int]]:
-    """Return the name, the first row and the row after the last for each part of a weight, and for the whole weight."""
+    """Return `(name, start, stop)` for each part of a weight and for the whole weight, with a range of row indices."""
     parts = [("gate_proj", 0, out // 2), ("up_proj", out // 2, out)] if word == FUSED else []
     return [*parts, (word, 0, out)]
 
@@ -415,7 +417,7 @@ class ExpertStack:
 
 
 def stacks_of(nodes: Sequence[ir.Node]) -> dict[str, ExpertStack]:
-    """Return a map from a layer's number to the layer's experts; it skips nodes whose layout is unknown."""
+    """Return a map from a layer's number to the layer's experts, without the nodes whose layout is unknown."""
     stacks: dict[str, ExpertStack] = {}
     for node in nodes:
         if (weight := node.metadata_props.get(EXPERT)) is not None:
@@ -455,8 +457,8 @@ def _as_float(node: ir.Node, building: Building) -> ir.Node:
         make, sizes = kind.detached(node), kind.sizes(node)
         dtype = ir.DataType.from_numpy(kind(node, Branch(building, "dequantize")).dtype)
         name = building.name(f"{(kind.operand_of(node).name or 'experts').removesuffix('.qweight')}.weight")
-        # Bind the loop's variables as defaults: the tensor is computed when it is written, after the loop has changed
-        # them.
+        # Bind the loop's variables as defaults, because the lambda runs only when the tensor is written. By then, the
+        # loop has changed its variables.
         tensor = ir.LazyTensor(
             lambda make=make, sizes=sizes, dtype=dtype, name=name, kind=kind: ir.Tensor(  # type: ignore[misc]
                 np.ascontiguousarray(kind.together(make().reshape(sizes), node).astype(dtype.numpy())), dtype=dtype,
@@ -481,7 +483,7 @@ def _as_float(node: ir.Node, building: Building) -> ir.Node:
 
 
 class ExpertPacking(Packing):
-    """The packing of a stack in a `QMoE`. `shape` and the rows of `numbers` treat all experts as one matrix."""
+    """The packing of a stack in a `QMoE`. In `shape` and `numbers`, the weights of all experts form one matrix."""
 
     def source(self, spot: Spot) -> Lazy:
         """Return the dequantized stack as one float32 matrix, with its rows in torch's order."""
@@ -489,7 +491,7 @@ class ExpertPacking(Packing):
 
 
 def packing_of(spot: Spot, building: Building, fresh: Fresh) -> ExpertPacking:
-    """Return the packed numbers of a stack in a `QMoE`, with functions that reorder and replace them."""
+    """Return a stack's quantized values in a `QMoE`, with functions that reorder rows and store new values."""
     kind, node = spot.kind, spot.node
     assert issubclass(kind, PackedExperts)
     (experts, out, in_), bits = kind.sizes(node), _bits(node)
@@ -498,8 +500,8 @@ def packing_of(spot: Spot, building: Building, fresh: Fresh) -> ExpertPacking:
     size = block or in_
     blocks, zero = -(-in_ // size), kind.zeros(node)()
     packed, factors = numbers(stored), numbers(scales)
-    # Pad the last block of each row with zeros, which do not change the block's scale. onnxruntime supports no zero
-    # points for blocks that need padding.
+    # Pad the last block of each row with zeros, which do not change the block's scale. Zeros are stored as the default
+    # zero point, because onnxruntime supports no other zero points for blocks that need padding.
     wide = ((0, 0), (0, blocks * size - in_))
     q = np.pad(split(packed.reshape(experts * out, -1), bits), wide, constant_values=1 << (bits - 1))
     numbers_found = numbers_in(node, q, zero, factors.reshape(experts * out, blocks), (0, (1 << bits) - 1), bits)

@@ -125,7 +125,7 @@ def test_what_context_refuses(base, encoders, tmp_path):
     folder, path = encoders("Bert")
     for error, match, target, dim in (
         (ShapeMismatch, "the vectors have 8 channels, but the embedding has 32", "embeddings", 8),
-        (TargetNotFound, "the module encoder has 0 embeddings of the graph's tokens", "encoder", 32),
+        (TargetNotFound, "the module encoder has 0 embeddings of input_ids", "encoder", 32),
     ):
         adapter = ak.Adapter({ak.Target(target): (ak.METHODS["prompt"](P=torch.randn(2, dim)),)})
         with pytest.raises(error, match=match):
