@@ -55,7 +55,7 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
             )
         files[file] = max(files.get(file, 0), need)
         if real.stat().st_size < need:
-            why = f"the file has {real.stat().st_size} bytes, but {need} are needed"
+            why = f"the data file has {real.stat().st_size} bytes, but {need} are needed to read the model's tensors"
             raise Malformed(why, path=file, where=where, cure="Fetch the data file again")
         # Make the tensor refer to the real file: a hub's cache stores files as links, and runtimes refuse links that
         # lead out of the model's folder.
@@ -75,12 +75,12 @@ def _inside(file: Path, model: Path, where: str) -> Path:
         why = f"the data file {file.name} cannot be read ({(getattr(error, 'strerror', '') or str(error)).lower()})"
         raise Malformed(why, path=model, where=where, cure="Put the data file beside the model") from None
     if not (real.is_relative_to(model.parent.resolve()) or real.is_relative_to(home)) or not real.is_file():
-        why = f"the data file {file.name} is a link out of the model's folder"
-        raise Malformed(why, path=model, where=where, cure="Do not use this file: repack the model")
+        why = f"the data file {file.name} is a link out of the model's folder, or is not a regular file"
+        raise Malformed(why, path=model, where=where, cure="If you trust the file, replace the link by a copy")
     # Refuse hard links, as onnx does: a hard link in an archive can refer to any file of the user who unpacks it.
     if real.stat().st_nlink > 1:
         why = f"the data file {file.name} is a hard link, possibly to another user's file"
-        raise Malformed(why, path=model, where=where, cure="If you trust the file, replace it by a copy of itself")
+        raise Malformed(why, path=model, where=where, cure="If you trust the file, replace the hard link by a copy")
     return real
 
 
@@ -99,7 +99,7 @@ def external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
 _AGAIN = "Export the model again"
 
 
-# Write the tensors of a merged model: the merge engine's workers compute or copy them into one data file.
+# Write a merged model's tensors to one data file. The merge engine's workers compute changed tensors and copy the rest.
 
 
 PAGE = 4096
@@ -115,7 +115,7 @@ def streamed(values: Sequence[ir.Value], out: Path) -> list[Path]:
     """
     file = out.with_name(f"{out.name}.data")
     if file.exists():
-        raise StorageError("already there", path=file, cure="Remove it, or write to another path")
+        raise StorageError("already there", path=file, cure="Remove the file, or write to another path")
     planned = OutputFile(file.name, b"", tuple(_outputs(values)))
     # Give the staging folder a random name, because a later run cannot continue a partial data file.
     stage = StagingDir(file, secrets.token_hex(16), [file.name], single=True)
@@ -147,7 +147,7 @@ def _outputs(values: Iterable[ir.Value]) -> Iterable[Output]:
 
 
 def worked_out(values: Iterable[ir.Value]) -> None:
-    """Compute changed tensors and keep their arrays in memory, because they are stored in the model file itself."""
+    """Compute the changed tensors that are stored in the model file itself; keep their arrays in memory."""
 
     def compute(value: ir.Value) -> None:
         tensor = value.const_value
@@ -160,7 +160,7 @@ def worked_out(values: Iterable[ir.Value]) -> None:
 
 
 def alignment(nbytes: int) -> int:
-    """Return the alignment in bytes, in a data file, of a tensor that has `nbytes` bytes."""
+    """Return the alignment, in bytes, that a tensor of `nbytes` bytes gets in a data file."""
     return PAGE if nbytes > 1 << 20 else 64
 
 
@@ -177,15 +177,15 @@ def placed(tensor: ir.TensorProtocol, file: Path, offset: int) -> ir.ExternalTen
     )
 
 
-# A rewritten model shares the external data of the original: its tensors refer to the same data files. Only its new
-# tensors are written, to a small data file.
+# If the original model has external data, the rewritten model's unchanged tensors stay in the original's data files.
+# Only new tensors are written: small ones to the model file, large ones to a new data file.
 
 
 APART = 1 << 26
-"""If the tensors of a new model have more bytes in total, they are written to a data file beside the model."""
+"""Limit in bytes. If the tensors of a newly created model are larger in total, they are written to a data file."""
 
 STAYS = "adapterkit.stays"
-"""Key of a tensor's metadata: `save_merged` and `save_fresh` leave a tensor with this key in its present data file."""
+"""Metadata key. `save_merged` and `save_fresh` leave each tensor that has this key in its current data file."""
 
 LIMIT = 2**31 - 2**20
 """Largest total size in bytes of the tensors inside a model file. Protobuf limits the whole file to 2 GiB."""
@@ -199,7 +199,7 @@ class GraphSource:
         model: the model.
         path: the path of the model file; None for an in-memory model.
         data: the paths of the files with the model's external data.
-        original: the bytes of the model's file; for an in-memory model, the bytes that saving would write.
+        original: the content of the model file; for an in-memory model, the serialized model.
     """
 
     model: ir.Model
@@ -222,7 +222,7 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> GraphSource:
         # Copy the caller's model, because it must not change.
         copy = model.clone()
         if _large(copy):
-            cure = "Save it with external data (onnx_ir.save with external_data=), and pass the file's path"
+            cure = "Save the model with external data (onnx_ir.save with external_data=), and pass the file's path"
             raise Unsupported("the model has more than 2 GB in memory, which is too large for one ONNX file", cure=cure)
         return GraphSource(modern(copy, None), None, (), ir.to_proto(copy).SerializeToString())
     path = located(model)
@@ -243,7 +243,7 @@ def _parsed(data: bytes, path: Path) -> ir.Model:
     try:
         proto.ParseFromString(data)
         if not proto.HasField("graph") or not proto.opset_import:
-            raise Malformed("not an ONNX model: no graph", path=path, cure="Export the model again")
+            raise Malformed("not an ONNX model: no graph, or no opset", path=path, cure="Export the model again")
         check_model(proto, path)
         return ir.from_proto(proto)
     except AdapterkitError:
@@ -272,7 +272,7 @@ def save(model: ir.Model, source: GraphSource, out: Path, fresh: Iterable[ir.Val
     Args:
         model: the model.
         source: the opened model that the new model was made from.
-        out: the path to write to: the `path` of the `WrittenModel` that a `placing` block yielded.
+        out: the path to write to. Callers pass the `path` of the `WrittenModel` that `placing` yields.
         fresh: the values whose tensors are not in the source's data files.
 
     Raises:
@@ -290,7 +290,7 @@ def _serialized(model: ir.Model, out: Path) -> bytes:
     """Return the bytes of a model file, without external data.
 
     Raises:
-        Malformed: the model has something that onnx-ir can read but not write.
+        Malformed: onnx-ir could read the model, but cannot write it.
     """
     try:
         data: bytes = ir.to_proto(model).SerializeToString()
@@ -306,10 +306,10 @@ def _serialized(model: ir.Model, out: Path) -> bytes:
 def save_merged(
     model: ir.Model, source: GraphSource, out: Path, fresh: Iterable[ir.Value], apart: bool = False
 ) -> None:
-    """Write a model, and compute its changed tensors while it is written; for the arguments, see `save`.
+    """Compute the changed tensors of a model, and write the model; for the arguments, see `save`.
 
-    If the model has external data, is large, or `apart` is set, all tensors except small ones are written to one new
-    data file, with only a few blocks in memory at a time. Tensors that no node reads are dropped.
+    If the model has external data or is large, or if `apart` is set, all tensors except small ones are written to one
+    new data file, with only a few blocks in memory at a time. Tensors that no node reads are dropped.
     """
     for graph in model.graphs():
         for name, value in list(graph.initializers.items()):
@@ -325,7 +325,7 @@ def save_merged(
 
 
 def save_fresh(graph: ir.Model, out: Path) -> None:
-    """Write a newly created model; if it is large, write its tensors to a data file beside it."""
+    """Write a newly created model; if its tensors are large in total, write them to a data file beside the model."""
     tensors = [v.const_value for g in graph.graphs() for v in g.initializers.values() if v.const_value is not None]
     apart = sum(tensor.nbytes for tensor in tensors if STAYS not in tensor.meta) > APART
     save_merged(graph, GraphSource(graph, None, (), b""), out, (), apart)
@@ -351,21 +351,21 @@ def placing(
     out: Path, source: GraphSource | None = None, *, shares: bool = False, stays: Iterable[Path] = (),
     inputs: Iterable[Path] = (), overwrite: bool = True, made_from: str | None = None,
 ) -> Iterator[WrittenModel]:  # fmt: skip
-    """Yield a `WrittenModel`, to whose `path` the block writes a model; at the end, move the written files into place.
+    """Prepare a path to which a `with` block writes a model; after the block, move the written files into place.
 
-    Usually, the model is written to a staging folder. If the model refers to data files that are already in the folder
-    of `out`, the model is written to `out` itself. A copy in a staging folder could not be checked, because onnx and
-    onnxruntime do not follow links to these data files. While the model is written to `out`, the old file at `out` is
-    kept in the staging folder. After an error, the old file is restored; if the process was killed, the next run
-    restores it.
+    The context manager yields a `WrittenModel`, which contains the path. Usually, the path is in a staging folder. If
+    the model refers to data files that are already in the folder of `out`, the path is `out` itself. A copy in a
+    staging folder could not be checked, because onnx and onnxruntime do not follow links to these data files. While the
+    model is written to `out`, the old file at `out` is kept in the staging folder. After an error, the old file is
+    restored; if the process was killed, the next run restores it.
 
     Args:
         out: the model's destination.
         source: the model that the new model is made from.
         shares: True if the new model refers to the data files of `source`; these files are copied if `out` is in
             another folder.
-        stays: other files in the folder of `out` that the new model refers to.
-        inputs: other files that are read, and so must not be replaced.
+        stays: other data files in the folder of `out` that the new model refers to.
+        inputs: other input files, which must not be replaced.
         overwrite: replace an existing model.
         made_from: a digest of everything that determines the output; see `adapterkit.io.staging`.
 
@@ -435,7 +435,7 @@ def _copied(file: Path, there: Path) -> None:
     if there.exists():
         if there.samefile(file) or _same(there, file):
             return
-        raise StorageError("the file exists, with other contents", path=there, cure="Write to another folder")
+        raise StorageError("a file with different content exists already", path=there, cure="Write to another folder")
     there.parent.mkdir(parents=True, exist_ok=True)
     with replacing(there) as target, open(file, "rb") as source_file:
         shutil.copyfileobj(source_file, target, 1 << 22)

@@ -20,7 +20,7 @@ CLASSES = "pkg.torch.onnx.class_hierarchy"
 """Key of a node's metadata under which torch's new exporter stores the classes of the modules around the node."""
 
 _LIST = 1 << 16
-"""Longest list that is parsed, in characters; a list in an untrusted file may have any length."""
+"""Maximum length, in characters, of a text that `listed` parses. A text in an untrusted file may have any length."""
 
 
 def listed(text: str | None) -> list[str]:
@@ -79,7 +79,7 @@ class Module:
         return self.entering[0] if len(self.entering) == 1 else None
 
     def fed(self, channels: int | None, where: str) -> ir.Value:
-        """Return the module's input with `channels` channels; if it has several, the one that the residual Add reads.
+        """Return the module's input that has `channels` channels; among several, the one that the residual Add reads.
 
         Raises:
             TargetNotFound: the module has no such input, or more than one.
@@ -96,7 +96,7 @@ class Module:
         return candidates[0]
 
     def given(self, channels: int | None, where: str) -> ir.Value:
-        """Return the module's output with `channels` channels; if `channels` is None, with any number of channels.
+        """Return the module's output that has `channels` channels, or any number of channels if `channels` is None.
 
         Raises:
             TargetNotFound: the module has no such output, or more than one.
@@ -111,11 +111,10 @@ class Module:
 
 
 def module_at(model: ir.Model, path: str, where: str) -> Module:
-    """Return the module in a graph whose path in the base is `path`.
+    """Return the part of a graph that computes the base's module `path`.
 
     Raises:
-        TargetNotFound: no node is in such a module, or several modules match the path; the error gives the nearest
-            names.
+        TargetNotFound: no module in the graph matches the path, or several do. The error suggests similar names.
     """
     inside = {node: modules_of(node) for node in model.graph}
     known = dict.fromkeys(name for names in inside.values() for name in names)
@@ -134,7 +133,10 @@ def modules_of(node: ir.Node) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1 << 16)
 def _scope_modules(scopes: str | None, name: str) -> tuple[str, ...]:
-    """Parse module names from a node's metadata or name; cached, because each target needs the names of all nodes."""
+    """Parse the names of the modules around a node from its metadata or its name.
+
+    The result is cached, because `module_at` calls this function for all nodes of the graph, once for each target.
+    """
     listed_names = listed(scopes)
     if listed_names:
         return tuple(module for module in listed_names[:-1] if module)

@@ -1,8 +1,9 @@
 """Find the norms that an adapter changes: nodes that scale channels by a vector, such as a LayerNorm or an RMSNorm.
 
-The node of a norm itself multiplies by the vector. Therefore, the changed vector is computed by nodes before the norm;
-see inside.py. Some exporters store the equal vectors of several norms as one tensor. Therefore, a norm is found by the
-name of its node, and by the name of its vector only if no other node reads the vector.
+A norm's node itself multiplies by the vector, so an adapter must change the vector before the node reads it: new nodes
+before the norm compute the changed vector (see inside.py). If several norms have equal vectors, some exporters store
+them as one tensor. Therefore, a norm is found by the name of its node. The name of its vector is used only if no other
+node reads the vector.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ _NODE = re.compile(
 )
 
 STATISTICS = {"ReduceMean", "ReduceSum", "LpNormalization"}
-"""Operators that compute statistics. If a module contains one of them, a Mul by a vector in it belongs to a norm."""
+"""Operators that compute statistics. If a module contains such an operator and a Mul by a constant vector, the Mul is
+the scale of a norm."""
 
 
 class NormLayer(GraphLayer):
@@ -88,7 +90,7 @@ class SkipRMSNorm(NormLayer):
 
 
 class ScaledNorm(NormLayer):
-    """The Mul by a norm's weight, in a graph in which the norm consists of several nodes."""
+    """A Mul node that multiplies by a norm's weight, in graphs that compute the norm with several nodes."""
 
     operators = (("", "Mul"),)
     vector = None
@@ -121,11 +123,11 @@ class LeftScaledNorm(ScaledNorm):
 NORMS: tuple[type[NormLayer], ...] = (NormLayer, RMSNorm, SkipNorm, SkipRMSNorm, ScaledNorm, LeftScaledNorm)
 
 UNSHIFTED = (RMSNorm, SkipRMSNorm, ScaledNorm, LeftScaledNorm)
-"""Kinds of norms whose vector in the graph may be `1 + weight`. Only the base's weights show whether it is."""
+"""Kinds of norms whose vector in the graph may be `1 + weight`. Only a comparison with the base's weight shows this."""
 
 
 def _module(node: ir.Node) -> str:
-    """Return the name of the module that a node is in, from the exporter's metadata or the node's name; else empty."""
+    """Return the name of the module that contains a node, from the metadata or the node's name; "" if unknown."""
     scopes = listed(node.metadata_props.get(SCOPES))[-2:-1]
     if scopes:
         return scopes[0]
@@ -134,7 +136,7 @@ def _module(node: ir.Node) -> str:
 
 
 def norms_of(model: ir.Model) -> dict[str, list[Spot]]:
-    """Return a map from the name of each module that is a norm to the nodes of the norm."""
+    """Find the norms of a graph; return a map from each norm's module name to the nodes with the norm's vector."""
     nodes = list(nodes_of(model))
     computing = {_inside(node) for node in nodes if node.op_type in STATISTICS}
     spots_by_module: dict[str, list[Spot]] = {}
@@ -180,8 +182,9 @@ def norms_at(
 
     Raises:
         ShapeMismatch: an update and its norm have different numbers of channels.
-        TargetNotFound: a norm's values differ from the base's.
-        Unsupported: the graph stores the vector as `1 + weight`, or may do so and no base is given to compare with.
+        TargetNotFound: a norm's vector differs from the base's weight.
+        Unsupported: the graph stores the vector as `1 + weight`; or it may do so, and there is no base weight to
+            compare with.
     """
     wanted = [
         target for target, updates in adapter.updates.items()
@@ -198,10 +201,10 @@ def norms_at(
 
 
 def _is_same(name: str, path: str, role: str | None) -> bool:
-    """Whether a norm has a target's name, except for a prefix.
+    """Whether a norm's name and a target's path are equal, except for a prefix.
 
-    The names in an encoder's or a decoder's graph do not contain the word `encoder` or `decoder`, so only the file's
-    name shows which of the two parts the graph holds.
+    The prefix may contain `encoder` or `decoder` only if this word is `role`. In an encoder's or a decoder's graph, the
+    names do not contain the word, so only the file's name shows which of the two parts the graph contains.
     """
     if not same_end(name, path):
         return False
@@ -226,7 +229,7 @@ def _check_numbers(target: Target, spots: Sequence[Spot], base: Checkpoint | Non
     name = None if base is None else next((n for n in base.tensors if same_end(n, f"{target.path}.weight")), None)
     if base is None or name is None:
         if any(issubclass(spot.kind, UNSHIFTED) for spot in spots):
-            why = "the graph may store this norm as 1 + weight"
+            why = "the graph may store this norm's weight as 1 + weight"
             cure = "Pass the base's weights, to compare the norm with them: --base-weights DIR (base_weights=)"
             raise Unsupported(why, where=str(target), cure=cure)
         return
@@ -237,6 +240,6 @@ def _check_numbers(target: Target, spots: Sequence[Spot], base: Checkpoint | Non
             continue
         if np.allclose(stored_now, 1 + stored, rtol=1e-2, atol=1e-3):
             cure = "Merge the adapter into the base (`adapterkit merge`), and export the result"
-            raise Unsupported("the graph stores this norm as 1 + weight", where=str(target), cure=cure)
-        why = "the values of the norm with this name differ from the base's"
+            raise Unsupported("the graph stores this norm's weight as 1 + weight", where=str(target), cure=cure)
+        why = "the norm's weight differs from the base's weight"
         raise TargetNotFound(why, where=str(target), cure="Is this the base that the graph was exported from?")

@@ -2,12 +2,12 @@
 
 torch's exporters, onnxruntime and onnxsim fold `y' = s * (y - mean) + beta` with `s = gamma / sqrt(var + eps)` into a
 convolution or linear layer. The graph then holds `s * W`, and the base holds `W`. An adapter changes `W`, so its change
-must be multiplied by `s` in the graph. The scale `s` is computed from the base's statistics and checked against the
-graph's weight.
+must be multiplied by `s` in the graph. The scale `s` is computed from the norm's statistics in the base, and is checked
+against the graph's weight.
 
-Optimizers also fold a vector that multiplies a layer's output into the layer, such as the layer scale of ConvNeXt. Any
-vector of the base can be such a scale. Therefore, a vector is accepted only if the base's weight times this vector is
-much nearer to the graph's weight than all other candidates are.
+Some models multiply a layer's output by a vector, such as the layer scale of ConvNeXt. Optimizers fold this vector into
+the layer too. Any vector of the base can be such a scale. Therefore, a vector is accepted only if the base's weight
+times this vector is much nearer to the graph's weight than all other candidates are.
 """
 
 from __future__ import annotations
@@ -38,35 +38,37 @@ if TYPE_CHECKING:
     from .resolved import ResolvedTarget, Spot
 
 ALIKE = 1e-3
-"""A norm whose scales differ from 1 by at most this is ignored, if the layer also matches the base without the norm."""
+"""Tolerance for equal scales. If all scales of a norm are within this tolerance of 1, and the layer also matches the
+base without the norm, the norm is ignored."""
 
 EPSILONS = (1e-5, 1e-3, 1e-4, 1e-6, 1e-2, 1e-8)
 """Candidates for `eps`, which weight files do not store: torch's default, then TensorFlow's, then other values."""
 
 CHANCE = 16.0
-"""Largest decrease of the sum of squared errors that a wrong `eps` may cause by chance, as a multiple of the mean
-squared error: the square of four standard deviations."""
+"""Tolerance for the choice of `eps`. Two values of `eps` fit equally well if their sums of squared errors differ by at
+most this multiple of the mean squared error. 16 is the square of four standard deviations."""
 
 _FUSED = re.compile(r"bn_?fusion|fuse_?bn|bn_?fuse|mul_?fusion|_weight_fused$", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
 
 
 def groups_of(spot: Spot) -> int:
-    """Return the number of groups of a transposed convolution; 1 for layers that have all outputs on one axis."""
+    """Return the number of groups of a transposed convolution; 1 for other layers, which have all outputs on one axis."""
     return int(attribute(spot.node, "group", 1)) if issubclass(spot.kind, ConvTranspose) else 1
 
 
 def computes_apart(layer: GraphLayer | Ended, place: ResolvedTarget) -> bool:
     """Whether a formula must compute `W @ x` itself, because the layer's output differs from `W @ x` plus the bias.
 
-    There are two such cases. The node may add a fused residual to the product. Or a batch norm is folded into a packed
-    weight: formulas see the base's weight, but the node computes with a rounded weight.
+    The output differs in two cases. First, the node also adds a value other than the bias, such as a fused residual.
+    Second, a batch norm is folded into a packed weight: formulas get the base's weight, but the node computes with a
+    rounded weight.
     """
     return layer.adds_more or (place.norm is not None and place.norm.is_rounded)
 
 
 def refuse_folded(places: Sequence[ResolvedTarget]) -> None:
-    """Refuse layers into which a norm may be folded; called for layers whose weight in the base is not given.
+    """Raise an error if a norm may be folded into a layer. Called only for layers whose base weight is not given.
 
     Raises:
         Unsupported: the metadata, the names or the bias of a layer's node suggest a folded norm.
@@ -75,15 +77,15 @@ def refuse_folded(places: Sequence[ResolvedTarget]) -> None:
         for spot in place.spots:
             if (trace := _trace(spot, place.target.path)) is not None:
                 why = (
-                    f"a batch normalisation or a scale may be folded into this layer ({trace}); it would also have to "
-                    "scale the adapter's change"
+                    f"a batch normalisation or a scale may be folded into this layer ({trace}); in this case, the "
+                    "adapter's change must be scaled too"
                 )
                 cure = "Pass the base's weights, to compare the layer with them: --base-weights DIR (base_weights=)"
                 raise Unsupported(why, where=str(place.asked), cure=cure)
 
 
 def is_norm(node: ir.Node) -> bool:
-    """Whether the exporter's metadata names a batch normalisation as an origin of a node, which may be fused."""
+    """Whether the exporter's metadata of a node names a batch normalisation, alone or fused with another layer."""
     notes = [*listed(node.metadata_props.get(CLASSES)), *listed(node.metadata_props.get(SCOPES))[-1:]]
     return any("batchnorm" in word.lower() or "batch_norm" in word.lower() for word in notes[-3:])
 
@@ -102,22 +104,23 @@ def _trace(spot: Spot, path: str) -> str | None:
     stored_array = () if bias is None else sources(bias)
     biases = [source.name or "" for source in stored_array if element_type(source) != np.int64]
     if any(_FUSED.search(name) for name in (*names, *biases, spot.node.name or "")):
-        return "the name of the node or of a tensor shows it"
+        return "the node or one of its tensors has a name that optimizers give to fused layers"
     # Check the names of a convolution's parameters: exporters keep these names, but folding a norm writes new tensors
-    # with made-up names. For a linear layer, a made-up name proves nothing, because an exporter that transposes the
-    # weight also drops its name.
-    if not issubclass(spot.kind, Conv) or path in names:  # In `names`: the target is itself a stored tensor.
+    # with generated names. For a linear layer, a generated name proves nothing, because an exporter that transposes the
+    # weight also drops its name. The names prove nothing either if the target itself is a stored tensor, i.e. if `path`
+    # is in `names`.
+    if not issubclass(spot.kind, Conv) or path in names:
         return None
     if not any(same_end(name, f"{path}.weight") for name in names):
         return f"its weight has the name {names[0]}" if names else "its weight has no name"
-    if bias is None or not numbers(bias).any():  # A folded norm always leaves a bias.
+    if bias is None or not numbers(bias).any():  # Folding a norm gives the layer a bias.
         return None
     plain = [re.sub(r"_(?:quantized|q|scale|zero_point)(?:_scale|_zero_point)?$", "", name) for name in biases]
     return None if all(_PARAMETER.match(name) for name in plain) else f"its bias has the name {biases[0]}"
 
 
 def _bias_of(spot: Spot) -> ir.Value | None:
-    """Return the constant vector that the layer itself or an Add after the layer adds."""
+    """Return the layer's bias, which the layer itself or an Add after it adds; None if there is no constant bias."""
     if issubclass(spot.kind, IntegerLayer):
         return spot.kind.float_bias(spot.node)
     if issubclass(spot.kind, ConvInteger):
@@ -140,7 +143,7 @@ class _Guess:
         scale: the factor of each output channel, `[out]`.
         shift: the term that is added to each output channel, `[out]`.
         of_weight: the relative distance between the graph's weight and the base's weight with the candidate folded in.
-        of_bias: the relative distance between the biases.
+        of_bias: the same for the bias; 0 if the graph's layer has no bias.
         is_vector: whether the candidate is a vector.
     """
 
@@ -158,7 +161,9 @@ class _Guess:
 
 
 def with_norms(place: ResolvedTarget, base: Checkpoint, name: str) -> ResolvedTarget:
-    """Check a layer that was found by name against the base's weight, and find a norm or vector folded into the layer.
+    """Compare a layer's weight with the base's weight, and find out which norm or vector is folded into the layer.
+
+    The layer was found by its name only. Return `place`, with its `norm` set if a norm or vector is folded in.
 
     Args:
         place: the target.
@@ -166,8 +171,8 @@ def with_norms(place: ResolvedTarget, base: Checkpoint, name: str) -> ResolvedTa
         name: the name of the target's weight in the base.
 
     Raises:
-        TargetNotFound: the layer's weight differs from the base's weight, with or without a folded norm or vector. Or
-            two of these possibilities match the layer about equally well.
+        TargetNotFound: the layer's weight matches neither the base's weight nor the base's weight scaled by a norm or
+            vector; or two of these candidates match about equally well.
     """
     spot, stored = place.spots[0], as_array(base.tensors[name]).astype(np.float64)
     far = distance(stored.astype(np.float32), spot)
@@ -209,7 +214,7 @@ def _vector_of(guesses: Sequence[_Guess], far: float, place: ResolvedTarget) -> 
     best = next((guess for guess in guesses if guess.is_vector), None)
     norm = next((guess.distance for guess in guesses if not guess.is_vector), float("inf"))
     # Do not accept a vector just because it fits better than no vector: a base has many vectors, and one of them may
-    # reduce the error of quantization a little by chance. No vector removes most of this error.
+    # reduce the quantization error a little by chance. No vector removes most of this error by chance.
     if best is None or best.distance > NEAR or APART * best.distance > min(far, norm):
         return None
     size = float(abs(best.scale).max())
@@ -223,7 +228,7 @@ def _vector_of(guesses: Sequence[_Guess], far: float, place: ResolvedTarget) -> 
 
 
 def scaled_distance(base: Checkpoint, name: str, spot: Spot) -> float | None:
-    """Return the relative distance between a layer and a base weight, after the best norm or vector is folded in.
+    """Return the relative distance of a layer's weight from a base weight into which the best norm or vector is folded.
 
     Args:
         base: the base's weights.
@@ -248,15 +253,17 @@ def _may_hold(spot: Spot, W: Array) -> bool:
 def _plain(place: ResolvedTarget, far: float | None, scaled: bool = False) -> ResolvedTarget:
     if far is not None and far <= NEAR:
         return place
-    how = "its shape differs from the base's" if far is None else f"its distance from the base's is {far:.2f}"
+    how = "the shapes differ" if far is None else f"the relative distance is {far:.2f}"
     cure = "Is this the base that the graph was exported from?"
     if scaled:
-        how = "each channel is multiplied by a factor that comes from no batch normalisation and no vector of the base"
+        how = "each output channel is scaled, but no batch normalisation and no vector of the base gives the factors"
         cure = (
             "Pass base weights that contain the norms' statistics (running_mean, running_var) and the layers' scales: "
             "--base-weights DIR (base_weights=)"
         )
-    raise TargetNotFound(f"the layer with this name holds other values ({how})", where=str(place.asked), cure=cure)
+    raise TargetNotFound(
+        f"the layer's weight differs from the base's weight ({how})", where=str(place.asked), cure=cure
+    )
 
 
 def _bias_in_base(base: Checkpoint, weight: str) -> Array | None:
@@ -306,7 +313,7 @@ def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None) -> Iterato
     size = max(float(np.linalg.norm(V)), 1e-300)
 
     def guess(name: str, scale: Array, shift: Array, is_vector: bool) -> _Guess:
-        # The error that the best factors leave is orthogonal to the rows, so this is the norm of `V - scale * rows`.
+        # `V - factors * rows` is orthogonal to the rows. So the root below equals the norm of `V - scale * rows`.
         off, of_bias = float(np.sqrt(rest**2 + float(((scale - factors) ** 2 * squares).sum()))) / size, 0.0
         if weight is not None:
             wanted = shift if b is None else scale * b + shift
@@ -316,15 +323,15 @@ def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None) -> Iterato
     for name, gamma, beta, mean, var in _norms(base, len(V)) if weight is not None else ():
         scales = [gamma / np.sqrt(np.maximum(var, 0) + eps) for eps in EPSILONS]
         ways = [guess(name, scale, beta - scale * mean, False) for scale in scales]
-        # Rounding to a few bits changes a weight more than another `eps` does, so the nearest weight can belong to a
-        # wrong `eps`. Therefore, first compare the biases, which integer graphs store in 32 bits. Then take the first
-        # `eps` whose weight is not clearly farther than the nearest weight; see `CHANCE`.
+        # Rounding a weight to a few bits changes the weight more than a different `eps` does. So a wrong `eps` can have
+        # the smallest distance. Therefore, first compare the biases, which integer graphs store in 32 bits. Then use
+        # the first `eps` whose weight is not clearly farther than the nearest weight; see `CHANCE`.
         least = min(one.of_bias for one in ways)
         ways = [one for one in ways if one.of_bias <= APART * least]
         best = min(one.of_weight for one in ways)
         yield next(one for one in ways if V.size * (one.of_weight**2 - best**2) <= CHANCE * best**2)
     # With one element per channel, every vector would match. If the base has a bias and the layer does not, the graph
-    # adds the bias elsewhere, and it cannot be checked whether the bias is scaled.
+    # adds the bias elsewhere, and this function cannot check whether the graph scales the bias.
     if rows.shape[1] > 1 and (weight is not None or b is None):
         for name, scale in _vectors(base, len(V)):
             yield guess(name, scale, np.zeros_like(scale), True)

@@ -1,10 +1,10 @@
 """Slots for updates whose own tensors cannot be slots. The slots hold factors, scales and a bias.
 
-Slots need default values that leave the base unchanged, and a formula that nodes can compute. For some updates, one of
-the two is missing: DoRA divides by the norm of the changed weight, OFT solves a linear system, a saved module replaces
-a weight. For a known weight, such an update becomes a change of the weight (usually low-rank), a scale of the outputs
-and a change of the bias; any of the three may be absent. A change of full rank makes the adapter file as large as the
-weights, but the graph's defaults stay small.
+Slots need default values that leave the base unchanged, and a formula that nodes can compute. Some updates lack one of
+the two: DoRA divides by the norm of the changed weight, OFT solves a linear system, a saved module replaces a weight.
+If the base's weight is known, such an update can be converted to a change of the weight (usually low-rank), a scale of
+the outputs and a change of the bias; any of the three may be absent. If the change of the weight has full rank, the
+adapter file becomes as large as the weights, but the graph's default values stay small.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class OpenFactors(Additive):
 
 
 def template(update: Update, place: ResolvedTarget) -> OpenFactors | None:
-    """Return factors that change nothing, in the shapes of an update's slots; None if the update needs other slots.
+    """Return neutral factors with the shapes of an update's slots; None if factors cannot express the update.
 
-    Factors can only express changes of a layer's weight and bias.
+    Factors can only express updates that change a layer's weight or bias.
     """
     if isinstance(update, OutputUpdate) or place.turned or not place.spots or getattr(update, "asks", None):
         return None

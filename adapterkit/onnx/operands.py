@@ -15,10 +15,11 @@ THROUGH = frozenset(
     {"Transpose", "Identity", "Cast", "DequantizeLinear", "Mul", "Sub", "Add", "Reshape", "Squeeze", "Unsqueeze",
      "Constant", "ConstantOfShape", "QuantizeLinear", "Concat", "Slice", "Gather"}
 )  # fmt: skip
-"""Operators that may be between a stored tensor and a constant operand."""
+"""Operators that may compute a constant operand from stored tensors."""
 
 DEEP = 16
-"""Largest number of nodes between a stored tensor and an operand. An untrusted graph may have arbitrarily many."""
+"""An operand counts as constant only if fewer nodes than this are between the operand and each stored tensor. The limit
+exists because an untrusted graph may have arbitrarily many."""
 
 
 def nodes_of(model: ir.Model) -> Iterator[ir.Node]:
@@ -86,7 +87,7 @@ def detached_copy(value: ir.Value) -> ir.Value:
 
 
 def input_behind(value: ir.Value | None) -> ir.Value | None:
-    """Return the graph input that a value equals, except for casts and reshapes; None if the value is computed."""
+    """Return the graph input behind a value. Return None if other nodes than casts and reshapes are between the two."""
     while (
         value is not None and (node := value.producer()) is not None and node.op_type in ("Cast", "Identity", "Reshape")
     ):
@@ -125,10 +126,12 @@ def attribute(node: ir.Node, name: str, default: Default) -> Default: ...
 
 
 def attribute(node: ir.Node, name: str, default: object) -> object:
-    """Return a node's attribute, or `default` if the node does not have it. For a list of integers, pass None.
+    """Return a node's attribute, or `default` if the node lacks the attribute.
+
+    Pass a default of None only for attributes that are lists of integers. Their type is not checked.
 
     Raises:
-        Malformed: the attribute and the default have different types; not checked if the default is None.
+        Malformed: the attribute and a default other than None have different types.
     """
     entry = node.attributes.get(name)
     if entry is None:

@@ -42,9 +42,10 @@ class Outlet:
 
     Attributes:
         end: the target's output; None for a layer, because `GraphLayer.end` is its output.
-        read: the target's input; None for a layer, or if the target does not read exactly one value.
+        read: the target's input, apart from the residual; None for a layer, or if the target has no such input or
+            several.
         residual: the value that is added to the target's output.
-        norm: the normalisation of that sum.
+        norm: the normalisation of the sum of the output and the residual.
         hidden: the output before the module adds a residual; None if the module does not add one.
         nodes: the nodes of the module, if an update replaces the module's input; else empty.
     """
@@ -62,8 +63,8 @@ def outlet(model: ir.Model, target: Target, updates: Sequence[Update], is_layer:
 
     Raises:
         TargetNotFound: the graph does not have the module, or a module that an update names.
-        Unsupported: the updates name different residuals or norms, or modules from which the residual or the norm
-            cannot be taken; or an update omits the norm of the block around the target.
+        Unsupported: the updates name different residuals or norms; a named module does not have exactly one input; a
+            module named as the norm does not have exactly one output; or an update omits the norm of the block.
     """
     where = str(target)
     outer = [update for update in updates if isinstance(update, OutputUpdate)]
@@ -93,7 +94,7 @@ def outlet(model: ir.Model, target: Target, updates: Sequence[Update], is_layer:
 def _read(model: ir.Model, target: Target, path: str, where: str) -> ir.Value:
     module = module_at(model, _beside(target, path), where)
     if module.read is None:
-        why = f"the residual must be the only input of {module.path}, but it has {len(module.entering)} inputs"
+        why = f"the residual is the input of {module.path}, but this module has {len(module.entering)} inputs, not one"
         raise Unsupported(why, where=where, cure="Correct the update's `residual`")
     return module.read
 
@@ -119,7 +120,7 @@ def _residual_outlet(module: Module, end: ir.Value) -> Outlet | None:
     (node, at) = sums[0]
     total = node.outputs[0]
     through = between(total, end, module.nodes)
-    # A constant matrix after the sum belongs to another layer, not to a normalisation. So the module does not end here.
+    # A node that reads a constant matrix is a layer, not a norm. If the sum is followed by a layer, return None.
     if any(len(one.shape or ()) > 1 and is_constant(one) for n in through for one in n.inputs if one is not None):
         return None
     read = [value for value in module.entering if value is not node.inputs[at]]
@@ -128,7 +129,11 @@ def _residual_outlet(module: Module, end: ir.Value) -> Outlet | None:
 
 
 def _adds(module: Module, node: ir.Node, at: int) -> bool:
-    """Whether input `at` of an Add is a residual: a value from outside the module that only this node in it reads."""
+    """Whether input `at` of an Add is a residual.
+
+    A residual comes from outside of the module, and no other node of the module reads it. The module computes the
+    Add's other input.
+    """
     if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
         return False
     given, other = node.inputs[at], node.inputs[1 - at]
@@ -192,9 +197,9 @@ class Ended:
             y: Value = self.layer(x)
             return y
         if x is not self.x and not self.outlet.nodes:
-            raise Unsayable("the formula changes the module's input, for which the graph does not compute an output")
+            raise Unsayable("the formula changes the module's input, but the module's nodes read the original input")
         if self.asked is not None and self.asked is not x:
-            raise Unsayable("the formula calls the module with two inputs, but the graph computes it only once")
+            raise Unsayable("the formula calls the module with two inputs, but the graph calls the module only once")
         self.asked = x
         return self.y
 
@@ -224,7 +229,7 @@ class Ended:
 
     def op(self, x: Value, w: Value) -> Value:
         if self.layer is None:
-            raise Unsayable("the formula replaces a weight, but the target is a module, which has none")
+            raise Unsayable("the formula replaces a weight, but the target is a module without a weight")
         y: Value = self.layer.op(x, w)
         return y
 
@@ -233,7 +238,7 @@ class Ended:
         dilations = attribute(node, "dilations", None) if node is not None and node.op_type == "Conv" else None
         before = None if node is None or node.inputs[0] is None else node.inputs[0].producer()
         if any(size != 1 for size in dilations or ()) or (before is not None and before.op_type == "Pad"):
-            raise Unsayable("the graph pads the input itself, or the kernel is dilated")
+            raise Unsayable("the graph pads the layer's input with a Pad node, or the kernel is dilated")
         return self.op(x, w)
 
     def mix(self, h: Value, w: Value) -> Value:
@@ -253,10 +258,10 @@ class Ended:
 
 
 class _Unread(Value):
-    """The input of a module that reads several values, or none. A formula may pass it on, but not compute with it."""
+    """The unknown input of a module that does not read exactly one value. Formulas can only pass this object on."""
 
     __slots__ = ()
 
     @property
     def value(self) -> ir.Value:
-        raise Unsayable("the module reads several values, or none")
+        raise Unsayable("the formula needs the module's input, but the module reads several values or none")

@@ -109,7 +109,7 @@ class Seen:
     def small(self, wide: Array | int, like: Array) -> Array:
         """Convert scales or zero points `[rows, groups]` to the shape and dtype of the stored tensor `like`.
 
-        A single integer, the zero point of all groups, is not converted: `like` is returned.
+        If `wide` is an integer, which is the zero point of all groups, return `like` unchanged.
         """
         if isinstance(wide, int):
             return like
@@ -136,7 +136,7 @@ class Seen:
 def numbers_in(
     node: ir.Node, q: Array, zero: Array | int, scale: Array, limits: tuple[int, int], bits: int
 ) -> PackedNumbers:
-    """Return a packed weight of integers `[rows, columns]` and of zero points and scales `[rows, groups]`."""
+    """Build a packed weight from integers `[rows, columns]`, and from zero points and scales `[rows, groups]`."""
     return PackedNumbers(
         node.name or "", q.shape, DTYPES["F32"], (), scale.shape[1], None, bits, q, zero, scale, limits
     )  # fmt: skip
@@ -335,7 +335,7 @@ def unpacked(rows: Array, bits: int) -> Array:
 
 
 def product_behind(node: ir.Node) -> tuple[ir.Value, ir.Node]:
-    """Return the scales of a MatMulInteger's weight, and the Mul that multiplies its result by these scales."""
+    """Return the scales of a MatMulInteger's weight, and the Mul that dequantizes the MatMulInteger's output."""
     scaled = _scaled(node)
     assert scaled is not None
     mul = scaled[0].producer()
@@ -350,7 +350,10 @@ def _quantizer(node: ir.Node) -> ir.Node | None:
 
 
 def _scaled(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """Return the output of the Cast and the Mul after a MatMulInteger, and the weight's scales; else None."""
+    """Return the dequantized output of a MatMulInteger, and the scales of its weight.
+
+    Return None if no Cast and Mul with constant scales follow the MatMulInteger.
+    """
     quantizer, cast = _quantizer(node), only_reader(node.outputs[0], "Cast")
     mul = None if cast is None else only_reader(cast.outputs[0], "Mul")
     if quantizer is None or cast is None or mul is None:
@@ -439,7 +442,10 @@ def _plain_operands(spot: Spot, layer: GraphLayer, value: ir.Value) -> ir.Node:
 def _unpacked(
     spot: Spot, layer: GraphLayer, plain: type[GraphLayer] | None, building: Building, fresh: Fresh
 ) -> ir.Value:
-    """Return the dequantized weight, which is computed when it is written; layers with one packed weight share it."""
+    """Return the dequantized weight, whose data are computed only when the model is written.
+
+    Layers that share a packed weight also share the dequantized weight.
+    """
     operand = layer.operand
     inputs = [id(operand), *(id(one) for one in spot.node.inputs[2:])]
     key: Hashable = tuple(inputs) if plain is not None else id(operand)
@@ -496,7 +502,7 @@ def _replaced(old: ir.Value, new: ir.Value, branch: Branch) -> None:
 
 
 def drop(node: ir.Node | None) -> None:
-    """Remove a node that nothing reads, and the nodes before it that are then unused."""
+    """Remove a node if its outputs are unused, and then the nodes before it whose outputs became unused."""
     if node is None or node.graph is None or any(out.uses() or out.is_graph_output() for out in node.outputs):
         return
     before = [value.producer() for value in node.inputs if value is not None]
@@ -507,7 +513,8 @@ def drop(node: ir.Node | None) -> None:
 
 # Pack changed weights again in their original scheme.
 #
-# Scales and zero points are chosen by the same code that requantizes any base; see `adapterkit/quant/_grouped.py`.
+# The code that requantizes bases outside of ONNX also chooses the scales and zero points here; see
+# `adapterkit/quant/_grouped.py`.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -695,7 +702,10 @@ def _copied(spot: Spot, node: ir.Node, stored: Stored, inputs: list[ir.Value], b
 
 
 def replaced(building: Building, fresh: Fresh, old: ir.Value | None, array: Array) -> ir.Value:
-    """Return a new tensor that can replace `old`, in its dtype. Equal replacements of one tensor are shared."""
+    """Return a new tensor that has the values of `array` and the dtype of `old`, to replace `old`.
+
+    If layers that shared `old` replace it by equal arrays, they share the new tensor too.
+    """
     assert old is not None
     assert old.const_value is not None
     kind = old.const_value.dtype
