@@ -53,7 +53,7 @@ _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
 
 
 def groups_of(spot: Spot) -> int:
-    """Return the number of groups of a transposed convolution; 1 for other layers, which have all outputs on one axis."""
+    """Return the number of groups of a transposed convolution; 1 for layers whose outputs are all on one axis."""
     return int(attribute(spot.node, "group", 1)) if issubclass(spot.kind, ConvTranspose) else 1
 
 
