@@ -332,7 +332,7 @@ def _others(folder: Path, parts: Sequence[GraphPart]) -> Iterator[Path]:
         if hidden or file.suffix.lower() in WEIGHTS or file.resolve() in graph_files or not file.is_file():
             continue
         if not file.resolve().is_relative_to(root):
-            raise Malformed("the file is a link out of the model's folder", path=file, cure="Do not use this folder")
+            raise Malformed("the file links to a file outside of the folder", path=file, cure="Do not use this folder")
         yield file
 
 

@@ -1,4 +1,4 @@
-"""Export a transformers folder, with its config and tokenizer, or a torch module that a user's function returns."""
+"""Export a saved transformers model with its config and tokenizer, or a torch module that a user's function returns."""
 
 from __future__ import annotations
 
@@ -57,31 +57,31 @@ if TYPE_CHECKING:
 
 
 EXPORT_OPTIONS = frozenset({"kwargs", "input_names", "output_names", "dynamic_shapes", "opset", "inside", "also"})
-"""Arguments of `export` that the user's function may set in the dictionary that it returns. If the caller also sets
-`opset`, the caller's value is used."""
+"""The keys that are allowed in the dictionary that the user's function returns. Each key is an argument of `export`. If
+the caller of `export_factory` passes the same argument, the caller's value is used."""
 
 
 def export_factory(
     factory: str, out: str | PathLike[str], *, weights: str | PathLike[str] | None = None, overwrite: bool = False,
     **options: object,
 ) -> GraphReport:  # fmt: skip
-    """Export the torch module that a function returns to a folder.
+    """Call a function that returns a torch module, and export this module to a folder.
 
     The folder contains `model.onnx` and, for a graph with slots, the adapter files that fill the slots.
 
     Args:
-        factory: `module:function`. The working folder is added to Python's path for the import. The function takes no
-            arguments. It returns `(torch module, example arguments)`, optionally followed by a dictionary of those
-            arguments of `export` that are in `EXPORT_OPTIONS`.
+        factory: the function's name, as `module:function`. The import also searches the working folder. The function
+            takes no arguments. It returns `(torch module, example arguments)`, optionally followed by a dictionary of
+            arguments of `export`. The dictionary's keys must be in `EXPORT_OPTIONS`.
         out: the folder to write; a rename creates it when the export is complete.
-        weights: a file or folder of weights to load into the module; it must contain all of the module's parameters and
-            buffers.
+        weights: a file or folder of weights to load into the module. Its keys must be exactly the keys of the module's
+            state dict.
         overwrite: replace a folder that an export wrote.
-        options: more arguments of `export`. Those that are not None replace the arguments that the user's function
-            returns.
+        options: more arguments of `export`. An option that is not None overrides the argument of the same name in the
+            function's dictionary.
 
     Raises:
-        UsageError: the function does not exist, fails, or returns something else than described above.
+        UsageError: the function does not exist, fails, or returns something other than described above.
         ShapeMismatch: the weights do not fit the module.
         Also the errors of `export`. After an error, `out` is unchanged.
     """
@@ -102,7 +102,7 @@ def _call_factory(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str
     module, colon, name = factory.partition(":")
     if not (module and colon and name):
         raise UsageError(f"{factory!r} does not name a function", where="model", cure="Pass module:function")
-    # For a console command, Python adds only the folder of the command to the path, so add the working folder.
+    # In a console command, `sys.path` has the command's own folder but not the working folder, so add the latter.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -118,9 +118,9 @@ def _call_factory(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str
         raise UsageError(f"{factory} does not return a module and its arguments", where="model", cure=cure)
     more = dict(parts[2]) if len(parts) == 3 else {}
     if foreign := sorted(more.keys() - EXPORT_OPTIONS, key=str):
-        cure = f"Remove it from the returned dictionary, which may have: {', '.join(sorted(EXPORT_OPTIONS))}"
+        cure = f"Remove {foreign[0]} from the returned dictionary; allowed are: {', '.join(sorted(EXPORT_OPTIONS))}"
         raise UsageError(
-            f"{factory} returns the argument {foreign[0]}, which only the caller may set", where="model", cure=cure
+            f"{factory} returns the argument {foreign[0]}, which a function may not set", where="model", cure=cure
         )
     return parts[0], tuple(parts[1]), more
 
@@ -134,7 +134,7 @@ def _load(module: nn.Module, weights: str | PathLike[str]) -> None:
         raise ShapeMismatch(first[:300], path=weights, cure="Pass the weight file of this module") from None
 
 
-# Export a transformers folder: the model as a graph, with the config and tokenizer beside it.
+# Export a saved transformers model: write the model as a graph, and copy the config and tokenizer beside the graph.
 # The graph of a causal language model has past keys and values as inputs and outputs, with the names that Optimum and
 # onnxruntime-genai use. The graph of an encoder or classifier has tokens and an attention mask as inputs. Batch size
 # and sequence length are dynamic.
@@ -149,15 +149,15 @@ def export_pretrained(
     check: bool = True, overwrite: bool = False, made_from: str | None = None, rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> GraphReport:  # fmt: skip
-    """Export a transformers folder to a folder with `model.onnx`, the config and the tokenizer.
+    """Export a saved transformers model to a folder with `model.onnx`, the config and the tokenizer.
 
     If the mode is `slots`, the new folder also contains the adapter files. If the model is a causal language model, the
     folder also contains `genai_config.json`, which onnxruntime-genai needs.
 
-    An encoder-decoder is exported as several graphs, which classes of optimum such as `ORTModelForSeq2SeqLM` load. A
-    language model that reads images is exported as the graphs that transformers.js loads; see `pretrained_parts`. If
-    there are several graphs, an adapter gets one `.onnx_adapter` file for each graph that has some of the adapter's
-    targets.
+    An encoder-decoder is exported as several graphs, for optimum's classes such as `ORTModelForSeq2SeqLM`. A language
+    model that reads images is also exported as several graphs, for transformers.js; see `pretrained_parts`. If there
+    are several graphs and the mode is `slots`, each adapter gets one `.onnx_adapter` file for each graph that has any
+    of the adapter's targets.
 
     Args:
         model: a folder that transformers saved; nothing is downloaded, and no code in the folder is run.
@@ -168,21 +168,25 @@ def export_pretrained(
         opset: the opset version; torch's default if not given.
         quantize: see `export`.
         share_weights: write to the model's own folder, and let the graph read its weights from the safetensors files
-            there instead of storing a copy. If these weights have 16 bits and `dtype` has 32, the graph casts them.
+            there instead of storing a copy. If the files store 16-bit weights and `dtype` is `float32`, the graph casts
+            the weights to float32.
         check: run the result in onnxruntime and compare it with the torch model.
         overwrite: replace a folder that an export wrote.
-        made_from: a digest of everything that determines the output, stored with the output for later runs.
+        made_from: a digest of everything that determines the output. It is stored with the output, so that a later run
+            can detect that the output is up to date.
         rename: see `export`.
-        strict_base: refuse a model whose name, config or fingerprint differs from the base that an adapter names.
+        strict_base: raise an error if the model's name, config or fingerprint differs from the base that an adapter
+            records.
 
     Raises:
-        CheckFailed: `strict_base` is set, and the model is not the base that an adapter names.
+        CheckFailed: `strict_base` is set, and the model is not the base that an adapter records.
         UsageError: an argument is invalid, or transformers is not installed.
-        StorageError: `out` exists, or cannot be written.
+        StorageError: `out` exists and must not be replaced, or `out` cannot be written.
         Malformed: transformers cannot load the folder.
-        Unsupported: the kind of model is unknown, or the model needs code from its folder or a kernel that must be
-            downloaded.
-        Also the errors of `export`. After an error, `out` is unchanged.
+        Unsupported: the model's type is unknown, or the model needs Python code that its folder contains, or it needs a
+            kernel that must be downloaded.
+        Also the errors of `export`. After an error, `out` is unchanged. There is one exception: if `share_weights` is
+        set and the model becomes several graphs, the graphs that were exported before the error stay in `out`.
     """
     source, target = located(model), Path(path_text(out))
     given, kind = dtype, dtype_named(dtype)
@@ -195,7 +199,7 @@ def export_pretrained(
         check_folder(target, overwrite)
     if strict_base:
         check_base([*read_adapters(adapter).items()], source, strict=True)
-    # Check for links that leave the folder before tracing, because tracing takes minutes.
+    # Tracing takes minutes, so first refuse links to files outside of the folder.
     if not share_weights:
         _to_carry(source)
     with quiet():
@@ -231,8 +235,8 @@ def export_pretrained(
 
 
 def _make_traceable(model: nn.Module) -> None:
-    """Let experts select their weights by index: torch cannot export transformers' default, a grouped matmul."""
-    choose = getattr(model, "set_experts_implementation", None)  # transformers 4 offers no choice.
+    """Make experts select weights by index, because torch cannot export transformers' default, a grouped matmul."""
+    choose = getattr(model, "set_experts_implementation", None)  # transformers 4 does not have this method.
     if choose is not None:
         choose("batched_mm")
 
@@ -245,10 +249,12 @@ def _exported(words: ExportWords, out: Path, **options: Any) -> GraphReport:
 
 
 def _check_for_parts(adapter: Adapters, source: Path, model: nn.Module, rename: str | Sequence[str]) -> None:
-    """Check that the model has all targets, and refuse new tokens and prefixes, which affect more than one graph.
+    """Check that the model has all targets, and that no adapter has new tokens, prompts or prefixes.
+
+    New tokens, prompts and prefixes are refused because they affect more than one graph.
 
     Raises:
-        Unsupported: an adapter has new tokens or prefixes.
+        Unsupported: an adapter has new tokens, prompts or prefixes.
         TargetNotFound, ShapeMismatch: an adapter does not belong to this model.
     """
     adapters = read_adapters(adapter)
@@ -259,7 +265,7 @@ def _check_for_parts(adapter: Adapters, source: Path, model: nn.Module, rename: 
                 cure = "Export the model's parts yourself with adapterkit.onnx.export, with the adapter attached"
                 raise Unsupported(why, path=source, where=str(target) or "(model)", cure=cure)
     with injected(model, dict(zip(adapters, renamed(list(adapters.values()), rename), strict=True))):
-        pass  # Only check: each graph has only some of the targets, so its export cannot detect missing targets.
+        pass  # `injected` refuses missing targets. The exports cannot, because each graph has only some of the targets.
 
 
 def _whole(
@@ -267,8 +273,8 @@ def _whole(
 ) -> GraphReport:  # fmt: skip
     """Return one report for all graphs of a model.
 
-    The report warns about targets that no graph has. Their layers are not exported, because no output of the model
-    depends on them.
+    The report warns about targets that no graph has. The graphs lack the layers of these targets, because no output of
+    the model depends on these layers.
     """
     adapters = read_adapters(adapter) if any(report.left for report in reports.values()) else {}
     unused = [
@@ -288,8 +294,8 @@ def _check_sharing(source: Path, target: Path, share_weights: bool) -> None:
         cure = "Write to another folder, or share the weights: --share-weights (share_weights=True)"
         raise UsageError("the output is the model's own folder", path=target, cure=cure)
     if share_weights and not same_folder:
-        why = "a graph that shares the model's weights must be in their folder: runtimes read no files from elsewhere"
-        raise UsageError(why, path=target, cure=f"Write to {source}")
+        why = "shared weights must be in the graph's folder, because runtimes read weight files only from that folder"
+        raise UsageError(why, path=target, cure=f"Write to the model's folder: -o {source} (out=)")
     taken = [target / name for name in GRAPHS if (target / name).exists()]
     if share_weights and taken:
         raise StorageError("already there", path=taken[0], cure="Remove it first")
@@ -310,7 +316,7 @@ def _carried(source: Path, out: Path) -> list[Path]:
 def _to_carry(source: Path) -> list[Path]:
     """Return the config and tokenizer files, and refuse links to files outside of the model's folder.
 
-    In huggingface_hub's cache, links to all files of the same repository are allowed.
+    A folder in huggingface_hub's cache may also link to the other cached files of the same repository.
     """
     home = source.resolve()
     root = home.parent.parent if home.parent.name == "snapshots" else home
@@ -318,5 +324,5 @@ def _to_carry(source: Path) -> list[Path]:
     files = [source / name for name in CARRIED if (source / name).is_file()]
     for file in files:
         if not file.resolve().is_relative_to(root):
-            raise Malformed("the file is a link out of the model's folder", path=file, cure="Do not use this folder")
+            raise Malformed("the file links to a file outside of the folder", path=file, cure="Do not use this folder")
     return files

@@ -1,4 +1,4 @@
-"""Describe the call of a transformers model for its export: example inputs, input and output names, dynamic sizes."""
+"""Build the arguments for the export of a transformers model: a wrapper, example inputs, names and dynamic sizes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ INSIDE = "model"
 
 @dataclass(frozen=True, slots=True)
 class ExportWords:
-    """A description of how a model is called, which `export` needs to trace the model.
+    """The arguments that `export` needs to trace a model.
 
     Attributes:
-        module: a module that calls the model: it takes tensors as positional arguments, and returns tensors.
-        examples: example arguments of several sizes; the first one is traced.
-        inputs: names of the inputs; nested inputs are flattened.
-        outputs: names of the outputs.
-        shapes: names of the dynamic sizes, nested like the arguments.
+        module: a wrapper that calls the model. It takes tensors as positional arguments, and returns tensors.
+        examples: example arguments of several sizes. The first example is traced; the check also uses the others.
+        inputs: the name of each input tensor, in the order of the flattened arguments.
+        outputs: the name of each output tensor.
+        shapes: for each argument, a map from each dynamic axis to its name; nested like the arguments.
     """
 
     module: nn.Module
@@ -45,16 +45,16 @@ class ExportWords:
 
 
 def words_of(model: PretrainedModel, source: Path) -> ExportWords:
-    """Describe how a causal language model, an encoder or a classifier is called.
+    """Return the `ExportWords` of a causal language model, an encoder or a classifier.
 
-    The description depends on the model's class and on the parameters of the model's `forward`.
+    The inputs and outputs depend on the model's class and on the parameters of the model's `forward`.
 
     Args:
         model: a transformers model in evaluation mode.
         source: the model's folder, for errors.
 
     Raises:
-        Unsupported: the model does not read tokens, or does not keep its past in a cache of transformers.
+        Unsupported: the model does not read tokens, or does not keep its past in a transformers cache.
     """
     if "input_ids" not in inspect.signature(model.forward).parameters:
         cure = "Export the torch model with adapterkit.onnx.export"

@@ -1,8 +1,8 @@
 """Export models as several graphs: encoder-decoders, and language models that read images.
 
 The files have the names that optimum and transformers.js expect. An encoder-decoder becomes `encoder_model.onnx`,
-`decoder_model.onnx` for the first token and `decoder_with_past_model.onnx` for the others. See `vision_language` for
-language models that read images.
+`decoder_model.onnx` for the decoder's first call, and `decoder_with_past_model.onnx` for its later calls. See
+`vision_language` for language models that read images.
 """
 
 from __future__ import annotations
@@ -28,30 +28,31 @@ if TYPE_CHECKING:
 ENCODER, DECODER, WITH_PAST = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
 
 FILES = (ENCODER, DECODER, WITH_PAST, VISION, EMBEDDING, MERGED)
-"""The file names of all graphs that an export may write for a model that becomes several graphs."""
+"""All file names that graphs can have if a model is exported as several graphs."""
 
 MASKED = ("input_ids",)
-"""Values of transformers' `main_input_name` for which the encoder also reads an attention mask."""
+"""The main inputs (transformers' `main_input_name`) of encoders that also read an attention mask."""
 
 UNMASKED = {"input_features": ("whisper",), "pixel_values": ("vision-encoder-decoder",)}
-"""Values of transformers' `main_input_name` for which the encoder reads no mask, with the supported `model_type`s."""
+"""The main inputs of encoders that read no mask: a map from `main_input_name` to the supported `model_type`s."""
 
 _WHOLE = "Export the torch model with adapterkit.onnx.export"
 
 
 def parts_of_model(model: PretrainedModel, source: Path) -> dict[str, ExportWords]:
-    """Describe how each part of a model is called, if the parts become separate graphs.
-
-    The result maps the file name of each graph to the description. It is empty if the model becomes one graph.
+    """Split a model into the parts that are exported as separate graphs.
 
     Args:
-        model: a transformers model in evaluation mode. If it has several parts, its attention implementation is set to
-            `eager`, which can be traced.
+        model: a transformers model in evaluation mode. If it is split, its attention implementation is set to `eager`,
+            which can be traced.
         source: the model's folder, for errors.
 
+    Returns:
+        a map from each graph's file name to the `ExportWords` of its part; empty if the model is exported as one graph.
+
     Raises:
-        Unsupported: the encoder-decoder is of an unknown type or does not generate tokens, or the parts cannot be
-            called separately.
+        Unsupported: the model is an encoder-decoder of an unknown type, does not generate tokens, or has parts that
+            cannot be called separately.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         return _encoder_decoder(model, source)
@@ -71,14 +72,15 @@ def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWo
         why = f"a {type(model).__name__} does not generate tokens"
         cure = "Pass the folder of a model that generates tokens, or " + _WHOLE.lower()
         raise Unsupported(why, path=source, cure=cure)
-    # Use eager attention: torch.export cannot trace the strides of torch's fused attention with a position bias (T5).
+    # Use eager attention. If attention has a position bias (T5), torch.export cannot trace the strides of torch's fused
+    # attention.
     with silent():
         model.set_attn_implementation("eager")
     masked = main in MASKED
     lengths = {1: 5, 2: 4} if masked else {1: 0, 2: 0}
     inputs = {batch: _main_input(model, main, batch, length) for batch, length in lengths.items()}
     with torch.no_grad(), quiet():
-        # Run the encoder to get the sizes of its output, because the config stores them under keys that depend on the
+        # Run the encoder to get the sizes of its output, because the config's keys for these sizes depend on the
         # architecture. For audio and images, the number of positions is fixed.
         hidden = {batch: _encode(model, *given).shape[1:] for batch, given in inputs.items()}
     heads = _heads(model, hidden[2], source)
@@ -131,7 +133,7 @@ def _encoder_module(model: PretrainedModel) -> nn.Module:
 
 def _decode(model: PretrainedModel, ids: Tensor, hidden: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
     more = {} if mask is None else {"attention_mask": mask}
-    # T5Gemma reads the attribute `last_hidden_state`; other models also take a tuple.
+    # T5Gemma reads the attribute `last_hidden_state` of `encoder_outputs`; other models also accept a tuple.
     encoded = import_module("transformers.modeling_outputs").BaseModelOutput(last_hidden_state=hidden)
     return model(
         decoder_input_ids=ids, encoder_outputs=encoded, **more, **{cache_word(model): cache}, use_cache=True,
@@ -142,8 +144,8 @@ def _decode(model: PretrainedModel, ids: Tensor, hidden: Tensor, mask: Tensor | 
 def _empty_cache(past: Sequence[Sequence[Tensor]] = ()) -> Cache:
     """Return a cache that contains the tensors of `past`; an empty cache by default.
 
-    `past` has four tensors for each layer, in the order of `KEPT`. With a past, attention layers read the encoder's
-    keys and values from the cache instead of computing them.
+    `past` has four tensors for each layer, in the order of `KEPT`. If there is a past, cross-attention layers read
+    their keys and values from the cache, and do not compute them from the encoder's output.
     """
     transformers = import_module("transformers")
     parts = [[pair[start : start + 2] for pair in past] for start in (0, 2)]
@@ -154,7 +156,7 @@ def _empty_cache(past: Sequence[Sequence[Tensor]] = ()) -> Cache:
 
 
 def _heads(model: PretrainedModel, hidden: Sequence[int], source: Path) -> list[tuple[tuple[int, int], ...]]:
-    """Return four pairs `(heads, head size)` for each layer, one for each cached tensor, in the order of `KEPT`."""
+    """For each layer, return the `(heads, head size)` of its four cached tensors, in the order of `KEPT`."""
     import torch
 
     cache, kind = _empty_cache(), next(model.parameters()).dtype
@@ -179,10 +181,10 @@ def _decoder(
     model: PretrainedModel, hidden: Mapping[int, Sequence[int]], heads: Sequence[tuple[tuple[int, int], ...]],
     masked: bool, past: bool,
 ) -> ExportWords:  # fmt: skip
-    """Describe how the decoder is called: for the first token, or with the past of earlier tokens.
+    """Return the `ExportWords` of the decoder: for its first call or, if `past`, for later calls.
 
-    With a past, the decoder does not read the encoder's output, because the past contains the keys and values that were
-    computed from that output.
+    If `past`, the graph does not read the encoder's output, because the past already contains the keys and values that
+    were computed from that output.
     """
     import torch
     from torch import nn
@@ -197,8 +199,8 @@ def _decoder(
         ) -> tuple[Tensor, list[list[Tensor]]]:
             if pasts:
                 first = pasts[0][2]
-                # Pass zeros as the encoder's output: attention layers do not use it, because they read the encoder's
-                # keys and values from the past.
+                # Pass zeros as the encoder's output. The result does not depend on that output, because cross-attention
+                # layers read their keys and values from the past.
                 states = first.new_zeros(first.shape[0], first.shape[2], width)
             assert states is not None
             cache = _empty_cache(pasts or ())

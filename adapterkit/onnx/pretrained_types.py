@@ -1,4 +1,4 @@
-"""The attributes of transformers' classes that an export uses; each architecture has its own classes."""
+"""Protocols for the models, configs and caches of transformers, with only the attributes that an export uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class ModelConfig(Protocol):
-    """A config of transformers; each architecture has its own attributes."""
+    """A transformers config. `__getattr__` accepts any name, because the attributes depend on the architecture."""
 
     model_type: str
 
@@ -38,7 +38,7 @@ class CacheLayer(Protocol):
 
 
 class Cache(Protocol):
-    """A cache of transformers; only `EncoderDecoderCache` has the last three attributes."""
+    """A transformers cache. Only an `EncoderDecoderCache` has attributes other than `layers`."""
 
     layers: Sequence[CacheLayer]
     self_attention_cache: Cache

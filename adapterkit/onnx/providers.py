@@ -1,4 +1,4 @@
-"""Find a provider that works: onnxruntime also lists broken providers, and silently uses another provider instead."""
+"""Find an execution provider that works. onnxruntime also lists broken ones, and silently uses the CPU instead."""
 
 from __future__ import annotations
 
@@ -30,7 +30,13 @@ float32 inputs to TF32."""
 
 
 class OrtInput(Protocol):
-    """An input of a session: its name, element type such as `tensor(float)`, and sizes; a dynamic size is a name."""
+    """An input or output of a session.
+
+    Attributes:
+        name: its name in the graph.
+        type: the element type, such as `tensor(float)`.
+        shape: its sizes; a dynamic size is a name, or None if it has no name.
+    """
 
     name: str
     type: str
@@ -48,7 +54,7 @@ class OrtValue(Protocol):
 
 
 class OrtBinding(Protocol):
-    """onnxruntime's `IOBinding`: the inputs and outputs of a run, bound by name."""
+    """onnxruntime's `IOBinding`, which assigns memory to the named inputs and outputs of a run."""
 
     def bind_cpu_input(self, name: str, arr_on_cpu: Array) -> None: ...
 
@@ -121,7 +127,7 @@ def best_provider() -> str:
 
 @cache
 def runs_on(provider: str) -> bool:
-    """Whether onnxruntime can run on a provider: try a graph of one node, and check that no other provider is used."""
+    """Whether a session can use a provider. This is tested by starting a session with a graph of one node."""
     onnxruntime: Any = import_module("onnxruntime")
     if provider not in onnxruntime.get_available_providers():
         return False

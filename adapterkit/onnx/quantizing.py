@@ -1,9 +1,11 @@
 """Quantize an exported graph with onnxruntime's quantizers, and measure the rounding error of each weight.
 
-Weights are rounded in blocks of 32 inputs (`MatMulNBits`). For 8 bits, the graph lets onnxruntime also round each
-layer's input in blocks of 32. Otherwise, onnxruntime would unpack whole weights for each token. Dynamic quantization is
-not used, because it rounds the whole input with one scale, so models with a few large activations would lose most of
-their precision.
+Weights are rounded in blocks of 32 inputs (`MatMulNBits`). In 8-bit graphs, an attribute allows onnxruntime to round
+each layer's input too, in blocks of 32. Without this attribute, onnxruntime would unpack whole weights for each token.
+
+onnxruntime's dynamic quantization is not used, because it rounds a layer's whole input with one scale. With a single
+scale, models with a few large activations would lose most of their precision.
+
 Adapters that are attached as nodes or slots stay in floating point.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
@@ -35,7 +37,7 @@ SCHEMES: dict[str, dict[str, Any]] = {"int8": {"bits": 8, "accuracy_level": 4}, 
 kernels. Level 4 allows kernels to compute in 8-bit integers."""
 
 BLOCK = 32
-"""The number of inputs whose weights share a scale."""
+"""The block size: for each output of a layer, the weights of this many consecutive inputs share one scale."""
 
 _PREPARED = {"onnx.quant.pre_process": "onnxruntime.quant"}
 """Metadata that onnxruntime's quantizers expect; without it, they log a warning."""
@@ -48,7 +50,7 @@ def prepare(graph: ir.Model, names: Collection[str]) -> None:
 
     Args:
         graph: a traced export, in which each weight has its own Transpose.
-        names: the names of the weights to quantize, without the tensors of adapters.
+        names: the names of the weights to quantize. They do not include the names of the adapters' tensors.
     """
     building, fresh = Building(graph), Fresh()
     for node in list(nodes_of(graph)):
@@ -107,7 +109,7 @@ def packed(model: Path, scheme: str, out: Path) -> dict[str, dict[str, float]]:
         out: the file to write.
 
     Raises:
-        Unsupported: onnxruntime's quantizer fails, or finds no layer to pack.
+        Unsupported: onnxruntime's quantizer fails, or finds no layer that it can quantize.
     """
     stage(f"quantizing to {scheme}")
     graph = _quantized(model, scheme, model.with_name("quantized.onnx"))
@@ -126,12 +128,12 @@ def _quantized(model: Path, scheme: str, out: Path) -> ir.Model:
     except Exception as error:  # The quantizers raise any type of error.
         first = first_line(error)
         raise Unsupported(
-            f"onnxruntime cannot quantize the graph ({first})", cure="Export it without --quantize (quantize=)"
+            f"onnxruntime cannot quantize the graph ({first})", cure="Export the model without --quantize (quantize=)"
         ) from error
     graph = opened(out).model
     if not any(is_packed(spot) for spot in spots_of(graph)):
-        why = "onnxruntime's quantizer finds no layer that it can pack"
-        raise Unsupported(why, cure="Export it without --quantize (quantize=)")
+        why = "onnxruntime's quantizer found no layer that it can quantize"
+        raise Unsupported(why, cure="Export the model without --quantize (quantize=)")
     return graph
 
 
@@ -147,7 +149,7 @@ def _in_bits(model: Path, scheme: Mapping[str, object], out: Path) -> None:
 
 @contextmanager
 def _unheard() -> Iterator[None]:
-    """Silence the quantizers' logging, and remove the handler that importing them adds to the root logger."""
+    """Silence logging inside the block, and then remove the handler that the quantizers add to the root logger."""
     root = logging.getLogger()
     handlers, level, disabled = root.handlers[:], root.level, logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -160,7 +162,7 @@ def _unheard() -> Iterator[None]:
 
 
 def _damage(model: Path, packed: ir.Model) -> dict[str, dict[str, float]]:
-    """Return a map from each quantized module to its weight's relative rounding error, in the Frobenius norm."""
+    """For each quantized module, return `{"error": e}`: its weight's relative rounding error, in the Frobenius norm."""
     initializers = opened(model).model.graph.initializers
     errors: dict[str, dict[str, float]] = {}
     for spot in spots_of(packed):
@@ -177,7 +179,7 @@ def _damage(model: Path, packed: ir.Model) -> dict[str, dict[str, float]]:
 
 
 def with_exact_inputs(packed: Path, out: Path) -> None:
-    """Write a copy of a quantized graph that does not round the inputs of layers, to check only its weights."""
+    """Write a copy of a quantized graph that does not round layers' inputs, so that a check tests only the weights."""
     model = opened(packed).model
     for node in nodes_of(model):
         if node.op_type == "MatMulNBits":

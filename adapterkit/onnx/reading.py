@@ -1,4 +1,4 @@
-"""Open the arguments that most functions of this package take: an adapter and the base's weights."""
+"""Read an adapter, and open the base's weights and config. Most functions of `adapterkit.onnx` start with this."""
 
 from __future__ import annotations
 
@@ -48,10 +48,12 @@ def name_of(adapter: Source) -> str:
 
 
 def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | None, strict: bool) -> tuple[str, ...]:
-    """Return a warning for each adapter that names another base than `base`; an empty tuple if `base` is None.
+    """Return one warning for each difference between `base` and the bases that the adapters record.
+
+    If `base` is None, the result is empty.
 
     Raises:
-        CheckFailed: `strict` is set, and an adapter names another base.
+        CheckFailed: `strict` is set, and there is a difference.
     """
     if base is None:
         return ()
@@ -61,14 +63,14 @@ def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | No
 
 
 GENAI_TYPE = "genai_model_type"
-"""If there is only a `genai_config.json`, `known_config` returns the model type from this file under this key."""
+"""The key under which `known_config` returns a model type that it read from a `genai_config.json`."""
 
 
 def known_config(base: Checkpoint | None, path: Path | None) -> Mapping[str, object] | None:
     """Return the exported model's config.
 
-    If there is none, return `{GENAI_TYPE: type}` with the model type from `genai_config.json` beside the graph; None if
-    there is no such file, either.
+    If there is no config, return `{GENAI_TYPE: type}` with the model type from `genai_config.json` beside the graph. If
+    this file is missing or has no model type, return None.
     """
     try:
         return config_of(base, path)

@@ -1,15 +1,16 @@
 """Trace the recurrences of state space models and linear attention as ONNX `Scan`, for any number of tokens.
 
-In transformers, such a layer has two branches. The branch for one token continues the layer's state; the branch for a
-sequence calls a kernel that loops in Python, over the tokens or over chunks of them. torch cannot trace such a loop for
-a dynamic number of tokens, and some of these kernels always begin with an empty state, even after a past.
+In transformers, a layer with a recurrence has two branches. The branch for one token continues the layer's state. The
+branch for a sequence calls a sequence kernel: a function that loops in Python, over tokens or over chunks of tokens.
+torch cannot trace this loop for a dynamic number of tokens. Some sequence kernels also ignore the state of earlier
+tokens, and always begin with an empty state.
 
-Here, each of these kernels becomes a `Scan` over the tokens. The body of the `Scan` calls one of the model's own
-kernels for a single token. The `Scan` begins with the layer's state, so one graph runs a prompt, a single token, and
-several tokens after a past. All projections stay outside of the `Scan`, as matrix products over all tokens.
+This module replaces each sequence kernel by a `Scan` over the tokens. The body of the `Scan` calls one of the model's
+own kernels for a single token. The `Scan` begins with the layer's state, so the same graph can run a prompt, a single
+token, or several tokens after a past. All projections stay outside of the `Scan`, as matrix products over all tokens.
 
-Kernels are recognized by their parameters, which are those of the packages mamba-ssm and flash-linear-attention; all
-architectures of transformers share them.
+Sequence kernels are recognized by the names of their parameters. All architectures of transformers use the names from
+the packages mamba-ssm and flash-linear-attention.
 """
 
 from __future__ import annotations
@@ -43,12 +44,14 @@ DELTA = frozenset({"query", "key", "value", "g", "beta", "chunk_size", "initial_
 """Parameters of `chunk_gated_delta_rule` and `chunk_kda` of flash-linear-attention."""
 
 SSM, RECURRENT = "ssm", "recurrent"
-"""The kinds of states in the names of a graph's inputs and outputs: of state space models, and of other recurrences."""
+"""Two kinds of state: of state space models, and of other recurrences. The graph's input and output names use them."""
 
 
 @dataclass
 class LastState:
-    """The state that the current layer read from the cache; `SELECTIVE` kernels do not get it as an argument.
+    """The state that the current layer read from the cache.
+
+    It is stored here because transformers does not pass the state to `SELECTIVE` kernels.
 
     Attributes:
         state: the state; None if the cache has no state for the layer.
@@ -59,13 +62,13 @@ class LastState:
     calls: int = 0
 
     def read(self, state: Tensor | None) -> None:
-        """Store the state that a layer has read, from which the next calls of a kernel begin."""
+        """Store the state that a layer has read. The next calls of a kernel begin with this state."""
         self.state, self.calls = state, 0
 
     def next(self, like: Tensor) -> Tensor:
-        """Return the initial state for the next call of a kernel: the whole state, or its part for one head.
+        """Return the initial state for the next call of a kernel: the whole state, or the slice for one head.
 
-        Without a state, return zeros in the shape of `like`.
+        If there is no state, return zeros in the shape of `like`.
         """
         import torch
 
@@ -77,7 +80,7 @@ class LastState:
 
 
 def kernels_of(model: PretrainedModel) -> Iterator[tuple[ModuleType, str, str]]:
-    """Yield each kernel for sequences in the Python modules that define a model's layers.
+    """Find the sequence kernels in the Python modules that define a model's classes.
 
     Yields:
         the Python module, the kernel's name in this module, and the kind of its state (`SSM` or `RECURRENT`).
@@ -96,7 +99,7 @@ def kernels_of(model: PretrainedModel) -> Iterator[tuple[ModuleType, str, str]]:
 
 @contextmanager
 def as_scans(model: PretrainedModel, last: LastState) -> Iterator[None]:
-    """Inside the `with` block, replace a model's kernels for sequences by kernels that are exported as `Scan`.
+    """Inside the `with` block, replace a model's sequence kernels by functions that torch exports as a `Scan`.
 
     Args:
         model: the model. The kernels are replaced in the Python modules of its classes.
@@ -210,7 +213,8 @@ def whole(tensor: Tensor) -> Tensor:
 def _is_exporting() -> bool:
     import torch
 
-    # Outside of an export, run transformers' own kernels, so that the check compares the graph with them.
+    # Outside of an export, `_chunked` and `_delta` run transformers' own kernels, so that the check compares the graph
+    # with these kernels. `_selective` cannot, because the original kernel begins with an empty state.
     return torch.compiler.is_exporting()
 
 
@@ -218,7 +222,7 @@ def _scan(
     body: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]], state: Tensor, columns: tuple[Tensor, ...],
     axis: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run `body` for each index of the columns' `axis`; return the last state, and the outputs stacked along `axis`."""
+    """Call `body` for each index on `axis` of `columns`; return the last state, and the outputs stacked on `axis`."""
     import torch
     from torch._higher_order_ops.scan import scan
 

@@ -1,9 +1,11 @@
 """Read and change the weights of recurrent layers (RNN, GRU, LSTM).
 
-A single node has the weights and biases of all gates and directions. New nodes compute the changed weight, and the
-layer reads it: nodes beside the layer could not express the change. The order of gates differs: torch has `r z n` for
-GRU and `i f g o` for LSTM; ONNX has `z r h` and `i o f c`. The methods' formulas get weights and biases in torch's
-order.
+A single node has the weights and biases of all gates and directions, and computes all steps of the recurrence. Nodes
+beside the layer could not express a change of its weight. Therefore new nodes compute the changed weight, and the layer
+reads the changed weight.
+
+The order of the gates differs: torch has `r z n` for GRU and `i f g o` for LSTM; ONNX has `z r h` and `i o f c`. The
+adapters' formulas get weights and biases in torch's order.
 https://onnx.ai/onnx/operators/onnx__LSTM.html
 https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
 """
@@ -27,23 +29,24 @@ BIASES = 3
 """The position of the biases among the inputs of a recurrent node."""
 
 GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
-"""A map from each operator to its gates in ONNX's order. Each gate is given by its position in torch's order."""
+"""A map from each operator to torch's index of each gate, listed in ONNX's order."""
 
 GATES_BACK = {op: tuple(int(at) for at in np.argsort(order)) for op, order in GATES.items()}
-"""A map from each operator to its gates in torch's order. Each gate is given by its position in ONNX's order."""
+"""A map from each operator to ONNX's index of each gate, listed in torch's order."""
 
 _CALL = re.compile(r"/(?:GRU|LSTM|RNN)(?:_(\d+))?$")
 
 
 class Recurrent(GraphLayer):
-    """The weight and bias of a recurrent layer for one direction, for either the inputs or the hidden state.
+    """One of the weights of a recurrent layer, with its bias.
 
-    The weight is `[gates * hidden, in]`, and the bias is `[gates * hidden]`. `Recurrent` itself is for the inputs and
-    the forward direction.
+    The layer has up to four weights: one for the inputs and one for the hidden state, in each direction. `Recurrent`
+    is the weight for the inputs in the forward direction; each subclass is one of the others. The weight is
+    `[gates * hidden, in]`, and the bias is `[gates * hidden]`.
 
     Class attributes:
-        direction: the index of the direction in the stacked tensor.
-        part: `ih` for the inputs, `hh` for the hidden state, as in torch's names of weights.
+        direction: the index of the direction in the node's stacked tensors.
+        part: `ih` for the inputs, `hh` for the hidden state, as in torch's `weight_ih_l0` and `weight_hh_l0`.
     """
 
     inside = True
@@ -117,18 +120,18 @@ class Recurrent(GraphLayer):
 
     @classmethod
     def bias_half(cls) -> int:
-        """Return the half of a row of biases that belongs to this class: 0 for the inputs, 1 for the hidden state."""
+        """Return which half of each row of biases this class uses: 0 (for the inputs) or 1 (for the hidden state)."""
         return ("ih", "hh").index(cls.part)
 
     @classmethod
     def detached_bias(cls, node: ir.Node, bias: ir.Value) -> Callable[[], Array]:
-        """Return a function that computes the present bias in torch's order, even if the node is changed later."""
+        """Return a function that computes the bias in torch's order. Later changes of the graph do not affect it."""
         copy, order = detached_copy(bias), GATES_BACK[node.op_type]
         return lambda: _reordered(np.split(numbers(copy)[cls.direction], 2)[cls.bias_half()], order)
 
     @classmethod
     def changed_bias(cls, node: ir.Node, bias: ir.Value, f: Callable[[Array], Array]) -> Callable[[], Array]:
-        """Return a function that computes the biases of all directions, with `f` applied to the bias of this class."""
+        """Return a function that applies `f` to this class's bias, and returns the biases of all directions."""
         copy, order, back = detached_copy(bias), GATES[node.op_type], GATES_BACK[node.op_type]
 
         def make() -> Array:
@@ -144,12 +147,12 @@ class Recurrent(GraphLayer):
         return both[:size], both[size:]
 
     def _biases(self) -> Value:
-        """Return the biases that the node reads now, which may already include another target's change."""
+        """Return the biases that the node reads now. They may already include another target's change."""
         biases = self.node.inputs[BIASES]
         return Value(self.branch, (self._directions(), 2 * self.shape[0]), element_type(biases), biases)
 
     def _placed(self, new: Value, stacked: Value) -> Value:
-        """Return the tensor `stacked` of all directions, with this direction's part replaced by `new`."""
+        """Return `stacked`, which has one entry for each direction, with this direction's entry replaced by `new`."""
         pieces = [new[None] if at == self.direction else stacked[at : at + 1] for at in range(stacked.shape[0])]
         return pieces[0] if len(pieces) == 1 else concatenated(pieces, 0)
 
@@ -157,7 +160,7 @@ class Recurrent(GraphLayer):
         return 1 + (attribute(self.node, "direction", "forward") == "bidirectional")
 
     def _stacked(self) -> Value:
-        """Return the weights of all directions that the node reads now, which may already include another change."""
+        """Return all directions' weights that the node reads now. They may already include another target's change."""
         weights = self.node.inputs[self.position]
         return Value(self.branch, (self._directions(), *self.shape), element_type(weights), weights)
 
@@ -168,7 +171,7 @@ class Recurrent(GraphLayer):
 
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array], Array]) -> Callable[[], Array]:
-        """Return a function that computes the weights of all directions, with `f` applied to the weight of this one."""
+        """Return a function that applies `f` to this direction's weight, and returns the weights of all directions."""
         copy, order, back = detached_copy(cls.operand_of(node)), GATES[node.op_type], GATES_BACK[node.op_type]
 
         def make() -> Array:
@@ -196,19 +199,19 @@ def _reordered(W: Array, order: Sequence[int]) -> Array:
 
 
 class InputsBack(Recurrent):
-    """The weight of the inputs, backward direction."""
+    """The weight for the inputs in the backward direction."""
 
     direction = 1
 
 
 class Hidden(Recurrent):
-    """The weight of the hidden state."""
+    """The weight for the hidden state in the forward direction."""
 
     part, position = "hh", 2
 
 
 class HiddenBack(Hidden):
-    """The weight of the hidden state, backward direction."""
+    """The weight for the hidden state in the backward direction."""
 
     direction = 1
 

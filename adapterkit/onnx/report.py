@@ -1,4 +1,4 @@
-"""The result of changing a graph, or a folder of graphs."""
+"""The report that functions such as `export`, `inject` and `merge` return."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphReport:
-    """The result of changing a graph.
+    """The report of an export, an injection or a merge: the written files, the targets, and the check's results.
 
     Attributes:
         out: the path of the written graph or folder.
         files: all written files.
         found: the adapter's targets, each with its layers in the graph.
-        difference: the largest difference that the check found; None if the check did not run.
-        note: why the check did not run. If the adapter has prompts, new tokens or a prefix, also how to use them.
-        damage: for each target whose merged weight was quantized again, `error` (relative to the merged weight) and
-            `kept` (the fraction of the change that is left). For an export with `quantize`, `error` for each module.
-        reference: the largest difference between ONNX's reference implementation and onnxruntime on the written graph;
-            None if the reference implementation did not run, e.g. because of operators outside of ONNX.
-        saturation: for static quantization, the number of values that the graph clips without and with the adapter;
-            None if the check did not run.
+        difference: the largest difference between the outputs that the check compared; None if the check did not run.
+        note: a note for the user, for example why the check did not run. If the adapter has prompts, new tokens or a
+            prefix, the note says how to use them.
+        damage: rounding errors. After a merge, the keys are the targets whose merged weight was quantized again; each
+            has an `error` (relative to the merged weight) and `kept` (the fraction of the change that is left). After
+            an export with `quantize`, the keys are the quantized modules; each has an `error`.
+        reference: the largest difference between the outputs of ONNX's reference implementation and of onnxruntime for
+            the written graph; None if the reference implementation did not run, e.g. because of operators outside of
+            ONNX.
+        saturation: for static quantization, how many values the graph clips without the adapter and with it; None if
+            the check did not run.
         warnings: sentences for the user, each with a remedy.
         parts: for a folder of graphs, the report of each changed graph, by the graph's name.
-        beside: targets whose packed weight is unchanged, because the change is attached beside it as floating-point
-            factors. If quantizing the merged weight was tried, `damage` has the error that this would have caused.
-        left: for an export with `allow_partial`, a map from each adapter's name to its targets that the graph lacks.
+        beside: targets whose packed weight is unchanged. Their change is attached beside the weight, as floating-point
+            factors. If quantizing the merged weight was tried first, `damage` has the error of that quantization.
+        left: for an export with `allow_partial`, the targets that the graph lacks, by the adapter's name.
     """
 
     out: Path

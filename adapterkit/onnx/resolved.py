@@ -25,35 +25,36 @@ if TYPE_CHECKING:
     from .outlets import Outlet
 
 METHODS = ("scopes", "folded_from", "initializer", "path", "heads", "values", "packed", "nearest")
-"""The methods that find a layer's name, in the order in which they are tried.
+"""The methods that find a layer's name, in the order in which they are tried. The name comes from:
 
-- `scopes`: the exporter's metadata about the module of the node.
-- `folded_from`: the exporter's metadata about a folded parameter.
-- `initializer`: the name of the stored tensor.
-- `path`: the name of the node.
-- `heads`: the head counts of the attention that reads a packed layer.
-- `values`: a base weight with equal values.
-- `packed`: a base weight whose values equal some rows of a weight that packs several layers.
-- `nearest`: the base weight with the nearest values.
+- `scopes`: the exporter's metadata about the node's module.
+- `folded_from`: the exporter's metadata about the parameters that were folded into the stored tensor.
+- `initializer`: the stored tensor's name.
+- `path`: the node's name.
+- `heads`: the name of a layer that packs queries, keys and values. The rows of each come from the attention's head
+  counts, or from a Split.
+- `values`: a base weight with values equal to the layer's weight.
+- `packed`: a base weight with values equal to some rows of the layer's weight, if the layer packs several layers.
+- `nearest`: the base weight with the nearest values; see `NEAR` and `APART`.
 """
 
 NEAR = 0.15
-"""Largest relative distance, in the Frobenius norm, between a base weight and its rounded copy in the graph."""
+"""A graph's weight is accepted as a base weight's rounded copy up to this relative distance (in the Frobenius norm)."""
 
 APART = 3.0
-"""How many times as far away as the nearest candidate the second nearest must be, for the nearest to be accepted."""
+"""The nearest candidate is accepted only if the second nearest candidate is at least this many times as far away."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spot:
-    """A layer at a node of a graph.
+    """One call of a layer in a graph: the node that computes the layer's output.
 
     Attributes:
         node: the node.
         kind: the kind of layer.
         names: a map from each method in `METHODS` to the names that it found for the layer's weight, such as
             `fc.weight`.
-        shape: the weight's shape as the methods' formulas get it, `[out, in, *k]`.
+        shape: the weight's shape in the layout of the adapters' formulas, `[out, in, *k]`.
         sources: the stored tensors that the node's weight is computed from.
         rows: if the node packs several layers, the range of the node's outputs that belong to this layer.
     """
@@ -71,7 +72,11 @@ Known = dict[str, tuple[str, list[Spot]]]
 
 
 def distance(W: Array, spot: Spot) -> float | None:
-    """Return the relative distance between W and a layer's weight or its transpose; None if the shapes differ."""
+    """Return the relative distance between W and a layer's weight.
+
+    If the transposed weight is nearer, the distance from the transposed weight is returned; None if neither has W's
+    shape.
+    """
     turned = (spot.shape[1], spot.shape[0], *spot.shape[2:])
     if W.shape not in (spot.shape, turned):
         return None
@@ -89,12 +94,12 @@ class FoldedNorm:
 
     Attributes:
         name: the name of the norm or of the scale in the base.
-        scale: `gamma / sqrt(var + eps)` for a norm, the stored values for a scale, `[out]`, float64.
-        shift: `beta - scale * mean` for a norm, zeros for a scale, `[out]`, float64.
-        weight: the base's weight as the methods' formulas get it, `[out, in, *k]`, float64.
+        scale: `[out]`, float64; `gamma / sqrt(var + eps)` for a norm, the stored values for a scale.
+        shift: `[out]`, float64; `beta - scale * mean` for a norm, zeros for a scale.
+        weight: the base's weight in the layout of the adapters' formulas, `[out, in, *k]`, float64.
         bias: the bias of the base's layer, `[out]`, float64; None if the layer has none.
-        kind: the word for the norm or the scale in messages.
-        is_rounded: whether the graph stores the layer's weight in few bits. If so, updates are computed with the base's
+        kind: `batch norm` or `scale`, for messages.
+        is_rounded: whether the graph stores the layer's weight quantized. If so, updates are computed with the base's
             weight, even after a merge has dequantized the graph's weight.
     """
 
@@ -110,8 +115,8 @@ class FoldedNorm:
         """Return the scale in a shape that broadcasts with a weight `[out, in, *k]`.
 
         Args:
-            groups: the number of groups of a transposed convolution, whose weight has `out / groups` outputs for each
-                input; 1 for other layers.
+            groups: for a transposed convolution, the number of groups; the result then broadcasts with a weight
+                `[out / groups, in, *k]`. For other layers, 1.
         """
         rest = self.weight.ndim - 2
         if groups == 1:
@@ -122,11 +127,11 @@ class FoldedNorm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BaseBias:
-    """The bias of a target's layer in the base.
+    """The bias that a target's layer has in the base.
 
     Attributes:
-        numbers: the bias, float32; None if the layer has none.
-        others: all other vectors in the base's files, by name.
+        numbers: the bias, `[out]`, float32; None if the layer has none.
+        others: all other floating-point vectors in the base's files, by name.
     """
 
     numbers: Array | None
@@ -135,7 +140,7 @@ class BaseBias:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResolvedTarget:
-    """An adapter's target, and the layers or the module of a graph to which it belongs.
+    """An adapter's target, resolved to layers of a graph or to a module without a weight.
 
     Attributes:
         target: the target with its name in the graph. The layout is `out *in`, except for a stack of experts.
@@ -143,11 +148,10 @@ class ResolvedTarget:
         updates: the updates at the target.
         spots: the target's layers, one for each call of the module.
         method: the method that found the layers, one of `METHODS`.
-        confidence: 1 if found by name or by equal values; if found by the nearest values, 1 minus the relative
-            distance.
+        confidence: always 1. `mapping.Place` has lower values for layers that match the base only approximately.
         turned: whether the updates apply to the weight with its first two axes swapped.
-        outlet: the output site of a module without a weight, which has no layers in `spots`. A layer has an outlet only
-            if its updates also read a residual or a norm.
+        outlet: the output site. A module without a weight always has one, and has no layers in `spots`. A layer has an
+            output site only if its updates also read a residual or a norm.
         norm: the batch normalisation or the scale that an exporter or optimizer folded into the layer.
         bias: the layer's bias in the base; None if it is unknown.
     """
@@ -193,7 +197,7 @@ class ResolvedTarget:
 
 
 def through(place: ResolvedTarget, W: Any, b: Any = None) -> tuple[Any, Any]:
-    """Apply a target's updates in order to a weight and a bias; return both."""
+    """Apply a target's updates, one after the other, to a weight and a bias; return the new weight and bias."""
     for update in place.updates:
         loaded = wide(update)
         loaded = loaded.settled(W) if b is not None and loaded.bias_sees_weight else loaded
