@@ -46,10 +46,14 @@ def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str
 
     Raises:
         TargetNotFound: there is no such slot; the error gives the nearest name.
-        ShapeMismatch: the tensor has another dtype or shape.
+        ShapeMismatch: the tensor's dtype or shape does not fit the slot.
     """
     if name not in slots:
-        cure = nearest(name, slots) or ("Is the adapter for this model?" if slots else "Export the model with slots")
+        cure = nearest(name, slots) or (
+            "Pass an adapter that was made for this model"
+            if slots
+            else "Give the model slots: inject an adapter with --mode slots (mode='slots')"
+        )
         raise TargetNotFound(f"the model has no slot {name}", path=path, cure=cure)
     declared, kind = slots[name].shape, kind_of(slots[name])
     if array.dtype != kind:
@@ -67,9 +71,9 @@ def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str
 
 
 def check_together(feeds: Mapping[str, Array], slots: Mapping[str, OrtInput], path: str | PathLike[str] | None) -> None:
-    """Check that the tensors of each update have the same dynamic sizes, such as the rank.
+    """Check that each dynamic size, such as the rank, is the same in all tensors of an update.
 
-    In a missing tensor, each dynamic size counts as 0.
+    If a tensor is missing, its dynamic sizes count as 0.
 
     Raises:
         ShapeMismatch: a dynamic size differs between two tensors of an update.
@@ -84,7 +88,10 @@ def check_together(feeds: Mapping[str, Array], slots: Mapping[str, OrtInput], pa
             row_count = feeds[name].shape[axis] if name in feeds else 0
             word = size.removeprefix(f"{name}.")
             if open_sizes.setdefault((stem, word), row_count) != row_count:
-                why = f"size {word} is {row_count}, but {open_sizes[stem, word]} in another tensor of the same update"
+                why = (
+                    f"the size {word} is {row_count} in this tensor, but {open_sizes[stem, word]} in another tensor of "
+                    "the same update"
+                )
                 raise ShapeMismatch(why, path=path, where=name, cure=_WRITE_ADAPTER)
 
 
@@ -92,7 +99,7 @@ def kind_of(entry: OrtInput) -> Dtype:
     """Return the numpy dtype of a session's input or slot.
 
     Raises:
-        Unsupported: numpy has no dtype for the entry's type.
+        Unsupported: numpy has no dtype for the input's type.
     """
     name = _KINDS.get(entry.type.removeprefix("tensor(").removesuffix(")"))
     if name is None:
@@ -111,15 +118,15 @@ PAST = "past_key_values."
 """Prefix of the names of a language model's inputs for cached keys and values."""
 
 MOST_NAMED = 4
-"""Largest number of inputs, or of a folder's graphs, that an error lists."""
+"""An error lists at most this many inputs, or this many graphs of a folder."""
 
 _WRITE_ADAPTER = "Write the adapter for this model with adapterkit.onnx.write_adapter"
 
 
-# A session passes the slots' values to onnxruntime by name, on the session's device. It does not use onnxruntime's own
-# `LoraAdapter`, for four reasons. A run that outlives the `LoraAdapter` reads freed memory. Bindings ignore a
-# `LoraAdapter`. If two adapters set the same slot, onnxruntime silently uses the first one. From Python, a
-# `LoraAdapter` stays in CPU memory.
+# A session copies the slots' values to its device, and passes them to onnxruntime by name. The session does not use
+# onnxruntime's own `LoraAdapter`, for four reasons. A run that outlives the `LoraAdapter` reads freed memory. Bindings
+# ignore a `LoraAdapter`. If two adapters set the same slot, onnxruntime silently uses the first adapter. A
+# `LoraAdapter` that was created in Python stays in CPU memory.
 
 
 Provider = str | tuple[str, Mapping[str, Any]]
@@ -134,12 +141,12 @@ class Session:
     """A model in onnxruntime.
 
     Args:
-        model: the file, or a folder with one graph; to load adapters, the graph must have slots. For a folder of
-            several graphs, see `FolderSession`.
+        model: an ONNX file, or a folder that contains one graph. Adapters can only be loaded if the graph has slots.
+            For a folder of several graphs, see `FolderSession`.
         adapters: adapters to load, by name; see `load`.
-        providers: the execution providers, in order of preference: names such as `cuda`, `openvino`, `coreml`,
-            `directml` and `cpu`, or onnxruntime's names, each alone or with a mapping of options. By default, CUDA if
-            there is a device for it, otherwise the CPU.
+        providers: the execution providers, in order of preference. Each provider is a name, or a pair of a name and a
+            mapping of options. A name is short, such as `cuda`, `openvino`, `coreml`, `directml` or `cpu`, or is
+            onnxruntime's own name for the provider. By default, CUDA if there is a CUDA device, otherwise the CPU.
 
     Attributes:
         inputs: names of the required inputs.
@@ -209,7 +216,7 @@ class Session:
         Raises:
             TargetNotFound: the model has no slot for a tensor, or a rule matches no target; the error gives the nearest
                 name.
-            UsageError: rules are given for a file whose tensors have the names of slots instead of targets.
+            UsageError: `rename` is given, but the tensors in the file are named after slots, not after targets.
             ShapeMismatch: a tensor does not fit its slot, or the other tensors of its update.
             Malformed: the file is damaged.
         """
@@ -217,24 +224,25 @@ class Session:
         values: Mapping[str, Lazy] | None = {} if path is None else _slot_values(path)
         ready_made = values is not None and path is not None
         values = values or {}
-        # If this model does not have the slots in a file by Olive, read the file like an adapter in any other format:
-        # Olive's slot names contain the targets' names.
+        # Olive's slot names contain the targets' names. So if Olive wrote the file, but for slots that this model does
+        # not have, read the file like an adapter in any other format.
         if ready_made and path is not None and not values.keys() & self._slots.keys() and has_olives_names(Path(path)):
             ready_made = False
         if ready_made:
             assert path is not None
             if rename:
                 cure = "Omit --rename (rename=), or pass the adapter that the file was written from"
-                raise UsageError("the file has names of slots, so there are no targets to rename", path=path, cure=cure)
+                why = "the file's tensors are named after slots, so there are no targets to rename"
+                raise UsageError(why, path=path, cure=cure)
             feeds = {key: as_array(leaf) for key, leaf in values.items()}
         else:
             feeds = fit(self._path, adapter, rename=rename, base_weights=base_weights)
         for key, array in feeds.items():
             check_slot(key, array, self._slots, path)
         check_together(feeds, self._slots, path)
-        # If the model's slots are required inputs, an adapter file fills all of them: for targets without an update, it
-        # contains tensors that change nothing. Drop these tensors. Otherwise, two adapters could not be used together
-        # even if they have no common target, because both would fill the same slots.
+        # If the model's slots are required inputs, an adapter file fills all slots: for targets without an update, the
+        # file contains tensors that change nothing. Drop these tensors. Otherwise, two adapters without a common target
+        # would fill the same slots, and could not be used together.
         same = {key for key, array in self._unchanging.items() if key in feeds and np.array_equal(feeds[key], array)}
         stems = {key.rpartition(".")[0] for key in feeds.keys() - same}
         feeds = {key: array for key, array in feeds.items() if key.rpartition(".")[0] in stems}
@@ -260,17 +268,17 @@ class Session:
             inputs: an array for each required input (`self.inputs`), and optionally for slots and other optional
                 inputs. For one text, a language model only needs `input_ids`: by default, the past is empty, no token
                 is masked, and positions count up.
-            adapter: the adapter's name; or a mapping from names to weights, for several adapters that have no common
-                target; or, for a model that `inject` wrote with `mode="rows"`, a list with a name or None for each row
-                of the batch. With None, the results equal the base's bit for bit.
+            adapter: the adapter's name. To use several adapters that have no common target, pass a mapping from names
+                to weights. If `inject` wrote the model with `mode="rows"`, you can pass a list with a name or None for
+                each row of the batch. With None, the results equal the base's bit for bit.
             outputs: the names of the outputs to return; all by default.
 
         Raises:
             UsageError: an input is missing, unknown or of another dtype; an output is unknown; no adapter of this name
                 is loaded; or a list of adapters does not fit the model or the batch.
             ShapeMismatch: onnxruntime cannot run the model on these inputs, for example because of their shapes.
-            Unsupported: two adapters use the same slot, an input and an adapter set the same slot, or an adapter with a
-                weight other than 1 has no scaling.
+            Unsupported: two adapters use the same slot; an input and an adapter set the same slot; or an adapter gets
+                a weight other than 1, but has no scaling that the weight could multiply.
         """
         feeds = {name: _value(self._checked(name, array)) for name, array in inputs.items()}
         if missing := [name for name in self.inputs if name not in feeds]:
@@ -323,8 +331,9 @@ class Session:
             all tokens, `[batch, length + new]`.
 
         Raises:
-            UsageError: the model is not a language model with a past, the prompt is empty, a mask is missing, does
-                not fit the tokens or excludes the last token, or padding would change the states of convolutions.
+            UsageError: the model is not a language model with a past; the prompt is empty; the mask is missing, does
+                not fit the tokens, or excludes the last token of a text; or the texts are padded, but the model has
+                convolutions whose states would include the padding.
             Also the errors of `run`.
         """
         past = [name for name in self.inputs if is_past(name)]
@@ -352,7 +361,10 @@ class Session:
         return tokens
 
     def _places(self, mask: Array, length: int) -> dict[str, Array]:
-        """Return the mask of all tokens, and the positions of the last `length` tokens, if the model reads them."""
+        """Return `attention_mask` for all tokens, and `position_ids` for the last `length` tokens.
+
+        An array is left out if the model has no input for it.
+        """
         arrays_by_name = {"attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -length:]}
         return {
             name: array.astype(kind_of(self._entries[name]))
@@ -363,14 +375,14 @@ class Session:
     async def run_async(
         self, inputs: Mapping[str, npt.ArrayLike], adapter: Choice = None, outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
-        """Call `run` in a thread; other Python code continues meanwhile."""
+        """Call `run` in a thread, so that the call does not block the event loop."""
         return await asyncio.to_thread(self.run, inputs, adapter, outputs)
 
     async def generate_async(
         self, input_ids: object, *, max_new_tokens: int = 32, adapter: Choice = None, end: int | Sequence[int] = (),
         attention_mask: object = None,
     ) -> Array:  # fmt: skip
-        """Call `generate` in a thread."""
+        """Call `generate` in a thread, so that the call does not block the event loop."""
         call = partial(
             self.generate, input_ids, max_new_tokens=max_new_tokens, adapter=adapter, end=end,
             attention_mask=attention_mask,
@@ -378,7 +390,7 @@ class Session:
         return await asyncio.to_thread(call)
 
     def _usual(self, inputs: Mapping[str, npt.ArrayLike], missing: Sequence[str]) -> dict[str, Array]:
-        """Return values for a language model's missing inputs, except those without a default.
+        """Return the default values of a language model's missing inputs. Omit inputs that have no default.
 
         The defaults are an empty past, a mask of ones, and positions that count up from the past's length.
         """
@@ -388,7 +400,7 @@ class Session:
         batch, length = np.shape(ids)[:2]
         given = {name: np.shape(array) for name, array in inputs.items() if name.startswith(PAST)}
         lengths = {shape[2] for name, shape in given.items() if len(shape) == 4 and name not in self._windows}
-        if len(lengths) != 1 and given:  # The cache of a sliding window does not show how many tokens came before.
+        if len(lengths) != 1 and given:  # The cache of a sliding window does not show how many tokens the past has.
             return {}
         past = lengths.pop() if given else 0
         defaults: dict[str, Array] = {}
@@ -403,10 +415,10 @@ class Session:
                 state = entry.shape[1:]
                 if not given and all(isinstance(size, int) for size in state):
                     defaults[name] = np.zeros((batch, *state), kind_of(entry))
-            elif name == "attention_mask" and batch == 1:  # Several texts may be padded, so require a mask.
+            elif name == "attention_mask" and batch == 1:  # With several texts, require a mask: some may be padded.
                 defaults[name] = np.ones((batch, past + length), kind_of(entry))
             elif name == "position_ids" and np.all(np.asarray(inputs.get("attention_mask", 1)) == 1):
-                # If the mask has padding, the caller must pass the positions, because they may start at any number.
+                # If a text is padded, the caller must pass the positions, because the first position is not known.
                 defaults[name] = np.arange(past, past + length, dtype=kind_of(entry))[None].repeat(batch, 0)
         return defaults
 
@@ -414,7 +426,7 @@ class Session:
         """Return the number of heads and the head size of a cache input; None if one of them is unknown."""
         if len(entry.shape) != 4:
             return None
-        # onnxruntime-genai's builder declares the head size as dynamic, and writes it to genai_config.json.
+        # onnxruntime-genai's builder declares the head size as dynamic. The real size is in its genai_config.json.
         known = (self._sizes.get("heads"), self._sizes.get("head_size"))
         heads, size = (
             one if isinstance(one, int) else other for one, other in zip(entry.shape[1::2], known, strict=True)
@@ -431,11 +443,11 @@ class Session:
         return f"Session({self._path.name!r}: {', '.join(inputs)}; {len(self.slots):,} slots{adapters})"
 
     def binding(self, adapter: Choice = None) -> OrtBinding:
-        """Return an onnxruntime binding that sets an adapter's slots, for `run_bound`.
+        """Return an onnxruntime binding for `run_bound`, to which the slots of an adapter are already bound.
 
-        Bind the inputs and the outputs to it, then call `run_bound`. With a binding, outputs such as past keys and
-        values stay on the device. To use an adapter with a binding, pass the adapter here, because onnxruntime ignores
-        the adapters in run options if there is a binding.
+        Bind the inputs and the outputs to the binding, then call `run_bound`. With a binding, outputs such as past
+        keys and values stay on the device. To use an adapter with a binding, pass the adapter here, because onnxruntime
+        ignores the adapters in run options if there is a binding.
 
         Raises:
             UsageError, Unsupported: as in `run`.
@@ -499,15 +511,16 @@ class Session:
         return feeds
 
     def _of_rows(self, names: list[str | None], inputs: Mapping[str, npt.ArrayLike]) -> dict[str, OrtValue]:
-        """Return the values of the stacked slots and of `adapter_index`, for a batch with an adapter for each row.
+        """Return the values of the stacked slots, and of `adapter_index`, which selects an adapter for each row.
 
         Raises:
-            UsageError: the model has no stacked slots, `names` and the batch have different lengths, or an adapter is
+            UsageError: the model has no stacked slots; `names` and the batch have different lengths; or an adapter is
                 not loaded.
         """
         if not self._by_rows:
             cure = "Inject the adapter with --mode rows (mode='rows'), or run the rows of each adapter separately"
-            raise UsageError("the model has no slots for a different adapter in each row", path=self._path, cure=cure)
+            why = "this model cannot use a different adapter for each row of the batch"
+            raise UsageError(why, path=self._path, cure=cure)
         sizes = {np.shape(array)[0] for array in inputs.values() if np.ndim(array)}
         if len(names) not in sizes:
             why = f"the list has {len(names)} adapters for a batch of {max(sizes, default=0)} rows"
@@ -524,11 +537,12 @@ class Session:
         return self._stacks[order] | {INDEX: self._placed(index)}
 
     def _weighed(self, name: str, loaded: Mapping[str, tuple[Array, OrtValue]], weight: float) -> dict[str, OrtValue]:
-        """Return the values for an adapter's scaling slots, multiplied by a weight."""
+        """Multiply an adapter's scalings by a weight, and return the products as values for the scaling slots."""
         stems = {key.rpartition(".")[0] for key in loaded}
         if bare := sorted(stem for stem in stems if f"{stem}.scaling" not in loaded):
             cure = "Use the adapter with weight 1, or scale the adapter with adapterkit.ops.scale and load the result"
-            raise Unsupported(f"{name!r} has no scaling that a weight could multiply", where=bare[0], cure=cure)
+            why = f"adapter {name!r} cannot have a weight other than 1, because this update has no scaling"
+            raise Unsupported(why, where=bare[0], cure=cure)
         keys = [f"{stem}.scaling" for stem in sorted(stems)]
         return {key: self._placed((loaded[key][0] * weight).astype(loaded[key][0].dtype)) for key in keys}
 
@@ -537,7 +551,7 @@ class Session:
 
 
 def new_name(name: str) -> str:
-    """Return the name of the output whose value becomes the given input of the past in the next run."""
+    """Return the name of the output that must be passed as the input `name` in the next run."""
     if name.startswith((PAST, STATE)):
         return f"present.{name.removeprefix(PAST).removeprefix(STATE)}"
     return f"present{name.removeprefix('past')}"
@@ -568,12 +582,12 @@ def prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
     """Check the tokens and the mask of a prompt; return both as arrays, `[batch, length]`.
 
     Raises:
-        UsageError: there are no tokens; the mask is missing for several texts, has another shape than the tokens or
-            other values than 0 and 1; or the mask excludes the last token.
+        UsageError: there are no tokens; there are several texts but no mask; the mask does not have the tokens' shape;
+            the mask has values other than 0 and 1; or the mask excludes the last token of a text.
     """
     tokens = np.atleast_2d(np.asarray(input_ids, np.int64))
     if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.shape[0] == 0:
-        why = f"the prompt's shape must be [batch, length], without a size of 0, but it is {list(tokens.shape)}"
+        why = f"the prompt must have the shape [batch, length], with sizes above 0; its shape is {list(tokens.shape)}"
         raise UsageError(why, where="input_ids", cure="Pass one or more texts of at least one token")
     if attention_mask is None:
         if len(tokens) > 1:
@@ -594,7 +608,7 @@ def prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
 
 
 def _slot_values(path: str | PathLike[str]) -> dict[str, Lazy] | None:
-    """Return a map from slots to a file's tensors; None if the file's tensors do not have the names of slots."""
+    """Return a map from slot names to the tensors in a file; None if the file's tensors are not named after slots."""
     if is_ort_adapter(path):
         return dict(read_ort_adapter(path).tensors)
     if not str(path).lower().endswith(SAFETENSORS) or not Path(path).is_file():
@@ -633,8 +647,8 @@ def _started(path: Path, providers: Sequence[Provider] | None) -> OrtSession:
     asked = [(named(name), options_) for name, options_ in given]
     wanted: list[Any] = [(name, options_here) if options_here else name for name, options_here in asked]
     wanted = wanted if providers is not None else list(dict.fromkeys((best_provider(), CPU)))
-    # Check the providers first. If one is missing, some versions of onnxruntime fail; others use another provider, with
-    # a warning or silently.
+    # Check first whether all providers are available. If one is not, some versions of onnxruntime fail, and other
+    # versions use another provider, with a warning or silently.
     names = [name for name, _ in asked]
     available: list[str] = onnxruntime.get_available_providers()
     _refuse([name for name in names if name not in available], available)

@@ -67,8 +67,8 @@ class Shadows:
     def reached(self, update: Shadow, heard: Heard) -> ir.Value:
         """Return the state that a block gets.
 
-        This is the state from the previous block. For the first block, it is the graph's input for `shadow`, or the
-        network's output if the graph has no such input.
+        A block gets the state from the previous block. The first block gets the graph's input for `shadow`; if the
+        graph has no such input, the first block gets the network's output.
         """
         if self.waiting is not None:
             branch, y, state = self.waiting
@@ -101,13 +101,13 @@ class Shadows:
         from .tracing import quiet
 
         try:
-            # On the meta device, the model takes no memory. It needs no weights, because they come from the adapter.
+            # The adapter contains the network's weights, so create the model on the meta device, which uses no memory.
             with quiet(), torch.device("meta"):
                 model: PretrainedModel = auto.AutoModel.from_config(auto.CONFIG_MAPPING[kind].from_dict(dict(config)))
                 return model
         except Exception as error:  # transformers raises many types of errors for bad configs.
             why = f"transformers cannot create a model from the base's config.json ({first_line(error)})"
-            raise Malformed(why, cure="Fetch the config again") from error
+            raise Malformed(why, cure="Download the base's config.json again") from error
 
 
 class State:
@@ -120,8 +120,8 @@ class State:
     def state(self, update: Shadow) -> Value:
         """Return the state that the block gets, in the dtype of the block's input `x`.
 
-        If `x` has three axes, and the state's width is unknown or equals that of `x`, the state is declared with the
-        sizes of `x`. Otherwise, only its width is declared.
+        The state is declared with all sizes of `x`, if `x` has three axes, and the state's width is unknown or equals
+        the width of `x`. Otherwise, only the state's width is declared.
         """
         x, branch = self.heard.layer.x, self.heard.layer.branch
         value = self.shadows.reached(update, self.heard)
@@ -130,11 +130,11 @@ class State:
         return Value(branch, cast(Sizes, sizes), element_type(value), value).cast(x.dtype)
 
     def keep(self, value: Value) -> None:
-        """Keep the state that the next block gets."""
+        """Store the state for the next block."""
         self.kept = value
 
     def hand_on(self, y: ir.Value) -> bool:
-        """Pass the kept state to the next block; return False if no state was kept.
+        """Pass the state that `keep` stored to the next block; return False if no state was stored.
 
         Args:
             y: the block's output, after which the state's nodes are inserted.
@@ -172,7 +172,7 @@ def _check_operators(network: ir.Model, branch: Branch) -> None:
 def _traced(
     model: PretrainedModel, update: Shadow, layer: GraphLayer | Ended, given: Mapping[str, ir.Value], sizes: Fixed
 ) -> ir.Model:
-    """Trace the network into a separate graph, with the fixed `sizes`, or with dynamic sizes if `sizes` is None."""
+    """Trace the network into a separate graph. If `sizes` is None, the graph has dynamic sizes."""
     import torch
 
     from ..torch.call_recorder import Standing
@@ -188,8 +188,8 @@ def _traced(
     embedded = update.map(known)
     network = Standing(cast("nn.Module", model), embedded, list(given)).eval()
     width = model.get_input_embeddings().weight.shape[1]
-    # For dynamic sizes, use two rows and three positions, because torch treats sizes of one as fixed. Create one tensor
-    # per input, because a tensor that is passed twice would become one input.
+    # For dynamic sizes, use two rows and three positions, because torch treats a size of 1 as fixed. Create one tensor
+    # per input, because torch would merge two inputs that get the same tensor.
     rows, length = sizes or (2, 3)
     examples = [
         torch.zeros(rows, length, width, dtype=kind) if name == EMBEDS else torch.ones(rows, length, dtype=torch.int64)
@@ -203,8 +203,8 @@ def _traced(
 def _fixed(given: Mapping[str, ir.Value], model: ir.Model) -> Fixed:
     """Return the numbers of rows and positions, if the graph has no past and all inputs have the same fixed sizes.
 
-    Fixed sizes have two advantages. Tracing takes a third of the time that it takes with dynamic sizes, and devices
-    that do not support dynamic sizes can run the graph.
+    Fixed sizes have two advantages: tracing is three times as fast as with dynamic sizes, and devices that do not
+    support dynamic sizes can run the graph.
     """
     if past_inputs(model.graph) or any(value.shape is None for value in given.values()):
         return None
@@ -217,7 +217,10 @@ def _fixed(given: Mapping[str, ir.Value], model: ir.Model) -> Fixed:
 
 
 def _given(update: Shadow, heard: Heard) -> dict[str, ir.Value]:
-    """Return the values of the network's inputs, by name: the graph's inputs, joined with the past if there is one."""
+    """Return a map from the names of the network's inputs to values of the graph.
+
+    If the graph has a past, these values cover the tokens of the past and of the call.
+    """
     words, graph = heard.words, heard.words.building.model.graph
     given = {name: value for name in CALL if (value := words.input(name)) is not None}
     past = past_inputs(graph)
@@ -225,7 +228,10 @@ def _given(update: Shadow, heard: Heard) -> dict[str, ir.Value]:
     for value in graph.inputs:
         if value not in known and not value.is_initializer():
             why = f"the graph's input {value.name} is not an input of the side network"
-            cure = f"Map this input of the graph, e.g. --call {MASK}={value.name} (call={{{MASK!r}: {value.name!r}}})"
+            cure = (
+                "If the graph only uses another name for an input of the network, map the name, e.g. "
+                f"--call {MASK}={value.name} (call={{{MASK!r}: {value.name!r}}})"
+            )
             raise Unsupported(why, cure=cure)
     return _tokens(update, heard, given, bool(past)) | _beside(heard, given)
 
@@ -243,9 +249,10 @@ def _tokens(update: Shadow, heard: Heard, given_inputs: Mapping[str, ir.Value], 
 
 
 def _embedded(ids: ir.Value, own_ids: ir.Value, heard: Heard) -> ir.Value:
-    """Return the embeddings of the tokens `ids`.
+    """Return the embeddings of the token ids `ids`.
 
-    If `ids` are not the graph's own tokens `own_ids`, a copy of the base's embedding computes the embeddings.
+    `own_ids` are the token ids that the graph embeds. If `ids` are other values, the nodes of the base's embedding are
+    copied, and the copy embeds `ids`.
     """
     building, branch = heard.words.building, heard.layer.branch
     end = _embedding(own_ids, heard)
@@ -263,7 +270,7 @@ def _embedding(ids: ir.Value, heard: Heard) -> ir.Value:
     spots = [spot for spot in spots_of(model) if spot.kind.op_type == "Gather" and spot.shape[0] == width]
     nodes_found = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is ids]
     if len(nodes_found) != 1:
-        why = f"the graph has {len(nodes_found)} embeddings of its tokens, but must have exactly one"
+        why = f"the graph must have exactly one layer that embeds its token ids, but it has {len(nodes_found)}"
         raise TargetNotFound(why, cure=_EXPORT)
     inside = modules_of(nodes_found[0])
     return module_at(model, inside[-1], inside[-1]).given(width, inside[-1]) if inside else nodes_found[0].outputs[0]
@@ -283,7 +290,7 @@ def _beside(heard: Heard, given_inputs: Mapping[str, ir.Value]) -> dict[str, ir.
 
 
 def _rows_of(heard: Heard) -> Value:
-    """Return an integer matrix with one entry for each of the call's own tokens."""
+    """Return an integer matrix `[rows, positions]` with one entry for each token of the call, without the past."""
     ids = heard.words.input(TOKENS)
     rows: Value = (heard.layer.x[..., 0] if ids is None else plain(ids, heard.layer.branch)).cast(np.int64)
     return rows

@@ -39,8 +39,8 @@ def fit(
 
     Args:
         model: an ONNX file or in-memory model to which `inject` or `export` gave slots.
-        adapter: the adapter, or its path. It may have any rank that the slots' shapes allow, and any subset of the
-            targets with slots.
+        adapter: the adapter, or its path. The adapter can have any rank that the slots' shapes allow. It need not have
+            an update for every target that has slots.
         base_weights: the base's weights, for adapter files whose values depend on them.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
@@ -50,8 +50,8 @@ def fit(
     Raises:
         TargetNotFound: the model has no slots for a target, or the slots of a target are for another method.
         ShapeMismatch: a tensor does not fit its slot.
-        Unsupported: two different tensors have the same slot; or an attribute that has no slot differs from the
-            constant in the model's nodes.
+        Unsupported: two different tensors have the same slot; or an attribute of an update has no slot, and its value
+            differs from the constant in the model's nodes.
         Malformed: the model's list of slots is damaged.
     """
     (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
@@ -66,10 +66,10 @@ def write_adapter(
     """Write an adapter as an `.onnx_adapter` file that fills the slots of a model; see `fit` for the arguments.
 
     onnxruntime's `LoraAdapter` and `Session` load the file. A second file beside it describes the tensors, so that
-    `adapterkit.read` can read them back. If `out` ends with `.safetensors`, the tensors are written in that format,
-    under the names of the slots, for runtimes that do not read `.onnx_adapter` files; `Session` also loads such a
-    file. If the slots are required inputs, the adapter may not fill all of them. For each other slot, the file then has
-    a tensor that changes nothing.
+    `adapterkit.read` can read the adapter back. If `out` ends with `.safetensors`, this function writes a safetensors
+    file instead, whose keys are the names of the slots. This file is for runtimes that do not read `.onnx_adapter`
+    files; `Session` also loads it. If the slots are required inputs, the file has a tensor for every slot. The tensors
+    for slots that the adapter does not fill change nothing.
     """
     from ..formats.onnx_adapter import write_slots_record
 
@@ -85,7 +85,7 @@ def write_adapter(
 
 
 def slotted(model: Model, adapter: Adapter) -> tuple[Adapter, tuple[Target, ...]]:
-    """Return the part of an adapter that a graph has slots for, and the adapter's targets that have no slots.
+    """Return an adapter without the targets that have no slots in a graph; also return these targets.
 
     Raises:
         TargetNotFound: the graph has no slots at all.
@@ -107,7 +107,7 @@ def slotted(model: Model, adapter: Adapter) -> tuple[Adapter, tuple[Target, ...]
 SAFETENSORS = ".safetensors"
 
 KIND = {"format": "adapterkit.slots"}
-"""Metadata of a safetensors file with tensors for slots."""
+"""Metadata that marks a safetensors file whose tensors are named after slots."""
 
 
 def write_slot_values(feeds: Mapping[str, Array], out: str | PathLike[str]) -> None:
@@ -125,8 +125,9 @@ def _fitted(
     """Match an adapter's tensors with the slots of a graph.
 
     Returns:
-        the adapter, with its updates split like the graph's layers; a map from slots to arrays;
-        and for each update, a map from its fields to slots.
+        the adapter, with its updates split like the graph's layers; a map from slot names to arrays;
+        and a list that has, for each update, a map from the update's fields to slot names. This map is empty if the
+        update cannot be read back from the slots.
     """
     source = opened(model)
     slots, records = slots_of(source.model), recorded(source.model, source.path)
@@ -153,8 +154,8 @@ def _as_stored(
     """Split updates of fused layers and of stacks of experts into the parts that have separate slots.
 
     Returns:
-        the adapter with split updates; a map from each part's target to the target that was split; the targets that are
-        experts in a node.
+        the adapter with split updates; a map from each new target to the target that was split; and the new targets
+        that are experts.
     """
     config = known_config(None if base is None else opened_base(base), source.path)
     adapter, experts = by_expert(adapter, source.model, config)
@@ -165,8 +166,8 @@ def _as_stored(
 def _rows_in(records: list[SlotRecord], slots: dict[str, ir.Value]) -> Callable[[str], int | None]:
     """Return a function that takes a target's path, and returns the target's number of rows.
 
-    The number of rows is read from the shape of a slot; it is 0 if the shape does not show it. The function returns
-    None for a path without slots.
+    The function reads the number from the shape of one of the target's slots. It returns 0 if no slot shows the number,
+    and None if the path has no slots.
     """
     rows: dict[str, int | None] = {}
     for record in records:
@@ -179,10 +180,10 @@ def _rows_in(records: list[SlotRecord], slots: dict[str, ir.Value]) -> Callable[
 
 
 def _records_of(adapter: Adapter, records: list[SlotRecord]) -> list[SlotRecord]:
-    """Return a list with one record of slots for each of the adapter's targets, in order.
+    """Return the records of the adapter's targets, in the order of the targets.
 
     Raises:
-        TargetNotFound: a target has no slots; the error gives the nearest name that has slots.
+        TargetNotFound: a target has no slots; the error gives the most similar name of a target with slots.
     """
     known: dict[str, list[tuple[Target, SlotRecord]]] = {}
     for record in records:
@@ -191,7 +192,7 @@ def _records_of(adapter: Adapter, records: list[SlotRecord]) -> list[SlotRecord]
     try:
         sites = find_sites(adapter, dict.fromkeys(known, ()), partial=False, modules=known).sites
     except TargetNotFound as error:
-        cure = f"{error.cure}. Give the model slots for this adapter: inject it with --mode slots (mode='slots')"
+        cure = f"{error.cure}. For slots that fit this adapter, inject the adapter with --mode slots (mode='slots')"
         raise TargetNotFound("the model has no slots for this target", where=error.where, cure=cure) from None
     return [
         _record_at(site.target, known[site.target.path], asked)
@@ -200,7 +201,11 @@ def _records_of(adapter: Adapter, records: list[SlotRecord]) -> list[SlotRecord]
 
 
 def _record_at(target: Target, records: list[tuple[Target, SlotRecord]], asked: Target) -> SlotRecord:
-    """Return the record of a target. Each part of a fused weight has a separate record, which is found by its rows."""
+    """Return the record that has the target's rows. A fused weight has one record for each of its parts.
+
+    Raises:
+        TargetNotFound: no record has these rows.
+    """
     for name, record in records:
         if name.rows == target.rows:
             return record
@@ -215,7 +220,11 @@ def _paired(
 ) -> list[tuple[Update, dict[str, str]]]:
     """Pair each of a target's updates with its slots.
 
-    Some updates of the record may be missing, but the others must be in the record's order.
+    The target may lack some of the record's updates. The others must be in the same order as in the record.
+
+    Raises:
+        TargetNotFound: the record has no slots for an update's method.
+        Unsupported: an attribute of an update has no slot, and differs from the constant in the graph's nodes.
     """
     pairs, left = [], list(record.updates)
     for update in updates:
@@ -247,7 +256,7 @@ def _paired(
 def _fill(
     update: Update, fields: dict[str, str], target: Target, slots: dict[str, ir.Value], feeds: dict[str, Array]
 ) -> dict[str, str]:  # fmt: skip
-    """Add an update's tensors to `feeds`, under the names of their slots; return a map from fields to slots."""
+    """Add an update's tensors to `feeds`, under the names of their slots; return a map from fields to slot names."""
     scaling = update.attributes.get("scaling")
     leaves: dict[str, Any] = dict(update.tensors)
     if "scaling" in fields:
@@ -271,7 +280,7 @@ RANKED = ("lora", "open_factors")
 
 
 def _padded(update: Update, field: str, array: Array, slot: ir.Value) -> Array:
-    """Pad a factor with zeros to the rank of its slot, if this rank is fixed. The zeros change no result."""
+    """Pad a factor with zeros to the rank of its slot, if the slot's rank is fixed. The zeros do not change results."""
     if update.method not in RANKED or field not in ("A", "B") or slot.shape is None or len(slot.shape) != array.ndim:
         return array
     axis = 0 if field == "A" else 1
@@ -293,7 +302,7 @@ def _by_rows(model: ir.Model) -> bool:
 def _fill_rows(
     update: Update, fields: dict[str, str], target: Target, slots: dict[str, ir.Value], feeds: dict[str, Array]
 ) -> dict[str, str]:  # fmt: skip
-    """Add an update's factors to `feeds`, as a stack of one adapter; used if the slots hold stacks of adapters."""
+    """Add an update's factors to `feeds`, as a stack of one adapter, for slots that hold stacks of adapters."""
     from .rowwise import factors_of
 
     for field, array in factors_of(update).items():
@@ -321,4 +330,4 @@ def _check(name: str, array: Array, slot: ir.Value, target: Target) -> None:
         raise ShapeMismatch(why, where=f"{target}: {name}", cure=cure)
 
 
-_INJECT_SLOTS = "Give the model slots for this adapter: inject it with --mode slots (mode='slots')"
+_INJECT_SLOTS = "For slots that fit this adapter, inject the adapter with --mode slots (mode='slots')"

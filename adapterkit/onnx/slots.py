@@ -1,9 +1,9 @@
 """Slots: optional graph inputs for an adapter's tensors, so that adapters can be swapped at run time.
 
-A slot's default leaves the base unchanged. Inner sizes such as the rank are dynamic. In the default, they are 0, or 1
-for operators such as Conv that do not compute correctly with empty tensors. Scalars such as `scaling` are slots of
-shape `[1]`. The graph is built by running an adapter's formula on the slots. During this run, each dynamic size is
-represented by a placeholder that is too large to be a real size.
+A slot's default leaves the base unchanged. Sizes that the base does not fix, such as the rank, are dynamic. In a
+default, dynamic sizes are 0. They are 1 for operators such as Conv, which do not compute correctly with empty tensors.
+Scalars such as `scaling` are slots of shape `[1]`. The graph is built by running an adapter's formula on the slots.
+During this run, each dynamic size is represented by a placeholder, a number that is too large to be a real size.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ RECORD = "adapterkit.slots"
 """Metadata key of a model. Its value is JSON that lists each target's slots."""
 
 REQUIRED = "adapterkit.required"
-"""Metadata key of a model whose slots are required inputs. The key's value is JSON that maps each slot's name to a
-number. A slot that is filled with its number changes nothing."""
+"""Metadata key of a model whose slots are required inputs. Its value is JSON that maps each slot's name to a number.
+If every element of each slot is that slot's number, the base is unchanged."""
 
 FIXED = frozenset({"out", "in", "k", "rest", "columns", "hidden", "first", "second", "outs", "ins", "shorts", "longs"})
-"""Names of axes whose size is fixed: the size comes from the base's layer, or is equal in all layers."""
+"""Names of axes that have a fixed size, because the base's layer determines the size or all layers have the same."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,8 +86,8 @@ class SlotRecord:
     """The slots of one target.
 
     Attributes:
-        asked: the target, with its name in the adapter.
-        target: the target, with its name in the graph.
+        asked: the target, under its name in the adapter.
+        target: the same target, under its name in the graph.
         updates: the slots of each of the target's updates, in order.
     """
 
@@ -109,20 +109,20 @@ class SlotRecord:
 
 
 def recorded(model: ir.Model, path: Path | None) -> list[SlotRecord]:
-    """Read the list of a model's slots.
+    """Read the list of a model's slots from the model's metadata.
 
     Args:
         model: a model that `inject` or `export` gave slots.
         path: the model's file, for errors.
 
     Raises:
-        TargetNotFound: the model has no slots that this version can read.
-        Malformed: the list is damaged, or names a slot that the graph does not have.
+        TargetNotFound: the metadata has no list of slots.
+        Malformed: the list is damaged, or contains a slot that the graph does not have.
     """
     text = model.metadata_props.get(RECORD)
     if text is None:
         why = f"the model lists no slots under {RECORD!r} in its metadata"
-        cure = "Give it slots: adapterkit inject MODEL.onnx A -o OUT.onnx --mode slots (inject(..., mode='slots'))"
+        cure = "To add slots: adapterkit inject MODEL.onnx A -o OUT.onnx --mode slots (inject(..., mode='slots'))"
         raise TargetNotFound(why, path=path, cure=cure)
     slots = slots_of(model)
     try:
@@ -141,13 +141,16 @@ def recorded(model: ir.Model, path: Path | None) -> list[SlotRecord]:
         ) from None
     if missing:
         raise Malformed(
-            f"the model lists a slot {missing[0]!r} that the graph does not have", path=path, where=RECORD, cure=_AGAIN
+            f"the model's list has the slot {missing[0]!r}, but the graph has no such input",
+            path=path,
+            where=RECORD,
+            cure=_AGAIN,
         )
     return records
 
 
 def fixed_attributes(update: Update, fields: Collection[str]) -> dict[str, JsonValue]:
-    """Return the attributes of an update that have no slot, as values that JSON stores without change."""
+    """Return the attributes of an update that have no slot, as JSON values: for example, a tuple becomes a list."""
     fixed = {name: value for name, value in update.attributes.items() if name not in fields}
     values: dict[str, Any] = json.loads(json.dumps(fixed))
     return values
@@ -156,7 +159,7 @@ def fixed_attributes(update: Update, fields: Collection[str]) -> dict[str, JsonV
 def baked_attributes(update: Update, fields: Mapping[str, str]) -> dict[str, JsonValue]:
     """Return the update's attributes that are constants in the graph's nodes.
 
-    There are none if the slots hold computed factors, because these factors already include all attributes.
+    The result is empty if the slots hold computed factors, because the factors already include all attributes.
     """
     return {} if is_worked_out(update, fields) else fixed_attributes(update, fields)
 
@@ -168,7 +171,7 @@ def slots_of(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def fills_of(metadata: Mapping[str, str]) -> dict[str, float]:
-    """Return a map from each slot that every run must fill to the number that fills the slot if there is no adapter.
+    """Return a map from the name of each required slot to a number. Without an adapter, the number fills the slot.
 
     Raises:
         Malformed: the metadata is damaged.
@@ -189,7 +192,9 @@ def sizes_of(value: ir.Value) -> tuple[list[object], Dtype]:
 
 
 def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[object], Dtype]]) -> dict[str, Array]:
-    """Return tensors for required slots that leave the base's results unchanged; every dynamic size is 1.
+    """Return a tensor for each required slot. These tensors leave the base's results unchanged.
+
+    In the tensors, every dynamic size is 1.
 
     Args:
         fills: a map from each slot to the number that fills the slot; see `fills_of`.
@@ -203,7 +208,7 @@ def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[ob
 
 
 def neutral_of(model: ir.Model) -> dict[str, Array]:
-    """Return tensors for a graph's required slots that leave the base's results unchanged."""
+    """Return a tensor for each of a graph's required slots. These tensors leave the base's results unchanged."""
     declared = {name: sizes_of(value) for name, value in slots_of(model).items()}
     return neutral(fills_of(model.metadata_props), declared)
 
@@ -221,7 +226,7 @@ class Slots:
 
     Args:
         building: the model that is being changed.
-        required: whether to make the slots required inputs, without defaults. Every runtime can set such inputs.
+        required: whether to make the slots required inputs, without defaults. Every runtime can set required inputs.
     """
 
     def __init__(self, building: Building, required: bool = False) -> None:
@@ -241,8 +246,8 @@ class Slots:
             position: the position of the update among the target's updates.
 
         Raises:
-            Unsupported: the update has no neutral tensors, which leave the base unchanged; or the update's formula
-                reads the model's inputs.
+            Unsupported: the update's formula reads the model's inputs; or no tensors of the update leave the base
+                unchanged, and factors cannot express the update.
         """
         if isinstance(update, OutputUpdate) and update.asks:
             why = f"{update.method} cannot have slots: its formula reads the model's inputs {', '.join(update.asks)}"
@@ -262,9 +267,9 @@ class Slots:
     def factored(
         self, update: Update, layer: GraphLayer | Ended, place: ResolvedTarget, position: int
     ) -> Update | None:
-        """Return an update whose slots hold factors; None if factors cannot express the given update.
+        """Return an update whose tensors are slots for factors; None if factors cannot express the given update.
 
-        `fit` computes the factors from the given update and the base's weight.
+        `fit` later computes the factors from an adapter's update and the base's weight.
         """
         if (factors := template(update, place)) is None:
             return None
@@ -317,12 +322,15 @@ class Slots:
             assert factors is not None
             update = factors.replace(adds_more=computes_apart(layer, place))
         values = {name: Value(layer.branch, slot.shape, slot.dtype, slot.value) for name, slot in slots.items()}
-        # Cast slots to the layer's dtype: a slot has the dtype of the module's first call, and the module's other calls
-        # may have another dtype.
+        # Cast slots to the layer's dtype: a slot has the dtype of the module's first call, but other calls of the module
+        # may have a different one.
         return update.replace(**{n: v if v.dtype.kind in "iu" else v.cast(layer.dtype) for n, v in values.items()})
 
     def record(self) -> None:
-        """List each target's slots in the model's metadata, which `fit` reads."""
+        """Write the list of each target's slots to the model's metadata, where `fit` reads it.
+
+        If the slots are required inputs, also remove their defaults from the graph.
+        """
         targets: dict[int, SlotRecord] = {}
         for (key, position), (place, slots) in self.slots_by_target.items():
             first = SlotRecord.of(place)
@@ -334,8 +342,9 @@ class Slots:
         self.building.model.metadata_props[RECORD] = json.dumps(listed, separators=(",", ":"))
         if not self.required:
             return
-        # Remove the defaults. OpenVINO cannot read empty defaults (LoRA rank 0), and turns other inputs with a default
-        # into constants. Runtimes in JavaScript cannot set inputs with a default.
+        # Remove the defaults, because some runtimes do not support them. OpenVINO cannot read an empty default (LoRA
+        # rank 0), and turns an input with a non-empty default into a constant. JavaScript runtimes cannot set an input
+        # that has a default.
         initializers = self.building.model.graph.initializers
         for name in self.fills:
             value = initializers.pop(name, None)
@@ -353,8 +362,8 @@ class Slots:
         fixed = self.required and any(issubclass(spot.kind, Conv) for spot in place.spots)
         shapes = {name: self._shape(update, name, leaf, fixed) for name, leaf in update.tensors.items()}
         dtype = layer.dtype
-        # Use size 1 for dynamic sizes of these layers: onnxruntime does not initialize the output of a Conv over zero
-        # channels, or of a product with an empty left matrix.
+        # For some layers, use size 1 instead of 0 for the dynamic axes of a default: onnxruntime does not initialize the
+        # output of a Conv over zero channels, or of a product with an empty left matrix.
         fixed_rank = any(issubclass(spot.kind, Conv | LeftMatMul) or spot.kind.inside for spot in place.spots)
         inner = int(self.required or fixed_rank)
         defaults = _neutral(update, shapes, place, inner, (inner,) if self.required else (0, 1))
@@ -364,7 +373,8 @@ class Slots:
             for name, default in defaults.items()
         }
         if isinstance(getattr(update, "scaling", None), float | int):
-            # If an update changes two tied layers, both layers share one slot for the scaling, as for each tensor.
+            # If an update changes two tied layers, the layers share one slot for the scaling. They also share one slot
+            # for each tensor.
             number = from_numpy(np.array([update.attributes["scaling"]]))
             shared = self.scalings.setdefault(self.building.keep(update), number)
             slots_made["scaling"] = self._slot(f"{stem}.scaling", shared, (1,), np.ones(1), dtype)
@@ -396,23 +406,23 @@ class Slots:
         names = {size: axis for axis, size in self.free.items()}
         declared = [f"{name}.{names[size]}" if size in names else size for size in shape]
         kind = dtype if as_array(leaf).dtype.kind not in "iu" else as_array(leaf).dtype
-        # Use the tensor as key: updates that share a tensor, such as VeRA's projections, share its slot.
+        # Use the tensor as the key, so that updates with a common tensor, such as a projection of VeRA, share one slot.
         key = self.building.keep(leaf), kind.str
         value = self.building.slot(key, name, default.astype(kind), declared)
-        # Record the number that fills the default. `neutral` fills a required input with it. An empty default has no
-        # such number, so record 0.
+        # All elements of a default are one number. Record this number, because `neutral` fills required inputs with it.
+        # An empty default has no elements, so record 0.
         self.fills[value.name or ""] = float(default.flat[0]) if default.size else 0.0
         return Slot(value, shape, kind)
 
 
 def _stem(place: ResolvedTarget, position: int) -> str:
-    """Return the prefix of an update's slots: a slot is named by this prefix, a dot and the field's name."""
+    """Return the prefix of the names of an update's slots. After the prefix comes a dot and the field's name."""
     one = "" if len(place.updates) == 1 else f".{position}"
     return f"{_target_of(place)}{one}.{place.updates[position].method}"
 
 
 def _target_of(place: ResolvedTarget) -> Target:
-    """Return the target, with its name in the graph. Omit the rows of an expert, because its name shows them."""
+    """Return the target under its name in the graph. Omit the rows of an expert, whose name already identifies them."""
     within = any(issubclass(spot.kind, Experts) or EXPERT in spot.node.metadata_props for spot in place.spots)
     return Target(place.target.path, rows=None if within else place.target.rows)
 
@@ -420,20 +430,20 @@ def _target_of(place: ResolvedTarget) -> Target:
 def _neutral(
     update: Update, shapes: dict[str, tuple[int, ...]], place: ResolvedTarget, inner: int, tried: Sequence[int]
 ) -> dict[str, Array]:  # fmt: skip
-    """Return tensors for an update that leave the base's results unchanged, bit for bit.
+    """Return tensors with which an update leaves the base's results unchanged, bit for bit.
 
     Args:
         update: the update.
         shapes: the shapes of the tensors, with placeholders of at least `FREE` for dynamic sizes.
         place: the update's target.
         inner: the size of dynamic axes in the result.
-        tried: sizes of dynamic axes to try. With at least one of these sizes, the tensors must change nothing.
+        tried: sizes to try for dynamic axes. The tensors must leave the results unchanged with at least one of them.
 
     Raises:
-        Unsupported: there are no such tensors.
+        Unsupported: no tensors were found that leave the base's results unchanged.
     """
     for fill in (0.0, 1.0):
-        # Try size 1 as well, because some formulas cannot handle empty tensors.
+        # Try all sizes in `tried`, because some formulas fail with empty tensors (size 0).
         if any(_changes_nothing(update, _filled(update, shapes, size, fill), place) for size in tried):
             return _filled(update, shapes, inner, fill)
     why = f"slots need default values, but no values of {update.method}'s tensors leave the base unchanged"
@@ -441,9 +451,9 @@ def _neutral(
 
 
 def _filled(update: Update, shapes: dict[str, tuple[int, ...]], inner: int, fill: float) -> dict[str, Array]:
-    """Return tensors that are filled with the update's neutral numbers, or else with `fill`.
+    """Return a tensor for each field of an update. All elements of a returned tensor are the same number.
 
-    Dynamic axes have size `inner`.
+    The number is the field's entry in `update.neutral`, or `fill` if there is no entry. Dynamic axes have size `inner`.
     """
     arrays_by_name = {}
     for name, leaf in update.tensors.items():
@@ -474,7 +484,7 @@ def _changes_nothing(update: Update, tensors: dict[str, Array], place: ResolvedT
 
 
 class _Stub:
-    """A linear layer in numpy, on which the formula of an output update is tried."""
+    """A linear layer in numpy. The formula of an output update is run on it as a trial."""
 
     channel = -1
 

@@ -1,7 +1,7 @@
-"""Add nodes that give the token ids and the positions of all tokens: of the past and of the call.
+"""Add nodes that compute the ids and the positions of all tokens, both the past's tokens and the call's tokens.
 
-The cache holds the past's keys and values, but not its token ids, so the graph gets a new input for these ids. With
-this input, formulas that read all tokens give the same results for the call's tokens as a run without a past.
+The cache contains the past's keys and values, but not the past's token ids, so the graph gets a new input for these
+ids. With this input, formulas that read all tokens give the same results for the call's tokens as a run without a past.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def past_inputs(graph: ir.Graph) -> Mapping[tuple[int, str], ir.Value]:
 
 
 EARLIER = "past_input_ids"
-"""Name of the new input for the token ids of the past. It is added for formulas that read all tokens."""
+"""Name of the new input for the token ids of the past. The input is only added if a formula reads all tokens."""
 
 
 def whole_numbers(value: ir.Value, branch: Branch) -> ir.Value:
@@ -80,14 +80,14 @@ def every_token(words: Call, branch: Branch) -> ir.Value:
     past = next(iter(past_inputs(words.building.model.graph).values()), None)
     if past is None:
         return ids
-    # Give the new input the same dynamic size as the cache, so that both must have the same length.
+    # Declare the length of the new input with the cache's size, so that the input and the cache have the same length.
     length = "past_tokens" if past.shape is None or len(past.shape) < 3 else past.shape[2]
     earlier = words.new(EARLIER, [first_axis(ids_input), length])
     return branch.node("Concat", [earlier, ids], {"axis": 1}, np.int64, None)
 
 
 def every_position(words: Call, branch: Branch, value: ir.Value, like: Value) -> ir.Value:
-    """Return the positions of all tokens, `[rows, positions]`.
+    """Return the positions of all tokens, the past's and the call's, with the shape `[rows, positions]`.
 
     The past's positions are consecutive and end just before the call's first position. Negative positions become 0.
 
@@ -109,8 +109,8 @@ def every_position(words: Call, branch: Branch, value: ir.Value, like: Value) ->
 def of_call(value: ir.Value, words: Call, branch: Branch, like: Value) -> ir.Value:
     """Return the part of `value`, `[rows, positions, ...]`, that belongs to the call's tokens.
 
-    If `value` also covers the tokens of the past, only the last positions are kept: as many as the matrix `like` has
-    columns.
+    If `value` also covers the tokens of the past, the call's tokens are the last ones. Their number is the number of
+    columns of the matrix `like`.
     """
     if EARLIER not in words.new_inputs:
         return value
@@ -120,7 +120,7 @@ def of_call(value: ir.Value, words: Call, branch: Branch, like: Value) -> ir.Val
 
 
 def last_columns(value: Value, like: Value) -> ir.Value:
-    """Return the last entries of `value` along its second axis: as many as the matrix `like` has columns."""
+    """Return `value[:, -n:]`, where `n` is the number of columns of the matrix `like`."""
     node, literal = value.branch.node, value.branch.building.literal
     one, most = (literal(np.array([number], dtype=np.int64)) for number in (1, np.iinfo(np.int64).max))
     sizes = node("Shape", [like.value], None, np.int64, (2,))
@@ -131,5 +131,5 @@ def last_columns(value: Value, like: Value) -> ir.Value:
 
 
 def first_axis(value: ir.Value) -> Size:
-    """Return the size of a value's first axis; `rows`, the name of a dynamic size, if the shape is unknown."""
+    """Return the size of a value's first axis. If the shape is unknown, return `rows`, the name of a dynamic size."""
     return "rows" if value.shape is None or not len(value.shape) else value.shape[0]

@@ -1,8 +1,8 @@
-"""Trace a model with torch's exporter, and remove the parts of its graph that are not needed.
+"""Trace a model with torch's exporter, and remove the graph's unneeded metadata.
 
-The exporter's optimizer is off, because it renames folded weights and stores equal weights once. Without the optimizer,
-every weight keeps its name in the module and is stored separately. The graph then also keeps the nodes that transpose
-weights, but onnxruntime folds these nodes when it loads the model.
+The exporter's optimizer is off, because it renames folded weights and stores equal weights only once. Without the
+optimizer, every weight keeps the name that it has in the module, and is stored separately. The graph then also keeps
+the nodes that transpose weights, but onnxruntime folds these nodes when it loads the model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 SCOPES = ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy")
-"""Keys of the node metadata to keep: names and classes of modules. Other entries describe the exporting machine."""
+"""Keys of a node's metadata that are kept. Their values list the names and the classes of the modules around the node.
+The metadata under other keys describes the machine that exported the model."""
 
 
 def traced(
@@ -69,7 +70,7 @@ def quiet() -> Iterator[None]:
     before, logger.disabled = logger.level, True
     logger.setLevel(logging.ERROR)
     try:
-        # Silence both: the exporter uses its logger and Python warnings.
+        # Also silence Python warnings, because the exporter uses both its logger and warnings.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
