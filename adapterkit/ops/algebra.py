@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Update]:
     """Return the weighted sum of updates: one LoRA for all low-rank updates, and one dense difference for all others.
 
-    If `stacking` is set, the other updates are not summed, but returned one by one.
+    If `stacking` is set, updates without low-rank factors are not summed: each is scaled and returned by itself.
     """
     thin: list[tuple[LoRA, float]] = []
     rest: list[Term] = []
@@ -39,8 +39,9 @@ def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Up
         rest += [(update, weight)] if lora is None else []
     updates_made: list[Update] = []
     if thin:
-        # If the ranks add up to more than the weight's smaller side, reduce the sum's rank to that side. This loses
-        # nothing, because no matrix has a larger rank. Stacking keeps the rank, because it must not compute anything.
+        # If the ranks of the LoRAs add up to more than min(out, in * k), reduce the sum's rank to min(out, in * k). The
+        # reduction loses nothing, because no matrix of this shape has a larger rank. With `stacking`, keep the factors
+        # as they are, because `stack` must not compute anything.
         ranks = [int(update.A.shape[int(place.target.stacked)]) for update, _ in thin]
         whole = len(place.shape) < 2 or sum(ranks) > min(place.shape[0], math.prod(place.shape[1:]))
         updates_made.append(_reduced(place, thin) if whole and not stacking else _beside(place, thin))
@@ -50,12 +51,12 @@ def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Up
 
 
 def _lora(place: AlignedPlace, update: Additive) -> LoRA | None:
-    """Return an update as a LoRA; None if it has no low-rank factors."""
+    """Return an update as a LoRA; None if it has no low-rank factors, or if a dense difference is smaller."""
     if not update.changes_weight or type(update).pair is Additive.pair:
         return None
     change = Change(place.target, place.shape, (update,))
     deltas = list(change.deltas())
-    # If the rank is as large as a side of the weight, the factors take more space than a dense difference.
+    # If the rank is at least min(out, in * k), the factors take more space than a dense difference.
     if any(delta.rest is not None or delta.rank >= min(delta.shape) for delta in deltas):
         return None
     kind = wide(list(update.tensors.values()))
@@ -66,7 +67,8 @@ def _beside(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
     """Join LoRAs into one by concatenating their factors, without reading any tensor."""
     stacked, shape = int(place.target.stacked), place.shape
     factors = [weight * update.scaling for update, weight in terms]
-    # Use the scaling of the largest magnitude for the joined factors, so that no ratio of scalings overflows.
+    # The joined LoRA gets the scaling with the largest magnitude. The other scalings are divided by it, so no ratio is
+    # above 1 and none overflows.
     scaling = max(factors, key=abs) or 1.0
     ratios = [factor / scaling for factor in factors]
     lead = [u.A.shape[: 1 + stacked] for u, _ in terms]
@@ -78,7 +80,7 @@ def _beside(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
 
 
 def _reduced(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
-    """Sum LoRAs whose ranks add up to more than the weight's smaller side; the sum's rank is at most that side."""
+    """Return the sum of LoRAs as one LoRA, whose rank is at most min(out, in * k)."""
     change = Change(place.target, place.shape, tuple(u.replace(scaling=w * u.scaling) for u, w in terms))
     pairs = [balanced(*svd(delta)) for delta in change.deltas()]
     kind = wide([leaf for update, _ in terms for leaf in update.tensors.values()])
@@ -104,7 +106,10 @@ def _dense(place: AlignedPlace, terms: Sequence[Term]) -> Update:
 
 
 def _whole(changes: Sequence[Change], shape: tuple[int, ...]) -> Array:
-    """Return the sum of changes, with experts stacked. Only the sum and one change are in memory at the same time."""
+    """Return the sum of changes as an array of shape `shape`, `[out, in, *k]` or `[experts, out, in, *k]`.
+
+    Only the sum and the change of one expert are in memory at the same time.
+    """
     import numpy as np
 
     result = np.zeros(shape)
@@ -120,8 +125,8 @@ def _biases(changes: Sequence[Change]) -> Array:
     return summed(bias for change in changes if (bias := change.bias()) is not None)
 
 
-# The public operations. The sum of adapters changes a weight in the same way as a merge of these adapters:
-#     W' = W + sum_i weight_i * (f_i(W) - W)
+# The public operations. The sum of adapters changes a weight W to W', as a merge of these adapters does:
+#     W' = W + sum_i weight_i * (f_i(W) - W), where f_i(W) is the weight with adapter i alone
 #
 # Low-rank factors are joined: ranks add up, and no product is computed. PEFT's "linear" instead sums all A and all B
 # separately, so its result also contains products `B_i @ A_j` of different adapters.
@@ -166,8 +171,9 @@ def add(
         disjoint: whether to allow adapters that have no target in common.
 
     Returns:
-        the sum. A target that only one adapter changes keeps its method; any other target has a LoRA, a dense
-        difference, or both.
+        the sum. A target that only one adapter changes keeps its method if the adapter's weight is 1, or if the method
+        can scale its updates. Updates that are not additive also keep their method if they share one method and it can
+        express their sum. All other targets get a LoRA, a dense difference, or both.
 
     Raises:
         UsageError: the number of weights differs from the number of adapters; the adapters have no target in common; or
@@ -209,9 +215,10 @@ def stack(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """Join adapters without computing anything: ranks add up without a limit, and other updates stay separate.
+    """Join adapters without computing anything: LoRAs are concatenated, and other updates stay separate.
 
-    The result computes the same function as the result of `add`. Prompts and other contexts are concatenated.
+    The ranks of the LoRAs add up, even to more than min(out, in * k). The result computes the same function as the
+    result of `add`. Prompts and other contexts are concatenated.
 
     Raises:
         AdapterkitError: as for `add`.
@@ -240,9 +247,10 @@ def summed_at(place: AlignedPlace, weights: Sequence[float], stacking: bool) -> 
 
 
 def _parted(group: Sequence[Update], weight: float) -> tuple[tuple[Update, ...], tuple[Additive, ...], float]:
-    """Split an adapter's updates of one target after the last update that is not additive.
+    """Split an adapter's updates of one target into two groups; return (first group, second group, weight).
 
-    Return (updates up to this one, the additive updates after it, weight).
+    The first group ends with the last update that is not additive. The second group contains the additive updates after
+    that update.
     """
     last = max((i + 1 for i, update in enumerate(group) if not isinstance(update, Additive)), default=0)
     return tuple(group[:last]), tuple(u for u in group[last:] if isinstance(u, Additive)), weight
@@ -251,10 +259,10 @@ def _parted(group: Sequence[Update], weight: float) -> tuple[tuple[Update, ...],
 def _mixed(
     place: AlignedPlace, heads: Sequence[tuple[tuple[Update, ...], float]], stacking: bool
 ) -> tuple[tuple[Update, ...], list[Term]]:
-    """Combine the first parts that `_parted` returns, which end with an update that is not additive.
+    """Combine the adapters' first groups of updates, which `_parted` returns; `heads` contains (group, weight) pairs.
 
-    Return (combined updates, []) if they can be combined as they are. Otherwise return ((), terms), where the terms are
-    differences from the base's weights.
+    Return (combined updates, []) if the updates' method can express the combination. Otherwise return ((), terms): the
+    terms are (update, weight) pairs, with additive updates that replace the groups.
     """
     if not heads or (len(heads) == 1 and heads[0][1] == 1):
         return heads[0][0] if heads else (), []
@@ -263,7 +271,7 @@ def _mixed(
     if stacking and all(u.kind == "context" for u in every) and all(w == 1 for w in weights):
         return tuple(every), []
     # First refuse updates that can never be summed. Then try to combine the updates within their method, which needs no
-    # base. Require the base only if that fails.
+    # base. Only if their method cannot express the sum, require the base.
     for update in every:
         check_kind(update, place.target, True, _DOING)
     mixture = _mixture(place, updates, weights)
@@ -297,7 +305,7 @@ def _stored(values: Array, kind: DType) -> Lazy:
 
 
 def _alone(place: AlignedPlace, terms: Sequence[Term]) -> list[Update]:
-    """Scale one adapter's additive updates; updates whose methods have no scaling become LoRAs or dense differences."""
+    """Scale one adapter's additive updates. An update that cannot be scaled becomes a LoRA or a dense difference."""
     updates_made: list[Update] = []
     for update, weight in terms:
         scaled = update if weight == 1 else update.scaled(weight)

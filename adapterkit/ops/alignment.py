@@ -61,11 +61,11 @@ class AlignedPlace:
             raise UsageError("the shape of this weight is unknown without a base", where=str(self.target), cure=_BASE)
         changing = [any(update.changes_weight for update in group) for group in self.updates]
         for shape in (shape for shape, changes in zip(known, changing, strict=True) if changes and shape is not None):
-            # Compare numbers of elements instead of shapes: for a convolution, some methods store only the product of
-            # the number of inputs and the kernel's sizes.
+            # Compare the element counts, not the shapes. For a convolution, some methods store only the product in * k,
+            # so `in` and the kernel's sizes are unknown.
             if shape[0] != longest[0] or math.prod(shape) != math.prod(longest):
                 why = f"the adapters were made for weights of the shapes {list(longest)} and {list(shape)}"
-                raise ShapeMismatch(why, where=str(self.target), cure="Combine adapters of one base only")
+                raise ShapeMismatch(why, where=str(self.target), cure="Combine only adapters made for the same base")
         return longest
 
     def changes(self, weights: Sequence[float] | None = None) -> tuple[Change | None, ...]:
@@ -84,13 +84,13 @@ class AlignedPlace:
 
 
 def side_by_side(changes: Sequence[Change | None]) -> Iterator[tuple[Delta | None, ...]]:
-    """Yield one tuple of the adapters' changes for a single weight, or one tuple per expert for stacked experts.
+    """Yield one tuple for a single weight, or one tuple per expert for stacked experts.
 
-    In a tuple, None stands for an adapter that does not change the weight.
+    Each tuple contains the changes of all adapters; None for an adapter that does not change the weight.
     """
     running = [None if change is None or not change.changes_weight else change.deltas() for change in changes]
-    # Generators are always true, so the loop runs if at least one adapter changes the weight. It returns when all
-    # generators are at their end.
+    # A generator is always true, so the loop runs if at least one adapter changes the weight. The function returns when
+    # all generators are exhausted.
     while any(running):
         row = tuple(None if each is None else next(each, None) for each in running)
         if not any(row):
@@ -112,8 +112,8 @@ def places(
     Args:
         adapters: adapters or their paths.
         base: the base. All adapters are bound to the base's names and layouts, and some methods need its weights.
-        lower: a participle for the error message, such as `"combined"`. If it is given, updates that are not additive
-            are replaced by additive updates, and an error is raised if that is impossible.
+        lower: None keeps all updates as they are. Otherwise, additive updates replace updates that are not additive. If
+            that is impossible, the error message contains `lower`, a participle such as `"combined"`.
         disjoint: whether to allow adapters that have no target in common.
         rename: rules that rename targets, each `FROM=TO` or `@FILE`. Each rule must match a target of at least one
             adapter.
@@ -137,8 +137,8 @@ def places(
         check_base([(str(name), adapter) for name, adapter in zip(named, given, strict=True)], base, strict=True)
     given = renamed(given, rename)
     read = _in_one_naming(given if base is None else [bound(adapter, base)[0] for adapter in given])
-    # One adapter may target a stack of experts or a fused weight, while another adapter targets single experts or
-    # parts. Split the stacks and the fused weights. With a base, `bound` has already split the stacks.
+    # One adapter may target a stack of experts or a fused weight, while another adapter targets single experts or parts
+    # of the fused weight. Split the stacks and the fused weights. With a base, `bound` has already split the stacks.
     if base is None and len(read) > 1:
         read = by_expert(read)
     if len(read) > 1:
@@ -153,7 +153,7 @@ def places(
 
 
 def source_adapter(source: Source, base: Base | None) -> Adapter:
-    """Return an adapter after validation; read it first if `source` is a path."""
+    """Return `source` if it is a valid adapter; if `source` is a path, read and return the adapter at this path."""
     if isinstance(source, Adapter):
         source.validate()
         return source
@@ -169,7 +169,10 @@ def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:
 
 
 def _check_common(adapters: Sequence[Adapter]) -> None:
-    """Refuse an adapter without a target in common with those before it; usually, only the names of modules differ."""
+    """Raise UsageError if an adapter has no target in common with the adapters before it.
+
+    The usual cause is that the adapters use different names for the same modules.
+    """
     first = {target.path for target in adapters[0].updates}
     for adapter in adapters[1:]:
         paths = {target.path for target in adapter.updates}

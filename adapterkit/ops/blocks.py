@@ -19,29 +19,30 @@ from .lowering import Delta
 if TYPE_CHECKING:
     from ..io.computed import Array
 
-# Find the exact k-th largest of more values than fit into memory, by reading all values a few times.
+# Find the exact k-th largest value of a series that does not fit into memory, by reading all values a few times.
 #
-# First, an interval is estimated from a sample; with a probability of 1 - 1e-8, it contains the wanted value. Then all
-# values are read. Values above the interval are counted, and values inside are kept in memory. If too many are inside,
-# they are counted in bins instead, by their leading bits, and one bin becomes the next interval. (Positive doubles and
-# their bits, read as integers, have the same order.) A bad sample only costs time: if the wanted value is outside the
+# First, estimate an interval from a sample. With a probability of 1 - 1e-8, the interval contains the k-th largest
+# value. Then read all values, count the values above the interval, and keep the values inside it in memory. If too many
+# values are expected inside, do not keep them: divide the interval into bins, count the values in each bin, and search
+# the bin with the k-th largest value next. The leading bits of a value select its bin, because positive doubles have
+# the same order as their bits, read as integers. A bad sample only costs time: if the k-th largest value is outside the
 # interval, the adjacent range is searched next.
 
 
 MAX_NUMBERS = 1 << 19
-"""The largest number of a series' values that are kept in memory."""
+"""The values inside an interval are kept in memory only if at most this many are expected."""
 
 BINS = 1 << 16
-"""The number of bins for an interval with more than `MAX_NUMBERS` values."""
+"""The number of bins for an interval in which more than `MAX_NUMBERS` values are expected."""
 
 SHARE = 256
 """In a tensor with more than `WHOLE` entries, one in `SHARE` entries is sampled, but at least `WHOLE` entries."""
 
 WHOLE = 1 << 12
-"""In a tensor with at most this many entries, all entries are sampled; in a larger tensor, at least this many."""
+"""If a tensor has at most this many entries, all of them are sampled; otherwise, at least this many are sampled."""
 
 DEVIATIONS = 6.0
-"""Half the width of the first interval, in standard deviations of the estimate."""
+"""The first interval reaches from rank k - d to rank k + d; d is this many standard deviations of an estimated rank."""
 
 WIDER = 1.25
 """The factor by which the interval is widened at both ends if only a few targets were sampled.
@@ -74,13 +75,13 @@ class Selected:
 class Selection:
     """The search for the k-th largest value of a series.
 
-    The caller passes all values of the series to `feed`, piece by piece, between `begin` and `end`, and repeats this
-    until `selected` is set.
+    In each pass, the caller calls `begin`, passes all values of the series to `feed`, piece by piece, and calls `end`.
+    Passes are repeated until `selected` is set.
 
     Attributes:
         wanted: a function of (number of values, number of nonzero values) that returns k.
-        partial: whether samples come from only a part of the series. The magnitudes in this part may differ from those
-            in the rest.
+        partial: whether samples come from only a part of the series. If so, the estimate from the samples is less
+            reliable, because the rest of the series may have other magnitudes.
         selected: the result; None until the search is finished.
     """
 
@@ -111,14 +112,14 @@ class Selection:
         if self._samples:
             self._guess()
         self._total = self._nonzero = self._above = self._inside = 0
-        # If the interval contains only one number, count the values in it instead of keeping them, because they are all
-        # equal. For sparse changes, this number is often zero.
+        # If the interval contains a single number, all values inside it are equal, so count them and do not keep them.
+        # For sparse changes, this number is often zero.
         several = self._lo < self._hi
         self._values = [] if several and self._expected <= MAX_NUMBERS else None
         self._bins = np.zeros(BINS, np.int64) if several and self._values is None else None
 
     def feed(self, values: Array) -> None:
-        """Count or keep some values of the series. No value may be negative.
+        """Add some values of the series to the current pass. No value may be negative.
 
         Several threads may call this method at the same time.
         """
@@ -221,7 +222,7 @@ def _double(bits: int) -> float:
 
 
 def settle(selections: Sequence[Selection], once: Callable[[], object]) -> None:
-    """Repeat `once`, which must pass all values of the series to the selections, until all selections have results."""
+    """Call `once` until all selections have results. Each call must pass all values of the series to the selections."""
     while open_ := [each for each in selections if each.selected is None]:
         for each in open_:
             each.begin()
@@ -234,7 +235,7 @@ def settle(selections: Sequence[Selection], once: Callable[[], object]) -> None:
 
 
 ENTRIES = 1 << 18
-"""The number of entries in a block, over all changes.
+"""The largest size of a block in entries, over all changes together. A block with a single row may be larger.
 
 With this size, a temporary array of a formula takes 2 MB in float64, and the arrays fit in the processor's caches.
 """
@@ -260,7 +261,7 @@ class Blocks:
 
     @classmethod
     def of(cls, changes: Array) -> Blocks:
-        """Return the blocks of changes of a bias, `[T, out]`; each change becomes a matrix with one row."""
+        """Return the changes of a bias, `[T, out]`, as blocks; each change becomes a matrix with one row."""
         return cls([_whole(change[None]) for change in changes])
 
     def __iter__(self) -> Iterator[tuple[slice, Array]]:
@@ -286,8 +287,8 @@ class Blocks:
         if self.size <= WHOLE:
             return np.stack([delta.dense().reshape(-1) for delta in self.deltas])
         count = max(WHOLE, self.size // SHARE)
-        # A fixed seed is enough, because the sample affects only the time. For low-rank factors, compute only the drawn
-        # entries of the product: the work for each entry is proportional to the rank.
+        # A fixed seed is enough, because the sample affects the running time, but not the result. For low-rank factors,
+        # compute only the drawn entries of the product. The work for each entry is proportional to the rank.
         random = np.random.default_rng(0)
         i, j = random.integers(out, size=count), random.integers(columns, size=count)
         values_at = np.empty((self.count, count))
@@ -300,13 +301,18 @@ class Blocks:
     def select(
         self, key: Callable[[Array], Array], wanted: Sequence[Callable[[int, int], int]], each: int = 1
     ) -> list[Selected]:
-        """Compute series of values from the changes, and return the k-th largest values of each series.
+        """Compute series of values from the changes, and find the k-th largest value of each series.
+
+        Each series may have several k.
 
         Args:
-            key: a function of changes `[T, ...]`; its result has one series per index of the first axis.
+            key: a function of changes `[T, ...]`. Each index of the first axis of its result is one series.
             wanted: functions of (length of the series, number of its nonzero values) that return k. The first `each`
                 functions are for the first series, the next `each` functions for the second series, and so on.
-            each: the number of values to find per series.
+            each: the number of k per series.
+
+        Returns:
+            one result per function in `wanted`.
         """
         import numpy as np
 

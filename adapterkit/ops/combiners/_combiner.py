@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     Value = bool | int | float | str | None
 
-# Functions that combiners use on the changes of one weight: inner products, sums and, by singular value decomposition,
-# polar factors, leading directions and numerical ranks.
+# Functions of the changes of one weight. They compute inner products, sums, singular vectors, polar factors and
+# numerical ranks.
 
 
 TINY = 1e-12
@@ -74,7 +74,7 @@ def mixed(deltas: Sequence[Delta], coefficients: Array) -> Delta:
 
 
 def whole(D: Array) -> Delta:
-    """Return a change without low-rank factors from an array `[out, in * k]`."""
+    """Return the array `[out, in * k]` as a change without low-rank factors."""
     import numpy as np
 
     return Delta(np.zeros((len(D), 0)), np.zeros((0, D.shape[1])), D)
@@ -108,11 +108,11 @@ def leading(M: Array, count: int | None = None) -> Decomposition:
 
 
 def spanned(cores: Array) -> int:
-    """Return the dimension of the span of all cores' columns or of all cores' rows, whichever is smaller."""
+    """Return the smaller of two dimensions: of the span of all cores' columns, and of the span of all cores' rows."""
     import numpy as np
 
-    # The cores' shapes do not show the dimension: the cores of dense changes have the shape of the weight, and the
-    # columns of low-rank factors may be linearly dependent.
+    # The cores' shapes do not determine the dimensions. The cores of dense changes have the shape of the weight, and
+    # the columns of low-rank factors may be linearly dependent.
     both = (np.linalg.svd(side, compute_uv=False) for side in (np.hstack([*cores]), np.vstack([*cores])))
     return min(int((NOISE * S[:1].max(initial=0) < S).sum()) for S in both)
 
@@ -167,7 +167,7 @@ DEPENDENCES = {
     "size": "fixed thresholds for magnitudes: doubled changes do not give a doubled result",
     "seed": "random numbers",
 }
-"""The influences that a combiner's result may depend on, other than the changes, with descriptions.
+"""A map from each key that `Combiner.depends` may contain to a description of the dependence.
 
 Tests check that each combiner's `depends` is right.
 """
@@ -193,8 +193,8 @@ class Combiner(ABC):
         depends: what the result depends on in addition to the changes; keys of `DEPENDENCES`.
         stages: the number of searches for thresholds over all targets. Each search may use the results of the earlier
             searches. 0 if the formula needs only sums over all targets.
-        sequential: whether targets are computed in order. If so, the function `data` gets an adapter with the finished
-            targets as its third argument.
+        sequential: whether targets are computed in order. If so, the third argument of the function `data` is an
+            adapter with the targets that have already been computed.
     """
 
     title: ClassVar[str] = ""
@@ -218,7 +218,7 @@ class Combiner(ABC):
 
     @classmethod
     def parameters(cls) -> dict[str, dataclasses.Field[Value]]:
-        """Return a map from each parameter's name to its field. The field's metadata has `parameter`'s arguments."""
+        """Return a map from each parameter's name to its field, whose `metadata` are the arguments of `parameter`."""
         return {f.name: f for f in dataclasses.fields(cls) if "meaning" in f.metadata}  # type: ignore[arg-type]
 
     @classmethod
@@ -236,7 +236,7 @@ class Combiner(ABC):
         """
         known = cls.parameters()
         if name not in known:
-            cure = nearest(name, known) or f"Its parameters: {', '.join(known) or 'none'}"
+            cure = nearest(name, known) or f"The method's parameters: {', '.join(known) or 'none'}"
             raise UsageError(f"this method has no parameter {name!r}", where=name, cure=cure)
         facts = known[name].metadata
         if value is None and known[name].default is None:
@@ -267,7 +267,7 @@ class Combiner(ABC):
         return None
 
     def check(self) -> None:  # noqa: B027 - combiners without such rules inherit this
-        """Raise UsageError if parameter values that are valid by themselves contradict each other."""
+        """Raise UsageError if parameter values contradict each other, although each value is allowed."""
 
     @abstractmethod
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
@@ -323,8 +323,8 @@ class PlugIn(Combiner):
     `settings` are the parameters of the combiner `then`.
 
     Attributes:
-        within: values that the paper uses for parameters of the combiner `then`; if it lacks a parameter, the value is
-            ignored.
+        within: the paper's values for parameters of the combiner `then`. Values for parameters that this combiner does
+            not have are ignored. `settings` takes precedence.
     """
 
     plug: ClassVar[str | None] = "then"
@@ -352,10 +352,10 @@ class PlugIn(Combiner):
 
 
 def combiner_of(cls: type[Combiner], values: Mapping[str, object]) -> Combiner:
-    """Return a combiner with checked parameters.
+    """Check the parameter values, and return the combiner with these values.
 
     Raises:
-        UsageError: a parameter is unknown, or its value is not allowed.
+        UsageError: a parameter is unknown; its value is not allowed; or the method `then` cannot be an inner method.
     """
     if not issubclass(cls, PlugIn):
         method = cls(**{name: cls.checked(name, value) for name, value in values.items()})
@@ -396,7 +396,9 @@ def _default_text(field: dataclasses.Field[Value]) -> str:
     return f"{facts['meaning']}: {_KINDS[facts['kind']]} {' '.join(bounds)}".rstrip()
 
 
-LOW_RANK = "Convert it to LoRA: adapterkit resize A --promote (ak.ops.promote); or choose another --method (method=)"
+LOW_RANK = (
+    "Convert the adapter to LoRA: adapterkit resize A --promote (ak.ops.promote); or choose another --method (method=)"
+)
 
 ONE_RANK = "Resize all adapters to one rank: adapterkit resize A --rank R; or choose another --method (method=)"
 
@@ -429,5 +431,5 @@ def checked_pairs(deltas: Sequence[Delta], at: FormulaContext, *, equal: bool = 
         raise UsageError("a change has no low-rank factors", where=str(at.target), cure=LOW_RANK)
     ranks = [delta.rank for delta in deltas]
     if equal and len(set(ranks)) > 1:
-        why = f"factors of ranks {', '.join(map(str, ranks))} cannot be summed separately"
+        why = f"the ranks differ ({', '.join(map(str, ranks))}), so the factors B and A cannot be summed separately"
         raise UsageError(why, where=str(at.target), cure=ONE_RANK)

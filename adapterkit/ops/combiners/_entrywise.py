@@ -47,8 +47,8 @@ def compiled_drop(
     """Return a function that drops entries of a block in place; None if the compiled library is not available.
 
     Args:
-        chances: each change's probability of keeping an entry; None for a change whose entries are all kept.
-        at: the context of the formula; it draws the random numbers.
+        chances: for each change, the probability that an entry is kept; None for a change whose entries are all kept.
+        at: the context of the formula, which has the keys of the random numbers.
         inverse: whether each kept entry is divided by the probability that it is kept.
 
     Returns:
@@ -66,8 +66,8 @@ def compiled_drop(
         for t, chance, key in drawn:
             D = changes[t]
             slope = chance.spread / max(columns - 1, 1)
-            # Number the random draws by the entries' positions in the whole tensor, so that the result does not depend
-            # on the sizes of blocks.
+            # An entry's position in the whole tensor determines its random number, so the result does not depend on the
+            # sizes of blocks.
             if drop(_pointer(D), count, columns, key, rows.start * columns, chance.least, slope, inverse):
                 raise MemoryError
         return changes
@@ -100,12 +100,12 @@ ZERO_SIGNS = ("+", "majority")
 ZERO_SIGN = "the sign of an entry whose votes cancel: positive (+), or the sign elected for most entries (majority)"
 DENOMINATOR = (
     "the divisor of each entry: the number of adapters with the elected sign (count), the sum of their weights "
-    "(weights), or 1 (none); if no signs are elected, all adapters count"
+    "(weights), or 1 (none); with sign=none, count and weights include all adapters"
 )
 DENSITY = "share of the entries to keep"
 SCALE = "factor by which the result is multiplied (lambda)"
 KEPT = (
-    "how many of n entries a density p keeps: int(p n) + 1 (reference), int(p n) (floor), "
+    "how many of n entries are kept if the density is p: int(p n) + 1 (reference), int(p n) (floor), "
     "or int(p n) but at least 1 (at_least_one)"
 )
 RESCALE = (
@@ -128,8 +128,8 @@ class Entrywise(Combiner):
         """Return a function that computes one block of the result from one block of the changes.
 
         Args:
-            blocks: the changes. If the formula needs statistics of the whole tensor, this method computes them from the
-                blocks.
+            blocks: the changes. If the formula needs statistics of the whole tensor, this method iterates over `blocks`
+                to compute them.
             weights: one weight per change.
             at: the context of the formula.
 
@@ -183,13 +183,16 @@ class Sparse(Entrywise):
         """Return a function that selects the entries to keep.
 
         Returns:
-            a function of (changes `[T, rows, columns]`, slice that selects these rows of the tensor). It returns a mask
-            with the shape of the changes (None keeps all entries), and the probability that an entry is kept (1 if the
-            mask is not random).
+            a function of (changes `[T, rows, columns]`, slice that selects these rows of the tensor). It returns (mask,
+            probability). The mask has the shape of the changes; None keeps all entries. The probability is that of
+            keeping an entry; it is 1 if the mask is not random.
         """
 
     def chances(self, at: FormulaContext) -> Sequence[Chance | None] | None:
-        """Return each change's probabilities of keeping entries (None: keep all); None if the mask is not random."""
+        """Return a list with one `Chance` per change, or None if the mask is not random.
+
+        In the list, None stands for a change whose entries are all kept.
+        """
         return None
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
@@ -224,7 +227,8 @@ class Sparse(Entrywise):
         if how != "norm":
             return kept
         # Scaling needs the norms of the whole tensor, so entries are dropped from every block twice: first to compute
-        # the norms, then to return the entries. Random masks depend only on seed and position, so they are the same.
+        # the norms, then to return the kept entries. Random masks depend only on the seed and on the positions of the
+        # entries, so both times the same entries are dropped.
         before, after = np.zeros(blocks.count), np.zeros(blocks.count)
         for rows, changes in blocks:
             before += np.abs(changes).sum((1, 2))
@@ -257,20 +261,20 @@ class Sparse(Entrywise):
         import numpy as np
 
         if self.sign == "none":
-            # Without an election, an adapter counts in the denominator even where its entry was dropped, because
+            # Without an election of signs, the denominator includes an adapter even if its entry was dropped, because
             # mergekit divides by the sum of all weights.
             divisor = {"none": 1.0, "count": float(len(kept)), "weights": float(weights.sum())}[self.denominator]
             return np.asarray(self.scale * np.tensordot(weights, kept, 1) / (divisor or 1.0))
         votes = self._votes(kept, weights)
         elected = np.where(votes >= 0, 1.0, -1.0)
         if self.zero_sign == "majority":
-            # Compute the majority sign only if the votes of kept entries cancel, because this takes another pass over
-            # the tensor, or over all targets. An entry that no change keeps is zero with either sign.
+            # Compute the majority sign only if the votes for a kept entry cancel, because computing it takes another
+            # pass over the tensor, or over all targets. An entry that no change keeps is zero with either sign.
             tied = (votes == 0) & kept.any(0)
             if tied.any():
                 elected[tied] = majority()
-        # In the product, entries with the elected sign are positive. The product is exact, because `elected` contains
-        # only 1 and -1.
+        # After this multiplication, entries with the elected sign are positive. The multiplication is exact, because
+        # `elected` contains only 1 and -1.
         along = kept * elected
         if self.weighted_vote:
             along *= np.sign(weights)[:, None, None]
@@ -287,7 +291,7 @@ class Sparse(Entrywise):
 
 
 def count_of(density: float, total: int, how: str) -> int:
-    """Return how many of `total` entries are kept at a density; `how` is one of `COUNTS`."""
+    """Return how many of `total` entries are kept if the density is `density`; `how` is one of `COUNTS`."""
     if density >= 1:
         return total
     if how == "reference":
@@ -309,7 +313,10 @@ def largest(D: Array, kept: int) -> Array:
 
 
 def rescaled(D: Array, mask: Array, chance: Array | float, how: str) -> Array:
-    """Return the entries of D in the mask, scaled to keep the expected value (`inverse`) or the L1 norm (`norm`)."""
+    """Set the entries of D outside the mask to 0, and scale the other entries according to `how`.
+
+    `inverse` preserves the expected value of each entry, `norm` preserves the L1 norm, and `none` does not scale.
+    """
     import numpy as np
 
     kept = D * mask

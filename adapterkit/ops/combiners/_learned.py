@@ -33,10 +33,10 @@ class WeightTrial:
         targets: all targets, in the order of the result.
         count: the number of adapters, T.
         seed: the seed of random steps.
-        combined: a function of a map from each target to its coefficients `[T]`. It returns the combined adapter.
-        score: the caller's function of an adapter. It returns the loss, or the loss and gradients.
-        products: a function of (target, gradient `[out, in, *k]`). It returns one number per coefficient, `[T]`: the
-            inner product of the gradient with the change that the coefficient multiplies.
+        combined: a function that returns the combined adapter. Its argument maps each target to its coefficients `[T]`.
+        score: the function from the caller. It takes an adapter, and returns the loss, or the loss and gradients.
+        products: a function of (target, gradient `[out, in, *k]`). It returns `[T]`: for each coefficient, the inner
+            product of the gradient with the change that the coefficient multiplies.
         changes: a function from a target to the adapters' changes; a change is None if the adapter lacks the target.
         depth: a function from a target to its depth, 0 in the first layer and 1 in the last; None outside numbered
             layers.
@@ -63,9 +63,9 @@ class WeightTrial:
         return _number(score[0] if isinstance(score, tuple) else score)
 
     def slope(self, coefficients: Coefficients) -> tuple[float, dict[Target, Array]]:
-        """Return the loss and a map from each target to the derivatives of the loss by the target's coefficients.
+        """Return the loss, and a map from each target to the gradient of the loss with respect to its coefficients.
 
-        The map lacks targets for which the score function returns no gradient.
+        Each gradient has the shape `[T]`. The map lacks targets for which the score function returns no gradient.
 
         Raises:
             UsageError: the score function returns no gradients, or a gradient for a path that is not a target.
@@ -88,11 +88,11 @@ class WeightTrial:
         return _number(answer[0]), slopes
 
     def differences(self, coefficients: Array, step: float = 1e-3) -> tuple[float, Array]:
-        """Return the loss and its gradient for coefficients that all targets share, by central differences."""
+        """Return the loss and its gradient `[T]`, computed by central differences. All targets share `coefficients`."""
         import numpy as np
 
-        # This calls the score function 2 T + 1 times. With separate coefficients for each target, there would be far
-        # too many calls.
+        # This calls the score function 2 T + 1 times. If each target had its own coefficients, far more calls would be
+        # needed.
         ends = [
             [self.loss(self.everywhere(coefficients + way * step * unit)) for way in (1, -1)]
             for unit in np.eye(self.count)
@@ -164,9 +164,10 @@ def descend(
         start: the initial free parameters.
         steps: the number of steps.
         rate: the learning rate.
-        per: if `task`, all targets share the same coefficients, and finite differences of the loss give the gradient.
-            Otherwise, the score function returns gradients.
-        shape: a function from free parameters to coefficients `[targets, T]` and their Jacobian `[targets, T, T]`.
+        per: `task` if all targets share the same coefficients; the gradient is then computed by finite differences.
+            With `layer`, each target has its own coefficients, and the score function returns gradients.
+        shape: a function that takes the free parameters, and returns (coefficients `[targets, T]`, their Jacobian
+            `[targets, T, T]`).
     """
     import numpy as np
 

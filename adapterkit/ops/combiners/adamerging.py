@@ -1,4 +1,6 @@
-"""AdaMerging: learn the coefficients of a sum that minimise a loss, usually the entropy on unlabelled samples.
+"""AdaMerging: sum the adapters' changes, with coefficients that are learned by minimising a loss.
+
+The loss is usually the entropy on unlabelled samples.
 
 Yang et al. 2023, https://arxiv.org/abs/2310.02575
 """

@@ -1,8 +1,8 @@
-"""Arcee Fusion: keep the entries of a change that are large and whose row changes the softmax of the weight's row.
+"""Arcee Fusion: keep only the most important entries of a change.
 
-The importance of an entry is I = |D| KL(softmax(W + D) || softmax(W)), where KL is the divergence of the entry's row.
-An entry is kept if I is at least the median of I over the tensor plus 1.5 interquartile ranges. The formula contains W,
-so it needs the base.
+The importance of an entry is I = |D| KL(softmax(W + D) || softmax(W)), where the softmax and the KL divergence are
+computed over the entry's row. An entry is kept if its I is at least the median of I over the tensor plus 1.5
+interquartile ranges. The formula contains W, so it needs the base.
 
 Source: https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md. mergekit estimates the quartiles of large
 tensors from a million random entries; this module computes exact quartiles.
@@ -50,7 +50,7 @@ class ArceeFusion(Entrywise):
 
 
 def _divergence(one: Array, other: Array) -> Array:
-    """Return the KL divergence between the softmaxes of corresponding rows, `[..., 1]`."""
+    """Return KL(softmax(one) || softmax(other)) for each row, `[..., 1]`."""
     import numpy as np
 
     p, q = _softmax(one) + LEAST, _softmax(other) + LEAST
@@ -68,9 +68,9 @@ def _softmax(X: Array) -> Array:
 
 
 def _threshold(importance: Array) -> float:
-    """Return the median plus 1.5 interquartile ranges.
+    """Return the median of the importances plus 1.5 interquartile ranges.
 
-    If a quartile or the median lies between two entries, the smaller entry is used.
+    If a quartile or the median lies between two values, the smaller value is used.
     """
     import numpy as np
 

@@ -1,7 +1,7 @@
 """Subspace Boosting: raise the small singular values of another method's result.
 
 S_1 >= S_2 >= .. are the singular values of the other method's result. k is the smallest number for which
-S_1 + .. + S_k reaches the share beta of the sum of all singular values. All singular values after S_k are set to S_k.
+S_1 + .. + S_k is at least beta times the sum of all singular values. All singular values after S_k are set to S_k.
 Skorobogat et al. 2025, https://arxiv.org/abs/2506.16506: in many merged models, most of the change lies in few
 directions. The default beta, 0.01, is from the authors' code.
 
@@ -29,7 +29,10 @@ class SubspaceBoosting(PlugIn):
     paper = "https://arxiv.org/abs/2506.16506"
 
     beta: float = parameter(
-        0.01, "share of the sum of all singular values that the k largest singular values reach", least=0, most=1
+        0.01,
+        "S_1, .., S_k add up to at least this share of the sum of all singular values; the others are raised to S_k",
+        least=0,
+        most=1,
     )
 
     @property
@@ -43,7 +46,7 @@ class SubspaceBoosting(PlugIn):
         from ._combiner import leading
 
         merged = self.inner.matrix(deltas, weights, at)
-        # During counting, this method runs only so that the combiner `then` collects statistics; the result is ignored.
+        # While `counting` is true, the combiner `then` only collects statistics, and its result is ignored.
         if at.census.counting:
             return merged
         common = whole_core([merged])

@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 
 
 SCOPE = (
-    "the entries of which density and gamma are shares: all entries of a tensor, as in the paper, "
-    "or all entries of a row, as in the authors' code"
+    "whether density and gamma are shares of the entries of a tensor, as in the paper (tensor), "
+    "or of the entries of each row, as in the authors' code (row)"
 )
 
 
 class Breadcrumbs(Sparse):
     """lambda * sum_t w_t m_t D_t, where the mask m_t is 1 for the entries that change t keeps, else 0.
 
-    The mask drops the `gamma * n` largest of n entries, and keeps the next largest `density * n` entries.
+    The mask drops the `gamma * n` largest of n entries, keeps the `density * n` next largest entries, and drops the
+    rest. If `density` is 1, the mask keeps all entries.
     """
 
     title = "Model Breadcrumbs"
@@ -40,7 +41,7 @@ class Breadcrumbs(Sparse):
     compat: ClassVar = {"mergekit": {"density": 1.0, "gamma": 0.01, "weighted_vote": True}}
 
     density: float = parameter(0.143, DENSITY, least=0, most=1)
-    gamma: float = parameter(0.007, "share of the entries to drop because they are the largest", least=0, most=1)
+    gamma: float = parameter(0.007, "share of the entries to drop, largest magnitudes first", least=0, most=1)
     scope: str = parameter("tensor", SCOPE, among=("tensor", "row"))
     rescale: str = parameter("none", RESCALE, among=("none", "norm"))
 
@@ -64,7 +65,7 @@ class Breadcrumbs(Sparse):
 
 
 def _places(density: float, gamma: float, count: int) -> tuple[int, int]:
-    """Return which of `count` magnitudes are kept, as indices in ascending order of magnitude: (first, end)."""
+    """Return (first, end). If `count` magnitudes are sorted in ascending order, the slice `first:end` is kept."""
     if density >= 1:
         return 0, count
     kept = int(density * count)
@@ -73,17 +74,18 @@ def _places(density: float, gamma: float, count: int) -> tuple[int, int]:
 
 
 class _Between:
-    """A function that selects, in each change, the entries between two indices of the sorted magnitudes.
+    """A function that returns a mask of the kept entries of a block.
 
-    Equal magnitudes are sorted by position. Each pass must call the function with the blocks in order.
+    If the magnitudes of a change are sorted in ascending order, its span `(first, end)` selects the kept entries. Equal
+    magnitudes are sorted by position. In each pass, the function must be called with the blocks in order.
     """
 
     def __init__(self, blocks: Blocks, spans: Sequence[tuple[int, int]]) -> None:
         import numpy as np
 
         size = blocks.size
-        # Convert indices, which count from the smallest magnitude, to k, which counts from the largest. Indices outside
-        # the tensor occur only if no entry is kept; they are clamped, and the values are not used.
+        # Indices count from the smallest magnitude, but k counts from the largest, so convert the indices to k. An
+        # index is outside the tensor only if no entry is kept. It is then clamped, and the result is not used.
         wanted = [
             lambda total, _, place=place: total - place
             for first, last in spans

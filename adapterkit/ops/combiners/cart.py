@@ -1,10 +1,10 @@
 """CART: the mean of the changes, plus the leading directions of each task's difference from the mean.
 
-D = mean + scale * sum_t top_k(D_t - mean). Choi et al. 2024, https://arxiv.org/abs/2412.12153. The defaults are the
-authors' values for eight tasks, https://github.com/JH-GEECS/CART (`initial_rank_ratio`, `prior`); for 14 tasks they use
-0.16 and 1.5. The authors keep a share of all directions of the weight; `over=weight` does the same. By default, this
-module keeps a share of the directions that the adapters span, as Core Space does, https://arxiv.org/abs/2509.17786,
-because 12 % of the weight's directions are usually more than the rank of a LoRA.
+D = mean + scale * sum_t top_k(D_t - mean). Choi et al. 2024, https://arxiv.org/abs/2412.12153. The defaults of `share`
+and `scale` are the authors' values for eight tasks, https://github.com/JH-GEECS/CART (`initial_rank_ratio`, `prior`).
+For 14 tasks, the authors use 0.16 and 1.5. They keep a share of all directions of the weight; `over=weight` does the
+same. By default, this module keeps a share of the directions that the adapters span, as Core Space does,
+https://arxiv.org/abs/2509.17786, because 12 % of the weight's directions are usually more than the rank of a LoRA.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
 
 
-OVER = "total of which the share is kept: directions that the adapters span (core), or all of the weight (weight)"
+OVER = "the total for share: directions that the adapters span (core), or all directions of the weight (weight)"
 
 
 class CART(Spectral):
@@ -28,9 +28,9 @@ class CART(Spectral):
     title = "Centred arithmetic with reduced-rank task vectors (CART)"
     paper = "https://arxiv.org/abs/2412.12153"
 
-    share: float = parameter(0.12, "share of the directions to keep of each difference from the mean", least=0, most=1)
+    share: float = parameter(0.12, "share of the directions that each difference from the mean keeps", least=0, most=1)
     over: str = parameter("core", OVER, among=("core", "weight"))
-    scale: float = parameter(2.0, "factor of the differences from the mean")
+    scale: float = parameter(2.0, "factor by which the differences from the mean are multiplied")
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         import numpy as np

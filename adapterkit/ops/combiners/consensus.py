@@ -27,9 +27,9 @@ class Consensus(Entrywise):
     single = frozenset({"threshold"})
 
     threshold: float = parameter(
-        0.4, "lambda_t: an important entry has at least this fraction of the magnitude of the other tasks' sum", least=0
+        0.4, "lambda_t: an entry is important if |D_t| is at least lambda_t times |sum of the other changes|", least=0
     )
-    agree: int = parameter(2, "least number of tasks for which a kept entry is important", least=1)
+    agree: int = parameter(2, "an entry is kept if it is important for at least this many tasks", least=1)
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         import numpy as np
@@ -40,7 +40,7 @@ class Consensus(Entrywise):
             changes *= weights[:, None, None]
             total = changes.sum(0)
             matter = (np.abs(changes) >= levels * np.abs(total - changes)).sum(0)
-            # If fewer than `agree` adapters change this target, all of these adapters must agree.
+            # If fewer than `agree` adapters change this target, a kept entry must be important for all of them.
             kept: Array = self.scale * total * (matter >= min(self.agree, len(changes)))
             return kept
 

@@ -1,8 +1,8 @@
 """Core Space: apply another method to small cores, D_t = U M_t V^T, with one U and one V for all tasks.
 
 The columns of U are the left singular vectors of [B_1 .. B_T]. The columns of V are the right singular vectors of [A_1;
-..; A_T]. Linear methods have the same result on cores as on whole matrices. Panariello et al. 2025,
-https://arxiv.org/abs/2509.17786; TIES trims each core separately, as in
+..; A_T]. Linear methods have the same result on cores as on whole matrices. If the other method is TIES, it trims each
+core separately. Panariello et al. 2025, https://arxiv.org/abs/2509.17786; the trimming is as in
 https://github.com/apanariello4/core-space-merging.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
     from ..lowering import Delta
 
-BASIS = "source of the singular vectors: the factors as trained (factors), or each adapter's product B A (products)"
+BASIS = "matrices that give the singular vectors: the trained factors (factors), or the products B A (products)"
 
 
 class CoreSpace(PlugIn):
@@ -49,7 +49,8 @@ def coordinates(deltas: Sequence[Delta], basis: str) -> tuple[Array, list[Array]
         columns = np.vstack([delta.A for delta in deltas]) @ common.right.T
     else:
         rows, columns = np.hstack(common.cores), np.vstack(common.cores)
-    # Decompose the small matrices in common coordinates, not matrices with as many rows or columns as the weight.
+    # `rows` and `columns` are small if all changes have low-rank factors. The factors themselves have as many rows or
+    # columns as the weight, so decomposing them would take longer.
     U, S, _ = np.linalg.svd(rows, full_matrices=False)
     _, R, Vh = np.linalg.svd(columns, full_matrices=False)
     if not by_factors:
