@@ -322,8 +322,8 @@ class Slots:
             assert factors is not None
             update = factors.replace(adds_more=computes_apart(layer, place))
         values = {name: Value(layer.branch, slot.shape, slot.dtype, slot.value) for name, slot in slots.items()}
-        # Cast slots to the layer's dtype: a slot has the dtype of the module's first call, but other calls of the module
-        # may have a different one.
+        # Cast slots to the layer's dtype: a slot has the dtype of the module's first call, but other calls of the same
+        # module may have a different dtype.
         return update.replace(**{n: v if v.dtype.kind in "iu" else v.cast(layer.dtype) for n, v in values.items()})
 
     def record(self) -> None:
@@ -362,8 +362,8 @@ class Slots:
         fixed = self.required and any(issubclass(spot.kind, Conv) for spot in place.spots)
         shapes = {name: self._shape(update, name, leaf, fixed) for name, leaf in update.tensors.items()}
         dtype = layer.dtype
-        # For some layers, use size 1 instead of 0 for the dynamic axes of a default: onnxruntime does not initialize the
-        # output of a Conv over zero channels, or of a product with an empty left matrix.
+        # For some layers, use size 1 instead of 0 for the dynamic axes of a default, because onnxruntime does not
+        # initialize the output of a Conv over zero channels, or of a product with an empty left matrix.
         fixed_rank = any(issubclass(spot.kind, Conv | LeftMatMul) or spot.kind.inside for spot in place.spots)
         inner = int(self.required or fixed_rank)
         defaults = _neutral(update, shapes, place, inner, (inner,) if self.required else (0, 1))
