@@ -60,10 +60,10 @@ KINDS: tuple[type[GraphLayer], ...] = (
     *GEMMS, MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul,
     Einsum, FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER, *SELECTED,
 )  # fmt: skip
-"""The kinds of layers whose node has one weight. A node is of the first kind that accepts it."""
+"""The kinds of layers whose node has one weight. If several kinds accept a node, the first of them is used."""
 
 SEVERAL: tuple[type[GraphLayer], ...] = (*RECURRENT, *EXPERTS)
-"""The kinds of layers whose node has several weights: recurrent layers and experts. Each weight has its own kind."""
+"""The kinds of layers whose node has several weights: recurrent layers and experts. Each weight has one kind."""
 
 
 def kinds_of(node: ir.Node) -> list[type[GraphLayer]]:
@@ -72,8 +72,9 @@ def kinds_of(node: ir.Node) -> list[type[GraphLayer]]:
     return [kind for kind in SEVERAL if kind.takes(node)] if kind is None else [kind]
 
 
-# Exporters write names in different places, which are searched in the order of `METHODS`. If the base is given, layers
-# without a name are found by the values of their weights. If several layers fit, this is an error.
+# Exporters store a layer's name in different places, such as metadata, tensor names and node names. These places are
+# searched in the order of `METHODS`. If the base is given, layers without a name are found by comparing their weights
+# with the base's weights. If several layers fit a target, an error is raised.
 
 
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
@@ -85,21 +86,21 @@ _CALL = re.compile(r"_\d+(?=\.weight$)")
 def resolve(
     model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, tying: Tying | None = None
 ) -> list[ResolvedTarget]:
-    """Find an adapter's targets in a graph, and the tied layers that the adapter's updates change together with them.
+    """Find the layers of a graph that an adapter changes, including layers that are tied to the adapter's targets.
 
     Args:
         model: the graph.
         adapter: the adapter, whose updates change weights or the outputs of layers.
-        base: the weights that the graph was exported from. They show which layer a target means if layers have no
-            names, and they are compared with the layers that were found by name.
+        base: the weights that the graph was exported from. Layers without names are found by comparing their weights
+            with the base's. The weights of layers that were found by name are checked against the base's, too.
         tying: the caller's choice for tied layers, and the base's config, whose `model_type` selects the naming.
 
     Raises:
-        TargetNotFound: the graph has no layer for a target, or several that cannot be distinguished; the error gives
+        TargetNotFound: the graph has no layer for a target, or several layers that fit equally well; the error gives
             the nearest names.
-        ShapeMismatch: the shape of a tensor does not fit its layer.
-        Unsupported: an update cannot be applied in this graph; or a norm may be folded into a layer, and no base is
-            given to verify it.
+        ShapeMismatch: the shape of an adapter's tensor does not fit the layer.
+        Unsupported: an update cannot be applied in this graph. Or the exporter may have folded a norm into a layer,
+            and `base` is None, so that the layer cannot be checked.
         UsageError: layers are tied, and neither the adapter nor `tying` determines which of them an update changes.
     """
     stage("finding the targets in the graph")
@@ -112,7 +113,7 @@ def resolve(
     known = by_name(spots)
     for target in adapter.updates:
         if elsewhere(target.path, tying.role, known):
-            why = f"the graph is the model's {tying.role}, according to its file name, and lacks this target"
+            why = f"the graph is the model's {tying.role}, according to its file name, so it does not have this target"
             cure = "Pass the folder of the model. To omit such targets: --allow-partial (allow_partial=True)"
             raise TargetNotFound(why, where=str(target), cure=cure)
     adapter, whole = by_expert(adapter, model, tying.config)
@@ -127,32 +128,32 @@ def resolve(
     except TargetNotFound as error:
         modules_of_several = with_several_weights(spots).items()
         for weights in (names for name, names in modules_of_several if same_end(name, f"{error.where}.weight")):
-            why = "this module has several weights, and the target names none of them"
-            cure = f"Name one as the target: {', '.join(weights)}" if weights else ""
+            why = "the target is a module with several weights, and the target's path does not select one of them"
+            cure = f"Use the name of one weight as the target: {', '.join(weights)}" if weights else ""
             cure = cure or "Use the graph before it is optimized: there, each weight has a name"
             raise TargetNotFound(why, where=error.where, cure=cure) from None
         if model.functions:
             names = ", ".join(function.name for function in model.functions.values())
-            why = f"the graph has local functions of another operator set, whose layers cannot be changed: {names}"
-            cure = "Export the model with one operator set, or inline functions: onnx.inliner.inline_local_functions"
+            why = f"the graph has local functions of another operator set ({names}), so their layers cannot be changed"
+            cure = "Export the model with one operator set, or call onnx.inliner.inline_local_functions on it"
             raise Unsupported(why, where=error.where, cure=cure) from None
         if (node := _other_operator(model, error.where or "", spots)) is not None:
             unknown = f"a {node.op_type} ({node.name or node.outputs[0].name})"
-            why = f"its weight is read by {unknown}, which is not a layer to which adapters can be attached here"
-            cure = "Merge the adapter before the export, or export the model with torch.nn.Linear or Conv layers there"
+            why = f"the target's weight is read by {unknown}, and no adapter can be attached to this operator"
+            cure = "Merge the adapter before the export, or export the model with this layer as torch.nn.Linear or Conv"
             if any(_is_packed(one) for one in node.inputs):
-                cure = "Inject or merge before the graph is quantized, or quantize the graph to MatMulNBits"
+                cure = "Inject or merge the adapter before quantizing the graph, or quantize the graph to MatMulNBits"
             if len(_lost(layered, known, tying.config)) < len(layered.updates):
                 cure = f"{cure}. To omit such targets: --allow-partial (allow_partial=True)"
             raise Unsupported(why, where=error.where, cure=cure) from None
         if (node := _reordered(model, error.where or "", base)) is not None:
             at = f"{node.name or node.op_type} (operator {node.domain}.{node.op_type})"
             why = (
-                "the graph stores this weight in another order than the base: onnxruntime reordered convolutions for "
-                f"one kind of processor (see {at}). The order cannot be restored: {left}"
+                "onnxruntime reordered the graph's convolution weights for one kind of processor, for example those of "
+                f"{at}. The base's order cannot be restored: {left}"
             )
             cure = (
-                "Inject into the graph before it is optimized, or optimize it no further than "
+                "Inject the adapter before the graph is optimized, or optimize the graph no further than "
                 "GraphOptimizationLevel.ORT_ENABLE_EXTENDED"
             )
             raise Unsupported(why, where=error.where, cure=cure) from None
@@ -172,12 +173,16 @@ def resolve(
     ended += norms.values()
     if base is not None:
         ended = [with_base_bias(place, base) for place in ended]
-    # Put layers before modules, and inner modules before outer ones: a module reads the new outputs of those inside it.
+    # Put layers before modules, and inner modules before outer ones, because an outer module must read the changed
+    # outputs of the layers and modules inside it.
     return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
 
 
 def _reordered(model: ir.Model, where: str, base: Checkpoint | None) -> ir.Node | None:
-    """Return a convolution in onnxruntime's blocked channel layout, if the target at `where` is a convolution."""
+    """Return any Conv of the graph in onnxruntime's blocked channel layout.
+
+    Return None if there is none, or if the target at `where` is not a convolution in the base.
+    """
     weight_name = f"{where}.weight"
     shapes = (
         []
@@ -198,13 +203,14 @@ def taken(
     Args:
         model: a graph that may have only some of the adapter's layers, such as one part of a model.
         adapter: the adapter, whose updates change weights or the outputs of layers.
-        base: the weights that the graph was exported from, by whose values layers without names are found.
+        base: the weights that the graph was exported from. Layers without names are found by comparing their weights
+            with the base's.
         config: the base's config.
-        role: the part of the model that the graph holds, such as `encoder`; None if its file's name does not show it.
+        role: the part of the model that the graph holds, such as `encoder`; None if the part is unknown.
 
     Raises:
-        TargetNotFound: a target may be a layer whose name is lost, and no base is given to compare values; or two
-            targets match the same layer.
+        TargetNotFound: a target may be a layer without a name, and `base` is None, so that weights cannot be compared.
+            Or two targets match the same layer.
     """
     unblock(model, base)
     spots = spots_of(model)
@@ -258,7 +264,7 @@ def _lost(adapter: Adapter, known: Known, config: Config) -> tuple[Target, ...]:
 def _check_apart(sites: Sequence[Site], origins: Sequence[Target]) -> None:
     """Refuse two targets that match the same layer.
 
-    If the names in an encoder's graph lack the word `encoder`, the targets in the decoder match them, too.
+    If the layers' names in an encoder's graph lack the segment `encoder`, targets in the decoder match them, too.
     """
     seen: dict[tuple[Any, ...], Target] = {}
     for site, origin in zip(sites, origins, strict=True):
@@ -273,7 +279,7 @@ def _in_numbers(adapter: Adapter, target: Target, base: Checkpoint, spots: Seque
     from .matching import by_values
 
     alone = adapter.replace(updates={target: adapter.updates[target]})
-    missing = TargetNotFound("the base has no weight there", where=str(target))
+    missing = TargetNotFound("the base has no weight at this path", where=str(target))
     try:
         by_values(alone, base, spots, missing)
     except TargetNotFound as error:
@@ -284,13 +290,13 @@ def _in_numbers(adapter: Adapter, target: Target, base: Checkpoint, spots: Seque
 
 
 def _check_named(adapter: Adapter, lost: Sequence[Target], spots: Sequence[Spot]) -> None:
-    """Refuse to omit a target that fits the shape of a layer without a name, because the target may be that layer."""
+    """Raise an error if a target in `lost` fits the shape of a layer without a name: the target may be that layer."""
     nameless = [spot for spot in spots if not is_named(spot)]
     for target in lost if nameless else ():
         plain = replace(target, layout="out *in")
         alike = sum(fits(plain, adapter.updates[target], spot.shape) for spot in nameless)
         if alike:
-            why = f"the target may be one of {alike} layers of the graph whose names are lost"
+            why = f"the target may be one of {alike} layers of the graph with a fitting shape, whose names are lost"
             cure = "Pass the weights that the graph was exported from: --base-weights DIR (base_weights=)"
             raise TargetNotFound(why, where=str(target), cure=cure)
 
@@ -305,7 +311,7 @@ def is_named(spot: Spot) -> bool:
 
 
 def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> ir.Node | None:
-    """Return the node that reads a target's weight, if its operator is not a supported layer; otherwise None."""
+    """Return the node that reads the weight at `path`, if this node is not a supported layer; otherwise None."""
     layers = {spot.node for spot in spots}
     for node in nodes_of(model):
         selects = node.op_type == "Gather" and not is_constant(node.outputs[0])
@@ -326,9 +332,9 @@ def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> ir.Nod
 
 
 def _is_packed(value: ir.Value | None) -> bool:
-    """Whether a value is a constant with several elements of at most one byte, even if it has only one axis.
+    """Whether a value may be a packed weight: a constant with several elements of at most one byte each.
 
-    Some operators store a packed weight as a plain sequence of bytes.
+    A constant with one axis counts, too, because some operators store a packed weight as a flat array of bytes.
     """
     if value is None or not is_constant(value) or element_type(value).itemsize > 1:
         return False
@@ -342,7 +348,8 @@ def _modules(model: ir.Model, adapter: Adapter, known: Known) -> dict[Target, Re
         weight = f"{target.path}.weight"
         if any(update.kind != "output" for update in updates) or any(same_end(name, weight) for name in known):
             continue
-        with contextlib.suppress(TargetNotFound):  # `_sites` looks for the target among layers without a name.
+        # Ignore the error, because `_sites` will look for this target among the layers without a name.
+        with contextlib.suppress(TargetNotFound):
             ends = outlet(model, target, updates, is_layer=False)
             places[target] = ResolvedTarget(target, target, updates, (), "scopes", 1.0, outlet=ends)
     return places
@@ -361,12 +368,12 @@ def spots_of(model: ir.Model) -> list[Spot]:
 
 
 def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
-    """Return a map from each module path in node names to the prefix that the module's parameter names have before it.
+    """Return a map from each module path in node names to the prefix that is missing before this path.
 
     torch's older exporter names nodes after the modules that are called. A ModuleList or ModuleDict is never called, so
-    node names such as `/self_attn/q_proj/Add` lack its name. Parameters that kept their names, such as
-    `layers.0.self_attn.q_proj.bias`, show the full path, so the prefix is `layers.0.`. A module path with two different
-    prefixes is omitted, because it is ambiguous.
+    a node name such as `/self_attn/q_proj/Add` lacks the list's name. If a parameter kept its name, such as
+    `layers.0.self_attn.q_proj.bias`, this name shows the full path, and therefore the prefix `layers.0.`. A module path
+    with two different prefixes is omitted, because it is ambiguous.
     """
     prefixes_by_path: dict[str, set[str]] = {}
     for node in nodes:
@@ -383,7 +390,7 @@ def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
 
 
 def _refuse_orders(places: Sequence[ResolvedTarget]) -> None:
-    """Refuse several targets at one layer if the order of their updates matters: a graph simply adds their changes."""
+    """Refuse several targets at one layer if their updates must be applied in order, because a graph only adds them."""
     by_spot: dict[Spot, list[ResolvedTarget]] = {}
     for at in places:
         if all(update.kind in ("additive", "weight") for update in at.updates):
@@ -399,7 +406,7 @@ def _refuse_orders(places: Sequence[ResolvedTarget]) -> None:
 def _refuse(adapter: Adapter) -> None:
     for target, update in adapter:
         if update.kind == "context":
-            why = f"{update.method} changes {update.acts_on}, which is not a layer of a graph"
+            why = f"{update.method} changes {update.acts_on}, so it cannot be attached to a layer of a graph"
             raise Unsupported(why, where=str(target), cure="Attach the adapter in torch, and export the torch model")
 
 
@@ -447,14 +454,15 @@ def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
 
 
 OF_MODULES = ("scopes", "path")
-"""The methods that find only the name of a layer's module, and assume that the module's weight is called `weight`."""
+"""The entries of `METHODS` that find only a module's name. The module's weight is assumed to be `weight`."""
 
 
 def with_several_weights(spots: Sequence[Spot]) -> dict[str, list[str]]:
     """Find modules with several different weights, such as an LSTMCell that a loop calls.
 
     Returns:
-        a map from `module.weight`, which is not the name of any of these weights, to the names of the stored tensors.
+        a map from each module's path, with `.weight` appended, to the names of the module's stored tensors. The key is
+        not the name of any of these tensors. Names that an exporter made up are omitted.
     """
     by_module: dict[str, list[Spot]] = {}
     for spot in spots:
@@ -462,7 +470,7 @@ def with_several_weights(spots: Sequence[Spot]) -> dict[str, list[str]]:
             by_module.setdefault(name, []).append(spot)
     several = {}
     for name, same in by_module.items():
-        # Compare values, because optimizers copy the weight of a module that is called several times.
+        # Compare values: if a module is called several times, optimizers may store several copies of one weight.
         different = [*{spot.sources: spot for spot in same if not issubclass(spot.kind, Recurrent | Experts)}.values()]
         if len(different) > 1 and not all(_same_weight(different[0], spot) for spot in different[1:]):
             stored = (_stored_names(spot) for spot in different)
@@ -483,7 +491,7 @@ def _stored_names(spot: Spot) -> tuple[str, ...]:
 
 
 def by_name(spots: Sequence[Spot]) -> Known:
-    """Return a map from each weight's name to the first method that found it, and to all layers with that name."""
+    """Map each weight's name to a pair: the first method that found the name, and all layers with that name."""
     known: Known = {}
     several = with_several_weights(spots)
     spots = [*spots, *in_heads(spots), *in_experts(spots)]
@@ -511,8 +519,8 @@ def plain_call(name: str) -> str:
 def _without_modules(places: Sequence[ResolvedTarget]) -> list[ResolvedTarget]:
     """Remove layers from a target such as `fc` if they also belong to a target such as `fc_1`.
 
-    `fc_1` may be an exporter's name for the second call of `fc`. But if an adapter targets both names, both are
-    modules, even if the exporter stored their equal weights once.
+    `fc_1` may be an exporter's name for the second call of `fc`. But if an adapter targets both names, they are two
+    modules. The exporter may still store one tensor for both, if their weights are equal.
     """
     spots_of_modules = {
         place.target.path: {*place.spots} for place in places if plain_call(place.target.path) != place.target.path
@@ -532,7 +540,7 @@ def _without_modules(places: Sequence[ResolvedTarget]) -> list[ResolvedTarget]:
 
 
 def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
-    """Add the layers of later calls, such as `fc_1`, to those of the first call `fc`, if both read the same tensor."""
+    """Add the layers named `fc_1`, a later call of `fc`, to the layers named `fc`, if both read the same tensor."""
     calls = {name: list(at) for name, at in some.items()}
     for name, at in some.items():
         plain = _CALL.sub("", name)
@@ -556,7 +564,7 @@ def _by_node_name(name: str, spots: list[Spot]) -> list[Spot]:
 
 
 Placed = list[tuple[Site, Target]]
-"""Pairs: a site with its name in the graph, and the target with its name in the adapter."""
+"""Pairs of a site, with its path in the graph, and the site's target, with its path in the adapter."""
 
 Config = Mapping[str, object] | None
 
@@ -584,16 +592,16 @@ names every attention layer `attn`, and every router of experts `moe.router`."""
 
 
 def _in_words_of(adapter: Adapter, known: Known) -> Known:
-    """Return a graph's names, and aliases with the names that the adapter uses for attention layers and routers.
+    """Add aliases to a graph's names: the adapter's names for attention layers and routers, as in `BUILDER_NAMES`.
 
-    This must run before names are translated between families. One family also has a layer `attn.q_proj`, but the rows
-    of that layer have another order.
+    Add them before names are translated between families. One family also names a layer `attn.q_proj`, but the rows of
+    that layer have another order.
     """
     return {alias: known[name] for alias, name in _renamed_parts(adapter, known).items()} | known
 
 
 def _renamed_parts(adapter: Adapter, known: Known) -> dict[str, str]:
-    """Return a map from the adapter's names of weights to the graph's, for names that differ as in `BUILDER_NAMES`."""
+    """Return a map from an adapter's weight names to the graph's weight names, if they differ as in `BUILDER_NAMES`."""
     renamed: dict[str, str] = {}
     for one, other in BUILDER_NAMES:
         asked = any(f".{other}." in f".{target.path}." for target in adapter.updates)
@@ -614,10 +622,10 @@ def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:
 def _resolved(
     site: Site, asked: Target, known: Known, renamed: Mapping[str, str], base: Checkpoint | None
 ) -> ResolvedTarget:  # fmt: skip
-    """Return the target at a site, with the graph's layers for it. `_renamed_parts` returns the argument `renamed`."""
+    """Return a site's target with the graph's layers for this target. `renamed` is the result of `_renamed_parts`."""
     name = site.weight
     if name is None:
-        raise TargetNotFound("the graph has no weight there", where=str(asked), cure="Target a layer that has a weight")
+        raise TargetNotFound("the graph has no such weight", where=str(asked), cure="Target a layer that has a weight")
     method, spots = known[name]
     shape = spots[0].shape
     if site.target.stacked != issubclass(spots[0].kind, SelectedExperts):
@@ -630,7 +638,7 @@ def _resolved(
         product = product_of(spots[0].node)
         by_columns = product is not None and not product.by_rows
         if base is None and shape[1] == shape[2] and by_columns and not site.target.layout.startswith("e in"):
-            # This layout is also the default for an adapter that was read without its base.
+            # Do not trust the target's layout: an adapter that was read without its base also gets `out` before `in`.
             why = (
                 f"the weights of this stack are square ({shape[1]} x {shape[2]}), and the graph reads their rows as "
                 "inputs; without the base, it is unknown whether the rows of the update are inputs or outputs"
@@ -657,7 +665,7 @@ def _resolved(
 
 
 def _swapped(target: Target) -> Target:
-    """Return a target that is a stack of experts, with `in` and `out` swapped in its layout."""
+    """Swap `in` and `out` in the layout of a target that is a stack of experts."""
     return replace(target, layout="e out *in" if target.layout.startswith("e in") else "e in out *k")
 
 
@@ -672,7 +680,7 @@ def _turned(site: Site, shape: tuple[int, ...], kind: type[GraphLayer]) -> bool:
     """Whether the updates apply to the weight with its first two axes swapped.
 
     Updates of token rows have one row for each token. Tokens are the inputs of an embedding, but the outputs of a head.
-    Updates that store whole weights may store them in the base's axis order, with `in` first.
+    Updates that store whole weights may use the base's axis order, which may have `in` first.
     """
     dims = [update.dims() for update in site.updates if update.kind != "output"]
     whole = any("rest" in each for each in dims) and not any("in" in each for each in dims)

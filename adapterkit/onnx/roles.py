@@ -1,7 +1,8 @@
-"""Tell from names which part of a model a graph or a target belongs to, and which graphs hold the same part.
+"""Find out from file names and paths which part of a model a graph holds, and which part a target belongs to.
 
 Folders for transformers.js and sentence-transformers contain the same model several times: `model.onnx`,
-`model_fp16.onnx`, `model_q4.onnx`, `model_O2.onnx`. Each of these graphs must get the whole adapter.
+`model_fp16.onnx`, `model_q4.onnx`, `model_O2.onnx`. `same_layers` finds such files, because each of these graphs must
+get the whole adapter.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ FILE_WORDS = (
     ("audio", "audio"), ("embedding", "embedding"), ("embed", "embedding"), ("decoder", "decoder"), ("text", "text"),
     ("encoder", "encoder"),
 )  # fmt: skip
-"""Pairs: a word in the name of a file or folder, and the part of the model that the file or folder holds. If a name
-contains several of these words, the pair that comes first here counts."""
+"""Pairs of a word in the name of a file or folder, and the part of the model that this file or folder holds. If a name
+contains several of these words, the first matching pair decides."""
 
 PATH_WORDS = {
     "encoder": "encoder", "decoder": "decoder", "text_decoder": "decoder", "vision_model": "vision",
@@ -25,7 +26,7 @@ PATH_WORDS = {
     "text_model": "text", "text_encoder": "text", "vae": "vae",
 }  # fmt: skip
 """A map from a segment of a target's path to the part of the model that the target belongs to. If a path contains
-several of these segments, the one that comes first in the path counts."""
+several of these segments, the first one in the path decides."""
 
 _FORM = re.compile(
     r"[_.\-](?:[bf]p?16|fp32|float16|bfloat16|q\d(?:f16)?|bnb4|u?int\d+|qu?int8|quant(?:ized)?|dynamic|static|o[1-4]|"
@@ -53,13 +54,13 @@ def role_of(name: Path) -> str | None:
 
 
 def elsewhere(path: str, role: str | None, names: Iterable[str]) -> bool:
-    """Whether a target belongs to the decoder but the graph is the encoder, or the reverse.
+    """Whether a target belongs to the decoder but the graph holds the encoder, or the other way round.
 
     Args:
         path: the target's path.
         role: the part that the graph holds, according to the graph's file name; see `role_of`.
-        names: the names of the graph's layers. If one of them has the target's part (`encoder` or `decoder`) as a
-            segment, the graph holds that part, too, and the result is False.
+        names: the names of the graph's layers. If a name contains the target's part (`encoder` or `decoder`) as a
+            segment, the graph also holds this part, so the result is False.
     """
     role_here = next((PATH_WORDS[word] for word in path.split(".") if word in PATH_WORDS), None)
     if {role_here, role} != {"encoder", "decoder"}:
@@ -68,10 +69,10 @@ def elsewhere(path: str, role: str | None, names: Iterable[str]) -> bool:
 
 
 def same_layers(one: Path, other: Path) -> bool:
-    """Whether the graph in the file `other` must contain each layer of the graph in the file `one`.
+    """Whether the graph in the file `other` must have all layers of the graph in the file `one`, judging by file names.
 
-    This is so if both files are in the same folder, and their names are equal without words such as `fp16` and `O2`,
-    or the name of `other` continues the name of `one`.
+    Both files must be in the same folder. The names are compared without endings such as `_fp16` and `_O2`: they must
+    be equal, or the name of `other` must be a longer name that starts with the name of `one`.
     """
     if one.parent != other.parent:
         return False

@@ -1,8 +1,8 @@
 """Map an adapter's targets in experts to the single experts inside a graph's `MoE` and `QMoE` nodes; see experts.py.
 
-An adapter changes single experts, such as `mlp.experts.3.gate_proj`, or stacks of them, such as
+An adapter changes single experts, such as `mlp.experts.3.gate_proj`, or stacks of experts, such as
 `mlp.experts.gate_up_proj`. Updates of a stack are split into updates of single experts. The architecture file of the
-model's family shows which weights a stack fuses, and in which order the stack stores their rows.
+model's family shows which weights are fused in a stack, and in which order the stack stores these weights' rows.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ TYPES = {"gptoss": "gpt_oss", "qwen3_5_moe_text": "qwen3_5_moe"}
 
 PARTS = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj", "w1": "gate_proj", "w3": "up_proj",
          "w2": "down_proj"}  # fmt: skip
-"""A map from the name of an expert's weight to the weight's name in a graph, for models that store gate, up and down in
-separate weights."""
+"""A map from the name of an expert's weight in a base model to the weight's name in a graph, for base models that store
+gate, up and down as separate weights."""
 
 FAMILY = "adapterkit.model_type"
 """Metadata key that stores the model type in a graph with slots at experts; see `remember_family`."""
@@ -54,9 +54,9 @@ class _Reading:
     """The weight that a target's path refers to, in one expert or in all experts.
 
     Attributes:
-        part: the weight's name in a graph: one of the values of `PARTS`, or `gate_up_proj` for both fused weights.
-        expert: the number of the expert; None if the target is a stack of all experts.
-        rows: the rows of the target that belong to this weight; None if all rows do.
+        part: the weight's name in a graph: one of the values of `PARTS`, or `gate_up_proj` for gate and up together.
+        expert: the index of the expert; None if the target is a stack of all experts.
+        rows: the rows of the target that belong to this weight; None if all rows belong to it.
     """
 
     part: str
@@ -67,9 +67,9 @@ class _Reading:
 def by_expert(
     adapter: Adapter, model: ir.Model, config: Config, refused: list[Target] | None = None
 ) -> tuple[Adapter, dict[Target, Target]]:
-    """Give targets in experts the graph's names, and split updates of stacks into updates of single experts.
+    """Rename targets in experts to the graph's names, and split updates of stacks into updates of single experts.
 
-    A target is changed only if the experts of its layer are in a `MoE` or `QMoE` node of the graph, or in the nodes
+    A target is renamed only if the experts of its layer are in a `MoE` or `QMoE` node of the graph, or in the nodes
     that replace such a node in a graph with slots.
 
     Args:
@@ -80,7 +80,7 @@ def by_expert(
             contain these targets. If `refused` is None, such a target raises `Unsupported`.
 
     Returns:
-        the adapter with the new targets; and a map from each new target to the target in `adapter`.
+        the adapter with the new targets; and a map from each new target to the target in `adapter` that it replaces.
 
     Raises:
         Unsupported: the experts of a target cannot be changed in the graph, for example because the layout of the
@@ -119,15 +119,17 @@ def by_expert(
 
 
 def compare_experts(places: Sequence[ResolvedTarget], whole: Mapping[Target, Target], base: Checkpoint) -> None:
-    """Check that a graph's experts have the base's weights. The targets' names in the adapter select these weights.
+    """Check that the experts in a graph have the base's weights.
+
+    A target's weight in the base is found by the target's path in the adapter.
 
     Args:
         places: the targets of an adapter, found in the graph.
-        whole: the map from each of these targets to the adapter's target, which `by_expert` returned.
+        whole: the map that `by_expert` returned, from each new target to the adapter's target.
         base: the weights that the graph was exported from.
 
     Raises:
-        TargetNotFound: an expert differs from the base by more than quantization explains.
+        TargetNotFound: an expert's weight differs from the base's weight by more than quantization explains.
     """
     read: dict[tuple[str, int], Array] = {}
     weights: dict[tuple[ir.Node, object], Array] = {}
@@ -170,20 +172,20 @@ def _check(
         why = f"the adapter has {count} experts, but the graph has {stack.experts}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
     # onnxruntime-genai's builder multiplies Gemma 4's `down_proj` weights by one scale per expert. An adapter's change
-    # would have to be multiplied by this scale, too; otherwise, the change would have the wrong size.
+    # would have to be multiplied by the same scale, which is not implemented.
     scale = f"{stack.stem}.moe.router.scale"
     if any(reading.part == "down_proj" for reading in readings) and scale in model.graph.initializers:
-        raise _refused(target, stack.node, "each expert's weights in the graph are already multiplied by a scale")
+        raise _refused(target, stack.node, "the export multiplied each expert's down_proj by a scale")
     if not stack.fused and any(reading.part == "gate_proj" for reading in readings):
-        raise _refused(target, stack.node, "the node's experts have no gate")
+        raise _refused(target, stack.node, "these experts have no gate_proj")
     loose = [update.method for update in updates if update.changes_bias and target.stacked]
     if loose:
-        raise _refused(target, stack.node, f"{loose[0]} changes a bias, but the biases of experts are in another stack")
+        raise _refused(target, stack.node, f"{loose[0]} changes a bias, but the experts' biases are in another stack")
 
 
 def _refused(target: Target, node: ir.Node, why: str) -> Unsupported:
     """Return the error for a target that cannot be changed because its experts are inside a node."""
-    text = f"its experts are inside the node {node.name or node.outputs[0].name} ({node.op_type}), and {why}"
+    text = f"the target's experts are inside the node {node.name or node.outputs[0].name} ({node.op_type}), and {why}"
     return Unsupported(text, where=str(target), cure=OTHERWISE)
 
 
@@ -207,7 +209,7 @@ def _family(adapter: Adapter, config: Config, model: ir.Model) -> Architecture |
 
 
 def _type_of(adapter: Adapter, config: Config, model: ir.Model) -> str | None:
-    """Return the first known model type that the base's config, the graph or the adapter names."""
+    """Return the first known model type, searching the base's config, then the graph, then the adapter."""
     text = (config or {}).get("text_config")
     named = [(config or {}).get("model_type"), (config or {}).get(GENAI_TYPE)]
     named += [text.get("model_type")] if isinstance(text, Mapping) else []
@@ -220,9 +222,9 @@ def _type_of(adapter: Adapter, config: Config, model: ir.Model) -> str | None:
 def _readings(path: str, family: Architecture | None) -> tuple[_Reading, ...]:
     """Return the weights of experts that a target's path refers to.
 
-    The result is empty if the path refers to no expert, or if it refers to a stack and the family is unknown. Only the
-    part of the path after the layer's number is compared, because the segments before this number differ between the
-    classes of a family.
+    The result is empty if the path refers to no expert, or if the path refers to a stack and the family is unknown.
+    Only the segments after the layer's number are compared, because the segments before it differ between the classes
+    of a family.
     """
     layer = LAYER.match(path)
     inner = "" if layer is None else path[layer.end() :].strip(".")

@@ -1,9 +1,9 @@
 """Add slots for a stack of adapters to a graph, and an input that selects an adapter for each row of the batch.
 
-One run can then serve texts with different adapters, as servers of many LoRAs need. Each target has two slots: `A`,
-`[adapters, in, rank]`, and `B`, `[adapters, rank, out]`. `B` includes the scaling. All targets share the input
-`adapter_index`, `[batch]`. By default, the slots contain one adapter of rank 0. With this adapter, the graph's
-results equal the base's bit for bit.
+In one run, a server of many LoRAs can then use a different adapter for each text of a batch. Each target has two slots:
+`A` of shape `[adapters, in, rank]`, and `B` of shape `[adapters, rank, out]`. `B` includes the scaling. All targets
+share the input `adapter_index`, `[batch]`. By default, the slots contain one adapter of rank 0. With this adapter, the
+graph's outputs equal the base's outputs bit for bit.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ ROWS = "adapterkit.rows"
 """Metadata key that only models with slots for stacked adapters have. Its value is `INDEX`."""
 
 LARGE = 1 << 28
-"""Shapes are not inferred if a model's tensors, without external data, have more bytes than this, because inference
-copies the model."""
+"""Limit in bytes for shape inference, which copies the model. Shapes are not inferred if the model's tensors, not
+counting external data, are larger."""
 
 LINEAR = (
     MatMul, Gemm, MatMulNBits, MatMulInteger, Attention, QAttention, QLinearMatMul, DynamicQuantizeMatMul,
@@ -49,7 +49,7 @@ LINEAR = (
 
 
 class TargetRows(Protocol):
-    """A layer, or a view of some rows of the layer's weight: its input `x`, and a call that returns its output."""
+    """A layer, or a view of some rows of its weight. `x` is the layer's input; a call maps an input to the output."""
 
     x: Value
 
@@ -71,16 +71,18 @@ class RowSlots:
         self.shapes = _shapes(building.model)
 
     def output(self, seen: TargetRows, layer: GraphLayer | Ended, place: ResolvedTarget) -> Value:
-        """Return a layer's output, to which the change by each row's adapter is added.
+        """Return the sum of a layer's output and, for each row of the batch, the change by the row's adapter.
 
         Args:
-            seen: the layer, or a view of the rows of the layer's weight that the target consists of.
+            seen: the layer; if the target is only some rows of the layer's weight, a view of these rows.
             layer: the layer.
             place: the target.
 
         Raises:
-            Unsupported: the target's update is not a single LoRA without a bias, the layer is of another kind than
-                `LINEAR`, or the first axis of the layer's input is not the batch.
+            Unsupported: the target has several updates, or an update that is not a LoRA or changes a bias. Or the
+                layer's kind is not in `LINEAR`, the updates apply to the transposed weight, or a norm is folded into
+                the layer. Or the layer's input is known to have other than two or three axes. Or it has two axes, and
+                the first is not known to be the batch.
         """
         _check(place)
         key = self.building.keep(place)
@@ -92,8 +94,8 @@ class RowSlots:
         flat = sizes == 2
         if (sizes is not None and sizes not in (2, 3)) or (flat and not _is_batch(shape, self.building.model)):
             why = (
-                f"the rows of a batch cannot have different adapters here: the layer's input has {sizes} axes, and its "
-                "first axis is not known to be the batch"
+                "--mode rows (mode='rows') needs a layer input with 3 axes, or with 2 axes of which the first is known "
+                f"to be the batch; the input of this layer has {sizes} axes"
             )
             raise Unsupported(why, where=str(place.asked), cure="Inject the adapter with --mode slots (mode='slots')")
         one = self.building.literal(np.array([1]))
@@ -139,20 +141,22 @@ def _check(place: ResolvedTarget) -> None:
     if len(place.updates) != 1 or place.updates[0].method != "lora" or place.updates[0].changes_bias:
         methods = ", ".join(update.method for update in place.updates)
         raise Unsupported(
-            f"rows of a batch cannot have different adapters of {methods}", where=str(place.asked), cure=cure
+            f"--mode rows (mode='rows') needs a single LoRA without a bias; this target has {methods}",
+            where=str(place.asked),
+            cure=cure,
         )
     if place.norm is not None or place.turned or not all(issubclass(spot.kind, LINEAR) for spot in place.spots):
         kinds = ", ".join(sorted({spot.node.op_type for spot in place.spots})) or "module"
         raise Unsupported(
-            f"rows of a batch cannot have different adapters at a {kinds}", where=str(place.asked), cure=cure
+            f"--mode rows (mode='rows') does not support this layer ({kinds})", where=str(place.asked), cure=cure
         )
 
 
 def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
-    """Infer the shapes of all nodes' outputs; return a map from names to shapes, empty if the inference fails.
+    """Return a map from the name of each node's output to its inferred shape; empty if the inference fails.
 
-    `RowSlots.output` uses these shapes for values whose shapes the exporter did not write. It must know the number of
-    axes, because a matrix and a stack of matrices need different nodes.
+    `RowSlots.output` uses these shapes for values whose shapes the exporter did not write. `RowSlots.output` must know
+    an input's number of axes, because inputs with two axes and inputs with three axes need different nodes.
     """
     import onnx
 
@@ -162,16 +166,17 @@ def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
     try:
         proto = onnx.shape_inference.infer_shapes(ir.to_proto(model))
         worked_out = ir.from_proto(proto)
-    except Exception:  # ONNX's errors have no common base class. Without shapes, only the later check finds bad axes.
+    except Exception:  # ONNX's errors have no common base class.
+        # Without shapes, an input with an unsupported number of axes is found only by the check that runs the graph.
         return {}
     outputs = (out for node in worked_out.graph for out in node.outputs)
     return {out.name: out.shape for out in outputs if out.name is not None and out.shape is not None}
 
 
 def _is_batch(shape: ir.Shape | None, model: ir.Model) -> bool:
-    """Whether the first axis of a matrix is the batch, rather than one axis for the tokens of all texts.
+    """Whether the first axis of a value with two axes is the batch, rather than the tokens of all texts together.
 
-    It is the batch if an input of the graph has the same dynamic size on its first axis.
+    The first axis is the batch if an input of the graph has the same dynamic size on its first axis.
     """
     first = None if shape is None else shape[0]
     batches = [one.shape[0] for one in model.graph.inputs if one.shape is not None and len(one.shape) > 1]
@@ -179,7 +184,7 @@ def _is_batch(shape: ir.Shape | None, model: ir.Model) -> bool:
 
 
 def factors_of(update: Update) -> dict[str, Array]:
-    """Return a LoRA's A and B, with the scaling in B, as a stack of one adapter in the slots' layout, float64."""
+    """Return a LoRA's A `[1, in, r]` and B `[1, r, out]`, in float64. B includes the scaling."""
     A, B = (as_array(update.tensors[name]).astype(np.float64) for name in ("A", "B"))
     return {"A": A.T[None], "B": B.T[None] * float(getattr(update, "scaling", 1.0))}
 
@@ -187,11 +192,13 @@ def factors_of(update: Update) -> dict[str, Array]:
 def stacked(
     names: Sequence[str | None], loaded: Mapping[str, Mapping[str, Array]], slots: Mapping[str, OrtInput]
 ) -> dict[str, Array]:  # fmt: skip
-    """Return the values of the slots and of `adapter_index` for a batch; zeros pad factors to the largest rank.
+    """Return the values of the slots and of `adapter_index` for a batch.
+
+    If the adapters have different ranks, their factors are padded with zeros to the largest rank.
 
     Args:
         names: the name of each row's adapter; None for rows that use the base alone.
-        loaded: a map from each adapter's name to the adapter's factors by slot, as stacks of one adapter.
+        loaded: a map from each adapter's name to a map from each slot to the adapter's factor, a stack of one adapter.
         slots: all slots by name, with their declared shapes.
     """
     order = list(dict.fromkeys(names))

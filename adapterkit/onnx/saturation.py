@@ -29,9 +29,9 @@ CURE = (
 
 
 MOST_MOVED, TIMES = 0.01, 3.0
-"""Limits for a warning if no node clips more values with the adapter than without it. There is a warning if, with the
-adapter, rounding and clipping change the outputs by more than `MOST_MOVED` of the largest output value, and by more
-than `TIMES` times as much as without the adapter."""
+"""Limits for the change of the outputs by rounding and clipping. The user gets a warning if this change, with the
+adapter, exceeds `MOST_MOVED` of the largest output value and also exceeds `TIMES` times the change without the adapter.
+The limits are used only if no node clips more values with the adapter than without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ class Saturation:
     Attributes:
         nodes: a map from the name of each QuantizeLinear that clips values to two counts: the number of values that
             the node clips without the adapter, and the number with it.
-        values: the number of all values that the QuantizeLinear nodes of the graph with the adapter quantize.
-        moved: how much the outputs change if activations are rounded and clipped, relative to the largest output value:
-            a number without the adapter, and a number with it. None if the graph cannot be run without rounding and
-            clipping.
+        values: the number of values that the QuantizeLinear nodes read in the graph with the adapter, clipped or not.
+        moved: the change of the outputs that is caused by rounding and clipping activations, relative to the largest
+            output value. The first element is the change without the adapter, the second the change with the adapter.
+            None if the graph cannot be run without rounding and clipping.
     """
 
     nodes: Mapping[str, tuple[int, int]]
@@ -63,10 +63,10 @@ class Saturation:
 
     @property
     def warning(self) -> str | None:
-        """The warning for the user; None if quantization distorts the model about as much without the adapter.
+        """A warning if quantization distorts the model more with the adapter than without it; otherwise None.
 
-        There is a warning if a node clips more values with the adapter than without it, or if `moved` is above the
-        limits `MOST_MOVED` and `TIMES`.
+        There is a warning if a node clips more values with the adapter than without it, or if `moved` exceeds both
+        limits, `MOST_MOVED` and `TIMES`.
         """
         worst = max(self.nodes, key=lambda name: self.nodes[name][1] - self.nodes[name][0], default=None)
         more = worst is not None and self.nodes[worst][1] > self.nodes[worst][0]
@@ -77,11 +77,11 @@ class Saturation:
             f"static quantization clips {self.after} of {self.values} values with the adapter, {self.before} without it"
         )
         if more:
-            count += f", most of them at {worst}"
+            count += f"; the largest increase is at the node {worst}"
         if self.moved is not None:
             count += (
-                f". Rounding and clipping change the outputs by {after:.2g} times the largest output value with the "
-                f"adapter, and by {before:.2g} times that value without it"
+                f". With the adapter, rounding and clipping change the outputs by {after:.2g} times the largest output "
+                f"value; without the adapter, by {before:.2g} times"
             )
         return f"{count}. {CURE}"
 
@@ -108,8 +108,8 @@ def compared(before: ir.Model, after: ir.Model, feeds: Mapping[str, Array], more
     Args:
         before: the original graph.
         after: the graph with the adapter.
-        feeds: the inputs' values for both graphs.
-        more: the values of inputs that only the graph with the adapter has.
+        feeds: a value for each input that both graphs have.
+        more: a value for each input that only the graph with the adapter has.
     """
     without, _ = _clipped(before, feeds)
     counts, values = _clipped(after, {**feeds, **more})
@@ -118,22 +118,26 @@ def compared(before: ir.Model, after: ir.Model, feeds: Mapping[str, Array], more
 
 
 def clipping(saturation: Saturation | None, model: ir.Model) -> tuple[str, ...]:
-    """Return a warning if static quantization distorts the model more with the adapter, or if this was not checked.
+    """Return a warning if static quantization distorts the model more with the adapter, or if nothing was checked.
 
     Args:
         saturation: the result of the check; None if the check did not run.
-        model: the graph.
+        model: the graph. Without a check, there is a warning only if the graph quantizes activations.
     """
     if saturation is not None:
         return () if saturation.warning is None else (saturation.warning,)
     if not quantizers(model):
         return ()
-    how = "The check, which counts clipped values, did not run: omit --no-check (check=False), or pass check={...}"
+    how = "The check that counts clipped values did not run: omit --no-check (check=False), or pass check={...}"
     return (f"static quantization may clip values that are larger with the adapter. {CURE}. {how}",)
 
 
 def _clipped(model: ir.Model, feeds: Mapping[str, Array]) -> tuple[dict[str, int], int]:
-    """Return the number of values that each quantizing node clips, by name, and the number of all quantized values."""
+    """Run a graph and count the values that its QuantizeLinear nodes clip.
+
+    Returns:
+        a map from each node's name to its number of clipped values, and the number of all quantized values.
+    """
     nodes, outputs = quantizers(model), list(model.graph.outputs)
     seen = list(dict.fromkeys(node.inputs[0] for node in nodes))
     # Declare the quantizers' inputs as outputs, so that a run returns them.
@@ -157,7 +161,7 @@ def _run(model: ir.Model, names: list[str], feeds: Mapping[str, Array]) -> dict[
     wanted = [name for name in names if name not in taken]
     for value in [value for value in model.graph.outputs if value.name in inputs]:
         model.graph.outputs.remove(value)
-    # Do not optimize: onnxruntime would fuse quantizers with other nodes, and the quantizers' inputs would not exist.
+    # Do not optimize: onnxruntime would fuse quantizers with other nodes, and would then not compute their inputs.
     session = started(inline(model), optimized=False)
     # If no name is wanted, do not run: for an empty list of names, onnxruntime would return all outputs.
     given = {name: array for name, array in feeds.items() if name in taken}
@@ -166,7 +170,7 @@ def _run(model: ir.Model, names: list[str], feeds: Mapping[str, Array]) -> dict[
 
 
 def _beyond(node: ir.Node, x: Array) -> int:
-    """Return how many values of the input `x` a QuantizeLinear clips."""
+    """Return how many values of `x`, the input of a QuantizeLinear, this node clips."""
     scale, zero = (None if one is None else numbers(one) for one in (*node.inputs[1:3], None)[:2])
     kind = np.dtype(np.uint8) if zero is None else zero.dtype
     if zero is None and (output_dtype := attribute(node, "output_dtype", 0)):
@@ -185,6 +189,6 @@ def _beyond(node: ir.Node, x: Array) -> int:
     steps, middle = (array.astype(np.float64).reshape(spread if array.size > 1 else -1) for array in (scale, zeros))
     low, high = float(limits.min), float(limits.max)
     q = np.rint(x.astype(np.float64) / steps) + middle
-    # If the lowest or highest integer is the zero point, do not count clipping there: such a range implements a Relu,
-    # and is meant to clip.
+    # If the zero point is the lowest or highest integer, do not count the values that are clipped to it. Such a zero
+    # point implements a Relu, so this clipping is intended.
     return int((((q < low) & (middle > low)) | ((q > high) & (middle < high))).sum())

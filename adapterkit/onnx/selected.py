@@ -1,16 +1,17 @@
 """Add updates of stacks of experts to graphs in which a Gather selects the experts' weights for each token.
 
 torch's exporter writes such graphs for transformers' models. The graph multiplies each token by the selected weight:
-`y = MatMul(Gather(stack, experts), x)`. The update's change is added to this product. Its factors are selected by the
-same indices as the weights, so the graph never computes the change of a whole stack:
+`y = MatMul(Gather(stack, experts), x)`. Added nodes change this product. They select the update's factors by the same
+indices as the weights, so the graph never computes the change of a whole stack:
 
     y' = y + y * (s[experts] - 1) + s[experts] * (B[experts] @ (A[experts] @ x))
 
-This replaces each expert's weight W by `s * (W + B @ A)`. Some models, such as Llama 4, multiply the tokens by all
-weights of a stack: `MatMul(x, stack)`. In these graphs, the factors of all experts are used, without a selection.
+The result is the same as if each expert's weight W were `s * (W + B @ A)`. Some models, such as Llama 4, multiply the
+tokens by all weights of a stack: `MatMul(x, stack)`. In these graphs, the factors of all experts are used, without a
+selection.
 
 Slots hold A `[e, r, in]`, B `[e, out, r]` and s `[e, out]`. The values of the slots are computed from an update's
-tensors and the stack; see open_factors.py.
+tensors and the experts' weights; see open_factors.py.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Product:
         node: the MatMul.
         left: True for `W @ x`, where x has the shape `[in, n]`; False for `x @ W`.
         turned: whether a Transpose swaps the axes of the selected weights before the MatMul.
-        axes: the number of axes of the selected weights, if a Transpose shows it.
+        axes: the number of axes of the selected weights, taken from a Transpose; None if there is no Transpose.
     """
 
     node: ir.Node
@@ -67,9 +68,9 @@ class Product:
 
 
 def product_of(node: ir.Node) -> Product | None:
-    """Return the product that reads the weights which `node` selects; None if anything else reads these weights, too.
+    """Return the MatMul that reads the weights selected by `node`; None if a MatMul is not the only reader.
 
-    If `node` is a MatMul with a whole stack, return the product of this MatMul.
+    One or two Transposes may precede the MatMul. If `node` itself is a MatMul with a whole stack, return this MatMul.
     """
     if node.op_type == "MatMul":
         return Product(node, is_constant(weight_at(node, 0)), False)
@@ -125,12 +126,12 @@ class SelectedExperts(GraphLayer):
 
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array, int], Array]) -> Callable[[], Array]:
-        """Return a function that computes the changed stack, one expert after the other.
+        """Return a function that computes the whole changed stack, one expert at a time.
 
         Args:
             node: the node that reads the stack.
-            f: returns the changed weight of one expert. Its arguments are the stored weight, in float64, and the
-                expert's number.
+            f: a function that returns an expert's changed weight. Its arguments are the expert's stored weight, in
+                float64, and the expert's index.
         """
         copy = detached_copy(cls.operand_of(node))
 
@@ -177,13 +178,13 @@ def refuse_selected(place: ResolvedTarget) -> None:
     for update in place.updates:
         bias = update.changes_bias and (update.needs_bias or any(_adds_bias(spot.node) for spot in place.spots))
         if bias or isinstance(update, OutputUpdate):
-            what = "a bias, and the biases of experts are in another stack" if bias else "the output of a layer"
+            what = "a bias, but the experts' biases are in a separate stack" if bias else "the output of a layer"
             why = f"{update.method} changes {what}"
             raise Unsupported(why, where=str(place.asked), cure="Apply the adapter to the torch model instead")
 
 
 def _adds_bias(node: ir.Node) -> bool:
-    """Whether the graph adds a vector that is selected for each token, or a constant, to a product with experts."""
+    """Whether the graph adds a bias to the product with the experts' weights: a constant, or a vector from a Gather."""
     product = product_of(node)
     assert product is not None
     waiting = [product.node.outputs[0]]
@@ -201,7 +202,7 @@ def _adds_bias(node: ir.Node) -> bool:
 
 
 def _behind_axes(value: ir.Value) -> ir.Node | None:
-    """Return the node that computes a value, ignoring later nodes that only change the value's axes."""
+    """Return the node that computes a value, skipping nodes that only change the value's axes."""
     node = value.producer()
     while node is not None and node.op_type in ("Squeeze", "Unsqueeze", "Reshape", "Identity") and node.inputs[0]:
         node = node.inputs[0].producer()
@@ -209,31 +210,31 @@ def _behind_axes(value: ir.Value) -> ir.Node | None:
 
 
 def expert_of(place: ResolvedTarget, number: int) -> ResolvedTarget:
-    """Return a copy of a stack's target, in which each update is reduced to its part for one expert."""
+    """Return a copy of a stack's target whose updates change only the expert with the index `number`."""
     experts = (wide(update).expert(number) for update in place.updates)
     return replace(place, updates=tuple(one.map(lambda leaf: from_numpy(np.asarray(leaf))) for one in experts))
 
 
 def part_of_expert(W: Array, place: ResolvedTarget) -> Array:
-    """Return a view of the part of an expert's stored weight `W` that a target changes, `[out, in]`."""
+    """Return a view of an expert's stored weight `W`, as `[out, in]`, with only the rows that a target changes."""
     seen = W.T if place.target.layout.startswith("e in") else W
     return seen[slice(*place.target.rows)] if place.target.rows else seen
 
 
 SlotsOf = Callable[["ResolvedTarget", Branch, tuple[int, int, int], Dtype], dict[str, Value]]
-"""The method `stacked` of `Slots`."""
+"""The type of the bound method `Slots.stacked`, which creates or returns the slots of a stack of experts."""
 
 
 def attach_selected(place: ResolvedTarget, building: Building, slots_of: SlotsOf | None) -> None:
-    """Add a stack's updates to each product with weights of the stack.
+    """Add the change by a stack's updates to each MatMul that reads weights of the stack.
 
     Args:
         place: the stack, with its updates.
         building: the model that is being changed.
-        slots_of: creates slots for the updates' factors; None to store the factors in the graph.
+        slots_of: a function that creates slots for the updates' factors; None to store the factors in the graph.
 
     Raises:
-        Unsupported: as in `refuse_selected`; or the shape of the experts' indices is unknown.
+        Unsupported: `refuse_selected` refuses an update. Or the shape of the indices that select experts is unknown.
     """
     refuse_selected(place)
     for spot in place.spots:
@@ -268,7 +269,7 @@ def attach_selected(place: ResolvedTarget, building: Building, slots_of: SlotsOf
 
 
 def _chosen(node: ir.Node, factor: Value, place: ResolvedTarget) -> Value:
-    """Return the parts of a stacked factor that belong to the experts which a node selects."""
+    """Select the same experts from a stacked factor as `node` selects from the stack of weights."""
     if node.op_type == "MatMul":  # A MatMul uses all experts.
         return factor
     indices = node.inputs[1]
@@ -278,7 +279,7 @@ def _chosen(node: ir.Node, factor: Value, place: ResolvedTarget) -> Value:
     if indices.shape is not None:
         axes = len(indices.shape) - (node.op_type == "GatherND") + 2
     if axes is None:
-        why = f"the shape of the indices with which {node.name} ({node.op_type}) selects experts is unknown"
+        why = f"{node.name} ({node.op_type}) selects experts by indices whose number of axes is unknown"
         cure = "Infer the graph's shapes first, with onnx.shape_inference.infer_shapes"
         raise Unsupported(why, where=str(place.asked), cure=cure)
     words = {name: one for name, one in node.attributes.items() if name == "axis"}
@@ -287,7 +288,7 @@ def _chosen(node: ir.Node, factor: Value, place: ResolvedTarget) -> Value:
 
 
 def _sizes(place: ResolvedTarget) -> tuple[int, int, int]:
-    """Return the number of experts in a stack, and the numbers of outputs and inputs of the product with the stack."""
+    """Return the number of experts in a stack, and the numbers of outputs and of inputs of an expert's weight."""
     product = product_of(place.spots[0].node)
     assert product is not None
     experts, first, second = place.spots[0].shape
@@ -295,9 +296,9 @@ def _sizes(place: ResolvedTarget) -> tuple[int, int, int]:
 
 
 def stack_factors(place: ResolvedTarget) -> dict[str, Array]:
-    """Return the factors of the change of a stack: A `[e, r, in]`, B `[e, out, r]` and s `[e, out]`, float64.
+    """Return the factors A `[e, r, in]`, B `[e, out, r]` and s `[e, out]` of a stack's updates, in float64.
 
-    The product uses them as `s * (W + B @ A)`.
+    The updates change each expert's weight W, `[out, in]`, to `s * (W + B @ A)`.
     """
     spot, product = place.spots[0], product_of(place.spots[0].node)
     assert product is not None
@@ -316,14 +317,14 @@ def stack_factors(place: ResolvedTarget) -> dict[str, Array]:
             size = spot.shape[1] if seen_by_rows else spot.shape[2]
             B = np.pad(B, ((first, size - stop), (0, 0)))
             s = np.pad(s, (first, size - stop), constant_values=1.0)
-        if seen_by_rows != product.by_rows:  # The updates see the transpose of the product's weight, so swap A and B.
+        if seen_by_rows != product.by_rows:  # The updates change the transpose of the MatMul's weight, so swap A and B.
             s, B, A = np.ones(out), A.T, B.T
         triples.append((s, B, A))
     return {name: np.stack([each[at] for each in triples]) for at, name in ((2, "A"), (1, "B"), (0, "s"))}
 
 
 def _factors(one: ResolvedTarget, shape: tuple[int, ...], W: Array | None, scaled: bool) -> tuple[Array, Array, Array]:
-    """Return the factors s, B and A of one expert; without `scaled`, all values of s are 1."""
+    """Return the factors s, B and A of one expert; if `scaled` is False, all values of s are 1."""
     updates: Sequence[Any] = [wide(update) for update in one.updates]
     ones = np.ones(shape[0])
     pairs = [update.pair(shape) if isinstance(update, Additive) else None for update in updates]
@@ -339,7 +340,7 @@ def _factors(one: ResolvedTarget, shape: tuple[int, ...], W: Array | None, scale
     start = np.zeros(shape) if W is None else W
     after = np.asarray(through(one, start)[0])
     if scaled and W is not None:
-        # If an update only scales the outputs, like IA3, do not store a change of full rank.
+        # If an update only scales the outputs, like IA3, store s alone instead of a change of full rank.
         s = (after * W).sum(1) / np.maximum((W * W).sum(1), 1e-300)
         if np.allclose(after, s[:, None] * W, rtol=1e-12, atol=1e-12 * abs(W).max(initial=0.0)):
             return s, np.zeros((shape[0], 1)), np.zeros((1, shape[1]))

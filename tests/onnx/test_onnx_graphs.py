@@ -125,7 +125,7 @@ def test_an_operator_that_is_no_layer_is_named(equation, tmp_path):
     path = tmp_path / "base.onnx"
     path.write_bytes(model([node], {"q.weight": weight}).SerializeToString())
     for change in (ak.onnx.inject, ak.onnx.merge):
-        with pytest.raises(Unsupported, match=r"q: its weight is read by a Einsum \(/q/Einsum\)"):
+        with pytest.raises(Unsupported, match=r"q: the target's weight is read by a Einsum \(/q/Einsum\)"):
             change(path, ADAPTER, tmp_path / "out.onnx")
 
 

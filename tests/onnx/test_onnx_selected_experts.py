@@ -320,7 +320,7 @@ def test_adapters_of_other_ranks_fit_the_slots(tmp_path):
 
 
 REFUSED = {
-    "a bias": ({"bias": True}, update("ia3"), "ia3 changes a bias, and the biases of experts are in another stack"),
+    "a bias": ({"bias": True}, update("ia3"), "ia3 changes a bias, but the experts' biases are in a separate stack"),
     "one weight": ({}, None, r"the update changes one weight, but the graph has a stack of experts there \(/select\)"),
 }
 
@@ -346,7 +346,7 @@ def test_weights_that_are_not_only_multiplied_are_refused_with_the_node(tmp_path
     onnx.save(model, tmp_path / "base.onnx")
     adapter = Adapter({Target("mlp.experts.down_proj", layout="e out *in"): (update("lora"),)})
     for mode in MODES:
-        with pytest.raises(Unsupported, match=r"its weight is read by a Gather \(/select\), which is not a layer"):
+        with pytest.raises(Unsupported, match=r"the target's weight is read by a Gather \(/select\), and no adapter"):
             applied(mode, tmp_path / "base.onnx", adapter, tmp_path / "out.onnx")
 
 

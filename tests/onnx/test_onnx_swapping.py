@@ -141,7 +141,7 @@ def test_a_batch_with_an_adapter_for_each_row(tmp_path, rank):
 
 def test_rows_are_refused_where_nothing_tells_them(tmp_path):
     base = graph(tmp_path)
-    with pytest.raises(Unsupported, match="different adapters of dora"):
+    with pytest.raises(Unsupported, match="this target has dora"):
         ak.onnx.inject(base, adapter(method="dora"), tmp_path / "out.onnx", mode="rows")
     model = onnx.load(base)
     for value in (*model.graph.input, *model.graph.output):

@@ -170,7 +170,7 @@ def test_the_check_compares_changes_without_rounding(name, mode, made, tmp_path)
     assert report.saturation.moved[1] == pytest.approx(off, rel=0.02)
     assert report.saturation.moved[0] < off
     (warning,) = report.warnings
-    moved = f"change the outputs by {report.saturation.moved[1]:.2g} times the largest output value with the adapter"
+    moved = f"change the outputs by {report.saturation.moved[1]:.2g} times the largest output value; without"
     assert moved in warning
 
 
