@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from .providers import OrtInput, OrtSession
 
 SIZES = ((2, 4, 4, 4), (1, 4, 4, 4), (2, 3, 16, 16), (1, 1, 1, 1), (2, 32, 32, 32), (1, 576, 16, 16))
-"""Sizes for dynamic axes; the check tries one row after the other. The entries of a row are the sizes of an input's
-first axis, second axis, and so on. Some rows have batch size 1, because onnxruntime's GroupQueryAttention accepts
-several tokens after a past only for a single text."""
+"""Sizes for dynamic axes. The first entry of a row is the size of an input's first axis, and so on. The check tries the
+rows in order. Some rows have batch size 1, because onnxruntime's GroupQueryAttention accepts a past together with
+several new tokens only for a batch of one text."""
 
 _TYPES = {
     "bool": np.bool_,
@@ -33,25 +33,25 @@ _TYPES = {
 }
 
 STATE = "past."
-"""Prefix of the names of state inputs in graphs of onnxruntime-genai's builder. A state is, for example, the last
-inputs of a convolution. These graphs do not mask padding in layers that have a state."""
+"""Prefix of the names of state inputs in the graphs that onnxruntime-genai's builder writes. A state is, for example,
+the last inputs that a convolution read. In layers with a state, these graphs do not mask padding."""
 
 STATES = (STATE, "past_conv.", "past_ssm.", "past_recurrent.")
-"""Prefixes of the names of a language model's state inputs. All but the first begin names that transformers.js expects
-and `adapterkit export` writes."""
+"""Prefixes of the names of a language model's state inputs. transformers.js expects the prefixes after `STATE`, and
+`adapterkit export` writes them."""
 
 Feeds = Mapping[str, Array]
 
 Sizes = Mapping[str, int]
-"""Sizes from the configs in a graph's folder: `head_size`, `heads` and `window` of the past; `channels`, `height` and
-`width` of images."""
+"""Sizes from the configs in a graph's folder, by name. `head_size`, `heads` and `window` are sizes of the past;
+`channels`, `height` and `width` are sizes of images."""
 
 
 def sizes_beside(graph: Path | None) -> dict[str, int]:
-    """Return the sizes from onnxruntime-genai's and transformers' configs in a graph's folder.
+    """Read sizes from onnxruntime-genai's `genai_config.json` and transformers' `config.json` in a graph's folder.
 
-    Some graphs declare sizes as dynamic, but run only if these sizes have one certain value. Examples are the head size
-    in onnxruntime-genai's graphs, and the channels, height and width in the graphs of image models.
+    Some graphs declare a size as dynamic, but run only with one value of this size. Examples are the head size in
+    onnxruntime-genai's graphs, and the channels, height and width in the graphs of image models.
     """
     if graph is None:
         return {}
@@ -71,10 +71,10 @@ def sizes_beside(graph: Path | None) -> dict[str, int]:
 
 
 def windows_beside(graph: Path) -> dict[str, int]:
-    """Return a map from the name of each sliding-window cache to the window's length in tokens.
+    """Return a map from the input name of each sliding-window cache to the window's length in tokens.
 
-    In onnxruntime-genai's graphs, such a cache always has this length. `genai_config.json` lists the
-    layers with such caches.
+    `genai_config.json` lists the layers that have such a cache. In onnxruntime-genai's graphs, the cache always has the
+    window's length.
     """
     model = _config(graph.parent / "genai_config.json").get("model")
     decoder = model.get("decoder") if isinstance(model, dict) else None
@@ -100,9 +100,9 @@ def trial_inputs_for(session: OrtSession, sizes: Sequence[int], known: Sizes | N
     """Return random inputs for a graph. All dynamic axes with the same name have the same size.
 
     Args:
-        session: the graph in onnxruntime.
-        sizes: the sizes of dynamic axes, a row such as those of `SIZES`.
-        known: sizes from configs; see `sizes_beside`.
+        session: an onnxruntime session of the graph.
+        sizes: the sizes of an input's dynamic axes by position, like a row of `SIZES`.
+        known: the sizes from configs that `sizes_beside` returned. They take precedence over `sizes`.
     """
     rng, named = np.random.default_rng(0), dict[str, int]()
     feeds: dict[str, Array] = {}
@@ -115,8 +115,8 @@ def trial_inputs_for(session: OrtSession, sizes: Sequence[int], known: Sizes | N
         shape = shapes[entry.name]
         name = entry.type.removeprefix("tensor(").removesuffix(")")
         if name == "bool" or (name in ("int64", "int32") and "mask" in entry.name):
-            # Do not mask tokens in onnxruntime-genai's graphs. These graphs take the number of tokens from the mask. If
-            # the last token is masked, they leave some memory of the outputs unwritten.
+            # Do not mask tokens in onnxruntime-genai's graphs. These graphs compute the number of tokens from the mask.
+            # If the last token is masked, the graphs leave some elements of the outputs uninitialized.
             whole = "head_size" in (known or {})
             feeds[entry.name] = (np.ones(shape) if whole else _mask(shape)).astype(_TYPES[name])
         elif name in ("int64", "int32"):
@@ -128,11 +128,11 @@ def trial_inputs_for(session: OrtSession, sizes: Sequence[int], known: Sizes | N
 
 
 def _name_sizes(entry: OrtInput, known: Sizes, named: dict[str, int]) -> None:
-    """Add the sizes that the configs give for an input's dynamic axes to `named`, by the axes' names."""
+    """Add the configs' sizes of an input's dynamic axes to `named`, whose keys are names of axes."""
     if len(entry.shape) != 4:
         return
     past = "past" in entry.name
-    # A sliding-window cache must have the window's length, so give all caches this length.
+    # If the configs contain a window's length, use it for all caches: a sliding-window cache must have this length.
     words = (None, "heads", "window", "head_size") if past else (None, "channels", "height", "width")
     if not past and not any(word in entry.name for word in ("pixel", "image", "sample", "input")):
         return
@@ -156,7 +156,10 @@ def _count_past(shapes: dict[str, list[int]]) -> None:
 
 
 def _mask(shape: Sequence[int]) -> Array:
-    """Return a mask of ones whose last entry is 0: some tokens stay visible, whether a graph masks zeros or ones."""
+    """Return a mask of ones whose last entry is 0.
+
+    A graph may ignore the tokens at 0 or the tokens at 1. With this mask, some tokens stay visible in both cases.
+    """
     mask = np.ones(shape, dtype=bool)
     if mask.ndim and mask.shape[-1] > 1:
         mask[..., -1] = False

@@ -1,7 +1,7 @@
 """Find tied layers of a graph (an embedding and a head with equal weights), and which of them an adapter changes.
 
 Exporters store a tied tensor once, or store a transposed copy for the head, so equal values are the only sign of a tie.
-`merging.ties` decides which layers each update changes, as for merges into folders.
+`merging.ties` decides which tied layers each update changes, as it does for merges into model folders.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Tying:
-    """Information about a graph's ties that the graph itself does not contain.
+    """Information about a graph's tied layers that the graph itself does not contain.
 
     Attributes:
-        tied: the caller's choice, as `parse_tied` returns it. If it is None, the tool that trained the adapter decides
-            which tied layers an update changes.
+        tied: the caller's choice, as `parse_tied` returns it. If it is None, an update changes the tied layers that it
+            changed in the tool that trained the adapter.
         config: the config of the exported model, if there is one.
-        role: the part of the model that the graph holds; None if the graph's file name does not show the part.
-        warnings: a list to which a sentence is added for each omitted update.
+        role: the model's component in the graph, such as `encoder`; None if the graph's file name does not show it.
+        warnings: a list to which a warning is added for each omitted update.
     """
 
     tied: str | None = None
@@ -47,7 +47,7 @@ class Tying:
 
     @classmethod
     def of(cls, base: Checkpoint | None, path: Path | None, tied: str | Mapping[str, str] | None = None) -> Tying:
-        """Create a `Tying` with the config of the base, or else the config beside the graph.
+        """Create a `Tying` with the base's config. If the base has no config, read the one in the graph's folder.
 
         Raises:
             UsageError: `tied` is not a valid choice.
@@ -61,7 +61,7 @@ def with_tied(
     """Return the targets that an adapter changes in a graph, including tied layers that the adapter does not name.
 
     Args:
-        places: the targets that the adapter names, found in the graph.
+        places: the adapter's targets, resolved in the graph.
         adapter: the adapter, whose recipe shows which tool trained it.
         spots: all layers of the graph.
         tying: the caller's choice, and the base's config.
@@ -114,9 +114,9 @@ def _groups(spots: Sequence[Spot], changed: Sequence[Spot]) -> list[_TiedLayers]
 def _with_group(
     places: Sequence[ResolvedTarget], adapter: Adapter, group: _TiedLayers, tying: Tying
 ) -> list[ResolvedTarget]:
-    """Return the targets, and the layers of a tied group that the adapter's updates change with them.
+    """Return `places`, and new targets for the other layers of a tied group that the adapter's updates also change.
 
-    Targets whose updates have no effect are dropped.
+    The result omits targets in the group whose updates have no effect.
     """
     nodes = {spot.node for spot in (*group.lookups, *group.heads)}
     named = [place for place in places if _may_be_tied(place) and place.spots[0].node in nodes]
@@ -133,8 +133,8 @@ def _with_group(
     if added and tying.tied is None and not (group.proven or says_tied(tying.config)):
         raise _unproven(added[0], tie)
     kept = {fold.target for folds in changed.values() for fold in folds}
-    # Drop targets that `acting` dropped, such as T5's `shared`: the model does not call this module, so an update there
-    # had no effect while PEFT trained it.
+    # Drop the targets that `acting` dropped. An example is T5's `shared`: the model does not call this module, so an
+    # update of this module had no effect when PEFT trained the adapter.
     return [*(place for place in places if place not in named or _fold(place).target in kept), *added]
 
 
@@ -144,10 +144,9 @@ def _may_be_tied(place: ResolvedTarget) -> bool:
 
 
 def _distance(spot: Spot, other: Spot) -> float | None:
-    """Return the relative distance between two layers' tables.
+    """Return the relative distance between two layers' tables; None if the layers cannot be tied.
 
-    Return None if the sizes differ. Also return None if the tables are not equal, unless they are close and one of them
-    is quantized.
+    The layers can be tied if the tables are equal, or if one table is quantized and the distance is at most `NEAR`.
     """
     if _size(spot) != _size(other):
         return None
@@ -175,10 +174,10 @@ def _table(spot: Spot) -> Array:
 
 
 def _by_layer(spots: Sequence[Spot], named: Sequence[ResolvedTarget]) -> dict[str, list[Spot]]:
-    """Group nodes by layer.
+    """Return a map from the name of each layer's weight to the layer's spots.
 
-    The key is the name of the layer's weight: the name of the target if the adapter has the layer as a target, or else
-    the name that the graph shows.
+    The name comes from the adapter's target for the layer. If the adapter has no such target, the name comes from the
+    graph.
     """
     nodes = {spot.node for spot in spots}
     spots_by_name: dict[str, list[Spot]] = {
@@ -225,11 +224,11 @@ def _added(
 def _unproven(place: ResolvedTarget, tie: Tie) -> UsageError:
     why = (
         f"the weights of {tie.head} and {tie.stored} are almost equal, and one of them is quantized: "
-        f"if the two layers are tied, the update at {place.asked} changes both, otherwise it changes only one of them"
+        f"if these two layers are tied, the update at {place.asked} changes both; if not, it changes only one of them"
     )
     cure = (
-        "Pass the base's folder, whose config.json shows whether they are tied: --base-weights DIR (base_weights=DIR). "
-        'Or decide it: to change both, --tied merge (tied="merge"); to change only the layer that the adapter names, '
-        "--tied rows=untie,embedding=untie,head=untie,replacement=untie"
+        "Pass the base's folder: --base-weights DIR (base_weights=DIR). Its config.json shows whether the layers are "
+        'tied. Or choose: --tied merge (tied="merge") changes both layers; --tied '
+        "rows=untie,embedding=untie,head=untie,replacement=untie changes only the layer that the adapter names"
     )
     return UsageError(why, where=str(place.asked), cure=cure)

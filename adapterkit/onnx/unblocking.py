@@ -1,10 +1,10 @@
 """Replace convolutions in onnxruntime's own layouts by plain convolutions, to which adapters can be attached.
 
-At `GraphOptimizationLevel.ORT_ENABLE_ALL`, onnxruntime stores kernels and activations in blocks of channels, for one
-kind of processor. A graph that is saved in this layout gives wrong results on a processor with another block size, and
-the file does not record the block size. The block size is therefore found from the base's weights: only with the right
-size does a stored kernel turn back into a weight of the base. The plain graph runs on any processor. When onnxruntime
-loads the plain graph, it stores the channels in blocks again.
+At `GraphOptimizationLevel.ORT_ENABLE_ALL`, onnxruntime stores kernels and activations in blocks of channels. The block
+size depends on the processor. A graph that is saved in this layout gives wrong results on a processor with another
+block size, and the file does not record the block size. This module finds the block size with the base's weights: if a
+stored kernel is converted to the plain layout with the right block size, the result equals a weight of the base.
+The plain graph runs on any processor. When onnxruntime loads the plain graph, it stores the channels in blocks again.
 
 The blocked kernels stay in the file. New nodes convert them to the plain layout, and onnxruntime runs these nodes only
 once, when it loads the graph.
@@ -35,13 +35,14 @@ SIZES = (4, 8, 16, 32, 64)
 ELEMENTWISE = frozenset(
     {"Relu", "Sigmoid", "Tanh", "LeakyRelu", "HardSigmoid", "Clip", "Gelu", "QuickGelu", "Add", "Sum", "Mul"}
 )
-"""Operators that onnxruntime also runs on blocked values; all their blocked inputs have the same shape."""
+"""Operators of other domains that onnxruntime also runs on blocked values. All blocked inputs of such a node have the
+same shape."""
 
 POOLS = frozenset({"MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"})
 
 SAME = 0.02
-"""Largest accepted distance between a kernel and a base weight, relative to the kernel. Each output channel of the base
-weight is first multiplied by the factor that fits best."""
+"""Largest accepted distance between a kernel and a base weight, relative to the kernel's norm. Before the comparison,
+each output channel of the base weight is multiplied by the factor that brings it closest to the kernel."""
 
 
 class _Unknown(Exception):
@@ -56,8 +57,8 @@ def is_reordered(model: ir.Model) -> bool:
 def unblock(model: ir.Model, base: Checkpoint | None) -> str | None:
     """Replace all blocked nodes of a graph by plain nodes, if the base's weights show the block size.
 
-    Also replace integer convolutions that read channels last by integer convolutions that read channels first; this
-    does not need the base.
+    Also replace integer convolutions that read channels last. The new convolutions read channels first. This step does
+    not need the base.
 
     Args:
         model: the graph, which is changed.
@@ -99,8 +100,8 @@ def _channels_first(model: ir.Model, node: ir.Node) -> None:
     assert isinstance(graph, ir.Graph)
     kinds = [np.dtype(np.uint8) if one is None else element_type(one) for one in (node.inputs[2], zero)]
     first, last = [0, axes[-1], *axes[1:-1]], [0, *axes[2:], 1]
-    # Undo the Transposes that onnxruntime added. Otherwise a change would be added before the output is rounded, and
-    # the range of the output would clip it.
+    # Remove the Transposes that onnxruntime added around the convolution. With them, an adapter's change would be added
+    # before the output is rounded, and the output's integer range would clip the change.
     before = node.inputs[0].producer() if node.inputs[0] is not None else None
     if _transposes(before, last):
         x = before.inputs[0]  # type: ignore[union-attr]
@@ -128,21 +129,21 @@ def _channels_first(model: ir.Model, node: ir.Node) -> None:
 
 
 def _transposes(node: ir.Node | None, order: Sequence[int]) -> bool:
-    """Whether a node is a Transpose into an order of axes."""
+    """Whether a node is a Transpose with the permutation `order`."""
     known = node is not None and node.op_type == "Transpose" and node.domain in ("", "ai.onnx")
     return known and list(attribute(node, "perm", ())) == list(order)  # type: ignore[arg-type]
 
 
 class _Channels:
-    """The channels of a blocked value. Values that must have equally many channels share one such object.
+    """The channels of a blocked value. Values that must have the same number of channels share one `_Channels`.
 
     Attributes:
         padded: the number of channels, including the zero channels that fill the last block; None if no kernel shows
             this number.
-        stated: the number of channels in the model, without those that fill the last block; None if no node gives it.
-        parts: if a Concat writes the value, the values that the Concat joins.
-        full: whether no zero channels fill the last block, as onnxruntime requires for a Concat and for grouped
-            convolutions.
+        stated: the number of channels without these zero channels; None if no node gives this number.
+        parts: if a Concat writes the value, the Concat's inputs; otherwise empty.
+        full: True if the last block contains no such zero channels. onnxruntime requires this for a Concat and for
+            grouped convolutions.
     """
 
     def __init__(self, padded: int | None, stated: int | None = None) -> None:
@@ -152,12 +153,12 @@ class _Channels:
 
 
 class _Region:
-    """The blocked values of a graph. Finding them does not change the graph.
+    """The blocked values of a graph, and the nodes that read or write them. The graph stays unchanged.
 
     Attributes:
         channels: a map from each blocked value to its channels.
-        convs: the blocked convolutions, in order.
-        nodes: all nodes that read or write blocked values, in order.
+        convs: the blocked convolutions, in the graph's order.
+        nodes: all nodes that read or write blocked values, in the graph's order.
         size: the block size, if a Reshape node shows it; otherwise None.
     """
 
@@ -231,8 +232,8 @@ class _Region:
             self.channels[out] = joined = _Channels(None)
             joined.parts, joined.full = tuple(blocked), True
         elif op == "Reshape" and len(others) == 1 and is_constant(others[0]):
-            # onnxruntime adds an axis for the channels of a block before an addition if it cannot prove that the added
-            # shapes are equal.
+            # If onnxruntime cannot prove that the operands of an addition have equal shapes, it first reshapes them: a
+            # fifth axis holds the channels of a block.
             sizes = [int(size) for size in numbers(others[0])]
             if sizes[:4] != [0, -1, 0, 0] or len(sizes) > 5:
                 raise _Unknown(f"{_name(node)} changes the blocked layout")
@@ -242,7 +243,7 @@ class _Region:
             raise _Unknown(f"the operator {op} of {_name(node)} reads blocked values")
 
     def _join(self, one: ir.Value, other: ir.Value) -> None:
-        """Record that two values have equally many channels."""
+        """Record that two values have the same number of channels."""
         kept, gone = self.channels[one], self.channels[other]
         if kept is gone:
             return
@@ -262,15 +263,16 @@ class _Region:
 
 
 def _size(region: _Region, base: Checkpoint) -> int:
-    """Return the block size: the only size with which some kernel, in the plain layout, is a weight of the base.
+    """Find the block size by trial: convert kernels to the plain layout, and compare them with the base's weights.
+
+    The first kernel that equals a weight with exactly one block size decides.
 
     Raises:
-        _Unknown: no block size fits the shapes of all kernels; or no kernel is a weight of the base with exactly one
-            block size.
+        _Unknown: no block size fits the shapes of all kernels, or no kernel equals a weight with exactly one size.
     """
     sizes = [size for size in SIZES if region.size in (None, size) and _divides(region, size)]
     if not sizes:
-        raise _Unknown("no block size fits the numbers of channels of all kernels")
+        raise _Unknown("no block size fits the channel counts of all kernels")
     for node in region.convs:
         fits = [size for size in sizes if _is_of_base(_ordered(node, size, node.inputs[0] in region.channels), base)]
         if len(fits) == 1:
@@ -279,10 +281,10 @@ def _size(region: _Region, base: Checkpoint) -> int:
 
 
 def _divides(region: _Region, size: int) -> bool:
-    """Whether all kernels can have their shapes with a block size."""
+    """Whether the shapes of all kernels are possible with the block size `size`."""
     for node in region.convs:
         out, into, *_ = shape_of(node.inputs[1])  # type: ignore[arg-type]
-        # onnxruntime does not block the input of a kernel with fewer input channels than a block has.
+        # If a kernel has fewer input channels than a block, onnxruntime keeps the convolution's input unblocked.
         wrong = into % size != 0 if node.inputs[0] in region.channels else into >= size
         if out % size or (wrong and not _is_depthwise(node)):
             return False
@@ -303,7 +305,7 @@ def _ordered(node: ir.Node, size: int, blocked: bool) -> Array:
 
 
 def _axes(shape: Sequence[int], size: int, inputs: bool) -> tuple[list[int], list[int]]:
-    """Return the sizes of a blocked kernel's axes, and the permutation of these axes that gives the plain kernel.
+    """Return the blocked layout of a kernel: the sizes of its axes, and their permutation to the plain layout.
 
     Args:
         shape: the kernel's shape, `[out, in, height, width]`, including the channels that fill the last block.
@@ -342,7 +344,7 @@ class _Unblocking:
 
     Args:
         model: the graph.
-        region: its blocked values.
+        region: the graph's blocked values.
         size: the number of channels in a block.
     """
 
@@ -374,7 +376,7 @@ class _Unblocking:
         self.model.graph.opset_imports.pop(BLOCKED, None)
 
     def _count(self, channels: _Channels) -> int:
-        """Return the number of channels in the model, without those that fill the last block.
+        """Return the number of channels, without the zero channels that fill the last block.
 
         Raises:
             _Unknown: the nodes contradict each other about this number.
@@ -395,7 +397,7 @@ class _Unblocking:
         return count
 
     def _used(self, channels: _Channels) -> int:
-        """Return the number of channels up to the last one that is not zero in a kernel or bias that uses them."""
+        """Return the number of channels up to the last one for which a kernel or a bias has nonzero values."""
         most, channels_of = 0, self.region.channels.get
         for node in self.region.convs:
             x = node.inputs[0]
@@ -411,14 +413,14 @@ class _Unblocking:
         return most
 
     def _check(self, node: ir.Node) -> None:
-        """Refuse a kernel that is not zero at input channels that only fill the last block."""
+        """Refuse a kernel with nonzero values at the input channels that only pad the last block."""
         x = node.inputs[0]
         assert x is not None
         if x not in self.region.channels or _is_depthwise(node) or attribute(node, "group", 1) > 1:
             return
         into = self._channels(x)
         if into < shape_of(node.inputs[1])[1] and _ordered(node, self.size, True)[:, into:].any():  # type: ignore[arg-type]
-            raise _Unknown(f"the kernel of {_name(node)} is not zero at channels that only fill a block")
+            raise _Unknown(f"the kernel of {_name(node)} has nonzero values at channels that only pad a block")
 
     def _channels(self, value: ir.Value) -> int:
         return self.counts[id(self.region.channels[value])]
@@ -487,13 +489,13 @@ class _Unblocking:
         return self.building.literal(np.asarray(sizes, np.int64))
 
     def _cut(self, branch: Branch, value: ir.Value, ends: Sequence[int], shape: Sequence[int]) -> ir.Value:
-        """Return the first channels of a kernel or a bias; `ends` gives their number for each axis."""
+        """Slice a kernel or a bias: keep the first `ends[n]` channels along axis `n`."""
         given = [self._sizes([0] * len(ends)), self._sizes(ends), self._sizes(range(len(ends)))]
         return branch.node("Slice", [value, *given], None, np.float32, shape)
 
 
 def _last(used: object) -> int:
-    """Return the number of entries of a vector up to the last one that is not 0."""
+    """Return the length of a vector without the zeros at its end."""
     at = np.flatnonzero(np.asarray(used))
     return int(at[-1]) + 1 if len(at) else 0
 

@@ -1,10 +1,10 @@
 """Remove the rounding of activations from a quantized graph, so that a check can compare two graphs closely.
 
 Two correct graphs may sum in different orders, so their values may differ in the last bit. If a later node rounds such
-a value to 8 bits, the difference can become a whole rounding step. If a node clips its output, a change that is added
-before the clipping gives another result than the same change added after it. Without rounding and clipping of
-activations, the outputs of two correct graphs differ only in the last bits of the floats. The weights stay rounded: the
-graph computes with their dequantized values.
+a value to 8 bits, the difference can become a whole rounding step. Clipping is another cause of differences: one graph
+may add an adapter's change before a node clips its output, and the other graph may add the change afterwards. Without
+rounding and clipping of activations, the outputs of two correct graphs differ only in the last bits of the floats. The
+weights stay rounded: the graph computes with their dequantized values.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MOVES = frozenset(
     {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Gather", "Slice", "Concat",
      "Split", "Expand", "MaxPool", "DepthToSpace", "SpaceToDepth", "Tile", "Resize", "Pad"}
 )  # fmt: skip
-"""Operators that commute with dequantization, so that they can read floats in place of quantized integers.
+"""Operators that commute with dequantization. They can therefore read floats in place of quantized integers.
 
-A Resize commutes with it because its interpolation weights sum to 1. The constant that a Pad inserts must be
-dequantized, too.
+A Resize commutes with dequantization because its interpolation weights sum to 1. The constant that a Pad inserts must
+be dequantized, too.
 """
 
 
@@ -54,7 +54,11 @@ def unround(model: ir.Model) -> bool:
 
 
 def obstacle(model: ir.Model) -> str | None:
-    """Remove the rounding of activations from `model`. If this fails, return the failing node's operator and name."""
+    """Remove the rounding of activations from `model`.
+
+    Returns:
+        The operator and the name of the node that could not be converted; None if all nodes were converted.
+    """
     for node in model.graph.all_nodes():
         node.attributes.pop("accuracy_level", None)
     unrounding = _Unrounding(model)
@@ -73,8 +77,8 @@ class _Unrounding:
         model: the model to change.
 
     Attributes:
-        floats: a map from each value of quantized integers to the value of floats that replaces it.
-        steps: a map from each value of quantized integers to its scale and its zero point.
+        floats: a map from each quantized activation to the float activation that replaces it.
+        steps: a map from each quantized activation to its scale and its zero point.
         at: the node that is being converted.
     """
 
@@ -138,7 +142,7 @@ class _Unrounding:
     def _outside(self, node: ir.Node, scale: ir.Value | None, zero: ir.Value | None) -> None:
         """Dequantize the constant that a Pad inserts, with the scale and the zero point of the padded value.
 
-        A Resize that inserts a constant is refused.
+        Raise `Unknown` for a Resize that inserts a constant.
         """
         if node.op_type == "Resize":
             if attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":  # Inserts a constant.
@@ -154,8 +158,8 @@ class _Unrounding:
     def _becomes(self, node: ir.Node, value: ir.Value) -> None:
         """Insert the nodes that compute `value`, which replaces the node's first output.
 
-        If the output is floats, its readers get `value` now. If it is integers, they get `value` when the readers are
-        converted.
+        If this output is float, the nodes that read it get `value` now. If the output is integer, each node that reads
+        it gets `value` when that node is converted.
         """
         out = node.outputs[0]
         self.graph.insert_before(node, [one for one in self.branch.nodes if one.graph is None])
@@ -184,12 +188,12 @@ class _Unrounding:
         return out
 
     def float_of(self, node: ir.Node, at: int, axis: int | None = None) -> ir.Value:
-        """Return an operand as dequantized floats. Its scale and its zero point are the node's next two inputs.
+        """Return a node's operand in floats. The next two inputs of the node are the operand's scale and zero point.
 
         Args:
-            node: an operator.
-            at: the position of the operand among the node's inputs.
-            axis: the operand's channel axis, for scales per channel; None for the last axis.
+            node: the node.
+            at: the index of the operand among the node's inputs.
+            axis: the operand's channel axis, along which a scale per channel applies; None for the last axis.
         """
         value, scale, zero = (_at(node, at + step) for step in range(3))
         return self.operand(value, scale, zero, axis)
@@ -221,20 +225,20 @@ class _Unrounding:
         return self.building.tensor(key, "unrounded", lambda: np.ascontiguousarray(array, np.float32))
 
     def rounded(self, y: ir.Value, node: ir.Node, at: int) -> ir.Value:
-        """Return an operator's output in floats, and note its scale and zero point.
+        """Return the float output that replaces a node's quantized output. Record the output's scale and zero point.
 
-        The output is clipped at 0 if the operator's range starts or ends at its zero point; see `rectifies`.
+        The float output is clipped at 0 if the range of the integers starts or ends at the zero point; see `rectifies`.
 
         Args:
-            y: the output in floats, not clipped.
-            node: the operator.
-            at: the position of the output's zero point among the operator's inputs; the scale is the input before it.
+            y: the float output before clipping.
+            node: the node.
+            at: the index of the node's input with the output's zero point. The input before it is the output's scale.
         """
         self.steps[node.outputs[0]] = _at(node, at - 1), _at(node, at)
         return self._clipped(y, ir.node("QuantizeLinear", [None, None, _at(node, at)]))
 
     def _clipped(self, x: ir.Value, quantizer: ir.Node) -> ir.Value:
-        """Clip `x` at 0, as the quantizer does, if the quantizer's range starts or ends at its zero point."""
+        """Clip `x` at 0 if the quantizer clips there, i.e. if its range starts or ends at its zero point."""
         zero = quantizer.inputs[2] if len(quantizer.inputs) > 2 else None
         if zero is not None and not is_constant(zero):
             raise Unknown
@@ -340,7 +344,8 @@ def _where(of: _Unrounding, node: ir.Node) -> ir.Value:
 def _integer_product(of: _Unrounding, node: ir.Node) -> ir.Value:
     """Convert a MatMulInteger, which applies no scales.
 
-    Later nodes multiply its output by the weight's scale, and by the input's scale, which the conversion set to 1.
+    Later nodes multiply its output by the scales of the weight and of the input. The conversion set the input's scale
+    to 1.
     """
     W = of.operand(_at(node, 1), None, _at(node, 3))
     return of.node("MatMul", [of.operand(_at(node, 0), None, _at(node, 2)), W])
@@ -374,7 +379,7 @@ def _attention(of: _Unrounding, node: ir.Node) -> ir.Value:
 
 
 Form = Callable[[_Unrounding, ir.Node], ir.Value]
-"""A function that appends the float form of an integer operator, and returns the output of these nodes."""
+"""A function that appends the float nodes that replace a quantized node, and returns their output."""
 
 FORMS: dict[str, Form] = {
     "QLinearMatMul": _matmul,
@@ -397,4 +402,4 @@ FORMS: dict[str, Form] = {
     "MatMulIntegerToFloat": _to_float,
     "QAttention": _attention,
 }
-"""A map from each integer operator to the function that appends its float form."""
+"""A map from each quantized operator to the function that replaces its nodes by float nodes."""

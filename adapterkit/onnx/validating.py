@@ -137,13 +137,14 @@ def _refuse_cycle(
     """Raise the error for a cycle.
 
     One known cause is onnxruntime's float16 converter. It renames the outputs of an If, but not the outputs of the If's
-    branches. So the branches return values of the outer graph, and the outer graph computes these values from the If.
+    branches. The branches then return values of the outer graph, and the outer graph computes these values from the
+    outputs of the If.
 
     Args:
         graph: the graph.
         makers: a map from each value's name to the index of the node that computes the value.
-        waits: for each node, the indices of the nodes that it still waits for. The set is empty for a node that is not
-            on a cycle and does not depend on one.
+        waits: for each node, the indices of the nodes that must run first and could not be sorted. The set is empty
+            for nodes that could be sorted.
         path: the model's file, which errors name.
     """
     for at, node in enumerate(graph.node):
@@ -151,7 +152,7 @@ def _refuse_cycle(
             if name in makers and _waits_for(waits, makers[name], at):
                 why = (
                     f"a graph inside this {node.op_type} does not compute its output {name!r}, and the outer graph "
-                    f"computes this value from the {node.op_type}. onnxruntime cannot load such a file, either"
+                    f"computes {name!r} from the {node.op_type}'s outputs. onnxruntime cannot load this file, either"
                 )
                 cure = "Convert the model again with a tool that supports subgraphs, or convert its parts separately"
                 raise Malformed(why, path=path, where=_name(node), cure=cure)
@@ -161,7 +162,7 @@ def _refuse_cycle(
 
 
 def _returned(node: NodeProto) -> Iterator[str]:
-    """Yield the names of the outer graphs' values that the graphs inside a node return."""
+    """Yield the names of outer values that the graphs inside a node return as their outputs."""
     for graph in _graphs(node):
         defined = _defined(graph)
         yield from (value.name for value in graph.output if value.name not in defined)
@@ -200,7 +201,7 @@ def _read(node: NodeProto, depth: int = 0) -> Iterator[str]:
 
 def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> None:
     for text in (node.name, node.op_type, node.domain, *node.input):
-        _check_text(text, "a node's name, operator, domain or input", path)
+        _check_text(text, "a node's name, operator, domain or input name", path)
     where = _name(node)
     for attribute in node.attribute:
         tensors = [attribute.t] if attribute.HasField("t") else []
@@ -227,7 +228,10 @@ def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> N
     required, most, attributes = schema
     if len(node.input) > most or any(at >= len(node.input) or not node.input[at] for at in required):
         count = sum(bool(name) for name in node.input)
-        why = f"a {node.op_type} has {count} inputs, but requires inputs {required} and takes at most {most}"
+        why = (
+            f"a {node.op_type} has {count} inputs, but requires inputs at the indices {required}, and accepts at most "
+            f"{most} inputs"
+        )
         raise Malformed(why, path=path, where=where, cure=_AGAIN)
     types = {attribute.name: attribute.type for attribute in node.attribute}
     for name, (kind, needed) in attributes.items():
@@ -239,10 +243,10 @@ def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> N
 
 @lru_cache(maxsize=4096)
 def _schema(op_type: str, domain: str, version: int) -> Schema | None:
-    """Return the positions of an operator's required inputs, its largest number of inputs, and its attributes.
+    """Return the indices of an operator's required inputs, its maximum number of inputs, and its attributes.
 
-    The attributes are a map from each name to the attribute's type and to whether the attribute is required. Return
-    None if onnx has no schema of the operator, or if the opset is older than `OPSET`.
+    The attributes are a map from an attribute's name to the pair `(type, required)`. Return None if onnx has no schema
+    of the operator, or if it is an operator of the default domain in an opset older than `OPSET`.
     """
     from onnx import defs
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Updates = TypeVar("Updates", bound="Update")
 
 Sizes = tuple[int | None, ...]
-"""The sizes of a value's axes; None for a dynamic size."""
+"""The sizes of a value's axes. A dynamic size is None, or a placeholder of at least `FREE`."""
 
 Operand = Union["Value", Array]
 """An argument or a result of the functions of `SYMBOLS`. If no argument is a graph value, numpy computes the result."""
@@ -33,7 +33,7 @@ Axes = int | tuple[int, ...] | None
 
 
 class Unsayable(AttributeError, TypeError):
-    """A formula needs an operation that no node computes.
+    """A formula needs an operation that ONNX nodes cannot compute.
 
     If all values that the formula reads are constants, numpy can compute the formula instead.
     """
@@ -66,7 +66,9 @@ def _wider(a: int | None, b: int | None) -> int | None:
 
 
 def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
-    """Return the sizes of the matrix product of two operands; None if they are unknown.
+    """Return the sizes of the matrix product of two operands.
+
+    Return None if an operand's number of axes is unknown, or is less than 2.
 
     Raises:
         Unsayable: the first operand's number of columns is not the second operand's number of rows.
@@ -82,9 +84,10 @@ def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
 
 
 def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
-    """Return the shape `wanted` of a reshape with the actual size in place of -1, or None if that size is unknown.
+    """Return the requested shape of a reshape, with the computed size in place of -1.
 
-    An axis keeps its size if both shapes have the same dynamic size at its position.
+    If the size in place of -1 cannot be computed, it is None. If `sizes` and `wanted` have the same dynamic size at one
+    position, the reshape keeps this axis.
 
     Args:
         sizes: the sizes before the reshape.
@@ -102,7 +105,9 @@ def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
 
 
 def spelled(sizes: Sizes | None, wanted: Sequence[int | None], worked_out: Sizes) -> list[int]:
-    """Return the shape that a Reshape node reads: 0 for a dynamic size that an axis keeps, -1 for a size to compute.
+    """Return the shape input of a Reshape node.
+
+    An entry is 0 if the axis keeps its dynamic size, and -1 if the node computes the size.
 
     Args:
         sizes: the sizes before the reshape.
@@ -120,11 +125,11 @@ def spelled(sizes: Sizes | None, wanted: Sequence[int | None], worked_out: Sizes
         elif position in stays:
             out.append(0)
         elif size == 0 or -1 in out:
-            raise Unsayable("a Reshape has a size of 0, or more than one size to compute")
+            raise Unsayable("the formula reshapes to a size of 0, or to more than one unknown size")
         else:
             out.append(-1)
     if -1 in out and 0 in out:
-        raise Unsayable("a Reshape has a size to compute, and a dynamic size that may be 0")
+        raise Unsayable("the formula reshapes to an unknown size, and keeps a dynamic size that may be 0")
     return out
 
 
@@ -153,7 +158,7 @@ def taken(value: Value, key: object) -> Value:
     """Return `value[key]`.
 
     Raises:
-        Unsayable: no node can index with this key, for example a mask, or several lists of positions.
+        Unsayable: indexing with this key is not supported, for example with a mask or several lists of positions.
     """
     parts = _spread(value, key if isinstance(key, tuple) else (key,))
     out = _sliced(value, [(axis, part) for axis, part in parts if isinstance(part, slice | int) and axis is not None])
@@ -218,12 +223,12 @@ def _numbered(parts: tuple[object, ...], axis: int) -> list[tuple[int | None, ob
 
 
 def _sliced(value: Value, parts: list[tuple[int, slice | int]]) -> Value:
-    """Apply slices, and apply integers as slices of length 1."""
+    """Apply the slices and integers of a key. An integer counts as a slice of length 1."""
     cuts = [(axis, _cut(part)) for axis, part in parts if part != slice(None)]
     if not cuts:
         return value
     axes, starts, stops, steps = zip(*((axis, c.start, c.stop, c.step) for axis, c in cuts), strict=True)
-    # Refuse limits near FREE. Dynamic sizes are numbers of at least FREE, so such a limit was computed from one.
+    # Refuse limits near FREE: they were computed from a dynamic size, whose placeholder is at least FREE.
     if any(abs(limit) >= FREE // 2 and limit != _END for limit in (*starts, *stops)):
         raise Unsayable("the limits of a slice depend on a dynamic size")
     # Refuse to slice a dynamic axis: a formula that loops over all positions of such an axis would not end.
@@ -269,7 +274,7 @@ def _gathered(value: Value, axis: int, positions: object) -> Value:
     else:
         array = np.asarray(positions)
         if array.dtype.kind not in "iu":
-            raise Unsayable("a mask is used as an index")
+            raise Unsayable("the formula indexes with a mask, or with another array whose dtype is not integer")
         shape, index = array.shape, value.like(0)
         literal = value.branch.building.literal(array.astype(np.int64))
         index = Value(value.branch, array.shape, np.int64, literal, lambda: array)
@@ -367,7 +372,7 @@ class Symbols:
         return import_module("ml_dtypes").finfo(dtype)
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise Unsayable(f"there is no node for {name}")
+        raise Unsayable(f"no ONNX node is known for the function {name}")
 
     def astype(self, x: Operand, dtype: Kind) -> Operand:
         return x.cast(dtype) if isinstance(x, Value) else np.asarray(x).astype(dtype)
@@ -484,7 +489,7 @@ class Symbols:
     def full_like(self, x: Value, number: float) -> Value:
         """Return a value with the sizes of x and with `number` as each element.
 
-        `x * 0 + number` would be NaN wherever x is NaN or infinite.
+        The node does not read the elements of x: `x * 0 + number` would be NaN for elements that are NaN or infinite.
         """
         size = x.apply("Shape", [x], lambda a: np.array(a.shape), None if x.sizes is None else (x.ndim,), np.int64)
         value = ir.tensor(np.array([number], dtype=x.dtype))
@@ -494,7 +499,7 @@ class Symbols:
 
 
 def concatenated(values: Sequence[Value], axis: int) -> Value:
-    """Join values of one type along an axis."""
+    """Concatenate values along an axis. All values have the same dtype."""
     shape = None
     if all(value.sizes is not None for value in values):
         lengths = [value.shape[axis] for value in values]
@@ -614,7 +619,7 @@ class Value:
     ) -> Value:  # fmt: skip
         """Append a node that reads `inputs` and `more`; return its output.
 
-        `f` computes the same output in numpy. It takes only `inputs`.
+        `f` computes the same output with numpy, and takes only `inputs`.
         """
         values = [self.like(one) for one in inputs]
         kind = self.dtype if dtype is None else dtype
@@ -625,8 +630,8 @@ class Value:
     def like(self, other: object) -> Value:
         """Return an operand as a `Value`. A number or an array becomes a constant.
 
-        The constant gets the dtype of this value. Booleans stay booleans. If this value is boolean,
-        integers get int64.
+        The constant gets the dtype of this value, but boolean constants stay boolean. If this value is boolean, integer
+        constants become int64.
         """
         if isinstance(other, Value):
             return other
@@ -715,7 +720,7 @@ class Value:
         return self.like(other) @ self
 
     def cast(self, dtype: Kind) -> Value:
-        """Return the same numbers in another dtype."""
+        """Return this value, cast to another dtype."""
         kind = np.dtype(dtype)
         if kind == self.dtype:
             return self
@@ -786,13 +791,13 @@ class Value:
         self._value, self.known, self._numbers = new._value, new.known, None
 
     def _no_node(self, *_: object) -> NoReturn:
-        raise Unsayable("there is no node for this operator")
+        raise Unsayable("the formula uses a Python operator for which no ONNX node is known")
 
     __rshift__ = __or__ = __xor__ = __mod__ = __floordiv__ = __rxor__ = __rand__ = __rfloordiv__ = _no_node
 
 
 def computed_over(update: Updates, f: Callable[[Leaf], Operand]) -> Updates:
-    """Replace each tensor of an update by the array or graph value that `f` returns, for formulas to compute with."""
+    """Replace each tensor of an update by `f(tensor)`, an array or graph value that formulas can compute with."""
     return update.map(cast("Callable[[Leaf], Leaf]", f))
 
 

@@ -4,9 +4,9 @@
 caller replaces the embeddings of image tokens by image features. `decoder_model_merged.onnx` computes logits from the
 result.
 
-The parts of a model are found by the names of its methods and of their parameters (`get_image_features`,
-`image_grid_thw`, `token_type_ids`, `get_rope_index` and others). Before the export, the logits of the parts are
-compared with the logits of the whole model.
+The export finds the parts of a model by the names of methods and parameters, such as `get_image_features`,
+`image_grid_thw`, `token_type_ids` and `get_rope_index`. Before it writes the graphs, it compares the logits of the
+parts with the logits of the whole model.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ CLOSE_NARROW = 3e-2
 """The limit that replaces `CLOSE` if the model's dtype is not float32."""
 
 TYPES = ("token_type_ids", "mm_token_type_ids")
-"""Possible names of the argument that is 1 for image tokens and 0 for other tokens."""
+"""Possible names of the model's argument whose elements are 1 for image tokens and 0 for other tokens."""
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
-"""Possible names of the config's field with the id of the image token, which stands for a part of an image."""
+"""Possible config keys of the image token's id. In a text, each image token stands for a part of an image."""
 
 GRID = "image_grid_thw"
-"""Name of the argument that counts each image's frames, and its rows and columns of patches."""
+"""Name of the argument that contains each image's grid: `(frames, rows of patches, columns of patches)`."""
 
 NAMED = {"qwen2_vl": {GRID: "grid_thw"}}
-"""Inputs of the vision encoder whose name in transformers.js differs from the name in transformers, by model type. Each
-entry maps the name in transformers to the name in transformers.js."""
+"""A map from the model type to the vision encoder's inputs that transformers.js names differently. Each entry maps the
+name in transformers to the name in transformers.js."""
 
 GRIDS = (((1, 4, 6), (1, 8, 4)), ((1, 10, 2),))
-"""The images of two examples: each image's frames, and its rows and columns of patches, for a tower that merges 2 x 2
-patches. `_grids` scales the rows and columns for other towers. The images differ in size."""
+"""The grids `(frames, rows, columns)` of the images in two examples, for a vision tower that merges 2 x 2 patches.
+`_grids` scales the rows and columns for other towers. All images differ in size."""
 
 _WHOLE = "Export the torch model with adapterkit.onnx.export"
 
@@ -77,14 +77,15 @@ class Images:
 
 
 def vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWords]:
-    """Describe the graphs of a vision-language model for the export; return the descriptions by file name.
+    """Describe the graphs into which a vision-language model is exported. Return a map from file name to description.
 
     Args:
-        model: a transformers model in evaluation mode. Its attention implementation is set to `eager`.
+        model: a transformers model in evaluation mode. The function sets its attention implementation to `eager`.
         source: the model's folder, which errors name.
 
     Raises:
-        Unsupported: the model cannot be called part by part, or its parts compute other logits than the whole model.
+        Unsupported: the vision encoder, the embeddings and the decoder cannot be called separately, or together they
+            compute other logits than the whole model.
     """
     import torch
 
@@ -94,7 +95,7 @@ def vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWor
         images = _images(model)
         decoder = _decoder_of(model, images, source)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        why = f"a {type(model).__name__} cannot be called part by part ({first_line(error)})"
+        why = f"a {type(model).__name__} cannot be split into graphs for transformers.js ({first_line(error)})"
         raise Unsupported(why, path=source, cure=_WHOLE) from None
     rng, past = torch.Generator().manual_seed(0), decoder.past
     width = decoder.embed(tokens(model, 1, 1)).shape[-1]
@@ -178,8 +179,8 @@ def _pictures(model: PretrainedModel) -> Images:
 def _masked(model: PretrainedModel) -> Images:
     """Describe images, `[texts, images, channels, height, width]`, with a mask of their pixels (Idefics 3, SmolVLM).
 
-    If a text has fewer images than another, processors add images of zeros to it, and transformers' model drops these
-    images. The graph does not drop them, so they must not be passed to it.
+    If a text has fewer images than another, processors pad it with images of zeros, and transformers' model drops these
+    padding images. The graph does not drop padding images, so the caller must not pass any.
     """
     import torch
     from torch import nn
@@ -213,10 +214,10 @@ def _masked(model: PretrainedModel) -> Images:
 
 
 def _grids(model: PretrainedModel, tower: Any) -> Images:
-    """Describe images of any size, which are passed as patches and as grids (Qwen2-VL and others).
+    """Describe images of any size, which are passed as patches, with a grid for each image (Qwen2-VL and others).
 
-    If the tower also returns features for the decoder's first layers, each row of the module's output consists of the
-    image features and these features.
+    Some towers also return deep features, which the decoder's first layers read. Then each row of the module's output
+    consists of the image features, followed by the deep features.
     """
     import torch
     from torch import nn
@@ -267,10 +268,10 @@ class Decoder:
         words: the names of the arguments that the decoder takes after the embeddings and before the past.
         word: the name of the model's parameter for the cache.
         past: a description of the model's past.
-        rotary: whether a token's position has three numbers (its frame, row and column in an image).
-        offset: the position id of the first token in transformers; the graph's position ids start at 0.
-        deep: the number of the decoder's first layers that get image features of their own. In each row, these features
-            follow the embedding.
+        rotary: whether a token has three position ids: its frame, row and column in an image.
+        offset: the position id that transformers gives to the first token. In the graph, position ids start at 0.
+        deep: how many of the decoder's first layers read deep features, i.e. image features made for this layer. In
+            each row of the embeddings, the deep features of all these layers follow the embedding.
         embedding: the module that computes embeddings from tokens.
         module: the module that computes logits from embeddings.
     """
@@ -312,7 +313,7 @@ class Decoder:
         self.embedding, self.module = EmbeddingPart().eval(), TextDecoderPart().eval()
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the embeddings of tokens, each followed by zeros for the features of the decoder's first layers."""
+        """Return the embeddings of tokens. Zeros follow each embedding, in place of the deep features."""
         import torch
 
         if self.outside is not None:
@@ -342,9 +343,9 @@ class Decoder:
 
     @contextmanager
     def _deep(self, embedded: Tensor) -> Iterator[Tensor]:
-        """Yield the embeddings without the features for the first layers.
+        """Yield the embeddings without the deep features.
 
-        Inside the block, a hook passes these features to the text model.
+        Inside the `with` block, a hook passes the deep features to the text model.
         """
         import torch
 
@@ -352,9 +353,8 @@ class Decoder:
             yield embedded
             return
         embedded, *deep = embedded.chunk(self.deep + 1, -1)
-        # The text model adds the features to its hidden states at the index `visual_pos_masks`, usually a mask of the
-        # image tokens. This index selects all texts of the batch, so that the features are added at all tokens; at
-        # tokens other than image tokens, the features are zero.
+        # The text model adds the deep features to `hidden_states[visual_pos_masks]`. transformers passes a mask of the
+        # image tokens. The index below selects all tokens instead: the deep features of other tokens are zero.
         more = {"visual_pos_masks": torch.arange(embedded.shape[0]), "deepstack_visual_embeds": deep}
 
         def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -390,11 +390,11 @@ def _image_token(model: PretrainedModel) -> int:
 def _decoder_of(model: PretrainedModel, images: Images, source: Path) -> Decoder:
     """Return a decoder with which the parts compute the same logits as the whole model.
 
-    Some models need to know which tokens are image tokens, for example for an attention mask that is not causal. Only
-    their decoders take the types of tokens as an argument.
+    First try a decoder without token types as an argument. If the logits differ, try a decoder with token types: some
+    models need to know which tokens are image tokens, for example for an attention mask that is not causal.
 
     Raises:
-        ValueError: the logits differ with each decoder, so the exported graphs would run, but give wrong results.
+        ValueError: the logits differ with all decoders. The exported graphs would run, but give wrong results.
     """
     import torch
 
@@ -410,9 +410,9 @@ def _decoder_of(model: PretrainedModel, images: Images, source: Path) -> Decoder
 
 
 def _compared(model: PretrainedModel, images: Images, given: Sequence[Tensor], decoder: Decoder) -> float:
-    """Return the largest difference between the logits of the parts and of the whole model; set `decoder.deep`.
+    """Return the largest difference between the logits of the parts and the logits of the whole model.
 
-    The difference is relative to the whole model's largest logit.
+    The difference is relative to the whole model's largest logit. The function also sets `decoder.deep`.
     """
     import torch
 
@@ -428,10 +428,10 @@ def _compared(model: PretrainedModel, images: Images, given: Sequence[Tensor], d
         pieces += [torch.full((1, count), mark), around[:, 2:4]]
     ids = torch.cat([*pieces, around[:, 4:]], 1)
     asked = inspect.signature(model.forward).parameters
-    # Pass the types of tokens, as processors do: some models let image tokens attend to each other.
+    # Pass the token types, as processors do: some models use them to let image tokens attend to each other.
     kinds = {name: (ids == mark).long() for name in TYPES if name in asked}
     mask = torch.ones_like(ids)
-    # This call has a single text. If the example has images of several texts, assign all of them to this text.
+    # This call has a single text. If the example has images of several texts, assign all images to this text.
     one = [each.flatten(0, 1)[None] if given[0].ndim == 5 else each for each in given]
     pixels: Mapping[str, Tensor] = dict(zip(images.names, one, strict=True))
     whole = model(input_ids=ids, attention_mask=mask, **pixels, **kinds, return_dict=True).logits

@@ -1,8 +1,9 @@
 """Run bfloat16 graphs in float32 to check them, because onnxruntime's CPU provider lacks most bfloat16 kernels.
 
 The twin of a graph is a copy with float32 in place of bfloat16 everywhere. The twin's weights equal the graph's
-weights, because float32 represents every bfloat16 number exactly; only the rounding between nodes is missing. So if two
-graphs compute the same function in bfloat16, their twins compute the same function in float32.
+weights, because float32 represents every bfloat16 number exactly. The only difference is that the twin does not round
+to bfloat16 after each node. So if two graphs compute the same function in bfloat16, their twins compute the same
+function in float32.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FLOAT, BFLOAT16 = 1, 16
 """The two element types in ONNX's enum `TensorProto.DataType`."""
 
 TYPED = frozenset({"to", "dtype", "output_dtype", "stash_type", "softmax_precision"})
-"""Attributes of nodes whose value is an element type, as in `TensorProto.DataType`."""
+"""Names of node attributes that contain an element type, as a value of the enum `TensorProto.DataType`."""
 
 
 def widened(model: bytes | str) -> bytes | None:
@@ -61,9 +62,9 @@ def widened(model: bytes | str) -> bytes | None:
 
 
 def started(model: bytes | str, optimized: bool = True) -> OrtSession:
-    """Start a session of a graph, or of its float32 twin; `session_of` describes the arguments.
+    """Start a session of a graph, or of its float32 twin. The arguments are those of `session_of`.
 
-    The twin is used if onnxruntime cannot run the graph, or if an input, slot or output is bfloat16.
+    The twin is used if onnxruntime cannot load the bfloat16 graph, or if an input, slot or output is bfloat16.
     """
     try:
         session = session_of(model, optimized)
@@ -93,7 +94,7 @@ def widened_note(model: ir.Model, path: Path) -> str | None:
             return None
     except Exception as error:  # onnxruntime's errors have no common base class.
         why = first_line(error)
-    return f"compared in float32, because onnxruntime cannot run the graph's bfloat16 here ({why})"
+    return f"compared in float32, because onnxruntime or numpy does not support the graph's bfloat16 ({why})"
 
 
 def _has_narrow_ends(session: OrtSession) -> bool:
@@ -103,7 +104,7 @@ def _has_narrow_ends(session: OrtSession) -> bool:
 
 
 def _is_narrow(proto: ModelProto) -> Iterator[bool]:
-    """Yield whether a part of the model uses bfloat16, for each initializer, value and node."""
+    """For each initializer, value and node of a model, yield whether it uses bfloat16."""
     for graph in _graphs(proto.graph):
         yield from (tensor.data_type == BFLOAT16 for tensor in graph.initializer)
         yield from (_has_narrow(one) for one in (*graph.input, *graph.output, *graph.value_info))
