@@ -30,10 +30,10 @@ class CtM(PlugIn):
     then: str = "ties"
     within: ClassVar = {"scope": "tensor"}
 
-    rank: int | None = parameter(None, "r; default: the largest rank of a task", least=1, kind=int)
-    beta: float = parameter(0.25, "0 finds the bases from changes of equal norm; 1 keeps the norms", least=0, most=1)
+    rank: int | None = parameter(None, "rank r of the result; default: the largest rank of a task", least=1, kind=int)
+    beta: float = parameter(0.25, "before bases are computed, 0 makes all norms equal; 1 keeps norms", least=0, most=1)
     iterations: int = parameter(1000, "maximum number of HOOI rounds", least=0)
-    tolerance: float = parameter(1e-6, "stop after a round that changes the relative error by less than this", least=0)
+    tolerance: float = parameter(1e-6, "stop after a round that reduces the relative error by less than this", least=0)
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
@@ -114,9 +114,9 @@ def _gram(X: Array, V: Array | None = None) -> Array:
 
 
 def _first(gram: Array, rank: int) -> Array:
-    """Return the eigenvectors with the largest eigenvalues of a Gram matrix.
+    """Return the `rank` eigenvectors with the largest eigenvalues of a Gram matrix.
 
-    They are the left singular vectors of the concatenated matrices.
+    For `gram = _gram(X)`, the eigenvectors are the first left singular vectors of [X_1 .. X_T].
     """
     import numpy as np
 
@@ -127,7 +127,7 @@ def _first(gram: Array, rank: int) -> Array:
 class _Spans:
     """Computes the span of the leading eigenvectors, for a sequence of matrices.
 
-    Each matrix is similar to a previous one, so its span can be found by iteration from the previous span.
+    Each matrix is close to an earlier matrix, so the iteration for its span can start from the earlier span.
     """
 
     def __init__(self, rank: int) -> None:
@@ -152,7 +152,7 @@ class _Spans:
 
 
 def _iterated(gram: Array, Q: Array) -> tuple[Array, float] | None:
-    """Find the span of the leading eigenvectors by subspace iteration, starting from Q, a basis of a similar span.
+    """Find the span of the leading eigenvectors by subspace iteration. Start from Q, a basis of a nearby span.
 
     Return a basis and the sum of the eigenvalues, or None if the iteration is slow or its result cannot be verified.
     """
@@ -163,8 +163,8 @@ def _iterated(gram: Array, Q: Array) -> tuple[Array, float] | None:
         image = gram @ Q
         inner = Q.T @ image
         values = np.linalg.eigvalsh(inner)
-        # Check that the span contains the largest eigenvalues. Every other eigenvalue is at most `outside`, the norm of
-        # the rest of the matrix. If `outside` is not below the span's smallest eigenvalue, the check fails.
+        # Check that the span contains the largest eigenvalues. `outside` is the norm of the matrix outside the span, so
+        # no other eigenvalue exceeds it. The check fails if `outside` is not below the span's smallest eigenvalue.
         outside = math.sqrt(max(square - float((inner * inner).sum()), 0.0))
         if outside >= values[0]:
             return None

@@ -61,5 +61,5 @@ def drawn(densities: Sequence[float], at: FormulaContext) -> Mask:
 
 
 def chances(densities: Sequence[float]) -> list[Chance | None]:
-    """Return each adapter's probability that an entry is kept, for the compiled loop."""
+    """Return each adapter's `Chance` for the compiled loop; None if all entries of its change are kept."""
     return [None if density >= 1 else Chance(density) for density in densities]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ._entrywise import Chance, Mask
 
 
-TRIM = "share of a tensor's entries to keep after the random drop, the largest entries first; MergeLM keeps 0.2"
+TRIM = "share of a tensor's entries to keep after the random drop (the largest are kept); MergeLM uses 0.2"
 
 
 class DareTIES(Sparse):

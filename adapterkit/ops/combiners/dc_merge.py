@@ -36,11 +36,11 @@ class DCMerge(Scaled, Spectral):
     paper = "https://arxiv.org/abs/2603.06242"
 
     directions: int | None = parameter(
-        None, "number of singular directions to keep of each task; default: its rank", least=1, kind=int
+        None, "number of singular directions to keep per task; default: the task's rank", least=1, kind=int
     )
     smoothing: str = parameter("average", SMOOTHING, among=("average", "linear"))
     rho: float = parameter(
-        5.0, "with smoothing=linear, upper limit of the ratio of the first to the last singular value", least=1
+        5.0, "with smoothing=linear, the first singular value is at most rho times the last one", least=1
     )
     density: float = parameter(0.001, DENSITY, least=0, most=1)
 

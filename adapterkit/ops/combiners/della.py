@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Della(Sparse):
-    """DARE, then TIES; the probability p of an entry depends on the rank of its magnitude in its row.
+    """DARE, then TIES; the probability p that an entry is kept depends on the rank of its magnitude in its row.
 
     p is `density - epsilon` for a row's smallest entry, and `density + epsilon` for its largest entry.
     """
@@ -40,7 +40,7 @@ class Della(Sparse):
     }  # fmt: skip
 
     density: float = parameter(0.7, "mean probability that an entry is kept", least=0, most=1)
-    epsilon: float = parameter(0.07, "largest difference between an entry's probability and the mean", least=0, most=1)
+    epsilon: float = parameter(0.07, "largest difference between an entry's probability and density", least=0, most=1)
     rescale: str = parameter("inverse", RESCALE, among=RESCALES)
     sign: str = parameter("total", SIGN, among=SIGNS)
     weighted_vote: bool = parameter(True, WEIGHTED_VOTE)

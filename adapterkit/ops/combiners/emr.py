@@ -1,10 +1,10 @@
 """EMR: compute one elected change from all changes; for a given task, mask and scale the elected change.
 
-An entry of the elected change has the sign of the sum of the tasks' entries, and the largest magnitude among the
-entries with that sign. The result for task t consists of the elected entries that have the sign of task t's own change,
-times lambda_t. To compute lambda_t, the mean magnitude of the task's change is summed over all tensors, and divided by
-the same sum for the masked elected change. If `task` is not set, the result is the elected change itself. Huang et al.
-2024, https://arxiv.org/abs/2405.17461, https://github.com/harveyhuang18/EMR_Merging.
+Each entry of the elected change has the sign of the sum of the tasks' entries. Its magnitude is the largest magnitude
+among the entries with that sign. For task t, the mask keeps the elected entries that have the sign of task t's own
+change. The kept entries are multiplied by lambda_t = s(task t's change) / s(masked elected change), where s is the sum,
+over all tensors, of a tensor's mean magnitude. If `task` is not set, the result is the elected change itself. Huang et
+al. 2024, https://arxiv.org/abs/2405.17461, https://github.com/harveyhuang18/EMR_Merging.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ class EMR(Entrywise):
 
 
 def _elected(changes: Array) -> Array:
-    """Return, for each entry, the changes' value of largest magnitude that has the sign of the values' sum."""
+    """Return the elected change.
+
+    Each entry has the sign of the sum over all changes, and the largest magnitude among the changes with this sign.
+    """
     import numpy as np
 
     sign = np.where(changes.sum(0) > 0, 1.0, -1.0)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...io.computed import Array
     from ..context import FormulaContext
 
-OVER = "singular values in the mean: the nonzero ones of the sum (core), or min(out, in * k) values (weight)"
+OVER = "divide the sum of the singular values by the summed change's rank (core) or by min(out, in * k) (weight)"
 
 
 class IsoC(Scaled, Spectral):

@@ -1,4 +1,4 @@
-"""Iso-CTS: join directions of the sum and of each task, orthonormalize them, and give all of them one singular value.
+"""Iso-CTS: orthonormalize directions of the summed change and of each task's change; give all the same singular value.
 
 R is the rank of the sum of the changes. The first k directions come from this sum. Each of the T tasks adds (R - k) / T
 directions of its own change, after the k common directions have been projected out. Marczak et al. 2025,
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class IsoCTS(Scaled, Spectral):
     """scale * mean(S) * polar(U) polar(V)^T.
 
-    U, S and V contain the singular vectors and values of the common and the task-specific directions.
+    The columns of U and V are the singular vectors of the common and the task-specific directions. S contains the
+    singular values of these directions.
     """
 
     title = "Isotropic merging with task-specific directions (Iso-CTS)"

@@ -22,13 +22,14 @@ class Karcher(Mixture):
     compat: ClassVar = {"mergekit": {"iterations": 10}}
 
     scale: float = parameter(1.0, SCALE)
-    iterations: int = parameter(100, "largest number of steps", least=1)
-    tolerance: float = parameter(1e-5, "the search ends after a step that is shorter than this", least=0)
+    iterations: int = parameter(100, "maximum number of steps", least=1)
+    tolerance: float = parameter(1e-5, "stop if the next step would be shorter than this", least=0)
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         """Return the coefficients of the mean.
 
-        They depend only on norms and cosines, because all vectors are weighted sums of the changes' unit vectors.
+        The coefficients depend only on the changes' norms and cosines. Every vector of the iteration is a weighted sum
+        of the changes' unit vectors.
         """
         import numpy as np
 
@@ -46,8 +47,8 @@ class Karcher(Mixture):
             dots = np.clip(cosines @ mean, -1.0, 1.0)
             angles = np.arccos(dots)
             apart = valid & (angles >= self.tolerance)
-            # Move the mean m along the weighted sum of the sphere's logarithms of all points u at m. The logarithm of u
-            # is a / sin(a) * (u - cos(a) m), where a is the angle between u and m.
+            # Move the mean m along the weighted sum of log_m(u) over all points u. On the sphere, log_m(u) is
+            # a / sin(a) * (u - cos(a) m), where a is the angle between u and m.
             pull = np.where(apart, parts * angles / np.where(apart, np.sin(angles), 1.0), 0.0)
             tangent = pull - float(pull @ dots) * mean
             size = float(np.sqrt(max(tangent @ cosines @ tangent, 0.0)))

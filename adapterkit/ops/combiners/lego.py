@@ -37,7 +37,9 @@ class Lego(Scaled, Pairwise):
         rank = self.rank or max(len(each) for each in As)
         if rank > len(A):
             raise UsageError(
-                f"rank {rank} exceeds the sum of the ranks, {len(A)}", where="rank", cure="Choose a smaller rank"
+                f"rank {rank} exceeds the sum of the adapters' ranks, {len(A)}",
+                where="rank",
+                cure=f"Choose a rank of at most {len(A)}",
             )
         units = np.hstack([A, B.T])
         owner = clusters(units @ units.T, rank, at.uniform(0, (self.starts, rank)))
@@ -94,8 +96,7 @@ def _seeds(gram: Array, chances: Array) -> Array:
 
 
 def _distances_to(gram: Array, points: Array) -> Array:
-    # Compute |x - y|^2 from inner products, because a point has as many elements as a row and a column of the weight
-    # together.
+    # Compute |x - y|^2 from inner products, because the points are long: each has in * k + out elements.
     sizes = gram.diagonal()
     distances: Array = sizes[:, None] - 2 * gram[:, points] + sizes[points]
     return distances
@@ -105,7 +106,8 @@ def _descend(gram: Array, owner: Array, count: int) -> tuple[Array, float]:
     """Run Lloyd's algorithm; return each point's cluster, and the sum of the squared distances to the centres.
 
     The algorithm stops when no point changes its cluster, after 300 steps, or before a step that would leave a cluster
-    empty. If a cluster is empty at the start, it gets the point that is farthest from the centre of its own cluster.
+    empty. An initially empty cluster gets the point that is farthest from the centre of the point's current cluster.
+    A point that is alone in its cluster stays there.
     """
     import numpy as np
 

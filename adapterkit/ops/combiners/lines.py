@@ -1,10 +1,10 @@
 """LiNeS: multiply another method's result by a factor that is linear in the layer's depth.
 
-The factor is alpha in the first layer and outside numbered layers, and alpha + beta in the last layer. Wang et al.
-2024, https://arxiv.org/abs/2410.17146, https://github.com/wang-kee/LiNeS: shallow layers contain general features and
-should change less. For T tasks, the authors choose beta (at most 1) on validation data. Their alpha is the norm of the
-sum of the changes, divided by T times the norm of the merged change; after task arithmetic, alpha is 1 / T. For a
-single task, they use beta = 1 - alpha. Here, 1 - alpha is the default of beta for any number of tasks.
+The factor is alpha in the first layer, and alpha + beta in the last layer. Modules outside numbered layers also have
+the factor alpha. Wang et al. 2024, https://arxiv.org/abs/2410.17146, https://github.com/wang-kee/LiNeS: shallow layers
+contain general features and should change less. For T tasks, the authors choose beta (at most 1) on validation data.
+Their alpha is |sum of the changes| / (T |merged change|); after task arithmetic, alpha is 1 / T. For a single task,
+they use beta = 1 - alpha. Here, 1 - alpha is the default of beta for any number of tasks.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ if TYPE_CHECKING:
 
 
 class LiNeS(PlugIn):
-    """(alpha + beta * depth) * then(D_1 .. D_T), where `then` is the other method, and depth is from 0 to 1."""
+    """(alpha + beta * depth) * then(D_1 .. D_T), where `then` is the other method.
+
+    The depth is 0 in the first layer and outside numbered layers, and 1 in the last layer.
+    """
 
     title = "LiNeS: another method's result, scaled by depth"
     paper = "https://arxiv.org/abs/2410.17146"
 
     alpha: float | None = parameter(
-        None, "factor in the first layer and outside numbered layers; default: 1 / number of tasks", least=0, kind=float
+        None, "factor in the first layer and outside all layers; default: 1 / number of tasks", least=0, kind=float
     )
-    beta: float | None = parameter(None, "increase of the factor up to the last layer; default: 1 - alpha", kind=float)
+    beta: float | None = parameter(None, "the last layer's factor minus alpha; default: 1 - alpha", kind=float)
 
     @property
     def dense(self) -> bool:

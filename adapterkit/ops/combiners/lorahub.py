@@ -28,10 +28,10 @@ class LoraHub(Learned):
     title = "LoraHub"
     paper = "https://arxiv.org/abs/2307.13269"
 
-    apart: bool = parameter(True, "whether to sum A and B separately; this adds products of two adapters' factors")
+    apart: bool = parameter(True, "whether to sum A and B separately; the result then contains products B_s A_t")
     steps: int = parameter(40, "number of candidates to score", least=1)
     bound: float = parameter(1.5, "largest magnitude of a weight", least=0)
-    penalty: float = parameter(0.05, "factor of mean|w|, the mean magnitude of the weights, in the loss", least=0)
+    penalty: float = parameter(0.05, "penalty * mean|w| is added to the loss, where w are the weights", least=0)
 
     def learn(self, trial: WeightTrial) -> dict[Target, Array]:
         import numpy as np

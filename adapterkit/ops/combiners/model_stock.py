@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 
 
 class ModelStock(Mixture):
-    """The point nearest to the centre of the fine-tuned weights, on the line from the base to their mean."""
+    """An estimate of the centre of fine-tuned weights, on the line from the base to the mean of the adapted weights.
+
+    According to the paper, fine-tuned weights lie on a thin shell around a centre. The result is the point of the line
+    that is nearest to this centre.
+    """
 
     title = "Model Stock"
     paper = "https://arxiv.org/abs/2403.19522"
     compat: ClassVar = {"mergekit": {"clamp": False}}
 
-    clamp: bool = parameter(True, "whether to replace a negative mean cosine by 0, which gives the base")
+    clamp: bool = parameter(True, "whether to replace a negative mean cosine by 0, so that the result is the base")
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         import numpy as np

@@ -40,7 +40,7 @@ class MultiSlerp(Mixture):
         if length <= self.eps:
             raise UsageError("the weighted directions sum to 0, so they have no mean", cure="Choose other weights")
         m = w / length
-        # The coefficients of v as a sum of the u_t: w - (sum_t w_t u_t . m) m.
+        # The arrays m and v contain coefficients of the u_t. The coefficients of v are w - ((sum_t w_t u_t) . m) m.
         v = w - float(w @ cosines @ m) * m
         size = float(np.sqrt(max(v @ cosines @ v, 0.0)))
         turned = m * np.cos(size) + (v * (np.sin(size) / size) if size > self.eps else 0.0)

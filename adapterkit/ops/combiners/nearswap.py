@@ -1,6 +1,6 @@
-"""NearSwap: limit the magnitude of each entry of one change to t.
+"""NearSwap: clip the entries of one change to the range from -t to t.
 
-D' = D * min(1, t / |D|). The author is alchemonaut (2024), who merged this model with t = 0.0001:
+D' = D * min(1, t / |D|). The author is alchemonaut (2024), who used t = 0.0001 for the model
 https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001. To move from adapter A towards adapter B, apply NearSwap
 to B - A, and add A.
 """
@@ -31,7 +31,7 @@ class NearSwap(Entrywise):
     takes = (1, 1)
     compat: ClassVar = {"mergekit": {}}
 
-    t: float = parameter(1e-4, "largest magnitude of a change's entry", least=0)
+    t: float = parameter(1e-4, "entries with a larger magnitude are clipped to -t or t", least=0)
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         import numpy as np

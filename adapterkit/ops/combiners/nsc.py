@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 SPACES = (
     "a callable: score(adapter, spaces) -> (loss, {target's path: gradient of the loss with respect to the weight, "
-    "[out, in, *k]}), with loss = spaces.loss({(task, path): inputs [.., in] of the target on the task's samples}), "
-    "for every pair of an adapter's position (task) and a target's path in spaces.reads"
+    "[out, in, *k]}), with loss = spaces.loss({(task, path): inputs [.., in] of the target on the task's samples}) for "
+    "the pairs in spaces.reads; task is the index of the task's adapter, and path is the target's path"
 )
 
 RIDGE = 1e-8
@@ -43,7 +43,7 @@ class NSC(Learned):
     learns: ClassVar[str | None] = "inputs_and_spaces"
 
     blocks: float = parameter(
-        0.25, "share of the layers whose inputs are used, counted from the last layer", least=0, most=1
+        0.25, "share of the layers whose inputs are used; 0.25 uses the last quarter", least=0, most=1
     )
     start: float = parameter(0.4, "initial value of every coefficient")
     steps: int = parameter(100, "number of steps of AdamW", least=1)
@@ -66,7 +66,8 @@ class Spaces:
 
     Attributes:
         paths: the paths of the targets whose inputs are used.
-        reads: the pairs (task, path) for which the task's adapter changes the target with this path.
+        reads: the pairs (task, path) for which `loss` accepts inputs. The task's adapter changes the target at `path`,
+            and `path` is in `paths`.
     """
 
     def __init__(self, trial: WeightTrial, blocks: float) -> None:
@@ -82,7 +83,7 @@ class Spaces:
         import numpy as np
 
         depth = trial.depth(target)
-        # Omit targets outside numbered layers, such as a head.
+        # Use targets outside numbered layers, such as a head, only if `blocks` is 1.
         late = blocks == 1 or (depth is not None and depth >= 1 - blocks)
         if not late or target.stacked:
             return False
@@ -96,12 +97,12 @@ class Spaces:
         return True
 
     def loss(self, inputs: Mapping[tuple[int, str], Any]) -> Any:
-        """Return the mean ratio |part of an input in the null space of A| / |input|.
+        """Return the mean of |n| / |z| over the inputs z, where n is the part of z in the null space of A.
 
         Args:
-            inputs: a map from (task, path) to the inputs `[.., in]` of that target, which the model computed with the
-                combined adapter. They are numpy arrays, or tensors of a library with numpy's operators and
-                `new_tensor`.
+            inputs: a map from (task, path) to the inputs `[.., in]` of the target at `path`, from a run of the model
+                with the combined adapter. The inputs are numpy arrays, or tensors of a library with numpy's operators
+                and `new_tensor`.
 
         Raises:
             UsageError: `inputs` is empty, or one of its keys is not in `reads`.

@@ -1,11 +1,12 @@
-"""PCB: give each entry a score within its task and between tasks, and average the entries, weighted by their scores.
+"""PCB: score each entry by its magnitude and its agreement with other tasks, and average entries, weighted by scores.
 
-The magnitudes of a task's entries are clamped to their quantiles 0.0001 and 0.9999, and scaled to the range from 0 to
-1; the results are m_t. The score of task t's entry x_t is exp(T m_t^2) tanh(x_t sum_s x_s) for T tasks. Scores below
-the quantile 1 - ratio become 0, and the other scores are scaled to the range from 0 to 1. The result is the mean of the
-clamped entries, weighted by the scores. Du et al. 2024, https://arxiv.org/abs/2410.02396. By default, quantiles are
-computed over a whole adapter, as in https://github.com/duguodong7/pcb-merging, where ratio is 0.1 by default and 0.05
-in the examples.
+Task t's entry x_t has the score exp(T m_t^2) tanh(x_t sum_s x_s), where T is the number of tasks. To compute m_t, the
+magnitudes of the task's entries are clamped to their quantiles 0.0001 and 0.9999, and scaled to the range from 0 to 1.
+Scores below the quantile 1 - ratio become 0, and the other scores are scaled to the range from 0 to 1. The result is
+the mean of the clamped entries, weighted by the scores.
+
+Du et al. 2024, https://arxiv.org/abs/2410.02396. By default, quantiles are computed over a whole adapter, as in
+https://github.com/duguodong7/pcb-merging. There, the default of ratio is 0.1, and the examples use 0.05.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     Wanted = Callable[[int, int], int]
 
 OUTSIDE = 1e-4
-"""The share of magnitudes that are clamped at each end: the smallest and the largest."""
+"""The share of the magnitudes that is clamped at each end of their range."""
 
 
 class PCB(Entrywise):
@@ -38,9 +39,9 @@ class PCB(Entrywise):
     depends: ClassVar = frozenset({"size"})
     stages: ClassVar[int] = 2
 
-    ratio: float = parameter(0.1, "share of a task's entries to keep, the best scores first", least=0, most=1)
+    ratio: float = parameter(0.1, "share of a task's entries to keep; the highest scores are kept", least=0, most=1)
     scope: str = parameter(
-        "model", "where quantiles are computed: in the whole adapter or in each tensor", among=("model", "tensor")
+        "model", "compute quantiles over a whole adapter (model) or in each tensor (tensor)", among=("model", "tensor")
     )
 
     @property
@@ -73,7 +74,7 @@ class PCB(Entrywise):
                 lambda changes: _signed(_scored(changes, weights, bounds)), self._scores(blocks.count)
             )
             positive, negative, best = np.reshape([each.value for each in selections], (3, -1, 1, 1))
-        # The quantile of all scores is positive if there are enough positive scores. Otherwise it is negative.
+        # `positive` is 0 if the quantile of the scores is not positive. The quantile is then `-negative`.
         least = np.where(positive > 0, positive, -negative)
         span = np.where(best > least, best - least, 1.0)
 
@@ -87,10 +88,10 @@ class PCB(Entrywise):
         return formula
 
     def _scores(self, count: int) -> list[Wanted]:
-        """Return `wanted` for `Blocks.select`, which searches three series per change (see `_signed`).
+        """Return the argument `wanted` of `Blocks.select` for the three series per change that `_signed` returns.
 
-        The searches find the quantile 1 - ratio of all scores, as a positive score or as the magnitude of a negative
-        score, and the largest score.
+        The first series yields the quantile 1 - ratio of the scores if the quantile is positive. The second series
+        yields its magnitude if it is negative. The third series yields the largest score.
         """
 
         def place(total: int) -> int:
@@ -110,7 +111,10 @@ class PCB(Entrywise):
 
 
 def _ends(count: int) -> list[Wanted]:
-    """Return `wanted` for `Blocks.select`: the position of each change's lower, then upper, quantile."""
+    """Return the argument `wanted` of `Blocks.select` for the magnitudes that `_twice` returns.
+
+    The first `count` functions find the lower quantile of each change, and the others find the upper quantile.
+    """
     low: Wanted = lambda total, _: total - int(total * OUTSIDE)  # noqa: E731
     high: Wanted = lambda total, _: total - max(int(total * (1 - OUTSIDE) - 1), 0)  # noqa: E731
     return [*[low] * count, *[high] * count]
@@ -135,7 +139,7 @@ def _scored(changes: Array, weights: Array, bounds: Array) -> Array:
 def _signed(scores: Array) -> Array:
     """Return three series per change: positive scores, magnitudes of negative scores, and positive scores again.
 
-    The third series is for the search for the largest score. Scores of the other sign are 0.
+    A series contains 0 for each score of the other sign. The third series is searched for the largest score.
     """
     import numpy as np
 

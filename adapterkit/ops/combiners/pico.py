@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 RESCALE = (
-    "what is rescaled: the merged change to the mean norm (merged), each damped change to its norm before damping "
-    "(each), or nothing (none)"
+    "scale the merged change to the mean norm of the changes (merged), scale each damped change to its norm before "
+    "damping (each), or scale nothing (none)"
 )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
     from ._entrywise import Formula
 
-EPSILON = "largest magnitude of an entry that counts as unchanged"
+EPSILON = "an entry counts as changed if its magnitude is above epsilon"
 
 
 class RAM(Entrywise):

@@ -30,9 +30,9 @@ class RAMPlus(Entrywise):
     depends: ClassVar = frozenset({"size"})
     compat: ClassVar = {"mergekit": {"r": 0.1, "alpha": 0.2}}
 
-    r: float = parameter(0.05, "factor of rho in the scale of entries that only one task changed", least=0)
+    r: float = parameter(0.05, "entries that only one task changed are multiplied by 1 + r * rho", least=0)
     alpha: float = parameter(
-        1.0, "upper limit of rho, the ratio of a task's shared entries to entries that only this task changed", least=0
+        1.0, "upper limit of rho = (entries shared with other tasks) / (entries that only this task changed)", least=0
     )
     epsilon: float = parameter(1e-5, EPSILON, least=0)
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
     from ..lowering import Delta
 
-INPUTS = "a callable: inputs(position of the adapter, target's path) -> X [samples, in * k], the target's inputs"
+INPUTS = "a callable: inputs(index of the adapter, target's path) -> X [samples, in * k], the target's inputs"
 CUT = 1e-12
-"""Eigenvalues of the summed inner products count as zero if they are below this share of the largest eigenvalue."""
+"""Eigenvalues of sum_t w_t G_t count as zero if they are below this fraction of the largest eigenvalue."""
 
 ALPHA = "factor of the off-diagonal entries of X^T X"
 
@@ -43,7 +43,7 @@ class RegMean(Combiner):
 
 
 def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: FormulaContext) -> Delta:
-    """Compute the combined change of one weight."""
+    """Return the combined change of one weight, for RegMean and RegMean++."""
     import numpy as np
 
     from ..lowering import Delta
@@ -66,7 +66,7 @@ def _divider(G: Array, damping: float) -> Callable[[Array], Array]:
     """Return a function X -> X G^+, for a symmetric G. Eigenvalues below `CUT` times the largest count as zero.
 
     Args:
-        G: a weighted sum of damped inner products.
+        G: sum_t w_t G_t, with the off-diagonal entries multiplied by alpha.
         damping: 1 - alpha if no weight is negative, else 0.
     """
     import numpy as np
@@ -98,7 +98,8 @@ def gram_of(at: FormulaContext, t: int, columns: int) -> Array:
     assert at.asks is not None
     where = str(at.target)
     if at.part not in ("weight", "bias"):
-        raise UsageError("inputs of stacked experts are unknown", where=where, cure="Choose a method without data")
+        why = "the method needs the target's inputs, but the inputs of stacked experts are unknown"
+        raise UsageError(why, where=where, cure="Choose a --method (method=) that needs no data")
     activations: Any = at.asks(at.present[t], where)
     # The caller may return a torch tensor on any device; convert it without importing torch.
     X = np.asarray(activations.detach().cpu() if hasattr(activations, "detach") else activations, np.float64)

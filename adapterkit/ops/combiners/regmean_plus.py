@@ -1,4 +1,4 @@
-"""RegMean++: RegMean with inputs that are computed by the model in which earlier targets are already merged.
+"""RegMean++: RegMean with inputs from a model in which all earlier targets are already merged.
 
 Nguyen et al. 2025, https://arxiv.org/abs/2508.03121
 """
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 class RegMeanPlus(Combiner):
-    """Least squares over all tasks, target after target."""
+    """The least-squares solution over all tasks, computed for one target after another."""
 
     title = "Regression mean over merged layers (RegMean++)"
     paper = "https://arxiv.org/abs/2508.03121"
     data: ClassVar[str | None] = (
-        "a callable: inputs(position of the adapter, target's path, adapter of the targets merged so far or None) -> X"
+        "a callable: inputs(index of the adapter, target's path, merged) -> X [samples, in * k], the target's inputs; "
+        "merged is an adapter with the targets that are already merged, and None before the first target"
     )
     learns: ClassVar[str | None] = "inputs_so_far"
     sequential: ClassVar[bool] = True

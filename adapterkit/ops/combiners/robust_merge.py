@@ -1,8 +1,8 @@
 """RobustMerge: drop small entries of A and B, scale up each column of B to compensate, and sum A and B separately.
 
-A = c sum_t A_t'; B = c sum_t B_t' diag(s_t), where A_t' and B_t' contain the kept entries. For each row of A_t, s_t
-contains the ratio of the L1 norms |A_t|_1 / |A_t'|_1, divided by the sum of all tasks' ratios. Before this division, a
-ratio below a quantile of its task's ratios is replaced by the quantile. Zeng et al. 2025,
+A = c sum_t A_t'; B = c sum_t B_t' diag(s_t), where A_t' and B_t' contain the kept entries. To compute s_t, divide the
+L1 norm of each row of A_t by the L1 norm of the same row of A_t'. Raise ratios below a quantile of the task's ratios to
+this quantile. Then divide each ratio by the sum of all tasks' ratios for the row. Zeng et al. 2025,
 https://arxiv.org/abs/2502.17159. The defaults are from https://github.com/AuroraZengfh/RobustMerge (`mask_ratio`,
 `att_ratio`, `fuse_weight` in llava/model/builder.py).
 """
@@ -24,7 +24,10 @@ REFERENCE = KEPT.replace("int(p n) + 1 (reference)", "n - int((1 - p) n) + 1 (re
 
 
 class RobustMerge(Pairwise):
-    """Complementary parameter adaptation, with cross-task normalisation."""
+    """(c sum_t B_t' diag(s_t)) (c sum_t A_t'), with pruned A_t' and B_t'.
+
+    The scales s_t compensate for the dropped entries of A_t, and are normalised across tasks.
+    """
 
     title = "RobustMerge"
     paper = "https://arxiv.org/abs/2502.17159"
@@ -34,7 +37,7 @@ class RobustMerge(Pairwise):
     density: float = parameter(0.2, DENSITY, least=0, most=1)
     kept: str = parameter("reference", REFERENCE, among=COUNTS)
     quantile: float = parameter(
-        0.8, "a task's scales below this quantile of its scales are raised to it", least=0, most=1
+        0.8, "a quantile of each task's scales; scales below the quantile are raised to it", least=0, most=1
     )
     scale: float = parameter(2.0, "c, the factor of A and of B")
 

@@ -1,8 +1,8 @@
-"""SCE: select the entries that vary most between changes, compute weights from their squares, and erase minority signs.
+"""SCE: select entries that vary most between changes, compute weights from these entries, and erase minority signs.
 
-Wan et al. 2024 (FuseChat), https://arxiv.org/abs/2408.07990. The paper merges only selected entries, as mergekit does.
-In the authors' code (https://github.com/fanqiwan/FuseAI, sce_merging.py), all entries are merged; the selection only
-determines the weights. The default share of 0.1 is from the authors' fusechat-sce.yml.
+Wan et al. 2024 (FuseChat), https://arxiv.org/abs/2408.07990. The paper and mergekit merge only the selected entries.
+The authors' code (https://github.com/fanqiwan/FuseAI, sce_merging.py) merges all entries, and uses the selection only
+to compute the weights. The default share of 0.1 is from the authors' fusechat-sce.yml.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ UNSELECTED = "entries that were not selected are dropped (drop), or merged with 
 class SCE(Entrywise):
     """scale * sum_t w_t M_t D_t / sum_t w_t M_t, where M_t is 1 for entries with the elected sign, else 0.
 
-    M_t is also 0 for entries that were not selected, if `unselected` is `drop`. The factor w_t is proportional to the
-    adapter's weight times the sum of the squares of D_t's selected entries.
+    M_t is also 0 for entries that were not selected, if `unselected` is `drop`. The factor w_t is proportional to
+    q_t * sum(X_t^2), where q_t is the adapter's weight, and X_t contains the selected entries of D_t.
     """
 
     title = "SCE"
@@ -34,7 +34,7 @@ class SCE(Entrywise):
     compat: ClassVar = {"mergekit": {"select": 1.0}}
 
     select: float = parameter(
-        0.1, "share of the varying entries to select, those that vary most first", least=0, most=1
+        0.1, "share of the varying entries to select; the entries with the largest variance are selected", least=0, most=1
     )
     unselected: str = parameter("drop", UNSELECTED, among=("drop", "keep"))
     sign: str = parameter("total", SIGN, among=("total", "frequency"))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Slerp(Mixture):
     """The spherical interpolation between two changes, at position t.
 
-    The changes are not normalized, so the norm also moves from the norm of the first change to that of the second.
+    The changes are not normalized. As t goes from 0 to 1, the result's norm goes from |D_1| to |D_2|.
     """
 
     title = "Spherical interpolation (SLERP)"
@@ -34,7 +34,7 @@ class Slerp(Mixture):
     )
     scale: float = parameter(1.0, SCALE)
     threshold: float = parameter(
-        0.9995, "magnitude of the cosine above which the interpolation is linear", least=0, most=1
+        0.9995, "interpolate linearly if |cos a| is above this, where a is the changes' angle", least=0, most=1
     )
 
     def coefficients(self, gram: Array, weights: Array) -> Array:

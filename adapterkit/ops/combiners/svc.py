@@ -28,7 +28,7 @@ class SVC(PlugIn):
     title = "Singular value calibration (SVC) of another method's result"
     paper = "https://arxiv.org/abs/2602.05536"
 
-    alpha: float = parameter(1.0, "lower limit of a task's contribution s_r^t to a direction", least=1e-6)
+    alpha: float = parameter(1.0, "lower limit of s_r^t, task t's contribution to direction r", least=1e-6)
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
@@ -37,7 +37,7 @@ class SVC(PlugIn):
         from ._combiner import leading
 
         merged = self.inner.matrix(deltas, weights, at)
-        # This run only collects statistics for the combiner `then`. The result of this run is ignored.
+        # Passes that only collect statistics for the combiner `then` ignore the result, so they need no calibration.
         if at.census.counting:
             return merged
         common = whole_core([merged, *deltas])

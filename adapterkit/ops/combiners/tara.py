@@ -1,4 +1,4 @@
-"""TARA: learn a coefficient for every direction of every adapter from the tasks' entropies, weighted by preference.
+"""TARA: learn a coefficient for each direction of each adapter, to minimise the tasks' preference-weighted entropies.
 
 Jeong et al. 2026, https://arxiv.org/abs/2603.26299. The directions are either the rank-one products b_j a_j of each
 adapter (`factors`, the paper's Variant A), or the singular directions of the concatenated changes (`shared`, Variant
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 TOGETHER = (
     "a callable: score(adapter, together) -> (loss, {target's path: gradient of the loss with respect to the weight, "
-    "[out, in, *k]}), with loss = together(losses of the tasks on unlabelled samples, such as entropies[, losses of "
-    "each adapter alone])"
+    "[out, in, *k]}), with loss = together(losses) or together(losses, alone); losses are the tasks' losses with the "
+    "combined adapter on unlabelled samples, such as entropies; alone are the losses with each task's adapter alone"
 )
-DIRECTIONS = "rank-one products of each adapter (factors, Variant A), or directions of all adapters (shared, Variant B)"
+DIRECTIONS = "each adapter's rank-one products (factors, Variant A), or joint singular directions (shared, Variant B)"
 
 
 class TARA(Learned):
@@ -46,7 +46,7 @@ class TARA(Learned):
     single = frozenset({"preference"})
 
     directions: str = parameter("factors", DIRECTIONS, among=("factors", "shared"))
-    start: float = parameter(3.2, "T times the initial value of every coefficient")
+    start: float = parameter(3.2, "every coefficient is initially start / T, where T is the number of tasks")
     preference: float | None = parameter(None, "p_t, a task's weight in the loss; default: 1 / T", kind=float, least=0)
     alpha: float = parameter(1.0, "smoothness of the loss; near 0, only the worst task counts", least=0)
     steps: int = parameter(250, "number of steps of AdamW", least=1)
@@ -68,7 +68,7 @@ class TARA(Learned):
 
             Args:
                 losses: the losses l_t: floats, or scalars of a library with the methods `exp` and `log`.
-                alone: the losses s_t of each adapter alone; None subtracts nothing from l_t.
+                alone: the losses s_t with each adapter alone, which are subtracted from l_t; None counts as zeros.
             """
             if len(losses) != trial.count:
                 why = f"together() got {len(losses)} losses for {trial.count} tasks"
@@ -138,7 +138,7 @@ class TARA(Learned):
         return sum(part.rank for part in self._parts(row) if part is not None)
 
     def _parts(self, row: Sequence[Delta | None]) -> list[Delta | None]:
-        """Return each change as factors B and A; a column of B and its row of A are a direction with a coefficient."""
+        """Return each change as factors B and A. Column j of B and row j of A form direction j."""
         import numpy as np
 
         from ..lowering import Delta

@@ -51,7 +51,7 @@ class TIES(Sparse):
 
     density: float = parameter(0.2, DENSITY, least=0, most=1)
     scope: str = parameter(
-        "model", "where the largest entries are found: in the whole adapter or each tensor", among=("model", "tensor")
+        "model", "keep the largest entries of an adapter (model) or of each tensor (tensor)", among=("model", "tensor")
     )
     kept: str = parameter("reference", KEPT, among=COUNTS)
     sign: str = parameter("total", SIGN, among=SIGNS)
@@ -81,8 +81,8 @@ class TIES(Sparse):
         if self.scope == "tensor":
             least = thresholds(blocks, densities, self.kept)
         else:
-            # Lower the threshold slightly. A plug-in may round differently in the pass that only collects statistics
-            # (KnOTS skips its bases there), but the entry that set the threshold must still be kept.
+            # The threshold comes from the pass that only collects statistics. A plug-in may round differently in that
+            # pass (KnOTS skips its bases). Lower the threshold slightly, so that the entry equal to it is still kept.
             limits = [at.census.threshold(adapter) * (1 - ROUNDING) for adapter in at.present]
             least = np.array(limits)[:, None, None]
         least = np.where(np.reshape(densities, (-1, 1, 1)) >= 1, 0.0, least)

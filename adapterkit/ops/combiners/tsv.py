@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
 
 
-KEPT = "number of singular vectors to keep of each task; default: the weight's smaller side / number of tasks"
+KEPT = "number of singular vectors to keep per task; default: min(out, in * k) / number of tasks, rounded down"
 
 
 class TSV(Scaled, Spectral):
-    """Task singular vectors, made orthonormal by polar factors; low-rank adapters usually keep all singular vectors."""
+    """scale * U diag(S_1 .. S_T) V^T, where U and V contain the singular vectors of all tasks, made orthonormal.
+
+    Low-rank adapters usually keep all singular vectors, because ranks above `min(out, in * k) / T` are rare.
+    """
 
     title = "Task singular vectors (TSV-M)"
     paper = "https://arxiv.org/abs/2412.00081"
