@@ -1,7 +1,7 @@
 """Combine several adapters into one with a method in `COMBINERS`.
 
 First, the arguments are checked and resolved. Then the combiner's formula is evaluated at all targets. If a combiner's
-results are always dense and `rank` is not set, each result is computed when it is read.
+results are always dense and `rank` is not set, each target's result is computed later, when its tensor is read.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ if TYPE_CHECKING:
     from .sketching import Decomposition
 
 FIT = "fit"
-"""The value of `rank` that cuts only results without low-rank factors.
+"""The value of `rank` that cuts a result only if the result has no low-rank factors.
 
-Such a result gets the largest rank that the adapters have at the target. If they have no rank there, it gets the
-largest rank that they have at any target.
+The result is then cut to the largest rank that the adapters have at the target. If the adapters have no low-rank
+factors at the target, the result is cut to the largest rank that they have at any target.
 """
 
 
 SAMPLED = 16
-"""The number of targets from which a threshold is first estimated; a bad estimate costs time, but changes no result."""
+"""A threshold is first estimated from about this many targets. A bad estimate costs time, but changes no result."""
 
 
 class Evaluation:
@@ -64,8 +64,8 @@ class Evaluation:
 
     Attributes:
         cuts: a `Cut` for each target whose result was cut to a rank.
-        notes: a sentence for each target whose result is too small for its dtype, or is zero although one of the
-            changes is not zero.
+        notes: a warning for each target whose result becomes zero in its dtype, or is zero although the adapters'
+            changes are not zero.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Evaluation:
         return (LoRA(**fields, bias=bias),)  # type: ignore[arg-type]
 
     def _summed(self, place: AlignedPlace, method: Combiner) -> list[float] | None:
-        """Return one multiplier per adapter if the result is the plain sum of the multiplied updates, without a cut.
+        """Return one multiplier per adapter if the result is a weighted sum of the updates and is not cut.
 
         Otherwise, return None.
         """
@@ -137,8 +137,8 @@ class Evaluation:
 
     def _fill(self, updates: dict[Target, tuple[Update, ...]]) -> None:
         total = sum(map(_bytes, self.aligned))
-        # Keep only the final result in a temporary file. A method that learns weights has already computed and freed
-        # hundreds of trial results.
+        # Create the spool only now, so that its temporary file contains nothing but the final result. A method that
+        # learns weights has computed hundreds of trial results before. These were kept in memory, and freed.
         self.hold = Spool().rounded_lazy
         if self.workers == 1:
             results: Iterator[tuple[tuple[Update, ...], Cut | None]] = map(self._placed, self.aligned)
@@ -186,7 +186,7 @@ class Evaluation:
 
     def _pass(self, census: Census, few: bool = False) -> None:
         """Run the formula at all targets, or at a few targets, to collect statistics."""
-        # Choose every n-th target, because magnitudes change with the depth in a model.
+        # Choose every n-th target instead of the first few, because magnitudes change with the depth in a model.
         chosen = self.aligned[:: max(len(self.aligned) // SAMPLED, 1)] if few else self.aligned
 
         def once(place: AlignedPlace) -> None:
@@ -232,7 +232,7 @@ class Evaluation:
         small = max(sizes, default=0.0) < kind.smallest_subnormal
         if bound and not small:
             return  # Most results return here, without loading the changes again.
-        # Compute an upper bound of the changes' entries, not the entries, because a bound needs no product of factors.
+        # Compute only an upper bound for the entries of the changes, because the bound needs no product of factors.
         given = max((_bound(d) for c in changes if c is not None and c.changes_weight for d in c.deltas()), default=0.0)
         if not given:
             return
@@ -243,7 +243,7 @@ class Evaluation:
             return
         if not bound:
             self.notes.append(
-                f"{place.target}: the result is zero, but the changes are not; their entries are at most {given:.2g}"
+                f"{place.target}: the result is zero, but the adapters' changes have entries of up to {given:.2g}"
             )
         else:
             self.notes.append(_small(place, bound, self.dtype.name))
@@ -266,7 +266,7 @@ class Evaluation:
         def make() -> Array:
             import numpy as np
 
-            # Compute results of 16 bits in float32, and round once when the result is stored.
+            # If the result's dtype has 16 bits, compute the result in float32, and round it once at the end.
             kind = self.dtype.array if self.dtype.name in ("F32", "F64") else np.float32
             D = np.empty((first.experts or 1, place.shape[0], math.prod(place.shape[1:])), kind)
             with errors_at(place.target), one_blas_thread():
@@ -289,7 +289,7 @@ class Evaluation:
             yield method, at, [delta for delta in row if delta is not None]
 
     def _matrix(self, method: Combiner, place: AlignedPlace, at: FormulaContext, deltas: list[Delta]) -> Delta:
-        """Return the combined change of a weight. If the pass only collects statistics, ignore the returned change."""
+        """Return the combined change of a weight. If only statistics are collected, callers must ignore the result."""
         import numpy as np
 
         from .combiners._combiner import whole
@@ -319,7 +319,10 @@ class Evaluation:
     def _cut(
         self, method: Combiner, place: AlignedPlace, at: FormulaContext, deltas: list[Delta]
     ) -> tuple[Delta, float, float]:
-        """Return (combined change cut to the requested rank, norm before the cut, norm of the error)."""
+        """Return (combined change, cut to the requested rank; norm before the cut; norm of the error).
+
+        If the change is not cut, both norms are 0.
+        """
         from .lowrank import svd
 
         uncut = self.rank is None or len(place.shape) == 1
@@ -350,7 +353,7 @@ class Evaluation:
         (out, columns), size = deltas[0].shape, self.dtype.itemsize
         if out * columns * size > MEMORY:
             return None
-        # Keep small results in float64, because LAPACK decomposes these exactly.
+        # Compute small results in float64, because `approximated` decomposes small matrices exactly, without a sketch.
         kind = np.float64 if self.dtype.name == "F64" or min(out, columns) <= SMALL else np.float32
         D = np.empty((out, columns), kind)
         self._into(D, method, place, at, deltas)
@@ -387,8 +390,8 @@ class Evaluation:
     def _stored(self, place: AlignedPlace, deltas: Sequence[Delta] | None, bias: Array | None) -> Update:
         """Return the combined change as an update: a LoRA, or a dense difference.
 
-        It is dense if the change has no low-rank factors, or, unless `rank` is `fit`, if its factors would take more
-        than twice the space of the weight.
+        The update is dense if the change has no low-rank factors. It is also dense if the factors would take more than
+        twice the space of the weight and `rank` is not `fit`.
         """
         hold = self.hold
         if deltas is None:
@@ -459,7 +462,7 @@ class Evaluation:
         data = self.data
         if data is None or not method.sequential:
             return data
-        # Give the caller a view of the growing dict of finished targets, so that no dict is copied for each target.
+        # Pass `data` a view of the dict of finished targets. Without a view, each target would need a copy of the dict.
         so_far = Adapter(MappingProxyType(done), read[0].base)
         return lambda position, path: data(position, path, so_far if done else None)
 
@@ -472,7 +475,7 @@ def _size(X: Array) -> float:
 
 
 def _bound(delta: Delta) -> float:
-    """Return an upper bound of the magnitudes of a change's entries."""
+    """Return an upper bound for the magnitudes of a change's entries."""
     rest = 0.0 if delta.rest is None else _size(delta.rest)
     return delta.rank * _size(delta.B) * _size(delta.A) + rest
 
@@ -490,7 +493,7 @@ def _small(place: AlignedPlace, bound: float, dtype: str) -> str:
 
 
 def _bytes(place: AlignedPlace) -> int:
-    """Return the size of a target's weight in float32, for reports of progress."""
+    """Return the number of bytes that a target's weight has in float32, for progress reports."""
     return 4 * math.prod(place.shape)
 
 
@@ -499,7 +502,7 @@ def _approximation(parts: Decomposition, norm: float, lost: float) -> tuple[Delt
 
 
 def _reduced(delta: Delta) -> tuple[Array, Array]:
-    """Return B and A. A rank above the weight's smaller side is reduced to that side, without any error."""
+    """Return B and A. If their rank is above min(out, in * k), reduce it to min(out, in * k), which loses nothing."""
     from .lowrank import svd
 
     return (delta.B, delta.A) if delta.rank <= min(delta.shape) else balanced(*svd(delta))
@@ -536,18 +539,19 @@ def combine(
     Args:
         adapters: adapters or their paths. They may have different additive methods, ranks and targets. At each target,
             the adapters that lack the target are ignored.
-        method: a name in `COMBINERS`, or a plug-in joined with another combiner, such as `knots_ties`.
+        method: a name in `COMBINERS`. A combiner that contains another combiner may be written with the inner
+            combiner's name: `knots_ties` is `knots` with `ties` inside.
         weights: one weight per adapter; default: 1. A weight is a number, a list of numbers from the first layer to the
             last, or a mapping from globs of targets to numbers or lists. The first glob that matches a target is used;
             if none matches, the weight is 1.
         base: the base. Names and layouts are resolved against the base, and some methods need its weights.
         rank: the rank to which the result is cut at each target; default: the result is not cut. The cut is the best
             approximation of this rank; for large matrices without low-rank factors, the cut is only nearly the best.
-            `"fit"` cuts only results without low-rank factors, to the largest rank that the adapters have at the
-            target. Results with low-rank factors then keep the sum of the ranks, and the results for all matrices are
-            LoRAs.
+            With `"fit"`, a result without low-rank factors is cut to the largest rank that the adapters have at the
+            target. A result with low-rank factors is not cut, and its rank is the sum of the adapters' ranks. So every
+            matrix gets a LoRA.
         dtype: the dtype of computed results; default: float64 if any tensor is float64, else float32.
-        seed: the seed of random draws; a draw depends only on the seed, the target and the adapter's position.
+        seed: the seed of random draws; a draw depends only on the seed, the target and the adapter's index.
         compat: `mergekit` or `peft`, to use the method names and the default parameters of that tool.
         data: a function that provides samples or scores, for methods that need them; see `COMBINERS[name].data`.
             `TextData` creates such a function from texts.
@@ -561,19 +565,19 @@ def combine(
             the number of workers. Methods that use `data` have one worker.
         report: a function that is called with a `Cut` for each target whose result was cut to a rank. The `Cut`
             contains the norms of the result and of the error.
-        before: a function that is called before any computation, with an adapter that has the targets, methods, shapes
-            and dtypes of the result, but no readable tensors. If the function raises an error, such as a format's
-            `Unrepresentable`, the combination stops.
-        progress: a function that is called with (bytes of finished targets, total bytes). The bytes are those of the
-            weights in float32.
+        before: a function that is called with an adapter before any computation. The adapter has the targets, methods,
+            shapes and dtypes of the result, but its tensors cannot be read. If the function raises an error, such as a
+            format's `Unrepresentable`, the combination stops.
+        progress: a function that is called with (bytes of finished targets, total bytes). The bytes of a target are the
+            size of its weight in float32.
         parameters: parameters of the method. Like a weight, each parameter is a value, a list of values from the first
-            layer to the last, or a mapping from globs of targets.
+            layer to the last, or a mapping from globs of targets to values or lists.
 
     Returns:
-        the combined adapter: LoRA updates if the results have low-rank factors, else dense differences. The results of
-        methods whose results are always dense are computed when they are read, unless `rank` is set. If a target's
-        result is zero although its changes are not zero, or is too small for its dtype, the last step of the lineage
-        lists the target in `warnings`.
+        the combined adapter: LoRA updates if the results have low-rank factors, else dense differences. If the method's
+        results are always dense and `rank` is not set, each result is computed when it is read. A target's result may
+        be zero although the adapters' changes are not, or it may become zero in its dtype. In both cases, `warnings` in
+        the last step of the lineage has a warning about the target.
 
     Raises:
         CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set.
@@ -590,16 +594,16 @@ def combine(
     values |= parameters
     peers_rank = cast("int | str | None", values.pop("rank", None))
     cut = peers_rank if rank is None else rank
-    # Combiners that compute factors of a given rank, such as `ctm`, have a parameter `rank`. They get the rank, and the
-    # result is not cut again.
+    # Some combiners, such as `ctm`, compute factors of a given rank, and therefore have a parameter `rank`. Pass the
+    # rank to such a combiner, and do not cut its result again.
     if "rank" in COMBINERS[name].parameters():
         values, cut = values | ({} if rank in (None, FIT) else {"rank": rank}), FIT if rank == FIT else None
     _check_given(name, adapters, base, data, seed)
     # Check one value of each parameter, to report an invalid value before any adapter is read.
     first = combiner_of(COMBINERS[name], {key: one_of(value, key) for key, value in values.items()})
     summing = first.sums([1.0] * len(adapters)) is not None
-    # Without a cut, a weighted sum keeps the updates and computes no products. With a cut, the sum is computed like any
-    # other result.
+    # A weighted sum that is not cut consists of the adapters' updates, so `places` need not make them additive. A sum
+    # that is cut is computed like any other result.
     lower = None if summing and cut is None else "combined"
     base = None if base is None else opened(base)
     given = [source_adapter(source, base) for source in adapters]
@@ -622,7 +626,7 @@ def combine(
     }  # fmt: skip
     record = {key: value for key, value in record.items() if value not in (None, [])}
     if before is not None:
-        # Give the outline the lineage of the result, because formats read the family of the model from the lineage.
+        # Pass the outline with the result's lineage, because formats read the model's family from the lineage.
         before(of_several(read, work.outline(), "combine", **record))
     updates = work.updates(read)
     for lost in work.cuts if report is not None else ():
@@ -639,7 +643,10 @@ def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data:
     low, high = cls.takes
     if not low <= len(adapters) <= (len(adapters) if high is None else high):
         counts = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
-        raise UsageError(f"{name} takes {counts} adapters, not {len(adapters)}", cure="Choose another method")
+        raise UsageError(
+            f"{name} takes {counts} adapters, not {len(adapters)}",
+            cure="Change the number of adapters, or choose another --method (method=)",
+        )
     if cls.data is not None and not callable(data):
         texts = "Pass a file of texts with --data FILE and --base BASE, or pass" if cls.learns is not None else "Pass"
         raise UsageError(f"{name} needs data", where="data", cure=f"{texts} data=, {cls.data}")
@@ -650,7 +657,9 @@ def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data:
     if cls.based and base is None:
         raise UsageError(f"{name} needs the weights of the base", where="base", cure="Pass --base (base=)")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise UsageError(f"seed {seed!r} is not a whole number of at least 0", where="seed", cure="Pass 0 or more")
+        raise UsageError(
+            f"seed {seed!r} is not a whole number of at least 0", where="seed", cure="Pass --seed 0 (seed=0), or more"
+        )
 
 
 def check_rank(rank: object, aligned: Sequence[AlignedPlace]) -> None:

@@ -41,24 +41,27 @@ class Likeness:
 
     Attributes:
         target: the target.
-        bits: whether both adapters have the same methods and settings here, and tensors with the same bytes.
-        equal: whether both adapters make the same change within the tolerance. None if the adapters differ, and their
-            changes cannot be computed, because a method needs a base or does not change weights.
-        relative_error: Frobenius norm of the difference between the changes, divided by the larger of their norms.
+        bits: whether both adapters have the same methods and settings at the target, and tensors with the same bytes.
+        equal: whether both adapters make the same change within the tolerance. If the changes
+            cannot be computed, because a method needs a base or does not change weights: True if both adapters have
+            the same methods, settings and tensor values, False if one adapter lacks the target, otherwise None.
+        relative_error: Frobenius norm of the difference between the two changes, divided by the norm of the larger
+            change.
         norm_a: Frobenius norm of the first adapter's change of weight and bias together.
-        norm_b: the same for the second adapter.
+        norm_b: the same norm for the second adapter.
         effective_rank_a: exponential of the entropy of the singular values of the first adapter's weight change (Roy
-            and Vetterli 2007). For stacked experts, this is the mean over the experts.
-        effective_rank_b: the same for the second adapter.
+            and Vetterli 2007). For stacked experts, the effective rank is the mean over the experts.
+        effective_rank_b: effective rank of the second adapter's weight change, computed like `effective_rank_a`.
         cosine: cosine of the angle between the two changes. Each change is one vector of all elements of weight and
             bias.
         overlap_out: overlap of the column spaces of the two weight changes, from 0 (orthogonal) to 1 (the smaller space
-            lies in the larger one). This is the mean squared cosine of the principal angles; for stacked experts, the
-            mean over the experts.
-        overlap_in: the same for the row spaces.
-        sign_conflict: among the weight's elements that both adapters change, the share to which they give opposite
-            signs.
-        interference: the share of the changes that cancels when both are added: `1 - sum|a + b| / (sum|a| + sum|b|)`.
+            lies in the larger one). The overlap is the mean squared cosine of the principal angles. For stacked
+            experts, it is the mean over the experts.
+        overlap_in: overlap of the row spaces of the two weight changes, computed like `overlap_out`.
+        sign_conflict: share of elements that the two adapters change with opposite signs, among the weight's elements
+            that both adapters change.
+        interference: share of the changes that cancels when both changes are added:
+            `1 - sum|a + b| / (sum|a| + sum|b|)`.
     """
 
     target: str
@@ -85,9 +88,10 @@ class Comparison:
 
     Attributes:
         targets: one `Likeness` for each target that at least one of the adapters has.
-        relative_error: the Frobenius norm of the difference over all targets, divided by the norm of the larger change;
-            None if the changes could not be computed at some target.
-        cosine: the cosine of the angle between the two adapters' changes, each one vector over all targets.
+        relative_error: the Frobenius norm of the difference between the two adapters' changes of all targets, divided
+            by the norm of the larger change; None if the changes could not be computed at some target.
+        cosine: the cosine of the angle between the two adapters' changes. Each change is one vector of the elements of
+            all targets. None if a change is zero, or could not be computed at some target.
         tolerance: the largest relative error at which two changes count as equal.
     """
 
@@ -109,7 +113,7 @@ class Comparison:
     def equal(self) -> bool | None:
         """Whether both adapters make the same change at every target.
 
-        None if `Likeness.equal` is None at some target, and False at no target.
+        False if `Likeness.equal` is False at some target; otherwise None if `Likeness.equal` is None at some target.
         """
         verdicts = [each.equal for each in self.targets]
         return False if False in verdicts else None if None in verdicts else True
@@ -186,8 +190,8 @@ def _likeness(place: AlignedPlace, tolerance: float, signs: bool, sums: list[flo
     try:
         additive_place = lowered(place)
     except AdapterkitError as error:
-        # The changes cannot be computed, because an update needs a base or does not change weights. The adapters still
-        # count as equal if all fields of their updates are equal.
+        # The changes cannot be computed, because an update needs a base or does not change weights. The adapters can
+        # still count as equal: if their updates have the same methods, settings and tensor values.
         additive_place = None
         if place.base is not None and all(update.kind in ("additive", "weight") for update in place.all_updates):
             raise error.at(where=str(place.target)) from None
@@ -199,7 +203,7 @@ def _likeness(place: AlignedPlace, tolerance: float, signs: bool, sums: list[flo
 
 
 def lowered(place: AlignedPlace) -> AlignedPlace:
-    """Return the place with only additive updates. Other updates become differences from the base's weights.
+    """Return `place` with additive updates only: replace all other updates by differences from the base's weights.
 
     Raises:
         AdapterkitError: see `lowering.additive`.
@@ -209,7 +213,7 @@ def lowered(place: AlignedPlace) -> AlignedPlace:
     from ..core.adapter import Adapter
 
     both = [Adapter({place.target: group}) if group else None for group in place.updates]
-    additives = [None if a is None else additive(a, place.base, "compared without its weights") for a in both]
+    additives = [None if a is None else additive(a, place.base, "compared") for a in both]
     return AlignedPlace(place.target, tuple(() if a is None else _only(a) for a in additives), place.base)
 
 
@@ -257,8 +261,8 @@ def _measured(place: AlignedPlace, bits: bool, tolerance: float, signs: bool, su
 def _weight(pair: Sequence[Delta | None], signs: bool, narrow: bool) -> list[Any]:
     """Compare the two changes of one weight, and return twelve figures.
 
-    In order: both squared norms, the inner product, the squared distance, both effective ranks, both overlaps, and the
-    four results of `_elements`.
+    The figures are, in this order: both squared norms, the inner product, the squared distance, both effective ranks,
+    both overlaps, and the four results of `_elements`.
     """
     one, other = pair
     if one is None or other is None:
@@ -287,14 +291,16 @@ def _of_biases(biases: Sequence[Array | None]) -> list[float]:
 
 
 def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, float]:
-    """Return (number of elements that both change, how many of these get opposite signs, sum|a| + sum|b|, sum|a + b|).
+    """Compare two changes element by element; a is an element of the first change, b of the second.
+
+    Return (number of elements with a and b nonzero, number of elements with a * b < 0, sum|a| + sum|b|, sum|a + b|).
 
     Args:
         one: the first change.
         other: the second change.
         narrow: whether all stored tensors have at most 32 bits. If so, the elements are computed in float32, which
-            takes half the time. Only elements that are pure rounding noise can then get a wrong sign, and the shares
-            differ from the shares in float64 by at most 1e-6.
+            takes half the time. In float32, only elements that are pure rounding noise can get a wrong sign, and
+            `sign_conflict` and `interference` differ from their float64 values by at most 1e-6.
     """
     import numpy as np
 
@@ -311,9 +317,9 @@ def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, 
 
 
 def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
-    """Return both changes in float32, multiplied by one power of two, so that no element exceeds 1.
+    """Return both changes in float32, both multiplied by the same power of two, so that no element exceeds 1.
 
-    Return None if one change is zero, infinite, or more than 1e12 times smaller than the other.
+    Return None if a change is zero or infinite, or if one change is more than 1e12 times smaller than the other.
     """
     import numpy as np
 
@@ -332,7 +338,7 @@ def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
 
 
 def _largest(delta: Delta) -> float:
-    """Return an upper bound of the magnitudes of a change's elements."""
+    """Return an upper bound for the magnitudes of a change's elements."""
     import numpy as np
 
     def largest(array: Array) -> float:
@@ -358,7 +364,10 @@ def _spectrum(core: Array) -> Array:
 
 
 def _directions(core: Array) -> tuple[Array, Array, Array]:
-    """Return a core's (left singular vectors, singular values, right singular vectors), without rounding noise."""
+    """Return a core's left singular vectors, singular values and right singular vectors.
+
+    Singular values that are only rounding noise are dropped, together with their vectors.
+    """
     import numpy as np
 
     U, S, Vh = np.linalg.svd(core, full_matrices=False)
@@ -375,9 +384,9 @@ def effective_rank(S: Array) -> float:
 
 
 def _overlap(one: Array, other: Array) -> float | None:
-    """Return the mean squared cosine of the principal angles between the column spaces of two orthonormal bases.
+    """Return the mean squared cosine of the principal angles between two column spaces.
 
-    Return None if one basis has no columns.
+    `one` and `other` are matrices with orthonormal columns. Return None if one of them has no columns.
     """
     smaller = min(one.shape[1], other.shape[1])
     return float(((one.T @ other) ** 2).sum()) / smaller if smaller else None

@@ -1,6 +1,6 @@
 """The context in which a combiner's formula runs: the target, random numbers, and statistics over all targets.
 
-A `Census` collects statistics over all targets of an adapter, such as thresholds, before any result is computed.
+A `Census` collects statistics over all targets, such as thresholds, before any result is computed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Census:
 
     Attributes:
         counting: whether formulas currently run only to collect statistics. If so, their results are ignored.
-        partial: whether the samples, which give a first estimate of a threshold, come from only some of the targets.
-        majority: the elected sign, 1 or -1, that occurs more often over all targets; computed when it is first read.
+        partial: whether thresholds are first estimated from samples of only some targets.
+        majority: the sign, 1 or -1, that is elected for more entries of all targets; computed when it is first read.
     """
 
     def __init__(self) -> None:
@@ -45,8 +45,8 @@ class Census:
         """Run the formula at the targets, to collect the statistics before results are computed.
 
         Args:
-            once: a function of one bool that runs the formula at a few targets (True) or at all targets (False). The
-                function is called with False about twice per stage.
+            once: a function that runs the formula at a few targets if its argument is True, or at all targets if its
+                argument is False. It is called with False about twice per stage.
             stages: the number of searches for thresholds that must run one after another, because each search uses the
                 result of the previous search; 0 if only sums are needed.
         """
@@ -69,15 +69,15 @@ class Census:
         wanted: Sequence[Callable[[int, int], int]],
         key: Callable[[Array], Array] | None = None,
     ) -> None:
-        """Add the values of one weight to each series. The threshold of a series is searched over all weights.
+        """Add the values of one weight to each series. A series' threshold is computed from the values of all weights.
 
         Args:
-            series: a name for each series, such as the index of an adapter.
+            series: the names of the series, such as the indices of the adapters.
             blocks: the adapters' changes of the weight.
             wanted: for each series, a function of (number of values, number of nonzero values) that returns how many of
                 the largest values to keep.
-            key: a function that maps changes `[T, ...]` to an array of values, whose first axis has one index per
-                series; default: the magnitudes of the changes, with one series per adapter.
+            key: a function that maps changes `[T, ...]` to values `[number of series, ...]`; default: the magnitudes of
+                the changes, with one series per adapter.
         """
         import numpy as np
 
@@ -108,7 +108,7 @@ class Census:
         return series in self._selections and self._selections[series].selected is not None
 
     def add(self, name: Hashable, value: float) -> None:
-        """Add `value` to the sum called `name`, which runs over all targets; do nothing unless sums are collected."""
+        """Add `value` to the sum over all targets called `name`. If sums are not being collected, do nothing."""
         if self._summing:
             with self._lock:
                 self._sums[name] = self._sums.get(name, 0.0) + value
@@ -127,7 +127,7 @@ class Census:
         return self._votes is not None
 
     def add_votes(self, signs: int) -> None:
-        """Add the sum of one weight's elected signs to the votes for `majority`."""
+        """Add the sum of the signs that were elected for one weight's entries to the votes for `majority`."""
         with self._lock:
             assert self._votes is not None
             self._votes += signs
@@ -162,12 +162,12 @@ class FormulaContext:
         target: the target.
         shape: the shape of the weight, `[out, in, *k]`.
         present: the adapters that change this weight or bias, as indices into the list of all adapters.
-        part: the part of the target: `weight` or `bias`. For stacked experts, the expert's number follows, such as
-            `weight 3`.
+        part: `weight` or `bias`; for stacked experts, followed by the expert's index, such as `weight 3`.
         seed: the seed of all random numbers.
         overrides: for each adapter in the list of all adapters, the parameters that apply to this adapter only.
-        scalings: the scaling of each present adapter, if it has a single update with a scaling; otherwise None.
-        census: statistics over all targets. While they are collected, `census.counting` is true.
+        scalings: for each adapter in `present`, the scaling of its update at this target; None if the adapter has
+            several updates at this target, or its update has no scaling.
+        census: statistics over all targets. While the statistics are collected, `census.counting` is true.
         asks: the caller's function `data`, for methods that need data.
         depth: the depth of the target, 0 in the first layer and 1 in the last; None outside numbered layers.
         learned: the learned coefficients of this target, for methods that learn coefficients.
@@ -188,17 +188,17 @@ class FormulaContext:
     base: Callable[[], Array] = _no_base
 
     def each(self, method: object, name: str) -> list[Any]:
-        """Return the value of a parameter for each present adapter."""
+        """Return the value of the parameter `name` for each adapter in `present`."""
         overrides = [self.overrides[t] if self.overrides else {} for t in self.present]
         return [values.get(name, getattr(method, name)) for values in overrides]
 
     def uniform(self, t: int, shape: tuple[int, ...], first: int = 0) -> Array:
-        """Draw random numbers in [0, 1) for present adapter t.
+        """Draw random numbers in [0, 1) for the adapter with index `t` in `present`.
 
-        Number n of the stream depends only on n and on the adapter's key.
+        Number n of the adapter's stream depends only on n and on the adapter's key, which `key` returns.
 
-        Number n is word n of the 32-bit words that Philox4x64-10 generates (the low half of each 64-bit value first),
-        divided by 2^32. The method `key` returns the key for Philox.
+        Philox4x64-10 generates 64-bit values from the key. Each value is split into two 32-bit words, the low half
+        first. Number n is word n, divided by 2^32.
 
         Args:
             t: the index of the adapter in `present`.
@@ -211,13 +211,13 @@ class FormulaContext:
 
         count, begin = math.prod(shape), first // PER_COUNT
         skipped = first - begin * PER_COUNT
-        # Use a counter-based generator, because a block may start at any index n. numpy's Philox takes 2 ns per number,
-        # a tenth of the time of Philox written with numpy's integer arrays.
+        # Use a counter-based generator, because a block may start at any index n. numpy's `Philox` takes 2 ns per
+        # number; the same algorithm written with numpy arrays takes ten times as long.
         stream = np.random.Philox(key=self.key(t), counter=begin)
         drawn = stream.random_raw((skipped + count + 1) // 2).astype("<u8", copy=False).view("<u4")
         return (drawn[skipped : skipped + count] * 2.0**-32).reshape(shape)
 
     def key(self, t: int) -> int:
-        """Return Philox's 64-bit key for present adapter t: a hash of seed, target, part and adapter index."""
+        """Return Philox's 64-bit key for adapter `present[t]`: a hash of seed, target, part and the adapter's index."""
         words = f"{self.seed}\n{self.target}\n{self.part}\n{self.present[t]}"
         return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little")

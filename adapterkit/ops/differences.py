@@ -22,7 +22,7 @@ CACHED = 1 << 15
 
 
 def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
-    """Return `tuned - base` in float32, or in float64 if one of the tensors has more than 32 bits.
+    """Return `tuned - base` in float32, or in float64 if the dtype of one tensor has more than 32 bits.
 
     For 16-bit weights, the difference in float32 is almost always exact.
 
@@ -38,7 +38,8 @@ def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
     import numpy as np
 
     one, other = floats_of(tuned), floats_of(base)
-    # Keep the tuned weight if the check for rounding below needs it; otherwise overwrite it with the difference.
+    # With `exact`, keep the tuned weight, because the check for rounding below needs it. Otherwise, overwrite the
+    # weight with the difference, to save memory.
     D: Array = one - other if exact or one.dtype != other.dtype else np.subtract(one, other, out=one)
     if not math.isfinite(frobenius(D)):
         for tensor in (tuned, base):
@@ -78,7 +79,7 @@ def check_rows(name: str, tuned: Lazy, base: Lazy) -> int:
     """Return the number of rows of the base's table; the tuned table may have more rows.
 
     Raises:
-        ShapeMismatch: the tables' shapes differ in another way than by additional rows of the tuned table.
+        ShapeMismatch: the shapes differ. The only allowed difference is additional rows in a tuned table with two axes.
     """
     grown = len(tuned.shape) == len(base.shape) == 2 and tuned.shape[1] == base.shape[1]
     if tuned.shape != base.shape and (not grown or tuned.shape[0] < base.shape[0]):
@@ -141,7 +142,7 @@ def floats_of(tensor: Lazy) -> Array:
 
 @contextmanager
 def errors_at(target: Target) -> Iterator[None]:
-    """Add the target's name to errors from a `with` block, and replace LAPACK's errors with typed errors."""
+    """Add the target's name to errors from a `with` block, and replace LAPACK's errors with `Malformed`."""
     import numpy as np
 
     try:

@@ -1,8 +1,8 @@
 """Extract an adapter from a base and a tuned model, tensor by tensor; each worker has one tensor in memory.
 
-By default, the difference of a matrix is stored as a LoRA of a given rank or error. Differences are computed in float32
-or float64, because a subtraction in 16 bits loses most of a small change. Other tensors (norms, biases) are stored
-whole. For token embeddings, changed and new rows are stored.
+By default, the change of a matrix is stored as a LoRA of a given rank, energy or error. The change is computed in
+float32 or float64, because a subtraction in 16 bits loses most of a small change. Changed tensors with one axis (norms,
+biases) are stored whole. For token embeddings, the changed rows and the new rows are stored.
 """
 
 from __future__ import annotations
@@ -69,9 +69,10 @@ RIDGE = 1e-9
 def loha(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
     """Approximate `D [out, in]` by a Hadamard product of two low-rank products.
 
-    There is no closed formula for the best approximation. Alternating least squares starts from the best LoRA, with a
-    matrix of ones as the second product. If three factors are fixed, each row or column of the fourth factor is the
-    solution of a small linear system. No step increases the error, so the result is closer to D than the LoRA.
+    There is no closed formula for the best approximation, so the factors are found by alternating least squares. The
+    first product starts as the best LoRA, and the second product as a matrix of ones. If three factors are fixed, each
+    row or column of the fourth factor is the solution of a small linear system. No step increases the error, so the
+    result is at least as close to D as the LoRA.
 
     Raises:
         UsageError: the criterion is an energy or an error; only a rank is accepted.
@@ -96,7 +97,7 @@ def loha(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
 
 
 def _least_squares(D: Array, H: Array, R: Array) -> Array:
-    """Return L `[m, r]` with the smallest |D - (L @ R) * H|, for given R `[r, n]` and H `[m, n]`."""
+    """Return the L `[m, r]` that minimizes |D - (L @ R) * H|, for given R `[r, n]` and H `[m, n]`."""
     import numpy as np
 
     r = len(R)
@@ -110,9 +111,10 @@ def _least_squares(D: Array, H: Array, R: Array) -> Array:
 def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
     """Approximate `D [out, in]` by the nearest Kronecker product w1 x w2, with the shapes that LyCORIS chooses.
 
-    D is divided into blocks with the shape of w2, and each block becomes a row of a matrix. w1 and w2 are the first
-    left and right singular vector of this matrix, scaled and reshaped (Van Loan and Pitsianis 1993,
-    https://doi.org/10.1007/978-94-015-8196-7_17). If the rank is below both sides of w2, w2 is then cut to the rank.
+    D is divided into blocks with the shape of w2, and each block becomes a row of a matrix. w1 is the first left
+    singular vector of this matrix, scaled and reshaped; w2 is the first right singular vector, scaled and reshaped (Van
+    Loan and Pitsianis 1993, https://doi.org/10.1007/978-94-015-8196-7_17). If the rank is smaller than both sides of
+    w2, w2 is replaced by the product of two factors of this rank.
 
     Raises:
         UsageError: the criterion is an energy or an error; only a rank is accepted.
@@ -153,8 +155,8 @@ def shira(D: Array, criterion: Criterion, _seed: int, dtype: DType) -> Additive:
 
 def _rank(criterion: Criterion, form: str) -> int:
     if criterion.rank is None:
-        why = f"a {form} needs a rank, which energy and error do not determine"
-        raise UsageError(why, where="rank", cure="Give --rank N (rank=)")
+        why = f"a {form} needs a rank; energy and error are not supported"
+        raise UsageError(why, where="rank", cure="Give --rank N (rank=) instead")
     return criterion.rank
 
 
@@ -195,39 +197,42 @@ def extract(
         energy: keep at least this share of each change's squared Frobenius norm.
         error: the largest allowed Frobenius error of a change, divided by the change's norm.
         scope: `target`: apply the criterion to each matrix separately. `all`: keep the largest singular values among
-            all matrices. In this case, energy and error apply to the whole model, and rank is the mean rank. `all` is
-            only for the method `lora`. It needs all factors in memory, and matrices with small changes may get no
-            update.
+            all matrices. With `all`, energy and error apply to the whole model, and rank is the mean rank. All factors
+            are kept in memory, and matrices with small changes may get no update. Only the method `lora` supports
+            `all`.
         targets: globs for the dotted paths of the weights to extract; if empty, all weights are extracted. Other
             weights count as unchanged.
         embeddings: `rows`: store the changed and new rows, or the whole table if most rows changed. `low-rank`: treat
             the table like any matrix, unless the table has rows for new tokens.
-        method: the method for changed matrices. `lora`: a LoRA. `dora`: each row's norm, and a LoRA of the rows'
-            directions. `loha`: a Hadamard product of two products of this rank; it is closer to the change than a LoRA
-            of this rank. `lokr`: the nearest Kronecker product, whose second factor is cut to `rank`. `shira`: the
-            largest entries, as many as the two factors of a LoRA of this rank have. All methods except `lora` are for
-            linear layers only.
+        method: the method for changed matrices. `lora`: a LoRA. `dora`: each row's norm, and a LoRA for the rows'
+            directions. `loha`: a Hadamard product of two matrices of rank `rank`; it is at least as close to the change
+            as a LoRA of this rank. `lokr`: the nearest Kronecker product, whose second factor is cut to `rank`.
+            `shira`: the largest entries of the change; with `rank`, as many entries as the factors of a LoRA of this
+            rank have. All methods except `lora` are for linear layers only.
         dtype: the dtype of the factors; default: float32, or float64 for full-rank factors that are not exact in
             float32.
         workers: the number of tensors to extract in parallel; default: one per processor, at most 16. Each worker needs
             about four times its tensor's size in float32.
         report: a function that is called with a `Cut` for each changed target.
         progress: a function that is called with (bytes of finished tuned weights, total bytes).
-        rename: rules that map names in the tuned model to names in the base, each `FROM=TO` or `@FILE`. Without rules,
-            names from other versions of transformers, and similar names, are mapped if only one name fits.
+        rename: rules that map names in the tuned model to names in the base, each `FROM=TO` or `@FILE`. Names
+            that no rule matches may come from another version of transformers, or be similar to names in the base. Such
+            a name is mapped if only one name in the base fits.
         strict_base: whether to refuse a base that differs from the base in the tuned model's merge record.
 
     Returns:
-        an adapter with updates of the chosen method, whole parameters and token rows, in the order of the tuned files.
+        the adapter. It has updates of the chosen method for matrices, `Replacement` updates for parameters that are
+            stored whole, and `Rows` updates for token embeddings, in the order of the tuned model's files.
 
     Raises:
         CheckFailed: the tuned weights were merged from another base, and `strict_base` is set.
         UsageError: none or several of rank, energy and error are given; the given value is out of range; or no weight
             changed.
-        Unsupported: the method is unknown, or cannot express a convolution or stacked experts; or a tensor changed
-            whose dtype is not a floating-point type.
+        Unsupported: the method is unknown, or does not support a convolution or stacked experts; or a changed tensor
+            has a dtype that is not a floating-point type.
         TargetNotFound: one model has a weight that the other lacks; or a glob matches no weight.
-        ShapeMismatch: a weight's shapes in the two models differ in another way than by rows for new tokens.
+        ShapeMismatch: a weight has different shapes in the two models. The only allowed difference is additional rows
+            for new tokens in the tuned model.
         Malformed: a changed weight contains a NaN or an infinity.
     """
     stage("decomposing the changes")
@@ -235,9 +240,13 @@ def extract(
     criterion.check()
     if scope == "all" and method != "lora":
         why = f"scope=all is only for LoRA, not for {method}"
-        raise UsageError(why, where="scope", cure="Omit --scope (scope=), or extract a LoRA")
+        raise UsageError(why, where="scope", cure="Omit --scope (scope=), or pass --method lora (method=)")
     if embeddings not in ("rows", "low-rank"):
-        raise UsageError(f"embeddings is {embeddings!r}", where="embeddings", cure="Choose rows or low-rank")
+        raise UsageError(
+            f"embeddings is {embeddings!r}",
+            where="embeddings",
+            cure="Pass --embeddings rows or --embeddings low-rank (embeddings=)",
+        )
     if method not in ("lora", "dora", *FORMS):
         raise Unsupported(
             f"cannot extract {method!r}", where="method", cure=f"Choose among lora, dora, {', '.join(FORMS)}"
@@ -260,7 +269,7 @@ def extract(
                     if report is not None:
                         report(cut)
                     continue
-                # Put replacements first, in the order in which PEFT applies updates.
+                # Put replacements before the other updates, because PEFT applies updates in this order.
                 both = (*updates.get(target, ()), update)
                 updates[target] = tuple(sorted(both, key=lambda u: not isinstance(u, Replacement)))
                 if report is not None:
@@ -329,17 +338,19 @@ class _Extraction:
             raise TargetNotFound(f"the {holder} lacks this weight", where=name, cure=cure)
         for glob in globs:
             if not any(fnmatchcase(_path(name), glob) for name in self.tuned.tensors):
-                cure = nearest(glob, map(_path, self.tuned.tensors)) or "Use dotted paths of the base"
-                raise TargetNotFound("no weight matches", where=glob, cure=cure)
+                cure = nearest(glob, map(_path, self.tuned.tensors)) or "Pass a dotted path with --target (targets=)"
+                raise TargetNotFound("no weight matches this glob", where=glob, cure=cure)
         names = [n for n in self.tuned.tensors if not globs or any(fnmatchcase(_path(n), glob) for glob in globs)]
         shapes = [self.tuned.tensors[name].shape for name in names]
         self.criterion.check_possible(max((min(s[0], math.prod(s[1:])) for s in shapes if len(s) > 1), default=1))
         return names
 
     def share(self, names: Sequence[str], workers: int) -> dict[str, Decomposition]:
-        """Return the cut decomposition of each matrix's change, by the key of the weight (see `_key`).
+        """Decompose the change of each matrix, and apply the criterion to all matrices together.
 
-        The criterion applies to all matrices together: the largest singular values among all matrices are kept.
+        The largest singular values among all matrices are kept.
+
+        Return a map from the key of a weight (see `_key`) to the decomposition of its change, already cut.
         """
         every = [name for name in names if self._is_matrix(name)]
         decomposed: dict[str, Decomposition] = {}
@@ -356,8 +367,9 @@ class _Extraction:
             counts = self.criterion.counts([decomposed[key][1] for key in keys], [norms[key] for key in keys])
             kept = {key: decomposed[key][1][:count] for key, count in zip(keys, counts, strict=True)}
             least = min((float(S[-1]) for S in kept.values() if len(S)), default=0.0)
-            # If all computed singular values of a weight are kept, the weight may have more singular values above the
-            # smallest kept value of all weights. Decompose such a weight again, with twice the rank.
+            # Only the largest singular values of each weight are computed. If all of these are kept for a weight, the
+            # weight's next singular values may also belong to the largest. Decompose such a weight again, with twice
+            # the rank.
             begun = {}
             for key in keys:
                 U, S, Vh = decomposed[key]
@@ -380,7 +392,7 @@ class _Extraction:
         return decomposed
 
     def _is_matrix(self, name: str) -> bool:
-        """Whether a tensor's difference is stored as low-rank factors."""
+        """Whether a tensor's change is stored as low-rank factors."""
         tuned, base = self.tuned.tensors[name], self.base.tensors[self.aliases.get(name, name)]
         rows = (is_embedding(name) and self.embeddings == "rows") or tuned.shape != base.shape
         return not rows and tuned.dtype.floating and base.dtype.floating and len(tuned.shape) > 1
@@ -430,7 +442,7 @@ class _Extraction:
             yield target, update, Cut(str(target), update.method, None, None, size, 0.0)
 
     def _matrix(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update | None, Cut]]:
-        """Yield the difference of a matrix as an update of the chosen method."""
+        """Yield the change of a matrix as an update of the chosen method."""
         changed = self._difference(name, exact=self.criterion.keeps_all(min(tuned.shape)))
         if changed is None:
             return
@@ -455,13 +467,15 @@ class _Extraction:
         yield target, lora, Cut(str(target), lora.method, min(weights[0].shape), lora.A.shape[-len(shape)], size, lost)
 
     def _directed(self, target: Target, D: Array, W: Array) -> tuple[Target, Update, Cut]:
-        """Return a DoRA. It stores the norms of the tuned rows, and a LoRA for the change of the rows' directions."""
+        """Return a DoRA. It stores the norm of each tuned row, and a LoRA that changes the rows' directions."""
         import numpy as np
 
         if D.ndim > 2:
             why = f"dora cannot change a weight of {D.ndim} axes"
             raise Unsupported(
-                why, where=str(target), cure="Extract a LoRA, or only other weights with --target (targets=)"
+                why,
+                where=str(target),
+                cure="Pass --method lora (method=), or select other weights with --target (targets=)",
             )
         W = W.astype(np.float64)
         tuned = W + D
@@ -487,7 +501,9 @@ class _Extraction:
         if D.ndim > 2:
             why = f"{self.method} cannot change a weight of {D.ndim} axes"
             raise Unsupported(
-                why, where=str(target), cure="Extract a LoRA, or only other weights with --target (targets=)"
+                why,
+                where=str(target),
+                cure="Pass --method lora (method=), or select other weights with --target (targets=)",
             )
         kind = result_type([], self.dtype)
         update = FORMS[self.method](D, self.criterion, seed_of(str(target)), kind)
@@ -496,9 +512,9 @@ class _Extraction:
         return target, update, cut
 
     def _pair(self, D: Array, name: str, key: str) -> tuple[Array, Array]:
-        """Return B and A of one difference.
+        """Return the factors B and A of one weight's change.
 
-        At full rank, use the difference and an identity, so that nothing is lost.
+        At full rank, one factor is the change itself and the other is an identity matrix, so nothing is lost.
         """
         import numpy as np
 
