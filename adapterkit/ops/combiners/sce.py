@@ -34,7 +34,7 @@ class SCE(Entrywise):
     compat: ClassVar = {"mergekit": {"select": 1.0}}
 
     select: float = parameter(
-        0.1, "share of the varying entries to select; the entries with the largest variance are selected", least=0, most=1
+        0.1, "share of the varying entries to select; the largest variances are selected", least=0, most=1
     )
     unselected: str = parameter("drop", UNSELECTED, among=("drop", "keep"))
     sign: str = parameter("total", SIGN, among=("total", "frequency"))
