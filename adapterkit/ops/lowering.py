@@ -67,7 +67,8 @@ class Delta:
 
     def dense(self) -> Array:
         """Return D `[out, in * k]`. Callers must not modify D, because D may be the array `rest` itself."""
-        # Skip a product of inner size 0: filling the array with zeros took a twentieth of the time of `knots_ties`.
+        # If r is 0, skip the product. It would only fill an array with zeros, which took 5% of the run time of
+        # `knots_ties`.
         if self.rest is not None and not self.rank:
             return self.rest
         product: Array = self.B @ self.A
@@ -81,7 +82,7 @@ class Delta:
 class Change:
     """The change that one adapter makes to one target: the sum of additive updates, multiplied by `weight`.
 
-    `deltas` and `bias` read the tensors again in each call.
+    Each call of `deltas` or `bias` reads the tensors again.
 
     Attributes:
         target: the target.
@@ -162,9 +163,9 @@ def _delta(update: Additive, shape: Shape, weight: float) -> Delta:
     cure = "The file is damaged, or the adapter does not belong to this base"
     try:
         return _formed(update, shape, weight)
-    except IndexError as error:  # No earlier code checks the positions that the file contains.
-        raise Malformed(f"{update.method}: a position is outside the weight ({error})", cure=cure) from None
-    except ValueError as error:  # The update does not record its weight's shape, so a mismatch is noticed only here.
+    except IndexError as error:  # No earlier code checks the indices that the file contains.
+        raise Malformed(f"{update.method}: an index is outside the weight ({error})", cure=cure) from None
+    except ValueError as error:  # The update does not record the shape of its weight. No earlier code checks the shape.
         why = f"{update.method}: the update does not fit a weight of shape {list(shape)} ({error})"
         raise ShapeMismatch(why, cure=cure) from None
 
@@ -176,8 +177,8 @@ def _formed(update: Additive, shape: Shape, weight: float) -> Delta:
     pair = update.pair(shape)
     if pair is not None:
         B, A = (np.asarray(factor) for factor in pair)
-        # If the rank exceeds a side of the matrix, factors take more space than the matrix. Use the matrix and an
-        # identity as factors.
+        # If the rank exceeds the smaller side of the matrix, B and A take more space than their product. Replace them
+        # by the product and an identity matrix.
         if len(A) > min(out, columns):
             D, identity = B @ A, np.eye(min(out, columns))
             B, A = (D, identity) if columns < out else (identity, D)
@@ -197,14 +198,16 @@ def _sum(deltas: list[Delta]) -> Delta:
     return Delta(B, A, summed(rests) if rests else None)
 
 
-# Convert an update whose formula depends on the weight into its difference W' - W at a given base.
+# Convert updates whose formulas depend on the base's weight W to the difference W' - W, where W' is the new weight.
 #
 # The difference is a dense update, which is computed when it is read. Additive updates can be summed without a base;
 # other updates of weights must be converted first. Updates of outputs or contexts cannot be summed.
 
 
 def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]]:
-    """Return the adapter with the base's names and layouts, and the site in the base of each of its targets.
+    """Return the adapter with the base's names and layouts, and one `Site` per target.
+
+    A `Site` contains the names of the base's tensors that belong to the target.
 
     Raises:
         TargetNotFound, ShapeMismatch: see `Adapter.bind`.
@@ -218,9 +221,9 @@ def additive(adapter: Adapter, base: Base | None, doing: str) -> Adapter:
     """Return the adapter with only additive updates; other updates become differences from the base's weights.
 
     Args:
-        adapter: the adapter, bound to the base if there is one.
-        base: the base with the weight W.
-        doing: the operation for messages, as a participle such as `"added"`.
+        adapter: the adapter. If a base is given, the adapter must already be bound to it.
+        base: the base, which contains the weight W. It may be None if all updates are additive.
+        doing: a participle that names the operation in error messages, such as `"added"`.
 
     Raises:
         NotMergeable: a method does not change weights.
@@ -237,14 +240,16 @@ def additive(adapter: Adapter, base: Base | None, doing: str) -> Adapter:
 
 
 class Weights:
-    """Read the weights and biases of a base at an adapter's targets, with the axes that formulas expect."""
+    """Read the base's weights and biases for an adapter's targets, in the layout that the methods' formulas expect."""
 
     def __init__(self, targets: Mapping[Target, tuple[Update, ...]], base: Base) -> None:
         self.base = opened(base)
         self.sites = {site.target: site for site in bound(Adapter(targets), self.base)[1]}
 
     def at(self, target: Target, expert: int | None, bias: bool) -> Array:
-        """Return a weight `[out, in * k]` or a bias `[out]` in float64; for a stack, return the slice of `expert`.
+        """Return the target's weight `[out, in * k]`, or its bias `[out]` if `bias` is set, in float64.
+
+        For stacked experts, return the weight or bias of the expert with index `expert`.
 
         Raises:
             UsageError: the base has no bias at this target.
@@ -260,7 +265,7 @@ class Weights:
 
 
 def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
-    """Check that an update changes weights. Without a base, also check that its formula does not use the weight."""
+    """Check that an update changes weights. If `based` is false, also check that it does not use the base's weight."""
     where = f"{target}: {update.method}"
     if update.kind not in ("additive", "weight"):
         why = f"{update.method} changes {update.acts_on}, not weights, so it cannot be {doing}"
@@ -271,7 +276,10 @@ def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
 
 
 def _at_base(site: Site, base: Checkpoint) -> tuple[Update, ...]:
-    """Replace all updates up to the last non-additive one with one dense update, which is computed when it is read."""
+    """Merge all updates up to the last non-additive update into a single dense update.
+
+    The dense update is computed when it is read.
+    """
     last = max((i + 1 for i, update in enumerate(site.updates) if not isinstance(update, Additive)), default=0)
     needing, rest = site.updates[:last], site.updates[last:]
     if not needing:
@@ -289,7 +297,7 @@ def _at_base(site: Site, base: Checkpoint) -> tuple[Update, ...]:
 
 
 def _seen(shape: Shape, target: Target, bias: bool) -> Shape:
-    """Return the shape that `view` gives to a stored tensor of shape `shape`."""
+    """Return the shape that `view` would return for a stored tensor of shape `shape`."""
     axis = len(shape) - 1 if bias else int(target.stacked)
     seen = shape if bias else viewed(shape, target)
     assert seen is not None
@@ -316,9 +324,9 @@ def _difference(
 
 
 def _settled(updates: list[Update], site: Site, base: Checkpoint) -> list[Update]:
-    """Return the updates, with each change of the bias that depends on the weight replaced by its computed value.
+    """Compute the bias changes that depend on the weight, and return the updates with the computed values.
 
-    Each update's formula gets the weight as the earlier updates have changed it.
+    Each update's formula gets the weight to which all earlier updates were applied.
     """
     import numpy as np
 
@@ -344,11 +352,11 @@ def _through(updates: list[Update], W: Any, expert: int | None, bias: bool) -> A
 
 
 def _tensor(base: Checkpoint, name: str) -> Lazy:
-    """Return a stored tensor; `name` may also be the name of a tied head."""
+    """Return a tensor of the base. If `name` is a tied head, return the tensor to which the head is tied."""
     return base.tensors[aliases(base).get(name, name)]
 
 
-# Build updates from computed arrays, and adapters whose lineage contains the lineages of several adapters.
+# Build updates from computed arrays. Build adapters that record the lineages of the adapters they were computed from.
 
 
 def low_rank(
@@ -362,10 +370,10 @@ def low_rank(
     Args:
         target: the target of the LoRA.
         shape: the shape of one weight, `[out, in, *k]`.
-        pairs: (B, A) of the weight, or of each expert's weight.
-        bias: the change of the bias, `[out]` or `[e, out]`, or None.
-        dtype: the type to store.
-        hold: a function that stores a computed array as a tensor of the update.
+        pairs: a single pair (B, A); for stacked experts, one pair per expert.
+        bias: the change of the bias, `[out]` or `[e, out]`; None if the bias does not change.
+        dtype: the dtype of the LoRA's tensors.
+        hold: a function that converts a computed array to a `Lazy` tensor of a given dtype.
     """
     import numpy as np
 
@@ -386,9 +394,16 @@ def dense(
     dtype: DType,
     hold: Hold = rounded_lazy,
 ) -> Dense:
-    """Build a dense update from the change of each weight, `[out, in * k]`, and the change of the bias.
+    """Build a dense update from the changes of a weight and its bias.
 
-    None means that the weights or the bias do not change.
+    Args:
+        target: the target of the update.
+        shape: the shape of one weight, `[out, in, *k]`.
+        changes: a single change `[out, in * k]`; for stacked experts, one per expert. None if the weight does not
+            change.
+        bias: the change of the bias, `[out]` or `[e, out]`; None if the bias does not change.
+        dtype: the dtype of the update's tensors.
+        hold: a function that converts a computed array to a `Lazy` tensor of a given dtype.
     """
     import numpy as np
 
@@ -418,7 +433,7 @@ def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
     kind = dtype_named(dtype)
     if kind is None or not kind.floating or kind.name == "C64":
         known = ", ".join(name for name, d in DTYPES.items() if d.floating and name != "C64")
-        raise Unsupported(f"factors cannot have the element type {dtype!r}", cure=f"Choose among {known}")
+        raise Unsupported(f"factors cannot have the dtype {dtype!r}", cure=f"Choose among {known}")
     return kind
 
 
@@ -427,7 +442,7 @@ def of_several(
 ) -> Adapter:
     """Return an adapter with these updates. Its lineage is one step, `op`, which contains the lineages of `adapters`.
 
-    The new adapter names a base if all adapters name the same base.
+    The new adapter records a base only if all `adapters` record the same base.
     """
     bases = [adapter.base for adapter in adapters]
     base = bases[0] if all(other == bases[0] for other in bases) else None
@@ -437,7 +452,7 @@ def of_several(
     if carried:
         args |= {METADATA: carried}
     families = {family for adapter in adapters for family in model_types_of(adapter)}
-    # Record the family of models only if all adapters agree, because an adapter cannot belong to two families.
+    # Record a model type only if the adapters' model types are the same. An adapter can record only one model type.
     if len(families) == 1:
         args |= {MODEL_TYPE: families.pop()}
     step = Step(op, {**args, "of": [{"base": b, "recipe": r} for b, r in zip(named, lineages, strict=True)]})
@@ -479,23 +494,23 @@ def check_writable(outline: Adapter, write: Callable[[Adapter], object], what: s
     """Check that a format can store a result, before the result is computed.
 
     Args:
-        outline: an adapter with the result's lineage, and updates from `blank`.
-        write: a function that writes an adapter to a temporary folder. Writers check updates before they read any
+        outline: the result, but with the placeholders that `blank` returns instead of tensors.
+        write: a function that writes an adapter to a temporary folder. It must check all updates before it reads any
             tensor.
-        what: the format and the method, for messages.
+        what: the start of the error message, which names the format and the method.
 
     Raises:
         Unrepresentable: the format cannot store some updates; the message names the first.
     """
     try:
         write(outline)
-    # A writer checks all updates before it reads the first tensor. So this error shows that the format can store all.
+    # Reading a tensor raises `NotComputed`. The writer has checked all updates by then, so the format can store them.
     except NotComputed:
         return
     except Unrepresentable as error:
         first = f": {error.items[0]}" if error.items else f": {error.why}"
         more = f" (and {len(error.items) - 1} more)" if len(error.items) > 1 else ""
-        cure = "Write --to adapterkit (format='adapterkit'), or drop these updates with --on-loss drop (on_loss='drop')"
+        cure = "Pass --to adapterkit (format='adapterkit'), or drop these updates with --on-loss drop (on_loss='drop')"
         raise Unrepresentable(f"{what}{first}{more}", cure=cure) from None
     except AdapterkitError as error:
         error.path = None

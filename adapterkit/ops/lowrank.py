@@ -1,7 +1,7 @@
-"""Compute with low-rank products without forming them: QR of the factors, then decompositions of small matrices.
+"""Compute norms, distances and SVDs of low-rank products B @ A without computing the products.
 
-With the QR decompositions B = Q_B R_B and A^T = Q_A R_A, the product B @ A equals Q_B (R_B R_A^T) Q_A^T. So B @ A has
-the norm and the singular values of the r x r matrix R_B R_A^T, its core.
+With the QR decompositions B = Q_B R_B and A^T = Q_A R_A, the product B @ A equals Q_B (R_B R_A^T) Q_A^T. The small
+matrix R_B R_A^T, `[r, r]`, is called the core of B @ A. It has the same norm and singular values as B @ A.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ If the difference is larger, QR is used. This limit allows condition numbers up 
 CONDITION = 1e3
 """The largest condition number, in the Frobenius norm, for which `triangle` uses a single Cholesky decomposition.
 
-Up to this number, the computed R is accurate to within 1e-11.
+Up to this condition number, the computed R is accurate to within 1e-11.
 """
 
 TINY_SQUARE = 1e-200
-"""Columns with squared norms between this number and its inverse neither overflow nor lose digits in a Gram matrix."""
+"""The smallest squared norm of a column for which a Gram matrix is used; the largest is `1 / TINY_SQUARE`.
+
+Between these limits, the Gram matrix neither overflows nor loses digits.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +46,7 @@ class Core:
 
     Attributes:
         left: `[out, p]`, orthonormal columns.
-        cores: `[p, q]` each.
+        cores: one matrix `[p, q]` per change.
         right: `[q, in * k]`, orthonormal rows.
     """
 
@@ -62,7 +65,13 @@ def core(deltas: Sequence[Delta]) -> Core:
 
 
 def _between(deltas: Sequence[Delta], R_B: Array, R_A: Array) -> tuple[Array, ...]:
-    """Return the core of each change. R_B and R_A are R of the QR decompositions of the concatenated B and A^T."""
+    """Return the core of each change.
+
+    Args:
+        deltas: the changes.
+        R_B: R of the QR decomposition of all B, concatenated to `[out, sum of ranks]`.
+        R_A: R of the QR decomposition of all A^T, concatenated to `[in * k, sum of ranks]`.
+    """
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
@@ -71,7 +80,7 @@ def _between(deltas: Sequence[Delta], R_B: Array, R_A: Array) -> tuple[Array, ..
 
 
 def spans(deltas: Sequence[Delta]) -> list[slice]:
-    """Return the slice of each change's columns in the concatenated B, which is also its rows in the concatenated A."""
+    """Return one slice per change: its columns in the concatenated B, which are also its rows in the concatenated A."""
     import numpy as np
 
     ends = np.cumsum([delta.rank for delta in deltas])
@@ -79,11 +88,11 @@ def spans(deltas: Sequence[Delta]) -> list[slice]:
 
 
 def images(deltas: Sequence[Delta], R: Array) -> Array:
-    """Return a small matrix `[p, sum of ranks]` with the left singular vectors of the changes side by side.
+    """Return a small matrix `[p, sum of ranks]` that gives the left singular vectors of the concatenated changes.
 
-    Let Q R be the QR decomposition of the concatenated B. The result contains Q^T D_t V_t for each change D_t, where
-    V_t is an orthonormal basis of the row space of D_t. If u is a left singular vector of the result, Q u is a left
-    singular vector of [D_1 .. D_T].
+    Let Q R be the QR decomposition of the concatenated B. If u is a left singular vector of the small matrix, then Q u
+    is a left singular vector of the concatenated changes [D_1 .. D_T]. The small matrix concatenates Q^T D_t V_t for
+    all changes D_t. The columns of V_t are orthonormal, and their span contains all rows of D_t.
     """
     import numpy as np
 
@@ -95,7 +104,10 @@ def images(deltas: Sequence[Delta], R: Array) -> Array:
 
 
 def cores(deltas: Sequence[Delta]) -> tuple[Array, ...]:
-    """Return only the cores, `[p, q]` each. Norms, angles and singular values can be computed without the bases."""
+    """Return only the cores of `whole_core`, one matrix `[p, q]` per change.
+
+    The cores are enough to compute norms, angles and singular values.
+    """
     import numpy as np
 
     if any(delta.rest is not None for delta in deltas):
@@ -108,8 +120,8 @@ def cores(deltas: Sequence[Delta]) -> tuple[Array, ...]:
 def orthonormal(X: Array) -> tuple[Array, Array]:
     """Decompose X `[m, n]` into Q `[m, n]` with orthonormal columns and R `[n, n]`.
 
-    Two rounds of Cholesky decomposition of the Gram matrix (Yamamoto et al. 2015) take a third of the time of QR. The
-    two rounds are exact to rounding if the columns are far from linearly dependent; otherwise QR is used.
+    The function decomposes the Gram matrix by Cholesky, twice (Yamamoto et al. 2015), which takes a third of the time
+    of QR. The result is exact to rounding if the columns are far from linearly dependent; otherwise, QR is used.
     """
     import numpy as np
 
@@ -128,7 +140,7 @@ def orthonormal(X: Array) -> tuple[Array, Array]:
 
 
 def triangle(X: Array) -> Array:
-    """Return R of the QR decomposition of X. Q is computed only if X is not tall, or is ill-conditioned."""
+    """Return R of the QR decomposition of X. If X is tall and well-conditioned, skip the computation of Q."""
     import numpy as np
 
     decomposition = _cholesky(X)
@@ -173,7 +185,7 @@ def _plain_qr(X: Array) -> tuple[Array, Array]:
 def whole_core(deltas: Sequence[Delta]) -> Core:
     """Return the `Core` of changes that may be dense.
 
-    If a change is dense, the bases are identity matrices, and the cores are the changes themselves.
+    If any change is dense, `left` and `right` are identity matrices, and each core is the change itself.
     """
     import numpy as np
 
@@ -184,7 +196,7 @@ def whole_core(deltas: Sequence[Delta]) -> Core:
 
 
 def _finite(arrays_given: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Return the arrays, after a check that all are finite. Decompositions would not converge otherwise.
+    """Check that the arrays are finite, and return them. With infinities or NaNs, decompositions do not converge.
 
     Raises:
         Malformed: the factors are so large that their product overflows.
@@ -199,7 +211,7 @@ def _finite(arrays_given: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def svd(delta: Delta) -> tuple[Array, Array, Array]:
-    """Return the thin SVD of a change: U `[out, r]`, S `[r]`, largest first, and Vh `[r, in * k]`."""
+    """Return the thin SVD of a change: U `[out, r]`, S `[r]` in descending order, and Vh `[r, in * k]`."""
     import numpy as np
 
     if delta.rest is not None:

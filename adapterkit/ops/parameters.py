@@ -34,26 +34,26 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
 class Depths:
-    """The depth of each target: 0 in the first layer, 1 in the last."""
+    """The relative depth of each target's layer: 0 for layer 0, and 1 for the last layer that contains a target."""
 
     def __init__(self, targets: Iterable[Target]) -> None:
         self.layers = {str(target): _layer(target) for target in targets}
         self.last = max((layer for layer in self.layers.values() if layer is not None), default=0)
 
     def known(self, target: Target) -> float | None:
-        """Return the depth, or None for a target outside numbered layers."""
+        """Return the depth of a target, or None if the target is not in a numbered layer."""
         return None if self.layers[str(target)] is None else self.of(target)
 
     def of(self, target: Target) -> float:
         """Return the depth of a target.
 
         Raises:
-            UsageError: the target lies outside numbered layers.
+            UsageError: the target is not in a numbered layer.
         """
         layer = self.layers[str(target)]
         if layer is None:
             why = "the value is a list over the layers, but this target is not in a numbered layer"
-            cure = 'Give a mapping with a number for such targets, such as {"*.layers.*": [0, 1], "*": 1}'
+            cure = 'Give the list only to targets in layers, with a mapping such as {"*.layers.*": [0, 1], "*": 1}'
             raise UsageError(why, where=str(target), cure=cure)
         return layer / self.last if self.last else 0.0
 
@@ -71,10 +71,10 @@ def at_target(setting: Setting, target: Target, depths: Depths, otherwise: Value
 
 
 def plain(setting: Setting, where: str) -> Setting:
-    """Return a setting as plain data: None, booleans, numbers, text, lists and dicts.
+    """Return a setting as plain data: None, booleans, numbers, strings, lists and dicts.
 
     Raises:
-        UsageError: the setting contains another type, or an empty list or mapping.
+        UsageError: the setting contains a value of another type, an empty list or an empty mapping.
     """
     if isinstance(setting, Mapping):
         if not setting or not all(isinstance(glob, str) for glob in setting):
@@ -84,7 +84,9 @@ def plain(setting: Setting, where: str) -> Setting:
         numbers = [value for value in setting if isinstance(value, (int, float)) and not isinstance(value, bool)]
         if not setting or len(numbers) < len(setting):
             raise UsageError(
-                "a list must contain only numbers, from the first layer to the last", where=where, cure="Such as [0, 1]"
+                "a list over the layers must contain only numbers, and at least one",
+                where=where,
+                cure="For example: [0, 1]",
             )
         return [float(value) for value in setting]
     if setting is not None and not isinstance(setting, (bool, int, float, str)):
@@ -100,7 +102,7 @@ def check_globs(setting: Setting, targets: Sequence[Target], where: str) -> None
         return
     for glob in setting:
         if not any(fnmatchcase(str(target), glob) or fnmatchcase(target.path, glob) for target in targets):
-            cure = f"The name of a target is, for example, {targets[0].path}"
+            cure = f"Write a glob that matches the path of a target, such as {targets[0].path}"
             raise UsageError(f"no target matches {glob!r}", where=where, cure=cure)
 
 
@@ -158,7 +160,10 @@ MERGEKIT: Known = {
     "ramplus_tl": ("ramplus_tl", {}),
     "arcee_fusion": ("arcee_fusion", {}),
 }
-"""A map from mergekit's `merge_method` to the combiner and its parameters, for differences from a base."""
+"""A map from mergekit's `merge_method` to the combiner and its parameters.
+
+The combiner gets differences from a base, not whole models.
+"""
 
 PEERS: Mapping[str, Known] = {"mergekit": MERGEKIT, "peft": PEFT}
 
@@ -167,14 +172,14 @@ def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[s
     """Translate a method's name to (name of the combiner, parameters that the method's name implies).
 
     Args:
-        name: the method's name in the peer library (`compat`), a name in `COMBINERS`, or a joined name such as
-            `knots_ties`.
-        compat: the peer library, or None.
+        name: the method's name in the library `compat`. If `compat` is None, a name in `COMBINERS`, or two of these
+            names joined, such as `knots_ties`.
+        compat: `mergekit`, `peft` or None.
         count: the number of adapters; with a single adapter, PEFT treats every method as `linear`.
 
     Raises:
-        Unsupported: the peer is unknown.
-        UsageError: the peer has no such method.
+        Unsupported: `compat` is the name of another library.
+        UsageError: the library has no method with this name.
     """
     from .combiners import COMBINERS
 
@@ -190,10 +195,10 @@ def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Setting]]:
     from .combiners import COMBINERS
 
     if compat not in PEERS:
-        raise Unsupported(f"the peer library {compat!r} is unknown", cure=f"Known: {', '.join(PEERS)}")
+        raise Unsupported(f"compat {compat!r} is not a known library", cure=f"Choose among {', '.join(PEERS)}")
     known = PEERS[compat]
     if name not in known:
-        cure = nearest(name, known) or f"Known: {', '.join(known)}"
+        cure = nearest(name, known) or f"Choose among {', '.join(known)}"
         raise UsageError(f"{compat} has no method {name!r}", where="compat", cure=cure)
     method, values = known[name]
     inner = COMBINERS[str(values["then"])] if "then" in values else COMBINERS[method]
@@ -299,13 +304,13 @@ class CombineParameters:
 
     @property
     def counts(self) -> bool:
-        """Whether the formula needs statistics of whole adapters (a `Census`) at some target."""
+        """Whether the combiner's formula needs statistics of whole adapters (a `Census`) for at least one target."""
         targets = self.targets if self.varies else self.targets[:1]
         values = [(self._at(target), given) for target in targets for given in self.each_at(target) or [{}]]
         return any(combiner_of(COMBINERS[self.name], {**at, **given}).counts for at, given in values)
 
     def each_at(self, target: Target) -> list[dict[str, JsonValue]]:
-        """Return the values of `each` at a target."""
+        """Return, for each adapter, the parameters that apply to this adapter only, with their values at a target."""
         return [
             {
                 key: value_here
@@ -338,7 +343,7 @@ def _each_checked(cls: type[Combiner], key: str, value: Setting) -> Setting:
 
 
 def one_of(value: Setting, key: str) -> Value:
-    """Return the first value in a setting. Callers use it to check parameters before the targets are known."""
+    """Return the first value in a setting. Callers check this value before the targets are known."""
     value = plain(value, key)
     while isinstance(value, (Mapping, list)):
         value = next(iter(value.values())) if isinstance(value, Mapping) else value[0]

@@ -1,9 +1,9 @@
 """Compute results in advance on a pool of threads, and limit the BLAS library to one thread.
 
-For each product, a BLAS library starts one thread per processor. Products of low-rank factors do not get faster by
-this: TSV on 224 targets of 4096 x 4096 takes 33 s with one BLAS thread, and 37 s with two. With two threads, and
-another program on one of the cores, TSV takes over 240 s, because BLAS threads spin while they wait for each other. So
-a pool computes several targets in parallel, each with one BLAS thread.
+For each product, a BLAS library starts one thread per processor. More threads do not make products of low-rank factors
+faster: the combiner `tsv` takes 33 s for 224 targets of 4096 x 4096 with one BLAS thread, and 37 s with two. If another
+program uses one of the cores, `tsv` with two threads takes over 240 s, because BLAS threads spin while they wait for
+each other. So a pool computes several targets in parallel, each with one BLAS thread.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def ahead(
     Worker threads compute the results in advance.
 
     Args:
-        work: a function that computes the result of an item. If the function raises an error, the iterator raises the
-            error at this item.
+        work: a function that computes the result of an item. If the function raises an error for an item, the iterator
+            raises the error when it reaches the item.
         items: the items.
         workers: the number of threads. This is also the largest number of results that are computed in advance.
-        cost: a function that returns the number of bytes that the computation of an item needs. The sum over running
-            items is at most `MEMORY`; an item that needs more runs alone.
+        cost: a function that returns the number of bytes that `work` needs for an item. Items that run at the same time
+            need at most `MEMORY` bytes together. An item that needs more than `MEMORY` bytes runs alone.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -101,9 +101,10 @@ def one_blas_thread() -> Iterator[None]:
     import numpy as np  # noqa: F401
     from threadpoolctl import threadpool_limits
 
-    # threadpoolctl sets the thread limit of the whole process, and restores the previous limit at the end. If two
-    # threads are inside such blocks, the second block would save 1 as the previous limit. If this block ended last, the
-    # limit would stay 1. So only the first block sets the limit, and the block that ends last restores it.
+    # threadpoolctl sets the thread limit of the whole process, and restores the previous limit at the end. Suppose that
+    # two Python threads did this at the same time. The second thread would save 1 as the previous limit. If the second
+    # thread ended last, the limit would stay 1. So only the first block sets the limit, and the block that ends last
+    # restores it.
     with _LOCK:
         if not _LIMIT:
             _LIMIT.append(threadpool_limits(1, "blas"))

@@ -6,14 +6,14 @@
         parameters: {weight: 1.0, density: 0.5}
       - model: adapters/two
         parameters:
-          weight: [0.2, 0.8]           # first layer to last
+          weight: [0.2, 0.8]           # interpolated from the first layer to the last
     parameters: {lambda: 0.7}
-    base_model: models/base            # if a method needs it
-    compat: mergekit                   # mergekit's defaults instead of the papers'
+    base_model: models/base            # only if the method needs a base
+    compat: mergekit                   # use mergekit's default parameters, not the defaults of the papers
 
 A value may be a number, a list over the layers, a mapping from globs to numbers or lists, or mergekit's list of
-`{filter, value}`. mergekit's `base+lora` names the base and the adapter. mergekit's `slices` are accepted if no layer
-moves to another position.
+`{filter, value}`. As in mergekit, a model may be written as `base+lora`, which names a base and an adapter. mergekit's
+`slices` are accepted if no layer moves to another position.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "gate_mode": ("building a mixture of experts from models", "Use mergekit-moe; adapterkit cannot build one"),
     "models_to_slice": ("an old form of slices", "Use slices or models instead"),
 }  # fmt: skip
-"""A map from keys that only other kinds of mergekit's files contain to (the purpose of such a file, the cure)."""
+"""Keys of mergekit's files that are not recipes for `combine`. Each key maps to (purpose of such a file, cure)."""
 
 WORDS = ("merge_method", "base_model", "dtype", "out_dtype", "compat")
-"""Keys whose value must be text. The type is checked, because YAML reads `on` as a boolean and `16` as a number."""
+"""Keys whose value must be a string. The type is checked, because YAML reads `on` as a boolean and `16` as a number."""
 
 MODEL = ("model", "adapter", "parameters")
 SLICE = ("sources", "parameters", "base_model")
@@ -98,11 +98,11 @@ class Recipe:
     Attributes:
         adapters: the paths of the adapters.
         options: keyword arguments of `combine`.
-        places: for each adapter, the path of keys to its entry in the file, such as `models[0]`.
+        places: for each adapter, the key path of its entry in the file, such as `models[0]`.
         tokenizer: the value of `tokenizer_source` or `tokenizer`; only merges use it, because adapters have no
             tokenizer.
-        notes: for each part of the file that is not used, a sentence that says so.
-        layers: the number of layers that the file's slices cover; None without slices.
+        notes: messages for the user, one for each key of the file that has no effect.
+        layers: the number of layers that the file's slices cover; None if the file has no slices.
     """
 
     adapters: tuple[str, ...]
@@ -124,7 +124,7 @@ class Recipe:
             layer = _layer(target)
             if layer is not None and self.layers is not None and layer >= self.layers:
                 why = f"the slices cover only layers 0 to {self.layers - 1}, but {target} is in layer {layer}"
-                cure = f"Let the slices cover all layers, at least [0, {layer + 1}], or list models instead of slices"
+                cure = f"End the last slice's layer_range at {layer + 1} or higher, or list models instead of slices"
                 raise UsageError(why, where="slices", cure=cure)
 
 
@@ -142,12 +142,12 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
     try:
         data = read_input(path, MAX_BYTES)
     except StorageError as error:
-        raise UsageError(f"cannot be read: {error.why}", path=path, cure="Pass a file") from None
+        raise UsageError(f"cannot be read: {error.why}", path=path, cure="Pass the path of a recipe") from None
     return recipe(load_yaml(data, path=path), Path(path))
 
 
 def recipe(content: object, path: Path | None = None) -> Recipe:
-    """Return a recipe from the content of its YAML file, as plain data; see `read_recipe`."""
+    """Convert the parsed content of a recipe's YAML file to a `Recipe`; see `read_recipe` for the errors."""
     if isinstance(content, Mapping):
         for key, (what, cure) in REFUSED.items():
             if key in content:
@@ -162,7 +162,7 @@ def recipe(content: object, path: Path | None = None) -> Recipe:
         why = "a recipe needs merge_method and a list of models"
         raise Malformed(why, path=path, cure="See adapterkit combine --help")
     switches = _switches(top["merge_method"], top.get("compat"))
-    if top["merge_method"] == "slerp":  # For slerp, base_model names the model that comes first.
+    if top["merge_method"] == "slerp":  # For slerp, the first model is the one in base_model.
         models = sorted(models, key=lambda each: each.name != top.get("base_model"))
     base, names, notes = _named_base(top, models, path)
     kept = [each for each, name in zip(models, names, strict=True) if name is not None]
@@ -186,7 +186,10 @@ def recipe(content: object, path: Path | None = None) -> Recipe:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """An entry in the list of models: its place in the file, the model's name, and the parameters in each slice."""
+    """A model of the recipe: the key path of its first entry in the file, its name, and its parameters.
+
+    `parameters` has one pair (key path, parameters) per slice, or a single pair if the file has no slices.
+    """
 
     place: str
     name: str
@@ -214,11 +217,12 @@ def _models(top: Mapping[str, object], path: Path | None) -> tuple[list[_Model],
 def _sliced(content: object, path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
     """Return the models, and the layer range of each slice.
 
-    All slices must list the same models, and their ranges must follow one another from layer 0.
+    All slices must list the same models. The first slice must start at layer 0, and each other slice must start at the
+    layer at which the previous slice ends.
 
     Raises:
-        UsageError: a slice lists other models than the first slice; or a slice moves layers, so the result would not
-            fit an adapter's base.
+        UsageError: a slice lists other models than the first slice; or a slice moves layers, and the combined adapter
+            would not fit its base.
     """
     if not isinstance(content, list) or not content:
         raise Malformed("a list was expected", where="slices", path=path, cure="See adapterkit combine --help")
@@ -259,16 +263,16 @@ def _span(source: Mapping[str, object], where: str, path: Path | None) -> tuple[
     span = source.get("layer_range")
     whole = isinstance(span, list) and len(span) == 2 and all(type(each) is int for each in span)
     if not whole or not 0 <= span[0] < span[1]:  # type: ignore[index]
-        why = "a range of layers must be two whole numbers: the first layer, and the layer after the last"
+        why = "layer_range must be two integers: the first layer, and the last layer plus 1"
         raise Malformed(why, where=where, path=path, cure="Write a range such as [0, 32]")
     return span[0], span[1]  # type: ignore[index]
 
 
 def _refuse_moved(where: str, span: tuple[int, int], start: int, path: Path | None) -> None:
-    why = f"layer {span[0]} would become layer {start}, but an adapter fits only the base's order of layers"
+    why = f"layer {span[0]} would become layer {start}, but an adapter's layers must keep their numbers in the base"
     cure = (
-        "Give all sources of a slice the same range, and let the ranges follow one another from layer 0; or stack the "
-        "layers with mergekit, and train an adapter for the result"
+        "Give all sources of a slice the same layer_range; start the first slice at layer 0, and each later slice at "
+        "the end of the slice before; or stack the layers with mergekit, and train an adapter for the result"
     )
     raise UsageError(why, where=where, path=path, cure=cure)
 
@@ -370,7 +374,7 @@ def _parameters_by_model(
 
 
 def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
-    """Return where a merge takes the tokenizer from: `base`, a folder, or None."""
+    """Return the recipe's source of the tokenizer: `base` or a folder; None if the recipe does not set a source."""
     if "tokenizer" in top and "tokenizer_source" in top:
         cure = "Remove tokenizer_source"
         raise UsageError(
@@ -382,7 +386,7 @@ def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
         given = _mapping(top["tokenizer"], "tokenizer", ("source", "tokens", "pad_to_multiple_of"), path)
         for key in ("tokens", "pad_to_multiple_of"):
             if given.get(key) is not None:
-                cure = "Omit it; to add tokens, train them in an adapter, and merge with --vocab grow"
+                cure = f"Remove {key}; to add tokens, train them in an adapter, and merge with --vocab grow"
                 raise UsageError(f"{key} would add rows of embeddings", where=f"tokenizer.{key}", path=path, cure=cure)
         source, where = given.get("source"), "tokenizer.source"
     if source is None:
@@ -394,7 +398,7 @@ def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
             "Write base, or a model's folder; to add tokens, merge an adapter that was trained with them (--vocab grow)"
         )
         raise UsageError(
-            "tokenizers are not joined, because new tokens would get invented embeddings",
+            "a union of tokenizers is not supported, because new tokens would get invented embeddings",
             where=where,
             path=path,
             cure=cure,
@@ -431,7 +435,7 @@ def _translated(content: object, where: str, switches: Mapping[str, bool], path:
             if value not in HARMLESS[key]:
                 raise UsageError(f"{key}={value!r} is not supported", where=where, path=path, cure=f"Remove {key}")
             continue
-        # As mergekit does, ignore a switch that the method does not use.
+        # Ignore a switch that the method does not use, as mergekit does.
         if key in FLAGS and not switches.get(key, True):
             continue
         if key in ARGUMENTS:
@@ -442,7 +446,7 @@ def _translated(content: object, where: str, switches: Mapping[str, bool], path:
 
 
 def _switches(method: object, compat: str | None) -> Mapping[str, bool]:
-    """Return a map from the method's boolean parameters to True, and from switches that the method ignores to False.
+    """Return a map from names to booleans: True for the method's boolean parameters, False for ignored switches.
 
     mergekit accepts `normalize` and `rescale` for every method, although some methods ignore them.
     """

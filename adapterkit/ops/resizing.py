@@ -1,7 +1,7 @@
 """Reduce the ranks of adapters, by QR decompositions of the factors and the SVD of a small core.
 
-The product of the first r singular values and vectors has the smallest Frobenius error of all products of rank r
-(Eckart and Young 1936).
+The SVD, cut to the r largest singular values, is the matrix of rank r with the smallest Frobenius error (Eckart and
+Young 1936).
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def resize(
         energy: keep at least this share of each change's squared Frobenius norm.
         error: the largest allowed Frobenius error of a change, divided by the change's norm.
         frobenius: the largest allowed Frobenius error of a change, as an absolute value.
-        sv_ratio: kohya's rule: keep singular values above the largest one divided by this number. With any of kohya's
-            three rules, `rank` is an upper limit.
+        sv_ratio: kohya's rule: keep each singular value S[i] with S[i] > S[0] / sv_ratio. With any of kohya's three
+            rules, `rank` is an upper limit.
         sv_cumulative: kohya's rule: keep at least this share of the sum of the singular values.
         sv_fro: kohya's rule: keep at least this share of the Frobenius norm.
         scope: `target`: apply the criterion to each target separately. `all`: keep the largest singular values of the
@@ -134,20 +134,20 @@ def promote(
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> Adapter:
-    """Convert every change of a matrix, of any method, to a LoRA.
+    """Convert the adapter's changes of weight matrices to LoRAs, whatever their methods.
 
-    Without a criterion, the LoRA is exact to rounding. Its rank is the rank of the method's low-rank factors. If the
-    method has no such factors, its rank is the rank of the change.
+    Without a criterion, each LoRA is exact to rounding. The rank of the LoRA is the rank of the method's low-rank
+    factors. If the method has no such factors, the rank of the LoRA is the rank of the change.
 
     Args:
         adapter: an adapter or its path.
-        rank: the rank of the new LoRA.
+        rank: as for `resize`.
         energy: as for `resize`.
         error: as for `resize`.
         frobenius: as for `resize`.
         scope: as for `resize`.
-        base: the base, for methods that need its weights. Without a base, the updates of these methods are kept
-            unchanged.
+        base: the base, for methods whose changes depend on the base's weights. Without a base, the updates of these
+            methods stay unchanged.
         dtype: the dtype of the new factors; default: float64 if any factor is float64, else float32.
         report: a function that is called with a `Cut` for each changed target.
         rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name is used.
@@ -155,7 +155,7 @@ def promote(
 
     Raises:
         CheckFailed: the base differs from the base that the adapter records, and `strict_base` is set.
-        UsageError: more than one criterion is given, or its value is out of range.
+        UsageError: more than one criterion is given, or the value of a criterion is out of range.
         NotMergeable: a base is given, and a method does not change weights.
     """
     criterion = Criterion(rank, energy, error, frobenius, scope=scope)
@@ -165,7 +165,7 @@ def promote(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ResizedPart:
-    """The work on one target: the updates to keep unchanged, and the decomposed change that becomes a LoRA."""
+    """One target: the updates that stay unchanged, and the decomposed change that becomes a LoRA."""
 
     place: AlignedPlace
     kept: tuple[Update, ...]
@@ -214,7 +214,7 @@ def _resized(
         type(update).pair is not Additive.pair for place in aligned for update in _trailing_additives(place, every)
     )
     # If all updates have factors, use one BLAS thread. More threads are not faster, and they spin while another program
-    # uses their core; a FLUX LoRA then took 30 s of processor time. For whole matrices, use all threads.
+    # uses their core. With more threads, a FLUX LoRA took 30 s of processor time. For whole matrices, use all threads.
     with one_blas_thread() if thin else nullcontext():
         for place, resized in _resized_places(aligned, criterion, kind, every, cuts):
             if resized:
@@ -245,9 +245,9 @@ def _resized_places(
 
 
 def _part(place: AlignedPlace, criterion: Criterion, every: bool) -> _ResizedPart | None:
-    """Decompose the change of one target, and in scope `target` also cut it.
+    """Decompose the change of one target. In scope `target`, also cut the rank of the change.
 
-    Return None if the updates stay unchanged.
+    Return None if all updates of the target stay unchanged.
     """
     updates = place.updates[0]
     additives = _trailing_additives(place, every)
@@ -284,13 +284,13 @@ def _decomposed(delta: Delta, place: AlignedPlace, criterion: Criterion) -> _Dec
     whole = _DecomposedWeight(delta, decomposition, _size(S), 0.0)
     if criterion.record():
         return whole if criterion.scope == "all" else whole.first(criterion.counts([S], [whole.norm])[0])
-    # Drop singular values that are rounding noise, because the rank of a dense change is often smaller than its sides.
+    # The rank of a dense change is often smaller than its sides. Drop the singular values that are only rounding noise.
     least = S[:1] * 1e-15 * max(delta.shape)
     return whole if delta.rest is None else whole.first(max(int((least < S).sum()), 1))
 
 
 def _rationed(parts: list[_ResizedPart | None], criterion: Criterion) -> list[_ResizedPart | None]:
-    """Cut the parts, so that the largest singular values of the whole adapter are kept."""
+    """Cut the ranks of all targets together: keep the largest singular values of the whole adapter."""
     every = [weight for part in parts if part is not None for weight in part.weights]
     if not every or not criterion.record():
         return parts
@@ -322,7 +322,7 @@ def _check_rank(criterion: Criterion, aligned: Sequence[AlignedPlace], every: bo
 
 
 def _relative(cuts: Sequence[Cut]) -> float:
-    """Return the error over all targets, divided by the norm of all changes."""
+    """Return the Frobenius error of all targets together, divided by the Frobenius norm of all changes."""
     whole = math.hypot(*(cut.norm for cut in cuts))
     return math.hypot(*(cut.error for cut in cuts)) / whole if whole else 0.0
 

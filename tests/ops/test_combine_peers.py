@@ -246,7 +246,7 @@ def test_peft_makes_the_same_of_the_same_random_masks(peft_model, monkeypatch, k
 
 
 def test_a_peer_and_its_names_are_checked():
-    with pytest.raises(Unsupported, match="the peer library 'kohya' is unknown"):
+    with pytest.raises(Unsupported, match="compat 'kohya' is not a known library"):
         ak.ops.combine([adapter(0), adapter(1)], "ties", compat="kohya")
     with pytest.raises(UsageError, match="mergekit has no method 'knots'"):
         ak.ops.combine([adapter(0), adapter(1)], "knots", compat="mergekit")

@@ -211,7 +211,7 @@ REFUSED = {
         ("slices:\n  - sources: [{model: one, layer_range: [0, 3]}]\n  - sources: [{model: two, layer_range: [2, 5]}]\n"
         "merge_method: passthrough\n"),
         "slices[1].sources[0].layer_range",
-        "the same range",
+        "the same layer_range",
     ),
     "other models in a slice": (
         ("slices:\n  - sources: [{model: one, layer_range: [0, 3]}]\n  - sources: [{model: two, layer_range: [3, 5]}]\n"
@@ -223,7 +223,7 @@ REFUSED = {
         ("slices:\n  - sources: [{model: one, layer_range: [0, 3]}, {model: two, layer_range: [0, 3]}]\n"
         "merge_method: linear\n"),
         "slices",
-        "[0, 4]",
+        "at 4 or higher",
     ),
     "no range": (
         "slices:\n  - sources: [{model: one, layer_range: 3}]\nmerge_method: linear\n", "layer_range", "[0, 32]",
@@ -248,7 +248,7 @@ REFUSED = {
     "made up tokens": (
         ("models: [{model: one}, {model: two}]\nmerge_method: linear\n"
         "tokenizer: {source: base, tokens: {a: {source: base}}}\n"),
-        "tokenizer.tokens", "Omit it",
+        "tokenizer.tokens", "Remove tokens",
     ),
     "parts apart": ("modules: {text: {models: [{model: one}]}}\nmerge_method: linear\n", "modules",
                     "one recipe for each"),

@@ -214,7 +214,7 @@ def test_bad_criteria_are_refused(arguments, why):
 
 @pytest.mark.parametrize("dtype", ["int8", "float99", "C64"])
 def test_factors_are_of_real_numbers(dtype):
-    with pytest.raises(Unsupported, match="cannot have the element type"):
+    with pytest.raises(Unsupported, match="cannot have the dtype"):
         ops.resize(Adapter({TARGET: (random_lora(0),)}), 2, dtype=dtype)
 
 
