@@ -241,7 +241,7 @@ def _sliced(content: object, path: Path | None) -> tuple[list[_Model], list[tupl
         start = ranges[-1][1] if ranges else 0
         for j, span in enumerate(spans):
             if span[0] != start or span != spans[0]:
-                _refuse_moved(f"{where}.sources[{j}].layer_range", span, start, path)
+                _refuse_range(f"{where}.sources[{j}].layer_range", span, spans[0], start, path)
         if names and mine != names:
             cure = "Name the same models in every slice; to leave out a model, set its weight to 0"
             why = "this slice lists other models than the first slice"
@@ -268,8 +268,10 @@ def _span(source: Mapping[str, object], where: str, path: Path | None) -> tuple[
     return span[0], span[1]  # type: ignore[index]
 
 
-def _refuse_moved(where: str, span: tuple[int, int], start: int, path: Path | None) -> None:
+def _refuse_range(where: str, span: tuple[int, int], first: tuple[int, int], start: int, path: Path | None) -> None:
     why = f"layer {span[0]} would become layer {start}, but an adapter's layers must keep their numbers in the base"
+    if span[0] == start:
+        why = f"the layer range is {list(span)}, but the first source of this slice has {list(first)}"
     cure = (
         "Give all sources of a slice the same layer_range; start the first slice at layer 0, and each later slice at "
         "the end of the slice before; or stack the layers with mergekit, and train an adapter for the result"

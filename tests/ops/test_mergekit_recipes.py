@@ -213,6 +213,12 @@ REFUSED = {
         "slices[1].sources[0].layer_range",
         "the same layer_range",
     ),
+    "two ranges in one slice": (
+        ("slices:\n  - sources: [{model: one, layer_range: [0, 3]}, {model: two, layer_range: [0, 2]}]\n"
+        "merge_method: linear\n"),
+        "slices[0].sources[1].layer_range",
+        "is [0, 2], but the first source of this slice has [0, 3]",
+    ),
     "other models in a slice": (
         ("slices:\n  - sources: [{model: one, layer_range: [0, 3]}]\n  - sources: [{model: two, layer_range: [3, 5]}]\n"
         "merge_method: linear\n"),
