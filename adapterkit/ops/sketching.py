@@ -1,18 +1,18 @@
-"""Compute the largest singular values of a matrix and their vectors, from a randomized sketch or exactly.
+"""Compute a truncated SVD of a matrix, from a randomized sketch or exactly.
 
-The sketch is subspace iteration from random vectors: Halko, Martinsson and Tropp 2011,
-https://doi.org/10.1137/090771806. It gives an orthonormal basis Q. To show that the sketch's error is close to the
-smallest possible error, this module computes an upper bound for the k largest singular values of D. Let
-R = D - Q Q^T D, let r be the square of R's largest singular value, and let s_1 .. s_k be the k largest singular values
-of Q^T D. The sum of the squares of D's k largest singular values is at most s_1^2 + .. + s_k^2, plus the smaller of
-two terms:
+The sketch applies subspace iteration to random vectors (Halko, Martinsson and Tropp 2011,
+https://doi.org/10.1137/090771806). The result is an orthonormal basis Q. The matrix D is approximated by Q Q^T D. To
+show that the error is close to the smallest possible error, this module computes an upper bound for the sum of the
+squares of D's k largest singular values. Let R = D - Q Q^T D, let r be the square of R's largest singular value, and
+let s_1 .. s_k be the k largest singular values of Q^T D. The upper bound is s_1^2 + .. + s_k^2, plus the smaller of two
+terms:
 
 - k r (Ky Fan 1949, for D^T D = (Q^T D)^T (Q^T D) + R^T R);
 - the sum of max(r - s_i^2, 0) over i, plus the sum of the k largest singular values of R D^T Q (the same theorem
   for D D^T).
 
 An upper bound for r is computed by applying powers of R^T R to random vectors (Dixon 1983,
-https://doi.org/10.1137/0720053). The probability that this bound is too small is at most 1e-8.
+https://doi.org/10.1137/0720053). The probability that the bound for r is too small is at most 1e-8.
 """
 
 from __future__ import annotations
@@ -46,16 +46,17 @@ EXACT = 1e-6
 """An error of at most EXACT times the matrix's norm counts as zero: rounding noise alone can cause such an error."""
 
 DEPENDENT = 1e-9
-"""If the smallest eigenvalue of a Gram matrix is at most this fraction of the largest, it may be only rounding noise;
-`_basis` then uses QR."""
+"""`_basis` uses QR if the smallest eigenvalue of the Gram matrix is at most DEPENDENT times the largest eigenvalue.
+Such a small eigenvalue may be only rounding noise."""
 
 TESTS = 8
 POWERS = 24
-"""To bound the largest singular value of R, R^T R is applied to TESTS random vectors, at most POWERS times."""
+"""To bound the largest singular value of R = D - Q Q^T D, `_largest_squares` multiplies TESTS random vectors by R^T R,
+at most POWERS times."""
 
 
 def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
-    """Return the singular values of a matrix that a criterion keeps, with vectors: U `[m, k]`, S `[k]`, Vh `[k, n]`.
+    """Return the SVD of a matrix, truncated according to a criterion: U `[m, k]`, S `[k]`, Vh `[k, n]`.
 
     Args:
         D: `[m, n]`, float32 or float64.
@@ -76,8 +77,9 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
         raise too_large()
     rank = min(criterion.rank or GUESS, small)
     random = np.random.default_rng(seed)
-    # Try a cheap sketch, then a better sketch. If neither is good enough, decompose D exactly if a rank is given.
-    # If no rank is given, double the rank and try again, as long as a sketch is cheaper than the exact decomposition.
+    # Try a cheap sketch, then a better sketch. If both are too inexact and the criterion sets a rank, decompose D
+    # exactly. Without a set rank, double the guessed rank and try again, as long as a sketch is cheaper than the exact
+    # decomposition.
     while small > SMALL and 3 * rank <= small and norm > 0:
         for width, rounds in ((2 * rank + 16, 2), (3 * rank + 32, 4)):
             Q, rows, decomposition = _sketch(D, min(width, small), rounds, random)
@@ -93,17 +95,17 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
 
 
 def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, float]:
-    """Return the `rank` largest singular values of a matrix and their vectors, from one sketch.
+    """Return a truncated SVD of a matrix, computed from one sketch.
 
-    If the matrix is small, or if `rank` is more than a third of its smaller side, the decomposition is exact instead.
+    If the matrix is small, or if `rank` is more than a third of its smaller side, the SVD is computed exactly instead.
 
     Args:
         D: `[m, n]`, float32 or float64.
-        rank: the number of singular values.
+        rank: the number of singular values to keep.
         seed: the seed of the random vectors.
 
     Returns:
-        the decomposition, the Frobenius norm of the matrix, and the Frobenius norm of the error.
+        the truncated SVD, the Frobenius norm of the matrix, and the Frobenius norm of the error.
 
     Raises:
         Malformed: the square of the matrix's norm is too large for float64.
@@ -125,9 +127,10 @@ def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, 
 def streamed(
     rows: Callable[[], Iterable[tuple[slice, Array]]], shape: tuple[int, int], rank: int, seed: int
 ) -> tuple[Decomposition, float, float]:
-    """Like `approximated`, but for a matrix that is too large for memory. The values always come from a sketch.
+    """Like `approximated`, but for a matrix that is too large for memory. The SVD always comes from a sketch.
 
-    `rows` is called six times. Each call must yield all blocks of the matrix: a range of rows, and their values.
+    `rows` is called six times. Each call must yield all blocks of the matrix. A block is a pair: the slice of its row
+    indices, and the array of these rows.
     """
     import numpy as np
 
@@ -161,9 +164,9 @@ def streamed(
 
 
 def _lost(norm: float, S: Array, measure: Callable[[], float] | None) -> float:
-    """Return the Frobenius norm of the part of a matrix that is lost if only the singular values S are kept.
+    """Return the Frobenius norm of the error of a truncated SVD: the square root of norm^2 - sum(S^2).
 
-    If this part is so small that the formula is inexact, call `measure`, which computes the norm from the matrix.
+    If the error is so small that this difference is inexact, call `measure`, which computes the error from the matrix.
     """
     square = norm**2 - float((S.astype("<f8") ** 2).sum())
     if square < 1e-6 * norm**2 and measure is not None:
@@ -198,7 +201,7 @@ def _by_gram(D: Array) -> Decomposition:
 
 
 def _sketch(D: Array, width: int, rounds: int, random: np.random.Generator) -> tuple[Array, Array, Decomposition]:
-    """Return (an orthonormal basis Q `[m, width]` of D's main directions, Q^T D, the SVD of Q Q^T D)."""
+    """Return an orthonormal basis Q `[m, width]` of D's main directions, the matrix Q^T D, and the SVD of Q Q^T D."""
     import numpy as np
 
     Q = _basis(D @ random.standard_normal((D.shape[1], width), dtype=np.float32).astype(D.dtype))
@@ -226,9 +229,9 @@ def _basis(block: Array) -> Array:
 def _good(
     D: Array, Q: Array, rows: Array, decomposition: Decomposition, count: int, norm: float, random: np.random.Generator
 ) -> bool:  # fmt: skip
-    """Whether the first `count` singular vectors are accurate enough.
+    """Whether the decomposition, truncated to `count` singular values, is accurate enough.
 
-    Their error must be negligible, or provably at most (1 + EXCESS) times the smallest possible error.
+    The error must be negligible, or provably at most (1 + EXCESS) times the smallest possible error.
     """
     U, S, Vh = first(decomposition, count)
     square = max(norm**2 - float((S * S).sum()), 0.0)
@@ -244,7 +247,7 @@ def _good(
 
 
 def _mixed(D: Array, Q: Array, rows: Array, count: int) -> float:
-    """Return the sum of the first `count` singular values of R D^T Q."""
+    """Return the sum of the `count` largest singular values of R D^T Q, where R = D - Q Q^T D."""
     import numpy as np
 
     block = D @ rows.T
@@ -267,7 +270,7 @@ def _largest_squares(D: Array, Q: Array, random: np.random.Generator) -> Iterato
         if size == 0:
             yield 0.0
             return
-        # Keep the growth as a logarithm, and divide the vectors by their largest norm, so that neither overflows.
+        # To avoid overflow, divide the vectors by their largest norm, and add up the logarithms of these norms.
         log += math.log(size)
         x /= size
         yield math.exp((log + math.log(8 * math.sqrt(D.shape[1]))) / power)
@@ -283,7 +286,7 @@ def first(decomposition: Decomposition, count: int) -> Decomposition:
 
 
 SCOPES = ("target", "all")
-_ONE = "Give one of them, such as --rank N (rank=) or --energy SHARE (energy=)"
+_ONE = "Give exactly one criterion, such as --rank N (rank=) or --energy SHARE (energy=)"
 _RANK = "Give --rank N (rank=) of at least 1"
 
 NAMES = "rank, energy, error, frobenius, sv_ratio, sv_cumulative and sv_fro"
@@ -291,22 +294,23 @@ NAMES = "rank, energy, error, frobenius, sv_ratio, sv_cumulative and sv_fro"
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """A criterion for how many singular values to keep. If no field is set, all are kept.
+    """A criterion for how many singular values to keep. If only `scope` is set, all of them are kept.
 
-    Only one field may be set, except that `rank` may be set together with one of kohya's rules, as an upper limit.
+    Only one field besides `scope` may be set. The exception is kohya's rules (`sv_*`): each of them may be combined
+    with `rank`, which is then an upper limit.
 
     Attributes:
         rank: the number of singular values to keep.
         energy: the share of the squared Frobenius norm to keep, up to 1.
-        error: the largest Frobenius norm that the dropped part may have, relative to the norm of the change.
-        frobenius: the largest Frobenius norm that the dropped part may have.
-        sv_ratio: kohya's rule: keep the singular values above the largest singular value divided by this number.
-        sv_cumulative: kohya's rule: the smallest share of the sum of the singular values to keep.
-        sv_fro: kohya's rule: the smallest share of the Frobenius norm to keep. The square of `sv_fro` is a share of
-            the energy.
-        scope: `target`: apply the criterion to each weight separately. `all`: keep the largest singular values among
-            all weights; in this case, `rank` is the mean rank, and energy, error and frobenius apply to the whole
-            adapter.
+        error: the largest allowed Frobenius norm of the truncation error, divided by the norm of the weight's change.
+        frobenius: the largest allowed Frobenius norm of the truncation error.
+        sv_ratio: kohya's rule: keep each singular value S[i] with S[i] > S[0] / sv_ratio.
+        sv_cumulative: kohya's rule: keep at least this share of the sum of the singular values.
+        sv_fro: kohya's rule: keep at least this share of the Frobenius norm. The corresponding share of the energy is
+            the square of `sv_fro`.
+        scope: `target`: apply the criterion to each weight separately. `all`: compare the singular values of all
+            weights, and keep the largest. In this case, `rank` is the mean rank, and energy, error and frobenius apply
+            to the whole adapter.
     """
 
     rank: int | None = None
@@ -322,7 +326,7 @@ class Criterion:
         """Check that exactly one criterion is set, and that its value is in range.
 
         Args:
-            needed: False if a criterion without any value is allowed, too.
+            needed: False to also allow that no criterion is set.
 
         Raises:
             UsageError: no criterion or too many criteria are given, or a value is out of range.
@@ -365,7 +369,7 @@ class Criterion:
                 )
 
     def record(self) -> dict[str, float]:
-        """Return the fields that are set, except `scope`, in the form in which a lineage records them."""
+        """Return the fields that are set, except `scope`, as a map from name to value. A lineage records this map."""
         named = {
             "rank": self.rank, "energy": self.energy, "error": self.error, "frobenius": self.frobenius,
             "sv_ratio": self.sv_ratio, "sv_cumulative": self.sv_cumulative, "sv_fro": self.sv_fro,
@@ -413,13 +417,13 @@ class Criterion:
         return [int(count) for count in np.bincount(kept, minlength=len(spectra))]
 
     def reached(self, S: Array, norm: float) -> bool:
-        """Whether S has enough singular values to apply the criterion, although it may lack the smallest values."""
+        """Whether S, which may lack the smallest singular values, is long enough to apply the criterion."""
         return len(S) >= self._count(S, norm, 1, beyond=1)
 
     def _count(self, S: Array, norm: float, weights: int, beyond: int = 0) -> int:
         """Return the smallest number of singular values that meets the criterion.
 
-        If S is too short, return len(S) + `beyond`.
+        If S has too few singular values to meet the criterion, return len(S) + `beyond`.
         """
         if self._by_values:
             count = self._of_values(S, norm, beyond)
@@ -435,7 +439,7 @@ class Criterion:
     def _of_values(self, S: Array, norm: float, beyond: int) -> int:
         """Return how many singular values kohya's rule keeps, at least 1.
 
-        If the number depends on values that S lacks, return len(S) + `beyond`.
+        If this number depends on singular values that are missing from S, return len(S) + `beyond`.
 
         The rules are those of resize_lora.py in https://github.com/kohya-ss/sd-scripts.
         """
@@ -455,14 +459,14 @@ class Criterion:
         return min(int(np.searchsorted(shares, least)) + 1, len(S) + beyond)
 
     def _limit(self, norm: float) -> float | None:
-        """Return the largest Frobenius norm that the dropped part may have; None if no limit is set."""
+        """Return the largest allowed Frobenius norm of the truncation error; None if there is no limit."""
         if self.energy is not None:
             return math.sqrt(1 - self.energy) * norm
         return self.frobenius if self.error is None else self.error * norm
 
 
 def _left_out(S: Array, norm: float) -> list[float]:
-    """Return a list whose item i is the Frobenius norm that is dropped if i singular values are kept."""
+    """Return a list whose item i is the Frobenius norm of the error if only the i largest singular values are kept."""
     import numpy as np
 
     squares = np.concatenate([S, [0.0]]) ** 2

@@ -1,8 +1,9 @@
 """Write a bill of materials for an adapter, a merged model or an ONNX graph: an ML-BOM in CycloneDX 1.6.
 
-This module writes the JSON without `cyclonedx-python-lib`, which does not support model cards, the core of an ML-BOM.
-The tests validate every document with that library's copy of the official schema. The same files give the same
-document, byte for byte: by default, it has no serial number, and it has a time only if SOURCE_DATE_EPOCH is set.
+This module writes the JSON itself, because the library `cyclonedx-python-lib` does not support model cards. A model
+card is the core of an ML-BOM. The tests validate every document with that library's copy of the official schema. The
+same files give the same document, byte for byte: by default, the document has no serial number, and it has a time only
+if SOURCE_DATE_EPOCH is set.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ from .signing import files_of, statement_of
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 EPOCH = "SOURCE_DATE_EPOCH"
-"""The environment variable with the document's time, in seconds since 1970, as is standard for reproducible builds."""
+"""The environment variable that sets the document's time, in seconds since 1970. It is the standard variable for
+reproducible builds."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -102,8 +104,8 @@ def bom(path: str | PathLike[str], *, serial: bool = False, leave_out: Path | No
         leave_out: a file below `path` to omit, such as the document itself.
 
     Returns:
-        A CycloneDX 1.6 document: the model with the SHA-256 of every file, the licences, base and adapters as
-        ancestors, and a model card with values read from the files.
+        A CycloneDX 1.6 document. It contains the model with the SHA-256 of every file, the licences, the base and the
+        adapters as ancestors of the model, and a model card with values read from the files.
 
     Raises:
         StorageError: the path does not exist or cannot be read.
@@ -172,8 +174,8 @@ def _parts(statement: Mapping[str, Any], root: Path) -> list[Part]:
     """Return the parts whose licences apply: the base and adapters of a merge, or the model or adapter itself."""
     parts = parts_of(statement.get("made_from") or {})
     if statement.get("kind") == "merged" and parts:
-        # A merge copies the base's model card. If the card at the path has a licence that no part has, this card was
-        # written for the merged model, so its licence applies, too.
+        # A merge copies the base's model card. If the card in the merged model's folder has a licence that neither the
+        # base nor an adapter has, the card was written for the merged model. Its licence then applies, too.
         licence_here = licence_at(root)
         return (
             parts
@@ -218,7 +220,7 @@ def _ancestors(statement: Mapping[str, Any], root: Path) -> Iterator[dict[str, A
 
 
 def _base_name(root: Path) -> str | None:
-    """Return the repository of a merged model's base, as the merged model's config names it; None if unknown."""
+    """Return the base's repository from `_name_or_path` in a merged model's config; None if it names no repository."""
     try:
         name = read_json(root / "config.json").get("_name_or_path")
     except AdapterkitError:
@@ -275,7 +277,10 @@ def _model_card(root: Path, card: Mapping[str, object]) -> dict[str, object]:
 
 
 def _card(root: Path) -> Mapping[str, object]:
-    """Return the metadata of the model card; {} for a file, or for a merge (its card is a copy of the base's)."""
+    """Return the metadata of the model card, or {}.
+
+    The result is {} for a single file, and for a merged model, whose card is usually a copy of the base's card.
+    """
     if (root / REPORT).is_file() or not root.is_dir():
         return {}
     try:

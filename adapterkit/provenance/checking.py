@@ -2,8 +2,9 @@
 
 A signature file is a Sigstore bundle, as OpenSSF model signing writes it. The signature covers only the payload, which
 is a part of this file. In the rest of the file, most tools ignore unknown keys and unused bits of base64, so they
-accept several different files as the same signature. This module accepts only known keys and canonical base64. If any
-bit of the signature file was changed, `read_bundle` or the cryptographic check therefore refuses it.
+accept several different files as the same signature. This module accepts only known keys and canonical base64.
+Therefore, if any bit of a signature file was changed, `read_bundle` or the cryptographic check refuses the file. In
+signatures of kind `sigstore`, this module checks only the envelope, and sigstore's library checks the rest.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 LARGEST = 64 << 20
-"""The largest size of a signature file, in bytes. A manifest has about 200 bytes per signed file."""
+"""The largest accepted size of a signature file, in bytes. A signature file has about 200 bytes per signed file."""
 
 _PLAIN = {
     "": {"mediaType", "verificationMaterial", "dsseEnvelope"},
@@ -48,10 +49,12 @@ _PLAIN = {
     "dsseEnvelope": {"payload", "payloadType", "signatures"},
     "dsseEnvelope.signatures": {"sig", "keyid"},
 }
-"""Path in the bundle -> the keys that are allowed at this path, for signatures with a key or a certificate."""
+"""A map from each path in the bundle to the keys that are allowed there. In signatures of kind `sigstore`, only the
+paths that begin with `dsseEnvelope` are checked."""
 
 _EXTRA = {"verificationMaterial.publicKey": {"rawBytes", "keyDetails"}}
-"""Keys that model-signing wrote before 1.0, and that its verifier ignores."""
+"""More allowed keys. Versions of model-signing before 1.0 wrote these keys, and model-signing's verifier ignores them.
+"""
 
 _BASE64 = {"payload", "sig", "rawBytes"}
 
@@ -63,7 +66,7 @@ class SignatureBundle:
     Attributes:
         path: the path of the file.
         kind: `key`, `certificate` or `sigstore`.
-        key: the sha256 of the public key, as the file states it; None if the file names no key.
+        key: the SHA-256 of the public key, copied from the file; None if the file has none.
         payload: the signed payload, an in-toto statement.
     """
 
@@ -79,7 +82,7 @@ class SignatureBundle:
 
     @property
     def statement(self) -> Mapping[str, object] | None:
-        """The statement of the lineage that adapterkit signed with the files; None in signatures by other tools."""
+        """The signed statement of the lineage; None if a tool other than adapterkit made the signature."""
         statement = self.predicate.get(PREDICATE)
         return statement if isinstance(statement, Mapping) else None
 
@@ -88,7 +91,7 @@ def read_bundle(path: Path) -> SignatureBundle:
     """Read a signature file. This does not verify the signature.
 
     Raises:
-        Corrupt: the file is not a signature file in the form that signing tools write.
+        Corrupt: the file is too large, is not a signature file, or has content that signing tools do not write.
         StorageError: the file cannot be read.
     """
     try:
@@ -189,7 +192,7 @@ class SignatureCheck:
         kind: `key`, `certificate` or `sigstore`.
         key: the sha256 of the public key, if `kind` is `key`.
         files: the number of digests that were compared: one per file, or one per shard if the signer hashed shards.
-        statement: the signed statement of the lineage; None in signatures by other tools.
+        statement: the signed statement of the lineage; None if a tool other than adapterkit made the signature.
         not_covered: existing files that the signature does not cover.
     """
 
@@ -219,30 +222,30 @@ def check_signature(
     identity: str | None = None,
     issuer: str | None = None,
 ) -> SignatureCheck:
-    """Check a signature of an adapter or a model, made by `sign` or by OpenSSF model signing.
+    """Check the signature of an adapter or a model. `sign` or another OpenSSF model signing tool made the signature.
 
     Args:
         path: the signed folder or file.
         signature: the signature file.
-        key: the public key of the signer, in PEM form.
+        key: the file with the signer's public key, in PEM form.
         trust: files with the certificates to trust, in PEM form, instead of a key.
         identity: the expected sigstore identity, such as an e-mail address, instead of a key. This needs a network.
         issuer: the OpenID provider of the identity, such as `https://accounts.google.com`.
 
     Returns:
-        The result, with the number of files and the signed statement. An invalid signature raises an error.
+        The result for a valid signature, with the number of compared digests and the signed statement.
 
     Raises:
         Corrupt: a file was changed, added or removed, or the signature was changed or made with another key.
         StorageError: a path does not exist or cannot be read.
-        UsageError: not exactly one of `key`, `trust` and `identity` is set, or the signature needs another one of
-            these three.
+        UsageError: none or several of `key`, `trust` and `identity` are set, the argument that is set cannot check this
+            kind of signature, or only one of `identity` and `issuer` is set.
         Malformed, Unsupported: the key is invalid or of an unsupported kind, or `model-signing` is not installed.
         NetworkError: sigstore cannot be reached.
     """
     if (key is not None) + bool(trust) + (identity is not None) != 1:
         cure = "Type one of --key PUB.pem (key=), --trust CERT.pem (trust=) and --identity WHO (identity=)"
-        raise UsageError("exactly one is needed: the signer's key, certificates or identity", cure=cure)
+        raise UsageError("exactly one of the signer's key, certificates and identity is needed", cure=cure)
     if (identity is None) != (issuer is None):
         cure = "Type both --identity and --issuer (identity=, issuer=)"
         raise UsageError("an identity needs an issuer, and an issuer needs an identity", cure=cure)
@@ -251,7 +254,7 @@ def check_signature(
     bundle = read_bundle(file)
     wanted = "key" if key is not None else "certificate" if trust else "sigstore"
     if bundle.kind != wanted:
-        why = f"the signature is of kind {bundle.kind}, but the arguments can only check one of kind {wanted}"
+        why = f"the signature is of kind {bundle.kind}, but the arguments only check signatures of kind {wanted}"
         raise UsageError(f"{file}: {why}", cure=_ASKS[bundle.kind])
     config = _sigstore(identity, issuer) if identity is not None else verifier(key, trust)
     stage("hashing files and checking the signature")
@@ -268,18 +271,18 @@ def other_base(
 ) -> dict[str, str] | None:
     """Compare a base with the base in a signed statement; return None if the fingerprints are equal.
 
-    If the fingerprints differ, return a record with both. If the statement also has a digest of the base's shapes, the
-    record's entry `how` states whether the two bases have the same architecture; otherwise, `how` is empty.
+    If the fingerprints differ, return a record with both fingerprints. The record's entry `how` states whether the two
+    bases have the same architecture. If the statement has no digest of the base's shapes, `how` is empty.
 
     Raises:
-        UsageError: the statement has no fingerprint to compare with.
+        UsageError: the statement has no fingerprint of a base.
     """
     fields: Mapping[str, Any] = statement or {}
     kept = fields.get("made_from") or {}
     recorded = [*((fields.get("base") or {}).get("fingerprints") or ()), kept.get(FINGERPRINT)]
     known = [each for each in recorded if isinstance(each, str) and each.startswith(PREFIX)]
     if not known:
-        cure = "Omit --base (base=). Or compute the merge again: keep --base, and name the adapters with --adapter"
+        cure = "Omit --base (base=), or add --adapter for each merged adapter to compute the merge again"
         raise UsageError("the signed statement has no fingerprint of a base", cure=cure)
     checkpoint = opened(base)
     given = fingerprint(checkpoint)
@@ -295,7 +298,8 @@ def _verify(config: Any, root: Path, bundle: SignatureBundle) -> None:
         why = "the signature is not valid: it does not cover this link to a folder"
         raise Corrupt(why, path=linked[0], cure=DISTRUST)
     config.set_hashing_config(_hashing(root, bundle))
-    # model-signing prints a warning for signatures that name no key, as its first versions wrote them. Silence it.
+    # Silence the warning that model-signing prints if a signature does not name its key. The first versions of
+    # model-signing wrote such signatures.
     silent = contextlib.redirect_stdout(io.StringIO()) if bundle.key is None else contextlib.nullcontext()
     try:
         with silent:
@@ -365,7 +369,7 @@ def _sigstore(identity: str, issuer: str | None) -> Any:
     config = model_signing("verifying").Config()
     try:
         return config.use_sigstore_verifier(identity=identity, oidc_issuer=issuer)
-    except Exception as error:  # Errors of the network, or of the trust root.
+    except Exception as error:  # For example, the network or the trust root cannot be reached.
         why = f"sigstore cannot be used: {first_line(error)}"
         raise NetworkError(why, cure="Connect to a network and try again: sigstore needs a network") from None
 

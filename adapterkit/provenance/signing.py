@@ -4,8 +4,8 @@ The signature is a Sigstore bundle, so `model_signing verify` can check it. The 
 entry, `adapterkit`, with the statement. The signature covers this entry, but other verifiers ignore the entry.
 
 The statement is a copy of records in the files: the lineage of an adapter, or the record of a merge. So the signature
-covers the names of base and adapters, and the weights with which the adapters were merged. No error message contains
-any part of a private key.
+also covers the names of the base and the adapters, and the weight that each adapter had in the merge. No error message
+contains any part of a private key.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _check_private(path: Path, password: bytes | None) -> None:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     data = _read(path)
-    # Do not include messages of the package `cryptography`, because no part of a private key may reach a log.
+    # The errors below do not quote messages of the package `cryptography`: no part of a private key may reach a log.
     if b"ENCRYPTED" in data and password is None:
         cure = f"Set {PASSWORD}, or type --password-file FILE (password=)"
         raise UsageError(f"the key {path} is encrypted, but no password was given", cure=cure)
@@ -135,7 +135,7 @@ def _check_private(path: Path, password: bytes | None) -> None:
         raise UsageError(f"a password was given, but the key {path} is not encrypted", cure=cure) from None
     except (ValueError, UnsupportedAlgorithm):
         if password is not None and b"ENCRYPTED" in data:
-            cure = f"Correct {PASSWORD}, or the file at --password-file (password=)"
+            cure = f"Correct the password in {PASSWORD} or in the file of --password-file (password=)"
             raise Malformed("the password does not decrypt this key", path=path, cure=cure) from None
         raise Malformed("the file is not a private key in PEM form", path=path, cure=_NEW_KEY) from None
     _check_curve(path, key)
@@ -165,7 +165,7 @@ def _certificates(path: Path) -> None:
     try:
         x509.load_pem_x509_certificates(_read(path))
     except ValueError:
-        cure = "Pass a file of X.509 certificates"
+        cure = "Pass a file with X.509 certificates in PEM form"
         raise Malformed("the file contains no certificate in PEM form", path=path, cure=cure) from None
 
 
@@ -178,22 +178,23 @@ def _read(path: Path) -> bytes:
 
 
 PREDICATE = "adapterkit"
-"""The name of the entry in the signed predicate that contains adapterkit's statement of the lineage. The specification
-of model signing says that verifiers ignore entries with unknown names."""
+"""The key under which the signed predicate contains adapterkit's statement of the lineage. According to the
+specification of model signing, verifiers ignore unknown keys."""
 
 VERSION = 1
 """The version of the statement's format."""
 
 _EXACT = 1 << 53
-"""Integers above this limit are stored as text: the predicate is a protobuf `Struct`, whose numbers are doubles."""
+"""Integers with a larger absolute value are stored as strings, because the predicate is a protobuf `Struct`, which
+stores every number as a double."""
 
 _OF_FILES = ("written", "norms")
-"""The parts of a merge's record that the statement omits: they describe bytes that the signed digests already cover.
-"""
+"""The keys of a merge's record that the statement omits. They describe the content of the model's files, which the
+signature already covers with a digest of each file."""
 
 
 def statement_of(path: Path) -> dict[str, JsonValue]:
-    """Return, as plain JSON, the facts that the files at `path` record about their origin.
+    """Return the statement of the lineage as plain JSON, from the records in the files at `path`.
 
     Args:
         path: an adapter, a model with or without the record of a merge, an ONNX graph, or any other file or folder.
@@ -222,7 +223,7 @@ def _kind(path: Path) -> Mapping[str, object]:
     except UnknownFormat:
         pass
     except AdapterkitError as error:
-        # Sign an adapter even if it cannot be read here: reading it may only require an option, such as `alpha`.
+        # Sign the adapter even if this function cannot read it: the adapter may need an option, such as `alpha`.
         return {"kind": "adapter", "unread": error.why}
     if path.suffix.lower() == ".onnx":
         return {"kind": "graph", **_original(path)}
@@ -234,7 +235,7 @@ def _kind(path: Path) -> Mapping[str, object]:
 
 
 def _merged(path: Path) -> dict[str, JsonValue]:
-    """Return the statement of a merged model: the record of the merge, without the parts in `_OF_FILES`."""
+    """Return the statement of a merged model: the record of the merge, without the keys in `_OF_FILES`."""
     record = merge_record(opened(path))
     made_from = {key: value for key, value in record.items() if key not in _OF_FILES}
     return {"kind": "merged", "made_from": made_from}
@@ -254,7 +255,7 @@ def _adapter(adapter: Adapter, name: str) -> dict[str, object]:
 
 
 def _original(path: Path) -> dict[str, JsonValue]:
-    """Return the sha256 of the graph before adapters were injected, if `onnx.inject` recorded it; otherwise {}."""
+    """Return the SHA-256 that the graph's file had before `onnx.inject`; {} if the graph has no record of it."""
     import onnx
 
     from ..onnx.injecting import ORIGINAL
@@ -291,8 +292,8 @@ GIT = (".git", ".gitattributes", ".github", ".gitignore")
 
 
 NOTES = (NOTE, ".cache/huggingface")
-"""Files that `pull` and huggingface_hub add to a downloaded folder. They are not signed, so that a download of
-the signed files passes the check, too."""
+"""Files that `pull` and huggingface_hub add to a downloaded folder. They are not signed, so the signature is also valid
+for a downloaded copy of the folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,7 +416,7 @@ def files_of(root: Path, signature: Path) -> list[Path]:
 
 
 def _check_names(root: Path, files: Sequence[Path]) -> None:
-    """Refuse a folder without files, and file names that are not UTF-8, which the statement cannot contain."""
+    """Refuse a folder without files. Also refuse file names that are not UTF-8: the signature cannot contain them."""
     if not files:
         why = "there is no file to sign"
         raise UsageError(why, path=root, cure="Pass the folder or the file of the adapter or the model")
@@ -431,7 +432,7 @@ def _below(file: Path, names: Sequence[PurePosixPath]) -> bool:
 
 
 def not_covered(root: Path) -> tuple[str, ...]:
-    """Return the names of git's files and of download records in the folder. These files are not signed."""
+    """Return the names from `GIT` and `NOTES` that exist in the folder. They are not signed."""
     return tuple(name for name in (*GIT, *NOTES) if root.is_dir() and (root / name).exists())
 
 
@@ -479,7 +480,7 @@ def _within(file: Path, root: Path) -> bool:
 
 def _signed(config: Any, payload: Any, sigstore: bool) -> str:
     try:
-        # Use the private signer: the public `Config.sign` creates a payload without a statement.
+        # Use the private attribute `_signer`, because the public `Config.sign` cannot add adapterkit's statement.
         bundle = config._signer.sign(payload).bundle
         text: str = bundle.to_json()
     except Exception as error:
@@ -493,7 +494,7 @@ def _sigstore(token: str | None) -> Any:
     config = model_signing("signing").Config()
     try:
         return config.use_sigstore_signer(identity_token=token, use_ambient_credentials=token is None)
-    except Exception as error:  # Errors of the network, of the trust root, or of the identity.
+    except Exception as error:  # For example, the network cannot be reached, or the identity is refused.
         raise NetworkError(f"sigstore cannot be used: {first_line(error)}", cure=_OFFLINE) from None
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ._calibration import Calibration
 
 
-# The interface of a quantization scheme: recognise its bases, and find their packed weights.
+# The interface of a quantization scheme: a scheme detects the bases that it packed, and finds their packed weights.
 
 
 DAMAGED = "The file is damaged, or belongs to another scheme: fetch it again"
@@ -49,8 +49,8 @@ class Packed(ABC):
         name: the weight's name in the unquantized base.
         shape: the weight's shape in the unquantized base.
         dtype: the dtype to which the scheme's library dequantizes.
-        members: the names of the stored tensors of the weight. In lists of tensors, the weight is at the position of
-            its first stored tensor.
+        members: the names of the weight's stored tensors. `Dequantized.tensors` lists the weight at the position of the
+            first of these tensors.
     """
 
     name: str
@@ -65,25 +65,28 @@ class Packed(ABC):
 
     @property
     def changes(self) -> bool:
-        """Whether a merge writes the weight in another type than the stored type, even if no adapter changes it."""
+        """Whether a merge changes the weight's stored type. This does not depend on the adapters."""
         return False
 
     @property
     def written(self) -> Lazy:
-        """A placeholder for the tensor that will be written if `changes` is true: it has the size, but not the bytes.
+        """A placeholder for the tensor that a merge writes if `changes` is true. It has the size, but not the bytes.
 
         Raises:
-            Unsupported: the scheme has only one type.
+            Unsupported: the scheme cannot change a weight's stored type.
         """
         raise Unsupported("the scheme cannot write the weight in another type", where=self.name, cure=NO_PACKING)
 
     @property
     def share(self) -> Lazy | None:
-        """This weight's part of a stored tensor that several weights share, with its size when written; else None."""
+        """This weight's part of a stored tensor that several weights share, or None if no other weight shares it.
+
+        If `changes` is true, the part is a placeholder with the size that a merge writes.
+        """
         return None
 
     def with_parts(self, parts: Mapping[str, Lazy]) -> Packed | None:
-        """Return a copy of the weight that reads the tensors in `parts`; None if only `Scheme.find` can create it."""
+        """Return a copy of the weight that reads the tensors in `parts`; None if only `Scheme.find` can create one."""
         return None
 
     @abstractmethod
@@ -140,32 +143,32 @@ class Rowwise(Packed):
     def closed(self, row: int) -> bool:
         """Whether a run may begin at this row.
 
-        In each stored tensor that changes, the bytes of all earlier rows must end before the bytes of this row and of
-        all later rows begin.
+        In each stored tensor that changes, all bytes of the earlier rows must come before all bytes of this row and the
+        later rows.
         """
 
     @abstractmethod
     def places(self, row: int) -> dict[str, int]:
-        """Return where a row's bytes will begin in each stored tensor that changes: name -> offset in bytes.
+        """Return the byte offset at which a row will begin in each stored tensor that changes, keyed by tensor name.
 
         Args:
-            row: the number of the row; `closed(row)` must be true.
+            row: the index of the row; `closed(row)` must be true.
         """
 
     @abstractmethod
     def pack_rows(self, start: int, rows: Array) -> dict[str, bytes]:
-        """Quantize a run of rows; return the run's bytes for each stored tensor that changes, by the tensor's name.
+        """Quantize a run of rows, and return the run's bytes for each stored tensor that changes, keyed by tensor name.
 
         `closed` must be true for the first row, and for the row that follows the last row.
 
         Args:
-            start: the number of the first row.
+            start: the index of the first row.
             rows: the rows `[rows, width]`, in the dtype that the property `merged` names.
         """
 
     @abstractmethod
     def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
-        """Dequantize what `pack_rows` returned for the run that begins at `start`: `[rows, width]`, like `rows`."""
+        """Dequantize the bytes that `pack_rows` returned for the run that begins at row `start`, to `[rows, width]`."""
 
 
 class Scheme:
@@ -185,7 +188,7 @@ class Scheme:
     oracle: ClassVar[str] = ""
 
     def detect(self, base: Checkpoint) -> bool:
-        """Whether this scheme packed the base, as far as headers and config show."""
+        """Whether the headers and the config of the base show that this scheme packed it."""
         raise Unsupported(f"{type(self).__name__} cannot be detected")
 
     def config(self, base: Checkpoint) -> Mapping[str, JsonValue] | None:
@@ -222,9 +225,10 @@ QUANTIZATION = "quantization_config"
 
 
 def sixteen_bits(base: Checkpoint, scale: Lazy | None = None) -> DType:
-    """Return the dtype to dequantize to: the scale's dtype if it has 16 bits, else the config's if it is float16.
+    """Return the 16-bit dtype to dequantize to.
 
-    Otherwise, the dtype is bfloat16.
+    If the scale's dtype has 16 bits, return this dtype. Otherwise, return float16 if the config names float16, and
+    bfloat16 if not.
     """
     if scale is not None and scale.dtype.name in ("F16", "BF16"):
         return scale.dtype
@@ -253,14 +257,14 @@ def expect(shape: Shape, wanted: Shape, name: str) -> None:
     """Check the shape of a packed weight's stored tensor.
 
     Raises:
-        ShapeMismatch: the shape differs.
+        ShapeMismatch: `shape` differs from `wanted`.
     """
     if shape != wanted:
         raise ShapeMismatch(f"the shape is {list(shape)}, not {list(wanted)}", where=name, cure=DAMAGED)
 
 
 def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> Array:
-    """Read `count` elements of a stored tensor from `first` on, or all remaining elements, as a flat array."""
+    """Read elements of a stored tensor as a flat array: `count` elements from index `first`, or all from there."""
     import numpy as np
 
     size = math.prod(tensor.shape) - first if count is None else count
@@ -302,7 +306,7 @@ def nibbles(packed: Array, *, high_first: bool = False) -> Array:
 
 
 STEP = 1 << 17
-"""About how many values to quantize in one step; so many values fit in a processor core's cache."""
+"""The approximate number of values to quantize in one step. That many values fit in a processor core's cache."""
 
 
 def steps(shape: Shape, granule: int = 1) -> Iterator[tuple[int, int]]:
@@ -347,13 +351,13 @@ def halves(q: Array, *, high_first: bool = False) -> Array:
 
 
 def joined(pieces: Sequence[Sequence[Array]], axes: Sequence[int]) -> list[Array]:
-    """Join several arrays from pieces: array i consists of item i of every entry, joined along the axis `axes[i]`."""
+    """Return a list whose item i is the concatenation of `piece[i]` for every `piece` in `pieces`, along `axes[i]`."""
     import numpy as np
 
     return [np.concatenate(parts, axis) for parts, axis in zip(zip(*pieces, strict=True), axes, strict=True)]
 
 
-# The registry of schemes, and the entry points.
+# The registry of schemes, and the functions that other packages call.
 
 
 __all__ = [
@@ -374,7 +378,7 @@ SIDE_FILES = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_c
 """Files next to config.json that describe only how weights are packed."""
 
 COMFYUI = "_quantization_metadata"
-"""The header key under which ComfyUI's files may list each module's format."""
+"""The metadata key under which ComfyUI's files may list the quantization format of each module."""
 
 PLAIN = frozenset({"BF16", "F16", "F32", "F64"})
 """The dtypes of unquantized weights. If a base has only these dtypes, no scheme is imported."""
@@ -384,7 +388,7 @@ PLAIN = frozenset({"BF16", "F16", "F32", "F64"})
 class Dequantized(Checkpoint):
     """A quantized base, as a checkpoint of dequantized weights.
 
-    `tensors` and `home` list the weights, not the stored tensors.
+    The keys of `tensors` and `home` are the names of the weights. A packed weight's stored tensors have no keys there.
 
     Attributes:
         scheme: the name of the scheme that packed the base.
@@ -405,7 +409,7 @@ class Dequantized(Checkpoint):
 
     @property
     def written(self) -> dict[str, Lazy]:
-        """Return the tensors of the output, in which packed weights have their new sizes."""
+        """Return the stored tensors, with a placeholder for each packed weight whose type the merge changes."""
         changed = {w.members[0]: w.written for w in self.packed.values() if w.changes}
         return {name: changed.get(name, tensor) for name, tensor in self.stored.tensors.items()}
 
@@ -420,7 +424,7 @@ class Dequantized(Checkpoint):
 
 
 def config_file(base: Checkpoint) -> Mapping[str, JsonValue] | None:
-    """Return the config.json next to a base's weights, without the entries that are added to a GGUF base's config."""
+    """Return the config.json next to a base's weights. For a GGUF base, omit the keys that adapterkit added."""
     return base.stored.config if isinstance(base, Dequantized) and base.scheme == "gguf" else base.config
 
 
