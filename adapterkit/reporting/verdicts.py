@@ -33,25 +33,25 @@ TIMES = 4
 the average share. The rules `concentrated` and `by-module` skip adapters with fewer than twice this many targets."""
 
 SCALED = 3.0
-"""A layer is out of scale if each of its norms is more than this many times the median norm of the same module in the
-neighbouring layers, or if each of its norms is less than 1 / this of that median."""
+"""To find layers that are out of scale, each norm in a layer is divided by the median norm of the same module in the
+neighbouring layers. The layer is out of scale if all these ratios are above `SCALED`, or all are below `1 / SCALED`."""
 
 DEAD = 1e-6
 """A target is dead if its norm is at most this many times the median norm of the same module over all layers. A layer
 is dead if its norm is at most this many times the median norm of all layers."""
 
 SPIKE = 0.9
-"""A change of rank 4 or more is a rank-1 spike if the square of one singular value is more than this share
-of the change's squared norm."""
+"""A change of rank 4 or more is a rank-1 spike if the square of its largest singular value is more than this share of
+its squared norm."""
 
 WIDE = 0.35
 """An adapter's rank is mostly unused if the median of (effective rank / stored rank) is below this limit. The median is
 taken over the targets with rank 4 or more."""
 
 OPPOSED, ALIKE, SAME = -0.2, 0.5, 0.9999
-"""Limits for the cosine of two changes. At or below the first limit, the changes oppose each other. At or above the
-second limit, they are similar. If the absolute value of the cosine reaches the third limit, the changes are equal
-except for a factor."""
+"""Limits for the cosine of two changes. The changes oppose each other if the cosine is at most `OPPOSED`, and are
+similar if the cosine is at least `ALIKE`. They are equal except for a factor if its absolute value is at least
+`SAME`."""
 
 CONFLICT = 0.6
 """Two adapters conflict at a target if they change more than this share of its elements in opposite directions. For
@@ -76,10 +76,9 @@ SCALING = (1 / 64, 64.0)
 """The smallest and largest plausible scaling of a LoRA. Outside these bounds, the file's alpha is most likely wrong."""
 
 KEPT, NOTHING, WRONG = 0.95, 0.05, 1.0
-"""Limits for a merged model. The first two limits apply to the share of a change that the merged model contains. Below
-the first limit, the change counts as partly lost. Below the second limit, it counts as not merged. The third limit
-applies to the error of a merged weight, divided by the norm of the change. Above the third limit, the rounding error is
-larger than the change."""
+"""Limits for a merged model. A change is partly lost if the merged model contains less than the share `KEPT` of it, and
+not merged if the model contains less than the share `NOTHING`. The rounding error of a merged weight is larger than the
+change if the norm of the error, divided by the norm of the change, is above `WRONG`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +102,16 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """The data that rules read."""
+    """The input of the rules: the measurements, and the facts about each adapter."""
 
     measured: Measurements
     facts: Sequence[Facts]
 
     def each(self) -> Iterator[tuple[int, str, list[Effect]]]:
-        """Yield each adapter's index, the prefix of sentences about the adapter (`name: `), and its measured effects.
+        """Yield (index, prefix, measured effects) for each adapter.
 
-        The prefix is empty if the report has only one adapter.
+        Sentences about the adapter begin with the prefix. The prefix is `name: `, or empty if the report has only one
+        adapter.
         """
         alone = len(self.facts) == 1
         for at, facts in enumerate(self.facts):
@@ -238,7 +238,7 @@ def _layer(layer: str) -> str:
 
 
 def _by_layer(findings: Findings, effects: Iterable[Effect]) -> dict[str, list[Effect]]:
-    """Return a map from each layer to its effects, sorted by layer number. Effects outside all layers are omitted."""
+    """Return a map from each layer to its effects, sorted by layer number. Omit effects outside the layers."""
     cells = findings.measured.cells
     by_layer: dict[str, list[Effect]] = defaultdict(list)
     for effect in sorted(effects, key=lambda each: cells[each.target].order):
@@ -290,11 +290,11 @@ def _times(ratio: float) -> str:
 
 
 def _ratio(findings: Findings, layers: Mapping[str, list[Effect]], layer: str) -> float | None:
-    """Return the factor by which a layer's norms differ from those of its neighbours; None if it is not out of scale.
+    """Return the median ratio of a layer's norms to the norms of its neighbours; None if the layer is not out of scale.
 
-    Each norm is divided by the median norm of the same module in up to two layers before and after. The
-    factor is the median of these ratios. A layer is out of scale only if it has at least two ratios, and all of them
-    are more than `SCALED` or all of them are less than `1 / SCALED`.
+    Each norm is divided by the median norm of the same module in the neighbours: up to two layers before and up to two
+    layers after the layer. The layer is out of scale if it has at least two ratios, and all of them are above `SCALED`
+    or all of them are below `1 / SCALED`.
     """
     order = [*layers]
     at = order.index(layer)
@@ -355,9 +355,9 @@ def _spikes(findings: Findings) -> Details:
         several = [e for e in effects if len(e.spectrum) >= 2 and (e.rank or len(e.spectrum)) >= 4]
         spiked = [effect for effect in several if (effect.spike or 0.0) > SPIKE]
         if len(spiked) > 3 and len(spiked) > len(effects) / 2:
-            how = f"one direction has more than {percent(SPIKE)} of each of these changes"
+            how = f"more than {percent(SPIKE)} of each change lies in one direction"
             yield (
-                f"{name}{len(spiked):,} of {len(effects):,} targets have changes of rank 1, in practice: {how}.",
+                f"{name}{len(spiked):,} of {len(effects):,} targets have changes of almost rank 1: {how}.",
                 at,
                 None,
             )
@@ -406,7 +406,7 @@ def _scalings(findings: Findings) -> Details:
 
 
 def _gaps(findings: Findings) -> Details:
-    """Yield a sentence for each module that a few layers lack, although all other layers of the same kind have it."""
+    """Yield a sentence for each module that has no target in a few layers, but has targets in all similar layers."""
     cells = findings.measured.cells
     for at, name, effects in findings.each():
         here = [effect for effect in findings.measured.effects if effect.adapter == at]
@@ -556,7 +556,7 @@ def _sharing(findings: Findings) -> Details:
 
 
 def _fills(effects: Sequence[Effect]) -> bool:
-    """Whether most changes have such a high rank that any other changes of the same weights would overlap them."""
+    """Whether most changes have such a high rank that their subspaces overlap those of any other changes."""
     sides = [len(each.spectrum) / min(each.shape[0], math.prod(each.shape[1:])) for each in effects if each.shape]
     return bool(sides) and statistics.median(sides) > 0.2
 
@@ -602,7 +602,7 @@ def _merged(findings: Findings) -> Details:
 
 
 def _is_rounding(share: MergedShare) -> bool:
-    """Whether the merged model lacks a part of the change only because of rounding to its dtype."""
+    """Whether rounding to the merged model's dtype is the only reason why a part of the change is lost."""
     return share.rounded < KEPT and abs(share.kept - share.rounded) <= 1 - KEPT
 
 
@@ -614,7 +614,7 @@ def _merged_narrow(findings: Findings) -> Details:
         text = (
             f"Rounding to {least.dtype} loses a part of the change at {len(rounded):,} of "
             f"{len(findings.measured.merged):,} targets: at {findings.title(least.target)}, {percent(least.kept)} of "
-            "the change is left. The merge itself is right. To keep the whole change, merge with --dtype fp32 "
+            "the change is left. The merge itself is correct. To keep the whole change, merge with --dtype fp32 "
             "(dtype='fp32'); fp16 keeps more than bf16, because it rounds eight times finer."
         )
         yield text, None, least.target
@@ -700,4 +700,4 @@ RULES = (
     VerdictRule("independent", "note", _independent),
     VerdictRule("merged-well", "note", _merged_well),
 )
-"""All rules. Among verdicts of the same level, a report shows the verdicts in the order of these rules."""
+"""All rules. A report shows verdicts of the same level in the order of their rules in this tuple."""

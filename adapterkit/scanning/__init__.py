@@ -89,8 +89,8 @@ def _recognised(path: Path) -> bool:
 def _adapter(root: Path, checkpoint: Checkpoint | None, unread: list[str]) -> list[Finding]:
     """Return findings about the targets and values of an adapter.
 
-    If the adapter cannot be read, `unread` gets a line: other tools may be able to read the adapter, so the user must
-    know that it was not scanned.
+    If adapterkit cannot read the adapter, a line is added to `unread`. Other tools may be able to read the adapter, so
+    the user must know that its values were not scanned.
     """
     try:
         adapter = read(root, base=checkpoint)
@@ -118,28 +118,31 @@ def _files(root: Path, unread: list[str]) -> list[Path]:
 
 
 FEW_EXPERTS = 0.1
-"""The changed experts of a layer are reported if they are at most this share of all experts, or only one expert. The
-number of all experts is taken to be the highest number of a changed expert in any layer, plus 1. Experts are compared
-only if their paths in all layers are equal except for the layer's number."""
+"""A layer's changed experts are reported if they are at most this share of the layer's experts, or only one expert.
+
+The number of experts per layer is estimated as the highest index of a changed expert in any layer, plus 1. The check is
+skipped if the paths of two layers with experts differ in more than their numbers.
+"""
 
 SPIKE, SPIKE_RANK = 0.995, 4
-"""A change of rank 4 or more is dominated by one direction if that direction has more than this share of the change's
-energy (squared norm)."""
+"""One direction dominates a change if the change has at least the rank `SPIKE_RANK`, and more than the share `SPIKE` of
+its energy (squared norm) is in this direction."""
 
 STRONGER = 5.0
 """A change dominated by one direction is reported if its norm is more than this many times the median norm of the same
-module over all layers. If at most a quarter of all changes are dominated by one direction, they are all reported."""
+module over all layers. If one direction dominates at most a quarter of the changes of rank `SPIKE_RANK` or more, every
+dominated change is reported, whatever its norm is."""
 
 MOST_OF_ALL = 0.8
-"""A target is reported if it has more than this share of the total energy (squared norm) of all targets."""
+"""A target is reported if its energy (squared norm) is more than this share of the energy of all targets together."""
 
 ENOUGH = 8
 """Experts are compared with each other only if there are at least this many experts. Targets are compared with each
 other only if there are at least this many targets."""
 
 FOREIGN = 0.005
-"""If all but at most this share of a float32 tensor's values are exact in 16 bits, the tensor was probably trained in
-16 bits. The few values that are not exact were probably changed later, so they are reported."""
+"""If at most this share of a float32 tensor's values needs more than 16 bits, the tensor was probably trained in 16
+bits. The few values that need more bits were probably changed later, so they are reported."""
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -185,7 +188,7 @@ def _token_rows(target: Target, updates: tuple[Update, ...], file: str) -> Itera
     for update in updates:
         if update.method == "rows":
             count = next(iter(update.tensors.values())).shape[0]
-            yield Finding("token-rows", file, str(target), f"{count:,} rows of single tokens")
+            yield Finding("token-rows", file, str(target), f"{count:,} rows of single tokens are changed")
         elif is_embedding(f"{target.path}.weight") and update.method == "replacement":
             yield Finding("token-rows", file, str(target), "the whole embedding is replaced")
 
@@ -258,7 +261,7 @@ def _spikes(file: str, norms: dict[str, float], firsts: dict[str, float]) -> Ite
         lonely = len(firsts) >= ENOUGH and sum(each > SPIKE for each in firsts.values()) <= len(firsts) // 4
         if share > SPIKE and (strong or lonely):
             evidence = f"{share:.2%} of its energy lies in one direction; its norm is {norms[name]:.3g}"
-            yield Finding("spike", file, name, f"{evidence}, the median norm of the same module is {median:.3g}")
+            yield Finding("spike", file, name, f"{evidence}; the module's median norm is {median:.3g}")
     energy = {name: norm * norm for name, norm in norms.items()}
     whole = math.fsum(energy.values())
     for name, each in energy.items():

@@ -2,8 +2,8 @@
 
 The scan reads the opcodes of pickles, but never loads a pickle. It reports the functions that a pickle would import.
 Pickles are found in plain files, archives, compressed files and NumPy arrays of objects. In configs, the scan looks for
-keys that make a loader import code. In chat templates, it looks for access to anything but the data that the template
-is given.
+keys that make a loader import code. In chat templates, it looks for web addresses, and for expressions that access
+anything but the template's input variables.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from jinja2 import nodes
 
 MOST = 20
-"""The largest number of findings to report for one rule in one file: a pickle may contain thousands of calls."""
+"""The largest number of findings for the imports in one stream of pickles, for the repeated keys of one JSON file, or
+for the addresses in one chat template. A pickle may contain thousands of imports."""
 
 LARGEST = 32 << 20
 """The largest number of bytes to scan for pickles in one file or in one archive entry."""
@@ -74,8 +75,8 @@ _Stream = IO[bytes] | io.BufferedIOBase
 def is_pickle(head: bytes) -> bool:
     """Whether a file that begins with `head` looks like a pickle of protocol 2 or later.
 
-    A safetensors file begins with the length of its header, and the bytes of this length may look like a pickle. Such a
-    file is recognised by the `{` with which its header begins.
+    The first eight bytes of a safetensors file are the length of its header. They may look like the start of a pickle.
+    The next byte of a safetensors file is the `{` of the header, so the function can return False for the file.
     """
     if len(head) < 3 or head[0] != 0x80 or not 2 <= head[1] <= 5 or head[2] not in _OPCODES:
         return False
@@ -113,7 +114,7 @@ def in_pickles(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
 
 @dataclass
 class _Reader:
-    """Scan one file, and the archives in it. `left` is the number of bytes that may still be decompressed."""
+    """Scan one file, and the archives in the file. `left` is the number of bytes that may still be read for pickles."""
 
     name: str
     unread: list[str]
@@ -128,10 +129,10 @@ class _Reader:
         if not (archive or compressed or is_pickle(head) or head[:6] == b"\x93NUMPY" or suffix in _PICKLED):
             return
         if depth > _DEEPEST:
-            self.skip(place, f"it is nested in more than {_DEEPEST} archives")
+            self.skip(place, f"it was not scanned, because it is nested in more than {_DEEPEST} archives")
             return
         if self.left <= 0:
-            self.skip(place, f"the limit of {_LARGEST_SUM:,} scanned bytes per file was reached before this part")
+            self.skip(place, f"it was not scanned, because the limit of {_LARGEST_SUM:,} bytes per file was reached")
             return
         whole, data, cut = stream, head, False
         if depth == 0 and (archive or compressed):
@@ -162,7 +163,7 @@ class _Reader:
             self.skip(place, f"this archive cannot be read: {error}")
 
     def skip(self, place: str, why: str) -> None:
-        """Add a line to `unread` that gives the reason why a part was not scanned, or only in part."""
+        """Add a line to `unread` with the reason why a file or an archive entry was not completely scanned."""
         self.unread.append(f"{self.name}{f' ({place})' if place else ''}: {why}")
 
     def zip(self, place: str, stream: _Stream, depth: int) -> Iterator[Finding]:
@@ -170,7 +171,7 @@ class _Reader:
         with zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
             if len(entries) > _MOST_ENTRIES:
-                self.skip(place, f"only {_MOST_ENTRIES:,} of {len(entries):,} entries were scanned")
+                self.skip(place, f"only its first {_MOST_ENTRIES:,} of {len(entries):,} entries were scanned")
             for entry in entries[:_MOST_ENTRIES]:
                 where = f"{place}/{entry.filename}" if place else entry.filename
                 yield from self.entry(where, entry.filename)
@@ -183,7 +184,7 @@ class _Reader:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             for number, entry in enumerate(archive):
                 if number >= _MOST_ENTRIES:
-                    self.skip(place, f"only {_MOST_ENTRIES:,} entries were scanned")
+                    self.skip(place, f"only its first {_MOST_ENTRIES:,} entries were scanned")
                     return
                 where = f"{place}/{entry.name}" if place else entry.name
                 yield from self.entry(where, entry.name)
@@ -210,7 +211,7 @@ class _Reader:
             yield Finding("code-file", self.name, where, "the archive contains a code file")
 
     def array(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
-        """Yield the findings in a .npy file. If its array has Python objects, a pickle follows the file's header."""
+        """Yield the findings in a .npy file. NumPy stores an array of Python objects as a pickle after the header."""
         end = _header_size(data)
         if b"|O" in data[:end]:
             yield from self.calls(place, data[end:], cut)
@@ -219,14 +220,15 @@ class _Reader:
         """Yield a finding for each global that the pickles in `data` import.
 
         Pickles of protocols 0 and 1 contain text. If the text has bytes outside ASCII, pickletools fails, but
-        unpicklers accept the text. Such data is therefore scanned a second time, with `?` in place of these bytes.
+        unpicklers accept the text. Data with such bytes is therefore scanned again, with each of the bytes replaced by
+        `?`.
         """
         yield from self.globals_of(place, data, cut)
         if data[:1] != b"\x80" and not data.isascii():
             yield from self.globals_of(place, data.translate(_ASCII), cut)
 
     def globals_of(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
-        """Yield a finding for each global that the pickles in `data` import. The pickles follow one another."""
+        """Yield a finding for each global that the pickles in `data` import. `data` is one or more pickles in a row."""
         stream, count, start = io.BytesIO(data), 0, 0
         while (start := stream.tell()) < len(data) and count < MOST:
             marked = is_pickle(data[start : start + 16])
@@ -256,7 +258,7 @@ class _Reader:
 def _globals(stream: io.BytesIO) -> Iterator[tuple[str, int]]:
     """Yield (`module name`, byte position) for each global that a pickle imports.
 
-    If the pickle does not contain the name, a phrase such as `a registered extension` takes its place.
+    If the pickle does not contain the global's name, a phrase such as `a registered extension` replaces `module name`.
     """
     memo: dict[int, str | None] = {}
     pushed: list[str | None] = [None, None]
@@ -281,7 +283,7 @@ def _globals(stream: io.BytesIO) -> Iterator[tuple[str, int]]:
         elif kind in ("GET", "BINGET", "LONG_BINGET"):
             pushed.append(memo.get(number))
         elif kind not in ("PROTO", "FRAME"):
-            # Any other opcode pushes a value that this scan does not know, unless its argument is a string.
+            # An opcode whose argument is a string pushes the string. The values that other opcodes push are unknown.
             pushed.append(argument if isinstance(argument, str) and opcode.stack_after else None)
         del pushed[:-2]
 
@@ -307,7 +309,7 @@ _TRUSTED_PARENTS = (
 )
 _ADDRESS = re.compile(r"(?:https?|wss?|ftp)://[^\s'\"<>){}]+")
 _COMPUTING = ("join", "format", "replace", "reverse")
-"""Jinja filters and string methods with which a template can build a name from pieces."""
+"""Jinja filters and string methods with which a template can build a name at run time."""
 
 _BY_ATTRIBUTE = ("map", "selectattr", "rejectattr", "groupby", "sort", "sum", "min", "max", "unique")
 """Jinja filters that read an attribute whose name is an argument of the filter."""
@@ -324,7 +326,7 @@ def in_config(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
         unread: a list, to which a line is added if the file cannot be scanned.
     """
     if file.stat().st_size > LARGEST_TEXT:
-        unread.append(f"{name}: it has more than {LARGEST_TEXT >> 20} MiB of text")
+        unread.append(f"{name}: it was not scanned, because it is larger than {LARGEST_TEXT >> 20} MiB")
         return
     text = read_input(file).decode("utf-8-sig", "replace")
     if file.suffix.lower() == ".jinja":
@@ -361,7 +363,10 @@ def in_gguf(name: str, file: Path) -> Iterator[Finding]:
 
 
 def _modules(name: str, document: list[Any]) -> Iterator[Finding]:
-    """Yield a finding for each class that sentence-transformers would import from another package."""
+    """Yield a finding for each class in `modules.json` that is not from a trusted package.
+
+    sentence-transformers imports the classes that this file names.
+    """
     for position, entry in enumerate(document):
         kind = entry.get("type") if isinstance(entry, Mapping) else None
         if isinstance(kind, str) and not kind.startswith(_TRUSTED_PARENTS):
@@ -451,7 +456,7 @@ def _template(name: str, where: str, text: str) -> Iterator[Finding]:
 
 
 def _is_computed(node: nodes.Expr) -> bool:
-    """Whether an expression builds a name from pieces."""
+    """Whether a Jinja expression builds a string at run time, for example by concatenation or with a format string."""
     from jinja2 import nodes
 
     def is_text(part: nodes.Node) -> bool:
@@ -479,7 +484,10 @@ _BIDI = frozenset("\u200b\u200c\u200d\u2060\ufeff\u202a\u202b\u202c\u202d\u202e\
 
 
 def in_folder(root: Path, files: list[Path], unread: list[str]) -> Iterator[Finding]:
-    """Yield findings in `files`: the files of the folder `root`, or the single file `root`."""
+    """Yield the findings in `files`.
+
+    If `root` is a folder, `files` are its files. If `root` is a file, `files` contains only `root`.
+    """
     folder = root if root.is_dir() else root.parent
     for file in files:
         name = file.relative_to(folder).as_posix()
@@ -496,7 +504,7 @@ def in_folder(root: Path, files: list[Path], unread: list[str]) -> Iterator[Find
             yield from _content(name, head)
             yield from in_pickles(name, file, unread)
             if head[:2] != b"PK" and not is_tar(head) and appended_archive(file):
-                yield Finding("other-content", name, "last bytes", "a zip archive follows its content")
+                yield Finding("other-content", name, "last bytes", "a zip archive is appended to the file")
             if file.suffix.lower() in (".json", ".jinja"):
                 yield from in_config(name, file, unread)
             elif head[:4] == b"GGUF":
@@ -507,10 +515,10 @@ def in_folder(root: Path, files: list[Path], unread: list[str]) -> Iterator[Find
 
 
 def _inside(file: Path, folder: Path) -> bool:
-    """Whether a link leads to a file in `folder`.
+    """Whether the target of the link `file` is in `folder`.
 
-    If `folder` is a snapshot in huggingface_hub's cache, the link may also lead to the folder `blobs` of the cached
-    repository: the files of a snapshot are links to files in `blobs`.
+    If `folder` is a snapshot in huggingface_hub's cache, the target may also be in the folder `blobs` of the cached
+    repository, because the files of a snapshot are links to files in `blobs`.
     """
     try:
         target, top = file.resolve(), folder.resolve()
@@ -540,7 +548,7 @@ def _name(name: str) -> Iterator[Finding]:
 
 
 def confusable(text: str) -> str:
-    """Return the reason why people may misread a text, or "" if there is no such reason."""
+    """Return a description of the characters that can make people misread a text; "" if there are none."""
     invisible = sorted({f"U+{ord(c):04X}" for c in text if c in _BIDI or unicodedata.category(c) in ("Cf", "Cc")})
     if invisible:
         return f"invisible characters {', '.join(invisible)} in {shown(text)}"
@@ -591,7 +599,7 @@ def _content(name: str, head: bytes) -> Iterator[Finding]:
 def _twice(folder: Path, files: list[Path]) -> Iterator[Finding]:
     """Yield a finding for each pair of weight files with the same stem but different content.
 
-    One tool may load one file of the pair, and another tool the other.
+    Two tools that read the same folder may each load a different file of the pair.
     """
     from ..io import safetensors
     from ..io.torch_file import read_torch_file

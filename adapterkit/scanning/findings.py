@@ -20,7 +20,7 @@ class ScanRule:
     """One kind of finding.
 
     Attributes:
-        name: the stable name; in SARIF, it is the `ruleId`.
+        name: the rule's stable name, which is its `ruleId` in SARIF.
         severity: one of `SEVERITIES`.
         title: a short description.
         why: a sentence that says why such a finding matters.
@@ -47,17 +47,17 @@ _EVERY = (
         "template",
         "high",
         "a chat template that accesses more than its data",
-        "Outside Jinja's sandbox the template can run code; inside the sandbox it fails.",
+        "Outside Jinja's sandbox, the template can run code. Inside the sandbox, rendering it fails.",
     ),
     ScanRule(
         "template-address",
         "medium",
         "an address in a chat template",
-        "Text that the template adds to prompts can make a model send data to this address.",
+        "The template can add text to prompts that makes a model send data to this address.",
     ),
     ScanRule("hidden-file", "medium", "a hidden or misleading file", "The name hides what kind of file it is."),
     ScanRule(
-        "lookalike-name", "medium", "characters that look like others", "People may take the name for a different name."
+        "lookalike-name", "medium", "characters that look like others", "People may misread the name as another name."
     ),
     ScanRule(
         "other-content",
@@ -82,10 +82,10 @@ _EVERY = (
         "foreign-bits",
         "medium",
         "a few values that need more bits than the training dtype",
-        "Most values of the tensor are exact in 16 bits. The few other values were probably changed after training.",
+        "Most values of the tensor are exact in 16 bits. The others were probably changed after training.",
     ),
     ScanRule(
-        "token-rows", "low", "rows of single tokens", "A trigger word can be trained into one row of the embedding."
+        "token-rows", "low", "changed embedding rows", "A trigger word can be trained into one row of the embedding."
     ),
     ScanRule("head", "low", "a change of the output layer", "The change can favour some tokens in any context."),
     ScanRule("router", "low", "a change of an expert router", "The change can send chosen inputs to a chosen expert."),
@@ -94,7 +94,7 @@ _EVERY = (
         "spike",
         "medium",
         "a change dominated by one direction",
-        "An edit that adds a trigger to a model adds one direction that is far stronger than all other changes.",
+        "A manual edit that adds a trigger to a model changes weights in one direction far more than in all others.",
     ),
     ScanRule(
         "outlier",
@@ -111,7 +111,7 @@ _EVERY = (
 )
 
 RULES = {rule.name: rule for rule in _EVERY}
-"""Name of a rule -> the rule."""
+"""A map from the name of each rule to the rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class Finding:
         rule: the name of the rule.
         file: the file, relative to the scanned folder.
         where: the location in the file: a key, a target or a byte offset; empty for the whole file.
-        evidence: a quotation from the file, or a measured value.
+        evidence: the reason for the finding: a quotation from the file, a measured value, or a description.
     """
 
     rule: str
@@ -151,7 +151,7 @@ class Scan:
         source: the scanned file, folder or address.
         findings: the findings, the most severe first.
         files: the number of scanned files.
-        unread: one line for each file, or part of a file, that could not be scanned, with the reason.
+        unread: one line for each file or part of a file that could not be scanned. Each line states the reason.
     """
 
     source: str

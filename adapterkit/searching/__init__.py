@@ -8,9 +8,10 @@ The first trials are fixed: the sum with equal weights, each adapter alone, ever
 caller's start combinations. Optuna's TPE sampler proposes each later trial, based on all earlier trials.
 
 TPE was chosen after measurements on eight problems with known optima. Each problem has two adapters, three methods and
-a density. After 50 trials, six of the eight results had an error of at most 2 percent of the optimal change's squared
-norm. No error was above 5 percent. Optuna's Gaussian process finds smooth optima more exactly, but does not leave
-the first good method that it finds. It missed three of the eight optima by 5 to 26 percent.
+a density. The error of a result is measured in percent of the optimal change's squared norm. After 50 trials, the error
+was at most 2 percent in six of the eight problems, and at most 5 percent in the other two. Optuna's Gaussian process
+finds smooth optima more exactly, but it keeps to the first good method that it finds. Its error was 5 to 26 percent in
+three of the eight problems.
 
 A proposal depends only on the seed, the number of the trial and the earlier trials. A resumed search therefore makes
 the same trials as an uninterrupted one.
@@ -67,7 +68,7 @@ def combinations(
         start: the caller's start combinations.
         names: the names of the adapters; a recipe must name the same adapters, in any order.
         seed: the seed of the search.
-        rank: the `rank` of the search. If a recipe has a seed, rank or base, it must be the same as in the search.
+        rank: the `rank` of the search. A seed, rank or base in a recipe must be the same as in the search.
         base: the path of the base, or None.
 
     Raises:
@@ -97,11 +98,11 @@ def _given(given: Sequence[object]) -> Combination:
     """Check that `given` is (method, weights, parameters), and return it as a combination.
 
     Raises:
-        UsageError: the sequence does not have this form.
+        UsageError: `given` is not (method, weights, parameters).
     """
     kinds = (str, Sequence, Mapping)
     if len(given) != len(kinds) or not all(isinstance(part, kind) for part, kind in zip(given, kinds, strict=True)):
-        why = f"{shown(given)} is not a method, weights and parameters"
+        why = f"{shown(given)} is not a tuple (method, weights, parameters)"
         raise UsageError(why, where="start", cure='Pass a tuple as in ("ties", [1, 0.5], {"density": 0.3})')
     return cast("Combination", tuple(given))
 
@@ -124,17 +125,17 @@ def _of_recipe(path: Path, names: Sequence[str], seed: int, rank: int | str | No
             raise UsageError(why, path=path, where=key, cure=f"Type --{key} {theirs} ({key}=), or change the recipe")
     for key in ("compat", "each", "dtype", "disjoint"):
         if options.pop(key, None):
-            cure = f"Remove {key} from the recipe, or pass only the recipe's method with --start (start=)"
+            cure = f"Remove {key} from the recipe, or pass the recipe's method instead with --start (start=)"
             raise UsageError(f"a search cannot use the setting `{key}` of a recipe", path=path, where=key, cure=cure)
     for key, value in [*(("weight", weight) for weight in weights), *options.items()]:
         if isinstance(value, (Mapping, list)):
-            cure = f"Give {key} one value for all targets"
+            cure = f"In the recipe, set {key} to one value for all targets"
             raise UsageError(f"{key} differs between targets", path=path, where=key, cure=cure)
     return method, [cast("float", weights[at]) for at in order], options
 
 
 def _order(recipe: Recipe, names: Sequence[str], path: Path) -> list[int]:
-    """Return, for each adapter of the search, its index in the recipe."""
+    """Return the index in the recipe of each adapter of the search, in the order of the search."""
     left = list(range(len(recipe.adapters)))
     order: list[int] = []
     for name in names:
@@ -161,10 +162,11 @@ DENSITY = (0.05, 1.0)
 """The bounds of the parameter `density`, for methods that have it."""
 
 MOST = 1.5
-"""The largest weight to try."""
+"""The default of `search(most=)`, the largest weight to try."""
 
 COUNT, LENGTH = 64, 256
-"""The largest number of texts, and of tokens per text. With these limits, a trial with a small model takes seconds."""
+"""The loss is computed on at most `COUNT` texts, with at most `LENGTH` tokens per text. With these limits, a trial with
+a small model takes seconds."""
 
 
 def search(
@@ -191,18 +193,18 @@ def search(
     Args:
         adapters: at least two adapters, or their paths. The adapters may have any additive methods.
         data: a file of texts (one per line, or JSON Lines with a field `text`), or a function that takes the combined
-            adapter and returns a loss. For texts, the loss is the mean loss per token of the base with the combined
-            adapter attached.
-        base: a folder with a transformers language model. The base is required if `data` is a file of texts. It is
-            optional if `data` is a function: names are then resolved against the base, and some methods need its
-            weights.
+            adapter and returns a loss. For a file of texts, the combined adapter is attached to the base, and the loss
+            is the mean per predicted token, in nats.
+        base: a folder with a transformers language model. The base is required if `data` is a file of texts, or if a
+            method needs the base's weights. If the base is given, target names are resolved against it.
         methods: the methods to choose from; default: `METHODS` and the methods in `start`.
         budget: the total number of trials, including trials of earlier runs that `trials` contains.
         tune: further parameters to search: parameter -> (lowest value, highest value), such as `{"scale": (0.2, 2)}`.
             The parameter `density` is always searched.
         most: the largest weight to try; the smallest weight is 0.
-        rank: the rank to which combined adapters without low-rank factors are reduced: a number, or `fit` for the
-            largest rank of the adapters.
+        rank: the rank to which combined adapters are cut: a number, or `fit`. With `fit`, only results without low-rank
+            factors are cut, to the largest rank that the adapters have at the target. Results of `linear` are never
+            cut.
         start: combinations to try first. The result is at least as good as these combinations. A combination is
             (method, weights, parameters), the name of a method (with all weights 1), or the path of a recipe that names
             the same adapters. If `methods` is given, it must contain the methods of these combinations.
@@ -211,7 +213,7 @@ def search(
             continues after them. None saves no trials.
         overwrite: whether to replace the file `trials` if it belongs to another search.
         device: the device on which the base runs the texts: `auto`, `cpu` or `cuda:N`.
-        progress: a function that is called with the number of completed trials and the budget.
+        progress: a function that is called after each trial with (number of completed trials, budget).
 
     Returns:
         All trials, the best trial, and its recipe.
@@ -243,8 +245,8 @@ def search(
         )
         raise UsageError(why, where="budget", cure=cure)
     read = [source_adapter(source, base) for source in adapters]
-    # Check the rank now, because no trial would raise the error: the first trial is a sum, whose rank is never reduced,
-    # and errors in later trials do not end the search.
+    # Check the rank now, because a wrong rank would not end the search later. Only an error in the first trial ends the
+    # search, and the first trial is a sum, which is never cut to the rank.
     check_rank(rank, places(read, base=base, disjoint=True)[1])
     journal = Journal(
         None if trials is None else Path(trials).expanduser(),
@@ -267,9 +269,9 @@ def search(
                 progress(number + 1, budget)
     result = Search(names, tuple(journal.trials), base_text, seed, rank, resumed)
     if result.best.loss is None:
-        why = f"none of {budget} trials has a loss; the first failed because: {result.trials[0].refused}"
+        why = f"none of {budget} trials has a loss; the first trial failed: {result.trials[0].refused}"
         raise UsageError(
-            why, where="data", cure="If data is a function, return a finite number for each combined adapter"
+            why, where="data", cure="If data is a function, it must return a finite number for each combined adapter"
         )
     return result
 
@@ -279,20 +281,24 @@ def _called(source: Source, at: int) -> str:
 
 
 def _checked(methods: Sequence[str], count: int, base: Base | None) -> tuple[str, ...]:
-    """Check that every method can combine `count` adapters without data, and return the methods without duplicates."""
+    """Return the methods without duplicates.
+
+    Raises:
+        UsageError: a method cannot combine `count` adapters, learns from data, or needs a base that is not given.
+    """
     for name in methods:
         cls = COMBINERS[resolved(name, None, count)[0]]
         least, largest = cls.takes
         if count < least or (largest is not None and count > largest):
             why = f"{name} cannot combine {count} adapters"
-            raise UsageError(why, where="methods", cure="Omit it from --method (methods=)")
+            raise UsageError(why, where="methods", cure=f"Omit {name} from --method (methods=)")
         if cls.data is not None:
             why = f"{name} learns from data, but a search does not pass data to its methods"
             raise UsageError(
-                why, where="methods", cure="Omit it from --method (methods=), or use combine with --data (data=)"
+                why, where="methods", cure=f"Omit {name} from --method (methods=), or use combine with --data (data=)"
             )
         if cls.based and base is None:
-            raise UsageError(f"{name} needs the base", where="methods", cure="Pass it with --base (base=)")
+            raise UsageError(f"{name} needs the base", where="methods", cure="Pass the base with --base (base=)")
     return tuple(dict.fromkeys(methods))
 
 
@@ -339,8 +345,8 @@ class Space:
         tune: further parameters to search: parameter -> (lowest value, highest value).
 
     Raises:
-        UsageError: a parameter in `tune` belongs to no method, a lowest value is not below its highest value, or `most`
-            is less than 1.
+        UsageError: a parameter in `tune` belongs to no method, its lowest value is not less than its highest value, or
+            `most` is less than 1.
     """
 
     def __init__(
@@ -352,8 +358,8 @@ class Space:
         for name, (low, high) in ({"density": DENSITY} | given).items():
             known = [self._holders(method)[name] for method in methods if name in self._holders(method)]
             if name in given and not known:
-                why = f"no method has a parameter {name!r}"
-                raise UsageError(why, where="tune", cure="See adapterkit list combine")
+                why = f"none of the methods to try has a parameter {name!r}"
+                raise UsageError(why, where="tune", cure="Type adapterkit list combine for the parameters")
             if not low < high:
                 raise UsageError(
                     f"the bounds of {name} are {low} and {high}",
@@ -381,7 +387,7 @@ class Space:
         return dict.fromkeys(COMBINERS[then].parameters(), COMBINERS[then]) | holders if then else holders
 
     def known(self) -> list[Trial]:
-        """Return the trials with which every search begins. Trials of the caller's combinations come from `started`."""
+        """Return the trials with which every search begins. The caller's start combinations are not among them."""
         equal, ones = (1.0 / self.count,) * self.count, (1.0,) * self.count
         units = [tuple(float(other == at) for other in range(self.count)) for at in range(self.count)]
         first = [Trial(0, "linear", weights) for weights in (equal, *units)]
@@ -391,16 +397,16 @@ class Space:
         """Return the trials of the caller's start combinations.
 
         Raises:
-            UsageError: a method is not in `methods`, the number of weights is wrong, a weight is out of bounds, or the
-                method does not have a parameter.
+            UsageError: a method is not in `methods`, the number of weights is wrong, a weight is out of bounds, or a
+                parameter does not belong to its method.
         """
         trials = []
         for method, weights, parameters in start:
             if method not in self.methods:
-                cure = f"Add it to --method (methods=), or start from one of: {', '.join(self.methods)}"
+                cure = f"Add {method} to --method (methods=), or start from one of: {', '.join(self.methods)}"
                 raise UsageError(f"{method} is not one of the methods to try", where="start", cure=cure)
             if len(weights) != self.count or not all(0 <= weight <= self.most for weight in weights):
-                why = f"the weights {' '.join(map(str, weights))} of {method} do not fit the search"
+                why = f"the search cannot start from {method} with the weights {' '.join(map(str, weights))}"
                 cure = f"Give {self.count} weights from 0 to {self.most:g}; --most (most=) allows larger weights"
                 raise UsageError(why, where="start", cure=cure)
             holders = self._holders(method)
@@ -410,12 +416,13 @@ class Space:
         return trials
 
     def proposed(self, trials: Sequence[Trial], seed: int) -> Trial:
-        """Return the next trial, which the sampler proposes based on the earlier trials."""
+        """Return the next trial. The sampler proposes the trial, based on the earlier trials."""
         with _optuna() as optuna:
             drawn = seed * 1_000_003 + len(trials)
             sampler = optuna.samplers.TPESampler(seed=drawn, multivariate=True, n_startup_trials=0)
             study = optuna.create_study(sampler=sampler)
-            # Skip trials whose method is not in `methods`, such as the first sums: the sampler cannot propose it.
+            # Hide a trial from the sampler if the sampler cannot propose the trial's method. For example, the first
+            # trials are sums, even if `methods` does not contain `linear`.
             study.add_trials([self._as_optuna(optuna, t) for t in trials if t.method in self.methods])
             asked = study.ask()
             method = asked.suggest_categorical("method", self.methods)
@@ -425,8 +432,9 @@ class Space:
         return Trial(len(trials), method, weights, {k: v for k, v in drawn_values.items() if k in holders})
 
     def _as_optuna(self, optuna: Any, trial: Trial) -> Any:
-        # Set every parameter in every trial, because the sampler models only parameters that all trials have. If the
-        # trial did not set a parameter, use the parameter's default; if it has none, the middle of its range.
+        # Set every parameter in every trial, because the sampler models only parameters that all trials have. If a
+        # trial did not set a parameter, use the default of the trial's method. If the method has no numeric default for
+        # the parameter, use the middle of the parameter's range.
         floats = optuna.distributions.FloatDistribution
         values: dict[str, Any] = {"method": trial.method}
         ranges: dict[str, Any] = {"method": optuna.distributions.CategoricalDistribution(self.methods)}
@@ -453,7 +461,7 @@ def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
     """
     if base is None:
         raise UsageError(
-            "the loss on texts requires a base, but no base is given", where="data", cure="Pass it with --base (base=)"
+            "the loss on texts requires a base, but none is given", where="data", cure="Pass a base with --base (base=)"
         )
     live = LiveBase(base, device)
     live.check_predicts()
@@ -468,7 +476,7 @@ def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
 
 @contextmanager
 def _optuna() -> Iterator[Any]:
-    """Yield the module `optuna`. Inside the block, Optuna's log below errors and all warnings are silenced."""
+    """Yield the module `optuna`. Inside the block, Optuna logs only errors, and all Python warnings are silenced."""
     try:
         import optuna
     except ImportError:

@@ -155,7 +155,7 @@ def test_recipes_that_a_trial_cannot_repeat_are_refused(stored: list[str], tmp_p
     with pytest.raises(UsageError, match=r"'karchr' is neither a method nor a recipe.*karcher.*--start \(start=\)"):
         started(stored, "karchr")
     for wrong in (("ties", 1.0, {}), ["ties"], ("ties", [1, 1])):
-        with pytest.raises(UsageError, match=r"is not a method, weights and parameters.*as in"):
+        with pytest.raises(UsageError, match=r"is not a tuple \(method, weights, parameters\).*as in"):
             started(stored, wrong)
     with pytest.raises(UsageError, match="nobody-of-that-name"):
         started(stored, "~nobody-of-that-name/row.yml")
@@ -211,7 +211,7 @@ def test_what_a_search_refuses() -> None:
         ("'tise'.*ties", {"methods": ["tise"]}),
         ("lorahub learns from data", {"methods": ["lorahub"]}),
         ("slerp cannot combine 3", {"methods": ["slerp"], "adapters": [*PAIR, lora(3)]}),
-        ("no method has a parameter 'gamma'", {"tune": {"gamma": (0, 1)}}),
+        ("none of the methods to try has a parameter 'gamma'", {"tune": {"gamma": (0, 1)}}),
         ("bounds of scale are 2.0 and 1.0", {"methods": ["ties"], "tune": {"scale": (2, 1)}}),
         ("largest weight is 0.5", {"most": 0.5}),
         ("rank is 0", {"rank": 0}),

@@ -266,7 +266,7 @@ ALONE: dict[str, tuple[Callable[[Factors], None], str, str]] = {
     "shrunk layer": (scaled(2, 0.1), "scaled-layer", "layer 2 is out of scale: its changes are"),
     "concentrated": (concentrated, "concentrated", "layer 6 o_proj has"),
     "spike": (spike, "spike", "layer 2 up_proj is a rank-1 spike"),
-    "collapsed": (collapsed, "spike", "24 of 24 targets have changes of rank 1"),
+    "collapsed": (collapsed, "spike", "24 of 24 targets have changes of almost rank 1"),
     "unused rank": (unused, "unused-rank", "adapterkit resize --rank 2"),
     "outlier": (outlier, "outliers", "layer 1 q_proj has outliers"),
     "missing target": (missing, "missing-targets", "o_proj is missing in layer 4"),
