@@ -47,7 +47,7 @@ class Trial:
     refused: str | None = None
 
     def record(self) -> dict[str, JsonValue]:
-        """Return the trial as plain data."""
+        """Return the trial as a dict that can be written as JSON."""
         return {
             "number": self.number, "method": self.method, "weights": list(self.weights),
             "parameters": dict(self.parameters), "loss": self.loss, "refused": self.refused,
@@ -69,9 +69,10 @@ class Search:
         trials: all trials, in order.
         base: the name of the base, or None.
         seed: the seed of the search, and of methods that use random numbers.
-        rank: the rank to which combined adapters without low-rank factors are reduced: a number, or `fit` for the
-            largest rank of the adapters.
-        resumed: the number of trials that were read from an earlier run.
+        rank: the rank to which combined adapters are cut: a number, or `fit`. With `fit`, only results without low-rank
+            factors are cut, to the largest rank that the adapters have at the target. Results of `linear` are never
+            cut.
+        resumed: the number of trials that an earlier run had saved.
     """
 
     adapters: tuple[str, ...]
@@ -83,12 +84,15 @@ class Search:
 
     @property
     def best(self) -> Trial:
-        """The trial with the lowest loss. If several trials have this loss, it is the first of these trials."""
+        """The trial with the lowest loss; the first such trial if several have the same loss."""
         return min(self.trials, key=lambda trial: math.inf if trial.loss is None else trial.loss)
 
     @property
     def alone(self) -> tuple[float | None, ...]:
-        """The loss of each adapter alone, at weight 1. None for an adapter whose trial has no loss or is missing."""
+        """For each adapter, the loss of the trial that used only this adapter, with weight 1.
+
+        An entry is None if there is no such trial, or if the trial failed.
+        """
         losses: list[float | None] = []
         for at in range(len(self.adapters)):
             unit = tuple(float(other == at) for other in range(len(self.adapters)))
@@ -122,7 +126,7 @@ class Search:
         return text
 
     def record(self) -> dict[str, JsonValue]:
-        """Return the result as plain data."""
+        """Return the result of the search as a dict that can be written as JSON."""
         return {
             "adapters": list(self.adapters), "base": self.base, "seed": self.seed, "best": self.best.record(),
             "alone": list(self.alone), "resumed": self.resumed, "trials": [trial.record() for trial in self.trials],
@@ -151,12 +155,13 @@ class Journal:
 
     Args:
         path: the file; None keeps the trials only in memory.
-        searched: everything on which the trials depend, such as adapters, data, methods and seed. If the first line of
-            the file has other values, the file belongs to another search.
+        searched: the settings of the search that determine its trials, such as adapters, data, methods and seed. They
+            are written to the first line of the file. If the first line has other settings, the file belongs to another
+            search.
         overwrite: whether to replace the file if it belongs to another search.
 
     Raises:
-        UsageError: the file belongs to another search.
+        UsageError: the file belongs to another search, and `overwrite` is not set.
         Malformed: the file does not contain trials of a search.
         StorageError: the file cannot be read or written.
     """
@@ -174,7 +179,8 @@ class Journal:
                 raise UsageError("the file contains trials of another search", path=path, cure=cure)
             self._begin()
             return
-        # Drop an incomplete last line: the earlier run was killed while it wrote the line. The trial is made again.
+        # A last line without a newline is incomplete: the earlier run was killed while it wrote the line. Drop the
+        # line; the search then runs this trial again.
         for at, line in enumerate(lines[1:-1], 2):
             self.trials.append(_trial(_parsed(line, path, at), path, at))
         if lines[-1]:
@@ -215,7 +221,8 @@ def _trial(record: Any, path: Path, at: int) -> Trial:
             None if record["loss"] is None else float(record["loss"]), record["refused"],
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise Malformed("the line is not a trial", path=path, where=f"line {at}", cure="Delete this file") from None
+        why, cure = "the line does not describe a trial", "Pass another file, or delete this file"
+        raise Malformed(why, path=path, where=f"line {at}", cure=cure) from None
 
 
 def _value(value: object) -> float | str:

@@ -1,6 +1,6 @@
-"""Run texts through a base model to compute the data that combiners learn from: losses, gradients, targets' inputs.
+"""Run texts through a base model to compute the data that some combiners need: losses, gradients, or targets' inputs.
 
-`Combiner.learns` names the method of `TextData` that computes the data for this combiner.
+A combiner's attribute `learns` is the name of the `TextData` method that computes its data.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TEXTS, LENGTH = 16, 64
 
 
 class LiveBase:
-    """A base model in memory. It runs texts, with or without adapters attached.
+    """A base model in memory, which runs on texts with or without attached adapters.
 
     Args:
         base: a folder with a transformers model and its tokenizer.
@@ -66,8 +66,9 @@ class LiveBase:
         """Return the model's inputs for the texts of a file, one `Feed` per text.
 
         Raises:
-            UsageError: the file contains no texts, or only texts of one token; or the base has no tokenizer for them.
-            Unsupported: the model does not read text, or has no tokenizer for the built-in texts.
+            UsageError: the file contains no texts, or only texts of one token; or `data` is a file, but the base has no
+                tokenizer.
+            Unsupported: the model does not read text; or `data` is `builtin`, but the base has no tokenizer.
         """
         from ..gating.models import inputs_for, texts_of
 
@@ -78,19 +79,20 @@ class LiveBase:
             raise Unsupported("the model does not read text", path=self.checkpoint.root, cure=_FUNCTION)
         if inputs_here.drawn:
             why = "the base has no tokenizer, so it cannot read texts"
-            raise Unsupported(why, path=self.checkpoint.root, cure="Copy the tokenizer's files there")
+            raise Unsupported(why, path=self.checkpoint.root, cure="Copy the tokenizer's files into the base's folder")
         return inputs_here.feeds
 
     def check_predicts(self) -> None:
-        """Check that the model predicts the next token of a text. Without predictions, texts have no loss.
+        """Check that the model predicts the next token of a text, because the loss is computed from these predictions.
 
         Raises:
-            UsageError: the model does not predict next tokens.
+            UsageError: the model does not predict the next token.
         """
-        # An output layer is not enough: masked language models have one, but they can see the token to predict.
+        # Do not check only for an output layer: a masked language model has one, too, but it reads the whole text at
+        # once, including the token that it would have to predict.
         predicts = self.model.can_generate() and self.model.get_output_embeddings() is not None
         if not predicts or self.model.config.is_encoder_decoder:
-            why = "the model does not predict the next token of a text, so texts have no loss"
+            why = "the model does not predict the next token of a text, so no loss can be computed"
             raise UsageError(why, path=self.checkpoint.root, cure=_FUNCTION)
 
     @contextmanager
@@ -108,12 +110,12 @@ class LiveBase:
                 handle.remove()
 
     def logits(self, feed: Feed) -> tuple[Tensor, Tensor]:
-        """Return the logits at all tokens but the last, `[tokens - 1, vocabulary]`, and the ids of the next tokens."""
+        """Return the logits `[tokens - 1, vocabulary]` at all tokens except the last, and the next tokens' ids."""
         ids = feed["input_ids"].to(self.device)
         return self.model(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:]
 
     def mean(self, feeds: Sequence[Feed], loss: Loss) -> float:
-        """Return the mean loss over all predicted tokens. `loss(logits, ids)` returns the sum over one text."""
+        """Return the mean loss per predicted token. `loss(logits, ids)` returns the sum of one text's token losses."""
         import torch
 
         with torch.no_grad():
@@ -121,7 +123,7 @@ class LiveBase:
 
 
 class TextData:
-    """Compute losses, gradients, and inputs of targets on texts, for combiners that learn from data.
+    """Compute the data that some combiners need, from texts: losses, gradients, or targets' inputs.
 
     Args:
         base: a folder with a transformers model and its tokenizer. The model is loaded once, in float32.
@@ -129,14 +131,15 @@ class TextData:
         data: a file of texts (one per line, or JSON Lines with a field `text`), or `builtin` for adapterkit's own
             texts. To give each adapter its own texts, pass a list with one entry per adapter, in the same order.
         rename: rules that rename the adapters' targets, as in `combine`.
-        texts: the number of texts for each adapter. `seed` determines which texts of a file are used.
+        texts: the number of texts for each adapter.
         length: the maximum number of tokens per text.
-        seed: the seed for the choice of texts.
-        device: `auto`, `cpu` or `cuda:N`.
+        seed: the seed of the random choice of texts from each file.
+        device: the device to run on: `auto`, `cpu` or `cuda:N`.
 
     Raises:
-        UsageError: a file contains no texts, or the number of files is neither 1 nor the number of adapters.
-        Unsupported: the model does not read text, or has no tokenizer for the built-in texts.
+        UsageError: a file contains no texts, or only texts of one token; the number of files is neither 1 nor the
+            number of adapters; or `data` names a file, but the base has no tokenizer.
+        Unsupported: the model does not read text; or `data` is `builtin`, but the base has no tokenizer.
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
 
     Example:
@@ -172,18 +175,18 @@ class TextData:
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def learned_by(self, method: str) -> Callable[..., Any]:
-        """Return the function to pass as `data=` if `combine` is called with this method.
+        """Return the function to pass to `combine` as `data=` for this combining method.
 
         Raises:
-            UsageError: the method does not use data, or cannot learn from texts; or it needs the loss of next-token
-                predictions, and the model makes no such predictions.
+            UsageError: the method does not use data, or cannot learn from texts; or the method needs next-token
+                predictions, but the model makes none.
         """
         cls = COMBINERS[resolved(method, None, len(self.adapters))[0]]
         if cls.data is None:
             raise UsageError(f"{method} does not use data", where="data", cure="Omit --data (data=)")
         if cls.learns is None:
             why = f"{method} cannot learn from texts alone"
-            raise UsageError(why, where="data", cure=f"Call combine in Python, and pass as data= {cls.data}")
+            raise UsageError(why, where="data", cure=f"Call combine in Python; data= must be {cls.data}")
         if cls.learns not in _OF_ANY_MODEL:
             self.base.check_predicts()
         return cast("Callable[..., Any]", getattr(self, cls.learns))
@@ -204,14 +207,14 @@ class TextData:
         return self._descended(adapter, entropy)
 
     def entropies_together(self, adapter: Adapter, together: Callable[..., Tensor]) -> tuple[float, Gradients]:
-        """Return the loss that `together` computes from the entropies, and its gradient for each target's weight.
+        """Return the loss that `together` computes from mean entropies, and its gradient for each target's weight.
 
-        Each of the adapters to combine stands for one task. The task's texts are the texts of this adapter.
+        Each adapter that was combined stands for one task. The texts of this adapter are the texts of its task.
 
         Args:
             adapter: the combined adapter.
             together: a function that returns the loss. It takes two lists with one mean entropy per task, in nats. The
-                first list is for the combined adapter, the second for the task's own adapter alone.
+                base has the combined adapter attached for the first list, and only the task's adapter for the second.
         """
         import torch
 
@@ -237,7 +240,10 @@ class TextData:
             return _logged(float(whole.detach())), gradients()
 
     def inputs_and_spaces(self, adapter: Adapter, spaces: Spaces) -> tuple[float, Gradients]:
-        """Return NSC's loss on the inputs of the targets in `spaces`, and its gradient for each target's weight."""
+        """Return the mean of NSC's `spaces.loss` over all tasks' texts, and its gradient for each target's weight.
+
+        The loss is computed from the inputs that the targets get while the base runs with the adapter attached.
+        """
         total = 0.0
         with self.base.attached(adapter), self._slopes() as gradients, self._inputs(spaces.paths) as seen:
             for task, feeds in enumerate(self.tasks):
@@ -248,8 +254,8 @@ class TextData:
                     inputs = {(task, path): z for path, z in seen.items() if (task, path) in spaces.reads}
                     if not inputs:
                         continue
-                    # `spaces.loss` is a mean over this text's tokens and targets. Weight it by the text's share of the
-                    # task's tokens and by the share of the targets that ran.
+                    # `spaces.loss` is a mean over this text's tokens and over the (task, target) pairs in `inputs`. So
+                    # multiply it by the text's share of the task's tokens, and by `inputs`' share of all pairs.
                     share = feed["input_ids"].numel() / tokens * len(inputs) / len(spaces.reads)
                     loss = share * spaces.loss(inputs)
                     loss.backward()
@@ -257,7 +263,7 @@ class TextData:
             return _logged(total), gradients()
 
     def inputs(self, position: int, path: str) -> Array:
-        """Run the base with one adapter on this adapter's texts, and return the inputs of a target, `[tokens, in]`.
+        """Run one adapter's texts through the base with this adapter, and return a target's inputs, `[tokens, in]`.
 
         Raises:
             Unsupported: the target is not a linear layer of the loaded model.
@@ -272,17 +278,18 @@ class TextData:
                 self._recorded[position] = recorded(self.base.model, run, file, {"position": position})
         inputs = self._recorded[position].inputs(_module_of(path))
         if inputs is None:
-            why = "the inputs of this target are unknown, because the model in memory has no linear layer there"
+            why = "the loaded model has no linear layer at this path, so the target's inputs cannot be recorded"
             raise Unsupported(why, where=path, cure=_WITHOUT)
         return inputs
 
     def inputs_so_far(self, position: int, path: str, merged: Adapter | None) -> Tensor:
-        """Return the inputs of a target on one adapter's texts, `[tokens, in]`, when some targets are already merged.
+        """Run one adapter's texts through a partly merged model, and return the inputs `[tokens, in]` of a target.
 
-        In this run, each target in `merged` uses the merged change. All other targets use this adapter's change.
+        In this run, each target in `merged` has its merged change. All other targets have this adapter's change.
 
         Raises:
-            Unsupported: the target does not run on the texts, or is one of the experts that the loaded model stacks.
+            Unsupported: the model does not use the target for these texts; or the target is an expert that the loaded
+                model stacks with other experts.
         """
         import torch
 
@@ -299,7 +306,7 @@ class TextData:
                 with suppress(_Reached):  # Stop the run at the target: later layers do not affect its inputs.
                     self._run(feed)
                 if path not in seen:
-                    raise Unsupported("the target does not run on the texts", where=path, cure=_FUNCTION)
+                    raise Unsupported("the model does not use this target for the texts", where=path, cure=_FUNCTION)
                 rows.append(seen[path].reshape(-1, seen[path].shape[-1]))
         return torch.cat(rows)
 
@@ -327,7 +334,7 @@ class TextData:
         """Turn on gradients for the weights of all targets, and yield a function that returns {target: gradient}.
 
         Raises:
-            Unsupported: the model in memory stacks experts, but the base's files store them one by one.
+            Unsupported: the loaded model stacks experts, but the base's files store each expert by itself.
         """
         from ..naming.binding import view
         from ..torch.forward_hook import hooks_of
@@ -356,10 +363,10 @@ class TextData:
     def _inputs(self, paths: Sequence[str], last: bool = False) -> Iterator[dict[str, Tensor]]:
         """Yield a dict that each run of the model fills with the inputs of these targets, keyed by target.
 
-        With `last`, the run ends with the exception `_Reached` as soon as the first input is in the dict.
+        If `last` is set, each run raises `_Reached` as soon as it has put the first input into the dict.
 
         Raises:
-            Unsupported: the model in memory stacks experts, but the base's files store them one by one.
+            Unsupported: the loaded model stacks experts, but the base's files store each expert by itself.
         """
         from ..torch.forward_hook import hooks_of
 
@@ -393,8 +400,8 @@ _OF_ANY_MODEL = frozenset({"inputs", "inputs_so_far", "inputs_and_spaces"})
 """Methods of `TextData` that also work with models that read text but do not predict the next token."""
 
 _STACKED = (
-    "the model in memory stacks the experts that the base's files store one by one, so no data can be computed for a "
-    "single expert"
+    "the loaded model stacks the experts, but the base's files store each expert by itself, so no data can be computed "
+    "for a single expert"
 )
 
 _WITHOUT = "Choose lorahub, or a method that needs no --data; 'adapterkit list combine' shows all methods"
@@ -426,5 +433,5 @@ def _logged(loss: float) -> float:
 
 
 def _module_of(target: str) -> str:
-    """Return the path of a target's module: remove `[rows]`, which follows the path if the target is only some rows."""
+    """Return the path of a target's module. If the target is only some rows, remove the suffix `[start:stop]`."""
     return target.partition("[")[0]

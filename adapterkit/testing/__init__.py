@@ -8,11 +8,12 @@ In a test module of your package, subclass one of these classes and set its clas
     class TestAcme(FormatTests):
         format = "acme"
 
-The docstring of each class lists what your package must provide. The tests compare the results of your format, method,
-combiner, scheme or hub with independent data: a float64 formula, the weight changes of the adapter that was written, or
-the bytes of a file before a write. The tests need pytest (`pip install adapterkit[test]`).
+The docstring of each test class lists its attributes. In a subclass of `SchemeTests`, also define the method `base`; in
+a subclass of `HubTests`, define `address`. The tests compare the results of your package with independent data. These
+are a formula in float64, the weight changes of the adapter before it was written, the values that a scheme's own
+library computes, or the bytes of the original files. The tests need pytest (`pip install adapterkit[test]`).
 
-The entry points to register the classes of your package:
+Register the classes of your package with these entry points:
 
 | group of the entry point | the base class of your class | the tests to subclass |
 |---|---|---|

@@ -75,8 +75,8 @@ class MethodTests:
 
     Attributes:
         method: the name of the method.
-        outputs: the number of outputs of the example's linear layer.
-        inputs: the number of inputs of that layer.
+        outputs: the number of outputs of the linear layer that the tests adapt.
+        inputs: the number of inputs of this layer.
     """
 
     method: ClassVar[str] = ""
@@ -228,7 +228,7 @@ SMALL = 2.0**-17
 """The factor that makes weight changes small. It is a power of two, so multiplying by it does not round."""
 
 SAME = 1e-6
-"""Results count as equal if no entry differs by more than this times the largest entry."""
+"""Two results count as equal if their largest difference is at most `SAME` times the largest entry."""
 
 
 def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
@@ -288,9 +288,9 @@ GUISES: Mapping[str, Guise] = {
     "size": lambda given, _: ([scale(adapter, SMALL) for adapter in given], 0),
     "seed": lambda given, seed: (given, seed),
 }
-"""A map from each property to a function that varies only this property. The function takes the adapters and a second
-seed. It returns the adapters and the seed to combine them with; the first result is computed from the given adapters
-with seed 0. `size` scales the weight changes, and the other properties keep them."""
+"""A map from each property to a function that varies only this property. The first result is computed from the original
+adapters with seed 0. The function takes these adapters and another seed, and returns the adapters and the seed for the
+second result. The function for `size` scales the weight changes; the other functions do not change them."""
 
 
 def _adapters(name: str, drawn: int) -> list[Adapter]:
@@ -306,7 +306,7 @@ def _adapters(name: str, drawn: int) -> list[Adapter]:
 
 
 def _change(adapter: Adapter) -> Array:
-    """Return an adapter's weight change. A product of factors is computed in float64."""
+    """Return the weight change at `TARGET`: the dense change, or the scaled product of the factors."""
     import numpy as np
 
     update: Any = adapter.updates[TARGET][0]
@@ -354,8 +354,7 @@ class CombinerTests:
             weights: one weight per adapter.
 
         Returns:
-            The change `[out, in]`. If a subclass defines this method, a test compares the combiner's result with this
-            change.
+            The change `[out, in]`. A test compares the combiner's result with it if a subclass defines this method.
         """
         raise Unsupported("the tests have no formula to compare with", cure="Define `combined` in the test class")
 

@@ -29,7 +29,7 @@ WIDTH = 16
 SHAPES = {"self_attn.q_proj": (16, 16), "self_attn.v_proj": (8, 16), "mlp.down_proj": (16, 24)}
 
 _STRANGE = ("bottleneck", "ia3", "lora")
-"""One test checks that a format refuses a method: the first of these methods that the format does not support."""
+"""A test takes the first of these methods that the format does not support, and checks that the writer refuses it."""
 
 
 class FormatTests:
@@ -39,8 +39,8 @@ class FormatTests:
         format: the name of the format.
         targets: the linear layers of the base, as a map from path to (outputs, inputs). The format must be able to
             store these paths.
-        file: the name of the file or folder to write. If it is empty, the name is `Format.file`, or `adapter` if
-            the format has no such name.
+        file: the name of the file or folder to write. If `file` is empty, the tests use `Format.file`, or `adapter` if
+            `Format.file` is empty, too.
         on_loss: the `on_loss` argument for `write`, for formats that cannot store every scaling.
         needs_base: True if the format's files can only be read with the base. The base is always passed to `write`.
     """
@@ -81,7 +81,7 @@ class FormatTests:
         return folder
 
     def adapter(self, method: str, scaling: float = 0.375) -> Adapter | None:
-        """Return an adapter with one update of a method at every target. Its values differ between targets.
+        """Return an adapter with one update of a method at every target. The updates have different tensor values.
 
         Return None if no such update can be made, for example because the method has no `initial`.
         """
@@ -102,7 +102,7 @@ class FormatTests:
         assert self.format not in FORMATS.refused(), FORMATS.refused()[self.format]
         cls = FORMATS[self.format]
         assert cls.__module__.rpartition(".")[2] == self.format
-        assert cls.url.startswith(("http://", "https://")), "set `url` to the description of the format"
+        assert cls.url.startswith(("http://", "https://")), "set `url` to a page that describes the format"
         assert cls.description, "set `description` to one line about the format"
         assert cls.methods, "set `methods` to the methods that the format can express"
         unknown = sorted(name for name in cls.methods if name not in METHODS)
@@ -148,12 +148,12 @@ class FormatTests:
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_numbers_of_a_narrow_type_keep_their_value(self, dtype: str, tmp_path: Path) -> None:
-        """Write and read factors in a narrow type: the change keeps its value, or the writer refuses the type."""
+        """Write and read 16-bit tensors. The weight change must stay the same, or the writer must refuse the dtype."""
         import torch
 
         base = self.base(tmp_path / "base")
         method = self._some_method()
-        # A scaling of 1 can be stored in every format, so that no writer has to multiply a factor by it and round.
+        # Use scaling 1, which every format can store. Other scalings may be multiplied into a factor, which rounds it.
         wide = self.adapter(method, scaling=1.0)
         assert wide is not None
         narrow = Adapter(
@@ -169,7 +169,7 @@ class FormatTests:
         self._same_or_refused(f"{method} in {dtype}", narrow, tmp_path, base)
 
     def test_two_updates_at_one_target_are_both_stored(self, tmp_path: Path) -> None:
-        """Write an adapter with two updates at each target: both are read back, or the writer refuses the adapter."""
+        """Write two updates at each target. The writer must store the sum of their changes, or refuse the adapter."""
         base = self.base(tmp_path / "base")
         method = self._some_method()
         first, second = self.adapter(method, scaling=1.0), self.adapter(method, scaling=0.5)
@@ -179,7 +179,10 @@ class FormatTests:
         self._same_or_refused(f"{method} twice", both, tmp_path, base)
 
     def test_an_update_of_some_rows_stays_at_these_rows(self, tmp_path: Path) -> None:
-        """Write an adapter that changes half of the rows of each weight: no other row changes, or it is refused."""
+        """Write and read an adapter that changes only half of each weight's rows.
+
+        The other rows must stay unchanged, or the writer must refuse the adapter.
+        """
         base = self.base(tmp_path / "base")
         method = self._some_method()
         cls: Any = METHODS[method]
@@ -262,7 +265,7 @@ class FormatTests:
             return read(path, self.format, base)
 
     def _same_or_refused(self, what: str, adapter: Adapter, folder: Path, base: Path | None) -> None:
-        """Write and read an adapter that some formats cannot store. An error must say what to do."""
+        """Check that the adapter survives a write and a read, or that the writer refuses it with a cure."""
         path = self._place(folder / "out")
         refusal = None
         try:
@@ -270,10 +273,10 @@ class FormatTests:
         except AdapterkitError as error:
             refusal = error
         if refusal is not None:
-            # `write` itself compares the file with the adapter, so a writer that loses an update ends here, too.
+            # `write` raises Miswritten if the written file differs from the adapter. This is a bug, not a refusal.
             assert not isinstance(refusal, Miswritten), f"{what}: {refusal.why}"
-            assert refusal.cure, f"the error for {what} names no argument that helps"
-            assert not any(file.is_file() for file in (folder / "out").rglob("*")), "the refused adapter left a file"
+            assert refusal.cure, f"the error for {what} has no cure; set `cure` to what the user can do"
+            assert not any(file.is_file() for file in (folder / "out").rglob("*")), f"the refusal of {what} left a file"
             return
         self._compare(what, adapter, self._read(path, base), base)
 
@@ -348,7 +351,7 @@ class SchemeTests:
     def test_it_says_what_it_is(self) -> None:
         assert self.scheme not in SCHEMES.refused(), SCHEMES.refused()[self.scheme]
         cls = SCHEMES[self.scheme]
-        assert cls.url.startswith(("http://", "https://")), "set `url` to the description of the layout"
+        assert cls.url.startswith(("http://", "https://")), "set `url` to a page that describes the layout"
         assert cls.description, "set `description` to one line about the scheme"
         assert cls.oracle, "set `oracle` to the library that the dequantized values are compared with"
 
@@ -394,9 +397,9 @@ class SchemeTests:
         assert np.allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
     def test_a_damaged_base_is_a_typed_error(self, packed: tuple[Checkpoint, dict[str, Array]]) -> None:
-        """Remove each tensor of a quantized weight except the first, one at a time.
+        """Remove one of a quantized weight's tensors; repeat this for each tensor except the first.
 
-        Each time, `find` must skip the weight or raise an AdapterkitError.
+        `find` must then skip the weight or raise an AdapterkitError.
         """
         from dataclasses import replace
 
@@ -410,7 +413,7 @@ class SchemeTests:
                 names_found = {each.name for each in scheme.find(lacking)}
             except AdapterkitError:
                 continue
-            assert first.name not in names_found, f"{first.name} is found without {member}"
+            assert first.name not in names_found, f"`find` returns {first.name} although {member} is missing"
 
 
 class HubTests:
@@ -423,7 +426,7 @@ class HubTests:
     scheme: ClassVar[str] = ""
 
     def address(self, name: str) -> str:
-        """Return a URI on a test server to which the tests may write. Start the server in a fixture."""
+        """Return the URI of `name` on a test server, to which the tests may push. Start the server in a fixture."""
         raise Unsupported("the tests of a hub need a server", cure="Define `address` in the test class")
 
     @pytest.fixture

@@ -1,7 +1,7 @@
 """Attach adapters to live torch models, train them, and switch between them.
 
-`inject` attaches an adapter, `create` makes a new one, and `route` chooses an adapter for each row of a batch.
-`compose` combines several adapters into one. `LoRAFA` is an optimizer that trains only the matrix `B` of a LoRA.
+`create` returns a new adapter, `inject` attaches an adapter, and `route` chooses an adapter for each row of a batch.
+The functions of `compose` combine several adapters. `LoRAFA` is an optimizer that trains only the matrix `B` of a LoRA.
 `TrainerCallback` makes transformers' Trainer save and resume an adapter.
 
 Inside this package, `import torch` imports PyTorch, not `adapterkit.torch`.

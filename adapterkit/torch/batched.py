@@ -1,21 +1,21 @@
-"""Run a batch whose rows use different adapters: run the layer once, then add each row's change by batched products.
+"""Run a layer once for a batch whose rows use different adapters, and add each row's change with batched products.
 
-This module runs additive updates that reduce to a pair of low-rank factors (`Additive.thin`). All other updates run
-once for each group of rows, in routing.py. Punica (https://arxiv.org/abs/2310.18547) and S-LoRA
-(https://arxiv.org/abs/2311.03285) use the same idea.
+Punica (https://arxiv.org/abs/2310.18547) and S-LoRA (https://arxiv.org/abs/2311.03285) use the same idea. This module
+runs additive updates that can be computed from a pair of low-rank factors (`Additive.thin`). If an adapter of the
+batch has other updates at a layer, routing.py runs this layer once for each group of rows with the same adapter.
 
-A `FactorStack` holds the factors of all adapters at a layer, padded to the highest rank. Each adapter has one slot of
-the stack. The last slot contains only zeros, for rows without an adapter. A separate tensor, `Route.table`, holds the
-number of each row's adapter, so torch.compile sees the same graph for all routings.
+A `FactorStack` contains the factors of all adapters at a layer, padded to the highest rank. Each adapter has one slot
+in the stack. The last slot contains only zeros, for rows without an adapter. Each row's adapter is an index in a
+tensor, `Route.table`, so torch.compile sees the same graph for all routings.
 
 A stack of frozen adapters is kept between forwards, so the factors of these adapters are in memory twice. Before a kept
-stack is used again, three properties of the adapters' own tensors are compared with earlier values: the identity, the
-address and torch's count of in-place changes. This misses only writes through `tensor.data` into a buffer of a frozen
-adapter. The factors of trained adapters are stacked anew in each forward.
+stack is used again, the adapters' tensors are checked: they must be the same objects at the same addresses, and torch's
+counts of their in-place changes must be the same. The check misses only writes through `tensor.data` into a buffer of a
+frozen adapter. The factors of trained adapters are stacked anew in each forward.
 
 On CUDA, if Triton can be imported (torch's Linux wheels include it), two kernels read each row's factors directly from
-the stack: see kernels.py. Everywhere else, and whenever a gradient is needed, the factors are gathered and multiplied
-with `bmm`. In both cases, the layer's output keeps its dtype.
+the stack: see kernels.py. Everywhere else, and whenever a gradient is needed or the code is compiled, torch's matrix
+products are used. In both cases, the layer's output keeps its dtype.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ class FactorStack:
 
     Attributes:
         switches: the on/off switches of the adapters, in the order of the slots. The last slot has no switch.
-        A: `[slots, r, in * k]`, padded with zeros to the highest rank r.
-        B: `[slots, r, out]`, multiplied by the adapters' weights and scalings.
-        bias: `[slots, out]`, or None if no adapter changes the bias.
+        A: `[slots, r, in * k]`, the factors A, padded with zeros to the highest rank r.
+        B: `[slots, r, out]`, the factors B^T, also padded, and multiplied by the adapters' weights and scalings.
+        bias: `[slots, out]`, the changes of the bias, multiplied by the adapters' weights; None if no adapter changes
+            the bias.
         ranks: `[slots]`, the rank of each slot, at most r.
         leaves: the adapters' tensors from which the stack was made; None if the stack must not be kept.
     """
@@ -77,9 +78,10 @@ class FactorStack:
         self.buffers_read: list[Tensor | None] = []
 
     def is_current(self, switches: Sequence[Switch], like: Tensor) -> bool:
-        """Whether the stack holds the current values of these adapters, and has the right device and dtype.
+        """Whether the stack may be used again for the adapters with these switches.
 
-        The right device is that of `like`, and the right dtype is `_dtype_of(like)`.
+        The stack must have the current factors and weights of these adapters, the device of `like`, and the dtype
+        `_dtype_of(like)`.
         """
         if self.leaves is None or switches != self.switches:
             return False
@@ -133,10 +135,10 @@ class KeptStacks:
 
 
 def _dtype_of(like: Tensor) -> torch.dtype:
-    """Return the dtype for the stack of a layer whose weight has the dtype of `like`.
+    """Return the dtype of the stack for a layer whose weight has the dtype and device of `like`.
 
-    Compiled code keeps a 16-bit dtype, because compilers fuse the products. Other code computes the products of 16-bit
-    layers in float32.
+    It is the weight's dtype, except for a 16-bit weight on a CPU. Then eager code multiplies by the factors in float32,
+    but compiled code keeps the 16-bit dtype, because compilers fuse the products.
     """
     return torch.float32 if is_wide(like) and not torch.compiler.is_compiling() else like.dtype
 
@@ -158,8 +160,8 @@ def rank_of(part: Part, layer: TorchLayer) -> int:
 def _rank(update: Additive, shape: tuple[int, ...]) -> int | None:
     """Return the rank of an update's factors at a layer of this shape, or None if the update has no factors.
 
-    A model has thousands of layers, but few shapes. So the result is cached by the update's form and the shape, unless
-    the formula reads values of tensors.
+    The result is cached with the key (`update.form`, shape), because a model has thousands of layers, but few shapes.
+    It is not cached if the formula reads values of tensors.
     """
     key = update.form, tuple(shape)
     if key not in _RANKS:
@@ -195,8 +197,8 @@ def add_by_row(
         kept: the hook's cache for the stack.
 
     Raises:
-        ShapeMismatch: the number of rows in x is not that of the route, or the last axis of x is not the layer's input
-            size.
+        ShapeMismatch: the number of rows in x does not fit the route, or the length of the last axis of x is not the
+            layer's input size.
     """
     compiling = torch.compiler.is_compiling()
     # torch.jit.trace runs the code twice and compares the two graphs. If the first run kept a stack, the second graph
@@ -204,7 +206,7 @@ def add_by_row(
     tracing = torch._C._get_tracing_state() is not None
     if layer.flat and x.shape[-1:] != layer.shape[1:]:
         why = f"the input has shape {list(x.shape)}, but the layer reads {layer.shape[1]} features"
-        raise ShapeMismatch(why, cure="Pass an input of the size that the model expects")
+        raise ShapeMismatch(why, cure=f"Pass an input whose last axis has length {layer.shape[1]}")
     like = layer.sample
     stack = None if compiling or tracing else kept.stack
     if stack is None or not stack.is_current(tuple([part.switch for part in parts]), like):
@@ -230,16 +232,16 @@ def add_by_row(
 def add_to_rows(
     layer: TorchLayer, stack: FactorStack, places: Places, route: Route, x: Tensor, kept: KeptStacks | None = None
 ) -> Tensor:
-    """Run a layer that is a matrix product, and add to each row of its output the change from the row's slot.
+    """Run a layer that is a matrix product, and add to each row of its output the change of this row's adapter.
 
     Args:
-        layer: the layer.
+        layer: the layer, which has `flat` set.
         stack: the factors of the layer's adapters.
-        places: the slots of the route's rows.
+        places: the slot of each row.
         route: the adapter of each row.
         x: the layer's input.
-        kept: a cache in which to keep a `RowPlan` for the next forward; None if the layer's module does not support
-            such a plan.
+        kept: a cache that gets a `RowPlan` for the next forward; None if the layer's module does not support such a
+            plan.
     """
     rows = len(route.names)
     tokens = x.numel() // max(x.shape[-1] * rows, 1)
@@ -265,19 +267,19 @@ grouping the rows by adapter."""
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """The slots of a stack that a route's rows use.
+    """For each row of a batch, the slot that it uses in a stack, and the same rows grouped by slot.
 
     Attributes:
         token: the value that `SETTINGS.token` had just before the adapters' switches were read.
-        active: the value of `Scope.active` when the places were computed.
+        active: the value of `Scope.active` when the slots were looked up.
         index: `[rows]`, the slot of each row.
-        used: the slots in use, in ascending order; None if all slots except the last are in use.
-        padded: `[used * most]`, the row numbers of each used slot, one slot after the other. `most` is the largest
-            number of rows that any slot has. If a slot has fewer rows, its first row is repeated. None if `padded`
-            would list all rows in order.
-        count: the length of `padded`.
+        used: the slots that some row uses, in ascending order, without the last slot; None if these are all slots
+            except the last.
+        padded: `[used * most]`, the indices of the rows, grouped by slot. `most` is the number of rows in the largest
+            group. Each smaller group is padded with its first row. None if `padded` would list all rows in order.
+        count: the number of indices in `padded`; if `padded` is None, the number of rows.
         back: for each row that has an adapter, its position in `padded`; None if `padded` is None.
-        rows: the numbers of the rows that have an adapter; None if all rows have one.
+        rows: the indices of the rows that have an adapter; None if all rows have one.
         masks: the cached masks of `_side_by_side`, keyed by (rank, dtype).
     """
 
@@ -293,9 +295,9 @@ class Places:
 
 
 def places_of(switches: tuple[Switch, ...], route: Route, scope: Scope, device: torch.device) -> Places:
-    """Return the slots that a route's rows use in a stack of the adapters with these switches.
+    """Return the slot of each row of a route in a stack of the adapters with these switches.
 
-    Layers with the same adapters share the result.
+    The route caches the result, so that layers with the same adapters share it.
     """
     key = switches, device
     if torch._C._get_tracing_state() is not None:
@@ -342,11 +344,11 @@ def _placed(switches: tuple[Switch, ...], route: Route, scope: Scope, device: to
 
 
 class RowPlan:
-    """The cached decision to compute an `nn.Linear` as `_side_by_side` does.
+    """A plan to run an `nn.Linear` as `_side_by_side` does, without choosing among the functions below again.
 
-    The decision is made for layers with few frozen adapters, if each row has one token. In a model of width 256,
-    choosing among the functions below takes 25 % of the time of such a forward. With a plan, the forward only checks
-    whether settings, tensors, or the state of torch have changed.
+    A plan is made if the layer has few frozen adapters and each row has one token. In a model of width 256, the choice
+    takes 25 % of the time of such a forward. With a plan, a forward only checks whether settings, tensors, or the state
+    of torch have changed.
     """
 
     def __init__(self, module: nn.Module, stack: FactorStack) -> None:
@@ -391,7 +393,7 @@ def _is_frozen(part: Part) -> bool:
 def _stacked(layer: TorchLayer, parts: Sequence[Part], like: Tensor, keep: bool) -> FactorStack:
     """Stack the factors of parts in order, and pad them with zeros to the highest rank."""
     leaves = _leaves(parts) if keep else None
-    # Leave inference mode to make a stack that is kept: training forwards cannot use tensors made in inference mode.
+    # A stack that is kept must be made outside inference mode: a later training forward cannot use inference tensors.
     with torch.inference_mode(False) if leaves is not None and torch.is_inference_mode_enabled() else nullcontext():
         like = like.new_empty(0, dtype=_dtype_of(like))
         pairs = [_pair(layer, part, like) for part in parts]
@@ -452,7 +454,7 @@ def _pair(layer: TorchLayer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, 
 def _grouped(layer: TorchLayer, stack: FactorStack, places: Places, route: Route, x: Tensor) -> Tensor:
     """Group the rows by adapter, and apply each adapter to its group by two batched products.
 
-    The factors are read once for each adapter, not once for each row. This is best for few tokens per row.
+    This reads the factors once per adapter, not once per row. It is the best choice if each row has few tokens.
     """
     y: Tensor = layer(x)
     if not places.count:
@@ -482,10 +484,10 @@ def _grouped(layer: TorchLayer, stack: FactorStack, places: Places, route: Route
 
 
 def _side_by_side(layer: TorchLayer, stack: FactorStack, places: Places, x: Tensor) -> Tensor:
-    """Multiply every row by the joined factors of all adapters; a mask sets the other adapters' products to zero.
+    """Multiply every row by the joined factors of all adapters, and mask the adapters that the row does not use.
 
-    The joined factors have the rank `adapters * r`. With few adapters, this takes three operations, but
-    `_grouped` takes five.
+    The mask is applied between the two products. The joined factors have the rank `adapters * r`. With few adapters,
+    this function takes three operations, and `_grouped` takes five.
     """
     y: Tensor = layer(x)
     rows, rank, dtype = x.shape[0], stack.A.shape[1], stack.A.dtype
@@ -520,11 +522,11 @@ def _gathered(layer: TorchLayer, stack: FactorStack, index: Tensor, route: Route
 
 
 def _masked(layer: TorchLayer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
-    """Apply the joined factors of all adapters to every row; a mask sets the products of other adapters to zero.
+    """Apply the joined factors of all adapters to every row, and mask the adapters that the row does not use.
 
     The joined factors have the rank `adapters * r`. Convolutions and embeddings need this function, because they are
-    not matrix products. The products that the mask removes cost little, because A is small compared with the layer's
-    output.
+    not matrix products. The masked results cost little, because `adapters * r` is usually small compared with the
+    number of the layer's outputs.
     """
     y = layer(x)
     slots, rank = stack.A.shape[:2]
