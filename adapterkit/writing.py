@@ -4,8 +4,8 @@ A writer first checks all updates. If the format cannot express some updates, th
 `Unrepresentable`; the error's `places` lists the refused updates. *Promotion* converts the refused updates to other
 methods and calls the writer again. Updates with low-rank factors become a LoRA with exactly these factors, without a
 decomposition. Other updates become a weight difference (`Dense`) if the format supports weight differences, or the
-nearest LoRA if the caller accepts an error (`max_error`). Promotion needs the package `ops`. The modules in `formats`
-may not import `ops`, so promotion is in this module.
+nearest LoRA if the caller accepts an error (`max_error`). Promotion is in this module, because it imports
+`adapterkit.ops`, which the modules in `formats` may not import.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ if TYPE_CHECKING:
     from .ops.lowering import Delta
 
 ACCEPT = (
-    "Accept an error with --max-error E (max_error=E), pass the base if a formula needs it, or write another format"
+    "Accept an approximation error with --max-error E (max_error=E), pass --base BASE (base=) if a method's formula "
+    "needs the base's weights, or write another format"
 )
 
 _REPORT = "Nothing was written. Report this bug, or write adapterkit's own format"
 _SLACK = 1e-4
-"""The measured error of a promotion may exceed its limit by this fraction of the limit. It may also exceed the limit by
-a hundredth of this number, because the tensors are rounded to float32."""
+"""A promotion with the error limit E is accepted if its measured relative error is at most
+`E * (1 + _SLACK) + _SLACK / 100`. The slack is needed because the tensors are rounded to float32."""
 
 Written = list[str]
 Ask = Callable[["Adapter"], Written]
@@ -77,14 +78,14 @@ def write(
         adapter: the adapter to write.
         path: the file or folder to write.
         format: the format to write.
-        base: the base, for formats that need it to resolve names or to order the rows of weights.
+        base: the base. Some formats need it to resolve names or to order the rows of weights.
         on_loss: what to do with updates that the format cannot express; see `Format.write`.
-        profile: the program that will load the output, if it supports only a part of the format, such as `"vllm"`.
-            Scalings that the program ignores are folded into the tensors. If the program supports only one rank for all
-            modules, smaller ranks are padded with zeros. Updates that the program cannot run are refused.
+        profile: the program that will load the output, such as `"vllm"`, if the program supports only a part of the
+            format. Scalings that the program ignores are folded into the tensors. If the program supports only one
+            rank for all modules, smaller ranks are padded with zeros. Updates that the program cannot run are refused.
         max_error: with `on_loss="promote"`, a change that the format cannot store exactly may become a LoRA with at
             most this relative Frobenius error. None accepts only exact replacements.
-        overwrite: replace an existing file or folder at `path`; if False, an existing file or folder is an error.
+        overwrite: whether to replace an existing file or folder at `path`. If False, an existing path is an error.
         made_from: a digest of all inputs and options. The digest is stored with the output, so that a later run with
             the same digest can skip the work; see `adapterkit.io.staging`.
 
@@ -127,7 +128,7 @@ class Promotion:
         lora: whether the format supports LoRA.
         dense: whether the format supports weight differences (`Dense`).
         identities: whether a weight difference may become a LoRA of full rank, with the identity as one factor.
-        whole: whether a weight difference may become a whole weight, the sum of the base's weight and the difference.
+        whole: whether a weight difference may become a whole weight: the base's weight plus the difference.
         max_error: the accepted relative Frobenius error of each change; None accepts only exact replacements.
         base: the base, for formulas that read its weights.
     """
@@ -171,7 +172,7 @@ class Promotion:
                 adapter, lines = changed, lines + promotion_lines
 
     def suggest(self, adapter: Adapter, refusal: Unrepresentable) -> None:
-        """If promotion can replace all refused updates without loss, begin the error's cure with this advice."""
+        """Recommend promotion in the error's cure if promotion can replace all refused updates without loss."""
         refused = {target for target, _ in refusal.places}
         groups = [adapter.updates.get(target, ()) for target in refused]
         if groups and all(self._is_exact(each) for each in groups):
@@ -179,9 +180,9 @@ class Promotion:
             refusal.cure = f"{promote}. Or: {refusal.cure}" if refusal.cure else promote
 
     def _is_exact(self, group: Sequence[Update]) -> bool:
-        """Whether promotion can replace the updates of a target without loss by one LoRA or one weight difference.
+        """Whether promotion can replace the updates of a target by one LoRA or one weight difference without loss.
 
-        False for a single LoRA. A single weight difference can only become a LoRA with an identity as one factor.
+        False for a single LoRA. A single weight difference can only become a LoRA with the identity as one factor.
         """
         if not group or (len(group) == 1 and isinstance(group[0], LoRA)):
             return False
@@ -201,7 +202,7 @@ class Promotion:
         return (adapter.replace(updates=updates) if lines else adapter), lines
 
     def _one(self, adapter: Adapter, target: Target) -> Promoted | None:
-        """Return the promotion of a target to one update; None if the updates of the target cannot be promoted."""
+        """Promote all updates of a target to one new update. Return None if the updates cannot be promoted."""
         group = adapter.updates[target]
         line = f"wrote {' and '.join(dict.fromkeys(update.method for update in group))} at {target} as"
         if len(group) == 1 and isinstance(group[0], LoRA):
@@ -223,7 +224,7 @@ class Promotion:
     def _of_difference(self, target: Target, update: Dense, line: str) -> Promoted | None:
         """Promote a weight difference, for a format that cannot store weight differences.
 
-        The new update is a LoRA with an identity as one factor, or a whole weight. None if neither is possible.
+        The new update is a LoRA with the identity as one factor, or a whole weight. Return None if neither is possible.
         """
         shape = weight_shape(target, [update], self.base)
         if not target.stacked and shape is not None and len(shape) > 1:
@@ -238,9 +239,9 @@ class Promotion:
         return None
 
     def _nearest(self, alone: Adapter, error: float, line: str) -> Promoted | None:
-        """Return the promotion to the LoRA of the smallest rank at which the relative error is at most `error`.
+        """Promote the updates of a target to a LoRA with a relative error of at most `error`.
 
-        Return None if the target does not become a single LoRA.
+        The LoRA has the smallest rank that achieves this error. Return None if the result is not a single LoRA.
         """
         from .ops import promote
 
@@ -268,10 +269,10 @@ def _is_matrix(update: Dense) -> bool:
 
 
 def _by_identity(update: Dense, shape: Sequence[int]) -> LoRA:
-    """Return a weight difference D as a LoRA of full rank: one factor is D, the other factor is an identity.
+    """Return a weight difference D as a LoRA of full rank: one factor is D, the other factor is the identity.
 
-    The identity's size is the smaller of `out` and `in * k`. The diffusers library also converts the tensor `diff` of
-    the head of Wan models to such a LoRA. If `update` changes only the bias, both factors are zeros of rank 1.
+    The identity's size is the smaller of `out` and `in * k`. If `update` changes only the bias, both factors are zeros
+    of rank 1. The diffusers library also makes such a LoRA: it converts the `diff` tensor of a Wan model's head.
     """
     out, columns = shape[0], math.prod(shape[1:])
     leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
@@ -298,7 +299,10 @@ def _zeros(shape: Shape, kind: DType) -> Lazy:
 
 
 def _weight_at(target: Target, update: Dense, base: Checkpoint) -> Lazy | None:
-    """Return the base's stored weight at a target; None if the base stores no whole weight of D's shape there."""
+    """Return the base's stored weight at a target.
+
+    Return None if the target is only some rows of a weight, or if the base stores no weight of D's shape there.
+    """
     try:
         site = bind(Adapter({target: (update,)}), base).sites[0]
     except AdapterkitError:
@@ -343,7 +347,7 @@ def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
 
 
 def _difference(alone: Adapter, base: Checkpoint | None, line: str) -> Promoted | None:
-    """Return the promotion of all updates to one weight difference, the sum of their changes; None without a change."""
+    """Promote all updates to one weight difference: the sum of their changes. Return None if nothing changes."""
     from .ops.alignment import places
     from .ops.lowering import dense
 
@@ -375,8 +379,8 @@ def _check_exact(target: Target, group: Sequence[Update], promoted: Update, base
 def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float, base: Checkpoint | None) -> None:
     """Check that a promoted update differs from the original weight change by no more than the reported error.
 
-    The original change is computed again, with the base's weight if the formula reads the weight. Even with a reported
-    error of 0, differences from rounding are allowed.
+    The original change is computed again. If its formula reads the base's weight, the weight is read from `base`. Even
+    with a reported error of 0, differences from rounding are allowed.
 
     Args:
         alone: an adapter with only the original updates of one target.
@@ -398,7 +402,7 @@ def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float
     norm = float(np.linalg.norm(D.numpy().astype("f8")))
     error = float(np.linalg.norm((D.double() - change.double().reshape(D.shape)).numpy())) / norm if norm else 0.0
     if error > stated * (1 + _SLACK) + _SLACK * 1e-2:
-        raise _mispromoted(given, group, f"the relative error is {error:.1e}, but {stated:.1e} was computed")
+        raise _mispromoted(given, group, f"the relative error is {error:.1e}, but {stated:.1e} was reported")
 
 
 def _shaped(alone: Adapter) -> bool:
@@ -423,9 +427,9 @@ def _type(target: Target, group: Sequence[Update]) -> DType:
 
 
 def _when_read(make: Callable[[], Any]) -> Any:
-    """Return the update that `make` returns, without keeping its tensors in memory; None if `make` returns None.
+    """Return the update that `make` returns, with lazy tensors; None if `make` returns None.
 
-    Each access to the data of a tensor calls `make` again.
+    The tensors are not kept in memory: each time that a tensor's data is read, `make` is called again.
     """
     first = make()
     if first is None:

@@ -1,7 +1,8 @@
 """Describe an adapter, a base or a graph as plain data.
 
-Only file headers are read, unless the caller asks for the change of each layer. `facts_of` collects the facts that a
-report shows: methods, base, size, origin, and the formats and tools that can use the adapter.
+Tensor values are read only to measure the change of each layer (`layers`), to compare a graph with `base_weights`, and
+to compute a base's fingerprint. Everything else comes from file headers. `facts_of` collects the facts that a report
+shows: methods, base, size, licence, lineage, and the formats and tools that can use the adapter.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
 
 WAYS = {
-    "native": "stores it natively",
-    "LoRA": "stores it exactly, as a LoRA",
-    "dense": "stores it as a weight difference; needs the base",
+    "native": "stores the adapter natively",
+    "LoRA": "stores the adapter exactly, as a LoRA",
+    "dense": "stores the adapter as a weight difference; needs the base",
     "nearest": "stores the nearest LoRA, and reports the error",
 }
-"""How a format can store an adapter -> a description. The best way comes first."""
+"""The ways in which a format can store an adapter, each with a description. The best way comes first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Facts:
         name: the adapter's name in the report.
         path: the path from which the adapter was read; None for an adapter in memory.
         format: the format of the source file, or None.
-        base: the base that the adapter names.
+        base: the id of the base that the adapter records, or None.
         methods: method -> number of updates.
         ranks: rank -> number of updates; updates without a rank are omitted.
         targets: the number of targets.
@@ -56,10 +57,11 @@ class Facts:
         licence: the identifier of the licence in the model card next to the adapter, or None.
         triggers: the trigger words.
         lineage: the steps that produced the adapter, as plain data.
-        formats: format -> how this format can store the adapter (a key of `WAYS`). Formats that cannot store the
-            adapter are omitted.
-        loaders: a record for each known tool, with `title`, `loads` and `why`. `loads` says whether the tool can load
-            the unconverted file: yes, part or no. Empty unless the adapter is for an image model.
+        formats: format -> the key of `WAYS` that describes how the format can store the adapter. Formats that cannot
+            store the adapter are omitted.
+        loaders: one dict per known tool, which shows whether the tool can load the file without conversion. The keys
+            are `title`, `loads` and `why`; see `adapterkit.loaders.Answer`. Empty unless the adapter was read from a
+            file in a format of image models.
     """
 
     name: str
@@ -84,11 +86,11 @@ class Facts:
 
 
 def facts_of(adapter: Adapter, name: str, path: Path | None = None) -> Facts:
-    """Return the facts of an adapter.
+    """Collect the facts that a report shows about an adapter.
 
     Args:
         adapter: the adapter.
-        name: its name in the report.
+        name: the adapter's name in the report.
         path: the path from which the adapter was read. The licence is read from the model card at this path.
     """
     from ..core.licence_terms import licence_at
@@ -124,7 +126,7 @@ def _image_loaders(adapter: Adapter, name: object, path: Path) -> tuple[dict[str
 
 
 def formats_of(adapter: Adapter) -> dict[str, str]:
-    """Return how each format can store the adapter (a key of `WAYS`); omit formats that cannot.
+    """Return the formats that can store the adapter, each with the key of `WAYS` that describes how.
 
     Only the adapter's methods and the kind of model (image or language) are checked.
     """
@@ -132,7 +134,7 @@ def formats_of(adapter: Adapter) -> dict[str, str]:
     from ..methods import METHODS
     from ..naming.image import component_of, shape
 
-    # All blocks have modules with the same names, so check only one path of those that differ in numbers.
+    # Paths that differ only in their numbers are the same module in different blocks. Check one path for each module.
     paths = {shape(target.path): target.path for target in adapter.updates}.values()
     kind = "image" if any(map(component_of, paths)) else "language"
     methods = [METHODS[name] for name in adapter.methods]
@@ -183,7 +185,7 @@ class Inspection:
     def __repr__(self) -> str:
         name = public(self.path)
         if self.kind == "adapter" and self.data.get("format") is None:
-            return f"Inspection({name!r}: adapter, {len(self.data['modules']):,} modules that are not resolved)"
+            return f"Inspection({name!r}: unreadable adapter with {len(self.data['modules']):,} modules)"
         totals: Mapping[str, Any] = self.data.get("totals", {})
         if self.kind == "adapter":
             methods = ", ".join(f"{count:,} {method}" for method, count in totals["methods"].items())
@@ -211,7 +213,7 @@ class Inspection:
 
 
 def graph_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[str, JsonValue]:
-    """Return the layers of an ONNX graph that an adapter can target."""
+    """Describe an ONNX graph as plain data: list all layers that an adapter can target."""
     from ..onnx import layers
 
     records = [place.record() for place in layers(src, base_weights=base_weights)]
@@ -220,7 +222,10 @@ def graph_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[
 
 
 def folder_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[str, object]:
-    """Return the layers of all ONNX graphs in a folder. Each layer's record names its graph."""
+    """Describe a folder of ONNX graphs as plain data: list all graphs, and the layers that an adapter can target.
+
+    The record of each layer has the name of the graph that contains the layer.
+    """
     from ..onnx import layers
     from ..onnx.folders import parts_of
 
@@ -249,7 +254,7 @@ def graph_file(src: str) -> str | None:
         return src
     try:
         names = sorted(os.listdir(src))
-    except (OSError, ValueError):  # The name is an address, or does not name a folder.
+    except (OSError, ValueError):  # `src` is an address, or is not a folder.
         return None
     graphs = [name for name in names if name.lower().endswith(".onnx")]
     alone = len(graphs) == 1 and not any(name.lower().endswith(_WEIGHTS) for name in names)
@@ -257,7 +262,7 @@ def graph_file(src: str) -> str | None:
 
 
 def graph_folder(src: str) -> str | None:
-    """Return `src` if it is a folder with graphs and without weights; None for anything else.
+    """Return `src` if it is a folder with ONNX graphs and without weight files; None for anything else.
 
     optimum and onnxruntime-genai write such folders.
     """
@@ -265,14 +270,14 @@ def graph_folder(src: str) -> str | None:
         names = [name for name in os.listdir(src) if not name.startswith(".")]
         inner = [name for name in names if os.path.isdir(os.path.join(src, name))]
         below = [one for name in inner for one in os.listdir(os.path.join(src, name))]
-    except (OSError, ValueError):  # The name is an address, or does not name a folder.
+    except (OSError, ValueError):  # `src` is an address, or is not a folder.
         return None
     graphs = any(name.lower().endswith(".onnx") for name in (*names, *below))
     return src if graphs and not any(name.lower().endswith(_WEIGHTS) for name in names) else None
 
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
-"""File extensions of weights. A folder with weights is described as a base, even if it also has a graph."""
+"""Extensions of weight files. A folder with weight files is described as a base, even if it also has a graph."""
 
 
 def inspected(
@@ -283,14 +288,14 @@ def inspected(
     """Describe the file or folder at a path, as plain data; see `adapterkit.inspect`.
 
     Args:
-        src: the path or address of an adapter or a base.
-        format: the adapter's format; detected from its headers if absent.
+        src: the path or address of an adapter, a base or an ONNX graph.
+        format: the adapter's format; detected from the file headers if None.
         base: the base of an adapter.
         compat: `formula` to apply the paper's formula instead of the training tool's; see `adapterkit.read`.
         layers: whether to measure the change of each layer.
-        rename: rules for names in the base.
-        base_weights: weights of a graph's base.
-        reading: further arguments of `read`.
+        rename: rules that rename targets to names in the base.
+        base_weights: the weights of the model from which the graph was exported.
+        reading: further keyword arguments for `adapterkit.read`.
     """
     from ..errors import TargetNotFound, UnknownFormat
     from ..formats import detect, read
@@ -305,10 +310,10 @@ def inspected(
     if graph is None and graph_folder(src) is not None and not _is_adapter(Path(src)):
         return folder_record(src, base_weights)
     if base_weights is not None:
-        why = "base_weights= is for an ONNX model; the base of an adapter is base="
+        why = "base_weights= applies only to an ONNX graph; for an adapter, pass base="
         raise UsageError(why, where="base_weights", cure="Pass the base: --base BASE (base=)")
     if rename and base is None:
-        raise UsageError("rename= is for names in a base", where="rename", cure="Pass the base: --base BASE (base=)")
+        raise UsageError("rename= requires a base", where="rename", cure="Pass the base: --base BASE (base=)")
     with headers_of(src) as path, inputs_kept():
         modules = adapter_modules(path) if base is None else {}
         if format is None and not modules and not _is_adapter(path):
@@ -318,8 +323,8 @@ def inspected(
             name = format or detect(path)
             adapter = read(path, name, base, compat=compat, **reading)
         except (TargetNotFound, UnknownFormat, UsageError) as error:
-            # Describe the modules of a file that cannot be read, such as one without alpha. But if the caller passed
-            # further options, a UsageError may be about them, so raise it.
+            # If the adapter cannot be read, for example because alpha is missing, describe its modules. If `reading`
+            # has arguments, a UsageError may be about these arguments, so raise the error.
             if modules and not (isinstance(error, UsageError) and reading):
                 return _unresolved_record(modules, src, error)
             needs_base = base is not None or layers or reading
@@ -343,13 +348,14 @@ def inspected(
 
 
 def outline_of(path: Path, name: str | None, compat: str | None, error: Exception) -> tuple[str, Adapter] | None:
-    """Return the format of an adapter that cannot be read without its base, and an adapter with its targets.
+    """Outline an adapter that cannot be read without its base: return its format, and its targets and shapes.
 
-    Return None if `error` has another cause.
+    The targets and shapes are returned as an `Adapter`; see `formats.outline`. Return None if the adapter cannot be
+    outlined, or if `error` is not a UsageError.
 
     Args:
         path: the file or folder.
-        name: the adapter's format; detected if absent.
+        name: the adapter's format; detected if None.
         compat: the caller's `compat` argument; if it is not None, the result is None.
         error: the error that was raised when the adapter was read.
     """
@@ -373,7 +379,10 @@ def _beside(adapter: Adapter, path: Path) -> dict[str, JsonValue]:
 
 
 def _licence(path: Path) -> dict[str, JsonValue]:
-    """Return the licence that the model card names, and what this licence requires of derived works besides notices."""
+    """Return the licence that the model card names, its SPDX identifier, and its requirements for derived works.
+
+    The requirements are None if the licence is unknown, or if it only requires that notices are kept.
+    """
     from ..core.licence_terms import choices, is_expression, licence_at, spdx_expression_of, spdx_of, terms_of
 
     licence = licence_at(path)
@@ -386,13 +395,16 @@ def _licence(path: Path) -> dict[str, JsonValue]:
 def _layers(
     adapter: Adapter, base: Checkpoint | str | os.PathLike[str] | None, rename: Sequence[str]
 ) -> list[dict[str, JsonValue]]:
-    """Return one record per layer with the norms of its changes, in the order of layers."""
+    """Return one record per layer, in the order of the layers.
+
+    Each record has the norm of the layer's change, and the layer's share of the adapter's squared norm.
+    """
     from ..io.checkpoint import opened
     from .measuring import measure
 
     measured = measure([adapter], ["adapter"], base=None if base is None else opened(base), rename=rename)
     if measured.base_why is not None:
-        raise UsageError(f"layers: {measured.base_why}", where="layers", cure="Pass the base: --base BASE (base=)")
+        raise UsageError(f"layers: {measured.base_why}", where="layers", cure="Pass another base: --base BASE (base=)")
     by_layer: dict[str, list[Any]] = {}
     for effect in sorted(measured.effects, key=lambda each: measured.cells[each.target].order):
         by_layer.setdefault(measured.cells[effect.target].layer, []).append(effect)
@@ -424,7 +436,7 @@ def _names(adapter: Adapter, base: Checkpoint | str | os.PathLike[str], rename: 
 
 
 def _is_adapter(path: Path) -> bool:
-    """Whether any format recognises `path`. True for a missing path, so that reading it raises the error."""
+    """Whether any format recognises `path`. Also True if `path` is missing, because `read` then raises the error."""
     from ..formats import recognised
 
     return not path.exists() or bool(recognised(path))
@@ -457,7 +469,7 @@ _IMAGE = ("bfl_control", "comfyui", "diffusers", "kohya", "lycoris", "xlabs")
 
 
 def _loaders(adapter: Adapter, name: str, path: Path) -> list[dict[str, str]]:
-    """Return a record for each tool, which says whether the tool can load the file without conversion."""
+    """Return one record per tool: whether the tool can load the file without conversion, and why not."""
     from dataclasses import asdict
 
     from ..loaders import loaders_of
@@ -480,7 +492,7 @@ def _families(adapter: Adapter) -> list[str]:
 
 
 def _without_alpha(adapter: Adapter) -> int:
-    """Return the number of modules that have no alpha in the file; 0 if the format's scaling does not use alpha."""
+    """Return the number of modules without an alpha in the file; 0 if the format's scaling does not use alpha."""
     foreign = adapter.foreign
     if any(step.op == "read" and step.args.get("alpha") == "rank" for step in adapter.recipe[:1]):
         return len(adapter.updates)
@@ -493,7 +505,7 @@ def _without_alpha(adapter: Adapter) -> int:
 def _unresolved_record(
     modules: Mapping[str, Mapping[str, Lazy | Entry]], src: str, error: Exception
 ) -> dict[str, JsonValue]:
-    """Return the record of an adapter that cannot be read, for example because its base is missing."""
+    """Return the record of an adapter that cannot be read: the reason, and the tensor shapes of each module."""
     return {
         "kind": "adapter", "path": src, "format": None, "why": str(error),
         "modules": {
@@ -505,7 +517,8 @@ def _unresolved_record(
 def _update_record(target: Target, update: Update, shared: dict[object, dict[str, JsonValue]]) -> dict[str, JsonValue]:
     """Return an update as plain data.
 
-    Records of updates with equal layouts, rows and forms differ only in the target's name. `shared` caches the rest.
+    `shared` caches the records without the targets' paths. The cache key is the target's layout, the target's rows and
+    `update.form`.
     """
     form = target.layout, target.rows, update.form
     if form not in shared:
@@ -532,8 +545,8 @@ def base_record(path: Path, src: str) -> dict[str, Any]:
     try:
         base = open_checkpoint(path)
     except UsageError as error:
-        cure = "See 'adapterkit list formats'; a base is a folder of weights or one weight file"
-        raise UnknownFormat(f"this is neither an adapter nor a base: {error.why}", path=src, cure=cure) from error
+        cure = "Pass a base (a weight file or a folder of weight files), or an adapter; see 'adapterkit list formats'"
+        raise UnknownFormat(f"the path is neither an adapter nor a base: {error.why}", path=src, cure=cure) from error
     tensors, facts = _stored(base)
     dtypes = sorted({str(tensor["dtype"]) for tensor in tensors})
     other = other_file(base.tensors)
@@ -555,8 +568,8 @@ def base_record(path: Path, src: str) -> dict[str, Any]:
 def _stored(base: Checkpoint) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return a record for each tensor of a base, and facts about the model.
 
-    The facts come from the headers of GGUF files, except the names of possible model families. A lazy tensor of a
-    quantized GGUF weight has only bytes, so the weight's shape and type are also read from the header.
+    The facts are the architecture and the name in the headers of GGUF files, and the possible model families. The lazy
+    tensor of a quantized GGUF weight has only packed bytes, so shapes and types of GGUF tensors come from the header.
     """
     from ..io.gguf_file import read_model
     from ..io.inputs import is_gguf

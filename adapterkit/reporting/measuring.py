@@ -1,11 +1,11 @@
-"""Compute the numbers of a report. The field of each number defines it.
+"""Compute the measurements of a report. `Effect`, `Relation`, `MergedShare` and `Measurements` define each measurement.
 
-The product `B @ A` of two low-rank factors is never computed. QR of the factors and an SVD of the small core give
-`U S V^T`. Norms, inner products and overlaps of subspaces are computed from small products of these factors.
+The product `B @ A` of two low-rank factors is never computed. A QR decomposition of each factor and an SVD of the small
+core give `U S V^T`. Norms, inner products and overlaps of subspaces are computed from small products of U, S and V.
 
-Signs and values of single elements are measured in a block: the elements at `SIDE` rows and `SIDE` columns that are
-evenly spread over the weight. The block is so small that it can be computed as a dense matrix. If a share is estimated
-from its 25,600 elements, the error is 0.3 percentage points.
+Signs and values of single elements are measured only in a block of the weight: the elements at `SIDE` rows and `SIDE`
+columns, which are evenly spread. The block is small enough to be computed as a dense matrix. A share that is estimated
+from the block's 25,600 elements has an error of 0.3 percentage points.
 """
 
 from __future__ import annotations
@@ -37,59 +37,64 @@ if TYPE_CHECKING:
     from ..ops.lowering import Change, Delta, Weights
 
 SIDE = 160
-"""The number of rows, and of columns, in the measured block."""
+"""The largest number of rows in the measured block, and the largest number of columns."""
 
 SHOWN = 64
-"""The number of singular values that are stored for a target."""
+"""The largest number of singular values to store for a target."""
 
 LARGEST_EXACT = 1024
-"""A dense change is decomposed only if its smaller side is at most this. A larger decomposition takes over a second."""
+"""A dense change is decomposed only if its smaller side is at most this long. A larger decomposition takes over a
+second."""
 
 EXPERTS = 8
-"""In a stack of experts, elements and base weights are measured only for this many experts; norms and ranks for all."""
+"""For stacked experts, elements are measured and weights are compared only for the first `EXPERTS` experts. Norms and
+ranks of changes are measured for all experts."""
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-"""The stored quantiles of the elements' values."""
+"""The probabilities of the quantiles in `Effect.quantiles`."""
 
 INTRUDING, INTRUDER_COSINE = 10, 0.6
-"""The first ten left singular vectors of a tuned weight are checked. A vector is an intruder if it is unlike all
-singular vectors of the base's weight: the absolute cosine with each of them is below 0.6 (Shuttleworth et al. 2024,
-arXiv:2410.21228)."""
+"""The first ten left singular vectors of a tuned weight (the base's weight plus the change) are checked. A vector is an
+intruder if its absolute cosine with each left singular vector of the base's weight is below 0.6 (Shuttleworth et al.
+2024, arXiv:2410.21228)."""
 
 INTRUDER_BUDGET = 6e9
-"""Limit for the work of finding intruders: the sum of `2 * smaller_side**2 * larger_side` over the checked weights. The
-limit allows 15 weights of 576 x 576, which take 3 s. The weights with the largest relative changes come first. The
-verdict states the number of checked weights."""
+"""The limit for the work of finding intruders. The work is the sum of `2 * smaller_side**2 * larger_side` over the
+checked weights. The limit allows 15 weights of 576 x 576, which take 3 s. The weights with the largest relative changes
+are checked first. The verdict states the number of checked weights."""
 
 INTRUDER_UNIT = 2e7
-"""This much decomposition work counts as one step of progress. All other work for a target counts as one step too."""
+"""The progress bar counts this much work of finding intruders as one step. All other work for one target is also one
+step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """The change that one adapter makes at one target. Numbers that were not measured are None.
+    """The change that one adapter makes at one target. A field that was not measured is None or empty.
 
     Attributes:
         adapter: the index of the adapter.
-        target: the target, as a dotted path with the rows of a slice.
+        target: the target as text: its dotted path, followed by `[start:stop]` if it is only some rows of a weight.
         method: the methods of the target's updates, joined by ` + `.
         shape: the shape of the weight, `[out, in, *k]`.
         rank: the rank of the stored factors; None for a dense change.
-        scaling: the scaling of a LoRA; None for other methods.
+        scaling: the `scaling` of the target's updates; None if they have no scaling or different scalings.
         norm: the Frobenius norm of the weight's change; for stacked experts, the norm of the whole stack's change.
         bias_norm: the norm of the bias's change.
-        spectrum: the first `SHOWN` singular values, largest first; for stacked experts, those of the expert with the
-            largest change.
+        spectrum: the first `SHOWN` singular values, largest first; for stacked experts, the singular values of the
+            expert with the largest change.
         effective_rank: the exponential of the entropy of the singular values (Roy and Vetterli 2007); for stacked
             experts, the mean over the experts.
-        rank_99: the number of singular values that have 99 % of the squared norm; for stacked experts, the largest such
-            number.
-        quantiles: the quantiles `QUANTILES` of the change's elements, in the measured block.
+        rank_99: how many of the largest singular values are needed for 99 % of the squared norm; for stacked experts,
+            the maximum over the experts.
+        quantiles: the quantiles of the change's elements in the measured block, at the probabilities `QUANTILES`.
         peak: the largest absolute value in the measured block, divided by the root mean square of the block.
-        relative: `norm` divided by the norm of the base's weight.
-        intruders: the number of intruders among the first ten singular vectors of the tuned weight.
+        relative: `norm` divided by the norm of the base's weight. For stacked experts, the norm of the base's weight
+            includes only the first `EXPERTS` experts.
+        intruders: the number of intruders among the first ten left singular vectors of the tuned weight; see
+            `INTRUDING`.
         why: the reason why the change was not measured.
-        code: the code of the error behind `why`.
+        code: the code of the error whose reason is `why`.
     """
 
     adapter: int
@@ -112,7 +117,7 @@ class Effect:
 
     @property
     def spike(self) -> float | None:
-        """The share of the squared norm in the first singular value."""
+        """The square of the largest singular value, divided by the sum of squares of `spectrum`; None if unknown."""
         if not self.spectrum or not self.norm or self.rank_99 is None:
             return None
         return min(1.0, self.spectrum[0] ** 2 / math.fsum(value * value for value in self.spectrum))
@@ -126,14 +131,14 @@ class Relation:
         first: the index of one adapter.
         second: the index of the other adapter.
         target: the target.
-        product: the inner product of the two changes: the sum of `first * second` over all elements.
-        cosine: the cosine of the angle between the changes as vectors; None if one of them is zero.
-        overlap_out: how much of the smaller output subspace lies in the larger one, from 0 to 1.
-        overlap_in: how much of the smaller input subspace lies in the larger one, from 0 to 1.
-        sign_conflict: among the block's elements that both adapters change, the share with opposite signs. Unrelated
-            changes have 0.5.
-        interference: the share of the absolute values in the block that cancels when both changes are added. Two
-            unrelated changes of equal size have 0.29.
+        product: the inner product of the two changes: the sum of their elementwise products.
+        cosine: the cosine similarity of the two changes as flattened matrices; None if one change is zero.
+        overlap_out: the share of the smaller output subspace that lies in the larger output subspace, from 0 to 1.
+        overlap_in: the share of the smaller input subspace that lies in the larger input subspace, from 0 to 1.
+        sign_conflict: the share of elements at which the two changes have opposite signs, among the elements of the
+            measured block that both adapters change. It is 0.5 for unrelated changes.
+        interference: `1 - sum(|a + b|) / sum(|a| + |b|)` over the elements a and b of the two changes in the measured
+            block. It is 0.29 for two unrelated changes of equal size.
     """
 
     first: int
@@ -149,16 +154,16 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class MergedShare:
-    """How much of the adapters' change at one target a merged model contains.
+    """The share of the adapters' change at one target that a merged model contains.
 
     Attributes:
         target: the target.
-        kept: the part of the change that the merged weight contains, measured along the direction of the change. 1 is
-            the whole change; 0 is nothing.
-        error: the norm of `merged - exact`, divided by the norm of the change. `exact` is the base's weight plus the
-            change.
-        rounded: the value that `kept` would have after a perfect merge, which rounds the exact sum once to the merged
-            model's dtype. 1 for dtypes with more than 16 bits.
+        kept: the projection of `merged - base` onto the adapters' change, divided by the norm of the adapters' change.
+            1 if the merged weight contains the whole change; 0 if it contains nothing of the change.
+        error: the norm of `merged - exact`, divided by the norm of the adapters' change. `exact` is the base's weight
+            plus the adapters' change.
+        rounded: the value that `kept` would have after a perfect merge, which computes `exact` and rounds it once to
+            the merged model's dtype. 1 for dtypes with more than 16 bits.
         dtype: the dtype of the merged weight, such as `BF16`.
     """
 
@@ -171,14 +176,15 @@ class MergedShare:
 
 @dataclass(frozen=True)
 class Measurements:
-    """All numbers of a report.
+    """All measurements of a report.
 
     Attributes:
         names: the names of the adapters, in order.
         cells: target -> the row and the column of the target in the pictures.
         effects: one entry per adapter and target.
         relations: one entry per target and pair of adapters that both change the target's weight.
-        together: target -> the share of the block's absolute values that cancels when all changes are added.
+        together: target -> the interference of the changes of all adapters. For two adapters, this is the value of
+            `Relation.interference`.
         merged: one entry per target, if a merged model was passed.
         bases: sentences about adapters whose files name a base other than the given base.
         base_why: the reason why the adapters do not fit the given base; None if they fit. A base that does not fit is
@@ -231,9 +237,9 @@ class Measurements:
         return self._norms[adapter]
 
     def cosine(self, first: int, second: int) -> float | None:
-        """Return the cosine of two adapters over all targets.
+        """Return the cosine similarity of the changes of two adapters over all targets.
 
-        None if they have no common target, or if one of them changes nothing.
+        Return None if the adapters have no common target, or if one adapter changes nothing.
         """
         return self._cosines.get((min(first, second), max(first, second)))
 
@@ -291,8 +297,9 @@ def measure(
             not fit the base, it is not used, and `Measurements.base_why` states the reason.
         merged: the model into which the adapters were merged; needs `base`.
         weights: the weights of the adapters in the merge; 1 each if None.
-        rename: rules for names; see `adapterkit.ops.compare`.
-        progress: a function that is called with the units of work that are done, and the total units.
+        rename: rules that rename targets; see `adapterkit.ops.compare`.
+        progress: a function that is called after each step with the number of completed steps and the total number of
+            steps.
 
     Raises:
         AdapterkitError: the adapters belong to different models; see `adapterkit.ops.compare`.
@@ -392,7 +399,7 @@ class _Measuring:
             self.merged.append(after.merged(target))
 
     def _change(self, place: AlignedPlace, adapter: int, updates: tuple[Update, ...]) -> Change | None:
-        """Return an adapter's change at a place. If it cannot be computed, record the reason and return None."""
+        """Return one adapter's change at a target. If it cannot be computed, record the reason and return None."""
         try:
             alone = lowered(AlignedPlace(place.target, (updates,), place.base))
             (change,) = alone.changes()
@@ -454,7 +461,8 @@ def _methods(updates: Sequence[Update]) -> str:
 class _MeasuredPart:
     """An adapter's change of a weight, as an SVD: U `[out, r]`, S `[r]`, V `[in * k, r]`; U and V are orthonormal.
 
-    A change without factors is also kept in `dense`. If it is too large for a decomposition, U, S and V are None.
+    A change without low-rank factors is also stored in `dense`. U, S and V are None if such a change is too large for
+    an SVD.
     """
 
     delta: Delta
@@ -506,7 +514,7 @@ def spread(size: int) -> Array:
 
 
 class _Sum:
-    """Collect the numbers of one adapter at one target; a stack of experts adds one part per expert."""
+    """Accumulate the measurements of one adapter at one target. For stacked experts, call `add` once per expert."""
 
     def __init__(self) -> None:
         self.square, self.base, self.largest = 0.0, 0.0, -1.0
@@ -569,7 +577,7 @@ def _values(blocks: Sequence[Array]) -> tuple[tuple[float, ...], float | None]:
 
 
 class _PairSum:
-    """Collect the numbers of two adapters at one target; a stack of experts adds one part per expert."""
+    """Accumulate the comparison of two adapters at one target. For stacked experts, call `add` once per expert."""
 
     def __init__(self) -> None:
         self.product, self.first, self.second = 0.0, 0.0, 0.0
@@ -622,7 +630,7 @@ def _dense(part: _MeasuredPart) -> Array:
 
 
 class _Lost:
-    """Compute the share of the absolute values that cancels when changes are added."""
+    """Accumulate the interference of changes; see `Relation.interference`."""
 
     def __init__(self) -> None:
         self.moved, self.left = 0.0, 0.0
@@ -639,7 +647,10 @@ class _Lost:
 
 
 class _MergedSum:
-    """Compare the merged weight of one target with the changes; a stack of experts adds one part per expert."""
+    """Compare one target's weight in the merged model with the base's weight plus the adapters' changes.
+
+    For stacked experts, call `add` once per expert.
+    """
 
     def __init__(self) -> None:
         self.change, self.along, self.error, self.rounded, self.dtype = 0.0, 0.0, 0.0, 0.0, ""
@@ -650,8 +661,8 @@ class _MergedSum:
         self.change += float((asked * asked).sum())
         self.along += float((asked * there).sum())
         self.error += float(((there - asked) ** 2).sum())
-        # Compute the change that is left after a perfect merge. Such a merge rounds each sum once, so small changes of
-        # large weights vanish.
+        # Compute the change that is left after a perfect merge, which rounds each sum once. Even a perfect merge loses
+        # small changes of large weights.
         narrow = (W + asked).astype(dtype.array).astype(W.dtype) - W if dtype.itemsize <= 2 else asked
         self.rounded += float((asked * narrow).sum())
 
@@ -663,8 +674,8 @@ class _MergedSum:
 def _to_decompose(effects: Sequence[Effect], aligned: Sequence[AlignedPlace]) -> list[tuple[Effect, int]]:
     """Return the effects to check for intruders, each with its cost in units of `INTRUDER_UNIT`.
 
-    Effects with the largest relative norms come first, up to the total cost `INTRUDER_BUDGET`. Stacked experts and
-    effects without a relative norm are not checked.
+    The effects are chosen in descending order of `Effect.relative`. An effect is skipped if its cost would exceed what
+    is left of `INTRUDER_BUDGET`, if its target is a stack of experts, or if its `relative` is None or 0.
     """
     stacked = {str(place.target) for place in aligned if place.target.stacked}
     chosen, budget = list[tuple[Effect, int]](), INTRUDER_BUDGET
@@ -697,9 +708,9 @@ def _intruders(
 
 
 def _left(W: Array, count: int) -> Array:
-    """Return the first `count` left singular vectors, computed from the smaller Gram matrix.
+    """Return the first `count` left singular vectors of a weight.
 
-    This takes 1/6 of the time of a full SVD.
+    The vectors are computed from the smaller Gram matrix, which takes 1/6 of the time of a full SVD.
     """
     import numpy as np
 

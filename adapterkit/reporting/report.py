@@ -1,4 +1,6 @@
-"""Create a report about adapters. A notebook displays the report; `save` writes it as a page, `figures` as pictures.
+"""Create a report about adapters, and write it as an HTML page (`AdapterReport.save`) or as pictures (`figures`).
+
+A notebook also displays the report.
 
 The page is one HTML file that does not load any other file. The page is complete even if the browser runs no scripts:
 the drawings are SVG, and the table is plain HTML. The script `page.js` adds search, sorting, tooltips on the drawings,
@@ -41,17 +43,17 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
     from .measuring import Effect
 
-CURE = "Save the output of adapterkit gate ... --json in FILE, and pass --gate FILE (gate=)"
+CURE = "Run adapterkit gate ... --json > FILE, and pass --gate FILE (gate=)"
 
 RESULTS = {True: "holds", False: "fails", None: "undecided"}
 
 MOST_MODULES = 40
-"""The largest number of modules to show for one model. Modules with a fault come first. Within each group, modules are
-in the order in which the model runs them."""
+"""The largest number of modules to show for one model. Modules with a fault come first, then modules without a fault,
+both in the order in which the model runs them."""
 
 
 class GateFigures(msgspec.Struct, frozen=True):
-    """The values from a gate's record that the page shows."""
+    """The fields of a gate's record that the page shows."""
 
     outcome: str
     base: str
@@ -68,10 +70,10 @@ class GateFigures(msgspec.Struct, frozen=True):
 
 
 def gate_figures(source: Mapping[str, object] | str | os.PathLike[str]) -> GateFigures:
-    """Read the values that the page shows about a gate.
+    """Read the fields of a gate's record that the page shows.
 
     Args:
-        source: the result of the gate, the record of this result, or the path of a JSON file with the record.
+        source: the gate's result, the record of the result, or the path of a JSON file with the record.
 
     Raises:
         Malformed: the file is not JSON, or the record was not written by a gate.
@@ -148,7 +150,7 @@ def _modules(kept: KeptEffect) -> list[str]:
         (part.module, part.scale, part.error, part.fault or ("none: only rounding" if part.rounded else ""))
         for part in several
     ]
-    names = ("module", "part of the change", "error relative to the change", "fault")
+    names = ("module", "scale of the change", "error relative to the change", "fault")
     return [f"<h3>Modules of {escape(kept.path)}</h3><p>{escape(lead + more)}</p>", _gate_table("Modules", names, rows)]
 
 
@@ -156,7 +158,7 @@ def _blocks(kept: KeptEffect) -> list[str]:
     if not kept.blocks:
         return []
     rows = [(each.block, each.difference, each.change) for each in kept.blocks]
-    names = ("block", "difference from the base with adapters", "what the adapters change")
+    names = ("block", "difference from the base with adapters", "change by the adapters")
     return [f"<h3>Hidden states of {escape(kept.path)}</h3>", _gate_table("Hidden states, block by block", names, rows)]
 
 
@@ -180,7 +182,7 @@ the table shows the rows with the largest changes. The report's record always ha
 HEADINGS = {"fault": "Faults", "warning": "Worth a look", "note": "Good to know"}
 
 HIDDEN = ("metadata", "of", "base_fingerprint")
-"""Arguments of lineage steps that the page omits, because it shows them elsewhere or because they are too long."""
+"""Arguments that are not printed with a lineage step, because they are shown elsewhere or are too long."""
 
 
 def page(report: AdapterReport) -> str:
@@ -218,7 +220,7 @@ def page(report: AdapterReport) -> str:
 {parts}
 </main>
 <footer>Made by adapterkit {__version__}. Norms, angles and spectra are exact up to rounding errors.
-Numbers about signs and single elements come from a sample: evenly spread rows and columns of each weight.</footer>
+Statistics of signs and single elements come from a sample: evenly spread rows and columns of each weight.</footer>
 <div id="tip" role="status" hidden></div>
 <script>{script}</script>
 </body>
@@ -370,13 +372,13 @@ COLUMNS: Mapping[str, Any] = {
     "kept": lambda each, report: report.kept.get(each.target),
     "note": lambda each, _: each.why,
 }
-"""Heading of a column -> function that returns the column's value in a row. A column without any value is omitted."""
+"""Column heading -> function that returns the column's value for one effect. A column with no values is omitted."""
 
 SHARES = ("share", "first direction", "of the weight", "kept")
 
 
 class _TableRows:
-    """The values of the whole report that the functions in `COLUMNS` need."""
+    """Values that the functions in `COLUMNS` need besides the effect: facts, total norms, and kept shares."""
 
     def __init__(self, report: AdapterReport) -> None:
         self.facts = report.facts
@@ -496,9 +498,9 @@ def _formats(all_facts: Sequence[Facts]) -> str:
             f"<table><thead><tr>{head}</tr></thead><tbody>{tools}</tbody></table>", "Table of tools"
         )
     return (
-        "<p>This table shows which formats can store each adapter, judged by its methods and its kind of model (image "
-        "or language). <code>adapterkit convert</code> also checks the names of modules and the other limits of a "
-        "format.</p>"
+        "<p>This table shows which formats can store each adapter. It considers only the adapter's methods and the "
+        "kind of model (image or language). <code>adapterkit convert</code> also checks the names of modules and the "
+        "other limits of a format.</p>"
         f"{table}"
     )
 
@@ -515,10 +517,10 @@ class AdapterReport:
         facts: the facts from the file headers, one entry per adapter.
         measured: all measurements.
         verdicts: sentences about the measurements, faults first.
-        base: the name of the base, or None.
-        merged: the name of the merged model, or None.
+        base: the path of the base, or None.
+        merged: the path of the merged model, or None.
         seconds: the duration of the measurements in seconds.
-        gate: the values from a gate's record, or None.
+        gate: the fields of a gate's record, or None.
     """
 
     facts: tuple[Facts, ...]
@@ -557,11 +559,11 @@ class AdapterReport:
         Args:
             out: the path of the file to write.
             overwrite: whether to replace an existing file.
-            made_from: a digest of everything that determines the page. It is stored with the page, so that a later run
-                with the same digest can skip the work; see `io.staging`.
+            made_from: a digest of everything that determines the page. The digest is stored with the page, so that a
+                later run with the same digest can skip the work; see `io.staging`.
 
         Raises:
-            StorageError: `out` is a folder, or exists and `overwrite` is not set, or cannot be written.
+            StorageError: `out` is a folder, `out` exists and `overwrite` is False, or `out` cannot be written.
             UsageError: `out` has a suffix other than `.html` and `.htm`.
             Unsupported: the package vl-convert-python is not installed.
         """
@@ -627,8 +629,9 @@ def build_page(
         base: the base of the adapters.
         merged: the model into which the adapters were merged; requires `base`.
         rename: rules that rename targets; see `adapterkit.ops.compare`.
-        progress: a function that is called with two numbers: the completed units of work, and all units of work.
-        gate: values from a gate's record. The page shows these values in a separate section.
+        progress: a function that is called after each step with the number of completed steps and the total number of
+            steps.
+        gate: the fields of a gate's record. The page shows these fields in a separate section.
 
     Raises:
         AdapterkitError: the adapters belong to different models; see `adapterkit.ops.compare`.
@@ -650,16 +653,16 @@ def build_page(
 
 
 def _plain(base: Checkpoint | None) -> Checkpoint | None:
-    """Return the checkpoint. If it is quantized, the returned checkpoint has dequantized weights."""
+    """Return the checkpoint, with dequantized weights if it is quantized."""
     from ..quant import dequantized, is_quantized
 
     return dequantized(base) if base is not None and is_quantized(base) else base
 
 
 def _weights(merged: Checkpoint | None, count: int) -> list[float] | None:
-    """Read from a merged model's merge record the weight with which each adapter was merged.
+    """Return the weight of each adapter in the merge, as written in the merged model's merge record.
 
-    Return None if the record does not have a weight for each of `count` adapters.
+    Return None if the record does not list exactly `count` adapters, each with a weight.
     """
     if merged is None:
         return None
