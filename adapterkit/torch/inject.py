@@ -49,17 +49,16 @@ from .structure import embedding_of, unwrapped, wrapped
 from .transaction import all_or_nothing
 from .weights import tensor_at
 
-# Add experts to a router. A router's file names its experts but does not contain them, so callers pass the experts.
-#
-# The paths of experts in a router's file are never opened, because the file is untrusted.
+# Add experts to a router. A router's file names its experts but does not contain their tensors. The names may be paths,
+# but adapterkit never opens them, because the file is untrusted. So callers pass the experts.
 
 
 Pairs = Mapping[str, LoRA]
-"""One expert: a map from each path to the LoRA at this path, whose tensors are loaded."""
+"""The LoRA updates of one expert, by path. Their tensors are loaded."""
 
 
 def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
-    """Return the adapter with its experts added. At each target, the factors of all experts are stacked.
+    """Add experts to a router: its updates get the LoRA factors of all experts, stacked along a new first axis.
 
     Args:
         names: a function that returns the names of the model's modules in their order.
@@ -67,10 +66,12 @@ def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: 
         experts: plain LoRA adapters, in the router's order.
 
     Raises:
-        UsageError: experts are missing, or experts are given but no update needs them.
+        UsageError: experts are missing, or no update needs the given experts, or the number of experts does not fit an
+            Arrow router.
         Unsupported: an expert is not plain LoRA, or the adapter has other updates at the router's target.
-        ShapeMismatch: the experts' shapes or ranks do not fit each other, or their number does not fit the router.
-        TargetNotFound: an expert has no LoRA at a target where the router needs one.
+        ShapeMismatch: the experts have different shapes (with Arrow, different ranks too), or the number of experts
+            does not fit an X-LoRA router.
+        TargetNotFound: an expert has no LoRA at the target of an Arrow router.
     """
     needy = [(target, update) for target, update in adapter if getattr(update, "lacks_experts", False)]
     if not needy:
@@ -104,7 +105,10 @@ def _pairs(expert: Adapter, position: int) -> Pairs:
         where = f"experts[{position}]: {target}"
         plain = isinstance(update, LoRA) and update.bias is None and len(update.A.shape) == 2
         if not plain or target.stacked or target.rows or target.path in pairs:
-            why = f"the update is {update.method}, but a router needs plain LoRA: one update without bias for a layer"
+            why = (
+                f"the update is {update.method}, but a router needs plain LoRA "
+                "(one update for a whole layer, without a bias)"
+            )
             raise Unsupported(why, where=where, cure="Convert the expert to plain LoRA first")
         pairs[target.path] = update.map(as_torch)  # type: ignore[assignment]
     return pairs
@@ -115,7 +119,7 @@ def _of_classifier(
 ) -> dict[Target, tuple[Update, ...]]:
     """Return an X-LoRA update for each layer that at least one expert changes.
 
-    If an expert does not change such a layer, its factors there are 0.
+    The update contains zeros as the factors of the experts that do not change the layer.
     """
     logits, count = router.last.shape[0], len(experts)
     changed = {path for expert in experts for path in expert}
@@ -125,7 +129,7 @@ def _of_classifier(
             f"the router has {logits} logits, which do not fit {count} experts at {len(paths)} layers: there must be "
             f"{count} or {count * len(paths)} logits"
         )
-        raise ShapeMismatch(why, where="(model): xlora.last", cure="Pass all experts of the router, in its order")
+        raise ShapeMismatch(why, where="(model): xlora.last", cure="Pass all experts in experts=, in router order")
     apart = logits != count
     return {
         Target(path): (router.replace(**_stacked(path, experts), place=position if apart else 0),)
@@ -136,8 +140,7 @@ def _of_classifier(
 def _in_order(names: Sequence[str], paths: set[str]) -> list[str]:
     """Sort paths in the order of the model's modules.
 
-    A path also matches a module's name if one of the two has further names at the front, as in `model.layers.0` and
-    `layers.0`.
+    A path and a module's name also match if one ends with the other: `layers.0` matches `model.layers.0`.
     """
 
     def position(path: str) -> int:
@@ -149,10 +152,10 @@ def _in_order(names: Sequence[str], paths: set[str]) -> list[str]:
 
 
 def _of_prototypes(target: Target, router: Update, experts: Sequence[Pairs]) -> Update:
-    """Return the Arrow update of one layer, with the experts' factors and prototypes.
+    """Return the Arrow update of one layer, with the factors and the prototypes of the task experts.
 
-    The general experts come last in `experts`. The mean of their factors is subtracted from the factors of each task
-    expert.
+    The general experts come last in `experts`. The mean of the general experts' factors is subtracted from the factors
+    of each task expert.
     """
     assert isinstance(router, Arrow)
     tasks = router.tasks or len(experts) - router.general
@@ -161,7 +164,7 @@ def _of_prototypes(target: Target, router: Update, experts: Sequence[Pairs]) -> 
             f"the router has {tasks} task experts (top_k is {router.top_k}) and {router.general} general experts, "
             f"which does not fit the {len(experts)} experts that are given"
         )
-        raise UsageError(why, where=f"{target}: arrow", cure="Pass all its experts in experts=, task experts first")
+        raise UsageError(why, where=f"{target}: arrow", cure="Pass all experts in experts=, task experts first")
     absent = next((position for position, expert in enumerate(experts) if target.path not in expert), None)
     if absent is not None:
         why = "the expert changes nothing at this target"
@@ -170,8 +173,8 @@ def _of_prototypes(target: Target, router: Update, experts: Sequence[Pairs]) -> 
     A, B, strengths = (stacked[name] for name in ("A", "B", "strengths"))
     if router.general:
         A, B = (each[:tasks] - each[tasks:].mean(0) for each in (A, B))
-    # Use `B @ A` without the scaling. A scaling does not change the direction of the first right singular vector, and
-    # Arrow ignores the vector's sign.
+    # Compute the prototypes from `B @ A` without the scaling: a scaling changes at most the sign of the first right
+    # singular vector, and Arrow ignores the sign.
     prototypes = torch.stack([_prototype(*pair) for pair in zip(A, B, strict=True)])
     return router.replace(
         A=A, B=B, strengths=strengths[:tasks], prototypes=prototypes, idle_A=None, idle_B=None, scaling=1.0
@@ -187,9 +190,9 @@ def _prototype(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _stacked(path: str, experts: Sequence[Pairs], *, one_rank: bool = False) -> dict[str, Tensor]:
-    """Stack the experts' factors at a path.
+    """Stack the experts' LoRA factors for one path.
 
-    Factors of smaller rank are padded with zeros. An expert without factors at this path gets zeros.
+    Factors of smaller rank are padded with zeros. An expert without factors for the path gets zeros.
     """
     pairs_of_experts = [expert.get(path) for expert in experts]
     present = [pair for pair in pairs_of_experts if pair is not None]
@@ -209,7 +212,7 @@ def _stacked(path: str, experts: Sequence[Pairs], *, one_rank: bool = False) -> 
     return {"A": A, "B": B, "strengths": strengths}
 
 
-_ALIKE = "Pass experts of one configuration that were trained on this base"
+_ALIKE = "Pass experts that were trained on this base with the same LoRA config"
 
 
 # Attach an adapter.
@@ -226,15 +229,15 @@ def inject(
 
     With `trainable=True`, the adapter's trained tensors become parameters of the model. All other tensors of the
     adapter become non-persistent buffers. So optimizers, Trainers, DDP, FSDP2 and `model.to()` find the adapter's
-    tensors. The base's module tree and the keys of its state dict do not change. To save the adapter, use the handle.
-    Or set `handle.checkpoint = "adapter"`: the model's state dict, which training frameworks save and load, then
-    contains the adapter instead of the base.
+    tensors. The base's module tree and the keys of its state dict do not change. To save the adapter, get it from
+    `handle.adapter()`. Or set `handle.checkpoint = "adapter"`: the model's state dict, which training frameworks save
+    and load, then contains the adapter instead of the base.
 
     Args:
-        model: the model. The adapter's targets are dotted names in the model, or other names for its modules that can
-            be resolved, as in `adapterkit.merge`. Updates of an embedding's token rows also change a head that shares
-            the embedding's parameter (a tied head), as in PEFT's forward, unless the adapter has separate updates of
-            the head's token rows.
+        model: the model. The adapter's targets must be names of the model's modules, or names that can be resolved to
+            these, as in `adapterkit.merge`. Updates of an embedding's token rows also change a head that shares the
+            embedding's parameter (a tied head), as in PEFT's forward. They do not change the head if the adapter has
+            separate updates of the head's token rows.
         adapter: the adapter.
         name: the adapter's name for `route`. Each attached adapter needs a different name.
         weight: the factor by which the adapter's change is multiplied.
@@ -242,18 +245,18 @@ def inject(
             casts to the layer's dtype. Tensors that the method lists as `frozen` do not become parameters.
         freeze: with `trainable=True`, whether to set `requires_grad` of all parameters of the base to False, as every
             method assumes. `handle.remove()` restores the setting. Pass False to train the base too.
-        dropout: with `trainable=True`, the dropout probability while the module is in training mode. As with PEFT's
-            `lora_dropout`, dropout sets elements of the adapter's input to 0; for some methods, it drops rows of the
-            change or rotations instead, as in PEFT. If not given, the probability is the one that was passed to
-            `create`, or the one in the adapter's PEFT config.
+        dropout: with `trainable=True`, the dropout probability while the module is in training mode. As in PEFT,
+            dropout sets elements of the adapter's input to 0 (`lora_dropout`). For some methods, dropout instead sets
+            rows of the weight change to 0, or replaces rotations by the identity. If not given, the probability comes
+            from the adapter's PEFT config, or else from `create`.
         active: whether the adapter is on; see `handle.set_active`.
-        experts: for a router whose file does not contain its experts (X-LoRA, Arrow): the experts as plain LoRA
-            adapters, in the router's order.
+        experts: the experts of a router whose file does not contain them (X-LoRA, Arrow): plain LoRA adapters, in the
+            router's order.
         tied: which layers an update changes if an embedding and a head share their parameter: `untie` (only the layer
             that the update names), `merge` (all layers that share the parameter), or a choice for each kind of update,
             as in `adapterkit.merge`. If not given, the update changes the same layers as in the tool that trained the
-            adapter. An update of unknown origin changes only the layer that it names; updates of an embedding's token
-            rows are the exception (see `model`).
+            adapter. If this tool is unknown, the update changes only the layer that it names; updates of an embedding's
+            token rows are the exception (see `model`).
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
     Raises:
@@ -261,15 +264,15 @@ def inject(
         ShapeMismatch: the shape of a tensor does not fit its layer.
         Unsupported: a layer does not support a method, or does not support it together with the adapters that are
             already attached.
-        UsageError: the name is taken, a router lacks its experts, `tied` is unknown, dropout is not a probability, or
-            the weight is not a finite number.
+        UsageError: the name is taken, a router lacks its experts, `tied` is not a known choice, dropout is not a
+            probability, or the weight is not a finite number.
 
         If an error is raised, nothing is attached.
     """
     check_adapter(adapter)
     if not isinstance(model, nn.Module):
         cure = "Pass a torch.nn.Module as the first argument"
-        raise UsageError(f"the model is a {type(model).__name__}", cure=cure)
+        raise UsageError(f"the model is a {type(model).__name__}, not a torch module", cure=cure)
     adapter.validate()
     check_weight(weight)
     if name in names_of(model):
@@ -348,18 +351,23 @@ def inject(
 
 
 def _place(holder: nn.Module, part: Part) -> Hashable:
-    """Return a key for the parameters or the output that a part changes. All names of one module give the same key."""
+    """Return a key for the parameters or the output that a part changes.
+
+    If a module has several names, parts that target it by different names get the same key.
+    """
     return id(holder), part.weight, part.bias, part.target.rows, part.output_site is None
 
 
 def _check_twin(first: Part, second: Part) -> None:
-    """Check that the parts at two names of one module have the same updates, because only the first part is attached.
+    """Check that two parts, which target one module by different names, have the same updates.
+
+    Only the first part is attached.
 
     Raises:
         Unsupported: the updates differ.
     """
     if not change_alike([first, second]):
-        why = f"this is the same module as {first.target}, but the updates of the two targets differ"
+        why = f"this target and {first.target} are the same module, but their updates differ"
         raise Unsupported(why, where=str(second.target), cure="Leave one of the two targets out")
 
 
@@ -369,10 +377,9 @@ def _where(model: nn.Module, target: Target) -> str:
 
 
 def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Update]) -> Site:
-    """Replace the site's updates by updates that compute, at this layer, the same as the tool that trained the adapter.
+    """Replace a site's updates so that the layer computes the same as in the tool that trained the adapter.
 
-    For each of these updates, the function adds an entry to `given`, which maps the update's id to the update that the
-    adapter stores.
+    `given` maps the id of each new update to the update that the adapter stores. The function adds these entries.
     """
     if site.weight is None or site.target.stacked or site.target.rows is not None:
         return site
@@ -386,7 +393,10 @@ def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Up
 
 
 def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int, Update]) -> LiveUpdates:
-    """Return live updates of the methods that the adapter stores; the model may run other methods (see `_trained`)."""
+    """Return the live tensors as updates of the methods that the adapter stores.
+
+    The model may run updates of other methods; see `_trained`.
+    """
     before = [given.get(id(update), update) for update in updates]
     if all(old is new for old, new in zip(before, updates, strict=True)):
         return bound
@@ -397,7 +407,7 @@ def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int,
 def _contexts(
     model: nn.Module, context: Adapter, switch: Switch, registration: Registration, rules: Sequence[Rename]
 ) -> list[tuple[nn.Module, ContextPart]]:
-    """Return each module to which context updates are to be attached, with the part for it."""
+    """Return the modules that need context updates, each with the part to attach to it."""
     names = {f"{name}.": () for name, _ in model.named_modules() if name}
     placed_contexts: dict[Any, Any] = find_parts(context, names, None, rules)
     around = []
@@ -410,9 +420,10 @@ def _contexts(
 
 
 def _met(model: nn.Module, target: Target) -> Tensor:
-    """Return a tensor with the dtype and device in which context updates at a target compute."""
+    """Return a tensor with the dtype and device that context updates at a target compute with."""
     part = model.get_submodule(target.path)
-    around = [*part.modules(), *model.modules()]  # A quantized attention may hold only packed weights.
+    # Search the whole model too: a quantized attention may have only packed weights.
+    around = [*part.modules(), *model.modules()]
     first = next(((m, p) for m in around for p in base_parameters(m, False) if p.is_floating_point()), None)
     if first is None or hasattr(part, "get_input_embeddings"):
         embedding: Any = embedding_of(part)
@@ -467,7 +478,7 @@ def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[
 def _tied(
     model: nn.Module, sites: list[Site], adapter: Adapter, tied: str | None
 ) -> list[Site]:  # fmt: skip
-    """Return additional sites, for updates that must also change a layer that shares a parameter with their target.
+    """Return additional sites for tied layers: an update of one layer may have to change the layer tied to it, too.
 
     As in merges, `merging.ties` decides which layers each update changes. Live layers are tied if they share one
     parameter object.
@@ -482,7 +493,7 @@ def _tied(
     plain = [s.weight for s in sites if s.weight and not is_packed(model.get_submodule(s.weight.rpartition(".")[0]))]
     for parameter in list({id(p): p for p in (tensor_at(model, path) for path in plain)}.values()):
         names = names_sharing(model, parameter) if parameter.is_meta else alike.get(id(parameter), [])
-        # Process each list of names once: in an offloaded model, tied names are separate parameters with the same list.
+        # In an offloaded model, tied layers have separate parameters, but the same list of names. Process a list once.
         if tuple(names) in seen:
             continue
         seen.add(tuple(names))
@@ -527,12 +538,15 @@ def _fold(site: Site, shape: tuple[int, ...]) -> PlannedUpdate | None:
 
 
 def _lineage_tells(adapter: Adapter) -> bool:
-    """Whether the adapter's recipe shows its origin. The recipe of an adapter that was built in Python does not."""
+    """Whether the recipe shows that the adapter comes from a file, `create` or `extract`.
+
+    The recipe of an adapter that was built in Python does not show where the adapter comes from.
+    """
     return any(step.op in ("read", "create", "extract") for step in adapter.recipe)
 
 
 def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:
-    """Raise an error if a target is a module whose weight is not a parameter, or does not exist yet."""
+    """Raise an error if the weight of a target's module is not a parameter, or does not exist yet."""
     modules = dict(model.named_modules())
     for target in adapter.updates:
         module = modules.get(target.path)
@@ -567,7 +581,10 @@ def _check_together(hook: ForwardHook, parts: list[Part]) -> None:
 
 
 def _pieces(site: Site) -> list[Site]:
-    """Split a site into two: one with its updates of weights, then one with its updates of the output."""
+    """Split a site into a site with the updates of weights and a site with the updates of the output.
+
+    A site without updates is omitted.
+    """
     outer = [update.kind == "output" for update in site.updates]
     if outer != sorted(outer):
         why = "an update of weights follows an update of the output"
@@ -584,7 +601,7 @@ def _outer(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder)
     path = site.target.path
     parent, holder = path.rpartition(".")[0], model.get_submodule(path)
     if isinstance(model.get_submodule(parent), nn.MultiheadAttention) and path:
-        why = "an nn.MultiheadAttention never calls its output projection; it only reads the weight"
+        why = "an nn.MultiheadAttention never calls its output projection, but only reads the projection's weight"
         raise Unsupported(why, where=str(site.target), cure=f"Target {parent}")
     _refuse_fast_path(model, f"{path}.", site)
     output_site = find_output_site(
@@ -596,14 +613,14 @@ def _outer(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder)
 
 
 def _inner(model: nn.Module, site: Site, switch: Switch) -> tuple[nn.Module, Part]:
-    """Return the module whose forward reads the weight, and the part that changes this weight."""
+    """Return the module whose forward reads the site's weight or bias, and the part that changes the parameters."""
     holder, prefix = _holder(model, site)
     below, bias = (path and path.removeprefix(prefix) for path in (site.weight, site.bias))
     return holder, Part(switch, site.target, LiveUpdates(site.updates), below, bias, _is_direct(site, holder, prefix))
 
 
 def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
-    """Return a tensor with the device and dtype in which the site's updates compute."""
+    """Return a tensor with the device and dtype that the site's updates compute with."""
     if is_packed(holder):
         return torch.empty(0, device=device_of(holder))
     if site.weight or site.bias:
@@ -619,7 +636,7 @@ def _computed(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Ten
 
 
 def _loaded(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:
-    """Return W. If W is offloaded, return an empty tensor on the device where W's module computes.
+    """Return W. If W is offloaded, return an empty tensor of W's dtype on the device where W's module computes.
 
     Raises:
         Unsupported: W is on the meta device, and no hook loads its values. Products with W would be uninitialised
@@ -645,10 +662,10 @@ def _readers(sites: Iterable[OutputSite | None]) -> Iterator[ForwardHook]:
 
 
 def _with_class_layout(model: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Site, bool]:
-    """Set the site's layout to the layout that its module's class stores.
+    """Set the target's layout to the axis order in which the module's class stores its weight.
 
     Returns:
-        The site, and whether the layout is known and fits the updates. If not, `with_layouts` must choose the layout.
+        The site, and whether the layout is known and fits the updates. If False, `with_layouts` must choose the layout.
     """
     if site.weight is None or site.target.stacked:
         return site, False
@@ -678,7 +695,10 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     direct = _is_direct(site, holder, prefix)
     if is_packed(holder):
         if not direct:
-            why = f"only a part of the packed weight of a {type(holder).__name__} would change"
+            why = (
+                f"only a part of the packed weight of a {type(holder).__name__} would change, but packed weights can "
+                "only change as a whole"
+            )
             raise Unsupported(why, where=str(site.target), cure=_UNPACKED)
     else:
         parameter = tensor_at(model, site.weight or site.bias or "")
@@ -715,7 +735,8 @@ def _refuse_fast_path(model: nn.Module, path: str, site: Site) -> None:
 def _is_direct(site: Site, holder: nn.Module, prefix: str) -> bool:
     """Whether the updates can run as formulas over the layer.
 
-    This is so if they change the layer's whole weight and their target has the layer's layout.
+    They can if formulas run on this kind of layer (`TorchLayer.direct`), if the updates change the layer's whole
+    weight, and if their target has the layer's layout.
     """
     layer = layer_of(holder, holder.forward)
     if layer is None or not layer.direct or site.weight != f"{prefix}weight":

@@ -2,10 +2,11 @@
 """Triton kernels that apply low-rank factors to a batch in which each row has its own adapter.
 
 As in Punica (https://arxiv.org/abs/2310.18547), there are two kernels: *shrink* computes `h = x @ A^T`, and *expand*
-adds `h @ B` to y. They read each row's factors directly from the stack of all adapters' factors, so no factors are
-copied. Each program handles one tile of one row of the batch. It looks up the row's slot in the stack, and reads only
-as many rows of the slot's factors as the slot's rank. So the adapters' ranks may differ, and programs for rows without
-an adapter finish at once. Sums are computed in float32, without TF32.
+adds `h @ B` to y. The factors of all adapters are stacked. An adapter's index in the stack is its *slot*. Both kernels
+read each row's factors directly from the stack, so no factors are copied. Each Triton program handles one tile of one
+batch row. It looks up the row's slot and the slot's rank r, and reads only the first r rows of the slot's factors. So
+the adapters' ranks may differ, and programs for rows without an adapter finish at once. Sums are computed in float32,
+without TF32.
 
 With TRITON_INTERPRET=1 the kernels run on the CPU, for tests. Import this module only if Triton is installed.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 TOKENS, INPUTS, OUTPUTS = 16, 64, 64
 """The sizes of a tile along tokens, inputs and outputs.
 
-`tl.dot` needs sizes of at least 16, so a row with one token uses 1/16 of its tile.
+`tl.dot` needs at least 16 along each axis, so a row with one token uses 1/16 of its tile.
 """
 
 

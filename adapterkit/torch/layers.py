@@ -1,10 +1,10 @@
-"""Layers: the interface through which a method's forward formula uses one module.
+"""Layers: objects that give a method's forward formula access to one module.
 
 `layer(x)` runs the module. `layer.op(x, w)` runs the module's operation with the weight `w` and no bias; stride,
 padding and other settings stay the same. `layer.mix(h, w)` is a 1x1 convolution over the output's channels.
-`layer.per_channel(v)` reshapes a vector so that it can be added to the output. Formulas get weights as `[out, in, *k]`,
-whatever the module's own layout. Formulas of output updates use further methods of a layer: `OutputUpdate` documents
-these methods, and parts.py implements them.
+`layer.per_channel(v)` reshapes a vector so that it can be added to the output. Formulas always get weights as
+`[out, in, *k]`, even if the module stores its weight in another axis order. Formulas of output updates use further
+methods of a layer: `OutputUpdate` documents these methods, and parts.py implements them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ Forward = Callable[..., Tensor]
 
 
 class TorchLayer:
-    """A module whose operation can run with another weight, through `op`. Each subclass is for one kind of module.
+    """A module, with a method `op` that runs the module's operation with another weight.
+
+    Each subclass is for one kind of module.
 
     Attributes:
         layout: the axis order in which the module stores its weight, as in `Target`.
         channel: the axis of the output's channels.
-        direct: whether methods' formulas run on the layer. If not, the module's own forward runs with a changed weight.
+        direct: whether methods' formulas can run on the layer. If not, the module's own forward runs with a changed
+            weight.
         flat: whether `op` and `mix` are matrix products over the last axis.
-        fresh: whether a call returns a tensor that no other code holds.
+        fresh: whether a call returns a new tensor, which no other code refers to.
         narrowed: whether torch's autocast runs this kind of layer in 16 bits.
     """
 
@@ -56,12 +59,15 @@ class TorchLayer:
         return self.forward(x)
 
     def like(self, x: Tensor) -> TorchLayer:
-        """Return the layer with which to compute the output for `x`. A packed weight is dequantized to x's dtype."""
+        """Return the layer itself or, for a packed weight, a layer that dequantizes the weight to x's dtype."""
         return self
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
-        """Whether a module is of this kind and runs its class's own forward."""
+        """Whether this subclass can be used for a module.
+
+        Subclasses for torch's layers also require that the module's class does not override torch's forward.
+        """
         raise AssertionError("each kind of layer defines `takes`")
 
     @property
@@ -96,9 +102,9 @@ class TorchLayer:
 
     @property
     def padding(self) -> str:
-        """The settings of padding and dilation that make `op` differ from `zero_padded`, as text.
+        """The layer's padding and dilation as text, if they make `op` differ from `zero_padded`.
 
-        The text is empty if there are none, and for dilated layers that PEFT cannot train.
+        The text is empty if they make no difference, and for dilated layers that PEFT cannot train.
         """
         return ""
 
@@ -155,7 +161,7 @@ class EmbeddingLayer(TorchLayer):
     def op(self, x: Tensor, w: Tensor) -> Tensor:
         if w.shape[1] != self.shape[1]:  # transformers' resize_token_embeddings grows the module in place.
             why = f"the update was made for {w.shape[1]} tokens, but the embedding has {self.shape[1]}"
-            cure = "Call handle.remove() before the embedding changes its size, and inject an adapter of the new size"
+            cure = "Call handle.remove() before you resize the embedding, then inject an adapter of the new size"
             raise ShapeMismatch(why, cure=cure)
         padding: Any = self.module.padding_idx
         return functional.embedding(x, w.mT, padding)
@@ -193,8 +199,8 @@ class ConvLayer(TorchLayer):
         dilated = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
         if module.padding_mode != "zeros" and any(module._reversed_padding_repeated_twice):
             return f"padding_mode={module.padding_mode!r}" + (f" and dilation={module.dilation}" if dilated else "")
-        # PEFT's own convolution is not dilated. Without padding="same", its output has another size than the output of
-        # a dilated layer, so PEFT cannot train such a layer.
+        # PEFT adds the output of its own convolution, which is not dilated. For a dilated layer without padding="same",
+        # the two outputs have different sizes, so PEFT cannot train the layer.
         return f"dilation={module.dilation} and padding='same'" if dilated and module.padding == "same" else ""
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
@@ -211,7 +217,7 @@ class ConvLayer(TorchLayer):
 
 
 class GroupedConv(ConvLayer):
-    """A convolution with groups. `op` also accepts a weight without groups, which reads all channels."""
+    """A convolution with groups. `op` also accepts a weight for all input channels, and then ignores the groups."""
 
     direct = False
 
@@ -288,7 +294,7 @@ KINDS: tuple[type[TorchLayer], ...] = (Quantized, Linear, Conv1D, EmbeddingLayer
 
 
 def layer_of(module: nn.Module, forward: Forward) -> TorchLayer | None:
-    """Return the module as a `TorchLayer`. Return None if no kind fits; then only the module's own forward can run."""
+    """Return the module as a `TorchLayer`, or None if no subclass fits. Then only the module's own forward can run."""
     kind = next((kind for kind in KINDS if kind.takes(module)), None)
     return kind(module, forward) if kind else None
 
@@ -314,13 +320,13 @@ def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
 
 
 def live_tensor(leaf: Leaf) -> Tensor:
-    """Return the value of a field as a tensor. The fields of attached updates are always tensors."""
+    """Return a tensor field of an attached update, typed as `Tensor`. Such a field is never a lazy tensor."""
     assert isinstance(leaf, Tensor)
     return leaf
 
 
 def stored_layout(module: nn.Module) -> str | None:
-    """Return the axis order in which a module stores its weight; None if it does not follow from the module's class."""
+    """Return the axis order in which a module's class stores its weight; None if the class is unknown."""
     if isinstance(module, nn.Embedding) or Conv1D.takes(module):
         return "in out *k"
     plain = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_packed(module)
@@ -358,13 +364,13 @@ def _defines_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
 #   quantization would remove most of a small change;
 # * its class has a method `dequantize` (HQQ);
 # * it is a layer of bitsandbytes whose weight is not floating point;
-# * its weight is stored in 8-bit floating point, in which torch does not compute, and another tool's forward casts the
-#   weight (and may scale it), as in trainers with an fp8 base. diffusers' layerwise casting does not count: it casts
-#   the weight itself before the forward, and adapters run after this cast; see bypass.py.
+# * its weight is stored in 8-bit floating point, and another tool's forward casts the weight (and may scale it), as in
+#   trainers with an fp8 base. torch itself cannot compute with such a weight. diffusers' layerwise casting does not
+#   count: it casts the weight before the forward, and adapters run after this cast; see bypass.py.
 #
-# If an update needs the weight, a `dequantize` of the library, the weight or the module computes it. GPTQ's and AWQ's
-# modules have no common method for this. So an identity matrix is sent through the layer; the output, minus the bias,
-# is the dequantized weight, transposed.
+# If an update needs the weight, it is dequantized by a function of the library, or by the `dequantize` of the weight or
+# of the module. GPTQ's and AWQ's modules have no common method that dequantizes. So an identity matrix is sent through
+# the layer; the output, minus the bias, is the dequantized weight, transposed.
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -418,7 +424,7 @@ def _is_narrow(W: object) -> bool:
 
 
 def _casts(module: nn.Module) -> bool:
-    """Whether a module has its own forward. The forward of `nn.Linear` cannot compute with 8-bit weights."""
+    """Whether a module has another forward than `nn.Linear`, whose forward cannot compute with 8-bit weights."""
     return "forward" in module.__dict__ or type(module).forward is not nn.Linear.forward
 
 
@@ -476,11 +482,11 @@ def check_dropout(dropout: float, cls: type[Update], method: str) -> None:
     if not 0 <= dropout < 1:
         raise UsageError(f"dropout must be at least 0 and below 1, got {dropout}", cure="Pass a probability")
     if dropout and cls.kind not in ("additive", "weight"):
-        raise Unsupported(f"{method} has no dropout", where="dropout", cure="Leave dropout= out")
+        raise Unsupported(f"{method} does not support dropout", where="dropout", cure="Pass dropout=0")
 
 
 def dropout_of(adapter: Adapter) -> float:
-    """Return the dropout probability from the adapter's PEFT config or, without one, from `create`; 0 without both."""
+    """Return the dropout probability in the adapter's PEFT config, or else the one passed to `create`, or else 0."""
     dropouts = [step.args.get("dropout", 0.0) for step in adapter.recipe if step.op == "create"]
     config_or_none = adapter.foreign.data.get("config") if adapter.foreign is not None else None
     config = config_or_none if isinstance(config_or_none, dict) else {}
@@ -534,7 +540,7 @@ def _rows(count: int, p: float, scaled: bool) -> Tensor:
 
 
 def _without_blocks(update: Update, p: float) -> Update:
-    """Replace a share p of an update's rotations, drawn at random as in PEFT's OFT and BOFT, by the identity.
+    """Replace a random share p of an update's rotations by the identity, as in PEFT's OFT and BOFT.
 
     Each rotation is computed from one block of a tensor. A block of zeros gives the identity.
     """

@@ -1,13 +1,13 @@
 """Compute low-rank changes of linear layers with less memory and time than their plain formula.
 
-The forward of an additive method with `Additive.thin` reduces to y + (x A^T) B^T, with the factors that its `pair`
-returns. The plain formula is `LowRank.forward`. Run as separate operations, the plain formula makes three tensors of
-the output's size, and autograd keeps x A^T for the backward pass. `low_rank_sum` adds the product to the base's output
-in one operation, and its backward pass needs only x, A and B. Autograd keeps the x that the layer got, so q, k and v
-(or gate and up) share one kept tensor.
+If a method's `Additive.thin` is True, its forward is y + (x A^T) B^T, where y is the base's output, and `pair` returns
+the factors B and A. The *plain formula* is `LowRank.forward`, which runs this as separate operations: it makes three
+tensors of the output's size, and autograd keeps x A^T for the backward pass. `low_rank_sum` adds the product to y in
+one operation, and its backward pass needs only x, A and B. Autograd keeps the layer's input x without a copy, so q, k
+and v (or gate and up) share one kept tensor.
 
-A Python autograd function costs about 50 microseconds. So small inputs use the plain formula: the tensors that autograd
-keeps for small inputs are negligible compared with the weights.
+A call of a Python autograd function costs about 50 microseconds. So small inputs use the plain formula, because the
+tensors that autograd keeps for small inputs use little memory compared with the weights.
 
 On a CPU, 16-bit tensors are multiplied by low-rank factors in float32, in blocks of rows. On a processor without
 bfloat16 instructions, a product of [512, 8] and [8, 256] takes 4.8 ms in 16 bits and 0.1 ms in 32 bits (torch 2.13,
@@ -42,16 +42,19 @@ _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALF = (torch.float16, torch.bfloat16)
 SMALL = 1 << 16
-"""The plain formula is faster if neither a layer's input nor its output has more elements than this (measured on one
+"""The plain formula is faster if a layer's input and output both have at most this many elements (measured on one
 core)."""
 BLOCK = 1 << 19
 """The number of 16-bit elements that are converted to float32 at once, so that the float32 copies stay small."""
 ROWS = 64
-"""The smallest number of input rows in a block of `BLOCK` elements, because each block reads the whole weight once."""
+"""A block has at least this many input rows, even if it then has more than `BLOCK` elements. Smaller blocks would be
+slower, because each block reads the whole weight once."""
 
 
 def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
     """Return x W^T + b + weight * (x A^T) B^T by the plain formula, or None if x or the result is large.
+
+    If A is frozen and B is trained, large tensors use the plain formula too.
 
     Args:
         x: `[..., in]`.
@@ -81,9 +84,9 @@ def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, w
 
 
 def is_wide(y: Tensor) -> bool:
-    """Whether the layer with the output (or weight) y multiplies by low-rank factors in float32.
+    """Whether the products with low-rank factors are computed in float32. y is the layer's output or weight.
 
-    It does if y has 16 bits and is on a CPU.
+    They are if y has 16 bits and is on a CPU.
     """
     return y.dtype in _HALF and y.device.type == "cpu"
 
@@ -96,7 +99,7 @@ def may_overwrite(y: Tensor) -> bool:
 def is_eager() -> bool:
     """Whether torch runs without torch.func transforms, forward-mode differentiation, tracing and dispatch modes.
 
-    Selective checkpointing is a dispatch mode. It keeps the outputs of operations, so these must not be overwritten.
+    Selective checkpointing is a dispatch mode. It keeps the outputs of operations, so no output may be overwritten.
     """
     if torch._C._len_torch_dispatch_stack():
         return False
@@ -108,8 +111,8 @@ def is_eager() -> bool:
 def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
     """Return x W^T + b + weight * (x A^T) B^T for frozen W and b, or None if the tensors need the plain formula.
 
-    One autograd function computes both products. Its backward pass adds the two gradients of x in place, so it needs no
-    second tensor of x's size.
+    One autograd function computes both products. Its backward pass adds the two gradients of x in place, so only one
+    tensor of x's size is needed.
 
     Args:
         x: `[..., in]`.
@@ -179,7 +182,7 @@ def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
     kind = y.device.type
     if kind == "meta" or not x.device == y.device == A.device == B.device:
         return False
-    # Autocast gives y 16 bits, while x, A and B may still have other dtypes. `_added` and `_of_factors` cast them.
+    # Autocast gives y 16 bits, but x, A and B may have other dtypes. `_added` and `_of_factors` cast x, A and B.
     cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == y.dtype
     same = x.dtype == y.dtype or (cast and x.is_floating_point())
     thin = (y.dtype, torch.float32) if is_wide(y) else (y.dtype,)
@@ -209,7 +212,7 @@ def _added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: boo
 
 
 def _blocks(*tensors: Tensor) -> list[slice]:
-    """Return slices of rows in which the widest of the tensors has about `BLOCK` elements."""
+    """Split the rows of the tensors into slices. In each slice, the widest tensor has about `BLOCK` elements."""
     width = max(tensor.shape[-1] for tensor in tensors)
     rows = tensors[0].numel() // tensors[0].shape[-1]
     step = max(BLOCK // width, ROWS)
@@ -279,7 +282,7 @@ class _ScaledLinear(torch.autograd.Function):
         into, _, _, to_s, to_A, to_B = ctx.needs_input_grad
         of_s = None
         if to_s:
-            if torch.is_grad_enabled():  # For second derivatives, compute `plain` again: the kept one has no graph.
+            if torch.is_grad_enabled():  # For second derivatives, recompute `plain`: the saved tensor has no graph.
                 flat = x.reshape(-1, x.shape[-1])
                 plain = flat @ W.mT + (flat.to(A.dtype) @ A.mT @ B.mT).to(W.dtype)
             of_s = (plain.reshape(-1, plain.shape[-1]) * grad.reshape(-1, grad.shape[-1])).sum(0, dtype=s.dtype)
@@ -405,9 +408,9 @@ class LeanPlan:
     """A cached plan for the forward of an `nn.Linear` with one low-rank update.
 
     Args:
-        token: `SETTINGS.token`, read before the adapters were examined.
-        scope: the scope that the plan is for.
-        part: the only part that acts at the layer. It has one low-rank update. None if there is no such part.
+        token: `SETTINGS.token`, read before the caller looked for the parts that act.
+        scope: the scope in which the plan applies.
+        part: the part that acts at the layer, if it is the only one and has a single low-rank update; None otherwise.
         layer: the layer.
     """
 
