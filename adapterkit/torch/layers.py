@@ -482,7 +482,7 @@ def check_dropout(dropout: float, cls: type[Update], method: str) -> None:
     if not 0 <= dropout < 1:
         raise UsageError(f"dropout must be at least 0 and below 1, got {dropout}", cure="Pass a probability")
     if dropout and cls.kind not in ("additive", "weight"):
-        raise Unsupported(f"{method} does not support dropout", where="dropout", cure="Pass dropout=0")
+        raise Unsupported(f"{method} has no dropout", where="dropout", cure="Pass dropout=0")
 
 
 def dropout_of(adapter: Adapter) -> float:
