@@ -10,15 +10,16 @@ read the weight, but did not call the module. Calls of the module itself are not
 weight with `dict.get`, which does not record.
 
 Another tool may replace the forward of a block after the injection. The new forward may use earlier copies of the
-weights, so no read is recorded. Therefore the next call of the block is watched. If this call runs none of the modules
-with an adapter, there is a warning. It is not an error, because the user may intend the bypass (an ablation).
+weights, so no read is recorded. Therefore adapterkit also watches the next call of the block. If this call runs none of
+the block's modules with an adapter, adapterkit warns. It raises no error, because the user may intend the bypass (an
+ablation).
 
 Compiled code reads parameters without any dictionary, and its graph does not record which module a weight belongs to.
-So the compiler is watched while it traces. A warning names each module with an adapter that the traced code does not
-call, although it calls the block around the module. Modules that ran before are not named. There is no error, because
-the block may compute the same result in another way. The check has gaps: code with graph breaks is traced in pieces,
-and code that torch reuses from a model of the same structure is not traced again. To check such a model, run it once
-without `torch.compile`.
+So adapterkit also watches the compiler while it traces a model. If the traced code calls a block, but skips a module
+with an adapter inside this block, a warning names the module. Modules that ran before are not named. There is no error,
+because the block may compute the same result in another way. The check has gaps: code with graph breaks is traced in
+pieces, and code that torch reuses from a model of the same structure is not traced again. To check such a model, run it
+once without `torch.compile`.
 """
 
 from __future__ import annotations
@@ -49,17 +50,17 @@ if TYPE_CHECKING:
 # read weights on the meta device (accelerate's offloading), uninitialised memory (diffusers' group offloading to disk)
 # or 8-bit values (diffusers' layerwise casting).
 #
-# accelerate keeps the inner forward in an attribute of the module. diffusers keeps the inner forward in a reference
-# object, through which its first hook calls the forward.
+# accelerate keeps the inner forward in an attribute of the module. diffusers keeps the inner forward in an attribute of
+# a reference object. The first diffusers hook calls the forward through this object.
 
 
 Slot = tuple[object, str]
-"""(object, attribute name): the attribute holds a forward. The object is the module, or a
-reference object of diffusers."""
+"""A pair (object, attribute name) whose attribute holds a forward. The object is the module or a reference object of
+diffusers."""
 
 
 def inner_slot(module: nn.Module) -> Slot:
-    """Return the slot of a module's innermost forward: all hooks of accelerate and diffusers wrap this forward."""
+    """Return the slot of a module's innermost forward, which all hooks of accelerate and diffusers wrap."""
     slots = _references(module)[:1]
     if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook"):
         slots.append((module, "_old_forward"))
@@ -88,7 +89,7 @@ def slots(module: nn.Module) -> Iterator[Slot]:
 
 
 def _references(module: nn.Module) -> list[Slot]:
-    """Return the slots from which a module's diffusers hooks take the forward to call, the innermost first."""
+    """Return the slots in which diffusers keeps the forwards that a module's hooks wrap. The innermost comes first."""
     registry = module.__dict__.get("_diffusers_hook")
     references = getattr(registry, "_fn_refs", ())
     return [(each, "forward" if each.original_forward is None else "original_forward") for each in references]
@@ -97,8 +98,9 @@ def _references(module: nn.Module) -> list[Slot]:
 # Detect a forward that another tool put on a module and that bypasses the module's adapter.
 #
 # A tool that patches `module.forward` (accelerate, diffusers, loggers) usually calls the previous forward. But trainers
-# with an fp8 base install a forward that computes with the weight itself, so the adapter would silently not act. Only a
-# call of the module shows whether its new forward calls the previous one.
+# with an fp8 base install a forward that multiplies by the weight and does not call the previous forward. The adapter
+# would then have no effect, without any error. Only a call of the module shows whether its new forward calls the
+# previous one.
 
 
 class ForwardProbe:
@@ -157,7 +159,7 @@ def probe_forward(module: nn.Module) -> None:
         ForwardProbe(hook, standing)
 
 
-# Reads of weights, and calls of modules.
+# Record which weights a forward reads, and which modules it calls.
 
 
 PARAMETERS = "_parameters"
@@ -165,7 +167,7 @@ PARAMETERS = "_parameters"
 
 
 class Hook(Protocol):
-    """The part of a `ForwardHook` that this file uses.
+    """The attributes of a `ForwardHook` that this file uses.
 
     `calls` counts the calls of the hook. `traced` is True if compiled code calls the hook's module.
     """
@@ -180,8 +182,8 @@ class WatchedParameters(dict[str, "nn.Parameter | None"]):
     """The parameters of a module with an adapter, in a dictionary that records reads.
 
     Attributes:
-        hook: the hook at the module.
-        names: the names of the parameters that the adapters change. Only reads of these are recorded.
+        hook: the module's hook.
+        names: the names of the parameters that the adapters change. Reads of other parameters are not recorded.
     """
 
     hook: Hook
@@ -221,13 +223,13 @@ def unwatch_reads(hook: Hook) -> None:
 
 
 class Calls:
-    """Record reads of weights, and calls of modules with adapters, during one forward of a model in one thread.
+    """Record which weights one forward of a model reads, and which modules with adapters it calls, in one thread.
 
-    Calls in other threads do not count, because they belong to other forwards.
+    Calls in other threads are not recorded, because they belong to other forwards.
 
     Args:
-        hooks: the hooks at the modules with adapters.
-        outer: the record of the enclosing forward, if any.
+        hooks: the hooks of the modules with adapters.
+        outer: the `Calls` of the forward that runs this forward, or None.
     """
 
     def __init__(self, hooks: Collection[Hook], outer: Calls | None) -> None:
@@ -238,8 +240,8 @@ class Calls:
     def read(self, hook: Hook, name: str) -> None:
         """Record that code reads a parameter.
 
-        Nothing is recorded if the parameter's module was called before, or if the code does not compute with the
-        parameter's values.
+        Nothing is recorded if this forward already called the parameter's module, or if the code does not compute with
+        the parameter's values.
         """
         if hook not in self.hooks:
             if self.outer is not None:
@@ -252,20 +254,20 @@ class Calls:
             self.reads.append((hook, name, reader))
 
     def check(self, is_own: Callable[[Hook, str], bool], warned: set[int]) -> None:
-        """Check that every module whose weight was read was also called.
+        """Check that the forward called each module whose weight it read.
 
         Some models bypass their own modules: Mamba's mixer multiplies by `dt_proj.weight`, and WavLM's attention passes
         the weights of its projections to a torch function. PEFT trains such models, although the adapters of these
         modules have no effect. So if the model's own code bypassed a module, this method only warns.
 
         Args:
-            is_own: a function of (hook, full name of a function) that returns whether this function is a method of the
-                module that contains the hook's module.
+            is_own: a callable that gets a hook and the full name of a function. It returns whether this function is a
+                method of the module that contains the hook's module.
             warned: the ids of the hooks that earlier warnings named. The method does not warn about these hooks again,
                 and adds the hooks that it warns about.
 
         Raises:
-            Unsupported: a module was not called, and another tool's function read its weight.
+            Unsupported: another tool's function read the weight of a module that was not called.
         """
         for hook, name, reader in self.reads:
             if hook in self.called or not hook.parts:
@@ -281,7 +283,7 @@ class Calls:
 
 
 class _LocalCalls(threading.local):
-    """The record of the innermost watched forward in the current thread."""
+    """The `Calls` of the innermost watched forward that is running in the current thread."""
 
     calls: Calls | None = None
 
@@ -303,16 +305,16 @@ def note_call(hook: Hook) -> None:
 
 
 def end_calls(hooks: Collection[Hook], failed: bool, is_own: Callable[[Hook, str], bool], warned: set[int]) -> None:
-    """Stop the watch that `begin_calls` started with the same hooks, and check what it recorded.
+    """Stop watching the forward that `begin_calls(hooks)` started to watch, and check the recorded reads and calls.
 
     Args:
-        hooks: the hooks of the model.
+        hooks: the same object that `begin_calls` got.
         failed: whether the forward raised an exception; if so, nothing is checked.
         is_own: see `Calls.check`.
         warned: see `Calls.check`.
 
     Raises:
-        Unsupported: another tool's function read a module's weight, and the module was not called.
+        Unsupported: another tool's function read the weight of a module that was not called.
     """
     calls = _LOCAL.calls
     while calls is not None and calls.hooks is not hooks:  # Skip records of inner forwards that raised an error.
@@ -325,10 +327,11 @@ def end_calls(hooks: Collection[Hook], failed: bool, is_own: Callable[[Hook, str
 
 
 def _reader(frame: FrameType | None) -> str | None:
-    """Return the full name of the function that reads a parameter; None if it does not compute with the values.
+    """Return the full name of the function that reads a parameter.
 
-    Also return None for functions of torch and accelerate. torch moves and gathers parameters; accelerate loads the
-    parameters of modules that may never be called.
+    Return None if the function does not compute with the parameter's values. Also return None for functions of
+    adapterkit, torch and accelerate. torch moves and gathers parameters; accelerate loads the parameters of modules
+    that may never be called.
     """
     while frame is not None and frame.f_code.co_name == "__getattr__":
         frame = frame.f_back
@@ -345,7 +348,7 @@ _MOVERS = ("torch", "accelerate", __name__.split(".")[0])
 
 @cache
 def _asks_only(code: CodeType, at: int) -> bool:
-    """Whether the bytecode after offset `at` only reads a property of the tensor, or compares the tensor with None."""
+    """Whether the instruction after offset `at` reads an attribute in `_FACTS`, or compares the tensor with None."""
     behind = next((each for each in dis.get_instructions(code) if each.offset > at), None)
     if behind is None:
         return False
@@ -363,10 +366,10 @@ calls `wo`."""
 
 
 def warn_of_untraced(around: Sequence[tuple[nn.Module, Sequence[nn.Module]]], warned: set[int]) -> None:
-    """Warn about modules with adapters that compiled code does not call.
+    """Warn about modules that have an adapter, but are not called by compiled code.
 
     Args:
-        around: the blocks that the code calls, each with the modules that the block should call.
+        around: pairs (block, modules): the compiled code calls the block, which should call these modules.
         warned: the ids of the hooks that earlier warnings named. The function adds the hooks that it warns about.
     """
     for block, modules in around:
@@ -383,11 +386,11 @@ def warn_of_untraced(around: Sequence[tuple[nn.Module, Sequence[nn.Module]]], wa
 
 
 class BypassBlock:
-    """A module that contains modules with adapters. The block notices when another tool replaces the module's forward.
+    """Notice when another tool replaces the forward of a module that contains modules with adapters.
 
     Args:
-        module: the module.
-        hooks: the hooks of the modules inside it.
+        module: the outer module.
+        hooks: the hooks of the modules with adapters inside it.
     """
 
     def __init__(self, module: nn.Module, hooks: Sequence[Hook]) -> None:
@@ -411,11 +414,7 @@ class BypassBlock:
 
 
 class _BlockProbe:
-    """Check at a block's next call whether its new forward calls any module with an adapter.
-
-    Args:
-        block: the block.
-    """
+    """Check at a block's next call whether its new forward calls any module with an adapter."""
 
     def __init__(self, block: BypassBlock) -> None:
         self.block, self.counts = block, list[int]()
@@ -423,7 +422,7 @@ class _BlockProbe:
         self.handles = [module.register_forward_pre_hook(self.begin), module.register_forward_hook(self.end)]
 
     def begin(self, *_: object) -> None:
-        """Store the number of calls of each hook before the block runs."""
+        """Before the block runs, store how often each hook has been called."""
         self.counts = [hook.calls for hook in self.block.hooks]
 
     def end(self, module: nn.Module, *_: object) -> None:

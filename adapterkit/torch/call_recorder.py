@@ -1,8 +1,8 @@
-"""Record the inputs of formulas during a model call: token ids, tasks of rows, hidden states without the adapter.
+"""Record inputs for formulas while a model runs: token ids, each row's task, and hidden states without the adapter.
 
 A recorder belongs to the model into which an adapter was injected. It keeps the inputs until the call ends. In
-training, it keeps them until the next call, because checkpointed blocks run again in the backward pass. Arguments that
-only formulas need, and that the model's forward does not accept, are not passed to the model.
+training, it keeps them until the next call, because checkpointed blocks run again in the backward pass. If a formula
+needs an argument that the model's forward does not accept, the argument is recorded, but not passed to the forward.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 # The side network of the method Shadow, and its state during a call.
 #
-# The network has the class and config of the model's own body, but fewer layers and other sizes. It gets the same
-# inputs as the model. It is not a module of the model: one tensor of the adapter holds all weights of the network.
+# The network has the class and the config of the model without its head, except for fewer layers and other sizes. It
+# gets the same inputs as the model. It is not a submodule of the model: one tensor of the adapter stores all weights of
+# the network.
 
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -42,7 +43,7 @@ attention heads, and the inner size of the MLP."""
 
 
 class ShadowState:
-    """The state that each block passes to the next. It starts as the side network's output."""
+    """The state that each block passes to the next block. At the first block, it is the side network's output."""
 
     def __init__(
         self, model: nn.Module, words: Mapping[str, object], cached: bool, networks: dict[Hashable, nn.Module]
@@ -52,10 +53,11 @@ class ShadowState:
         self.value = before if isinstance(before, Tensor) else None
 
     def state(self, update: Shadow) -> Tensor:
-        """Return the state that the previous block passed on. At the first block, return the network's output.
+        """Return the state that the previous block passed on. At the first block, return the side network's output.
 
         Raises:
-            Unsupported: the network would not see the same tokens as the model, or blocks would run twice.
+            Unsupported: the call uses a cache, so the side network would not see the earlier tokens; or gradient
+                checkpointing would run the blocks twice.
         """
         if self.value is None:
             self._check()
@@ -73,19 +75,21 @@ class ShadowState:
     def _check(self) -> None:
         if self.cached:
             cure = "Pass use_cache=False (in generate() too)"
-            raise Unsupported("the side network has no cache of the earlier tokens", cure=cure)
+            raise Unsupported("Shadow's side network has no cache of the earlier tokens", cure=cure)
         if self.model.training and getattr(self.model, "is_gradient_checkpointing", False):
-            why = "gradient checkpointing runs blocks again, but the state that a block receives is not kept"
+            why = "gradient checkpointing runs blocks again, but Shadow does not store the state that each block gets"
             raise Unsupported(why, cure="Train without gradient checkpointing")
 
 
 class Standing(nn.Module):
-    """The side network with its weights, as a module that takes its inputs by position and returns the first state.
+    """A module that contains the side network with its weights, and returns the first block's state.
+
+    Its forward gets the network's inputs as positional arguments.
 
     Args:
-        model: the base, or a model of its structure on the meta device.
+        model: the base, or a model of the same structure on the meta device.
         update: one block's update, with its tensors in the dtype to compute in.
-        words: the names of the network's inputs.
+        words: the names of the network's inputs, in the order of the positional arguments.
     """
 
     def __init__(self, model: nn.Module, update: Shadow, words: Sequence[str]) -> None:
@@ -94,7 +98,8 @@ class Standing(nn.Module):
         given = tensors_of(update)
         for path, module in self.network.named_modules():
             for name, parameter in module._parameters.items():
-                if parameter is not None:  # Embeddings shared with the base are not in the update, and are not used.
+                if parameter is not None:
+                    # If the network uses the base's embedding, the update lacks this weight, and nothing reads it.
                     value = given.get(f"{path}.{name}" if path else name, parameter.new_zeros(1, 1, device="cpu"))
                     module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
@@ -105,11 +110,11 @@ class Standing(nn.Module):
 
 
 def network_of(model: nn.Module, update: Shadow) -> nn.Module:
-    """Return the side network with its parameters on the meta device. Each call must supply the update's tensors.
+    """Return the side network with parameters on the meta device, which callers replace by the update's tensors.
 
     Raises:
-        Unsupported: no such network can be built for this model.
-        ShapeMismatch: the update's tensors do not fit such a network.
+        Unsupported: a side network cannot be built for this model.
+        ShapeMismatch: the shapes of the update's tensors differ from those of the network's parameters.
     """
     body: Any = _body(model)
     config = copy.deepcopy(body.config)
@@ -145,8 +150,8 @@ def _output(network: nn.Module, model: nn.Module, update: Shadow, words: Mapping
     given = {name: words[name] for name in ("attention_mask", "position_ids") if words.get(name) is not None}
     ids, embeds = words.get("input_ids"), words.get("inputs_embeds")
     if ids is None and embeds is None:
-        why = "its formula needs the model's own input, which the model was not called with"
-        raise UsageError(why, cure="Pass input_ids= or inputs_embeds= to the model with the adapter")
+        why = "Shadow's side network needs the model's input, but the call has neither input_ids nor inputs_embeds"
+        raise UsageError(why, cure="Call the model with input_ids= or inputs_embeds=")
     if update.shared_embeddings and embeds is None:
         ids, embeds = None, _embed(model)(ids)
     given |= {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
@@ -170,7 +175,7 @@ def _embed(model: nn.Module) -> nn.Module:
 
 
 def _body(model: nn.Module) -> nn.Module:
-    """Return the submodule of a transformers model that contains its blocks."""
+    """Return the part of a transformers model that contains its blocks: the model without its head, or its decoder."""
     inner_model: Any = getattr(model, "base_model", model)
     body = (
         inner_model
@@ -185,7 +190,8 @@ def _body(model: nn.Module) -> nn.Module:
 
 
 EMBEDDINGS = "embed_tokens.weight"
-"""The name of the embeddings' weight. A side network that uses the base's embeddings has no tensor of this name."""
+"""The name of the embedding weight in a side network. If the network uses the base's embedding, the update has no
+tensor of this name."""
 
 
 # The recorder.
@@ -239,13 +245,19 @@ class CallRecorder:
         """Return the recorded inputs of the current call."""
         words = self.recording.words
         if not words and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            # In a backward pass, return the last call's inputs: the pass runs checkpointed blocks again (on CUDA, in
-            # another thread).
+            # In a backward pass, return the last call's inputs, because the backward pass runs checkpointed blocks
+            # again. On CUDA, it runs them in another thread.
             words = self.last
         return dict(words)
 
     def record(self, model: nn.Module, words: Mapping[str, object], first_pass: Callable[[], Tensor]) -> None:
-        """Keep or compute the inputs that the updates ask for. `words` are the call's arguments, keyed by name."""
+        """Store the inputs that the updates ask for.
+
+        Args:
+            model: the model that is called.
+            words: the call's arguments, keyed by name.
+            first_pass: computes the last hidden state without the adapter.
+        """
         heard = {name: words[name] for name in self.asks if words.get(name) is not None}
         if TOKENS in heard:
             heard[TOKENS] = self._with_earlier(cast("Tensor", heard[TOKENS]), cache_of(words))
@@ -271,12 +283,12 @@ class CallRecorder:
         earlier = earlier[:, : int(cache.get_seq_length())]
         if len(earlier) != len(ids):
             why = f"the call has {len(ids)} rows, but the cache was filled with {len(earlier)}"
-            raise ShapeMismatch(why, where=TOKENS, cure="Continue with the number of rows that the cache has")
+            raise ShapeMismatch(why, where=TOKENS, cure=f"Pass a batch of {len(earlier)} rows")
         return torch.cat((earlier.to(ids.device), ids), 1)
 
 
 def words_of(model: nn.Module, update: Update) -> set[str]:
-    """Return the names of an update's required inputs, and those optional inputs that the model's forward accepts."""
+    """Return the names of all inputs that an update requires, and of its optional inputs that the forward accepts."""
     heard = set(getattr(update, "hears", ()))
     known = set(inspect.signature(model.forward).parameters) if heard else set()
     return {*getattr(update, "asks", ()), *(heard & known)}
@@ -288,8 +300,9 @@ def run_recorded(
 ) -> object:  # fmt: skip
     """Run the model's forward and record its arguments.
 
-    Some arguments are only for the updates: the model's forward does not accept them. They are passed on only if
-    `passes` is set. It must be set if a context update at the model is on, because context updates read such arguments.
+    Some arguments are only for the updates: the model's forward does not accept them. `run_recorded` passes these
+    arguments to `forward` only if `passes` is True. It must be True if the model has an active context update, because
+    context updates read such arguments.
     """
     words = {**dict(zip(names, args, strict=False)), **kwargs}
     asked = {name for recorder in recorders for name in recorder.asks} - set(names)
@@ -327,7 +340,7 @@ def _first_pass(
     out = forward(*args, **{**kwargs, "use_cache": False, "output_hidden_states": True, "return_dict": True})
     hidden = getattr(out, "hidden_states", None)
     if not hidden:
-        cure = "Use a model that returns them, such as a transformers model"
+        cure = "Use a model that returns hidden_states, such as a transformers model"
         raise Unsupported("the model returns no hidden_states", cure=cure)
     last: Tensor = hidden[-1]
     return last

@@ -1,25 +1,25 @@
 """Let every framework save and load a trained adapter through `model.state_dict()` and `model.load_state_dict()`.
 
-Trainer, Accelerate, Lightning, torch.distributed.checkpoint and plain loops save the model's state dict and load it
-again. None of them calls a method of a handle. So the attribute `handle.checkpoint` chooses the content of the state
-dict:
+Trainer, Accelerate, Lightning, torch.distributed.checkpoint and plain training loops save the model's state dict and
+load it again. None of them calls a method of an adapter's handle. So the attribute `handle.checkpoint` sets which
+tensors the state dict contains:
 
 * `base`, the default: the base's tensors under their own keys, as if no adapter were attached.
 * `adapter`: only the tensors of this adapter, so that a checkpoint is as small as the adapter.
 * `all`: the tensors of the base and of the adapter.
 
-Loading does not depend on `handle.checkpoint`. If a state dict contains tensors of an adapter, they are copied into the
+Loading does not depend on `handle.checkpoint`. If a state dict contains an adapter's tensors, they are copied into the
 attached adapter that has the same name. An adapter's tensors include its buffers (random projections, PiSSA's initial
-part): the buffers may depend on data, and a resumed run must compute with the same buffers. If the state dict has no
-tensor of the base, the base keeps its values, and strict loading raises no error.
+part), because buffers may depend on data, and a resumed run must compute with the same buffers. If the state dict has
+no tensor of the base, the base keeps its values, and strict loading raises no error.
 
-Two packages of torch that read state dicts need more tensors than `handle.checkpoint` chooses. The state dict hooks
-recognise these readers by their frames on the call stack, because nothing else identifies them:
+Two packages of torch read state dicts, and need more tensors than `handle.checkpoint` selects. The state dict hooks of
+this file recognise these readers by their frames on the call stack, because nothing else identifies them:
 
 * `torch.distributed.pipelining` looks up the parameters of a traced model in its state dict, and fails if one is
-  missing. So the state dict for this reader also contains the trained tensors.
+  missing. So the state dict for this reader also contains the adapters' parameters.
 * `torch.distributed.checkpoint` with `ignore_frozen_params=True` removes each frozen parameter from the state dict,
-  and fails if one is missing. So the state dict for this reader also contains the frozen parameters.
+  and fails if a frozen parameter is missing. So the state dict for this reader also contains the frozen parameters.
 
 The hooks are functions of this module, so they survive `deepcopy` and `pickle`.
 """
@@ -50,7 +50,10 @@ HANDLES = "_adapterkit_handles"
 
 
 class Saved(Protocol):
-    """The part of a handle that this module uses: `name`, `checkpoint`, its tensors, and the watch over its hooks."""
+    """The attributes of a handle that this file uses.
+
+    `_leaves` are the adapter's tensors in the model. `_watch` watches the adapter's hooks.
+    """
 
     @property
     def name(self) -> str: ...
@@ -96,15 +99,15 @@ def _save(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metada
 
 
 def _frozen(model: nn.Module) -> Iterator[str]:
-    """Return the names of the base's frozen parameters. `ignore_frozen_params` removes these."""
+    """Return the names of the base's frozen parameters, which `ignore_frozen_params` removes from the state dict."""
     return (name for name, p in model.named_parameters() if not p.requires_grad and not is_leaf_name(name))
 
 
 def _without_frozen(handles: Iterable[Saved], live: bool) -> bool:
-    """Whether torch.distributed.checkpoint is reading the state dict without its frozen parameters.
+    """Whether torch.distributed.checkpoint is reading the state dict with `ignore_frozen_params=True`.
 
-    The saved file then contains neither a frozen base nor an adapter whose `checkpoint` is `base`; this function warns
-    about such adapters.
+    If so, the saved file contains neither the frozen base nor any adapter whose `checkpoint` is `base`. Warn about
+    such an adapter if it has trained parameters.
     """
     reader = None if live else _reader("torch.distributed.checkpoint.state_dict", "_get_model_state_dict")
     if reader is None or not getattr(reader.f_locals.get("info"), "ignore_frozen_params", False):
@@ -112,7 +115,7 @@ def _without_frozen(handles: Iterable[Saved], live: bool) -> bool:
     for handle in handles:
         if handle.checkpoint == "base" and any(isinstance(leaf.tensor, nn.Parameter) for leaf in handle._leaves):
             warnings.warn(
-                f"a state dict without frozen parameters does not contain the trained adapter {handle.name!r} either. "
+                f"with ignore_frozen_params=True, the state dict does not contain the trained adapter {handle.name!r}. "
                 'Set handle.checkpoint = "adapter" before you save the state dict',
                 stacklevel=2,
             )
@@ -134,7 +137,7 @@ def _load(
     module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metadata: object, _strict: bool,
     _missing: list[str], _unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
-    """Copy tensors from a state dict into the attached adapters. Wrong keys and shapes are added to `errors`."""
+    """Copy tensors from a state dict into the attached adapters. If a key or shape is wrong, add it to `errors`."""
     mine = [key for key in state_dict if key.startswith(prefix) and is_leaf_name(key)]
     if not mine:
         _warn_of_base(module.__dict__[HANDLES])
@@ -166,7 +169,7 @@ def _load(
 
 
 def _warn_of_base(handles: Iterable[Saved]) -> None:
-    """Warn, once for each trained adapter, that a loaded state dict lacks the adapter, which keeps its values.
+    """Warn once for each trained adapter that a loaded state dict lacks its tensors, so the adapter keeps its values.
 
     A Trainer that resumes, or goes back to its best checkpoint, loads the state dict that it saved. If
     `handle.checkpoint` is `base`, that state dict contains only the base.

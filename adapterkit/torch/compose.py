@@ -52,13 +52,13 @@ def stack(*adapters: Adapter) -> Adapter:
 
 
 def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapter:
-    """Return an adapter that gives, at each layer, the weighted mean of the outputs with each single adapter.
+    """Return an adapter that computes, at each layer, the weighted sum of the outputs that the single adapters give.
 
-    If the adapters act before the layer's residual and norm, the mean is taken before the residual and the norm. If an
-    adapter has no update at a target, it contributes the output of the unchanged layer.
+    If the adapters act before the layer's residual and norm, the outputs are summed before the residual and the norm.
+    If an adapter has no update at a target, it contributes the output of the unchanged layer.
 
     Args:
-        adapters: adapters with additive and output updates.
+        adapters: adapters that have only additive and output updates.
         weights: one weight for each adapter; they are not normalised. If not given, the weights are equal and their sum
             is 1.
 
@@ -69,7 +69,8 @@ def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapt
     count = len(_some(adapters))
     shares = tuple(1 / count for _ in adapters) if weights is None else tuple(map(float, weights))
     if len(shares) != count:
-        raise UsageError(f"{len(shares)} weights for {count} adapters", where="weights", cure="Pass one for each")
+        cure = "Pass one weight for each adapter"
+        raise UsageError(f"{len(shares)} weights for {count} adapters", where="weights", cure=cure)
     return _blocks("average", adapters, lambda children, _: Average(children=children, weights=shares))
 
 
@@ -79,10 +80,11 @@ def split(*adapters: Adapter, sizes: Sequence[int]) -> Adapter:
     Raises:
         UsageError: the number of sizes is not the number of adapters.
         Unsupported: an update is neither additive nor an output update, or reads arguments of the model's call.
-        ShapeMismatch: raised by a call of the model if the number of tokens is not the sum of the sizes.
+        ShapeMismatch: when the model is called, the number of tokens is not the sum of the sizes.
     """
     if len(sizes) != len(_some(adapters)):
-        raise UsageError(f"{len(sizes)} sizes for {len(adapters)} adapters", where="sizes", cure="Pass one for each")
+        cure = "Pass one size for each adapter"
+        raise UsageError(f"{len(sizes)} sizes for {len(adapters)} adapters", where="sizes", cure=cure)
     return _blocks("split", adapters, lambda children, _: SplitBlock(children=children, lengths=tuple(sizes)))
 
 
@@ -91,11 +93,11 @@ def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
 
     Args:
         adapters: the adapters, in the order in which the fusion was trained.
-        fusion: a folder in which AdapterHub saved the weights of the attentions.
+        fusion: a folder with the fusion's weights, as AdapterHub saves them.
 
     Raises:
         TargetNotFound: the fusion has no weights for one of the adapters' targets.
-        Unsupported: at a target of one adapter, another adapter does not have one sequential bottleneck.
+        Unsupported: at one of the targets, an adapter does not have exactly one sequential bottleneck.
     """
     settings, weights = read_fusion(fusion)
 
@@ -120,7 +122,8 @@ def load(folder: str | PathLike[str], *, base: Base | None = None) -> Adapter:
         base: the base model; only needed for adapters that cannot be read without it. See `ak.read`.
 
     Raises:
-        Unsupported: a block routes rows (BatchSplit, Parallel), so it cannot be a part of one adapter.
+        Unsupported: the composition contains BatchSplit or Parallel. These blocks route rows to several adapters, so
+            one adapter cannot replace them.
     """
     return _loaded(read_setup(folder), Path(folder), base)
 
@@ -144,9 +147,13 @@ def _loaded(setup: Setup | str, folder: Path, base: Base | None) -> Adapter:
 
 
 def batch_split(model: nn.Module, names: Sequence[str | None], sizes: Sequence[int]) -> AbstractContextManager[None]:
-    """Return a context that routes the first `sizes[0]` rows to the adapter `names[0]`, and so on; see `route`."""
+    """Return a context manager that routes the first `sizes[0]` rows to the adapter `names[0]`, and so on.
+
+    See `route`.
+    """
     if len(sizes) != len(names):
-        raise UsageError(f"{len(sizes)} sizes for {len(names)} adapters", where="sizes", cure="Pass one for each")
+        cure = "Pass one size for each adapter"
+        raise UsageError(f"{len(sizes)} sizes for {len(names)} adapters", where="sizes", cure=cure)
     return route(model, [name for name, size in zip(names, sizes, strict=True) for _ in range(size)])
 
 
@@ -163,7 +170,8 @@ def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., obj
     def run(*args: object, **kwargs: object) -> object:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         if not tensors:
-            raise ShapeMismatch("a call without tensors has no rows", where="(model)", cure="Pass tensors, rows first")
+            cure = "Pass tensors whose first axis is the batch"
+            raise ShapeMismatch("the call has no tensors to repeat for each adapter", where="(model)", cure=cure)
         rows = len(tensors[0])
 
         def repeated(leaf: object) -> object:
@@ -245,7 +253,8 @@ class ComposedBlock(OutputUpdate):
 
     @property
     def attributes(self) -> dict[str, object]:
-        # Any child's attributes would do: `check` refuses children that name different residuals or norms.
+        # Any child's attributes would do: if the block acts before the residual, `check` refuses children that differ
+        # in `residual` or `norm`.
         return {name: self.present[-1].attributes.get(name, "") for name in ("residual", "norm")}
 
     @property
@@ -302,15 +311,15 @@ class ComposedBlock(OutputUpdate):
             child.check()
             places.add((child.attributes.get("residual", ""), child.attributes.get("norm", "")))
         if len(places) > 1 and self.placed:
-            why = "the updates of one target name residuals in different places"
-            raise Unsupported(why, cure="Give all of them the same `residual` and `norm`")
+            why = "the updates at one target differ in `residual` or `norm`"
+            raise Unsupported(why, cure="Give all updates at this target the same `residual` and `norm`")
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         for child in self.present:
             child.check_against(shape)
 
     def value(self, child: Child, x: Tensor, layer: Layer) -> Tensor:
-        """Return the layer's output with a child applied.
+        """Return the layer's output with a child applied, or the unchanged output if the child is None.
 
         If this block acts before the residual and the norm, the output does not include them.
         """
@@ -343,7 +352,7 @@ class Chain(ComposedBlock):
 
 
 class Average(ComposedBlock):
-    """Compute a weighted sum of the layer's outputs with each single child applied."""
+    """Apply each child to the layer separately, and return the weighted sum of the outputs."""
 
     weights: tuple[float, ...] = ()
 
@@ -360,7 +369,7 @@ class SplitBlock(ComposedBlock):
     def check(self) -> None:
         super().check()
         if self.asks:
-            why = "a formula that reads arguments of the model's call cannot run on only a part of the positions"
+            why = "a formula that reads arguments of the model's call cannot run on only some token positions"
             raise Unsupported(why, cure="Leave this adapter out of split()")
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:
@@ -378,10 +387,10 @@ class SplitBlock(ComposedBlock):
 
 
 class Fuse(ComposedBlock):
-    """AdapterFusion: `h' = residual + attention`. The attention's query comes from the layer.
+    """AdapterFusion: `h' = residual + attention` (Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247).
 
-    The attention's values are the outputs of the layer's bottlenecks (Pfeiffer et al. 2021,
-    https://arxiv.org/abs/2005.00247). `query`, `key` and `values` are None if the config does not use them.
+    The attention's query is computed from the layer's hidden state. Its keys and values are computed from the outputs
+    of the layer's bottlenecks. `query`, `key` and `values` are None if the config does not use these projections.
     """
 
     query: Any = tensor("hidden hidden", optional=True)
@@ -397,8 +406,8 @@ class Fuse(ComposedBlock):
         super().check()
         for child in self.children:
             if not isinstance(child, Narrow) or child.parallel:
-                why = "fusion needs one sequential bottleneck from each adapter"
-                raise Unsupported(why, cure="Average the adapters instead")
+                why = "a fusion needs one sequential bottleneck from each adapter at each target"
+                raise Unsupported(why, cure="Call average() instead of fuse()")
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:
         bottlenecks = cast(list[Narrow], self.children)

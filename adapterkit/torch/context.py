@@ -1,16 +1,17 @@
 """Run context updates in live models: virtual tokens, prefixes of keys and values, attention prompts, and new tokens.
 
-For virtual tokens, the model's forward must accept `inputs_embeds`. For prefixes, it must accept a cache of past keys
-and values. transformers' models accept both. Callers use the model as before, with token ids or embeddings, including
-through `generate()`. The output also covers the virtual tokens: their logits come first. Virtual tokens are added if a
-call has no cache or an empty cache. In later calls, the cache already contains their keys and values.
+For virtual tokens, the model's forward must accept `inputs_embeds`. For prefixes, the forward must accept a cache of
+past keys and values. transformers' models accept both. Callers use the model as before, with token ids or embeddings,
+including through `generate()`. The output also covers the virtual tokens: their logits come first. Virtual tokens are
+added if a call has no cache or an empty cache. In later calls, the cache already contains the virtual tokens' keys and
+values.
 
-Callers pass arguments only for their own tokens. This module extends masks by ones, labels by -100 and token types by
-0, and shifts positions by the number of virtual tokens. A prefix of a single attention (see below) shifts no positions,
-because it does not consist of tokens of the model.
+Callers pass arguments only for their own tokens. This file extends masks by ones, labels by -100 and token types by 0,
+and shifts positions by the number of virtual tokens. A prefix of a single attention (see below) shifts no positions,
+because such a prefix does not count as tokens of the model.
 
-The virtual tokens of several adapters are in the order in which the adapters were attached. Prefixes come before all
-virtual tokens. If a prompt was trained for several tasks, callers choose the task of each row with `task_ids=`.
+If several adapters add virtual tokens, the tokens come in the order in which the adapters were attached. Prefixes come
+before all virtual tokens. If a prompt was trained for several tasks, callers choose each row's task with `task_ids=`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from .structure import (
 if TYPE_CHECKING:
     from transformers import Cache
 
-# Put a prefix into a single attention of any model family: keys and values before those that the attention computes.
+# Put a prefix (more keys and values) in front of the keys and values of a single attention, in any model family.
 #
 # transformers' attention modules pass queries, keys and values to a function that their config names. While an
 # attention with a prefix runs, its config names `_attend` instead. `_attend` puts the prefix in front of the keys and
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 
 
 NAME = "adapterkit_prefix"
-"""The name under which configs refer to `_attend`, the function that puts prefixes in front."""
+"""The name of `_attend` in configs and in transformers' registry of attention functions."""
 
 KNOWN = ("eager", "sdpa")
 """The names of transformers' attention functions that `_attend` can call with a prefix."""
@@ -67,11 +68,11 @@ _EXCHANGING = threading.Lock()
 class PrefixState(threading.local):
     """The prefix of an attention in one thread.
 
-    `past` is the prefix `[batch, 2, heads, n, d]`, or None while the attention does not run. `biased` is the attention
-    whose table of relative positions is used (T5), or None.
+    `past` is the prefix `[batch, 2, heads, n, d]`, or None while the attention does not run. `biased` is the T5
+    attention whose table of relative positions is used, or None if there is no such table.
     """
 
-    # These are no class attributes, because torch.compile guards only attributes of the instance.
+    # Set both on the instance, not on the class, because torch.compile guards only attributes of the instance.
     def __init__(self) -> None:
         self.past: Tensor | None = None
         self.biased: nn.Module | None = None
@@ -106,7 +107,7 @@ def with_prefixes(
     module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
     words: Mapping[str, object],
 ) -> object:  # fmt: skip
-    """Run an attention's forward with the updates' prefixes, in the order of `updates`, before its keys and values.
+    """Run an attention's forward with the prefixes of `updates`, in this order, in front of its keys and values.
 
     Raises:
         Unsupported: the attention uses a function that cannot take a prefix.
@@ -133,7 +134,7 @@ def _named(module: nn.Module, past: Tensor, biased: nn.Module | None) -> Iterato
         if implementation not in KNOWN:
             why = f"an attention computed by {implementation!r} cannot take a prefix"
             raise Unsupported(why, cure=f"Load the model with attn_implementation= one of {', '.join(KNOWN)}")
-        # With 'sdpa', transformers ignores this option of GPT-2.
+        # GPT-2's option reorder_and_upcast_attn has no effect with 'sdpa'.
         if implementation == "eager" and getattr(module, "reorder_and_upcast_attn", False):
             why = "an attention with reorder_and_upcast_attn cannot take a prefix if it is computed by 'eager'"
             raise Unsupported(why, cure="Load the model with attn_implementation='sdpa'")
@@ -185,13 +186,14 @@ def _mask(
 ) -> Tensor | None:
     """Return the mask for the keys without the prefix.
 
-    If there is no mask and sdpa would build a causal one, build it here: sdpa would count the prefix as tokens.
+    If there is no mask and sdpa would build a causal mask, build the causal mask here, because sdpa would count the
+    prefix as tokens.
     """
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             raise Unsupported(
                 "an attention with a prefix needs a mask of shape [batch, 1, queries, keys]",
-                cure="Pass the model no mask, or a mask [batch, tokens], from which it builds this mask",
+                cure="Call the model without attention_mask, or with one of shape [batch, tokens]",
             )
         return mask
     causal, count, total = words.get("is_causal"), query.shape[2], key.shape[2]
@@ -212,10 +214,10 @@ def _padded(mask: Tensor | None, n: int) -> Tensor | None:
 
 
 def _bias(biased: nn.Module | None, bias: Tensor, n: int) -> Tensor:
-    """Return T5's position bias for the prefix's keys, followed by the attention's keys.
+    """Return T5's position bias, first for the prefix's keys, then for the attention's keys.
 
-    As in AdapterHub's library, the prefix shifts the positions of keys, but not those of queries. Cross-attention has
-    no table of relative positions (`biased` is None). The bias of the prefix is then 0.
+    As in AdapterHub's library, the prefix shifts the positions of keys, but not the positions of queries.
+    Cross-attention has no table of relative positions (`biased` is None), so there the bias of the prefix is 0.
     """
     count, total = bias.shape[2:]
     if biased is None:
@@ -224,7 +226,7 @@ def _bias(biased: nn.Module | None, bias: Tensor, n: int) -> Tensor:
     table = attention.relative_attention_bias
     if table.weight.is_meta and not hasattr(table, "_hf_hook"):
         why = "a prefix needs another attention's table of relative positions, but accelerate has offloaded this table"
-        cure = "Offload without preload_module_classes="
+        cure = "Offload the model without preload_module_classes="
         raise Unsupported(why, cure=cure)
     out: Tensor = attention.compute_bias(count, n + total, device=bias.device, past_seen_tokens=total - count)
     return out.to(bias.dtype)
@@ -239,19 +241,19 @@ CACHES = {"cache", "past_key_values"}
 
 @dataclass(frozen=True, eq=False)
 class ContextPart:
-    """Context updates at one module.
+    """Context updates that are attached to one module.
 
     Attributes:
-        switch: the switch of the adapter.
-        target: the target.
-        bound: the updates.
+        switch: turns the adapter on and off.
+        target: the target of the updates in the adapter.
+        bound: the updates, with their tensors in the model.
         encoder: whether the target is an encoder-decoder model and the module is its encoder.
-        masks: whether this part only extends the mask of the model around an embedding. Another part, at the embedding,
-            then adds the virtual tokens.
+        masks: whether this part only extends the attention mask of a model. If so, a second part at an embedding inside
+            the model adds the virtual tokens.
         biased: the attention whose table of relative positions the module uses, if the module is an attention of T5;
             None for other modules.
-        tokens: the number of the embedding's rows when the adapter was attached, if the module is an `nn.Embedding`.
-            The ids of new tokens start at this number.
+        tokens: if the module is an `nn.Embedding`, its number of rows when the adapter was attached. The ids of new
+            tokens start at this number.
     """
 
     switch: Switch
@@ -264,7 +266,7 @@ class ContextPart:
 
     @property
     def updates(self) -> tuple[ContextUpdate, ...]:
-        """The updates with the tensors that the model holds now."""
+        """The updates, with the current tensors in the model."""
         updates: Any = self.bound.updates
         return cast("tuple[ContextUpdate, ...]", updates)
 
@@ -297,7 +299,7 @@ def surround(
 
 
 def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
-    """Return the modules to which a part must be attached, each with the part to attach there.
+    """Return pairs (module, part): the modules to attach a `ContextPart` to, and a variant of the part for each module.
 
     If the target is an encoder-decoder model, virtual tokens are also attached to its encoder.
 
@@ -320,9 +322,10 @@ def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, Conte
 
 
 def _reader(module: nn.Module, updates: Sequence[ContextUpdate]) -> nn.Module:
-    """Return the module to which the updates' context can be passed: `module` or its inner model (`base_model`).
+    """Return the module that accepts the updates' context: `module` or its inner model (`base_model`).
 
-    The inner model is used if the updates add past keys and values, and `module` (a classifier) does not accept them.
+    The inner model is used if the updates add past keys and values, but `module` (such as a classifier) accepts no
+    cache.
     """
     inside = getattr(module, "base_model", None)
     takes = CACHES & set(inspect.signature(module.forward).parameters)
@@ -348,9 +351,9 @@ def _owner(model: nn.Module, part: ContextPart) -> nn.Module | None:
 
 
 def _around(owner: nn.Module, module: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
-    """Return the modules to which virtual tokens in front of an embedding's output must be attached.
+    """Return pairs (module, part) that together put virtual tokens in front of an embedding's output.
 
-    If the embedding is the model's own input embedding, the tokens are put in front of the model's input instead.
+    If the embedding is the model's input embedding, the virtual tokens are put in front of the model's input instead.
     """
     config: Any = getattr(owner, "config", None)
     for update in part.updates:
@@ -410,7 +413,7 @@ def _at_attention(
     module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
     words: Words,
 ) -> object:  # fmt: skip
-    """Run an attention with the prefixes among the updates, and add the attention over the prompts among them."""
+    """Run an attention with the updates that are prefixes, and add the attention over the updates that are prompts."""
     prompts = [update for update in updates if update.place == "attention"]
     prefixes = [update for update in updates if update.place != "attention"]
     inner: Callable[..., object] = forward
@@ -422,7 +425,7 @@ def _at_attention(
 def _with_prompts(
     module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., object], words: Words
 ) -> object:
-    """Run an attention, and add to its output the attention of the same queries over the prompts."""
+    """Run an attention. Then let the same queries attend to each prompt, and add the results to the output."""
     heads, x = heads_of(module), words["hidden_states"]
     assert isinstance(x, Tensor)
     out = forward(**words)
@@ -509,7 +512,7 @@ def check_tasks(updates: Sequence[Update], tasks: object) -> None:
     """Check the task ids of a call. Without this check, the id -1 would select the last task.
 
     Raises:
-        UsageError: a task id is negative, or at least the number of an update's tasks.
+        UsageError: a task id is not in the range from 0 to n - 1, where n is the number of tasks of an update.
     """
     if not isinstance(tasks, Tensor) or type(tasks) is not Tensor or tasks.is_meta or not tasks.numel():
         return
@@ -524,7 +527,7 @@ def check_tasks(updates: Sequence[Update], tasks: object) -> None:
 
 @dataclass(eq=False)
 class ContextCall:
-    """One call of a model, to which virtual tokens, or past keys and values, are added.
+    """One call of a model. `run` adds virtual tokens, or past keys and values, to the call.
 
     Attributes:
         module: the model.
@@ -587,7 +590,7 @@ class ContextCall:
         self.words = {name: value for name, value in self.words.items() if value is not None}
 
     def _length(self) -> int:
-        """Return the number of tokens that the caller passed, without virtual tokens. Also set `batch`."""
+        """Return the number of tokens that the caller passed, and set `self.batch` to the number of rows."""
         ids, embeds = (self.words.get(f"{self.argument_prefix}{name}") for name in ("input_ids", "inputs_embeds"))
         if ids is None and embeds is None and self.pair and self.words.get("labels") is not None:
             shifted: Any = self.module
@@ -630,7 +633,7 @@ class ContextCall:
     def _met(self) -> tuple[torch.device, torch.dtype]:
         """Return the device and dtype of the input embeddings in this call.
 
-        They may differ from those of the embedding's weight: between two forwards, the weight may be on the meta device
+        The embedding's weight may have another device and dtype. Between two forwards, it may be on the meta device
         (accelerate's offloading) or in 8 bits (diffusers' layerwise casting).
         """
         embeds: Any = self.words.get(f"{self.argument_prefix}inputs_embeds")
@@ -653,7 +656,7 @@ class ContextCall:
         self.words[name] = moved
 
     def _extend_encoder_mask(self) -> None:
-        """Extend the mask for the encoder's output, because the hook at the encoder adds virtual tokens to it."""
+        """Extend the mask for the encoder's output by the virtual tokens that the encoder's hook adds."""
         hidden: Any = self.words.get("encoder_outputs")
         tokens = [self.words.get(name) for name in ("inputs_embeds", "input_ids")]
         given: Any = next((each for each in tokens if each is not None), None)
@@ -695,7 +698,7 @@ def _joined(module: nn.Module, fronts: Sequence[Tensor], words: Words, prefix: s
 
 
 def extended(mask: object, extra: int, total: int) -> object:
-    """Extend a mask by ones for `extra` virtual tokens. Return it unchanged if it already covers all `total` tokens."""
+    """Extend a mask by ones for `extra` virtual tokens, unless the mask already covers all `total` tokens."""
     if mask is None or not extra:
         return mask
     if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -704,8 +707,9 @@ def extended(mask: object, extra: int, total: int) -> object:
     if mask.shape[1] == total:
         return mask
     if mask.shape[1] != total - extra:
-        why = f"the mask covers {mask.shape[1]} tokens, but cache and input have {total - extra} without virtual tokens"
-        raise ShapeMismatch(why, where="attention_mask", cure="Pass one value for each of these tokens")
+        why = f"the mask covers {mask.shape[1]} tokens, but the cache and the input together have {total - extra}"
+        cure = f"Pass a mask of shape [batch, {total - extra}], without the virtual tokens"
+        raise ShapeMismatch(why, where="attention_mask", cure=cure)
     return torch.cat((mask.new_ones(len(mask), extra), mask), 1)
 
 
