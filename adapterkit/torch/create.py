@@ -54,48 +54,51 @@ def create(
 
     A new `lora` or `dora` adapter has the same values as one that PEFT creates after `torch.manual_seed(seed)`.
 
-    No initialiser changes the model. PiSSA, OLoRA, CorDA and LoftQ subtract a part from each adapted weight. PEFT
-    overwrites the base with the difference. Here the base stays unchanged: the adapter has an additional update,
-    `residual`, which subtracts the part and is not trained. So the adapter's file fits the original base, and
-    `handle.remove()` restores it. A format that supports only LoRA can store both updates as one LoRA of twice the
-    rank, if the adapter is written with `on_loss="promote"`. This is not possible for LoftQ, because the part that it
-    subtracts is not low-rank.
+    No initialiser changes the model. With PiSSA, OLoRA, CorDA and LoftQ, PEFT subtracts a part of each adapted weight
+    from the base itself. Here the base stays unchanged: the adapter gets an additional update, `residual`, which
+    subtracts this part and is not trained. So the adapter's file fits the original base, and `handle.remove()` restores
+    the original model. A format that supports only LoRA can store both updates as one LoRA of twice the rank, if the
+    adapter is written with `on_loss="promote"`. For LoftQ, this is impossible, because LoftQ's `residual` is not
+    low-rank.
 
     Args:
-        model: the model for which the adapter is made. Target names omit wrappers (`torch.compile`, DDP, PEFT).
+        model: the model for which the adapter is made. The adapter's target names do not contain the names of wrappers
+            (`torch.compile`, DDP, PEFT).
         method: the method's name.
-        targets: one or several choices. Each choice must match something. Globs and regular expressions are compared
-            with the names of modules that have a weight, and of all parameters except the `weight` and `bias` of these
-            modules. If the method changes outputs, they are compared with the names of all modules that have a forward.
-            A glob must match the whole dotted name, or the part after any dot. A regular expression must match the
-            whole name. "all-linear" matches every linear layer (and GPT-2's Conv1D) except the output head. In a
-            transformers model, the head is the result of `get_output_embeddings()`; in a classifier, it is the module
-            `score` or `classifier`. Methods that add context ignore `targets`, except `adaption_prompt`, `gated_prefix`
-            and `gated_prefix_mlp`: these act on all attentions, or on the attentions that globs in `targets` match.
-        exclude: choices to remove from the targets. Each choice must match something.
-        layers: the numbers of the blocks to adapt. A block's number is the first number that has names before and after
-            it (3 in `model.layers.3.mlp`). If not given, all blocks are adapted.
+        targets: one or several choices (see `Choice`). Each choice must match a module or a parameter. Globs and
+            regular expressions are compared with the names of all modules that have a weight. They are also compared
+            with the names of all parameters except the `weight` and `bias` of these modules. If the method changes
+            outputs, they are compared only with the names of all modules that have a forward. A glob must match the
+            whole dotted name, or the part after any dot. A regular expression must match the whole name. "all-linear"
+            matches every linear layer (and GPT-2's Conv1D) except the output head. In a transformers model, the head is
+            the result of `get_output_embeddings()`; in a classifier, it is the module `score` or `classifier`. Methods
+            that add context ignore `targets`, except `adaption_prompt`, `gated_prefix` and `gated_prefix_mlp`: these
+            adapt all attention modules, or only those whose names match globs in `targets`.
+        exclude: choices to remove from the targets. Each choice must match a module or a parameter.
+        layers: the numbers of the blocks to adapt. A block's number is the first number in a target's name that has
+            names before and after it (3 in `model.layers.3.mlp`). If not given, all blocks are adapted.
         rank: the rank, for methods that have one. For methods that add context, the number of virtual tokens.
-        alpha: the scaling is `alpha / rank`. If alpha is not given, the scaling is `scaling=`, or 1.
-        rank_pattern: regular expression -> rank, for targets that need another rank. An expression must match the
-            target's whole name, or the end of the name after a dot. The first expression that matches counts.
-        alpha_pattern: regular expression -> alpha. Expressions are matched as in `rank_pattern`.
+        alpha: the numerator of the scaling, `alpha / rank`. If alpha is not given, the scaling is the attribute
+            `scaling`, which is 1 by default.
+        rank_pattern: a map from regular expression to rank, for targets that need another rank. An expression must
+            match the target's whole name, or the end of the name after a dot. If several match, the first one is used.
+        alpha_pattern: a map from regular expression to alpha. Expressions are matched as in `rank_pattern`.
         use_rslora: whether to divide alpha by the square root of the rank instead of by the rank.
-        init: the initialiser of `lora` and `dora`: `default`, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N` (N
-            steps of a randomised SVD), `olora`, `loftq` (for a base rounded to nf4; `loftq_int8` for 8 bits;
-            `loftq_iter_N` and `loftq_int8_iter_N` take N steps), and, with `data`, `corda` (`corda_kpm` for its other
-            mode, which keeps knowledge) and `eva`.
-        data: batches for `corda` and `eva`. A mapping is passed to the model as keyword arguments, a list or tuple as
-            positional arguments, and any other value as the only argument.
-        rho: for `eva`, which moves rank to the layers where it explains more variance: a layer gets at most `rho` times
-            its original rank. 1 leaves the ranks unchanged.
+        init: the initialiser of `lora` and `dora`: `default`, `gaussian`, `orthogonal`, `pissa`, `olora`, `loftq`,
+            `corda` or `eva`. `pissa_niter_N` runs N iterations of a randomised SVD. `loftq` compensates for rounding to
+            nf4, and `loftq_int8` for rounding to 8 bits. `loftq_iter_N` and `loftq_int8_iter_N` run N iterations.
+            `corda_kpm` is CorDA's knowledge-preserved mode. `corda`, `corda_kpm` and `eva` need `data`.
+        data: batches for `corda`, `corda_kpm` and `eva`. A batch that is a mapping is passed to the model as keyword
+            arguments, a list or tuple as positional arguments, and any other batch as the only argument.
+        rho: for `eva`, which gives more rank to the layers in which more rank explains more variance. A layer's new
+            rank is at most `rho` times its old rank. 1 leaves the ranks unchanged.
         dropout: in training, the probability that an element of an update's input is set to 0, as in PEFT's
             `lora_dropout`. For LoHa and LoKr, it is the probability that a row of the weight change is set to 0
             (`rank_dropout`); for OFT and BOFT, the share of blocks that do not rotate.
         seed: the seed of the random numbers.
-        layout: the axis order of targets that are parameters; one of `LAYOUTS`. It is needed only if the order does not
-            follow from the model's family or its number of experts.
-        attributes: the method's other settings, and the sizes of axes that do not follow from the weight.
+        layout: the axis order of targets that are parameters, not modules; one of `LAYOUTS`. It is needed only if the
+            model does not show the order, for example by its family or its number of experts.
+        attributes: the method's other settings, and the sizes of axes that the weight's shape does not determine.
 
     Raises:
         TargetNotFound: a choice matches nothing, or no target remains after `exclude` and `layers`.
@@ -148,7 +151,7 @@ def create(
     unsaid = {"init": "default", "dropout": 0.0, "seed": None}
     arguments: dict[str, JsonValue] = {name: value for name, value in chosen.items() if value != unsaid[name]}
     name = _loaded_from(model)
-    base = None if name is None else BaseRef(name)  # PEFT's config uses the same name for the base.
+    base = None if name is None else BaseRef(name)  # PEFT writes the same name into its config.
     adapter = Adapter(updates, base).map(_copied).step("create", method=method, **arguments, **_stored_base(model))
     adapter.validate()
     return adapter
@@ -238,8 +241,8 @@ def _seen(model: nn.Module, paths: Sequence[str], init: str, data: Iterable[obje
 def _shared_out(sizes: Mapping[str, _Size], seen: Mapping[str, Moments], rho: float) -> dict[str, _Size]:
     """Redistribute ranks as EVA does: keep the directions that explain the largest shares of their layers' variance.
 
-    The sum of all ranks stays the same. A layer gets at most `rho` times its rank. Its alpha changes in proportion to
-    its rank, so alpha / rank stays the same. Layers without any kept direction are omitted.
+    The sum of all ranks stays the same. A layer's new rank is at most `rho` times its old rank. Its alpha changes by
+    the same factor, so alpha / rank stays the same. The result omits layers that keep no direction.
     """
     most = {path: round(size.rank * rho) for path, size in sizes.items()}
     shares = [seen[path].components()[0][: most[path]] for path in sizes]
@@ -257,7 +260,10 @@ def _started(
     cls: type[Update], model: nn.Module, path: str, target: Target, init: str, rank: int,
     attributes: Mapping[str, object], seen: Moments | None,
 ) -> tuple[Update, ...]:  # fmt: skip
-    """Return a new LoRA or DoRA update, after a `residual` update if the initialiser subtracts a part from the base."""
+    """Return a new LoRA or DoRA update.
+
+    If the initialiser subtracts a part of the weight, a `residual` update that subtracts this part comes first.
+    """
     W, module = _weight(model, path, target), _module(model, path)
     try:
         cls.check_axes(tuple(W.shape))
@@ -311,7 +317,7 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _shape(model: nn.Module, path: str, target: Target) -> tuple[int, ...]:
-    """Return the weight's shape in the axis order of updates; for stacked experts, the shape of one expert."""
+    """Return the weight's shape as `(out, in, *k)`; for stacked experts, the shape of one expert's weight."""
     module = _module(model, path)
     if module is not None and not _weighted(module):
         return tuple(_as_if_square(module, path).shape)
@@ -324,7 +330,7 @@ def _shape(model: nn.Module, path: str, target: Target) -> tuple[int, ...]:
 
 
 def _weight(model: nn.Module, path: str, target: Target) -> Tensor:
-    """Return the weight in the axis order of updates, on the CPU, in at least float32."""
+    """Return the weight, `[out, in, *k]` or `[e, out, in, *k]`, on the CPU, in at least float32."""
     module: Any = _module(model, path)
     if module is not None and not _weighted(module):
         return _as_if_square(module, path)
@@ -362,13 +368,13 @@ def _weighted(module: nn.Module) -> bool:
 def _as_if_square(module: nn.Module, path: str) -> Tensor:
     """Return zeros of shape `[out, out]`, to be used as the weight of a module that has no weight of its own.
 
-    `out` is the number of outputs of the last module inside this module that has a weight. Embeddings count only if no
-    other module inside has a weight, because an embedding may hold position biases.
+    `out` is the number of outputs of the last submodule that has a weight. Embeddings are used only if no other
+    submodule has a weight, because an embedding may store position biases.
     """
     parts = [part for part in module.modules() if _weighted(part)]
     parts.sort(key=lambda part: not isinstance(part, nn.Embedding))
     if not parts:
-        why = "neither this module nor a module inside it has a weight"
+        why = "neither this module nor any submodule has a weight, so its number of outputs is unknown"
         raise Unsupported(why, where=path, cure="Build the update from tensors instead")
     target = Target(path, stored_layout(parts[-1]) or "out *in")
     size = view(torch.empty(stored_shape(parts[-1]), device="meta"), target).shape[0]
@@ -384,10 +390,9 @@ def _bias(model: nn.Module, path: str) -> Tensor | None:
 
 
 def _parameter_layout(model: nn.Module, path: str, stored: Tensor) -> str:
-    """Return the axis order of a parameter that is not a module's weight.
+    """Return the axis order of a target that is a parameter, not a module.
 
-    The order follows from the model's family, from the class of the module that has the parameter, or from the number
-    of experts.
+    The order follows from the model's family, from the class of the parameter's module, or from the number of experts.
     """
     config: Any = getattr(model, "config", None)
     words = config.to_dict() if hasattr(config, "to_dict") else {}
@@ -443,7 +448,7 @@ def _chosen(model: nn.Module, choice: Choice, modules: dict[str, nn.Module], nam
         selected = [name for name, plain in names.items() if _pattern(choice).fullmatch(plain)]
     if not selected:
         cure = nearest(str(choice), names.values()) or "Use names from model.named_modules() and named_parameters()"
-        why = "no module or parameter matches, or the method cannot adapt it"
+        why = "no matching module or parameter that the method can adapt"
         raise TargetNotFound(why, where=str(choice), cure=cure)
     return selected
 
@@ -452,7 +457,7 @@ def _pattern(choice: str | re.Pattern[str]) -> re.Pattern[str]:
     try:
         return re.compile(choice.removeprefix("re:") if isinstance(choice, str) else choice)
     except re.error as error:
-        cure = "Correct the expression, or remove re: to give a glob"
+        cure = "Correct the expression, or pass a glob without the prefix re:"
         raise UsageError(f"not a regular expression: {error}", where=str(choice), cure=cure) from None
 
 
@@ -477,16 +482,17 @@ def create_context(
 
     Args:
         model: the model that the adapter is for.
-        cls: the method.
-        targets: for methods that act on attentions, globs for the names of attentions.
+        cls: the method's class.
+        targets: for methods that adapt attention modules, globs for the names of these modules; other methods ignore
+            `targets`.
         tokens: the number of virtual tokens.
         seed: the seed of the random numbers.
         attributes: the method's attributes. For methods that store embeddings of tokens, they may include `index`, a
-            list of token ids: the initial virtual tokens are then the embeddings of these ids.
+            list of token ids. The virtual tokens then start as the embeddings of these ids.
 
     Raises:
-        TargetNotFound: no attention matches.
-        UsageError: the method does not have such an attribute.
+        TargetNotFound: the name of no attention module matches `targets`.
+        UsageError: the method does not have one of the attributes.
         Unsupported: the model's config does not contain the sizes that the method needs.
     """
     embedding: Any = embedding_of(model)

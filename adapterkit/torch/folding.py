@@ -7,7 +7,8 @@ additive updates in place, one block of rows at a time, and all other updates on
 `Merged` holds the data for `unmerge_`. With `keep="copy"`, this is a copy of the old weights. With `keep="recompute"`,
 `unmerge_` subtracts the adapter, so `Merged` only stores the elements that the subtraction would not restore exactly.
 If the change is small compared with the weight, these are a few percent of the elements. The subtraction is a merge
-with `Switch.weight` negated, so it gives the same bits each time. A checksum detects a result with other bits.
+with `Switch.weight` negated, so it gives the same bits each time. If the restored bits still differ from the old ones
+(the adapter was changed, for example), a checksum of the old bits detects it.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def fold_in_place(name: str, parameter: Tensor, parts: list[Part]) -> None:
 
 
 Folded = list[tuple[ForwardHook, list[Part]]]
-"""A list of (hook, merged parts at this hook)."""
+"""Pairs of a hook and the hook's parts that a merge adds to the weights."""
 
 KEEPS = ("copy", "recompute")
 """The values of `keep` in `Handle.merge_`, besides True and False."""
@@ -86,15 +87,15 @@ class Merged:
     """A parameter that a merge changed, with the data that restores the bits from before the merge.
 
     Attributes:
-        parameter: the parameter.
-        before: a copy of the parameter from before the merge, or None if these old bits are recomputed.
-        places: the flat positions at which recomputing does not give the old bits.
-        values: the old bits at these positions.
+        parameter: the parameter, which has its merged values.
+        before: a copy of the parameter from before the merge, or None if `unmerge_` recomputes the old bits.
+        places: if the old bits are recomputed, the flat indices of the elements that come out with other bits.
+        values: the old bits of the elements at `places`.
         checksum: the checksum of all old bits, if they are recomputed.
         after: the checksum of the merged bits, if `before` is kept. It detects changes through `.data`, which torch
-            does not count in `version`.
-        version: torch's count of the parameter's in-place changes, right after the merge.
-        dtype: the dtype of the parameter, if its bits are recomputed.
+            does not count in `parameter._version`.
+        version: torch's count of the parameter's in-place changes (`parameter._version`), right after the merge.
+        dtype: the parameter's dtype before the merge, if the old bits are recomputed.
         stack: the merges into the parameter that can be undone, in order. All merges into one parameter share this
             list.
     """
@@ -114,7 +115,7 @@ class Merged:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        # The version was stored relative to the parameter's count, because the count of a copied parameter differs.
+        # `__getstate__` stored `version` minus `_version`, because a copied parameter has another `_version`.
         self.version += self.parameter._version
         _MERGES.setdefault(self.parameter, self.stack)
 
@@ -150,9 +151,10 @@ class Merged:
             self.stack[-1].version = self.parameter._version
 
     def slim(self, again: Tensor) -> None:
-        """Replace the copy of the old bits by those old bits that recomputing would not restore, and their positions.
+        """Replace the copy of the old parameter by the data that recomputing needs.
 
-        If these take more memory than the copy, keep the copy.
+        This data is the old bits that recomputing would not restore, with their flat indices. If it takes more memory
+        than the copy, keep the copy.
 
         Args:
             again: the parameter's values, recomputed by subtracting the merge's change.
@@ -196,8 +198,8 @@ _MERGES: Any = WeakIdKeyDictionary()
 class Memory:
     """Find parameters of a model that share memory: tied parameters and views.
 
-    Two parameters share memory if their address ranges overlap. It is not enough that they have the same storage: cuDNN
-    puts all weights of an LSTM into one storage, where they do not overlap.
+    Two parameters share memory if their address ranges overlap. Comparing their storages would be wrong: cuDNN puts all
+    weights of an LSTM into one storage, but the weights do not overlap.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -234,7 +236,7 @@ def _range(tensor: Tensor) -> tuple[int, int]:
 
 
 def changed_by(parts: Sequence[Part]) -> list[str]:
-    """Return the paths, relative to the hook's module, of the parameters that the parts change."""
+    """Return the paths of the parameters that the parts change. The paths are relative to the hook's module."""
     weights = [p.weight for p in parts if p.weight and any(u.changes_weight for u in p.updates)]
     biases = [p.bias for p in parts if p.bias and any(u.changes_bias for u in p.updates)]
     return list(dict.fromkeys((*weights, *biases)))
@@ -270,7 +272,7 @@ def is_whole(model: nn.Module, folded: Folded, merged: Sequence[Merged]) -> bool
 
 
 def subtracted(folded: Folded, merged: list[Merged]) -> list[tuple[Merged, Tensor | None]]:
-    """Return each merged parameter with its values from before the merge, or None if these cannot be recomputed."""
+    """Return (merge, old values) for each merged parameter. If old values cannot be recomputed, they are None."""
     restored_values: list[tuple[Merged, Tensor | None]] = []
     by = {id(each.parameter): each for each in merged}
     for hook, parts in folded:
@@ -281,9 +283,9 @@ def subtracted(folded: Folded, merged: list[Merged]) -> list[tuple[Merged, Tenso
 
 
 def _less(hook: ForwardHook, parts: list[Part]) -> dict[int, Tensor]:
-    """Return the values of a hook's parameters after the parts are subtracted, keyed by `id(parameter)`.
+    """Subtract the parts from a hook's parameters, and return the results, keyed by `id(parameter)`.
 
-    The parts are subtracted in place. Afterwards, the parameters get their current values back.
+    The subtraction is in place. Afterwards, the parameters get their previous values back.
     """
     mine = [tensor_at(hook.module, path) for path in changed_by(parts)]
     before = [parameter.detach().clone() for parameter in mine]
@@ -297,14 +299,17 @@ def _less(hook: ForwardHook, parts: list[Part]) -> dict[int, Tensor]:
 
 
 def slim(hook: ForwardHook, parts: list[Part], merged: list[Merged]) -> None:
-    """For each merged parameter, keep only the old bits that subtracting the parts would not restore."""
+    """For each merged parameter, keep only the old bits that subtracting the parts would not restore.
+
+    See `Merged.slim`.
+    """
     values = _less(hook, parts)
     for each in merged:
         each.slim(values[id(each.parameter)])
 
 
 def restore(restored_values: Sequence[tuple[Merged, Tensor | None]]) -> None:
-    """Copy the values that `subtracted` returned into their parameters; skip parameters whose values are None."""
+    """Copy each value into the parameter of its `Merged`. Parameters whose value is None stay unchanged."""
     for each, value in restored_values:
         if value is not None:
             each.parameter.copy_(value)
@@ -313,9 +318,9 @@ def restore(restored_values: Sequence[tuple[Merged, Tensor | None]]) -> None:
 class Unmerging:
     """Undo a merge module by module. If this fails halfway, `undo` restores the merged weights.
 
-    The copies of the old bits take as much memory as a second model, and copies of all merged bits would take as much
-    as a third. So as soon as a parameter has its old bits again, the copy of the old bits is replaced by a copy of the
-    merged bits. If the old bits are recomputed, no copy is kept: merging again gives the same merged bits.
+    The copies of the old bits take as much memory as the merged parameters. Copies of all merged bits would take that
+    much again. So as soon as a parameter has its old bits again, a copy of its merged bits replaces the copy of its old
+    bits. If the old bits are recomputed, no copy is needed, because merging again gives the same merged bits.
     """
 
     def __init__(self) -> None:
@@ -324,9 +329,9 @@ class Unmerging:
         self._current: list[tuple[Merged, Tensor | None]] = []
 
     def take_out(self, hook: ForwardHook, parts: list[Part], merged: list[Merged]) -> bool:
-        """Restore the bits from before the merge in a module's parameters, and return True.
+        """Give a module's parameters the bits that they had before the merge, and return True.
 
-        If these bits cannot be recomputed, return False and change nothing.
+        If the old bits of a parameter cannot be recomputed, return False and change nothing.
         """
         restored_values = subtracted([(hook, parts)], merged)
         if any(value is None for _, value in restored_values):
@@ -356,7 +361,8 @@ class Unmerging:
 def checked_folds(model: nn.Module, folded: Folded) -> Folded:
     """Check that all parts can be merged, and return the parts to merge.
 
-    If all layers that share a parameter have equal parts, only the parts of one of these layers are returned.
+    If all layers that share a parameter have equal parts, only one layer's parts are returned, so that the parameter
+    changes only once.
 
     Raises:
         NotMergeable: an update needs a bias that the base does not have, or a weight cannot be changed in place.
@@ -399,15 +405,15 @@ def _check_parts(hook: ForwardHook, parts: list[Part], shared: set[int], memory:
             raise NotMergeable(f"the weight is a {kind}, not a plain tensor", where=where, cure=cure)
         names = memory.beside(parameter)
         if len(names) > 1 and id(parameter) not in shared:
-            why = f"the weight shares its memory with other names: {', '.join(names)}"
+            why = f"the weight shares its memory: the parameters {', '.join(names)} overlap"
             raise NotMergeable(why, where=where, cure=KEEP_INJECTED)
 
 
 def _once(model: nn.Module, folded: Folded) -> tuple[Folded, set[int]]:
-    """If all layers that share a parameter have equal parts, keep the part of one layer only.
+    """If all layers that share a parameter have equal parts, keep only one layer's part.
 
     Returns:
-        The hooks with the remaining parts, and the ids of the parameters that are shared in this way.
+        The hooks with the remaining parts, and the ids of the shared parameters whose layers all have equal parts.
     """
     names: dict[int, int] = {}
     for _, parameter in _parameters(model):
@@ -415,7 +421,7 @@ def _once(model: nn.Module, folded: Folded) -> tuple[Folded, set[int]]:
     alike: dict[tuple[int, int], list[Part]] = {}
     for hook, parts in folded:
         for part in parts:
-            packed = isinstance(hook.layer, Quantized)  # A quantized module may not have a `weight`.
+            packed = isinstance(hook.layer, Quantized)  # Some quantized modules have no `weight`.
             weight = tensor_at(hook.module, part.weight) if part.weight and not packed else None
             if weight is not None and names.get(id(weight), 1) > 1:
                 alike.setdefault((id(weight), id(part.switch)), []).append(part)

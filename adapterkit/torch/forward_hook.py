@@ -81,7 +81,7 @@ class ForwardHook:
 
     @property
     def switches(self) -> list[Switch]:
-        """The switches of the adapters that have a part here."""
+        """The switches of the adapters that have a part at this module."""
         return [*(part.switch for part in self.parts), *(part.switch for part in self.contexts)]
 
     def __getstate__(self) -> dict[str, object]:
@@ -92,7 +92,7 @@ class ForwardHook:
         ALIVE.add(self)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ForwardHook:
-        """Copy the hook with its module.
+        """Copy the hook when its module is copied.
 
         If the module is copied without its model, also store the copied parameters for `_check_copy`.
         """
@@ -106,14 +106,14 @@ class ForwardHook:
             clone.home = weakref.ref(copied)
         elif home is not None:
             parameters: dict[str, Tensor | None] = dict(self.module._parameters)
-            clone.copied = copy.deepcopy(parameters, memo)  # Use the original: the new module is not complete yet.
+            clone.copied = copy.deepcopy(parameters, memo)  # Read the original module: the copy is still incomplete.
         return clone
 
     def attach(self, part: Part | ContextPart) -> None:
         if isinstance(part, ContextPart):
             self.contexts = [*self.contexts, part]
         else:
-            # Compute the rank now, not in the first forward. So compiled code need not check whether the rank is known.
+            # Compute the rank now, so that compiled code need not check in each forward whether the rank is known.
             rank = rank_of(part, self.layer) if self.layer is not None and part.direct else 0
             # Build new objects and set the parts last, because other threads may be in a forward with the old objects.
             self.ranks = {**self.ranks, part: rank}
@@ -127,7 +127,7 @@ class ForwardHook:
         wrapped = slot is None and met
         attributes[HOOK], attributes[SCRIPTING] = self, self.refuse_scripting
         watch_reads(self)
-        if not wrapped:  # If the hook is wrapped, the forward in the slot is another tool's, and calls the hook.
+        if not wrapped:  # If the hook is wrapped, another tool's forward is in the slot, and calls the hook.
             owner, name = slot or self.slot
             owner.__dict__[name] = HookEntry(self) if self.contexts or self.call_recorders else self.forward
 
@@ -152,7 +152,7 @@ class ForwardHook:
         SETTINGS.renew()
 
     def _meet(self, kind: type) -> None:
-        """Handle a weight of a new class: torchao's `quantize_`, for example, replaces a module's weight in place."""
+        """Adjust the hook after the weight was replaced by one of another class, as torchao's `quantize_` does."""
         self.kind = kind
         if isinstance(self.layer, Quantized) or not is_packed(self.module):
             return
@@ -257,14 +257,15 @@ class ForwardHook:
         """
         W: Any = self.module._parameters.get("weight")
         if args and type(args[0]) is Tensor and is_sharded(W) and any(part.switch.acts(scope) for part in self.parts):
-            why = "the layer is in transformers' tp_plan, which distributes its input inside its own forward"
+            why = "transformers' tp_plan makes this layer's input a DTensor only after the adapter has read the input"
             cure = "Call handle.merge_(), which supports such layers, or shard the model by torch's parallelize_module"
             raise Unsupported(why, where=str(self.parts[0].target), cure=cure)
 
     def refuse_scripting(self) -> nn.Module:
-        """Raise an error: torch.jit.script compiles the forward of the module's class, so the adapter would not act.
+        """Raise an error, because code from torch.jit.script would ignore the adapter.
 
-        torch.jit calls this method for each module inside the module that it compiles.
+        torch.jit.script compiles the forward of the module's class, not the forward in `module.__dict__`. It calls this
+        method for the module that it compiles, and for each submodule.
         """
         cure = "Call handle.merge_() first, or use torch.jit.trace or torch.export, which record what the model runs"
         where = str(next((part.target for part in self.parts), type(self.module).__name__))
@@ -284,16 +285,16 @@ class ForwardHook:
             WARNED.add(part.switch)
             name = part.switch.name
             warnings.warn(
-                f"{part.target}: the adapter {name!r} was injected with trainable=True, but another tool has frozen "
-                "all its parameters, as get_peft_model does, so it is not trained. To train it, call "
+                f"{part.target}: the adapter {name!r} was injected with trainable=True, but is not trained, because "
+                "another tool (such as PEFT's get_peft_model) has frozen the adapter's parameters. To train it, call "
                 "requires_grad_(True) on each of handle.parameters(); otherwise inject it with trainable=False",
                 stacklevel=2,
             )
 
     def _check_copy(self, copied: Mapping[str, Tensor | None]) -> None:
-        """Check the parameters of a module that was copied without its model: they must still have their values.
+        """Check that a module that was copied without its model still has the values for which its adapter was made.
 
-        torch's `fuse_conv_bn_eval` copies a layer and scales the copy's weight. It does not scale the copy's adapter.
+        torch's `fuse_conv_bn_eval` copies a layer and scales the copy's weight, but not the copy's adapter.
 
         Raises:
             Unsupported: the weight and bias were replaced, and the weight has new values.
@@ -304,12 +305,12 @@ class ForwardHook:
         if _cast_of(now.get("weight"), copied["weight"]):  # The parameters are new, but were only cast or moved.
             self.copied = dict(now)
         else:
-            cure = "Call handle.merge_() before a layer is fused with its norm"
+            cure = "Call handle.merge_() before you fuse a layer with its norm"
             why = "a copy of this layer got a new weight and bias, but its adapter was made for the original ones"
             raise Unsupported(why, where=str(next((part.target for part in self.parts), "")) or None, cure=cure)
 
     def _planned(self, scope: Scope, x: object) -> Tensor | None:
-        """Return the output of a linear layer with low-rank updates, computed by a plan; None if no plan applies."""
+        """Run a linear layer and its low-rank updates by a cached plan, and return the output; None if no plan fits."""
         if self.drops and self.module.training:
             return None
         route = scope.routes.get(self) if scope.routes else None
@@ -336,7 +337,11 @@ class ForwardHook:
         return plan
 
     def _row_by_row(self, route: Route, scope: Scope, x: object) -> Tensor | None:
-        """Return a linear layer's output, computed with a stack of all frozen adapters; None if no stack is current."""
+        """Return a linear layer's output, in which each row has the change of its own adapter.
+
+        The changes are computed with the cached stack of all frozen adapters' factors. Return None if there is no such
+        stack, if it is out of date, or if it cannot be used in this call.
+        """
         W, stack, layer = self.module._parameters.get("weight"), self.kept.stack, self.layer
         if W is None or stack is None or layer is None or type(x) is not Tensor or x.shape[-1:] != W.shape[1:]:
             return None
@@ -353,7 +358,7 @@ class ForwardHook:
         if not around:
             return self._inner(scope, args, kwargs)
         if self in scope.routes:
-            cure = "Run the rows of each adapter separately"
+            cure = "Call the model once for each adapter, with only the rows of this adapter"
             raise Unsupported("context cannot be added to some rows of a batch", where=str(around[0].target), cure=cure)
 
         def forward(*args: object, **kwargs: object) -> object:
@@ -390,7 +395,7 @@ class ForwardHook:
             raise error.at(where=str(next(part.target for part in parts if part.output_site))) from None
 
     def _weighed(self, parts: list[Part], args: Arguments, kwargs: Keywords, without: str | None = None) -> object:
-        """Return the module's output with its weight updates applied. If `without` names a norm, skip this norm."""
+        """Return the module's output with the parts' changes applied. If `without` names a norm, skip this norm."""
         skipped = {} if without is None else {without: _same}
         if not parts and not skipped:
             return self._original(args, kwargs)
@@ -437,8 +442,8 @@ class ForwardHook:
     def _is_direct(self, parts: list[Part]) -> bool:
         """Whether the hook computes the output with the methods' formulas.
 
-        If not, the module's own forward runs with changed parameters. This is more precise if the weight has 16 bits
-        and a method does not only add to it: the new weight is computed in 32 bits and rounded once.
+        If not, the module's own forward runs with changed parameters. This is more precise for 16-bit weights with
+        updates that are not additive, because the new weight is computed in 32 bits and rounded once.
         """
         if not all(part.direct for part in parts):
             return False
@@ -479,7 +484,7 @@ class ForwardHook:
     def _added(self, layer: TorchLayer, parts: list[Part], x: Tensor) -> Tensor:
         """Return the layer's output plus the changes of low-rank parts, accumulated in one tensor."""
         y: Tensor | None = None
-        plain = layer.fresh and self.before is None  # The module runs the forward of nn.Linear.
+        plain = layer.fresh and self.before is None  # Whether the module runs nn.Linear's forward.
         like = layer.sample
         if like.is_meta and not x.is_meta:
             raise _unloaded(parts[0])
@@ -491,7 +496,7 @@ class ForwardHook:
                 if (B.shape[0], A.shape[1]) != layer.shape:
                     expected = [B.shape[0], A.shape[1]]
                     now = list(layer.shape)
-                    why = f"the update was made for a weight of shape {expected}, but the shape is {now} now"
+                    why = f"the update was made for a weight of shape {expected}, but the weight's shape is {now}"
                     raise ShapeMismatch(why, where=str(part.target), cure=_AGAIN)
                 if y is None and plain:
                     y = low_rank_linear(x, like, layer.bias, A, B, weight)
@@ -559,9 +564,9 @@ class ForwardHook:
         return out
 
     def _settled(self, part: Part, parts: list[Part], dtype: torch.dtype | None) -> tuple[Update, ...]:
-        """Return the part's updates, with each bias change that depends on the weight replaced by its value.
+        """Return the part's updates. If an update's bias change depends on the weight, replace the change by its value.
 
-        This value is computed for the weight after the updates of the same adapter's earlier parts.
+        The value is computed from the weight to which the same adapter's earlier parts were already applied.
         """
         if part.weight is None or not any(update.bias_sees_weight for update in part.updates):
             return part.updates
@@ -591,7 +596,7 @@ class ForwardHook:
 
 
 def _in_order(parts: list[Part]) -> bool:
-    """Whether one adapter has several parts among `parts` and their order matters. Formulas would ignore the order."""
+    """Whether `parts` contains several parts of one adapter whose order matters. `_direct` would ignore the order."""
     switches = Counter(part.switch for part in parts)
     return any(
         order_counts([(part.target, part.updates) for part in parts if part.switch is switch])
@@ -634,10 +639,10 @@ _AGAIN = "Call handle.remove() before a layer changes its size, and inject an ad
 
 
 _EXCHANGING = threading.RLock()
-"""Lock that is held while a module's own attributes are replaced, and during forwards that could read them."""
+"""Lock that is held while a module runs with replaced parameters, and during forwards that could read them."""
 
 WARNED: weakref.WeakSet[Switch] = weakref.WeakSet()
-"""The switches of the adapters for which `ForwardHook` has already warned that another tool froze them."""
+"""The switches of adapters that another tool has frozen, and about which `ForwardHook` has already warned."""
 
 ALIVE: weakref.WeakSet[ForwardHook] = weakref.WeakSet()
 """All hooks that exist, in all models."""
@@ -655,13 +660,12 @@ def hook_at(module: nn.Module) -> ForwardHook:
 
 
 def hook_again(hook: ForwardHook) -> ForwardHook | None:
-    """Return the hook to use if the parts that were detached from `hook` are attached again.
+    """Return the hook to which parts that were detached from `hook` can be attached again.
 
-    Return None if, since the parts were detached, another tool has put a forward on the module, or has removed the
-    forward that it had put there earlier.
+    Return None if another tool has replaced the module's forward since then, or has removed an earlier replacement.
 
     Args:
-        hook: a hook without parts.
+        hook: the hook from which the parts were detached.
     """
     attributes = hook.module.__dict__
     standing = attributes.get(HOOK)
@@ -711,9 +715,10 @@ class HookEntry:
 
 
 def _direct(layer: TorchLayer, parts: list[Part], x: Tensor) -> Tensor:
-    """Return `y + sum(weight * (f(x) - y))`: `y` is the layer's output without parts, `f(x)` the output with one part.
+    """Return `y + sum(weight * (f(x) - y))`, summed over the parts.
 
-    For a single part of weight 1, return `f(x)`.
+    `y` is the layer's output without any part, and `f(x)` is its output with one part alone. For a single part of
+    weight 1, the result is `f(x)`.
     """
     if layer.sample.is_meta and not x.is_meta:
         raise _unloaded(parts[0])
@@ -737,7 +742,7 @@ def _direct(layer: TorchLayer, parts: list[Part], x: Tensor) -> Tensor:
 
 @contextmanager
 def _spread(layer: TorchLayer, parts: list[Part]) -> Iterator[None]:
-    """Let formulas run, in the `with` block, over a layer whose weight may be a DTensor.
+    """Return a context in which formulas can run over a layer, even if the layer's weight is a DTensor.
 
     Raises:
         Unsupported: a formula uses plain tensors, which torch cannot combine with DTensors.
@@ -754,8 +759,8 @@ def _spread(layer: TorchLayer, parts: list[Part]) -> Iterator[None]:
         if "mixed torch.Tensor and DTensor" not in str(error):
             raise
         methods = ", ".join(dict.fromkeys(update.method for part in parts for update in part.updates))
-        why = f"torch cannot train {methods} in a tensor-parallel layer: a formula or route there uses plain tensors"
-        cure = "Train lora, dora or ia3 there without a route, or leave the layer out of parallelize_module's plan"
+        why = f"torch cannot train {methods} in a tensor-parallel layer, because a formula or route uses plain tensors"
+        cure = "Train lora, dora or ia3 without a route, or remove the layer from parallelize_module's plan"
         raise Unsupported(why, where=str(parts[0].target), cure=cure) from None
 
 

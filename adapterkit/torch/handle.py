@@ -1,4 +1,4 @@
-"""The handle of an attached adapter: switch it, weight it, train it, read it back, merge it, or remove it."""
+"""The handle of an attached adapter, with methods to switch, scale, train, copy, merge and remove the adapter."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Handle:
         else:
             parameters = dict(self._model.named_parameters())
             for name in self.frozen:
-                if name in parameters:  # It may be missing, because a module was replaced after the injection.
+                if name in parameters:  # The name is gone if its module was replaced.
                     parameters[name].requires_grad_(True)
         if not handles_here:
             del self._model.__dict__[HANDLES]
@@ -120,7 +120,7 @@ class Handle:
             switch.weight = value
 
     def _copies(self) -> dict[Switch, list[ForwardHook]]:
-        """Return the hooks of copied layers, keyed by the copy of the adapter's switch that they use.
+        """Return the hooks of copied layers, keyed by their switch, which is a copy of the adapter's switch.
 
         If a layer is copied inside the model (depth upscaling, clones), `weight`, `set_active`, `disable` and `remove`
         also apply to the adapter at the copied layer. A copy outside of the model is independent of the handle.
@@ -133,10 +133,10 @@ class Handle:
         return hooks_by_switch
 
     def _check_uncopied(self) -> None:
-        """Check that no layer was copied with its part of the adapter.
+        """Check that the model contains no copy of a layer that the adapter changes.
 
         Raises:
-            UsageError: a layer was copied. The copied part does not belong to any target of the adapter.
+            UsageError: the model contains such a copy, which belongs to no target of the adapter.
         """
         hook = next((hook for hooks in self._copies().values() for hook in hooks), None)
         if hook is not None:
@@ -168,7 +168,7 @@ class Handle:
 
     @property
     def checkpoint(self) -> str:
-        """The content of `model.state_dict()`: `base` (default), `adapter` (this adapter alone) or `all`; can be set.
+        """The content of `model.state_dict()`: `base` (default), `adapter` (only this adapter) or `all`; can be set.
 
         Trainer, Accelerate, Lightning and `torch.save` save this state dict. With `adapter`, they write checkpoints of
         the adapter alone. `model.load_state_dict()` loads such checkpoints, even with `strict=True`, and leaves the
@@ -200,9 +200,10 @@ class Handle:
             yield
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (name, tensor) for each trained tensor. If `inject` got no `trainable=True`, there are none.
+        """Yield (name, tensor) for each trained tensor. Without `trainable=True` in `inject`, no tensor is trained.
 
-        A name is `target.method.field`, or `target.position.method.field` if the target has several updates.
+        A name is `target.method.field`. If the target has several updates, the name is `target.index.method.field`,
+        with the update's index.
         """
         named = ((name, leaf.tensor) for name, leaf in self._named_leaves())
         return ((name, tensor) for name, tensor in named if isinstance(tensor, nn.Parameter))
@@ -222,7 +223,10 @@ class Handle:
         yield from self._copied_leaves(seen)
 
     def _copied_leaves(self, seen: set[int]) -> Iterator[tuple[str, Leaf]]:
-        """Yield (name, leaf) at layers that were copied inside the model. Each name contains the path of the copy."""
+        """Yield (name, leaf) for the tensors of layers that were copied inside the model.
+
+        Each name contains the path of the copied layer, not of the original.
+        """
         copies = self._copies()
         paths = {id(module): name for name, module in self._model.named_modules()} if copies else {}
         for switch, hooks in copies.items():
@@ -247,13 +251,13 @@ class Handle:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy values that `state_dict()` returned into the trained tensors.
+        """Load a result of `state_dict()` into the trained tensors.
 
         The tensors change in place, so optimizers still hold the right tensors. If an error is raised, nothing changes.
 
         Raises:
-            UsageError: names are missing or unknown.
-            ShapeMismatch: a shape differs.
+            UsageError: `state` lacks the name of a trained tensor, or contains an unknown name.
+            ShapeMismatch: a tensor in `state` does not have the shape of the trained tensor.
         """
         leaves = {name: leaf for name, leaf in self._named_leaves() if isinstance(leaf.tensor, nn.Parameter)}
         tensors = {name: leaf.tensor for name, leaf in leaves.items()}
@@ -261,13 +265,13 @@ class Handle:
             if names:
                 first = min(names)
                 cure = (
-                    nearest(first, {*tensors, *state} - names) or "Pass what state_dict() of the same adapter returned"
+                    nearest(first, {*tensors, *state} - names) or "Pass a state from state_dict() of the same adapter"
                 )
                 raise UsageError(f"{len(names)} tensors are {what} in the state", where=first, cure=cure)
         for name, parameter in tensors.items():
             if tuple(state[name].shape) != shape_of(parameter):
-                why = f"the shape is {list(state[name].shape)}, but the adapter's is {list(shape_of(parameter))}"
-                raise ShapeMismatch(why, where=name, cure="Pass what state_dict() of the same adapter returned")
+                why = f"the state has shape {list(state[name].shape)}, but the adapter's is {list(shape_of(parameter))}"
+                raise ShapeMismatch(why, where=name, cure="Pass a state from state_dict() of the same adapter")
         for name, leaf in leaves.items():
             leaf.put(state[name])
 
@@ -317,7 +321,7 @@ class Handle:
     def adapter(self) -> Adapter:
         """Return an adapter with detached copies of the current tensors. Its names and layouts are those of the model.
 
-        Target names omit wrappers (`torch.compile`, DDP, checkpoint wrappers, PEFT).
+        The target names do not contain the names of wrappers (`torch.compile`, DDP, checkpoint wrappers, PEFT).
 
         Under FSDP2 and tensor parallelism, this method gathers sharded tensors: call it in every process.
 
@@ -375,17 +379,17 @@ class Handle:
     def merge_(self, keep: bool | str = False) -> None:
         """Merge the adapter into the base in place, and detach it.
 
-        The new weights are computed in float64 and rounded once. If anything fails before the merge is complete, all
-        old weights are restored. So a copy of the weights that the merge changes is kept until the merge is complete.
-        With `keep="recompute"`, only the data for `unmerge_` is kept.
+        The new weights are computed in float64 and rounded once. If the merge fails halfway, all old weights are
+        restored. To make this possible, the merge keeps a copy of each old weight until all weights are merged. With
+        `keep="recompute"`, it keeps only the data for `unmerge_`, which usually takes less memory.
 
-        Under FSDP2 and tensor parallelism, this method gathers one weight after the other: call it in every process.
+        Under FSDP2 and tensor parallelism, this method gathers one weight at a time: call it in every process.
 
         Args:
             keep: the data to keep for `unmerge_`. False keeps nothing. True or "copy" keeps a copy of the old weights.
-                "recompute" keeps the adapter, and those elements of each old weight that subtracting the change would
-                not restore exactly. It needs additive updates (LoRA and similar methods), and their tensors must not
-                change until `unmerge_`.
+                "recompute" keeps the adapter, and those elements of each old weight that subtracting the adapter would
+                not restore exactly. It requires additive updates (LoRA and similar methods). Do not change the
+                adapter's tensors before `unmerge_`.
 
         Raises:
             NotMergeable: a method does not change weights, an update needs a bias that the base does not have, a weight
@@ -405,7 +409,7 @@ class Handle:
         again = keep == "recompute"
         for part in (part for _, parts in folded for part in parts) if again else ():
             if any(update.kind != "additive" for update in part.updates):
-                why = "the update is not additive, so it cannot be subtracted again"
+                why = "the update is not additive, so unmerge_() could not subtract it"
                 raise UsageError(why, where=str(part.target), cure='Pass keep="copy"')
         kept: list[Merged] = []
         parts_by_hook = [(hook, [p for p in hook.parts if p.switch is self._switch]) for hook in self._hooks]
@@ -438,9 +442,9 @@ class Handle:
         If an error is raised, nothing is changed.
 
         Raises:
-            UsageError: the adapter was not merged with `keep`; the merged weights were changed, cast or replaced after
-                the merge; the adapter was changed, but is needed to recompute the weights; another adapter has this
-                name; or another tool has put a forward on a layer or removed one since the merge.
+            UsageError: the adapter was not merged with `keep`, or another attached adapter has its name. It is also
+                raised if, after the merge, the merged weights were changed, cast or replaced; the adapter was changed,
+                but is needed to recompute the old weights; or another tool replaced or restored a layer's forward.
         """
         if self._state != "merged" or not self._merged:
             why = "the adapter was not merged with keep=, so there are no weights to restore"
@@ -459,9 +463,9 @@ class Handle:
             raise UsageError(why, where=self.name, cure="Remove that adapter first")
         hooks: list[ForwardHook] = []
         for hook, _ in self._parts:
-            again = hook_again(hook)  # This is another hook if another adapter was attached to the module since.
+            again = hook_again(hook)  # A new hook, if another adapter was attached after the merge.
             if again is None:
-                why = "since the merge, another tool has put a forward on the layer or removed a forward from it"
+                why = "since the merge, another tool has replaced the layer's forward, or removed a replacement"
                 cure = "Undo the other tool's change, call unmerge_(), then apply the other tool again"
                 raise UsageError(why, where=f"{self.name}: a {type(hook.module).__name__}", cure=cure)
             hooks.append(again)
@@ -508,7 +512,7 @@ def check_weight(value: float) -> None:
 
 
 def _within(path: str, other: str) -> bool:
-    """Whether all names of a path occur in another path, in the same order."""
+    """Whether all names of `path` occur in `other` in the same order, possibly with other names between them."""
     names = iter(other.split("."))
     return not path or all(name in names for name in path.split("."))
 
@@ -532,8 +536,8 @@ def handles(model: nn.Module) -> dict[str, Handle]:
         model: the model that was passed to `inject`, or a wrapper around this model (DDP, `torch.compile`).
 
     Returns:
-        Name -> handle, in the order of injection. If an adapter was injected into a part of the model, the path of this
-        part precedes the name (`encoder:default`).
+        Name -> handle. The handles of one module are in the order of injection. If an adapter was injected into a
+        submodule of `model`, its key starts with the submodule's path (`encoder:default`).
     """
     handles_by_path: dict[str, Handle] = {}
     for path, module in model.named_modules():
@@ -544,9 +548,9 @@ def handles(model: nn.Module) -> dict[str, Handle]:
 
 
 def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
-    """Return (parameter, new value in float64) for each parameter that merging all handles' adapters would change.
+    """Return (parameter, new value in float64) for each parameter that a merge of all handles' adapters would change.
 
-    The parameters keep their current values.
+    This function does not change the parameters.
 
     Raises:
         NotMergeable: one of the adapters cannot be merged into the weights; see `Handle.merge_`.

@@ -269,7 +269,7 @@ def _():
     return both, functional.linear(X, changed(changed(layer.weight), 3), layer.bias)
 
 
-@odd("unmerged after another tool patched the layer's forward", raises=UsageError, match="put a forward on the layer")
+@odd("unmerged after another tool patched the layer's forward", raises=UsageError, match="replaced the layer's forward")
 def _():
     model = one()
     handle = inject(model)
