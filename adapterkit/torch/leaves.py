@@ -6,7 +6,7 @@ all other tensors as non-persistent buffers. Each tensor is read back from its m
 `functional_call` and `model.to()` put other tensor objects under the same name.
 
 Rejected alternatives:
-* a new child module: `named_modules()` and all code that walks over it would change.
+* a new child module: all code that loops over `named_modules()` would get a module that the base does not have.
 * parametrizations: they rename the base's keys in the state dict.
 * the root module: `parameters()` yields a module's own parameters before its children's parameters, so a bf16 model
   would report the adapter's float32 as its dtype (transformers' `model.dtype` is the dtype of the first parameter).
@@ -18,7 +18,8 @@ file, so they survive `deepcopy` and `pickle`.
 accelerate's offloading loads all parameters of a module from a map of the base's weights, and this map does not contain
 the adapter's tensors. So the adapter's tensors (called leaves) are registered with a module above the offloaded
 modules. If a model is offloaded after the injection, accelerate replaces each trained leaf's tensor by an empty tensor
-on the meta device. So before the next forward, these leaves are moved to a module above, with their original tensors.
+on the meta device. So before the next forward, each of these leaves gets its original tensor back, and is registered
+with a module above the offloaded modules.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ class Leaf:
     """One tensor of an attached adapter: the module that holds the tensor, and the tensor's name in this module.
 
     Attributes:
-        staged: the tensor while it is not registered; None while it is.
-        first: the parameter that was registered. It is set to None once a forward finds another parameter under this
-            name, so that FSDP2 can free the memory of the first one.
+        staged: the tensor before it is registered and after it is released; None while it is registered.
+        first: the parameter that was registered; None if the tensor is a buffer. Once a forward finds another parameter
+            under this name, `first` is set to None, so that FSDP2 can free the memory of the replaced parameter.
     """
 
     module: nn.Module
@@ -129,9 +130,9 @@ class Leaf:
             self.module._buffers[self.name] = copied
 
     def check_loaded(self) -> None:
-        """Check that the tensor is not still on the meta device after the weights of its module were loaded.
+        """Raise an error if the module's weights were loaded, but the adapter's tensor is still on the meta device.
 
-        On CPU, torch's products with a meta tensor return uninitialised memory.
+        On CPU, torch multiplies by a meta tensor without an error, and returns uninitialised memory.
 
         Raises:
             Unsupported: the tensor is still on the meta device, because `load_state_dict(assign=True)` with a base's
@@ -141,11 +142,11 @@ class Leaf:
             beside = [p for name, p in self.module._parameters.items() if p is not None and not is_leaf_name(name)]
             if beside and not any(parameter.is_meta for parameter in beside):
                 why = "the adapter's values were lost on the meta device; only the module's weight was loaded again"
-                cure = "Call handle.remove() before the model goes to meta, and inject the adapter after loading"
+                cure = "Call handle.remove() before the model is moved to meta, and inject after its weights are loaded"
                 raise Unsupported(why, where=self.name, cure=cure)
 
     def settle(self) -> None:
-        """Set `first` to None if the module now holds another parameter, with values, under this name."""
+        """Set `first` to None if the module now has another parameter, not on the meta device, under this name."""
         now = self.module._parameters.get(self.name)
         if now is not self.first and now is not None and not now.is_meta:
             self.first = None
@@ -155,7 +156,7 @@ class Leaf:
 
         Args:
             model: the model.
-            hidden: the result of `offloaded`.
+            hidden: the ids of the modules that accelerate offloads; see `offloaded`.
 
         Raises:
             Unsupported: other code, such as an optimizer, holds the empty parameter that accelerate registered, and
@@ -197,8 +198,8 @@ class LiveUpdates:
     """Updates whose tensors are read from the model at each access.
 
     Args:
-        updates: the updates with the tensors they were attached with.
-        leaves: for each update, a map from its fields to the leaves that hold their tensors; None before registration.
+        updates: the updates, with the tensors that they have at the injection.
+        leaves: for each update, a map from the names of its tensors to their leaves; None if there are no leaves yet.
     """
 
     def __init__(self, updates: Sequence[Update], leaves: Sequence[dict[str, Leaf]] | None = None) -> None:
@@ -206,13 +207,13 @@ class LiveUpdates:
         self._seen = self._flat()
 
     def _flat(self) -> tuple[tuple[Leaf, object], ...]:
-        """Return each leaf with the tensor that the updates hold for it."""
+        """Return each leaf, paired with its tensor in `_updates`."""
         each = zip(self._updates, self.leaves, strict=True)
         return tuple((leaf, update.tensors[name]) for update, leaves in each for name, leaf in leaves.items())
 
     @property
     def attached(self) -> tuple[Update, ...]:
-        """The updates as they were attached. Their tensors may be outdated: use only the methods and names."""
+        """The updates. Their tensors may be outdated, so use only each update's method and tensor names."""
         return self._updates
 
     @property
@@ -222,7 +223,7 @@ class LiveUpdates:
         Raises:
             Unsupported: a tensor was left on the meta device; see `Leaf.check_loaded`.
         """
-        for leaf, seen_tensor in self._seen:  # A loop, not all(): this runs once in each layer and forward.
+        for leaf, seen_tensor in self._seen:  # A loop, not all(), because each layer runs this in each forward.
             if leaf.tensor is not seen_tensor:
                 break
         else:
@@ -251,7 +252,8 @@ class Registration:
     Args:
         model: the model.
         adapter: the adapter's name.
-        trainable: whether leaves become parameters. Leaves that the method lists in `frozen` never become parameters.
+        trainable: whether floating-point tensors are registered as parameters. Tensors that the method lists in
+            `frozen` are always registered as buffers.
     """
 
     model: nn.Module
@@ -264,7 +266,7 @@ class Registration:
         self._hidden = offloaded(self.model)
 
     def bind(self, updates: Sequence[Update], holder: nn.Module, like: Tensor, where: str) -> LiveUpdates:
-        """Copy the updates' tensors to the device of `like`. `commit` registers the copies near `holder`.
+        """Copy the updates' tensors to the device of `like`. `commit` later registers the copies.
 
         A tensor that several updates share is copied and registered once.
 
@@ -317,18 +319,19 @@ class Registration:
 def home_of(model: nn.Module, holder: nn.Module, hidden: set[int]) -> nn.Module:
     """Return the module in which to register a leaf that `holder` uses.
 
-    This module is `holder` if `holder` has parameters, so that FSDP2 and ZeRO gather the leaf together with the weight
-    that the leaf changes. If `holder` has no parameters, a leaf there could come before the first parameter of the base
-    (see the module docstring). So the leaf is registered with the first module inside `holder` that has a parameter. If
-    the chosen module is hidden, the nearest module above that is not hidden takes the leaf.
+    If `holder` has parameters of its own, the result is `holder`, so that FSDP2 and ZeRO gather the leaf together with
+    the weight that the leaf changes. Otherwise, the result is the first module inside `holder` that has a parameter of
+    its own. If the leaf were registered with `holder` in this case, `parameters()` could yield the leaf before the
+    base's first parameter (see the module docstring). If accelerate offloads the chosen module, the result is the
+    nearest module above the chosen module that is not offloaded.
 
     Args:
         model: the model.
         holder: the module whose forward uses the leaf.
-        hidden: the result of `offloaded`.
+        hidden: the ids of the modules that accelerate offloads; see `offloaded`.
 
     Raises:
-        Unsupported: all modules that could hold the leaf are hidden.
+        Unsupported: accelerate offloads the chosen module and all modules above it.
     """
     home = next((m for m in holder.modules() if any(not is_leaf_name(n) for n in m._parameters)), holder)
     if id(home) not in hidden:
@@ -352,10 +355,10 @@ def offloaded(model: nn.Module) -> set[int]:
 
 
 def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
-    """Load leaves that diffusers' group offloading keeps on disk, and remove them from the groups.
+    """Load leaves that diffusers' group offloading keeps on disk, and remove the leaves from the offloading groups.
 
-    A group is in memory only while its module runs, but a module around it may use a leaf of the group later. For
-    example, a bottleneck's leaf is used by the block, and a prefix's leaf by the attention.
+    A group's tensors are in memory only while the group's module runs. But another module, which contains the group's
+    module, may use a leaf later: a block uses the leaf of a bottleneck, and an attention uses the leaf of a prefix.
     """
     mine = {id(leaf.tensor) for leaf in leaves}
     for group in _groups_on_disk(modules):
@@ -367,10 +370,10 @@ def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
 
 
 def on_disk(modules: Iterable[nn.Module]) -> set[int]:
-    """Return the ids of tensors that diffusers' group offloading keeps on disk, for the groups of `modules`.
+    """Return the ids of the tensors that diffusers' group offloading of `modules` keeps on disk.
 
-    Between two forwards, such a tensor is uninitialised memory. The file is written once and read in each forward, so
-    changes to the tensor by an optimizer or a merge are lost.
+    Between two forwards, such a tensor contains uninitialised memory. diffusers writes the file once and reads it in
+    each forward. So if an optimizer or a merge changes the tensor, the change is lost.
     """
     return {id(tensor) for group in _groups_on_disk(modules) for tensor in group.tensor_to_key}
 
@@ -407,7 +410,7 @@ def check_on_hand(model: nn.Module, tensors: Iterable[Tensor], where: str) -> No
 
 
 def loading_device(model: nn.Module, module: nn.Module) -> Device | None:
-    """Return the device to which accelerate's hooks load a module's parameters for a forward, or None without hooks."""
+    """Return the device to which accelerate's hooks load a module's parameters; None if no hook loads them."""
     for above in _above(model, module):
         for hook in _hooks_of_accelerate(above):
             device: Device | None = getattr(hook, "execution_device", None)
@@ -417,7 +420,7 @@ def loading_device(model: nn.Module, module: nn.Module) -> Device | None:
 
 
 def put_away(model: nn.Module, tensor: Tensor) -> Tensor | None:
-    """Return the values of a parameter that accelerate's hooks load for a forward; None if no hook loads it."""
+    """Return the values that accelerate stores for an offloaded parameter; None if no hook loads the parameter."""
     for module in model.modules():
         for hook in _hooks_of_accelerate(module):
             weights = getattr(hook, "weights_map", None)
@@ -430,10 +433,11 @@ def put_away(model: nn.Module, tensor: Tensor) -> Tensor | None:
 
 
 def names_sharing(model: nn.Module, parameter: Tensor) -> list[str]:
-    """Return all names of a parameter that tied modules share.
+    """Return all names of a parameter. A parameter that tied modules share has several names.
 
-    accelerate's offloading gives each module a separate empty parameter. In this case, an embedding and a head of the
-    same shape count as tied if their values are equal, unless the model's config says that they are not tied.
+    accelerate's offloading gives each tied module a separate empty parameter. So for an offloaded parameter, an
+    embedding and a head count as tied if their weights have the same shape and equal stored values, unless the model's
+    config has `tie_word_embeddings = False`.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     names = [name for name, each in named if each is parameter]
@@ -463,10 +467,11 @@ def _loaded_by(hook: object, module: nn.Module) -> Iterator[nn.Module]:
 
 
 def owned(value: Value, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
-    """Copy a leaf's value to the device of `like`; if `trained`, as a parameter in float32 or wider.
+    """Copy a leaf's value to the device of `like`. If `trained`, return a floating-point copy as a parameter.
 
-    The copy of another floating value loses no precision. Its dtype is the one to which torch promotes the dtypes of
-    the value and `like`; it is at least float32 if one of them has 8 bits, or if `like` is an integer tensor.
+    The parameter is in float32 or wider. Any other floating-point copy has the dtype that `torch.promote_types` returns
+    for the dtypes of the value and `like`, so no precision is lost. If the value or `like` has an 8-bit dtype, or if
+    `like` is an integer tensor, this copy is also in float32 or wider.
 
     If `like` is a DTensor of a tensor-parallel layer, the copy is a DTensor that is replicated in every process.
     """
@@ -493,7 +498,7 @@ def _hooks_of_accelerate(module: nn.Module) -> list[object]:
 
 
 def _above(model: nn.Module, module: nn.Module) -> list[nn.Module]:
-    """Return the module, then the modules around it from the inside out; the model is the last one."""
+    """Return the module and all modules that contain it, in the order from the module itself up to the model."""
     path = next(name for name, each in model.named_modules() if each is module)
     parts = path.split(".") if path else []
     return [model.get_submodule(".".join(parts[:count])) for count in range(len(parts), -1, -1)]
@@ -524,7 +529,7 @@ def _forgive(_module: nn.Module, incompatible: _IncompatibleKeys) -> None:
 
 
 APPLY = "_apply"
-"""The name of the method of a module that all conversions call."""
+"""The name of the `nn.Module` method that `to()`, `half()` and all other conversions call."""
 
 
 class Conversion:
@@ -532,7 +537,7 @@ class Conversion:
 
     Args:
         module: the module.
-        is_leaf: a function that returns whether a parameter or buffer of this name belongs to an adapter.
+        is_leaf: a function that takes the name of a parameter or buffer, and returns whether an adapter owns it.
     """
 
     def __init__(self, module: nn.Module, is_leaf: Callable[[str], bool]) -> None:
@@ -543,8 +548,8 @@ class Conversion:
         """Convert the module's tensors, as `nn.Module._apply` does.
 
         Raises:
-            Unsupported: `to_empty()` was called, and the adapter's tensors are on the meta device, so their values are
-            lost.
+            Unsupported: `to_empty()` was called while the adapter's tensors are on the meta device, so their values are
+                lost.
         """
         module: Any = self.module
         named = [*module._parameters.items(), *module._buffers.items()]
@@ -553,7 +558,7 @@ class Conversion:
         lost = next((name for name, tensor in leaves if tensor.is_meta), None)
         if empties and lost is not None:
             why = "to_empty() on a model whose adapter is on the meta device loses the adapter's values"
-            cure = "Call handle.remove() before the model goes to meta, and inject the adapter after loading"
+            cure = "Call handle.remove() before the model is moved to meta, and inject after its weights are loaded"
             raise Unsupported(why, where=lost, cure=cure)
         casts = casts_layerwise(module)
         kept = {id(each) for _, tensor in leaves for each in (tensor, tensor.grad) if each is not None}
@@ -575,7 +580,7 @@ class Conversion:
 
 
 def guard(module: nn.Module, is_leaf: Callable[[str], bool]) -> None:
-    """Give a module an `_apply` that keeps the values of the adapters' tensors in conversions."""
+    """Replace a module's `_apply`, so that a conversion of the module does not destroy the adapters' values."""
     if not isinstance(module.__dict__.get(APPLY), Conversion):
         module.__dict__[APPLY] = Conversion(module, is_leaf)
 
@@ -595,7 +600,7 @@ def casts_layerwise(module: nn.Module) -> bool:
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype | None:
-    """Return the dtype to which diffusers casts the module's weights for each forward, or None without such casts."""
+    """Return the dtype to which diffusers casts the module's weights for each forward; None if it does not cast."""
     hooks = module.__dict__.get("_diffusers_hook")
     dtype: torch.dtype | None = getattr(hooks and hooks.get_hook("layerwise_casting"), "compute_dtype", None)
     return dtype

@@ -31,13 +31,12 @@ from .scopes import Switch
 Run = Callable[[Sequence[object], Mapping[str, object], "str | None"], object]
 """A module's forward.
 
-Its arguments are the positional arguments, the named arguments, and the name of the norm inside the module that this
-call skips (None to skip no norm).
+It takes three arguments: the positional arguments, the keyword arguments, and the name of the module's norm that the
+forward must skip (None to skip no norm).
 """
 
 Parameters = Callable[[], Mapping[str, Tensor]]
-"""A function that returns the parameters that attached updates of weights change, keyed by name, with their new
-values."""
+"""A function that returns the new values of the parameters that attached updates change, keyed by parameter name."""
 
 Beside = tuple[Tensor | None, dict[str, object]]
 """The residual that a recorder kept (None without a recorder), and the arguments of the model's call."""
@@ -48,7 +47,7 @@ its output."""
 
 
 class InputRecorder(threading.local):
-    """Keeps a module's input until it is needed as a residual, separately for each thread."""
+    """Keeps a module's input, separately for each thread, until another module needs the input as its residual."""
 
     def __init__(self, where: str, switch: Switch) -> None:
         self.where, self.switch = where, switch
@@ -64,28 +63,29 @@ class InputRecorder(threading.local):
         """Return the residual of this forward pass.
 
         Raises:
-            Unsupported: the residual was needed before the module with this recorder was called in this forward pass.
+            Unsupported: in this forward pass, the recorded module was not called before the module that needs the
+                residual.
         """
         value, self.value = self.value, None
         if value is None:
-            why = "the module that reads the residual was not called before this module"
+            why = "the module whose input is the residual was not called before this module"
             raise Unsupported(why, where=self.where, cure="Correct the update's `residual`")
         return value
 
 
 @dataclass(frozen=True, eq=False)
 class OutputSite:
-    """The residual and the norm that follow a target's output.
+    """The residual that is added to a target's output, and the norm that is applied to the sum.
 
     Attributes:
         channels: the number of output channels for which the updates were made; None if they fit any number.
         recorder: the recorder that keeps the input of `reader` as the residual; None if the target adds the residual
             itself, or if there is no residual.
-        reader: the module whose input is the residual; None without `recorder`.
-        norm: the norm that the block around the target applies after it has added the residual, or None.
+        reader: the module whose input is the residual; None if `recorder` is None.
+        norm: the norm that the block around the target applies to the sum of output and residual, or None.
         residual_argument: the position and name of the residual among the arguments of the target's forward; None if
-            the target takes no residual, or if the updates name other modules for the residual or the norm.
-        norm_name: the name of the norm inside the target that follows the residual, or None.
+            the target takes no residual, or if the updates name a module for the residual or the norm.
+        norm_name: the name of the target's child module that normalises the sum of output and residual, or None.
         call_words: a function that returns the arguments of the model's call. The default returns an empty dictionary.
     """
 
@@ -105,9 +105,9 @@ class OutputSite:
 def find_output_site(
     module: nn.Module, group: Sequence[Update], target: Target, switch: Switch, find: Callable[[str], nn.Module]
 ) -> OutputSite:
-    """Return the residual and the norm that follow a module's output.
+    """Find the residual that is added to a module's output, and the norm that is applied to the sum.
 
-    `find` returns a module by its path relative to the target's parent.
+    `find(path)` must return the module at `path`, which is relative to the target's parent.
 
     Raises:
         Unsupported: one of the updates cannot be applied to the module, or the updates cannot be applied together.
@@ -119,7 +119,7 @@ def find_output_site(
     placed = [update for update in updates if update.placed]
     if not placed:
         return OutputSite(channels)
-    where, cure = str(target), "Put each update into a separate adapter, or change the order"
+    where, cure = str(target), "Put each update into a separate adapter, or change the order of the updates"
     named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
     if len(named) > 1:
         why = "the updates of one target name different modules as `residual` or `norm`"
@@ -127,7 +127,7 @@ def find_output_site(
     ((residual, norm),) = named
     adds_residual = None if residual or norm else _residual_argument(module)
     if (residual or adds_residual) and any(b.placed and not a.placed for a, b in pairwise(updates)):
-        why = "an update of the complete output comes before an update of the output without the residual"
+        why = "an update that acts before the residual is added comes after an update of the complete output"
         raise Unsupported(why, where=where, cure=cure)
     if norm and not all(update.whole for update in placed):
         why = "the block around the target normalises the output, so the norm cannot be skipped"
@@ -143,14 +143,14 @@ def _module_or_none(find: Callable[[str], nn.Module], path: str, where: str) -> 
     try:
         return find(path) if path else None
     except AttributeError:
-        why = f"there is no module {path!r} next to the target"
+        why = f"the target's parent has no module {path!r}"
         raise TargetNotFound(why, where=where, cure="Correct the update's `residual` and `norm`") from None
 
 
 def _check(module: nn.Module, target: Target) -> None:
     if target.rows is not None or target.stacked:
         cure = "Target the module as a whole"
-        raise Unsupported("an output update cannot change a slice or experts", where=str(target), cure=cure)
+        raise Unsupported("an output update cannot change a slice or stacked experts", where=str(target), cure=cure)
     if type(module).forward is nn.Module.forward:
         why = f"a {type(module).__name__} does not define a forward"
         raise Unsupported(why, where=str(target), cure="Target one of the modules inside it")
@@ -175,11 +175,14 @@ class CallArguments(dict[str, object]):
     def __missing__(self, name: str) -> NoReturn:
         given = "input_ids" if name == "hidden_states" else name
         cure = f"Pass {given}= to the model that the adapter was injected into"
-        raise UsageError(f"its formula needs {name}, which the model was not called with", cure=cure)
+        raise UsageError(f"the adapter's formula needs {name}, which the model was not called with", cure=cure)
 
 
 class ModuleCall:
-    """One call of a module, as the `layer` that `OutputUpdate` documents. The module runs when its output is needed."""
+    """One call of a module. Formulas get it as their `layer`: `OutputUpdate` documents its attributes and methods.
+
+    The module runs when a formula first needs the module's output.
+    """
 
     def __init__(
         self, module: nn.Module, layer: TorchLayer | None, run: Run, args: Sequence[Any], kwargs: Mapping[str, Any],
@@ -229,7 +232,7 @@ class ModuleCall:
         If the module returns several values, `y` replaces the first one.
         """
         if self.dtype is not None and self.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):
-            y = y.to(self.dtype)  # Factors in float32 made y's dtype wider than the module's own.
+            y = y.to(self.dtype)  # The adapter's float32 tensors widened the dtype of y.
         return y if self.rest is None else (y, *self.rest)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
@@ -299,7 +302,7 @@ class ModuleCall:
 
 @dataclass(frozen=True, eq=False)
 class OutputChange:
-    """The updates that one adapter applies to a module's output in one call, and the values that they use."""
+    """One adapter's updates of a module's output, with the values that their formulas use in one call of the module."""
 
     weight: float
     updates: Sequence[Update]
@@ -314,7 +317,8 @@ def through(
 ) -> object:  # fmt: skip
     """Return the module's output with the changes of all adapters: y + sum of weight * (f(x) - y).
 
-    The module runs once for all changes with the same residual and norm.
+    y is the output without these changes, and f(x) is the output with one adapter's change. The module runs once for
+    all changes with the same residual and norm.
     """
     calls: dict[Any, ModuleCall] = {}
     for change in changes:
@@ -343,7 +347,7 @@ def _changed(call: ModuleCall, change: OutputChange) -> Tensor:
 
 
 HOOK = "_adapterkit_hook"
-"""The name of the attribute in which a module holds its hook, even if other tools replace or wrap the forward."""
+"""The name of the module attribute that holds the hook. It stays when other tools replace or wrap the forward."""
 
 SCRIPTING = "__prepare_scriptable__"
 """The name of the function that torch.jit.script calls on a module before it compiles the module."""
@@ -351,15 +355,16 @@ SCRIPTING = "__prepare_scriptable__"
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One adapter's updates for one target, as a hook runs them.
+    """One adapter's updates for one target, with the settings that a hook needs to run them.
 
-    Updates of outputs are in a separate part, which has an `output_site`.
+    Updates of outputs are in a separate part. Only such a part has an `output_site`.
 
     Attributes:
         bound: the updates.
         weight: the path of the weight that the updates change, relative to the hook's module, or None.
         bias: the path of the bias, also relative to the hook's module, or None.
-        direct: whether the updates can run as formulas over the layer.
+        direct: for updates of weights, whether the hook can compute the layer's output with the methods' formulas. If
+            not, the module's own forward runs with changed parameters. Always False for updates of outputs.
         dropout: the dropout probability in training.
     """
 

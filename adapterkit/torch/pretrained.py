@@ -1,4 +1,7 @@
-"""Load a transformers folder as a torch model, without downloading anything or running its code or kernels."""
+"""Load a torch model from a transformers folder.
+
+Nothing is downloaded, and neither the model's own Python code nor kernels from a hub are run.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ KERNELS_OF_TORCH = {None, "eager", "sdpa", "flex_attention", "batched_mm", "grou
 """The implementations of attention and experts that need no download, because transformers and torch contain them."""
 
 _OWN_CODE = (
-    "If you trust the model, load it yourself: adapterkit export takes your own function (--model MODULE:FUNCTION, "
-    "adapterkit.onnx.export_factory), and adapterkit.torch takes any loaded model"
+    "If you trust the model, load it yourself: pass a function that loads it to adapterkit export "
+    "(--model MODULE:FUNCTION) or adapterkit.onnx.export_factory, or pass the loaded model to adapterkit.torch"
 )
 
 
@@ -32,7 +35,7 @@ def check_transformers(path: Path, work: str) -> None:
 
     Args:
         path: the folder.
-        work: the task that needs transformers, as the subject of the error's sentence.
+        work: the task that needs transformers, such as `exporting a folder`. The error message begins with this text.
 
     Raises:
         UsageError: transformers is not installed.
@@ -73,8 +76,8 @@ def load_pretrained(
         names = config.get("architectures") or ["AutoModel"]
         name = names[0]
     except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
-        raise Malformed(f"its config.json cannot be read ({error})", path=source, cure="Fetch it again") from None
-    # Accept only class names: the file is untrusted, and its name must not reach any other attribute of transformers.
+        raise Malformed(f"config.json cannot be read ({error})", path=source, cure="Fetch the folder again") from None
+    # Accept only class names: config.json is untrusted, and must not select any other attribute of transformers.
     if not isinstance(name, str) or not (name == "AutoModel" or name.startswith(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))):
         raise Malformed(
             f"architectures is {name!r}, not a class name", path=source / "config.json", cure="Fetch it again"
@@ -107,8 +110,10 @@ def load_pretrained(
     except Exception as error:  # transformers raises many types of errors for damaged folders.
         first = first_line(error)
         if "trust_remote_code" in str(error):
-            raise Unsupported("the model needs its own code, which is not run", path=source, cure=_OWN_CODE) from None
-        raise Malformed(f"transformers cannot load it ({first})", path=source, cure="Fetch the folder again") from error
+            raise Unsupported("adapterkit does not run the model's own code", path=source, cure=_OWN_CODE) from None
+        raise Malformed(
+            f"transformers cannot load the folder ({first})", path=source, cure="Fetch the folder again"
+        ) from error
     if lacking is not None:
         lacking += sorted(loading["missing_keys"])
     loaded: nn.Module = model.eval()
@@ -118,12 +123,13 @@ def load_pretrained(
 def _check_no_kernel(config: object, source: Path) -> None:
     """Check that a config and the configs inside it do not name a kernel that transformers would download.
 
-    transformers downloads a kernel for a name `org/kernel`. It also downloads a kernel for a name such as
-    `flash_attention_2` if the package that has this kernel is not installed. `local_files_only` prevents neither. This
-    function checks the loaded config object, because config.json can refer to another file (`configuration_files`).
+    transformers downloads a kernel if the config names an implementation like `org/kernel`. It also downloads a kernel
+    if the config names an implementation like `flash_attention_2` and the package for it is not installed.
+    `local_files_only` prevents neither download. This function checks the loaded config object instead of config.json,
+    because config.json can refer to another file (`configuration_files`).
 
     Raises:
-        Unsupported: the config names such a kernel.
+        Unsupported: the config names a kernel that is not in `KERNELS_OF_TORCH`.
     """
     attributes = config if isinstance(config, dict) else vars(config)
     for key, value in attributes.items():

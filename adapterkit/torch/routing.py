@@ -1,12 +1,13 @@
 """Routing: a different adapter for each row of a batch, in one forward pass of the whole model.
 
 A linear layer, convolution or embedding with low-rank adapters runs once, and batched.py adds the change of each row's
-adapter to the output. Any other module with adapters runs once for each group of rows, with its own forward or with the
-formula for its layer. Modules without adapters run once.
+adapter to the output. Any other module with adapters runs once for each group of rows that use the same adapter: its
+own forward runs, or the formula for its layer. Modules without adapters run once.
 
-The rows of a batch are one axis of each tensor: the first axis, or the one that the argument `axis` gives. In torch's
-recurrent layers and attention, `batch_first` gives this axis. A module is refused if the axis of rows is unknown, or if
-the module is an expert: an expert gets only the tokens that are routed to it, and not whole rows.
+The *axis of rows* is the axis of a tensor along which the rows of the batch are stacked. It is the first axis, or the
+axis that the argument `axis` gives. In torch's recurrent layers and attention, `batch_first` determines the axis of
+rows. Routing raises an error for a module whose axis of rows is unknown. It also raises an error for an adapted expert
+if the rows use different adapters, because an expert gets only the tokens that are routed to it, and not whole rows.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def route(
 ) -> Iterator[None]:
     """Use a different adapter for each row of a batch: inside the `with`, row i uses `names[i]` (None: the base).
 
-    By default, the rows are the first axis of each module's inputs and outputs. If this axis of an argument has another
-    length than the batch, the whole argument is used for every row.
+    By default, the axis of rows is the first axis of each module's inputs and outputs. If the length of this axis in an
+    argument is not the number of rows, every row gets the whole argument.
 
     The route applies only in this thread (and this asyncio task). Inside the route, `with handle.disable()` runs the
     rows of the handle's adapter through the unchanged base.
@@ -51,10 +52,10 @@ def route(
             given if the model has a module with `batch_first=False`.
 
     Raises:
-        UsageError: an adapter is not attached, or is switched off.
+        UsageError: `names` is empty, an adapter in `names` is not attached or is switched off, or `axis` is invalid.
         ShapeMismatch: raised by a forward whose batch has another number of rows than `names`.
-        Unsupported: a module of the model has rows on its second axis and `axis` is not given. A forward raises the
-            same error if it runs a module whose rows cannot be identified.
+        Unsupported: a module of the model has `batch_first=False`, and `axis` is not given. A forward also raises
+            Unsupported if it runs a module whose rows cannot be identified.
     """
     names = tuple(names)
     hooks, first = [], None
@@ -75,7 +76,8 @@ def route(
         )
     if axis not in (None, 0, 1) or (axis and flattened):
         raise UsageError(
-            "axis must be 0 or 1, and 0 if rows are flattened", cure="Pass axis=0, or axis=1 without flattened=True"
+            "axis must be 0 or 1; with flattened=True it must be 0",
+            cure="Pass axis=0, or axis=1 without flattened=True",
         )
     known = tuple(switches)
     slots = {name: slot for slot, name in enumerate(known)}
@@ -115,7 +117,7 @@ def _check_names(names: tuple[str | None, ...], switches: dict[str, Switch]) -> 
     scope = current()
     for name in dict.fromkeys(names):
         if name is not None and name not in switches:
-            cure = nearest(name, set(switches)) or "Inject it first"
+            cure = nearest(name, set(switches)) or "Inject the adapter first"
             raise UsageError(f"{_rows(names, name)}: no such adapter is attached", where=name, cure=cure)
         if name is not None and not switches[name].on(scope):
             raise _switched_off(names, name)
@@ -125,8 +127,8 @@ def check_switches(route: Route, switches: Sequence[Switch], active: Mapping[Swi
     """Check that no adapter of a route was removed, or switched off for all threads, since the route was entered.
 
     Raises:
-        UsageError: another thread removed or merged an adapter, or called `handle.set_active(False)`. Calling
-            `handle.disable()` inside the route is allowed.
+        UsageError: another thread removed or merged an adapter of the route, or `handle.set_active(False)` switched it
+            off. Calling `handle.disable()` inside the route is allowed.
     """
     for switch in route.switches:
         name: str = switch.name
@@ -143,7 +145,7 @@ def check_unrouted(switch: Switch) -> None:
     """Check that no route of this context names an adapter that is about to be removed.
 
     Raises:
-        UsageError: a route names this adapter; without the adapter, the route's rows would silently get the base.
+        UsageError: a route names this adapter. After the removal, the adapter's rows would silently use only the base.
     """
     name: str = switch.name
     for route in current().routes.values():
@@ -173,7 +175,9 @@ def is_expert(where: str) -> bool:
 
 
 def check_expert(route: Route, where: str) -> None:
-    """Refuse an expert if the rows of a route differ in their adapters: an expert's input does not show its rows.
+    """Raise an error if a target is an expert and the rows of a route use different adapters.
+
+    The input of an expert does not show which token belongs to which row.
 
     Raises:
         Unsupported: the target is a numbered expert, and the rows of the route use different adapters (or some use an
@@ -190,20 +194,21 @@ def split(
 ) -> Iterator[tuple[str | None, Sequence[object], dict[str, object], dict[str, Beside]]]:  # fmt: skip
     """Split the arguments of a module's forward into groups of rows that use the same adapter.
 
-    Yields for each group (name of the adapter, args, kwargs, beside).
+    For each group, yields the adapter's name (None for the base) and the group's share of `args`, `kwargs` and
+    `beside`.
 
     Args:
         route: the adapter of each row.
         module: the module.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        beside: for the name of each adapter, a residual and the arguments of the model's call. Their tensors are split
-            like `args`.
+        beside: a map from each adapter's name to the residual and the arguments of the model's call. The tensors in
+            this map are split like the tensors in `args`.
         where: the target, for errors.
 
     Raises:
         ShapeMismatch: the arguments have another number of rows than the route.
-        Unsupported: it is unknown which axis of the arguments holds the rows.
+        Unsupported: the axis of rows of the arguments is unknown, or the target is an expert (see `check_expert`).
     """
     check_expert(route, where)
     axes, same = _axes(route, module, args, kwargs, where)
@@ -220,7 +225,7 @@ def join(route: Route, module: nn.Module, outputs: Sequence[object], where: str)
     """Join the outputs that the module returned for the groups of `split`, with the rows in their original order.
 
     Raises:
-        Unsupported: an output is a tensor without an axis of rows, or another value that differs between groups.
+        Unsupported: an output is a tensor without an axis of rows, or is not a tensor and differs between groups.
     """
     axis = _axis_of_outputs(route, module)
     turned = [_turned(output, axis, front=True) for output in outputs]
@@ -233,12 +238,14 @@ def join(route: Route, module: nn.Module, outputs: Sequence[object], where: str)
 
 
 Axis = Callable[[int, Tensor], int] | None
-"""A function of (position of a tensor among the tensors of a call, the tensor) that returns the tensor's axis of rows.
-None means the first axis of every tensor."""
+"""A function that returns a tensor's axis of rows. None means that every tensor's axis of rows is the first axis.
+
+The function takes two arguments: the tensor's position among the tensors of the call, and the tensor.
+"""
 
 
 def _turned(tree: pytree.PyTree, axis: Axis, front: bool) -> pytree.PyTree:
-    """Return the tree with the axis of rows moved to the front of each tensor, or moved back."""
+    """Return the tree with each tensor's axis of rows moved to the front or, if `front` is False, moved back."""
     if axis is None:
         return tree
     leaves, spec = pytree.tree_flatten(tree)
@@ -288,8 +295,8 @@ def _axis_of_outputs(route: Route, module: nn.Module) -> Axis:
 def _count(route: Route, tensors: list[Tensor], where: str) -> int:
     """Return the length of the axis of rows in a call's arguments.
 
-    It is the route's number of rows; 1 if one input is used for all rows; or a multiple of the number of rows if the
-    route is `flattened`.
+    Usually, this length is the route's number of rows. It is 1 if all rows share one input. If the route is
+    `flattened`, it may be a multiple of the number of rows.
     """
     rows = len(route.names)
     sizes = [tensor.shape[0] for tensor in tensors if tensor.ndim]
@@ -330,4 +337,4 @@ def _joined(leaves: Sequence[object], groups: list[list[int]], back: list[int], 
 
 
 _EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$|\[)")
-_ALONE = "Run the rows of each adapter separately"
+_ALONE = "Call the model separately for the rows of each adapter"

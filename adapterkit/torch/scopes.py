@@ -1,13 +1,14 @@
-"""Settings of one thread or asyncio task: the active routes, and the adapters that are switched on or off in it.
+"""Routes and on/off switches that apply only in one context (a thread or an asyncio task).
 
 `handle.weight = ...` and `handle.set_active(...)` change the model for all threads. `with route(...)` and
 `with handle.disable()` apply only in the context that entered them, so that a server can serve many threads with one
 model.
 
-Two stores hold the context's scope. A `ContextVar` works for threads and for asyncio tasks, but torch.compile cannot
-trace it (torch 2.13: "does not know how to trace method get"). torch.compile does trace and guard a `threading.local`,
-so compiled code reads the scope from there. This fails in one case: all asyncio tasks of a thread share the
-`threading.local`. So a task that awaits inside the `with` must not run a *compiled* model.
+A context's settings are its `Scope`. The scope is stored twice: in a `ContextVar` and in a `threading.local`. The
+`ContextVar` works for threads and for asyncio tasks, but torch.compile cannot trace it (torch 2.13: "does not know how
+to trace method get"). torch.compile does trace and guard the `threading.local`, so compiled code reads the scope from
+there. But all asyncio tasks of a thread share the `threading.local`, so a task that awaits inside the `with` must not
+run a *compiled* model.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class Switch:
 
     Attributes:
         name: the adapter's name.
-        weight: the factor of the adapter's change.
+        weight: the factor by which the adapter's change is multiplied.
         active: whether the adapter is on; a context may override this, see `Scope`.
-        attached: False after its handle was removed or merged.
+        attached: False after the adapter was removed from the model or merged.
     """
 
     name: str
@@ -62,8 +63,8 @@ class Route:
         flattened: whether a tensor may have the rows and the tokens joined in one axis.
         axis: the axis of the rows.
         known: the names of all adapters that are attached to the model.
-        switches: the switches of these adapters.
-        table: `[rows]`, for each row, the adapter's position in `known`; `len(known)` stands for the base.
+        switches: the switches of the adapters in `known`.
+        table: `[rows]`, the index in `known` of each row's adapter; `len(known)` if the row uses the base.
         plans: values that batched.py caches for this route.
     """
 
@@ -83,7 +84,8 @@ class Route:
         """View a module's input or output as `[rows, ...]`.
 
         Raises:
-            ShapeMismatch: the tensor's number of rows is neither 1 nor that of the route.
+            ShapeMismatch: the tensor has neither 1 row nor as many rows as the route. If the route is `flattened`, a
+                multiple of the route's number of rows raises no error.
         """
         rows = self.table.shape[0]
         if self.axis and tensor.ndim > self.axis:
@@ -97,27 +99,27 @@ class Route:
         raise self.mismatch(tensor.shape[0] if tensor.ndim else 0)
 
     def rows_back(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """Undo `rows_first`: give a tensor `[rows, ...]` the axes of `like`, the module's output.
+        """Undo `rows_first`: convert a tensor `[rows, ...]` to the axes of `like`, the module's output.
 
-        `tensor` and `like` may differ in their number of rows.
+        `tensor` and `like` may have different numbers of rows.
         """
         if self.axis and like.ndim > self.axis:
             return tensor.movedim(0, self.axis)
         return tensor if tensor.ndim == like.ndim else tensor.flatten(0, 1)
 
     def mismatch(self, size: int) -> ShapeMismatch:
-        """Return the error for a forward with `size` rows, which is not the route's number of rows."""
+        """Return the error to raise if a tensor has `size` rows, but the route has another number of rows."""
         rows = len(self.names)
         some = ", ".join(f"row {row}: {name or 'the base'}" for row, name in list(enumerate(self.names))[:8])
-        why = f"{size or 'no'} rows, but the route names {rows} ({some}{', ...' if rows > 8 else ''})"
+        why = f"the call has {size or 'no'} rows, but the route has {rows} ({some}{', ...' if rows > 8 else ''})"
         joined = size and not size % rows and not self.axis
-        more = "; pass flattened=True if the model has joined rows and tokens" if joined else ""
+        more = "; pass flattened=True if the model joins rows and tokens in one axis" if joined else ""
         return ShapeMismatch(why, cure=f"Name one adapter, or None, for each row{more}")
 
 
 @dataclass(frozen=True)
 class Scope:
-    """The settings of one context: a route for each hook, and the adapters that are switched on or off only here."""
+    """The settings of one context: each hook's route, and the adapters that only this context switches on or off."""
 
     routes: Mapping[object, Route] = field(default_factory=dict)
     active: Mapping[Switch, bool] = field(default_factory=dict)
@@ -172,9 +174,9 @@ def within(scope: Scope) -> Iterator[None]:
 class ScopeSettings:
     """A token that is replaced whenever any adapter's weight or switch changes for all threads.
 
-    Some code caches values that depend on weights and switches, such as the plans in lean.py. It reads the token before
-    it computes a value. While the token stays the same, the value is valid. So a forward compares one object instead of
-    looking at every adapter.
+    Some code caches values that depend on weights and switches, such as the plans in lean.py. Such code reads the token
+    before it computes a value, and uses the cached value only while the token is the same. So a forward compares one
+    object instead of looking at every adapter.
     """
 
     def __init__(self) -> None:
@@ -201,7 +203,7 @@ def switched(switch: Switch, active: bool) -> AbstractContextManager[None]:
 
 
 class Recall:
-    """Give a recomputed forward the scope that its first run had.
+    """Remembers the scopes of a block's forwards, so that a recomputed forward gets the scope of its first run.
 
     Activation checkpointing runs a block again in the backward pass. By then, the `with` around the forward has often
     ended, and on CUDA the block runs in one of autograd's threads. Without this class, the block would use other
@@ -215,15 +217,16 @@ class Recall:
         self._token: object = None
 
     def scope(self, training: bool, switches: Sequence[Switch] = ()) -> Scope:
-        """Return the scope that the forward of a module must use.
+        """Return the current scope for a module's forward, or the first run's scope if the forward is a recomputation.
 
         Args:
             training: whether the module is in training mode.
             switches: the switches of the adapters that are attached to the module.
 
         Raises:
-            Unsupported: the forward is a recomputation, and forwards with several scopes ran since the last backward
-                pass, or an adapter's weight or switch changed since the first run.
+            Unsupported: the forward is a recomputation, and the first run's scope is unknown, because forwards with
+                several scopes ran since the last backward pass. Or an adapter's weight or switch changed since the
+                first run.
         """
         if torch.compiler.is_compiling():
             return _LOCAL.scope
@@ -248,8 +251,9 @@ class Recall:
         return scope
 
     def _recalled(self, scope: Scope, states: States) -> Scope:
-        # Prefer forwards that ran with gradients: the others may be those of a reference model (DPO), which has no
-        # backward pass. If there are none, use the others: reentrant checkpointing disables gradients in the first run.
+        # Prefer forwards that ran with gradients. Forwards without gradients may be those of a reference model (DPO),
+        # which has no backward pass. But if no forward ran with gradients, use those without, because reentrant
+        # checkpointing disables gradients in the first run.
         with_gradients, without = self._seen[True], self._seen[False]
         recalled = with_gradients or without
         if not recalled:
@@ -258,12 +262,12 @@ class Recall:
             chosen = recalled[0] if len(recalled) == 1 else (scope, states)
             if chosen[1] == states:
                 return chosen[0]
-            why = "a checkpointed block is recomputed, but an adapter was reweighted or switched since the first run"
+            why = "a checkpointed block is recomputed, but an adapter's weight or switch changed after the first run"
             cure = "Set handle.weight and call handle.set_active() after backward(), or use `with handle.disable()`"
             raise Unsupported(why, cure=cure)
-        why = "a checkpointed block is recomputed, but forwards with several routes or switches ran before it"
+        why = "a checkpointed block is recomputed, but forwards with several routes or switches ran before backward()"
         raise Unsupported(why, cure="Call backward() inside the `with` of its forward, or after each forward")
 
 
 States = tuple[tuple[Switch, float, bool], ...]
-"""(switch, weight, whether it is on) for each adapter."""
+"""(switch, weight, `active`) for each adapter."""

@@ -1,7 +1,7 @@
 """Read and write weights that are sharded over several processes, and check that gradients are averaged.
 
-FSDP2 and tensor parallelism use DTensors. DeepSpeed's ZeRO stage 3 replaces each parameter by an empty one, whose
-attributes hold the full shape and this process's part. Before a module's forward, ZeRO gathers the module's parameters.
+FSDP2 and tensor parallelism use DTensors. DeepSpeed's ZeRO stage 3 empties each parameter, and keeps the full shape and
+this process's shard as attributes of the parameter. Before a module's forward, ZeRO gathers the module's parameters.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def spread(tensor: Tensor, like: Tensor, model: nn.Module) -> Tensor:
     """Return an adapter's tensor as a replicated DTensor if the layer computes with DTensors, else unchanged.
 
     Layers compute with DTensors in tensor parallelism (`parallelize_module`, transformers' `tp_plan`). Under FSDP2,
-    weights are DTensors only between forwards.
+    weights are DTensors only between forwards, so the tensor is returned unchanged.
 
     Args:
         tensor: the adapter's tensor, with the same values in every process.
@@ -64,9 +64,10 @@ def spread(tensor: Tensor, like: Tensor, model: nn.Module) -> Tensor:
 
 @contextmanager
 def constants_on_every_process() -> Iterator[None]:
-    """Let formulas combine DTensors with plain tensors (indices, identity matrices) that are equal in all processes.
+    """Inside the `with`, let formulas combine DTensors with plain tensors that are equal in all processes.
 
-    torch's own `implicit_replication` cannot be nested: the end of an inner block switches it off for the outer block.
+    Examples of such plain tensors are indices and identity matrices. torch's own `implicit_replication` cannot be
+    nested: when the inner `with` ends, the feature is also off for the rest of the outer `with`.
     """
     from torch.distributed.tensor import DTensor
 
@@ -80,7 +81,7 @@ def constants_on_every_process() -> Iterator[None]:
 
 
 def is_partitioned(leaf: object) -> bool:
-    """Whether a parameter is empty at the moment, because ZeRO stage 3 has partitioned and not yet gathered it."""
+    """Whether a parameter is empty now, because ZeRO stage 3 has partitioned it and not gathered it again."""
     status = getattr(leaf, "ds_status", None)
     return status is not None and getattr(status, "name", "") != "AVAILABLE"
 
@@ -93,7 +94,7 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 @torch.no_grad()
 def put(parameter: Tensor, value: Tensor) -> None:
-    """Copy a value into a parameter. If only the parameter is sharded, each process copies its part of the value."""
+    """Copy a value into a parameter. If only the parameter is sharded, each process copies its shard of the value."""
     if hasattr(parameter, "ds_status"):  # ZeRO keeps small parameters whole, but trains their partitions. Set both.
         library: Any = importlib.import_module("deepspeed")
         with library.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -118,8 +119,8 @@ def check_gathered(model: nn.Module) -> None:
     """Check that a model's weights are whole in this process.
 
     Raises:
-        Unsupported: DeepSpeed's ZeRO stage 3 has partitioned the weights, so they are empty in this process; or the
-            first version of torch's FSDP has flattened them.
+        Unsupported: DeepSpeed's ZeRO stage 3 has partitioned the weights, so the weights are empty in this process; or
+            the first version of torch's FSDP (`FullyShardedDataParallel`) has flattened the weights.
     """
     if any(_synchroniser(module) == FSDP1 for module in model.modules()):
         cure = f"Attach the adapter before {FSDP1}(model, use_orig_params=True)"
@@ -134,8 +135,8 @@ def check_unwrapped(model: nn.Module) -> None:
     """Check that trained parameters can still be added to a model.
 
     Raises:
-        Unsupported: DDP or FSDP has already wrapped the model. It averages only the gradients of parameters that the
-            model had at that time.
+        Unsupported: DDP or FSDP has already wrapped the model. Both average only the gradients of the parameters that
+            the model had when it was wrapped.
     """
     name = next((wrapper for module in model.modules() if (wrapper := _synchroniser(module))), None)
     if name:

@@ -431,7 +431,7 @@ def test_faults_that_only_a_pass_can_show_name_the_target():
         model["m"](x, x)
     handle.remove()
     ak.torch.inject(model, Adapter({Target("m.dense"): (bottleneck(residual="first"),)}))
-    with pytest.raises(Unsupported, match=r"m\.dense: the module that reads the residual was not called"):
+    with pytest.raises(Unsupported, match=r"m\.dense: the module whose input is the residual was not called"):
         model["m"].dense(x)
 
 

@@ -440,7 +440,7 @@ def test_what_the_command_refuses(tmp_path, folders, monkeypatch):
     for code, words, match in (
         (2, (empty, "-o", out), "no config.json"),
         (3, (odd, "-o", out), "no class BertForTime"),
-        (2, (broken, "-o", out), "cannot load it"),
+        (2, (broken, "-o", out), "cannot load the folder"),
         (6, (base, "-o", taken), "already there"),
         (6, (base, "-o", taken, "--overwrite"), "not a folder that an export wrote"),
         (6, (base, "-o", out, "--adapter", tmp_path / "none"), "no such file"),

@@ -421,7 +421,7 @@ def test_errors_name_rows_and_adapters():
     with ak.torch.route(model, names), pytest.raises(ShapeMismatch) as caught:
         model(draw(3, 16))
     assert str(caught.value).startswith(
-        "0: 3 rows, but the route names 4 (row 0: a, row 1: the base, row 2: b, row 3: a)"
+        "0: the call has 3 rows, but the route has 4 (row 0: a, row 1: the base, row 2: b, row 3: a)"
     )
     with (
         ak.torch.route(model, names),
