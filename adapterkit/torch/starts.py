@@ -4,11 +4,11 @@ PEFT draws random numbers from torch's global generator, layer by layer. It firs
 initialises layers, and then replaces these values by new ones. The functions here draw all these numbers in the same
 order. So `create(model, "lora", seed=s)` gives the same factors as `torch.manual_seed(s)` and then `get_peft_model`.
 
-PiSSA, OLoRA, CorDA and LoftQ subtract the initial factors from the base, and PEFT overwrites the base with the
-difference. Here the base does not change: instead, `Start.taken` becomes an additional update (`residual`) before the
-LoRA.
+PiSSA, OLoRA and CorDA subtract the LoRA's initial change from the base. LoftQ subtracts the base's rounding error. In
+PEFT, the difference overwrites the base. Here, the base stays unchanged, and the subtraction is an additional update
+before the LoRA: the `residual` in `Start.taken`.
 
-CorDA and EVA need data: `moments_of` runs the model over batches, and sums the moments of its layers' inputs.
+CorDA and EVA need data: `moments_of` runs the model over batches, and computes the moments of each layer's inputs.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def start_of(init: str, place: StartPlace) -> Start:
 
     Args:
         init: one of `KINDS`, `pissa_niter_N`, or `loftq` followed by `_int8`, `_iter_N` or both.
-        place: the layer.
+        place: the layer and its settings.
 
     Raises:
         UsageError: the initialiser is unknown, or does not fit the layer or the rank.
@@ -89,7 +89,7 @@ def start_of(init: str, place: StartPlace) -> Start:
 
 
 def find(init: str) -> Kind:
-    """Return the function that computes the factors for an initialiser's name.
+    """Return the initialiser with this name: a function that computes the initial factors.
 
     Raises:
         UsageError: there is no initialiser with this name.
@@ -149,9 +149,10 @@ def _olora(_: str, place: StartPlace) -> Start:
 
 
 def _corda(init: str, place: StartPlace) -> Start:
-    """Start from the components of W that matter most for the inputs in the data.
+    """Start from the components of W @ C with the largest singular values; C is the covariance of the layer's inputs.
 
-    `corda_kpm` starts from the components that matter least.
+    The right singular vectors are multiplied by C^-1, so that the sum of all components is W. `corda_kpm` starts from
+    the components with the smallest singular values.
     """
     assert place.seen is not None
     C = place.seen.covariance()
@@ -177,8 +178,8 @@ def _eva(_: str, place: StartPlace) -> Start:
 def _loftq(init: str, place: StartPlace) -> Start:
     """Start from the components of the weight's rounding error that have the largest singular values.
 
-    `taken` subtracts the whole error from the base. As in PEFT, the factors do not take the scaling into account. So
-    unless the scaling is 1, the LoRA is not the best approximation of the error.
+    `taken` subtracts the whole error from the base. As in PEFT, the factors are computed as if the scaling were 1. With
+    another scaling, the LoRA is not the best approximation of the error.
     """
     rounded_to = _to_int8 if "int8" in init else _to_nf4
     turns = int(init.rpartition("iter_")[2]) if "iter" in init else 1
@@ -263,7 +264,7 @@ class Moments:
         if not torch.isfinite(flat).all() or largest == 0:
             why = "a layer's inputs contain NaN or an infinity, or their largest value is 0"
             raise UsageError(why, where="data", cure="Check the data")
-        scaled = flat / largest  # As in PEFT, so that batches with large values do not dominate.
+        scaled = flat / largest  # PEFT does the same, so that batches with large values do not dominate.
         self.scaled = self.scaled + scaled.T @ scaled
         self.batches += 1
         flat = (flat if kept is None else flat[kept.flatten().to("cpu")]).double()
@@ -292,17 +293,17 @@ class Moments:
 
 @torch.no_grad()
 def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[object]) -> dict[str, Moments]:
-    """Run a model over data, and return the moments of the inputs of the modules at `paths`.
+    """Run a model over data, and return a map from each module's path to the moments of the module's inputs.
 
     Args:
         model: the model; it is switched to evaluation mode during the run.
         paths: the paths of the modules.
-        data: the batches. A mapping is passed as keyword arguments, a list or tuple as positional arguments, any other
-            value as the only argument. Tokens do not count for EVA if their `attention_mask` is 0 or their label in
-            `labels` is -100.
+        data: the batches. A batch that is a mapping is passed to the model as keyword arguments, a list or tuple as
+            positional arguments, and any other batch as the only argument. Tokens do not count for EVA if their
+            `attention_mask` is 0 or their label in `labels` is -100.
 
     Raises:
-        UsageError: there is no data, a module was never called, or its inputs are refused by `Moments.add`.
+        UsageError: there is no data, a module got no tokens that count, or `Moments.add` refuses a module's inputs.
     """
     moments_by_path = {path: Moments() for path in paths}
     mask: list[Tensor | None] = [None]
@@ -337,8 +338,8 @@ def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[object]) -
             module.training = training
     idle = next((path for path, moments in moments_by_path.items() if not moments.tokens), None)
     if idle is not None:
-        cure = "Pass batches for which the model calls this module, or exclude it"
-        raise UsageError("the model never called this module on the data", where=idle, cure=cure)
+        cure = "Pass batches for which the model calls this module, or leave the module out with exclude="
+        raise UsageError("the module got no unmasked inputs from the data", where=idle, cure=cure)
     return moments_by_path
 
 

@@ -1,4 +1,4 @@
-"""Find the parts and sizes of transformers models: attentions, embeddings, numbers of layers and heads, wrappers."""
+"""Find the attentions, the embeddings, the sizes and the wrappers of a transformers model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class HeadSizes(ABC):
     def queries(self, x: Tensor, words: Mapping[str, object]) -> Tensor:
         """Return the queries `[batch, heads, m, d]` of an input `[batch, m, width]`, with rotary positions applied.
 
-        `words` are the keyword arguments of the attention's call; models with rotary positions pass them there.
+        `words` holds the keyword arguments of the attention's call. Models with rotary positions pass the positions'
+        cosines and sines as the argument `position_embeddings`.
         """
 
     @abstractmethod
@@ -51,7 +52,7 @@ class HeadSizes(ABC):
 
     @abstractmethod
     def mixed(self, h: Tensor) -> Tensor:
-        """Apply the output projection without its bias to the joined outputs of the heads `[batch, m, heads * d]`."""
+        """Apply the output projection, without its bias, to the concatenated heads `[batch, m, heads * d]`."""
 
 
 class Separate(HeadSizes):
@@ -71,7 +72,7 @@ class Separate(HeadSizes):
             return q
         cos, sin = (each.unsqueeze(1) for each in angles)
         if cos.shape[-1] != self.d:
-            raise Unsupported("rotary positions cover only a part of each head", cure="Use a model like Llama")
+            raise Unsupported("rotary positions apply to only some of a head's features", cure="Use a model like Llama")
         first, second = q.chunk(2, -1)
         turned: Tensor = q * cos + torch.cat((-second, first), -1) * sin
         return turned
@@ -86,7 +87,7 @@ class Separate(HeadSizes):
 
 
 class Fused(HeadSizes):
-    """The projections of GPT-2: `c_attn` for queries, keys and values, and `c_proj`."""
+    """The projections of GPT-2: `c_attn` for queries, keys and values, and `c_proj` for the output."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -116,7 +117,7 @@ def heads_of(module: nn.Module) -> HeadSizes:
     if children == GPT2 and hasattr(module, "head_dim"):
         return Fused(module)
     why = f"a {type(module).__name__} is not an attention like Llama's or GPT-2's"
-    raise Unsupported(why, cure="Use a model with such attentions, and target them")
+    raise Unsupported(why, cure="Target the attentions of a model that is built like Llama or GPT-2")
 
 
 def _without_bias(module: nn.Module, h: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ def _without_bias(module: nn.Module, h: Tensor) -> Tensor:
     if layer.bias is None:
         return y
     # Between two forwards, the bias may be on the meta device (accelerate's offloading) or in 8 bits (diffusers'
-    # casting). Then run the layer on zeros: its output is the bias.
+    # casting). In both cases, run the layer on zeros: the layer's output is then the bias.
     at_hand = not layer.bias.is_meta and layer.bias.dtype.itemsize > 1
     bias: Tensor = layer.bias if at_hand else layer(h.new_zeros(1, h.shape[-1]))
     return y - bias
@@ -167,7 +168,7 @@ def embedding_of(module: nn.Module) -> nn.Module:
     embedding = model.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
     if not isinstance(embedding, nn.Module) or not isinstance(getattr(embedding, "weight", None), Tensor):
         why = f"a {type(module).__name__} has no get_input_embeddings() that returns a module with a weight"
-        raise Unsupported(why, cure="Add this method to the model: return the module that embeds the tokens")
+        raise Unsupported(why, cure="Define get_input_embeddings() on the model, and return the token embedding")
     return embedding
 
 
@@ -179,7 +180,7 @@ WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 def is_attention(module: nn.Module) -> bool:
     """Whether a module is an attention that runs one of transformers' `ALL_ATTENTION_FUNCTIONS`.
 
-    Its config names this function (`attn_implementation`).
+    The attention's config names this function (`attn_implementation`).
     """
     has_words = all(hasattr(module, name) for name in ("config", "is_causal", "scaling"))
     return has_words and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
@@ -196,9 +197,10 @@ def key_sizes(module: nn.Module) -> dict[str, int]:
 
 
 def positions_of(model: nn.Module, path: str) -> nn.Module | None:
-    """Return the attention that holds the table of relative positions that the attention at `path` uses.
+    """Return the attention whose table of relative positions is used by the attention at `path`.
 
-    In T5, this is the first attention of the encoder or decoder. None: the attention uses no relative positions.
+    In T5, this is the first attention of the encoder or decoder. Return None if the attention at `path` uses no
+    relative positions.
     """
     if not hasattr(model.get_submodule(path), "has_relative_attention_bias"):
         return None
@@ -258,7 +260,7 @@ def wrapped(model: nn.Module, adapter: Adapter) -> Adapter:
     for path, module in model.named_modules(remove_duplicate=False):
         plain = unwrapped(model, path)
         if plain != path:
-            # A wrapper and the module that it wraps have the same plain path. Keep the innermost, which comes last.
+            # A wrapper and its wrapped module have the same plain path. Keep the innermost module, which comes last.
             renamed[plain] = path
             renamed |= {f"{plain}.{name}".lstrip("."): f"{path}.{name}" for name in module._parameters}
     renamed.pop("", None)

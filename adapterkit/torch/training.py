@@ -1,6 +1,7 @@
 """Train adapters: a callback for transformers' `Trainer` (and TRL's trainers), and the optimizer LoRA-FA.
 
-Accelerate and Lightning need no callback: they save the model's state dict, and `handle.checkpoint` sets its content.
+Accelerate and Lightning need no callback. They save the model's state dict, and `handle.checkpoint` determines which
+tensors the state dict contains.
 
     handle.checkpoint = "adapter"
     accelerator.save_state(folder)             # and accelerator.load_state(folder)
@@ -42,15 +43,15 @@ class TrainerCallback:
         handle: the handle of an adapter injected with `trainable=True`.
         to: the format of the adapter file in each checkpoint, such as `peft`; None writes no such file.
         name: the name of that file or folder inside the checkpoint.
-        options: further arguments for `adapterkit.write`. The default of `on_loss` is "promote" here, which keeps the
-            function that the adapter computes.
+        options: further arguments for `adapterkit.write`. `on_loss` is "promote" by default, so that the file computes
+            the same function as the adapter.
 
     Raises:
         Unrepresentable: the format cannot hold the adapter. The constructor writes the adapter to a temporary folder,
             so this error is raised before training and not at the first checkpoint.
     """
 
-    # Not a subclass of transformers' class, so that this module does not import transformers.
+    # The class does not inherit from transformers.TrainerCallback, so that this module does not import transformers.
 
     def __init__(self, handle: Handle, to: str | None = "adapterkit", name: str = "adapter", **options: Any) -> None:
         self.handle, self.to, self.name, self.options = handle, to, name, {"on_loss": "promote", **options}
@@ -64,7 +65,7 @@ class TrainerCallback:
             write(adapter, folder / self.name, format=self.to, **self.options)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        """Return a function that does nothing, for all other events of the Trainer."""
+        """Return a function that does nothing, for all Trainer events except `on_save`."""
         if not name.startswith("on_"):
             raise AttributeError(name)
         return _nothing
@@ -105,14 +106,14 @@ class LoRAFA(torch.optim.Optimizer):
     The optimizer sets `requires_grad` of every A to False. Its state is saved and loaded like that of any optimizer.
 
     Args:
-        handle: the handle of a LoRA injected with `trainable=True`. Its biases are trained as by AdamW.
+        handle: the handle of a LoRA injected with `trainable=True`. The LoRA's biases are trained as in AdamW.
         lr: the learning rate.
         betas: the decay rates of the two moments.
-        eps: a number that is added to the square root of the second moment.
-        weight_decay: the decay, which is multiplied by the learning rate and applied after the step.
+        eps: a value that is added to the square root of the second moment.
+        weight_decay: the weight decay. After a step, each trained tensor is multiplied by `1 - lr * weight_decay`.
 
     Raises:
-        UsageError: the adapter has an update of another method or is not trainable, or an argument is out of range.
+        UsageError: the adapter has an update that is not LoRA, no tensor is trained, or an argument is out of range.
     """
 
     def __init__(
@@ -121,13 +122,13 @@ class LoRAFA(torch.optim.Optimizer):
     ) -> None:  # fmt: skip
         if not lr >= 0 or not eps >= 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas):
             why = "lr, eps or weight_decay is below 0, or a beta is not in [0, 1)"
-            raise UsageError(why, cure="Correct lr=, eps=, weight_decay= or betas=")
+            raise UsageError(why, cure="Pass lr=, eps= and weight_decay= of at least 0, and betas= in [0, 1)")
         updates = [update for _, update in handle._adapter if set(update.tensors) - update.frozen]
         other = next((update.method for update in updates if not isinstance(update, LoRA)), None)
         if other is not None or not any(True for _ in handle.parameters()):
             why = f"{other} is not LoRA" if other is not None else "the adapter has no trained tensors"
-            raise UsageError(why, where=handle.name, cure="Create a lora, and inject it with trainable=True")
-        # Map each B to its A and scaling. As in an optimizer's state, the keys are compared by identity.
+            raise UsageError(why, where=handle.name, cure="Inject a lora adapter with trainable=True")
+        # A map from each B to its A and scaling. Tensors as keys are compared by identity, as in an optimizer's state.
         self._pairs: dict[Tensor, tuple[Tensor, float]] = {}
         trained: list[Tensor] = []
         for update in updates:
@@ -140,7 +141,7 @@ class LoRAFA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step, and return the result of `closure`, or None without a closure."""
+        """Take one optimizer step. Return the result of `closure`, or None if there is no closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,7 +1,8 @@
 """Change a model completely or not at all, even if Ctrl-C, a lack of memory or another tool's hook stops the change.
 
-Attaching an adapter changes many modules in sequence. All errors in the arguments are found before the first change;
-this module handles all other errors. To restore the model, it copies only small dictionaries, and never a tensor.
+Attaching an adapter changes many modules in sequence. All errors in the arguments are found before the first change. If
+an exception stops the changes later, this module restores the model. It needs only copies of small dictionaries, and
+never copies a tensor.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def all_or_nothing(
 
     Args:
         model: the model.
-        objects: further objects whose attributes are restored: a handle and its leaves.
-        undo: a function that restores the values of the weights. It is called before all else is restored.
+        objects: further objects whose attributes are restored, such as a handle and its leaves.
+        undo: a function that restores the values of the weights. It is called before the attributes are restored.
     """
     kept: list[_State | _Attributes] = [_State(module) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -59,9 +60,9 @@ def all_or_nothing(
 
 
 def _ours(module: nn.Module) -> Iterator[object]:
-    """Yield the objects other than the module itself that an adapter changes.
+    """Yield the objects that an adapter on the module changes, except the module itself.
 
-    These are the module's hook, the objects in which other tools keep the module's forward, and the forward pre-hooks
+    These are the adapter's hook, the objects in which other tools keep the module's forward, and the forward pre-hooks
     that adapterkit registered with the module.
     """
     if HOOK in module.__dict__:
@@ -73,7 +74,7 @@ def _ours(module: nn.Module) -> Iterator[object]:
 
 
 class _State:
-    """A copy of those attributes of a module that adapters change."""
+    """A copy of the attributes of a module that adapters change: `_ENTRIES` and `_TABLES`."""
 
     def __init__(self, module: nn.Module) -> None:
         self.attributes = module.__dict__
@@ -94,7 +95,7 @@ class _State:
 
 
 class _Attributes:
-    """A copy of an object's attributes and of the contents of those attributes that are lists."""
+    """A copy of an object's attributes. Attributes that are lists are copied too."""
 
     def __init__(self, each: object) -> None:
         self.attributes = each.__dict__

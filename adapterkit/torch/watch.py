@@ -1,13 +1,14 @@
 """Detect at the next forward that another tool has removed an adapter from the model.
 
 `quantize_dynamic`, `replace_module` functions and attention fusers replace a module that has an adapter, or a block
-that contains such a module. The new module runs without the adapter, and nothing else would report that. A tool that
-deletes a module's `forward` also removes the adapter. If a tool patches the forward of a module's class, or gives the
-module another class, the new forward never runs, because the adapter still runs the earlier forward.
+that contains such a module. The new module runs without the adapter, and nothing else would report that. An adapter is
+also removed if a tool deletes the attribute `forward` that the adapter set on the module. Another tool may patch the
+forward of the module's class, or change the module's class. In both cases, the new forward would never run, because the
+adapter still calls the earlier forward.
 
-A hook at the model checks everything before each forward. But users also call only a part of a model: its encoder, one
-block, the layers of a pipeline stage. So each module that contains adapters also has a hook, which checks whether the
-module still holds the next modules on the paths to the adapters.
+A forward pre-hook of the model checks all adapters before each forward of the model. But some callers run only a part
+of the model, such as its encoder, one block or a pipeline stage. So each submodule that contains modules with adapters
+also has a pre-hook. This hook checks that the submodule's children on the paths to these modules were not replaced.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from .sharding import check_averaged
 # * PEFT's `merge_and_unload` changes the weight of a module with an attached adapter, and then replaces
 #   the PEFT layer that wraps this module by the module itself.
 #
-# torch has global hooks that run whenever any module gets a new child or parameter. They cost one call each time.
+# So this module registers global hooks with torch. They run whenever any module gets a new child or parameter, and cost
+# one function call each time.
 
 
 _REGISTERED: list[Any] = []
@@ -50,7 +52,7 @@ _REGISTERED: list[Any] = []
 
 
 def notice_replacements() -> None:
-    """From now on, check every module that replaces another one, and every parameter that a module takes over."""
+    """Register the global hooks `_look` and `_look_at_weight`, unless they are already registered."""
     if not _REGISTERED:
         _REGISTERED.append(torch_module.register_module_module_registration_hook(_look))
         _REGISTERED.append(torch_module.register_module_parameter_registration_hook(_look_at_weight))
@@ -65,9 +67,9 @@ def _look(parent: nn.Module, name: str, new: nn.Module | None) -> None:
         new: the child.
 
     Raises:
-        Unsupported: in torch.fx's copy of a model, or with a module of torch.ao, the child replaces a module that has
-            an adapter. Or the child has an adapter and replaces a PEFT layer, whose merge changed what this adapter
-            computes.
+        Unsupported: a module with an adapter is replaced by a module of torch.ao, or is replaced in torch.fx's copy of
+            a model. Or a merged PEFT layer is replaced by the module that it wraps, and the merge changed what the
+            adapter of this module computes.
     """
     old = parent._modules.get(name)
     if old is None or old is new:
@@ -82,10 +84,10 @@ def _look(parent: nn.Module, name: str, new: nn.Module | None) -> None:
 
 
 def _look_at_weight(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    """Check that a parameter that a module gets does not belong to a module with an adapter.
+    """Check that a module of torch.ao does not get a parameter of a module that has an adapter.
 
     Raises:
-        Unsupported: a module of torch.ao takes over the weight of a module that has an adapter.
+        Unsupported: a module of torch.ao gets such a parameter.
     """
     if parameter is None or not type(module).__module__.startswith("torch.ao."):
         return
@@ -95,7 +97,7 @@ def _look_at_weight(module: nn.Module, name: str, parameter: nn.Parameter | None
 
 
 def _carried(module: nn.Module) -> set[int]:
-    """Return the ids of all modules with an adapter among a module and the modules that it contains."""
+    """Return the ids of the modules with an adapter: `module` itself if it has one, and modules inside `module`."""
     return {id(each) for each in module.modules() if HOOK in each.__dict__}
 
 
@@ -105,18 +107,18 @@ def is_tuner(module: nn.Module) -> bool:
 
 
 def check_tuner(tuner: nn.Module, module: nn.Module, where: str) -> None:
-    """Refuse a merge by PEFT that changes the result of the adapters attached to the wrapped module.
+    """Refuse a merged PEFT layer if the merge changes what the adapters on the wrapped module compute.
 
-    If PEFT's change and all attached changes are additive, a merge does not change the result, and it is allowed.
+    A merge is allowed if PEFT's change and the adapters' changes are all additive, because their order has no effect.
 
     Args:
-        tuner: a module, which may be a PEFT layer.
-        module: the module that the PEFT layer wraps, with attached adapters.
-        where: the module's name.
+        tuner: the parent of `module`, or the module that `module` replaces; checked only if it is a PEFT layer.
+        module: the module with the adapters.
+        where: the name of `module`, for the error.
 
     Raises:
-        Unsupported: PEFT has merged, and PEFT's change or an attached one is not additive, or an attached one changes
-            the bias.
+        Unsupported: the PEFT layer is merged, and PEFT's change or an adapter's change is not additive, or an adapter
+            changes the bias.
     """
     if not is_tuner(tuner) or not getattr(tuner, "merged"):  # noqa: B009 - PEFT's layers have no type
         return
@@ -124,12 +126,12 @@ def check_tuner(tuner: nn.Module, module: nn.Module, where: str) -> None:
     if _is_sum(tuner) and all(update.kind == "additive" and not update.changes_bias for update in ours):
         return
     methods = " and ".join(dict.fromkeys(update.method for update in ours)) or "an adapter"
-    why = f"PEFT merged its {_kind(tuner).upper()} into the weight that {methods} changes, and their order matters"
+    why = f"PEFT merged its {_kind(tuner).upper()} into the weight that {methods} changes, and so altered the result"
     raise Unsupported(why, where=where, cure="Call handle.merge_() first, or keep PEFT's adapter unmerged")
 
 
 def _is_sum(tuner: nn.Module) -> bool:
-    """Whether a PEFT layer adds a change to the weight that does not depend on the weight."""
+    """Whether a PEFT layer computes W + D from the weight W, and D does not depend on W."""
     kind = _kind(tuner)
     family = family_of_type(kind.upper())
     method: Any = METHODS.get(kind) if family is None else getattr(family, "method", None)
@@ -137,7 +139,7 @@ def _is_sum(tuner: nn.Module) -> bool:
 
 
 def _kind(tuner: nn.Module) -> str:
-    """Return the method of a PEFT layer, under the name of its folder in `peft.tuners`."""
+    """Return the folder of `peft.tuners` that defines a PEFT layer, such as `lora`, or `adapter` if there is none."""
     names = [kind.__module__.split(".") for kind in type(tuner).__mro__ if kind.__module__.startswith("peft.tuners.")]
     return next((parts[2] for parts in names if len(parts) > 3), "adapter")
 
@@ -173,21 +175,21 @@ class Watch:
         self._forwards: Forwards | None = None
         _hook_of(model).add(self)
         notice_replacements()
-        # Unless a module inside has a hook, nn.TransformerEncoderLayer runs a fused function. It reads the parameters
-        # and does not call the modules, so their adapters would not act.
+        # If neither an nn.TransformerEncoderLayer nor a module inside it has a hook, the layer runs a fused function.
+        # This function reads the parameters and does not call the modules inside, so their adapters would not act.
         wanted = {id(module) for module in self.modules}
         for module in model.modules():
             if isinstance(module, nn.TransformerEncoderLayer) and any(id(m) in wanted for m in module.modules()):
                 module.register_forward_pre_hook(_no_fused_path)
 
     def __getstate__(self) -> dict[str, object]:
-        # A forward that was patched after the adapter was attached cannot be pickled: its class has another one now. So
-        # a copy looks up the current forwards of the classes.
+        # pickle stores a function by its name, and fails if the name now refers to another function. This happens if a
+        # class's forward was patched after the injection. So a copy looks up the current forwards of the classes.
         return {**self.__dict__, "_forwards": None}
 
     @property
     def forwards(self) -> Forwards:
-        """Each module with the forward that its class had when the adapter was attached."""
+        """Each module with the adapter, and the forward that the module's class had at the injection."""
         if self._forwards is None:
             each = [(module, getattr(type(module), "forward", None)) for module in self.modules]
             self._forwards = [(module, forward) for module, forward in each if forward is not None]
@@ -197,12 +199,12 @@ class Watch:
         """Check that every module with an adapter is still in the model and still runs the adapter.
 
         Raises:
-            Unsupported: a module was replaced or has another class, its class has another forward, its own attribute
-                `forward` is gone, or its block was fused and no longer calls it.
+            Unsupported: a module with the adapter was replaced, the forward of its class changed, its attribute
+                `forward` was deleted, or its block now calls a fused projection instead.
         """
         if any(parent._modules.get(name) is not module for parent, name, module in self.places):
-            # A wrapper around the module, such as torch's CheckpointWrapper, changes the module's path but calls the
-            # module.
+            # A new wrapper, such as torch's CheckpointWrapper, still calls the module that it wraps, so this is no
+            # error. But the wrapper changes the module's path, so find the path again.
             self.places = self._find()
         for parent, name, _ in self.places:
             # diffusers' fuse_qkv_projections adds one fused projection and keeps the old ones, which are no longer
@@ -213,7 +215,7 @@ class Watch:
             if "forward" not in module.__dict__:
                 self._raise(module, f"the adapter's forward was deleted from a {type(module).__name__}")
             if getattr(type(module), "forward", None) is not forward:
-                self._raise(module, f"its class (now {type(module).__name__}) has another forward than before")
+                self._raise(module, f"the forward of the module's class (now {type(module).__name__}) changed")
 
     def reclaim(self) -> None:
         """Move trained tensors out of modules that accelerate now offloads; see leaves.py.
@@ -221,7 +223,7 @@ class Watch:
         Also load the adapter's tensors that diffusers' group offloading keeps on disk.
 
         Raises:
-            Unsupported: an optimizer holds the empty parameters that the accelerate library put into these modules.
+            Unsupported: an optimizer holds the empty parameters that accelerate put into the offloaded modules.
         """
         reclaim(self.model, self.leaves)
         take_off_disk(self.homes(), self.leaves)
@@ -230,7 +232,7 @@ class Watch:
         """Return the modules that hold tensors of the adapter, and all modules that contain these modules.
 
         Args:
-            trained: whether only the trained tensors count.
+            trained: whether to look only for modules that hold trained tensors.
         """
         wanted = {id(leaf.module) for leaf in self.leaves if leaf.first is not None or not trained}
         modules = dict(self.model.named_modules()) if wanted else {}
@@ -260,7 +262,7 @@ class Watch:
         present = {id(child) for _, _, child in steps_found}
         lost = next((module for key, module in wanted.items() if key not in present), None)
         if lost is not None:
-            self._raise(lost, f"a {type(lost).__name__} to which it is attached is no longer in the model")
+            self._raise(lost, f"a {type(lost).__name__} with this adapter is no longer in the model")
         return steps_found
 
     def _raise(self, module: nn.Module, why: str) -> None:
@@ -292,7 +294,7 @@ class _Step:
 
     If code calls the submodule instead of the whole model, this hook checks that the adapters inside still act.
 
-    Apart from a weak reference to the model, the hook refers only to the submodule and modules inside it. Otherwise, a
+    The hook refers to the submodule and to modules inside it. Its reference to the whole model is weak: otherwise, a
     copy of one block would copy the whole model.
 
     Args:
@@ -320,7 +322,7 @@ class _Step:
     def __call__(self, module: nn.Module, *_: object) -> None:
         if torch.compiler.is_compiling():
             self.note_traced()
-            for parent, name, child in self.places:  # The compiler guards each of these steps.
+            for parent, name, child in self.places:  # torch.compile guards each of these lookups.
                 if parent._modules.get(name) is not child:
                     self.look_once()
             return
@@ -429,7 +431,10 @@ class _WatchHook:
         self._stand()
 
     def _stand(self) -> None:
-        """Replace the hooks of `steps`: register a `_Step` with each called submodule on the path to an adapter."""
+        """Remove the hooks in `steps`, and register a new `_Step` with each submodule on the path to an adapter.
+
+        Module lists get no hook, because they are never called.
+        """
         for step in self.steps:
             hooks = step.module._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if hook is step]:
@@ -452,9 +457,9 @@ class _WatchHook:
             step.module.register_forward_pre_hook(step)
 
     def _block(self, module: nn.Module, places: list[Place]) -> BypassBlock:
-        """Return a `BypassBlock` for a module, with the hooks at the modules in `places`.
+        """Return a `BypassBlock` for a module, with the hooks of the child modules in `places`.
 
-        If the module had a block before, the new block keeps the forward that the earlier block recorded.
+        If the module already has a `BypassBlock`, the new one keeps the forward that the old one recorded.
         """
         hooks = [child.__dict__[HOOK] for _, _, child in places if HOOK in child.__dict__]
         known = self.below.get(id(module))
@@ -478,7 +483,7 @@ class _WatchHook:
 
     def __call__(self, model: nn.Module, *_: object) -> None:
         if torch.compiler.is_compiling():
-            for parent, name, child in self.steps_of_model:  # The compiler guards each of these steps.
+            for parent, name, child in self.steps_of_model:  # torch.compile guards each of these lookups.
                 if parent._modules.get(name) is not child:
                     self.look_once()
             return
@@ -493,7 +498,8 @@ class _WatchHook:
                 moved = True
             elif type(getattr(standing, "__self__", None)) is not ForwardHook and HOOK in module.__dict__:
                 probe_forward(module)
-        # By now, FSDP2 has sharded the parameters. It can free the originals only if no leaf refers to them.
+        # If FSDP2 is used, it has sharded the parameters by now. It can free the unsharded parameters only if no leaf
+        # refers to them.
         if not self.settled:
             for leaf in [leaf for watch in self.watches for leaf in watch.leaves]:
                 leaf.settle()
@@ -519,7 +525,7 @@ class _WatchHook:
         begin_calls(self.hooks)
 
     def finish(self, _model: nn.Module, _args: object, result: object) -> None:
-        """Check after a forward that it called each module with an adapter whose weight was read.
+        """Check, after a forward, that each module with an adapter was called if its weight was read.
 
         If the forward raised an error, torch passes None as the result, and nothing is checked.
 
@@ -536,14 +542,14 @@ class _WatchHook:
     def check_traced(self) -> bool:
         """Warn, during compilation, about modules with adapters that the compiled code does not call.
 
-        There is no warning about a module if the compiled code calls no block that contains it.
+        Warn about a module only if the compiled code calls a block that contains the module.
         """
         around = [(self.model, self.steps_of_model), *((s.module, s.places) for s in self.steps if s.traced)]
         warn_of_untraced([(module, [child for _, _, child in places]) for module, places in around], self.warned)
         return True
 
     def _is_defined_in(self, hook: Hook, reader: str) -> bool:
-        """Whether the function with the full name `reader` is a method of a parent of the hook's module."""
+        """Whether `reader` is the full name of a method of the module that directly contains the hook's module."""
         around = [type(parent) for parent, _, child in self.places if child is hook.module]
         kinds = [kind for each in around for kind in each.__mro__]
         return any(reader.startswith(f"{kind.__module__}.{kind.__qualname__}.") for kind in kinds)
@@ -559,7 +565,7 @@ def _hook_of(model: nn.Module) -> _WatchHook:
 
 
 def _is_fused_away(name: str) -> bool:
-    """Whether a name is that of a projection that diffusers can fuse with others, such as `to_q`."""
+    """Whether diffusers can fuse a projection with this name, such as `to_q`, with other projections."""
     return name.rpartition("_")[2] in ("q", "k", "v", "kv")
 
 
@@ -591,13 +597,13 @@ def _check_not_on_disk(homes: Sequence[nn.Module]) -> None:
 
 
 def _no_fused_path(_: nn.Module, args: tuple[object, ...]) -> None:
-    """A forward pre-hook. Because it is present, nn.TransformerEncoderLayer does not use torch's fused path.
+    """A forward pre-hook. An nn.TransformerEncoderLayer with such a hook does not use torch's fused path.
 
     Raises:
         Unsupported: nn.TransformerEncoder made a nested tensor, which only the fused path can read.
     """
     if args and isinstance(args[0], torch.Tensor) and args[0].is_nested:
-        cure = "Call torch.backends.mha.set_fastpath_enabled(False), or create it with enable_nested_tensor=False"
+        cure = "Call torch.backends.mha.set_fastpath_enabled(False), or pass enable_nested_tensor=False to the encoder"
         raise Unsupported("nn.TransformerEncoder made a nested tensor, which needs torch's fused path", cure=cure)
 
 

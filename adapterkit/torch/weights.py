@@ -28,22 +28,26 @@ def tensor_at(module: nn.Module, path: str) -> Tensor:
 
 
 def changed_weight(W: Tensor, changes: Iterable[Change]) -> Tensor:
-    """Return W + the sum of weight * (f(W) - W), in the stored layout; f applies one adapter's updates to W.
+    """Return W + the sum of a * (f(W) - W) over the adapters, in the stored layout.
 
-    Each f gets the weight without the changes of other adapters.
+    a is an adapter's weight in the sum, and f applies the adapter's updates. Each f gets W without the changes of the
+    other adapters.
     """
     return _mixed(W, changes, _weight)
 
 
 def changed_bias(b: Tensor, changes: Iterable[Change]) -> Tensor:
-    """Return b + the sum of weight * (g(b) - b), in the stored layout; g applies one adapter's updates to b."""
+    """Return b + the sum of a * (g(b) - b) over the adapters, in the stored layout.
+
+    a is an adapter's weight in the sum, and g applies the adapter's updates to the bias b.
+    """
     return _mixed(b, changes, _bias)
 
 
 def settled(updates: Iterable[Update], W: Tensor, target: Target) -> tuple[Update, ...]:
-    """Return the updates with bias changes that no longer depend on the weight: they are computed for W.
+    """Replace bias changes that depend on the weight by their values for the weight W, and return the updates.
 
-    For each update, W includes the changes of the updates before it.
+    The values for an update are computed from W with the changes of all earlier updates.
     """
     done, seen = [], view(W, target)
     for update in updates:
@@ -90,13 +94,13 @@ def _bias(b: Tensor, target: Target, updates: Sequence[Update]) -> Tensor:
 # Run a module's forward with other values for some of its parameters, buffers and modules.
 #
 # Another thread may run the same module at the same time, with other adapters or none. So the values are usually put
-# into a replica of the module, which other threads do not see. Some forwards cannot run on a replica: those that
-# another tool put on the module, and those that a compiler traces. For these, the module's own values are replaced
-# during the call.
+# into a replica of the module, which other threads do not see. But a forward cannot run on a replica if another tool
+# patched this forward into the module, or while a compiler traces it. In both cases, the values of the module itself
+# are replaced during the call.
 
 
 def replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
-    """Return a copy of a module that shares its state, except for new values at the attribute paths in `values`.
+    """Return a shallow copy of a module in which the attributes at the paths in `values` are replaced.
 
     The module itself does not change, so other threads can use it meanwhile.
     """
@@ -119,7 +123,7 @@ def replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
 
 @contextmanager
 def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]:
-    """Replace parameters, buffers or child modules of a module inside the `with`; the keys of `values` are their paths.
+    """Inside the `with` block, replace the parameters, buffers or child modules at the paths in `values`.
 
     Each value becomes an instance attribute, which hides the parameter of the same name. torch.compile before torch
     2.13 cannot trace the deletion of such an attribute. So while a compiler traces, the parameter itself is replaced.
@@ -147,7 +151,7 @@ def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]
 
 
 def _entries(owner: nn.Module, name: str) -> dict[str, object]:
-    """Return the dictionary of a module into which `exchanged` must put a value with this name."""
+    """Return the dictionary of a module in which `exchanged` must replace the value `name`."""
     if torch.compiler.is_compiling():
         for table in (owner._parameters, owner._buffers, owner._modules):
             if name in table:

@@ -4,10 +4,10 @@
 A job runs its command line in a separate process, so it writes the same bytes as the command in a terminal. The server
 can be reached only from this machine.
 
-Any website can send requests to 127.0.0.1, and can let its domain name point to 127.0.0.1. So the server checks three
-things, to refuse requests from other sites in the same browser and from other users of the machine:
+Any website can send requests to 127.0.0.1, and can let its domain name point to 127.0.0.1. Other users of the machine
+can send requests too. To refuse all these requests, the server makes three checks:
 
-* A request must have the token, which only the terminal shows.
+* A request must contain the token, which only the terminal shows.
 * The Host header of a request must be the address of this server.
 * A request that changes something must come from this page.
 """
@@ -73,7 +73,7 @@ class Guard:
 
     def __init__(self, inner: Application, token: str, port: int) -> None:
         self.inner, self.token = inner, token
-        # A browser sends a cookie to all ports of a host. With the port in the name, two pages do not share a cookie.
+        # A browser sends a cookie to all ports of a host. The port in the cookie's name keeps two pages' cookies apart.
         self.cookie = f"{COOKIE}-{port}"
         self.hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
 
@@ -132,7 +132,7 @@ class Guard:
         return None
 
     def is_token(self, text: str) -> bool:
-        """Whether a text is the token. The time that this takes does not show how many characters match."""
+        """Whether a text is the token. The duration of the comparison does not show how many characters match."""
         return hmac.compare_digest(text.encode(), self.token.encode())
 
 
@@ -218,14 +218,14 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
             given = json.loads(await request.body())
             command, values = given["command"], given["values"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            return JSONResponse({"error": {"why": "the request is not a form", "cure": "Reload the page"}}, 400)
+            return JSONResponse({"error": {"why": "the request has no form values", "cure": "Reload the page"}}, 400)
         return await run_in_threadpool(answered, lambda: jobs.start(forms.words(command, values)).record())
 
     measuring = threading.Lock()
 
     def sums(given: object) -> Mapping[str, object]:
         if not isinstance(given, dict) or not isinstance(given.get("adapters"), list):
-            raise UsageError("the request has no list of adapters", cure="Fill in the form")
+            raise UsageError("the request has no list of adapters", cure=f"Choose 2 to {MOST} adapters")
         named = [str(forms.inside(str(each))) for each in given["adapters"]]
         if not 2 <= len(named) <= MOST:
             raise UsageError(f"{len(named)} adapters are given", where="A...", cure=f"Choose 2 to {MOST} adapters")
@@ -276,11 +276,11 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
 
 
 MOST = 8
-"""The maximum number of adapters whose sum the page measures."""
+"""The maximum number of adapters in a sum that the page measures."""
 
 
 def products(adapters: Sequence[str], base: str | None) -> dict[str, JsonValue]:
-    """Return the inner products of the adapters' changes at each target.
+    """Return, for each target, the inner products of the adapters' changes, for all pairs of adapters.
 
     From these products, the page computes the norm of any weighted sum of the changes.
 
@@ -334,7 +334,7 @@ def serve(
     Raises:
         Unsupported: starlette or uvicorn is not installed.
         UsageError: a root is not a folder.
-        StorageError: the port is taken.
+        StorageError: the port is already in use.
     """
     try:
         import uvicorn
@@ -342,7 +342,7 @@ def serve(
         raise missing(error) from error
     for root in roots:
         if not root.is_dir():
-            raise UsageError("this folder does not exist", path=root, cure="Pass folders that exist")
+            raise UsageError("the path is not a folder", path=root, cure="Pass only folders that exist")
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

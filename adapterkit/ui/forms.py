@@ -38,12 +38,12 @@ LONGEST = 4096
 """The maximum number of characters in one value of a field."""
 
 MANY = 64
-"""The maximum number of values in a field that takes several."""
+"""The maximum number of values in a field that accepts several values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """An argument or an option of a command, as a field of a form."""
+    """A form field for one argument or option of a command."""
 
     name: str
     label: str
@@ -121,28 +121,28 @@ class Forms:
         ]  # fmt: skip
 
     def inside(self, value: str, *, output: bool = False) -> Path:
-        """Return the absolute path of a file inside the open folders, with symbolic links resolved.
+        """Check that a path is inside an open folder, and return it as an absolute path without symbolic links.
 
         Args:
-            value: the path; a relative path is inside the first open folder.
+            value: the path; a relative path starts at the first open folder.
             output: whether a command will write to the path.
 
         Raises:
-            UsageError: the path is invalid, is an address, or is outside the open folders; or an output is itself an
-                open folder.
+            UsageError: the path is invalid, is an address on a hub, or is outside the open folders. Or a command would
+                replace an open folder.
         """
         if is_address(value):
             cure = "Start the page with --hubs, or download the files first with adapterkit pull"
             why = "the page does not write to hubs" if self.hubs else "the page does not open addresses"
             raise UsageError(why, where=public(value), cure="Choose a folder" if self.hubs else cure)
         if "\0" in value or len(value) > LONGEST:
-            raise UsageError("this is not a path", cure="Choose a file or a folder")
+            raise UsageError("the path is too long or contains a NUL character", cure="Choose a file or a folder")
         given = Path(path_text(value))
         path = given if given.is_absolute() else self.roots[0] / given
         try:
             real = path.resolve()
         except (OSError, RuntimeError) as error:
-            raise UsageError(f"this is not a path: {error}", where=value, cure="Choose a file or a folder") from None
+            raise UsageError(f"the path is invalid: {error}", where=value, cure="Choose a file or a folder") from None
         if not any(real == root or root in real.parents for root in self.roots):
             cure = (
                 f"Open its folder too: adapterkit ui FOLDER...; the open folders are {', '.join(map(str, self.roots))}"
@@ -156,8 +156,7 @@ class Forms:
         """Return the command line for a filled-in form, as a list of arguments.
 
         Raises:
-            UsageError: the command or a field is unknown, a value does not fit its field, or a path is refused by
-                `inside`.
+            UsageError: the command or a field is unknown, a value does not fit its field, or `inside` refuses a path.
         """
         if command not in self.fields:
             raise UsageError(f"the page has no command {command!r}", cure=f"Choose one of {', '.join(self.fields)}")
@@ -217,9 +216,9 @@ class Forms:
         return text
 
     def listing(self, folder: str | None) -> dict[str, JsonValue]:
-        """List the entries of a folder, each with its likely kind, for the dialog in which the user chooses a path.
+        """List the entries of a folder with their likely kinds, for the dialog in which the user chooses a path.
 
-        Without a folder, list the open folders. Hidden entries are omitted.
+        If `folder` is empty or None, list the open folders. Hidden entries are omitted.
         """
         if not folder:
             entries = [{"name": str(root), "path": str(root), "kind": "folder"} for root in self.roots]
@@ -244,7 +243,10 @@ _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".npz", ".ckpt", ".n
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Return the likely kind of an entry, judged by its name: adapter, base, weights, graph, page, folder or file."""
+    """Return the likely kind of an entry: adapter, base, weights, graph, page, folder or file.
+
+    The kind depends only on names: a file's own name, or the names of the first 200 entries in a folder.
+    """
     if entry.is_dir():
         try:
             with os.scandir(entry.path) as inside:

@@ -32,7 +32,7 @@ KEPT = 50
 """The maximum number of ended jobs that stay in the list; the oldest are removed."""
 
 MAX_OUTPUT_CHARACTERS = 512 * 1024
-"""The maximum number of characters that are kept of a job's standard output, from its beginning."""
+"""The maximum length of a job's stored standard output. Characters after this limit are dropped."""
 
 _PART = re.compile(r": (\d+)%(?:,|$)")
 
@@ -69,8 +69,8 @@ class Jobs:
     """All jobs of a page.
 
     Args:
-        folder: the current folder of the jobs' processes: the folder in which the page was started.
-        temporary: the folder for those reports for which the user gives no output path.
+        folder: the working directory of the jobs' processes: the folder in which the page was started.
+        temporary: the folder for reports if the user gives no output path.
     """
 
     def __init__(self, folder: Path, temporary: Path) -> None:
@@ -129,13 +129,14 @@ class Jobs:
             "NO_COLOR": "1",
         }
         try:
-            # In a session of its own, the process does not get Ctrl-C from the page's terminal. `close` interrupts it.
+            # The process runs in a new session, so Ctrl-C in the page's terminal does not reach the process. `close`
+            # interrupts the process instead.
             process = subprocess.Popen(
                 [sys.executable, "-m", "adapterkit", *words], cwd=self.folder, env=env, stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
             )  # fmt: skip
         except OSError as error:
-            job.error_lines.append(f"error: cannot start: {error.strerror}")
+            job.error_lines.append(f"error: the job cannot start: {error.strerror}")
             self._ended(job, 70)
             return
         with self.lock:
@@ -173,7 +174,7 @@ class Jobs:
         self._next()
 
     def end(self, number: int) -> None:
-        """Interrupt a job as Ctrl-C does. If the same command runs again, a merge resumes where it stopped.
+        """Interrupt a job as Ctrl-C does. An interrupted merge resumes where it stopped if its command runs again.
 
         Raises:
             UsageError: the job does not exist.
