@@ -89,8 +89,8 @@ class Effect:
             the maximum over the experts.
         quantiles: the quantiles of the change's elements in the measured block, at the probabilities `QUANTILES`.
         peak: the largest absolute value in the measured block, divided by the root mean square of the block.
-        relative: `norm` divided by the norm of the base's weight. For stacked experts, the norm of the base's weight
-            includes only the first `EXPERTS` experts.
+        relative: the change's norm divided by the norm of the base's weight. For stacked experts, both norms include
+            only the first `EXPERTS` experts.
         intruders: the number of intruders among the first ten left singular vectors of the tuned weight; see
             `INTRUDING`.
         why: the reason why the change was not measured.
@@ -517,7 +517,8 @@ class _Sum:
     """Accumulate the measurements of one adapter at one target. For stacked experts, call `add` once per expert."""
 
     def __init__(self) -> None:
-        self.square, self.base, self.largest = 0.0, 0.0, -1.0
+        self.square, self.largest = 0.0, -1.0
+        self.compared, self.base = 0.0, 0.0  # Both only of experts whose weight in the base is read.
         self.based = False
         self.spectrum: tuple[float, ...] = ()
         self.ranks: list[float] = []
@@ -529,7 +530,7 @@ class _Sum:
         square = part.square
         self.square += square
         if base is not None:
-            self.base, self.based = self.base + base, True
+            self.compared, self.base, self.based = self.compared + square, self.base + base, True
         if block is not None:
             self.blocks.append(block.ravel())
         if part.delta.rest is None:
@@ -551,7 +552,7 @@ class _Sum:
         return Effect(
             adapter, target, _methods(updates), shape, self.rank, scaling, norm, bias, self.spectrum,
             math.fsum(self.ranks) / len(self.ranks) if self.ranks else None, self.rank_99, quantiles, peak,
-            norm / math.sqrt(self.base) if self.based and self.base else None,
+            math.sqrt(self.compared / self.base) if self.based and self.base else None,
         )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.formats import FORMATS
+from adapterkit.io.lazy import from_numpy
 from adapterkit.reporting import measuring
 from adapterkit.reporting.grid import cells
 from adapterkit.reporting.report import AdapterReport
@@ -274,6 +275,22 @@ ALONE: dict[str, tuple[Callable[[Factors], None], str, str]] = {
     "NaN": (not_a_number, "damaged", "layers.7.self_attn.q_proj of planted is damaged"),
 }
 """Fault planted into one adapter -> the rule that tells it, and a part of its sentence."""
+
+
+def test_the_relative_change_of_many_stacked_experts(tmp_path: Path) -> None:
+    """Both norms are those of the first experts, so equal experts have the ratio of each expert."""
+    count = 2 * measuring.EXPERTS
+    rng = np.random.default_rng(5)
+    W, A, B = rng.standard_normal((12, 8)), rng.standard_normal((2, 8)), 0.1 * rng.standard_normal((12, 2))
+    (tmp_path / "base").mkdir()
+    save_file({"mlp.experts.weight": np.stack([W] * count)}, tmp_path / "base" / "model.safetensors")
+    stacked = {"A": from_numpy(np.stack([A] * count)), "B": from_numpy(np.stack([B] * count))}
+    lora = ak.METHODS["lora"](**stacked, scaling=1.0)
+    adapter = ak.Adapter({ak.Target("mlp.experts", "e out *in"): (lora,)})
+    report = ak.report([adapter], base=tmp_path / "base")
+    (effect,) = report.measured.effects
+    assert effect.norm == pytest.approx(np.sqrt(count) * np.linalg.norm(B @ A), rel=1e-12)
+    assert effect.relative == pytest.approx(np.linalg.norm(B @ A) / np.linalg.norm(W), rel=1e-12)
 
 
 @pytest.mark.parametrize("fault", ALONE)
