@@ -296,7 +296,7 @@ def divergence(first: ModelOutput, second: ModelOutput) -> float:
 
 
 def unit_of(output: ModelOutput) -> str:
-    """Return the text that is printed after a divergence per position to name its unit, such as `nats per token`."""
+    """Return the unit of a divergence per position, such as `nats per token`. It is printed after the number."""
     if not output.is_logits:
         return "times the squared norm of the hidden states"
     return "nats per token" if output.main.ndim == 3 else "nats per input"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class GatedPrefix(ContextUpdate):
-    """Puts keys P[0, 0] and values P[0, 1] before the attention's own; each batch row's gates multiply both."""
+    """Puts keys P[0, 0] and values P[0, 1], multiplied by gates for each batch row, before the attention's own."""
 
     place = "prefix"
     acts_on = "the keys and values of the attention"

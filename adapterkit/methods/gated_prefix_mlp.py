@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class GatedPrefixMLP(PrefixMLP):
-    """Puts an MLP's keys and values before the attention's own; each batch row's gates multiply both.
+    """Puts an MLP's keys and values, multiplied by gates for each batch row, before the attention's own.
 
     The MLP has the formula of the method `prefix_mlp`, and the gates have the formula of `gated_prefix`.
     """

@@ -2,8 +2,8 @@
 
 The adapter stores some coefficients of a one-level wavelet transform of the change. Without a filter, the coefficients
 are the elements of the change themselves. With a filter of L taps, the transform pads an axis of n elements at both
-ends. The padded axis has N elements: `n + L - 2`, or one more if this number is odd. Index 0 is then the coefficient at
-position `(N - n) // 2` of the padded axis.
+ends. The padded axis has N elements: `n + L - 2`, or one more if this number is odd. With a filter, the value 0 in
+`index` means the position `(N - n) // 2` of the padded axis, the value 1 means the next position, and so on.
 """
 
 from __future__ import annotations

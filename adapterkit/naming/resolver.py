@@ -615,7 +615,7 @@ def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
 def _tried(
     group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]], base: Names, taken: Collection[str]
 ) -> dict[str, int]:
-    """Return a map from each possible replacement of the prefix `off` to the number of targets that it maps."""
+    """For each possible replacement of the prefix `off`, count the targets that get a path in the base with it."""
     ours = sorted({template_of(name) for _, name in group})
     tried = dict.fromkeys([on for template in ours for prefix, on in sorted(templates[template]) if prefix == off], 0)
     for on in tried:

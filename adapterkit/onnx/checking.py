@@ -213,7 +213,7 @@ def checked_injection(
     if alone:
         return _compared(None, out, {}, plain=plain, given=given, known=known)
     # An adapter without other updates must not change the outputs for the inputs of the check. Its new tokens have an
-    # effect only if the inputs contain them, and its prefix has one only if the inputs include no past.
+    # effect only if the inputs contain these tokens. Its prefix has an effect only if the inputs include no past.
     if not adapter.updates:
         return _compared(plain, out, {}, exact=True, given=given, known=known)
     other: bytes | None = None

@@ -1,4 +1,4 @@
-"""Attach context to a graph: soft prompts and new tokens at embeddings, prefixes and adaption prompts at attentions."""
+"""Attach soft prompts and new tokens to a graph's embeddings, and prefixes and adaption prompts to its attentions."""
 
 from __future__ import annotations
 

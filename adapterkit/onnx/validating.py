@@ -151,8 +151,9 @@ def _refuse_cycle(
         for name in _returned(node) if waits[at] else ():
             if name in makers and _waits_for(waits, makers[name], at):
                 why = (
-                    f"a graph inside this {node.op_type} does not compute its output {name!r}, and the outer graph "
-                    f"computes {name!r} from the {node.op_type}'s outputs. onnxruntime cannot load this file, either"
+                    f"a graph inside this {node.op_type} does not compute its output {name!r} but returns the outer "
+                    f"graph's value {name!r}, which the outer graph computes from the outputs of this {node.op_type}. "
+                    "onnxruntime cannot load this file, either"
                 )
                 cure = "Convert the model again with a tool that supports subgraphs, or convert its parts separately"
                 raise Malformed(why, path=path, where=_name(node), cure=cure)

@@ -124,7 +124,7 @@ def _translated(name: str, config: Mapping[str, object] | None, experts: int, na
 
 
 def _candidates(name: str, naming: str) -> list[Architecture]:
-    """Return the families that have this name, and in which MLX-LM and the hub name the weight differently.
+    """Return the families with a weight named `name`, if MLX-LM's name for this weight differs from the hub's.
 
     If `naming` is `WEIGHT`, the caller translates `name` to hub names. In this case, prefer the families in which the
     hub stores the module's weights as separate tensors, because only these families have names for single experts.
@@ -142,7 +142,7 @@ def _keep(name: str) -> bool:
 def is_absent(name: str, config: Mapping[str, object] | None) -> bool:
     """Whether MLX-LM cannot adapt the hub's weight `name`, because its model has no suitable layer for the weight.
 
-    If `config` does not show the family, this must be true in all families that have the name.
+    If `config` does not show the family, return True only if MLX-LM cannot adapt the weight in any family that has it.
 
     Examples: MLX-LM turns DeepSeek's `kv_b_proj` into two stacks with a matrix per head, which `load_adapters` cannot
     adapt. In `prism_hadamard_qwen35`, MLX-LM's model rotates the layers. In Muse Spark, MLX-LM fuses queries, keys,

@@ -76,8 +76,9 @@ def _places(density: float, gamma: float, count: int) -> tuple[int, int]:
 class _Between:
     """A function that returns a mask of the kept entries of a block.
 
-    If the magnitudes of a change are sorted in ascending order, its span `(first, end)` selects the kept entries. Equal
-    magnitudes are sorted by position. In each pass, the function must be called with the blocks in order.
+    `spans` has a pair `(first, end)` for each change. An entry is kept if its position in the ascending order of the
+    change's magnitudes is at least `first` and less than `end`. Equal magnitudes are ordered by their position in the
+    tensor. In each pass, the function must be called with the blocks in order.
     """
 
     def __init__(self, blocks: Blocks, spans: Sequence[tuple[int, int]]) -> None:
