@@ -178,7 +178,7 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
     seen = _File.of(adapter, format, path)
     known = [family for family in seen.families if any(family.name in keys.families for keys in tool.keys)]
     names = [rooted(target.path)[1] for target in denoiser_targets(adapter.updates, ())]
-    # Drop AnimateDiff's own keys. They look like diffusers' oldest style, but diffusers has no modules with these names.
+    # Drop AnimateDiff's keys. They look like diffusers' oldest style, but diffusers has no modules with these names.
     usual = writer.naming != "diffusers" or any(
         all(name in family.names("diffusers") for name in names) for family in seen.families
     )

@@ -86,8 +86,8 @@ def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
 def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
     """Return the requested shape of a reshape, with the computed size in place of -1.
 
-    If the size in place of -1 cannot be computed, it is None. The reshape keeps each axis that has the same dynamic size
-    in `sizes` and in `wanted`.
+    If the size in place of -1 cannot be computed, it is None. The reshape keeps each axis that has the same dynamic
+    size in `sizes` and in `wanted`.
 
     Args:
         sizes: the sizes before the reshape.

@@ -347,7 +347,7 @@ def test_the_error_names_the_old_output_if_it_cannot_be_moved_back(
             stage._write_journal([(new, out)], [(kept, out)])
             out.rename(kept)
 
-        def failing(source: object, target: object) -> None:
+        def failing(*_: object) -> None:
             raise OSError(5, "Input/output error")
 
         monkeypatch.setattr(os, "replace", failing)
