@@ -147,26 +147,12 @@ def with_options(provider: str) -> list[object]:
     return [first] if provider == CPU else [first, CPU]
 
 
-FUSES_SAFELY = (1, 29)
-"""The first version of onnxruntime that always survives the optimizer `FuseFp16InitializerToFp32NodeTransformer`.
-
-In 1.23 to 1.28, this optimizer crashes the process on some float16 graphs with slots, on the CPU.
-"""
-
-
 def quiet_options() -> object:
-    """Return session options with which onnxruntime prints only fatal errors.
-
-    In versions before `FUSES_SAFELY`, the options also turn off an optimizer that crashes.
-    """
+    """Return session options with which onnxruntime prints only fatal errors."""
     onnxruntime: Any = import_module("onnxruntime")
     options: Any = onnxruntime.SessionOptions()
     # 4 means fatal. onnxruntime prints messages to stderr, so Python's logging cannot filter them.
     options.log_severity_level = 4
-    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < FUSES_SAFELY:
-        options.add_session_config_entry(
-            "optimization.disable_specified_optimizers", "FuseFp16InitializerToFp32NodeTransformer"
-        )
     quiet: object = options
     return quiet
 

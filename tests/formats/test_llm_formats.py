@@ -178,7 +178,7 @@ def test_onnxruntime_reads_what_is_written_and_the_other_way_round(tmp_path):
     import onnxruntime
 
     ak.write(llama(dtype="f2"), tmp_path / "a.onnx_adapter", "onnx_adapter")
-    # Keep the object: before onnxruntime 1.29, its values are freed with it.
+    # Keep this object: the values point into its memory.
     opened = onnxruntime.AdapterFormat.read_adapter(str(tmp_path / "a.onnx_adapter"))
     read = opened.get_parameters()
     ours = {f"{t.path}.{field}": as_lazy(leaf) for t, u in llama(dtype="f2") for field, leaf in u.tensors.items()}

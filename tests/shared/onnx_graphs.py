@@ -11,8 +11,6 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from adapterkit.onnx.providers import quiet_options
-
 onnxruntime.set_default_logger_severity(4)
 
 with contextlib.suppress(ImportError, AttributeError):
@@ -86,7 +84,7 @@ def graph(kind, layer, opset=18):
 
 def run(path, x, **more):
     """Return the first output in onnxruntime."""
-    options = quiet_options()
+    options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     source = path if isinstance(path, bytes) else str(path)
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
