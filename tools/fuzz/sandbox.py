@@ -50,9 +50,10 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 _IMPORTS = frozenset({
     "adapterkit", "array_api_compat", "click", "huggingface_hub", "ml_dtypes", "msgspec", "numpy", "onnx",
-    "onnx_ir", "onnxscript", "onnxruntime", "yaml", "rich", "safetensors", "threadpoolctl", "torch", "org",
+    "onnx_ir", "onnxscript", "onnxruntime", "yaml", "rich", "safetensors", "threadpoolctl", "torch", "org", "_wmi",
 })  # fmt: skip
-"""What may be imported at any time: the dependencies, and `org`, which the pickle module tries to import."""
+"""Modules that may be imported at any time: the dependencies, `org`, which the pickle module tries to import, and
+`_wmi`, which Python's own `platform` tries to import since 3.12; only Windows has it."""
 
 
 class Forbidden(BaseException):
