@@ -80,8 +80,8 @@ def read(
     """Read an adapter in any format, lazily, and validate it.
 
     Args:
-        path: a file or folder, or an address on a hub: `hf://org/repo[@revision][/path]`, `org/repo`. `PATH#NAME` reads
-            the adapter in the subfolder NAME.
+        path: a file or folder, or an address on a hub, such as `hf://org/repo[@revision][/path]` or `org/repo`.
+            `PATH#NAME` reads the adapter in the subfolder NAME.
         format: the name of the adapter's format; None detects the format from the headers.
         base: the base model, for formats that cannot resolve module names without the base.
         compat: `"formula"` applies the paper's formula, even if the training tool computed another formula. Some
@@ -218,9 +218,10 @@ def save(
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Replace updates whose method the format does not support, if their layer has no bias.
+    """Replace each update whose method the format does not support, if its layer in the base has no bias.
 
-    On such a layer, an update of another method may have the same effect; see `Update.without_bias`.
+    On a layer without a bias, the new update has the same effect. Its method may be one that the format supports; see
+    `Update.without_bias`.
     """
     from ..naming.binding.fitting import biasless
 
@@ -412,7 +413,11 @@ def _existing(path: str | PathLike[str]) -> Path:
 
 
 def _sourced(adapter: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
-    """If files come from a hub, record their commits: the adapter's in its lineage, the base's in `adapter.base`."""
+    """If the adapter or the base comes from a hub, record its commit.
+
+    The lineage gets the adapter's commit. `adapter.base` gets the base's commit, unless `adapter.base` names another
+    repository or already has a revision.
+    """
     from ..core.adapter import BaseRef, Step
 
     source, below = source_of(path), None if base is None else source_of(base.folder)

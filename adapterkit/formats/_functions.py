@@ -149,7 +149,7 @@ def _in_order(group: Updates) -> Iterator[Update]:
 
 
 def _rounding(asked: Updates, got: Updates, dtypes: frozenset[str]) -> tuple[float, float]:
-    """Return the largest relative rounding error of stored values, and the smallest value to which this bound applies.
+    """Return `(unit, least)`: stored values of at least `least` have a relative rounding error of at most `unit`.
 
     A writer rounds a computed tensor to the tensor's dtype. If the format does not support this dtype, the writer
     rounds to a dtype that the format supports.

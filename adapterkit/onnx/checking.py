@@ -343,7 +343,7 @@ def _checked_beside(
 ) -> CheckOutcome:  # fmt: skip
     """Check a merge that left weights packed: compare it with a merge that dequantizes the weights first.
 
-    In the written graph, added nodes beside the packed weights apply the change.
+    The written graph keeps the packed weights. Nodes that the merge added beside these weights apply the change.
     """
     from ..io.checkpoint import opened as opened_base
 
@@ -424,7 +424,7 @@ def _obstacle(model: bytes) -> str | None:
 
 
 def _session(model: bytes | str, bare: bool) -> OrtSession:
-    """Start a session; if `bare`, without optimizations and, if possible, without rounding activations.
+    """Start a session. If `bare`, turn off optimizations, and avoid rounding activations if possible.
 
     Rounding could make the outputs of two correct graphs differ.
     """

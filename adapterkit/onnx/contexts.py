@@ -51,13 +51,15 @@ class NewTokens:
     ids_note: str
 
     def instead_of(self, embedded: ir.Value, branch: Branch) -> ir.Value:
-        """Return `embedded` with the vectors of the new tokens at the positions of the new tokens."""
+        """Return `embedded`, but take the vectors at the positions of new tokens from `vectors`."""
         wide = branch.node("Unsqueeze", [self.new, branch.building.literal(np.array([-1]))], None, bool, None)
         return branch.node("Where", [wide, self.vectors, embedded], None, element_type(self.vectors), None)
 
 
 def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTokens:
-    """Add nodes that separate new tokens from the tokens of an embedding; `more` has one vector for each new token.
+    """Add nodes that detect new tokens and look up their vectors in a second table.
+
+    The second table is `more`. It has one vector for each new token.
 
     Raises:
         ShapeMismatch: the vectors' size differs from the embedding's.

@@ -1,4 +1,4 @@
-"""Split a `MoE` node into separate nodes for each expert, so that slots of experts cost no more than other slots.
+"""Split a `MoE` node into separate nodes for each expert, so that a slot for an expert costs no more than other slots.
 
 A `MoE` applies an activation between the two weights of an expert, so nodes after the `MoE` cannot add a change. Nodes
 before it would compute the changed weights of all experts again in each call: with 32 experts of 512 x 512, this took
@@ -126,7 +126,7 @@ def _separated(W: Value) -> Value:
 
 
 def with_split(places: Sequence[ResolvedTarget], building: Building) -> list[ResolvedTarget]:
-    """Split each `MoE` node that contains a target into separate nodes for each expert, if `split` supports the `MoE`.
+    """If a `MoE` node contains a target, and `split` supports the node, replace it by separate nodes for each expert.
 
     Returns:
         the targets. A target in a split `MoE` refers to the new nodes that read its weight.
@@ -154,8 +154,8 @@ def with_split(places: Sequence[ResolvedTarget], building: Building) -> list[Res
 
 
 def _can_split(node: ir.Node) -> bool:
-    # Do not split a node with `use_sparse_mixer`. The CPU kernel and the split ignore it, but other kernels do not, so
-    # the split would compute something else than these kernels.
+    # Do not split a node with `use_sparse_mixer`. The CPU kernel and the split nodes ignore this attribute. Other
+    # kernels use it, so their results would differ from the results of the split nodes.
     plain_routing = not attribute(node, "use_sparse_mixer", 0)
     return node.op_type == "MoE" and attribute(node, "activation_type", "relu") in ACTIVATIONS and plain_routing
 

@@ -161,7 +161,7 @@ class Experts(GraphLayer):
 
     @classmethod
     def parts(cls, node: ir.Node) -> int:
-        """Return how many matrices' rows alternate in an expert's weight: 2 for a fused gate and up, otherwise 1."""
+        """Return the number of matrices in an expert's weight: 2 for gate and up, whose rows alternate; otherwise 1."""
         return fused(node) if cls.first else 1
 
     @classmethod
@@ -271,7 +271,9 @@ class SecondExperts(Experts):
 
 
 class PackedExperts(Experts):
-    """The stack of first weights in a `QMoE`, packed along the input axis; each row or block of a row has a scale.
+    """The stack of first weights in a `QMoE`, packed along the input axis.
+
+    Each row has one scale, or one scale for each of its blocks.
 
     Class attributes:
         middle: the position of the optional zero points among the node's inputs.
@@ -301,7 +303,7 @@ class PackedExperts(Experts):
 
         def make() -> Array:
             # Zero points are packed into bytes. With blocks, each row begins with a new byte. Without blocks, each
-            # expert does.
+            # expert begins with a new byte.
             if size:
                 return split(numbers(copy).reshape(experts * out, -1), bits)[:, : -(-in_ // size)]
             return split(numbers(copy).reshape(experts, -1), bits)[:, :out].reshape(experts * out, 1)
@@ -394,7 +396,7 @@ def in_experts(spots: Sequence[Spot]) -> Iterator[Spot]:
 
 
 def _parts_of(word: str, out: int) -> list[tuple[str, int, int]]:
-    """Return `(name, start, stop)` for each part of a weight and for the whole weight, with a range of row indices."""
+    """Return `(name, start, stop)`, a name and a range of rows, for each part of a weight and for the whole weight."""
     parts = [("gate_proj", 0, out // 2), ("up_proj", out // 2, out)] if word == FUSED else []
     return [*parts, (word, 0, out)]
 
@@ -491,7 +493,7 @@ class ExpertPacking(Packing):
 
 
 def packing_of(spot: Spot, building: Building, fresh: Fresh) -> ExpertPacking:
-    """Return a stack's quantized values in a `QMoE`, with functions that reorder rows and store new values."""
+    """Return the quantized values of a `QMoE`'s stack, and two functions: one reorders rows, one stores new values."""
     kind, node = spot.kind, spot.node
     assert issubclass(kind, PackedExperts)
     (experts, out, in_), bits = kind.sizes(node), _bits(node)

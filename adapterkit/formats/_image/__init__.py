@@ -1,1 +1,4 @@
-"""Shared code for image-model formats. An adapter is one tensor file; a key is a module's name and a slot (`alpha`)."""
+"""Shared code for image-model formats.
+
+An adapter is one tensor file. The key of each tensor is a module's name and a slot, such as `alpha`.
+"""

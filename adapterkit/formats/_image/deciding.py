@@ -211,7 +211,7 @@ def decide(
 def candidates(updates: Updates, targets: Collection[Target], origin: Origin) -> list[ImageFamily]:
     """List the families that have all targets of the denoiser (U-Net or transformer) and fit the other evidence.
 
-    Evidence that no family fits is ignored.
+    Ignore each piece of evidence that would leave no family.
 
     Args:
         updates: all updates; their shapes are evidence.
@@ -384,7 +384,10 @@ def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata:
 
 
 def _begins(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether the names have two or more block numbers, consecutive from 0 or 1, and the family has these blocks."""
+    """Whether the numbers of each kind of block begin at 0 or 1 and have no gaps, and the family has these blocks.
+
+    Return False if the names have fewer than two block numbers.
+    """
     numbers = _numbers(paths)
     if not numbers or sum(map(len, numbers.values())) < 2:
         return False
@@ -459,7 +462,11 @@ def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Exte
 
 
 def names_family(family: ImageFamily, metadata: Mapping[str, str]) -> bool:
-    """Whether a file's metadata names this family. If the text contains names of several families, the longest wins."""
+    """Whether a file's metadata names this family.
+
+    If the metadata has the key `FAMILY`, its value lists the families. Otherwise, only the longest family name in the
+    metadata counts.
+    """
     if FAMILY in metadata:
         return family.name in metadata[FAMILY].split()
     text = " ".join(metadata.get(key, "") for key in _TELLING).lower()
@@ -476,7 +483,10 @@ _TELLING = (
 
 
 def complete(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether each kind of block in the names includes the last block of the family's largest published model."""
+    """Whether, for each kind of block, the highest number in the names is the number of the family's last block.
+
+    The family's last block is the last block of its largest published model. Kinds that the family lacks are ignored.
+    """
     last = {first: max(numbers) for first, numbers in _numbers(paths).items()}
     counted = {first: number for first, number in last.items() if first in family.facts.blocks}
     return bool(counted) and all(number + 1 == family.facts.blocks[first] for first, number in counted.items())
