@@ -62,8 +62,8 @@ def convert(
             `write`.
         max_error: with `on_loss="promote"`, an update that the format cannot express may become a LoRA whose weight
             change has at most this relative error.
-        profile: the program that will load the output, such as `"vllm"`, if it supports only some features of the
-            format.
+        profile: the program that will load the output, such as `"vllm"`, if this program supports only some features
+            of the format.
         match_base: use the weight names that `base` stores, and split or join updates to match the stored weights.
         rename: rules that rename targets, each `FROM=TO` or `@FILE`.
         overwrite: replace an existing output at `dst`.
@@ -239,8 +239,8 @@ def names(
         and the number of targets that the rule matched. `missing` has the targets that match no weight.
 
         Without an adapter, the dict also has the list `weights`. Module names that differ only in numbers share one
-        record. A record has `name` (with `#` for each number), `tensors` (the number of modules with such a name) and
-        `names` (the names that other tools use).
+        record. A record has `name` (with `#` for each number), `tensors` (the number of modules that share the
+        record) and `names` (the names that other tools use).
 
     Raises:
         CheckFailed: `strict_base` is set, and the adapter's files record a base that differs from `base`.
@@ -341,7 +341,8 @@ def report(
 def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
     """Read an adapter, and resolve its names with the base.
 
-    If the adapter does not fit the base, read it without the base. The report then states that it does not fit.
+    If the adapter does not fit the base, read it without the base. The report then states that the adapter
+    does not fit.
     """
     if base is None:
         return read(path)

@@ -181,7 +181,7 @@ HEADER = """\
 # Methods, formats and families of image, video and audio models
 
 `tools/image_matrix.py` writes this page. There is one table for each format. A row is a family of models, and a column
-is a method. Each cell shows how the format's writer handles an adapter whose modules have diffusers' names:
+is a method. Each cell shows how the format's writer handles an adapter with diffusers' module names:
 
 - `=`: the writer keeps the method.
 - `L`: with `--on-loss promote`, the writer writes a LoRA with exactly the same change.
@@ -189,11 +189,11 @@ is a method. Each cell shows how the format's writer handles an adapter whose mo
 - A number: the writer refuses the adapter; the list at the end of the page gives the reason with this number.
 
 Some weights that are separate in diffusers, such as queries, keys and values, are one fused weight in the files of the
-model's authors. If a cell has two marks, the second mark is for these weights, in an adapter with different factors for
-each of them. If a format cannot store weight differences, a weight difference becomes a LoRA of full rank, one factor
-of which is the identity. diffusers' own conversion does the same. The tables show conversions without `--base`. With
-`--base`, an update whose change depends on the base's weight becomes a weight difference, if the format can store
-weight differences.
+model's authors. If a cell has two marks, the second mark is for adapters that have different factors for each of these
+weights. If a format cannot store weight differences, the writer turns a weight difference into a LoRA of full rank, one
+factor of which is the identity. diffusers' own conversion does the same. The tables show conversions without
+`--base`. With `--base`, an update whose change depends on the base's weight becomes a weight difference, if the format
+can store weight differences.
 
 XLabs' files support LoRA on FLUX's attention. BFL's control files support LoRA and complete norm weights, both on FLUX.
 """

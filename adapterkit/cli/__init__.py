@@ -45,7 +45,7 @@ def main() -> None:
         number = getattr(signal, name, None)
         if (
             number is not None and signal.getsignal(number) == signal.SIG_DFL
-        ):  # `nohup` makes the process ignore SIGHUP. Keep it so: with our handler, a hangup would end the command.
+        ):  # If `nohup` made the process ignore SIGHUP, install no handler: a hangup must not end the command.
             signal.signal(number, _interrupted)
     # Collect garbage less often: a file of 10^5 tensors makes 10^6 long-lived objects, and each collection visits all
     # objects.
@@ -55,8 +55,8 @@ def main() -> None:
         adapterkit()
     finally:
         gc.set_threshold(*thresholds)
-        # At exit, the interpreter searches all remaining objects for cycles, except frozen objects. Without `freeze`,
-        # this search takes a tenth of a short command's time.
+        # At exit, the interpreter searches for cycles among all remaining objects that are not frozen. Without
+        # `freeze`, this search takes a tenth of a short command's time.
         gc.freeze()
 
 

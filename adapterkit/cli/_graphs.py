@@ -94,8 +94,9 @@ def graph_in(base: str) -> str | None:
 def graph_or_folder(model: str, out: str | None) -> str:
     """Return the path of the single ONNX file at `model`, or `model` itself.
 
-    Return `model` itself in two cases: if it is a folder of graphs and `out` does not end in .onnx, so that the command
-    changes all graphs of the folder; or if there is no single ONNX file at `model`. See `graph_in`.
+    If `model` is a folder of graphs, and `out` is set and does not end in .onnx, the command changes all graphs of the
+    folder, so return `model` itself. Also return `model` itself if there is no single ONNX file at `model` (see
+    `graph_in`).
     """
     from ..reporting.inspecting import graph_folder
 
@@ -108,7 +109,7 @@ def is_graphs(base: str, out: str | None) -> str | None:
     """Return the path of an ONNX file or of a folder of ONNX files; None if `base` is neither.
 
     A folder that also has weights does not count as a folder of ONNX files. If `base` is a folder with a single ONNX
-    file, `out` decides which of the two paths is returned; see `graph_or_folder`.
+    file, `out` decides whether the path of the folder or of the file is returned; see `graph_or_folder`.
     """
     from ..reporting.inspecting import graph_folder
 
@@ -169,7 +170,9 @@ def merge_graph(
 
 
 def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Path]]:
-    """Return a digest of the inputs and options of a merge or an injection (see `made_from`), and its input files.
+    """Return a digest of the inputs and options of a merge or an injection, and the list of the input files.
+
+    `made_from` computes the digest.
 
     Args:
         model: the graph, or the folder of graphs.

@@ -73,9 +73,10 @@ class LoKr(Additive):
         return D
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """Return B, the Kronecker product of the left factors of w1 and w2, and A, the product of their right factors.
+        """Return B and A, or None if `stacked` is true.
 
-        Return None if `stacked` is true.
+        B is the Kronecker product of the left factors of w1 and w2, times `scaling`. A is the Kronecker product of the
+        right factors of w1 and w2.
         """
         if self.stacked:
             return None

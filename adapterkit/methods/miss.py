@@ -49,7 +49,10 @@ class MiSS(Additive):
         return self.map(lambda leaf: times(leaf, weight))
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return B, the transposed block (repeated over the outputs), and A, an identity repeated over the inputs."""
+        """Return B and A.
+
+        B is the transposed block, repeated over the outputs. A is an identity matrix, repeated over the inputs.
+        """
         some = self._any
         B = _repeated(some, 0, len(some), 0, shape[0]).mT
         identity = namespace(some).eye(len(some), dtype=some.dtype, device=getattr(some, "device", None))

@@ -47,8 +47,8 @@ class MTLLoRA(LowRank):
     ) -> Self:
         count = cls.sizes["count"] if count is None else count
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
-        # Start with pairs of opposite factors B, which cancel out. If all factors started with equal values, such as
-        # zeros, then the factors would stay equal in training, and so would their weights.
+        # Start with pairs of opposite factors B, which cancel out. If all factors B were equal at the start (for
+        # example, all zero), then training would keep the factors equal, and would also keep their weights equal.
         Z = 0.1 * random((len(W), rank)) if count > 1 else W.new_zeros(len(W), rank)
         signs = W.new_tensor([(-1.0) ** i if i < count - count % 2 else 0.0 for i in range(count)])
         B = signs[:, None, None] * Z

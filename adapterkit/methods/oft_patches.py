@@ -97,7 +97,7 @@ def _within(i: int, j: int, high: int, wide: int) -> tuple[slice, slice]:
 
 
 def _bordered(x: Tensor, part: Tensor, i: int, j: int, high: int, wide: int) -> Tensor:
-    """Pad `part` with zeros to the size of the image `x`; `part` is at the rows and columns that `_within` returns."""
+    """Pad `part` with zeros to the size of the image `x`. The slices from `_within` select `part` in the result."""
     rows, _ = _within(i, j, high, wide)
     for axis, before, behind, strip in ((-1, j, wide - 1 - j, x[..., rows, :]), (-2, i, high - 1 - i, x)):
         whole: tuple[Any, ...] = (slice(None),) * (-1 - axis)

@@ -1,8 +1,8 @@
 """OLoRA: LoRA that replaces a part of the base's QR decomposition.  Buyukakyuz 2024, https://arxiv.org/abs/2406.01775
 
-W' = W - scaling * Q' R' + scaling * B @ A, where Q' is the first r columns of Q, and R' the first r rows of R, in the
-thin QR decomposition W = Q R. A file with only A and B is complete, because Q' R' can be computed exactly from the
-base, including signs.
+W' = W - scaling * Q' R' + scaling * B @ A. Given the thin QR decomposition W = Q R, Q' consists of the first r columns
+of Q, and R' consists of the first r rows of R. A file with only A and B is complete, because Q' R' can be computed
+exactly from the base, including signs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class OLoRA(InPlace):
-    """W' = W + scaling * (B @ A - Q' R'); for W = Q R, Q' has Q's first r columns, R' has R's first r rows."""
+    """W' = W + scaling * (B @ A - Q' R'), with Q' = Q[:, :r] and R' = R[:r] from the QR decomposition W = Q R."""
 
     fits: ClassVar[tuple[Rule, ...]] = (
         Rule(require="r <= out and r <= in", meaning="the rank is higher than the weight's dimensions allow"),

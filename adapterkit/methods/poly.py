@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Poly(Routed):
-    """The skills' shares are sigmoid(logits[task]), divided by the sum over the skills; x is `[rows, ..., in]`."""
+    """A skill's share is s / (sum of s over the skills), with s = sigmoid(logits[task]); x is `[rows, ..., in]`."""
 
     paper = "https://arxiv.org/abs/2202.13914"
     acts_on = "each row's output (depending on the row's task)"

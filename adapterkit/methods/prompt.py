@@ -53,13 +53,13 @@ class Prompt(ContextUpdate):
 
 
 def tokens_of(W: Tensor, count: int, random: Random, index: Sequence[int] | None) -> Tensor:
-    """Return initial embeddings `[count, dim]`, copied from the tokens `index` or from random tokens.
+    """Return initial embeddings `[count, dim]`: copies of the embeddings of the tokens in `index`, or of random tokens.
 
     Args:
         W: the embedding's weight, `[dim, vocabulary]`.
         count: the number of embeddings.
         random: a function from a shape to random numbers between -1 and 1.
-        index: token ids, repeated if there are fewer than `count`; None draws tokens at random.
+        index: token ids, repeated if there are fewer ids than `count`. If None, tokens are drawn at random.
     """
     if index is None:
         drawn = ((random((count,)) + 1) / 2 * W.shape[1]).tolist()

@@ -102,8 +102,8 @@ def changed_at_ends(
 ) -> Tensor:
     """Apply `first` at the first positions of y `[..., positions, channels]` and `last` at the last positions.
 
-    `counts` are the numbers of first and last positions. If the model is called with a mask `[rows, positions]`, only
-    unmasked positions count.
+    `counts` is a pair: the number of first positions, and the number of last positions. If the model is called with a
+    mask `[rows, positions]`, only unmasked positions count.
     """
     mask: Any = (getattr(layer, "call", None) or {}).get("attention_mask")
     if getattr(mask, "ndim", 0) == 2 and tuple(mask.shape) == tuple(y.shape[:-1]):

@@ -47,7 +47,7 @@ class Replacement(WeightUpdate):
     def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - all updates have the class of `cls`
         cls, updates: Sequence[Self], weights: Sequence[float]
     ) -> Self | None:
-        """Return the weighted sum of the updates, or None if it would not be a replacement.
+        """Return the weighted sum of the updates as one replacement, or None if this is not possible.
 
         The weights must sum to 1, because otherwise the result would depend on W. All updates must have the same
         tensors.

@@ -2,7 +2,8 @@
 
 https://arxiv.org/abs/2607.09287
 
-`index` numbers the weight's elements row by row. The hybrid form, Supra, also adds a LoRA: `scaling * B @ A`.
+Each value in `index` is the position of an element in the weight, counted row by row. The hybrid form, Supra, also adds
+a LoRA: `scaling * B @ A`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Uni-LoRA: LoRA whose factors repeat the elements of one shared vector.  Li et al. 2025, arXiv:2506.00799
 
-Every element of A and B is an element of the vector theta, multiplied by a fixed scale. The scale is `1 / sqrt(n)`,
-where n is the number of elements, in the factors of all modules, that repeat this element of theta. With these scales,
-the map from theta to all factors is an isometry.
+Every element of A and B is an element of the vector theta, multiplied by a fixed scale. If the factors of all
+modules use an element of theta n times in total, the scale of this element is `1 / sqrt(n)`. With these scales, the map
+from theta to all factors is an isometry.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ class WaveFT(Coefficients):
         lower, down = _band(rows, shape[0], taps)
         right, across = _band(columns, shape[1], taps)
         # The axes are swapped: the column selects the filter along the outputs, and the row selects the filter along
-        # the inputs. A coefficient in the right half has the high-pass filter along the outputs, and a coefficient in
-        # the lower half has it along the inputs.
+        # the inputs. A coefficient in the right half has the high-pass filter along the outputs. A coefficient in the
+        # lower half has the high-pass filter along the inputs.
         patches = _taps(self.low_pass, right)[:, :, None] * _taps(self.low_pass, lower)[:, None, :]
         inside = _on(down, shape[0])[:, :, None] & _on(across, shape[1])[:, None, :]
         flat = (down[:, :, None] * shape[1] + across[:, None, :]) * inside
@@ -63,7 +63,7 @@ def _band(positions: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
     """Return two tensors about each coefficient's position on one axis.
 
     The first, `[n]`, is true if the coefficient is in the second half of the padded axis. The second, `[n, taps]`,
-    contains the positions in the change that the coefficient's filter covers.
+    contains, for each coefficient, the positions that its filter covers on the axis of the change.
     """
     padded = size + taps - 2 + size % 2
     at = positions + (padded - size) // 2

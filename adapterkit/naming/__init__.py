@@ -1,1 +1,1 @@
-"""Read data about model families: names of weights, layouts that shapes do not show, and tied heads."""
+"""Read data about model families: weight names, tied heads, and layouts that cannot be inferred from shapes."""
