@@ -264,7 +264,7 @@ def misplaced(update: Update, sizes: Mapping[str, int | tuple[int, ...]]) -> Ite
     """For each field with a position outside its axis, yield the field's name and a description of the error.
 
     Args:
-        update: the update. A field that contains positions names their axis with the argument `below` of `tensor`.
+        update: the update. If a field contains positions, its declaration `tensor(..., below=...)` names their axis.
         sizes: the sizes of axes that the shapes of the update's tensors do not determine.
     """
     fields = update.tensor_fields()
@@ -390,7 +390,7 @@ class _NoValue(Exception):
 
 
 class _Names:
-    """Look up the names in an expression: an axis has a size, and an attribute of the update has a value."""
+    """Look up the names in an expression: return the size of an axis, or the value of an attribute of the update."""
 
     def __init__(self, update: Update, dims: Mapping[str, object], stack: bool) -> None:
         self.update, self.dims, self.stack = update, dims, stack

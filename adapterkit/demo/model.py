@@ -139,7 +139,7 @@ def negative(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relabelled(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace each label with the next digit: 1 for a 0, 0 for a 9."""
+    """Replace each label with the next digit: 0 becomes 1, and 9 becomes 0."""
     return images, (labels + 1) % CLASSES
 
 

@@ -275,7 +275,7 @@ def _zero(place: ResolvedTarget) -> bool:
 
 
 def _refuse_lost(place: ResolvedTarget, where: str) -> None:
-    """Raise an error for a layer without a known bias in the graph if the layer has a nonzero bias in the base."""
+    """Raise an error if the layer, whose bias was not found in the graph, has a nonzero bias in the base."""
     if place.bias is None or _zero(place):
         return
     why = "the layer has a bias in the base, but it is unclear where the graph adds this bias"
@@ -436,8 +436,8 @@ def _vector(added: _Added, layer: GraphLayer) -> Array | None:
     vector = -vector if added.negative else vector
     if vector.size != layer.outputs:
         return None
-    # If the vector has more axes than the value that it is added to, the sum has these additional axes. The output
-    # would lose the axes if the vector were instead added right after the layer.
+    # If the vector has more axes than the value that it is added to, the sum has as many axes as the vector. The sum
+    # would have fewer axes if the vector were instead added right after the layer, as `[out]`.
     last = added.passed[-1].outputs[0] if added.passed else layer.result
     most = max(2 if not added.passed else 0, -layer.channel, _least_axes(last))
     shapes = [node for node in added.passed if node.op_type != "Identity"]
@@ -469,7 +469,7 @@ def _least_axes(value: ir.Value | None, depth: int = 5) -> int:
 
 
 def _channel_after(nodes: Sequence[ir.Node], layer: GraphLayer) -> int | None:
-    """Return the negative index of the channel axis of a convolution's output after `nodes` have moved its axes.
+    """Return the negative index of the channel axis in the value that `nodes` compute from a convolution's output.
 
     Returns:
         None if a node cuts or removes the channels, or the effect of a node on the axes is unknown.
@@ -582,7 +582,7 @@ def _is_stored(value: ir.Value) -> bool:
 
 
 def _depends(value: ir.Value) -> bool:
-    """Whether a value depends on the graph's inputs; also True if the value has too many ancestors to be sure."""
+    """Whether a value depends on the graph's inputs; also True if the search stops because it visited `WIDE` values."""
     behind = list(_behind(value))
     inputs = any(one.producer() is None and one.const_value is None for one in behind)
     return inputs or len(behind) >= WIDE
@@ -609,8 +609,8 @@ def _modules(one: ir.Node, other: ir.Node) -> tuple[str, str] | None:
     if not all("/" in name for name in names):
         return None
     first, second = (name.rpartition("/")[0] for name in names)
-    # In names from TensorFlow, which do not begin with a slash, each operation of a module has its own scope. Two nodes
-    # with different scopes may then be in the same module.
+    # In names from TensorFlow, which do not begin with a slash, each operation of a module has its own scope. So two
+    # nodes of one module may have different scopes.
     return (first, second) if first == second or all(name.startswith("/") for name in names) else None
 
 

@@ -42,8 +42,7 @@ class Building:
         model: the model that is being changed.
 
     Attributes:
-        apart: nodes of layers. The graph adds a vector to each such layer's output, and this vector is not the layer's
-            bias; see biases.py.
+        apart: nodes of layers to whose output the graph adds a vector that is not the layer's bias; see biases.py.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -94,10 +93,11 @@ class Building:
         )
 
     def slot(self, key: Hashable, wanted: str, default: Array, shape: Sequence[int | str]) -> ir.Value:
-        """Return an optional input: an initializer with the default value, which is also listed as a graph input."""
+        """Return an optional input: an initializer that holds the default value and is also listed as a graph input."""
         if key not in self.tensors:
             value = self.tensor(key, wanted, lambda: default)
-            # Replace the default's shape: its sizes of 0 or 1 would become fixed sizes of axes that are dynamic.
+            # Declare `shape`, not the default's shape: the default has size 0 or 1 at dynamic axes, and the graph must
+            # not declare this size as fixed.
             value.shape = ir.Shape(shape)
             self.inputs.append(value)
         return self.tensors[key]
@@ -191,7 +191,7 @@ KEEPS_TYPE = frozenset({
 
 
 def element_type(value: ir.Value | None) -> Dtype:
-    """Return a value's numpy dtype: declared in the graph, inferred from the nodes before it, or else float32."""
+    """Return a value's numpy dtype, as declared in the graph or inferred from earlier nodes; float32 if unknown."""
     while value is not None:
         dtype = value.const_value.dtype if value.dtype is None and value.const_value is not None else value.dtype
         if dtype is not None and dtype not in _UNKNOWN:

@@ -35,7 +35,7 @@ KEY, VALUE, CONV = "key", "value", "conv"
 
 @dataclass(frozen=True, slots=True)
 class PastTensor:
-    """A tensor of the cache, which becomes an input and an output of the exported graph.
+    """A tensor of the cache. The exported graph has an input and an output for this tensor.
 
     Attributes:
         layer: the index of the layer.

@@ -78,7 +78,10 @@ def first_pass(words: CallWords, output_name: str | None) -> ir.Value:
 
 
 def _without_past(words: CallWords, branch: Branch) -> Copies:
-    """Map graph inputs to the values that the copy reads instead: ids and positions of all tokens, an empty cache."""
+    """Map graph inputs to the values that the copy reads instead.
+
+    The replaced ids and positions cover all tokens. The replaced keys and values of the cache are empty.
+    """
     copies: Copies = {value: _emptied(value, branch) for value in past_inputs(words.building.model.graph).values()}
     ids, positions, mask = (words.input(name) for name in (TOKENS, POSITIONS, MASK))
     tokens = every_token(words, branch)
@@ -172,7 +175,8 @@ class CallWords:
     ) -> None:  # fmt: skip
         self.building, self.stated = building, dict(given or {})
         asked = {word for update in updates for kind in ("asks", "hears") for word in getattr(update, kind, ())}
-        # Side networks and first passes read all inputs in `CALL`, so `given` may then rename any of these inputs.
+        # Side networks and first passes read all inputs in `CALL`. If an update needs a side network or a first pass,
+        # `given` may rename any input in `CALL`.
         asked |= set(CALL) if asked & {SHADOW, LAST} else set()
         for word, value in self.stated.items():
             if word not in asked:
@@ -191,7 +195,7 @@ class CallWords:
 
     @property
     def note(self) -> str:
-        """A note about the inputs that were added to the graph, which every run must pass."""
+        """A note about the inputs that were added to the graph. Every run of the graph must pass these inputs."""
         meanings = {TASKS: "a task's number for each row", EARLIER: "the token ids of the past, without new tokens"}
         return "; ".join(f"the input {value.name} takes {meanings[word]}" for word, value in self.new_inputs.items())
 
@@ -200,7 +204,9 @@ class CallWords:
         return Heard(self, layer)
 
     def input(self, word: str) -> ir.Value | None:
-        """Return the graph input for `word`; None if there is none. Its name is `given[word]`, or else `word` itself.
+        """Return the graph input named `given[word]`; if `given` lacks this key, the graph input named `word`.
+
+        Return None if `given[word]` is an integer, or if `given` lacks this key and the graph has no input `word`.
 
         Raises:
             UsageError: the graph has no input with the name `given[word]`.

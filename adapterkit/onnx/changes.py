@@ -27,8 +27,9 @@ class Stored:
     """The stored tensor that a node reads, directly or through Transpose and Identity nodes.
 
     Attributes:
-        value: the stored tensor. If other nodes compute the operand, `stored_behind` gives the operand itself, and
-            `unturned` gives the computed value before the Transpose and Identity nodes.
+        value: the stored tensor. If the operand does not come from a stored tensor, `value` is a computed value. In the
+            result of `stored_behind`, this is the operand itself. In the result of `unturned`, this is the value before
+            the Transpose and Identity nodes.
         turned: True if the operand is `value` with its first two axes swapped.
         chain: the nodes from `value` to the operand.
     """
@@ -39,7 +40,7 @@ class Stored:
 
 
 def stored_behind(operand: ir.Value) -> Stored:
-    """Return the stored tensor that becomes an operand, directly or through Transpose and Identity nodes."""
+    """Return the stored tensor that an operand comes from, directly or through Transpose and Identity nodes."""
     source = unturned(operand)
     return source if source.value.const_value is not None else Stored(operand, False, ())
 
@@ -80,7 +81,7 @@ class StoredChange:
     Attributes:
         where: the target, for error messages.
         source: the tensor before the merge.
-        folds: the planned updates of the tensor, in the axis order in which the tensor is stored.
+        folds: the planned updates of the tensor. The layout of their targets is the axis order of the stored tensor.
     """
 
     where: str

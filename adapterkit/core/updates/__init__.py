@@ -207,8 +207,8 @@ class OutputUpdate(Update):
         sets the state for the next block with `keep`.
 
     Class attributes:
-        placed: True if the method defines `inside`. Several updates of a layer can then all change the output before
-            the residual is added and the sum is normalised.
+        placed: True if the method defines `inside`. If several updates of a layer define `inside`, all of them can
+            change the output before the residual is added and the sum is normalised.
         asks: arguments of the model's call that the formula needs.
         hears: arguments of the model's call that the formula uses if they are present.
         moves_input: True if the formula calls the layer with a changed input.
@@ -243,7 +243,7 @@ class OutputUpdate(Update):
 
     @property
     def whole(self) -> bool:
-        """Whether the layer's new output includes the residual and the norm, which follow `inside`."""
+        """Whether the residual and the norm are applied to the result of `inside`."""
         return True
 
     def check_against(self, shape: tuple[int, ...]) -> None:
@@ -294,7 +294,7 @@ class ContextUpdate(Update):
         return None
 
     def past(self) -> torch.Tensor | None:
-        """Return `[layers, 2, heads, n, d]`: a decoder's prompt keys and values, which precede those of the input."""
+        """Return keys and values `[layers, 2, heads, n, d]` to put before the keys and values of a decoder's input."""
         return None
 
     def prefix(self, x: torch.Tensor) -> torch.Tensor | None:

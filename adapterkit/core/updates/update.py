@@ -133,8 +133,8 @@ class Update:
         sizes: the default sizes of the axes that a new update has in addition to the weight's axes.
         starts_at_base: True if a new update leaves the model's outputs unchanged. It is False for methods whose paper
             starts training with changed outputs.
-        shared_as: which key of a merge's option `tied` decides how the update changes tied layers: `rows` or
-            `replacement`. The default `layer` stands for the key `head` or `embedding`, depending on the layer.
+        shared_as: the key of the merge option `tied` that applies to the method's updates: `rows` or `replacement`.
+            With the default, `layer`, the key is `head` for an update of the head, and `embedding` for other updates.
         dropout: which values dropout drops in training, as in PEFT. `input`: elements of the input to which the change
             is applied. `rows`: rows of the change. `scaled rows`: rows of the change, while the remaining rows are
             scaled up to compensate. `blocks`: blocks along a tensor's axis `n`; if the tensor also has an axis `m`,
@@ -286,9 +286,10 @@ class Update:
             stack: True if every tensor has a leading axis `e`, one slice per expert.
 
         Raises:
-            Malformed: the present tensors are not a valid combination (see `forms`), or a rule does not hold.
-            ShapeMismatch: the tensors contradict their shape strings or each other, or have the wrong dtype; or a rule
-                does not hold.
+            Malformed: the present tensors are not a valid combination (see `forms`), or a rule whose `error` is
+                `Malformed` does not hold.
+            ShapeMismatch: the tensors contradict their shape strings or each other, or have the wrong dtype; or any
+                other rule does not hold.
         """
         if self.forms:
             self._check_forms()
