@@ -102,7 +102,8 @@ def device_name(_ctx: click.Context, _param: click.Parameter, value: str) -> str
 def _rules(_ctx: click.Context, _param: click.Parameter, value: Sequence[str]) -> tuple[str, ...]:
     """Return the rename rules, with each `@FILE` replaced by the rules in that file.
 
-    The digest of a command's options then changes if a rule in the file changes, and the command runs again.
+    The digest of a command's options is computed from these rules. So if a rule in the file changes, the digest
+    changes too, and the command runs again.
     """
     from ..naming.renames import rule_texts
 
@@ -234,7 +235,7 @@ source_format = click.option(
 )  # fmt: skip
 _compat = click.option(
     "--compat", "--experts-order", "compat", metavar="NAME",
-    help="How to interpret the adapter, if not as its training tool does. formula: compute the paper's formula. "
+    help="How to interpret the adapter. Default: as its training tool does. formula: compute the paper's formula. "
     "rank_major, grouped_by_expert or peft_0.18: the layout of stacked experts, if the file does not state the layout.",
 )  # fmt: skip
 _alpha = click.option(
@@ -313,7 +314,9 @@ def method_and_settings(default: str | None) -> Callable[[F], F]:
 
 
 def learned_data(files: Sequence[str], sources: Sequence[Adapter | str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {"data": function}, an argument of `ops.combine` for methods that learn from texts; {} without files.
+    """Return the argument `data` of `ops.combine`, for methods that learn from texts.
+
+    The result is {"data": function}, or {} if there are no files.
 
     Args:
         files: the values of `--data`.
@@ -448,8 +451,8 @@ def setting(text: str) -> tuple[str, object]:
 #     [tool.adapterkit.merge]      device = "cpu"
 #     device = "cpu"  /  [merge]                       in adapterkit.toml, or in ~/.config/adapterkit/config.toml
 #
-# The command line has precedence over the environment, the environment over the project's file, and the project's file
-# over the user's file. Within one source, a default for one command has precedence over a default for all commands.
+# The command line has the highest precedence. The environment comes second, the project's file third, and the user's
+# file last. Within one source, a default for one command has precedence over a default for all commands.
 # If ADAPTERKIT_CONFIG is set, only the file that it names is read; if it is empty, no file is read.
 
 

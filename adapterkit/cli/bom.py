@@ -1,8 +1,9 @@
 """Write a bill of materials for an adapter or a model.
 
 PATH is an adapter, a merged model or an ONNX graph. The result is a CycloneDX 1.6 ML-BOM. It lists every file with its
-SHA-256 digest, and each licence with its obligations. It names the base and the adapters as ancestors. It has a time
-only if SOURCE_DATE_EPOCH is set. With the same time and without --serial, the same files give the same document.
+SHA-256 digest, and each licence with its obligations. It names the base and the adapters as ancestors. The document has
+a timestamp only if SOURCE_DATE_EPOCH is set. With the same timestamp and without --serial, the same files give the same
+document.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class _Completed(_Text):
 
 
 def with_completions(command: click.Command) -> click.Command:
-    """Give each parameter that `VALUES` or `PATHS` names a type that completes its values. Return the command."""
+    """Set the type of each parameter in `VALUES` or `PATHS` to a type that completes values. Return the command."""
     for param in command.params:
         name = param.name or ""
         if isinstance(param.type, click.Choice):

@@ -21,8 +21,8 @@ from ..errors import Malformed
 WEIGHT = "weight"
 """A naming in which each weight is a separate tensor. GGUF files are read with this naming.
 
-A weight that the hub also stores as a separate tensor, in the same layout, has the hub's name. The name of every other
-weight, such as one that the hub fuses or stacks, is its key in the family's file.
+If the hub also stores a weight as a separate tensor, in the same layout, then this naming has the hub's name for the
+weight. For any other weight, such as one that the hub fuses or stacks, it has the weight's key in the family's file.
 """
 
 STORED_AS = "stored_as"
@@ -69,8 +69,8 @@ class WeightPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             consecutive rows.
         qkv: `query`, `key` or `value` if the tensor has all queries, then all keys, then all values. The head counts in
             the base's config determine how many rows each of the three has.
-        groups: whether the tensor's rows are ordered by key heads instead: the queries that share a key head, then the
-            key, then the value. Only with `qkv`.
+        groups: only with `qkv`. If True, the tensor does not have all queries first, but a group of rows for each key
+            head. A group has the queries that share the key head, then the key, then the value.
         half: set if the experts of two weights share one numbering: 0 if the experts of this weight have the first half
             of the numbers, 1 if they have the second half.
         flat: whether the tensor has shape `[in]`, so that the weight has one row.
@@ -105,7 +105,7 @@ class WeightPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
 
 class GgufCondition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The condition on a base's config under which llama.cpp's converter writes one `general.architecture`.
+    """A condition on a base's config. If it is met, llama.cpp's converter writes a certain `general.architecture`.
 
     Attributes:
         classes: the condition is met if the first entry of the config's `architectures` is in this list.
@@ -175,9 +175,10 @@ class PipelineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         encoders: the text encoders, by their names in diffusers, such as `text_encoder_2`.
         prefixes: a map from a part of the pipeline to the prefix of its keys in kohya's files. Parts with the prefix
             `lora_unet` or `lora_te` are not listed.
-        beside: a map from a module (or a prefix) in another part of the pipeline to the module's name in ComfyUI.
-        modules: a map from a part of the pipeline that is a key of `beside` to templates for the names of the part's
-            modules. Kohya's keys are these names, with underscores instead of dots.
+        beside: ComfyUI's names for modules in other parts of the pipeline. Each key is such a module's name in
+            diffusers, or a prefix of such names.
+        modules: templates for the names of the modules in other parts of the pipeline. Each key is the name of a part,
+            which is also a key of `beside`. Kohya's keys are the modules' names, with underscores instead of dots.
         diffsynth_head: the number of rows of one head, if DiffSynth's files order fused q, k and v head by head.
             Otherwise 0.
         header_alpha: whether an alpha in a file's header applies to every module, if the file has no alpha tensors.
@@ -260,9 +261,9 @@ class Architecture:
 
     @cached_property
     def namings(self) -> tuple[str, ...]:
-        """List the family's namings: first those in `keyed`, then those of the weights, then those in `extends`.
+        """List the family's namings: those in `keyed`, then those in the entries of `weights`, then those in `extends`.
 
-        `WEIGHT` comes last, and only if `apart` is true.
+        If `apart` is true, the list ends with `WEIGHT`.
         """
         named = (naming for places in self.record.weights.values() for naming in places)
         names = [*self.record.keyed, *named, *self.record.extends]
@@ -295,7 +296,10 @@ class Architecture:
         return places
 
     def namings_with(self, name: str) -> tuple[str, ...]:
-        """List the namings that have `name`, or a name that differs from it only in numbers; `WEIGHT` comes last."""
+        """List the namings that have `name`, or a name that differs from `name` only in numbers.
+
+        If `WEIGHT` is one of them, it comes last.
+        """
         shape = shape_of(name)
         if shape not in self._namings:
             every = dict.fromkeys((*self.namings, WEIGHT))

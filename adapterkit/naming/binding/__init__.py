@@ -95,8 +95,8 @@ def bind(
         base: an open checkpoint, or its path.
         partial: whether to omit targets that the base does not have, instead of raising an error; at least one target
             must remain.
-        aliases: a map from a name that is not in the base's files, such as the name of a tied head, to the name under
-            which the same tensor is stored.
+        aliases: other names of stored tensors, such as the name of a tied head. These names are not in the base's
+            files. `aliases` maps each of them to the name under which the tensor is stored.
         rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name is used.
             `family:NAME` names the family of a base without a config. `rows:by_head` or `rows:by_part` states the order
             of fused queries, keys and values.
@@ -118,7 +118,8 @@ def bind(
     given: Sequence[Site] = in_order_of(base, sites_here.sites, shapes, rules)
     if resize is not None:
         given, shapes = resize(given, shapes)
-    # Let all sites with equal forms share one form object: tens of thousands of targets have only a few dozen forms.
+    # Let all sites with equal results of `Site.form` share one object: tens of thousands of sites have only a few dozen
+    # different results.
     same: dict[Hashable, Hashable] = {}
     forms = [same.setdefault(form, form) for form in (site.form(shapes) for site in given)]
     sites = with_layouts(list(given), shapes, sites_here.config, forms)
@@ -288,7 +289,8 @@ def with_layouts(
     Raises:
         ShapeMismatch: the layout of a square weight is ambiguous.
     """
-    # Compute the fitting layouts once per form: tens of thousands of targets have only a few dozen forms.
+    # Compute the fitting layouts once for all sites with the same result of `Site.form`. Tens of thousands of sites
+    # have only a few dozen different results.
     known: dict[Hashable, list[str]] = {}
     fitting = []
     for site, form in zip(sites, forms or [site.form(shapes) for site in sites], strict=True):
@@ -319,7 +321,7 @@ def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:
 
 
 def _product_alone(site: Site) -> bool:
-    """Return whether the updates show only the product of the input size and the kernel's sizes, not each size."""
+    """Return whether the updates show the product of the input size and the kernel's sizes, but not these sizes."""
     dims = [update.dims(site.target.stacked) for update in site.updates]
     return any("columns" in each for each in dims) and not any({"in", "out", "rest"} & each.keys() for each in dims)
 
@@ -348,7 +350,7 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
 
 
 def _whole_only(site: Site) -> bool:
-    """Return whether the updates have whole weights, not factors; their axes are then in the adapter's layout."""
+    """Return whether the updates have whole weights, not factors. Whole weights have the adapter's layout."""
     dims = [update.dims(site.target.stacked) for update in site.updates]
     return any("rest" in each for each in dims) and not any("in" in each for each in dims)
 
@@ -365,8 +367,8 @@ def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: 
     """Reorder the updates of fused projections so that their rows have the order of the base's rows.
 
     Args:
-        base: the base. Published single files have all queries, then all keys, then all values; shards may have either
-            order.
+        base: the base. A base that is published as a single file has all queries, then all keys, then all values. A
+            base in shards may have this order, or store the rows head by head.
         sites: the sites of the updates.
         shapes: the shapes of the base's tensors, by name.
         rules: the user's rules; a rule `rows:by_head` or `rows:by_part` states the order.
@@ -561,8 +563,8 @@ def weight_shape(
     """Return the shape of a target's weight: from the base if it has the weight, or else from the updates.
 
     Returns:
-        `[out, in, *k]`, without the axis of experts; `[out]` if the updates change only a bias and the base shows no
-        weight; None if unknown.
+        the shape `[out, in, *k]`, without the axis of experts. The shape is `[out]` if the updates change only a bias
+        and the base does not show the weight's shape. The result is None if the shape is unknown.
     """
     if base is not None:
         checkpoint = opened(base)

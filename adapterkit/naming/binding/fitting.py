@@ -367,10 +367,10 @@ def name_map(
         partial: whether to list targets in `missing` if the base does not have them, instead of raising an error.
 
     Returns:
-        a dict with `base` (its path), `model_type` and `family` (the name of the base's architecture file, or None).
-        With an adapter, the dict also has `targets`, `rules` and `missing`. Without an adapter, it has `weights`: a
-        record for each stored name, with the weight's name in each naming. Stored names that differ only in numbers
-        share one record.
+        a dict with `base` (the base's path), `model_type` and `family` (the name of the base's architecture file, or
+        None). With an adapter, the dict also has `targets`, `rules` and `missing`. Without an adapter, it has
+        `weights`: a record for each stored name, with the weight's name in each naming. Stored names that differ only
+        in numbers share one record.
 
     Raises:
         TargetNotFound: the base does not have a target, or a target's name can mean two modules.

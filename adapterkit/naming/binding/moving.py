@@ -299,7 +299,7 @@ def _into(
 
 
 def _spread(update: Update, size: int, start: int, step: int, target: Target) -> Update:
-    """Extend a LoRA for every `step`-th row of a weight to all rows, with zeros in the other rows."""
+    """Extend a LoRA that has only every `step`-th row of a weight. The result has all rows; the new rows are zero."""
     if update.method != "lora":
         why = f"the base interleaves gate and up; only LoRA, not {update.method}, can change one of every {step} rows"
         raise NotMergeable(
@@ -486,9 +486,9 @@ def by_expert(adapters: Sequence[Adapter]) -> list[Adapter]:
         adapters: adapters for the same unknown base.
 
     Returns:
-        the adapters in the same order. If an adapter has stacks, its updates are split into updates of single experts,
-        with the names that the first adapter with single experts uses. An adapter is unchanged if no adapter has single
-        experts, or if no family's file maps its stacks to these names.
+        the adapters in the same order. Updates of stacks are split into updates of single experts. The new updates get
+        the names that the first adapter with single experts uses. If there is no such adapter, all adapters are
+        unchanged. An adapter is also unchanged if no family's file maps its stacks to these names.
 
     Raises:
         UsageError: several families' files map the stacks to these names, but split the stacks differently.
@@ -549,7 +549,7 @@ def _has_stacks(adapter: Adapter) -> bool:
 
 
 def _stored_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """Return a map from each weight that an adapter changes to its shape `[out, in]`; `()` if no update shows it."""
+    """Return the shape `[out, in]` of each weight that an adapter changes; `()` if no update shows the shape."""
     shapes: dict[str, tuple[int, ...]] = {}
     for target, updates in adapter.updates.items():
         dims = updates[0].dims(target.stacked)
