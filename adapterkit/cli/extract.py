@@ -1,8 +1,8 @@
 """Extract an adapter from a fine-tuned model and its base.
 
 TUNED and BASE are folders of weights, or weight files, of the same architecture. Each changed matrix becomes a LoRA, or
-an update of the method that --method names. Changes of norms and biases are stored without loss, and so
-are changed or new rows of token embeddings.
+an update of the method that --method names. Changes of norms and biases are stored without loss. By
+default, changed or new rows of token embeddings are also stored without loss.
 """
 
 from __future__ import annotations

@@ -50,8 +50,9 @@ RESULTS = {True: "passed", False: "failed", None: "undecided"}
     "--seed", type=int, default=0, show_default=True, help="Random seed for choosing texts and making random changes."
 )
 @click.option(
-    "--null/--no-null", default=True, show_default=True, help="Also run the base with random changes of the same size."
-)
+    "--null/--no-null", default=True, show_default=True,
+    help="Also run the base with random changes that have the same norms as the adapters' changes.",
+)  # fmt: skip
 @click.option(
     "--device", callback=_options.device_name, default="auto", show_default=True, metavar="DEVICE",
     help="Device to run on: auto, cpu or cuda:N.",

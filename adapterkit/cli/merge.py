@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 @_options.tied
 @click.option(
     "--quantized", type=click.Choice(["dequantize", "requantize", "original"]),
-    help="If the base is quantized: dequantize merges into the dequantized weights and writes 16-bit weights; "
-    "requantize quantizes this result again; original merges into the original 16-bit weights at --onto.",
+    help="How to merge into a quantized base. dequantize: merge into the dequantized weights and write 16-bit weights; "
+    "requantize: quantize the merged weights again; original: merge into the original 16-bit weights at --onto.",
 )  # fmt: skip
 @click.option(
     "--keep-change", type=click.Choice(["float", "packed"]),
@@ -103,8 +103,8 @@ if TYPE_CHECKING:
 @_options.strict_licence
 @click.option(
     "--vocab", type=click.Choice(["grow", "keep"]),
-    help="If an adapter has more tokens than the base: grow adds the new embedding rows, keep omits them. Default: "
-    "grow if the adapter's file contains all new rows, otherwise an error.",
+    help="How to merge an adapter that has more tokens than the base. grow: add the new embedding rows; keep: omit "
+    "these rows. Default: grow if the adapter's file contains all new rows, otherwise an error.",
 )  # fmt: skip
 @click.option(
     "--stream", is_flag=True,

@@ -42,9 +42,9 @@ def family_of(name: str, modules: Collection[str], keys: Collection[str] = ()) -
     key-value, only families with this key-value are considered. Otherwise, only families without a `gguf_key` are
     considered, or all families if each has one.
 
-    The function chooses the family whose file lists the most tensors of the GGUF file. If several families list equally
-    many, it prefers the family with the fewest weights without a GGUF name, and then the family with the fewest GGUF
-    names that are not in the GGUF file.
+    The function chooses the family whose file lists the most tensors of the GGUF file. If several families list the
+    same number of tensors, it prefers the family with the fewest weights that have no GGUF name. If several families
+    are left, it prefers the family with the fewest GGUF names that the GGUF file lacks.
 
     Args:
         name: the file's `general.architecture`.
@@ -99,7 +99,7 @@ rows.
 def fused_places(family: Architecture, module: str) -> list[tuple[str, WeightPlace, dict[str, str]]]:
     """Return the result of `place_of` for each part of a tensor in `FUSED`.
 
-    The list is empty for any other tensor, and if the family does not list one of the parts.
+    The list is empty if the tensor is not in `FUSED`, or if the family does not list one of the parts.
     """
     stem, _, leaf = module.rpartition(".")
     places = [place_of(family, f"{stem}.{part}") for part in FUSED.get(leaf, ())]
@@ -130,7 +130,7 @@ def fused_rows(module: str, rows: int, values: Mapping[str, object], name: str) 
 
 
 def row_order(place: WeightPlace, rows: int, heads: Heads, where: str) -> Rows | None:
-    """Return `order`: row i of the file's tensor is row `order[i]` of the weight; None if both orders are equal.
+    """Return `order`: row i of the file's tensor is row `order[i]` of the weight. Return None if no rows are moved.
 
     Raises:
         UsageError: the vision tower's number of heads is needed, but unknown.
@@ -160,7 +160,9 @@ def row_order(place: WeightPlace, rows: int, heads: Heads, where: str) -> Rows |
 
 
 def column_order(place: WeightPlace, columns: int, heads: Heads, where: str) -> Rows | None:
-    """Return `order`: column i of the file's tensor is column `order[i]` of the weight; None if both orders are equal.
+    """Return `order`: column i of the file's tensor is column `order[i]` of the weight.
+
+    Return None if no columns are moved.
 
     Raises:
         ShapeMismatch, Unsupported: see `row_order`.
@@ -180,8 +182,9 @@ def rows_apart(
         where: the tensor, for errors.
 
     Returns:
-        a tuple: the indices of the weight's rows in the first and in the second tensor; whether the first tensor stores
-        each head's matrix transposed; the length of a row of the weight.
+        a tuple (rows, transposed, length). `rows` has two arrays: the indices of the weight's rows that are stored in
+        the first tensor, and the indices of those that are stored in the second tensor. `transposed` states whether the
+        first tensor stores each head's matrix transposed. `length` is the length of a row of the weight.
 
     Raises:
         Unsupported: the shapes of the two tensors do not match, or the heads of linear attention are unknown.
@@ -226,7 +229,7 @@ def heads_in(values: Mapping[str, object], name: str, where: str) -> Heads:
 
 
 def _in_attention(count: object) -> object:
-    """Return the number of heads per layer with attention; return `count` if these layers have different numbers.
+    """Return the number of heads in a layer that has attention. If such layers have different numbers, return `count`.
 
     In hybrid models, `count` is a list with one number per layer, which is 0 for layers without attention.
     """

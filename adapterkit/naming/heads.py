@@ -246,7 +246,7 @@ def linear_qkv(rows: int, heads: LinearHeads, where: str) -> Rows:
 
 
 def linear_qkvz(rows: int, heads: LinearHeads, where: str) -> tuple[Rows, Rows]:
-    """Split the rows of a fused weight: return the row indices of queries, keys and values, and those of the gates.
+    """Return two arrays of row indices of a fused weight: one for queries, keys and values, and one for the gates.
 
     The weight is ordered by key heads, as in transformers' `in_proj_qkvz` of Qwen3-Next: each key head has its query
     rows, then its key rows, then its value rows, then the gate rows for these values.

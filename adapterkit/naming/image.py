@@ -18,7 +18,7 @@ from .architectures import Architecture, Head, WeightPlace, fill
 _WORD = re.compile(r"[A-Za-z]\w*?(?=[._]|$)")
 
 KOHYA = "kohya"
-"""A placeholder for the naming from which sd-scripts makes its keys, by writing dots as underscores.
+"""A placeholder for the naming that sd-scripts uses. In its keys, sd-scripts replaces the names' dots by underscores.
 
 The key `kohya` in a family's file states which naming is meant; the default is `native`.
 """
@@ -72,7 +72,10 @@ class ImageFamily:
         return frozenset(number for naming in self.namings for number in self.names(naming).literal)
 
     def modules(self, part: str) -> PatternNames:
-        """Return the module names of `part`, another part of the pipeline. `facts.modules` must list this part."""
+        """Return the module names of `part`, a part of the pipeline that is not the denoiser.
+
+        `facts.modules` must list this part.
+        """
         if part not in self._names:
             self._names[part] = names_of(_pattern(name) for name in self.facts.modules[part])
         return self._names[part]
@@ -121,7 +124,7 @@ class ImageFamily:
         return next((naming for naming in order if all(path in self.names(naming) for path in paths)), "")
 
     def moves(self, path: str, ours: str, theirs: str, ratio: float | None = None) -> tuple[Piece, ...]:
-        """Return the modules that, in another naming, contain the rows of the module `path`.
+        """Return the modules of another naming that contain the rows of the module `path`.
 
         The result is empty if the modules of the other naming do not contain all of these rows.
 
@@ -145,7 +148,7 @@ class ImageFamily:
         return pieces_here if complete else ()
 
     def ratios(self, path: str) -> list[float]:
-        """List the possible values of a module's number of outputs divided by its number of inputs.
+        """List the possible ratios of a module's number of outputs to its number of inputs.
 
         The list is empty if the family's file states no ratio for the module.
         """
@@ -186,7 +189,7 @@ def families() -> tuple[ImageFamily, ...]:
 def families_of_model(tensors: Iterable[str]) -> list[ImageFamily]:
     """List the families to which a whole U-Net or transformer may belong, given the names of its tensors in any naming.
 
-    A family fits if its file lists all modules of the model. If no file lists all modules, a family fits under three
+    A family fits if its file lists all modules of the model. If no file lists all modules, a family must meet three
     conditions: its file lists more than half of the modules, no other file lists more of them, and no other file lists
     a module that this file lacks. Published checkpoints have modules that no file lists: learned tokens and small
     networks.
@@ -265,7 +268,7 @@ The prefix depends on the class that saved the model: a class with or without a 
 
 
 def encoder_kind(rest: str) -> str:
-    """Return the kind of text encoder (`clip`, `t5` or `llm`) that has a module named `rest`; empty if none has."""
+    """Return the kind of text encoder (`clip`, `t5` or `llm`) that has a module named `rest`; empty if unknown."""
     return next((kind for kind, names in encoders().items() if rest in names), "")
 
 
@@ -391,7 +394,7 @@ def is_not_xl(paths: Collection[str]) -> bool:
 
 
 def _only(family: str, other: str, paths: Collection[str]) -> bool:
-    """Whether at least one name is in `family` but not in `other`, and no name is in `other` but not in `family`."""
+    """Whether at least one name belongs only to `family`, and no name belongs only to `other`."""
     one, two = (next(each for each in families() if each.name == name) for name in (family, other))
     membership = {(path in one, path in two) for path in paths}
     return (True, False) in membership and (False, True) not in membership

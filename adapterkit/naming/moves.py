@@ -65,7 +65,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class MoveRule:
-    """A rule that mapped names of an adapter to a base, for reports.
+    """A record, for reports, of a rule that mapped an adapter's names to a base's names.
 
     Attributes:
         kind: `user`, `exact`, `wrapper`, `architecture` or `prefix`.
@@ -239,7 +239,7 @@ _KINDS: dict[str, dict[str, str]] = {
     "half": {"encoder": "encoder", "decoder": "decoder"},
     "role": {"thinker": "thinker", "talker": "talker"},
 }
-"""The parts of models, by kind, each with the words that stand for the part in a prefix.
+"""A map from each kind of part to the parts of this kind. Each part is mapped to the words that name it in a prefix.
 
 The tensors of two parts of one kind may have the same shapes, so only these words tell the parts apart.
 """
@@ -284,7 +284,7 @@ def exchangeable(off: str, on: str) -> bool:
 
 
 def keeps_parts(off: str, on: str) -> bool:
-    """Whether `on` keeps all words of the prefix `off`, except perhaps `model` and `transformer`, or adds no words."""
+    """Whether the prefix `on` adds no words to the prefix `off`, or drops no words but `model` and `transformer`."""
     ours, theirs = off.split(".")[:-1], on.split(".")[:-1]
     dropped = {word for word in ours if word not in theirs}
     return dropped <= {"model", "transformer"} or all(word in ours for word in theirs)

@@ -106,8 +106,8 @@ def find_parts(
 ) -> dict[Target, tuple[Update, ...]]:
     """Find the module of the base to which each context update belongs.
 
-    Return the context updates, with the module's path in the base as the target's path. The path of the whole model is
-    empty.
+    Return the context updates by target. The path of each target in the result is the path of its module in the base.
+    The path is empty if the module is the whole model.
 
     Args:
         adapter: an adapter that contains only context updates, see `apart`.
@@ -134,7 +134,7 @@ def find_parts(
 
 
 def _part_change(path: str, modules: set[str]) -> Prefix:
-    """Return the change of prefix that maps `path` to a module of the base, if there is exactly one.
+    """Return the change of prefix that maps `path` to a module of the base, if exactly one change does so.
 
     Otherwise, return `("", "")`.
     """
@@ -192,9 +192,9 @@ def find_sites(
         rename: the user's rules, each `FROM=TO`, `@FILE` or `family:NAME`.
 
     Raises:
-        TargetNotFound: the base has none of the targets; the base lacks some of the targets, and `partial` is false; a
-            name can mean two different modules; or `rename` is empty, and the adapter records another family than the
-            base's.
+        TargetNotFound: the base has none of the targets; `partial` is false, and the base lacks some of the targets; a
+            name can mean two different modules; or `rename` is empty, and the adapter records a family that differs
+            from the base's family.
         ShapeMismatch, NotMergeable, Unsupported: the base splits, fuses or stacks the weight of a target, and the
             target's update cannot be split, fused or stacked in the same way.
     """
@@ -259,7 +259,7 @@ def find_sites(
 
 
 def _place_in_parts(resolution: Resolution, names: Names, config: Mapping[str, object], fits: Fits) -> None:
-    """Map the missing targets that belong to a model inside the base, with the file of that model's family.
+    """Map the missing targets that belong to a model inside the base. Use the file of that model's family.
 
     The config of an encoder-decoder can contain one config per model. For example, TrOCR's published models are a
     `vision-encoder-decoder` that contains a ViT. The file of the ViT family is needed because transformers 5 renamed
@@ -333,7 +333,9 @@ Reading = tuple[tuple[str, tuple[Move, ...]], ...]
 
 
 def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[str] = ()) -> Architecture | None:
-    """Find the family whose file maps the targets to weights of the base whose shapes fit the updates.
+    """Find the family whose file maps the targets to weights of the base.
+
+    The shapes of these weights must fit the targets' updates.
 
     Args:
         updates: a map from each target that has not been found in the base yet to its updates.
@@ -552,9 +554,9 @@ def has_model(given: Mapping[str, bool], module: str, trained_class: str | None)
     if trained_class is None:
         return bool(there)
     if types is None:
-        # The adapter was trained on a whole model. Do not accept a base that shares only a part with this model:
-        # MusicFlamingo contains AudioFlamingo 3's audio encoder. But an adapter of the whole Gemma 3 may fit the text
-        # model alone.
+        # The adapter was trained on a whole model. Refuse a larger base that contains only a part of this model:
+        # MusicFlamingo contains AudioFlamingo 3's audio encoder. But accept a base that is such a part itself: an
+        # adapter of the whole Gemma 3 may fit Gemma 3's text model.
         return any(whole or name not in _parts_with() for name, whole in there.items())
     # The adapter was trained on a part. Accept the same part, and accept whole models, because they contain all parts
     # that their Python module defines. Parakeet is an exception: one module defines several models with different
