@@ -96,9 +96,9 @@ Updates = Mapping[Target, tuple[Update, ...]]
 def order_counts(targets: Sequence[tuple[Target, Sequence[Update]]]) -> bool:
     """Whether the result depends on the order in which the updates of these targets are applied.
 
-    All targets refer to the same weight, but may come from several adapters. The order matters if two targets share
-    rows, and at least one update of these two targets is not additive. Otherwise, updates that share rows are all
-    additive, so their order does not matter.
+    All targets refer to the same weight, but may come from several adapters. If two targets share rows, and an update
+    of either target is not additive, the order matters. Otherwise, updates that share rows are all additive, so their
+    order does not matter.
     """
     plain = [all(update.kind == "additive" for update in updates) for _, updates in targets]
     places = [(target.layout, target.rows) for target, _ in targets]
@@ -518,7 +518,7 @@ def _check_update(target: Target, update: Update, together: dict[str, object]) -
 
 
 def _shared(dims: Dims) -> dict[str, object]:
-    """Return the axis sizes that all updates of a target must share; the first size of `rest` counts as `in`."""
+    """Return the axis sizes that all updates of a target must share. The first size of `rest` is the size of `in`."""
     rest = dims.get("rest")
     shared: dict[str, object] = {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims}
     return shared | ({"in": rest[0]} if rest and isinstance(rest, tuple) else {})

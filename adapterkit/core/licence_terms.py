@@ -273,9 +273,9 @@ _MOST_READINGS = 256
 
 
 def _readings(parts: Sequence[Part]) -> list[list[Part]]:
-    """Return the combinations in which each part has one of its sets of licences, at most `_MOST_READINGS` of them.
+    """Choose one set of licences for each part, and return all such combinations, but at most `_MOST_READINGS`.
 
-    A combination is a list of pairs of a part's name and a single licence.
+    A combination is a list of pairs (name of a part, single licence).
     """
     each = [[[(name, licence) for licence in some] for some in choices(licence)] for name, licence in parts]
     return [[part for some in choice for part in some] for choice in islice(product(*each), _MOST_READINGS)]

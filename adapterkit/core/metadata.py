@@ -61,9 +61,9 @@ def metadata_of(adapter: Adapter) -> dict[str, str]:
 
 
 def read_with(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
-    """Return the adapter with `metadata`, its file's text metadata, in the last step of its lineage, which is `read`.
+    """Return the adapter with `metadata`, the text metadata of its file, added to the last step of its lineage.
 
-    Readers that store no metadata in `foreign` call this function.
+    This last step must be the step `read`. Readers that store no metadata in `foreign` call this function.
     """
     if not metadata:
         return adapter
@@ -75,7 +75,7 @@ def with_metadata(pairs: Iterable[tuple[str, str]], adapter: Adapter) -> list[tu
     """Return the (key, value) pairs for a new file's header.
 
     The result contains `pairs`, then the metadata of the adapter's source files, then the fingerprints and shape
-    digests of its bases. If `pairs` contains a key, the key's other values are ignored.
+    digests of the adapter's bases. If a key is in `pairs`, its value from `pairs` is used, and all others are ignored.
 
     Args:
         pairs: the pairs that the format requires, or the pairs from the source file's header.
@@ -146,7 +146,7 @@ def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
 
 
 def model_types_of(adapter: Adapter) -> tuple[str, ...]:
-    """Return the model types of the base that an adapter's lineage and config state, without duplicates.
+    """Return the model types that an adapter's lineage and config state for its base, without duplicates.
 
     A PEFT config without a task type contains the name of the Python module that defines the base's class, such as
     `transformers.models.llama.modeling_llama`. This name contains the model type. An AdapterHub config contains
@@ -182,7 +182,7 @@ def _arguments(steps: Iterable[Step | Mapping[str, Any]], name: str) -> Iterator
 
 
 def _strings(value: object) -> dict[str, str]:
-    """Return the entries of a mapping, or of a list of pairs, whose key and value are text; {} for any other value."""
+    """Return the entries whose key and value are text; {} if `value` is neither a mapping nor a list of pairs."""
     pairs = value.items() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return {
         pair[0]: pair[1]

@@ -172,7 +172,7 @@ def _announcements(places: tuple[str, ...]) -> bytes | None:
         return None
     try:
         return b"\n".join(_announced_in(place or ".") for place in places if os.path.exists(place or "."))
-    except OSError:  # An entry is an archive, which only the import system can search, or cannot be listed.
+    except OSError:  # An entry cannot be listed, or is an archive, which only the import system can search.
         return None
 
 

@@ -222,9 +222,9 @@ class FamilyNames:
         self.counts: dict[str, int] = {}
         templates = {naming: list(architecture.templates(naming)) for naming in architecture.namings}
         covered = {naming: sum(t in self.shapes for t in known) for naming, known in templates.items()}
-        # If the base has more than half of a naming's names unchanged, search no prefixes for the other namings,
-        # because the search could find a wrong prefix. Still search one for this naming, because one part of the model
-        # may need it: in Dots 3's class without a head, only the names of the text model lose a prefix.
+        # If the base has more than half of a naming's names unchanged, do not search a prefix for the other namings,
+        # because the search could find a wrong prefix. Still search a prefix for this naming, because one part of the
+        # model may need a prefix: in Dots 3's class without a head, only the names of the text model lose a prefix.
         plain = {naming for naming, count in covered.items() if 2 * count > len(templates[naming])}
         self.prefixes = {
             naming: self._prefix(known, bool(plain)) if not plain or naming in plain else ("", "")
@@ -232,10 +232,10 @@ class FamilyNames:
         }
 
     def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
-        """Return everything in the base that `name` can mean: a map from moves to a pair of namings.
+        """Return a map with one entry for each possible meaning of `name` in the base.
 
-        Each key has the moves from `name` to weights of the base. The pair has the naming that contains `name`, and the
-        naming that the base uses. The map is empty if the base has nothing that `name` can mean.
+        The key contains the moves from `name` to weights of the base. The value is a pair: the naming that contains
+        `name`, and the naming that the base uses. The map is empty if `name` has no meaning in the base.
         """
         readings: dict[tuple[Move, ...], tuple[str, str]] = {}
         rooted = [f"{self.root}.{name}"] if self.root and not name.startswith(f"{self.root}.") else []
@@ -257,7 +257,7 @@ class FamilyNames:
 
     @cached_property
     def root(self) -> str:
-        """Return the prefix that the family's classes with a head put before the model's names: `vit` for a ViT.
+        """Return the prefix of the model's names in the family's classes with a head: `vit` for a ViT.
 
         transformers calls this prefix `base_model_prefix`. Return an empty string if the prefix is not the name of a
         family; for example, `model` is not.
@@ -305,14 +305,14 @@ class FamilyNames:
         return frozenset(word for templates in every for name in templates for word in name.split("."))
 
     def _prefix(self, templates: Sequence[str], in_part: bool = False) -> tuple[str, str]:
-        """Return the change of prefix, as (removed, added), with which the base has the most names of a naming.
+        """Return the change of prefix, as (removed, added), after which the base has the most of a naming's names.
 
         For example, a model that is saved without its head loses a prefix. Return `("", "")` if no change helps.
 
         Args:
             templates: the names in the naming.
             in_part: whether the base has most names of the naming without any change. If so, a prefix is changed only
-                if the base has none of the names with this prefix, and has all of them after the change.
+                if the base has none of the names with this prefix before the change, and all of them after the change.
         """
         best, most = ("", ""), sum(template in self.shapes for template in templates)
         trials = {(off, on) for template in templates for off, on in ends(template, self.base) if "#" not in off}
@@ -560,10 +560,10 @@ def _exchanged(
     taken: Collection[str],
     fits: Fits,
 ) -> str | None:
-    """Return the prefix that replaces `off` and then maps every target of a group; None if there is no such prefix.
+    """Return the replacement for the prefix `off` that maps every target of a group; None if there is none.
 
     Raises:
-        TargetNotFound: several prefixes map every target of the group.
+        TargetNotFound: several replacements map every target of the group.
     """
     full = [on for on, count in _tried(group, off, templates, base, taken).items() if count == len(group)]
     if full:
@@ -584,7 +584,7 @@ def _exchanged(
 
 
 def _shorter(group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]]) -> list[str]:
-    """List replacements for a prefix that change only its first words."""
+    """For the prefix `off`, list the replacements that change only the first words of `off`."""
     ours = sorted({template_of(name) for _, name in group})
     changes = {(front, on) for template in ours for front, on in templates[template] if front and front != off}
     return sorted({on + off[len(front) :] for front, on in changes if off.startswith(front)})
@@ -595,10 +595,11 @@ def _all_land(group: Left, off: str, on: str, base: Names, taken: Collection[str
 
 
 def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
-    """Return a list with the only candidate that differs from `off` just by added words, or just by removed words.
+    """If exactly one candidate differs from `off` only by added words, or only by removed words, return it in a list.
 
-    Return an empty list if there is no such candidate, or more than one. Also return an empty list if this candidate
-    keeps no words of `off` except `model` and `transformer`, or if another candidate keeps the same words of `off` too.
+    If no candidate or several candidates differ in this way, return an empty list. Also return an empty list if the
+    candidate keeps no words of `off` except `model` and `transformer`, or if another candidate also keeps all words of
+    `off` that this candidate keeps.
 
     For example, Video-LLaVA has two towers of the same shape, and `image_tower.vision_model.` becomes `image_tower.`,
     not `video_tower.`.

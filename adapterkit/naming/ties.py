@@ -73,7 +73,7 @@ class Tie:
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Return a map from each name of the tensor that the files lack to the tensor's name in the files."""
+        """Map each name of the tensor that is missing in the files to the tensor's name in the files."""
         kept = {self.stored, self.head} if self.apart else {self.stored}
         return {name: self.stored for name in self.layers if name not in kept}
 
@@ -99,8 +99,8 @@ def find_tie(names: Mapping[str, object], config: Mapping[str, object] | None) -
         name for name in names
         if (name == head or _is(name, HEADS)) and name != stored and getattr(names[name], "shape", None) == shape
     ]  # fmt: skip
-    # A head of another shape also counts as stored. For example, the head of Llama 3.2 Vision has fewer rows than the
-    # embedding, so it is a separate tensor.
+    # `apart` is also True if the files have a head of another shape. For example, the head of Llama 3.2 Vision has
+    # fewer rows than the embedding, so this head is a separate tensor.
     apart = bool(heads) or any(name == head or _is(name, _ONLY_HEADS) for name in names if name != stored)
     # Return None for CSM: its `tie_word_embeddings` ties the embeddings of two decoders, not a head.
     if known is None and not heads and _of_another_shape(f"{_head_of(config)}.weight", stored, names):
@@ -118,7 +118,7 @@ def find_tie(names: Mapping[str, object], config: Mapping[str, object] | None) -
 
 
 def aliases(base: Checkpoint) -> Mapping[str, str]:
-    """Return a map from each name of the tied tensor that the base's files lack to the tensor's name in the files.
+    """Map each name of the tied tensor that is missing in the base's files to the tensor's name in the files.
 
     The map is empty if no tensor is tied. It is cached for each base, because callers need it for every target, and
     computing it reads all names of the base. Without a cache, the time would grow with the square of the base's size.
@@ -274,7 +274,7 @@ def _head_and_embedding(pairs: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def _stored_as(name: str, names: Mapping[str, object], config: Mapping[str, object] | None) -> str | None:
-    """Return the name in the base's files of the live model's weight `name`; None if the files lack this weight."""
+    """Return the name under which the base's files store the live model's weight `name`; None if they lack it."""
     family = architecture_of(config)
     place = None
     if family is not None and name.removesuffix(".weight") in family.record.weights:
@@ -284,11 +284,12 @@ def _stored_as(name: str, names: Mapping[str, object], config: Mapping[str, obje
 
 
 def _says_tied(config: Mapping[str, object] | None, has_head: bool, known: bool) -> bool:
-    """Whether the head is tied. False without a config, or if the files have no head and the class name shows none.
+    """Whether the head is tied. Without a config, return False.
 
+    If the files have no head, and the model's class has no head according to its name and its ties, also return False.
     Otherwise, the config's `tie_word_embeddings` decides. If the config lacks this key, there are two cases. A head in
-    the files is tied if heads of this model type are tied by default. Without a head in the files, the head is tied if
-    the model's class has one.
+    the files is tied if heads of this model type are tied by default. If the files have no head, the head is tied if
+    the model's class has a head.
 
     Args:
         config: the base's `config.json`.

@@ -180,7 +180,8 @@ def is_litgpt(keys: Collection[str]) -> bool:
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-"""The parts of the fused projection. For each group, it has the rows of the queries, then of the key and the value."""
+"""The parts of the fused projection. For each group of queries, the projection has the rows of these queries, then the
+rows of their key, then the rows of their value."""
 
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 """The parts of the fused MLP projection. All rows of gate come before those of up, as on one tensor-parallel rank."""
@@ -268,7 +269,8 @@ STACK = re.compile(rf"(?P<stem>.*\.experts)\.(?P<leaf>{'|'.join((*INNER, *OUTER)
 """Matches the module's name in the key of a tensor that stacks the factors of all experts."""
 
 EXPERT = re.compile(rf"(?P<stem>.*\.experts)\.(?P<e>\d{{1,9}})\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
-"""Matches the module's name in the key of one expert's factor. The factor that all experts share may be in a stack."""
+"""Matches the module's name in the key of one expert's factor. A file with such keys may store the factor that all
+experts share under a name that `STACK` matches."""
 
 
 def is_shared_outer(entries: Mapping[str, Lazy | Entry]) -> bool:

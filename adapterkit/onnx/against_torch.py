@@ -145,8 +145,8 @@ def _judge(difference: float, most: float, out: Path, name: str | None) -> None:
     if difference <= most:
         return
     why = (
-        f"the graph's outputs differ by {difference:.3g} times the largest output value from those of the torch model "
-        "(or, if the graph is quantized, from those of its dequantized copy)"
+        "the graph's outputs differ from the torch model's outputs (or, if the graph is quantized, from the outputs of "
+        f"its dequantized copy) by {difference:.3g} times the largest output value"
     )
     raise CheckFailed(why, path=out, where=name, cure=_CURE)
 

@@ -183,8 +183,8 @@ def attach(
         building: collects the changes to the model.
         slots: creates graph inputs for the adapter's tensors, so that other adapters can be loaded later (see
             slots.py); None to store the tensors in the graph as constants.
-        words: finds the graph values that the updates read as inputs of the model's call; None to find them by their
-            default names.
+        words: finds the inputs of the model's call in the graph, for the updates that read these inputs. None to find
+            them by their default names.
 
     Raises:
         Unsupported: a layer does not support the method of an update.
@@ -291,7 +291,7 @@ def _overlap(one: ResolvedTarget, other: ResolvedTarget) -> bool:
 
 
 def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spot:
-    """Return the spot of the projection if the spot is a fused attention node; return any other spot unchanged.
+    """If a spot is a fused attention node, return the spot of its projection; return any other spot unchanged.
 
     The first call for a fused attention node splits the projection off.
     """
@@ -400,9 +400,9 @@ def _weighable(update: Update, seen: TargetView, branch: Branch) -> Update | Non
 def in_order(places_found: Sequence[ResolvedTarget], graph: ir.Graph) -> list[ResolvedTarget]:
     """Return the targets in the order in which to attach them: first the targets whose input an update changes.
 
-    If a layer is inside such a target, the nodes that are added for the layer read the changed input, so the target
-    must be attached before the layer. These targets are in the graph's order, because a shadow network passes its state
-    from block to block.
+    Such a target must be attached before the layers inside it, because the nodes that are added for these layers read
+    the changed input. The targets with a changed input are sorted in the graph's order, because a shadow network passes
+    its state from block to block.
 
     Raises:
         Unsupported: an update changes the input of a target that is inside a subgraph.

@@ -89,8 +89,8 @@ def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
 
     Raises:
         TargetNotFound: the graph does not have this module.
-        Unsupported: the module does not contain exactly one attention softmax, or it adds a position bias to the
-            scores.
+        Unsupported: the module does not contain exactly one attention softmax, or the attention adds a position bias to
+            the scores.
     """
     where = str(target)
     module = module_at(model, target.path, where)
@@ -153,7 +153,7 @@ def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Dtype
 
 
 def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Target) -> Value | None:
-    """Return the attention's input if the prefix has a gate, which reads this input; otherwise None."""
+    """If the prefix has a gate, return the attention's input, which the gate reads; otherwise return None."""
     gate = update.tensors.get("gate")
     if gate is None:
         return None
@@ -169,7 +169,7 @@ def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Ta
 
 
 def _ones(at: AttentionNodes, branch: Branch, kind: Dtype) -> Value:
-    """Return ones, `[rows, heads, 1, 1]`. Multiplying a constant by these ones repeats the constant for each row."""
+    """Return a tensor of ones, `[rows, heads, 1, 1]`. Multiply a constant by it to repeat the constant for each row."""
     queries = Value(branch, (None, at.heads, None, None), kind, at.scores.inputs[0])
     return SYMBOLS.ones_like(queries[:, :, :1, :1])
 
@@ -239,7 +239,7 @@ def _factors_of(value: ir.Value | None) -> Factors:
 
 
 def without_factors(value: ir.Value | None) -> ir.Value:
-    """Return the value from which `value` is computed by multiplying or dividing by scalars, or else `value`."""
+    """Follow `value` back through all multiplications and divisions by scalars, and return the value before them."""
     assert value is not None
     node = value.producer()
     if node is None or node.op_type not in ("Mul", "Div"):
