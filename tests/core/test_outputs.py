@@ -416,7 +416,7 @@ def test_order_and_places_that_contradict_each_other_are_refused():
     placed = bottleneck(residual="first")
     for updates, why in (
         ((placed, bottleneck()), "name different modules"),
-        ((reft, placed), "before an update of the output without the residual"),
+        ((reft, placed), "comes after an update of the complete output"),
     ):
         with pytest.raises(Unsupported, match=why):
             ak.torch.inject(model, Adapter({Target("m.dense"): updates}))

@@ -262,7 +262,7 @@ def test_lycoris_has_no_place_in_a_file_of_peft():
         (
             METHODS["road"](theta=torch.zeros(7), alpha=torch.zeros(7), variant=4),
             (8, 16),
-            "number of angles does not match a whole number of outputs",
+            "length of theta does not fit a whole number of outputs",
         ),
     ],
 )

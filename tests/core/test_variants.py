@@ -173,7 +173,7 @@ def test_a_bias_of_experts_sees_the_weights_as_the_updates_before_it_left_them(t
 
 
 def test_glora_asks_for_the_weight():
-    with pytest.raises(UsageError, match="needs the weight"):
+    with pytest.raises(UsageError, match="depends on W"):
         METHODS["glora"](C=torch.ones(4)).new_bias(torch.ones(3))
 
 

@@ -167,7 +167,7 @@ def test_keep_leaves_the_added_tokens_out(kind: str, name: str, tmp_path: Path) 
     base = saved_base(kind, tmp_path / "base")
     model = trained(base, tmp_path / "a", CONFIGS[name](*BASES[kind][1:]))
     report = ak.merge(base, tmp_path / "a", tmp_path / "out", vocab="keep")
-    assert any("rows 64 to 66" in warning and "loses the training" in warning for warning in report.plan.warnings)
+    assert any("rows 64 to 66" in warning and "are dropped" in warning for warning in report.plan.warnings)
     merged = loaded(tmp_path / "out")
     assert merged.config.vocab_size == ROWS
     assert_close(logits(merged, OLD_TOKENS), logits(model, OLD_TOKENS)[..., :ROWS])

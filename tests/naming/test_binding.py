@@ -295,7 +295,7 @@ def test_delta_of_stacked_biases_alone_is_nothing(base):
 
 def test_delta_that_there_is_not(base):
     given = Adapter({Target("q", rows=(0, 3)): (lora(3, 4),), Target("q", rows=(3, 6)): (lora(3, 4),)})
-    with pytest.raises(UsageError, match="different layouts"):
+    with pytest.raises(UsageError, match="differ in layout or rows"):
         given.delta("q")
     with pytest.raises(TargetNotFound, match="no update changes 'qq'") as raised:
         given.delta("qq")

@@ -93,7 +93,7 @@ def test_a_lone_parameter_of_an_old_release_names_both_readings():
     folder, _, expected = written("single", "peft-0.18.1")
     with pytest.raises(UsageError, match=r"the columns of lora_A are inputs if .* but outputs if") as error:
         ak.read(folder)
-    assert "peft_0.18 for outputs" in str(error.value)
+    assert "peft_0.18 if they are outputs" in str(error.value)
     assert "base=" in str(error.value)
     adapter = ak.read(folder, experts_order="peft_0.18")
     (target,) = adapter.updates

@@ -182,7 +182,7 @@ def test_command_line(plain, tmp_path):
         ((plain, source, "-o", merged), 6, "--overwrite"),
         ((plain, source), 2, "--out"),
         ((plain, source, "-o", merged, "--dtype", "BF16"), 2, "Export the model with adapterkit export --dtype"),
-        ((plain, source, "-o", merged, "--verify"), 2, "compared anyway"),
+        ((plain, source, "-o", merged, "--verify"), 2, "always run and compared"),
         ((plain, source, "-o", merged, "--quantized", "original"), 2, "16-bit weights"),
         ((tmp_path / "weights", source, "-o", merged, "--base-weights", tmp_path), 2, "only for ONNX graphs"),
     ):
