@@ -252,7 +252,7 @@ def test_lycoris_has_no_place_in_a_file_of_peft():
         (METHODS["oft"](pairs=torch.zeros(3, 6)), (8, 16), "the update has columns=12"),
         (METHODS["oft"](pairs=torch.zeros(3, 6), side="out"), (8, 16), "the update has out=12"),
         (METHODS["boft"](R=torch.zeros(3, 2, 8, 8), s=torch.ones(8)), (8, 16), r"a multiple of 2 \*\* \(m - 1\)"),
-        (METHODS["boft"](R=torch.zeros(2, 2, 3, 3), s=torch.ones(8)), (8, 6), "even size"),
+        (METHODS["boft"](R=torch.zeros(2, 2, 3, 3), s=torch.ones(8)), (8, 6), "even block size"),
         (METHODS["boft"](R=torch.zeros(1, 2, 4, 4), s=torch.ones(8)), (8, 16), "columns=8"),
         (METHODS["psoft"](pairs=torch.zeros(4)), (8, 16), "its length is not r"),
         (METHODS["psoft"](R=torch.zeros(9, 9)), (8, 16), "r=9"),
