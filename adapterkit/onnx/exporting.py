@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
-"""Suffixes of weight files. The only files with these suffixes that an export writes are those in `GRAPHS`."""
+"""Suffixes of weight files. If a file that an export writes has one of these suffixes, its name is in `GRAPHS`."""
 
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -419,8 +419,8 @@ def _split_by_target(
     """Split each adapter into the targets that the graph has and the targets that the graph lacks.
 
     Returns:
-        two maps whose keys are the adapters' names: the adapters with only the targets that the graph has, without
-        adapters that have no such target; and the targets that the graph lacks.
+        two maps whose keys are the adapters' names. The first map has each adapter with only the targets that the graph
+        has; adapters without such a target are omitted. The second map has the targets that the graph lacks.
     """
     split = {name: taken(graph, adapter, None, config) for name, adapter in adapters.items()}
     kept_parts = {name: kept for name, (kept, _) in split.items() if kept.updates}
@@ -488,8 +488,8 @@ def _checked(
 def _runs(model: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str, part: bool) -> dict[str | None, Run]:
     """Return the runs that the check compares.
 
-    In mode `slots`, these are one run without adapters, and one for each adapter; in other modes, one run with all
-    adapters.
+    In mode `slots`, the first run has no adapter, and each adapter gets a separate run. In other modes, there is only
+    one run, with all adapters.
     """
     if mode != "slots":
         return {None: (lambda: injected(model, adapters), None)}

@@ -182,8 +182,8 @@ class FolderSession:
             inputs: a mapping from input names to arrays, like the output of a transformers processor, or only the array
                 of `input_ids`. An encoder-decoder takes the encoder's inputs; without an `attention_mask`, no token is
                 masked. A language model that reads images takes `input_ids`, `attention_mask`, `pixel_values`, and
-                the other inputs of its graphs, such as `image_grid_thw`. For several texts, its `attention_mask` is
-                required, and the texts must be padded on the left.
+                the other inputs of its graphs, such as `image_grid_thw`. If such a model gets several texts,
+                `attention_mask` is required, and the texts must be padded on the left.
             max_new_tokens: the largest number of tokens to generate.
             adapter: the adapter's name; None for the bare model.
             start: the id of the first token that an encoder-decoder's decoder reads; by default, the
@@ -192,12 +192,12 @@ class FolderSession:
 
         Returns:
             the token ids. An encoder-decoder gives `[batch, 1 + new]`, where the first token is `start`. A language
-            model that reads images gives `[batch, length + new]`, which includes the given texts. Texts that end before
-            others are padded with the first id of `end`.
+            model that reads images gives `[batch, length + new]`, which includes the given texts. If a text ends before
+            the other texts, it is padded with the first id of `end`.
 
         Raises:
-            UsageError: the folder holds neither an encoder-decoder nor a language model that reads images, an input is
-                unknown or missing, or no config file has the id of the first token or of the image token.
+            UsageError: the folder holds neither an encoder-decoder nor a language model that reads images. Or an input
+                is unknown or missing. Or no config file has the id of the first token or of the image token.
             ShapeMismatch: the images do not fit the image tokens of the texts.
             Also the errors of `run`.
         """

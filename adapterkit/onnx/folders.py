@@ -216,8 +216,8 @@ def left_out(
         TargetNotFound: as in `taken`.
     """
     kept, lost = taken(model, adapter, base, tying.config, tying.role)
-    # If the graph has none of the targets, the caller looks up the whole adapter, and its TargetNotFound names the
-    # nearest targets.
+    # If the graph has none of the targets, return the whole adapter. The caller then searches the graph for the
+    # targets, and raises a TargetNotFound that names the nearest targets.
     return (kept if kept.updates else adapter), left_line(lost if kept.updates else (), "the graph does not have them")
 
 
@@ -228,8 +228,8 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
         TargetNotFound: no graph has any of the targets. Without `allow_partial`, this is also raised if a target is in
             no graph, or if a graph lacks a target that another variant of the graph has (such as `model_O2.onnx` beside
             `model.onnx`).
-        Unsupported: the adapter has new tokens or prefixes, and there are several graphs; or a target is one expert,
-            and a node of the graph computes all experts of the layer.
+        Unsupported: the adapter has new tokens or prefixes, and there are several graphs. This is also raised if a
+            target is one expert of a layer, and a single node of a graph computes all experts of this layer.
     """
     rest, context = parted(adapter)
     if context and len(parts) > 1:

@@ -141,8 +141,8 @@ class Folding:
                 lose more than `MOST_LOST` of the change; None never attaches the change.
 
         Raises:
-            Unsupported: the layer does not support this change; or its weight is packed, `quantized` is None and `keep`
-                is not `float`.
+            Unsupported: the layer does not support this change. Or `quantized` is None although the layer's weight is
+                packed, and `keep` is not `float`.
             NotMergeable: the updates need a bias that the layer does not have.
         """
         if any(key == EXPERT or key.startswith(BEFORE) for key in self.spot.node.metadata_props):
@@ -302,7 +302,7 @@ class Folding:
 
 
 def _stored(place: ResolvedTarget, factor: float, spot: Spot, stored: Stored, shape: tuple[int, ...]) -> Folded:
-    """Return a planned update with the target's weight updates, in the axis order of the stored tensor."""
+    """Return a `Folded` with the updates that change the weight; its target has the stored tensor's axis order."""
     turned = (spot.kind.turns(spot.node) != place.turned) != stored.turned
     target = replace(place.target, layout="in out *k" if turned else "out *in")
     updates = tuple(update for update in place.updates if update.changes_weight)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 NAME = "genai_config.json"
 
 KIND, CONVOLUTIONS = "decoder", "lfm2"
-"""Values of `type` in the config: `lfm2` if all states except keys and values are states of convolutions; `decoder`
-for all other models.
+"""Values of `type` in the config: `lfm2` if the graph has states of convolutions, and no other states except keys and
+values; `decoder` for all other models.
 
 onnxruntime-genai's other types differ only in the cache layout."""
 
@@ -37,7 +37,8 @@ PAST, PRESENT = "past_key_values.%d.", "present.%d."
 """Patterns for the names of cached keys and values; `%d` stands for the layer's index."""
 
 STATES = {"conv": ("past_conv.%d",), "recurrent": ("past_ssm.%d", "past_recurrent.%d")}
-"""A map from onnxruntime-genai's name for a kind of state to name patterns of the graph's inputs for such states."""
+"""A map from each kind of state (named as in onnxruntime-genai) to the names that the graph's inputs for such states
+may have; `%d` stands for the layer's index."""
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 PARTS = ("q_proj", "k_proj", "v_proj")
 
 FUSED = {"qkv_proj": PARTS, "gate_up_proj": ("gate_proj", "up_proj")}
-"""A map from the last segment of a fused layer's name in Phi-3 to the names of separate layers, in the order of their
-rows. onnxruntime-genai's model builder splits the fused layer into these layers."""
+"""A map from the last segment of a fused layer's name in Phi-3 to the names of separate layers. onnxruntime-genai's
+model builder splits the fused layer into these layers. Their names are in the order of the fused layer's rows."""
 
 PACKED = "qkv_proj"
 """The model builder's name for the layer that packs `PARTS`."""

@@ -76,7 +76,7 @@ def patches_of(grid: Tensor, count: Tensor, merge: int) -> Patches:
 
     Args:
         grid: the number of frames, of patch rows and of patch columns of each image, `[images, 3]`.
-        count: the index of each patch in the sequence of the patches of all images, `[patches]`.
+        count: the index of each patch, `[patches]`. The indices count the patches of all images.
         merge: the side length of a square, in patches.
     """
     sizes = grid[:, 0] * grid[:, 1] * grid[:, 2]

@@ -47,7 +47,8 @@ OPTIONS = {
     ),
     "rs_lora": Departure(
         "with rs_lora in ss_network_args of a LyCORIS network, GLoRA's scaling is alpha / sqrt(r); the scaling of "
-        "a LoKr with two full factors is sqrt(r), computed as the cube root of its alpha, r * sqrt(r)",
+        "a LoKr with two full factors is sqrt(r); adapterkit computes this scaling as the cube root of the LoKr's "
+        "alpha, because LyCORIS saves r * sqrt(r) as this alpha",
         "GLoRA's scaling is alpha / r, and the scaling of a LoKr with two full factors is 1",
     ),
     "dylora": Departure(

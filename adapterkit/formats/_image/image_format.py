@@ -44,7 +44,7 @@ ALPHAS = {
 
 
 def zero_padded(update: Update, layer: LayerFacts) -> Update:
-    """Return an update that computes the same as its trainer's forward, even if the layer does not pad with zeros.
+    """Return an update that computes the same as the trainer's forward, even if the layer does not pad with zeros.
 
     Raises:
         Unsupported: no method of adapterkit computes the same function as the trainer's forward.
@@ -180,7 +180,7 @@ class ImageFormat(Format, ABC):
         return lines
 
     def switch(self, stem: str) -> str:
-        """Return the component of a module, for checks of biases: in a component, all LoRAs or none have a bias.
+        """Return the component of a module. In each component, either all LoRAs must have a bias, or none may have one.
 
         By default, all modules of a file are in one component.
         """
@@ -455,11 +455,12 @@ def kernel_of(target: Target, base: Checkpoint | None) -> int:
     return next((max(len(leaf.shape) - 2, 0) for leaf in known if leaf is not None), 0)
 
 
-# Loaders have one bias setting for a whole component. So in each component, all LoRAs or none must have a bias.
+# Loaders have one bias setting for a whole component. So either all LoRAs of a component must have a bias, or none may
+# have one.
 
 
 def check_biases(modules: Mapping[str, ImageModule], part_of: Callable[[str], str]) -> None:
-    """Check that in each component all LoRAs or none have a bias.
+    """Check that in each component, either all LoRAs have a bias, or none has one.
 
     Raises:
         Malformed: some LoRAs of a component have a bias, and others do not.

@@ -466,9 +466,10 @@ NO_SLOT_FOR_SCALING = "has a scaling, which the format cannot store"
 
 
 def why_not_there(update: OFT | BOFTOutputs | IA3Weights, rules: Rules) -> str:
-    """Return the reason why a file with this `bypass_mode` cannot express an update; empty if it can.
+    """Return the reason why the header's `bypass_mode` does not fit an update; empty if it fits.
 
-    The header has one `bypass_mode` for all modules. It decides whether updates of these methods change the bias.
+    The header has one `bypass_mode` for all modules. With `bypass_mode`, every OFT, BOFT and IA3 on outputs also
+    changes the bias. Without `bypass_mode`, none of them changes the bias.
     """
     inputs = isinstance(update, IA3Weights) and update.w is None
     if inputs or update.on_output == rules.trained.bypass:
@@ -535,7 +536,7 @@ def encode(update: Update, rules: Rules, kernel: int = 0) -> list[StoredTensor]:
         if "pairs" in leaves:
             return [
                 StoredTensor("oft_R", leaves["pairs"], "pairs")
-            ]  # OneTrainer's slot. Only `ImageLeftovers` uses it, because `why_not` refuses to write it.
+            ]  # OneTrainer's slot. `why_not` refuses to write such updates, so only `ImageLeftovers` encodes them.
         blocks = leaves["square"]
         alpha = update.constraint / (blocks.shape[-3] * blocks.shape[-2])
         rescale = (

@@ -256,7 +256,7 @@ def ratio_of(target: Target, group: tuple[Update, ...]) -> float | None:
 
 
 def _is_order(pieces: tuple[Piece, ...]) -> bool:
-    """Whether the pieces together are one whole module in the other naming, where the rows have another order."""
+    """Whether the other naming stores the pieces as one whole module, with the rows in another order."""
     first = pieces[0]
     whole = len({piece.path for piece in pieces}) == 1 and sum(p.there.parts for p in pieces) == first.there.of
     return whole and len(pieces) > 1
@@ -530,8 +530,8 @@ def _block_diagonal(
         if not fold and not _power_of_two(ratio):
             return None, "the parts of a fused weight have different scalings"
         blocks.append(update.B if ratio == 1 else times(update.B, ratio))
-    # If several parts have the same A, store this A only once. Example: the queries, keys and values of a weight share
-    # one A, and its MLP has another.
+    # If several parts have the same A, store this A only once. Example: a weight fuses queries, keys, values and an
+    # MLP. The queries, keys and values share one A, and the MLP has another A.
     ranks, blocks_by_A, end = list[tuple[int, int]](), dict[str, tuple[int, int]](), 0
     for update in updates:
         known = blocks_by_A.setdefault(fingerprint(update.A), (end, end + int(update.A.shape[0])))
@@ -585,7 +585,7 @@ def place(parts: Iterable[Place], shape: tuple[int, ...]) -> Lazy:
 
 
 def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
-    """Give each target its component's name in diffusers as the prefix, instead of any other prefix.
+    """Set the prefix of each target to diffusers' name for the target's component. Any old prefix is replaced.
 
     Example: `x_embedder` becomes `transformer.x_embedder`. Targets of unknown components stay unchanged.
     """

@@ -284,7 +284,7 @@ def _near(flat: str, walked: Mapping[str, object] | None) -> str:
 
 
 def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris: bool = False) -> str | None:
-    """Return the flattened name (stem) that kohya's or LyCORIS's format uses for a target's path; None if it has none.
+    """Return a target's flattened name (stem) in kohya's or LyCORIS's format; None if the format has no such name.
 
     Args:
         path: the target's path.
