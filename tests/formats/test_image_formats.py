@@ -258,7 +258,7 @@ def test_parts_with_scalings_that_differ_are_folded_where_that_is_allowed(tmp_pa
 def test_names_of_two_models_are_not_guessed(tmp_path):
     made = METHODS["lora"](A=torch.randn(2, 8), B=torch.randn(8, 2))
     adapter = ak.Adapter({ak.Target("transformer.transformer_blocks.0.attn.to_q"): (made,)})
-    with pytest.raises(Unrepresentable, match=r"flux or .* or sd3.*, which translate the names differently"):
+    with pytest.raises(Unrepresentable, match=r"flux or .* or sd3.*these families translate the names differently"):
         ak.write(adapter, tmp_path / "x.safetensors", format="kohya")
     # A width is no proof: Qwen-Image is as wide as FLUX.
     wide = {next(iter(adapter.updates)): (made.replace(A=torch.randn(2, 3072), B=torch.randn(3072, 2)),)}

@@ -159,7 +159,7 @@ def test_insides_of_sixteen_bits_behind_outputs_of_thirty_two(tmp_path, monkeypa
         assert 1e-5 < abs(got - wanted).max() / abs(wanted).max() < 3e-3
         assert 1e-5 < report.difference < 3e-3
     monkeypatch.setitem(rounding.TOLERANCE, "V", 1e-5)
-    with pytest.raises(CheckFailed, match="outputs differ from"):
+    with pytest.raises(CheckFailed, match="outputs differ by"):
         ak.onnx.inject(path, lora(), out)
 
 

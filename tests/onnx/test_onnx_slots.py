@@ -202,10 +202,10 @@ def test_the_check_sees_a_slot_that_nothing_fills(slots, tmp_path, monkeypatch):
 
     real = injecting.write_adapter
     monkeypatch.setattr(injecting, "write_adapter", lacking)
-    with pytest.raises(CheckFailed, match="outputs differ from"):
+    with pytest.raises(CheckFailed, match="outputs differ by"):
         ak.onnx.inject(tmp_path / "base.onnx", tmp_path / "one", slots, mode="slots")
     assert {path.name: path.read_bytes() for path in tmp_path.glob("slots.*")} == before
-    with pytest.raises(CheckFailed, match="outputs differ from"):
+    with pytest.raises(CheckFailed, match="outputs differ by"):
         ak.onnx.inject(tmp_path / "base.onnx", tmp_path / "one", tmp_path / "new.onnx", mode="slots")
     assert not list(tmp_path.glob("new*"))
 
