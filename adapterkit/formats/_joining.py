@@ -99,7 +99,7 @@ def _summed(given: Sequence[LoRA], axis: int) -> LoRA:
 
 
 def _disjoint(Bs: Sequence[Lazy], axis: int) -> bool:
-    """Whether no row is nonzero in more than one of the matrices. The sum of such matrices is exact."""
+    """Whether each row is nonzero in at most one of the matrices. If so, the sum of the matrices is exact."""
     from ..io.lazy import as_array
 
     writers = summed((as_array(B) != 0).any(axis=axis + 1).astype(int) for B in Bs)

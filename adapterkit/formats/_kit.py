@@ -234,8 +234,8 @@ def whole_rank(value: object, where: str) -> int:
 def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
     """Return the layout in which the base stores a weight.
 
-    The shape of the base's weight shows the layout. If there is no base, if the base lacks the weight, or if the weight
-    is square or does not have two axes, assume `in out *k` for the name of an embedding, and `out *in` otherwise.
+    If the base has the weight, and it is a matrix that is not square, its shape shows the layout. Otherwise, the layout
+    is assumed: `in out *k` if the path ends with the name of an embedding, and `out *in` for all other paths.
     """
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     out, in_ = update.B.shape[0], update.A.shape[1]
@@ -316,7 +316,8 @@ def one_number(
         pairs: the updates by target.
         of: a function that returns the value from which the tool computes exactly the update's scaling; None if there
             is no such value.
-        gives: a function that returns the scaling that the tool computes from a value for an update.
+        gives: a function of a value and an update. It returns the scaling that the tool computes for the update if the
+            file stores this value.
         format_name: the format's name, for messages.
         on_loss: `fold` and `promote` allow folding scalings.
         default: the value to use if `of` returns None for every update.

@@ -35,7 +35,10 @@ SINGLE = 2.0**-22
 """The allowed relative error of numeric attributes. Many formats store the scaling or alpha in float32."""
 
 WHOLE, RUN = 1 << 16, 1 << 12
-"""`equal` compares all bytes of a tensor that has at most WHOLE bytes, and otherwise three samples of RUN bytes."""
+"""`equal` compares all bytes of a tensor that has at most WHOLE bytes.
+
+In a larger tensor that can be read in parts, `equal` compares only three samples, each of RUN bytes.
+"""
 
 COMPUTED = 1 << 20
 """`_check_bytes` skips tensors that the writer computed and that have more than this number of bytes.
@@ -99,7 +102,7 @@ def prove(
 
 
 def _named(line: str) -> Iterator[str]:
-    """Yield every part of a report line that may be a target.
+    """Yield every substring of a report line that may be the name of a target.
 
     Yield each word of the line. Targets may contain spaces, so also yield each part from the start of the line to a
     colon.
@@ -284,9 +287,9 @@ class _Proof:
         for target, group in asked.items():
             if str(target) in self.left_out:
                 some = [c for size in range(len(group)) for c in combinations(group, size)]
-                # The number of choices grows exponentially with the number of omitted targets. So from MOST_CHOICES
-                # on, extend only the last choice. If each target has one update, the last choice omits every omitted
-                # target that the loop has reached.
+                # The number of choices grows exponentially with the number of targets in `left_out`. So once there are
+                # MOST_CHOICES choices, extend only the last choice. If each target has one update, the last choice
+                # lacks all targets in `left_out` that the loop has reached.
                 before = choices if len(choices) < MOST_CHOICES else [choices[-1]]
                 choices = [*choices, *({**choice, target: c} for choice in before for c in some)]
         return [{target: left for target, left in choice.items() if left} for choice in choices]

@@ -149,8 +149,8 @@ class ImageTexts:
 
         Args:
             marks: whether each token is an image token, `[tokens]`.
-            grids: an iterator over the images of the batch, which yields the frames, rows and columns of an image's
-                patches. The function takes one item for each image of the text.
+            grids: an iterator over the images of the batch. For each image, it yields three numbers: how many frames,
+                rows and columns of patches the image has. This function consumes one item for each image of the text.
         """
         pieces, at = [np.zeros((3, 0), np.int64)], 0
         edges = [0, *(np.flatnonzero(np.diff(marks.astype(np.int8))) + 1), len(marks)]

@@ -166,7 +166,7 @@ def inject(
             "contains the prompt's token ids, and uses the prefix only if no past is passed"
         )
         raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
-    unblock(source.model, base)  # Before `Building`, which collects the names that are taken.
+    unblock(source.model, base)  # This adds nodes, so do it before `Building` collects the names that are taken.
     building = Building(source.model)
     used = place(context, building)
     places = resolve(source.model, rest, base, tying)

@@ -1,4 +1,4 @@
-"""Layers whose operators compute with integers. They give formulas their weights, inputs and outputs as floats.
+"""Layers of integer operators. Formulas see the weights, inputs and outputs of these layers as floats.
 
 An adapter's nodes compute in floats. They read the dequantized input of the operator, and their result is added to the
 dequantized output. The operator itself stays, so that a graph with empty slots computes the same integers as before.
@@ -250,12 +250,18 @@ def _scale(node: ir.Node, position: int) -> Array:
 
 
 def _along(small: Array, axis: int, axes: int) -> Array:
-    """Reshape a scale or zero point, of the whole weight or per channel, so that it broadcasts with the weight."""
+    """Reshape a scale or zero point so that it broadcasts with the weight.
+
+    `small` has one value for the whole weight, or one value for each channel along `axis`.
+    """
     return small.reshape(-1, *[1] * (axes - 1 - axis)) if small.size > 1 else small.reshape(-1)
 
 
 def float_input(node: ir.Node, given: Sequence[int]) -> ir.Value | None:
-    """Return a node's input as a float value: before quantization, or dequantized; None if the graph has neither.
+    """Return a node's input in floats; None if the graph has no such value.
+
+    If a node of the graph quantizes the input, return the value that this node reads. If no node does, or if the
+    QuantizeLinear may stand for a Relu (see `rectifies`), return the output of a DequantizeLinear that reads the input.
 
     Args:
         node: the node.
@@ -294,7 +300,7 @@ def opened_up(places: Sequence[ResolvedTarget], building: Building) -> list[Reso
     and a QuantizeLinear.
 
     Returns:
-        the targets, with the new nodes in place of replaced ones.
+        the targets. If a node was replaced, the targets' spots refer to the new node.
     """
     done: dict[tuple[ir.Node, type[GraphLayer]], tuple[ir.Node, type[GraphLayer]]] = {}
     spots: dict[Spot, Spot] = {}
@@ -375,7 +381,10 @@ def _in_floats(
 
 
 def in_module_of(node: ir.Node, branch: Branch) -> None:
-    """Copy a node's metadata to the branch's nodes, which replace it, and name the Add of a bias `{node.name}_bias`."""
+    """Copy the metadata of a node to the nodes of the branch that replaces it.
+
+    DequantizeLinear and Transpose nodes get no metadata. The Add of a bias gets the name `{node.name}_bias`.
+    """
     for one in branch.nodes:
         if one.op_type not in ("DequantizeLinear", "Transpose"):
             one.metadata_props.update(node.metadata_props)

@@ -21,8 +21,11 @@ from .operands import attribute, detached_copy, is_constant, numbers, shape_of
 from .values import Unsayable, Value
 
 BEFORE = "adapterkit.weight"
-"""Prefix of a metadata key, which a node gets if injected nodes compute its weight or bias. In `adapterkit.weight.1`, 1
-is the position of the computed input. The key's value is the name of the base's tensor that the node read before."""
+"""Prefix of a metadata key. A node has such a key if injected nodes compute its weight or bias.
+
+In `adapterkit.weight.1`, 1 is the position of the weight or bias among the node's inputs. The key's value is the name
+of the base's tensor that the node read at this position before the injection.
+"""
 
 
 def weight_at(node: ir.Node, position: int) -> ir.Value | None:
@@ -36,7 +39,7 @@ def weight_at(node: ir.Node, position: int) -> ir.Value | None:
 
 
 def _behind(value: ir.Value | None, name: str) -> ir.Value | None:
-    """Return the value called `name` among `value` and the values that `value` is computed from; None if absent."""
+    """Search `value` and everything that it is computed from; return the value called `name`, or None."""
     waiting, seen = [value], set[ir.Value]()
     while waiting:
         one = waiting.pop()
@@ -716,7 +719,7 @@ KEPT = ("num_heads", "scale", "mask_filter_value", "unidirectional")
 
 
 class Attention(GraphLayer):
-    """The projections to queries, keys and values of a fused attention, which stores them as one weight."""
+    """The query, key and value projections of a fused attention, whose node stores all three as one weight."""
 
     op_type = "Attention"
     vector: ClassVar[int | None] = 2

@@ -100,7 +100,10 @@ def _named(spots: Sequence[Spot]) -> list[Place]:
 
 
 def _best(spot: Spot, several: Container[str]) -> tuple[str | None, str | None]:
-    """Return a layer's name and how it was found; prefer names that end with `.weight`, because they name a module."""
+    """Return the method that found a layer's name, and the name.
+
+    Prefer names that end with `.weight`, because the rest of such a name is a module's name.
+    """
     names_by_method = [
         (method, name) for method in METHODS for name in spot.names.get(method, ())
         if method not in OF_MODULES or name not in several

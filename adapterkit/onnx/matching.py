@@ -1,9 +1,10 @@
 """Find layers by the values of their weights if a graph lacks names, and compare layers found by name with the base.
 
-A layer is a certain match if its weight, or some rows of its weight, equal a base weight. If no weight is equal, as in
-quantized graphs, the layer with the nearest weight of the same shape is accepted. Its relative distance from the base
-weight must be at most `NEAR`, and the second nearest weight must be at least `APART` times as far away. `NEAR` accepts
-a quantized copy of the base weight, but not the same layer's weight from another checkpoint.
+A match is certain if the layer's weight, or some of its rows, are equal to a base weight. In a quantized graph, no
+weight may be equal. Then the layer with the nearest weight of the same shape is accepted, under two conditions: the
+relative distance between this weight and the base weight is at most `NEAR`, and the second nearest weight is at least
+`APART` times as far away. `NEAR` accepts a quantized copy of the base weight, but not the same layer's weight from
+another checkpoint.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         try:
             method, matching = nearest(W, spots, str(asked))
         except TargetNotFound:
-            # A layer may store the base weight with a norm or scale folded in. `compare` later looks up the base weight
-            # by the target's name in the adapter. So accept such a layer only if this name gives the same base weight.
+            # A layer may store the base weight with a norm or scale folded in. Accept such a layer only if the target's
+            # name in the adapter leads to this base weight, because `compare` later uses that name to look it up.
             scaled = _behind_scale(base, site.weight, W, spots) if _named(base, asked) == [site.weight] else []
             if not scaled:
                 raise
@@ -84,7 +85,7 @@ def compare(places: Sequence[ResolvedTarget], base: Checkpoint) -> list[Resolved
     """Check layers that were found by name against the base's weights, and find norms folded into these layers.
 
     Returns:
-        all targets. A target whose layer has a folded norm gets the norm.
+        all targets. If a norm is folded into a target's layer, the target's field `norm` is set.
 
     Raises:
         TargetNotFound: a layer's weight differs from the base's weight by more than quantization explains.
@@ -116,7 +117,9 @@ def _named(base: Checkpoint, asked: Target) -> list[str]:
 
 
 def _compare_rows(place: ResolvedTarget, W: Array) -> None:
-    """Check that a target's rows of a packed weight match the base's weight. Wrong head counts select other rows.
+    """Check that a target's rows of a packed weight match the base's weight.
+
+    If the numbers of heads are wrong, the target has the wrong rows.
 
     Raises:
         TargetNotFound: the rows differ from the base's weight by more than quantization explains.

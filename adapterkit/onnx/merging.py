@@ -74,7 +74,7 @@ def merge(
         keep_change: how to store the change of a packed weight. `float` keeps the weight unchanged and attaches the
             change beside it, as floating-point factors. `packed` quantizes the changed weight again, even if most of
             the change is lost. By default, with `quantized="requantize"`, a change is attached beside the weight if
-            quantizing again would lose more than 5 % of it; `GraphReport.beside` names these targets.
+            quantizing again would lose more than 5 % of it; `GraphReport.beside` names the targets of such changes.
         tied: which layers an update changes if the embedding and the head have equal weights, as in `adapterkit.merge`.
             By default, the same layers as in the tool that trained the adapter.
         strict_base: refuse a base whose name, config or fingerprint differs from the base that an adapter names. By

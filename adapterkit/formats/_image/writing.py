@@ -158,9 +158,9 @@ def _expressible(
     places = [(t, i) for t, group in updates.items() for i, u in enumerate(group) if why_not(u, rules)]
     before = updates
     updates, losses = image_format.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
-    # The caller can convert the updates at `places` to LoRAs. A target may keep its name because its updates must be
-    # joined with others, and only LoRAs can be joined. So if a target was not renamed, add its updates to `places`,
-    # except LoRAs.
+    # The caller can convert the updates at `places` to LoRAs. To rename a target, `renamed` may have to join the
+    # target's updates with other updates, and only LoRAs can be joined. So if a target was not renamed, add all of its
+    # updates to `places` that are not LoRAs.
     lost = {target for target, _ in losses if target in before}
     places += [(t, i) for t in before if t in lost for i, u in enumerate(before[t]) if not isinstance(u, LoRA)]
     named = not losses
@@ -230,7 +230,7 @@ def _losses(
 
 
 def _same(stored: StoredTensor, one: Lazy, other: Lazy) -> bool:
-    """Whether both tensors are equal alphas. The updates of one module's parts may share a single alpha."""
+    """Whether two tensors for the same key are equal alphas. The updates of a module's parts may share one alpha."""
     return stored.slot == "alpha" and (one.dtype, bytes(one.fetch())) == (other.dtype, bytes(other.fetch()))
 
 

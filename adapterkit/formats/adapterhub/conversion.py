@@ -115,7 +115,7 @@ def decode(content: Content, *, compat: str | None = None, base: Checkpoint | No
 def assemble(
     content: Content, *, compat: str | None = None, base: Checkpoint | None = None, heads: int | None = None
 ) -> tuple[Updates, list[AdapterHubKey], AdapterHubSettings]:
-    """Return (updates by target, keys of tensors without an effect, settings).
+    """Return (updates by target, keys of tensors that have no effect, settings).
 
     `heads` is the number of attention heads in the keys and values of prefix tuning. If `heads` is None, the number is
     read from the base.
@@ -172,7 +172,10 @@ def _departures(updates: Updates, content: Content, naming: AdapterHubNaming) ->
 
 
 def _root(keys: Iterable[AdapterHubKey]) -> str:
-    """Return the path of the base inside the saved model, read from the keys of tensors that the whole model shares."""
+    """Return the path of the base inside the saved model; empty if no key shows it.
+
+    Only keys of tensors that the whole model shares, such as those of prompt tuning, show this path.
+    """
     shared = (key.path for key in keys if key.kind in ROOTED and not key.path.endswith(".pool"))
     return next((re.sub(r"(^|\.)(prefix|prompt)_tuning$", "", path) for path in shared), "")
 

@@ -55,7 +55,7 @@ class AdapterHubFamily(ABC):
     @classmethod
     @abstractmethod
     def decode(cls, part: AdapterHubPart) -> Findings:
-        """Yield the file's updates of this family, and a `KeptKey` for each tensor of this family without an effect.
+        """Yield this family's updates in the file, and a `KeptKey` for each of the family's tensors that has no effect.
 
         Raises:
             Malformed: the file lacks some of an update's tensors.
