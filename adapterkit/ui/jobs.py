@@ -87,8 +87,10 @@ class Jobs:
             UsageError: the maximum number of waiting jobs, `WAITING`, is reached, or the page is being closed.
         """
         with self.lock:
+            if self.closed:
+                raise UsageError("the page is closing, so no job starts", cure="Start the page again: adapterkit ui")
             waiting = sum(job.state == "waiting" for job in self.jobs.values())
-            if waiting >= WAITING or self.closed:
+            if waiting >= WAITING:
                 raise UsageError(f"{waiting} jobs are already waiting", cure="Wait until a job ends, or cancel a job")
             job = PageJob(self.next, tuple(words))
             self.next += 1

@@ -371,6 +371,8 @@ def test_a_job_is_cancelled_and_another_takes_its_place(tmp_path: Path) -> None:
         jobs.close()
         patch.undo()
     assert all(job.state == "ended" or job.asked_to_end for job in jobs.jobs.values())
+    with pytest.raises(UsageError, match="the page is closing"):
+        jobs.start(["merge"])
 
 
 def test_without_its_packages_the_page_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
