@@ -67,7 +67,8 @@ class BflControl(ImageFormat):
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """Translate targets to native names.
 
-        If a target's updates replace a norm, append `.scale`, the native name of the norm's parameter, to its path.
+        If a target's updates replace a norm, append `.scale` to the target's path, because the norm's parameter has the
+        native name `scale`.
         """
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
         return {_scale(target, group): group for target, group in changed.items()}, losses

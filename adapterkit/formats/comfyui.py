@@ -229,7 +229,7 @@ def _says_part(stem: str) -> bool:
 
 
 def _rest(stem: str) -> str:
-    """Remove all prefixes, also repeated ones, and the names of torch's wrappers from a module's name."""
+    """Remove all prefixes (also repeated prefixes) and the names of torch's wrappers from a module's name."""
     if not WRAPPERS.isdisjoint(words := stem.split(".")):
         stem = ".".join(word for word in words if word not in WRAPPERS)
     while root := next((root for root in PREFIXES if stem.startswith(root)), ""):

@@ -107,7 +107,7 @@ class Diffusers(ImageFormat):
         """Return the rules for writing.
 
         A torch file has no header that could store scalings. If the source file has alphas, the new file has alphas
-        too. Otherwise the rules for a torch file allow only a scaling of 1.
+        too. Otherwise, a torch file can store only updates whose scaling is 1.
         """
         if file.suffix not in TORCH_SUFFIXES or len(hints.without_alpha) < len(hints.stems):
             return self.rules

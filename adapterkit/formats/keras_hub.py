@@ -209,7 +209,7 @@ class KerasHub(Format):
 
 
 def _family(base: Checkpoint | None, stored: str) -> tuple[KerasFamily, str]:
-    """Return (family, model type). The type is from the base's config, or without a config, from the file.
+    """Return (family, model type). The model type comes from the base's config, or from the file if there is no config.
 
     Raises:
         UsageError: neither the base's config nor the file states the model type.

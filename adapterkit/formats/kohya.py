@@ -139,7 +139,10 @@ LYCORIS = (
     "hada_", "lokr_", "oft_blocks", "a1.", "a2.", "b1.", "b2.", "bm.", "w_norm", "b_norm", "diff", "on_input",
     "q_layer", "p_layer", "lambda_layer", "rescale",
 )  # fmt: skip
-"""The prefixes of LyCORIS's slots. sd-scripts writes only one, `oft_blocks`, in keys that begin with `oft_unet_`."""
+"""The prefixes of LyCORIS's slots.
+
+sd-scripts writes only one of these slots, `oft_blocks`, and only in keys that begin with `oft_unet_`.
+"""
 
 
 # Read kohya's OFT for FLUX, which rotates each part of a fused weight separately. Part N has the slot `oft_blocks.N`:

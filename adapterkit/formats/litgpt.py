@@ -250,7 +250,10 @@ def _named(path: str) -> str | None:
 
 
 def _flag(target: Target) -> str:
-    """Return the setting that enables LoRA in the target's module, without the prefix `lora_`: `query`, `mlp`, ..."""
+    """Return the name of the setting that enables LoRA in the target's module, such as `query` or `mlp`.
+
+    The name is returned without its prefix `lora_`.
+    """
     foreign = next(filter(None, map(_named, without_prefix(target.path))))
     if f".{LITGPT_QKV}." in foreign:
         return foreign.rpartition(".")[2]
@@ -279,7 +282,7 @@ def _saved_heads(hints: LitgptHints, base: Checkpoint | None) -> Heads | None:
 
 
 def _count(hints: LitgptHints, base: Checkpoint | None, pairs: Pairs) -> int:
-    """Return the config's number of layers, or the highest index of an adapted layer plus 1 if that is larger."""
+    """Return the config's number of layers. If the adapter has a layer beyond that number, count up to this layer."""
     stated = ((None if base is None else base.config) or {}).get("num_hidden_layers") or hints.get("model", {}).get(
         "n_layer"
     )

@@ -73,7 +73,7 @@ def export_factory(
         factory: the function's name, as `module:function`. The import also searches the working folder. The function
             takes no arguments. It returns `(torch module, example arguments)`, optionally followed by a dictionary of
             arguments of `export`. The dictionary's keys must be in `EXPORT_OPTIONS`.
-        out: the folder to write; a rename creates it when the export is complete.
+        out: the folder to write. The export writes to a temporary folder, and moves the files to `out` at the end.
         weights: a file or folder of weights to load into the module. Its keys must be exactly the keys of the module's
             state dict.
         overwrite: replace a folder that an export wrote.
@@ -161,7 +161,8 @@ def export_pretrained(
 
     Args:
         model: a folder that transformers saved; nothing is downloaded, and no code in the folder is run.
-        out: the folder to write; a rename creates it when the export is complete.
+        out: the folder to write. Without `share_weights`, the export writes to a temporary folder, and moves the files
+            to `out` at the end.
         adapter: see `export`.
         mode: see `export`.
         dtype: the dtype in which the graph computes.
@@ -265,7 +266,9 @@ def _check_for_parts(adapter: Adapters, source: Path, model: nn.Module, rename: 
                 cure = "Export the model's parts yourself with adapterkit.onnx.export, with the adapter attached"
                 raise Unsupported(why, path=source, where=str(target) or "(model)", cure=cure)
     with injected(model, dict(zip(adapters, renamed(list(adapters.values()), rename), strict=True))):
-        pass  # `injected` refuses missing targets. The exports cannot, because each graph has only some of the targets.
+        # `injected` raises an error if the model lacks a target. The exports cannot check this, because each graph has
+        # only some of the targets.
+        pass
 
 
 def _whole(

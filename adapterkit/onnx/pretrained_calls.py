@@ -34,7 +34,7 @@ class ExportWords:
         examples: example arguments of several sizes. The first example is traced; the check also uses the others.
         inputs: the name of each input tensor, in the order of the flattened arguments.
         outputs: the name of each output tensor.
-        shapes: for each argument, a map from each dynamic axis to its name; nested like the arguments.
+        shapes: for each argument, a map from each dynamic axis to its name. `shapes` is nested like the arguments.
     """
 
     module: nn.Module

@@ -1,4 +1,7 @@
-"""Find an execution provider that works. onnxruntime also lists broken ones, and silently uses the CPU instead."""
+"""Find an execution provider that works.
+
+onnxruntime also lists providers that do not work. A session with such a provider may run on the CPU without an error.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class OrtInput(Protocol):
     Attributes:
         name: its name in the graph.
         type: the element type, such as `tensor(float)`.
-        shape: its sizes; a dynamic size is a name, or None if it has no name.
+        shape: the size of each axis. For a dynamic axis, this is the axis's name, or None if the axis has no name.
     """
 
     name: str

@@ -179,7 +179,7 @@ def _damage(model: Path, packed: ir.Model) -> dict[str, dict[str, float]]:
 
 
 def with_exact_inputs(packed: Path, out: Path) -> None:
-    """Write a copy of a quantized graph that does not round layers' inputs, so that a check tests only the weights."""
+    """Write a copy of a quantized graph. The copy does not round layers' inputs, so a check tests only the weights."""
     model = opened(packed).model
     for node in nodes_of(model):
         if node.op_type == "MatMulNBits":
@@ -188,7 +188,10 @@ def with_exact_inputs(packed: Path, out: Path) -> None:
 
 
 def as_floats(packed: Path, out: Path) -> None:
-    """Write a copy of a quantized graph with dequantized weights, so that a check can compare the two graphs."""
+    """Write a copy of a quantized graph. The copy's weights are dequantized.
+
+    A check compares this copy with the copy that `with_exact_inputs` writes.
+    """
     model = opened(packed).model
     building, fresh = Building(model), Fresh()
     for spot in spots_of(model):

@@ -1,4 +1,4 @@
-"""Read an adapter, and open the base's weights and config. Most functions of `adapterkit.onnx` start with this."""
+"""Read an adapter, and open the base's weights and config. Most functions of `adapterkit.onnx` do this first."""
 
 from __future__ import annotations
 

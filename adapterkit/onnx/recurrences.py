@@ -44,7 +44,8 @@ DELTA = frozenset({"query", "key", "value", "g", "beta", "chunk_size", "initial_
 """Parameters of `chunk_gated_delta_rule` and `chunk_kda` of flash-linear-attention."""
 
 SSM, RECURRENT = "ssm", "recurrent"
-"""Two kinds of state: of state space models, and of other recurrences. The graph's input and output names use them."""
+"""The two kinds of state: the state of a state space model, and the state of any other recurrence. The names of the
+graph's inputs and outputs contain these words."""
 
 
 @dataclass
@@ -214,7 +215,7 @@ def _is_exporting() -> bool:
     import torch
 
     # Outside of an export, `_chunked` and `_delta` run transformers' own kernels, so that the check compares the graph
-    # with these kernels. `_selective` cannot, because the original kernel begins with an empty state.
+    # with these kernels. `_selective` cannot do this, because the original kernel begins with an empty state.
     return torch.compiler.is_exporting()
 
 

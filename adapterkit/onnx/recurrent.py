@@ -29,10 +29,10 @@ BIASES = 3
 """The position of the biases among the inputs of a recurrent node."""
 
 GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
-"""A map from each operator to torch's index of each gate, listed in ONNX's order."""
+"""For each operator, the gates in ONNX's order. Each number is the index of a gate in torch's order."""
 
 GATES_BACK = {op: tuple(int(at) for at in np.argsort(order)) for op, order in GATES.items()}
-"""A map from each operator to ONNX's index of each gate, listed in torch's order."""
+"""For each operator, the gates in torch's order. Each number is the index of a gate in ONNX's order."""
 
 _CALL = re.compile(r"/(?:GRU|LSTM|RNN)(?:_(\d+))?$")
 
@@ -41,8 +41,8 @@ class Recurrent(GraphLayer):
     """One of the weights of a recurrent layer, with its bias.
 
     The layer has up to four weights: one for the inputs and one for the hidden state, in each direction. `Recurrent`
-    is the weight for the inputs in the forward direction; each subclass is one of the others. The weight is
-    `[gates * hidden, in]`, and the bias is `[gates * hidden]`.
+    is the weight for the inputs in the forward direction; each subclass is one of the other three weights. The weight
+    is `[gates * hidden, in]`, and the bias is `[gates * hidden]`.
 
     Class attributes:
         direction: the index of the direction in the node's stacked tensors.
@@ -152,7 +152,7 @@ class Recurrent(GraphLayer):
         return Value(self.branch, (self._directions(), 2 * self.shape[0]), element_type(biases), biases)
 
     def _placed(self, new: Value, stacked: Value) -> Value:
-        """Return `stacked`, which has one entry for each direction, with this direction's entry replaced by `new`."""
+        """Return `stacked` with `new` as this direction's entry. `stacked` has one entry for each direction."""
         pieces = [new[None] if at == self.direction else stacked[at : at + 1] for at in range(stacked.shape[0])]
         return pieces[0] if len(pieces) == 1 else concatenated(pieces, 0)
 
@@ -160,7 +160,10 @@ class Recurrent(GraphLayer):
         return 1 + (attribute(self.node, "direction", "forward") == "bidirectional")
 
     def _stacked(self) -> Value:
-        """Return all directions' weights that the node reads now. They may already include another target's change."""
+        """Return the weights of all directions as one value: the weights that the node reads now.
+
+        They may already include another target's change.
+        """
         weights = self.node.inputs[self.position]
         return Value(self.branch, (self._directions(), *self.shape), element_type(weights), weights)
 

@@ -37,7 +37,8 @@ class GraphReport:
         parts: for a folder of graphs, the report of each changed graph, by the graph's name.
         beside: targets whose packed weight is unchanged. Their change is attached beside the weight, as floating-point
             factors. If quantizing the merged weight was tried first, `damage` has the error of that quantization.
-        left: for an export with `allow_partial`, the targets that the graph lacks, by the adapter's name.
+        left: for an export with `allow_partial`, a map from an adapter's name to those of its targets that the graph
+            lacks.
     """
 
     out: Path

@@ -31,15 +31,16 @@ METHODS = ("scopes", "folded_from", "initializer", "path", "heads", "values", "p
 - `folded_from`: the exporter's metadata about the parameters that were folded into the stored tensor.
 - `initializer`: the stored tensor's name.
 - `path`: the node's name.
-- `heads`: the name of a layer that packs queries, keys and values. The rows of each come from the attention's head
-  counts, or from a Split.
+- `heads`: the name of a layer that packs queries, keys and values. The attention's head counts or the sizes of a Split
+  show which rows belong to the queries, to the keys and to the values.
 - `values`: a base weight with values equal to the layer's weight.
 - `packed`: a base weight with values equal to some rows of the layer's weight, if the layer packs several layers.
 - `nearest`: the base weight with the nearest values; see `NEAR` and `APART`.
 """
 
 NEAR = 0.15
-"""A graph's weight is accepted as a base weight's rounded copy up to this relative distance (in the Frobenius norm)."""
+"""The largest relative distance (in the Frobenius norm) at which a weight of the graph is accepted as a rounded copy of
+a weight of the base."""
 
 APART = 3.0
 """The nearest candidate is accepted only if the second nearest candidate is at least this many times as far away."""
@@ -74,8 +75,8 @@ Known = dict[str, tuple[str, list[Spot]]]
 def distance(W: Array, spot: Spot) -> float | None:
     """Return the relative distance between W and a layer's weight.
 
-    If the transposed weight is nearer, the distance from the transposed weight is returned; None if neither has W's
-    shape.
+    If the transposed weight is nearer to W, return the distance between W and the transposed weight. If W has neither
+    the weight's shape nor the transposed weight's shape, return None.
     """
     turned = (spot.shape[1], spot.shape[0], *spot.shape[2:])
     if W.shape not in (spot.shape, turned):

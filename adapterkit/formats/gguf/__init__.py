@@ -4,7 +4,7 @@ Older `ggla` files can be read, but not written.
 
 An adapter file has the same module names as the base's GGUF file. For each architecture, a table translates these names
 to the names in transformers. For some architectures, llama.cpp stores the rows of q and k in Meta's order. This order
-depends on the numbers of heads, so the reader and the writer then need the base's config.
+depends on the numbers of heads, so for these architectures, the reader and the writer need the base's config.
 """
 
 from __future__ import annotations

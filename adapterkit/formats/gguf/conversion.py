@@ -219,7 +219,7 @@ def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Ada
         file: the file.
         base: the base model. The order of some rows depends on the numbers of heads in its config.
         outline: whether to return an adapter even if the order of some rows is unknown without a base. The UsageError
-            is then raised only when such a tensor is loaded.
+            is then raised only when a tensor of a module with such rows is loaded.
 
     Raises:
         Malformed, Unsupported: the file is not a LoRA adapter for llama.cpp, or its architecture is unknown.
@@ -320,7 +320,7 @@ def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline:
 
 
 def _unordered(update: Pair, error: UsageError) -> Pair:
-    """Return an update with the same shapes. Loading the values of its tensors raises `error`."""
+    """Return a copy of an update. Its tensors have the same shapes, but loading their values raises `error`."""
 
     def order() -> NoReturn:
         raise error
