@@ -165,7 +165,7 @@ def alignment(nbytes: int) -> int:
 
 
 def placed(tensor: ir.TensorProtocol, file: Path, offset: int) -> ir.ExternalTensor:
-    """Return an external tensor like `tensor`, whose data are the bytes at `offset` in `file`."""
+    """Return an external tensor like `tensor`. The data of the external tensor are the bytes at `offset` in `file`."""
     return ir.ExternalTensor(
         file.name,
         offset,
@@ -354,10 +354,10 @@ def placing(
     """Prepare a path to which a `with` block writes a model; after the block, move the written files into place.
 
     The context manager yields a `WrittenModel`, which contains the path. Usually, the path is in a staging folder. If
-    the model refers to data files that are already in the folder of `out`, the path is `out` itself. A copy in a
-    staging folder could not be checked, because onnx and onnxruntime do not follow links to these data files. While the
-    model is written to `out`, the old file at `out` is kept in the staging folder. After an error, the old file is
-    restored; if the process was killed, the next run restores it.
+    the model refers to data files that are already in the folder of `out`, the path is `out` itself. In a
+    staging folder, the model could not be checked: the folder would contain links to these data files, and onnx and
+    onnxruntime do not follow such links. While the model is written to `out`, the old file at `out` is kept in the
+    staging folder. After an error, the old file is restored; if the process was killed, the next run restores it.
 
     Args:
         out: the model's destination.

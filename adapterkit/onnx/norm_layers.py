@@ -203,8 +203,9 @@ def norms_at(
 def _is_same(name: str, path: str, role: str | None) -> bool:
     """Whether a norm's name and a target's path are equal, except for a prefix.
 
-    The prefix may contain `encoder` or `decoder` only if this word is `role`. In an encoder's or a decoder's graph, the
-    names do not contain the word, so only the file's name shows which of the two parts the graph contains.
+    The prefix may contain `encoder` only if `role` is `encoder`, and `decoder` only if `role` is `decoder`. If a graph
+    contains only one of these parts, its names do not contain `encoder` or `decoder`, so only the file's name shows
+    which part the graph contains.
     """
     if not same_end(name, path):
         return False

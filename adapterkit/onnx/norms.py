@@ -53,7 +53,10 @@ _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
 
 
 def groups_of(spot: Spot) -> int:
-    """Return the number of groups of a transposed convolution; 1 for layers whose outputs are all on one axis."""
+    """Return the number of groups of a transposed convolution; 1 for other layers.
+
+    Only a transposed convolution divides its outputs among two axes of the weight, `[in, out / groups, *k]`.
+    """
     return int(attribute(spot.node, "group", 1)) if issubclass(spot.kind, ConvTranspose) else 1
 
 
@@ -85,7 +88,7 @@ def refuse_folded(places: Sequence[ResolvedTarget]) -> None:
 
 
 def is_norm(node: ir.Node) -> bool:
-    """Whether the exporter's metadata of a node names a batch normalisation, alone or fused with another layer."""
+    """Whether the exporter's metadata says that a node is a batch normalisation, perhaps fused with another layer."""
     notes = [*listed(node.metadata_props.get(CLASSES)), *listed(node.metadata_props.get(SCOPES))[-1:]]
     return any("batchnorm" in word.lower() or "batch_norm" in word.lower() for word in notes[-3:])
 
@@ -228,7 +231,9 @@ def _vector_of(guesses: Sequence[_Guess], far: float, place: ResolvedTarget) -> 
 
 
 def scaled_distance(base: Checkpoint, name: str, spot: Spot) -> float | None:
-    """Return the relative distance of a layer's weight from a base weight into which the best norm or vector is folded.
+    """Return the relative distance between a layer and a base weight with a norm or vector folded in.
+
+    Among the base's norms and vectors, the one with the smallest distance is used.
 
     Args:
         base: the base's weights.
@@ -305,7 +310,7 @@ def _factors(V: Array, rows: Array) -> tuple[Array, float, Array]:
 
 
 def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None) -> Iterator[_Guess]:
-    """Yield the norms and vectors that may be folded into a layer with the weight `W` and the bias `b` in the base."""
+    """Yield the norms and vectors that may be folded into a layer. `W` and `b` are its weight and bias in the base."""
     V, rows = _weight_of(spot), _by_channel(spot, W)
     bias_value = _bias_of(spot)
     weight = None if bias_value is None else numbers(bias_value).reshape(-1).astype(np.float64)
@@ -313,7 +318,8 @@ def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None) -> Iterato
     size = max(float(np.linalg.norm(V)), 1e-300)
 
     def guess(name: str, scale: Array, shift: Array, is_vector: bool) -> _Guess:
-        # `V - factors * rows` is orthogonal to the rows. So the root below equals the norm of `V - scale * rows`.
+        # Each row of `V - factors * rows` is orthogonal to the same row of `rows`. So the square root in the next line
+        # equals the norm of `V - scale * rows`.
         off, of_bias = float(np.sqrt(rest**2 + float(((scale - factors) ** 2 * squares).sum()))) / size, 0.0
         if weight is not None:
             wanted = shift if b is None else scale * b + shift

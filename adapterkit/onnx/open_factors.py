@@ -132,8 +132,8 @@ def worked_out(
     packed = in_packed(named, by_name(spots_of(model)))
     whole = adapter.replace(updates={target if packed is named else packed: adapter.updates[target]})
     held_by = None if base is None else opened_base(base)
-    # If the target's name in the adapter contains `encoder` or `decoder` and its name in the graph does not, the graph
-    # holds only this part of the model.
+    # If the target's name contains `encoder` in the adapter but not in the graph, the graph holds only the encoder. The
+    # same is true for `decoder`.
     omitted = {"encoder", "decoder"} & ({*target.path.split(".")} - {*named.path.split(".")})
     tying = replace(Tying.of(held_by, None), role=next(iter(omitted), None))
     (place, *_) = resolve(model, whole, held_by, tying)

@@ -42,8 +42,8 @@ class Outlet:
 
     Attributes:
         end: the target's output; None for a layer, because `GraphLayer.end` is its output.
-        read: the target's input, apart from the residual; None for a layer, or if the target has no such input or
-            several.
+        read: the target's input, not counting the residual. None for a layer, and for a module that has several such
+            inputs or none.
         residual: the value that is added to the target's output.
         norm: the normalisation of the sum of the output and the residual.
         hidden: the output before the module adds a residual; None if the module does not add one.

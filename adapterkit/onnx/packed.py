@@ -109,7 +109,7 @@ class Seen:
     def small(self, wide: Array | int, like: Array) -> Array:
         """Convert scales or zero points `[rows, groups]` to the shape and dtype of the stored tensor `like`.
 
-        If `wide` is an integer, which is the zero point of all groups, return `like` unchanged.
+        `wide` may be one integer, the zero point of all groups. In this case, return `like` unchanged.
         """
         if isinstance(wide, int):
             return like
@@ -352,7 +352,8 @@ def _quantizer(node: ir.Node) -> ir.Node | None:
 def _scaled(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     """Return the dequantized output of a MatMulInteger, and the scales of its weight.
 
-    Return None if no Cast and Mul with constant scales follow the MatMulInteger.
+    Return None if the nodes do not match the pattern in the docstring of the class `MatMulInteger`, or if the scales of
+    the weight are not constant.
     """
     quantizer, cast = _quantizer(node), only_reader(node.outputs[0], "Cast")
     mul = None if cast is None else only_reader(cast.outputs[0], "Mul")
@@ -513,8 +514,7 @@ def drop(node: ir.Node | None) -> None:
 
 # Pack changed weights again in their original scheme.
 #
-# The code that requantizes bases outside of ONNX also chooses the scales and zero points here; see
-# `adapterkit/quant/_grouped.py`.
+# `adapterkit/quant/_grouped.py` chooses the scales and zero points, both here and for bases that are not ONNX files.
 
 
 @dataclass(frozen=True, slots=True, eq=False)

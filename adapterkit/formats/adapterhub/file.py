@@ -279,7 +279,7 @@ def sliced(leaf: Lazy, start: int, stop: int) -> Lazy:
 
 
 def make(method: str, leaves: Mapping[str, Leaf], **attributes: object) -> Update:
-    """Create an update of the method `method` from its tensors by field, which may be lazy, and its attributes."""
+    """Create an update of a method with these attributes. `leaves` maps fields to tensors, which may be lazy."""
     return METHODS[method](**leaves, **attributes)
 
 
@@ -568,7 +568,7 @@ def _third(rows: tuple[int, int]) -> bool:
 class SublayerRule:
     """One position of bottleneck adapters in a block, such as after the attention.
 
-    The module that contains the adapter and the target have paths with the same beginning. Their ends may differ.
+    The target's path and the path of the module that contains the adapter begin alike, but may end differently.
 
     Attributes:
         models: the values of `model_type` that have this position.

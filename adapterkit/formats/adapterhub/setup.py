@@ -38,7 +38,7 @@ WORDS: Mapping[str, str] = {
     "Average": "weights", "BatchSplit": "batch_sizes", "Fuse": "", "MultiTask": "", "Parallel": "", "Split": "splits",
     "Stack": "",
 }  # fmt: skip
-"""A map from a kind of block to the field of its `kwargs` that has one number per child; empty if there is none."""
+"""For each kind of block, the field of `kwargs` that has one number per child; empty if the kind has no such field."""
 
 MAX_DEPTH = 32
 

@@ -241,7 +241,7 @@ def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tupl
 
 
 def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint | None) -> set[int]:
-    """Return the indices of the layers that lack an adapter at a kind of position where other layers have one.
+    """Return the indices of the layers that lack one of the adapters that other layers have.
 
     Encoder layers may lack the adapter after the cross-attention, because they have no cross-attention.
     """

@@ -3,9 +3,9 @@
 LoRA has the tensors `lora_A` `[r, in]` and `lora_B` `[out, r]`. DoRA also has `m.weight` `[out, 1]`. IA3 has only
 `lora_B` `[out, 1]`.
 
-One fused weight may compute queries, keys and values, each with a third of its rows. The config's `attn_matrices` then
-lists the adapted thirds. For n adapted thirds, the file has n pairs of factors, concatenated into `lora_A`
-`[r * n, in]` and `lora_B` `[out / 3 * n, r]`. Each pair becomes an update of one third of the rows.
+One fused weight may compute queries, keys and values, each with a third of its rows. In this case, the config's
+`attn_matrices` lists the adapted thirds. For n adapted thirds, the file has n pairs of factors, concatenated into
+`lora_A` `[r * n, in]` and `lora_B` `[out / 3 * n, r]`. Each pair becomes an update of one third of the rows.
 """
 
 from __future__ import annotations

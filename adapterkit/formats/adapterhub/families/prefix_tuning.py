@@ -37,9 +37,9 @@ DEPTHS = {
     "self_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
     "cross_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
 }
-"""A map from a group of attention modules (see `group_of`) to config fields of the base for the group's size.
+"""For each group of attention modules (see `group_of`), the config fields that state how many modules the group has.
 
-The map is for encoder-decoder models. The first field that exists is used.
+These are fields of an encoder-decoder base's config. The first field that exists is used.
 """
 
 
@@ -67,11 +67,11 @@ def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> 
 
 
 def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> str:
-    """Return the reason why an encoder-decoder model has too few or too many updates in a group; empty if it does not.
+    """Return an error text if an adapter covers too few or too many attentions of an encoder-decoder model, else "".
 
-    `counts` are the numbers of updates by group. Every attention in `group` and in `self_prefix` must have an update,
-    because the adapters library cannot omit a layer of an encoder-decoder model. The attentions are counted by the
-    names of the base's tensors, because the base's config may omit a number of layers that is the default.
+    `counts` contains the number of updates in each group. Every attention in `group` and in `self_prefix` must have an
+    update, because the adapters library cannot omit a layer of an encoder-decoder model. The attentions are counted in
+    the names of the base's tensors, because the base's config may omit a number of layers that equals the default.
     """
     config = {} if base is None else base.config or {}
     model_type = config.get("model_type")
@@ -215,7 +215,7 @@ class PrefixTuningFamily(AdapterHubFamily):
             for slot, key in slots.items():
                 if slot not in whole:
                     raise Malformed(
-                        "this tensor is a layer's copy, but the file lacks the whole model's tensor",
+                        "this tensor is a layer's copy of a shared tensor, but the file lacks the shared tensor",
                         where=key.text,
                         cure=AGAIN,
                     )

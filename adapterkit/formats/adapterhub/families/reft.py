@@ -1,7 +1,7 @@
 """Read and write ReFT.
 
 In a file, `units.0` changes the first positions, and `units.1` changes the last positions. If the config has
-`tied_weights`, the file has only `units.0`, which changes both.
+`tied_weights`, the file has only `units.0`, which changes the first and the last positions.
 """
 
 from __future__ import annotations
