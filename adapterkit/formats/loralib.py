@@ -221,8 +221,8 @@ def _enabled(
 ) -> list[bool]:
     """Return `enable_lora` for `loralib.json`: one flag for each block of the weight's outputs, true if it is adapted.
 
-    `loralib.json` has only one list for all weights. So if `enabled` is given, it must be true for exactly those blocks
-    of the weight that are adapted.
+    `loralib.json` has only one list for all weights. So if the list `enabled` is given, exactly the flags of this
+    weight's adapted blocks must be true.
     """
     size = group[0][0][1] - group[0][0][0]
     weight = None if base is None else base.tensors.get(f"{path}.weight")

@@ -186,9 +186,9 @@ def _settings(path: Path) -> NolaSettings:
 
 
 def _groups(tensors: Mapping[str, Lazy]) -> dict[tuple[str, str], dict[str, Lazy]]:
-    """Return the tensors by (path, key of `_PARTS`), and then by factor and slot, such as `Aseed`.
+    """Group the tensors by (path, key of `_PARTS`), where `path` is the path of an attention layer or an MLP.
 
-    `path` is the path of an attention layer or an MLP.
+    Each group is a map from the factor and the slot, such as `Aseed`, to the tensor.
 
     Raises:
         Malformed: a key is not one of NOLA's keys, or a tensor of a group is missing.

@@ -63,7 +63,8 @@ KINDS: tuple[type[GraphLayer], ...] = (
 """The kinds of layers whose node has one weight. If several kinds accept a node, the first of them is used."""
 
 SEVERAL: tuple[type[GraphLayer], ...] = (*RECURRENT, *EXPERTS)
-"""The kinds of layers whose node has several weights: recurrent layers and experts. Each weight has one kind."""
+"""The kinds of layers whose node has several weights: recurrent layers and experts. A node has one kind for each
+weight."""
 
 
 def kinds_of(node: ir.Node) -> list[type[GraphLayer]]:
@@ -149,8 +150,8 @@ def resolve(
         if (node := _reordered(model, error.where or "", base)) is not None:
             at = f"{node.name or node.op_type} (operator {node.domain}.{node.op_type})"
             why = (
-                "onnxruntime reordered the graph's convolution weights for one kind of processor, for example those of "
-                f"{at}. The base's order cannot be restored: {left}"
+                f"onnxruntime reordered the weights of the graph's convolutions, such as {at}, for one kind of "
+                f"processor. The base's order cannot be restored: {left}"
             )
             cure = (
                 "Inject the adapter before the graph is optimized, or optimize the graph no further than "
@@ -198,7 +199,7 @@ def _reordered(model: ir.Model, where: str, base: Checkpoint | None) -> ir.Node 
 def taken(
     model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, config: Config = None, role: str | None = None
 ) -> tuple[Adapter, tuple[Target, ...]]:
-    """Split an adapter into the updates whose targets a graph has, and the targets that the graph lacks.
+    """Remove an adapter's targets that are not in a graph. Return the adapter and the removed targets.
 
     Args:
         model: a graph that may have only some of the adapter's layers, such as one part of a model.
@@ -264,7 +265,8 @@ def _lost(adapter: Adapter, known: Known, config: Config) -> tuple[Target, ...]:
 def _check_apart(sites: Sequence[Site], origins: Sequence[Target]) -> None:
     """Refuse two targets that match the same layer.
 
-    If the layers' names in an encoder's graph lack the segment `encoder`, targets in the decoder match them, too.
+    The layers' names in an encoder's graph may lack the segment `encoder`. In this case, targets in the decoder match
+    the encoder's layers, too.
     """
     seen: dict[tuple[Any, ...], Target] = {}
     for site, origin in zip(sites, origins, strict=True):
@@ -454,7 +456,7 @@ def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
 
 
 OF_MODULES = ("scopes", "path")
-"""The entries of `METHODS` that find only a module's name. The module's weight is assumed to be `weight`."""
+"""The entries of `METHODS` that find only a module's name. The module's weight is assumed to be named `weight`."""
 
 
 def with_several_weights(spots: Sequence[Spot]) -> dict[str, list[str]]:
@@ -470,7 +472,7 @@ def with_several_weights(spots: Sequence[Spot]) -> dict[str, list[str]]:
             by_module.setdefault(name, []).append(spot)
     several = {}
     for name, same in by_module.items():
-        # Compare values: if a module is called several times, optimizers may store several copies of one weight.
+        # Compare values: if a module is called several times, graph optimizers may store several copies of one weight.
         different = [*{spot.sources: spot for spot in same if not issubclass(spot.kind, Recurrent | Experts)}.values()]
         if len(different) > 1 and not all(_same_weight(different[0], spot) for spot in different[1:]):
             stored = (_stored_names(spot) for spot in different)
@@ -540,7 +542,10 @@ def _without_modules(places: Sequence[ResolvedTarget]) -> list[ResolvedTarget]:
 
 
 def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
-    """Add the layers named `fc_1`, a later call of `fc`, to the layers named `fc`, if both read the same tensor."""
+    """Add the layers of a module's later calls to the module's layers.
+
+    If layers named `fc` and `fc_1` read the same tensor, `fc_1` is a later call of the module `fc`.
+    """
     calls = {name: list(at) for name, at in some.items()}
     for name, at in some.items():
         plain = _CALL.sub("", name)
@@ -564,7 +569,7 @@ def _by_node_name(name: str, spots: list[Spot]) -> list[Spot]:
 
 
 Placed = list[tuple[Site, Target]]
-"""Pairs of a site, with its path in the graph, and the site's target, with its path in the adapter."""
+"""Pairs (site, target). The site's path is the path in the graph. The target's path is the path in the adapter."""
 
 Config = Mapping[str, object] | None
 
@@ -594,8 +599,8 @@ names every attention layer `attn`, and every router of experts `moe.router`."""
 def _in_words_of(adapter: Adapter, known: Known) -> Known:
     """Add aliases to a graph's names: the adapter's names for attention layers and routers, as in `BUILDER_NAMES`.
 
-    Add them before names are translated between families. One family also names a layer `attn.q_proj`, but the rows of
-    that layer have another order.
+    Callers must add these aliases before names are translated between families, because one family also has a layer
+    named `attn.q_proj`, and the rows of that layer have another order.
     """
     return {alias: known[name] for alias, name in _renamed_parts(adapter, known).items()} | known
 
@@ -638,7 +643,8 @@ def _resolved(
         product = product_of(spots[0].node)
         by_columns = product is not None and not product.by_rows
         if base is None and shape[1] == shape[2] and by_columns and not site.target.layout.startswith("e in"):
-            # Do not trust the target's layout: an adapter that was read without its base also gets `out` before `in`.
+            # Do not trust the target's layout: if the adapter was read without its base, the reader assumed that `out`
+            # comes before `in`.
             why = (
                 f"the weights of this stack are square ({shape[1]} x {shape[2]}), and the graph reads their rows as "
                 "inputs; without the base, it is unknown whether the rows of the update are inputs or outputs"

@@ -49,7 +49,10 @@ LINEAR = (
 
 
 class TargetRows(Protocol):
-    """A layer, or a view of some rows of its weight. `x` is the layer's input; a call maps an input to the output."""
+    """A layer, or a view of some rows of its weight.
+
+    `x` is the layer's input. Call the object with an input to get the output.
+    """
 
     x: Value
 
@@ -81,8 +84,8 @@ class RowSlots:
         Raises:
             Unsupported: the target has several updates, or an update that is not a LoRA or changes a bias. Or the
                 layer's kind is not in `LINEAR`, the updates apply to the transposed weight, or a norm is folded into
-                the layer. Or the layer's input is known to have other than two or three axes. Or it has two axes, and
-                the first is not known to be the batch.
+                the layer. Or the number of axes of the layer's input is known, and is neither two nor three. Or the
+                input has two axes, and the first axis is not known to be the batch.
         """
         _check(place)
         key = self.building.keep(place)
@@ -198,7 +201,7 @@ def stacked(
 
     Args:
         names: the name of each row's adapter; None for rows that use the base alone.
-        loaded: a map from each adapter's name to a map from each slot to the adapter's factor, a stack of one adapter.
+        loaded: the adapters' factors, by adapter name and then by slot. The first axis of each factor has size 1.
         slots: all slots by name, with their declared shapes.
     """
     order = list(dict.fromkeys(names))

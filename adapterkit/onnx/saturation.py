@@ -65,8 +65,8 @@ class Saturation:
     def warning(self) -> str | None:
         """A warning if quantization distorts the model more with the adapter than without it; otherwise None.
 
-        There is a warning if a node clips more values with the adapter than without it, or if `moved` exceeds both
-        limits, `MOST_MOVED` and `TIMES`.
+        There is a warning if a node clips more values with the adapter than without it, or if the
+        change of the outputs (`moved`) exceeds the limits that `MOST_MOVED` and `TIMES` set.
         """
         worst = max(self.nodes, key=lambda name: self.nodes[name][1] - self.nodes[name][0], default=None)
         more = worst is not None and self.nodes[worst][1] > self.nodes[worst][0]

@@ -172,8 +172,8 @@ def refuse_selected(place: ResolvedTarget) -> None:
     """Check that the updates of a stack of selected experts can be added to the graph.
 
     Raises:
-        Unsupported: an update changes the layer's output instead of the weight. Or an update changes a bias, and the
-            graph adds a bias or the update needs one.
+        Unsupported: an update changes the layer's output instead of the weight. Or an update changes a bias, and
+            either the graph adds a bias or the update needs one.
     """
     for update in place.updates:
         bias = update.changes_bias and (update.needs_bias or any(_adds_bias(spot.node) for spot in place.spots))
@@ -184,7 +184,10 @@ def refuse_selected(place: ResolvedTarget) -> None:
 
 
 def _adds_bias(node: ir.Node) -> bool:
-    """Whether the graph adds a bias to the product with the experts' weights: a constant, or a vector from a Gather."""
+    """Whether the graph adds a bias to the product with the experts' weights.
+
+    A constant counts as a bias, and so does a vector from a Gather or GatherND.
+    """
     product = product_of(node)
     assert product is not None
     waiting = [product.node.outputs[0]]

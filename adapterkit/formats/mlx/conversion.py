@@ -140,9 +140,9 @@ def _keep(name: str) -> bool:
 
 
 def is_absent(name: str, config: Mapping[str, object] | None) -> bool:
-    """Whether MLX-LM cannot adapt the hub's weight `name`, because its model has no suitable layer for the weight.
+    """Whether MLX-LM cannot adapt the hub's weight `name`, because MLX-LM's model has no suitable layer for the weight.
 
-    If `config` does not show the family, return True only if MLX-LM cannot adapt the weight in any family that has it.
+    If `config` does not show the family, return False if MLX-LM can adapt the weight in at least one family.
 
     Examples: MLX-LM turns DeepSeek's `kv_b_proj` into two stacks with a matrix per head, which `load_adapters` cannot
     adapt. In `prism_hadamard_qwen35`, MLX-LM's model rotates the layers. In Muse Spark, MLX-LM fuses queries, keys,
@@ -176,8 +176,8 @@ def _family(config: Mapping[str, object] | None) -> Architecture | None:
 def _common() -> Iterator[Architecture]:
     """Yield the families that MLX-LM has, except those marked `rare`.
 
-    The names that MLX-LM gives to experts in a rare family belong to other weights in far more common families. So a
-    rare family is used only if the base's config names it.
+    In a rare family, MLX-LM gives experts names that far more common families use for other weights. So a rare family
+    is used only if the base's config states this family.
     """
     return (each for each in with_naming(NAMING) if not each.record.rare)
 
@@ -186,7 +186,8 @@ def _common() -> Iterator[Architecture]:
 def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
     """Return (family, templates) for each family in which MLX-LM renames weights.
 
-    A template is a name with `#` for each number. There is one for each renamed weight in each naming of the family.
+    A template is a name in which `#` replaces each number. There is a template for each renamed weight in each naming
+    of the family.
     """
     entries = []
     for each in _common():
@@ -529,7 +530,8 @@ def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[
     _check_all(moves, experts)
     plain = {target: updates for target, updates in adapter.updates.items() if target.path not in moves}
     there = translated(adapter.updates, moves, experts)
-    # Join the parts of a fused layer into one LoRA, because only MLX-LM's FusedLinear can have a LoRA for each part.
+    # Join the updates of a fused layer's parts into one LoRA, because in MLX-LM, only layers of the class FusedLinear
+    # can have a separate LoRA for each part.
     fused = {move.path: move.into.of for given in moves.values() for move in given if move.into is not None}
     sizes = {
         target.path: fused[target.path] * (target.rows[1] - target.rows[0])
@@ -601,7 +603,7 @@ def _of_one_rank(pairs: Pairs, hints: MlxHints) -> tuple[Pairs, list[str]]:
     """Pad all updates with zeros to the largest rank, and return a line for each padded update.
 
     MLX-LM creates all layers with the rank in the config. Since version 0.32, it refuses tensors with another rank. If
-    the adapter was read from an MLX-LM folder with the same tensor names, all ranks stay unchanged.
+    the adapter was read from an MLX-LM folder, and its tensors still have the same names, all ranks stay unchanged.
     """
     ranks = {target: rank_of(update, target.stacked) for target, update in pairs.items()}
     rank = max(ranks.values(), default=0)

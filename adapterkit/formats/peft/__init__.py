@@ -163,7 +163,8 @@ def _departures() -> Mapping[str, Departure]:
 def _departures_of(methods: Collection[str]) -> Mapping[str, Departure] | None:
     """Return LoRA's departures if all methods are in `BESIDE`, such as LoRA; otherwise None.
 
-    The caller then needs no departures of the families, so the modules in `families` are not imported.
+    If the result is not None, the caller needs no departures of the families. So the modules in `families` are not
+    imported.
     """
     from .decoders import DEPARTURES
     from .families import BESIDE

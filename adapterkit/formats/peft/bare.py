@@ -91,7 +91,7 @@ def is_bare(path: Path) -> bool:
 def load(
     path: Path, alpha: float | None, rank: int | None
 ) -> tuple[dict[str, JsonValue], dict[str, Lazy], dict[str, str]]:
-    """Return a config built from the keys and shapes, the tensors by key, and the strings in the file's header.
+    """Build a config from the keys and shapes. Return the config, the tensors by key, and the file's metadata.
 
     Args:
         path: a tensor file, or a folder with adapter_model.safetensors or .bin, or with DeepSpeed's model states.
@@ -251,7 +251,10 @@ def _file(path: Path) -> Path | None:
 
 
 def _tag(folder: Path) -> Path:
-    """Return the subfolder that a DeepSpeed checkpoint's file `latest` names; if there is none, return `folder`."""
+    """Return the subfolder with the newest weights of a DeepSpeed checkpoint; if there is none, return `folder`.
+
+    The file `latest` contains the subfolder's name.
+    """
     latest = folder / "latest"
     if _file(folder) is not None or not latest.is_file() or latest.stat().st_size > 255:
         return folder
@@ -360,7 +363,7 @@ def in_peft_names(tensors: Mapping[str, Lazy], alpha: float | None) -> dict[str,
 
     Args:
         tensors: the tensors of the file, by key.
-        alpha: LoRA's alpha. SAT does not save it in the file, only in the config of the training.
+        alpha: LoRA's alpha. SAT saves alpha only in the training config, not in the file.
 
     Raises:
         UsageError: `alpha` is None.
