@@ -224,8 +224,8 @@ class Session:
         values: Mapping[str, Lazy] | None = {} if path is None else _slot_values(path)
         ready_made = values is not None and path is not None
         values = values or {}
-        # Olive's slot names contain the targets' names. So if Olive wrote the file, but for slots that this model does
-        # not have, read the file like an adapter in any other format.
+        # If Olive wrote the file for another graph, none of its slots are in this model. But Olive's slot names contain
+        # the targets' names, so `fit` can read the file like an adapter in any other format.
         if ready_made and path is not None and not values.keys() & self._slots.keys() and has_olives_names(Path(path)):
             ready_made = False
         if ready_made:
@@ -443,7 +443,7 @@ class Session:
         return f"Session({self._path.name!r}: {', '.join(inputs)}; {len(self.slots):,} slots{adapters})"
 
     def binding(self, adapter: Choice = None) -> OrtBinding:
-        """Return an onnxruntime binding for `run_bound`, to which the slots of an adapter are already bound.
+        """Return an onnxruntime binding for `run_bound`, with the values of the adapter's slots already bound.
 
         Bind the inputs and the outputs to the binding, then call `run_bound`. With a binding, outputs such as past
         keys and values stay on the device. To use an adapter with a binding, pass the adapter here, because onnxruntime

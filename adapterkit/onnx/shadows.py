@@ -120,8 +120,8 @@ class State:
     def state(self, update: Shadow) -> Value:
         """Return the state that the block gets, in the dtype of the block's input `x`.
 
-        If `x` has three axes, and the state's width is unknown or equals the width of `x`, the state is declared with
-        all sizes of `x`. Otherwise, only the state's width is declared.
+        If `x` has three axes and the same width as the state, the state is declared with all sizes of `x`. An unknown
+        width of the state counts as the same width. Otherwise, only the state's width is declared.
         """
         x, branch = self.heard.layer.x, self.heard.layer.branch
         value = self.shadows.reached(update, self.heard)
@@ -134,7 +134,7 @@ class State:
         self.kept = value
 
     def hand_on(self, y: ir.Value) -> bool:
-        """Pass the state that `keep` stored to the next block; return False if no state was stored.
+        """Pass the stored state (see `keep`) to the next block; return False if no state was stored.
 
         Args:
             y: the block's output, after which the state's nodes are inserted.

@@ -68,8 +68,8 @@ def write_adapter(
     onnxruntime's `LoraAdapter` and `Session` load the file. A second file beside it describes the tensors, so that
     `adapterkit.read` can read the adapter back. If `out` ends with `.safetensors`, this function writes a safetensors
     file instead, whose keys are the names of the slots. This file is for runtimes that do not read `.onnx_adapter`
-    files; `Session` also loads it. If the slots are required inputs, the file has a tensor for every slot. The tensors
-    for slots that the adapter does not fill change nothing.
+    files; `Session` also loads it. If the slots are required inputs, the file has a tensor for every slot. If the
+    adapter has no values for a slot, the slot's tensor leaves the base's results unchanged.
     """
     from ..formats.onnx_adapter import write_slots_record
 
@@ -85,7 +85,7 @@ def write_adapter(
 
 
 def slotted(model: Model, adapter: Adapter) -> tuple[Adapter, tuple[Target, ...]]:
-    """Return an adapter without the targets that have no slots in a graph; also return these targets.
+    """Remove an adapter's targets that have no slots in a graph; return the adapter and the removed targets.
 
     Raises:
         TargetNotFound: the graph has no slots at all.
@@ -220,7 +220,7 @@ def _paired(
 ) -> list[tuple[Update, dict[str, str]]]:
     """Pair each of a target's updates with its slots.
 
-    The target may lack some of the record's updates. The others must be in the same order as in the record.
+    The target may lack some of the record's updates. The target's updates must be in the record's order.
 
     Raises:
         TargetNotFound: the record has no slots for an update's method.

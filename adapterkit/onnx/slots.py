@@ -45,10 +45,10 @@ RECORD = "adapterkit.slots"
 
 REQUIRED = "adapterkit.required"
 """Metadata key of a model whose slots are required inputs. Its value is JSON that maps each slot's name to a number.
-If every element of each slot is that slot's number, the base is unchanged."""
+The model computes the base's results if each slot is filled with its number."""
 
 FIXED = frozenset({"out", "in", "k", "rest", "columns", "hidden", "first", "second", "outs", "ins", "shorts", "longs"})
-"""Names of axes that have a fixed size, because the base's layer determines the size or all layers have the same."""
+"""Names of axes of fixed size: the base's layer determines the size, or the size is the same in all layers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,7 +171,7 @@ def slots_of(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def fills_of(metadata: Mapping[str, str]) -> dict[str, float]:
-    """Return a map from the name of each required slot to a number. Without an adapter, the number fills the slot.
+    """Return the number that fills each required slot if there is no adapter, by the slot's name.
 
     Raises:
         Malformed: the metadata is damaged.
@@ -246,8 +246,8 @@ class Slots:
             position: the position of the update among the target's updates.
 
         Raises:
-            Unsupported: the update's formula reads the model's inputs; or no tensors of the update leave the base
-                unchanged, and factors cannot express the update.
+            Unsupported: the update's formula reads the model's inputs; or the slots have no default values that leave
+                the base unchanged, and factors cannot express the update.
         """
         if isinstance(update, OutputUpdate) and update.asks:
             why = f"{update.method} cannot have slots: its formula reads the model's inputs {', '.join(update.asks)}"
@@ -422,7 +422,7 @@ def _stem(place: ResolvedTarget, position: int) -> str:
 
 
 def _target_of(place: ResolvedTarget) -> Target:
-    """Return the target under its name in the graph. Omit the rows of an expert, whose name already identifies them."""
+    """Return the target under its name in the graph. Omit an expert's rows, because its name already identifies it."""
     within = any(issubclass(spot.kind, Experts) or EXPERT in spot.node.metadata_props for spot in place.spots)
     return Target(place.target.path, rows=None if within else place.target.rows)
 
@@ -437,7 +437,7 @@ def _neutral(
         shapes: the shapes of the tensors, with placeholders of at least `FREE` for dynamic sizes.
         place: the update's target.
         inner: the size of dynamic axes in the result.
-        tried: sizes to try for dynamic axes. The tensors must leave the results unchanged with at least one of them.
+        tried: sizes to try for dynamic axes. With at least one of these sizes, the results must stay unchanged.
 
     Raises:
         Unsupported: no tensors were found that leave the base's results unchanged.

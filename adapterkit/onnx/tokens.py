@@ -1,7 +1,7 @@
 """Add nodes that compute the ids and the positions of all tokens, both the past's tokens and the call's tokens.
 
 The cache contains the past's keys and values, but not the past's token ids, so the graph gets a new input for these
-ids. With this input, formulas that read all tokens give the same results for the call's tokens as a run without a past.
+ids. With this input, a formula that reads all tokens gives the call's tokens the same results as without a cache.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 UNPADDED = (IA3, OFTPatches, Replacement)
-"""The methods whose forward in PEFT calls the base layer, so that the input is padded as in the base layer."""
+"""For these methods, PEFT's forward calls the base layer itself, and the base layer pads the input."""
 
 
 def turns_patches(shape: tuple[int, ...]) -> bool:
@@ -250,7 +250,7 @@ def _block_groups(settings: PeftSettings, factors: PeftFactors, blocks: int) -> 
 
 
 def _runs(outputs: int, size: int, high: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) for each range of B's rows. A range stops at the end of each block and of each group."""
+    """Cut B's rows at the end of each block and of each group; yield (start, stop) for each resulting range."""
     cuts = sorted({*range(0, outputs, size), *range(0, outputs, high), outputs})
     return pairwise(cuts)
 
@@ -426,7 +426,8 @@ def _index(settings: PeftSettings, path: str) -> list[int] | None:
     fitting = [name for name in named if path.endswith(name)]
     exact = [name for name in fitting if name == path]
     if not fitting and len(named) == 1:
-        # A head that is tied to the embedding has no entry. A single entry belongs to the embedding, so use that entry.
+        # An LM head that is tied to the embedding has no entry of its own. If there is only one entry, it belongs to
+        # the embedding, so use it for the head too.
         return next(iter(named.values()))
     return named[(exact or fitting)[0]] if len(exact or fitting) == 1 else None
 
@@ -442,7 +443,7 @@ NORM_PART = "ln_tuning_layers"
 
 
 def decode_ln_tuning(file: File) -> Findings:
-    """Yield a replacement for each module of which the file contains a trained copy.
+    """Yield a replacement for each module that has a trained copy in the file.
 
     Tensors of integers or booleans were not trained. The adapter keeps them only so that the writer can write them.
 

@@ -337,7 +337,7 @@ def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Laz
 
 
 def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Array, slice], Array]) -> Lazy:
-    """Return a lazy stack of experts. Reading some experts calls `take`, which gathers only these from the matrix."""
+    """Return a lazy stack of experts. To read some experts, `take` gathers only these experts from the matrix."""
     each = math.prod(shape[1:])
 
     def part(first: int, count: int) -> Buffer:
@@ -447,10 +447,10 @@ def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, rel
         factors: lora_A and lora_B of one parameter.
         path: the parameter's path.
         shape: the parameter's shape in the base, if known.
-        related: the answer, if the shapes of gate_up_proj and down_proj show it; otherwise None.
+        related: the result, if the shapes of gate_up_proj and down_proj already determine it; otherwise None.
 
     Raises:
-        UsageError: PEFT before 0.19 wrote the file, and only the base would show the answer, but no base is given.
+        UsageError: PEFT before 0.19 wrote the file, and the result depends on the base, but no base is given.
     """
     if related is not None:
         return related
@@ -487,7 +487,7 @@ def _names(file: File, path: str) -> list[str]:
 
 
 def _named(file: File, path: str) -> list[str]:
-    """List the module's parameters whose entry in `target_parameters` names the module too, such as `gate.weight`."""
+    """List the module's parameters that `target_parameters` lists with the module's name, such as `gate.weight`."""
     path = unwrapped(path)
     known = [name.rpartition(".") for name in file.settings.target_parameters or ()]
     return list(dict.fromkeys(n for module, _, n in known if module and f".{path}".endswith(f".{module}")))
@@ -526,7 +526,7 @@ def _fits(file: File, path: str, group: Sequence[PeftFactors], names: Sequence[s
         return False
     shapes = {name: file.base_shape(f"{path}.{name}") for name in _names(file, path)}
     if any(shapes.values()):
-        # A base that has one parameter of `target_parameters` has all. So a parameter that the base lacks does not fit.
+        # If the base has one of these parameters, it has all of them. So a parameter without a shape does not fit.
         return all(_fits_base(shapes[name], size) for name, size in sizes.items() if size)
     return len({size[0] for size in sizes.values() if size}) == 1 and _fits_gate(sizes)
 
@@ -552,8 +552,9 @@ def _fits_gate(sizes: dict[str, tuple[int, int, int] | None]) -> bool:
 def _related(sizes: Mapping[str, tuple[int, int, int] | None]) -> str | None:
     """Return `straight` or `swapped` if the shapes show whether inputs and outputs are swapped; otherwise None.
 
-    gate_up_proj has twice as many outputs as down_proj has inputs, and as many inputs as down_proj has outputs. No
-    shapes fit both answers: `in_` would have to equal both `down_out` and `2 * down_out`.
+    The number of gate_up_proj's outputs is twice the number of down_proj's inputs. The number of gate_up_proj's inputs
+    equals the number of down_proj's outputs. No shapes are both straight and swapped, because `in_` would have to
+    equal `down_out` and also `2 * down_out`.
     """
     gate_up, down = (sizes.get(name) for name in IN_ORDER)
     if not gate_up or not down:
@@ -579,7 +580,7 @@ def depths(names: Sequence[str]) -> Iterator[tuple[str, int]]:
 
 
 def as_written(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the config for a file with the columns of lora_B in the order that `unstack` creates.
+    """Return the config for a file whose lora_B comes from `unstack`, with the columns in `rank_major` order.
 
     PEFT since 0.19 reads only this order, and ignores `lora_B_layout`. If the columns had another order, PEFT would
     silently use the wrong experts.

@@ -78,7 +78,7 @@ _KASA = {"beta": 1e-4, "gamma": 1e-3}
 
 
 def rank_of(update: Update, stacked: bool = False) -> int:
-    """Return the rank of a pair. `stacked` is true if the first axis of the pair's tensors is the axis of experts."""
+    """Return the rank of an update's factors. `stacked` says whether the first axis of the factors is for experts."""
     if isinstance(update, BDLoRA):
         blocks: Any = update.B_blocks if update.A_blocks is None else update.A_blocks
         return int(blocks.shape[0]) * int(blocks.shape[1 if update.B_blocks is None else 2])
@@ -97,7 +97,7 @@ def may_stand(update: Update, method: type[Update] | None) -> bool:
 
 
 def formula_fields(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the config fields that select the formula of these pairs; `before` is the source file's config."""
+    """Return the config fields that select the updates' formula. `before` is the config of the source file."""
     kinds = {type(update) for update in updates.values()}
     residual = next((kind.__name__.lower() for kind in RESIDUAL if kind in kinds), None)
     was = str(before.get("init_lora_weights")).lower() in (kind.__name__.lower() for kind in RESIDUAL)
@@ -150,9 +150,10 @@ def _blocks(updates: Mapping[str, Update]) -> dict[str, JsonValue]:
 
 
 def why_not_there(target: Target, update: Update) -> str:
-    """Return the reason why a file cannot store a pair at this target; empty if no reason was found.
+    """Return the reason why a file cannot store an update's factors at this target; empty if no reason was found.
 
-    Two reasons are checked: KaSA or BD-LoRA on a weight that is not stored as [out, in], and an Arrow with experts.
+    Only two reasons are checked. A file cannot store KaSA or BD-LoRA on a weight that is not stored as [out, in], and
+    it cannot store an Arrow that contains its experts.
     """
     if isinstance(update, LINEAR) and target.layout != "out *in":
         return f"PEFT does not support {update.method} on a weight stored as [in, out]"
@@ -281,9 +282,9 @@ class Family(ABC):
 
     @classmethod
     def guesses(cls, target: Target) -> bool:
-        """Whether the keys for a target are a guess, because the target may be an embedding or a Conv1D.
+        """Whether the writer must guess a target's keys.
 
-        Embeddings and Conv1D layers have different keys.
+        The writer must guess if the target may be an embedding or a Conv1D, because these two have different keys.
         """
         return False
 
@@ -346,7 +347,10 @@ def scaled_numbers(scales: Mapping[str, tuple[int, float]]) -> dict[str, JsonVal
 
 
 def inexact_alphas(scales: Mapping[str, tuple[int, float]]) -> list[str]:
-    """Return the modules whose scaling no alpha expresses exactly. `scales` maps each module to (rank, scaling)."""
+    """Return the modules whose scaling cannot be expressed exactly by any alpha.
+
+    `scales` maps each module to (rank, scaling).
+    """
     return number_fields(scales, (False,))[1]
 
 

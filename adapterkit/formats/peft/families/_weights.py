@@ -80,20 +80,21 @@ def not_linear(target: Target, method: str) -> str:
 
 
 def not_embedded(target: Target, method: str) -> str:
-    """Return why PEFT does not support a method at a target if the target is an embedding; otherwise empty."""
+    """Return the reason why PEFT refuses a method on an embedding; empty if the target is not an embedding."""
     return f"PEFT does not support {method} on an embedding" if is_embedding(target) else ""
 
 
 def unlike(scalings: Mapping[str, float]) -> list[str]:
-    """Return all paths if the scalings differ, because a config has only one scaling; otherwise an empty list."""
+    """Return all paths if their scalings differ, otherwise an empty list. A config can state only one scaling."""
     return [] if len(set(scalings.values())) < 2 else list(scalings)
 
 
 def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
-    """Return the size that `pattern` gives for the module at `path`, or `size` if it gives none.
+    """Return the size of the module at `path` from `pattern`; if no key of `pattern` fits, return `size`.
 
-    Each key of `pattern` is a regular expression that must match the whole rest of `path` after one of its dots. The
-    first key that matches is used. If none matches, the key that equals `path` is used.
+    Each key of `pattern` is a regular expression for the end of `path`. The matched end must begin after a dot: for
+    example, the key `q_proj` matches the path `layers.0.q_proj`. The first key that matches is used. If none matches,
+    the key that equals `path` is used.
     """
     pattern = pattern or {}
     fitting = (name for name in pattern if matches(rf".*\.{name}$", path))
@@ -101,7 +102,7 @@ def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
 
 
 def size_fields(sizes: Mapping[str, int], field: str) -> dict[str, JsonValue]:
-    """Return two config fields: the most common size, and a pattern with the path and size of each other module."""
+    """Return two config fields: the most common size, and a map from path to size for modules with another size."""
     common = min(Counter(sizes.values()).items(), key=lambda item: (-item[1], item[0]))[0]
     return {field: common, f"{field}_pattern": {path: size for path, size in sizes.items() if size != common}}
 
