@@ -37,8 +37,8 @@ STATE = "past."
 the last inputs that a convolution read. In layers with a state, these graphs do not mask padding."""
 
 STATES = (STATE, "past_conv.", "past_ssm.", "past_recurrent.")
-"""Prefixes of the names of a language model's state inputs. transformers.js expects the prefixes after `STATE`, and
-`adapterkit export` writes them."""
+"""Prefixes of the names of a language model's state inputs. `STATE` is onnxruntime-genai's prefix. The others
+are the prefixes that transformers.js expects and `adapterkit export` writes."""
 
 Feeds = Mapping[str, Array]
 
@@ -128,7 +128,7 @@ def trial_inputs_for(session: OrtSession, sizes: Sequence[int], known: Sizes | N
 
 
 def _name_sizes(entry: OrtInput, known: Sizes, named: dict[str, int]) -> None:
-    """Add the configs' sizes of an input's dynamic axes to `named`, whose keys are names of axes."""
+    """Record the sizes that the configs state for an input's dynamic axes in `named`, by the name of the axis."""
     if len(entry.shape) != 4:
         return
     past = "past" in entry.name
@@ -158,7 +158,8 @@ def _count_past(shapes: dict[str, list[int]]) -> None:
 def _mask(shape: Sequence[int]) -> Array:
     """Return a mask of ones whose last entry is 0.
 
-    A graph may ignore the tokens at 0 or the tokens at 1. With this mask, some tokens stay visible in both cases.
+    Some graphs ignore the tokens whose mask entry is 0; others ignore the tokens whose mask entry is 1. With this mask,
+    some tokens stay visible in both cases.
     """
     mask = np.ones(shape, dtype=bool)
     if mask.ndim and mask.shape[-1] > 1:

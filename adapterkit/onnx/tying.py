@@ -33,8 +33,8 @@ class Tying:
     """Information about a graph's tied layers that the graph itself does not contain.
 
     Attributes:
-        tied: the caller's choice, as `parse_tied` returns it. If it is None, an update changes the tied layers that it
-            changed in the tool that trained the adapter.
+        tied: the caller's choice, as `parse_tied` returns it. If `tied` is None, each update changes the same
+            tied layers as in the tool that trained the adapter.
         config: the config of the exported model, if there is one.
         role: the model's component in the graph, such as `encoder`; None if the graph's file name does not show it.
         warnings: a list to which a warning is added for each omitted update.
@@ -116,7 +116,7 @@ def _with_group(
 ) -> list[ResolvedTarget]:
     """Return `places`, and new targets for the other layers of a tied group that the adapter's updates also change.
 
-    The result omits targets in the group whose updates have no effect.
+    If the updates of a target in the group have no effect, the result omits this target.
     """
     nodes = {spot.node for spot in (*group.lookups, *group.heads)}
     named = [place for place in places if _may_be_tied(place) and place.spots[0].node in nodes]

@@ -232,8 +232,8 @@ class _Region:
             self.channels[out] = joined = _Channels(None)
             joined.parts, joined.full = tuple(blocked), True
         elif op == "Reshape" and len(others) == 1 and is_constant(others[0]):
-            # If onnxruntime cannot prove that the operands of an addition have equal shapes, it first reshapes them: a
-            # fifth axis holds the channels of a block.
+            # If onnxruntime cannot prove that the operands of an addition have equal shapes, it first reshapes them to
+            # five axes. The fifth axis contains the channels of a block.
             sizes = [int(size) for size in numbers(others[0])]
             if sizes[:4] != [0, -1, 0, 0] or len(sizes) > 5:
                 raise _Unknown(f"{_name(node)} changes the blocked layout")
@@ -397,7 +397,7 @@ class _Unblocking:
         return count
 
     def _used(self, channels: _Channels) -> int:
-        """Return the number of channels up to the last one for which a kernel or a bias has nonzero values."""
+        """Return the number of channels up to the last channel with a nonzero value in a kernel or a bias."""
         most, channels_of = 0, self.region.channels.get
         for node in self.region.convs:
             x = node.inputs[0]

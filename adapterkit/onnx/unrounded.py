@@ -193,7 +193,8 @@ class _Unrounding:
         Args:
             node: the node.
             at: the index of the operand among the node's inputs.
-            axis: the operand's channel axis, along which a scale per channel applies; None for the last axis.
+            axis: the operand's channel axis; None for the last axis. If each channel has its own scale, the scales are
+                in the order of this axis.
         """
         value, scale, zero = (_at(node, at + step) for step in range(3))
         return self.operand(value, scale, zero, axis)
@@ -208,7 +209,7 @@ class _Unrounding:
             return self.floats[value]
         if any(one is not None and not is_constant(one) for one in (scale, zero)):
             raise Unknown
-        if not is_constant(value):  # Integers that no node rounded: an input, or rows of an embedding.
+        if not is_constant(value):  # No node rounded these integers: they are an input, or rows of an embedding.
             if scale is None or shape_of(scale) not in ((), (1,)):
                 raise Unknown
             return self.node("DequantizeLinear", [value, scale, zero])

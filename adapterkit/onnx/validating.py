@@ -143,8 +143,8 @@ def _refuse_cycle(
     Args:
         graph: the graph.
         makers: a map from each value's name to the index of the node that computes the value.
-        waits: for each node, the indices of the nodes that must run first and could not be sorted. The set is empty
-            for nodes that could be sorted.
+        waits: for each node, the indices of the unsorted nodes that must run before this node. The set is empty if the
+            node itself could be sorted.
         path: the model's file, which errors name.
     """
     for at, node in enumerate(graph.node):

@@ -84,9 +84,9 @@ def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
 
 
 def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
-    """Return the requested shape of a reshape, with the computed size in place of -1.
+    """Replace the -1 in the requested shape of a reshape by the size that the axis gets. Return the shape.
 
-    If the size in place of -1 cannot be computed, it is None. The reshape keeps each axis that has the same dynamic
+    If this size cannot be computed, None replaces the -1. The reshape keeps each axis that has the same dynamic
     size in `sizes` and in `wanted`.
 
     Args:
@@ -105,7 +105,7 @@ def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
 
 
 def spelled(sizes: Sizes | None, wanted: Sequence[int | None], worked_out: Sizes) -> list[int]:
-    """Return the shape input of a Reshape node.
+    """Return the value of the input `shape` of a Reshape node.
 
     An entry is 0 if the axis keeps its dynamic size, and -1 if the node computes the size.
 
@@ -326,7 +326,7 @@ arrays: Any = import_module("array_api_compat.numpy")
 
 
 class _Linalg:
-    """numpy's decompositions and solvers. Constant graph values are computed in float64; other values are refused."""
+    """numpy's decompositions and solvers. Graph values must be constant, and numpy computes with them in float64."""
 
     def __getattr__(self, name: str) -> Callable[..., Operand | tuple[Operand, ...]]:
         f = getattr(np.linalg, name)

@@ -270,8 +270,9 @@ class Decoder:
         past: a description of the model's past.
         rotary: whether a token has three position ids: its frame, row and column in an image.
         offset: the position id that transformers gives to the first token. In the graph, position ids start at 0.
-        deep: how many of the decoder's first layers read deep features, i.e. image features made for this layer. In
-            each row of the embeddings, the deep features of all these layers follow the embedding.
+        deep: the number of layers, from the decoder's first layer on, that read deep features. Each of these layers
+            has its own image features, which are called deep features. In each row of the embeddings, the deep features
+            of all these layers follow the embedding.
         embedding: the module that computes embeddings from tokens.
         module: the module that computes logits from embeddings.
     """
@@ -354,7 +355,8 @@ class Decoder:
             return
         embedded, *deep = embedded.chunk(self.deep + 1, -1)
         # The text model adds the deep features to `hidden_states[visual_pos_masks]`. transformers passes a mask of the
-        # image tokens. The index below selects all tokens instead: the deep features of other tokens are zero.
+        # image tokens. The index below selects all tokens instead. The result is the same, because the deep features
+        # are zero for all tokens that are not image tokens.
         more = {"visual_pos_masks": torch.arange(embedded.shape[0]), "deepstack_visual_embeds": deep}
 
         def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -394,7 +396,8 @@ def _decoder_of(model: PretrainedModel, images: Images, source: Path) -> Decoder
     models need to know which tokens are image tokens, for example for an attention mask that is not causal.
 
     Raises:
-        ValueError: the logits differ with all decoders. The exported graphs would run, but give wrong results.
+        ValueError: with every decoder, the logits of the parts differ from the logits of the whole model. The exported
+            graphs would run, but give wrong results.
     """
     import torch
 

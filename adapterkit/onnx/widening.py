@@ -64,7 +64,8 @@ def widened(model: bytes | str) -> bytes | None:
 def started(model: bytes | str, optimized: bool = True) -> OrtSession:
     """Start a session of a graph, or of its float32 twin. The arguments are those of `session_of`.
 
-    The twin is used if onnxruntime cannot load the bfloat16 graph, or if an input, slot or output is bfloat16.
+    The twin is used if onnxruntime cannot load the bfloat16 graph, or if an input, an optional input (a slot)
+    or an output is bfloat16.
     """
     try:
         session = session_of(model, optimized)
@@ -98,7 +99,10 @@ def widened_note(model: ir.Model, path: Path) -> str | None:
 
 
 def _has_narrow_ends(session: OrtSession) -> bool:
-    """Whether an input, slot or output is bfloat16. numpy lacks this dtype, so such values cannot be compared."""
+    """Whether an input, an optional input (a slot) or an output is bfloat16.
+
+    numpy lacks this dtype, so such values cannot be compared.
+    """
     entries = (*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs())
     return any(entry.type == "tensor(bfloat16)" for entry in entries)
 

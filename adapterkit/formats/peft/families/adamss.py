@@ -33,7 +33,8 @@ ROUNDS, SEED, STEPS = 10, 123456789, 2
 """The values that PEFT passes to KMeans as `max_iter` and `random_state`, and to torch.svd_lowrank as `niter`."""
 
 NEAR = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-4, "BF16": 4e-3}
-"""For each dtype, how far an element of the file's singular vectors (of length 1) may differ from the base's."""
+"""Largest accepted error for each dtype of the base. The file's singular vectors, which have length 1, are projected
+onto the space of the base's singular vectors. The error is the largest change of an element in this projection."""
 
 
 class AdaMSSFields(MethodFields, frozen=True, kw_only=True):
@@ -243,7 +244,10 @@ def _precision(basis: Lazy) -> str:
 
 
 def _update(A: list[Lazy], B: list[Lazy], basis: Lazy, group: Array, inputs: int, seed: int) -> AdaMSS:
-    """Create the update: pad each group's factors with zeros to the largest rank, and put B's rows in weight order."""
+    """Create the update.
+
+    Pad each group's factors with zeros to the largest rank. Put the rows of B in the order of the weight's rows.
+    """
     import numpy as np
 
     ranks = [a.shape[0] for a in A]
@@ -373,7 +377,7 @@ def _centers(X: Array, labels: Array, count: int) -> Array:
     import numpy as np
 
     if len(np.unique(labels)) < count:
-        raise _tie("the new location of a center that no row is nearest to")
+        raise _tie("a center has no rows, so k-means moves this center")
     return np.stack([X[labels == cluster].mean(axis=0) for cluster in range(count)])
 
 

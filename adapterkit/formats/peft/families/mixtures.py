@@ -2,9 +2,9 @@
 
 Lily: `lily_A.weight` [r, in], `lily_B.weight` [num_B * r, out], `lily_router.weight` [num_B, r].
 
-Modules share B if their weights have equal shapes and their paths end with the same entry of `target_modules`. Every
-`stride_A` consecutive modules among them also share A. The file contains a copy of a shared tensor for each module. The
-reader replaces equal copies by one tensor object.
+Modules share B if their weights have equal shapes and their paths end with the same entry of `target_modules`. Among
+the modules that share one B, each run of `stride_A` consecutive modules also shares one A. The file contains a copy of
+a shared tensor for each module. The reader replaces equal copies by one tensor object.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class LilyFamily(Family):
 
 
 def _shared(decoded: list[DecodedUpdate], settings: PeftSettings) -> Iterator[DecodedUpdate]:
-    """Yield the updates, and replace equal copies of A, or of B, in modules that share the tensor by one tensor object.
+    """Yield the updates. If modules share a tensor A or B, replace its equal copies by one tensor object.
 
     Raises:
         Malformed: the modules have more different tensors A or B than the config allows. PEFT would load only the last
@@ -128,7 +128,7 @@ def _shared(decoded: list[DecodedUpdate], settings: PeftSettings) -> Iterator[De
                 if len(several) > allowed:
                     why = (
                         f"PEFT creates {allowed} {field} for modules that match {group[0]!r}, but the file has more "
-                        f"different tensors {field}"
+                        f"than {allowed} different {field} for these modules"
                     )
                     raise Malformed(why, where=each.keys[field].text, cure="Save the adapter again with PEFT")
     yield from (replace(each, update=each.update.map(lambda leaf: first.get(id(leaf), leaf))) for each in decoded)

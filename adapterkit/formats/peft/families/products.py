@@ -36,9 +36,9 @@ SECOND = (
     {"lokr_w2": "w2"}, {"lokr_t2": "t2", "lokr_w2_a": "w2_a", "lokr_w2_b": "w2_in"},
     {"lokr_w2_a": "w2_a", "lokr_w2_b": "w2_b"},
 )  # fmt: skip
-"""FIRST lists the maps from the endings of keys to fields for w1; SECOND lists the maps for w2.
+"""FIRST lists the possible maps from the endings of keys to fields for w1; SECOND lists the possible maps for w2.
 
-The reader uses the first map in the list whose first ending is among the module's keys.
+A map applies if a key of the module has the map's first ending. The reader uses the first map that applies.
 """
 
 
@@ -145,8 +145,8 @@ class LokrSizes:
 
     Attributes:
         sides: the pairs (a * b, a) and (c * d, c); only the first pair if d is unknown.
-        first: whether w1 is decomposed into two tensors, and the larger of a and c.
-        second: whether w2 is decomposed into two tensors, and the larger of b and d (infinity if d is unknown).
+        first: a pair: whether w1 is decomposed into two tensors; the larger of a and c.
+        second: a pair: whether w2 is decomposed into two tensors; the larger of b and d (infinity if d is unknown).
         rank: the rank of the decomposed w1 or w2; None if neither is decomposed.
     """
 
@@ -164,7 +164,7 @@ class LokrSizes:
         self.rank: int | None = ranks[0] if ranks else None
 
     def smallest(self, both: bool) -> int:
-        """Return the smallest rank at which PEFT decomposes none of the factors that this update stores undecomposed.
+        """Return the smallest rank at which PEFT does not decompose any factor that this update stores as one tensor.
 
         `both` is the config's `decompose_both`. If `both` is false, PEFT never decomposes w1.
         """
@@ -209,10 +209,10 @@ def _rank(update: LoKr, both: bool) -> int:
 
 
 def _splits(members: Mapping[str, LoKr], base: Checkpoint | None) -> Iterator[tuple[int, bool]]:
-    """Yield each (decompose_factor, decompose_both) for which PEFT would choose the sizes that all `members` have.
+    """Yield each (decompose_factor, decompose_both) with which PEFT would choose the factor sizes of all `members`.
 
-    Without a base, first assume that all weights belong to linear layers. Then search again without this assumption
-    and ignore numbers of inputs that are unknown.
+    If no base is given, first assume that all weights belong to linear layers. Then search again without this
+    assumption. The second search ignores a number of inputs that is unknown.
     """
     yield from _splits_of([LokrSizes(update, _kernel(base, path)) for path, update in members.items()])
     if base is None:
