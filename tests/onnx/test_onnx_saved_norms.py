@@ -98,7 +98,7 @@ def test_saved_norms(kind, name, dynamo, tmp_path):
 def test_what_tells_a_norm(tmp_path):
     model, path = exported(Mean, tmp_path, True)
     adapter, _ = replaced(model, "first")
-    with pytest.raises(Unsupported, match="may store this norm as 1 \\+ weight"):
+    with pytest.raises(Unsupported, match="may store this norm's weight as 1 \\+ weight"):
         ak.onnx.inject(path, adapter, tmp_path / "out.onnx")
     held = model.state_dict()
     save_file({**held, "first.weight": held["first.weight"] - 1}, tmp_path / "shifted.safetensors")
