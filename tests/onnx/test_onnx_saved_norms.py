@@ -102,7 +102,7 @@ def test_what_tells_a_norm(tmp_path):
         ak.onnx.inject(path, adapter, tmp_path / "out.onnx")
     held = model.state_dict()
     save_file({**held, "first.weight": held["first.weight"] - 1}, tmp_path / "shifted.safetensors")
-    with pytest.raises(Unsupported, match="stores this norm as 1 \\+ weight"):
+    with pytest.raises(Unsupported, match="stores this norm's weight as 1 \\+ weight"):
         ak.onnx.inject(path, adapter, tmp_path / "out.onnx", base_weights=tmp_path / "shifted.safetensors")
     save_file({**held, "first.weight": held["first.weight"] * 3}, tmp_path / "other.safetensors")
     with pytest.raises(TargetNotFound, match="values of the norm"):
