@@ -125,7 +125,7 @@ def _biases(changes: Sequence[Change]) -> Array:
     return summed(bias for change in changes if (bias := change.bias()) is not None)
 
 
-# The public operations. The sum of adapters changes a weight W to W', as a merge of these adapters does:
+# The public operations. The sum of adapters changes a weight W to the same W' as a merge of these adapters:
 #     W' = W + sum_i weight_i * (f_i(W) - W), where f_i(W) is the weight with adapter i alone
 #
 # Low-rank factors are joined: ranks add up, and no product is computed. PEFT's "linear" instead sums all A and all B
@@ -172,8 +172,8 @@ def add(
 
     Returns:
         the sum. A target that only one adapter changes keeps its method if the adapter's weight is 1, or if the method
-        can scale its updates. Updates that are not additive also keep their method if they share one method and it can
-        express their sum. All other targets get a LoRA, a dense difference, or both.
+        can scale its updates. Updates that are not additive also keep their method if all of them have the same method
+        and this method can express their sum. All other targets get a LoRA, a dense difference, or both.
 
     Raises:
         UsageError: the number of weights differs from the number of adapters; the adapters have no target in common; or
@@ -261,8 +261,8 @@ def _mixed(
 ) -> tuple[tuple[Update, ...], list[Term]]:
     """Combine the adapters' first groups of updates, which `_parted` returns; `heads` contains (group, weight) pairs.
 
-    Return (combined updates, []) if the updates' method can express the combination. Otherwise return ((), terms): the
-    terms are (update, weight) pairs, with additive updates that replace the groups.
+    Return (combined updates, []) if the updates' method can express the combination. Otherwise, replace the groups by
+    additive updates, and return ((), terms). Each term is a pair (additive update, weight).
     """
     if not heads or (len(heads) == 1 and heads[0][1] == 1):
         return heads[0][0] if heads else (), []

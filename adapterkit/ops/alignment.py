@@ -113,7 +113,7 @@ def places(
         adapters: adapters or their paths.
         base: the base. All adapters are bound to the base's names and layouts, and some methods need its weights.
         lower: None keeps all updates as they are. Otherwise, additive updates replace updates that are not additive. If
-            that is impossible, the error message contains `lower`, a participle such as `"combined"`.
+            an update cannot be replaced, the error message contains `lower`, a participle such as `"combined"`.
         disjoint: whether to allow adapters that have no target in common.
         rename: rules that rename targets, each `FROM=TO` or `@FILE`. Each rule must match a target of at least one
             adapter.

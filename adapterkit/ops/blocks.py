@@ -42,7 +42,10 @@ WHOLE = 1 << 12
 """If a tensor has at most this many entries, all of them are sampled; otherwise, at least this many are sampled."""
 
 DEVIATIONS = 6.0
-"""The first interval reaches from rank k - d to rank k + d; d is this many standard deviations of an estimated rank."""
+"""The first interval reaches from rank k - d to rank k + d.
+
+d is this number times the standard deviation of an estimated rank.
+"""
 
 WIDER = 1.25
 """The factor by which the interval is widened at both ends if only a few targets were sampled.
@@ -59,7 +62,7 @@ class Selected:
     """The k-th largest value of a series.
 
     Attributes:
-        value: the k-th largest value; infinity if k is 0, the smallest value if k is at least the number of values.
+        value: the k-th largest value; infinity if k is 0; the smallest value if k is at least the number of values.
         above: the number of values in the series that are larger than `value`.
         equal: the number of values in the series that equal `value`.
         total: the number of values in the series.
@@ -303,13 +306,13 @@ class Blocks:
     ) -> list[Selected]:
         """Compute series of values from the changes, and find the k-th largest value of each series.
 
-        Each series may have several k.
+        One series may be searched for several values of k.
 
         Args:
             key: a function of changes `[T, ...]`. Each index of the first axis of its result is one series.
             wanted: functions of (length of the series, number of its nonzero values) that return k. The first `each`
                 functions are for the first series, the next `each` functions for the second series, and so on.
-            each: the number of k per series.
+            each: the number of values of k per series.
 
         Returns:
             one result per function in `wanted`.

@@ -88,8 +88,9 @@ class Key(NamedTuple):
 
     @property
     def module(self) -> str:
-        """Return the path of the outermost module in the stem that PEFT wraps, if wrapped modules are nested.
+        """Return the path of the module that PEFT wraps.
 
+        If the stem contains a wrapped module inside another wrapped module, return the path of the outermost one.
         For the output projection of an `nn.MultiheadAttention`, this is the path of the attention.
         """
         if not self.wrapped:
@@ -201,8 +202,8 @@ def base_shape(base: Checkpoint, name: str) -> Shape | None:
     """Return the shape that the tensor `name` has in the loaded model; None if the shape is unknown.
 
     If the base has no tensor `name`, but exactly one tensor whose name ends with `.name`, return the shape of this
-    tensor. Otherwise, the loaded model may split or join tensors of the base. Then compute the shape from the base's
-    tensors, with the table of the model family.
+    tensor. Otherwise, compute the shape from the base's tensors with the table of the model family, because the loaded
+    model may split or join tensors of the base.
     """
     if name in base.tensors:
         return base.tensors[name].shape
@@ -239,9 +240,10 @@ def make(method: str, leaves: Mapping[str, Leaf], **attributes: float) -> Update
 # Parse keys: `<prefix><module>.<part>[.<adapter name>][.weight|.bias]`, or `<prefix><parameter of the base>`.
 #
 # A tensor that all adapted modules share has the key `base_model.<part>` or `<part>`. PEFT adapts a module by wrapping
-# it, and a wrapper may insert a name into the path. `base_layer` occurs once for each further adapted parameter of the
-# module. The other names are `token_adapter` and `modules_to_save.<adapter name>`. `modules_to_save` occurs only in
-# state dicts that users saved without PEFT's function.
+# it, and a wrapper may insert a name into the path. If several parameters of a module are adapted, their wrappers are
+# nested, and each enclosing wrapper inserts `base_layer`. The other names are `token_adapter` and
+# `modules_to_save.<adapter name>`. `modules_to_save` occurs only in state dicts that users saved without PEFT's
+# function.
 
 
 PREFIX = "base_model.model."
@@ -274,7 +276,7 @@ def parse_keys(tensors: Mapping[str, Lazy], usual: str = PREFIX) -> tuple[str, d
 
     Args:
         tensors: a map from the file's keys to its tensors.
-        usual: the prefix that PEFT writes. Either all keys must begin with this prefix, or no keys. The keys of tensors
+        usual: the prefix that PEFT writes. Either all keys or none must begin with this prefix. The keys of tensors
             that all modules share are exceptions: they may always lack the prefix.
 
     Raises:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 SURE = 2_000_000
-"""The largest number of steps per name with which `re` may match a pattern. So many steps take a few milliseconds."""
+"""`re` is used only if it needs at most this many steps for a name. This number of steps takes a few milliseconds."""
 
 PATIENT = 200_000_000
 """The same limit for patterns that `Automaton` does not support. This number of steps takes about a second."""
@@ -111,7 +111,7 @@ def _ways_of(code: str, value: Any, length: int) -> float:
         if most <= 1:
             return 1 + inner
         # Each repetition multiplies the number of ways if the body can match in several ways, or can match texts of
-        # different lengths. Then there is no small bound.
+        # different lengths. In these cases, there is no small bound.
         narrowest, widest = body.getwidth()
         if inner > 1 or narrowest != widest or not narrowest:
             return inner if least == most == 1 else _NEVER
@@ -303,7 +303,7 @@ T = TypeVar("T")
 
 
 def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """Return the value of the first pattern that matches all of `name`, or all of the text after one of its dots.
+    """Return the value of the first pattern that matches all of `name`, or all of the text after a dot in `name`.
 
     If no pattern matches, return the value of the key that equals `name`. If there is no such key, return `default`.
 
@@ -364,7 +364,10 @@ class _Index(Generic[T]):
                 self._others.append((position, pattern))
 
     def first(self, name: str) -> int | None:
-        """Return the index of the first pattern that matches `name`, or the text after one of its dots; or None."""
+        """Return the index of the first pattern that matches `name` or the text after a dot in `name`.
+
+        If no pattern matches, return None.
+        """
         if "\n" in name:  # Try every pattern, because `.` and `$` treat a newline differently from other characters.
             tried = ((at, _literal(p), p) for at, p in enumerate(self.patterns))
             return next((at for at, word, p in tried if (word == name if word else _behind_a_dot(p, name))), None)
@@ -383,7 +386,7 @@ def _behind_a_dot(pattern: str, name: str) -> bool:
 
 
 def _among(name: str, form: tuple[int, tuple[int, ...]], known: Mapping[str, int]) -> int | None:
-    """Return the index of the pattern in `known` that matches `name`, or the text after one of its dots; or None.
+    """Return the index of the pattern that matches `name` or the text after a dot in `name`; None if none does.
 
     All patterns in `known` have the same `form`: (length, positions of the dots). `known` maps patterns to indices.
     """
@@ -468,7 +471,8 @@ def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[
     """Return the config fields for ranks and scalings, and the names of modules that have no exact alpha.
 
     `scales` maps module names to (rank, scaling). An alpha is exact if PEFT computes exactly the module's scaling from
-    it. `rslora` contains the allowed values of `use_rslora`. The chosen value is the one with the most exact alphas.
+    it. `rslora` contains the allowed values of `use_rslora`. The function chooses the value with which the
+    largest number of modules have an exact alpha.
     """
     tried = {flag: {name: exact_alpha(scale, flag) for name, scale in scales.items()} for flag in rslora}
     flag = min(tried, key=lambda flag: sum(alpha is None for alpha in tried[flag].values()))

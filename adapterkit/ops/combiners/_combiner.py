@@ -108,7 +108,7 @@ def leading(M: Array, count: int | None = None) -> Decomposition:
 
 
 def spanned(cores: Array) -> int:
-    """Return the smaller of two dimensions: of the span of all cores' columns, and of the span of all cores' rows."""
+    """Return the dimension of the span of all cores' columns or of all cores' rows, whichever is smaller."""
     import numpy as np
 
     # The cores' shapes do not determine the dimensions. The cores of dense changes have the shape of the weight, and
@@ -191,8 +191,8 @@ class Combiner(ABC):
         single: the names of the parameters that may have a different value for each adapter.
         based: whether the formula needs the weights of the base.
         depends: what the result depends on in addition to the changes; keys of `DEPENDENCES`.
-        stages: the number of searches for thresholds over all targets. Each search may use the results of the earlier
-            searches. 0 if the formula needs only sums over all targets.
+        stages: how many times the formula searches all targets for thresholds. Each search may use the results of the
+            earlier searches. 0 if the formula needs only sums over all targets.
         sequential: whether targets are computed in order. If so, the third argument of the function `data` is an
             adapter with the targets that have already been computed.
     """
@@ -299,9 +299,9 @@ class Mixture(Combiner):
 
 
 class Spectral(Combiner):
-    """Combiners whose formula gets cores `[T, p, q]`: change t is `left @ cores[t] @ right` for all t.
+    """Combiners whose formula gets cores `[T, p, q]`. Change t is `left @ cores[t] @ right`.
 
-    The cores are small if all changes have low-rank factors.
+    `left` and `right` are the same matrices for all changes. The cores are small if all changes have low-rank factors.
     """
 
     @abstractmethod
@@ -323,8 +323,8 @@ class PlugIn(Combiner):
     `settings` are the parameters of the combiner `then`.
 
     Attributes:
-        within: the paper's values for parameters of the combiner `then`. Values for parameters that this combiner does
-            not have are ignored. `settings` takes precedence.
+        within: the paper's values for parameters of the combiner `then`. Values for parameters that `then` does not
+            have are ignored. Values in `settings` take precedence.
     """
 
     plug: ClassVar[str | None] = "then"

@@ -184,8 +184,8 @@ class Sparse(Entrywise):
 
         Returns:
             a function of (changes `[T, rows, columns]`, slice that selects these rows of the tensor). It returns (mask,
-            probability). The mask has the shape of the changes; None keeps all entries. The probability is that of
-            keeping an entry; it is 1 if the mask is not random.
+            probability). The mask has the shape of the changes; None keeps all entries. The second value is the
+            probability that an entry is kept; it is 1 if the mask is not random.
         """
 
     def chances(self, at: FormulaContext) -> Sequence[Chance | None] | None:

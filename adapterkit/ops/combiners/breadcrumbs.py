@@ -65,7 +65,7 @@ class Breadcrumbs(Sparse):
 
 
 def _places(density: float, gamma: float, count: int) -> tuple[int, int]:
-    """Return (first, end). If `count` magnitudes are sorted in ascending order, the slice `first:end` is kept."""
+    """Return (first, end): the entries `first:end` of `count` magnitudes in ascending order are kept."""
     if density >= 1:
         return 0, count
     kept = int(density * count)
@@ -86,7 +86,7 @@ class _Between:
 
         size = blocks.size
         # Indices count from the smallest magnitude, but k counts from the largest, so convert the indices to k. An
-        # index is outside the tensor only if no entry is kept. It is then clamped, and the result is not used.
+        # index is outside the tensor only if no entry is kept. Clamp such an index; its result is not used.
         wanted = [
             lambda total, _, place=place: total - place
             for first, last in spans

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
 
 
-OVER = "the total for share: directions that the adapters span (core), or all directions of the weight (weight)"
+OVER = (
+    "whether share is a fraction of the directions that the adapters span (core), "
+    "or of all directions of the weight (weight)"
+)
 
 
 class CART(Spectral):

@@ -1,9 +1,9 @@
-"""Core Space: apply another method to small cores, D_t = U M_t V^T, with one U and one V for all tasks.
+"""Core Space: apply another method to small cores M_t instead of the changes D_t.
 
-The columns of U are the left singular vectors of [B_1 .. B_T]. The columns of V are the right singular vectors of [A_1;
-..; A_T]. Linear methods have the same result on cores as on whole matrices. If the other method is TIES, it trims each
-core separately. Panariello et al. 2025, https://arxiv.org/abs/2509.17786; the trimming is as in
-https://github.com/apanariello4/core-space-merging.
+D_t = U M_t V^T, with the same U and V for all tasks. The columns of U are the left singular vectors of [B_1 .. B_T].
+The columns of V are the right singular vectors of [A_1; ..; A_T]. Linear methods have the same result on
+cores as on whole matrices. If the other method is TIES, it trims each core separately. Panariello et al. 2025,
+https://arxiv.org/abs/2509.17786; the trimming is as in https://github.com/apanariello4/core-space-merging.
 """
 
 from __future__ import annotations

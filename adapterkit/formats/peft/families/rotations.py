@@ -60,7 +60,7 @@ class OftFamily(Family):
         "oft_series_before_0_18": Departure(
             "with use_cayley_neumann, PEFT releases before 0.18 multiply the last term of the series by 2, like the "
             "terms before it",
-            "the last term is not multiplied by 2, as in PEFT 0.18 and later, which also read these files",
+            "the last term is not multiplied by 2; PEFT 0.18 and later also read these files in this way",
         ),
         "oft_of_overlapping_patches": Departure(
             "oft_patches on a Conv2d with a kernel larger than 1 x 1: PEFT rotates the input's patches and adds them "
@@ -185,7 +185,7 @@ def nearest_divisor(width: int, wanted: int) -> int:
 
 
 def _blocks(blocks: list[tuple[int, int]]) -> dict[str, JsonValue]:
-    """Return the config fields for layers with `blocks`: (number of blocks, size of a block) for each layer."""
+    """Return the config fields. `blocks` contains (number of blocks, size of a block) for each layer."""
     if all(n == 1 for n, _ in blocks) and len({size for _, size in blocks}) == 1:
         return {"block_share": True, "r": 0, "oft_block_size": blocks[0][1]}
     size, number = _fitting(blocks, 1), _fitting(blocks, 0)
@@ -197,7 +197,7 @@ def _blocks(blocks: list[tuple[int, int]]) -> dict[str, JsonValue]:
 def _fitting(blocks: list[tuple[int, int]], which: int) -> int | None:
     """Return a number of blocks (`which` 0) or a block size (`which` 1) for the config; None if no value fits.
 
-    PEFT rounds the value from the config for each layer. In every layer, the result must be the layer's actual value.
+    PEFT rounds the value in the config for each layer. The rounded value must equal the actual value in every layer.
     """
     tried = sorted({each[which] for each in blocks}, reverse=True)
     widths = [(n * size, (n, size)[which]) for n, size in blocks]

@@ -255,10 +255,10 @@ class WaveFTFamily(DrawnSpectrum):
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "number of coefficients",
         "n_frequency_pattern": "numbers of coefficients for the modules that a pattern matches",
-        "proportional_parameters": "whether the number of coefficients depends on the weight's size; if so, the length "
-        "of waveft_spectrum is the number",
-        "random_loc_seed": "seed of torch.randperm(out * in) on the CPU, whose first n values are the positions; the "
-        "base shows out and in",
+        "proportional_parameters": "whether the number of coefficients depends on the weight's size; if so, this "
+        "number is the length of waveft_spectrum",
+        "random_loc_seed": "seed of torch.randperm(out * in) on the CPU; the first n values of this permutation are "
+        "the positions; the base shows out and in",
         "scaling": "factor on the change",
         "use_idwt": "whether the coefficients belong to a wavelet transform; otherwise they are elements of the change",
         "wavelet_family": "name of the wavelet whose filter is used",
@@ -340,8 +340,8 @@ class FourierFTFamily(DrawnSpectrum):
         "n_frequency": "number of coefficients",
         "n_frequency_pattern": "numbers of coefficients for some modules; a pattern must equal the module's path, or "
         "match all of the text after a dot in the path",
-        "random_loc_seed": "seed of torch.randperm(out * in) on the CPU, whose first n values are the positions; the "
-        "base shows out and in",
+        "random_loc_seed": "seed of torch.randperm(out * in) on the CPU; the first n values of this permutation are "
+        "the positions; the base shows out and in",
         "scaling": "factor on the change",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": True, "random_loc_seed": SEED}
