@@ -206,7 +206,7 @@ def _experts(
 
 
 def _bound(updates: dict[Target, tuple[Update, ...]], base: Checkpoint) -> dict[Target, tuple[Update, ...]]:
-    """Bind the targets whose paths the base does not have. Leave the other targets unchanged."""
+    """If the base does not have a target's path, bind the target to the base. Leave the other targets unchanged."""
     modules_here = set(modules_of(base.tensors))
     lost = {target: group for target, group in updates.items() if target.path not in modules_here}
     placed = bind(Adapter(lost), base).adapter.updates if lost else {}

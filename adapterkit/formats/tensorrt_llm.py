@@ -266,4 +266,7 @@ def modules() -> dict[int, str]:
 
 
 FUSED = "mlp.gate_up_proj"
-"""The fused module of gate and up. Its number is that of `mlp.gate_proj`, and TensorRT-LLM stores up before gate."""
+"""The module that fuses the gate projection and the up projection.
+
+TensorRT-LLM gives this module the number of `mlp.gate_proj`, and stores the up projection before the gate projection.
+"""

@@ -1,8 +1,9 @@
-"""Read and write textual inversions (embeddings of new tokens) of AUTOMATIC1111, diffusers, kohya and SDXL's trainers.
+"""Read and write textual inversions, which are embeddings of new tokens.
 
-AUTOMATIC1111 writes a torch file with the tensors in a dict `string_to_param`. diffusers writes one tensor, whose key
-is the token. kohya writes `emb_params`, and does not store the token. Files for SDXL have one tensor for each text
-encoder, `clip_l` and `clip_g`; files for SD 3 also have `t5xxl`.
+The files have the layouts of AUTOMATIC1111, diffusers, kohya and SDXL's trainers. AUTOMATIC1111 writes a torch file
+with the tensors in a dict `string_to_param`. diffusers writes one tensor, whose key is the token. kohya writes
+`emb_params`, and does not store the token. Files for SDXL have one tensor for each text encoder, `clip_l` and `clip_g`;
+files for SD 3 also have `t5xxl`.
 """
 
 from __future__ import annotations

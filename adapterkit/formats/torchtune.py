@@ -160,13 +160,13 @@ def _as_is(rows: Rows) -> Order:
 
 @cache
 def table() -> NameTable:
-    """Return the table from our name templates to torchtune's, which is the same for all families of models."""
+    """Return the table that maps our name templates to torchtune's. All model families have the same table."""
     return NameTable({key: place.name for key, place in namings_of("torchtune")[0].places().items()})
 
 
 @cache
 def meta_order() -> dict[str, bool]:
-    """Map each model_type to whether torchtune stores the rows of q and k in Meta's order."""
+    """Return, for each model_type, whether torchtune stores the rows of q and k in Meta's order."""
     return {
         model_type: any(place.rows for place in naming.places().values())
         for naming in namings_of("torchtune")
@@ -176,6 +176,6 @@ def meta_order() -> dict[str, bool]:
 
 @cache
 def turned() -> dict[str, str]:
-    """Map the end of a module's name to the kind of heads, `query` or `kv`, that the module's rows form."""
+    """Map the end of a module's name to `query` or `kv`, the kind of heads to which the module's rows belong."""
     places = [place for naming in namings_of("torchtune") for place in naming.places().values()]
     return {place.name.rpartition("{n}.")[2]: place.heads for place in places if place.heads is not None}

@@ -250,8 +250,8 @@ def _why_not(profile: Profile, target: Target, update: Pair, in_stacks: bool) ->
         profile: the program.
         target: the update's target.
         update: the update.
-        in_stacks: whether the program reads PEFT's stacks and a base is given. If the base shows the model family,
-            `_apart` has already split the stacks whose experts the model's files do not store in one tensor.
+        in_stacks: whether a base is given and the program reads PEFT's stacks. If the base shows the model family,
+            `_apart` has already split each stack whose experts are separate tensors in the model's files.
     """
     if target.stacked and not in_stacks:
         return (

@@ -155,7 +155,8 @@ def _in_file_order(
 def _layout(findings: Sequence[DecodedUpdate]) -> str:
     """Return a target's layout.
 
-    This is the main update's layout, unless the shape of a weight that replaces the target's weight shows another one.
+    This is the main update's layout, with one exception: if another update replaces the target's weight, and the shape
+    of the new weight shows another layout, return that layout.
     """
     if len(findings) == 1 and "weight" not in findings[0].update.tensor_fields():
         return findings[0].layout

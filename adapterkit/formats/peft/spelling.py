@@ -76,7 +76,7 @@ class PeftNames:
     guessed: Collection[str]
     base: Checkpoint | None
     _inside: dict[str, str] = field(default_factory=dict)
-    """A cache: a map from a module's path to this path with the text of all wrappers, the module's own included."""
+    """A cache: maps a module's path to the path with the text of all wrappers, including the module's own wrapper."""
 
     def inside(self, name: str) -> str:
         """Insert the text of all parent modules' wrappers into a path. The last module's own wrapper is left out."""
@@ -164,7 +164,8 @@ def stored(leaf: Lazy, layout: str) -> Lazy:
 def config_name(target: Target, paths: Collection[str]) -> str:
     """Return the name by which a config selects a target.
 
-    If both projections of an attention are targets, this is the attention's path; otherwise it is the target's path.
+    If both projections of an attention are targets, their name is the attention's path. For every other target, the
+    name is the target's path.
     """
     module, _, name = target.path.rpartition(".")
     other = _OTHER_PROJECTION.get(name)

@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 
 
 PLAIN = {"embeddings": "prompt", "past": "prefix"}
-"""A map from the `place` of a context update to the method that stores the output of the update's network."""
+"""For each `place` of a context update with a network, the method that stores the network's output."""
 
 
 def has_encoder(update: Update) -> bool:
@@ -237,8 +237,8 @@ def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iter
     A config has one `lora_bias` for all LoRAs. So if some LoRAs have a bias and others have none, the LoRAs of the
     smaller group cannot be written.
 
-    PEFT's forward ignores the bias of an attention's input projection. So a LoRA of this projection that has no bias
-    fits both groups.
+    PEFT's forward ignores the bias of an attention's input projection. So a LoRA of this projection fits both groups
+    if the LoRA has no bias.
     """
     paths = lora_paths(updates)
     parties: dict[bool, list[Loss]] = {True: [], False: []}
@@ -346,9 +346,10 @@ def says(
 
 
 def _unshared_fields(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
-    """Return the names of the fields that have a fixed key, for each update, by (path, index of the update).
+    """Return, for each update, the names of its fields that have a fixed key.
 
-    For every other field, the reader selects one of several shared tensors.
+    The result maps (target's path, index of the update) to these names. For every other field, the reader selects one
+    of several shared tensors.
     """
     family = family_of_type(file.settings.peft_type)
     several = {key.text for word, key in file.shared.items() if family and word not in family.shared}
@@ -362,7 +363,7 @@ def _unshared_fields(places: Places, file: File) -> dict[tuple[str, int], set[st
 
 
 def _content(updates: Updates, written_fields: Mapping[tuple[str, int], Collection[str]]) -> Mapping[object, object]:
-    """Return everything about updates that a wrong config could change: targets, methods, values, shapes, token ids.
+    """Return the properties of updates that a wrong config could change: targets, methods, values, shapes, token ids.
 
     A float tensor that has its own key is represented only by its shape and dtype. If the reader computes the tensor,
     or selects it among several shared tensors, its values are included.
@@ -457,8 +458,8 @@ def _peft_type(updates: Updates, hints: PeftHints) -> str:
     if method is not None:
         types = {} if method in BESIDE else {n: f.peft_type for n, f in FAMILIES.items() if method in f.methods()}
         read = hints.config.get("peft_type")
-        # If several `peft_type`s have the method, prefer the source file's, and then the one that is named after the
-        # method.
+        # If several `peft_type`s have the method, prefer the `peft_type` of the source file. The second choice is the
+        # `peft_type` of the family that is named after the method.
         named = types.get(method.__module__.rpartition(".")[2]) or next(iter(types.values()), None)
         return str(read) if read in types.values() else named or ("IA3" if method is IA3 else "LORA")
     numbers = [token_numbers(t, updates) for t, us in updates.items() if any(isinstance(u, Rows) for u in us)]

@@ -31,7 +31,9 @@ class CtM(PlugIn):
     within: ClassVar = {"scope": "tensor"}
 
     rank: int | None = parameter(None, "rank r of the result; default: the largest rank of a task", least=1, kind=int)
-    beta: float = parameter(0.25, "before bases are computed, 0 makes all norms equal; 1 keeps norms", least=0, most=1)
+    beta: float = parameter(
+        0.25, "norms of the changes before the bases are computed: 0 makes them equal, 1 keeps them", least=0, most=1
+    )
     iterations: int = parameter(1000, "maximum number of HOOI rounds", least=0)
     tolerance: float = parameter(1e-6, "stop after a round that reduces the relative error by less than this", least=0)
 
@@ -163,8 +165,9 @@ def _iterated(gram: Array, Q: Array) -> tuple[Array, float] | None:
         image = gram @ Q
         inner = Q.T @ image
         values = np.linalg.eigvalsh(inner)
-        # Check that the span contains the largest eigenvalues. `outside` is the norm of the matrix outside the span, so
-        # no other eigenvalue exceeds it. The check fails if `outside` is not below the span's smallest eigenvalue.
+        # Check that the eigenvalues in the span are the largest ones. `outside` is the norm of the part of the matrix
+        # outside the span, so no eigenvalue outside the span exceeds `outside`. The check fails if `outside` is not
+        # below the span's smallest eigenvalue.
         outside = math.sqrt(max(square - float((inner * inner).sum()), 0.0))
         if outside >= values[0]:
             return None

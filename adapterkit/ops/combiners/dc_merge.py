@@ -52,8 +52,8 @@ class DCMerge(Scaled, Spectral):
         scaled_cores = np.stack([(U.T @ u * self._even(s)) @ (vh @ V.T) for u, s, vh in parts])
         for M in scaled_cores if scaled_cores.size else ():
             sizes = np.sort(np.abs(M), None)
-            # The entries of directions that no other task shares can be equal except for rounding. Allow a tolerance at
-            # the threshold, so that rounding does not decide which of them are kept.
+            # If no other task shares a task's directions, the entries for these directions can be equal except for
+            # rounding. Allow a tolerance at the threshold, so that rounding does not decide which entries are kept.
             M *= np.abs(M) >= (1 - TIED) * sizes[-max(int(self.density * M.size), 1)]
         total = scaled_cores.sum(0)
         agree = np.sign(scaled_cores) == np.sign(total)

@@ -28,8 +28,8 @@ class Karcher(Mixture):
     def coefficients(self, gram: Array, weights: Array) -> Array:
         """Return the coefficients of the mean.
 
-        The coefficients depend only on the changes' norms and cosines. Every vector of the iteration is a weighted sum
-        of the changes' unit vectors.
+        The coefficients depend only on the changes' norms and cosines, because every vector of the iteration is a
+        weighted sum of the changes' unit vectors.
         """
         import numpy as np
 

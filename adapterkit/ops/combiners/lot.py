@@ -29,7 +29,9 @@ class LOT(Combiner):
     data: ClassVar[str | None] = INPUTS
     learns: ClassVar[str | None] = "inputs"
 
-    tolerance: float = parameter(1e-10, "eigenvalues below this fraction of the largest count as 0", least=0, most=1)
+    tolerance: float = parameter(
+        1e-10, "eigenvalues below this fraction of the largest eigenvalue count as 0", least=0, most=1
+    )
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np

@@ -90,8 +90,9 @@ class PCB(Entrywise):
     def _scores(self, count: int) -> list[Wanted]:
         """Return the argument `wanted` of `Blocks.select` for the three series per change that `_signed` returns.
 
-        The first series yields the quantile 1 - ratio of the scores if the quantile is positive. The second series
-        yields its magnitude if it is negative. The third series yields the largest score.
+        In the first series, the selected number is the quantile 1 - ratio of the scores if this quantile is positive,
+        else 0. In the second series, it is the magnitude of this quantile if this quantile is negative, else 0. In the
+        third series, it is the largest score, or 0 if no score is positive.
         """
 
         def place(total: int) -> int:

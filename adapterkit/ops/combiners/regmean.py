@@ -63,7 +63,9 @@ def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: Formula
 
 
 def _divider(G: Array, damping: float) -> Callable[[Array], Array]:
-    """Return a function X -> X G^+, for a symmetric G. Eigenvalues below `CUT` times the largest count as zero.
+    """Return a function X -> X G^+, for a symmetric G.
+
+    Eigenvalues count as zero if they are below `CUT` times the largest eigenvalue.
 
     Args:
         G: sum_t w_t G_t, with the off-diagonal entries multiplied by alpha.

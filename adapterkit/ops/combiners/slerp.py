@@ -34,7 +34,7 @@ class Slerp(Mixture):
     )
     scale: float = parameter(1.0, SCALE)
     threshold: float = parameter(
-        0.9995, "interpolate linearly if |cos a| is above this, where a is the changes' angle", least=0, most=1
+        0.9995, "interpolate linearly if the magnitude of the changes' cosine similarity is above this", least=0, most=1
     )
 
     def coefficients(self, gram: Array, weights: Array) -> Array:

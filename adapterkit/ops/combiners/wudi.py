@@ -38,7 +38,9 @@ class WUDI(Scaled, Spectral):
     solver: str = parameter("exact", SOLVER, among=("exact", "adam"))
     steps: int = parameter(300, "number of steps of Adam", least=0)
     rate: float = parameter(1e-5, "learning rate of Adam", least=0)
-    tolerance: float = parameter(1e-10, "eigenvalues below this fraction of the largest count as 0", least=0, most=1)
+    tolerance: float = parameter(
+        1e-10, "eigenvalues below this fraction of the largest eigenvalue count as 0", least=0, most=1
+    )
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         import numpy as np
