@@ -167,8 +167,8 @@ def recorded(
         model: a model with attached adapters.
         run: a function that runs the model on all texts.
         file: the `.safetensors` file to write.
-        made_from: the base, adapters, texts and settings that determine the inputs, by name. They are stored in the
-            file.
+        made_from: a dict that describes everything that determines the inputs: base, adapters, texts and settings. The
+            dict is stored in the file.
         drawn: whether the model reads random ids instead of texts.
 
     Raises:

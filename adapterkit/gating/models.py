@@ -158,7 +158,7 @@ def inputs_for(
 
 
 def _is_contrastive(model: Any) -> bool:
-    """Whether the model compares texts with images, like CLIP, and therefore needs both as inputs."""
+    """Whether the model, like CLIP, compares texts with images, and therefore needs both as inputs."""
     return hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
 
 

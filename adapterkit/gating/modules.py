@@ -41,8 +41,9 @@ QUANTIZED = "quantized"
 RESIDUE = 0.2
 """The tolerance for calling a wrong change a multiple of the right change.
 
-The component of the wrong change that is orthogonal to the right change may have at most this fraction of the norm of
-the right change, or of the multiple if the multiple is larger.
+A wrong change is the sum of a multiple of the right change and an orthogonal component. The wrong change is called a
+multiple if the norm of the orthogonal component is small: at most `RESIDUE` times the norm of the multiple or of the
+right change, whichever norm is larger.
 """
 
 BROKEN = ("has a ", "has no ", "contains values that are not finite")
@@ -85,7 +86,7 @@ class ModuleSums:
     why: str = ""
 
     def add(self, base: Tensor, adapted: Tensor, other: Tensor) -> None:
-        """Add the three outputs that the module computes for the same input."""
+        """Update the sums with the module's three outputs for one input."""
         if adapted.shape != other.shape:
             self.why = f"gives an output of the shape {list(other.shape)} instead of {list(adapted.shape)}"
             return
@@ -215,7 +216,9 @@ def judged(
     comparison: ModuleComparison, model: nn.Module, other: nn.Module, handles: Sequence[Handle], *, dtype: str,
     coarse: float, max_scale_error: float, max_part_error: float,
 ) -> tuple[ModulePart, ...]:  # fmt: skip
-    """Find the fault of each module, if it has one. The adapters are merged into `model`, to compare weights too.
+    """Find the fault of each module, if it has one.
+
+    If weights must be compared too, this function merges the adapters into `model`.
 
     Args:
         comparison: the comparison of the modules' outputs.
@@ -388,8 +391,8 @@ class SuspectWeights:
             ok = not self._scrambled(got - before, delta)
         if ok:
             return _WeightFound("", scale, apart / size, same)
-        # Rounding errors are mostly orthogonal to the change, so `across` contains their squared norm. Subtract this
-        # norm twice, because other tools round twice.
+        # Rounding errors are mostly orthogonal to the change, so `across` contains their squared norm. Subtract the
+        # squared norm of this dtype's rounding error twice, because other tools round twice.
         across = (float((got - before - scale * delta).norm()) / size) ** 2
         residue = math.sqrt(max(across - 2 * (grain / size) ** 2, 0.0))
         return _WeightFound(self._named(weight, got - before, scale, residue), scale, apart / size, False)
@@ -407,7 +410,7 @@ class SuspectWeights:
         if apart > OTHER * max(whole, 1e-30) and apart > 2 * size:
             return _WeightFound("has other weights than the base", None, apart / max(whole, 1e-30), False)
         if size <= 1e-6 * float(before.norm()):
-            # Vectors are not quantized, so their error may be at most that of rounding to 16 bits.
+            # Vectors are not quantized. Their error is a fault if it is larger than a 16-bit rounding error.
             far = before.ndim < 2 and apart > GRAIN["BF16"] * max(whole, 1e-30)
             return _WeightFound("has other weights than the base" if far else "", None, 0.0, apart <= 1e-6 * whole)
         scale = _along(there, delta)
@@ -466,8 +469,8 @@ class _WeightFound:
         fault: a phrase that describes the fault; empty if the weight is right.
         scale: the factor by which the weight scales the adapters' change; None if the adapters do not change the
             weight, or if the weight cannot be compared.
-        error: the norm of the error, divided by the norm of the adapters' change. If `scale` is None, the norm of the
-            error divided by the norm of the weight, or a fixed value if the error was not measured.
+        error: the norm of the error, divided by the norm of the adapters' change. If `scale` is None, the divisor is
+            the norm of the weight instead. If the error was not measured, `error` has a fixed value.
         same: whether the weight equals the right weight up to float32 rounding; always False for a quantized weight
             that the adapters change.
     """

@@ -96,7 +96,7 @@ class AdapterEffect:
 
 @dataclass(frozen=True, slots=True)
 class ModulePart:
-    """The comparison of a module of a merged model with the same module of the base with adapters, on the same input.
+    """How one module of a merged model differs from the same module of the base with adapters, on the same input.
 
     Attributes:
         module: the name of the module.
@@ -105,7 +105,8 @@ class ModulePart:
             if the change is missing. None if `touched` is False or the scale was not measured.
         error: the norm of the error, divided by the norm of the adapters' change; if `touched` is False, divided by the
             norm of the output.
-        finite: False if only the merged model's output has NaN or infinities.
+        finite: False if, for some input, the output of the merged model has NaN or infinities, but the output of the
+            base with adapters is finite.
         fault: a phrase that describes the fault; empty if the module is right.
         rounded: whether rounding to the merged model's dtype explains the difference.
     """
@@ -198,7 +199,7 @@ class Gate:
         dtype: the dtype in which the models ran.
         seed: the seed of all random choices.
         effect: the effect of the adapters on the base.
-        kept: one entry for the merged model and one for the graph, each only if the caller gave that model.
+        kept: an entry for the merged model if the caller gave one, and an entry for the graph if the caller gave one.
         checks: the comparisons with thresholds.
         verdicts: plain sentences about the result, faults first.
         seconds: the duration of the gate, in seconds.
@@ -279,8 +280,8 @@ MOST = 0.9
 fault once, for the whole model."""
 
 EVERYWHERE = 0.5
-"""The merge used another base if at least this share of the modules without adapters (and at least two modules) has
-wrong weights, and at least this share of the modules with adapters has a fault."""
+"""A merge counts as made from another base if two conditions hold. At least this share of the modules without adapters,
+and at least two of these modules, have wrong weights. At least this share of the modules with adapters has a fault."""
 
 NAMES = {"merged": "the merged model", "onnx": "the graph"}
 

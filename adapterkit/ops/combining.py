@@ -138,7 +138,7 @@ class Evaluation:
     def _fill(self, updates: dict[Target, tuple[Update, ...]]) -> None:
         total = sum(map(_bytes, self.aligned))
         # Create the spool only now, so that its temporary file contains nothing but the final result. A method that
-        # learns weights has computed hundreds of trial results before. These were kept in memory, and freed.
+        # learns weights first computes hundreds of trial results. Those are kept in memory, and are freed by now.
         self.hold = Spool().rounded_lazy
         if self.workers == 1:
             results: Iterator[tuple[tuple[Update, ...], Cut | None]] = map(self._placed, self.aligned)
@@ -319,9 +319,9 @@ class Evaluation:
     def _cut(
         self, method: Combiner, place: AlignedPlace, at: FormulaContext, deltas: list[Delta]
     ) -> tuple[Delta, float, float]:
-        """Return (combined change, cut to the requested rank; norm before the cut; norm of the error).
+        """Combine the changes of one weight, and cut the combined change to the requested rank.
 
-        If the change is not cut, both norms are 0.
+        Return (combined change, its norm before the cut, norm of the cut's error). Without a cut, both norms are 0.
         """
         from .lowrank import svd
 
@@ -360,7 +360,7 @@ class Evaluation:
         return D
 
     def _rank_of(self, deltas: Sequence[Delta]) -> int:
-        """Return the rank to which the combined change of one weight is cut, if it is cut."""
+        """Return the rank to which `_cut` cuts the combined change of one weight."""
         if isinstance(self.rank, int):
             return min(self.rank, *deltas[0].shape)
         largest = max((each.rank for each in deltas if each.rest is None), default=0)
@@ -462,7 +462,8 @@ class Evaluation:
         data = self.data
         if data is None or not method.sequential:
             return data
-        # Pass `data` a view of the dict of finished targets. Without a view, each target would need a copy of the dict.
+        # `data` gets an adapter with the targets finished so far. The adapter has a read-only view of `done`. Without
+        # this view, each target would need a copy of `done`.
         so_far = Adapter(MappingProxyType(done), read[0].base)
         return lambda position, path: data(position, path, so_far if done else None)
 
@@ -576,8 +577,8 @@ def combine(
     Returns:
         the combined adapter: LoRA updates if the results have low-rank factors, else dense differences. If the method's
         results are always dense and `rank` is not set, each result is computed when it is read. A target's result may
-        be zero although the adapters' changes are not, or it may become zero in its dtype. In both cases, `warnings` in
-        the last step of the lineage has a warning about the target.
+        be zero, or become zero in its dtype, although the adapters' changes are not zero. Then `warnings` in the last
+        step of the lineage has a warning about the target.
 
     Raises:
         CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set.
@@ -602,8 +603,8 @@ def combine(
     # Check one value of each parameter, to report an invalid value before any adapter is read.
     first = combiner_of(COMBINERS[name], {key: one_of(value, key) for key, value in values.items()})
     summing = first.sums([1.0] * len(adapters)) is not None
-    # A weighted sum that is not cut consists of the adapters' updates, so `places` need not make them additive. A sum
-    # that is cut is computed like any other result.
+    # A weighted sum that is not cut consists of the adapters' updates, so `places` need not make the updates additive.
+    # A sum that is cut is computed like any other result.
     lower = None if summing and cut is None else "combined"
     base = None if base is None else opened(base)
     given = [source_adapter(source, base) for source in adapters]

@@ -42,9 +42,10 @@ class Likeness:
     Attributes:
         target: the target.
         bits: whether both adapters have the same methods and settings at the target, and tensors with the same bytes.
-        equal: whether both adapters make the same change within the tolerance. If the changes
-            cannot be computed, because a method needs a base or does not change weights: True if both adapters have
-            the same methods, settings and tensor values, False if one adapter lacks the target, otherwise None.
+        equal: whether both adapters make the same change within the tolerance. The changes cannot be computed if a
+            method needs a missing base or does not change weights. Then `equal` is True if both adapters have the same
+            methods, settings and tensor values. It is False if one adapter lacks the target, and None in all other
+            cases.
         relative_error: Frobenius norm of the difference between the two changes, divided by the norm of the larger
             change.
         norm_a: Frobenius norm of the first adapter's change of weight and bias together.
@@ -190,8 +191,8 @@ def _likeness(place: AlignedPlace, tolerance: float, signs: bool, sums: list[flo
     try:
         additive_place = lowered(place)
     except AdapterkitError as error:
-        # The changes cannot be computed, because an update needs a base or does not change weights. The adapters can
-        # still count as equal: if their updates have the same methods, settings and tensor values.
+        # The changes cannot be computed, because an update needs a base or does not change weights. The adapters still
+        # count as equal if their updates have the same methods, settings and tensor values.
         additive_place = None
         if place.base is not None and all(update.kind in ("additive", "weight") for update in place.all_updates):
             raise error.at(where=str(place.target)) from None

@@ -27,7 +27,8 @@ class Census:
     Attributes:
         counting: whether formulas currently run only to collect statistics. If so, their results are ignored.
         partial: whether thresholds are first estimated from samples of only some targets.
-        majority: the sign, 1 or -1, that is elected for more entries of all targets; computed when it is first read.
+        majority: the more frequent sign, 1 or -1, among the signs that are elected for the entries of all targets.
+            It is computed when it is first read.
     """
 
     def __init__(self) -> None:
@@ -118,7 +119,7 @@ class Census:
         return self._sums.get(name, 0.0)
 
     def votes_by(self, vote: Callable[[Census], None]) -> None:
-        """Set the function that collects the votes for `majority`, by running the formula at all targets."""
+        """Set the function that runs the formula at all targets to collect the votes for `majority`."""
         self._vote = vote
 
     @property
@@ -127,7 +128,7 @@ class Census:
         return self._votes is not None
 
     def add_votes(self, signs: int) -> None:
-        """Add the sum of the signs that were elected for one weight's entries to the votes for `majority`."""
+        """Count one weight's votes for `majority`: `signs` is the sum of the signs elected for the weight's entries."""
         with self._lock:
             assert self._votes is not None
             self._votes += signs
@@ -195,7 +196,7 @@ class FormulaContext:
     def uniform(self, t: int, shape: tuple[int, ...], first: int = 0) -> Array:
         """Draw random numbers in [0, 1) for the adapter with index `t` in `present`.
 
-        Number n of the adapter's stream depends only on n and on the adapter's key, which `key` returns.
+        Each adapter has its own stream of numbers. Number n of a stream depends only on n and on the adapter's `key`.
 
         Philox4x64-10 generates 64-bit values from the key. Each value is split into two 32-bit words, the low half
         first. Number n is word n, divided by 2^32.

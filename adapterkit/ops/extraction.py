@@ -1,8 +1,9 @@
 """Extract an adapter from a base and a tuned model, tensor by tensor; each worker has one tensor in memory.
 
-By default, the change of a matrix is stored as a LoRA of a given rank, energy or error. The change is computed in
-float32 or float64, because a subtraction in 16 bits loses most of a small change. Changed tensors with one axis (norms,
-biases) are stored whole. For token embeddings, the changed rows and the new rows are stored.
+By default, the change of a matrix is stored as a LoRA. The caller sets one of three things: the LoRA's rank, the
+share of the change's energy that the LoRA keeps, or the LoRA's largest error. The change is computed in float32 or
+float64, because a subtraction in 16 bits loses most of a small change. Changed tensors with one axis (norms, biases)
+are stored whole. For token embeddings, the changed rows and the new rows are stored.
 """
 
 from __future__ import annotations
@@ -367,9 +368,9 @@ class _Extraction:
             counts = self.criterion.counts([decomposed[key][1] for key in keys], [norms[key] for key in keys])
             kept = {key: decomposed[key][1][:count] for key, count in zip(keys, counts, strict=True)}
             least = min((float(S[-1]) for S in kept.values() if len(S)), default=0.0)
-            # Only the largest singular values of each weight are computed. If all of these are kept for a weight, the
-            # weight's next singular values may also belong to the largest. Decompose such a weight again, with twice
-            # the rank.
+            # Only the largest singular values of each weight are computed. If all computed values of a weight are kept,
+            # its next singular values may be large enough to be kept too. Decompose such a weight again, with twice the
+            # rank.
             begun = {}
             for key in keys:
                 U, S, Vh = decomposed[key]
