@@ -134,7 +134,7 @@ def test_what_quantized_exports_refuse(tmp_path):
         ak.onnx.export(net(), (IDS,), out, quantize="int3")
     with pytest.raises(UsageError, match="differ from the weights in the base's files"):
         ak.onnx.export(net(), (IDS,), out, quantize="int4", share=tmp_path)
-    with pytest.raises(Unsupported, match="no layer that it can pack"):
+    with pytest.raises(Unsupported, match="no layer that it can quantize"):
         ak.onnx.export(nn.Sequential(nn.Conv1d(4, 4, 1)).eval(), (torch.randn(1, 4, 3),), out, quantize="int4")
     assert not list(tmp_path.iterdir())
 

@@ -132,7 +132,10 @@ def test_a_change_counts_and_not_whether_it_is_stored_as_factors(name):
         close(exact(one, target), exact(other, target), 1e-7)
 
 
-OTHER_SCALES = {"cart": "factor of the differences from the mean", "robust_merge": "c, the factor of A and of B"}
+OTHER_SCALES = {
+    "cart": "factor by which the differences from the mean are multiplied",
+    "robust_merge": "c, the factor of A and of B",
+}
 """Methods whose `scale` is another factor than that of the result, with its meaning."""
 
 

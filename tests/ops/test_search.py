@@ -82,7 +82,7 @@ def test_a_search_does_not_end_below_what_it_starts_from(tmp_path: Path) -> None
         ak.search(PAIR, needle, methods=["linear", "ties"], budget=12, trials=tmp_path / "trials")
     for wrong, match in (
         (("tsv", [1, 1], {}), "tsv is not one of"),
-        (("ties", [1], {}), "weights 1 of ties"),
+        (("ties", [1], {}), "ties with the weights 1"),
         (("ties", [1, 9], {}), "weights 1 9 of ties"),
         (("ties", [1, 1], {"density": 7}), "7"),
         (("ties", [1, 1], {"dense": 1}), "dense"),

@@ -118,7 +118,7 @@ def test_the_choices_are_explained_in_the_plan():
         choice: plan(case, adapter, quantized=choice).record()["quantized"] for choice in ("dequantize", "requantize")
     }
     assert "16-bit weights" in said["dequantize"]["why"]
-    assert "measured" in said["requantize"]["why"]
+    assert "how much of the change remains" in said["requantize"]["why"]
 
 
 def test_a_scheme_that_nothing_here_quantizes_to_is_refused_by_name(tmp_path):
