@@ -83,7 +83,7 @@ def test_a_search_does_not_end_below_what_it_starts_from(tmp_path: Path) -> None
     for wrong, match in (
         (("tsv", [1, 1], {}), "tsv is not one of"),
         (("ties", [1], {}), "ties with the weights 1"),
-        (("ties", [1, 9], {}), "weights 1 9 of ties"),
+        (("ties", [1, 9], {}), "ties with the weights 1 9"),
         (("ties", [1, 1], {"density": 7}), "7"),
         (("ties", [1, 1], {"dense": 1}), "dense"),
     ):
