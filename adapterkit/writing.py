@@ -301,7 +301,8 @@ def _zeros(shape: Shape, kind: DType) -> Lazy:
 def _weight_at(target: Target, update: Dense, base: Checkpoint) -> Lazy | None:
     """Return the base's stored weight at a target.
 
-    Return None if the target is only some rows of a weight, or if the base stores no weight of D's shape there.
+    Return None if the target is only some rows of a weight, if the base stores no weight at the target, or if this
+    weight and the difference in `update` have different shapes.
     """
     try:
         site = bind(Adapter({target: (update,)}), base).sites[0]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 CHUNK = 32 << 20
-# Errors of `copy_file_range` if the kernel or the file system cannot copy between the two files. The caller must then
-# read and write the bytes itself.
+# `copy_file_range` fails with one of these errors if the kernel or the file system cannot copy between the two files.
+# In that case, the caller must read and write the bytes itself.
 _NOT_HERE = {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EPERM}
 
 
@@ -197,7 +197,7 @@ class Writer:
         return self.filling.memory[self.filling.end : self.filling.end + nbytes]
 
     def filled(self, nbytes: int) -> None:
-        """Add `nbytes` bytes to the run. The caller has put them at the start of the memory from `room`."""
+        """Add to the run the first `nbytes` bytes of the memory that `room` returned and the caller filled."""
         self.filling.end += nbytes
 
     def write(self, data: memoryview) -> None:
@@ -300,7 +300,7 @@ class Writer:
             self.filling.memory = larger
 
     def _write(self, piece: _Piece, stop: int) -> None:
-        """Write a piece: its whole pages with direct I/O, the partial pages at its ends through the page cache."""
+        """Write a piece. Write whole pages with direct I/O, and partial pages at its ends through the page cache."""
         # If an earlier piece failed, raise its error again. The caller waits only for the last piece of a run, so
         # otherwise it would not see the earlier error.
         if self.failure is not None:
@@ -322,7 +322,7 @@ class Writer:
             self._put(self.direct, piece, start, stop)
         except OSError as error:
             # The system reports EINVAL if the file system needs a larger alignment, or if a write stopped early at an
-            # offset that is not a multiple of `PAGE`. Then write the whole range through the page cache.
+            # offset that is not a multiple of `PAGE`. In both cases, write the whole range through the page cache.
             if error.errno != errno.EINVAL:
                 raise
             self._put(self.plain, piece, start, stop)

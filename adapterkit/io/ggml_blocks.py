@@ -1,7 +1,7 @@
 """Encode and decode ggml's block types.
 
-Decoding uses the bit layouts and the order of operations of ggml-quants.c, as gguf-py does. So all three decode to the
-same float32 values.
+Decoding uses the bit layouts and the order of operations of ggml-quants.c, as gguf-py does. So this module, ggml and
+gguf-py decode a block to the same float32 values.
 Source: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 """
 
@@ -192,8 +192,9 @@ def _q5(blocks: Array) -> Array:
 def _scales_and_minima(blocks: Array, q: Array) -> Array:
     """Decode blocks of Q4_K or Q5_K with the quantized values `q`.
 
-    A block has eight 6-bit scales and eight 6-bit minima. The two high bits of the last four scales and minima are
-    stored in the bytes of the first four.
+    A block has eight 6-bit scales and eight 6-bit minima. The bytes of the first four scales also contain the two high
+    bits of the last four scales. The bytes of the first four minima also contain the two high bits of the last four
+    minima.
     """
     import numpy as np
 
@@ -284,7 +285,10 @@ _FIELDS: dict[str, Callable[[Array], list[Array]]] = {
 
 
 def _six_bits(blocks: Array, most: int) -> tuple[list[Array], Array]:
-    """Encode blocks as Q4_K or Q5_K. Return the fields before the quantized values, as bytes, and these values."""
+    """Encode blocks as Q4_K or Q5_K.
+
+    Return two values: the bytes of the fields that precede the quantized values, and the quantized values.
+    """
     import numpy as np
 
     x = _columns(blocks, 32)
@@ -305,7 +309,7 @@ def _columns(blocks: Array, size: int) -> Array:
 
 
 def _around_zero(x: Array, most: int) -> Array:
-    """Return the scale with the least squared error for each run.
+    """For each run, return the scale that gives the smallest squared error.
 
     The quantized values are from `-most` to `most - 1`.
     """
@@ -328,7 +332,7 @@ def _around_zero(x: Array, most: int) -> Array:
 
 
 def _with_least(x: Array, most: int) -> tuple[Array, Array]:
-    """Return the scale and the negated minimum with the least squared error for each run.
+    """For each run, return the scale and the negated minimum that give the smallest squared error.
 
     The quantized values are from 0 to `most`.
     """

@@ -109,7 +109,7 @@ MAX_LISTED = 1 << 20
 """A numeric array with more items becomes a numpy array instead of a list: as a list, 250 MB of numbers took 4 GB."""
 
 MAX_ITEMS = 1 << 22
-"""The largest number of strings and nested arrays that the array values of one header may have in total.
+"""The limit for one header: all its arrays together may contain at most this many strings and nested arrays.
 
 The largest vocabularies have 262,144 tokens and about as many merges.
 """

@@ -1,8 +1,8 @@
 """Read and write HDF5 files of plain tensors, such as the weights that Keras saves.
 
 h5py reads only the headers. Each tensor must be one contiguous run of bytes in the file, and is read without h5py.
-Features of HDF5 that can lead to other files or expand data are refused: soft and external links, external storage,
-virtual and compressed tensors.
+Soft links, external links, external storage, virtual tensors and compressed tensors are refused. With such features, a
+file can refer to other files, or can expand to much more data than it stores.
 """
 
 from __future__ import annotations

@@ -164,7 +164,8 @@ def is_remote(name: str | os.PathLike[str]) -> bool:
 def _has_hub(scheme: str, text: str, *, strict: bool) -> bool:
     """Whether there is a hub for a scheme.
 
-    If there is none, `a://b` (`strict`) raises an error, but `a:/b` does not, because it may be a local path.
+    If there is no hub for the scheme, a name such as `a://b` is an error; the caller passes `strict=True` for such
+    names. A name such as `a:/b` may be a local path, so the result for it is False.
     """
     try:
         hub().hub_of(scheme)
@@ -251,7 +252,7 @@ def _shown_as(text: str, path: Path) -> Iterator[None]:
 
 
 def is_address(name: str | os.PathLike[str]) -> bool:
-    """Whether an output's name refers to a hub. It must have a scheme, because an output `org/repo` is a local path.
+    """Whether an output's name refers to a hub. A name without a scheme, such as `org/repo`, is a local path here.
 
     Raises:
         UsageError: the scheme is unknown.

@@ -469,7 +469,10 @@ _IMAGE = ("bfl_control", "comfyui", "diffusers", "kohya", "lycoris", "xlabs")
 
 
 def _loaders(adapter: Adapter, name: str, path: Path) -> list[dict[str, str]]:
-    """Return one record per tool: whether the tool can load the file without conversion, and why not."""
+    """Return one record per tool.
+
+    The record states whether the tool can load the file without conversion, and if not, why; see `loaders.Answer`.
+    """
     from dataclasses import asdict
 
     from ..loaders import loaders_of
@@ -568,8 +571,9 @@ def base_record(path: Path, src: str) -> dict[str, Any]:
 def _stored(base: Checkpoint) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return a record for each tensor of a base, and facts about the model.
 
-    The facts are the architecture and the name in the headers of GGUF files, and the possible model families. The lazy
-    tensor of a quantized GGUF weight has only packed bytes, so shapes and types of GGUF tensors come from the header.
+    The facts are the possible model families and, for GGUF files, the architecture and the name from the header. The
+    lazy tensor of a quantized GGUF weight has only packed bytes, so shapes and types of GGUF tensors come from the
+    header.
     """
     from ..io.gguf_file import read_model
     from ..io.inputs import is_gguf

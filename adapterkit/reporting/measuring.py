@@ -64,8 +64,8 @@ checked weights. The limit allows 15 weights of 576 x 576, which take 3 s. The w
 are checked first. The verdict states the number of checked weights."""
 
 INTRUDER_UNIT = 2e7
-"""The progress bar counts this much work of finding intruders as one step. All other work for one target is also one
-step."""
+"""While intruders are counted, the progress bar shows this amount of work as one step. `INTRUDER_BUDGET` defines the
+work. All other work for one target is also one step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Effect:
         intruders: the number of intruders among the first ten left singular vectors of the tuned weight; see
             `INTRUDING`.
         why: the reason why the change was not measured.
-        code: the code of the error whose reason is `why`.
+        code: the code of the error that prevented the measurement; `why` is the text of this error.
     """
 
     adapter: int
@@ -154,7 +154,7 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class MergedShare:
-    """The share of the adapters' change at one target that a merged model contains.
+    """At one target, the share of the adapters' change that the merged model contains.
 
     Attributes:
         target: the target.
@@ -518,7 +518,8 @@ class _Sum:
 
     def __init__(self) -> None:
         self.square, self.largest = 0.0, -1.0
-        self.compared, self.base = 0.0, 0.0  # Both only of experts whose weight in the base is read.
+        # These sums of squares include only the experts whose weight is read from the base.
+        self.compared, self.base = 0.0, 0.0
         self.based = False
         self.spectrum: tuple[float, ...] = ()
         self.ranks: list[float] = []
