@@ -136,7 +136,10 @@ def _model_facts(model: CardModel) -> list[tuple[str, str]]:
 
 
 def _merged(adapter: Mapping[str, Any]) -> list[str]:
-    """Return a merged adapter's row of the table with the columns `ADAPTER_COLUMNS`; cells without a value are ""."""
+    """Return one merged adapter's row for the card's table. The cells are in the order of `ADAPTER_COLUMNS`.
+
+    A cell without a value is "".
+    """
     lists = {key: _listed(adapter.get(key) or ()) for key in ("methods", "ranks", "lineage")}
     plain = {key: _text(adapter.get(key, "")) for key in ("name", "weight", "targets")}
     cells = {**plain, **lists, "digest": _span(str(adapter.get("digest", ""))[:16])}
@@ -184,8 +187,11 @@ def _model_usage(place: Uri, config: Mapping[str, JsonValue]) -> list[str]:
 def _class_of(config: Mapping[str, JsonValue]) -> str | None:
     """Return the transformers class for the card's example code; None if the card must not show such code.
 
-    Users run the example code. So the result is None if the config's `architectures` names no valid class, and for a
-    model with `auto_map`, because loading such a model runs code from its repository.
+    Users run the example code. So the result is None in three cases:
+
+    - The config has no `model_type`.
+    - The config has `auto_map`. Loading such a model runs code from its repository.
+    - The first entry of the config's `architectures` is not a valid class name.
     """
     if "model_type" not in config or "auto_map" in config:
         return None
@@ -275,9 +281,9 @@ def _base_of(
     """Return the name and the commit of a model's base; each is None if it is unknown.
 
     If the merge report has the base's uri, the uri gives the name and the commit. If the report lists adapters but not
-    the base's uri, the commit is None, and the name is the base that the adapters name, if they all name the same base.
-    If nothing was merged, the model itself counts as the base, and the name and the commit come from the record of its
-    download.
+    the base's uri, the name comes from the adapters' records, and the commit is None. If these records name no base, or
+    different bases, the name is also None. If nothing was merged, the model itself counts as the base, and the name and
+    the commit come from the record of its download.
     """
     base_uri = record.get("base_uri")
     if isinstance(base_uri, str):
@@ -340,7 +346,7 @@ def prepared(
         shard_size: the maximum size of a weight file of a model, in bytes; None to push the files unchanged.
 
     Raises:
-        UsageError: `shard_size` is set, and `path` is an adapter or `name` is also set.
+        UsageError: `shard_size` is set for an adapter, or together with `name`.
         AdapterkitError: as for `adapterkit.read` and `adapterkit.write`.
     """
     if name is not None and shard_size is not None:
@@ -393,9 +399,10 @@ def _card_name(remote: Remote) -> str:
 
 
 def files_of(source: Path) -> dict[str, Path]:
-    """Return the files to push. A file in a folder is keyed by its path in the folder, a single file by its name.
+    """Return the files to push, as a map from each file's name in the push to its local path.
 
-    Hidden files, hidden subfolders and links to folders are left out of a folder.
+    If `source` is a folder, the names are paths in this folder. Hidden files, hidden subfolders and links to folders
+    are skipped.
     """
     check_exists(source)
     if source.is_file():
@@ -462,7 +469,7 @@ def _check_model(source: Path) -> None:
 def _without_sums(source: Path, folder: Path) -> dict[str, Path]:
     """Write a copy of a model's merge report without the checksums, because they do not match the new shards.
 
-    Return the path of the copy, keyed by file name; empty if the report has no checksums.
+    Return a map from the copy's file name to its path. If the report has no checksums, return an empty map.
     """
     from ..merging.checksums import KEY
 

@@ -123,7 +123,7 @@ def pull(
 
 
 def source_at(remote: Remote) -> Source:
-    """Return the origin of a remote's files: the uri pinned to the commit, the repository's name and the commit."""
+    """Return the origin of a remote's files: the repository's name, the commit, and the uri pinned to this commit."""
     return Source(public(str(remote.uri.at(remote.commit))), public(remote.uri.name), remote.commit)
 
 

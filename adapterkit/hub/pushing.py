@@ -47,8 +47,8 @@ class Pushed:
         commit: the commit with the pushed files; None after a dry run.
         created: True if the repository was (or would be) created.
         added, replaced, unchanged, removed: paths in the repository. They list the files that the push added, replaced,
-            left unchanged or removed, or would have in a dry run. A push removes files only on hubs where it replaces
-            the whole artifact.
+            left unchanged or removed. After a dry run, they list the files that a push would add, replace, leave
+            unchanged or remove. A push removes files only on hubs where it replaces the whole artifact.
         card: the text of the generated card; None if the push contains no generated card.
         tag: the tag that was set, or None.
         dry: True if the push was a dry run, which writes nothing.
@@ -109,7 +109,8 @@ def push(
     - The hub is an OCI registry, where each push replaces the whole artifact, and there is no local README.md.
 
     Args:
-        path: an adapter in any format, or a model; a local file or folder, or a uri. Hidden files are not pushed.
+        path: the local file, local folder or uri of an adapter or a model. The adapter may have any format. Hidden
+            files are not pushed.
         uri: `hf://org/repo[@branch][/folder]`, `oci://registry/name:tag`, or a uri of another hub.
         format: convert the adapter to this format; if absent, push its files unchanged.
         base: the adapter's base; some formats need it for the conversion.
@@ -135,7 +136,7 @@ def push(
         UnknownFormat: `path` is neither an adapter nor a base.
         UsageError: `shard_size` is set, but `path` is an adapter, which cannot be split.
         Corrupt: after the push, the hub does not list the pushed files with their digests.
-        CheckFailed: `strict_licence` is set, and one of the three cases that its entry lists occurs.
+        CheckFailed: `strict_licence` is set, and one of the three cases in the description of `strict_licence` occurs.
     """
     target = parse(uri) if isinstance(uri, str) else uri
     remote = remote_at(target, token)
@@ -184,11 +185,13 @@ OUTPUT = "the model or adapter to push"
 def _licences(
     source: Path, stated: Licence, card: str, base: str | os.PathLike[str] | None
 ) -> tuple[list[Part], Licence, tuple[str, ...]]:
-    """Return the licences of the base and the adapters, the output's own licence, and a sentence for each problem.
+    """Return the licences of the base and the adapters, and the output's own licence.
 
-    The output's own licence is `stated`. If `stated` is empty, it is the licence in the card at `source`, or else in
-    `card`. The folder of a merged model contains a copy of the base's card, so a merged model without `stated` has the
-    licence of its base.
+    Also return one sentence for each problem with these licences.
+
+    The output's own licence is `stated`. If `stated` is empty, the licence in the card at `source` is used, or else the
+    licence in `card`. The folder of a merged model contains a copy of the base's card. So if `stated` is empty, a
+    merged model has the licence of its base.
     """
     record = record_at(source)
     parts = parts_of(record) if record else []
@@ -286,8 +289,8 @@ def outgoing(
 ) -> Iterator[Path]:
     """Yield a local path to write to. If the block ends without an error, push the files at this path.
 
-    After an error, the local folder is kept, so that a second run of the same command can continue. The folder is
-    removed only if the error was that the hub already has other content.
+    After an error, the local folder is kept, so that a second run of the same command can continue. There is one
+    exception: if the push fails because the hub already has other content, the folder is removed.
 
     Args:
         name: the uri to push to.

@@ -177,7 +177,7 @@ def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
 
     def read(span: Span) -> bytearray:
         end = span.offset + span.nbytes
-        # A copy of the whole file also reads the header, which is in memory.
+        # If a caller copies the whole file, it also asks for the header. Return the header from memory.
         if end <= length:
             return bytearray(start[span.offset : end])
         return bytearray(read_range(remote, file, span.offset, span.nbytes))
@@ -323,8 +323,8 @@ class Shards:
 def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
     """Yield a base on a hub, whose weight files are downloaded one by one into a hidden folder next to `out`.
 
-    The folder is removed at the end of the block, except after an error of the network or the disk: then a later run
-    can continue the downloads.
+    After an error of the network or the disk, the downloaded files are kept, so that a later run can continue. After
+    success or any other AdapterkitError, the folder is removed.
 
     Raises:
         UsageError: `name` is a local path, not a uri.
@@ -562,7 +562,9 @@ class Ranged:
 
 @contextmanager
 def ranged(name: str, *, whole: bool) -> Iterator[Ranged]:
-    """Yield a base whose weights are read from a hub in byte ranges. After the block, its temporary folder is removed.
+    """Yield a base whose weights are read from a hub in byte ranges.
+
+    The base has a temporary folder, which is removed at the end of the block.
 
     Args:
         name: the uri.

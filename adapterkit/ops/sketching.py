@@ -326,7 +326,7 @@ class Criterion:
         """Check that exactly one criterion is set, and that its value is in range.
 
         Args:
-            needed: False to also allow that no criterion is set.
+            needed: if True, a missing criterion is an error. If False, it is allowed.
 
         Raises:
             UsageError: no criterion or too many criteria are given, or a value is out of range.

@@ -104,8 +104,8 @@ def bom(path: str | PathLike[str], *, serial: bool = False, leave_out: Path | No
         leave_out: a file below `path` to omit, such as the document itself.
 
     Returns:
-        A CycloneDX 1.6 document. It contains the model with the SHA-256 of every file, the licences, the base and the
-        adapters as ancestors of the model, and a model card with values read from the files.
+        A CycloneDX 1.6 document. It contains the licences of the model, and the SHA-256 of every file. It lists the
+        base and the adapters as ancestors of the model. It also contains a model card with values from the files.
 
     Raises:
         StorageError: the path does not exist or cannot be read.

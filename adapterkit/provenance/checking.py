@@ -222,7 +222,9 @@ def check_signature(
     identity: str | None = None,
     issuer: str | None = None,
 ) -> SignatureCheck:
-    """Check the signature of an adapter or a model. `sign` or another OpenSSF model signing tool made the signature.
+    """Check the signature of an adapter or a model.
+
+    The signature may come from `sign`, or from another tool for OpenSSF model signing.
 
     Args:
         path: the signed folder or file.

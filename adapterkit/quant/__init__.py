@@ -70,7 +70,7 @@ class Packed(ABC):
 
     @property
     def written(self) -> Lazy:
-        """A placeholder for the tensor that a merge writes if `changes` is true. It has the size, but not the bytes.
+        """If `changes` is true, a placeholder for the tensor that a merge writes: its size, but not its bytes.
 
         Raises:
             Unsupported: the scheme cannot change a weight's stored type.
@@ -81,7 +81,7 @@ class Packed(ABC):
     def share(self) -> Lazy | None:
         """This weight's part of a stored tensor that several weights share, or None if no other weight shares it.
 
-        If `changes` is true, the part is a placeholder with the size that a merge writes.
+        If `changes` is true, this part is a placeholder. It has the size of the part that a merge writes.
         """
         return None
 
@@ -91,7 +91,7 @@ class Packed(ABC):
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Array:
-        """Dequantize rows `start` to `stop`: `[rows, width]`, in numpy's type for `dtype`.
+        """Return the dequantized rows `start` to `stop` as an array `[rows, width]`, in numpy's type for `dtype`.
 
         The width is the size of the weight's last axis.
 
@@ -149,7 +149,9 @@ class Rowwise(Packed):
 
     @abstractmethod
     def places(self, row: int) -> dict[str, int]:
-        """Return the byte offset at which a row will begin in each stored tensor that changes, keyed by tensor name.
+        """Return the byte offset at which a row will begin in each stored tensor that changes.
+
+        The keys are the names of these tensors.
 
         Args:
             row: the index of the row; `closed(row)` must be true.
@@ -157,9 +159,10 @@ class Rowwise(Packed):
 
     @abstractmethod
     def pack_rows(self, start: int, rows: Array) -> dict[str, bytes]:
-        """Quantize a run of rows, and return the run's bytes for each stored tensor that changes, keyed by tensor name.
+        """Quantize a run of rows. Return the run's bytes for each stored tensor that changes.
 
-        `closed` must be true for the first row, and for the row that follows the last row.
+        The keys are the names of these tensors. `closed` must be true for the first row of the run, and for the row
+        that follows the run.
 
         Args:
             start: the index of the first row.
@@ -168,7 +171,12 @@ class Rowwise(Packed):
 
     @abstractmethod
     def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
-        """Dequantize the bytes that `pack_rows` returned for the run that begins at row `start`, to `[rows, width]`."""
+        """Dequantize a run of rows to an array `[rows, width]`.
+
+        Args:
+            start: the index of the run's first row.
+            parts: the bytes that `pack_rows` returned for the run.
+        """
 
 
 class Scheme:
@@ -264,7 +272,13 @@ def expect(shape: Shape, wanted: Shape, name: str) -> None:
 
 
 def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> Array:
-    """Read elements of a stored tensor as a flat array: `count` elements from index `first`, or all from there."""
+    """Read elements of a stored tensor as a flat array.
+
+    Args:
+        tensor: the stored tensor.
+        first: the flat index of the first element to read.
+        count: the number of elements; None to read all elements from `first` to the end.
+    """
     import numpy as np
 
     size = math.prod(tensor.shape) - first if count is None else count
@@ -409,7 +423,7 @@ class Dequantized(Checkpoint):
 
     @property
     def written(self) -> dict[str, Lazy]:
-        """Return the stored tensors, with a placeholder for each packed weight whose type the merge changes."""
+        """Return the stored tensors. If the merge changes a weight's stored type, a placeholder replaces its tensor."""
         changed = {w.members[0]: w.written for w in self.packed.values() if w.changes}
         return {name: changed.get(name, tensor) for name, tensor in self.stored.tensors.items()}
 
