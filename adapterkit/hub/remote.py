@@ -252,7 +252,7 @@ class Remote(ABC):
 
         Raises:
             Malformed: `check_names` refuses the file names, or there are more than `MAX_FILES` files.
-            NetworkError: as for `commit`.
+            NetworkError: in the same cases as `commit`.
         """
         collected: list[RemoteFile] = []
         for file in self.listed():
@@ -386,7 +386,7 @@ def largest_first(files: Sequence[RemoteFile]) -> list[RemoteFile]:
 def lost(place: str, name: str) -> Corrupt:
     """Return the error for an uploaded file that the hub no longer has."""
     why = "the hub no longer has a file that a task uploaded"
-    cure = "Run the same command again, which uploads the file again; write to an output that no other program changes"
+    cure = "Run the same command again: it uploads the file again. Make sure that no other program changes the output"
     return Corrupt(why, path=place, where=name, cure=cure)
 
 

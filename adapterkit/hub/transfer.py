@@ -208,9 +208,9 @@ def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], N
         remote: the repository.
         file: the file to download.
         part: the partial file. The bytes that it already has are hashed, but not downloaded again.
-        count: a progress callback, which gets the number of bytes done since its last call. The bytes that `part`
-            already has count as done. If bytes must be downloaded again, the number is negative. The callback may raise
-            an error to stop the download.
+        count: a progress callback, which gets the number of bytes done since its last call. The bytes that are
+            already in `part` are counted as done. If bytes must be downloaded again, the number is negative. The
+            callback may raise an error to stop the download.
         asked: the number of bytes in one request. The next request is made when all these bytes are in the file.
 
     Raises:
@@ -297,7 +297,7 @@ class _Fetching:
         """Make one request and append the received bytes.
 
         Returns:
-            The failure to report if bytes are still missing.
+            A temporary failure. The caller ignores this failure if no bytes are missing.
         """
         try:
             for chunk in _chunks(self.remote, self.file, self.done, end):

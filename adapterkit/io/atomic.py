@@ -162,7 +162,10 @@ def sources_remembered() -> Iterator[dict[str, Written]]:
 def remember(
     path: str | os.PathLike[str], sources: Mapping[str, Lazy], read: Callable[[str], Mapping[str, Lazy]]
 ) -> None:
-    """Remember the source tensors of a written file until `sources_remembered` ends; outside of it, do nothing."""
+    """Remember a written file's source tensors until the block of `sources_remembered` ends.
+
+    Outside such a block, do nothing.
+    """
     files = _WRITTEN.get()
     if files is not None:
         files[os.fspath(path)] = Written(sources, read)

@@ -40,7 +40,8 @@ class Checkpoint:
 
     Attributes:
         root: the folder, or the single file.
-        tensors: the lazy tensors, keyed by name. They have the order of `files`, and inside a file the file's order.
+        tensors: the lazy tensors, keyed by name. They are sorted by file, in the order of `files`. The
+            tensors of one file have the order that they have in this file.
         files: the weight files, sorted by name.
         home: the weight file of each tensor, keyed by the tensor's name.
         metadata: the safetensors metadata of each weight file; empty for torch and GGUF files.

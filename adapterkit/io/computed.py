@@ -82,7 +82,7 @@ def total(leaves: Sequence[Leaf], factors: Sequence[float], shape: Shape | None 
     """Return the sum of `factors[i] * leaves[i]`, with the shape `shape` (None: the shape of the first tensor).
 
     The result's dtype is float64 if one of the tensors is float64, otherwise float32. Exception: with a single tensor
-    and no `shape`, the result is that of `times`, whose dtype may be the tensor's own.
+    and no `shape`, this function returns the result of `times`, which may keep the tensor's own dtype.
     """
     if len(leaves) == 1 and shape is None:
         return times(leaves[0], factors[0])

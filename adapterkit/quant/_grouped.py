@@ -105,7 +105,7 @@ class Grouped(Packed):
     def _of_runs(
         self, ordered: Array, stored_grid: tuple[Array, Array], fresh: tuple[Array, Array], runs: Array | slice
     ) -> tuple[Array, Array, Array]:
-        """Choose between the candidates as `_better` does, with the compiled loop if it supports the input.
+        """Choose between the candidates. Use the compiled loop if it supports the input, and `_better` otherwise.
 
         All groups must have the same size. `ordered` is `[rows, groups, columns of a group]`.
         """

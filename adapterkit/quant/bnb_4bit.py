@@ -229,7 +229,7 @@ def _ascending(levels: Array) -> tuple[Array, Array]:
 
 
 def _by_library(values: Array, levels: Array, size: int) -> tuple[Array, Array] | None:
-    """Compute the same result as `packed_levels` with a compiled loop; for 256 levels, the same as `quantized`.
+    """Use a compiled loop to compute the result of `packed_levels` or, if there are 256 levels, of `quantized`.
 
     Return None if no loop supports the input, or if the loop fails.
     """

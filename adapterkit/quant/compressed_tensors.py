@@ -138,7 +138,10 @@ class _Whole(Grouped):
         return dict(zip(self.members, joined(pieces, axes), strict=False))
 
     def _of(self, stored: Lazy, start: int, stop: int) -> Array:
-        """Return rows of a stored tensor, which has one value per row and group, or a single value."""
+        """Return rows of a stored tensor of scales or zero points.
+
+        The tensor has either one value per row and group, or a single value. A single value is repeated for each row.
+        """
         import numpy as np
 
         if stored.nbytes == stored.dtype.itemsize:
@@ -185,7 +188,7 @@ def _others(base: Checkpoint, module: str, words: tuple[str, ...]) -> tuple[str,
 
 
 def _weights(base: Checkpoint, key: str) -> JsonValue:
-    """Return a setting of the weights from the config, such as `num_bits`; None if no group of layers has the setting.
+    """Read a setting of the weights, such as `num_bits`, from the config. Return None if no layer group has it.
 
     Raises:
         Unsupported: groups of layers have different values of the setting.

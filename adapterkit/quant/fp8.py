@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
 
 INPUTS = ("input_scale", "input_scale_ub", "activation_scale", "activation_scale_ub", "scale_input")
-"""The names, without the module, of tensors with scales for a layer's inputs. Only fp8 arithmetic uses these scales."""
+"""Tensors with scales for a layer's inputs, named without the module. Only fp8 arithmetic uses these scales."""
 
 COMFYUI = "scale_weight"
 """ComfyUI stores a weight's scale as `<module>.scale_weight`. Some weights in its files have no scale."""
@@ -30,7 +30,7 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
 class Fp8(Scheme):
-    """`<weight>` is in 8-bit floats. `<weight>_scale_inv` or `<weight>_scale` has one scale, or one per row or block.
+    """`<weight>` is in 8-bit floats. `<weight>_scale_inv` or `<weight>_scale` has one scale per tensor, row or block.
 
     ComfyUI's older files have `<module>.scale_weight` instead.
     """

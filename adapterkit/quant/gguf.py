@@ -91,10 +91,11 @@ def _slice(stored: Lazy, offset: int, size: int) -> Lazy:
 
 
 class _Contents:
-    """Maps the tensors of a GGUF model to weights, by the names that its family uses and by the file's key-values.
+    """Maps the tensors of a GGUF model to weights. It uses the family's tensor names and the file's key-values.
 
     Raises:
-        Unsupported: the file is an mmproj file; or it is not a known denoiser, and no family has its architecture.
+        Unsupported: the file is an mmproj file. Or no family has the file's architecture, and the file is not a known
+            denoiser.
     """
 
     family: Architecture | None
@@ -160,7 +161,8 @@ class _Contents:
         if gguf_place is None and leaf and (parts := fused_places(self.family, module)):
             yield from self._fused(name, kind, file, stored, parts)
             return
-        # If one tensor of a split weight is missing or unreadable, the weight cannot be assembled.
+        # Keep the tensor under its GGUF name in two cases: the family does not list it, or it is one of the two tensors
+        # of a split weight, and this weight cannot be assembled because one of them is missing or unreadable.
         if gguf_place is None or gguf_place[1].beside is not None:
             yield _Tensor(name, shape, dtype, (name,), stored, kind, kind, None, file.alignment)
             return
@@ -308,7 +310,10 @@ class _Tensor(Rowwise):
 
     @property
     def _places(self) -> Array:
-        """The row index in the tensor for each row of the weight; for a vector, the element index for each element."""
+        """Value i is the index of the tensor's row that stores row i of the weight.
+
+        If the weight is a vector, its elements count as rows.
+        """
         import numpy as np
 
         return np.argsort(np.asarray(self.order), kind="stable")
@@ -355,7 +360,7 @@ class _Tensor(Rowwise):
     def _within(self, start: int, count: int) -> Array:
         """Return `order` for a run of rows, with indices relative to the first row of the run.
 
-        The run must contain all rows with which its rows change places.
+        `order` must map each row of the run to a row of the same run.
         """
         import numpy as np
 
@@ -418,7 +423,7 @@ class _Reshaped(Packed):
 def retyped(base: Dequantized, kind: str) -> Dequantized:
     """Return the base, configured to write its matrices in the type `kind`.
 
-    Vectors, norms, routers and weights that are split into two tensors keep their types.
+    These weights keep their types: vectors, norms, routers, and each weight that is split into two tensors.
 
     Raises:
         UsageError: the type is unknown.
@@ -497,8 +502,8 @@ class GgufPiece:
         stored: the tensor's bytes, with the padding before the next tensor.
         kind: ggml's type.
         shape: `[rows, width]`, or `[heads, width, rows of a head]` if `turned` is set.
-        places: for each row of the tensor, the index of the weight's row. If `turned` is set, the tensor's rows are
-            counted head by head, after each head's matrix is transposed back.
+        places: for each row of the tensor, the index of the weight's row. If `turned` is set, each head's matrix is
+            first transposed back, and then the rows of all heads are counted in sequence.
         turned: True if the tensor stores each head's matrix transposed, as llama.cpp needs it for the keys in MLA.
     """
 
@@ -548,7 +553,8 @@ class GgufSplit(Packed):
 
     @property
     def merged(self) -> str:
-        # Use float32 unless both tensors have the same plain type, because values would otherwise be rounded twice.
+        # Use float32 if a tensor is quantized, or if the two types differ. A narrower dtype would round the values
+        # once, and `pack` would round them again.
         (kind, *others) = {piece.kind for piece in self.pieces}
         return "F32" if others or kind in BLOCKS else kind
 

@@ -89,8 +89,8 @@ class _Experts(Rowwise):
         return True
 
     def closed(self, row: int) -> bool:
-        # The file stores an expert output by output, but the weight's rows are inputs. So a run cannot start within an
-        # expert.
+        # The file stores all values of an expert's first output, then all values of the second output, and so on. But a
+        # row of the weight has the values of one input. So a run of rows must start at the first row of an expert.
         return row % self.shape[1] == 0
 
     def places(self, row: int) -> dict[str, int]:
@@ -130,7 +130,8 @@ def quantized(values: Array) -> tuple[Array, Array]:
 
     The standard's formula for the exponent clips scaled values above 6. If the next larger exponent has a smaller
     squared error, it is used instead. Without this, a small change could clip a block's largest magnitude by a quarter:
-    if the magnitude falls just below a power of two, the standard's exponent decreases by 1, and up to 8 becomes 6.
+    if the magnitude falls just below a power of two, the standard's exponent decreases by 1. The scaled magnitude is
+    then almost 8, and it is clipped to 6.
     """
     import numpy as np
 

@@ -137,7 +137,7 @@ def _slug(text: str) -> str:
 
 
 def _named(measured: Measurements, at: int) -> tuple[str, str]:
-    """Return what to append to a chart's name and title for an adapter; empty if the report has only one adapter."""
+    """Return the suffixes of an adapter's charts: for names and for titles. Both are empty if there is one adapter."""
     if len(measured.names) == 1:
         return "", ""
     return f"-{at + 1}-{_slug(measured.names[at])}", f" of {measured.names[at]}"
@@ -263,8 +263,8 @@ def _spectra(measured: Measurements) -> Iterator[Chart]:
 TICKS = [1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001]
 
 LINES = 60
-"""The largest number of spectra that are drawn for an adapter. Targets with a spike come first. The rest are every n-th
-target of the list sorted by norm, starting with the largest."""
+"""The largest number of spectra that are drawn for an adapter. Targets with a spike come first. The other targets are
+sorted by norm, largest first, and every n-th of them is drawn."""
 
 
 def _few(effects: Sequence[Effect]) -> list[Effect]:
@@ -481,9 +481,9 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
         # The sum of n independent values grows with the square root of n; the sum of their magnitudes grows with n.
         usual = percent(1 - 1 / math.sqrt(count))
         caption = (
-            "Share of the absolute changes that cancels when the adapters' changes are added element by element. With "
-            f"{count} unrelated adapters, {usual} cancels, but each adapter still works, because the changes have "
-            "different directions. If more cancels, the adapters work against each other."
+            "When the adapters' changes are added element by element, a share of their total magnitude cancels. The "
+            f"chart shows this share. With {count} unrelated adapters, {usual} cancels, but each adapter still works, "
+            "because the changes have different directions. If more cancels, the adapters work against each other."
         )
         yield Chart("interference", group, "Interference of a plain sum", caption, spec)
 
@@ -498,6 +498,7 @@ def _merged(measured: Measurements) -> Iterator[Chart]:
         domain=(low, max(1.0, *(each.value for each in points))),
     )  # fmt: skip
     caption = (
-        "Share of the change that the merged weights contain, measured along the change. 100 % is the whole change."
+        "Share of the adapters' change that is in the merged weights. The difference between the merged weights and "
+        "the base's weights is projected onto this change. 100 % is the whole change."
     )
     yield Chart("kept", "In the merged model", "Change kept by the merged model", caption, spec)

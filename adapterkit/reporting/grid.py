@@ -96,8 +96,8 @@ def _counted(numbers: Mapping[tuple[str, ...], Sequence[set[str]]]) -> set[str]:
     """Return the words, such as `layers`, that come before layer numbers.
 
     Args:
-        numbers: a map for groups of paths. The key is the texts around the numbers, which are equal in a group. The
-            value has one set per number, with all values of this number in the group.
+        numbers: groups of paths that differ only in their numbers. A group's key is the tuple of the texts around the
+            numbers. A group's value has one set for each position of a number, with all numbers at this position.
     """
     places = [
         (shape, at, values)
@@ -117,7 +117,7 @@ def _counted(numbers: Mapping[tuple[str, ...], Sequence[set[str]]]) -> set[str]:
 def _division(shape: Sequence[str], counted: set[str]) -> tuple[int, list[int]]:
     """Return the index of the part at which the module's name starts, and the indices of the expert numbers.
 
-    A path is split into parts, which are alternately text and numbers. `shape` has only the texts.
+    The indices count the parts of a path, which are alternately texts and numbers. `shape` contains only the texts.
     """
     words = [_word_before(text) for text in shape[:-1]]
     stop = 2 + 2 * max((at for at, word in enumerate(words) if word and word in counted), default=-1)
