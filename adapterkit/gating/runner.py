@@ -49,9 +49,11 @@ if TYPE_CHECKING:
     Source = Adapter | str | PathLike[str]
 
 RANK = 8
-"""The rank of the null adapter's change at a target if an adapter's change there is not a low-rank product.
+"""The rank of the null adapter's change at a target, if at least one adapter's change at this target is not a low-rank
+product.
 
-If all changes at the target are low-rank products, the null adapter's rank is the sum of their ranks.
+If all adapters' changes at the target are low-rank products, the rank of the null adapter's change is the sum of their
+ranks. In both cases, the rank is at most the smaller side of the weight.
 """
 
 
@@ -159,9 +161,10 @@ MULTIPLES = (1.0, 2.0, 0.5, -1.0, 0.25, 4.0, 0.8, 3.0)
 """The factors that `_Run._scale` tries, to find out by which factor a graph scales the adapters' change."""
 
 EXACT = 1e-3
-"""The threshold at which `_Run._scale` accepts the factor with the smallest divergence from the graph.
+"""A limit for the factor that `_Run._scale` returns.
 
-The smallest divergence must be at most `EXACT` times the largest divergence of all tried factors.
+Each tried factor has a divergence from the graph. `_Run._scale` returns the factor with the smallest divergence, but
+only if this divergence is at most `EXACT` times the largest divergence.
 """
 
 STEP = {"float32": 0.0, "bfloat16": 2.0**-7, "float16": 2.0**-10}
@@ -203,7 +206,8 @@ def gate(
         base: the folder of a transformers model, a uri on a hub, or an open checkpoint.
         adapters: one or several adapters. Each is a path, a uri or an `Adapter`.
         merged: the merged model: a folder or a GGUF model. A GGUF model runs with the config of `base`. If the merged
-            model is quantized, its weights are dequantized first. The gate measures how much of each change is left.
+            model is quantized, its weights are dequantized first. The gate measures how much of the adapters' effect
+            the merged model keeps.
         onnx: an ONNX graph of the base with the adapters. If the graph has slots, the adapters' tensors fill the slots.
         data: the texts to run: `builtin`, a file with one text per line, or a JSON Lines file (`.jsonl`) with a field
             `text`.
@@ -215,7 +219,8 @@ def gate(
         new_tokens: the number of tokens to generate after the beginning of each of four texts. The gate compares the
             tokens that the models generate. 0 skips this comparison.
         seed: the seed for the choice of texts, for the null adapter and for random inputs.
-        null: whether to also run the base with the null adapter, which makes random changes of the same size.
+        null: whether to also run the base with the null adapter, which makes random changes. At each target, the random
+            change has the same norm as the adapters' change.
         min_effect: see `gating.result.Thresholds`.
         min_kept: see `gating.result.Thresholds`.
         max_scale_error: see `gating.result.Thresholds`.

@@ -494,7 +494,7 @@ def check_writable(outline: Adapter, write: Callable[[Adapter], object], what: s
     """Check that a format can store a result, before the result is computed.
 
     Args:
-        outline: the result, but with the placeholders that `blank` returns instead of tensors.
+        outline: the result, in which `blank` has replaced all tensors with placeholders.
         write: a function that writes an adapter to a temporary folder. It must check all updates before it reads any
             tensor.
         what: the start of the error message, which names the format and the method.

@@ -22,9 +22,9 @@ TALL = 4
 """A matrix with at least this many rows per column is orthonormalized with its Gram matrix instead of QR."""
 
 INDEPENDENT = 1e-11
-"""The largest difference between Q^T Q and the identity after the first round in `orthonormal`.
+"""The largest absolute value of an element of Q^T Q - I that `orthonormal` accepts after its first round.
 
-If the difference is larger, QR is used. This limit allows condition numbers up to 200.
+If an element is larger, `orthonormal` uses QR instead. This limit allows condition numbers up to 200.
 """
 
 CONDITION = 1e3
@@ -69,8 +69,8 @@ def _between(deltas: Sequence[Delta], R_B: Array, R_A: Array) -> tuple[Array, ..
 
     Args:
         deltas: the changes.
-        R_B: R of the QR decomposition of all B, concatenated to `[out, sum of ranks]`.
-        R_A: R of the QR decomposition of all A^T, concatenated to `[in * k, sum of ranks]`.
+        R_B: the factor R of a QR decomposition. The decomposed matrix `[out, sum of ranks]` concatenates all B.
+        R_A: the same for the matrix `[in * k, sum of ranks]`, which concatenates all A^T.
     """
     import numpy as np
 
@@ -120,8 +120,9 @@ def cores(deltas: Sequence[Delta]) -> tuple[Array, ...]:
 def orthonormal(X: Array) -> tuple[Array, Array]:
     """Decompose X `[m, n]` into Q `[m, n]` with orthonormal columns and R `[n, n]`.
 
-    The function decomposes the Gram matrix by Cholesky, twice (Yamamoto et al. 2015), which takes a third of the time
-    of QR. The result is exact to rounding if the columns are far from linearly dependent; otherwise, QR is used.
+    The function uses two rounds of Cholesky decomposition of a Gram matrix (Yamamoto et al. 2015). They take a third of
+    the time of QR. The result is exact to rounding if the columns are far from linearly dependent; otherwise, QR is
+    used.
     """
     import numpy as np
 
@@ -153,7 +154,7 @@ def triangle(X: Array) -> Array:
 
 
 def _cholesky(X: Array) -> tuple[Array, Array] | None:
-    """Return (L, norms of the columns), where L L^T is the Gram matrix of the normalized columns.
+    """Return (L, norms of X's columns). L L^T is the Gram matrix of X with each column scaled to norm 1.
 
     Return None if the caller should use QR instead.
     """

@@ -172,8 +172,8 @@ def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[s
     """Translate a method's name to (name of the combiner, parameters that the method's name implies).
 
     Args:
-        name: the method's name in the library `compat`. If `compat` is None, a name in `COMBINERS`, or two of these
-            names joined, such as `knots_ties`.
+        name: the method's name in the library `compat`. If `compat` is None, `name` is a key of `COMBINERS`, or two of
+            these keys joined, such as `knots_ties`.
         compat: `mergekit`, `peft` or None.
         count: the number of adapters; with a single adapter, PEFT treats every method as `linear`.
 

@@ -43,7 +43,8 @@ FLAGS: Mapping[str, tuple[str, str, str]] = {
     "normalize": ("denominator", "weights", "none"),
     "rescale": ("rescale", "norm", "none"),
 }
-"""A map from mergekit's switches to (adapterkit's parameter, its value for true, its value for false)."""
+"""For each of mergekit's switches: (adapterkit's parameter, its value if the switch is true, its value if it is false).
+"""
 
 _TASK_ARITHMETIC = frozenset({
     "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
@@ -81,7 +82,10 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "gate_mode": ("building a mixture of experts from models", "Use mergekit-moe; adapterkit cannot build one"),
     "models_to_slice": ("an old form of slices", "Use slices or models instead"),
 }  # fmt: skip
-"""Keys of mergekit's files that are not recipes for `combine`. Each key maps to (purpose of such a file, cure)."""
+"""Keys that show that a mergekit file is not a recipe for `combine`.
+
+Each key maps to (purpose of a file with this key, cure).
+"""
 
 WORDS = ("merge_method", "base_model", "dtype", "out_dtype", "compat")
 """Keys whose value must be a string. The type is checked, because YAML reads `on` as a boolean and `16` as a number."""
@@ -101,7 +105,7 @@ class Recipe:
         places: for each adapter, the key path of its entry in the file, such as `models[0]`.
         tokenizer: the value of `tokenizer_source` or `tokenizer`; only merges use it, because adapters have no
             tokenizer.
-        notes: messages for the user, one for each key of the file that has no effect.
+        notes: messages for the user. If a key in the file has no effect, a message says so.
         layers: the number of layers that the file's slices cover; None if the file has no slices.
     """
 
@@ -221,8 +225,8 @@ def _sliced(content: object, path: Path | None) -> tuple[list[_Model], list[tupl
     layer at which the previous slice ends.
 
     Raises:
-        UsageError: a slice lists other models than the first slice; or a slice moves layers, and the combined adapter
-            would not fit its base.
+        UsageError: a slice lists other models than the first slice, the sources of a slice have different layer ranges,
+            or a slice moves layers to other positions. An adapter with moved layers would not fit its base.
     """
     if not isinstance(content, list) or not content:
         raise Malformed("a list was expected", where="slices", path=path, cure="See adapterkit combine --help")
@@ -273,8 +277,9 @@ def _refuse_range(where: str, span: tuple[int, int], first: tuple[int, int], sta
     if span[0] == start:
         why = f"the layer range is {list(span)}, but the first source of this slice has {list(first)}"
     cure = (
-        "Give all sources of a slice the same layer_range; start the first slice at layer 0, and each later slice at "
-        "the end of the slice before; or stack the layers with mergekit, and train an adapter for the result"
+        "Give all sources of a slice the same layer_range. Start the first slice at layer 0, and each later slice at "
+        "the layer at which the previous slice ends. Or stack the layers with mergekit, and train an adapter for the "
+        "result"
     )
     raise UsageError(why, where=where, path=path, cure=cure)
 
@@ -421,7 +426,12 @@ def _mapping(content: object, where: str, known: Sequence[str], path: Path | Non
 def _name(model: Mapping[str, Any], where: str, path: Path | None) -> str:
     names = [model[key] for key in ("model", "adapter") if key in model]
     if len(names) != 1 or not isinstance(names[0], str):
-        raise Malformed("one path was expected, as model or adapter", where=where, path=path, cure="Write model: PATH")
+        raise Malformed(
+            "the entry needs exactly one path, under the key model or the key adapter",
+            where=where,
+            path=path,
+            cure="Write model: PATH",
+        )
     return names[0]
 
 

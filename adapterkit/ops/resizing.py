@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Report = Callable[["Cut"], Any]
 
-PROMOTE = "Convert the adapter to LoRA with --promote (ak.ops.promote), and --base (base=) if its method needs a base"
+PROMOTE = "Convert the adapter to LoRA with --promote (ak.ops.promote); if its method needs a base, add --base (base=)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +192,8 @@ class _DecomposedWeight:
     def lost(self, delta: Delta) -> float:
         """Return the Frobenius distance between the change and `delta`, the product of the stored factors.
 
-        The dropped part is orthogonal to the error of the stored factors (except for second-order terms), so the two
-        squared norms add up.
+        The distance has two parts: the dropped part of the decomposition, and the error of the stored factors. These
+        parts are orthogonal (except for second-order terms), so the squared distance is the sum of their squared norms.
         """
         if self.cut is None:
             return distance(self.delta, delta)
@@ -263,7 +263,7 @@ def _part(place: AlignedPlace, criterion: Criterion, every: bool) -> _ResizedPar
 
 
 def _trailing_additives(place: AlignedPlace, every: bool) -> list[Additive]:
-    """Return the additive updates of a matrix after its last non-additive update.
+    """Return the additive updates that follow the last non-additive update of a matrix.
 
     Earlier updates stay unchanged, because the non-additive update may depend on them. Unless `every` is set, only
     updates with low-rank factors are returned.

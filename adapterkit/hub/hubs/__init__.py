@@ -40,7 +40,7 @@ class Listing(Remote):
 def unknown(path: str, size: int, *signs: object) -> RemoteFile:
     """Return the `RemoteFile` of a file for which the hub lists no digest.
 
-    Its `digest` is `unknown:` and a hash of the path, the size and the signs.
+    Its `digest` is the text `unknown:`, followed by a hash of `path`, `size` and `signs`.
 
     Args:
         path: the path inside the repository.

@@ -401,7 +401,10 @@ def _created(remote: HuggingFace, private: bool) -> None:
 
 
 def _addition(name: str, content: str | bytes) -> CommitOperationAdd:
-    """Return a commit operation that adds a file with LFS. huggingface_hub does not ask the hub for the upload mode."""
+    """Return a commit operation that adds a file with LFS.
+
+    The operation already contains the upload mode, so huggingface_hub does not ask the hub for the mode.
+    """
     from huggingface_hub import CommitOperationAdd
 
     operation = CommitOperationAdd(name, content)

@@ -282,8 +282,8 @@ class Distribution(Remote):
             secret = self.admission.headers if origin(url) == registry else {}
             with answered(method, url, headers or {}, secret, str(self.uri), content) as response:
                 # Answer a challenge only from the registry itself. After a redirect, the challenge may come from
-                # another server. The realm in the challenge is the url that gets the password, so that server could
-                # direct the password to itself. containerd had this vulnerability (CVE-2020-15157).
+                # another server. The realm in the challenge is the url that gets the password. So the other server
+                # could direct the password to itself. containerd had this vulnerability (CVE-2020-15157).
                 is_registry = origin(str(response.url)) == registry
                 challenge = response.headers.get("WWW-Authenticate", "")
                 if response.status_code == 401 and is_registry and attempt == 0 and self.admission.ask(challenge):
@@ -409,8 +409,8 @@ class Distribution(Remote):
 # The upload's url is saved to disk, so that another process can continue the upload. That process asks the registry how
 # many bytes the registry has received, because only a part of the last chunk may have arrived. Docker's registry 2.8
 # puts a signed byte count into its upload urls. The registry may have received more bytes than the url counts: half a
-# chunk, or a chunk whose reply was lost. Then it refuses to continue the upload, and the blob is sent again from its
-# start.
+# chunk, or a chunk whose reply was lost. In this case, the registry refuses to continue the upload, and the blob is
+# sent again from its start.
 
 
 UPLOAD_CHUNK = 16 << 20
@@ -449,7 +449,7 @@ class _Upload:
 
     Attributes:
         location: the upload's current url; None if the upload has not been started.
-        at: the number of bytes that the registry has received; None if this process must ask the registry for it.
+        at: the number of bytes that the registry has received; None if this process must ask the registry first.
     """
 
     def __init__(self, remote: Distribution, content: Path | bytes, size: int, digest: str) -> None:
