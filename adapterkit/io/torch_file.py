@@ -199,7 +199,10 @@ def read_legacy(file: Capped, size: int) -> Contents:
 
 
 def _walk(file: Capped, storages: list[Storage], offset: int, size: int) -> dict[str, int]:
-    """Return the offset of each storage's bytes. In the file, its number of elements (int64) comes before its bytes."""
+    """Return the offset of each storage's bytes.
+
+    In the file, an int64 with the storage's number of elements comes before the storage's bytes.
+    """
     places = {}
     for storage in storages:
         count = int.from_bytes(file.at(offset, 8), "little")
@@ -359,8 +362,8 @@ def read_torch_file(path: Path) -> dict[str, Lazy]:
 
     If the only entry of the saved dict is `state_dict`, `model` or `model_state_dict`, this entry is the state dict. A
     module's `_metadata` is dropped, because it contains version numbers of code. If several tensors share a storage,
-    all of them are returned. A contiguous tensor has a `span` of the file. If a tensor is not contiguous, its `fetch`
-    gathers the elements. The file is closed between fetches.
+    all of them are returned. The `span` of a contiguous tensor is its byte range in the file. If a tensor is not
+    contiguous, its `fetch` gathers the elements. The file is closed between fetches.
 
     Raises:
         Malformed: the file is not as `torch.save` writes it, a tensor extends beyond its storage, an entry is not a
@@ -380,8 +383,8 @@ def read_torch_value(path: Path) -> object:
     """Return the value in a torch file: nested dicts, lists and tuples, with lazy tensors. It need not be a state dict.
 
     Raises:
-        Malformed: as for `read_torch_file`, but entries need not be tensors; or there are too many values or
-            nested levels.
+        Malformed: as for `read_torch_file`, except that an entry need not be a tensor. This error is also raised if
+            there are too many values or nested levels.
         Unsupported: as for `read_torch_file`.
         StorageError: as for `read_torch_file`.
     """

@@ -329,8 +329,8 @@ class Machine:
     def persistent(self, _: object) -> None:
         (pid,) = self.pops(1)
         match pid if type(pid) is tuple else ():
-            # Accept a sixth item. Files from torch before 1.6 have it for the metadata of a view. Torch 0.4 and later
-            # always write None there.
+            # Accept a sixth item, because files from torch before 1.6 have one. This item is for the metadata of a
+            # view, but torch 0.4 and later always write None there.
             case ("storage", Global(name=kind), str(key), str(), numel, *view) if (
                 kind in STORAGE_TYPES and counts((numel,)) and view in ([], [None])
             ):

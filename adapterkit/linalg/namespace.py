@@ -1,7 +1,8 @@
-"""Find the array-API functions for a formula's arrays: those of numpy or torch, or those for values of an ONNX graph.
+"""Find the array-API functions for a formula's arrays: numpy's, torch's, or the functions for values of an ONNX graph.
 
-Formulas use Python's operators if possible. They call functions without an operator (`solve`, `qr`, `fft`, `exp`,
-`concat`, ...) from the object that `namespace` returns. https://data-apis.org/array-api/latest/ defines the names.
+Formulas use Python's operators if possible. If there is no operator for a function (`solve`, `qr`, `fft`, `exp`,
+`concat`, ...), formulas get the function from the object that `namespace` returns.
+https://data-apis.org/array-api/latest/ defines the names.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ def outside(leaf: Leaf, below: tuple[int | None, ...]) -> int | None:
 
     Args:
         leaf: the positions, as integers.
-        below: one bound for all positions, or one bound for each row of the last two axes. A bound of None allows all
-            positions that are not negative.
+        below: one bound for all positions, or one bound for each index of the second-to-last axis. A bound of None
+            allows all positions that are not negative.
     """
     tensor = as_lazy(leaf)
     if not tensor.nbytes:

@@ -130,8 +130,8 @@ def shortened(Q: N, square: N, most: float, more: float) -> N:
 
     The gradient is finite even at `|Q| = 0`.
     """
-    # If Q is short enough, take the root of 1, not of `square`. The gradient of sqrt at 0 is infinite, and `where`
-    # would turn it into NaN.
+    # If Q need not be shortened, take the square root of 1 instead of `square`. At `|Q| = 0`, the square root has an
+    # infinite gradient, and the backward pass of `where` would multiply this gradient by 0, which gives NaN.
     where, long = namespace(Q).where, square > max(most - more, 0.0) ** 2
     norm = where(long, square, square * 0 + 1) ** 0.5
     return Q * where(long, most / (norm + more), norm * 0 + 1)
@@ -143,9 +143,10 @@ def shortened_blocks(Q: N, eps: float) -> N:
 
 
 def turned(Q: N, terms: int, doubled: bool) -> N:
-    """Return rotations from skew-symmetric Q. For 0 terms, `cayley` computes them, else `neumann` approximates them.
+    """Return rotations from skew-symmetric Q.
 
-    The two functions rotate in opposite directions: `neumann` approximates the transpose of `cayley`'s result.
+    If `terms` is 0, `cayley` computes the rotations. Otherwise, `neumann` approximates them. The two functions
+    rotate in opposite directions: `neumann` approximates the transpose of `cayley`'s result.
     """
     return neumann(Q, terms, doubled) if terms else cayley(Q)
 

@@ -162,10 +162,10 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
 
 
 def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the name in the public API
-    """Drop those keys of the source file that the format's tool does not load, so that a writer uses the usual keys.
+    """Make a writer use the usual keys instead of the source file's keys that the format's tool does not load.
 
     For example, the format `comfyui` also reads files with keys that ComfyUI does not load; fal and ACE-Step write such
-    files for some families of models. If these keys were not dropped, writing in the same format would keep them.
+    files for some families of models. Without this function, writing in the same format would keep these keys.
 
     Args:
         adapter: the adapter that was read from the file.
@@ -355,7 +355,7 @@ def _holds(tool: Loader, family: ImageFamily | None, key: str) -> bool:
 
 
 def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
-    """For each slot that is a suffix of `rest`, yield `rest` without the slot, which may be a module's name."""
+    """Yield possible module names: for each slot at the end of `rest`, the part of `rest` before this slot."""
     words, ends = rest.split("."), _ends(tuple(slots))
     for count in range(1, min(len(words), ends.words + 1)):
         if ".".join(words[-count:]) in ends.dotted:
@@ -418,7 +418,7 @@ def _conversion(tool: Loader, seen: _File) -> str:
 
 
 def _written(writer: ImageFormat, seen: _File, on_loss: str) -> _File | None:
-    """Describe the file that a writer would write, without the tensors' values.
+    """Describe the file that a writer would write: the format, keys and container, but not the tensors' values.
 
     Return None if the writer refuses the adapter or would leave out a part of it.
     """
@@ -444,8 +444,9 @@ def _written(writer: ImageFormat, seen: _File, on_loss: str) -> _File | None:
 def _to_language(tool: Loader, writer: Format, seen: _File) -> str:
     """Return the arguments of `adapterkit convert` for a language model's adapter; empty if no conversion is possible.
 
-    If the tool has a profile, the adapter is checked against the profile. Otherwise only its methods are checked. Keys
-    are never checked. If a check fails but the updates can be converted to LoRA, `--on-loss promote` is added.
+    If the tool has a profile, the adapter is checked against the profile. Otherwise only the adapter's methods are
+    checked. Keys are never checked. If a check fails but the updates can be converted to LoRA, `--on-loss promote` is
+    added.
     """
     profile = next((files.profile for files in tool.files if files.profile is not None), None)
     words = [f"--to {type(writer).__module__.rpartition('.')[2]}", *([f"--profile {profile}"] if profile else [])]
@@ -454,7 +455,7 @@ def _to_language(tool: Loader, writer: Format, seen: _File) -> str:
         try:
             writer.fit(seen.adapter, profile)
         except UsageError:
-            pass  # The base is missing; `tool.needs` adds the argument for it.
+            pass  # `fit` needs the base, which is missing here. `tool.needs` adds the argument `--base BASE`.
         except Unrepresentable:
             if not all(_promotable(update) for update in updates):
                 return ""

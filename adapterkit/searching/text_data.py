@@ -123,7 +123,7 @@ class LiveBase:
 
 
 class TextData:
-    """Compute the data that some combiners need, from texts: losses, gradients, or targets' inputs.
+    """Use texts to compute the data that some combiners need: losses, gradients, or targets' inputs.
 
     Args:
         base: a folder with a transformers model and its tokenizer. The model is loaded once, in float32.
@@ -214,7 +214,8 @@ class TextData:
         Args:
             adapter: the combined adapter.
             together: a function that returns the loss. It takes two lists with one mean entropy per task, in nats. The
-                base has the combined adapter attached for the first list, and only the task's adapter for the second.
+                entropies in the first list come from the base with the combined adapter. The entropies in the second
+                list come from the base with the task's adapter only.
         """
         import torch
 

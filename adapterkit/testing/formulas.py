@@ -288,9 +288,10 @@ GUISES: Mapping[str, Guise] = {
     "size": lambda given, _: ([scale(adapter, SMALL) for adapter in given], 0),
     "seed": lambda given, seed: (given, seed),
 }
-"""A map from each property to a function that varies only this property. The first result is computed from the original
-adapters with seed 0. The function takes these adapters and another seed, and returns the adapters and the seed for the
-second result. The function for `size` scales the weight changes; the other functions do not change them."""
+"""A map from each property to a function that varies only this property. `dependences` compares two results of a
+combiner. It computes the first result from the original adapters with seed 0. A function of the map takes these
+adapters and another seed, and returns the adapters and the seed for the second result. The function for `size` scales
+the weight changes; the other functions do not change them."""
 
 
 def _adapters(name: str, drawn: int) -> list[Adapter]:

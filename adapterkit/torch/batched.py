@@ -137,8 +137,8 @@ class KeptStacks:
 def _dtype_of(like: Tensor) -> torch.dtype:
     """Return the dtype of the stack for a layer whose weight has the dtype and device of `like`.
 
-    It is the weight's dtype, except for a 16-bit weight on a CPU. Then eager code multiplies by the factors in float32,
-    but compiled code keeps the 16-bit dtype, because compilers fuse the products.
+    It is the weight's dtype, except for a 16-bit weight on a CPU. For such a weight, eager code multiplies by the
+    factors in float32, but compiled code keeps the 16-bit dtype, because compilers fuse the products.
     """
     return torch.float32 if is_wide(like) and not torch.compiler.is_compiling() else like.dtype
 
@@ -267,14 +267,14 @@ grouping the rows by adapter."""
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """For each row of a batch, the slot that it uses in a stack, and the same rows grouped by slot.
+    """For each row of a batch, the slot in a stack that the row uses; also, the rows grouped by slot.
 
     Attributes:
         token: the value that `SETTINGS.token` had just before the adapters' switches were read.
         active: the value of `Scope.active` when the slots were looked up.
         index: `[rows]`, the slot of each row.
-        used: the slots that some row uses, in ascending order, without the last slot; None if these are all slots
-            except the last.
+        used: the slots that at least one row uses, in ascending order, without the last slot; None if rows use every
+            slot before the last.
         padded: `[used * most]`, the indices of the rows, grouped by slot. `most` is the number of rows in the largest
             group. Each smaller group is padded with its first row. None if `padded` would list all rows in order.
         count: the number of indices in `padded`; if `padded` is None, the number of rows.
@@ -295,7 +295,7 @@ class Places:
 
 
 def places_of(switches: tuple[Switch, ...], route: Route, scope: Scope, device: torch.device) -> Places:
-    """Return the slot of each row of a route in a stack of the adapters with these switches.
+    """For each row of a route, look up its slot in a stack that contains the adapters with these switches.
 
     The route caches the result, so that layers with the same adapters share it.
     """
@@ -346,9 +346,9 @@ def _placed(switches: tuple[Switch, ...], route: Route, scope: Scope, device: to
 class RowPlan:
     """A plan to run an `nn.Linear` as `_side_by_side` does, without choosing among the functions below again.
 
-    A plan is made if the layer has few frozen adapters and each row has one token. In a model of width 256, the choice
-    takes 25 % of the time of such a forward. With a plan, a forward only checks whether settings, tensors, or the state
-    of torch have changed.
+    A plan is made if the layer has few frozen adapters and each row has one token. In a model of width 256, choosing
+    the function takes 25 % of the time of such a forward. With a plan, a forward only checks whether settings, tensors,
+    or the state of torch have changed.
     """
 
     def __init__(self, module: nn.Module, stack: FactorStack) -> None:
