@@ -89,7 +89,7 @@ def read_npz(path: Path) -> dict[str, Lazy]:
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
                 if name == info.filename or name in tensors or len(tensors) >= MAX_MEMBERS:
-                    why = f"the entry is not a .npy file or occurs twice, or is one of over {MAX_MEMBERS:,} entries"
+                    why = f"the entry is not a .npy file or occurs twice, or there are over {MAX_MEMBERS:,} entries"
                     raise _damaged(str(path), why, info.filename)
                 tensors[name] = _member(archive, info, path)
     # `zipfile` raises NotImplementedError if it does not know the compression or the version of the archive.

@@ -116,7 +116,7 @@ def _tensors_of(path: str) -> Mapping[str, Lazy]:
 
 @dataclass(frozen=True, slots=True)
 class _FlatTable:
-    """A flatbuffer table: its offset in the file, and each field's offset from the table, or 0 if it is absent."""
+    """A flatbuffer table: its offset in the file, and each field's offset in the table (0 if the field is absent)."""
 
     at: int
     fields: tuple[int, ...]
@@ -226,7 +226,7 @@ def _tensor(buffer: _Buffer, table: _FlatTable, name: str) -> Lazy:
     shape = struct.unpack(f"<{axes}q", buffer.bytes(at, 8 * axes)) if axes else ()
     number = buffer.integer(table, 2)
     if number not in TYPES:
-        why = f"the element type with the number {number} in ONNX is not supported"
+        why = f"the tensor has ONNX's element type {number}, which is not supported"
         cure = "Write the tensor with another element type, such as float32"
         raise Unsupported(why, path=buffer.path, where=name, cure=cure)
     dtype = DTYPES[TYPES[number]]

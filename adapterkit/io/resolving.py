@@ -34,7 +34,7 @@ class StreamedBase(Protocol):
 
 
 class RangedBase(Protocol):
-    """A base on a hub. Only the bytes that are read are downloaded."""
+    """A base on a hub. Only the needed byte ranges of its weight files are downloaded."""
 
     @property
     def path(self) -> Path:
@@ -116,7 +116,7 @@ class Hub(Protocol):
         ...
 
     def ranged(self, name: str, *, whole: bool) -> AbstractContextManager[RangedBase]:
-        """Return a context manager that yields a base. Only those bytes of a weight file that are read are downloaded.
+        """Return a context manager that yields a base. Only the needed byte ranges of its weight files are downloaded.
 
         If `whole` is True, all files of the base that are not weights are also downloaded.
         """
@@ -152,6 +152,7 @@ def install(load: Callable[[], Hub]) -> None:
 
 def hub() -> Hub:
     """Call the function that `install` set, and return the hub package."""
-    # `adapterkit/__init__.py` calls `install`, and Python runs this file before any other module of the package.
+    # `_load` is set here: `adapterkit/__init__.py` calls `install`, and Python runs `adapterkit/__init__.py` before any
+    # other module of the package.
     assert _load is not None
     return _load()

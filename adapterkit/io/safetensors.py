@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 SMALL = 1 << 20
-"""Computed tensors with fewer bytes than this are collected in memory, and written together once they have as many."""
+"""A computed tensor with fewer bytes than this is added to a buffer. The buffer is written when it has at least this
+many bytes, or when the next tensor is not added to the buffer."""
 
 AHEAD = 16 << 20
 """A tensor of up to this many bytes is computed while the previous tensor is written."""
@@ -67,7 +68,7 @@ class _Begun:
         # hub, has zeros in the span. So the bytes of its tensors must be fetched.
         self.span = tensor.span if tensor.span is None or tensor.span.path not in ELSEWHERE else None
         self.early: Future[Buffer] | None = None
-        # Compute a larger tensor only when it is written, so that only one such tensor is in memory.
+        # Compute a tensor of over `AHEAD` bytes only when it is written, so that only one such tensor is in memory.
         if self.span is None and tensor.nbytes <= AHEAD:
             self.early = pool.submit(tensor.fetch)
 

@@ -85,7 +85,8 @@ def attach(record: bytes, output: Path, beside: Path) -> None:
     """
     try:
         os.setxattr(output, ATTRIBUTE, record)
-    except (AttributeError, OSError):  # Extended attributes are not supported, or the record is too large for one.
+    except (AttributeError, OSError):
+        # The file system does not support extended attributes, or the record is too large for an extended attribute.
         write_bytes(beside, record)
     else:
         beside.unlink(missing_ok=True)
@@ -149,8 +150,8 @@ STAGES = {".writing", ".merging", ".pulling", ".adapterkit"}
 """The names that stages and the record file have inside a target folder that cannot be renamed."""
 
 LONGEST = 200
-"""If the target's name has more bytes than this, the stage's name contains a digest of it. File systems limit names to
-255 bytes."""
+"""If the target's name has more bytes than this, the stage's name contains a digest of the target's name instead of the
+name itself. File systems limit names to 255 bytes."""
 
 Move = tuple[Path, Path]
 """The path of a file in the stage, and its destination."""
@@ -440,7 +441,10 @@ def take_over(target: Path, suffix: str = WRITING) -> None:
 
 
 def unwritten(error: Exception, path: Path) -> StorageError:
-    """Return the error for a failed write to `path` by a library that raises its own error instead of an OSError."""
+    """Return a StorageError for a failed write to `path`.
+
+    Call this if the write was done by a library that raises its own error instead of an OSError.
+    """
     free = shutil.disk_usage(path.parent).free
     why = f"the file could not be written ({first_line(error)}); {free:,} bytes are free"
     return StorageError(why, path=path, cure="Free some space, raise 'ulimit -f', or write to another disk")
@@ -523,7 +527,9 @@ def check_inputs(replaced: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def replaced_at(target: Path, owns: Collection[str] | None, new: Path | None = None) -> Iterator[Path]:
-    """Yield the files at a target that an output replaces: those that match `owns`, or have the path of a new file.
+    """Yield the paths that an output replaces at its target.
+
+    If the target is a folder, these are the old files that match `owns`, and the paths of the new files.
 
     Args:
         target: the target; it need not exist.
@@ -601,7 +607,10 @@ def _check_beside(file: Path, end: Path, target: Path, overwrite: bool) -> None:
 
 
 def _keep(old: Path, new: Path, owns: Collection[str] | None) -> None:
-    """Add the old files that do not match `owns` to the new folder, as hard links if possible, otherwise as copies."""
+    """Add the old files that do not match `owns` to the new folder.
+
+    The files are added as hard links if possible, otherwise as copies.
+    """
     for entry in old.iterdir():
         if not _exists(new / entry.name) and not _owned(entry.name, owns):
             if entry.is_dir() and not entry.is_symlink():

@@ -1,4 +1,4 @@
-"""Describe the measurements of a report in plain sentences, the verdicts.
+"""Describe the measurements of a report in plain sentences, which are called verdicts.
 
 Each rule in `RULES` has a code, a level and a function, which yields one sentence per finding. A report shows at most
 `MOST` sentences per rule, followed by the number of omitted sentences. An adapter without problems gets only sentences
@@ -50,8 +50,8 @@ taken over the targets with rank 4 or more."""
 
 OPPOSED, ALIKE, SAME = -0.2, 0.5, 0.9999
 """Limits for the cosine of two changes. The changes oppose each other if the cosine is at most `OPPOSED`, and are
-similar if the cosine is at least `ALIKE`. They are equal except for a factor if its absolute value is at least
-`SAME`."""
+similar if the cosine is at least `ALIKE`. If the absolute value of the cosine is at least `SAME`, the changes are equal
+except for a factor."""
 
 CONFLICT = 0.6
 """Two adapters conflict at a target if they change more than this share of its elements in opposite directions. For
@@ -406,7 +406,7 @@ def _scalings(findings: Findings) -> Details:
 
 
 def _gaps(findings: Findings) -> Details:
-    """Yield a sentence for each module that has no target in a few layers, but has targets in all similar layers."""
+    """Yield a sentence for each module that has targets in all similar layers except a few."""
     cells = findings.measured.cells
     for at, name, effects in findings.each():
         here = [effect for effect in findings.measured.effects if effect.adapter == at]
@@ -556,7 +556,7 @@ def _sharing(findings: Findings) -> Details:
 
 
 def _fills(effects: Sequence[Effect]) -> bool:
-    """Whether most changes have such a high rank that their subspaces overlap those of any other changes."""
+    """Whether most changes have a high rank. Changes of high rank have overlapping subspaces even if unrelated."""
     sides = [len(each.spectrum) / min(each.shape[0], math.prod(each.shape[1:])) for each in effects if each.shape]
     return bool(sides) and statistics.median(sides) > 0.2
 

@@ -118,7 +118,7 @@ def _files(root: Path, unread: list[str]) -> list[Path]:
 
 
 FEW_EXPERTS = 0.1
-"""A layer's changed experts are reported if they are at most this share of the layer's experts, or only one expert.
+"""A layer's changed experts are reported if they are few: one expert, or at most this share of the layer's experts.
 
 The number of experts per layer is estimated as the highest index of a changed expert in any layer, plus 1. The check is
 skipped if the paths of two layers with experts differ in more than their numbers.
@@ -130,8 +130,8 @@ its energy (squared norm) is in this direction."""
 
 STRONGER = 5.0
 """A change dominated by one direction is reported if its norm is more than this many times the median norm of the same
-module over all layers. If one direction dominates at most a quarter of the changes of rank `SPIKE_RANK` or more, every
-dominated change is reported, whatever its norm is."""
+module over all layers. If at most a quarter of the changes of rank `SPIKE_RANK` or more are dominated by one direction,
+all these dominated changes are reported, whatever their norms are."""
 
 MOST_OF_ALL = 0.8
 """A target is reported if its energy (squared norm) is more than this share of the energy of all targets together."""

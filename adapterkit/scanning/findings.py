@@ -53,7 +53,7 @@ _EVERY = (
         "template-address",
         "medium",
         "an address in a chat template",
-        "The template can add text to prompts that makes a model send data to this address.",
+        "The template can add text to prompts, and this text can make a model send data to the address.",
     ),
     ScanRule("hidden-file", "medium", "a hidden or misleading file", "The name hides what kind of file it is."),
     ScanRule(

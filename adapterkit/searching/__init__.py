@@ -135,7 +135,7 @@ def _of_recipe(path: Path, names: Sequence[str], seed: int, rank: int | str | No
 
 
 def _order(recipe: Recipe, names: Sequence[str], path: Path) -> list[int]:
-    """Return the index in the recipe of each adapter of the search, in the order of the search."""
+    """For each adapter of the search, return the index of the same adapter in the recipe."""
     left = list(range(len(recipe.adapters)))
     order: list[int] = []
     for name in names:
@@ -210,7 +210,7 @@ def search(
             the same adapters. If `methods` is given, it must contain the methods of these combinations.
         seed: the seed of the search, and of methods that use random numbers.
         trials: the path of a file in which the trials are saved. If it has trials of the same search, the search
-            continues after them. None saves no trials.
+            continues after them. If `trials` is None, trials are not saved.
         overwrite: whether to replace the file `trials` if it belongs to another search.
         device: the device on which the base runs the texts: `auto`, `cpu` or `cuda:N`.
         progress: a function that is called after each trial with (number of completed trials, budget).
@@ -241,7 +241,8 @@ def search(
     if budget < len(known):
         why = f"the budget is {budget}, but this search begins with {len(known)} fixed trials"
         cure = (
-            f"Type --budget {len(known)} (budget=) or more, or pass fewer of --method (methods=) and --start (start=)"
+            f"Type --budget {len(known)} (budget=) or more; or pass fewer methods with --method (methods=), "
+            "or fewer combinations with --start (start=)"
         )
         raise UsageError(why, where="budget", cure=cure)
     read = [source_adapter(source, base) for source in adapters]
