@@ -175,8 +175,8 @@ def merge(
         strict_licence: whether to refuse a merge if the licences of base and adapters contradict each other, or if a
             model card has no known licence. If False, the report only warns about contradictions.
         vocab: what to do if an adapter was trained with more tokens than the base's embedding has rows. `grow`: add
-            rows to the embedding and the head, and change the config. If no adapter's file contains a new row, this row
-            becomes the mean of the base's rows. `keep`: drop the added tokens. Default: `grow` if the adapters' files
+            rows to the embedding and the head, and change the config. A new row that is in no adapter's file becomes
+            the mean of the base's rows. `keep`: drop the added tokens. Default: `grow` if the adapters' files
             contain all new rows; otherwise the merge is refused.
         checksums: whether to compute sha256 checksums of the bytes while they are written, so that `verify` can check
             the output without the base. This makes the merge slower.

@@ -226,11 +226,12 @@ class TorchArrays:
         into.copy_(self._once(total, into))
 
     def _once(self, values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Return values that torch casts to the correct float16, although torch rounds them to float32 first.
+        """Prepare float64 values for a cast to float16, so that torch gets the correct float16.
 
-        A value that is not exact in float32 becomes the neighbouring float32 whose last bit is odd. This float32 never
-        lies halfway between two float16 numbers, and it lies on the same side of each float16 number as the float64
-        value. So the second rounding gives the correct float16.
+        torch casts float64 to float16 through float32, so it rounds twice. Therefore this method converts the values to
+        float32 first. A value that is not exact in float32 becomes the neighbouring float32 whose last bit is odd. This
+        float32 never lies halfway between two float16 numbers, and it lies on the same side of each float16 number as
+        the float64 value. So the second rounding gives the correct float16. For other dtypes, return `values` as given.
         Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2007.70819
         """
         if target.dtype != self.torch.float16 or values.dtype != self.torch.float64:
@@ -254,7 +255,10 @@ class TorchArrays:
 
 
 class _OneThread:
-    """A context in which torch uses one thread per worker. Its end restores the main thread's number of threads."""
+    """A context in which torch uses one thread per worker.
+
+    When the context ends in the main thread, the main thread gets back the number of threads that it had before.
+    """
 
     def __init__(self, torch: ModuleType) -> None:
         self.torch = torch

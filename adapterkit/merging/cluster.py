@@ -182,7 +182,10 @@ def on_ray(
 
 
 def _prepare(plan: Plan, stage: StagingDir, place: PlacedOutput) -> None:
-    """Keep each file that an interrupted run uploaded and the hub still has; prepare the upload of all others."""
+    """Prepare the upload of the plan's files, except those that an interrupted run uploaded.
+
+    If the hub no longer has a file that an interrupted run uploaded, this file is uploaded again.
+    """
     for file in plan.files:
         if stage.finished(file.name) and not place.holds(file.name):
             stage.drop(file.name)
@@ -318,7 +321,8 @@ def _write(inputs: TaskInputs, device: str, name: str, stage: StagingDir) -> Non
 def spans_of(file: OutputFile, base: Checkpoint) -> Iterator[Span]:
     """Yield the byte ranges of the base's files that are needed to compute an output file.
 
-    A source tensor that is computed, such as an embedding with new rows, has no byte range. Its bytes are read later.
+    A source tensor that is computed, such as an embedding with new rows, has no byte range. The bytes from which it is
+    computed are read later.
     """
     if file.whole is not None:
         yield Span(str(file.whole), 0, file.size)
@@ -480,7 +484,7 @@ TARGET = 1e-4
 """The planning time in seconds for each target of the adapters. The driver and every worker plan the whole merge."""
 
 DRIVER = 6.0
-"""The time in seconds that the driver needs before the first task, plus after the last task, without the planning.
+"""The driver's time in seconds: its time before the first task plus its time after the last task, without planning.
 
 `tools/bench nodes` measured 10.7 s for `START` and `DRIVER` together, on a busy machine of two processors.
 """

@@ -237,7 +237,9 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _check_inside(file: Path, folder: Path) -> None:
-    """Refuse a link to a file outside `folder`. Otherwise a link in a downloaded model could get any user file copied.
+    """Refuse a link to a file outside `folder`.
+
+    Otherwise a link in a downloaded model could point to any file of the user, and the merge would copy this file.
 
     The links in huggingface_hub's cache are allowed: `snapshots/COMMIT/config.json` is a link to `blobs/HASH` of the
     same repository.

@@ -16,10 +16,10 @@ ablation).
 
 Compiled code reads parameters without any dictionary, and its graph does not record which module a weight belongs to.
 So adapterkit also watches the compiler while it traces a model. If the traced code calls a block, but skips a module
-with an adapter inside this block, a warning names the module. Modules that ran before are not named. There is no error,
-because the block may compute the same result in another way. The check has gaps: code with graph breaks is traced in
-pieces, and code that torch reuses from a model of the same structure is not traced again. To check such a model, run it
-once without `torch.compile`.
+with an adapter inside this block, a warning names the module. The warning does not name modules that were already
+called outside compiled code. There is no error, because the block may compute the same result in another way. The check
+has gaps: code with graph breaks is traced in pieces, and code that torch reuses from a model of the same structure is
+not traced again. To check such a model, run it once without `torch.compile`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def inner_slot(module: nn.Module) -> Slot:
     slots = _references(module)[:1]
     if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook"):
         slots.append((module, "_old_forward"))
-    # If both tools have hooks, one of these slots may hold the other tool's wrapper. Prefer the module's own forward.
+    # If accelerate and diffusers both wrapped the forward, one of these slots may hold the other tool's wrapper. So
+    # prefer the slot with the module's own forward.
     bound_slots = (slot for slot in slots if getattr(value_in(slot), "__self__", None) is module)
     return next(bound_slots, slots[0] if slots else (module, "forward"))
 
@@ -263,8 +264,8 @@ class Calls:
         Args:
             is_own: a callable that gets a hook and the full name of a function. It returns whether this function is a
                 method of the module that contains the hook's module.
-            warned: the ids of the hooks that earlier warnings named. The method does not warn about these hooks again,
-                and adds the hooks that it warns about.
+            warned: the ids of the hooks that earlier warnings named. The method does not warn about these hooks again.
+                If it warns about another hook, it adds the id of that hook to `warned`.
 
         Raises:
             Unsupported: another tool's function read the weight of a module that was not called.
@@ -330,8 +331,8 @@ def _reader(frame: FrameType | None) -> str | None:
     """Return the full name of the function that reads a parameter.
 
     Return None if the function does not compute with the parameter's values. Also return None for functions of
-    adapterkit, torch and accelerate. torch moves and gathers parameters; accelerate loads the parameters of modules
-    that may never be called.
+    adapterkit, torch and accelerate. For example, torch moves and gathers parameters, and accelerate loads the
+    parameters of modules that may never be called.
     """
     while frame is not None and frame.f_code.co_name == "__getattr__":
         frame = frame.f_back
@@ -370,7 +371,8 @@ def warn_of_untraced(around: Sequence[tuple[nn.Module, Sequence[nn.Module]]], wa
 
     Args:
         around: pairs (block, modules): the compiled code calls the block, which should call these modules.
-        warned: the ids of the hooks that earlier warnings named. The function adds the hooks that it warns about.
+        warned: the ids of the hooks that earlier warnings named. The function does not warn about these hooks again. If
+            it warns about another hook, it adds the id of that hook to `warned`.
     """
     for block, modules in around:
         hooks = [module.__dict__[HOOK] for module in modules if HOOK in module.__dict__]

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 # The side network of the method Shadow, and its state during a call.
 #
-# The network has the class and the config of the model without its head, except for fewer layers and other sizes. It
-# gets the same inputs as the model. It is not a submodule of the model: one tensor of the adapter stores all weights of
-# the network.
+# The network has the same class as the model without its head. It also has the same config, but with fewer layers and
+# other sizes. It gets the same inputs as the model. It is not a submodule of the model: one tensor of the adapter
+# stores all weights of the network.
 
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -99,7 +99,8 @@ class Standing(nn.Module):
         for path, module in self.network.named_modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    # If the network uses the base's embedding, the update lacks this weight, and nothing reads it.
+                    # If the network uses the base's embedding, the update has no tensor for the network's embedding.
+                    # Zeros can take its place, because nothing reads them.
                     value = given.get(f"{path}.{name}" if path else name, parameter.new_zeros(1, 1, device="cpu"))
                     module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
@@ -110,7 +111,7 @@ class Standing(nn.Module):
 
 
 def network_of(model: nn.Module, update: Shadow) -> nn.Module:
-    """Return the side network with parameters on the meta device, which callers replace by the update's tensors.
+    """Return the side network. Its parameters are on the meta device; callers replace them by the update's tensors.
 
     Raises:
         Unsupported: a side network cannot be built for this model.
@@ -288,7 +289,7 @@ class CallRecorder:
 
 
 def words_of(model: nn.Module, update: Update) -> set[str]:
-    """Return the names of all inputs that an update requires, and of its optional inputs that the forward accepts."""
+    """Return the names of an update's inputs: all required inputs, and each optional input that the forward accepts."""
     heard = set(getattr(update, "hears", ()))
     known = set(inspect.signature(model.forward).parameters) if heard else set()
     return {*getattr(update, "asks", ()), *(heard & known)}
@@ -301,8 +302,8 @@ def run_recorded(
     """Run the model's forward and record its arguments.
 
     Some arguments are only for the updates: the model's forward does not accept them. `run_recorded` passes these
-    arguments to `forward` only if `passes` is True. It must be True if the model has an active context update, because
-    context updates read such arguments.
+    arguments to `forward` only if `passes` is True. If the model has an active context update, `passes` must be True,
+    because context updates read such arguments.
     """
     words = {**dict(zip(names, args, strict=False)), **kwargs}
     asked = {name for recorder in recorders for name in recorder.asks} - set(names)

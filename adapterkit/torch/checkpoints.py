@@ -137,7 +137,10 @@ def _load(
     module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metadata: object, _strict: bool,
     _missing: list[str], _unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
-    """Copy tensors from a state dict into the attached adapters. If a key or shape is wrong, add it to `errors`."""
+    """Copy tensors from a state dict into the attached adapters.
+
+    If a key or a shape is wrong, or a tensor is missing, copy nothing and add a message to `errors`.
+    """
     mine = [key for key in state_dict if key.startswith(prefix) and is_leaf_name(key)]
     if not mine:
         _warn_of_base(module.__dict__[HANDLES])
@@ -169,7 +172,9 @@ def _load(
 
 
 def _warn_of_base(handles: Iterable[Saved]) -> None:
-    """Warn once for each trained adapter that a loaded state dict lacks its tensors, so the adapter keeps its values.
+    """Warn that a loaded state dict contains no adapter, so the attached adapters keep their values.
+
+    Warn once for each trained adapter whose `checkpoint` is `base`.
 
     A Trainer that resumes, or goes back to its best checkpoint, loads the state dict that it saved. If
     `handle.checkpoint` is `base`, that state dict contains only the base.
@@ -193,7 +198,10 @@ _WARNED: set[int] = set()
 
 
 def _keep_base(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """Add the base's current tensors to a state dict that has none of them, so that loading it keeps the base."""
+    """Add the base's current tensors to a state dict that contains no tensor of the base.
+
+    As a result, loading this state dict does not change the base.
+    """
     hooks = module._state_dict_hooks
     kept = dict(hooks)
     for key in [key for key, hook in hooks.items() if hook is _save]:

@@ -253,8 +253,8 @@ class ComposedBlock(OutputUpdate):
 
     @property
     def attributes(self) -> dict[str, object]:
-        # Any child's attributes would do: if the block acts before the residual, `check` refuses children that differ
-        # in `residual` or `norm`.
+        # The last child can stand for all children: if the block acts before the residual, `check` refuses children
+        # that differ in `residual` or `norm`.
         return {name: self.present[-1].attributes.get(name, "") for name in ("residual", "norm")}
 
     @property

@@ -72,7 +72,8 @@ class PrefixState(threading.local):
     attention whose table of relative positions is used, or None if there is no such table.
     """
 
-    # Set both on the instance, not on the class, because torch.compile guards only attributes of the instance.
+    # Set `past` and `biased` on the instance, not on the class, because torch.compile guards only attributes of the
+    # instance.
     def __init__(self) -> None:
         self.past: Tensor | None = None
         self.biased: nn.Module | None = None
@@ -214,7 +215,7 @@ def _padded(mask: Tensor | None, n: int) -> Tensor | None:
 
 
 def _bias(biased: nn.Module | None, bias: Tensor, n: int) -> Tensor:
-    """Return T5's position bias, first for the prefix's keys, then for the attention's keys.
+    """Return T5's position bias for all keys. The prefix's keys come first, then the attention's own keys.
 
     As in AdapterHub's library, the prefix shifts the positions of keys, but not the positions of queries.
     Cross-attention has no table of relative positions (`biased` is None), so there the bias of the prefix is 0.
@@ -299,7 +300,7 @@ def surround(
 
 
 def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
-    """Return pairs (module, part): the modules to attach a `ContextPart` to, and a variant of the part for each module.
+    """Return pairs (module, variant of `part`). Each variant must be attached to its module.
 
     If the target is an encoder-decoder model, virtual tokens are also attached to its encoder.
 
@@ -413,7 +414,10 @@ def _at_attention(
     module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
     words: Words,
 ) -> object:  # fmt: skip
-    """Run an attention with the updates that are prefixes, and add the attention over the updates that are prompts."""
+    """Run an attention with its prefixes. Then add the attention over its prompts to the output.
+
+    `updates` contains the prefixes and the prompts.
+    """
     prompts = [update for update in updates if update.place == "attention"]
     prefixes = [update for update in updates if update.place != "attention"]
     inner: Callable[..., object] = forward
