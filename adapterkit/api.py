@@ -20,7 +20,7 @@ from .io.checkpoint import opened
 from .io.inputs import inputs_kept
 from .io.locations import is_address, path_text
 from .naming.binding import renamed
-from .naming.binding.fitting import check_base, name_map
+from .naming.binding.fitting import TO_REFUSE, check_base, name_map
 
 if TYPE_CHECKING:
     from .formats import ReadOptions
@@ -145,7 +145,7 @@ def base_warnings(sources: Iterable[str], adapters: Iterable[Adapter], base: Che
     if base is None:
         return []
     differences = check_base([*zip(sources, adapters, strict=True)], base, strict=False)
-    return [f"{why}; --strict-base (strict_base=True) refuses it" for why in differences]
+    return [f"{why}{TO_REFUSE}" for why in differences]
 
 
 def _known(names: Iterable[str]) -> str:

@@ -221,11 +221,11 @@ def base_warnings(sources: Sequence[str], adapters: Sequence[Adapter | str], bas
     if base is None:
         return []
     from ..formats import read
-    from ..naming.binding.fitting import check_base
+    from ..naming.binding.fitting import TO_REFUSE, check_base
 
     loaded = [read(each, base=base) if isinstance(each, str) else each for each in adapters]
     differences = check_base([*zip(sources, loaded, strict=True)], base, strict=False)
-    return [f"{why}; --strict-base (strict_base=True) refuses it" for why in differences]
+    return [f"{why}{TO_REFUSE}" for why in differences]
 
 
 base = click.option("--base", metavar="BASE", help="The base model of the adapter: a folder or a weight file.")

@@ -59,7 +59,7 @@ def command(
     """Run `adapterkit.ops.extract`."""
     from .. import ops
     from ..io.checkpoint import opened
-    from ..naming.binding.fitting import check_tuned
+    from ..naming.binding.fitting import TO_REFUSE, check_tuned
 
     # PEFT's format is always a folder, so the default for a single .safetensors file is adapterkit's own format.
     target_format = target_format or ("adapterkit" if out.endswith(".safetensors") else "peft")
@@ -75,9 +75,7 @@ def command(
         )  # fmt: skip
     record: dict[str, object] = dict(destination.write(extracted, on_loss))
     record |= {"tuned": tuned, "base": base, "relative_error": _error(cuts), "cuts": [cut.record() for cut in cuts]}
-    record["warnings"] = [
-        f"{why}; --strict-base (strict_base=True) refuses it" for why in check_tuned(opened(tuned), opened(base), False)
-    ]
+    record["warnings"] = [f"{why}{TO_REFUSE}" for why in check_tuned(opened(tuned), opened(base), False)]
     show(settings, record, partial(_writing.cuts_view, every=every))
 
 

@@ -24,7 +24,7 @@ from ..merging import plan
 from ..merging.vocabulary import parse_vocab
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
-from ..naming.binding.fitting import check_base
+from ..naming.binding.fitting import TO_REFUSE, check_base
 from ..ops.alignment import places, side_by_side
 from ..ops.comparison import lowered
 from ..quant import dequantized, is_quantized
@@ -290,7 +290,7 @@ def gate(
     return Gate(
         public(str(checkpoint.root)), tuple(names), inputs.source, place, dtype, seed, effect, tuple(kept),
         tuple(checks), verdicts_of(effect, kept, checks), time.perf_counter() - started,
-        tuple(f"{why}; --strict-base (strict_base=True) refuses it" for why in warnings),
+        tuple(f"{why}{TO_REFUSE}" for why in warnings),
     )  # fmt: skip
 
 

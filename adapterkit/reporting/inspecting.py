@@ -302,7 +302,7 @@ def inspected(
     from ..formats._others import adapter_modules
     from ..io.inputs import inputs_kept
     from ..io.locations import headers_of
-    from ..naming.binding.fitting import check_base
+    from ..naming.binding.fitting import TO_REFUSE, check_base
 
     graph = graph_file(src)
     if graph is not None and (graph == src or not _is_adapter(Path(src))):
@@ -340,7 +340,7 @@ def inspected(
         if base is not None:
             record["names"] = _names(adapter, base, rename)
             wrong = check_base([(src, adapter)], base, strict=False)
-            record["warnings"] = [f"{why}; --strict-base (strict_base=True) refuses it" for why in wrong]
+            record["warnings"] = [f"{why}{TO_REFUSE}" for why in wrong]
         record |= _beside(adapter, path)
         if layers:
             record["layers"] = _layers(adapter, base, rename)

@@ -139,7 +139,7 @@ def test_extract_writes_what_peft_loads_unless_it_is_one_file() -> None:
     [
         ("Pass base=/--base", "Pass --base"),
         ("Pass the base: --base BASE (base=)", "Pass the base: --base BASE"),
-        ("--strict-base (strict_base=True) refuses it", "--strict-base refuses it"),
+        ("to refuse it, pass --strict-base (strict_base=True)", "to refuse it, pass --strict-base"),
         ("on_loss='fold'/--on-loss fold", "--on-loss fold"),
         ("alpha: --alpha A (alpha=A)", "alpha: --alpha A"),
         ("Write --rename 'FROM=TO' (rename=['FROM=TO']), such as a=b", "Write --rename 'FROM=TO', such as a=b"),

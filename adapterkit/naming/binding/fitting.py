@@ -246,6 +246,10 @@ def identified(adapter: Adapter, base: Checkpoint | str | PathLike[str]) -> dict
     return {} if fingerprints_of(adapter) else identity_of(opened(base))
 
 
+TO_REFUSE = "; to refuse such a base, pass --strict-base (strict_base=True)"
+"""The end of a warning about a base, in functions and commands that have this option."""
+
+
 def check_bases(
     adapters: Sequence[tuple[str, Adapter]], base: Checkpoint, fingerprint: str | None, strict: bool
 ) -> tuple[str, ...]:
