@@ -82,8 +82,8 @@ def as_merged(
     Raises:
         TargetNotFound, ShapeMismatch: the weights in `onto` do not match the base.
         Unsupported: the base is quantized and `quantized` is None, or its scheme is unknown.
-        UsageError: the choice is unknown; or `onto` is given without `original`, `keep` without `requantize`, or
-            `calibration` without `keep`.
+        UsageError: a choice is unknown; or only one of `original` and `onto` is given; or `keep` is given, but no
+            weight is quantized again; or `calibration` is given without `keep`.
         Malformed, ShapeMismatch: stored tensors of a packed weight are missing, damaged or do not fit together.
     """
     if quantized is not None and quantized not in WHY:
@@ -140,7 +140,7 @@ def _nothing_rounds(base: Checkpoint) -> UsageError:
 
 
 def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[str] | None = None) -> Checkpoint:
-    """Return the base as the merge that wrote `merged` read it.
+    """Return the base in the form in which the merge read it. `merged` is the merge's output.
 
     A quantized base is dequantized. If `merged` is quantized, the returned base also quantizes merged weights again.
 
@@ -225,7 +225,7 @@ def config_changes(base: Checkpoint) -> dict[str, JsonValue]:
 
 
 def quantized_record(base: Checkpoint) -> dict[str, JsonValue] | None:
-    """Return the entry about the choice for a quantized base in the output's record, as plain data.
+    """Return an entry for the output's record, as plain data. The entry states the choice for the quantized base.
 
     Return None if the base is not quantized.
     """

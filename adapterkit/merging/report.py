@@ -189,7 +189,11 @@ def _write(
 
 
 def _apart(plan: Plan, norms_found: Norms) -> tuple[Norms, dict[str, dict[str, float]]]:
-    """Split the engine's norms into two maps from tensor names: to norms of changes, and to results of `damage_of`."""
+    """Split the engine's norms into two maps.
+
+    The first map contains the norms of the changes of each tensor. The second map contains the result of `damage_of`
+    for each weight that was quantized again.
+    """
     norms: Norms = {}
     damage = {}
     for output in plan.outputs():

@@ -62,7 +62,7 @@ SQUARE_BYTES = 48
 """Rounding with activations needs `SQUARE_BYTES * inputs^2` bytes: six float64 matrices `[inputs, inputs]`."""
 
 NORMS = 4
-"""The number of norms that `damage` returns, which measure how much quantizing again changes a weight."""
+"""The number of norms that `damage` returns. They show how much a weight changes when it is quantized again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +204,7 @@ class Repacked:
         return 16 * group + 8 * images * min(block, count) + factor_bytes(self.folds)
 
     def runs(self) -> tuple[RepackedRun, ...] | None:
-        """Return the weight's runs, including the copies of unchanged stored tensors.
+        """Return the weight's runs. Each stored tensor that does not change is one run, whose bytes are copied.
 
         Return None if all stored tensors are computed together.
         """
@@ -325,7 +325,8 @@ class Repacked:
     def _swept(self, M: Array, inputs: Array, directions: Array) -> Array:
         """Return the matrix that `keeping.swept` computes from M, which is then packed instead of M.
 
-        For the calibration's activations, packing this matrix gives outputs closer to M's outputs than packing M does.
+        If M were packed, the layer's outputs for the calibration's activations would change. If the returned matrix is
+        packed, these outputs change less.
         """
         target, count = self.folds[0].target, math.prod(self.packed.shape[:-1])
 
@@ -346,7 +347,10 @@ class Repacked:
         return next((each for each in inputs if each is not None), None)
 
     def _matrices(self, rows: Array, target: Target) -> Array:
-        """Reshape all rows of the weight to `[experts, outputs, inputs]`, float32; without experts, `experts` is 1."""
+        """Convert all rows of the weight to float32 in the shape `[experts, outputs, inputs]`.
+
+        If the weight has no experts, the first axis has the size 1.
+        """
         whole = rows.astype("f4").reshape(self.packed.shape)
         stacked = target.stacked and whole.ndim > 2
         seen = view(whole, self._whole_target(target, stacked))
@@ -539,13 +543,13 @@ def repacked(
         folds: a map from tensors to planned updates, in which each packed weight is one tensor.
 
     Returns:
-        Four values. The first three are maps from the names of output tensors: to source tensors, to planned updates,
-        and to the packed weights that are quantized again. The updates of a packed weight are listed under its first
-        stored tensor. The fourth value is the set of the names of all stored tensors of packed weights. No option casts
-        these tensors to another dtype.
+        Four values. The first value maps names of output tensors to source tensors. The second value maps names of
+        output tensors to planned updates; the updates of a packed weight are listed under its first stored tensor. The
+        third value maps names of output tensors to the packed weights that are quantized again. The fourth value is the
+        set of the names of all stored tensors of packed weights. No option casts these tensors to another dtype.
 
     Raises:
-        Unsupported: a packed weight would have to be written twice, or adapterkit cannot quantize in its scheme.
+        Unsupported: a packed weight would have to be written twice, or adapterkit cannot quantize to the base's scheme.
     """
     twice = next((name for name, source in names.items() if name != source and source in base.packed), None)
     if twice is not None:
@@ -623,10 +627,11 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
 
 
 def damage_of(norms: list[float]) -> dict[str, float]:
-    """Return `error`, the rounding error relative to the merged weight, and `kept`, how much of the change survived.
+    """Return how much a weight lost when it was quantized again, as the numbers `error` and `kept`.
 
-    `kept` is the projection of the actual change on the intended change, divided by the norm of the intended change.
-    It is 1 if the whole change survived, and 0 if nothing did.
+    `error` is the rounding error relative to the merged weight. `kept` tells how much of the change survived. It is the
+    projection of the actual change on the intended change, divided by the norm of the intended change. It is 1 if the
+    whole change survived, and 0 if nothing did.
 
     Args:
         norms: the four norms of the whole weight. Each is the square root of a squared norm from `damage`, summed over

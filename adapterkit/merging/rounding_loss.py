@@ -4,7 +4,7 @@ The LoRA is loaded together with the merged model.
 
 Quantizing a merged weight again may lose most of a change that is small compared to a quantization step. The rounding
 error resembles the lost change, so a LoRA of small rank can represent a large part of the error. LQER
-(Zhang et al. 2024, https://arxiv.org/abs/2402.02446) restores the rounding errors of a whole model in the same way.
+(Zhang et al. 2024, https://arxiv.org/abs/2402.02446) corrects the rounding errors of a whole model in the same way.
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ def settle_tie(
     for layer in tie.inputs:
         names.setdefault(layer, tie.stored)
         written[layer] = inputs
-    # Write copies of the other tied tensors, because transformers ties all tensors of a class or none. For example,
-    # when the tie is off, BERT's head loads a bias of its own.
+    # Write copies of the other tied tensors, because transformers unties all tied tensors of a model together. For
+    # example, when the tie is off, BERT's head loads a bias of its own.
     for copy, source in tie.beside:
         names.setdefault(copy, source)
         written[copy] = folds.get(source, [])
@@ -322,8 +322,8 @@ def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
         if any(same(fold, other) for other in kept):
             continue
         if kept and _starts_alike(fold, kept[0]):
-            # Next to the factors, PEFT saves a copy of the base's weight, once for an adapted embedding and once for an
-            # adapted head. Drop the second copy.
+            # PEFT saves a copy of the base's weight together with the factors. If an adapter has factors for the
+            # embedding and for the head, its file contains two copies. Drop the second copy.
             fold = replace(fold, updates=fold.updates[1:])
         kept.append(fold)
     if len(kept) > 1 and not all(_without_start(fold).additive for fold in kept):
@@ -337,10 +337,10 @@ def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
 def _unscaled(
     head: list[PlannedUpdate], adapter_folds: Folds, tie: Tie, scale: float, rows: int
 ) -> list[PlannedUpdate]:
-    """Return the updates of a head that is untied: `head`, multiplied by `scale`, and an update that scales the weight.
+    """Return an untied head's updates: those in `head`, multiplied by `scale`, and one that scales the base's weight.
 
-    Models such as T5 scale the head's input, but only if the head is tied; `scale` replaces this factor. If `scale` is
-    1, return `head` unchanged.
+    Models such as T5 multiply the head's input by a factor, but only if the head is tied. `scale` replaces this factor.
+    If `scale` is 1, return `head` unchanged.
     """
     if scale == 1:
         return head

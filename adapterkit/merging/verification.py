@@ -188,8 +188,8 @@ def compare_bases(
 ) -> list[BaseDifference]:
     """Compare the base's fingerprint with the fingerprints in the merge's record and in the adapters.
 
-    Return a `BaseDifference` for the merge's record if its fingerprint differs, and for each adapter that records only
-    other fingerprints.
+    If the fingerprint in the merge's record differs from the base's fingerprint, return a `BaseDifference` for the
+    record. Also return one for each adapter that records fingerprints, if none of them is the base's fingerprint.
     """
     differences, given = [], fingerprint(base)
     record = merge_record(merged)

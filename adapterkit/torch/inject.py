@@ -49,8 +49,9 @@ from .structure import embedding_of, unwrapped, wrapped
 from .transaction import all_or_nothing
 from .weights import tensor_at
 
-# Add experts to a router. A router's file names its experts but does not contain their tensors. The names may be paths,
-# but adapterkit never opens them, because the file is untrusted. So callers pass the experts.
+# Add experts to a router. A router is stored in a file that contains the names of the experts, but not their tensors.
+# The names may be paths, but adapterkit never opens these paths, because the file is untrusted. So callers pass the
+# experts.
 
 
 Pairs = Mapping[str, LoRA]
@@ -393,9 +394,9 @@ def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Up
 
 
 def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int, Update]) -> LiveUpdates:
-    """Return the live tensors as updates of the methods that the adapter stores.
+    """Return the live tensors in updates of the same methods as the adapter's own updates.
 
-    The model may run updates of other methods; see `_trained`.
+    `_trained` may have replaced an update of the adapter with an update of another method, which the model runs.
     """
     before = [given.get(id(update), update) for update in updates]
     if all(old is new for old, new in zip(before, updates, strict=True)):
@@ -538,7 +539,7 @@ def _fold(site: Site, shape: tuple[int, ...]) -> PlannedUpdate | None:
 
 
 def _lineage_tells(adapter: Adapter) -> bool:
-    """Whether the recipe shows that the adapter comes from a file, `create` or `extract`.
+    """Whether the recipe shows that the adapter was read from a file, or was made by `create` or `extract`.
 
     The recipe of an adapter that was built in Python does not show where the adapter comes from.
     """
@@ -735,8 +736,8 @@ def _refuse_fast_path(model: nn.Module, path: str, site: Site) -> None:
 def _is_direct(site: Site, holder: nn.Module, prefix: str) -> bool:
     """Whether the updates can run as formulas over the layer.
 
-    They can if formulas run on this kind of layer (`TorchLayer.direct`), if the updates change the layer's whole
-    weight, and if their target has the layer's layout.
+    Three conditions must hold: formulas can run on this kind of layer (`TorchLayer.direct`), the updates change the
+    layer's whole weight, and the updates' target has the layer's layout.
     """
     layer = layer_of(holder, holder.forward)
     if layer is None or not layer.direct or site.weight != f"{prefix}weight":

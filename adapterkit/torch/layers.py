@@ -424,7 +424,7 @@ def _is_narrow(W: object) -> bool:
 
 
 def _casts(module: nn.Module) -> bool:
-    """Whether a module has another forward than `nn.Linear`, whose forward cannot compute with 8-bit weights."""
+    """Whether a module's forward differs from `nn.Linear.forward`, which cannot compute with 8-bit weights."""
     return "forward" in module.__dict__ or type(module).forward is not nn.Linear.forward
 
 

@@ -1,21 +1,22 @@
 """Compute low-rank changes of linear layers with less memory and time than their plain formula.
 
 If a method's `Additive.thin` is True, its forward is y + (x A^T) B^T, where y is the base's output, and `pair` returns
-the factors B and A. The *plain formula* is `LowRank.forward`, which runs this as separate operations: it makes three
-tensors of the output's size, and autograd keeps x A^T for the backward pass. `low_rank_sum` adds the product to y in
-one operation, and its backward pass needs only x, A and B. Autograd keeps the layer's input x without a copy, so q, k
-and v (or gate and up) share one kept tensor.
+the factors B and A. The *plain formula* is `LowRank.forward`, which computes this sum in separate operations. These
+operations make three tensors of the output's size, and autograd keeps x A^T for the backward pass. `low_rank_sum` adds
+the product to y in one operation, and its backward pass needs only x, A and B. Autograd keeps the layer's input x
+without a copy, so q, k and v (or gate and up) share one kept tensor.
 
-A call of a Python autograd function costs about 50 microseconds. So small inputs use the plain formula, because the
-tensors that autograd keeps for small inputs use little memory compared with the weights.
+A call of a Python autograd function costs about 50 microseconds. So the plain formula is faster for small inputs, and
+is used for them. The tensors that autograd keeps for small inputs use little memory compared with the weights.
 
 On a CPU, 16-bit tensors are multiplied by low-rank factors in float32, in blocks of rows. On a processor without
 bfloat16 instructions, a product of [512, 8] and [8, 256] takes 4.8 ms in 16 bits and 0.1 ms in 32 bits (torch 2.13,
 AVX2). PEFT's factors are float32 too.
 
-The plain formula is used wherever a Python autograd function is not supported: under torch.compile and torch.export
-(which fuse the formula's operations), torch.func's transforms, forward-mode differentiation, torch.jit.trace, and for
-tensors of other types (DTensor, FakeTensor, sparse, nested).
+The plain formula is also used wherever a Python autograd function is not supported. This is the case under
+torch.compile, torch.export, torch.func's transforms, forward-mode differentiation and torch.jit.trace. It is also the
+case for tensors of other types (DTensor, FakeTensor, sparse, nested). torch.compile and torch.export fuse the formula's
+operations.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, w
 
 
 def is_wide(y: Tensor) -> bool:
-    """Whether the products with low-rank factors are computed in float32. y is the layer's output or weight.
+    """Whether the products with low-rank factors are computed in float32: true if y has 16 bits and is on a CPU.
 
-    They are if y has 16 bits and is on a CPU.
+    y is the layer's output or the layer's weight.
     """
     return y.dtype in _HALF and y.device.type == "cpu"
 
@@ -435,8 +436,8 @@ class LeanPlan:
         if self.usable:
             self.kind = W.device.type
             leaves = update.tensors.values()
-            # A LoRA's factors are tensors of the update, so the plan keeps them. Other methods compute their factors
-            # from their tensors, so the plan computes them in each forward.
+            # A LoRA's factors are tensors of the update, so the plan keeps these factors. Other methods compute their
+            # factors from their tensors, so the plan computes the factors again in each forward.
             self.fixed = all(any(factor is leaf for leaf in leaves) for factor in (A, B))
             self.fixed_factors = B, A, scaling * part.switch.weight
 
