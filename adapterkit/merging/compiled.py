@@ -71,9 +71,9 @@ def lowrank_blocks(output: Output, folds: Sequence[tuple[PlannedUpdate, list[Upd
 
 
 def _is_sum(fold: PlannedUpdate, shape: tuple[int, ...], stacked: bool) -> bool:
-    """Whether the loop can add a change row by row to the stored tensor, if the change has a low rank.
+    """Whether the loop can add a low-rank change row by row to the stored tensor.
 
-    `_joined` checks the rank later.
+    `_joined` checks later whether the change has a low rank.
     """
     if not fold.additive or fold.bias or fold.target.stacked != stacked:
         return False
@@ -389,8 +389,8 @@ def _roundings(rank: int) -> Array:
     - three for the two factors and the product; a fused multiply-add does not round the product;
     - one when the product is added to its chunk, and one for each later product of the chunk;
     - one when the chunk is added to the element, and one for each later chunk;
-    - one to cover two small errors: the float64 roundings of numpy's sum, each 2**-29 times as large as a float32
-      rounding, and the squares of all these errors.
+    - one to cover two small errors. The first comes from the float64 roundings of numpy's sum; each of these roundings
+      is 2**-29 times as large as a float32 rounding. The second comes from the squares of all these errors.
     """
     import numpy as np
 

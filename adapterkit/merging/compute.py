@@ -70,7 +70,8 @@ def stochastic(values: Numbers, first: int, key: Key, dtype: DType) -> Numbers:
 def draws(like: Numbers, first: int, key: Key) -> Numbers:
     """Return a flat float64 array with a random number in [0, 1) for each element.
 
-    Element i of the tensor gets Philox word `i mod 4` at counter `i div 4`, divided by 2^32.
+    The number for element i of the tensor is `word / 2^32`. Philox gives four words at counter `i div 4`, and `word` is
+    the one with index `i mod 4`.
 
     Args:
         like: a flat array; the result has the same length, library and device.
@@ -325,8 +326,8 @@ class BlockMerger:
         """Whether each element of a change is provably far below the largest float32.
 
         The proof computes the norm of a low-rank change, because no element is larger than the norm. For other changes,
-        this would be expensive, so return False. The norm includes the weight and the scaling, because a finite alpha
-        can also be too large, such as 1e308.
+        this would be expensive, so return False. The norm includes the adapter's weight and its scaling, because these
+        can also be too large. An alpha of 1e308, for example, is finite.
         """
         thin = not fold.bias and is_thin(fold, updates)
         return thin and abs(fold.weight) * norm_of(updates, fold) < LARGE
@@ -363,8 +364,8 @@ class BlockMerger:
             self.arrays.assign(out, stochastic(work.reshape((-1,)), block.first, self._key, self.output.dtype))
         elif self._compiled is not None and (written := self._compiled.write(raw, out, block)) is not None:
             norms = written
-            # Skip the check if all updates are DoRA (`written` has one norm for each): the compiled loop has already
-            # returned None if a row is not finite.
+            # `written` has norms for DoRA updates only. If every update has a norm, all updates are DoRA. Skip their
+            # check, because the compiled loop has already returned None if a row is not finite.
             watched = watched and len(written) < len(self.folds)
         elif self._sums:
             norms = {}
@@ -430,7 +431,8 @@ class BlockMerger:
     def _terms(self) -> list[Term]:
         """The terms of the sum of changes, each a planned update with its loaded updates and its weight.
 
-        The terms that have thin factors (see `is_thin`) and the first term's `axis` are joined into one term.
+        A term can be joined if its factors are thin (see `is_thin`), and if its `axis` is the same as the first term's.
+        All such terms are joined into one term.
         """
         terms = [(fold, updates, fold.weight) for fold, updates in self.folds]
         if len(terms) < 2:

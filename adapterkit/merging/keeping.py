@@ -56,13 +56,15 @@ ROUNDS = 24
 """The largest number of steps of the gradient ascent. Each step packs the weight once."""
 
 ENOUGH = 0.02
-"""The search ends when each row's smallest error along the directions is at most this fraction of its first error."""
+"""The search measures each row's error along the directions after each step. It ends when each row's smallest error so
+far is at most this fraction of the row's first error.
+"""
 
 STILL, TURNED = 0.7, -0.2
-"""Thresholds for the fraction of a row's error along the directions that is left after a step.
+"""Thresholds for a fraction: a row's error along the directions after a step, divided by this error before the step.
 
-The fraction is 1 if the error did not change, 0 if it is gone, and negative if it changed its sign. Above `STILL`, the
-step was too short. Below `TURNED`, the step was too long.
+The fraction is 1 if the error did not change, 0 if it is gone, and negative if it changed its sign. If the fraction is
+above `STILL`, the step was too short. If it is below `TURNED`, the step was too long.
 """
 
 LONGER, SHORTER = 1.6, 0.6
@@ -220,8 +222,9 @@ def _once(trip: Callable[[Array], Array], merged: Array, H: Array, step: int) ->
 def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Array, step: int) -> Array:
     """Round each block again to compensate for the errors of the other blocks.
 
-    A row is changed only if its error decreases. The errors are known only after the first round: when a scale changes,
-    all elements that use this scale are rounded again.
+    A row is changed only if its error decreases. The final errors of the other blocks are known only after the first
+    round. During the first round, the rounding of a block can still change a scale, and with it the errors of all
+    elements that use this scale.
     """
     import numpy as np
 

@@ -162,7 +162,7 @@ class Plan:
         companions: the files to copy next to the weights.
         fingerprint: the fingerprint of the base's weights, see `io/checkpoint.py`; None if it was not computed.
         shapes: a digest of the names and shapes of the base's tensors; None if it was not computed.
-        licences: a map from the base's and each adapter's name, as in messages, to the licence.
+        licences: the known licences of the base and the adapters, keyed by the names that messages use.
         vocabulary: plain data about a changed vocabulary; None if the base's vocabulary is kept.
     """
 

@@ -89,7 +89,7 @@ class Merged:
     Attributes:
         parameter: the parameter, which has its merged values.
         before: a copy of the parameter from before the merge, or None if `unmerge_` recomputes the old bits.
-        places: if the old bits are recomputed, the flat indices of the elements that come out with other bits.
+        places: if the old bits are recomputed, the flat indices of the elements that a subtraction does not restore.
         values: the old bits of the elements at `places`.
         checksum: the checksum of all old bits, if they are recomputed.
         after: the checksum of the merged bits, if `before` is kept. It detects changes through `.data`, which torch
@@ -128,7 +128,7 @@ class Merged:
 
     @property
     def is_cast(self) -> bool:
-        """Whether the parameter's dtype has changed since the merge, so that its bits cannot be recomputed."""
+        """Whether the old bits must be recomputed, but cannot be, because the parameter has another dtype now."""
         return self.dtype not in (None, self.parameter.dtype)
 
     def push(self) -> None:
@@ -318,9 +318,10 @@ def restore(restored_values: Sequence[tuple[Merged, Tensor | None]]) -> None:
 class Unmerging:
     """Undo a merge module by module. If this fails halfway, `undo` restores the merged weights.
 
-    The copies of the old bits take as much memory as the merged parameters. Copies of all merged bits would take that
-    much again. So as soon as a parameter has its old bits again, a copy of its merged bits replaces the copy of its old
-    bits. If the old bits are recomputed, no copy is needed, because merging again gives the same merged bits.
+    `undo` needs the merged bits, but a full set of copies of them would take as much memory as the copies of the old
+    bits. So the two kinds of copies are not kept together: after a parameter's old bits are restored, a copy of its
+    merged bits replaces the copy of its old bits. If the old bits are recomputed, no copy is needed, because merging
+    again gives the same merged bits.
     """
 
     def __init__(self) -> None:

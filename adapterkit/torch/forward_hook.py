@@ -564,9 +564,9 @@ class ForwardHook:
         return out
 
     def _settled(self, part: Part, parts: list[Part], dtype: torch.dtype | None) -> tuple[Update, ...]:
-        """Return the part's updates. If an update's bias change depends on the weight, replace the change by its value.
+        """Return the part's updates, or `update.settled(W)` for updates that need the weight to compute the new bias.
 
-        The value is computed from the weight to which the same adapter's earlier parts were already applied.
+        W is the weight after the changes of the same adapter's earlier parts.
         """
         if part.weight is None or not any(update.bias_sees_weight for update in part.updates):
             return part.updates

@@ -136,7 +136,7 @@ class Handle:
         """Check that the model contains no copy of a layer that the adapter changes.
 
         Raises:
-            UsageError: the model contains such a copy, which belongs to no target of the adapter.
+            UsageError: the model contains such a copy. The adapter has no target for the copied layer.
         """
         hook = next((hook for hooks in self._copies().values() for hook in hooks), None)
         if hook is not None:
@@ -284,9 +284,9 @@ class Handle:
     ) -> list[dict[str, object]]:
         """Return the trained tensors as parameter groups for an optimizer, as in LoRA+.
 
-        See https://arxiv.org/abs/2402.12354. At embeddings, A and B have the learning rate `embedding_lr`. Elsewhere, B
-        and all one-dimensional tensors have `lr * ratio`, and A and all other tensors have `lr`. Biases have no weight
-        decay.
+        See https://arxiv.org/abs/2402.12354. At embeddings, A and B have the learning rate `embedding_lr`. At all other
+        layers, B has `lr * ratio`. One-dimensional tensors have `lr * ratio` too. All other tensors, such as A, have
+        `lr`. Biases have no weight decay.
 
         Args:
             lr: the learning rate of A.
@@ -357,7 +357,7 @@ class Handle:
             self._detach()
 
     def _objects(self) -> list[object]:
-        """Return the objects that attaching or removing the adapter changes, besides the model."""
+        """Return the objects, besides the model, that change when the adapter is attached or removed."""
         return [self, self._switch, *self._leaves]
 
     def _detach(self) -> None:
@@ -387,9 +387,9 @@ class Handle:
 
         Args:
             keep: the data to keep for `unmerge_`. False keeps nothing. True or "copy" keeps a copy of the old weights.
-                "recompute" keeps the adapter, and those elements of each old weight that subtracting the adapter would
-                not restore exactly. It requires additive updates (LoRA and similar methods). Do not change the
-                adapter's tensors before `unmerge_`.
+                "recompute" keeps the adapter, and `unmerge_` subtracts it from the merged weights. "recompute" also
+                keeps the elements of the old weights that the subtraction would not restore exactly. All updates must
+                be additive (LoRA and similar methods). Do not change the adapter's tensors before `unmerge_`.
 
         Raises:
             NotMergeable: a method does not change weights, an update needs a bias that the base does not have, a weight
@@ -442,9 +442,10 @@ class Handle:
         If an error is raised, nothing is changed.
 
         Raises:
-            UsageError: the adapter was not merged with `keep`, or another attached adapter has its name. It is also
-                raised if, after the merge, the merged weights were changed, cast or replaced; the adapter was changed,
-                but is needed to recompute the old weights; or another tool replaced or restored a layer's forward.
+            UsageError: the adapter was not merged with `keep`, or another attached adapter has its name. The error is
+                also raised if, after the merge, the merged weights were changed or replaced, or another tool replaced
+                or restored a layer's forward. If the old weights must be recomputed, the error is also raised if the
+                adapter was changed, or if the merged weights were cast.
         """
         if self._state != "merged" or not self._merged:
             why = "the adapter was not merged with keep=, so there are no weights to restore"
