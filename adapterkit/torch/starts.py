@@ -4,9 +4,9 @@ PEFT draws random numbers from torch's global generator, layer by layer. It firs
 initialises layers, and then replaces these values by new ones. The functions here draw all these numbers in the same
 order. So `create(model, "lora", seed=s)` gives the same factors as `torch.manual_seed(s)` and then `get_peft_model`.
 
-PiSSA, OLoRA and CorDA subtract the LoRA's initial change from the base. LoftQ subtracts the base's rounding error. In
-PEFT, the difference overwrites the base. Here, the base stays unchanged, and the subtraction is an additional update
-before the LoRA: the `residual` in `Start.taken`.
+PiSSA, OLoRA and CorDA subtract the LoRA's initial change from the base. LoftQ subtracts the base's rounding error. PEFT
+overwrites the base with the result. Here, the base stays unchanged, and an additional update before the LoRA does the
+subtraction. `Start.taken` holds this update; its method is `residual`.
 
 CorDA and EVA need data: `moments_of` runs the model over batches, and computes the moments of each layer's inputs.
 """
@@ -34,8 +34,8 @@ class Start:
     Attributes:
         A: `[r, in, *k]`.
         B: `[out, r]`.
-        taken: an update that subtracts the LoRA's initial change from the base (for LoftQ, the rounding error of the
-            weight); None if the initialiser subtracts nothing.
+        taken: an update that subtracts the LoRA's initial change from the base. For LoftQ, the update subtracts the
+            weight's rounding error instead. None if the initialiser subtracts nothing.
     """
 
     A: Tensor

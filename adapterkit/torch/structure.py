@@ -187,7 +187,7 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def key_sizes(module: nn.Module) -> dict[str, int]:
-    """Return the known sizes of an attention: the `heads` and head width `d` of its keys, the `width` of its input."""
+    """Return an attention's known sizes: the number of key `heads`, the head width `d`, and the input's `width`."""
     config = module.config
     grouped = getattr(config, HEADS[0], None)
     heads = grouped or next((value for name in HEADS if (value := getattr(module, name, None))), None)
@@ -197,10 +197,10 @@ def key_sizes(module: nn.Module) -> dict[str, int]:
 
 
 def positions_of(model: nn.Module, path: str) -> nn.Module | None:
-    """Return the attention whose table of relative positions is used by the attention at `path`.
+    """Return the attention that stores the table of relative positions for the attention at `path`.
 
-    In T5, this is the first attention of the encoder or decoder. Return None if the attention at `path` uses no
-    relative positions.
+    In T5, the first attention of the encoder or decoder stores this table. Return None if the attention at `path` uses
+    no relative positions.
     """
     if not hasattr(model.get_submodule(path), "has_relative_attention_bias"):
         return None

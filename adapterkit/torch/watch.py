@@ -67,9 +67,9 @@ def _look(parent: nn.Module, name: str, new: nn.Module | None) -> None:
         new: the child.
 
     Raises:
-        Unsupported: a module with an adapter is replaced by a module of torch.ao, or is replaced in torch.fx's copy of
-            a model. Or a merged PEFT layer is replaced by the module that it wraps, and the merge changed what the
-            adapter of this module computes.
+        Unsupported: a module of torch.ao replaces a module with an adapter, or torch.fx replaces a module with an
+            adapter in its copy of a model. The error is also raised if a module with an adapter replaces the merged
+            PEFT layer that wraps the module, and the merge changed what the adapter computes.
     """
     old = parent._modules.get(name)
     if old is None or old is new:
@@ -117,8 +117,8 @@ def check_tuner(tuner: nn.Module, module: nn.Module, where: str) -> None:
         where: the name of `module`, for the error.
 
     Raises:
-        Unsupported: the PEFT layer is merged, and PEFT's change or an adapter's change is not additive, or an adapter
-            changes the bias.
+        Unsupported: the PEFT layer is merged, and at least one of three statements is true: PEFT's change is not
+            additive, an adapter's change is not additive, or an adapter changes the bias.
     """
     if not is_tuner(tuner) or not getattr(tuner, "merged"):  # noqa: B009 - PEFT's layers have no type
         return
@@ -139,7 +139,10 @@ def _is_sum(tuner: nn.Module) -> bool:
 
 
 def _kind(tuner: nn.Module) -> str:
-    """Return the folder of `peft.tuners` that defines a PEFT layer, such as `lora`, or `adapter` if there is none."""
+    """Return the folder of `peft.tuners` that defines a PEFT layer, such as `lora`.
+
+    If no folder of `peft.tuners` defines the layer, return `adapter`.
+    """
     names = [kind.__module__.split(".") for kind in type(tuner).__mro__ if kind.__module__.startswith("peft.tuners.")]
     return next((parts[2] for parts in names if len(parts) > 3), "adapter")
 
@@ -549,7 +552,7 @@ class _WatchHook:
         return True
 
     def _is_defined_in(self, hook: Hook, reader: str) -> bool:
-        """Whether `reader` is the full name of a method of the module that directly contains the hook's module."""
+        """Whether `reader` is the full name of a method that a parent of the hook's module defines or inherits."""
         around = [type(parent) for parent, _, child in self.places if child is hook.module]
         kinds = [kind for each in around for kind in each.__mro__]
         return any(reader.startswith(f"{kind.__module__}.{kind.__qualname__}.") for kind in kinds)

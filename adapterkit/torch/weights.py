@@ -1,4 +1,4 @@
-"""Apply updates to stored parameters, for merging and for modules that must run with their own forward."""
+"""Apply updates to stored parameters, for merging and for modules that must run their original forward."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ def changed_bias(b: Tensor, changes: Iterable[Change]) -> Tensor:
 
 
 def settled(updates: Iterable[Update], W: Tensor, target: Target) -> tuple[Update, ...]:
-    """Replace bias changes that depend on the weight by their values for the weight W, and return the updates.
+    """Return the updates with bias changes that no longer depend on the weight.
 
-    The values for an update are computed from W with the changes of all earlier updates.
+    If an update computes its bias change from the weight, this function computes the change once. It computes the
+    change from W with the changes of all earlier updates.
     """
     done, seen = [], view(W, target)
     for update in updates:
@@ -151,7 +152,7 @@ def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]
 
 
 def _entries(owner: nn.Module, name: str) -> dict[str, object]:
-    """Return the dictionary of a module in which `exchanged` must replace the value `name`."""
+    """Return one of the module's dictionaries: the one in which `exchanged` must set the key `name`."""
     if torch.compiler.is_compiling():
         for table in (owner._parameters, owner._buffers, owner._modules):
             if name in table:

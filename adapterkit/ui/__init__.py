@@ -280,7 +280,7 @@ MOST = 8
 
 
 def products(adapters: Sequence[str], base: str | None) -> dict[str, JsonValue]:
-    """Return, for each target, the inner products of the adapters' changes, for all pairs of adapters.
+    """Return the inner products of the adapters' changes: for each target, a table with a row and column per adapter.
 
     From these products, the page computes the norm of any weighted sum of the changes.
 

@@ -128,8 +128,8 @@ class Forms:
             output: whether a command will write to the path.
 
         Raises:
-            UsageError: the path is invalid, is an address on a hub, or is outside the open folders. Or a command would
-                replace an open folder.
+            UsageError: the path is invalid, is an address on a hub, is outside the open folders, or is an open folder
+                that a command would replace.
         """
         if is_address(value):
             cure = "Start the page with --hubs, or download the files first with adapterkit pull"
