@@ -33,7 +33,8 @@ PADDING = 32
 
 If more than `1 / PADDING` of the base's rows are extra, the merge raises an error, unless `--vocab` is `keep`.
 
-According to configs and tokenizers, Qwen 2.5 pads 271 of 151,936 rows, Phi-3 53 of 32,064, DeepSeek 2,385 of 102,400.
+Examples of padding, according to configs and tokenizers: Qwen 2.5 has 271 such rows among 151,936 rows; Phi-3 has 53
+among 32,064; DeepSeek has 2,385 among 102,400.
 """
 
 _BLOCK = 1 << 20
@@ -203,7 +204,7 @@ class Vocabulary:
             cure = 'Merge with --quantized dequantize (quantized="dequantize"), or --vocab keep (vocab="keep")'
             raise Unsupported("the vocabulary of a quantized model cannot grow", path=self.base.root, cure=cure)
         tensors = dict(self.base.tensors)
-        # Grow all embeddings and heads with `rows` rows together, because a separate head needs as many rows as the
+        # Add rows to every embedding and head that has `rows` rows, because a separate head needs as many rows as the
         # embedding.
         for rows, needed in self.sizes.items():
             for name in self._growing(rows):

@@ -35,10 +35,11 @@ RUN = 32 << 20
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A task that writes consecutive bytes of an output file: compute blocks of `output`, or copy from `source`.
+    """A task that writes bytes of an output file. The job computes blocks of `output`, or copies bytes from `source`.
 
-    If `parts` is not empty, the job writes a packed weight, whose stored tensors may be anywhere in the file. If `run`
-    is set, the job writes only the rows of this run.
+    If `parts` is empty, the job writes consecutive bytes. Otherwise, the job writes a packed weight. `parts` are the
+    stored tensors of this weight, and may be anywhere in the file. If `run` is set, the job writes only the rows of
+    this run.
     """
 
     file: OpenFile
@@ -198,7 +199,7 @@ class Pipeline(Protocol):
     """Moves one worker's blocks through a device."""
 
     def computing(self) -> AbstractContextManager[object]:
-        """Return a context manager. Tensors computed inside its block are ready before later blocks are computed."""
+        """Return a context manager. Tensors computed inside its `with` are ready before `through` uses them."""
         ...
 
     def through(
@@ -354,7 +355,8 @@ class JobResult:
         norms: a map from the index of each planned update to the squared norm of the update's change. For a packed
             weight, the next `NORMS` indices measure the damage that quantizing causes.
         runs: (offset, size in bytes, sha256) of each written range; empty if the file's checksums are not recorded.
-        written: a future that completes when the job's bytes are in the file, or raises the OSError that prevented it.
+        written: a future that completes when the job's bytes are in the file. If writing fails, the future raises the
+            OSError.
     """
 
     norms: dict[int, float]
@@ -449,7 +451,7 @@ class Worker:
         return written.runs(offset, len(data))
 
     def _pack_rows(self, run: PackedRun, job: Job) -> tuple[dict[int, float], list[Run]]:
-        """Write some rows of a packed weight: first the bytes of its first stored tensor, then those of the others."""
+        """Write some rows of a packed weight into its stored tensors, one tensor after another."""
         assert job.output is not None
         offsets = {part.name: part.offset for part in job.parts}
         first, *others = run.places
@@ -507,7 +509,7 @@ class _Summed:
             self.filled(len(piece))
 
     def runs(self, offset: int, nbytes: int) -> list[Run]:
-        """Return the checksum of all bytes as one run of `nbytes` bytes at `offset`; no run if `summed` was false."""
+        """Return one run: `offset`, `nbytes` and the sha256 of all bytes. Return no run if `summed` was false."""
         return [] if self.digest is None else [(offset, nbytes, self.digest.hexdigest())]
 
 

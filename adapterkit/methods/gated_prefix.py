@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class GatedPrefix(ContextUpdate):
-    """Puts keys P[0, 0] and values P[0, 1], multiplied by gates for each batch row, before the attention's own."""
+    """Puts keys P[0, 0] and values P[0, 1] before the attention's own keys and values.
+
+    For each batch row, P is multiplied by this row's gates.
+    """
 
     place = "prefix"
     acts_on = "the keys and values of the attention"

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 class GatedPrefixMLP(PrefixMLP):
-    """Puts an MLP's keys and values, multiplied by gates for each batch row, before the attention's own.
+    """Puts keys and values from an MLP before the attention's own keys and values.
 
-    The MLP has the formula of the method `prefix_mlp`, and the gates have the formula of `gated_prefix`.
+    For each batch row, the MLP's keys and values are multiplied by this row's gates. The MLP has the formula of
+    the method `prefix_mlp`, and the gates have the formula of `gated_prefix`.
     """
 
     place = "prefix"

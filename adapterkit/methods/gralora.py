@@ -52,7 +52,10 @@ class GraLoRA(Additive):
         return scaled
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return factors of rank g * r, or g * r + h in the hybrid form; elements outside of the blocks are 0."""
+        """Return factors of rank g * r, in which all elements outside of the blocks are 0.
+
+        In the hybrid form, the factors also contain A_whole and B_whole, so their rank is g * r + h.
+        """
         A, B = self._blocks()
         xp = namespace(A)
         identity = xp.eye(len(A), dtype=A.dtype, device=getattr(A, "device", None))

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 class Invertible(OutputUpdate):
-    """Applies the coupling block to the target's output or, with `reverse`, the block's inverse to the target's input.
+    """Applies the coupling block to the target's output.
 
-    F and G each consist of two linear layers with an activation between them.
+    If `reverse` is true, the update instead applies the block's inverse to the target's input. F and G each consist of
+    two linear layers with an activation between them.
     """
 
     paper = "https://arxiv.org/abs/2005.00052"

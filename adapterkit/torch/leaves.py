@@ -146,7 +146,7 @@ class Leaf:
                 raise Unsupported(why, where=self.name, cure=cure)
 
     def settle(self) -> None:
-        """Set `first` to None if the module now has another parameter, not on the meta device, under this name."""
+        """If another parameter, which is not on the meta device, now has the leaf's name, set `first` to None."""
         now = self.module._parameters.get(self.name)
         if now is not self.first and now is not None and not now.is_meta:
             self.first = None
@@ -372,8 +372,8 @@ def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
 def on_disk(modules: Iterable[nn.Module]) -> set[int]:
     """Return the ids of the tensors that diffusers' group offloading of `modules` keeps on disk.
 
-    Between two forwards, such a tensor contains uninitialised memory. diffusers writes the file once and reads it in
-    each forward. So if an optimizer or a merge changes the tensor, the change is lost.
+    Between two forwards, such a tensor contains uninitialised memory. diffusers writes the tensor to a file once, and
+    reads the file in each forward. So if an optimizer or a merge changes the tensor, the change is lost.
     """
     return {id(tensor) for group in _groups_on_disk(modules) for tensor in group.tensor_to_key}
 
@@ -467,11 +467,12 @@ def _loaded_by(hook: object, module: nn.Module) -> Iterator[nn.Module]:
 
 
 def owned(value: Value, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
-    """Copy a leaf's value to the device of `like`. If `trained`, return a floating-point copy as a parameter.
+    """Copy a leaf's value to the device of `like`.
 
-    The parameter is in float32 or wider. Any other floating-point copy has the dtype that `torch.promote_types` returns
-    for the dtypes of the value and `like`, so no precision is lost. If the value or `like` has an 8-bit dtype, or if
-    `like` is an integer tensor, this copy is also in float32 or wider.
+    If `trained` is true and the value is floating-point, the copy is a parameter in float32 or wider. If `trained` is
+    false, a floating-point copy has the dtype that `torch.promote_types` returns for the dtypes of the value and
+    `like`, so no precision is lost. But if the value or `like` has an 8-bit dtype, or if `like` is an integer tensor,
+    the copy is in float32 or wider.
 
     If `like` is a DTensor of a tensor-parallel layer, the copy is a DTensor that is replicated in every process.
     """

@@ -42,8 +42,8 @@ Beside = tuple[Tensor | None, dict[str, object]]
 """The residual that a recorder kept (None without a recorder), and the arguments of the model's call."""
 
 RESIDUALS = ("input_tensor", "residual")
-"""The names that transformers gives to the second parameter of `forward` if it is a residual, which the module adds to
-its output."""
+"""The names that transformers gives to the second parameter of `forward` if this parameter is a residual. The module
+adds the residual to its output."""
 
 
 class InputRecorder(threading.local):
@@ -179,9 +179,10 @@ class CallArguments(dict[str, object]):
 
 
 class ModuleCall:
-    """One call of a module. Formulas get it as their `layer`: `OutputUpdate` documents its attributes and methods.
+    """One call of a module. Formulas get this object as their argument `layer`.
 
-    The module runs when a formula first needs the module's output.
+    `OutputUpdate` documents the attributes and methods of `layer`. The module runs when a formula first needs the
+    module's output.
     """
 
     def __init__(

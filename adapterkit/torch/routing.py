@@ -1,8 +1,8 @@
 """Routing: a different adapter for each row of a batch, in one forward pass of the whole model.
 
 A linear layer, convolution or embedding with low-rank adapters runs once, and batched.py adds the change of each row's
-adapter to the output. Any other module with adapters runs once for each group of rows that use the same adapter: its
-own forward runs, or the formula for its layer. Modules without adapters run once.
+adapter to the output. Any other module with adapters runs once for each group of rows that use the same adapter. Each
+of these runs calls the module's own forward, or computes the formula for the layer. Modules without adapters run once.
 
 The *axis of rows* is the axis of a tensor along which the rows of the batch are stacked. It is the first axis, or the
 axis that the argument `axis` gives. In torch's recurrent layers and attention, `batch_first` determines the axis of
@@ -169,7 +169,7 @@ def _rows(names: Sequence[str | None], name: str) -> str:
 def is_expert(where: str) -> bool:
     """Whether a target's path contains a numbered expert, such as `experts.3`.
 
-    Such an expert gets only some tokens of each row, in its own order.
+    Such an expert gets only some tokens of each row, and may get these tokens in another order.
     """
     return _EXPERT.search(where) is not None
 
@@ -184,7 +184,7 @@ def check_expert(route: Route, where: str) -> None:
             adapter and others the base).
     """
     if len(set(route.names)) > 1 and is_expert(where):
-        why = "an expert gets only the tokens routed to it, and it is unknown which rows they belong to"
+        why = "an expert gets only the tokens routed to it, and the rows of these tokens are unknown"
         raise Unsupported(why, where=where, cure=_ALONE)
 
 
@@ -225,7 +225,8 @@ def join(route: Route, module: nn.Module, outputs: Sequence[object], where: str)
     """Join the outputs that the module returned for the groups of `split`, with the rows in their original order.
 
     Raises:
-        Unsupported: an output is a tensor without an axis of rows, or is not a tensor and differs between groups.
+        Unsupported: an output is a tensor without an axis of rows. Or an output is not a tensor, and the groups have
+            different values of this output.
     """
     axis = _axis_of_outputs(route, module)
     turned = [_turned(output, axis, front=True) for output in outputs]

@@ -99,7 +99,7 @@ class Route:
         raise self.mismatch(tensor.shape[0] if tensor.ndim else 0)
 
     def rows_back(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """Undo `rows_first`: convert a tensor `[rows, ...]` to the axes of `like`, the module's output.
+        """Undo `rows_first`: give a tensor `[rows, ...]` the same axes as the module's output `like`.
 
         `tensor` and `like` may have different numbers of rows.
         """

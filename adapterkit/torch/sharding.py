@@ -94,7 +94,10 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 @torch.no_grad()
 def put(parameter: Tensor, value: Tensor) -> None:
-    """Copy a value into a parameter. If only the parameter is sharded, each process copies its shard of the value."""
+    """Copy a value into a parameter.
+
+    If the parameter is sharded and the value is not, each process copies only its own part of the value.
+    """
     if hasattr(parameter, "ds_status"):  # ZeRO keeps small parameters whole, but trains their partitions. Set both.
         library: Any = importlib.import_module("deepspeed")
         with library.zero.GatheredParameters([parameter], modifier_rank=0):
