@@ -388,8 +388,9 @@ class Handle:
         Args:
             keep: the data to keep for `unmerge_`. False keeps nothing. True or "copy" keeps a copy of the old weights.
                 "recompute" keeps the adapter, and `unmerge_` subtracts it from the merged weights. "recompute" also
-                keeps the elements of the old weights that the subtraction would not restore exactly. All updates must
-                be additive (LoRA and similar methods). Do not change the adapter's tensors before `unmerge_`.
+                keeps the elements of the old weights that the subtraction would not restore exactly. For "recompute",
+                all updates must be additive (LoRA and similar methods), and the adapter's tensors must not change
+                before `unmerge_`.
 
         Raises:
             NotMergeable: a method does not change weights, an update needs a bias that the base does not have, a weight
