@@ -305,8 +305,8 @@ def test_the_seed_decides_and_the_model_stays_as_it_is():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"targets": "2x"}, TargetNotFound, "2x: no module"),
-        ({"targets": ["0", "nothing"]}, TargetNotFound, "nothing: no module"),
+        ({"targets": "2x"}, TargetNotFound, "2x: no matching module"),
+        ({"targets": ["0", "nothing"]}, TargetNotFound, "nothing: no matching module"),
         ({"targets": nn.Conv2d}, TargetNotFound, "Conv2d"),
         ({"targets": "re:("}, UsageError, r"re:\(: not a regular expression"),
         ({"rank": 0}, UsageError, "rank is below 1"),

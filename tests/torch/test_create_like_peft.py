@@ -316,7 +316,7 @@ def test_arguments_that_contradict_each_other_are_refused(wrong, why):
 
 
 def test_targets_that_are_left_out_must_be_there():
-    with pytest.raises(TargetNotFound, match="no module"):
+    with pytest.raises(TargetNotFound, match="no matching module"):
         ak.torch.create(llama(), "lora", exclude="q_prj")
     with pytest.raises(TargetNotFound, match="no target remains"):
         ak.torch.create(llama(), "lora", layers=[7])

@@ -124,7 +124,7 @@ def test_a_layer_of_another_size_is_refused():
     attach(model)
     model(X)
     model[0].weight = nn.Parameter(torch.randn(9, 16))
-    with pytest.raises(ShapeMismatch, match="the shape is"):
+    with pytest.raises(ShapeMismatch, match="weight's shape is"):
         model(X)
 
 

@@ -1127,7 +1127,7 @@ def _():
     inject(model)
 
 
-@odd("a LoReFT whose rows depend on each other", raises=Malformed, match="depend on each other")
+@odd("a LoReFT whose rows depend on each other", raises=Malformed, match="are linearly dependent")
 def _():
     row = draw(1, 16)
     update = METHODS["reft"](source=draw(2, 16), projection=torch.cat((row, 2 * row)), orthogonality=True)

@@ -557,7 +557,7 @@ def frozen_by_peft(**rest):
 
 def test_peft_freezes_an_adapter_of_ours_with_a_warning():
     around, _ = frozen_by_peft()
-    with pytest.warns(UserWarning, match=r"a: the adapter 'default' .*frozen.*get_peft_model.*requires_grad_\(True\)"):
+    with pytest.warns(UserWarning, match=r"a: the adapter 'default' .*get_peft_model.*frozen.*requires_grad_\(True\)"):
         around(X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Once is enough.
