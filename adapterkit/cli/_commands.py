@@ -115,7 +115,8 @@ NEXT: Mapping[str, str] = {
 }
 """Command -> the command line to suggest after its success.
 
-A name in braces is replaced by the value of this parameter. If the parameter has no value, nothing is suggested.
+The name of a parameter in braces is replaced by the parameter's value. If the parameter has no value, nothing is
+suggested.
 """
 
 
@@ -460,7 +461,7 @@ class Commands(click.Group):
 
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None:
-            # `doctor` reports errors in files of defaults, so it must not fail on such errors: do not read these files.
+            # `doctor` loads the defaults itself and reports all errors. Loading them here would raise the first error.
             defaults = {} if name == "doctor" else for_command(name, command)
             ctx.default_map = {name: defaults}
             lines = ctx.meta.get(STAGES)

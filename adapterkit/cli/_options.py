@@ -258,7 +258,8 @@ allow_partial = click.option("--allow-partial", is_flag=True, help="Skip targets
 rename = click.option(
     "--rename", multiple=True, callback=_rules, metavar="FROM=TO|@FILE|family:NAME",
     help="Replace FROM by TO in the names of targets that are FROM or start with FROM and a dot; {n} stands for a "
-    "number. @FILE reads one rule per line from FILE. family:NAME gives the model_type of a base without config.json. "
+    "number. @FILE reads one rule per line from FILE. For a base without config.json, write "
+    "family:NAME, where NAME is the base's model_type. "
     "Repeatable.",
 )  # fmt: skip
 overwrite = click.option("--overwrite", is_flag=True, help="Replace existing output.")

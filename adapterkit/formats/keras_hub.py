@@ -203,7 +203,7 @@ class KerasHub(Format):
         by_layer = _by_layer(pairs, names)
         writer = _KerasWriter(family, by_layer, _Sizes.of(base), hints.get("rank", 1))
         write_hdf5(path, writer.tensors(), {MODEL_TYPE: kind})
-        # If the source file has this format, the calls that load it also load the new file, so omit the notes.
+        # If the source file is also from Keras Hub, the user can load the new file as before, so omit the notes.
         notes = [] if hints else writer.notes(max(map(rank_of, pairs.values())))
         return lines + folded + notes
 

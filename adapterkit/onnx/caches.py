@@ -165,7 +165,10 @@ class Past:
         return cast("Cache", cache)
 
     def mask(self, mask: Tensor, length: int) -> Tensor:
-        """Return the mask to pass to the model: for all tokens, or for the call's tokens if no layer has attention.
+        """Return the mask to pass to the model.
+
+        This is the whole mask, for past and new tokens, if any layer has attention. Otherwise, it is the mask's last
+        `length` columns, for the new tokens.
 
         Models without any attention multiply the hidden states of the call by the mask. If only some layers have
         attention, transformers itself cuts the mask for the other layers.

@@ -112,7 +112,7 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
     new = new_tokens(tokens[0], more, target, branch)
     counted = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is None]
     if past_inputs(building.model.graph):
-        why = "new tokens cannot be added to a decoder with a past, because later positions would count the new tokens"
+        why = "new tokens do not work in a graph with past keys, because later position ids would include the tokens"
         raise Unsupported(why, where=where, cure="Export the model without past keys and values")
     if not counted:
         why = "the graph does not compute the positions that the module looks up"

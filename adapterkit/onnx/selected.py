@@ -68,7 +68,7 @@ class Product:
 
 
 def product_of(node: ir.Node) -> Product | None:
-    """Return the MatMul that reads the weights selected by `node`; None if a MatMul is not the only reader.
+    """Return the MatMul that is the only reader of the weights that `node` selects; None if there is no such MatMul.
 
     One or two Transposes may precede the MatMul. If `node` itself is a MatMul with a whole stack, return this MatMul.
     """

@@ -394,7 +394,7 @@ def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Up
 
 
 def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int, Update]) -> LiveUpdates:
-    """Return the live tensors in updates of the same methods as the adapter's own updates.
+    """Convert the updates of `bound` back to the methods of the adapter's own updates, with the same live tensors.
 
     `_trained` may have replaced an update of the adapter with an update of another method, which the model runs.
     """

@@ -127,7 +127,7 @@ def find_output_site(
     ((residual, norm),) = named
     adds_residual = None if residual or norm else _residual_argument(module)
     if (residual or adds_residual) and any(b.placed and not a.placed for a, b in pairwise(updates)):
-        why = "an update that acts before the residual is added comes after an update of the complete output"
+        why = "an update changes the output after the residual is added, and the next update changes it before that"
         raise Unsupported(why, where=where, cure=cure)
     if norm and not all(update.whole for update in placed):
         why = "the block around the target normalises the output, so the norm cannot be skipped"

@@ -106,10 +106,10 @@ class Fused(HeadSizes):
 
 
 def heads_of(module: nn.Module) -> HeadSizes:
-    """Return an attention's projections.
+    """Return an object that applies the projections of an attention module: queries, keys and values, and output.
 
     Raises:
-        Unsupported: the attention is not like Llama's or GPT-2's.
+        Unsupported: the attention module is not like Llama's or GPT-2's.
     """
     children = {name for name, _ in module.named_children()}
     if children == LLAMA and hasattr(module, "head_dim"):

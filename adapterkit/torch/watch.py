@@ -67,9 +67,9 @@ def _look(parent: nn.Module, name: str, new: nn.Module | None) -> None:
         new: the child.
 
     Raises:
-        Unsupported: a module of torch.ao replaces a module with an adapter, or torch.fx replaces a module with an
-            adapter in its copy of a model. The error is also raised if a module with an adapter replaces the merged
-            PEFT layer that wraps the module, and the merge changed what the adapter computes.
+        Unsupported: a module of torch.ao replaces a module that has an adapter, or torch.fx replaces such a module in
+            its copy of a model. The error is also raised if a module that has an adapter replaces the merged PEFT layer
+            that wraps the module, and the merge changed what the adapter computes.
     """
     old = parent._modules.get(name)
     if old is None or old is new:

@@ -416,7 +416,7 @@ def test_order_and_places_that_contradict_each_other_are_refused():
     placed = bottleneck(residual="first")
     for updates, why in (
         ((placed, bottleneck()), "name different modules"),
-        ((reft, placed), "comes after an update of the complete output"),
+        ((reft, placed), "after the residual is added, and the next update changes it before"),
     ):
         with pytest.raises(Unsupported, match=why):
             ak.torch.inject(model, Adapter({Target("m.dense"): updates}))

@@ -134,7 +134,7 @@ def test_what_context_refuses(base, encoders, tmp_path):
     transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "decoder")
     path = ak.onnx.export_pretrained(tmp_path / "decoder", tmp_path / "past", check=False).out
     adapter = ak.Adapter({ak.Target("bert.embeddings"): (ak.METHODS["prompt"](P=torch.randn(2, 32)),)})
-    with pytest.raises(Unsupported, match="because later positions would count the new tokens"):
+    with pytest.raises(Unsupported, match="because later position ids would include the tokens"):
         ak.onnx.inject(path, adapter, out)
     assert not out.exists()
 

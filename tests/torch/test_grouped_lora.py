@@ -150,7 +150,7 @@ def test_the_norms_of_the_paper_are_not_written_as_pefts(tmp_path):
     paper = ak.read(folder, compat="formula")
     held = [update for found in paper.updates.values() for update in found]
     assert {update.regrouped for update in held if update.method == "grouped_dora"} == {False}
-    with pytest.raises(Unrepresentable, match="grouped_dora divides by the norms of its own kernels"):
+    with pytest.raises(Unrepresentable, match="grouped_dora divides by the norms of each output"):
         ak.write(paper.replace(foreign=None, recipe=()), tmp_path / "new", "peft", base=base)
     ak.write(paper, tmp_path / "again", "peft")
     again = (tmp_path / "again" / "adapter_model.safetensors").read_bytes()

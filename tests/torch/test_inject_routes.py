@@ -162,7 +162,10 @@ def test_what_cannot_be_routed_says_so():
     model = nn.Sequential(nn.Linear(6, 4)).double()
     attach(model, lambda seed: Adapter({Target("0"): (lora(4, 6, seed=seed),)}))
     for shape, more in (((8, 6), "flattened=True"), ((3, 6), "for each row")):
-        with ak.torch.route(model, NAMES), pytest.raises(ShapeMismatch, match=f"{shape[0]} rows.*the route has 4.*{more}"):
+        with (
+            ak.torch.route(model, NAMES),
+            pytest.raises(ShapeMismatch, match=f"{shape[0]} rows.*the route has 4.*{more}"),
+        ):
             model(draw(*shape))
     with (
         pytest.raises(UsageError, match=r"aa: row 0: no such adapter is attached. Nearest: a"),

@@ -500,7 +500,11 @@ def _():
     (first + second).sum().backward()
 
 
-@odd("switched off between a checkpointed forward and its backward", raises=Unsupported, match=r"recomputed.*switch changed")
+@odd(
+    "switched off between a checkpointed forward and its backward",
+    raises=Unsupported,
+    match=r"recomputed.*switch changed",
+)
 def _():
     checkpointed(two(), lambda handle: handle.set_active(False))
 

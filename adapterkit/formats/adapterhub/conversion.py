@@ -73,10 +73,10 @@ class AdapterHubHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 
 def hints_of(adapter: Adapter) -> AdapterHubHints:
-    """Return the leftovers of an adapter that was read from AdapterHub's format; empty leftovers for any other adapter.
+    """Return the details of the source file that an adapter from AdapterHub's format has; otherwise default values.
 
     Raises:
-        Malformed: the leftovers are damaged.
+        Malformed: the details are damaged.
     """
     return leftovers(adapter, FORMAT, AdapterHubHints)
 

@@ -184,7 +184,7 @@ def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkp
             f"for another layer, the method must be {update.method.removeprefix('grouped_')}"
         )
     if isinstance(update, GroupedDoRA) and update.regrouped == by_formula:
-        norms = "that PEFT's forward computes" if update.regrouped else "of its own kernels"
+        norms = "that PEFT's forward computes" if update.regrouped else "of each output over the channels of all groups"
         return f"{update.method} divides by the norms {norms}, but readers of the file would divide by other norms"
     if isinstance(update, (LoRA, DoRA)) and target.layout == "in out *k" and len(update.tensors["A"].shape) > 2:
         return f"PEFT does not support {update.method} on a transposed convolution"

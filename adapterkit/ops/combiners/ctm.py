@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class CtM(PlugIn):
-    """U then(U^T D_1 V, .., U^T D_T V) V^T, where U and V have r columns, and `then` is the other method."""
+    """U f(U^T D_1 V, .., U^T D_T V) V^T, where U and V have r columns, and f is the combiner `then`, such as TIES."""
 
     title = "Compress, then merge (CtM)"
     paper = "https://arxiv.org/abs/2606.03723"

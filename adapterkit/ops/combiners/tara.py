@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 TOGETHER = (
     "a callable: score(adapter, together) -> (loss, {target's path: gradient of the loss with respect to the weight, "
-    "[out, in, *k]}), with loss = together(losses) or together(losses, alone); losses are the tasks' losses with the "
-    "combined adapter on unlabelled samples, such as entropies; alone are the losses with each task's adapter alone"
+    "[out, in, *k]}), with loss = together(losses) or together(losses, alone); `losses` has each task's loss, such as "
+    "an entropy, on unlabelled samples with the combined adapter, and `alone` has it with only that task's adapter"
 )
 DIRECTIONS = "each adapter's rank-one products (factors, Variant A), or joint singular directions (shared, Variant B)"
 

@@ -283,7 +283,7 @@ def _form(update: Update) -> tuple[object, ...]:
 
 
 def _unbiased(update: Update) -> tuple[str, ...]:
-    """Return the bias fields that an update may lack: all in a Compacter that has no bias, otherwise none."""
+    """Return `down_bias` and `up_bias` if the update is a Compacter with neither; otherwise no fields."""
     none = update.method == "compacter" and "down_bias" not in update.tensors and "up_bias" not in update.tensors
     return ("down_bias", "up_bias") if none else ()
 
