@@ -167,7 +167,9 @@ def filled(tensor):
 def work(rank, file):
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    for method in METHODS:
+    # Before 2.12, torch cannot solve linear systems in a tensor-parallel layer; OFT needs their solutions.
+    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+    for method in (each for each in METHODS if not (old and each == "oft")):
         for trainable in (False, True):
             for first in (False, True):
                 tensor_parallel(method, trainable, first)
