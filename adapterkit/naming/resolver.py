@@ -222,9 +222,9 @@ class FamilyNames:
         self.counts: dict[str, int] = {}
         templates = {naming: list(architecture.templates(naming)) for naming in architecture.namings}
         covered = {naming: sum(t in self.shapes for t in known) for naming, known in templates.items()}
-        # If the base has more than half of a naming's names unchanged, search no prefix of the others,
+        # If the base has more than half of a naming's names unchanged, do not search for prefixes of the other namings,
         # because the search could find a wrong prefix. Still search for a prefix of this naming, because the names of
-        # one part of the model may lack a prefix: in Dots 3's class without a head, only the text model's names lack it.
+        # one part of the model may lack a prefix: in Dots 3's class without a head, the text model's names lack it.
         plain = {naming for naming, count in covered.items() if 2 * count > len(templates[naming])}
         self.prefixes = {
             naming: self._prefix(known, bool(plain)) if not plain or naming in plain else ("", "")
