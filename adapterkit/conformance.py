@@ -262,8 +262,8 @@ def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list
 def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
     """Check the tensors that the program computed against the expected tensors in `expected`, the case's base file.
 
-    If the program answers Unsupported for at least one target's path, and its tensors for all other paths are right,
-    the outcome's `passed` is None.
+    The outcome's `passed` is None if the program answers Unsupported for at least one target's path, and all tensors
+    that it computed for other paths are right.
     """
     import numpy as np
 

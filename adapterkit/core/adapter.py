@@ -337,7 +337,7 @@ class Adapter:
             rename: rules that rename targets, each `FROM=TO` or `@FILE`. The first rule that matches a name is applied.
 
         Raises:
-            TargetNotFound: a target matches no weight of the base, or several.
+            TargetNotFound: a target matches no weight of the base, or several weights.
             ShapeMismatch: an update does not fit the shape of its weight.
             NotMergeable, Unsupported: an update cannot be split or joined.
         """
@@ -518,7 +518,10 @@ def _check_update(target: Target, update: Update, together: dict[str, object]) -
 
 
 def _shared(dims: Dims) -> dict[str, object]:
-    """Return the axis sizes that all updates of a target must share. The first size of `rest` is the size of `in`."""
+    """Return the axis sizes that all updates of a target must share.
+
+    If `dims` contains a tuple of sizes `rest`, the first of these sizes is the size of `in`.
+    """
     rest = dims.get("rest")
     shared: dict[str, object] = {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims}
     return shared | ({"in": rest[0]} if rest and isinstance(rest, tuple) else {})

@@ -34,7 +34,7 @@ Alternatives = tuple[tuple[str, ...], ...]
 
 @cache
 def alternatives(text: str) -> Alternatives | None:
-    """Parse an SPDX expression, and return the sets of licences from which the user may choose one set.
+    """Parse an SPDX expression, and return the alternative sets of licences. The user may choose any one set.
 
     The licences are in lower case. A licence with an exception, such as `gpl-2.0 with classpath-exception-2.0`, counts
     as one licence. Return None if `text` is not an expression, or has more than `_MOST` words or alternatives.
@@ -257,7 +257,7 @@ def spdx_expression_of(licence: Licence) -> str | None:
 
 
 def choices(licence: Licence) -> list[list[Licence]]:
-    """Return the sets of single licences from which a user of the model may choose one set.
+    """Return the alternative sets of single licences. A user of the model may choose any one of these sets.
 
     Sets with a licence that is not in the table are returned only if every set contains such a licence.
     """
@@ -273,9 +273,9 @@ _MOST_READINGS = 256
 
 
 def _readings(parts: Sequence[Part]) -> list[list[Part]]:
-    """Choose one set of licences for each part, and return all such combinations, but at most `_MOST_READINGS`.
+    """Return the possible combinations of one set of licences per part, but at most `_MOST_READINGS` of them.
 
-    A combination is a list of pairs (name of a part, single licence).
+    A combination is a list of pairs (name of a part, single licence), one pair for each licence in the chosen sets.
     """
     each = [[[(name, licence) for licence in some] for some in choices(licence)] for name, licence in parts]
     return [[part for some in choice for part in some] for choice in islice(product(*each), _MOST_READINGS)]
@@ -325,7 +325,7 @@ def _contradictions(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _adds_limits(whole: Terms, other: Terms) -> bool:
-    """Whether `whole` must cover the whole model and does not limit its use, but `other` limits its use."""
+    """Whether `other` limits the use of the model, but `whole` must cover the whole model and has no such limits."""
     return whole.whole and not whole.restricts and other.restricts
 
 
@@ -414,7 +414,8 @@ def _cited(name: str, licence: Licence) -> str:
 def _reached(licence: Licence) -> set[str]:
     """Return the other licences that a merged model may have if one of its parts has `licence`.
 
-    These are the licences that the table lists in `into` for `licence`, the licences listed for those, and so on.
+    The table's entry for `licence` lists some of these licences in its field `into`. The entries of the listed licences
+    may list further licences in the same way, which are also returned.
     """
     reached: set[str] = set()
     left = [_id(licence)]

@@ -75,7 +75,7 @@ def with_metadata(pairs: Iterable[tuple[str, str]], adapter: Adapter) -> list[tu
     """Return the (key, value) pairs for a new file's header.
 
     The result contains `pairs`, then the metadata of the adapter's source files, then the fingerprints and shape
-    digests of the adapter's bases. If a key is in `pairs`, its value from `pairs` is used, and all others are ignored.
+    digests of the adapter's bases. If a key of `pairs` also has another value, the value from `pairs` is used.
 
     Args:
         pairs: the pairs that the format requires, or the pairs from the source file's header.
@@ -137,7 +137,7 @@ def shapes_of(adapter: Adapter) -> tuple[str, ...]:
 
 
 def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
-    """Return the values of the lineage argument `name`, and of its metadata key in `KEYS_OF_FILES`."""
+    """Return the lineage's values of the argument `name`, and the metadata's values of `KEYS_OF_FILES[name]`."""
     texts = [_strings(step.args.get(METADATA)) for step in adapter.recipe]
     if adapter.foreign is not None:
         texts.append(_strings(adapter.foreign.data.get(METADATA)))

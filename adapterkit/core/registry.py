@@ -48,7 +48,7 @@ class Registry(Mapping[str, T], Generic[T]):
         """Return the entry with this name; import its module if necessary.
 
         Raises:
-            Unsupported: the registry has no entry with this name, or several packages add one.
+            Unsupported: the registry has no entry with this name, or several packages add this name.
             TypeError: a built-in module does not define exactly one entry, or an entry point is wrong. An entry point
                 must have the name of its module, and must refer to a class that derives from `root`.
         """
@@ -94,7 +94,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return points
 
     def packages(self) -> dict[str, str]:
-        """For each name that other packages add, return these packages: `acme-adapters 1.0, other 2.1`."""
+        """For each name that other packages add, return a list of packages: `acme-adapters 1.0, other 2.1`."""
         return {name: ", ".join(map(_package, points)) for name, points in sorted(self._third_party.items())}
 
     def refused(self) -> dict[str, str]:

@@ -68,12 +68,13 @@ def create(
         targets: one or several choices (see `Choice`). Each choice must match a module or a parameter. Globs and
             regular expressions are compared with the names of all modules that have a weight. They are also compared
             with the names of all parameters except the `weight` and `bias` of these modules. If the method changes
-            outputs, they are compared only with the names of all modules that have a forward. A glob must match the
-            whole dotted name, or the part after any dot. A regular expression must match the whole name. "all-linear"
-            matches every linear layer (and GPT-2's Conv1D) except the output head. In a transformers model, the head is
-            the result of `get_output_embeddings()`; in a classifier, it is the module `score` or `classifier`. Methods
-            that add context ignore `targets`, except `adaption_prompt`, `gated_prefix` and `gated_prefix_mlp`: these
-            adapt all attention modules, or only those whose names match globs in `targets`.
+            outputs, globs and regular expressions are compared only with the names of all modules that have a forward.
+            A glob must match the whole dotted name, or the part after any dot. A regular expression must match the
+            whole name. "all-linear" matches every linear layer (and GPT-2's Conv1D) except the output head. In a
+            transformers model, the head is the result of `get_output_embeddings()`; in a classifier, it is the module
+            `score` or `classifier`. Most methods that add context ignore `targets`. Only `adaption_prompt`,
+            `gated_prefix` and `gated_prefix_mlp` use it: they adapt the attention modules whose names match globs in
+            `targets`, or all attention modules if `targets` is "all-linear".
         exclude: choices to remove from the targets. Each choice must match a module or a parameter.
         layers: the numbers of the blocks to adapt. A block's number is the first number in a target's name that has
             names before and after it (3 in `model.layers.3.mlp`). If not given, all blocks are adapted.
@@ -491,8 +492,8 @@ def create_context(
             list of token ids. The virtual tokens then start as the embeddings of these ids.
 
     Raises:
-        TargetNotFound: the name of no attention module matches `targets`.
-        UsageError: the method does not have one of the attributes.
+        TargetNotFound: no attention module has a name that matches `targets`.
+        UsageError: `attributes` contains an attribute that the method does not have.
         Unsupported: the model's config does not contain the sizes that the method needs.
     """
     embedding: Any = embedding_of(model)

@@ -128,7 +128,10 @@ class Merged:
 
     @property
     def is_cast(self) -> bool:
-        """Whether the old bits must be recomputed, but cannot be, because the parameter has another dtype now."""
+        """Whether the parameter has another dtype now, so that its old bits cannot be recomputed.
+
+        False if `before` keeps a copy of the old bits.
+        """
         return self.dtype not in (None, self.parameter.dtype)
 
     def push(self) -> None:
@@ -153,8 +156,8 @@ class Merged:
     def slim(self, again: Tensor) -> None:
         """Replace the copy of the old parameter by the data that recomputing needs.
 
-        This data is the old bits that recomputing would not restore, with their flat indices. If it takes more memory
-        than the copy, keep the copy.
+        Recomputing may not restore some elements exactly. The data is the old bits of these elements, with their flat
+        indices. If this data does not take less memory than the copy, keep the copy.
 
         Args:
             again: the parameter's values, recomputed by subtracting the merge's change.
@@ -221,7 +224,11 @@ class Memory:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield (name, parameter). A tied parameter is yielded once per module; a module with two names is visited once."""
+    """Yield (name, parameter) for the parameters of all modules.
+
+    A parameter that several modules share is yielded once for each module. A module that has several names is visited
+    only once.
+    """
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -283,9 +290,9 @@ def subtracted(folded: Folded, merged: list[Merged]) -> list[tuple[Merged, Tenso
 
 
 def _less(hook: ForwardHook, parts: list[Part]) -> dict[int, Tensor]:
-    """Subtract the parts from a hook's parameters, and return the results, keyed by `id(parameter)`.
+    """Return the values of a hook's parameters after the parts are subtracted, keyed by `id(parameter)`.
 
-    The subtraction is in place. Afterwards, the parameters get their previous values back.
+    The parts are subtracted in place. Before this function returns, it gives the parameters their previous values back.
     """
     mine = [tensor_at(hook.module, path) for path in changed_by(parts)]
     before = [parameter.detach().clone() for parameter in mine]
@@ -299,9 +306,9 @@ def _less(hook: ForwardHook, parts: list[Part]) -> dict[int, Tensor]:
 
 
 def slim(hook: ForwardHook, parts: list[Part], merged: list[Merged]) -> None:
-    """For each merged parameter, keep only the old bits that subtracting the parts would not restore.
+    """Replace the copy of each old parameter by the data that recomputing needs; see `Merged.slim`.
 
-    See `Merged.slim`.
+    The old values are recomputed by subtracting the parts from the merged parameters.
     """
     values = _less(hook, parts)
     for each in merged:
@@ -318,10 +325,10 @@ def restore(restored_values: Sequence[tuple[Merged, Tensor | None]]) -> None:
 class Unmerging:
     """Undo a merge module by module. If this fails halfway, `undo` restores the merged weights.
 
-    `undo` needs the merged bits, but a full set of copies of them would take as much memory as the copies of the old
-    bits. So the two kinds of copies are not kept together: after a parameter's old bits are restored, a copy of its
-    merged bits replaces the copy of its old bits. If the old bits are recomputed, no copy is needed, because merging
-    again gives the same merged bits.
+    `undo` needs the merged bits of all parameters. To keep these bits in addition to the copies of the old bits would
+    take twice the memory. So after a parameter's old bits are restored, a copy of its merged bits replaces the copy of
+    its old bits. If the old bits are recomputed, no copy of the merged bits is needed, because merging again gives the
+    same bits.
     """
 
     def __init__(self) -> None:
@@ -411,7 +418,7 @@ def _check_parts(hook: ForwardHook, parts: list[Part], shared: set[int], memory:
 
 
 def _once(model: nn.Module, folded: Folded) -> tuple[Folded, set[int]]:
-    """If all layers that share a parameter have equal parts, keep only one layer's part.
+    """If all layers that share a parameter have equal parts, keep the part of only one of these layers.
 
     Returns:
         The hooks with the remaining parts, and the ids of the shared parameters whose layers all have equal parts.

@@ -127,7 +127,7 @@ class ForwardHook:
         wrapped = slot is None and met
         attributes[HOOK], attributes[SCRIPTING] = self, self.refuse_scripting
         watch_reads(self)
-        if not wrapped:  # If the hook is wrapped, another tool's forward is in the slot, and calls the hook.
+        if not wrapped:  # If the hook is wrapped, the slot contains another tool's forward, which calls the hook.
             owner, name = slot or self.slot
             owner.__dict__[name] = HookEntry(self) if self.contexts or self.call_recorders else self.forward
 
@@ -292,9 +292,10 @@ class ForwardHook:
             )
 
     def _check_copy(self, copied: Mapping[str, Tensor | None]) -> None:
-        """Check that a module that was copied without its model still has the values for which its adapter was made.
+        """Check that a copied module still has the values for which its adapter was made.
 
-        torch's `fuse_conv_bn_eval` copies a layer and scales the copy's weight, but not the copy's adapter.
+        This check is only for modules that were copied without their model. For example, torch's `fuse_conv_bn_eval`
+        copies a layer and scales the copy's weight, but not the copy's adapter.
 
         Raises:
             Unsupported: the weight and bias were replaced, and the weight has new values.
@@ -339,8 +340,8 @@ class ForwardHook:
     def _row_by_row(self, route: Route, scope: Scope, x: object) -> Tensor | None:
         """Return a linear layer's output, in which each row has the change of its own adapter.
 
-        The changes are computed with the cached stack of all frozen adapters' factors. Return None if there is no such
-        stack, if it is out of date, or if it cannot be used in this call.
+        The changes are computed with a cached stack, which contains the factors of all frozen adapters. Return None if
+        there is no such stack, if it is out of date, or if it cannot be used in this call.
         """
         W, stack, layer = self.module._parameters.get("weight"), self.kept.stack, self.layer
         if W is None or stack is None or layer is None or type(x) is not Tensor or x.shape[-1:] != W.shape[1:]:
@@ -660,9 +661,10 @@ def hook_at(module: nn.Module) -> ForwardHook:
 
 
 def hook_again(hook: ForwardHook) -> ForwardHook | None:
-    """Return the hook to which parts that were detached from `hook` can be attached again.
+    """Return the hook to which the detached parts of `hook` can be attached again.
 
-    Return None if another tool has replaced the module's forward since then, or has removed an earlier replacement.
+    Return None if, since the parts were detached, another tool has replaced the module's forward, or has undone an
+    earlier replacement of this forward.
 
     Args:
         hook: the hook from which the parts were detached.
@@ -675,7 +677,7 @@ def hook_again(hook: ForwardHook) -> ForwardHook | None:
     is_unbound = (
         getattr(met, "__self__", None) is hook.module and getattr(met, "__func__", None) is type(hook.module).forward
     )
-    # If accelerate's hooks are on the module, a new hook goes inside them, like the old one.
+    # If accelerate has wrapped the module's forward, a new `ForwardHook` goes inside this wrapper, as the old one did.
     fits = met is hook.before or is_unbound or "_hf_hook" in attributes
     return hook_at(hook.module) if fits else None
 
@@ -742,7 +744,7 @@ def _direct(layer: TorchLayer, parts: list[Part], x: Tensor) -> Tensor:
 
 @contextmanager
 def _spread(layer: TorchLayer, parts: list[Part]) -> Iterator[None]:
-    """Return a context in which formulas can run over a layer, even if the layer's weight is a DTensor.
+    """Return a context manager that lets the updates' formulas run at a layer whose weight may be a DTensor.
 
     Raises:
         Unsupported: a formula uses plain tensors, which torch cannot combine with DTensors.

@@ -120,7 +120,7 @@ class Handle:
             switch.weight = value
 
     def _copies(self) -> dict[Switch, list[ForwardHook]]:
-        """Return the hooks of copied layers, keyed by their switch, which is a copy of the adapter's switch.
+        """Return the hooks of copied layers, keyed by switch. Copying a layer also copies the adapter's switch.
 
         If a layer is copied inside the model (depth upscaling, clones), `weight`, `set_active`, `disable` and `remove`
         also apply to the adapter at the copied layer. A copy outside of the model is independent of the handle.
@@ -136,7 +136,7 @@ class Handle:
         """Check that the model contains no copy of a layer that the adapter changes.
 
         Raises:
-            UsageError: the model contains such a copy. The adapter has no target for the copied layer.
+            UsageError: the model contains such a copy. The adapter has no target for the copy.
         """
         hook = next((hook for hooks in self._copies().values() for hook in hooks), None)
         if hook is not None:
@@ -223,9 +223,9 @@ class Handle:
         yield from self._copied_leaves(seen)
 
     def _copied_leaves(self, seen: set[int]) -> Iterator[tuple[str, Leaf]]:
-        """Yield (name, leaf) for the tensors of layers that were copied inside the model.
+        """Yield (name, leaf) for the adapter's tensors at copies of layers inside the model.
 
-        Each name contains the path of the copied layer, not of the original.
+        Each name contains the path of the copy, not of the original layer.
         """
         copies = self._copies()
         paths = {id(module): name for name, module in self._model.named_modules()} if copies else {}
@@ -443,10 +443,10 @@ class Handle:
         If an error is raised, nothing is changed.
 
         Raises:
-            UsageError: the adapter was not merged with `keep`, or another attached adapter has its name. The error is
-                also raised if, after the merge, the merged weights were changed or replaced, or another tool replaced
-                or restored a layer's forward. If the old weights must be recomputed, the error is also raised if the
-                adapter was changed, or if the merged weights were cast.
+            UsageError: the adapter was not merged with `keep`, or another adapter with the same name is attached. The
+                error is also raised if, after the merge, the merged weights were changed or replaced, or another tool
+                replaced or restored a layer's forward. If the old weights must be recomputed, the error is also raised
+                if the adapter was changed, or if the merged weights were cast.
         """
         if self._state != "merged" or not self._merged:
             why = "the adapter was not merged with keep=, so there are no weights to restore"
