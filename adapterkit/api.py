@@ -321,7 +321,7 @@ def report(
         raise UsageError("--merged requires --base", where="merged", cure="Also pass --base BASE (base=)")
     if out is not None:
         check_free(Path(out), overwrite)
-    # Recognize a `Gate` by its method `record`: for `isinstance`, all modules of `adapterkit.gating` would be imported.
+    # Recognize a `Gate` by its attribute `record`: a test with `isinstance` would import all of `adapterkit.gating`.
     record: Any = getattr(gate, "record", None)
     gate_record: Any = gate if record is None else record()
     figures = None if gate_record is None else gate_figures(gate_record)

@@ -94,9 +94,9 @@ def graph_in(base: str) -> str | None:
 def graph_or_folder(model: str, out: str | None) -> str:
     """Return the path of the single ONNX file at `model`, or `model` itself.
 
-    If `model` is a folder of graphs, and `out` is set and does not end in .onnx, the command changes all graphs of the
-    folder, so return `model` itself. Also return `model` itself if there is no single ONNX file at `model` (see
-    `graph_in`).
+    If `model` is a folder of graphs and `out` is a path that does not end in .onnx, the command changes all graphs of
+    the folder. In this case, return `model` itself. Also return `model` itself if there is no single ONNX file at
+    `model` (see `graph_in`).
     """
     from ..reporting.inspecting import graph_folder
 
@@ -243,7 +243,8 @@ def warn(warnings: Sequence[str]) -> None:
 def targets_view(record: Mapping[str, object], every: bool = False) -> View:
     """Yield a table of the targets that were found in a graph.
 
-    The table has a row for each target. If there are many targets, it has a row for each module instead.
+    The table has a row for each target. If there are many targets, targets that differ only in the layer
+    share one row.
 
     Args:
         record: the record of a merge, an injection or a plan.

@@ -1,7 +1,7 @@
-"""Initial factors of LoRA: the initialisers of PEFT's `init_lora_weights`, which give the same values as in PEFT.
+"""Compute a LoRA's initial factors with the initialisers of PEFT's `init_lora_weights`. The values equal PEFT's.
 
 PEFT draws random numbers from torch's global generator, layer by layer. It first initialises both factors as torch
-initialises layers, and then replaces these values by new ones. The functions here draw all these numbers in the same
+initialises layers, and then overwrites these values. The functions here draw all these numbers in the same
 order. So `create(model, "lora", seed=s)` gives the same factors as `torch.manual_seed(s)` and then `get_peft_model`.
 
 PiSSA, OLoRA and CorDA subtract the LoRA's initial change from the base. LoftQ subtracts the base's rounding error. PEFT

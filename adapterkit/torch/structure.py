@@ -1,4 +1,4 @@
-"""Find the attentions, the embeddings, the sizes and the wrappers of a transformers model."""
+"""Find the attention modules, the token embedding, the sizes and the wrappers of a transformers model."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..errors import Unsupported
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj"}
 GPT2 = {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}
-"""The names of the child modules of attentions like Llama's (`LLAMA`) and like GPT-2's (`GPT2`).
+"""The names of the child modules in an attention module like Llama's (`LLAMA`) and in one like GPT-2's (`GPT2`).
 
-Attentions with other child modules are refused, because they may compute something else.
+An attention module with other child modules is refused, because it may compute something else.
 """
 
 
 class HeadSizes(ABC):
-    """The projections of an attention.
+    """Apply the projections of an attention module.
 
     Attributes:
-        width: the number of features of the attention's input.
+        width: the number of features of the module's input.
     """
 
     width: int
@@ -42,8 +42,8 @@ class HeadSizes(ABC):
     def queries(self, x: Tensor, words: Mapping[str, object]) -> Tensor:
         """Return the queries `[batch, heads, m, d]` of an input `[batch, m, width]`, with rotary positions applied.
 
-        `words` holds the keyword arguments of the attention's call. Models with rotary positions pass the positions'
-        cosines and sines as the argument `position_embeddings`.
+        `words` holds the keyword arguments that the model passes to the attention module. Models with rotary positions
+        pass the positions' cosines and sines as the argument `position_embeddings`.
         """
 
     @abstractmethod
@@ -174,20 +174,20 @@ def embedding_of(module: nn.Module) -> nn.Module:
 
 HEADS = ("num_key_value_heads", "num_heads", "num_attention_heads", "n_heads")
 WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
-"""Names of attributes that may hold an attention's number of key heads (`HEADS`) and its head width (`WIDTHS`)."""
+"""Attributes in which an attention module may store its number of key heads (`HEADS`) or its head width (`WIDTHS`)."""
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module is an attention that runs one of transformers' `ALL_ATTENTION_FUNCTIONS`.
+    """Whether a module is an attention module that runs one of transformers' `ALL_ATTENTION_FUNCTIONS`.
 
-    The attention's config names this function (`attn_implementation`).
+    The setting `attn_implementation` in the module's config selects the function.
     """
     has_words = all(hasattr(module, name) for name in ("config", "is_causal", "scaling"))
     return has_words and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def key_sizes(module: nn.Module) -> dict[str, int]:
-    """Return an attention's known sizes: the number of key `heads`, the head width `d`, and the input's `width`."""
+    """Return an attention module's known sizes: the number of key `heads`, the head width `d`, the input's `width`."""
     config = module.config
     grouped = getattr(config, HEADS[0], None)
     heads = grouped or next((value for name in HEADS if (value := getattr(module, name, None))), None)
@@ -197,10 +197,10 @@ def key_sizes(module: nn.Module) -> dict[str, int]:
 
 
 def positions_of(model: nn.Module, path: str) -> nn.Module | None:
-    """Return the attention that stores the table of relative positions for the attention at `path`.
+    """Return the attention module that stores the table of relative positions which the module at `path` uses.
 
-    In T5, the first attention of the encoder or decoder stores this table. Return None if the attention at `path` uses
-    no relative positions.
+    In T5, the first attention module of the encoder or decoder stores this table. Return None if the attention module
+    at `path` uses no relative positions.
     """
     if not hasattr(model.get_submodule(path), "has_relative_attention_bias"):
         return None
@@ -271,7 +271,7 @@ def wrapped(model: nn.Module, adapter: Adapter) -> Adapter:
 
 
 def _wraps(module: nn.Module, name: str) -> bool:
-    """Whether a module is a wrapper, and its child `name` is the module that it wraps."""
+    """Whether a module is a wrapper that holds the wrapped module as its child `name`."""
     if name in _ALWAYS:
         return True
     kinds = type(module).__mro__

@@ -60,7 +60,7 @@ def all_or_nothing(
 
 
 def _ours(module: nn.Module) -> Iterator[object]:
-    """Yield the objects that an adapter on the module changes, except the module itself.
+    """Yield all objects, except the module itself, that an adapter changes when it is attached to the module.
 
     These are the adapter's hook, the objects in which other tools keep the module's forward, and the forward pre-hooks
     that adapterkit registered with the module.
@@ -74,7 +74,7 @@ def _ours(module: nn.Module) -> Iterator[object]:
 
 
 class _State:
-    """A copy of the attributes of a module that adapters change: `_ENTRIES` and `_TABLES`."""
+    """A copy of those attributes of a module that adapters change: the attributes in `_ENTRIES` and `_TABLES`."""
 
     def __init__(self, module: nn.Module) -> None:
         self.attributes = module.__dict__

@@ -40,8 +40,8 @@ from .sharding import check_averaged
 #   itself does not change, and the new module is not watched.
 # * torch.fx also installs quantization-aware modules (`prepare_qat_fx`). No hook runs when these modules are installed,
 #   but they take over the weights of the old modules, and a hook runs for each of these weights.
-# * PEFT's `merge_and_unload` changes the weight of a module with an attached adapter, and then replaces
-#   the PEFT layer that wraps this module by the module itself.
+# * PEFT's `merge_and_unload` changes the weight of a module with an attached adapter. Then it removes the PEFT layer
+#   that wraps this module, and puts the module in the layer's place.
 #
 # So this module registers global hooks with torch. They run whenever any module gets a new child or parameter, and cost
 # one function call each time.
@@ -68,8 +68,8 @@ def _look(parent: nn.Module, name: str, new: nn.Module | None) -> None:
 
     Raises:
         Unsupported: a module of torch.ao replaces a module that has an adapter, or torch.fx replaces such a module in
-            its copy of a model. The error is also raised if a module that has an adapter replaces the merged PEFT layer
-            that wraps the module, and the merge changed what the adapter computes.
+            its copy of a model. The error is also raised if PEFT merged a layer into the module that the layer wraps,
+            the merge changed the result of this module's adapter, and the module now takes the layer's place.
     """
     old = parent._modules.get(name)
     if old is None or old is new:
@@ -97,7 +97,7 @@ def _look_at_weight(module: nn.Module, name: str, parameter: nn.Parameter | None
 
 
 def _carried(module: nn.Module) -> set[int]:
-    """Return the ids of the modules with an adapter: `module` itself if it has one, and modules inside `module`."""
+    """Among `module` and all modules inside it, find the modules that have an adapter. Return their ids."""
     return {id(each) for each in module.modules() if HOOK in each.__dict__}
 
 
@@ -109,7 +109,8 @@ def is_tuner(module: nn.Module) -> bool:
 def check_tuner(tuner: nn.Module, module: nn.Module, where: str) -> None:
     """Refuse a merged PEFT layer if the merge changes what the adapters on the wrapped module compute.
 
-    A merge is allowed if PEFT's change and the adapters' changes are all additive, because their order has no effect.
+    A merge is allowed if PEFT's change and the adapters' changes are all additive and no adapter changes the bias. The
+    order of additive changes has no effect.
 
     Args:
         tuner: the parent of `module`, or the module that `module` replaces; checked only if it is a PEFT layer.
@@ -117,8 +118,8 @@ def check_tuner(tuner: nn.Module, module: nn.Module, where: str) -> None:
         where: the name of `module`, for the error.
 
     Raises:
-        Unsupported: the PEFT layer is merged, and at least one of three statements is true: PEFT's change is not
-            additive, an adapter's change is not additive, or an adapter changes the bias.
+        Unsupported: the PEFT layer is merged, and the merge is not allowed: PEFT's change or an adapter's change is not
+            additive, or an adapter changes the bias.
     """
     if not is_tuner(tuner) or not getattr(tuner, "merged"):  # noqa: B009 - PEFT's layers have no type
         return
@@ -131,7 +132,7 @@ def check_tuner(tuner: nn.Module, module: nn.Module, where: str) -> None:
 
 
 def _is_sum(tuner: nn.Module) -> bool:
-    """Whether a PEFT layer computes W + D from the weight W, and D does not depend on W."""
+    """Whether a PEFT layer changes the weight W to W + D, with a D that does not depend on W."""
     kind = _kind(tuner)
     family = family_of_type(kind.upper())
     method: Any = METHODS.get(kind) if family is None else getattr(family, "method", None)
@@ -139,9 +140,9 @@ def _is_sum(tuner: nn.Module) -> bool:
 
 
 def _kind(tuner: nn.Module) -> str:
-    """Return the folder of `peft.tuners` that defines a PEFT layer, such as `lora`.
+    """Return the name of the subpackage of `peft.tuners`, such as `lora`, in which a PEFT layer is defined.
 
-    If no folder of `peft.tuners` defines the layer, return `adapter`.
+    If the layer is not defined in such a subpackage, return `adapter`.
     """
     names = [kind.__module__.split(".") for kind in type(tuner).__mro__ if kind.__module__.startswith("peft.tuners.")]
     return next((parts[2] for parts in names if len(parts) > 3), "adapter")
@@ -302,8 +303,8 @@ class _Step:
 
     Args:
         module: the submodule.
-        places: the steps that start at the submodule, or at a module list inside the submodule. Module lists are never
-            called, so their own hooks would never run.
+        places: the steps (see `Place`) whose parent is the submodule, or a module list inside the submodule. Module
+            lists are never called, so a hook of a module list would never run.
         home: the model.
     """
 
@@ -350,7 +351,7 @@ class _Step:
         return True
 
     def _look(self, module: nn.Module) -> None:
-        """Check the whole model. If the module was copied without its model, check only the copy.
+        """Check the whole model. If the module is a copy that was made without the model, check only this copy.
 
         Raises:
             Unsupported: an adapter no longer acts.

@@ -45,10 +45,10 @@ def changed_bias(b: Tensor, changes: Iterable[Change]) -> Tensor:
 
 
 def settled(updates: Iterable[Update], W: Tensor, target: Target) -> tuple[Update, ...]:
-    """Return the updates with bias changes that no longer depend on the weight.
+    """Fix the bias changes of all updates at their values for the weight W, and return the new updates.
 
-    If an update computes its bias change from the weight, this function computes the change once. It computes the
-    change from W with the changes of all earlier updates.
+    If an update computes its bias change from the weight, this function computes the bias change once, from W with all
+    earlier updates applied. The bias change of a returned update does not depend on the weight.
     """
     done, seen = [], view(W, target)
     for update in updates:
@@ -95,13 +95,13 @@ def _bias(b: Tensor, target: Target, updates: Sequence[Update]) -> Tensor:
 # Run a module's forward with other values for some of its parameters, buffers and modules.
 #
 # Another thread may run the same module at the same time, with other adapters or none. So the values are usually put
-# into a replica of the module, which other threads do not see. But a forward cannot run on a replica if another tool
-# patched this forward into the module, or while a compiler traces it. In both cases, the values of the module itself
-# are replaced during the call.
+# into a replica of the module, and other threads do not see this replica. But a forward cannot run on a replica if
+# another tool patched this forward into the module, or while a compiler traces the forward. In both cases, the values
+# in the module itself are replaced during the call.
 
 
 def replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
-    """Return a shallow copy of a module in which the attributes at the paths in `values` are replaced.
+    """Copy a module shallowly, replace the copy's attributes at the paths in `values`, and return the copy.
 
     The module itself does not change, so other threads can use it meanwhile.
     """

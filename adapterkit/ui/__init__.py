@@ -66,7 +66,7 @@ class Guard:
     """An ASGI application that passes a request to another application only if the request comes from this page.
 
     Args:
-        inner: the other application.
+        inner: the application that answers the requests from this page.
         token: the token in the address that the terminal shows.
         port: the port of the server.
     """
@@ -78,7 +78,7 @@ class Guard:
         self.hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request: refuse it, or pass it to the other application."""
+        """Refuse a request, or pass the request to the application `inner`."""
         if scope["type"] == "lifespan":
             await self.inner(scope, receive, send)
             return
@@ -276,7 +276,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
 
 
 MOST = 8
-"""The maximum number of adapters in a sum that the page measures."""
+"""The maximum number of adapters for which the page measures a weighted sum."""
 
 
 def products(adapters: Sequence[str], base: str | None) -> dict[str, JsonValue]:
