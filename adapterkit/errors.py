@@ -33,7 +33,8 @@ _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/{1,2})(\S+)")
 not match, because the scheme needs at least two letters."""
 
 _USER = re.compile(r"(?!\[)[^/@]*:(?!\d{1,5}/)[^@]*@|[^/?#@]*@")
-"""Matches a user name, or a user name and password, before a host. `host:5000/name@sha256:...` has neither."""
+"""Matches a user name, or a user name and password, before a host. It does not match `host:5000/name@sha256:...`, which
+contains no user name."""
 
 _QUERY = re.compile(r"\?[^#]*")
 _FRAGMENT = re.compile(r"#(?![\w.-]*$).*", re.DOTALL)
@@ -65,7 +66,10 @@ def _without_secrets(match: re.Match[str]) -> str:
 
 
 def brief(text: str) -> str:
-    """Shorten a message: cut the middle out of long lines, and omit the lines that exceed `MAX_LINES` or `MAX_TEXT`."""
+    """Shorten a message: cut the middle out of long lines, and omit the last lines of a message that is too long.
+
+    `MAX_LINES` limits the number of lines, and `MAX_TEXT` limits the number of characters.
+    """
     if not text.isascii():  # Escape lone surrogates, which JSON can hold and no terminal can print.
         text = text.encode("utf-8", "backslashreplace").decode()
     if len(text) <= MAX_LINE:
@@ -194,8 +198,8 @@ class Unrepresentable(AdapterkitError):
 
     Attributes:
         items: one line for each update or value that the format cannot express.
-        places: one pair for each refused update that the writer could perhaps store with another method: the target,
-            and the index of the update among the target's updates.
+        places: pairs of a target and the index of an update among the target's updates. There is one pair for each
+            refused update that the writer could perhaps store with another method.
     """
 
     code = "unrepresentable"

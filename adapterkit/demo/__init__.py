@@ -63,7 +63,7 @@ def _weights(folder: Path) -> dict[str, Any]:
 
 
 def _shifted(progress: Progress | None, position: int, count: int) -> Callable[[int, int], None] | None:
-    """Return a function that converts the progress of one task to the progress of all tasks, and reports it."""
+    """Return a function that takes the progress of one task, and reports the progress of all tasks to `progress`."""
     if progress is None:
         return None
     return lambda done, total: progress(position * total + done, count * total)

@@ -15,11 +15,11 @@ the block's modules with an adapter, adapterkit warns. It raises no error, becau
 ablation).
 
 Compiled code reads parameters without any dictionary, and its graph does not record which module a weight belongs to.
-So adapterkit also watches the compiler while it traces a model. If the traced code calls a block, but skips a module
-with an adapter inside this block, a warning names the module. The warning does not name modules that were already
-called outside compiled code. There is no error, because the block may compute the same result in another way. The check
-has gaps: code with graph breaks is traced in pieces, and code that torch reuses from a model of the same structure is
-not traced again. To check such a model, run it once without `torch.compile`.
+So adapterkit also watches the compiler while it traces a model. If a block contains a module with an adapter, and
+the traced code calls the block but not this module, a warning names the module. The warning does not name modules that
+were already called outside compiled code. There is no error, because the block may compute the same result in another
+way. The check has gaps: code with graph breaks is traced in pieces, and code that torch reuses from a model of the same
+structure is not traced again. To check such a model, run it once without `torch.compile`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .forward_hook import ForwardHook
     from .parts import Part
 
-# Find a module's own forward inside the hooks of other tools.
+# Find a module's own forward, even if hooks of other tools wrap it.
 #
 # accelerate and diffusers replace `module.forward` by a wrapper that loads or casts the weights, calls the previous
 # forward, and releases the weights again. An adapter must run inside this wrapper. Outside the wrapper, formulas would
@@ -55,8 +55,8 @@ if TYPE_CHECKING:
 
 
 Slot = tuple[object, str]
-"""A pair (object, attribute name) whose attribute holds a forward. The object is the module or a reference object of
-diffusers."""
+"""A pair (object, attribute name). This attribute of the object holds a forward. The object is the module or a
+reference object of diffusers."""
 
 
 def inner_slot(module: nn.Module) -> Slot:
@@ -96,7 +96,7 @@ def _references(module: nn.Module) -> list[Slot]:
     return [(each, "forward" if each.original_forward is None else "original_forward") for each in references]
 
 
-# Detect a forward that another tool put on a module and that bypasses the module's adapter.
+# Detect that another tool replaced a module's forward with one that bypasses the module's adapter.
 #
 # A tool that patches `module.forward` (accelerate, diffusers, loggers) usually calls the previous forward. But trainers
 # with an fp8 base install a forward that multiplies by the weight and does not call the previous forward. The adapter
@@ -230,7 +230,7 @@ class Calls:
 
     Args:
         hooks: the hooks of the modules with adapters.
-        outer: the `Calls` of the forward that runs this forward, or None.
+        outer: if another watched forward is running this forward, the `Calls` object of the other forward; else None.
     """
 
     def __init__(self, hooks: Collection[Hook], outer: Calls | None) -> None:
@@ -392,7 +392,7 @@ class BypassBlock:
 
     Args:
         module: the outer module.
-        hooks: the hooks of the modules with adapters inside it.
+        hooks: the hooks of those inner modules that have an adapter.
     """
 
     def __init__(self, module: nn.Module, hooks: Sequence[Hook]) -> None:
@@ -406,7 +406,7 @@ class BypassBlock:
         return self.module.__dict__.get("forward"), type(self.module).forward
 
     def look(self) -> None:
-        """If the module's forward was replaced since the previous `look`, watch the module's next call."""
+        """If the module's forward was replaced since the previous call of `look`, watch the module's next call."""
         now = self._forward()
         if self.met is None:
             self.met = now

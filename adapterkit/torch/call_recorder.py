@@ -38,8 +38,8 @@ LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
 HEADS = ("num_attention_heads", "n_head", "num_heads")
 INNERS = ("intermediate_size", "ffn_dim", "n_inner")
-"""`LAYERS` to `INNERS`: the names in transformers' configs for the number of layers, the hidden size, the number of
-attention heads, and the inner size of the MLP."""
+"""These four constants list the names that transformers' configs use for the number of layers, the hidden size, the
+number of attention heads, and the inner size of the MLP."""
 
 
 class ShadowState:
@@ -201,7 +201,8 @@ tensor of this name."""
 TOKENS: Final = "input_ids"
 FIRST_PASS: Final = "hidden_states"
 SHADOW: Final = "shadow"
-"""`TOKENS` to `SHADOW`: names of inputs that are computed from the call's arguments; see `OutputUpdate`."""
+"""These three constants are names of inputs. The recorder computes these inputs from the call's arguments; see
+`OutputUpdate`."""
 
 
 class KeyValueCache(Protocol):

@@ -5,8 +5,8 @@ load it again. None of them calls a method of an adapter's handle. So the attrib
 tensors the state dict contains:
 
 * `base`, the default: the base's tensors under their own keys, as if no adapter were attached.
-* `adapter`: only the tensors of this adapter, so that a checkpoint is as small as the adapter.
-* `all`: the tensors of the base and of the adapter.
+* `adapter`: only the tensors of the handle's adapter, so that a checkpoint is as small as the adapter.
+* `all`: the tensors of the base and of the handle's adapter.
 
 Loading does not depend on `handle.checkpoint`. If a state dict contains an adapter's tensors, they are copied into the
 attached adapter that has the same name. An adapter's tensors include its buffers (random projections, PiSSA's initial

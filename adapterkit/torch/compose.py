@@ -1,8 +1,8 @@
 """Combine several adapters in one model with AdapterHub's composition blocks (https://docs.adapterhub.ml).
 
 `stack`, `average`, `split` and `fuse` combine several adapters into one. The result can be injected, weighted, switched
-and trained like any other adapter, and can be combined again. `batch_split` and `parallel` route rows through adapters
-that are already attached.
+and trained like any other adapter, and can be combined again. `batch_split` and `parallel` send the rows of a batch
+through different adapters that are already attached.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ added if a call has no cache or an empty cache. In later calls, the cache alread
 values.
 
 Callers pass arguments only for their own tokens. This file extends masks by ones, labels by -100 and token types by 0,
-and shifts positions by the number of virtual tokens. A prefix of a single attention (see below) shifts no positions,
-because such a prefix does not count as tokens of the model.
+and shifts positions by the number of virtual tokens. A prefix of a single attention module (see below) shifts no
+positions, because its keys and values do not count as tokens of the model.
 
 If several adapters add virtual tokens, the tokens come in the order in which the adapters were attached. Prefixes come
 before all virtual tokens. If a prompt was trained for several tasks, callers choose each row's task with `task_ids=`.
@@ -51,8 +51,9 @@ if TYPE_CHECKING:
 # Put a prefix (more keys and values) in front of the keys and values of a single attention, in any model family.
 #
 # transformers' attention modules pass queries, keys and values to a function that their config names. While an
-# attention with a prefix runs, its config names `_attend` instead. `_attend` puts the prefix in front of the keys and
-# values, and calls the original function. The cache never contains the prefix, and positions do not count it.
+# attention module with a prefix runs, its config names `_attend` instead. `_attend` puts the prefix in front of the
+# keys and values, and calls the original function. The cache never contains the prefix, and the prefix does not shift
+# the positions of tokens.
 
 
 NAME = "adapterkit_prefix"
@@ -251,8 +252,8 @@ class ContextPart:
         encoder: whether the target is an encoder-decoder model and the module is its encoder.
         masks: whether this part only extends the attention mask of a model. If so, a second part at an embedding inside
             the model adds the virtual tokens.
-        biased: the attention whose table of relative positions the module uses, if the module is an attention of T5;
-            None for other modules.
+        biased: if the module is a T5 attention module, the attention module that stores the table of relative positions
+            for it; None for other modules.
         tokens: if the module is an `nn.Embedding`, its number of rows when the adapter was attached. The ids of new
             tokens start at this number.
     """
@@ -300,9 +301,9 @@ def surround(
 
 
 def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
-    """Return pairs (module, variant of `part`). Each variant must be attached to its module.
+    """Return pairs (module, variant of `part`). The caller attaches each variant to the module of its pair.
 
-    If the target is an encoder-decoder model, virtual tokens are also attached to its encoder.
+    If the target is an encoder-decoder model, and the updates add virtual tokens, the encoder also gets a variant.
 
     Raises:
         ShapeMismatch: the update's sizes differ from the model's.
@@ -334,7 +335,7 @@ def _reader(module: nn.Module, updates: Sequence[ContextUpdate]) -> nn.Module:
 
 
 def _owner(model: nn.Module, part: ContextPart) -> nn.Module | None:
-    """Return the model around the target, if the updates put virtual tokens in front of the target's output.
+    """Return the model that contains the target, if the updates put virtual tokens in front of the target's output.
 
     Return None if the target is itself a model, or if the updates add other context.
     """
@@ -352,7 +353,7 @@ def _owner(model: nn.Module, part: ContextPart) -> nn.Module | None:
 
 
 def _around(owner: nn.Module, module: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
-    """Return pairs (module, part) that together put virtual tokens in front of an embedding's output.
+    """Return pairs (module, part). Attach each part to its module, to put virtual tokens before an embedding's output.
 
     If the embedding is the model's input embedding, the virtual tokens are put in front of the model's input instead.
     """
@@ -384,7 +385,7 @@ def _with_masks(updates: Sequence[ContextUpdate], forward: Callable[..., object]
 
 
 def _check_tokens(module: nn.Module, parts: Sequence[ContextPart]) -> None:
-    """Check that an embedding has as many rows as when the adapter was attached.
+    """Check that an embedding still has the number of rows that it had when the adapter was attached.
 
     transformers' resize_token_embeddings changes the number of rows in place.
 
@@ -414,7 +415,7 @@ def _at_attention(
     module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
     words: Words,
 ) -> object:  # fmt: skip
-    """Run an attention with its prefixes. Then add the attention over its prompts to the output.
+    """Run an attention module with its prefixes, and apply its prompts to the output (see `_with_prompts`).
 
     `updates` contains the prefixes and the prompts.
     """
@@ -429,7 +430,7 @@ def _at_attention(
 def _with_prompts(
     module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., object], words: Words
 ) -> object:
-    """Run an attention. Then let the same queries attend to each prompt, and add the results to the output."""
+    """Run an attention module. Then let the same queries attend to each prompt, and add the results to the output."""
     heads, x = heads_of(module), words["hidden_states"]
     assert isinstance(x, Tensor)
     out = forward(**words)
@@ -702,7 +703,7 @@ def _joined(module: nn.Module, fronts: Sequence[Tensor], words: Words, prefix: s
 
 
 def extended(mask: object, extra: int, total: int) -> object:
-    """Extend a mask by ones for `extra` virtual tokens, unless the mask already covers all `total` tokens."""
+    """Put ones for `extra` virtual tokens in front of a mask, unless the mask already covers all `total` tokens."""
     if mask is None or not extra:
         return mask
     if not isinstance(mask, Tensor) or mask.ndim != 2:

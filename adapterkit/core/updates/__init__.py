@@ -203,8 +203,8 @@ class OutputUpdate(Update):
         arguments that the method needs. If one of them is missing, an error is raised. Three arguments are special.
         `input_ids` contains first the earlier tokens, whose keys and values are in the cache, and then the tokens of
         the call. `hidden_states` is the last layer's output without the adapter. `shadow` is the state of a side
-        network, which runs in parallel with the model: at each block, the formula reads this state with `state`, and
-        sets the state for the next block with `keep`.
+        network, which runs in parallel with the model: at each block, the formula calls the method `state` to read
+        this state, and the method `keep` to set the state for the next block.
 
     Class attributes:
         placed: True if the method defines `inside`. If several updates of a layer define `inside`, all of them can
@@ -266,9 +266,9 @@ class ContextUpdate(Update):
     """An update that gives the model extra context: a prompt before the input, or embeddings of new tokens.
 
     A prompt consists of vectors before the input's embeddings, or of keys and values before the input's keys and
-    values. The target is the whole model, `Target("")`, or the module that the update changes: an attention or an
-    embedding. No weight is involved, so the target has no layout, rows or experts. If a target has several updates,
-    their vectors are concatenated in the order in which the updates are attached.
+    values. The target is the whole model, `Target("")`, or the module that the update changes. This module is an
+    attention module or an embedding. No weight is involved, so the target has no layout, rows or experts. If a target
+    has several updates, their vectors are concatenated in the order in which the updates are attached.
 
     Class attributes:
         place: the name of the function that the method overrides, such as `embeddings` or `past`.

@@ -117,8 +117,8 @@ class Update:
             means that this version of the method can no longer be read.
         version: the newest version of the method; `stated_version` is the version that one update needs.
         blocks: the axes of the weight (`out`, `in`) along which the formula can be computed block by block.
-        needs_bias: True if a layer without a bias refuses an update that changes the bias. If False, such a layer
-            ignores the change of the bias.
+        needs_bias: True if an update that changes the bias is refused at a layer without a bias. If False, the update
+            is accepted at such a layer, and the change of the bias is ignored.
         linear_only: True if the formula applies only to weights `[out, in]`, which linear layers and embeddings have.
         acts_on: a phrase for error messages that says what the update changes.
         rules: conditions on axes, attributes and tensors that shape strings cannot express; checked in this order.
@@ -133,8 +133,9 @@ class Update:
         sizes: the default sizes of the axes that a new update has in addition to the weight's axes.
         starts_at_base: True if a new update leaves the model's outputs unchanged. It is False for methods whose paper
             starts training with changed outputs.
-        shared_as: the key of the merge option `tied` that applies to the method's updates: `rows` or `replacement`.
-            With the default, `layer`, the key is `head` for an update of the head, and `embedding` for other updates.
+        shared_as: tells which key of the merge option `tied` applies to the method's updates. If the value is `rows` or
+            `replacement`, the key has the same name. If the value is `layer` (the default), the key is `head` for an
+            update of the head, and `embedding` for any other update.
         dropout: which values dropout drops in training, as in PEFT. `input`: elements of the input to which the change
             is applied. `rows`: rows of the change. `scaled rows`: rows of the change, while the remaining rows are
             scaled up to compensate. `blocks`: blocks along a tensor's axis `n`; if the tensor also has an axis `m`,
@@ -238,7 +239,7 @@ class Update:
     def stated_version(self) -> int:
         """The oldest version of the method that can express this update.
 
-        A newer attribute requires a newer version only if its value differs from the default.
+        If all attributes that a version introduced have their default values, the update does not require this version.
         """
         oldest = next(number for number, since in enumerate(self.since, 1) if since)
         newer = (f for f in self._attributes.values() if f.metadata.get("since", 1) > oldest)
@@ -378,7 +379,7 @@ class Update:
         """Check that the formula applies to weights with as many axes as `shape` has.
 
         Raises:
-            ShapeMismatch: the formula does not apply.
+            ShapeMismatch: the formula does not apply to such weights.
         """
         if cls.linear_only and len(shape) != 2:
             why = f"{cls.__name__} changes only weights [out, in]; this weight has the shape {list(shape)}"
