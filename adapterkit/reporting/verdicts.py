@@ -238,7 +238,10 @@ def _layer(layer: str) -> str:
 
 
 def _by_layer(findings: Findings, effects: Iterable[Effect]) -> dict[str, list[Effect]]:
-    """Return a map from each layer to its effects, sorted by layer number. Omit effects outside the layers."""
+    """Group effects by layer. The layers are sorted by layer number.
+
+    Omit the effects of targets that are in no layer.
+    """
     cells = findings.measured.cells
     by_layer: dict[str, list[Effect]] = defaultdict(list)
     for effect in sorted(effects, key=lambda each: cells[each.target].order):
@@ -406,7 +409,7 @@ def _scalings(findings: Findings) -> Details:
 
 
 def _gaps(findings: Findings) -> Details:
-    """Yield a sentence for each module that has targets in all similar layers except a few."""
+    """Yield a sentence for each module that an adapter changes in all but a few of the layers with similar names."""
     cells = findings.measured.cells
     for at, name, effects in findings.each():
         here = [effect for effect in findings.measured.effects if effect.adapter == at]
@@ -495,7 +498,10 @@ def _opposed(findings: Findings) -> Details:
 
 
 def _conflicts(findings: Findings) -> Details:
-    """Yield a sentence for each target at which two adapters conflict. Skip pairs that oppose each other as a whole."""
+    """Yield a sentence for each target at which two adapters conflict.
+
+    Skip a pair of adapters if their cosine over all targets is unknown, or is at most `OPPOSED`.
+    """
     names = [facts.name for facts in findings.facts]
     for each in findings.measured.relations:
         whole = findings.measured.cosine(each.first, each.second)
@@ -511,7 +517,8 @@ def _conflicts(findings: Findings) -> Details:
 def _interfering(findings: Findings) -> Details:
     lost = findings.measured.together
     if len(findings.facts) == 2 and lost:
-        # Two unrelated changes of equal size lose 0.29, so report only targets with a much larger loss.
+        # In a sum of two unrelated changes of equal size, the share 0.29 of their absolute values cancels out. So
+        # report only targets with a much larger share.
         worst = sorted((share, target) for target, share in lost.items() if share > LOST)[::-1]
         for share, target in worst:
             text = f"A plain sum loses {percent(share)} of the absolute changes at {findings.title(target)}."
@@ -556,7 +563,10 @@ def _sharing(findings: Findings) -> Details:
 
 
 def _fills(effects: Sequence[Effect]) -> bool:
-    """Whether most changes have a high rank. Changes of high rank have overlapping subspaces even if unrelated."""
+    """Whether most changes have a high rank.
+
+    The subspaces of two changes of high rank overlap even if the changes are unrelated.
+    """
     sides = [len(each.spectrum) / min(each.shape[0], math.prod(each.shape[1:])) for each in effects if each.shape]
     return bool(sides) and statistics.median(sides) > 0.2
 

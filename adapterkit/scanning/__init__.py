@@ -121,7 +121,7 @@ FEW_EXPERTS = 0.1
 """A layer's changed experts are reported if they are few: one expert, or at most this share of the layer's experts.
 
 The number of experts per layer is estimated as the highest index of a changed expert in any layer, plus 1. The check is
-skipped if the paths of two layers with experts differ in more than their numbers.
+skipped if the paths of two layers with experts differ in anything but the numbers in the paths.
 """
 
 SPIKE, SPIKE_RANK = 0.995, 4
@@ -203,7 +203,7 @@ def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
     values = tensor.numpy().reshape(-1)
     low = np.count_nonzero(values.view("<u4") & 0xFFFF)
     if not low:
-        return  # All values are exact in bfloat16. Do not test float16: small bfloat16 values are not exact in it.
+        return  # All values are exact in bfloat16. Do not test float16: it rounds small bfloat16 values.
     with np.errstate(over="ignore"):
         half = np.count_nonzero(values.astype("<f2").astype("<f4") != values)
     for name, count in (("bfloat16", int(low)), ("float16", int(half))):

@@ -246,7 +246,7 @@ class _Reader:
                     if count >= MOST:
                         return
             except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
-                # An error after the last pickle is normal: files of torch before 1.6 have tensor data there.
+                # An error after the last pickle is normal: torch before 1.6 writes tensor data after the pickles.
                 if marked:
                     why = f"a pickle of more than {LARGEST:,} bytes" if cut else f"it cannot be parsed: {error}"
                     yield Finding("pickle-call", self.name, f"{place} byte {start}".strip(), shown(why))

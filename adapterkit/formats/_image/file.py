@@ -80,7 +80,7 @@ class Arguments:
     split: bool = False
 
     def at(self, stem: str) -> Arguments:
-        """Return the options for the module that the file's keys name `stem`."""
+        """Return the options for the module whose name in the file's keys is `stem`."""
         if not self.split:
             return self
         fused = {"qkv": 3 if "double" in stem else 0, "linear1": 4 if "single" in stem else 0}
@@ -90,7 +90,8 @@ class Arguments:
 def arguments_in(metadata: Mapping[str, str]) -> Arguments:
     """Return the network options in a file's header.
 
-    Return the defaults if the header has no options, or if it names neither a LyCORIS network nor `FLUX`.
+    Return the defaults if the header has no options, or if the network that the header names is neither a LyCORIS
+    network nor `FLUX`.
     """
     network = metadata.get("ss_network_module", "")
     if not (network.startswith("lycoris") or network == FLUX):
@@ -184,8 +185,8 @@ class Rules:
             and an alpha of 0 is an error unless `by_formula` is set.
         by_formula: whether to follow the paper's formula. If so, an alpha of 0 gives a scaling of 0, and a missing
             alpha is an error in formats with `alpha_needed`.
-        oft_zero: whether an alpha of 0 means that an OFT's rotation has no constraint. If false, an alpha of 0 allows
-            no rotation, which is an error.
+        oft_zero: whether an alpha of 0 means that an OFT's rotation has no constraint. If false, an alpha of 0 is
+            an error, because it would allow no rotation at all.
         norms: whether changes of one-dimensional weights are stored in the slots `w_norm` and `b_norm`.
         peft: whether DoRA's magnitude has PEFT's shape: `[out]`, or `[1, out, 1, ...]` for a convolution. If false, the
             shape is `[out, 1, ...]`.
@@ -203,7 +204,7 @@ class Rules:
 
 
 def rules_at(rules: Rules, stem: str) -> Rules:
-    """Return the rules for the module that the file's keys name `stem`."""
+    """Return the rules for the module whose name in the file's keys is `stem`."""
     there = rules.trained.at(stem)
     return rules if there is rules.trained else replace(rules, trained=there)
 

@@ -44,7 +44,7 @@ ALPHAS = {
 
 
 def zero_padded(update: Update, layer: LayerFacts) -> Update:
-    """Return an update that computes the same as the trainer's forward, even if the layer does not pad with zeros.
+    """Return an update that has the same effect as in the trainer, even if the layer does not pad with zeros.
 
     Raises:
         Unsupported: no method of adapterkit computes the same function as the trainer's forward.

@@ -39,7 +39,7 @@ def decode(module: ImageModule, rules: Rules) -> list[ImageUpdate]:
     """Return the updates that a module's tensors encode, in the order in which they are applied.
 
     Raises:
-        Malformed: a tensor lacks its partner, or the tensors belong to methods that cannot be combined.
+        Malformed: a tensor that the method needs is missing, or the tensors belong to methods that cannot be combined.
         ShapeMismatch: the tensors' shapes do not fit the method.
         Unsupported: no method of adapterkit computes the function that the tensors define.
     """

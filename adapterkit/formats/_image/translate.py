@@ -162,8 +162,8 @@ class _Into:
     def _root(self, root: str) -> str:
         """Return the prefix of the translated path.
 
-        In diffusers' naming, the prefix is the component's name. Only `transformer_2.` and an empty prefix stay
-        unchanged.
+        If the new naming is diffusers', return the component's name and a dot. The prefix `transformer_2.` and an empty
+        prefix stay unchanged. In any other naming, all prefixes stay unchanged.
         """
         if self.naming != "diffusers" or root in ("", "transformer_2."):
             return root
@@ -201,7 +201,7 @@ class _Into:
                 parts.append((pieces[0], update))
                 continue
             if target.rows is None and outputs_of(update) is None and update.cuts("out"):
-                # An update of inputs acts on all rows in the same way. So every part gets the same update.
+                # This update changes only the weight's inputs, so it is the same for all rows. Every part gets it.
                 parts += [(piece, update) for piece in pieces]
                 continue
             spans = _spans(target, update, pieces)
@@ -263,7 +263,7 @@ def _is_order(pieces: tuple[Piece, ...]) -> bool:
 
 
 def _is(rows: tuple[int, int] | None, run: Run) -> bool:
-    """Whether the fused weight can have a size for which `run` covers exactly `rows`. The actual size is unknown."""
+    """Whether `rows` can be exactly the rows of `run`. The fused weight's size is unknown, so any size is allowed."""
     size = 0 if rows is None else rows[1] - rows[0]
     return rows is not None and size % run.parts == 0 and rows[0] == run.start * (size // run.parts)
 
@@ -461,7 +461,10 @@ def joined(parts: Sequence[FusedPart], *, fold: bool) -> tuple[Update | None, st
 
 
 def _stacked(updates: Sequence[Update]) -> Update | None:
-    """Concatenate the tensors of updates along the outputs; None if the updates differ in anything else."""
+    """Join updates by concatenating their tensors along the output axis, which must be the first axis.
+
+    Return None if the updates cannot be joined, for example because their tensors without an output axis differ.
+    """
     first = updates[0]
     if any(type(u) is not type(first) or u.attributes != first.attributes for u in updates):
         return None
@@ -469,8 +472,8 @@ def _stacked(updates: Sequence[Update]) -> Update | None:
         return None
     rows = _with_rows(first)
     if not rows:
-        # An update of inputs acts on all rows in the same way. So if all parts have equal updates, one of these updates
-        # is the update of the whole weight.
+        # An update that changes only a weight's inputs is the same for all rows. So if the updates of all parts are
+        # equal, the first of them is also the update of the whole weight.
         return first if first.cuts("out") and _alike(updates, first.tensors) else None
     if not _alike(updates, [name for name in first.tensors if name not in rows]):
         return None
@@ -622,8 +625,8 @@ def parts_of(path: str) -> list[str]:
 def in_one_naming(adapters: Sequence[Updates]) -> list[Updates]:
     """Translate the targets of several adapters to one naming, with the same prefix for each component.
 
-    All adapters stay unchanged if they already have the same naming and prefix, if no family has all modules, or if
-    fewer than two of the adapters change a U-Net or transformer.
+    All adapters stay unchanged if they already have the same naming and prefix, if no family has the modules of all
+    adapters, or if fewer than two of the adapters change a U-Net or transformer.
 
     Raises:
         UsageError: the adapters are for different families of image models.
@@ -662,7 +665,7 @@ def _check_families(adapters: Sequence[Sequence[str]]) -> None:
 def _same_naming(one: frozenset[str], other: frozenset[str]) -> bool:
     """Whether two sets of families have a common family, or are both empty.
 
-    If both sets have families that are not generic, only these families count.
+    If each of the sets contains a family that is not generic, the generic families in both sets are ignored.
     """
     if not one or not other:
         return one == other

@@ -100,7 +100,7 @@ def _together(
         sizes: the input sizes of the denoiser's adapted weights.
 
     Raises:
-        TargetNotFound: several families have all stems, and these families map a stem to different modules.
+        TargetNotFound: several families have all stems, but a stem means different modules in these families.
     """
     inside = {stem: flat for stem, (tag, flat) in rest.items() if tag in _DENOISER and not _beside(flat)}
     if not inside:
@@ -123,13 +123,13 @@ def _together(
     fitting = narrowed(fitting, lambda family: names_family(family, metadata))
     kinds = {kind for tag, flat in words.values() if tag not in _DENOISER and (kind := _kind(flat))}
     fitting = narrowed(fitting, lambda family: bool(kinds) and kinds <= _kinds(family))
-    # Compare input sizes: FLUX.2 has the same module names as FLUX, and HunyuanVideo 1.5 the same as HunyuanVideo, but
-    # their input sizes differ.
+    # Compare input sizes. FLUX.2 and FLUX have the same module names, but different input sizes. HunyuanVideo 1.5 and
+    # HunyuanVideo also have the same module names, but different input sizes.
     fitting = narrowed(fitting, lambda family: not set(family.facts.widths).isdisjoint(sizes))
     fitting = narrowed(fitting, lambda family: complete(family, [rooted(p)[1] for p in readings[family].values()]))
     first = readings[fitting[0]]
     # If there is a base, targets are translated to the base's names later. So it suffices that all these
-    # families have the same names in diffusers.
+    # families give the modules the same names in diffusers.
     same = of_base is not None and len({_in_diffusers(family, readings[family]) for family in fitting}) == 1
     for family in () if same else fitting[1:]:
         odd = next((stem for stem, path in readings[family].items() if path != first[stem]), None)
@@ -158,7 +158,10 @@ def _in_diffusers(family: ImageFamily, reading: Mapping[str, str]) -> tuple[tupl
 
 
 def _reading(family: ImageFamily, inside: Mapping[str, str]) -> dict[str, str]:
-    """Return a map from stem to path in the first naming of the family that has all stems; empty if no naming does."""
+    """Return the path of each stem, in the first of the family's namings that has exactly one path for every stem.
+
+    Return an empty map if there is no such naming.
+    """
     if not all(family.may_have(flat) for flat in inside.values()):
         return {}
     for naming in dict.fromkeys((family.facts.kohya, *family.namings)):
