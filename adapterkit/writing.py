@@ -80,9 +80,9 @@ def write(
         format: the format to write.
         base: the base. Some formats need it to resolve names or to order the rows of weights.
         on_loss: what to do with updates that the format cannot express; see `Format.write`.
-        profile: the program that will load the output, such as `"vllm"`, if the program supports only a part of the
-            format. Scalings that the program ignores are folded into the tensors. If the program supports only one
-            rank for all modules, smaller ranks are padded with zeros. Updates that the program cannot run are refused.
+        profile: a program that will load the output and supports only a part of the format, such as `"vllm"`.
+            Scalings that the program ignores are folded into the tensors. If the program supports only one rank for all
+            modules, smaller ranks are padded with zeros. Updates that the program cannot run are refused.
         max_error: with `on_loss="promote"`, a change that the format cannot store exactly may become a LoRA with at
             most this relative Frobenius error. None accepts only exact replacements.
         overwrite: whether to replace an existing file or folder at `path`. If False, an existing path is an error.
@@ -224,7 +224,8 @@ class Promotion:
     def _of_difference(self, target: Target, update: Dense, line: str) -> Promoted | None:
         """Promote a weight difference, for a format that cannot store weight differences.
 
-        The new update is a LoRA with the identity as one factor, or a whole weight. Return None if neither is possible.
+        The new update is a LoRA with the identity as one factor, or a whole weight: the base's weight plus the
+        difference. Return None if neither is possible.
         """
         shape = weight_shape(target, [update], self.base)
         if not target.stacked and shape is not None and len(shape) > 1:
@@ -428,7 +429,7 @@ def _type(target: Target, group: Sequence[Update]) -> DType:
 
 
 def _when_read(make: Callable[[], Any]) -> Any:
-    """Return the update that `make` returns, with lazy tensors; None if `make` returns None.
+    """Call `make`, and return the resulting update with lazy tensors. Return None if `make` returns None.
 
     The tensors are not kept in memory: each time that a tensor's data is read, `make` is called again.
     """

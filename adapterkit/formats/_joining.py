@@ -1,7 +1,7 @@
 """Join LoRAs of different rows of a weight into one LoRA of the whole weight.
 
-For example, a base may store gate and up in one weight, but an adapter has a LoRA for each. The LoRAs' factors are
-concatenated. In B, rows that no LoRA changes are zero.
+For example, a base may store gate and up in one weight, but an adapter has one LoRA for gate and another LoRA for up.
+The factors of these LoRAs are concatenated. In the joined B, rows that no LoRA changes are zero.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def with_joined_rows(
 def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
     """Join all updates of a target into one LoRA, if all of them are LoRAs without a bias.
 
-    For example, a base may interleave the rows of gate and up in one weight. The LoRAs of gate and up then have one
-    target.
+    For example, a base may interleave the rows of gate and up in one weight. In this case, the LoRA of gate and the
+    LoRA of up have the same target.
 
     Args:
         updates: the updates by target.

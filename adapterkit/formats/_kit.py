@@ -195,7 +195,10 @@ def of_rows(update: Pair, start: int, stop: int) -> Pair:
 
 
 def over_rows(updates: Iterable[Pair]) -> Pair:
-    """Join updates of consecutive row blocks into one update of the fused weight. All must have equal A and scaling."""
+    """Join updates of consecutive row blocks into one update of the fused weight.
+
+    All of these updates must have the same A and the same scaling.
+    """
     first, *others = updates
     names = [name for name, field in first.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
     names_present = [name for name in names if name in first.tensors]
@@ -234,8 +237,9 @@ def whole_rank(value: object, where: str) -> int:
 def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
     """Return the layout in which the base stores a weight.
 
-    If the base has the weight, and it is a matrix that is not square, its shape shows the layout. Otherwise, the layout
-    is assumed: `in out *k` if the path ends with the name of an embedding, and `out *in` for all other paths.
+    If the base has the weight, and the weight is a matrix that is not square, the weight's shape shows the layout.
+    Otherwise, the layout is assumed: `in out *k` if the path ends with the name of an embedding, and `out *in` for all
+    other paths.
     """
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     out, in_ = update.B.shape[0], update.A.shape[1]
@@ -308,7 +312,7 @@ def one_number(
     default: float,
     first: float | None = None,
 ) -> tuple[float, Pairs, list[str]]:
-    """Choose the value, such as alpha, that a file stores once and from which a tool computes every module's scaling.
+    """Choose the single value in a file, such as alpha, from which a tool computes the scaling of every module.
 
     If the tool would compute the wrong scaling for an update, the difference is folded into the update's B.
 
@@ -324,7 +328,7 @@ def one_number(
         first: the source file's value. It breaks ties between values that fit the same number of updates.
 
     Raises:
-        Unrepresentable: the value does not fit all updates, and `on_loss` does not allow folding.
+        Unrepresentable: the tool would compute the wrong scaling for an update, and `on_loss` does not allow folding.
 
     Returns:
         the value, the updates, and one line for each folded scaling.
@@ -372,7 +376,10 @@ def folded(update: Pair, scaling: float) -> Pair:
 
 
 def whole_number(value: float) -> float:
-    """Convert a whole float to an int (16.0 to 16), as tools write it. Floats of size 2**53 or more stay floats."""
+    """Convert a whole float to an int (16.0 to 16), because tools write whole numbers as integers.
+
+    Floats with an absolute value of 2**53 or more stay floats.
+    """
     return int(value) if float(value).is_integer() and abs(value) < 1 << 53 else value
 
 
@@ -389,10 +396,10 @@ T = TypeVar("T")
 
 
 def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A002 - the public contract's word
-    """Return the leftovers of an adapter that was read from this format. For other adapters, return an empty `record`.
+    """Return `adapter.foreign.data` as a `record`. If the adapter is not from this format, return an empty `record`.
 
     Raises:
-        Malformed: the leftovers are damaged.
+        Malformed: the data does not fit the type `record`.
     """
     if adapter.foreign is None or adapter.foreign.format != format:
         return record()
@@ -404,7 +411,7 @@ def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A00
 
 
 class Leftovers(TypedDict, total=False):
-    """The leftovers that the reader of any format may store: `order`, the keys of the source file in their order."""
+    """Data that every reader may store in `Adapter.foreign`: `order`, the keys of the source file in their order."""
 
     order: list[str]
 

@@ -77,8 +77,8 @@ def prove(
 
     Raises:
         Miswritten: the files do not contain the adapter, or cannot be read; the error names the target and the field.
-        Unrepresentable: the format does not store the layout of a weight, and the reader assumes a layout that differs
-            from the adapter's.
+        Unrepresentable: the format does not store the layout of a weight, and the reader assumes another layout than
+            the adapter has at this weight.
         UsageError: the files cannot be read back without the base.
     """
     report = list(lines)
@@ -130,8 +130,8 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
         UsageError: the file cannot be read without the base.
     """
     foreign = asked.foreign
-    # Use the `compat` that the adapter's source file was read with. Without `compat`, the reader may reject the written
-    # file.
+    # Pass the same `compat` as when the adapter's source file was read. Without `compat`, the reader may reject the
+    # written file.
     compat = foreign.data.get("compat") if foreign is not None and foreign.format == name else None
     try:
         return writer.read(path, compat=compat, base=base)
@@ -195,7 +195,8 @@ class _Proof:
     Attributes:
         name: the name of the format.
         base: the base, or None.
-        left_out: the targets with omitted updates. The set also contains other words of the writer's report.
+        left_out: all words and phrases in the writer's report of omitted updates that may be the name of a target. The
+            set contains the targets with omitted updates, and also words that are no targets.
         changed: the fields that the writer reported as changed, as `TARGET:METHOD.FIELD`.
         dtypes: the dtypes that the format supports; empty if the format supports all.
     """
@@ -211,7 +212,7 @@ class _Proof:
 
         Raises:
             Miswritten: the updates of a target differ.
-            Unrepresentable: the reader assumes a layout of a weight that differs from the adapter's.
+            Unrepresentable: for a weight, the reader assumes another layout than the adapter has.
         """
         ours, theirs = asked.updates, got.updates
         if ours.keys() == theirs.keys() and all(_same(group, theirs[target]) for target, group in ours.items()):

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 def as_trained(
     updates: Sequence[Update], recipe: Sequence[Step], shape: tuple[int, ...], target: Target, padding: str = ""
 ) -> tuple[Update, ...]:
-    """Rewrite the updates of one layer, so that they compute the same function as their training tools.
+    """Rewrite the updates of one layer, so that they compute the same function as in the tool that trained them.
 
     Args:
         updates: the updates of one target.
         recipe: the adapter's lineage. Its `read` steps name the formats of the source files.
         shape: the shape of the layer's weight, `[out, in, *k]`.
         target: the updates' target, for errors.
-        padding: a phrase that says how the layer pads its input. Empty if unknown, or if the layer pads with zeros and
-            has no dilation.
+        padding: a phrase that says how the layer pads its input. The phrase is empty if the padding is unknown, or if
+            the layer pads with zeros and has no dilation.
 
     Raises:
         Unsupported: no method can compute the same function as the tool at this layer.
@@ -74,7 +74,7 @@ def _by_rules(
 def sites_as_trained(
     sites: Iterable[Site], recipe: Sequence[Step], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[Site]:
-    """Return the sites, with their updates rewritten as in `as_trained`. The padding of the layers is unknown.
+    """Return the sites, and rewrite their updates as `as_trained` does for a layer with unknown padding.
 
     Args:
         sites: for each target, its updates and the names of its weight and bias in the base. Sites of stacked weights,
@@ -104,7 +104,7 @@ def sites_as_trained(
 
 
 def lora_among_zeros(update: Update) -> Update | None:
-    """Return a LoRA, with or without groups, as an update that pads its input with zeros; None for other methods."""
+    """Rewrite a LoRA (with or without groups) to pad its input with zeros. Return None for other methods."""
     if isinstance(update, LoRA):
         from ..methods.grouped_lora import GroupedLoRA
 

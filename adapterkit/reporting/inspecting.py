@@ -348,10 +348,10 @@ def inspected(
 
 
 def outline_of(path: Path, name: str | None, compat: str | None, error: Exception) -> tuple[str, Adapter] | None:
-    """Outline an adapter that cannot be read without its base: return its format, and its targets and shapes.
+    """Return the format, the targets and the shapes of an adapter that cannot be read without its base.
 
-    The targets and shapes are returned as an `Adapter`; see `formats.outline`. Return None if the adapter cannot be
-    outlined, or if `error` is not a UsageError.
+    The targets and shapes are returned as an `Adapter`; see `formats.outline`. Return None if the format cannot be
+    detected, if `formats.outline` fails, or if `error` is not a UsageError.
 
     Args:
         path: the file or folder.
@@ -424,7 +424,10 @@ def _layers(
 
 
 def _names(adapter: Adapter, base: Checkpoint | str | os.PathLike[str], rename: Sequence[str]) -> dict[str, JsonValue]:
-    """Return the rules that map the adapter's names to the base's names, or the reason why the adapter does not fit."""
+    """Return the rules that map the adapter's names to the base's names, and the model family.
+
+    If the adapter does not fit the base, return the reason.
+    """
     from ..errors import AdapterkitError
     from ..naming.binding.fitting import name_map
 

@@ -43,12 +43,12 @@ SHOWN = 64
 """The largest number of singular values to store for a target."""
 
 LARGEST_EXACT = 1024
-"""A dense change is decomposed only if its smaller side is at most this long. A larger decomposition takes over a
-second."""
+"""The SVD of a dense change is computed only if the smaller side of the change is at most this long. A larger SVD takes
+over a second."""
 
 EXPERTS = 8
-"""For stacked experts, elements are measured and weights are compared only for the first `EXPERTS` experts. Norms and
-ranks of changes are measured for all experts."""
+"""In a stack of experts, only the first `EXPERTS` experts are used to measure single elements and to compare weights.
+Norms and ranks of changes are measured for all experts."""
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 """The probabilities of the quantiles in `Effect.quantiles`."""
@@ -64,8 +64,8 @@ checked weights. The limit allows 15 weights of 576 x 576, which take 3 s. The w
 are checked first. The verdict states the number of checked weights."""
 
 INTRUDER_UNIT = 2e7
-"""While intruders are counted, the progress bar shows this amount of work as one step. `INTRUDER_BUDGET` defines the
-work. All other work for one target is also one step."""
+"""While intruders are counted, the progress bar shows this amount of work as one step. The amount has the unit of
+`INTRUDER_BUDGET`. All other work for one target is also one step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -663,8 +663,8 @@ class _MergedSum:
         self.change += float((asked * asked).sum())
         self.along += float((asked * there).sum())
         self.error += float(((there - asked) ** 2).sum())
-        # Compute the change that is left after a perfect merge, which rounds each sum once. Even a perfect merge loses
-        # small changes of large weights.
+        # Compute how much of the change a perfect merge would keep. A perfect merge rounds each sum once, so even a
+        # perfect merge loses small changes of large weights.
         narrow = (W + asked).astype(dtype.array).astype(W.dtype) - W if dtype.itemsize <= 2 else asked
         self.rounded += float((asked * narrow).sum())
 

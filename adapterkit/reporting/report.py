@@ -53,7 +53,7 @@ both in the order in which the model runs them."""
 
 
 class GateFigures(msgspec.Struct, frozen=True):
-    """The fields of a gate's record that the page shows."""
+    """The part of a gate's record that the page shows. `adapterkit gate --json` prints such a record."""
 
     outcome: str
     base: str
@@ -70,7 +70,7 @@ class GateFigures(msgspec.Struct, frozen=True):
 
 
 def gate_figures(source: Mapping[str, object] | str | os.PathLike[str]) -> GateFigures:
-    """Read the fields of a gate's record that the page shows.
+    """Read a gate's record, and return the fields that the page shows.
 
     Args:
         source: the gate's result, the record of the result, or the path of a JSON file with the record.
@@ -378,7 +378,7 @@ SHARES = ("share", "first direction", "of the weight", "kept")
 
 
 class _TableRows:
-    """Values that the functions in `COLUMNS` need besides the effect: facts, total norms, and kept shares."""
+    """The second argument of the functions in `COLUMNS`: the adapters' facts, the total norms and the kept shares."""
 
     def __init__(self, report: AdapterReport) -> None:
         self.facts = report.facts

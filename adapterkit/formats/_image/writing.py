@@ -107,7 +107,7 @@ def _stored(
 ) -> dict[str, Lazy]:
     """Return a map from keys to the tensors that the writer stores for one slot.
 
-    Reuse the source file's tensors if they would still be read as the same value.
+    If a reader would still get the same value from the source file's tensors, the map contains these tensors.
     """
     default = image_format.spell(stem, stored.slot)
     key, leaf = hints.keys.get(default, default), as_lazy(stored.leaf)
@@ -159,8 +159,8 @@ def _expressible(
     before = updates
     updates, losses = image_format.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
     # The caller can convert the updates at `places` to LoRAs. To rename a target, `renamed` may have to join the
-    # target's updates with other updates, and only LoRAs can be joined. So if a target was not renamed, add all of its
-    # updates to `places` that are not LoRAs.
+    # target's updates with other updates, and only LoRAs can be joined. So if a target was not renamed, add its
+    # updates to `places`, except the LoRAs.
     lost = {target for target, _ in losses if target in before}
     places += [(t, i) for t in before if t in lost for i, u in enumerate(before[t]) if not isinstance(u, LoRA)]
     named = not losses

@@ -46,7 +46,7 @@ DEPARTURES = {
 }
 
 REFT = ("noreft", "direft")
-"""A ReFT without orthogonality is one of these two methods. The adapters library writes the same file for both."""
+"""The two ReFT methods without orthogonality. The adapters library writes the same file for both methods."""
 
 # Load and save an AdapterHub folder: a JSON config, one tensor file, and optional further files.
 

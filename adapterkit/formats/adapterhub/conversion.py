@@ -45,7 +45,7 @@ from .file import RELEASE, AdapterHubSettings
 
 FORMAT = "adapterhub"
 HEAD = "head/"
-"""In the leftovers, the names of a prediction head's tensors start with this prefix. Other names do not."""
+"""In `Adapter.foreign`, the names of a prediction head's tensors start with this prefix. Other names do not."""
 
 
 class AdapterHubHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -303,7 +303,7 @@ def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config:
 
 
 def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
-    """Return the tensors in the adapter's leftovers: (tensors from the tensor file, tensors of the prediction head)."""
+    """Return the tensors in `adapter.foreign`: (tensors from the tensor file, tensors of the prediction head)."""
     foreign = adapter.foreign
     tensors = {} if foreign is None or foreign.format != FORMAT else foreign.tensors
     weights = {key: as_lazy(leaf) for key, leaf in tensors.items() if not key.startswith(HEAD)}

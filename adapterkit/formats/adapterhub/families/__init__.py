@@ -49,7 +49,7 @@ class AdapterHubFamily(ABC):
 
     @classmethod
     def settle(cls, fields: Any, settings: AdapterHubSettings) -> Any:
-        """Return the config fields. If old releases used another name for a value, replace it with today's name."""
+        """Return the config fields. If a value has a name from an old release, use the current name instead."""
         return fields
 
     @classmethod
@@ -80,7 +80,7 @@ class AdapterHubFamily(ABC):
 
     @classmethod
     def stale(cls, updates: Updates, naming: AdapterHubNaming, kept: Mapping[str, Lazy]) -> Iterator[str]:
-        """Yield the keys of stored tensors that no longer fit these updates."""
+        """Yield the keys of those tensors in `kept` (tensors from the source file) that no longer fit these updates."""
         return iter(())
 
 
