@@ -47,7 +47,7 @@ def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif:
 
 
 def _warnings(src: str, base: str | None) -> list[str]:
-    """Return warnings if the adapter records a base other than `base`. Return none if the adapter cannot be read."""
+    """Return warnings if the adapter records a base other than `base`; no warnings if the adapter cannot be read."""
     from ..errors import AdapterkitError
 
     try:

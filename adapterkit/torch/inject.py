@@ -55,14 +55,14 @@ from .weights import tensor_at
 
 
 Pairs = Mapping[str, LoRA]
-"""The LoRA updates of one expert, by path. Their tensors are loaded."""
+"""The LoRA updates of one expert, keyed by the target's path. The tensors of the updates are torch tensors."""
 
 
 def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
-    """Add experts to a router: its updates get the LoRA factors of all experts, stacked along a new first axis.
+    """Add experts to a router: the router's updates get the experts' LoRA factors, stacked along a new first axis.
 
     Args:
-        names: a function that returns the names of the model's modules in their order.
+        names: a function that returns the names of the model's modules, in the order of the modules in the model.
         adapter: any adapter. If it needs no experts, it is returned unchanged.
         experts: plain LoRA adapters, in the router's order.
 
@@ -70,8 +70,8 @@ def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: 
         UsageError: experts are missing, or no update needs the given experts, or the number of experts does not fit an
             Arrow router.
         Unsupported: an expert is not plain LoRA, or the adapter has other updates at the router's target.
-        ShapeMismatch: the experts have different shapes (with Arrow, different ranks too), or the number of experts
-            does not fit an X-LoRA router.
+        ShapeMismatch: the experts have different shapes (for Arrow: different shapes or ranks), or the number of
+            experts does not fit an X-LoRA router.
         TargetNotFound: an expert has no LoRA at the target of an Arrow router.
     """
     needy = [(target, update) for target, update in adapter if getattr(update, "lacks_experts", False)]
@@ -120,7 +120,7 @@ def _of_classifier(
 ) -> dict[Target, tuple[Update, ...]]:
     """Return an X-LoRA update for each layer that at least one expert changes.
 
-    The update contains zeros as the factors of the experts that do not change the layer.
+    If an expert does not change a layer, its factors in the layer's update are zeros.
     """
     logits, count = router.last.shape[0], len(experts)
     changed = {path for expert in experts for path in expert}
@@ -183,7 +183,7 @@ def _of_prototypes(target: Target, router: Update, experts: Sequence[Pairs]) -> 
 
 
 def _prototype(A: Tensor, B: Tensor) -> Tensor:
-    """Return the first right singular vector of `B @ A`, computed without the product `[out, in]`."""
+    """Return the first right singular vector of `B @ A`. The product itself, `[out, in]`, is not computed."""
     _, R = torch.linalg.qr(B.double())
     _, _, V = torch.linalg.svd(R @ A.double(), full_matrices=False)
     first: Tensor = V[0].to(A.dtype)
@@ -380,7 +380,8 @@ def _where(model: nn.Module, target: Target) -> str:
 def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Update]) -> Site:
     """Replace a site's updates so that the layer computes the same as in the tool that trained the adapter.
 
-    `given` maps the id of each new update to the update that the adapter stores. The function adds these entries.
+    The function adds an entry to `given` for each update: the id of the new update is the key, and the update that the
+    adapter stores is the value.
     """
     if site.weight is None or site.target.stacked or site.target.rows is not None:
         return site
@@ -396,7 +397,7 @@ def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Up
 def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int, Update]) -> LiveUpdates:
     """Convert the updates of `bound` back to the methods of the adapter's own updates, with the same live tensors.
 
-    `_trained` may have replaced an update of the adapter with an update of another method, which the model runs.
+    The model may run an update of another method, because `_trained` may have replaced the adapter's own update.
     """
     before = [given.get(id(update), update) for update in updates]
     if all(old is new for old, new in zip(before, updates, strict=True)):
@@ -423,7 +424,7 @@ def _contexts(
 def _met(model: nn.Module, target: Target) -> Tensor:
     """Return a tensor with the dtype and device that context updates at a target compute with."""
     part = model.get_submodule(target.path)
-    # Search the whole model too: a quantized attention may have only packed weights.
+    # Search the whole model too: a quantized attention module may have only packed weights.
     around = [*part.modules(), *model.modules()]
     first = next(((m, p) for m in around for p in base_parameters(m, False) if p.is_floating_point()), None)
     if first is None or hasattr(part, "get_input_embeddings"):
@@ -494,7 +495,8 @@ def _tied(
     plain = [s.weight for s in sites if s.weight and not is_packed(model.get_submodule(s.weight.rpartition(".")[0]))]
     for parameter in list({id(p): p for p in (tensor_at(model, path) for path in plain)}.values()):
         names = names_sharing(model, parameter) if parameter.is_meta else alike.get(id(parameter), [])
-        # In an offloaded model, tied layers have separate parameters, but the same list of names. Process a list once.
+        # In an offloaded model, tied layers have separate parameters, but `names` is the same for all of these layers.
+        # Process each list of names once.
         if tuple(names) in seen:
             continue
         seen.add(tuple(names))
@@ -582,9 +584,9 @@ def _check_together(hook: ForwardHook, parts: list[Part]) -> None:
 
 
 def _pieces(site: Site) -> list[Site]:
-    """Split a site into a site with the updates of weights and a site with the updates of the output.
+    """Split a site in two: the first site gets the updates of weights, the second gets the updates of the output.
 
-    A site without updates is omitted.
+    A site that gets no updates is omitted.
     """
     outer = [update.kind == "output" for update in site.updates]
     if outer != sorted(outer):

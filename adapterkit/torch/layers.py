@@ -31,9 +31,9 @@ Forward = Callable[..., Tensor]
 
 
 class TorchLayer:
-    """A module, with a method `op` that runs the module's operation with another weight.
+    """A wrapper of a module. Its method `op` runs the module's operation with another weight.
 
-    Each subclass is for one kind of module.
+    Each subclass wraps one kind of module.
 
     Attributes:
         layout: the axis order in which the module stores its weight, as in `Target`.
@@ -102,9 +102,9 @@ class TorchLayer:
 
     @property
     def padding(self) -> str:
-        """The layer's padding and dilation as text, if they make `op` differ from `zero_padded`.
+        """The padding and dilation that make the outputs of `op` and `zero_padded` differ, as text.
 
-        The text is empty if they make no difference, and for dilated layers that PEFT cannot train.
+        The text is empty if the outputs are equal. It is also empty for a dilated layer that PEFT cannot train.
         """
         return ""
 
@@ -217,7 +217,7 @@ class ConvLayer(TorchLayer):
 
 
 class GroupedConv(ConvLayer):
-    """A convolution with groups. `op` also accepts a weight for all input channels, and then ignores the groups."""
+    """A convolution with groups. If `op` gets a weight that covers all input channels, it convolves without groups."""
 
     direct = False
 
@@ -294,15 +294,18 @@ KINDS: tuple[type[TorchLayer], ...] = (Quantized, Linear, Conv1D, EmbeddingLayer
 
 
 def layer_of(module: nn.Module, forward: Forward) -> TorchLayer | None:
-    """Return the module as a `TorchLayer`, or None if no subclass fits. Then only the module's own forward can run."""
+    """Return a `TorchLayer` that wraps the module.
+
+    If no subclass fits, return None. Formulas cannot run on such a module; only its own forward can run.
+    """
     kind = next((kind for kind in KINDS if kind.takes(module)), None)
     return kind(module, forward) if kind else None
 
 
 def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
-    """Return the update with its tensors on a device and in a dtype (integer tensors in int64).
+    """Return the update with its tensors moved to a device and cast to a dtype. Integer tensors are cast to int64.
 
-    If all tensors already have this device and dtype, return the same object.
+    If no tensor has to be moved or cast, return the same object.
     """
 
     def wanted(leaf: Tensor) -> torch.dtype:
@@ -312,8 +315,8 @@ def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
         tensor = live_tensor(leaf)
         return tensor.to(device, wanted(tensor))
 
-    # Compare devices and dtypes, but do not call `there` to see whether it returns the same tensor: torch.jit.trace
-    # compares two runs, and would record the conversion in `there` only in the first run.
+    # Compare devices and dtypes. Do not call `there` to see whether it returns the same tensor: torch.jit.trace
+    # compares two runs of the model, and would record the conversion in `there` only in the first run.
     leaves = [live_tensor(leaf) for leaf in update.tensors.values()]
     stands = all(leaf.device == device and leaf.dtype == wanted(leaf) for leaf in leaves)
     return update if stands else update.map(there)
@@ -355,8 +358,8 @@ def _defines_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
 # these weights.
 #
 # bitsandbytes, torchao, optimum-quanto, HQQ, GPTQ and AWQ all have linear layers with `in_features` and `out_features`.
-# Such a layer runs unchanged, and updates are added to its output. So no table of libraries is needed. A linear layer
-# is packed if it has one of these properties:
+# Such a layer runs unchanged, and updates are added to its output. So the code needs no table of libraries. A linear
+# layer counts as packed if at least one of these statements is true:
 #
 # * its weight is a tensor of a class with its own `dequantize` (torchao; quanto after `freeze`);
 # * it has a `qweight`. In GPTQ and AWQ, `qweight` is a buffer. In quanto, `qweight` is a property: a layer that is not
@@ -368,9 +371,9 @@ def _defines_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
 #   trainers with an fp8 base. torch itself cannot compute with such a weight. diffusers' layerwise casting does not
 #   count: it casts the weight before the forward, and adapters run after this cast; see bypass.py.
 #
-# If an update needs the weight, it is dequantized by a function of the library, or by the `dequantize` of the weight or
-# of the module. GPTQ's and AWQ's modules have no common method that dequantizes. So an identity matrix is sent through
-# the layer; the output, minus the bias, is the dequantized weight, transposed.
+# If an update needs the weight, the weight is dequantized by a function of the library, or by the method `dequantize`
+# of the weight or of the module. GPTQ's and AWQ's modules have no common method that dequantizes. So an identity matrix
+# is sent through the layer. The output minus the bias is the transpose of the dequantized weight.
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -486,7 +489,11 @@ def check_dropout(dropout: float, cls: type[Update], method: str) -> None:
 
 
 def dropout_of(adapter: Adapter) -> float:
-    """Return the dropout probability in the adapter's PEFT config, or else the one passed to `create`, or else 0."""
+    """Return the dropout probability of an adapter.
+
+    It comes from the adapter's PEFT config. If the config has none, it is the probability that was passed to `create`,
+    or 0.
+    """
     dropouts = [step.args.get("dropout", 0.0) for step in adapter.recipe if step.op == "create"]
     config_or_none = adapter.foreign.data.get("config") if adapter.foreign is not None else None
     config = config_or_none if isinstance(config_or_none, dict) else {}
@@ -550,7 +557,7 @@ def _without_blocks(update: Update, p: float) -> Update:
         axes = update.tensor_fields()[name].metadata["axes"]
         blocks, factors = axes.index("n"), axes.index("m")
         if blocks is None or (factors is None and leaf.shape[blocks] == 1):
-            continue  # PEFT always keeps a single block that all rotations share.
+            continue  # If all rotations share one block, PEFT never drops this block.
         factor = None if factors is None else int(torch.randint(0, leaf.shape[factors], (1,)))
         count = leaf.shape[blocks]
         dropped = torch.arange(count) < int(p * count)

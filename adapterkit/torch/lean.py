@@ -1,10 +1,10 @@
-"""Compute low-rank changes of linear layers with less memory and time than their plain formula.
+"""Compute low-rank changes of linear layers with less memory and time than the plain formula needs.
 
-If a method's `Additive.thin` is True, its forward is y + (x A^T) B^T, where y is the base's output, and `pair` returns
-the factors B and A. The *plain formula* is `LowRank.forward`, which computes this sum in separate operations. These
-operations make three tensors of the output's size, and autograd keeps x A^T for the backward pass. `low_rank_sum` adds
-the product to y in one operation, and its backward pass needs only x, A and B. Autograd keeps the layer's input x
-without a copy, so q, k and v (or gate and up) share one kept tensor.
+If a method's `Additive.thin` is True, its forward is y + (x A^T) B^T. Here y is the base's output, and the method's
+`pair` returns the factors B and A. The *plain formula* is `LowRank.forward`, which computes this sum in separate
+operations. These operations make three tensors of the output's size, and autograd keeps x A^T for the backward pass.
+`low_rank_sum` adds the product to y in one operation, and its backward pass needs only x, A and B. Autograd keeps the
+layer's input x without a copy, so q, k and v (or gate and up) share one kept tensor.
 
 A call of a Python autograd function costs about 50 microseconds. So the plain formula is faster for small inputs, and
 is used for them. The tensors that autograd keeps for small inputs use little memory compared with the weights.
@@ -48,14 +48,14 @@ core)."""
 BLOCK = 1 << 19
 """The number of 16-bit elements that are converted to float32 at once, so that the float32 copies stay small."""
 ROWS = 64
-"""A block has at least this many input rows, even if it then has more than `BLOCK` elements. Smaller blocks would be
-slower, because each block reads the whole weight once."""
+"""A block has at least this many input rows, even if these rows have more than `BLOCK` elements. Smaller blocks would
+be slower, because each block reads the whole weight once."""
 
 
 def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
     """Return x W^T + b + weight * (x A^T) B^T by the plain formula, or None if x or the result is large.
 
-    If A is frozen and B is trained, large tensors use the plain formula too.
+    If A is frozen and B is trained, the plain formula is used for large tensors too.
 
     Args:
         x: `[..., in]`.
@@ -63,7 +63,7 @@ def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, w
         b: `[out]`, or None.
         A: `[r, in]`, in the dtype of W, or in float32 if W has 16 bits.
         B: `[out, r]`, in A's dtype.
-        weight: the factor of the product of A and B.
+        weight: the number by which the low-rank change is multiplied.
     """
     (out, into), size, dtype = W.shape, x.numel(), W.dtype
     most = max(size, size // into * out) if into else SMALL
@@ -93,7 +93,7 @@ def is_wide(y: Tensor) -> bool:
 
 
 def may_overwrite(y: Tensor) -> bool:
-    """Whether a linear layer's new output may be overwritten, because autograd does not need it."""
+    """Whether `y`, the new output of a linear layer, may be overwritten. Autograd does not need this output."""
     return not torch.compiler.is_compiling() and type(y) is Tensor and not y._is_view() and is_eager()
 
 
@@ -121,7 +121,7 @@ def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor
         b: `[out]`, or None.
         A: `[r, in]`, in W's dtype, or in float32 if `is_wide` holds for W.
         B: `[out, r]`, in A's dtype.
-        weight: the factor of the product of A and B.
+        weight: the number by which the low-rank change is multiplied.
     """
     frozen = not W.requires_grad and (b is None or (type(b) in _PLAIN and b.dtype == W.dtype and not b.requires_grad))
     if not frozen or not _takes(W, x, A, B) or torch.is_autocast_enabled(x.device.type):
@@ -141,7 +141,7 @@ def low_rank_sum(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float = 1.0
         x: `[..., in]`.
         A: `[r, in]`.
         B: `[out, r]`.
-        weight: the factor of the product of A and B.
+        weight: the number by which the low-rank change is multiplied.
         fresh: True if no other code holds y, so that the sum may overwrite y.
     """
     if not _takes(y, x, A, B):
@@ -316,9 +316,9 @@ def _of_factors(
     grad: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, to_A: bool, to_B: bool, W: Tensor | None,
     to_x: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of weight * (x A^T) B^T for x, A and B.
+    """Return the gradients of weight * (x A^T) B^T with respect to x, A and B.
 
-    If W is given, the gradient for x includes the gradient of x W^T.
+    If W is given, the gradient of x W^T is added to the gradient with respect to x.
 
     x A^T is recomputed, which costs less than keeping it. Gradients are added in place, unless the backward pass itself
     is differentiated.
@@ -387,13 +387,13 @@ def _of_factors_by_blocks(
 
 
 def _rows_of(W: Tensor) -> int:
-    """Return how many rows of a weight have about `BLOCK` elements."""
+    """Return the number of rows of a weight that together have about `BLOCK` elements."""
     return max(BLOCK // W.shape[1], 1)
 
 
 @cache
 def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether the processor has instructions for matrix products in this 16-bit dtype, which torch then uses."""
+    """Whether the processor has instructions for matrix products in this 16-bit dtype. If so, torch uses them."""
     ask: Any = torch.ops.mkldnn
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     return bool(getattr(ask, name)()) if hasattr(ask, name) else False
@@ -411,7 +411,7 @@ class LeanPlan:
     Args:
         token: `SETTINGS.token`, read before the caller looked for the parts that act.
         scope: the scope in which the plan applies.
-        part: the part that acts at the layer, if it is the only one and has a single low-rank update; None otherwise.
+        part: the part that acts at the layer, if only one part acts there and has a single low-rank update; else None.
         layer: the layer.
     """
 
