@@ -139,7 +139,7 @@ def read(
                 recipe=(*adapter.recipe[:-1], replace(last, args={**last.args, "compat": compat}))
             )
     except AdapterkitError as error:
-        # A reader's error may already contain the exact file, so add the given path only to errors without a path.
+        # A reader's error may already name the exact file. So add the given path only to errors without a path.
         raise error.at(path=path) from None
     return adapter
 
@@ -218,10 +218,10 @@ def save(
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Replace each update whose method the format does not support, if its layer in the base has no bias.
+    """Replace each update whose method the format does not support and whose layer in the base has no bias.
 
-    On a layer without a bias, the new update has the same effect. Its method may be one that the format supports; see
-    `Update.without_bias`.
+    The new update is the result of `Update.without_bias`. On a layer without a bias, it has the same effect as the old
+    update, and the format may support its method.
     """
     from ..naming.binding.fitting import biasless
 

@@ -58,9 +58,9 @@ class LayerFacts:
 
     Attributes:
         shape: the shape of the layer's weight, `[out, in, *k]`.
-        padding: a phrase for messages that describes how the layer pads its input. Empty if the layer pads with zeros
-            and has no dilation. Also empty if the padding is unknown: a file of weights, for example, does not store
-            the padding.
+        padding: a phrase that describes how the layer pads its input, for use in messages. It is empty if the layer
+            pads with zeros and has no dilation. It is also empty if the padding is unknown; for example, a weights file
+            does not store the padding.
     """
 
     shape: tuple[int, ...]
@@ -98,7 +98,8 @@ class Format:
         compat: the values that the format's `read` accepts as its argument `compat`. `"formula"` selects the paper's
             formula. Every other value selects one interpretation of an ambiguous file. Without `compat`, an adapter
             computes the same function as the tool's forward.
-        options: those of the arguments `alpha`, `rank`, `strict` and `family` that the format's `read` accepts.
+        options: the names of the optional arguments that the format's `read` accepts, out of `alpha`, `rank`, `strict`
+            and `family`.
         experts_orders: names of layouts of stacked experts. A file of the format does not show which layout it has, so
             the format's `read` also accepts these names as `compat`.
         models: `image` if the format accepts module names only of image, video and audio models; `language` if it
@@ -209,7 +210,7 @@ class Format:
             adapter: the adapter that will be written.
             profile: the program that will load the adapter, one of `profiles`.
             base: the base; it shows which modules the program treats as experts.
-            on_loss: `drop` omits updates that the program cannot run.
+            on_loss: if this is `drop`, updates that the program cannot run are omitted.
 
         Raises:
             Unrepresentable: the program cannot run the adapter.

@@ -94,10 +94,11 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
 
 
 def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) -> bool:
-    """Whether both groups have only LoRAs, with equal A and `scaling * B`. If False, the groups may still be equal.
+    """Whether both groups contain only LoRAs, and these LoRAs have equal A and equal `scaling * B`.
 
-    Writers often fold a scaling into B. This check is fast because it multiplies no matrices; the general check with
-    random inputs would take ten times as long as the conversion.
+    If False, the groups may still compute the same function. Writers often fold a scaling into B. This check is fast
+    because it multiplies no matrices; the general check with random inputs would take ten times as long as the
+    conversion.
     """
     from ._proof import equal
 
@@ -112,7 +113,7 @@ def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) ->
 
 
 def _near_scaled(one: LoRA, other: LoRA, unit: float, least: float) -> bool:
-    """Whether `scaling * B` of two LoRAs is equal, up to rounding. If False, the products may still be equal.
+    """Whether two LoRAs have the same `scaling * B`, up to rounding. False does not prove a difference.
 
     The first B is multiplied by the quotient of the two scalings and compared with the second B, element by element.
     `scaling * B` is not computed, because it can overflow or underflow. Values of at most 32 bits are multiplied in
@@ -235,7 +236,7 @@ class _WeightAnswers:
             yield "bias", self._rounded(changed - b, changed)
 
     def _has_bias(self, target: Target, updates: Sequence[Update]) -> bool:
-        """Whether to compare biases. Updates that only transform a bias have no effect if the base has no bias."""
+        """Whether to compare biases. If a layer has no bias, updates that only transform a bias do not add one."""
         adds = any(update.changes_bias and update.needs_bias for update in updates)
         return adds or self.base is None or not biasless(self.base, target.path)
 
@@ -244,7 +245,10 @@ class _WeightAnswers:
         return all(isinstance(update, Additive) for group in (self.asked, self.got) for update in _in_order(group))
 
     def _sum(self, updates: Sequence[Additive], shape: tuple[int, ...]) -> _Answer:
-        """Compute `D @ x` of additive updates; low-rank updates are applied factor by factor."""
+        """Compute `D @ x`. D is the sum of the updates' weight changes.
+
+        Low-rank updates are applied factor by factor.
+        """
         import numpy as np
 
         x = _random((math.prod(shape[1:]), PROBES))
@@ -286,7 +290,7 @@ class _WeightAnswers:
 
     @property
     def _outputs(self) -> int:
-        """Return the weight's number of outputs; if all targets are slices of rows, the end of the last slice."""
+        """Return the weight's number of outputs. If all targets are slices of rows, return the last slice's end."""
         targets = (target for group in (self.asked, self.got) for target in group)
         return max(self._shape(t)[0] if t.rows is None else t.rows[1] for t in targets)
 

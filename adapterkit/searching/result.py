@@ -69,9 +69,9 @@ class Search:
         trials: all trials, in order.
         base: the name of the base, or None.
         seed: the seed of the search, and of methods that use random numbers.
-        rank: the rank to which combined adapters are cut: a number, or `fit`. With `fit`, only results without low-rank
-            factors are cut, to the largest rank that the adapters have at the target. Results of `linear` are never
-            cut.
+        rank: the rank to which combined adapters are cut: a number, or `fit`. With `fit`, a result is cut only if it
+            has no low-rank factors. Its new rank is then the largest rank that the adapters have at the target. Results
+            of `linear` are never cut.
         resumed: the number of trials that an earlier run had saved.
     """
 

@@ -209,7 +209,7 @@ class TextData:
     def entropies_together(self, adapter: Adapter, together: Callable[..., Tensor]) -> tuple[float, Gradients]:
         """Return the loss that `together` computes from mean entropies, and its gradient for each target's weight.
 
-        Each adapter that was combined stands for one task. The texts of this adapter are the texts of its task.
+        Each of the adapters that were combined stands for one task, and its texts are the texts of this task.
 
         Args:
             adapter: the combined adapter.

@@ -9,9 +9,9 @@ In a test module of your package, subclass one of these classes and set its clas
         format = "acme"
 
 The docstring of each test class lists its attributes. In a subclass of `SchemeTests`, also define the method `base`; in
-a subclass of `HubTests`, define `address`. The tests compare the results of your package with independent data. These
-are a formula in float64, the weight changes of the adapter before it was written, the values that a scheme's own
-library computes, or the bytes of the original files. The tests need pytest (`pip install adapterkit[test]`).
+a subclass of `HubTests`, define `address`. The tests compare the results of your package with independent data: a
+formula in float64, the weight changes of the adapter before it was written, the values that a scheme's own library
+computes, or the bytes of the original files. The tests need pytest (`pip install adapterkit[test]`).
 
 Register the classes of your package with these entry points:
 

@@ -86,7 +86,7 @@ class MethodTests:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         method: Any = METHODS[cls.method] if cls.method in METHODS else None  # noqa: SIM401 - `get` raises
-        # Set a test that does not apply to None. pytest then does not collect it, and reports no skipped test.
+        # If a test does not apply, set it to None. pytest then does not collect it, and reports no skipped test.
         if cls.change is MethodTests.change:
             cls.test_its_formula_is_the_papers = None  # type: ignore[assignment, method-assign]
         if method is not None and method.kind not in ("additive", "weight"):
@@ -337,7 +337,7 @@ class CombinerTests:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        # Set a test that does not apply to None. pytest then does not collect it, and reports no skipped test.
+        # If a test does not apply, set it to None. pytest then does not collect it, and reports no skipped test.
         if cls.combined is CombinerTests.combined:
             cls.test_its_formula_is_the_papers = None  # type: ignore[assignment, method-assign]
         if cls.combiner in COMBINERS and "rank" in COMBINERS[cls.combiner].parameters():
@@ -355,7 +355,8 @@ class CombinerTests:
             weights: one weight per adapter.
 
         Returns:
-            The change `[out, in]`. A test compares the combiner's result with it if a subclass defines this method.
+            The change `[out, in]`. If a subclass defines this method, a test compares the combiner's result with this
+            change.
         """
         raise Unsupported("the tests have no formula to compare with", cure="Define `combined` in the test class")
 

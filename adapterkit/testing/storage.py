@@ -56,7 +56,7 @@ class FormatTests:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         methods = FORMATS[cls.format].methods if cls.format in FORMATS else frozenset()
-        # Set a test that does not apply to None. pytest then does not collect it.
+        # If a test does not apply, set it to None. pytest then does not collect it.
         if "lora" not in methods:
             cls.test_a_scaling_is_not_lost = None  # type: ignore[assignment, method-assign]
         if methods.issuperset(_STRANGE):
@@ -426,7 +426,7 @@ class HubTests:
     scheme: ClassVar[str] = ""
 
     def address(self, name: str) -> str:
-        """Return the URI of `name` on a test server, to which the tests may push. Start the server in a fixture."""
+        """Return the URI of `name` on a test server that accepts pushes. Start the server in a fixture."""
         raise Unsupported("the tests of a hub need a server", cure="Define `address` in the test class")
 
     @pytest.fixture

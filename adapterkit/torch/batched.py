@@ -5,8 +5,8 @@ runs additive updates that can be computed from a pair of low-rank factors (`Add
 batch has other updates at a layer, routing.py runs this layer once for each group of rows with the same adapter.
 
 A `FactorStack` contains the factors of all adapters at a layer, padded to the highest rank. Each adapter has one slot
-in the stack. The last slot contains only zeros, for rows without an adapter. Each row's adapter is an index in a
-tensor, `Route.table`, so torch.compile sees the same graph for all routings.
+in the stack. The last slot contains only zeros, for rows without an adapter. The tensor `Route.table` contains the
+index of each row's adapter, so torch.compile sees the same graph for all routings.
 
 A stack of frozen adapters is kept between forwards, so the factors of these adapters are in memory twice. Before a kept
 stack is used again, the adapters' tensors are checked: they must be the same objects at the same addresses, and torch's
@@ -161,7 +161,7 @@ def _rank(update: Additive, shape: tuple[int, ...]) -> int | None:
     """Return the rank of an update's factors at a layer of this shape, or None if the update has no factors.
 
     The result is cached with the key (`update.form`, shape), because a model has thousands of layers, but few shapes.
-    It is not cached if the formula reads values of tensors.
+    The result is not cached if the formula reads values of tensors.
     """
     key = update.form, tuple(shape)
     if key not in _RANKS:
@@ -267,10 +267,10 @@ grouping the rows by adapter."""
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """For each row of a batch, the slot in a stack that the row uses; also, the rows grouped by slot.
+    """The slot that each row of a batch uses in a stack, and the rows grouped by slot.
 
     Attributes:
-        token: the value that `SETTINGS.token` had just before the adapters' switches were read.
+        token: the value of `SETTINGS.token` immediately before the adapters' switches were read.
         active: the value of `Scope.active` when the slots were looked up.
         index: `[rows]`, the slot of each row.
         used: the slots that at least one row uses, in ascending order, without the last slot; None if rows use every
@@ -436,7 +436,8 @@ def factors_of(update: Additive, layer: TorchLayer, like: Tensor) -> tuple[Tenso
 def _pair(layer: TorchLayer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return a part's A `[r, in * k]`, B^T `[r, out]` and bias change.
 
-    B^T is multiplied by the updates' scalings and the adapter's weight, the bias change only by the adapter's weight.
+    B^T is multiplied by the updates' scalings and by the adapter's weight. The bias change is multiplied only by the
+    adapter's weight.
     """
     all_A, all_B, bias = [], [], None
     for update in part.updates:

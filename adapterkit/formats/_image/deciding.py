@@ -64,8 +64,8 @@ class Origin:
         inside: whether all targets are modules of the base.
         unknown: the name of the base's class in diffusers, if the base belongs to no known family; otherwise empty.
         metadata: the metadata of the file that the adapter was read from.
-        bare: whether the file has ComfyUI's format, but no module name has a prefix such as `diffusion_model.`. Most
-            such files have diffusers' names.
+        bare: whether the file has ComfyUI's format and contains no module name with a prefix such as
+            `diffusion_model.`. Most such files have diffusers' names.
         of_format: whether `families` comes only from the file's format; see `FAMILIES`.
     """
 
@@ -110,7 +110,7 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
 
 
 def _bare(adapter: Adapter, naming: str) -> bool:
-    """Whether a file has ComfyUI's format, but no module name has a prefix such as `diffusion_model.`.
+    """Whether a file has ComfyUI's format and contains no module name with a prefix such as `diffusion_model.`.
 
     Without a prefix, the naming is unknown. For example, FLUX's attention has the same names in diffusers as
     Qwen-Image's attention has in ComfyUI.
@@ -266,7 +266,7 @@ def _narrowed_on(
 def module_of(path: str) -> str:
     """Return the path of a target's module, without the name of a parameter.
 
-    Only targets in BFL's naming have the name of a parameter: the path of a replaced FLUX norm ends in `.scale`.
+    A target's path ends in a parameter's name only in BFL's naming: the path of a replaced FLUX norm ends in `.scale`.
     """
     bare = path.removesuffix(".scale")
     return bare if bare != path and families_of(bare, "native") else path
@@ -292,8 +292,8 @@ def has_encoders(family: ImageFamily, parts: Mapping[str, str]) -> bool:
 def check_stated_family(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, str]) -> None:
     """Check that the base can belong to the family that is named in a file's metadata.
 
-    Names and shapes may not reveal a wrong base: half of the modules in a Qwen-Image adapter also exist in FLUX, with
-    weights of equal shapes.
+    Names and shapes do not always reveal a wrong base: half of the modules in a Qwen-Image adapter also exist in FLUX,
+    with weights of equal shapes.
 
     Args:
         paths: the paths of the adapter's modules in the denoiser, without the pipeline's component.
@@ -362,8 +362,9 @@ def likely(
             # FLUX and Bria FIBO have the same number of single blocks.
             return False
         # Trainers adapt all blocks by default. So accept this family only if the adapted blocks are consecutive and
-        # begin at block 0. If they are all blocks of a rival family, they must also be all blocks of this family. Other
-        # selections of blocks prove nothing: block 7 alone may be any block of FLUX, or Bria's last block.
+        # begin at block 0. If the adapted blocks end at a rival family's last block, this block must also be the last
+        # block of this family. Other selections of blocks prove nothing: if only block 7 is adapted, it may be one of
+        # FLUX's many blocks, or Bria's last block.
         return in_a_row(paths) and (complete(family, paths) or not any(complete(each, paths) for each in rivals))
 
     return narrowed(fitting, lambda family: not family.facts.unlikely or spoken_for(family))
@@ -483,9 +484,9 @@ _TELLING = (
 
 
 def complete(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether, for each kind of block, the highest number in the names is the number of the family's last block.
+    """Whether, for each kind of block, the block with the highest number in the names is the family's last block.
 
-    The family's last block is the last block of its largest published model. Kinds that the family lacks are ignored.
+    The last block is that of the family's largest published model. Kinds of blocks that the family lacks are ignored.
     """
     last = {first: max(numbers) for first, numbers in _numbers(paths).items()}
     counted = {first: number for first, number in last.items() if first in family.facts.blocks}
@@ -516,7 +517,7 @@ def _shaped(family: ImageFamily, extent: _Extent) -> bool:
 
 
 def _outcome(family: ImageFamily, paths: Collection[str], naming: str) -> tuple[object, ...]:
-    """Translate module names to another naming with the family's tables, to compare the results of families."""
+    """Use the family's tables to translate module names to another naming, so that callers can compare families."""
     wanted = family.wanted(naming)
     source = family.naming_of(paths, wanted)
     return tuple(
