@@ -192,7 +192,7 @@ def in_reading(
     """Read the adapters if an option changes how they are read; otherwise return their paths unchanged.
 
     Args:
-        adapters: the paths of the adapters. Adapters in memory are returned unchanged.
+        adapters: paths of adapters, or adapters in memory. Adapters in memory are returned unchanged.
         compat: the value of `--compat`, which names a formula or a layout of stacked experts.
         base: the base, which some formats need to resolve names.
     """
@@ -394,7 +394,7 @@ recipe_option = click.option(
 
 
 def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str], Recipe | None]:
-    """Return the adapters and the recipe; None if there is no recipe.
+    """Return the adapters, and the recipe or None.
 
     The recipe is the file of `--recipe`. If `adapters` is a single file whose name ends in .yml or .yaml, this file is
     the recipe, and no adapters are returned, because the recipe names them.
@@ -422,7 +422,7 @@ def named_by(recipe: Recipe | None) -> Iterator[None]:
 
 
 def setting(text: str) -> tuple[str, object]:
-    """Split `density=0.5` into a name and a value.
+    """Split a text such as `density=0.5` into a name and a value.
 
     Raises:
         UsageError: the text is not NAME=VALUE; NAME is an argument of `combine`, such as `weights`, and not a
@@ -444,7 +444,8 @@ def setting(text: str) -> tuple[str, object]:
         raise UsageError(f"{value!r} is not valid YAML", where="--set", cure=cure) from None
 
 
-# Users can set defaults of options in environment variables, in a project's file, and in a file for all projects.
+# Users can set defaults of options in environment variables, in a project's defaults file, and in their own defaults
+# file, which applies to all projects.
 #
 #     ADAPTERKIT_DEVICE=cpu                      for every command that has --device
 #     ADAPTERKIT_MERGE_DEVICE=cpu                only for merge
@@ -468,11 +469,11 @@ TYPED = frozenset({
 })  # fmt: skip
 """Parameters for which users cannot set defaults. They choose what is written or replaced, or which machine is used.
 
-Users must type these options, because otherwise a file of defaults in a downloaded folder could set them.
+Users must type these options, because otherwise a defaults file in a downloaded folder could set them.
 """
 
 _MOST = 1 << 20
-"""The largest size of a file of defaults, in bytes."""
+"""The largest size of a defaults file, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -526,7 +527,7 @@ def settings_of(name: str, command: click.Command) -> Iterator[Default]:
 
 
 def options_of(command: click.Command) -> dict[str, click.Option]:
-    """Return the options for which users can set a default, keyed by their long names without dashes."""
+    """Return the options for which users can set a default, keyed by their long names without the leading `--`."""
     return {
         word.removeprefix("--"): option
         for option in command.params
@@ -558,7 +559,7 @@ def _entries(
 
 
 def files() -> Iterator[tuple[Path, Mapping[str, JsonValue]]]:
-    """Yield the files of defaults and their content, highest precedence first.
+    """Yield the path and the content of each defaults file, highest precedence first.
 
     Raises:
         Malformed: a file is not valid TOML, its `tool.adapterkit` is not a table, or the file that ADAPTERKIT_CONFIG
@@ -580,7 +581,7 @@ def files() -> Iterator[tuple[Path, Mapping[str, JsonValue]]]:
 
 
 def _project() -> tuple[Path, Mapping[str, JsonValue]] | None:
-    """Return the path and the content of the project's file of defaults; None if there is no such file.
+    """Return the path and the content of the project's defaults file; None if there is no such file.
 
     The search starts in the working directory and goes up to its parents. The first adapterkit.toml, or
     pyproject.toml with `tool.adapterkit`, is used.
@@ -634,7 +635,7 @@ def _bytes(path: Path, *, needed: bool = False) -> bytes:
 def unknown(commands: Mapping[str, click.Command]) -> Iterator[tuple[str, str]]:
     """Yield (source, hint) for each default that no command uses. `doctor` reports these pairs.
 
-    The source is an environment variable that starts with `ADAPTERKIT_`, or a key in a file of defaults. The hint names
+    The source is an environment variable that starts with `ADAPTERKIT_`, or a key in a defaults file. The hint names
     a similar variable or key; if there is none, the hint is "no command uses it".
     """
     options = {name: options_of(command) for name, command in commands.items()}

@@ -1,7 +1,7 @@
 """Show on standard error what a command does: the current step, and the progress of long work.
 
-By default, steps are printed once a command has run for a few seconds; with -v, every step is printed. On a terminal,
-progress is a bar; in a log, it is a line every few seconds. For short work, no progress is shown.
+By default, steps are printed only after a command has run for a few seconds; with -v, every step is printed. On a
+terminal, progress is a bar; in a log, it is a line every few seconds. For short work, no progress is shown.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PATIENCE = 2.0
-"""On a terminal, the steps of a command are printed once the command has run for this many seconds."""
+"""On a terminal, the steps of a command are printed only after the command has run for this many seconds."""
 
 PLAIN_PATIENCE = 5.0
 """Used instead of `PATIENCE` if standard error is not a terminal. ADAPTERKIT_PATIENCE overrides both values."""
 
 AGAIN = 10.0
-"""While a step runs, its line is printed again after each interval of this many seconds."""
+"""The number of seconds after which the line of a running step is printed again."""
 
 STAGES = "adapterkit.stages"
 """Key in click's `Context.meta` for the `StageLines` of the running command."""

@@ -21,8 +21,8 @@ class TextTable:
     Attributes:
         columns: the headings.
         rows: the cells of each row.
-        spare: headings of the columns that may be dropped on a narrow terminal; the first is dropped first. A line
-            below the table names the dropped columns.
+        spare: headings of the columns that may be dropped on a narrow terminal, in the order in which they are
+            dropped. A line below the table names the dropped columns.
     """
 
     columns: Sequence[str]
@@ -76,7 +76,7 @@ def part(record: Mapping[str, object], name: str) -> Mapping[str, object]:
 
 
 def part_or_none(record: Mapping[str, object], name: str) -> Mapping[str, object] | None:
-    """Return the entry `name` of a record, itself a record; None if the entry is absent, null or empty."""
+    """Return the entry `name`, which must be a record; return None if the entry is absent, null or empty."""
     return part(record, name) if record.get(name) else None
 
 
@@ -117,7 +117,8 @@ def folded(line: str) -> str:
     if len(line) <= width:
         return line
     margin = len(line) - len(line.lstrip())
-    # In a line such as `  name   value`, align the continuation with the value if the value starts in the left half.
+    # In a line such as `  name   value`, align the continuation lines with the value. But if the value starts in the
+    # right half of the terminal, indent them by only two more spaces than the line.
     pair = re.match(r"  \S+(?: \S+)* {2,}", line)
     inset = len(pair[0]) if pair is not None and len(pair[0]) <= width // 2 else margin + 2
     # Words are never broken, so a long name needs room: reduce the indent until the longest word fits.
@@ -335,10 +336,10 @@ def by_module(records: Sequence[Record]) -> list[tuple[str, list[Record], dict[s
 
 
 def ranges(layers: Sequence[str]) -> str:
-    """Return layers as ranges, such as `0-21` or `0-3, 8`. If a layer is not a number, return the number of layers.
+    """Return layers as ranges, such as `0-21` or `0-3, 8`.
 
-    If there are more than four ranges, return the number of layers, the first three ranges and the last range, such as
-    `7: 0, 2, 4, ... 10-11`.
+    If a layer is not numeric, return only the count of layers. If there are more than four ranges, return the count of
+    layers, the first three ranges and the last range, such as `7: 0, 2, 4, ... 10-11`.
     """
     if not all(layer.isdecimal() for layer in layers):
         return f"{len(layers):,}"

@@ -39,7 +39,7 @@ COLUMNS = {
 SPARE = (
     "overlap in", "overlap out", "interference", "sign conflict", "rank A", "rank B", "norm A", "norm B", "cosine",
 )  # fmt: skip
-"""Columns that are dropped on a narrow terminal; the first is dropped first."""
+"""Columns that are dropped on a narrow terminal, in the order in which they are dropped."""
 
 MODULES = ("module", "targets", "equal", "largest error", "in layer", "least cosine", "norm A", "norm B")
 

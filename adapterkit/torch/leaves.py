@@ -73,7 +73,7 @@ class Leaf:
     @property
     def tensor(self) -> Tensor:
         """The tensor that the module holds under this name now."""
-        # Read the attribute once, because another thread may register or release the leaf meanwhile.
+        # Copy `self.staged` to a variable, because another thread may register or release the leaf meanwhile.
         staged = self.staged
         if staged is not None:
             return staged
@@ -146,7 +146,7 @@ class Leaf:
                 raise Unsupported(why, where=self.name, cure=cure)
 
     def settle(self) -> None:
-        """If another parameter, which is not on the meta device, now has the leaf's name, set `first` to None."""
+        """Set `first` to None if a different parameter now has the leaf's name and is not on the meta device."""
         now = self.module._parameters.get(self.name)
         if now is not self.first and now is not None and not now.is_meta:
             self.first = None
@@ -357,8 +357,9 @@ def offloaded(model: nn.Module) -> set[int]:
 def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
     """Load leaves that diffusers' group offloading keeps on disk, and remove the leaves from the offloading groups.
 
-    A group's tensors are in memory only while the group's module runs. But another module, which contains the group's
-    module, may use a leaf later: a block uses the leaf of a bottleneck, and an attention uses the leaf of a prefix.
+    A group's tensors are in memory only while the group's module runs. But a module that contains the group's
+    module may use a leaf after that. For example, a block uses the leaves of a bottleneck adapter, and an attention
+    module uses the leaves of a prefix.
     """
     mine = {id(leaf.tensor) for leaf in leaves}
     for group in _groups_on_disk(modules):
@@ -398,7 +399,7 @@ def _is_on_disk(group: object) -> TypeGuard[_DiskGroup]:
 
 
 def check_on_hand(model: nn.Module, tensors: Iterable[Tensor], where: str) -> None:
-    """Check that tensors of a model have their values in memory.
+    """Check that the given tensors of a model are in memory, and not on disk.
 
     Raises:
         Unsupported: a tensor is on disk; see `on_disk`.
@@ -517,8 +518,8 @@ def _forgive(_module: nn.Module, incompatible: _IncompatibleKeys) -> None:
 
 # Keep an adapter's values when the module that holds them is converted or emptied.
 #
-# `model.to()`, `half()`, `to_empty()` and similar methods all call `nn.Module._apply`, which runs one function over
-# each tensor of a module. Two such functions would destroy an adapter's values without an error:
+# `model.to()`, `half()`, `to_empty()` and similar methods all call `nn.Module._apply`, which applies a function to
+# each tensor of a module. Two of these operations would destroy an adapter's values without an error:
 #
 # * `to_empty()` replaces every tensor with uninitialised memory. Users then load the base's state dict, which does not
 #   contain the adapter's tensors.
@@ -534,7 +535,7 @@ APPLY = "_apply"
 
 
 class Conversion:
-    """The `_apply` of a module that holds an adapter's tensors.
+    """Replaces the method `_apply` of a module that holds an adapter's tensors.
 
     Args:
         module: the module.

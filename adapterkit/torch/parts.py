@@ -1,10 +1,12 @@
 """The parts that a module's hook runs. Each part holds the updates that one adapter has for one target.
 
-Updates of outputs get each call of a module as a `ModuleCall`, which gives them the output, the residual and the norm
-in the same way for all modules. A module adds the residual itself if its forward takes the residual as its second
-input, as BERT's `BertOutput` does. To compute the output of such a module before the residual is added, the module runs
-with a residual of 0 and without its norm. If the block around the module adds the residual instead, the update names
-the module whose input is the residual. A recorder at the named module then keeps this input until it is needed.
+The formula of an output update gets each call of a module as a `ModuleCall`. This object provides the output, the
+residual and the norm in the same way for all modules.
+
+A module adds the residual itself if its forward takes the residual as its second input, as BERT's `BertOutput` does. To
+compute the output of such a module before the residual is added, the module runs with a residual of 0 and without its
+norm. If the block around the module adds the residual instead, the update names the module whose input is the residual.
+A recorder at the named module then keeps this input until it is needed.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from .scopes import Switch
 Run = Callable[[Sequence[object], Mapping[str, object], "str | None"], object]
 """A module's forward.
 
-It takes three arguments: the positional arguments, the keyword arguments, and the name of the module's norm that the
-forward must skip (None to skip no norm).
+It takes the positional arguments as a sequence, the keyword arguments as a mapping, and the name of the module's norm
+that the forward must skip (None to skip no norm).
 """
 
 Parameters = Callable[[], Mapping[str, Tensor]]
@@ -228,9 +230,9 @@ class ModuleCall:
         return h if whole or self.given is None else h - self.given
 
     def ended(self, y: Tensor) -> object:
-        """Return what the module's forward must return if its output is `y`.
+        """Convert the module's new output `y` to the value that the module's forward must return.
 
-        If the module returns several values, `y` replaces the first one.
+        If the forward returns several values, `y` replaces the first one.
         """
         if self.dtype is not None and self.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):
             y = y.to(self.dtype)  # The adapter's float32 tensors widened the dtype of y.
@@ -348,7 +350,8 @@ def _changed(call: ModuleCall, change: OutputChange) -> Tensor:
 
 
 HOOK = "_adapterkit_hook"
-"""The name of the module attribute that holds the hook. It stays when other tools replace or wrap the forward."""
+"""The name of the module attribute that holds the hook. The attribute stays when other tools replace or wrap
+the forward."""
 
 SCRIPTING = "__prepare_scriptable__"
 """The name of the function that torch.jit.script calls on a module before it compiles the module."""
@@ -380,7 +383,10 @@ class Part:
 
     @property
     def home(self) -> str:
-        """The path that the hook's module had at the injection. The target may be a module or parameter inside it."""
+        """The path that the hook's module had at the injection.
+
+        The target is this module, or a module or parameter inside this module.
+        """
         path = self.target.path
         below = self.weight or self.bias or ""
         for rest in (below, below.rpartition(".")[0]):

@@ -37,8 +37,8 @@ def route(
 ) -> Iterator[None]:
     """Use a different adapter for each row of a batch: inside the `with`, row i uses `names[i]` (None: the base).
 
-    By default, the axis of rows is the first axis of each module's inputs and outputs. If the length of this axis in an
-    argument is not the number of rows, every row gets the whole argument.
+    By default, the axis of rows is the first axis of each module's inputs and outputs. An argument is not
+    split if the length of its axis of rows is not the number of rows: then every row gets the whole argument.
 
     The route applies only in this thread (and this asyncio task). Inside the route, `with handle.disable()` runs the
     rows of the handle's adapter through the unchanged base.
@@ -53,7 +53,7 @@ def route(
 
     Raises:
         UsageError: `names` is empty, an adapter in `names` is not attached or is switched off, or `axis` is invalid.
-        ShapeMismatch: raised by a forward whose batch has another number of rows than `names`.
+        ShapeMismatch: raised by a forward if the batch's number of rows is not the length of `names`.
         Unsupported: a module of the model has `batch_first=False`, and `axis` is not given. A forward also raises
             Unsupported if it runs a module whose rows cannot be identified.
     """
@@ -92,7 +92,7 @@ class _KeptSwitches(Protocol):
 
 
 class _RoutedHook(Protocol):
-    """A forward hook of a model, with the switches of its adapters and its cache for routes."""
+    """A module's forward hook, with the switches of the hook's adapters and the cache that `_switches_of` uses."""
 
     @property
     def kept(self) -> _KeptSwitches: ...
@@ -200,14 +200,14 @@ def split(
     Args:
         route: the adapter of each row.
         module: the module.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        beside: a map from each adapter's name to the residual and the arguments of the model's call. The tensors in
-            this map are split like the tensors in `args`.
+        args: the positional arguments of the module's forward.
+        kwargs: the keyword arguments of the module's forward.
+        beside: a map from each adapter's name to a pair: the adapter's residual (or None), and the arguments of the
+            model's call. The tensors in this map are split like the tensors in `args`.
         where: the target, for errors.
 
     Raises:
-        ShapeMismatch: the arguments have another number of rows than the route.
+        ShapeMismatch: the number of rows in the arguments does not fit the route; see `_count`.
         Unsupported: the axis of rows of the arguments is unknown, or the target is an expert (see `check_expert`).
     """
     check_expert(route, where)
@@ -225,8 +225,8 @@ def join(route: Route, module: nn.Module, outputs: Sequence[object], where: str)
     """Join the outputs that the module returned for the groups of `split`, with the rows in their original order.
 
     Raises:
-        Unsupported: an output is a tensor without an axis of rows. Or an output is not a tensor, and the groups have
-            different values of this output.
+        Unsupported: an output is a tensor without an axis of rows. Or the groups returned different values for an
+            output that is not a tensor.
     """
     axis = _axis_of_outputs(route, module)
     turned = [_turned(output, axis, front=True) for output in outputs]

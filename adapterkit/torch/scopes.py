@@ -77,15 +77,15 @@ class Route:
     plans: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
 
     def groups(self) -> dict[str | None, list[int]]:
-        """Return a map from each adapter's name to its rows."""
+        """Return a map from each adapter's name (None for the base) to the indices of the rows that use the adapter."""
         return {name: [row for row, other in enumerate(self.names) if other == name] for name in self.names}
 
     def rows_first(self, tensor: Tensor) -> Tensor:
         """View a module's input or output as `[rows, ...]`.
 
         Raises:
-            ShapeMismatch: the tensor has neither 1 row nor as many rows as the route. If the route is `flattened`, a
-                multiple of the route's number of rows raises no error.
+            ShapeMismatch: the tensor has neither 1 row nor as many rows as the route. If the route is `flattened`,
+                the tensor may also have a multiple of the route's number of rows.
         """
         rows = self.table.shape[0]
         if self.axis and tensor.ndim > self.axis:
@@ -131,8 +131,8 @@ _EVERYWHERE = Scope()
 class _LocalScopes(threading.local):
     """The scope of each thread.
 
-    `__init__` sets the attribute, and runs once in each thread. A class attribute as the default value would not work:
-    dynamo does not notice when an instance attribute starts to hide a class attribute.
+    `__init__` runs once in each thread and sets the attribute `scope`. The default value cannot be a class attribute,
+    because dynamo does not notice when an instance attribute starts to hide a class attribute.
     """
 
     def __init__(self) -> None:
@@ -183,7 +183,7 @@ class ScopeSettings:
         self.token = object()
 
     def renew(self) -> None:
-        """Replace the token after a change."""
+        """Replace the token. Call this method after a weight or a switch has changed."""
         self.token = object()
 
 
@@ -252,8 +252,8 @@ class Recall:
 
     def _recalled(self, scope: Scope, states: States) -> Scope:
         # Prefer forwards that ran with gradients. Forwards without gradients may be those of a reference model (DPO),
-        # which has no backward pass. But if no forward ran with gradients, use those without, because reentrant
-        # checkpointing disables gradients in the first run.
+        # which has no backward pass. But if no forward ran with gradients, use the forwards without gradients, because
+        # reentrant checkpointing disables gradients in the first run.
         with_gradients, without = self._seen[True], self._seen[False]
         recalled = with_gradients or without
         if not recalled:
@@ -270,4 +270,4 @@ class Recall:
 
 
 States = tuple[tuple[Switch, float, bool], ...]
-"""(switch, weight, `active`) for each adapter."""
+"""For each adapter, a tuple of its switch, its weight, and the value of `switch.active`."""

@@ -148,7 +148,7 @@ def check_unwrapped(model: nn.Module) -> None:
 
 
 def check_averaged(trained: Iterable[Tensor], name: str) -> None:
-    """Check, inside DDP's forward, that DDP averages the gradients of the given parameters.
+    """Check that DDP averages the gradients of the given parameters. Outside DDP's forward, do nothing.
 
     Raises:
         Unsupported: a parameter was added after DDP wrapped the model. DDP would not average its gradient, so the
