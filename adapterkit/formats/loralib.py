@@ -123,7 +123,7 @@ def _decode(
 
 
 def _alone(path: str, slots: Slots, enabled: list[bool] | None, weight: Lazy | None) -> bool:
-    """Whether the pair adapts a MergedLinear with a single adapted block, and not a whole weight.
+    """Whether the pair adapts a single block of a MergedLinear. False if the pair adapts a whole weight.
 
     Raises:
         UsageError: the answer depends on the shape of the base's weight, and no base is given.
@@ -221,8 +221,8 @@ def _enabled(
 ) -> list[bool]:
     """Return `enable_lora` for `loralib.json`: one flag for each block of the weight's outputs, true if it is adapted.
 
-    `loralib.json` has only one list for all weights. So if the list `enabled` is given, exactly the flags of this
-    weight's adapted blocks must be true.
+    `loralib.json` has only one list for all weights. So if the list `enabled` is given, it must match this weight: the
+    flags of adapted blocks must be true, and all other flags must be false.
     """
     size = group[0][0][1] - group[0][0][0]
     weight = None if base is None else base.tensors.get(f"{path}.weight")

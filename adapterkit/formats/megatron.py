@@ -107,9 +107,9 @@ def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[]
 
 
 def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
-    """Return a function that returns the reason why LoRA of `modules` cannot express an update.
+    """Return a function that checks whether LoRA of `modules` can express an update; `expressible` calls the function.
 
-    If `modules` can express the update, the reason is an empty string. `expressible` calls the function.
+    The function returns the reason why LoRA cannot express the update, or an empty string if LoRA can express it.
     """
     known = {weight for weights in modules.values() for weight in weights}
 

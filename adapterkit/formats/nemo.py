@@ -166,8 +166,9 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 class _Bounded(io.RawIOBase):
     """The decompressed contents of an archive, with a limit for one read and a limit for the total size.
 
-    The limit for one read bounds memory: `tarfile` reads a whole header in one call, of any size that the file states.
-    The limit for the total size bounds time: even the bytes of a skipped member must be decompressed.
+    The limit for one read bounds memory: `tarfile` reads a whole header in one call, and the file states the header's
+    size, which may be arbitrarily large. The limit for the total size bounds time: even the bytes of a skipped member
+    must be decompressed.
     """
 
     def __init__(self, source: IO[bytes], limit: int) -> None:

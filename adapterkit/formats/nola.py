@@ -41,9 +41,9 @@ LARGEST = 4 << 30
 _PARTS: dict[str, tuple[str, int | None]] = {
     "nola_query": ("c_attn", 0), "nola_value": ("c_attn", 2), "p1_nola": ("c_fc", None), "p2_nola": ("c_proj", None),
 }  # fmt: skip
-"""A map from a name in the file's keys to the adapted module and the adapted third of the module's outputs.
+"""A map from a name in the file's keys to (name of the adapted module, adapted third of the module's outputs).
 
-The third is 0, 1 or 2. It is None if all outputs are adapted.
+The outputs of `c_attn` are queries (third 0), keys (1) and values (2). The third is None if all outputs are adapted.
 """
 
 _KEY = re.compile(
@@ -128,7 +128,7 @@ def _place(target: Target) -> tuple[str, int | None]:
 
 
 def _stems(seeds: Mapping[str, object]) -> dict[tuple[str, int | None], str]:
-    """Return a map from (module, third), as in `_place`, to the prefix that the keys of A and B share."""
+    """Map each (module, adapted third of its outputs) in `seeds` to the prefix that the keys of its A and B share."""
     matches = {key.removesuffix(".lora_A.seed"): _KEY.fullmatch(key) for key in seeds if key.endswith(".lora_A.seed")}
     parts = {stem: (match["path"], *_PARTS[match["part"]]) for stem, match in matches.items() if match}
     return {(f"{path}.{module}", third): stem for stem, (path, module, third) in parts.items()}
@@ -188,7 +188,7 @@ def _settings(path: Path) -> NolaSettings:
 def _groups(tensors: Mapping[str, Lazy]) -> dict[tuple[str, str], dict[str, Lazy]]:
     """Group the tensors by (path, key of `_PARTS`), where `path` is the path of an attention layer or an MLP.
 
-    Each group is a map from the factor and the slot, such as `Aseed`, to the tensor.
+    Each group is a dict of tensors. Its keys consist of the factor and the slot, such as `Aseed`.
 
     Raises:
         Malformed: a key is not one of NOLA's keys, or a tensor of a group is missing.

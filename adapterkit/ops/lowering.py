@@ -115,7 +115,7 @@ class Change:
         Raises:
             Malformed: a tensor contains a NaN or an infinity.
         """
-        # Read the tensors of a stack once for all experts.
+        # Read each tensor only once, before the loop: a tensor of stacked experts contains the values of all experts.
         changing = [loaded(update, self.target) for update in self.updates if update.changes_weight]
         for expert in (None,) if self.experts is None else range(self.experts):
             yield _sum([_delta(part(update, expert), self.shape, self.weight) for update in changing])
@@ -297,7 +297,7 @@ def _at_base(site: Site, base: Checkpoint) -> tuple[Update, ...]:
 
 
 def _seen(shape: Shape, target: Target, bias: bool) -> Shape:
-    """Return the shape that `view` would return for a stored tensor of shape `shape`."""
+    """Return the shape of the array that `view` would return for a stored tensor of shape `shape`."""
     axis = len(shape) - 1 if bias else int(target.stacked)
     seen = shape if bias else viewed(shape, target)
     assert seen is not None
@@ -326,7 +326,7 @@ def _difference(
 def _settled(updates: list[Update], site: Site, base: Checkpoint) -> list[Update]:
     """Compute the bias changes that depend on the weight, and return the updates with the computed values.
 
-    Each update's formula gets the weight to which all earlier updates were applied.
+    The input of each update's formula is the base's weight after all earlier updates.
     """
     import numpy as np
 

@@ -34,7 +34,7 @@ Up to this condition number, the computed R is accurate to within 1e-11.
 """
 
 TINY_SQUARE = 1e-200
-"""The smallest squared norm of a column for which a Gram matrix is used; the largest is `1 / TINY_SQUARE`.
+"""A Gram matrix is used only if each column's squared norm is between this value and `1 / TINY_SQUARE`.
 
 Between these limits, the Gram matrix neither overflows nor loses digits.
 """
@@ -69,8 +69,8 @@ def _between(deltas: Sequence[Delta], R_B: Array, R_A: Array) -> tuple[Array, ..
 
     Args:
         deltas: the changes.
-        R_B: the factor R of a QR decomposition. The decomposed matrix `[out, sum of ranks]` concatenates all B.
-        R_A: the same for the matrix `[in * k, sum of ranks]`, which concatenates all A^T.
+        R_B: the factor R of the QR decomposition of the concatenated B, a matrix `[out, sum of ranks]`.
+        R_A: the factor R of the QR decomposition of the concatenated A^T, a matrix `[in * k, sum of ranks]`.
     """
     import numpy as np
 

@@ -118,7 +118,7 @@ def _layer(target: Target) -> int | None:
     return None if match is None else int(match.group(1))
 
 
-# Names of methods in other tools, each with the combiner and the parameters that reproduce it.
+# For each method of PEFT and mergekit: the combiner and the parameters that reproduce the method.
 
 
 Known = Mapping[str, tuple[str, Mapping[str, str | bool]]]

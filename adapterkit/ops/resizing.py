@@ -134,7 +134,7 @@ def promote(
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> Adapter:
-    """Convert the adapter's changes of weight matrices to LoRAs, whatever their methods.
+    """Convert the adapter's changes of weight matrices to LoRAs. The changes may come from any method.
 
     Without a criterion, each LoRA is exact to rounding. The rank of the LoRA is the rank of the method's low-rank
     factors. If the method has no such factors, the rank of the LoRA is the rank of the change.
@@ -284,7 +284,7 @@ def _decomposed(delta: Delta, place: AlignedPlace, criterion: Criterion) -> _Dec
     whole = _DecomposedWeight(delta, decomposition, _size(S), 0.0)
     if criterion.record():
         return whole if criterion.scope == "all" else whole.first(criterion.counts([S], [whole.norm])[0])
-    # The rank of a dense change is often smaller than its sides. Drop the singular values that are only rounding noise.
+    # A dense change often does not have full rank. Drop the singular values that are only rounding noise.
     least = S[:1] * 1e-15 * max(delta.shape)
     return whole if delta.rest is None else whole.first(max(int((least < S).sum()), 1))
 

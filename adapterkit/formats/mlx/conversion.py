@@ -65,9 +65,10 @@ if TYPE_CHECKING:
 #
 # Most of the names that differ are names of experts, because MLX-LM stacks the experts' tensors.
 #
-# spec/architectures contains MLX-LM's names, as the naming `mlx`. MLX-LM's adapter folders do not state the family of
-# the base. Without a base, all families that have the target's name are tried. If these families disagree on the
-# translation of an expert's name, an error is raised. If they disagree on any other name, the name stays unchanged.
+# The files in spec/architectures contain MLX-LM's names; the naming is called `mlx`. MLX-LM's adapter folders do not
+# state the family of the base. Without a base, all families that have the target's name are tried. If these families
+# disagree on the translation of an expert's name, an error is raised. If they disagree on any other name, the name
+# stays unchanged.
 
 
 NAMING = "mlx"
@@ -142,7 +143,8 @@ def _keep(name: str) -> bool:
 def is_absent(name: str, config: Mapping[str, object] | None) -> bool:
     """Whether MLX-LM cannot adapt the hub's weight `name`, because MLX-LM's model has no suitable layer for the weight.
 
-    If `config` does not show the family, return False if MLX-LM can adapt the weight in at least one family.
+    If `config` does not show the family, the function checks all possible families. It returns True only if MLX-LM can
+    adapt the weight in none of them.
 
     Examples: MLX-LM turns DeepSeek's `kv_b_proj` into two stacks with a matrix per head, which `load_adapters` cannot
     adapt. In `prism_hadamard_qwen35`, MLX-LM's model rotates the layers. In Muse Spark, MLX-LM fuses queries, keys,
@@ -199,7 +201,7 @@ def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
 
 @cache
 def _kept() -> frozenset[str]:
-    """Return the templates of all names that are the same in MLX-LM and on hubs in at least one family."""
+    """Return the templates of all names that MLX-LM and hubs share in at least one family."""
     return frozenset(
         _shape(WeightPlace(weight)) if place is None else _shape(place)
         for each in _common()
@@ -372,7 +374,10 @@ def _experts(name: str, count: int, modules: Modules) -> list[str]:
 
 
 def _parts(name: str, modules: Modules) -> tuple[Move, ...]:
-    """Return the hub's weights that MLX-LM fuses into this layer; empty if the hub stores the same layer."""
+    """Return the hub's weights that MLX-LM fuses into the layer `name`.
+
+    The result is empty if MLX-LM does not fuse this layer from several weights of the hub.
+    """
     moves = from_mlx(name, modules.config, 0) or ()
     return moves if len(moves) > 1 and all(move.take is not None and move.expert is None for move in moves) else ()
 
@@ -457,7 +462,7 @@ class MlxHints(Leftovers, total=False):
     """The data that the reader keeps for the writer.
 
     `text` is the JSON text of `config`. `metadata` is the metadata of the tensor file. `names` maps a target's path to
-    the module's name in MLX, for paths that differ from this name.
+    the module's name in MLX. If the path and the name are equal, `names` has no entry for the target.
     """
 
     config: dict[str, Any]
@@ -487,7 +492,7 @@ def written(
 def _without_absent(
     adapter: Adapter, config: Mapping[str, JsonValue] | None, on_loss: str
 ) -> tuple[Adapter, list[str]]:
-    """Return the adapter without targets that MLX-LM's model lacks, and a line for each of these targets.
+    """Remove the targets that MLX-LM's model lacks. Return the new adapter, and a line for each removed target.
 
     Raises:
         Unrepresentable: `on_loss` is not `drop`, or MLX-LM's model lacks all targets.
@@ -674,7 +679,9 @@ def _key(name: str) -> str:
 
 
 def _whole(adapter: Adapter, hints: MlxHints) -> tuple[dict[str, JsonValue], dict[str, Lazy], list[str]]:
-    """Return the config, the tensors and an empty list of lines, for an adapter that only replaces whole parameters.
+    """Encode an adapter that only replaces whole parameters. Return the config, the tensors, and an empty list.
+
+    The list is empty because no update is omitted or changed.
 
     Raises:
         Unrepresentable: an update replaces only some rows of a parameter.

@@ -161,10 +161,10 @@ def _departures() -> Mapping[str, Departure]:
 
 
 def _departures_of(methods: Collection[str]) -> Mapping[str, Departure] | None:
-    """Return LoRA's departures if all methods are in `BESIDE`, such as LoRA; otherwise None.
+    """Return LoRA's departures if no method in `methods` belongs to a family; otherwise None.
 
-    If the result is not None, the caller needs no departures of the families. So the modules in `families` are not
-    imported.
+    `BESIDE` contains the methods without a family, such as LoRA. If the result is not None, the caller does not need
+    the departures of the families. So the modules in `families` are not imported.
     """
     from .decoders import DEPARTURES
     from .families import BESIDE

@@ -161,10 +161,10 @@ def _scaling(
     alphas: Mapping[str, Lazy], prefix: str, header: Mapping[str, str], alpha: float | None, rank: int,
     ranks: Mapping[str, int],
 ) -> dict[str, JsonValue]:  # fmt: skip
-    """Return `lora_alpha` and the other config fields that determine the scaling, from the file or the caller.
+    """Return `lora_alpha` and the other config fields that determine the scaling.
 
-    If neither states alpha, and the names of the modules look like those of an image, video or audio model, alpha is
-    the rank.
+    Alpha comes from the file or the caller. If neither of them states alpha, and the module names look like those of
+    an image, video or audio model, alpha is the rank.
 
     Raises:
         UsageError: neither the file nor the caller states alpha, or the two state different alphas.
