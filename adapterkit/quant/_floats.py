@@ -213,7 +213,7 @@ def _grid(weight: Shape, scale: Shape, block: tuple[int, int] | None) -> tuple[t
 
 
 def _values(scale: Lazy, start: int, stop: int, width: int, name: str) -> Array:
-    """Return rows of a grid of scales in float32; a scale that is stored as the byte b has the value 2^(b - 127)."""
+    """Return rows of a grid of scales in float32. If the stored dtype is U8, the byte b means the scale 2^(b - 127)."""
     import numpy as np
 
     scales = numbers(scale, start * width, (stop - start) * width).reshape(stop - start, width)

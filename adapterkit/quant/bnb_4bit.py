@@ -65,7 +65,8 @@ class _Blocks:
     """The scales of a weight's blocks.
 
     Without double quantization, the scales are stored as floats. With double quantization, they are stored as indices
-    into a table. The table's values are multiplied by second scales (`above`), and `offset` is added.
+    into a table. To read a scale, its table value is multiplied by a second scale (from `above`), and `offset` is
+    added.
     """
 
     stored: Lazy
@@ -95,7 +96,7 @@ class _Blocks:
     def pack(self, scales: Array) -> dict[str, Array]:
         """Return the stored tensors for new scales, as a map from names to values.
 
-        With double quantization, this quantizes the scales.
+        With double quantization, the new scales are quantized, and the second scales are computed anew.
         """
         import numpy as np
 
@@ -107,7 +108,7 @@ class _Blocks:
         return {self.name: q, self.above.name: largest}
 
     def places(self, block: int) -> dict[str, int]:
-        """Return, for each stored tensor, the byte offset of a block's scale."""
+        """Return, for each stored tensor, the byte offset of the scale of the block with index `block`."""
         if self.above is None:
             return {self.name: 4 * block}
         return {self.name: block, **self.above.places(-(-block // self.above.size))}

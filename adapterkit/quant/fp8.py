@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
 
 INPUTS = ("input_scale", "input_scale_ub", "activation_scale", "activation_scale_ub", "scale_input")
-"""Tensors with scales for a layer's inputs, named without the module. Only fp8 arithmetic uses these scales."""
+"""A tensor `<module>.<name>` with one of these names has scales for a layer's inputs. Only fp8 arithmetic uses it."""
 
 COMFYUI = "scale_weight"
 """ComfyUI stores a weight's scale as `<module>.scale_weight`. Some weights in its files have no scale."""

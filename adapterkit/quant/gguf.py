@@ -42,7 +42,10 @@ if TYPE_CHECKING:
 
 
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-"""ComfyUI-GGUF stores some tensors in rows of 256 values, and the shape before conversion in a key with this prefix."""
+"""The prefix of keys that contain the original shapes of tensors.
+
+ComfyUI-GGUF reshapes some tensors to rows of 256 values. It stores the shape before the conversion in such a key.
+"""
 
 FLOATS = tuple(name for name in PLAIN.values() if DTYPES[name].floating)
 
@@ -489,7 +492,10 @@ def decoded_rows(kind: str, width: int, data: Array) -> Array:
 
 
 def write_rows(kind: str, rows: Array) -> bytes:
-    """Encode rows in ggml's type `kind`. If `kind` has no blocks, the rows may have this type or float32."""
+    """Encode rows in ggml's type `kind`.
+
+    The rows have dtype float32. If `kind` is not a block type, the rows may also have the dtype of `kind`.
+    """
     return encoded(kind, rows) if kind in BLOCKS else bytes(rows.astype(DTYPES[kind].array).tobytes())
 
 
@@ -502,9 +508,10 @@ class GgufPiece:
         stored: the tensor's bytes, with the padding before the next tensor.
         kind: ggml's type.
         shape: `[rows, width]`, or `[heads, width, rows of a head]` if `turned` is set.
-        places: for each row of the tensor, the index of the weight's row. If `turned` is set, each head's matrix is
-            first transposed back, and then the rows of all heads are counted in sequence.
-        turned: True if the tensor stores each head's matrix transposed, as llama.cpp needs it for the keys in MLA.
+        places: for each row of the tensor, the index of the weight's row that it stores. If `turned` is set, each
+            head's matrix is transposed back to get its rows, and the rows of all heads are numbered in sequence.
+        turned: True if the tensor stores the matrix of each head transposed. llama.cpp needs this layout for the keys
+            in MLA.
     """
 
     member: str
@@ -515,7 +522,10 @@ class GgufPiece:
     turned: bool = False
 
     def read(self, wanted: Array) -> Array:
-        """Return the tensor's rows with the indices `wanted`, in ascending order, as float32 `[rows, width]`."""
+        """Return the tensor's rows with the indices `wanted`, as float32 `[rows, width]`.
+
+        `wanted` must be in ascending order.
+        """
         import numpy as np
 
         if not self.turned:

@@ -137,7 +137,10 @@ def _slug(text: str) -> str:
 
 
 def _named(measured: Measurements, at: int) -> tuple[str, str]:
-    """Return the suffixes of an adapter's charts: for names and for titles. Both are empty if there is one adapter."""
+    """Return two suffixes for an adapter's charts: one for their names, and one for their titles.
+
+    If there is only one adapter, both suffixes are empty.
+    """
     if len(measured.names) == 1:
         return "", ""
     return f"-{at + 1}-{_slug(measured.names[at])}", f" of {measured.names[at]}"

@@ -97,7 +97,7 @@ def _counted(numbers: Mapping[tuple[str, ...], Sequence[set[str]]]) -> set[str]:
 
     Args:
         numbers: groups of paths that differ only in their numbers. A group's key is the tuple of the texts around the
-            numbers. A group's value has one set for each position of a number, with all numbers at this position.
+            numbers. A group's value is a sequence of sets: set i contains all values of the i-th number in the paths.
     """
     places = [
         (shape, at, values)
@@ -138,7 +138,10 @@ def _parent(layer: str) -> str:
 
 
 def _short(modules: set[str]) -> dict[str, str]:
-    """Return a short name for each module: the last part of its name, if that part is unique and not a number."""
+    """Return a short name for each module.
+
+    It is the last part of the module's name, if this part is unique and not a number. Otherwise it is the whole name.
+    """
     shortened = {}
     ends = [module.rpartition(".")[2] for module in modules]
     for module in modules:

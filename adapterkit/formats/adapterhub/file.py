@@ -1,4 +1,4 @@
-"""Parse the settings and keys of AdapterHub files, compose keys and LoRA configs, and list the layers with adapters."""
+"""Parse the settings and keys of AdapterHub files, compose keys and LoRA configs, and list the layers to adapt."""
 
 from __future__ import annotations
 
@@ -175,7 +175,10 @@ class AdapterHubNaming:
         return ".".join(part for part in (path, kind, self.name, slot) if part)
 
     def at_root(self, name: str = "") -> str:
-        """Return the path `root.name`, without its empty parts. Tensors of the whole model have keys with this path."""
+        """Return the path `root.name`, without its empty parts.
+
+        The keys of tensors that belong to the whole model, such as prompts, start with such a path.
+        """
         return ".".join(part for part in (self.root, name) if part)
 
 
@@ -279,7 +282,10 @@ def sliced(leaf: Lazy, start: int, stop: int) -> Lazy:
 
 
 def make(method: str, leaves: Mapping[str, Leaf], **attributes: object) -> Update:
-    """Create an update of a method with these attributes. `leaves` maps fields to tensors, which may be lazy."""
+    """Create an update of the method `method` with the given attributes.
+
+    `leaves` maps fields to tensors, which may be lazy.
+    """
     return METHODS[method](**leaves, **attributes)
 
 
@@ -459,7 +465,10 @@ def _formula_key(update: Any) -> tuple[object, ...]:
 
 
 def _numbers(update: Any) -> tuple[int, int | float]:
-    """Return (rank, alpha), which have no effect in IA3. `losses` must have checked that an exact alpha exists."""
+    """Return (rank, alpha). `losses` must have checked that an exact alpha exists.
+
+    IA3 has neither a rank nor a scaling, so the result for `ia3` is (1, 1).
+    """
     rank = 1 if update.method == "ia3" else int(update.A.shape[0])
     return rank, exact_alpha((rank, float(update.attributes.get("scaling", 1.0))), rslora=False) or 0
 
@@ -571,7 +580,7 @@ class SublayerRule:
     The target's path and the path of the module that contains the adapter begin alike, but may end differently.
 
     Attributes:
-        models: the values of `model_type` that have this position.
+        models: the values of `model_type` for the models that have this position.
         module: the end of the path of the module that contains the adapter in the adapters library.
         target: the end of the path of the target, whose output changes.
         flag: the config field that switches this position on: `mh_adapter`, `output_adapter` or `cross_adapter`.

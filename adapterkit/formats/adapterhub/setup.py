@@ -215,7 +215,7 @@ _KEY = re.compile(r"(?P<path>.+)\.adapter_fusion_layer\.(?P<names>[^.]+)\.(?P<sl
 
 
 class FusionFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The fields of the sub-dict `config`. The last four have an effect only in training."""
+    """The fields of `config` in a fusion's config file. The last four fields have an effect only in training."""
 
     key: bool = True
     query: bool = True

@@ -241,9 +241,9 @@ def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tupl
 
 
 def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint | None) -> set[int]:
-    """Return the indices of the layers that lack one of the adapters that other layers have.
+    """Return the indices of the layers that lack an adapter at a position where other layers have one.
 
-    Encoder layers may lack the adapter after the cross-attention, because they have no cross-attention.
+    Encoder layers need no adapter after the cross-attention, because they have no cross-attention.
     """
     kinds: dict[tuple[int, bool], set[str]] = {}
     for target, (_, rule) in rules.items():
@@ -283,7 +283,7 @@ def _form(update: Update) -> tuple[object, ...]:
 
 
 def _unbiased(update: Update) -> tuple[str, ...]:
-    """Return `down_bias` and `up_bias` if the update is a Compacter with neither; otherwise no fields."""
+    """Return the fields `down_bias` and `up_bias` if a `compacter` update has neither field; otherwise no fields."""
     none = update.method == "compacter" and "down_bias" not in update.tensors and "up_bias" not in update.tensors
     return ("down_bias", "up_bias") if none else ()
 
@@ -299,7 +299,7 @@ def _stack_factors(adapters: list[tuple[Target, Update]], base: Checkpoint | Non
 
 
 def _uneven(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> set[int]:
-    """Return the indices of the layers whose adapters have different bottleneck sizes."""
+    """Return the indices of the layers in which not all adapters have the same bottleneck size."""
     sizes: dict[int, set[int]] = {}
     for target, update in adapters:
         sizes.setdefault(_layer(target, base), set()).add(_sizes(update)[1])
@@ -349,11 +349,11 @@ OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 """A map from the names of activations in configs without a `version` to the current names."""
 
 TWICE = {"adapter_norm_before.weight": "norm_before", "adapter_norm_before.bias": "norm_before_bias"}
-"""A map from slots to fields, for the norm before the adapter. Files store this norm again as `adapter_down.0`."""
+"""A map from slots to fields, for the norm before the adapter. Files also store this norm as `adapter_down.0`."""
 
 
 class BottleneckFields(FamilyFields, frozen=True, kw_only=True):
-    """The config fields that determine the meaning of the tensors and the positions of adapters."""
+    """The config fields that determine the positions of the adapters, and the meaning of their tensors."""
 
     non_linearity: str
     mh_adapter: bool = False

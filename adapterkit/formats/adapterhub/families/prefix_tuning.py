@@ -46,7 +46,7 @@ These are fields of an encoder-decoder base's config. The first field that exist
 def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> str:
     """Return the reason why a new config cannot express an update; empty if the config can.
 
-    The adapters library adds prefixes to all attention modules, except in layers that the config lists.
+    The adapters library adds prefixes to all attention modules, except in the layers that `leave_out` lists.
     """
     endings = ATTENTIONS.get(model_type or "")
     if endings is None:
@@ -71,7 +71,7 @@ def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> s
 
     `counts` contains the number of updates in each group. Every attention in `group` and in `self_prefix` must have an
     update, because the adapters library cannot omit a layer of an encoder-decoder model. The attentions are counted in
-    the names of the base's tensors, because the base's config may omit a number of layers that equals the default.
+    the names of the base's tensors, because a config may omit the number of layers if this number is the default.
     """
     config = {} if base is None else base.config or {}
     model_type = config.get("model_type")
@@ -120,8 +120,8 @@ def layer_of(path: str) -> int:
 
 # All attention modules of a kind (`encoder_prefix`, `cross_prefix` or `self_prefix`) share one network, or one flat
 # tensor. The adapters library also stores the shared tensors under every attention module, so a file has many copies.
-# In adapterkit, each attention module is a target, and its update prepends this module's part of the keys and values.
-# The prepended keys have no positions.
+# In adapterkit, each attention module is a target. The target's update has only the keys and values for this module,
+# and prepends them. The prepended keys have no positions.
 
 
 KIND, LAYER, POOL = "prefix_tunings", "prefix_tuning", ".prefix_tuning.pool"
@@ -148,7 +148,7 @@ NETWORK = {
 HEADS = ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
 """Config fields that state a base's number of heads for keys and values. The first field that exists is used.
 
-If the base has an encoder and a decoder, this is the number in the encoder.
+If the base has an encoder and a decoder, the field's value is the number of heads in the encoder.
 """
 
 
