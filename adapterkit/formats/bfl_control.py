@@ -45,7 +45,8 @@ class BflControl(ImageFormat):
 
     def sniff(self, path: Path) -> bool:
         keys = tensor_names(path)
-        # Other models also have modules such as `final_layer`, so accept the file only if FLUX has all its modules.
+        # Other models also have modules such as `final_layer`, so accept the file only if FLUX has every module that
+        # the file names.
         parsed = list(map(self.parse, keys))
         stems = {key.stem for key in parsed if key is not None and key.slot != "set_weight"}
         return None not in parsed and bool(stems) and all(map(_of_flux, stems))
@@ -95,6 +96,6 @@ def _scale(target: Target, group: Iterable[Update]) -> Target:
 def _of_flux(name: str) -> bool:
     """Whether FLUX has a module with this name.
 
-    A check of the prefix is not enough, because the names of HunyuanVideo's blocks begin with the same words.
+    A check of the prefix is not enough, because HunyuanVideo's blocks have the same prefixes as FLUX's blocks.
     """
     return any(family.name == "flux" for family in families_of(name, "native"))

@@ -75,7 +75,7 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
 
 _ENDS = "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True))
 _BARE = {"lora_A": "down", "lora_B": "up"}
-"""A map from key endings to slots, for endings that loralib also writes.
+"""A map from key endings to slots. loralib also writes keys with these endings.
 
 A key with one of these endings is accepted only if it begins with one of ComfyUI's prefixes.
 """

@@ -91,7 +91,10 @@ class KerasFamily:
 
     @cached_property
     def layers(self) -> Mapping[str, KerasLayer]:
-        """A map from a module's path in a block of the base, such as `self_attn.q_proj`, to Keras Hub's layer."""
+        """A map from module paths to Keras Hub's layers.
+
+        A path is relative to a block of the base, such as `self_attn.q_proj`.
+        """
         return {path: KerasLayer(*layer) for path, layer in self.record.modules.items()}
 
     @cached_property
@@ -147,7 +150,7 @@ _GIVE = "Give the base, with its config.json: --base (base=)"
 
 
 class KerasHubHints(Leftovers, total=False):
-    """The leftovers of a file: the rank and the model type."""
+    """The data that `Adapter.foreign` keeps from a Keras Hub file: the file's rank and model type."""
 
     rank: int
     model_type: str
@@ -415,7 +418,7 @@ class _Sizes:
 
 
 class _KerasWriter:
-    """Encode pairs of factors, whose scaling is 1, as the tensors of a file.
+    """Encode pairs of factors A and B as the tensors of a file. The scaling of each pair must be 1.
 
     Keras Hub adapts a layer such as `query` in all blocks. So if the adapter has no pair for the layer in a block, the
     file has zeros there.
@@ -550,15 +553,15 @@ class _KerasWriter:
 
 
 def _shared_rows(B: Array, count: int) -> tuple[Array, list[tuple[int, int, int]]]:
-    """Return the rows that `lora_kernel_b` needs for a B, and the heads that use each row.
+    """Return the rows that `lora_kernel_b` needs to express a factor B, and the heads that use each row.
 
     Args:
         B: the factor `[heads * dim, r]`.
         count: the number of heads.
 
     Returns:
-        (rows, uses). `rows` is `[n, dim]` and contains the distinct non-zero columns of the heads' parts of B. `uses`
-        has an entry (head, row of A, index in `rows`) for each non-zero column.
+        (rows, uses). B has one part `[dim, r]` for each head. `rows` is `[n, dim]`: it contains each distinct non-zero
+        column of these parts once. `uses` has an entry (head, row of A, index in `rows`) for each non-zero column.
     """
     import numpy as np
 

@@ -141,7 +141,7 @@ LYCORIS = (
 )  # fmt: skip
 """The prefixes of LyCORIS's slots.
 
-sd-scripts writes only one of these slots, `oft_blocks`, and only in keys that begin with `oft_unet_`.
+sd-scripts uses only one of these prefixes, `oft_blocks`, and only in keys that begin with `oft_unet_`.
 """
 
 

@@ -60,7 +60,10 @@ def _qkv() -> NameTable:
 
 
 class LitgptHints(Leftovers, total=False):
-    """The leftovers of a checkpoint: settings, model config, the text of both files, and the heads (query, kv, dim)."""
+    """The data that `Adapter.foreign` keeps from a litgpt checkpoint.
+
+    It consists of the settings, the model config, the text of both files, and the heads as (query, kv, dim).
+    """
 
     settings: dict[str, Any]
     model: dict[str, Any]
@@ -235,7 +238,7 @@ def _below(hub_path: str) -> str:
 
 
 def _shapes(base: Checkpoint | None) -> dict[str, tuple[int, ...]]:
-    """Return a map from module names, without prefixes such as `language_model.`, to shapes of the base's matrices."""
+    """Return the shapes of the base's matrices by module name. The names have no prefix such as `language_model.`."""
     tensors = {} if base is None else base.tensors
     shapes = {name.removesuffix(".weight"): leaf.shape for name, leaf in tensors.items() if len(leaf.shape) == 2}
     return {bare: shape for name, shape in shapes.items() for bare in without_prefix(name)}
@@ -282,7 +285,7 @@ def _saved_heads(hints: LitgptHints, base: Checkpoint | None) -> Heads | None:
 
 
 def _count(hints: LitgptHints, base: Checkpoint | None, pairs: Pairs) -> int:
-    """Return the config's number of layers. If the adapter has a layer beyond that number, count up to this layer."""
+    """Return the config's number of layers, or the adapter's largest layer index plus one if that is larger."""
     stated = ((None if base is None else base.config) or {}).get("num_hidden_layers") or hints.get("model", {}).get(
         "n_layer"
     )

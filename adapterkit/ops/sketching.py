@@ -294,7 +294,7 @@ NAMES = "rank, energy, error, frobenius, sv_ratio, sv_cumulative and sv_fro"
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """A criterion for how many singular values to keep. If only `scope` is set, all of them are kept.
+    """A criterion for how many singular values to keep. If only `scope` is set, all singular values are kept.
 
     Only one field besides `scope` may be set. The exception is kohya's rules (`sv_*`): each of them may be combined
     with `rank`, which is then an upper limit.
@@ -369,7 +369,10 @@ class Criterion:
                 )
 
     def record(self) -> dict[str, float]:
-        """Return the fields that are set, except `scope`, as a map from name to value. A lineage records this map."""
+        """Return the fields that are set, except `scope`, as a map from name to value.
+
+        The lineage of an adapter contains this map.
+        """
         named = {
             "rank": self.rank, "energy": self.energy, "error": self.error, "frobenius": self.frobenius,
             "sv_ratio": self.sv_ratio, "sv_cumulative": self.sv_cumulative, "sv_fro": self.sv_fro,

@@ -171,7 +171,11 @@ def _main(root: Path, statement: Mapping[str, Any], files: list[Path]) -> dict[s
 
 
 def _parts(statement: Mapping[str, Any], root: Path) -> list[Part]:
-    """Return the parts whose licences apply: the base and adapters of a merge, or the model or adapter itself."""
+    """Return the parts whose licences apply.
+
+    If the statement names the base and the adapters of a merged model, their licences apply. Otherwise, only the
+    licence of the model or adapter itself applies.
+    """
     parts = parts_of(statement.get("made_from") or {})
     if statement.get("kind") == "merged" and parts:
         # A merge copies the base's model card. If the card in the merged model's folder has a licence that neither the

@@ -317,8 +317,8 @@ def _verify(config: Any, root: Path, bundle: SignatureBundle) -> None:
 def _hashing(root: Path, bundle: SignatureBundle) -> Any:
     """Return a hashing config with the signer's settings. The config also ignores the signature file.
 
-    It is safe to use the settings in the signature file: they are signed, model-signing checks the signature first, and
-    other settings would give other digests.
+    The settings come from the signature file. It is safe to use them, because they are signed, and model-signing checks
+    the signature first. Other settings would give other digests.
     """
     serialization = bundle.predicate.get("serialization")
     args: Mapping[str, Any] = serialization if isinstance(serialization, Mapping) else {}

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from ._calibration import Calibration
 
 
-# The interface of a quantization scheme: a scheme detects the bases that it packed, and finds their packed weights.
+# The interface of a quantization scheme. The class of a scheme detects the bases that were packed with the scheme, and
+# finds the packed weights in these bases.
 
 
 DAMAGED = "The file is damaged, or belongs to another scheme: fetch it again"
@@ -70,7 +71,9 @@ class Packed(ABC):
 
     @property
     def written(self) -> Lazy:
-        """If `changes` is true, a placeholder for the tensor that a merge writes: its size, but not its bytes.
+        """A placeholder for the tensor that a merge writes if `changes` is true.
+
+        The placeholder has the size of this tensor, but not its bytes.
 
         Raises:
             Unsupported: the scheme cannot change a weight's stored type.
@@ -79,9 +82,9 @@ class Packed(ABC):
 
     @property
     def share(self) -> Lazy | None:
-        """This weight's part of a stored tensor that several weights share, or None if no other weight shares it.
+        """This weight's part of a stored tensor that several weights share; None if there is no such tensor.
 
-        If `changes` is true, this part is a placeholder. It has the size of the part that a merge writes.
+        If `changes` is true, the value is a placeholder with the size of the part that a merge writes.
         """
         return None
 
@@ -141,17 +144,17 @@ class Rowwise(Packed):
 
     @abstractmethod
     def closed(self, row: int) -> bool:
-        """Whether a run may begin at this row.
+        """Whether a run of rows may begin at this row.
 
-        In each stored tensor that changes, all bytes of the earlier rows must come before all bytes of this row and the
-        later rows.
+        It may if the bytes of all earlier rows come before the bytes of this row and of all later rows, in each stored
+        tensor that a merge changes.
         """
 
     @abstractmethod
     def places(self, row: int) -> dict[str, int]:
-        """Return the byte offset at which a row will begin in each stored tensor that changes.
+        """Return the byte offset at which a row will begin in each stored tensor that a merge changes.
 
-        The keys are the names of these tensors.
+        The keys of the result are the names of these tensors.
 
         Args:
             row: the index of the row; `closed(row)` must be true.
@@ -159,10 +162,10 @@ class Rowwise(Packed):
 
     @abstractmethod
     def pack_rows(self, start: int, rows: Array) -> dict[str, bytes]:
-        """Quantize a run of rows. Return the run's bytes for each stored tensor that changes.
+        """Quantize a run of rows. Return the run's bytes for each stored tensor that a merge changes.
 
-        The keys are the names of these tensors. `closed` must be true for the first row of the run, and for the row
-        that follows the run.
+        The keys of the result are the names of these tensors. `closed` must be true for the first row of the run, and
+        for the row that follows the run.
 
         Args:
             start: the index of the first row.
@@ -200,14 +203,14 @@ class Scheme:
         raise Unsupported(f"{type(self).__name__} cannot be detected")
 
     def config(self, base: Checkpoint) -> Mapping[str, JsonValue] | None:
-        """Return the config that is used to match adapters' names with the names of packed weights."""
+        """Return the config that is used to match the module names in adapters with the names of packed weights."""
         return base.config
 
     def find(self, base: Checkpoint) -> Iterator[Packed]:
         """Yield the packed weights.
 
         Raises:
-            Malformed, ShapeMismatch: stored tensors of a weight are missing, damaged or do not fit together.
+            Malformed, ShapeMismatch: stored tensors of a weight are missing or damaged, or do not fit together.
         """
         raise Unsupported(f"{type(self).__name__} cannot be read")
 
@@ -286,7 +289,10 @@ def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> Array:
 
 
 def from_bytes(data: bytes, dtype: DType, *rows: int) -> Lazy:
-    """Return bytes as a tensor. `rows` is the shape without the first axis, whose size is computed from the bytes."""
+    """Return bytes as a tensor.
+
+    The size of the first axis is computed from the number of bytes. `rows` contains the sizes of the other axes.
+    """
     count = len(data) // dtype.itemsize // math.prod(rows)
     return Lazy((count, *rows), dtype, lambda: data)
 
@@ -423,7 +429,7 @@ class Dequantized(Checkpoint):
 
     @property
     def written(self) -> dict[str, Lazy]:
-        """Return the stored tensors. If the merge changes a weight's stored type, a placeholder replaces its tensor."""
+        """Return the stored tensors, with a placeholder for each weight whose stored type the merge changes."""
         changed = {w.members[0]: w.written for w in self.packed.values() if w.changes}
         return {name: changed.get(name, tensor) for name, tensor in self.stored.tensors.items()}
 
@@ -443,9 +449,9 @@ def config_file(base: Checkpoint) -> Mapping[str, JsonValue] | None:
 
 
 def stated_method(base: Checkpoint) -> str | None:
-    """Return the quantization method in the base's config; None if the config names no quantization.
+    """Return the quantization method in the base's config; None if the config has no quantization settings.
 
-    If the config has a quantization without a method, return `of some kind`.
+    If these settings do not name a method, return `of some kind`.
     """
     config = stated_quantization(base.config)
     if config is None:
@@ -492,7 +498,7 @@ def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
 
     Raises:
         Unsupported: no scheme recognises the base, or several do.
-        Malformed, ShapeMismatch: stored tensors of a packed weight are missing, damaged or do not fit together.
+        Malformed, ShapeMismatch: stored tensors of a packed weight are missing or damaged, or do not fit together.
     """
     name = detect(base)
     packed = {weight.name: weight for weight in SCHEMES[name]().find(base)}

@@ -87,7 +87,7 @@ class GgufPlace:
         return cls(name, family, base.config, {}, expert_count(base.config))
 
     def where(self, foreign: str) -> Where | None:
-        """Return the weight that `foreign` names in the file; None if unknown, or if it names several weights."""
+        """Return the weight that `foreign` names in the file; None if it is unknown or names several weights."""
         place = place_of(self.family, foreign)
         return None if place is None else place[1]
 
@@ -189,7 +189,10 @@ class GgufPlace:
         return {target: given[0] for target, given in placed_updates.items()}  # type: ignore[misc]
 
     def spelled(self, target: Target, update: Pair) -> dict[str, Lazy]:
-        """Return a map from the file's keys to A and B of an update. Rows and inputs are in the file's order."""
+        """Return a map from the file's keys to A and B of an update.
+
+        The weight's rows and inputs are in the order that the file uses.
+        """
         A, B = as_lazy(update.A), as_lazy(update.B)
         if not target.stacked:
             order = self.order(target.path, B.shape[0])
@@ -381,8 +384,8 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
 def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None, rows: int) -> Rows | None:
     """Return the order of a weight's rows in a `ggla` file; None if the base has the same order.
 
-    llama.cpp's converter kept PEFT's order of rows, but llama.cpp's training used the order of the GGUF base. Without
-    `compat`, a module name that begins with `layers.` means that the converter wrote the file.
+    llama.cpp's converter kept PEFT's order of rows, but llama.cpp's training used the order of the GGUF base. If
+    `compat` is None and the module name begins with `layers.`, the converter wrote the file.
     """
     where = place.where(foreign)
     if where is None or where.rows is None or compat == "convert-lora-to-ggml":
@@ -489,7 +492,7 @@ METHODS = (LoRA, ALoRA)
 
 
 class GgufHints(Leftovers, total=False):
-    """The leftovers of a GGUF file.
+    """The data that `Adapter.foreign` keeps from a GGUF file.
 
     `values` contains the file's metadata as (key, type, value) triples. `types` maps the name of each tensor in Q8_0 to
     its block type.
@@ -550,7 +553,7 @@ def _holds(kind: str, tensor: Lazy) -> bool:
 
 
 def _place(hints: GgufHints, adapter: Adapter, base: Checkpoint | None) -> GgufPlace:
-    """Create a new file's `GgufPlace` from the base's config. Without a config, use the source file's leftovers."""
+    """Create a new file's `GgufPlace` from the base's config. Without a config, use the data in `hints`."""
     if (base is not None and base.config is not None) or not hints:
         return GgufPlace.of_base(base) if base is not None else GgufPlace(*name_for(None))
     name = str(hints.get("architecture"))
