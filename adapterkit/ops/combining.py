@@ -137,8 +137,8 @@ class Evaluation:
 
     def _fill(self, updates: dict[Target, tuple[Update, ...]]) -> None:
         total = sum(map(_bytes, self.aligned))
-        # Create the spool only now, so that its temporary file contains nothing but the final result. A method that
-        # learns weights first computes hundreds of trial results. Those are kept in memory, and are freed by now.
+        # Create the spool only now, so that its temporary file contains nothing but the final result. If the method
+        # learns weights, it has already computed hundreds of trial results. They were in memory and are freed by now.
         self.hold = Spool().rounded_lazy
         if self.workers == 1:
             results: Iterator[tuple[tuple[Update, ...], Cut | None]] = map(self._placed, self.aligned)
@@ -547,7 +547,7 @@ def combine(
             if none matches, the weight is 1.
         base: the base. Names and layouts are resolved against the base, and some methods need its weights.
         rank: the rank to which the result is cut at each target; default: the result is not cut. The cut is the best
-            approximation of this rank; for large matrices without low-rank factors, the cut is only nearly the best.
+            approximation of this rank; for large matrices without low-rank factors, it is only close to the best.
             With `"fit"`, a result without low-rank factors is cut to the largest rank that the adapters have at the
             target. A result with low-rank factors is not cut, and its rank is the sum of the adapters' ranks. So every
             matrix gets a LoRA.
@@ -603,8 +603,8 @@ def combine(
     # Check one value of each parameter, to report an invalid value before any adapter is read.
     first = combiner_of(COMBINERS[name], {key: one_of(value, key) for key, value in values.items()})
     summing = first.sums([1.0] * len(adapters)) is not None
-    # A weighted sum that is not cut consists of the adapters' updates, so `places` need not make the updates additive.
-    # A sum that is cut is computed like any other result.
+    # A weighted sum that is not cut consists of the adapters' updates, so `places` does not have to make the updates
+    # additive. A sum that is cut is computed like any other result.
     lower = None if summing and cut is None else "combined"
     base = None if base is None else opened(base)
     given = [source_adapter(source, base) for source in adapters]

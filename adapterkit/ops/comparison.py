@@ -43,9 +43,8 @@ class Likeness:
         target: the target.
         bits: whether both adapters have the same methods and settings at the target, and tensors with the same bytes.
         equal: whether both adapters make the same change within the tolerance. The changes cannot be computed if a
-            method needs a missing base or does not change weights. Then `equal` is True if both adapters have the same
-            methods, settings and tensor values. It is False if one adapter lacks the target, and None in all other
-            cases.
+            method needs a missing base or does not change weights. In this case, `equal` is False if one adapter lacks
+            the target, True if both adapters have the same methods, settings and tensor values, and otherwise None.
         relative_error: Frobenius norm of the difference between the two changes, divided by the norm of the larger
             change.
         norm_a: Frobenius norm of the first adapter's change of weight and bias together.
@@ -292,9 +291,10 @@ def _of_biases(biases: Sequence[Array | None]) -> list[float]:
 
 
 def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, float]:
-    """Compare two changes element by element; a is an element of the first change, b of the second.
+    """Compare two changes element by element.
 
     Return (number of elements with a and b nonzero, number of elements with a * b < 0, sum|a| + sum|b|, sum|a + b|).
+    Here, a is an element of the first change, and b is the element of the second change at the same position.
 
     Args:
         one: the first change.

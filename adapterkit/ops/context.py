@@ -26,7 +26,7 @@ class Census:
 
     Attributes:
         counting: whether formulas currently run only to collect statistics. If so, their results are ignored.
-        partial: whether thresholds are first estimated from samples of only some targets.
+        partial: whether the first estimate of a threshold uses samples from only some of the targets.
         majority: the more frequent sign, 1 or -1, among the signs that are elected for the entries of all targets.
             It is computed when it is first read.
     """
@@ -74,7 +74,7 @@ class Census:
 
         Args:
             series: the names of the series, such as the indices of the adapters.
-            blocks: the adapters' changes of the weight.
+            blocks: the changes that the adapters make to the weight, split into blocks.
             wanted: for each series, a function of (number of values, number of nonzero values) that returns how many of
                 the largest values to keep.
             key: a function that maps changes `[T, ...]` to values `[number of series, ...]`; default: the magnitudes of
@@ -109,7 +109,10 @@ class Census:
         return series in self._selections and self._selections[series].selected is not None
 
     def add(self, name: Hashable, value: float) -> None:
-        """Add `value` to the sum over all targets called `name`. If sums are not being collected, do nothing."""
+        """Add `value` to the sum called `name`. If sums are not being collected, do nothing.
+
+        Each sum covers all targets.
+        """
         if self._summing:
             with self._lock:
                 self._sums[name] = self._sums.get(name, 0.0) + value

@@ -44,8 +44,8 @@ def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
     if not math.isfinite(frobenius(D)):
         for tensor in (tuned, base):
             check_finite(tensor, name)
-    # Dekker 1971: subtracting the rounded difference from the larger operand is exact. So if the result equals the
-    # smaller operand, the difference was not rounded. Check both operands, because either may be the larger one.
+    # Dekker 1971: subtracting the rounded difference D from the larger operand is exact. So D was not rounded if this
+    # subtraction returns the smaller operand. Check both operands, because either may be the larger one.
     if not exact or D.dtype == np.float64 or bool((one - D == other).all() and (other + D == one).all()):
         return D
     wide: Array = one.astype(np.float64) - other

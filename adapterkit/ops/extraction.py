@@ -1,7 +1,7 @@
 """Extract an adapter from a base and a tuned model, tensor by tensor; each worker has one tensor in memory.
 
 By default, the change of a matrix is stored as a LoRA. The caller sets one of three things: the LoRA's rank, the
-share of the change's energy that the LoRA keeps, or the LoRA's largest error. The change is computed in float32 or
+share of the change's energy that the LoRA keeps, or the largest error allowed. The change is computed in float32 or
 float64, because a subtraction in 16 bits loses most of a small change. Changed tensors with one axis (norms, biases)
 are stored whole. For token embeddings, the changed rows and the new rows are stored.
 """
@@ -84,8 +84,8 @@ def loha(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
     D = D.astype(np.float64, copy=False)
     a, b = balanced(*dominant(D, Criterion(rank=rank), seed))
     c, d = np.zeros((len(D), rank)), np.random.default_rng(seed).standard_normal((rank, D.shape[1]))
-    # The second product c @ d is initially all ones, from the first column of c and the first row of d. The other rows
-    # of d are random, and the other columns of c are zero; the first least-squares step replaces these zeros.
+    # The second product c @ d starts as a matrix of ones: the first column of c and the first row of d are ones, and
+    # all other columns of c are zero. The other rows of d are random. The first least-squares step replaces c.
     c[:, 0], d[0] = 1.0, 1.0
     for _ in range(SWEEPS):
         c = _least_squares(D, a @ b, d)
@@ -216,9 +216,9 @@ def extract(
             about four times its tensor's size in float32.
         report: a function that is called with a `Cut` for each changed target.
         progress: a function that is called with (bytes of finished tuned weights, total bytes).
-        rename: rules that map names in the tuned model to names in the base, each `FROM=TO` or `@FILE`. Names
-            that no rule matches may come from another version of transformers, or be similar to names in the base. Such
-            a name is mapped if only one name in the base fits.
+        rename: rules that map names in the tuned model to names in the base, each `FROM=TO` or `@FILE`. A name
+            that no rule matches may come from another version of transformers, or may be similar to a name in the base.
+            Such a name is mapped only if exactly one name in the base fits.
         strict_base: whether to refuse a base that differs from the base in the tuned model's merge record.
 
     Returns:
@@ -300,7 +300,7 @@ class _Extraction:
     method: str
     dtype: str | None
     shared: Mapping[str, Decomposition] | None = None
-    """With scope `all`, a map from the key of a weight (see `_key`) to the decomposition of its change, already cut.
+    """With scope `all`, a map from the key of a weight (see `_key`) to the cut decomposition of its change.
 
     None with scope `target`, or if every matrix is stored at full rank.
     """
@@ -318,7 +318,8 @@ class _Extraction:
 
         The result is empty if no weights are tied.
 
-        If the tuned model stores a separate head, the head is untied; otherwise the change applies to both layers.
+        The value is `untie` if the tuned model stores a separate head. Otherwise, the value is `merge`, and a change of
+        the embedding also changes the head.
         """
         tie = find_tie(self.base.tensors, self.base.config)
         return {} if tie is None else {"tied": "untie" if tie.head in self.tuned.tensors else "merge"}
@@ -351,7 +352,7 @@ class _Extraction:
 
         The largest singular values among all matrices are kept.
 
-        Return a map from the key of a weight (see `_key`) to the decomposition of its change, already cut.
+        Return a map from the key of a weight (see `_key`) to the cut decomposition of its change.
         """
         every = [name for name in names if self._is_matrix(name)]
         decomposed: dict[str, Decomposition] = {}

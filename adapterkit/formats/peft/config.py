@@ -73,7 +73,7 @@ HARMLESS = {
     "task_type": "the base's class",
     "velora_config": "compresses the stored activations in training; the formula is plain LoRA's",
 }
-"""Fields that affect neither a merge nor a forward pass. Each value describes the field, or gives the reason."""
+"""Fields that affect neither a merge nor a forward pass. Each value describes the field, or says why it is harmless."""
 
 REFUSED = {
     "layer_replication": "layers of the base are repeated, and the layer numbers in the keys count the repeated layers",
@@ -110,7 +110,7 @@ WHY_CHANGED = {
 
 
 def peft_types() -> tuple[str, ...]:
-    """List the values of `peft_type` that can be read, sorted."""
+    """Return the sorted values of `peft_type` that adapterkit can read."""
     return tuple(sorted((*PEFT_TYPES, *(family.peft_type for family in FAMILIES.values()))))
 
 
@@ -159,9 +159,9 @@ def _check_type(config: Mapping[str, JsonValue]) -> None:
 
 
 def unknown_fields(config: Mapping[str, JsonValue]) -> list[str]:
-    """List the nonempty fields that PEFT does not define, sorted.
+    """Return a sorted list of the nonempty fields that PEFT does not define.
 
-    Call `parse` first. It refuses every such field that may change the model's outputs.
+    Call `parse` first: `parse` refuses every such field that may change the model's outputs.
     """
     family = family_of_type(str(config["peft_type"]))
     known = READ.keys() | HARMLESS.keys() | REFUSED.keys()

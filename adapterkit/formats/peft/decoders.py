@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 UNPADDED = (IA3, OFTPatches, Replacement)
-"""For these methods, PEFT's forward calls the base layer itself, and the base layer pads the input."""
+"""Methods whose forward pass in PEFT calls the base layer itself. The base layer pads the input."""
 
 
 def turns_patches(shape: tuple[int, ...]) -> bool:
@@ -259,7 +259,7 @@ def _rows(tensor: Lazy, start: int, stop: int) -> Lazy:
     return tensor.map(lambda values: values[start:stop], (stop - start, *tensor.shape[1:]))
 
 
-# Decode updates that are not pairs and belong to no family: whole parameters, IA3, token rows, layer norms.
+# Decode updates that are not pairs of factors and belong to no family: whole parameters, IA3, token rows, layer norms.
 #
 # The key of a whole parameter is the parameter's name in the base. Such parameters come from `modules_to_save`, trained
 # biases and embeddings.

@@ -337,7 +337,7 @@ def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Laz
 
 
 def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Array, slice], Array]) -> Lazy:
-    """Return a lazy stack of experts. To read some experts, `take` gathers only these experts from the matrix."""
+    """Return a lazy stack of experts. If only some experts are read, `take` gathers only these from the matrix."""
     each = math.prod(shape[1:])
 
     def part(first: int, count: int) -> Buffer:
@@ -350,7 +350,7 @@ def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Array, slice], Array]) 
 
 @lru_cache(maxsize=4)
 def _values(leaf: Lazy) -> Array:
-    """Read a whole matrix and cache its values. The columns of one expert are scattered over the matrix.
+    """Read a whole matrix and cache its values. In lora_B, the columns of one expert are scattered over the matrix.
 
     The cache helps a merge into a base that stores each expert separately. Such a merge reads one expert at a time and
     alternates between two parameters.
@@ -501,8 +501,8 @@ def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, .
         why = f"the module has {len(group)} pairs of factors, but target_parameters names {len(names)} parameters"
         raise Malformed(why, where=group[0].key.text, cure="The config does not belong to this file")
     options = [option for option in permutations(names, len(group)) if _fits(file, path, group, option)]
-    # With "all-linear", PEFT lists `gate.weight` and `down_proj`, and both entries match a router called `gate`. If the
-    # router has one pair, the pair adapts `gate.weight`.
+    # With "all-linear", PEFT lists `gate.weight` and `down_proj`. The entry `down_proj` names no module, so both
+    # entries may refer to a router called `gate`. If the router has one pair, the pair adapts `gate.weight`.
     sure = [option for option in options if set(option) == set(_named(file, path))]
     if file.base is None and len(sure) == 1:
         options = sure
@@ -544,7 +544,10 @@ def _fits_base(shape: Shape | None, size: tuple[int, int, int]) -> bool:
 
 
 def _fits_gate(sizes: dict[str, tuple[int, int, int] | None]) -> bool:
-    """Whether the shapes of gate_up_proj and down_proj fit each other, swapped or not; true if one is not adapted."""
+    """Whether the shapes of gate_up_proj and down_proj fit each other, with or without swapped inputs and outputs.
+
+    True if one of the two parameters is not adapted.
+    """
     gate_up, down = (sizes.get(name) for name in IN_ORDER)
     return not gate_up or not down or _related(sizes) is not None
 

@@ -195,7 +195,7 @@ class Family(ABC):
             effect.
         harmless: for each other field of this `peft_type`, a phrase that says why the field has no effect.
         fresh: config fields to write for an adapter that was not read from PEFT's format.
-        departures: the cases, by name, in which PEFT's forward differs from the paper's formula; see `Format`.
+        departures: named cases in which PEFT's forward differs from the paper's formula; see `Format`.
         empty: whether the updates' tensors may be empty (0 elements).
         folds: fields of an update, in order of preference. A scaling that the config cannot express is multiplied into
             the first of these fields that the update has.

@@ -159,7 +159,7 @@ class Order:
     after: tuple[str, ...] = ("lm_head",)
 
     def place(self, path: str) -> tuple[int, tuple[int, ...], int] | None:
-        """Return a sort key for a module's path; None if the path has none of the endings."""
+        """Return a sort key for a module's path; None if no string in this order is an ending of the path."""
         for stage, endings in enumerate((self.before, self.inside, self.after)):
             for position, ending in enumerate(endings):
                 if path == ending or path.endswith(f".{ending}"):
