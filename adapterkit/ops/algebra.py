@@ -151,7 +151,7 @@ def scale(adapter: Source, factor: float, *, base: Base | None = None) -> Adapte
 
 
 def negate(adapter: Source, *, base: Base | None = None) -> Adapter:
-    """Return the adapter with the opposite changes; see `scale`."""
+    """Return the adapter with all its changes multiplied by -1; see `scale`."""
     return scale(adapter, -1.0, base=base)
 
 
@@ -185,7 +185,7 @@ def add(
 
 
 def subtract(one: Source, other: Source, *, base: Base | None = None, disjoint: bool = False) -> Adapter:
-    """Return the adapter with the changes of `one` minus the changes of `other`; see `add`."""
+    """Subtract the changes of the adapter `other` from the changes of the adapter `one`; see `add`."""
     return add([one, other], [1.0, -1.0], base=base, disjoint=disjoint)
 
 
@@ -259,7 +259,9 @@ def _parted(group: Sequence[Update], weight: float) -> tuple[tuple[Update, ...],
 def _mixed(
     place: AlignedPlace, heads: Sequence[tuple[tuple[Update, ...], float]], stacking: bool
 ) -> tuple[tuple[Update, ...], list[Term]]:
-    """Combine the adapters' first groups of updates, which `_parted` returns; `heads` contains (group, weight) pairs.
+    """Combine the first groups that `_parted` returns for several adapters.
+
+    `heads` contains a pair (first group, weight) for each adapter whose first group is not empty.
 
     Return (combined updates, []) if the updates' method can express the combination. Otherwise, replace the groups by
     additive updates, and return ((), terms). Each term is a pair (additive update, weight).
@@ -270,8 +272,8 @@ def _mixed(
     every = [update for head in updates for update in head]
     if stacking and all(u.kind == "context" for u in every) and all(w == 1 for w in weights):
         return tuple(every), []
-    # First refuse updates that can never be summed. Then try to combine the updates within their method, which needs no
-    # base. Only if their method cannot express the sum, require the base.
+    # First refuse updates that can never be summed. Then try to express the sum as one update of the same method,
+    # because this needs no base. Require the base only if the method cannot express the sum.
     for update in every:
         check_kind(update, place.target, True, _DOING)
     mixture = _mixture(place, updates, weights)
@@ -284,10 +286,10 @@ def _mixed(
 
 
 def _mixture(place: AlignedPlace, updates: Sequence[tuple[Update, ...]], weights: Sequence[float]) -> Update | None:
-    """Return the weighted sum as one update of the same method.
+    """Return the weighted sum of the adapters' updates as one update that has the same method as these updates.
 
-    None if the updates have different methods, if an adapter has several updates, or if the method cannot express the
-    sum as one update.
+    Return None if the updates have different methods, if an adapter has several updates, or if the method cannot
+    express the sum as one update.
     """
     methods = {type(update) for head in updates for update in head}
     if len(methods) > 1 or any(len(head) > 1 for head in updates):

@@ -89,8 +89,8 @@ def side_by_side(changes: Sequence[Change | None]) -> Iterator[tuple[Delta | Non
     Each tuple contains the changes of all adapters; None for an adapter that does not change the weight.
     """
     running = [None if change is None or not change.changes_weight else change.deltas() for change in changes]
-    # A generator is always true, so the loop runs if at least one adapter changes the weight. The function returns when
-    # all generators are exhausted.
+    # A generator object is true even if it is exhausted, so this loop does not end by itself if at least one adapter
+    # changes the weight. The function returns when all generators are exhausted.
     while any(running):
         row = tuple(None if each is None else next(each, None) for each in running)
         if not any(row):
@@ -112,8 +112,9 @@ def places(
     Args:
         adapters: adapters or their paths.
         base: the base. All adapters are bound to the base's names and layouts, and some methods need its weights.
-        lower: None keeps all updates as they are. Otherwise, additive updates replace updates that are not additive. If
-            an update cannot be replaced, the error message contains `lower`, a participle such as `"combined"`.
+        lower: None to keep all updates as they are. A participle, such as `"combined"`, to convert all updates that are
+            not additive to additive updates. The error message for an update that cannot be converted contains this
+            participle.
         disjoint: whether to allow adapters that have no target in common.
         rename: rules that rename targets, each `FROM=TO` or `@FILE`. Each rule must match a target of at least one
             adapter.
@@ -161,7 +162,10 @@ def source_adapter(source: Source, base: Base | None) -> Adapter:
 
 
 def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:
-    """Rename adapters of image models to one naming, because each tool uses its own names for the same modules."""
+    """Rename the targets of image-model adapters, so that all adapters use the same name for the same module.
+
+    Each tool that trains such adapters has its own names.
+    """
     if len(adapters) < 2:
         return adapters
     named = in_one_naming([adapter.updates for adapter in adapters])

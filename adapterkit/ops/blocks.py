@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 #
 # First, estimate an interval from a sample. With a probability of 1 - 1e-8, the interval contains the k-th largest
 # value. Then read all values, count the values above the interval, and keep the values inside it in memory. If too many
-# values are expected inside, do not keep them: divide the interval into bins, count the values in each bin, and search
-# the bin with the k-th largest value next. The leading bits of a value select its bin, because positive doubles have
-# the same order as their bits, read as integers. A bad sample only costs time: if the k-th largest value is outside the
-# interval, the adjacent range is searched next.
+# values are expected inside, do not keep them: divide the interval into bins, and count the values in each bin. The bin
+# that contains the k-th largest value is the interval of the next pass. The leading bits of a value select its bin,
+# because positive doubles have the same order as their bits, read as integers. A bad sample only costs time: if the
+# k-th largest value is outside the interval, the next pass searches the adjacent range.
 
 
 MAX_NUMBERS = 1 << 19
@@ -42,9 +42,9 @@ WHOLE = 1 << 12
 """If a tensor has at most this many entries, all of them are sampled; otherwise, at least this many are sampled."""
 
 DEVIATIONS = 6.0
-"""The first interval reaches from rank k - d to rank k + d.
+"""Half the width of the first interval, in standard deviations of an estimated rank.
 
-d is this number times the standard deviation of an estimated rank.
+The interval reaches from rank k - d to rank k + d, and d is this number times the standard deviation.
 """
 
 WIDER = 1.25

@@ -91,7 +91,7 @@ class Key(NamedTuple):
         """Return the path of the module that PEFT wraps.
 
         If the stem contains a wrapped module inside another wrapped module, return the path of the outermost one.
-        For the output projection of an `nn.MultiheadAttention`, this is the path of the attention.
+        For the output projection of an `nn.MultiheadAttention`, return the path of this `nn.MultiheadAttention`.
         """
         if not self.wrapped:
             return self.stem
@@ -103,7 +103,8 @@ class Key(NamedTuple):
 class File:
     """A parsed tensor file.
 
-    The writer checks its output by decoding it. Only then are `parameters`, `known` and `omitted` filled.
+    The writer fills `parameters`, `known` and `omitted` if it decodes its own output to check it. Otherwise, these
+    three maps are empty.
 
     Attributes:
         settings: the settings in the config.
@@ -112,7 +113,8 @@ class File:
         compat: the caller's `compat`; see `Format`.
         parameters: a map from the stems of keys to the paths of their targets. The writer provides this map, because
             the file may not show which parameter of a module a key belongs to.
-        known: a map from targets' paths to the families' updates that the writer stores.
+        known: a map from the path of a target to the update that the writer stores for this target. The map contains
+            only updates of methods that have a family.
         omitted: a map from `Key.word` to tensors that all modules share and that the writer leaves out of the file.
     """
 
@@ -156,13 +158,13 @@ class File:
 
     @cached_property
     def shared(self) -> dict[str, Key]:
-        """Return the keys of tensors that all modules share, by `Key.word`."""
+        """Return a map from `Key.word` to the key, for all tensors that all modules share."""
         return {key.word: key for key in self.tensors if not key.stem}
 
     def attentions(self) -> set[str]:
         """Return the path of each `nn.MultiheadAttention` whose output projection is adapted.
 
-        In such an attention, PEFT also adapts the input projection.
+        In such a module, PEFT also adapts the input projection.
         """
         wrapped = (key for key in self.tensors if key.wrapped and key.part.startswith("lora_"))
         return {key.module for key in wrapped if key.module != key.path}
@@ -202,8 +204,8 @@ def base_shape(base: Checkpoint, name: str) -> Shape | None:
     """Return the shape that the tensor `name` has in the loaded model; None if the shape is unknown.
 
     If the base has no tensor `name`, but exactly one tensor whose name ends with `.name`, return the shape of this
-    tensor. Otherwise, compute the shape from the base's tensors with the table of the model family, because the loaded
-    model may split or join tensors of the base.
+    tensor. Otherwise, use the table of the model family to compute the shape from the shapes of the base's tensors,
+    because the loaded model may split or join tensors of the base.
     """
     if name in base.tensors:
         return base.tensors[name].shape
@@ -217,7 +219,7 @@ def _ending(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _by_ending(base: Checkpoint) -> dict[str, list[str]]:
-    """Return a map from endings to the base's tensor names with this ending.
+    """Return a map from each ending to the names of the base's tensors that have this ending.
 
     An ending is the last component of a name, or the last two: `weight` or `q_proj.weight`.
     """

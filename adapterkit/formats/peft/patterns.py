@@ -26,7 +26,7 @@ SURE = 2_000_000
 """`re` is used only if it needs at most this many steps for a name. This number of steps takes a few milliseconds."""
 
 PATIENT = 200_000_000
-"""The same limit for patterns that `Automaton` does not support. This number of steps takes about a second."""
+"""The limit that replaces `SURE` if `Automaton` does not support a pattern. So many steps take about a second."""
 
 MAX_STATES = 4_000
 MAX_VISITS = 2_000_000
@@ -338,7 +338,7 @@ def unwrapped(name: str) -> str:
 class _Index(Generic[T]):
     """An index that finds the first pattern that fits a name, without trying all patterns.
 
-    Configs of PEFT's EVA, and configs that adapterkit writes, have up to 10^4 patterns.
+    A config may have up to 10^4 patterns if adapterkit wrote it, or if PEFT initialized the adapter with EVA.
 
     Args:
         patterns: a map from patterns to values, in the order in which the patterns are tried.
@@ -407,10 +407,10 @@ _PLAIN = re.compile(r"[\w.-]+", re.ASCII)
 
 
 def exactly(name: str) -> str:
-    """Return a pattern that matches only this name.
+    """Return a pattern that matches only `name`.
 
-    The name itself is not such a pattern: PEFT would also apply it to longer names that end with it, and each dot would
-    match any character.
+    `name` itself would also match other names: each dot matches any character, and PEFT also applies a pattern to
+    longer names that end with a match.
     """
     return f"^{re.escape(name)}$"
 
@@ -470,9 +470,9 @@ Scale = tuple[int, float]
 def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[dict[str, JsonValue], list[str]]:
     """Return the config fields for ranks and scalings, and the names of modules that have no exact alpha.
 
-    `scales` maps module names to (rank, scaling). An alpha is exact if PEFT computes exactly the module's scaling from
-    it. `rslora` contains the allowed values of `use_rslora`. The function chooses the value with which the
-    largest number of modules have an exact alpha.
+    `scales` maps module names to (rank, scaling). A module's alpha is exact if the scaling that PEFT computes from this
+    alpha equals the module's scaling. `rslora` contains the allowed values of `use_rslora`. The function chooses the
+    value with which the largest number of modules have an exact alpha.
     """
     tried = {flag: {name: exact_alpha(scale, flag) for name, scale in scales.items()} for flag in rslora}
     flag = min(tried, key=lambda flag: sum(alpha is None for alpha in tried[flag].values()))

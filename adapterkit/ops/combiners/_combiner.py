@@ -250,7 +250,7 @@ class Combiner(ABC):
         return fits
 
     def values(self) -> dict[str, Value]:
-        """Return the parameters as plain data."""
+        """Return a map from the names of the parameters to their values."""
         return {name: getattr(self, name) for name in self.parameters()}
 
     @property
@@ -267,7 +267,7 @@ class Combiner(ABC):
         return None
 
     def check(self) -> None:  # noqa: B027 - combiners without such rules inherit this
-        """Raise UsageError if parameter values contradict each other, although each value is allowed."""
+        """Raise UsageError if parameter values that are allowed separately are not allowed together."""
 
     @abstractmethod
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
@@ -275,7 +275,7 @@ class Combiner(ABC):
 
         Args:
             deltas: the changes of one weight, one per adapter that changes it.
-            weights: one weight per change.
+            weights: for each change, the weight of its adapter in the formula, `[T]`.
             at: the context of the formula: the target, random numbers, and statistics of whole adapters.
         """
 
@@ -289,7 +289,7 @@ class Mixture(Combiner):
 
     @abstractmethod
     def coefficients(self, gram: Array, weights: Array) -> Array:
-        """Return c `[T]` from the inner products of the changes, `[T, T]`, and the weights, `[T]`."""
+        """Compute c `[T]` from the inner products of the changes, `[T, T]`, and from the weights, `[T]`."""
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         return mixed(deltas, self.coefficients(gram(deltas), weights))

@@ -1,4 +1,4 @@
-"""Base classes of combiners that work on single entries: they drop entries, elect signs, and sum the other entries."""
+"""Base classes of combiners that work on single entries: they drop entries, elect signs, and sum the kept entries."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class Entrywise(Combiner):
         Args:
             blocks: the changes. If the formula needs statistics of the whole tensor, this method iterates over `blocks`
                 to compute them.
-            weights: one weight per change.
+            weights: for each change, the weight of its adapter in the formula, `[T]`.
             at: the context of the formula.
 
         Returns:
@@ -333,7 +333,7 @@ TINY = 1e-7
 
 
 def thresholds(blocks: Blocks, densities: Sequence[float], how: str) -> Array:
-    """Return the smallest magnitude that each change of a tensor keeps, `[T, 1, 1]`."""
+    """For each change of a tensor, return the smallest magnitude of the entries to keep, `[T, 1, 1]`."""
     import numpy as np
 
     wanted = [lambda total, _, density=density: count_of(density, total, how) for density in densities]

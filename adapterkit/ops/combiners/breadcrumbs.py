@@ -65,7 +65,7 @@ class Breadcrumbs(Sparse):
 
 
 def _places(density: float, gamma: float, count: int) -> tuple[int, int]:
-    """Return (first, end): the entries `first:end` of `count` magnitudes in ascending order are kept."""
+    """Return the range `(first, end)` of the entries to keep, in the ascending order of `count` magnitudes."""
     if density >= 1:
         return 0, count
     kept = int(density * count)
@@ -85,8 +85,9 @@ class _Between:
         import numpy as np
 
         size = blocks.size
-        # Indices count from the smallest magnitude, but k counts from the largest, so convert the indices to k. An
-        # index is outside the tensor only if no entry is kept. Clamp such an index; its result is not used.
+        # A span counts positions from the smallest magnitude, but `select` counts k from the largest, so convert each
+        # position to k. A position is outside the tensor only if no entry is kept. Clamp such a position; the magnitude
+        # that `select` returns for it is not used.
         wanted = [
             lambda total, _, place=place: total - place
             for first, last in spans

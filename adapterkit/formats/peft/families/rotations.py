@@ -185,7 +185,7 @@ def nearest_divisor(width: int, wanted: int) -> int:
 
 
 def _blocks(blocks: list[tuple[int, int]]) -> dict[str, JsonValue]:
-    """Return the config fields. `blocks` contains (number of blocks, size of a block) for each layer."""
+    """Return `block_share`, `r` and `oft_block_size`. `blocks` has (number of blocks, block size) for each layer."""
     if all(n == 1 for n, _ in blocks) and len({size for _, size in blocks}) == 1:
         return {"block_share": True, "r": 0, "oft_block_size": blocks[0][1]}
     size, number = _fitting(blocks, 1), _fitting(blocks, 0)

@@ -136,7 +136,8 @@ def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
     )
 
 
-# SHiRA: `shira_indices` [2, n] has the rows and columns of the changed elements, and `shira_weight` [n] the changes.
+# SHiRA: `shira_indices` [2, n] contains the rows and columns of the changed elements. `shira_weight` [n] contains the
+# changes of these elements.
 
 
 FIELDS = {"shira_indices": "index", "shira_weight": "values"}

@@ -169,7 +169,7 @@ FILTERS: dict[str, tuple[float, ...]] = {
 
 @cache
 def filter_of(name: str, dtype: str = "F64", right: bool = False) -> Lazy:
-    """Return the filter of a wavelet; each call returns the same tensor.
+    """Return the filter of a wavelet. Calls with the same arguments return the same tensor.
 
     PEFT's filter for the wavelet `FAULTY` is wrong. With `right`, return the correct filter for this wavelet.
     """

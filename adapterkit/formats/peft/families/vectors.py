@@ -169,9 +169,10 @@ def _scale_dtype(file: File, path: str) -> str:
 
 @lru_cache(maxsize=4)
 def _drawn(total: int, length: int, seed: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """Return a function that draws positions in theta, and counts how many factor elements use each position.
+    """Return a function that draws a random position in theta for each element of all factors.
 
-    The function returns (positions `[total]`, one for each element of the factors; counts `[length]`).
+    The function returns (positions `[total]`, counts `[length]`). The counts are the numbers of elements that use each
+    position.
     """
 
     @cache
