@@ -2,9 +2,9 @@
 
 The result has rank r. The bases come from a Tucker-2 decomposition of the tasks' cores (HOSVD, then HOOI). For this
 decomposition, each core is scaled to the norm `beta |D_t| + (1 - beta) mean |D|`. He et al. 2026,
-https://arxiv.org/abs/2606.03723; the defaults of beta, iterations and tolerance, and the separate trimming of each core
-by TIES, are from https://github.com/ZhengbaoHe/compress-then-merge. Its README sets TIES's density to 0.25 and scales
-the result by 0.75.
+https://arxiv.org/abs/2606.03723. The defaults of beta, iterations and tolerance are from the authors' code,
+https://github.com/ZhengbaoHe/compress-then-merge. As in this code, TIES trims each core separately. The README of the
+code sets TIES's density to 0.25 and scales the result by 0.75.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ SETTLED = 1e-10
 """The subspace iteration ends when a span's residual is below this fraction of the span's smallest eigenvalue."""
 
 SPREAD = 1e5
-"""Vectors are orthonormalized again before repeated products could make their lengths differ by more than this factor.
+"""The largest ratio between the lengths of two vectors that repeated products may cause.
+
+The vectors are orthonormalized again before the ratio could exceed this limit.
 """
 
 PRODUCTS = 24
@@ -133,7 +135,7 @@ class _Spans:
     """
 
     def __init__(self, rank: int) -> None:
-        # Decompose fully in the first round (two matrices), because the spans still change much in this round.
+        # Decompose the two matrices of the first round fully, because the spans still change much in this round.
         self.rank, self.pause = rank, 2
 
     def first(self, gram: Array, near: Array) -> tuple[Array, float]:

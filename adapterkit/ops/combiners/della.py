@@ -55,7 +55,7 @@ class Della(Sparse):
                 why = f"density {density} and epsilon {epsilon} give probabilities that are not between 0 and 1"
                 raise UsageError(why, where="epsilon", cure="Choose an epsilon below both density and 1 - density")
 
-        # The compiled loop draws the same masks from `chances`.
+        # The compiled loop does not call this function. It draws the same masks, with the result of `self.chances`.
         def mask(changes: Array, rows: slice) -> tuple[Array, Array]:
             _, count, columns = changes.shape
             kept, chance = np.ones(changes.shape, bool), np.ones(changes.shape)
@@ -64,8 +64,8 @@ class Della(Sparse):
                     chance[t] = ranks(np.abs(changes[t]))
                     chance[t] *= 2 * epsilon / max(columns - 1, 1)
                     chance[t] += density - epsilon
-                    # Start the random numbers at the position of the block's first entry, so that the result does not
-                    # depend on the sizes of blocks.
+                    # Each entry of a tensor has its own random number. Start at the number of the block's first entry,
+                    # so that the result does not depend on the sizes of blocks.
                     kept[t] = at.uniform(t, (count, columns), rows.start * columns) < chance[t]
             return kept, chance
 

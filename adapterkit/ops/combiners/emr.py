@@ -2,9 +2,10 @@
 
 Each entry of the elected change has the sign of the sum of the tasks' entries. Its magnitude is the largest magnitude
 among the entries with that sign. For task t, the mask keeps the elected entries that have the sign of task t's own
-change. The kept entries are multiplied by lambda_t = s(task t's change) / s(masked elected change), where s is the sum,
-over all tensors, of a tensor's mean magnitude. If `task` is not set, the result is the elected change itself. Huang et
-al. 2024, https://arxiv.org/abs/2405.17461, https://github.com/harveyhuang18/EMR_Merging.
+change. The kept entries are multiplied by lambda_t = s(task t's change) / s(masked elected change). To compute s(D),
+take the mean magnitude of the entries of D in each tensor, and add up these means over all tensors. If `task` is not
+set, the result is the elected change itself. Huang et al. 2024, https://arxiv.org/abs/2405.17461,
+https://github.com/harveyhuang18/EMR_Merging.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Each centre is scaled, so that its largest magnitude is the mean of its members' largest magnitudes. The result is
 multiplied by sqrt(n / r), where n is the number of all tasks' pairs, and r is the rank of the result. Zhao et al. 2024,
-https://arxiv.org/abs/2409.16167. Both scales, the ten starts of k-means and the default rank are from `merge_MSUs` by
-the authors of CtM, in https://github.com/ZhengbaoHe/compress-then-merge.
+https://arxiv.org/abs/2409.16167. The authors of CtM implement LoRA-LEGO as `merge_MSUs`, in
+https://github.com/ZhengbaoHe/compress-then-merge. Both scales are from this function, and so are the ten starts of
+k-means and the default rank.
 """
 
 from __future__ import annotations
@@ -105,9 +106,9 @@ def _distances_to(gram: Array, points: Array) -> Array:
 def _descend(gram: Array, owner: Array, count: int) -> tuple[Array, float]:
     """Run Lloyd's algorithm; return each point's cluster, and the sum of the squared distances to the centres.
 
-    The algorithm stops when no point changes its cluster, after 300 steps, or before a step that would leave a cluster
-    empty. An initially empty cluster gets the point that is farthest from the centre of the point's current cluster.
-    A point that is alone in its cluster stays there.
+    The algorithm stops when no point changes its cluster. It also stops after 300 steps, and before a step that would
+    leave a cluster empty. If a cluster is empty at the start, one point moves to it: the point that is farthest from
+    the centre of the cluster that contains the point. A point that is alone in its cluster never moves in this way.
     """
     import numpy as np
 

@@ -83,7 +83,7 @@ class Spaces:
         import numpy as np
 
         depth = trial.depth(target)
-        # Use targets outside numbered layers, such as a head, only if `blocks` is 1.
+        # Use targets outside numbered layers, such as the output head of the model, only if `blocks` is 1.
         late = blocks == 1 or (depth is not None and depth >= 1 - blocks)
         if not late or target.stacked:
             return False

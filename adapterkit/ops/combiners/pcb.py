@@ -74,7 +74,7 @@ class PCB(Entrywise):
                 lambda changes: _signed(_scored(changes, weights, bounds)), self._scores(blocks.count)
             )
             positive, negative, best = np.reshape([each.value for each in selections], (3, -1, 1, 1))
-        # `positive` is 0 if the quantile of the scores is not positive. The quantile is then `-negative`.
+        # The quantile of the scores is `positive` if `positive` is above 0. Otherwise, the quantile is `-negative`.
         least = np.where(positive > 0, positive, -negative)
         span = np.where(best > least, best - least, 1.0)
 
@@ -90,9 +90,9 @@ class PCB(Entrywise):
     def _scores(self, count: int) -> list[Wanted]:
         """Return the argument `wanted` of `Blocks.select` for the three series per change that `_signed` returns.
 
-        In the first series, the selected number is the quantile 1 - ratio of the scores if this quantile is positive,
-        else 0. In the second series, it is the magnitude of this quantile if this quantile is negative, else 0. In the
-        third series, it is the largest score, or 0 if no score is positive.
+        One number is selected from each series. Let q be the quantile 1 - ratio of the scores. The number from the
+        first series is q if q is positive, else 0. The number from the second series is |q| if q is negative, else 0.
+        The number from the third series is the largest score, or 0 if no score is positive.
         """
 
         def place(total: int) -> int:
@@ -140,7 +140,8 @@ def _scored(changes: Array, weights: Array, bounds: Array) -> Array:
 def _signed(scores: Array) -> Array:
     """Return three series per change: positive scores, magnitudes of negative scores, and positive scores again.
 
-    A series contains 0 for each score of the other sign. The third series is searched for the largest score.
+    A series of positive scores contains 0 for each negative score, and the series of negative scores contains 0 for
+    each positive score. The third series is for the search for the largest score.
     """
     import numpy as np
 

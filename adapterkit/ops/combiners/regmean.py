@@ -74,7 +74,7 @@ def _divider(G: Array, damping: float) -> Callable[[Array], Array]:
     import numpy as np
 
     # Every eigenvalue is at least `damping` times the smallest diagonal entry, and at most the trace. If these bounds
-    # show that no eigenvalue is cut, solve the linear system, which takes a tenth of the time of a decomposition.
+    # show that no eigenvalue counts as zero, solve the linear system. This takes a tenth of a decomposition's time.
     if damping * G.diagonal().min() > CUT * G.trace():
         return lambda X: np.asarray(np.linalg.solve(G, X.T).T)
     inverse = np.linalg.pinv(G, CUT, hermitian=True)

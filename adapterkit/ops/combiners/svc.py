@@ -1,9 +1,10 @@
 """Singular value calibration: in a merged change, scale down the singular values to which several tasks contribute.
 
 D = U S V^T is the merged change of T tasks, u_r is a column of U, and s_r^t = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2. The
-singular value of u_r is multiplied by T / sum_t max(alpha, s_r^t). 2026, https://arxiv.org/abs/2602.05536. If the tasks
-have no common directions, alpha = 1 leaves their sum unchanged. https://github.com/tanganke/fusion_bench sets alpha to
-0.1 after sums, TIES, DARE and Iso-C, and to 0.2 after Iso-CTS.
+singular value of u_r is multiplied by T / sum_t max(alpha, s_r^t). Paper (2026): https://arxiv.org/abs/2602.05536. If
+the tasks have no common directions, alpha = 1 leaves the sum of their changes unchanged. The code in
+https://github.com/tanganke/fusion_bench sets alpha to 0.1 if the merged change comes from a sum, TIES, DARE or Iso-C.
+It sets alpha to 0.2 for Iso-CTS.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class SVC(PlugIn):
         from ._combiner import leading
 
         merged = self.inner.matrix(deltas, weights, at)
-        # Passes that only collect statistics for the combiner `then` ignore the result, so they need no calibration.
+        # A pass that only collects statistics for the combiner `then` ignores the result. Skip the calibration there.
         if at.census.counting:
             return merged
         common = whole_core([merged, *deltas])

@@ -68,7 +68,8 @@ class TARA(Learned):
 
             Args:
                 losses: the losses l_t: floats, or scalars of a library with the methods `exp` and `log`.
-                alone: the losses s_t with each adapter alone, which are subtracted from l_t; None counts as zeros.
+                alone: the losses s_t: for each task, the loss with only this task's adapter. Each s_t is subtracted
+                    from l_t. If `alone` is None, nothing is subtracted.
             """
             if len(losses) != trial.count:
                 why = f"together() got {len(losses)} losses for {trial.count} tasks"

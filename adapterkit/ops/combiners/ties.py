@@ -67,7 +67,7 @@ class TIES(Sparse):
     def count(self, blocks: Blocks, weights: Array, at: FormulaContext) -> None:
         super().count(blocks, weights, at)
         densities = at.each(self, "density")
-        # During the vote for a majority, do not count again, because the thresholds are already known.
+        # In the pass that counts votes for the majority sign, the thresholds are known, so do not compute them again.
         if not at.census.voting:
             wanted = [lambda total, _, d=density: count_of(d, total, self.kept) for density in densities]
             at.census.count(at.present, blocks, wanted)
@@ -82,7 +82,8 @@ class TIES(Sparse):
             least = thresholds(blocks, densities, self.kept)
         else:
             # The threshold comes from the pass that only collects statistics. A plug-in may round differently in that
-            # pass (KnOTS skips its bases). Lower the threshold slightly, so that the entry equal to it is still kept.
+            # pass (KnOTS skips its bases). Lower the threshold slightly, so that the entry that defines the threshold
+            # is still kept.
             limits = [at.census.threshold(adapter) * (1 - ROUNDING) for adapter in at.present]
             least = np.array(limits)[:, None, None]
         least = np.where(np.reshape(densities, (-1, 1, 1)) >= 1, 0.0, least)

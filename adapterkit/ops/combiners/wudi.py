@@ -29,7 +29,8 @@ SOLVER = "how to find the minimum: in closed form (exact), or approximately, by 
 class WUDI(Scaled, Spectral):
     """The change with the least interference with the tasks' changes.
 
-    If several changes have the least interference, `solver=exact` returns the one nearest to the tasks' sum.
+    If several changes have the least interference, `solver=exact` returns the one that is nearest to the sum of the
+    tasks' changes.
     """
 
     title = "Least interference (WUDI)"

@@ -34,7 +34,8 @@ ROUNDS, SEED, STEPS = 10, 123456789, 2
 
 NEAR = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-4, "BF16": 4e-3}
 """Largest accepted error for each dtype of the base. The file's singular vectors, which have length 1, are projected
-onto the space of the base's singular vectors. The error is the largest change of an element in this projection."""
+onto the space of the base's singular vectors. The error is the largest absolute difference between an element of these
+vectors and the same element of their projections."""
 
 
 class AdaMSSFields(MethodFields, frozen=True, kw_only=True):
@@ -233,7 +234,7 @@ def _groups(config: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Ar
 def _precision(basis: Lazy) -> str:
     """Return the base's dtype, to which PEFT rounded the singular vectors before it saved them.
 
-    If the file stores the vectors in float32, the zero bits at the end of their elements show the base's dtype.
+    If the file stores the vectors in float32, the trailing zero bits of the elements show the base's dtype.
     """
     import numpy as np
 

@@ -140,13 +140,15 @@ class LokrSizes:
 
     Args:
         update: the update.
-        kernel: the number of elements of the convolution's kernel; None if unknown. Without it, `w2_b` [r, d * kernel]
-            does not show d.
+        kernel: the number of elements of the convolution's kernel; None if unknown. If it is unknown, the shape of
+            `w2_b`, [r, d * kernel], does not determine d.
 
     Attributes:
         sides: the pairs (a * b, a) and (c * d, c); only the first pair if d is unknown.
-        first: a pair: whether w1 is decomposed into two tensors; the larger of a and c.
-        second: a pair: whether w2 is decomposed into two tensors; the larger of b and d (infinity if d is unknown).
+        first: a pair of two values. The first value is true if w1 is decomposed into two tensors. The second value is
+            the larger of a and c.
+        second: a pair of two values. The first value is true if w2 is decomposed into two tensors. The second value is
+            the larger of b and d, or infinity if d is unknown.
         rank: the rank of the decomposed w1 or w2; None if neither is decomposed.
     """
 
@@ -172,7 +174,7 @@ class LokrSizes:
         return max((-(-int(size) // 2) for apart, size in needed if not apart), default=1)
 
     def made_by(self, factor: int, both: bool, rank: int) -> bool:
-        """Whether PEFT chooses these sizes if the config has this `decompose_factor`, `decompose_both` and rank."""
+        """Return whether PEFT chooses these sizes for the given rank, `decompose_factor` and `decompose_both`."""
         apart = (both and rank < self.first[1] / 2, rank < self.second[1] / 2)
         split = all(even_split(size, factor)[0] == part for size, part in self.sides)
         return split and apart == (self.first[0], self.second[0])
@@ -183,7 +185,7 @@ def _form(keys: Mapping[str, Key], forms: tuple[dict[str, str], ...]) -> dict[st
 
 
 def _turned(field: str, tensor: Lazy, forms: Mapping[str, str]) -> Lazy:
-    """If there is a core, transpose w2_a from [b, r] to [r, b] or back. Return all other tensors unchanged."""
+    """If there is a core, transpose w2_a: [b, r] becomes [r, b], or the reverse. Return all other tensors unchanged."""
     if field != "w2_a" or "t2" not in forms.values() or len(tensor.shape) != 2:
         return tensor
     return tensor.map(lambda values: values.T, tensor.shape[::-1])
@@ -212,7 +214,7 @@ def _splits(members: Mapping[str, LoKr], base: Checkpoint | None) -> Iterator[tu
     """Yield each (decompose_factor, decompose_both) with which PEFT would choose the factor sizes of all `members`.
 
     If no base is given, first assume that all weights belong to linear layers. Then search again without this
-    assumption. The second search ignores a number of inputs that is unknown.
+    assumption. If the second search cannot determine a weight's number of inputs, it does not check this number.
     """
     yield from _splits_of([LokrSizes(update, _kernel(base, path)) for path, update in members.items()])
     if base is None:
@@ -295,14 +297,17 @@ class LohaFamily(Family):
 
 
 def _loha_turned(part: str, tensor: Lazy, fields: Mapping[str, str]) -> Lazy:
-    """If there are cores, transpose w1_a or w2_a from [out, r] to [r, out] or back. Return all others unchanged."""
+    """If there are cores, transpose w1_a or w2_a: [out, r] becomes [r, out], or the reverse.
+
+    Return all other tensors unchanged.
+    """
     if fields is PLAIN or part not in ("hada_w1_a", "hada_w2_a") or len(tensor.shape) != 2:
         return tensor
     return tensor.map(lambda values: values.T, tensor.shape[::-1])
 
 
-# HiRA: `hira_A` [r, in, *k] and `hira_B` [out, r, 1, ...], with a 1 for each axis of the kernel. For an embedding, the
-# keys end with `hira_embedding_A` and `hira_embedding_B`.
+# HiRA: `hira_A` [r, in, *k] and `hira_B` [out, r, 1, ...]. For each axis of the kernel, `hira_B` has one axis, whose
+# length is 1. For an embedding, the keys end with `hira_embedding_A` and `hira_embedding_B`.
 
 
 HIRA_PLAIN = {"A": "hira_A", "B": "hira_B"}

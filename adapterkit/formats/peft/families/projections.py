@@ -47,8 +47,8 @@ class ProjectionFields(MethodFields, frozen=True, kw_only=True):
 class Projections(Family):
     """The code that VeRA and PVeRA share.
 
-    `parts` lists the endings of the keys of the vectors b and d. `shared` lists the keys of the projections A and B. A
-    has `halves * r` rows.
+    The keys of the vectors b and d end with the strings in `parts`. The keys of the projections A and B are in
+    `shared`. A has `halves * r` rows.
     """
 
     halves: ClassVar[int] = 1
@@ -197,7 +197,8 @@ def _inputs(file: File, path: str, out: int) -> int:
 def _draw(seed: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[Lazy, Lazy]:
     """Return A and B as lazy tensors.
 
-    On loading, torch's CPU generator with this seed draws first A and then B from uniform distributions.
+    The values are drawn when a tensor is loaded. torch's CPU generator, seeded with `seed`, draws first A and then B,
+    both from uniform distributions.
     """
 
     def fetch(position: int) -> bytes:
@@ -380,9 +381,9 @@ class RandloraFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         """Yield (target, reason) for updates that PEFT could not load from one file with the other updates.
 
-        A file has one rank and one scaling. PEFT sizes the bases for the largest number of outputs and the largest
-        number of inputs of the adapted weights. There are ceil(n / rank) bases B, where n is the smaller of these two
-        numbers.
+        A file has one rank and one scaling. Two numbers determine the sizes of PEFT's bases: the largest number of
+        outputs among the adapted weights, and the largest number of inputs. If n is the smaller of the two numbers,
+        there are ceil(n / rank) bases B.
         """
         members = {t: u for t, group in updates.items() for u in group if isinstance(u, RandLoRA)}
         settings_of = {t: (u.scaling, tuple(u.A.shape), tuple(u.B.shape)) for t, u in members.items()}
@@ -408,9 +409,9 @@ class RandloraFamily(Family):
 
 
 def _needed(base: Checkpoint | None, members: Mapping[Target, RandLoRA]) -> tuple[int, int] | None:
-    """Return the largest number of outputs and the largest number of inputs, the smaller of the two first.
+    """Return the largest number of outputs and the largest number of inputs among the adapted weights.
 
-    Return None if no base is given, or if the base lacks a weight.
+    The smaller of these two numbers comes first. Return None if no base is given, or if the base lacks a weight.
     """
     widths = {target: stored_inputs(base, target) for target in members}
     if base is None or None in widths.values():

@@ -163,12 +163,14 @@ def stacks(parts: int) -> dict[str, JsonValue]:
 
 
 def rows(config: Any) -> int | None:
-    """Return the number of rows of `prompt_embeddings` in the config; None if the config does not state it."""
+    """Return the number of rows that the config requires for `prompt_embeddings`; None if the config states none."""
     return None if config.num_virtual_tokens is None else int(config.num_virtual_tokens * config.parts)
 
 
 def check_sizes(key: Key, tensor: Lazy, *wanted: int | None) -> None:
-    """Check that a tensor has the shape `wanted`, which comes from the config. None allows any size of an axis.
+    """Check that a tensor has the shape `wanted`, which comes from the config.
+
+    If an entry of `wanted` is None, the tensor's axis may have any size.
 
     Raises:
         ShapeMismatch: the shape does not match the config.
@@ -401,9 +403,9 @@ class AdaptionPromptFamily(Family):
 
 
 def _length(members: Mapping[str, AdaptionPrompt]) -> int | None:
-    """Return the modules' number of virtual tokens.
+    """Return the number of virtual tokens that each module has.
 
-    Return None if the number differs between modules, because the config has only one number.
+    Return None if this number differs between modules, because the config has only one number for all modules.
     """
     lengths = {int(update.P.shape[0]) for update in members.values()}
     return lengths.pop() if len(lengths) == 1 else None
