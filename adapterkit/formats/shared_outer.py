@@ -185,7 +185,7 @@ def _experts(
         if not count:
             why = "all experts share one A and one B, and the number of experts is unknown"
             raise UsageError(why, where=name, cure="Give the base with --base (base=)")
-    # All experts get the same object for a shared factor, so that a writer stores this factor only once, too.
+    # All experts get the same object for a shared factor. So writers can store this factor only once.
     only = {field: arrange.item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     stacked = match["leaf"] == "gate_up_proj"
     factors = []
@@ -340,7 +340,7 @@ def _stack(
     the rank. Each expert's inner factor is then zero at the rank indices of all other experts.
     """
     writes, first = _writes(name), next(iter(experts_here.values()))
-    axis = 1 if writes else 0  # The axis of the rank in the outer factor. In the inner factor, this is 1 - axis.
+    axis = 1 if writes else 0  # The rank is on this axis of the outer factor, and on axis 1 - axis of the inner.
     outers, inners = [], []
     for e in range(count):
         given = experts_here.get(e)

@@ -128,7 +128,7 @@ def _plain(value: object) -> bool:
 
 
 def _form(tensors: Mapping[str, Lazy]) -> str:
-    """Return the layout of a file with these tensors: `sdxl`, `kohya` or `diffusers`; empty if it has another one."""
+    """Return the layout of a file with these tensors: `sdxl`, `kohya` or `diffusers`; empty for other layouts."""
     if not tensors or any(len(leaf.shape) not in (1, 2) or not leaf.dtype.floating for leaf in tensors.values()):
         return ""
     if tensors.keys() <= ENCODERS.keys():
@@ -226,7 +226,7 @@ def _save_wrapped(path: Path, tensors: Mapping[str, Lazy], around: Mapping[str, 
 
 
 def _renamed(inversions: Mapping[str, TextualInversion], tensors: Mapping[str, Lazy], file: Path) -> list[str]:
-    """Return a line for each component that will be read with another token.
+    """Return a line for each text encoder for which readers of the file will use a token other than the adapter's.
 
     Files of kohya and SDXL do not store the token, so readers use the file's name. diffusers' files store the token as
     the key. AUTOMATIC1111's files also store the token; this function is not called for them.

@@ -128,7 +128,7 @@ def trial_inputs_for(session: OrtSession, sizes: Sequence[int], known: Sizes | N
 
 
 def _name_sizes(entry: OrtInput, known: Sizes, named: dict[str, int]) -> None:
-    """Record the sizes that the configs state for an input's dynamic axes in `named`, by the name of the axis."""
+    """Copy the sizes of an input's dynamic axes from `known` to `named`. The keys of `named` are the axes' names."""
     if len(entry.shape) != 4:
         return
     past = "past" in entry.name

@@ -1,4 +1,4 @@
-"""Find tied layers of a graph (an embedding and a head with equal weights), and which of them an adapter changes.
+"""Find a graph's tied layers (an embedding and a head with equal weights). Find out which of them an adapter changes.
 
 Exporters store a tied tensor once, or store a transposed copy for the head, so equal values are the only sign of a tie.
 `merging.ties` decides which tied layers each update changes, as it does for merges into model folders.
@@ -114,9 +114,10 @@ def _groups(spots: Sequence[Spot], changed: Sequence[Spot]) -> list[_TiedLayers]
 def _with_group(
     places: Sequence[ResolvedTarget], adapter: Adapter, group: _TiedLayers, tying: Tying
 ) -> list[ResolvedTarget]:
-    """Return `places`, and new targets for the other layers of a tied group that the adapter's updates also change.
+    """Return `places` with a tied group's targets completed.
 
-    If the updates of a target in the group have no effect, the result omits this target.
+    If the updates of a target in the group also change other layers of the group, the result has new targets for these
+    layers. If the updates of a target in the group have no effect, the result omits this target.
     """
     nodes = {spot.node for spot in (*group.lookups, *group.heads)}
     named = [place for place in places if _may_be_tied(place) and place.spots[0].node in nodes]

@@ -140,9 +140,10 @@ class _Channels:
     Attributes:
         padded: the number of channels, including the zero channels that fill the last block; None if no kernel shows
             this number.
-        stated: the number of channels without these zero channels; None if no node gives this number.
+        stated: the number of channels, without the zero channels that fill the last block; None if no node shows this
+            number.
         parts: if a Concat writes the value, the Concat's inputs; otherwise empty.
-        full: True if the last block contains no such zero channels. onnxruntime requires this for a Concat and for
+        full: True if the last block needs no zero channels to fill it. onnxruntime requires this for a Concat and for
             grouped convolutions.
     """
 

@@ -140,7 +140,7 @@ class _Unrounding:
                 raise Unknown
 
     def _outside(self, node: ir.Node, scale: ir.Value | None, zero: ir.Value | None) -> None:
-        """Dequantize the constant that a Pad inserts, with the scale and the zero point of the padded value.
+        """Dequantize the constant that a Pad inserts; `scale` and `zero` belong to the value that is padded.
 
         Raise `Unknown` for a Resize that inserts a constant.
         """
@@ -188,7 +188,7 @@ class _Unrounding:
         return out
 
     def float_of(self, node: ir.Node, at: int, axis: int | None = None) -> ir.Value:
-        """Return a node's operand in floats. The next two inputs of the node are the operand's scale and zero point.
+        """Return a node's operand as floats. The two inputs after the operand are its scale and its zero point.
 
         Args:
             node: the node.
@@ -233,7 +233,7 @@ class _Unrounding:
         Args:
             y: the float output before clipping.
             node: the node.
-            at: the index of the node's input with the output's zero point. The input before it is the output's scale.
+            at: the index, among the node's inputs, of the output's zero point. The output's scale is at index `at - 1`.
         """
         self.steps[node.outputs[0]] = _at(node, at - 1), _at(node, at)
         return self._clipped(y, ir.node("QuantizeLinear", [None, None, _at(node, at)]))

@@ -52,7 +52,7 @@ def check_model(proto: ModelProto, path: Path | None) -> None:
 
     Args:
         proto: the model.
-        path: the model's file, which errors name.
+        path: the model's file, for error messages.
 
     Raises:
         Malformed: the model has a fault; the error names the node, tensor or graph with the first fault.
@@ -145,7 +145,7 @@ def _refuse_cycle(
         makers: a map from each value's name to the index of the node that computes the value.
         waits: for each node, the indices of the unsorted nodes that must run before this node. The set is empty if the
             node itself could be sorted.
-        path: the model's file, which errors name.
+        path: the model's file, for error messages.
     """
     for at, node in enumerate(graph.node):
         for name in _returned(node) if waits[at] else ():

@@ -84,10 +84,10 @@ def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
 
 
 def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
-    """Replace the -1 in the requested shape of a reshape by the size that the axis gets. Return the shape.
+    """Return the shape after a reshape: `wanted`, with -1 replaced by the size of its axis.
 
-    If this size cannot be computed, None replaces the -1. The reshape keeps each axis that has the same dynamic
-    size in `sizes` and in `wanted`.
+    If this size cannot be computed, None replaces -1. The reshape keeps each axis whose dynamic size is the same in
+    `sizes` and in `wanted`.
 
     Args:
         sizes: the sizes before the reshape.
@@ -346,7 +346,7 @@ class _Linalg:
 
 
 class Symbols:
-    """The array-API namespace of graph values. A function that the namespace lacks raises `Unsayable`."""
+    """The array-API namespace of graph values. Access to a function that it does not have raises `Unsayable`."""
 
     __name__ = __name__  # array_api_compat identifies namespaces by name.
     float32, float64, float16, int64, inf = np.float32, np.float64, np.float16, np.int64, np.inf

@@ -81,7 +81,7 @@ def vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWor
 
     Args:
         model: a transformers model in evaluation mode. The function sets its attention implementation to `eager`.
-        source: the model's folder, which errors name.
+        source: the model's folder, for error messages.
 
     Raises:
         Unsupported: the vision encoder, the embeddings and the decoder cannot be called separately, or together they
@@ -135,7 +135,7 @@ def vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWor
 
 
 def _images(model: PretrainedModel) -> Images:
-    """Describe how a model takes images, according to the parameters of its method `get_image_features`."""
+    """Describe how a model takes images. The parameters of the model's method `get_image_features` show this."""
     asked = inspect.signature(model.get_image_features).parameters
     tower = tower_of(model) if GRID in asked else None
     if tower is not None:
@@ -195,7 +195,7 @@ def _masked(model: PretrainedModel) -> Images:
 
         def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
             pixels, mask = pixels.flatten(0, 1), mask.flatten(0, 1)
-            # A patch is visible if any of its pixels is.
+            # A patch is visible if at least one of its pixels is visible.
             images, height, width = mask.shape
             squares = mask.reshape(images, height // patch, patch, width // patch, patch).to(torch.int64)
             visible = squares.sum((2, 4)) > 0
@@ -270,9 +270,9 @@ class Decoder:
         past: a description of the model's past.
         rotary: whether a token has three position ids: its frame, row and column in an image.
         offset: the position id that transformers gives to the first token. In the graph, position ids start at 0.
-        deep: the number of layers, from the decoder's first layer on, that read deep features. Each of these layers
-            has its own image features, which are called deep features. In each row of the embeddings, the deep features
-            of all these layers follow the embedding.
+        deep: the number of decoder layers that read deep features. These layers are the decoder's first layers. Deep
+            features are image features; each of these layers has its own. In each row of the embeddings, the deep
+            features of all these layers follow the embedding.
         embedding: the module that computes embeddings from tokens.
         module: the module that computes logits from embeddings.
     """

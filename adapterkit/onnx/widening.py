@@ -64,8 +64,8 @@ def widened(model: bytes | str) -> bytes | None:
 def started(model: bytes | str, optimized: bool = True) -> OrtSession:
     """Start a session of a graph, or of its float32 twin. The arguments are those of `session_of`.
 
-    The twin is used if onnxruntime cannot load the bfloat16 graph, or if an input, an optional input (a slot)
-    or an output is bfloat16.
+    The twin is used if onnxruntime cannot load the bfloat16 graph, or if an input, an overridable initializer or an
+    output is bfloat16.
     """
     try:
         session = session_of(model, optimized)
@@ -99,7 +99,7 @@ def widened_note(model: ir.Model, path: Path) -> str | None:
 
 
 def _has_narrow_ends(session: OrtSession) -> bool:
-    """Whether an input, an optional input (a slot) or an output is bfloat16.
+    """Whether an input, an overridable initializer or an output of a graph is bfloat16.
 
     numpy lacks this dtype, so such values cannot be compared.
     """

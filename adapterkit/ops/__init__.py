@@ -1,6 +1,6 @@
-"""Sum adapters, change their ranks, extract them from tuned models, and compare them; use low-rank factors if possible.
+"""Sum adapters, change their ranks, extract them from tuned models, and compare them.
 
-Operations take adapters or their paths. They change no inputs and print nothing.
+Operations take adapters or their paths. They use low-rank factors if possible. They change no inputs and print nothing.
 """
 
 from __future__ import annotations

@@ -91,9 +91,9 @@ def _load(path: Path) -> Profile:
 def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None = None) -> tuple[Adapter, list[str]]:
     """Rewrite an adapter as LoRA with one rank and one alpha, for one program; also return a line for each change.
 
-    Stacks of experts are split into single experts if the base shows the model family. There is one exception: the
-    stack is kept if the model's checkpoint also stores these experts in one tensor and the program reads PEFT's stacks,
-    as vLLM does. For a profile with `order`, the only change is the layout in which stacked experts will be written.
+    Stacks of experts are split into single experts if the base shows the model family. There is one exception: a stack
+    is kept if the model's checkpoint also stores these experts in one tensor and the program reads PEFT's stacks, as
+    vLLM does. For a profile with `order`, the only change is the layout in which stacked experts will be written.
 
     Raises:
         Unrepresentable: the program cannot run an update, and `on_loss` is not `drop`; or the rank or the weight file
@@ -144,7 +144,7 @@ def _rank_for(profile: Profile, rank: int) -> int:
 
 
 def _absent(pairs: Pairs, base: Checkpoint | None) -> Pairs:
-    """Return updates of zeros for modules that the adapter changes in some layers but not in all.
+    """If the adapter changes a module in some layers but not in all, return updates of zeros for the other layers.
 
     The base shows which layers the model has. Without a base, only the layers that the adapter changes are known.
     """
@@ -192,7 +192,7 @@ def _model_type(profile: Profile, base: Checkpoint | None) -> str:
 
 
 def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
-    """Return a `Foreign` with these hints. Keep the tensors of the adapter's `Foreign` if its format is PEFT's."""
+    """Return a `Foreign` with these hints. If the adapter's own `Foreign` has PEFT's format, keep its tensors."""
     kept = adapter.foreign.tensors if adapter.foreign is not None and adapter.foreign.format == FORMAT else {}
     return Foreign(FORMAT, msgspec.to_builtins(hints), kept)
 

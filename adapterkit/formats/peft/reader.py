@@ -155,8 +155,8 @@ def _in_file_order(
 def _layout(findings: Sequence[DecodedUpdate]) -> str:
     """Return a target's layout.
 
-    This is the main update's layout, with one exception: if another update replaces the target's weight, and the shape
-    of the new weight shows another layout, return that layout.
+    The result is the layout of the target's main update, with one exception. If another update replaces the target's
+    weight, and the new weight's shape shows another layout, the result is the new weight's layout.
     """
     if len(findings) == 1 and "weight" not in findings[0].update.tensor_fields():
         return findings[0].layout

@@ -94,7 +94,7 @@ def spell(
 ) -> Iterator[Spelled]:
     """Yield every tensor of the updates with its key.
 
-    Updates of some rows of a fused weight are skipped, because PEFT has no keys for them.
+    Updates of only some rows of a fused weight are skipped, because PEFT has no keys for such updates.
     """
     for target, position, parts in spell_updates(updates, peft_type, prefix, base):
         for name, key, leaf, guessed in parts:
@@ -106,7 +106,7 @@ def spell_updates(
 ) -> Iterator[tuple[Target, int, list[Part]]]:
     """Yield (target, index of the update among the target's updates, tensors with their keys) for each update.
 
-    Updates of some rows of a fused weight are skipped, because PEFT has no keys for them.
+    Updates of only some rows of a fused weight are skipped, because PEFT has no keys for such updates.
     """
     names = _names(updates, peft_type, base)
     encoded: dict[type[Family], Iterator[Parts]] = {}
@@ -164,8 +164,8 @@ def stored(leaf: Lazy, layout: str) -> Lazy:
 def config_name(target: Target, paths: Collection[str]) -> str:
     """Return the name by which a config selects a target.
 
-    If both projections of an attention are targets, their name is the attention's path. For every other target, the
-    name is the target's path.
+    If both projections of an attention module are targets, the name of both is the attention module's path. For every
+    other target, the name is the target's path.
     """
     module, _, name = target.path.rpartition(".")
     other = _OTHER_PROJECTION.get(name)
@@ -175,7 +175,8 @@ def config_name(target: Target, paths: Collection[str]) -> str:
 def is_parameter(target: Target, paths: Collection[str], base: Checkpoint | None) -> bool:
     """Whether a LoRA's target is a parameter and not a module.
 
-    False for the two projections of an attention if both are targets, because the config then selects the attention.
+    If both projections of an attention module are targets, the config selects the attention module. The result is then
+    False for both projections.
     """
     return (target.stacked or _names_parameter(target.path, base)) and config_name(target, paths) == target.path
 
@@ -300,9 +301,10 @@ def _whole_name(path: str, field: str, base: Checkpoint | None) -> str:
 
 _WRAPPING = (*PAIRS, IA3)
 _ROWS = (".token_adapter", "")
-"""The text in a key between a module's path and `.trainable_tokens_delta`.
+"""The two possible texts between a module's path and `.trainable_tokens_delta` in a key.
 
-A file whose `peft_type` is TRAINABLE_TOKENS has the second text, which is empty. Other files have the first.
+If a file's `peft_type` is TRAINABLE_TOKENS, its keys have the second text, which is empty. The keys of other files have
+the first text.
 """
 
 # Compose the configs that the writer tries. The first one is the most similar to the source config.
@@ -461,8 +463,8 @@ def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue
 def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, JsonValue]:
     """Return the fields of a family's config that select modules.
 
-    Configs for prompts and X-LoRA do not list adapted modules. They get only `modules_to_save`, if the updates replace
-    whole modules, and `task_type`, if the base is an encoder-decoder.
+    Configs for prompts and X-LoRA do not list adapted modules. Such a config gets `modules_to_save` only if the updates
+    replace whole modules, and `task_type` only if the base is an encoder-decoder. It gets no other fields here.
     """
     paths = sorted(target.path for target, group in updates.items() if _has(group, family.methods()))
     if not family.names_modules:

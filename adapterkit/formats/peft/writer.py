@@ -133,9 +133,9 @@ def _may_stand(update: Update, method: type[Update] | None) -> bool:
 
 
 def _acts(method: type[Update]) -> bool:
-    """Whether a method can be the main method of a file, which determines the `peft_type`.
+    """Whether a method can be the main method of a file. The main method determines the file's `peft_type`.
 
-    Replacements and token rows cannot. They may be in a file with or without a main method.
+    Replacements and token rows cannot be the main method. They may be in a file with or without a main method.
     """
     return method in (*PAIRS, IA3) or family_of_method(method) is not None
 
@@ -232,13 +232,13 @@ def _order(method: type[Update]) -> int:
 
 
 def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iterator[Loss]:
-    """Yield the LoRAs whose bias PEFT does not support. If there are none, yield those that do not fit `lora_bias`.
+    """Yield the LoRAs whose bias PEFT does not support. If there are none, yield LoRAs that do not fit `lora_bias`.
 
     A config has one `lora_bias` for all LoRAs. So if some LoRAs have a bias and others have none, the LoRAs of the
     smaller group cannot be written.
 
-    PEFT's forward ignores the bias of an attention's input projection. So a LoRA of this projection fits both groups
-    if the LoRA has no bias.
+    In the input projection of an attention module, PEFT's forward ignores a LoRA's bias. So a LoRA of this projection
+    that has no bias fits both groups.
     """
     paths = lora_paths(updates)
     parties: dict[bool, list[Loss]] = {True: [], False: []}
@@ -271,7 +271,7 @@ def _is_input_projection(target: Target, paths: Collection[str]) -> bool:
 
 
 def _attentions(updates: Updates) -> Iterator[Loss]:
-    """Yield LoRAs of an attention's projection whose rank differs from the rank of the attention's other projection."""
+    """Yield LoRAs of one projection of an attention module if the LoRA of its other projection has another rank."""
     paths, first = lora_paths(updates), dict[str, int]()
     for target, group in updates.items():
         for position, update in enumerate(group):
@@ -488,7 +488,7 @@ def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
     """Return the tensors by key. A tensor that several updates share is written once.
 
     Raises:
-        Unrepresentable: updates that would share a tensor have different values.
+        Unrepresentable: several updates must share a tensor, but its values differ between these updates.
     """
     first: dict[str, Any] = {}
     tensors: dict[str, Lazy] = {}
@@ -589,7 +589,7 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
 
 
 def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
-    """Return (rank, scaling) by `config_name`, and the attentions whose projections differ in rank or scaling."""
+    """Return (rank, scaling) by `config_name`, and the attention modules whose projections differ in one of these."""
     paths, scales, unlike = lora_paths(updates), dict[str, Scale](), dict[str, None]()
     for target, group in updates.items():
         for update in (update for update in group if isinstance(update, PAIRS)):
@@ -607,7 +607,7 @@ def _times_added(target: Target, paths: Collection[str], once: bool) -> float:
 
 
 def _folded(update: Update, scaling: float) -> Update:
-    """Return an update with another scaling and the same function, up to one rounding of B and the bias."""
+    """Return an update that has another scaling but computes the same change, up to one rounding of B and the bias."""
     if not isinstance(update, PAIRS) or isinstance(update, OLoRA):
         return update
     scaled = {name: update.tensors[name] for name in ("B", "B_blocks", "bias") if name in update.tensors}
