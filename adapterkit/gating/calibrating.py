@@ -1,7 +1,7 @@
 """Run a model on texts and record the inputs of each target. A quantized merge uses these inputs for its rounding.
 
 The base runs once over the texts, with the adapters attached, so that its activations are those of the merged model.
-The memory needed is that of the model, plus 4 bytes for each element of the recorded inputs, `[tokens, width]`.
+The run needs the memory of the model, plus 4 bytes for each element of the recorded inputs, `[tokens, width]`.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def calibrate(
         The calibration, as read from `out`.
 
     Raises:
-        UsageError: adapters or texts are missing; `out` does not end in `.safetensors`; or `out` exists, was made from
-            another base or with other adapters, texts or settings, and `overwrite` is False.
+        UsageError: adapters or texts are missing; `out` does not end in `.safetensors`; or `overwrite` is False and
+            `out` already exists, but its base, adapters, texts or settings differ from those of this call.
         Unsupported: the model does not read text, or the base is a GGUF model.
         TargetNotFound, ShapeMismatch: an adapter does not fit the base, or no target is a linear layer.
         Malformed: transformers cannot load the base, or the existing file is not a calibration.

@@ -303,7 +303,10 @@ def unit_of(output: ModelOutput) -> str:
 
 
 def positions(output: ModelOutput) -> int:
-    """Return the number of positions in an output, such as tokens: the elements of `main` without the last axis."""
+    """Return the number of positions in an output, such as its number of tokens.
+
+    This is the product of all sizes of `main` except the last, but at least 1.
+    """
     return max(1, output.main.numel() // output.main.shape[-1])
 
 
@@ -514,7 +517,10 @@ class Adapted:
 
     @contextmanager
     def as_(self, state: str) -> Iterator[None]:
-        """Inside the block, activate the adapters (`adapted`), the null adapter (`null`), or neither (other states)."""
+        """Inside the `with` block, activate the adapters, the null adapter, or neither.
+
+        The adapters are active if `state` is `adapted`. The null adapter is active if `state` is `null`.
+        """
         for handle in self.handles:
             handle.set_active(state == "adapted")
         if self.null is not None:

@@ -39,7 +39,7 @@ QUANTIZED = "quantized"
 
 
 RESIDUE = 0.2
-"""The tolerance for calling a wrong change a multiple of the right change.
+"""The limit below which a wrong change is described as a multiple of the right change.
 
 A wrong change is the sum of a multiple of the right change and an orthogonal component. The wrong change is called a
 multiple if the norm of the orthogonal component is small: at most `RESIDUE` times the norm of the multiple or of the
@@ -54,7 +54,8 @@ CERTAIN = 5.0
 The standard error of the scale is estimated from the rounding noise. A larger difference is a fault."""
 
 OTHER = 0.5
-"""A quantized weight with a larger relative error counts as a different weight: 2-bit rounding has an error of 1/3."""
+"""A quantized weight counts as a different weight only if its relative error is larger than this. The limit allows for
+2-bit rounding, which has a relative error of 1/3."""
 
 MOST_COMPARED = 64
 """To find swapped changes, a wrong weight is compared with the changes of at most this many weights."""
@@ -74,7 +75,7 @@ class ModuleSums:
         product: the inner product of `adapted - base` and `other - base`.
         apart: `|adapted - other|^2`.
         finite: False if `other` has NaN or infinities in a call where `adapted` has none.
-        why: the reason why the outputs cannot be compared; empty if they can.
+        why: the reason why the outputs cannot be compared; empty if they can be compared.
     """
 
     size: float = 0.0
@@ -206,7 +207,8 @@ def _floats(output: object) -> Iterator[Tensor]:
 def scale_of(comparison: ModuleComparison) -> float | None:
     """Return the factor by which the merged model scales the adapters' change; None if the adapters change no module.
 
-    The factor is a mean over the modules, weighted by the squared norm of the adapters' change of each module's output.
+    The factor is a mean over the modules. Each module counts in proportion to the squared norm of the adapters' change
+    to the module's output.
     """
     asked = math.fsum(sums.asked for sums in comparison.sums.values())
     return math.fsum(sums.product for sums in comparison.sums.values()) / asked if asked else None
@@ -277,9 +279,10 @@ def _part(name: str, sums: ModuleSums) -> ModulePart:
 
 
 def named_scale(scale: float, residue: float) -> str:
-    """Return a phrase that describes a module's wrong change: a multiple of the right change, or a different change.
+    """Return a phrase that describes a module's wrong change, such as `contains 0.5 times the change`.
 
-    The wrong change is the sum of `scale` times the right change and a component orthogonal to the right change.
+    The wrong change is the sum of `scale` times the right change and a component orthogonal to the right change. If the
+    orthogonal component is too large (see `RESIDUE`), the phrase is `contains another change`.
 
     Args:
         scale: the factor of the right change in this sum.
@@ -425,7 +428,10 @@ class SuspectWeights:
         return _WeightFound(fault, scale, apart / size, False)
 
     def _elsewhere(self, weight: _WeightCopy, there: Tensor) -> str:
-        """Return a fault if a quantized weight contains its change transposed, or another weight's change; else ""."""
+        """Return the fault of a quantized weight that contains its change transposed, or another weight's change.
+
+        Return an empty string if the weight contains neither.
+        """
         delta = self.changes[weight.name].double()
         if there.ndim == 2 and there.shape[0] == there.shape[1] and abs(_along(there, delta.T) - 1) < OTHER:
             return "contains the change transposed"
@@ -437,7 +443,10 @@ class SuspectWeights:
         return ""
 
     def _scrambled(self, there: Tensor, delta: Tensor) -> bool:
-        """Whether any expert in a stack has a wrong change. The norm of the whole stack may not show it."""
+        """Whether the change of any expert in a stack has an error that is larger than the right change.
+
+        The norm of the whole stack may not show such an error.
+        """
         sizes = delta.flatten(1).norm(dim=1)
         apart = (there - delta).flatten(1).norm(dim=1)
         return bool((apart > sizes).any())
@@ -470,7 +479,7 @@ class _WeightFound:
         scale: the factor by which the weight scales the adapters' change; None if the adapters do not change the
             weight, or if the weight cannot be compared.
         error: the norm of the error, divided by the norm of the adapters' change. If `scale` is None, the divisor is
-            the norm of the weight instead. If the error was not measured, `error` has a fixed value.
+            the norm of the weight instead. If the error was not measured, `error` is a placeholder: 0, 1 or infinity.
         same: whether the weight equals the right weight up to float32 rounding; always False for a quantized weight
             that the adapters change.
     """
@@ -482,7 +491,7 @@ class _WeightFound:
 
 
 def _kind(name: str) -> torch.dtype:
-    """Return the torch dtype for a stored dtype; bfloat16 if the stored dtype is none of F32, F64 and F16.
+    """Return the torch dtype for a stored dtype. For all dtypes except F32, F64 and F16, this is bfloat16.
 
     For F64, return float32, because no model runs in float64.
     """

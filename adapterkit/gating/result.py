@@ -23,7 +23,7 @@ UNCHANGED = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """The thresholds of a gate. If a threshold is None, the gate omits its check.
+    """The thresholds of a gate. If a threshold is None, the gate omits the check that uses this threshold.
 
     Attributes:
         min_effect: the minimum of KL(base || base with adapters), in nats per token.
@@ -77,8 +77,8 @@ class AdapterEffect:
         null: the divergence between the base and the base with the null adapter, in the same unit. The null adapter
             makes a random change at each target, with the same norm as the adapters' change. None if not measured.
         why_no_null: the reason why `null` was not measured; None if `null` was measured.
-        agreement: the share of greedily generated tokens before the first difference between the texts of the base and
-            the base with adapters. None if no text was generated.
+        agreement: the base generates texts greedily, once without and once with the adapters. `agreement` is the share
+            of tokens that come before the first difference between the two texts. None if no text was generated.
         perplexity_base: the perplexity of the base; None for models that do not predict the next token.
         perplexity: the perplexity of the base with adapters; None for models that do not predict the next token.
         finite: whether all outputs of the base with adapters are finite.
@@ -150,8 +150,8 @@ class KeptEffect:
             `|adapted - this|^2 / |adapted|^2`, computed from the hidden states.
         kept: `1 - divergence / d`, where `d` is the divergence between the base with adapters and the base.
         scale: the factor by which this model scales the adapters' change: 1 in a correct merge, 0 in the base.
-        agreement: the share of greedily generated tokens before the first difference from the text of the base with
-            adapters.
+        agreement: this model and the base with adapters generate texts greedily. `agreement` is the share of tokens
+            that come before the first difference between the two texts.
         perplexity: the perplexity of this model.
         finite: whether all outputs are finite.
         dtype: the dtype that stores most of the weights' elements, or `quantized`; None for a graph.
@@ -280,8 +280,11 @@ MOST = 0.9
 fault once, for the whole model."""
 
 EVERYWHERE = 0.5
-"""A merge counts as made from another base if two conditions hold. At least this share of the modules without adapters,
-and at least two of these modules, have wrong weights. At least this share of the modules with adapters has a fault."""
+"""The minimum share of modules in two conditions. If both conditions hold, the merge counts as made from another base.
+
+First, at least this share of the modules without adapters has other weights than the base, and these are at least two
+modules. Second, at least this share of the modules with adapters has a fault.
+"""
 
 NAMES = {"merged": "the merged model", "onnx": "the graph"}
 

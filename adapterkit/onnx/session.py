@@ -270,7 +270,7 @@ class Session:
                 is masked, and positions count up.
             adapter: the adapter's name. To use several adapters that have no common target, pass a mapping from names
                 to weights. If `inject` wrote the model with `mode="rows"`, you can pass a list with a name or None for
-                each row of the batch. With None, the results equal the base's bit for bit.
+                each row of the batch. With None, the results equal the results of the base, bit for bit.
             outputs: the names of the outputs to return; all by default.
 
         Raises:

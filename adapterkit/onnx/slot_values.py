@@ -85,7 +85,7 @@ def write_adapter(
 
 
 def slotted(model: Model, adapter: Adapter) -> tuple[Adapter, tuple[Target, ...]]:
-    """Remove an adapter's targets that have no slots in a graph; return the adapter and the removed targets.
+    """Return the adapter without the targets that have no slots in a graph, and a tuple of the removed targets.
 
     Raises:
         TargetNotFound: the graph has no slots at all.
@@ -125,9 +125,9 @@ def _fitted(
     """Match an adapter's tensors with the slots of a graph.
 
     Returns:
-        the adapter, with its updates split like the graph's layers; a map from slot names to arrays;
-        and a list that has, for each update, a map from the update's fields to slot names. This map is empty if the
-        update cannot be read back from the slots.
+        the adapter, in which updates of fused layers and of stacks of experts are split (see `_as_stored`); a map from
+        slot names to arrays; and a list with one map for each update, from the update's fields to slot names. The map
+        of an update is empty if the update cannot be read back from the slots.
     """
     source = opened(model)
     slots, records = slots_of(source.model), recorded(source.model, source.path)
@@ -218,7 +218,7 @@ def _record_at(target: Target, records: list[tuple[Target, SlotRecord]], asked: 
 def _paired(
     updates: tuple[Update, ...], record: SlotRecord, target: Target, slots: dict[str, ir.Value]
 ) -> list[tuple[Update, dict[str, str]]]:
-    """Pair each of a target's updates with its slots.
+    """Pair each update of a target with the update's slots.
 
     The target may lack some of the record's updates. The target's updates must be in the record's order.
 
@@ -302,7 +302,10 @@ def _by_rows(model: ir.Model) -> bool:
 def _fill_rows(
     update: Update, fields: dict[str, str], target: Target, slots: dict[str, ir.Value], feeds: dict[str, Array]
 ) -> dict[str, str]:  # fmt: skip
-    """Add an update's factors to `feeds`, as a stack of one adapter, for slots that hold stacks of adapters."""
+    """Add an update's factors to `feeds`, for a graph whose slots hold stacks of factors; see `_by_rows`.
+
+    The added stack contains the factors of only one adapter.
+    """
     from .rowwise import factors_of
 
     for field, array in factors_of(update).items():

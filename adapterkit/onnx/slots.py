@@ -1,9 +1,10 @@
 """Slots: optional graph inputs for an adapter's tensors, so that adapters can be swapped at run time.
 
-A slot's default leaves the base unchanged. Sizes that the base does not fix, such as the rank, are dynamic. In a
-default, dynamic sizes are 0. They are 1 for operators such as Conv, which do not compute correctly with empty tensors.
-Scalars such as `scaling` are slots of shape `[1]`. The graph is built by running an adapter's formula on the slots.
-During this run, each dynamic size is represented by a placeholder, a number that is too large to be a real size.
+A slot's default leaves the base unchanged. Sizes that the base does not fix, such as the rank, are dynamic. In most
+defaults, a dynamic size is 0. In defaults for operators such as Conv, it is 1, because these operators do not compute
+correctly with empty tensors. A scalar such as `scaling` gets a slot of shape `[1]`. The graph is built by running an
+adapter's formula on the slots. During this run, each dynamic size is represented by a placeholder, a number that is too
+large to be a real size.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def slots_of(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def fills_of(metadata: Mapping[str, str]) -> dict[str, float]:
-    """Return the number that fills each required slot if there is no adapter, by the slot's name.
+    """Return a map from each required slot's name to the number that fills the slot if there is no adapter.
 
     Raises:
         Malformed: the metadata is damaged.
@@ -363,7 +364,8 @@ class Slots:
         shapes = {name: self._shape(update, name, leaf, fixed) for name, leaf in update.tensors.items()}
         dtype = layer.dtype
         # For some layers, use size 1 instead of 0 for the dynamic axes of a default, because onnxruntime does not
-        # initialize the output of a Conv over zero channels, or of a product with an empty left matrix.
+        # initialize the output of some operations: a Conv over zero channels, and a matrix product whose left matrix is
+        # empty.
         fixed_rank = any(issubclass(spot.kind, Conv | LeftMatMul) or spot.kind.inside for spot in place.spots)
         inner = int(self.required or fixed_rank)
         defaults = _neutral(update, shapes, place, inner, (inner,) if self.required else (0, 1))
@@ -422,7 +424,10 @@ def _stem(place: ResolvedTarget, position: int) -> str:
 
 
 def _target_of(place: ResolvedTarget) -> Target:
-    """Return the target under its name in the graph. Omit an expert's rows, because its name already identifies it."""
+    """Return the target under its name in the graph.
+
+    If the target is an expert, omit the rows, because the name already identifies the expert.
+    """
     within = any(issubclass(spot.kind, Experts) or EXPERT in spot.node.metadata_props for spot in place.spots)
     return Target(place.target.path, rows=None if within else place.target.rows)
 
@@ -484,7 +489,7 @@ def _changes_nothing(update: Update, tensors: dict[str, Array], place: ResolvedT
 
 
 class _Stub:
-    """A linear layer in numpy. The formula of an output update is run on it as a trial."""
+    """A linear layer in numpy, used to check whether an output update leaves the layer's output unchanged."""
 
     channel = -1
 

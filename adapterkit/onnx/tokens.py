@@ -26,10 +26,10 @@ Size = int | str | ir.SymbolicDim
 
 
 class Call(Protocol):
-    """The part of the model's call that these functions use.
+    """An interface to the inputs of a model's call, with only the members that this module uses.
 
     Attributes:
-        building: the model.
+        building: the model that is being changed.
         new_inputs: the inputs that `new` added to the graph, by name.
     """
 
