@@ -161,10 +161,11 @@ MULTIPLES = (1.0, 2.0, 0.5, -1.0, 0.25, 4.0, 0.8, 3.0)
 """The factors that `_Run._scale` tries, to find out by which factor a graph scales the adapters' change."""
 
 EXACT = 1e-3
-"""A limit for the factor that `_Run._scale` returns.
+"""A limit for the divergence at the factor that `_Run._scale` returns.
 
-Each tried factor has a divergence from the graph. `_Run._scale` returns the factor with the smallest divergence, but
-only if this divergence is at most `EXACT` times the largest divergence.
+`_Run._scale` multiplies the adapters' changes by each factor in `MULTIPLES` and by 0, and computes the divergence
+between the resulting outputs and the graph's outputs. It returns the factor with the smallest divergence, but only if
+this divergence is at most `EXACT` times the largest divergence.
 """
 
 STEP = {"float32": 0.0, "bfloat16": 2.0**-7, "float16": 2.0**-10}
@@ -301,7 +302,7 @@ def checked(
 
     Args:
         given: the adapters.
-        weights: the weights of the adapters; 1 each if None.
+        weights: the weights of the adapters; if None, each adapter has the weight 1.
         dtype: the dtype in which the models run.
         counts: a map from the name of each integer argument to its value and its smallest allowed value.
     """

@@ -63,12 +63,12 @@ KINDS: tuple[type[GraphLayer], ...] = (
 """The kinds of layers whose node has one weight. If several kinds accept a node, the first of them is used."""
 
 SEVERAL: tuple[type[GraphLayer], ...] = (*RECURRENT, *EXPERTS)
-"""The kinds of layers whose node has several weights: recurrent layers and experts. A node has one kind for each
-weight."""
+"""The kinds of layers whose node has several weights: recurrent layers and experts. Each weight of such a node counts
+as a layer with its own kind."""
 
 
 def kinds_of(node: ir.Node) -> list[type[GraphLayer]]:
-    """Return the kinds of layers at a node: one for each of its weights; none if the node is not a supported layer."""
+    """Return one kind of layer for each weight of a node. The list is empty if the node is not a supported layer."""
     kind = next((kind for kind in KINDS if kind.takes(node)), None)
     return [kind for kind in SEVERAL if kind.takes(node)] if kind is None else [kind]
 
@@ -180,9 +180,9 @@ def resolve(
 
 
 def _reordered(model: ir.Model, where: str, base: Checkpoint | None) -> ir.Node | None:
-    """Return any Conv of the graph in onnxruntime's blocked channel layout.
+    """Return a Conv of the graph that uses onnxruntime's blocked channel layout.
 
-    Return None if there is none, or if the target at `where` is not a convolution in the base.
+    Return None if no Conv uses this layout, or if the target at `where` is not a convolution in the base.
     """
     weight_name = f"{where}.weight"
     shapes = (
@@ -392,7 +392,10 @@ def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
 
 
 def _refuse_orders(places: Sequence[ResolvedTarget]) -> None:
-    """Refuse several targets at one layer if their updates must be applied in order, because a graph only adds them."""
+    """Refuse several targets at one layer if the order of their updates changes the result.
+
+    In a graph, the changes by several targets of a layer are only added up, without an order.
+    """
     by_spot: dict[Spot, list[ResolvedTarget]] = {}
     for at in places:
         if all(update.kind in ("additive", "weight") for update in at.updates):
@@ -542,7 +545,7 @@ def _without_modules(places: Sequence[ResolvedTarget]) -> list[ResolvedTarget]:
 
 
 def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
-    """Add the layers of a module's later calls to the module's layers.
+    """Return a copy of `some` in which a module's entry also lists the layers of the module's later calls.
 
     If layers named `fc` and `fc_1` read the same tensor, `fc_1` is a later call of the module `fc`.
     """
@@ -555,7 +558,7 @@ def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
 
 
 def _by_node_name(name: str, spots: list[Spot]) -> list[Spot]:
-    """Return the layers whose nodes belong to the module `name`; all layers if no node does.
+    """Return the layers in `spots` whose nodes belong to the module `name`; all of `spots` if there are no such layers.
 
     Modules with equal weights may share one stored tensor, so the name of the tensor does not identify the module.
     """
@@ -606,7 +609,10 @@ def _in_words_of(adapter: Adapter, known: Known) -> Known:
 
 
 def _renamed_parts(adapter: Adapter, known: Known) -> dict[str, str]:
-    """Return a map from an adapter's weight names to the graph's weight names, if they differ as in `BUILDER_NAMES`."""
+    """Return a map from the adapter's name of a weight to the graph's name of the same weight.
+
+    The map has only weights whose two names differ as in `BUILDER_NAMES`.
+    """
     renamed: dict[str, str] = {}
     for one, other in BUILDER_NAMES:
         asked = any(f".{other}." in f".{target.path}." for target in adapter.updates)

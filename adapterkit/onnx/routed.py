@@ -80,7 +80,8 @@ def by_expert(
             contain these targets. If `refused` is None, such a target raises `Unsupported`.
 
     Returns:
-        the adapter with the new targets; and a map from each new target to the target in `adapter` that it replaces.
+        the adapter with the new targets, and a map. The map's keys are the new targets. The map's value for a new
+        target is the target in `adapter` that the new target replaces.
 
     Raises:
         Unsupported: the experts of a target cannot be changed in the graph, for example because the layout of the

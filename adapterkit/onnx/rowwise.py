@@ -51,7 +51,7 @@ LINEAR = (
 class TargetRows(Protocol):
     """A layer, or a view of some rows of its weight.
 
-    `x` is the layer's input. Call the object with an input to get the output.
+    `x` is the layer's input in the graph. A call of the object with an input returns the output for this input.
     """
 
     x: Value
@@ -74,7 +74,9 @@ class RowSlots:
         self.shapes = _shapes(building.model)
 
     def output(self, seen: TargetRows, layer: GraphLayer | Ended, place: ResolvedTarget) -> Value:
-        """Return the sum of a layer's output and, for each row of the batch, the change by the row's adapter.
+        """Add the selected adapters' changes to a layer's output, and return the sum.
+
+        Each row of the batch gets the change of the adapter that `adapter_index` selects for this row.
 
         Args:
             seen: the layer; if the target is only some rows of the layer's weight, a view of these rows.
@@ -131,7 +133,7 @@ class RowSlots:
         listed = []
         for place, slots in self.slots_by_target.values():
             record, update = SlotRecord.of(place), place.updates[0]
-            # B includes the scaling, so the slot for the scaling is the slot for B.
+            # The scaling has no slot of its own: the values in B's slot are already multiplied by the scaling.
             fields = {"A": slots["A"].name or "", "B": slots["B"].name or "", "scaling": slots["B"].name or ""}
             record.updates.append(SlotUpdate(update.method, fixed_attributes(update, fields), fields))
             listed.append(record.plain())

@@ -29,8 +29,8 @@ CURE = (
 
 
 MOST_MOVED, TIMES = 0.01, 3.0
-"""Limits for the change of the outputs by rounding and clipping. The user gets a warning if this change, with the
-adapter, exceeds `MOST_MOVED` of the largest output value and also exceeds `TIMES` times the change without the adapter.
+"""Limits for the change of the outputs by rounding and clipping, measured with the adapter. The user gets a warning if
+this change exceeds both `MOST_MOVED` times the largest output value and `TIMES` times the change without the adapter.
 The limits are used only if no node clips more values with the adapter than without it."""
 
 
@@ -163,14 +163,14 @@ def _run(model: ir.Model, names: list[str], feeds: Mapping[str, Array]) -> dict[
         model.graph.outputs.remove(value)
     # Do not optimize: onnxruntime would fuse quantizers with other nodes, and would then not compute their inputs.
     session = started(inline(model), optimized=False)
-    # If no name is wanted, do not run: for an empty list of names, onnxruntime would return all outputs.
+    # If `wanted` is empty, do not run the graph: for an empty list of names, onnxruntime would return all outputs.
     given = {name: array for name, array in feeds.items() if name in taken}
     results = session.run(wanted, given) if wanted else []
     return {**{name: np.asarray(feeds[name]) for name in inputs}, **dict(zip(wanted, results, strict=True))}
 
 
 def _beyond(node: ir.Node, x: Array) -> int:
-    """Return how many values of `x`, the input of a QuantizeLinear, this node clips."""
+    """Return the number of values that a QuantizeLinear clips if its input is `x`."""
     scale, zero = (None if one is None else numbers(one) for one in (*node.inputs[1:3], None)[:2])
     kind = np.dtype(np.uint8) if zero is None else zero.dtype
     if zero is None and (output_dtype := attribute(node, "output_dtype", 0)):

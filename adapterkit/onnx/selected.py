@@ -173,7 +173,7 @@ def refuse_selected(place: ResolvedTarget) -> None:
 
     Raises:
         Unsupported: an update changes the layer's output instead of the weight. Or an update changes a bias, and
-            either the graph adds a bias or the update needs one.
+            either the graph adds a bias, or the update can only be applied to a layer with a bias.
     """
     for update in place.updates:
         bias = update.changes_bias and (update.needs_bias or any(_adds_bias(spot.node) for spot in place.spots))
@@ -229,7 +229,7 @@ SlotsOf = Callable[["ResolvedTarget", Branch, tuple[int, int, int], Dtype], dict
 
 
 def attach_selected(place: ResolvedTarget, building: Building, slots_of: SlotsOf | None) -> None:
-    """Add the change by a stack's updates to each MatMul that reads weights of the stack.
+    """Apply a stack's updates to the output of each MatMul that reads weights of the stack.
 
     Args:
         place: the stack, with its updates.

@@ -135,7 +135,10 @@ class Filesystem(Listing):
 
 @cache
 def filesystem(scheme: str) -> type[Filesystem] | None:
-    """Return a hub class that reads a scheme through fsspec; None if fsspec does not support it or `LOCAL` lists it."""
+    """Return a hub class that reads a scheme through fsspec.
+
+    Return None if fsspec does not support the scheme, or if the scheme is in `LOCAL`.
+    """
     if scheme in LOCAL:
         return None
     import fsspec

@@ -239,7 +239,8 @@ class HuggingFace(Remote):
         try:
             return {file.path: file for file in self.files}
         except RemoteNotFound:
-            # If only the branch is missing, `send` creates it from the main branch, so list the main branch's files.
+            # The repository may lack only this branch. `send` then creates the branch from the main branch, so list the
+            # main branch's files.
             return None if self.uri.revision is None else HuggingFace(Uri(self.uri.repo), self.token).there()
 
     def send(
@@ -373,8 +374,8 @@ def head_of(remote: HuggingFace) -> str:
 def _once(remote: HuggingFace, head: str, digests: Mapping[str, Digests], act: Callable[[], str]) -> str:
     """Call `act`, which makes a commit, and return the commit's hash. The commit is made only once.
 
-    If the connection breaks, the hub may already have made the commit. So after an error, read the branch again. If its
-    newest commit is not `head` and contains the pushed files, return this commit instead of raising the error.
+    If the connection breaks, the hub may already have made the commit. So after an error, read the newest commit of the
+    branch. If this commit is not `head` and contains the pushed files, return its hash instead of raising the error.
     """
     try:
         return remote.call(act)

@@ -407,10 +407,10 @@ class Distribution(Remote):
 # Source: https://github.com/opencontainers/distribution-spec/blob/main/spec.md, "Pushing a blob in chunks".
 #
 # The upload's url is saved to disk, so that another process can continue the upload. That process asks the registry how
-# many bytes the registry has received, because only a part of the last chunk may have arrived. Docker's registry 2.8
-# puts a signed byte count into its upload urls. The registry may have received more bytes than the url counts: half a
-# chunk, or a chunk whose reply was lost. In this case, the registry refuses to continue the upload, and the blob is
-# sent again from its start.
+# many bytes the registry has received, because the last chunk may have arrived only in part. Docker's registry 2.8
+# puts a signed byte count into its upload urls. The registry may have received more bytes than this count, for example
+# a part of another chunk, or a whole chunk whose reply was lost. In this case, the registry refuses to continue the
+# upload, and the blob is sent again from its start.
 
 
 UPLOAD_CHUNK = 16 << 20
@@ -564,8 +564,8 @@ def _finish(remote: Distribution, location: str, digest: str) -> None:
             with remote.asked("PUT", url, {"Content-Length": "0"}, b""):
                 pass
         except Refused as error:
-            # An earlier attempt may have succeeded although its reply was lost. Then the upload no longer exists (404),
-            # but the blob does.
+            # An earlier attempt may have succeeded although its reply was lost. In this case, the registry has the
+            # blob, and answers 404 because the upload no longer exists.
             if error.status != 404 or not _has(remote, digest):
                 raise
 

@@ -320,7 +320,10 @@ class S3(Listing):
             yield begins_at(response), response.iter_raw(PIECE)
 
     def there(self) -> Mapping[str, RemoteFile] | None:
-        """Return the files in the folder, keyed by path. If a push is unfinished, return the files from before it."""
+        """Return the files in the folder, keyed by path.
+
+        If a push is unfinished, return the files that the folder had before this push.
+        """
         if self._claimed is not None:
             # `begin` has started a push, and tasks may have uploaded files. So return the files that `begin` saw.
             return self._met
