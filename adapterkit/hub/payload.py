@@ -297,7 +297,7 @@ def _base_of(
 
 
 # Collect the files of a push: the files of an adapter or a model, and a model card. If a format is passed, the adapter
-# is first converted to it. If a shard size is passed, the model's weights are first split into new shards.
+# is first converted to this format. If a shard size is passed, the model's weights are first split into new shards.
 
 
 @dataclass(slots=True)
@@ -369,7 +369,8 @@ def payload_of(source: Path, files: Mapping[str, Content], remote: Remote, licen
     If the push goes into a subfolder of the repository, a card is generated only on hubs that show the cards of
     subfolders.
     """
-    # If the folder has the base's card, which a merge put there, leave it out: it does not describe the merged model.
+    # The folder of a merged model may contain an unedited copy of the base's card. Leave this copy out, because it does
+    # not describe the merged model.
     chosen = {name: path for name, path in files.items() if name != CARD or not is_of_the_base(source)}
     check_names(chosen)
     text, target = _card(source, remote.uri, licence), remote.uri

@@ -195,8 +195,8 @@ class _Transfer:
             try:
                 self._watch({pool.submit(self._one, file) for file in missing})
             finally:
-                # Workers check `stop` after each chunk. Without it, the end of the `with` block would wait until the
-                # running downloads are complete.
+                # Tell the workers to stop; they check `stop` after each chunk. Otherwise the end of the `with` block
+                # would wait until the running downloads are complete.
                 self.stop.set()
                 pool.shutdown(cancel_futures=True)
         return self.done - self.present_bytes

@@ -38,7 +38,8 @@ OTHER_FORMS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpac
 
 WEIGHTS = OTHER_FORMS | {".safetensors"}
 COMPANIONS = ("adapter_config.json", "config.json")
-"""If a uri names a single weight file, these files are downloaded from the same folder: the weights need a config."""
+"""If a uri names a single weight file, these files in its folder are also downloaded, because the weights need a
+config."""
 
 FIRST_READ = 1 << 16
 MAX_SMALL = 16 << 20
@@ -144,7 +145,7 @@ def _sketch(remote: Remote, wanted: Mapping[str, RemoteFile], folder: Path) -> N
         target.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".safetensors"):
             outline(remote, file, target)
-        # Skip other files, such as tokenizers: they are not needed to read headers.
+        # Download small JSON files, such as configs. Skip all other files, because they are not needed to read headers.
         elif name.endswith(".json") and file.size <= MAX_SMALL:
             fetch(remote, file, target, lambda _: None)
     source_at(remote).save(folder)
@@ -372,7 +373,7 @@ WHOLE = 0.9
 
 AHEAD = 8 << 20
 """The largest size of a request, in bytes. Longer ranges are split into several requests. If a range is shorter,
-`RangedFile.read` also downloads the bytes that follow it, up to this size: packed weights are read in many small
+`RangedFile.read` extends it to this size with the bytes that follow, because packed weights are read in many small
 consecutive pieces."""
 
 Run = tuple[int, int]
@@ -421,7 +422,7 @@ class RangedFile:
         return data
 
     def bring(self, wanted: list[Run]) -> None:
-        """Download the missing bytes of the given ranges. If almost the whole file is missing, download all of it."""
+        """Download the missing bytes of the given ranges. If they are almost the whole file, download all of it."""
         with self.lock:
             missing = gaps(self.present, wanted)
             if sum(end - begin for begin, end in missing) >= WHOLE * (self.file.size - len(self.header)):

@@ -236,7 +236,10 @@ def export_pretrained(
 
 
 def _make_traceable(model: nn.Module) -> None:
-    """Make experts select weights by index, because torch cannot export transformers' default, a grouped matmul."""
+    """Make mixtures of experts use batched matmuls, for which they select the experts' weights by index.
+
+    By default, transformers uses a grouped matmul, which torch cannot export.
+    """
     choose = getattr(model, "set_experts_implementation", None)  # transformers 4 does not have this method.
     if choose is not None:
         choose("batched_mm")

@@ -181,10 +181,10 @@ def _decoder(
     model: PretrainedModel, hidden: Mapping[int, Sequence[int]], heads: Sequence[tuple[tuple[int, int], ...]],
     masked: bool, past: bool,
 ) -> ExportWords:  # fmt: skip
-    """Return the `ExportWords` of the decoder: for its first call or, if `past`, for later calls.
+    """Return the `ExportWords` of the decoder: for later calls if `past` is set, otherwise for the first call.
 
-    If `past`, the graph does not read the encoder's output, because the past already contains the keys and values that
-    were computed from that output.
+    In later calls, the graph does not read the encoder's output, because the past already contains the keys and values
+    that were computed from that output.
     """
     import torch
     from torch import nn

@@ -38,7 +38,7 @@ class CacheLayer(Protocol):
 
 
 class Cache(Protocol):
-    """A transformers cache. Only an `EncoderDecoderCache` has attributes other than `layers`."""
+    """A transformers cache. All attributes except `layers` exist only if the cache is an `EncoderDecoderCache`."""
 
     layers: Sequence[CacheLayer]
     self_attention_cache: Cache

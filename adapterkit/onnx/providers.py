@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 OF_NVIDIA = (CUDA, "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
-"""Providers that need NVIDIA's driver. Without the driver, onnxruntime prints errors when it loads their libraries."""
+"""Providers that need NVIDIA's driver. Without the driver, onnxruntime prints errors when it loads the libraries of
+these providers."""
 
 WORDS = {
     "cpu": CPU, "cuda": CUDA, "tensorrt": "TensorrtExecutionProvider", "openvino": "OpenVINOExecutionProvider",

@@ -5,12 +5,13 @@ branch for a sequence calls a sequence kernel: a function that loops in Python, 
 torch cannot trace this loop for a dynamic number of tokens. Some sequence kernels also ignore the state of earlier
 tokens, and always begin with an empty state.
 
-This module replaces each sequence kernel by a `Scan` over the tokens. The body of the `Scan` calls one of the model's
-own kernels for a single token. The `Scan` begins with the layer's state, so the same graph can run a prompt, a single
-token, or several tokens after a past. All projections stay outside of the `Scan`, as matrix products over all tokens.
+This module replaces each sequence kernel by a `Scan` over the tokens. The body of the `Scan` processes a single token
+by calling one of the model's own kernels. The `Scan` begins with the layer's state, so the same graph can run a prompt,
+a single token, or several tokens after a past. All projections stay outside of the `Scan`, as matrix products over all
+tokens.
 
-Sequence kernels are recognized by the names of their parameters. All architectures of transformers use the names from
-the packages mamba-ssm and flash-linear-attention.
+Sequence kernels are recognized by the names of their parameters. All architectures of transformers use the parameter
+names of the packages mamba-ssm and flash-linear-attention.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ DELTA = frozenset({"query", "key", "value", "g", "beta", "chunk_size", "initial_
 """Parameters of `chunk_gated_delta_rule` and `chunk_kda` of flash-linear-attention."""
 
 SSM, RECURRENT = "ssm", "recurrent"
-"""The two kinds of state: the state of a state space model, and the state of any other recurrence. The names of the
-graph's inputs and outputs contain these words."""
+"""The two kinds of state: the state of a state space model, and the state of any other recurrence. If an input
+or output of the graph is the state of a recurrence, its name contains one of these words."""
 
 
 @dataclass
 class LastState:
     """The state that the current layer read from the cache.
 
-    It is stored here because transformers does not pass the state to `SELECTIVE` kernels.
+    The state is stored here because transformers does not pass it to the kernels that have the parameters `SELECTIVE`.
 
     Attributes:
         state: the state; None if the cache has no state for the layer.

@@ -1,8 +1,8 @@
 """Read and change the weights of recurrent layers (RNN, GRU, LSTM).
 
-A single node has the weights and biases of all gates and directions, and computes all steps of the recurrence. Nodes
-beside the layer could not express a change of its weight. Therefore new nodes compute the changed weight, and the layer
-reads the changed weight.
+A single node has the weights and biases of all gates and directions, and computes all steps of the recurrence. Extra
+nodes after this node cannot have the effect of a changed weight, because every step uses the weight. Therefore new
+nodes compute the changed weight, and the layer reads the changed weight.
 
 The order of the gates differs: torch has `r z n` for GRU and `i f g o` for LSTM; ONNX has `z r h` and `i o f c`. The
 adapters' formulas get weights and biases in torch's order.
@@ -29,10 +29,10 @@ BIASES = 3
 """The position of the biases among the inputs of a recurrent node."""
 
 GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
-"""For each operator, the gates in ONNX's order. Each number is the index of a gate in torch's order."""
+"""A map from each operator to a list of its gates in ONNX's order. Each gate is given by its index in torch's order."""
 
 GATES_BACK = {op: tuple(int(at) for at in np.argsort(order)) for op, order in GATES.items()}
-"""For each operator, the gates in torch's order. Each number is the index of a gate in ONNX's order."""
+"""A map from each operator to a list of its gates in torch's order. Each gate is given by its index in ONNX's order."""
 
 _CALL = re.compile(r"/(?:GRU|LSTM|RNN)(?:_(\d+))?$")
 
@@ -88,7 +88,7 @@ class Recurrent(GraphLayer):
 
     @property
     def constant_bias(self) -> ir.Value | None:
-        """The biases of the node, `[directions, 2 * gates * hidden]`; None if it has none.
+        """The biases of the node, `[directions, 2 * gates * hidden]`; None if the node has no biases.
 
         Each row has first the biases for the inputs, then the biases for the hidden state.
 
@@ -125,7 +125,10 @@ class Recurrent(GraphLayer):
 
     @classmethod
     def detached_bias(cls, node: ir.Node, bias: ir.Value) -> Callable[[], Array]:
-        """Return a function that computes the bias in torch's order. Later changes of the graph do not affect it."""
+        """Return a function that returns this class's bias, with the gates in torch's order.
+
+        The graph may change before the function is called. The function still returns the bias from before the change.
+        """
         copy, order = detached_copy(bias), GATES_BACK[node.op_type]
         return lambda: _reordered(np.split(numbers(copy)[cls.direction], 2)[cls.bias_half()], order)
 

@@ -26,8 +26,9 @@ class GraphReport:
         note: a note for the user, for example why the check did not run. If the adapter has prompts, new tokens or a
             prefix, the note says how to use them.
         damage: rounding errors. After a merge, the keys are the targets whose merged weight was quantized again; each
-            has an `error` (relative to the merged weight) and `kept` (the fraction of the change that is left). After
-            an export with `quantize`, the keys are the quantized modules; each has an `error`.
+            has an `error` (relative to the merged weight) and `kept` (the fraction of the adapter's change that is left
+            after quantization). After an export with `quantize`, the keys are the quantized modules; each has an
+            `error`.
         reference: the largest difference between the outputs of ONNX's reference implementation and of onnxruntime for
             the written graph; None if the reference implementation did not run, e.g. because of operators outside of
             ONNX.
@@ -35,8 +36,9 @@ class GraphReport:
             the check did not run.
         warnings: sentences for the user, each with a remedy.
         parts: for a folder of graphs, the report of each changed graph, by the graph's name.
-        beside: targets whose packed weight is unchanged. Their change is attached beside the weight, as floating-point
-            factors. If quantizing the merged weight was tried first, `damage` has the error of that quantization.
+        beside: targets whose quantized weight the merge leaves unchanged. Their updates are attached to the graph
+            beside this weight, as floating-point factors. If the merge first tried to quantize the merged weight,
+            `damage` has the error of that quantization.
         left: for an export with `allow_partial`, a map from an adapter's name to those of its targets that the graph
             lacks.
     """

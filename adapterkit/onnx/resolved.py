@@ -31,10 +31,10 @@ METHODS = ("scopes", "folded_from", "initializer", "path", "heads", "values", "p
 - `folded_from`: the exporter's metadata about the parameters that were folded into the stored tensor.
 - `initializer`: the stored tensor's name.
 - `path`: the node's name.
-- `heads`: the name of a layer that packs queries, keys and values. The attention's head counts or the sizes of a Split
-  show which rows belong to the queries, to the keys and to the values.
+- `heads`: the name of a layer that computes queries, keys and values together. The head counts of the attention
+  module, or the sizes of a Split, show which rows belong to the queries, to the keys and to the values.
 - `values`: a base weight with values equal to the layer's weight.
-- `packed`: a base weight with values equal to some rows of the layer's weight, if the layer packs several layers.
+- `packed`: a base weight with values equal to some rows of the weight of a layer that combines several base layers.
 - `nearest`: the base weight with the nearest values; see `NEAR` and `APART`.
 """
 
@@ -43,7 +43,8 @@ NEAR = 0.15
 a weight of the base."""
 
 APART = 3.0
-"""The nearest candidate is accepted only if the second nearest candidate is at least this many times as far away."""
+"""The smallest accepted ratio of two distances: the distance of the second nearest candidate, divided by the distance
+of the nearest candidate. If the ratio is smaller, the nearest candidate is not accepted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +58,7 @@ class Spot:
             `fc.weight`.
         shape: the weight's shape in the layout of the adapters' formulas, `[out, in, *k]`.
         sources: the stored tensors that the node's weight is computed from.
-        rows: if the node packs several layers, the range of the node's outputs that belong to this layer.
+        rows: if the node computes several layers together, the range of the node's outputs that belong to this layer.
     """
 
     node: ir.Node
@@ -144,15 +145,17 @@ class ResolvedTarget:
     """An adapter's target, resolved to layers of a graph or to a module without a weight.
 
     Attributes:
-        target: the target with its name in the graph. The layout is `out *in`, except for a stack of experts.
-        asked: the target with its name in the adapter.
+        target: the target under the name that it has in the graph. The target's layout is `out *in`, except for a stack
+            of experts.
+        asked: the target under the name that it has in the adapter.
         updates: the updates at the target.
         spots: the target's layers, one for each call of the module.
         method: the method that found the layers, one of `METHODS`.
         confidence: always 1. `mapping.Place` has lower values for layers that match the base only approximately.
         turned: whether the updates apply to the weight with its first two axes swapped.
-        outlet: the output site. A module without a weight always has one, and has no layers in `spots`. A layer has an
-            output site only if its updates also read a residual or a norm.
+        outlet: the output site, or None. If the target is a module without a weight, `outlet` is always set, and
+            `spots` is empty. If the target is a layer, `outlet` is set only if the updates also read a residual or a
+            norm.
         norm: the batch normalisation or the scale that an exporter or optimizer folded into the layer.
         bias: the layer's bias in the base; None if it is unknown.
     """
