@@ -177,9 +177,9 @@ class Writer:
 
     def begin(self, path: str, offset: int) -> None:
         """Start a run of bytes at offset `offset` of a file."""
-        # The file offsets of direct writes must be multiples of `PAGE`. So `memory[0]` belongs to the last multiple of
-        # `PAGE` that is not after `offset`. The bytes of the memory that belong to offsets before `offset` are not
-        # written.
+        # The file offsets of direct writes must be multiples of `PAGE`. So `memory[0]` belongs to the largest multiple
+        # of `PAGE` that is at most `offset`. The first `within` bytes of the memory belong to offsets before `offset`,
+        # and are not written.
         within = offset % PAGE
         self.filling = _Piece(self.filling.memory, path, offset - within, within, within)
 
@@ -197,18 +197,18 @@ class Writer:
         return self.filling.memory[self.filling.end : self.filling.end + nbytes]
 
     def filled(self, nbytes: int) -> None:
-        """Add to the run the first `nbytes` bytes of the memory that `room` returned and the caller filled."""
+        """Add `nbytes` bytes to the run. The caller has put them at the start of the memory that `room` returned."""
         self.filling.end += nbytes
 
     def write(self, data: memoryview) -> None:
-        """Write the next bytes by copying them from `data`."""
+        """Add a copy of `data` to the run."""
         for start in range(0, len(data), BUFFER):
             piece = data[start : start + BUFFER]
             self.room(len(piece))[:] = piece
             self.filled(len(piece))
 
     def copy(self, source: BinaryIO, start: int, nbytes: int, moved: Moved = lambda _: None) -> None:
-        """Write the next bytes by copying them from an open, unbuffered file. If possible, the files share disk blocks.
+        """Add bytes of an open, unbuffered file to the run. If possible, the two files share disk blocks.
 
         The kernel copies the bytes only if both offsets are equal modulo `PAGE`. For other offsets, the kernel would
         copy page by page, which is slower than reading and writing many pages at once.

@@ -190,7 +190,7 @@ def _q5(blocks: Array) -> Array:
 
 
 def _scales_and_minima(blocks: Array, q: Array) -> Array:
-    """Decode blocks of Q4_K or Q5_K with the quantized values `q`.
+    """Decode blocks of Q4_K or Q5_K, whose quantized values `q` are already unpacked.
 
     A block has eight 6-bit scales and eight 6-bit minima. The bytes of the first four scales also contain the two high
     bits of the last four scales. The bytes of the first four minima also contain the two high bits of the last four
@@ -397,7 +397,7 @@ def _signed(values: Array, most: int) -> tuple[Array, Array]:
 
 
 def _rounded(x: Array, scales: Array, low: int, high: int) -> Array:
-    """Quantize columns with their scales; return the quantized values minus `low` as bytes `[blocks, 256]`."""
+    """Quantize each column with its scale. Subtract `low`, and return the integers as bytes `[blocks, 256]`."""
     import numpy as np
 
     q = np.divide(x, np.where(scales == 0, np.float32(1), scales))

@@ -1,6 +1,6 @@
 """Read and write GGUF files, and read `ggla` files.
 
-A reader parses the header at once and checks every size. It reads a tensor's data only when the data is needed.
+The header is parsed immediately, and every size is checked. A tensor's data is read only when it is needed.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def check_place(
     """Check that a tensor consists of whole blocks, is aligned, and lies inside the file.
 
     Raises:
-        Malformed: one of these conditions does not hold.
+        Malformed: the tensor's rows are not whole blocks, or its data is not aligned or ends after the file's end.
     """
     kind = NUMBERS.get(number)
     if kind is not None and (not shape or shape[-1] % BLOCKS[kind][1]):
@@ -260,7 +260,7 @@ def check_apart(reader: Reader, entries: Mapping[str, tuple[tuple[int, ...], int
         end = offset + size_of(shape, number)
 
 
-# Read GGUF adapters: read the key-values now, and each tensor when it is fetched.
+# Read GGUF adapters. The key-values are read immediately, but a tensor's data is read only when it is fetched.
 
 
 @dataclass(frozen=True, slots=True, eq=False)

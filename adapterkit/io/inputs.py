@@ -37,7 +37,7 @@ def open_input(path: Path, buffering: int = -1) -> BinaryIO:
     _check_regular(os.stat(path).st_mode, path)
 
     def opener(name: str, flags: int) -> int:
-        # Set O_NONBLOCK: after the check, a pipe may have replaced the file, and opening the pipe would block.
+        # A pipe may have replaced the file since the check. With O_NONBLOCK, opening the pipe does not block.
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
     file = open(path, "rb", buffering, opener=opener)  # noqa: SIM115 - returned open

@@ -422,7 +422,7 @@ def value_of(leaf: Lazy) -> float:
 
 @lru_cache(maxsize=1 << 10)
 def number_of(text: str) -> Lazy:
-    """Return a tensor with the number `text`, which `float.hex` wrote.
+    """Return a scalar tensor with the number that `text` contains in the notation of `float.hex`.
 
     The dtype is float32 if it represents the number exactly, otherwise float64.
     """
@@ -440,7 +440,11 @@ def _single(value: float) -> bool:
 
 
 def at_once(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Return the tensors. Single-element tensors that are adjacent in a file are read now, with one read per run."""
+    """Return the tensors, after reading the single-element tensors that are adjacent in a file.
+
+    One read fetches a whole run of adjacent tensors. The returned tensors keep these bytes in memory. Files in
+    `ELSEWHERE` are not read.
+    """
     single = [leaf for leaf in tensors.values() if leaf.nbytes == leaf.dtype.itemsize]
     spans = sorted((leaf.span for leaf in single if leaf.span), key=lambda span: (span.path, span.offset))
     by_span = {span: data for run in _runs(spans) for span, data in _read(run)}
@@ -519,7 +523,10 @@ def first_not_finite(leaf: Leaf) -> Shape | None:
 
 
 def first_in(values: Array, dtype: DType) -> Shape | None:
-    """Like `first_not_finite`, but for an array in the storage type of `dtype`."""
+    """Return the index of the first NaN or infinity in an array; None if all values are finite.
+
+    The array has the storage type of `dtype`, such as `uint16` for bfloat16.
+    """
     bad = _not_finite(values, dtype)
     if not bad.any():
         return None

@@ -122,9 +122,9 @@ def inject(
         experts: the adapters that a router (Arrow, X-LoRA) selects from, in the router's order; needed if the router's
             file does not contain them.
         tied: which layers an update changes if the embedding and the head have equal weights, as in `adapterkit.merge`.
-            By default, the same layers as in the tool that trained the adapter.
-        strict_base: refuse a base whose name, config or fingerprint differs from the base that the adapter names. By
-            default, the report has a warning.
+            By default, an update changes the same layers as in the tool that trained the adapter.
+        strict_base: refuse a base if its name, config or fingerprint differs from the base that the adapter names. By
+            default, such a difference only adds a warning to the report.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
         allow_partial: omit targets that the graph lacks; the graph must have at least one target.
         check: run the result in onnxruntime and compare it with merged weights. A mapping gives the inputs by name;
@@ -217,7 +217,7 @@ def inject(
 
 
 def _recomputed(places: Sequence[ResolvedTarget]) -> str | None:
-    """Return a note for the report on the MoE nodes with slots; None if the adapter changes no experts."""
+    """Return the report's note about MoE nodes that have slots; None if the adapter changes no experts."""
     nodes = {spot.node for place in places for spot in place.spots if issubclass(spot.kind, Experts)}
     if not nodes:
         return None

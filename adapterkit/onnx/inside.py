@@ -43,8 +43,8 @@ def changed_inside(
     """Insert nodes that compute the changed weight and bias, and make the layer's node read the results.
 
     Args:
-        layer: the whole layer, whose node reads the results.
-        seen: the layer as the updates see it, e.g. only the target's rows.
+        layer: the whole layer. Its node will read the changed weight and bias.
+        seen: the layer that the updates change, e.g. only the target's rows of the whole layer.
         place: the target.
         updates: the updates, with graph values in place of tensors.
         spot: the layer's node in the graph, and which of the node's outputs belong to the layer.

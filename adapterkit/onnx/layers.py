@@ -71,7 +71,8 @@ class GraphLayer:
         branch: collects the nodes that formulas append.
 
     Attributes:
-        after: the Add that adds the layer's bias after the node, and the bias; None if the node itself adds the bias.
+        after: a pair: an Add that follows the node, and the layer's bias, which this Add adds. None if there is no such
+            Add, e.g. because the node itself adds the bias.
         apart: True if the vector that is added to the product is not the layer's bias; see biases.py.
         call: the inputs of the model's call, for formulas that read them; see calls.py.
         moved: the value with which a formula replaced the module's input; always None for a plain layer, see `Ended`
@@ -94,8 +95,8 @@ class GraphLayer:
         self.after = None if self.apart or self.stated_bias is not None else self._bias_after(plain)
         end = plain if self.after is None else dequantized(self.after[0].outputs[0])
         self.given, self.end = self.unfolded(self.read, end)
-        # Some converters remove the dtypes of values. For a value without a dtype, assume the weight's dtype. An input
-        # of indices is the exception.
+        # Some converters remove the dtypes of values. For a value without a dtype, assume the weight's dtype, unless
+        # the value is an input of indices.
         self.x = self._value(self.given, like=None if self.indexed else self.dtype)
         self.y = self._value(self.end, like=self.dtype)
         self.call: object = None
@@ -333,7 +334,7 @@ class LeftMatMul(GraphLayer):
 
 
 class _Single:
-    """A mixin for matrices that some converters store with leading axes of size 1, `[1, in, out]`."""
+    """A mixin for layers whose matrix has leading axes of size 1, which some converters add, e.g. `[1, in, out]`."""
 
     position: ClassVar[int]
     whole: ClassVar[bool] = True
@@ -457,8 +458,9 @@ class Gemm(GraphLayer):
         first, second, *_ = self.stored_shape(self.node)
         ends = (second, first) if self.turns(self.node) else (first, second)
         before, after = (*whole.shape[:-1], ends[1]), (*out.shape[:-1], ends[0])
-        # A Reshape may do more than merge the batch and position axes. It may merge axes into the layer's channels,
-        # such as the heads of torch's MultiheadAttention, or split the rows into other axes.
+        # A Reshape may do more than merge the batch and position axes. For example, it may merge the heads into the
+        # layer's channels, as in torch's MultiheadAttention, or it may split the rows into other axes. In such cases,
+        # keep the input and output of the Gemm.
         pairs = [*zip(before, whole.shape, strict=True), *zip(after, out.shape, strict=True)]
         pairs += zip(before[:-1], after[:-1], strict=True)
         apart = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
@@ -549,8 +551,9 @@ def bias_after(node: ir.Node, out: ir.Value, outputs: int, channel: int) -> tupl
     other = add.inputs[1 - list(add.inputs).index(out)]
     if other is None or not is_constant(other) or not by_channel(shape_of(other), outputs, channel):
         return None
-    # A constant with more axes than the layer's output is not a bias, because the sum would get more axes. The graph
-    # may lack the output's shape, so also use the inputs' shapes: most outputs have as many axes as the input.
+    # A constant with more axes than the layer's output is not a bias, because adding it would give the output more
+    # axes. The graph may lack the output's shape, so also use the inputs' shapes: most outputs have as many axes as the
+    # input.
     most = max(2, -channel, *(axes_of(value) for value in (out, *node.inputs[:2])))
     return (add, other) if len(shape_of(other)) <= most else None
 

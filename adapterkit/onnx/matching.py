@@ -63,8 +63,9 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         try:
             method, matching = nearest(W, spots, str(asked))
         except TargetNotFound:
-            # A layer may store the base weight with a norm or scale folded in. Accept such a layer only if the target's
-            # name in the adapter leads to this base weight, because `compare` later uses that name to look it up.
+            # A layer may store the base weight with a norm or scale folded in. Later, `compare` looks up the base
+            # weight by the target's name in the adapter. So accept such a layer only if this name identifies the base
+            # weight.
             scaled = _behind_scale(base, site.weight, W, spots) if _named(base, asked) == [site.weight] else []
             if not scaled:
                 raise
@@ -119,7 +120,7 @@ def _named(base: Checkpoint, asked: Target) -> list[str]:
 def _compare_rows(place: ResolvedTarget, W: Array) -> None:
     """Check that a target's rows of a packed weight match the base's weight.
 
-    If the numbers of heads are wrong, the target has the wrong rows.
+    If the numbers of attention heads are wrong, the wrong rows are selected for the target.
 
     Raises:
         TargetNotFound: the rows differ from the base's weight by more than quantization explains.
@@ -183,7 +184,7 @@ def _by_weight(spots: Sequence[Spot]) -> dict[Any, list[Spot]]:
 def _behind_scale(base: Checkpoint, name: str, W: Array, spots: Sequence[Spot]) -> list[Spot]:
     """Return the nodes that store the base weight `name`, with or without one of the base's norms or scales folded in.
 
-    The list is empty if no stored weight is near enough, or if two are about equally near.
+    The list is empty if no stored weight is near enough, or if two stored weights are about equally near.
     """
     candidates = []
     for same in _by_weight(spots).values():
@@ -195,7 +196,10 @@ def _behind_scale(base: Checkpoint, name: str, W: Array, spots: Sequence[Spot]) 
 
 
 def _as_rows(W: Array, spots: Sequence[Spot]) -> list[Spot]:
-    """Return layers whose weights contain `W` as some of their rows, e.g. layers of packed queries, keys and values."""
+    """Find layers whose weight contains `W` as a range of rows, e.g. layers of packed queries, keys and values.
+
+    Each returned spot selects this range.
+    """
     spots_found = []
     for spot in spots:
         if W.ndim != 2 or len(spot.shape) != 2 or spot.shape[1] != W.shape[1] or spot.shape[0] <= W.shape[0]:

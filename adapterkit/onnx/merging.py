@@ -74,11 +74,12 @@ def merge(
         keep_change: how to store the change of a packed weight. `float` keeps the weight unchanged and attaches the
             change beside it, as floating-point factors. `packed` quantizes the changed weight again, even if most of
             the change is lost. By default, with `quantized="requantize"`, a change is attached beside the weight if
-            quantizing again would lose more than 5 % of it; `GraphReport.beside` names the targets of such changes.
+            quantizing again would lose more than 5 % of the change. `GraphReport.beside` names the targets of such
+            changes.
         tied: which layers an update changes if the embedding and the head have equal weights, as in `adapterkit.merge`.
-            By default, the same layers as in the tool that trained the adapter.
-        strict_base: refuse a base whose name, config or fingerprint differs from the base that an adapter names. By
-            default, the report has a warning.
+            By default, an update changes the same layers as in the tool that trained the adapter.
+        strict_base: refuse a base if its name, config or fingerprint differs from the base that an adapter names. By
+            default, such a difference only adds a warning to the report.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
         allow_partial: omit targets that the graph lacks; the graph must have at least one target of each adapter.
         check: run the result in onnxruntime and compare it with injected adapters. A mapping gives the inputs by name;
