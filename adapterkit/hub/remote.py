@@ -28,7 +28,7 @@ _DEVICES = re.compile(r"(?i)(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt
 
 
 def check_name(name: str, kind: type[AdapterkitError] = Malformed) -> None:
-    """Check that a file name is a plain relative path, which every operating system can store.
+    """Check that a file name is a plain relative path that every operating system can store.
 
     Raises:
         AdapterkitError: the name is absolute, has `..` as a path component, names a drive or a device, is too long, or

@@ -84,7 +84,7 @@ def scratch() -> Iterator[Path]:
 
 
 def _sweep(root: Path) -> None:
-    """Remove the folders that no process has locked, because their processes have died. On Windows, do nothing."""
+    """Remove the folders that no process has locked: the processes that made them have died. Do nothing on Windows."""
     if not _has_locks():
         return
     for file in root.glob("*.lock"):
@@ -103,7 +103,7 @@ def _has_locks() -> bool:
 
 
 def _lock(file: BinaryIO, *, wait: bool = False) -> bool:
-    """Lock an open file until it is closed. If another process holds the lock, return False, or wait if `wait`."""
+    """Lock an open file until it is closed. If another process holds the lock, wait (`wait=True`) or return False."""
     if not _has_locks():
         # Windows has no flock, so return True without a lock. The folder is protected in another way: Windows refuses
         # to rename a folder that contains open files.
@@ -297,7 +297,8 @@ class _Fetching:
         """Make one request and append the received bytes.
 
         Returns:
-            A temporary failure. The caller ignores this failure if no bytes are missing.
+            The temporary failure of the request. If the request raised no error, this is a `Passing` that says that the
+            connection ended early; the caller ignores it if no bytes are missing.
         """
         try:
             for chunk in _chunks(self.remote, self.file, self.done, end):

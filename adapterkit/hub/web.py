@@ -335,7 +335,7 @@ MAX_ANSWER = 1 << 20
 """The largest reply to a token request, in bytes. Even tokens with many scopes take only about 10 KB."""
 
 DOCKER_HUB = {"docker.io", "index.docker.io", "registry-1.docker.io"}
-"""The host names of Docker Hub. Uris, stored credentials and requests do not all use the same one."""
+"""The host names of Docker Hub. Uris, stored credentials and requests do not all use the same name."""
 
 
 def is_near(host: str) -> bool:

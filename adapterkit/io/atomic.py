@@ -1,6 +1,6 @@
 """Write files atomically: a file appears complete or not at all.
 
-While a writer checks its file, this module also remembers the tensors from which the file was written.
+This module also remembers the tensors from which a file was written, until the file has been checked.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock(handle: int, *, wait: bool = False) -> bool:
-    """Lock an open file until it is closed. If another process holds the lock, return False, or wait if `wait`."""
+    """Lock an open file until it is closed. If another process holds the lock, wait (`wait=True`) or return False."""
     try:
         import fcntl
     except (

@@ -40,8 +40,8 @@ class Checkpoint:
 
     Attributes:
         root: the folder, or the single file.
-        tensors: the lazy tensors, keyed by name. They are sorted by file, in the order of `files`. The
-            tensors of one file have the order that they have in this file.
+        tensors: the lazy tensors, keyed by name. They are grouped by file, in the order of `files`. Within a group,
+            they have the file's own order.
         files: the weight files, sorted by name.
         home: the weight file of each tensor, keyed by the tensor's name.
         metadata: the safetensors metadata of each weight file; empty for torch and GGUF files.

@@ -162,8 +162,8 @@ def _checked(leaf: Lazy) -> Array:
 # Keep computed tensors until they are written: in memory up to a limit, and above the limit in a temporary file.
 #
 # The output can be written only after all targets have been computed, because the last target may still raise an error.
-# Until then, the combination of eight adapters with 224 targets of `4096 x 4096` can take a gigabyte, because the ranks
-# add up.
+# Until then, the combination of eight adapters with 224 targets of `4096 x 4096` can take a gigabyte of memory, because
+# the rank of the combination can be the sum of the adapters' ranks.
 
 
 IN_MEMORY = 64 << 20

@@ -427,7 +427,7 @@ def _in_place(
 
 
 def _is_of(file: Path, out: Path) -> bool:
-    """Whether a file belongs to the model at `out`: it is in the same folder, and its name begins with the model's."""
+    """Whether a file belongs to the model at `out`: it is beside `out`, and its name begins with the model's name."""
     return file.parent == out.parent and file.name.startswith((f"{out.name}.", f"{out.stem}.onnx_adapter"))
 
 

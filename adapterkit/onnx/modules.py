@@ -160,7 +160,7 @@ def _leaving(nodes: Sequence[ir.Node]) -> list[ir.Value]:
 
 
 def _is_activation(value: ir.Value) -> bool:
-    """Whether a value is an activation: floating-point, not constant, and not known to have fewer than two axes."""
+    """Whether a value is a floating-point activation: not constant, and of unknown shape or with at least two axes."""
     broad = value.shape is None or len(value.shape) > 1
     return broad and element_type(value).kind in "fV" and not is_constant(value)
 

@@ -123,7 +123,7 @@ class LeftScaledNorm(ScaledNorm):
 NORMS: tuple[type[NormLayer], ...] = (NormLayer, RMSNorm, SkipNorm, SkipRMSNorm, ScaledNorm, LeftScaledNorm)
 
 UNSHIFTED = (RMSNorm, SkipRMSNorm, ScaledNorm, LeftScaledNorm)
-"""Kinds of norms whose vector in the graph may be `1 + weight`. Only a comparison with the base's weight shows this."""
+"""Kinds of norms whose vector in the graph may be `1 + weight`. Only the base's weight shows whether it is."""
 
 
 def _module(node: ir.Node) -> str:
@@ -136,7 +136,7 @@ def _module(node: ir.Node) -> str:
 
 
 def norms_of(model: ir.Model) -> dict[str, list[Spot]]:
-    """Find the norms of a graph; return a map from each norm's module name to the nodes with the norm's vector."""
+    """Find the norms of a graph. Return the nodes that apply each norm's vector, keyed by the norm's module name."""
     nodes = list(nodes_of(model))
     computing = {_inside(node) for node in nodes if node.op_type in STATISTICS}
     spots_by_module: dict[str, list[Spot]] = {}

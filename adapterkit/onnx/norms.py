@@ -38,15 +38,15 @@ if TYPE_CHECKING:
     from .resolved import ResolvedTarget, Spot
 
 ALIKE = 1e-3
-"""Tolerance for equal scales. If all scales of a norm are within this tolerance of 1, and the layer also matches the
-base without the norm, the norm is ignored."""
+"""Two scales count as equal if their relative difference is at most `ALIKE`. A norm is ignored if all its scales equal
+1 in this sense, and the layer also matches the base's weight without the norm."""
 
 EPSILONS = (1e-5, 1e-3, 1e-4, 1e-6, 1e-2, 1e-8)
 """Candidates for `eps`, which weight files do not store: torch's default, then TensorFlow's, then other values."""
 
 CHANCE = 16.0
 """Tolerance for the choice of `eps`. Two values of `eps` fit equally well if their sums of squared errors differ by at
-most this multiple of the mean squared error. 16 is the square of four standard deviations."""
+most this multiple of the mean squared error. 16 is 4 squared, for four standard deviations."""
 
 _FUSED = re.compile(r"bn_?fusion|fuse_?bn|bn_?fuse|mul_?fusion|_weight_fused$", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
@@ -231,9 +231,9 @@ def _vector_of(guesses: Sequence[_Guess], far: float, place: ResolvedTarget) -> 
 
 
 def scaled_distance(base: Checkpoint, name: str, spot: Spot) -> float | None:
-    """Return the relative distance between a layer and a base weight with a norm or vector folded in.
+    """Fold a norm or vector of the base into a base weight; return the relative distance of the result from a layer.
 
-    Among the base's norms and vectors, the one with the smallest distance is used.
+    The function tries all norms and vectors of the base, and returns the smallest distance.
 
     Args:
         base: the base's weights.
@@ -251,7 +251,7 @@ def scaled_distance(base: Checkpoint, name: str, spot: Spot) -> float | None:
 
 
 def _may_hold(spot: Spot, W: Array) -> bool:
-    """Whether a layer is of a kind into which norms and scales are folded, and has the shape of a base weight."""
+    """Whether a norm or scale can be folded into a layer, and the layer's weight has the shape of `W`."""
     return issubclass(spot.kind, Conv | Gemm | MatMul) and spot.rows is None and W.shape == spot.shape
 
 
@@ -331,7 +331,7 @@ def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None) -> Iterato
         ways = [guess(name, scale, beta - scale * mean, False) for scale in scales]
         # Rounding a weight to a few bits changes the weight more than a different `eps` does. So a wrong `eps` can have
         # the smallest distance. Therefore, first compare the biases, which integer graphs store in 32 bits. Then use
-        # the first `eps` whose weight is not clearly farther than the nearest weight; see `CHANCE`.
+        # the first `eps` whose weight fits about as well as the best-fitting weight; see `CHANCE`.
         least = min(one.of_bias for one in ways)
         ways = [one for one in ways if one.of_bias <= APART * least]
         best = min(one.of_weight for one in ways)

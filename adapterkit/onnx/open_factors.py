@@ -41,7 +41,8 @@ FACTORS = ("A", "B", "s")
 class OpenFactors(Additive):
     """`y' = y + (y - b) * (s - 1) + B @ A @ x * s + d`, i.e. `W' = s * (W + B @ A)` and `b' = b + d`.
 
-    If the output is not `W @ x + b` (`adds_more`), `W @ x` is computed again; see `computes_apart`.
+    If the layer's output `y` is not `W @ x + b` (`adds_more`), the formula computes `W @ x` itself instead of using
+    `y - b`; see `computes_apart`.
     """
 
     A: Tensor = tensor("r in *k")
@@ -72,9 +73,10 @@ class OpenFactors(Additive):
 
 
 def template(update: Update, place: ResolvedTarget) -> OpenFactors | None:
-    """Return neutral factors with the shapes of an update's slots; None if factors cannot express the update.
+    """Return factors that change nothing, with the shapes of an update's slots.
 
-    Factors can only express updates that change a layer's weight or bias.
+    Return None if factors cannot express the update. Factors can only express updates that change a layer's weight or
+    bias.
     """
     if isinstance(update, OutputUpdate) or place.turned or not place.spots or getattr(update, "asks", None):
         return None

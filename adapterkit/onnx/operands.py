@@ -18,8 +18,8 @@ THROUGH = frozenset(
 """Operators that may compute a constant operand from stored tensors."""
 
 DEEP = 16
-"""An operand counts as constant only if fewer nodes than this are between the operand and each stored tensor. The limit
-exists because the chain of nodes in an untrusted graph may have any length."""
+"""An operand counts as constant only if fewer than `DEEP` nodes are between it and each stored tensor. The limit exists
+because the chain of nodes in an untrusted graph may have any length."""
 
 
 def nodes_of(model: ir.Model) -> Iterator[ir.Node]:
@@ -87,7 +87,7 @@ def detached_copy(value: ir.Value) -> ir.Value:
 
 
 def input_behind(value: ir.Value | None) -> ir.Value | None:
-    """Return the graph input that casts and reshapes turn into a value; None if there is no such input."""
+    """Return the graph input that a value equals apart from casts and reshapes; None if there is no such input."""
     while (
         value is not None and (node := value.producer()) is not None and node.op_type in ("Cast", "Identity", "Reshape")
     ):

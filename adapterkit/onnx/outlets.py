@@ -42,8 +42,8 @@ class Outlet:
 
     Attributes:
         end: the target's output; None for a layer, because `GraphLayer.end` is its output.
-        read: the target's input, not counting the residual. None for a layer, and for a module that has several such
-            inputs or none.
+        read: the target's input, not counting the residual. None for a layer, and for a module that does not have
+            exactly one such input.
         residual: the value that is added to the target's output.
         norm: the normalisation of the sum of the output and the residual.
         hidden: the output before the module adds a residual; None if the module does not add one.
@@ -64,7 +64,7 @@ def outlet(model: ir.Model, target: Target, updates: Sequence[Update], is_layer:
     Raises:
         TargetNotFound: the graph does not have the module, or a module that an update names.
         Unsupported: the updates name different residuals or norms; a named module does not have exactly one input; a
-            module named as the norm does not have exactly one output; or an update omits the norm of the block.
+            module named as the norm does not have exactly one output; or an update names a norm, but skips it.
     """
     where = str(target)
     outer = [update for update in updates if isinstance(update, OutputUpdate)]
@@ -258,7 +258,7 @@ class Ended:
 
 
 class _Unread(Value):
-    """The unknown input of a module that does not read exactly one value. Formulas can only pass this object on."""
+    """The input of a module that does not read exactly one value. Formulas can pass it on, but not compute with it."""
 
     __slots__ = ()
 

@@ -704,13 +704,13 @@ def _copied(spot: Spot, node: ir.Node, stored: Stored, inputs: list[ir.Value], b
 def replaced(building: Building, fresh: Fresh, old: ir.Value | None, array: Array) -> ir.Value:
     """Return a new tensor that has the values of `array` and the dtype of `old`, to replace `old`.
 
-    If layers that shared `old` replace it by equal arrays, they share the new tensor too.
+    If several layers replace the same `old` with equal arrays, they share the new tensor too.
     """
     assert old is not None
     assert old.const_value is not None
     kind = old.const_value.dtype
     data = np.ascontiguousarray(array.astype(kind.numpy()))
-    # Use the content as the key: layers that shared the old tensor then share the new tensor if their values are equal.
+    # The key contains a hash of the new values. So layers that shared `old` share the new tensor if the values agree.
     key = ("packed", building.keep(old), hashlib.sha256(data.tobytes()).digest())
     if key not in fresh:
         name = building.name(f"{old.name}.merged")
