@@ -71,9 +71,9 @@ def lowrank_blocks(output: Output, folds: Sequence[tuple[PlannedUpdate, list[Upd
 
 
 def _is_sum(fold: PlannedUpdate, shape: tuple[int, ...], stacked: bool) -> bool:
-    """Whether the loop can add a low-rank change row by row to the stored tensor.
+    """Whether the loop can add the change to the stored tensor row by row, provided that the change has a low rank.
 
-    `_joined` checks later whether the change has a low rank.
+    This function does not check the rank; `_joined` checks it later.
     """
     if not fold.additive or fold.bias or fold.target.stacked != stacked:
         return False
@@ -355,7 +355,11 @@ class NormalizedSum:
 
 
 def _panels(right: Array, padded: int, dtype: type[np.floating[Any]]) -> Array:
-    """Return `right` with zero columns up to the width `padded`, in groups of 16 columns: `[groups, rank, 16]`."""
+    """Pad `right` with zero columns to the width `padded`, and split it into groups of 16 columns.
+
+    Returns:
+        `[groups, rank, 16]`.
+    """
     import numpy as np
 
     rank, width = right.shape

@@ -56,7 +56,7 @@ def stochastic(values: Numbers, first: int, key: Key, dtype: DType) -> Numbers:
     expected result equals the exact value.
 
     Args:
-        values: flat float64 array. A value stays unchanged if it is exact in `dtype`, a NaN or an infinity.
+        values: flat float64 array. NaNs, infinities, and values that `dtype` represents exactly stay unchanged.
         first: the index in the tensor at which `values` begins.
         key: the Philox key of the tensor, see `key_of`.
         dtype: the dtype to round to, narrower than float64.
@@ -92,7 +92,7 @@ def draws(like: Numbers, first: int, key: Key) -> Numbers:
 
 
 def _unit(values: Numbers, dtype: DType) -> Numbers:
-    """Return, for each value, the spacing of the values of `dtype` around it. Each spacing is a power of two."""
+    """Return the spacing of the numbers of `dtype` around each element of `values`. Each spacing is a power of two."""
     import ml_dtypes
 
     info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
@@ -138,7 +138,7 @@ def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
     # The changes of the bias depend on the weight. Settle them now, so that the weight need not stay in memory.
     W = arrays.load(fold.seen.tensor)
     if fold.target.rows is None and not fold.target.stacked:
-        # If the base has more tokens than the adapter was trained with, ignore the rows of the other tokens.
+        # If the base has more tokens than the adapter was trained with, ignore the rows of the additional tokens.
         W = W[: fold.shape[0]] if fold.axis == "out" else W[:, : fold.shape[0]]
     W = W if not fold.seen.before else W * 1
     for earlier in fold.seen.before:
@@ -238,7 +238,9 @@ def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
 
 
 def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
-    """Join the low-rank factors of several planned updates into one LoRA. The LoRA's B includes the terms' weights.
+    """Join the low-rank factors of several planned updates into one LoRA.
+
+    The factor B of this LoRA is already multiplied by the weights of the planned updates.
 
     All planned updates must have the same `axis`. The joined factors are in the workspace, where the next call
     overwrites them.
@@ -364,8 +366,8 @@ class BlockMerger:
             self.arrays.assign(out, stochastic(work.reshape((-1,)), block.first, self._key, self.output.dtype))
         elif self._compiled is not None and (written := self._compiled.write(raw, out, block)) is not None:
             norms = written
-            # `written` has norms for DoRA updates only. If every update has a norm, all updates are DoRA. Skip their
-            # check, because the compiled loop has already returned None if a row is not finite.
+            # `written` has norms for DoRA updates only. If every update has a norm, all updates are DoRA. Then skip the
+            # check for NaNs and infinities, because the compiled loop returns None if a row is not finite.
             watched = watched and len(written) < len(self.folds)
         elif self._sums:
             norms = {}
@@ -403,7 +405,7 @@ class BlockMerger:
     def _sums(self) -> bool:
         """Whether the changes can be summed first, and then added to the base in one operation.
 
-        Each change must be additive, because then it does not depend on the base. It must also change every row.
+        This requires that each change covers every row and is additive. An additive change does not depend on the base.
         """
         return all(
             fold.additive and not fold.bias and fold.target.rows is None and fold.shape[:1] == self.output.shape[:1]
@@ -429,7 +431,7 @@ class BlockMerger:
 
     @cached_property
     def _terms(self) -> list[Term]:
-        """The terms of the sum of changes, each a planned update with its loaded updates and its weight.
+        """The terms of the sum of changes. Each term is a planned update, its loaded updates, and its weight.
 
         A term can be joined if its factors are thin (see `is_thin`), and if its `axis` is the same as the first term's.
         All such terms are joined into one term.

@@ -182,8 +182,8 @@ class _Scheduler:
             if job is None:
                 return
             result = hands.do(job)
-            # The callback runs when the bytes are in the file, mostly on the writer's thread. Meanwhile, this worker
-            # takes its next job.
+            # The callback runs when the bytes are in the file, usually on the writer's thread. This worker does not
+            # wait for the callback, but takes its next job.
             result.written.add_done_callback(partial(self._done, job, result))
 
     def _done(self, job: Job, result: JobResult, written: Future[None]) -> None:

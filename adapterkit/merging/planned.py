@@ -65,7 +65,7 @@ class PackedPart(Protocol):
 
     @property
     def packed(self) -> Packed:
-        """The packed weight. If the part has several, this is the first weight, with the stored tensor's name."""
+        """The packed weight. If the part has several, this is the first one, renamed to the stored tensor's name."""
         ...
 
     @property
@@ -83,7 +83,7 @@ class PackedPart(Protocol):
         ...
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
-        """Return {name of a stored tensor: its bytes}, and the squared norms as from `PackedRun.compute`."""
+        """Return {name of a stored tensor: its bytes}, and the squared norms in the form of `PackedRun.compute`."""
         ...
 
 
@@ -289,7 +289,8 @@ class Plan:
 def _memory_of(output: Output, known: dict[Hashable, int]) -> int:
     """Return the memory in bytes that one worker needs for an output.
 
-    `known` caches the result for all outputs with equal shapes and dtypes whose updates have equal `form`s.
+    `known` caches the results. Outputs with equal shapes and dtypes share a result if their updates have the same
+    `form`s, layouts and `bias` flags.
     """
     if output.part is not None:
         return output.part.memory

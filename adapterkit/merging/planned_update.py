@@ -43,7 +43,8 @@ class PlannedUpdate:
         bias: whether the stored tensor is the target's bias instead of its weight.
         shape: the shape of the stored tensor when the adapter was trained. It has another number of rows than the
             base's tensor if the adapter was trained with another number of tokens.
-        seen: the target's weight and updates, if this is a change of the bias that depends on the weight; else None.
+        seen: the target's weight and updates, if the stored tensor is a bias and its change depends on the weight; else
+            None.
     """
 
     target: Target
@@ -62,7 +63,7 @@ class PlannedUpdate:
     def axis(self) -> str:
         """`out` if the tensor is stored as `[out, in, *k]`, `in` if it is stored as `[in, out, *k]`.
 
-        A first axis of experts does not count.
+        If the tensor has an axis of experts, it comes before these axes.
         """
         return "in" if self.target.layout.removeprefix("e ").startswith("in") else "out"
 

@@ -37,7 +37,7 @@ class AdapterSource:
         weight: the factor by which the adapter's change is multiplied.
         missing: the adapter's targets that the base does not have.
         renamed: (removed prefix, added prefix), if prefixes of the adapter's names had to be changed to find the names
-            in the base. If several prefixes were changed, the first pair. None if no prefix was changed.
+            in the base. If several prefixes were changed, this is the first change. None if no prefix was changed.
         rules: the rules that mapped the adapter's names to names in the base.
     """
 

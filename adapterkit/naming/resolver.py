@@ -257,7 +257,7 @@ class FamilyNames:
 
     @cached_property
     def root(self) -> str:
-        """Return the prefix of the model's names in the family's classes with a head: `vit` for a ViT.
+        """Return the prefix that the family's classes with a head add to the model's names, such as `vit` for a ViT.
 
         transformers calls this prefix `base_model_prefix`. Return an empty string if the prefix is not the name of a
         family; for example, `model` is not.
@@ -300,19 +300,20 @@ class FamilyNames:
 
     @cached_property
     def words(self) -> frozenset[str]:
-        """Return the dotted parts of all names of the family, in all namings."""
+        """Split all names of the family, in all namings, at the dots, and return the set of words."""
         every = (self.architecture.templates(naming) for naming in self.architecture.namings)
         return frozenset(word for templates in every for name in templates for word in name.split("."))
 
     def _prefix(self, templates: Sequence[str], in_part: bool = False) -> tuple[str, str]:
-        """Return the change of prefix, as (removed, added), after which the base has the most of a naming's names.
+        """Find the change of prefix with which the largest number of a naming's names are in the base.
 
-        For example, a model that is saved without its head loses a prefix. Return `("", "")` if no change helps.
+        Return it as (removed prefix, added prefix). Return `("", "")` if no change helps. For example, if a model is
+        saved without its head, its names lose a prefix.
 
         Args:
             templates: the names in the naming.
-            in_part: whether the base has most names of the naming without any change. If so, a prefix is changed only
-                if the base has none of the names with this prefix before the change, and all of them after the change.
+            in_part: whether the base has most names of the naming without any change. If so, a prefix is replaced only
+                if the base has all names with the new prefix, and none of the same names with the old prefix.
         """
         best, most = ("", ""), sum(template in self.shapes for template in templates)
         trials = {(off, on) for template in templates for off, on in ends(template, self.base) if "#" not in off}
@@ -325,7 +326,7 @@ class FamilyNames:
         return best
 
     def _moves_a_part(self, templates: Sequence[str], off: str, on: str) -> bool:
-        """Whether the base has none of the names that begin with `off`, but all of them with `on` instead of `off`."""
+        """Whether the base lacks all names that begin with `off`, but has all of them if `on` replaces `off`."""
         part = [template for template in templates if template.startswith(off)]
         return bool(off) and all(
             template not in self.shapes and swap(template, off, on) in self.shapes for template in part
@@ -344,7 +345,7 @@ class FamilyNames:
         return swap(fill(place.name, numbers), *self.prefixes[naming])
 
     def _experts(self, place: WeightPlace, numbers: Mapping[str, str], naming: str) -> int:
-        """Return the number of experts. For a stack, the base's config has it; otherwise, count the base's names."""
+        """Return the number of experts. For a stack, use the base's config; else count the experts' names."""
         if place.stacked:
             return self.base.experts
         each = self._path(place, {**numbers, "{e}": "{e}"}, naming)
@@ -616,7 +617,10 @@ def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
 def _tried(
     group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]], base: Names, taken: Collection[str]
 ) -> dict[str, int]:
-    """For each possible replacement of the prefix `off`, count the targets that get a path in the base with it."""
+    """For each possible replacement of the prefix `off`, count the targets that it maps to names in the base.
+
+    Names in `taken` do not count.
+    """
     ours = sorted({template_of(name) for _, name in group})
     tried = dict.fromkeys([on for template in ours for prefix, on in sorted(templates[template]) if prefix == off], 0)
     for on in tried:

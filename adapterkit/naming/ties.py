@@ -73,7 +73,7 @@ class Tie:
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Map each name of the tensor that is missing in the files to the tensor's name in the files."""
+        """A map from the tensor's other names, which the files lack, to its name in the files."""
         kept = {self.stored, self.head} if self.apart else {self.stored}
         return {name: self.stored for name in self.layers if name not in kept}
 
@@ -118,7 +118,7 @@ def find_tie(names: Mapping[str, object], config: Mapping[str, object] | None) -
 
 
 def aliases(base: Checkpoint) -> Mapping[str, str]:
-    """Map each name of the tied tensor that is missing in the base's files to the tensor's name in the files.
+    """Return a map from the tied tensor's other names, which the base's files lack, to its name in the files.
 
     The map is empty if no tensor is tied. It is cached for each base, because callers need it for every target, and
     computing it reads all names of the base. Without a cache, the time would grow with the square of the base's size.

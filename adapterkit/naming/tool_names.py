@@ -174,7 +174,8 @@ def is_litgpt(keys: Collection[str]) -> bool:
     return any(key.startswith("transformer.h.") for key in keys) and all(_LITGPT_KEY.fullmatch(key) for key in keys)
 
 
-# Megatron's names of adapter modules. Each is mapped to the transformers modules that Megatron fuses into the layer.
+# Megatron's names of adapter modules. Each name is mapped to the transformers modules whose weights Megatron fuses into
+# the adapted layer.
 #
 # Sources: Megatron-Bridge's peft/lora.py and peft/canonical_lora.py; NeMo 1's adapter_mixins.py.
 

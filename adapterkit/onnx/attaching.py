@@ -350,8 +350,8 @@ def _new_weights(
 ) -> list[Update]:
     """Replace each update whose formula for the weight or the bias cannot be written as nodes.
 
-    Without `slots`, the replacement is an equal update with constants. With `slots`, it is an update whose slots hold
-    factors.
+    Without `slots`, the replacement is an equal update with constants. With `slots`, it is an update whose tensors are
+    slots for factors.
 
     Raises:
         Unsayable: nodes cannot compute the weight from the slots of an update.
@@ -421,7 +421,7 @@ def in_order(places_found: Sequence[ResolvedTarget], graph: ir.Graph) -> list[Re
 
 
 def _layer(place: ResolvedTarget, spot: Spot | None, branch: Branch) -> GraphLayer | Ended:
-    """Return the object that formulas get as the target's layer: an `Ended` if the target has an outlet."""
+    """Return the layer to pass to the update formulas: an `Ended` if the target has an outlet, else a `GraphLayer`."""
     if spot is None:
         assert place.outlet is not None
         return Ended(place.outlet, branch)
@@ -504,7 +504,7 @@ def _sayable(update: Update, layer: TargetView, branch: Branch, constant: bool) 
 def _slotted(
     update: Update, position: int, seen: TargetView, layer: GraphLayer | Ended, place: ResolvedTarget, slots: Slots
 ) -> Update:
-    """Return the update if its formula can be written as nodes; otherwise, an update whose slots hold factors."""
+    """Return the update if its formula can be written as nodes; else an update whose tensors are slots for factors."""
     try:
         return _sayable(update, seen, layer.branch, False)
     except (AttributeError, TypeError):

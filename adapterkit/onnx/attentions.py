@@ -1,6 +1,6 @@
-"""Find attentions in a graph, and attach prefixes: learned keys and values that come before the computed ones.
+"""Find attention layers in a graph, and attach prefixes: learned keys and values that come before the computed ones.
 
-Exporters write an attention as `softmax(q @ k^T + mask) @ v`. The prefix's scores are concatenated in front of the
+Exporters write attention as `softmax(q @ k^T + mask) @ v`. The prefix's scores are concatenated in front of the
 masked scores `q @ k^T + mask`, so the mask does not apply to the prefix. The prefix's values are concatenated in front
 of `v`. The prefix is not part of any cache.
 """
@@ -38,7 +38,7 @@ Factors = tuple[tuple[str, ir.Value], ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionNodes:
-    """The nodes of an attention.
+    """The graph nodes that compute the attention of one module.
 
     Attributes:
         module: the module that contains these nodes.
@@ -85,7 +85,7 @@ class AttentionNodes:
 
 
 def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
-    """Return the attention in the module that `target` names.
+    """Return the attention nodes in the module that `target` names.
 
     Raises:
         TargetNotFound: the graph does not have this module.
