@@ -183,7 +183,8 @@ def _storage_offset(file: Capped, info: zipfile.ZipInfo | None, storage: Storage
 
 def read_legacy(file: Capped, size: int) -> Contents:
     """Return the content of a file from torch before 1.6: a sequence of pickles. The errors are those of `read_zip`."""
-    # The file begins with the pickles, but does not state their length. So read `LIMIT` bytes, their largest length.
+    # The file begins with the pickles, but does not state their length. So read the first `LIMIT` bytes of the file;
+    # longer pickles are not supported.
     stream = io.BytesIO(file.at(0, min(size, LIMIT)))
     machine = Machine("pickles")
     magic, version, system, value, keys = (machine.load(stream) for _ in range(5))

@@ -172,7 +172,10 @@ def _ordered() -> dict[str, JsonValue]:
 
 
 def _set(items: object = ()) -> object:
-    """Return a list in place of a set, so that values are never hashed. DeepSpeed saves a set of module names."""
+    """Return a list in place of a set, so that values are never hashed.
+
+    Files from DeepSpeed, for example, contain a set of module names.
+    """
     if type(items) is list:
         return list(items)
     if items != ():

@@ -226,7 +226,7 @@ def summed(arrays: Iterable[T]) -> T:
 
 
 def lengths(squares: N) -> N:
-    """Return vector norms: the square roots of the sums of squares `squares`. An infinite sum gives NaN.
+    """Return the norms of vectors whose sums of squares are `squares`. The norm for an infinite sum is NaN.
 
     Division by an infinite norm would give zeros, and no check of the result would detect them. A DoRA with scaling
     5e299 had such a norm.

@@ -64,8 +64,8 @@ def even_split(size: int, factor: int = -1) -> tuple[int, int]:
 
     Args:
         size: the length of the weight's axis.
-        factor: the first factor, if `factor` divides `size`. Otherwise the first factor is the largest divisor of
-            `size` that exceeds neither `factor` nor the second factor. A `factor` of -1 means no limit.
+        factor: the wanted length of w1's axis. If `factor` does not divide `size`, w1's length is the largest divisor
+            of `size` that exceeds neither `factor` nor w2's length. A `factor` of -1 means no limit.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor

@@ -38,7 +38,7 @@ def skew(pairs: N) -> N:
         return xp.zeros((*pairs.shape[:-1], b, b), **_kind(pairs))
     i = xp.arange(b, device=_kind(pairs)["device"])
     row, column = i[:, None], i[None, :]
-    # Use an index and a mask instead of an assignment, which does not work for most values of an ONNX graph.
+    # Use an index and a mask, because most values of an ONNX graph do not support assignment to elements.
     place = row * (2 * b - row - 1) // 2 + column - row - 1
     above = row < column
     upper = pairs[..., xp.where(above, place, place * 0)] * xp.astype(above, pairs.dtype)
@@ -72,8 +72,8 @@ def _orthonormal(R: N) -> N:
     xp = namespace(R)
     square = R @ R.mT
     L = xp.linalg.cholesky(square)
-    # Gram-Schmidt makes each row orthogonal to the earlier rows. If a row depends linearly on the earlier rows, only
-    # rounding errors remain of it. Refuse such a row, because its direction is noise.
+    # Gram-Schmidt makes each row orthogonal to the earlier rows. If a row depends linearly on the earlier rows, the
+    # result for this row consists only of rounding errors. Refuse such a row, because its direction is noise.
     if _has_values(R):
         left, was = xp.linalg.diagonal(L * L), xp.linalg.diagonal(square)
         if bool(xp.any(left <= 16 * len(R) * xp.finfo(R.dtype).eps * was)):
@@ -106,8 +106,8 @@ def _has_values(array: object) -> bool:
 def neumann(Q: N, terms: int, doubled: bool = False) -> N:
     """Approximate `(I + Q) @ inverse(I - Q)` by a truncated Neumann series.
 
-    The series is `I` for one term, `I + 2 Q` for two, and `I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1)` for n > 3. For three
-    terms, the series for four is returned. With `doubled`, the last term also has the factor 2, and three terms give
+    The series is `I` for one term, `I + 2 Q` for two, and `I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1)` for n > 3. If `terms`
+    is 3, the series with four terms is used. With `doubled`, the last term also has the factor 2, and three terms give
     `I + 2 Q + 2 Q^2`.
     """
     if doubled:

@@ -162,7 +162,7 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
 
 
 def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the name in the public API
-    """Make a writer use the usual keys instead of the source file's keys that the format's tool does not load.
+    """If the format's tool does not load some keys of the source file, make a writer use the usual keys instead.
 
     For example, the format `comfyui` also reads files with keys that ComfyUI does not load; fal and ACE-Step write such
     files for some families of models. Without this function, writing in the same format would keep these keys.

@@ -89,7 +89,7 @@ def reference_outputs(model: Path | bytes, feeds: Feeds) -> list[Array] | None:
 
 
 def _proto(model: Path | bytes) -> onnx.ModelProto | None:
-    """Return the model with its data files, or None if it has more than `SMALL` bytes."""
+    """Load the model and its external data; return None if they have more than `SMALL` bytes in total."""
     import onnx
 
     if isinstance(model, bytes):
@@ -178,7 +178,7 @@ def checked_injection(
     model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, beside: Path | None,
     given: Feeds | None = None, *, alone: bool = False, tying: Tying | None = None, by_rows: bool = False,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare a graph that an injection wrote with a merge of the same adapter into the original graph.
+    """Check the graph that an injection wrote: compare it with a merge of the same adapter into the original graph.
 
     Args:
         model: the original graph.
@@ -212,8 +212,9 @@ def checked_injection(
             return outcome
     if alone:
         return _compared(None, out, {}, plain=plain, given=given, known=known)
-    # An adapter without other updates must not change the outputs for the inputs of the check. Its new tokens have an
-    # effect only if the inputs contain these tokens. Its prefix has an effect only if the inputs include no past.
+    # If `adapter` has no updates, the injection added at most new tokens and a prefix. They must not change the outputs
+    # for the inputs of the check. New tokens have an effect only if the inputs contain these tokens. A prefix has an
+    # effect only if the inputs include no past.
     if not adapter.updates:
         return _compared(plain, out, {}, exact=True, given=given, known=known)
     other: bytes | None = None
@@ -245,7 +246,8 @@ def _compared_by_rows(
 ) -> float | None:  # fmt: skip
     """Run a batch of two rows, of which only the first uses the adapter, and compare each row with its expected output.
 
-    The first row is compared with the graph with merged weights, and the second row with the original graph.
+    The graph with merged weights computes the expected output of the first row. The original graph computes the
+    expected output of the second row.
 
     Raises:
         CheckFailed: a row differs by more than rounding explains.
@@ -451,7 +453,7 @@ not match: they mean that this onnxruntime lacks a kernel, a custom operator, or
 
 
 def refuse_invalid(source: GraphSource) -> None:
-    """Refuse an invalid original graph, which onnxruntime can load neither with nor without the adapter.
+    """Refuse an invalid original graph, which onnxruntime cannot load even without the adapter.
 
     Converters to float16 write such graphs, because they forget to convert some tensors in the branches of an If.
 

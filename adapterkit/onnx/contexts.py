@@ -1,4 +1,7 @@
-"""Attach soft prompts and new tokens to a graph's embeddings, and prefixes and adaption prompts to its attentions."""
+"""Attach context to a graph.
+
+Soft prompts and new tokens belong to embeddings. Prefixes and adaption prompts belong to attention modules.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,8 @@ if TYPE_CHECKING:
 
 # New tokens at a graph's embeddings. Their ids follow the ids of the vocabulary; their vectors are in a second table.
 # The new vectors replace rows of the embedding's output. If a module also adds positions and token types, the new
-# vectors replace rows of the module's output instead. In such a module, the positions of later tokens do not count the
-# new tokens.
+# vectors replace rows of the module's output instead. In such a module, the new tokens do not shift the positions of
+# later tokens.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +102,7 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
         TargetNotFound: the module does not embed tokens, or does not have exactly one output of the vectors' width.
         ShapeMismatch: the vectors' size differs from the embedding's.
         Unsupported: the graph does not compute the positions that the module looks up. Or the graph has inputs for past
-            keys and values; then the positions would count the new tokens that are in the past.
+            keys and values. In that case, new tokens in the past would shift the positions of later tokens.
     """
     where = str(target)
     module = module_at(building.model, target.path, where)
@@ -141,25 +144,25 @@ def _uncounted(node: ir.Node, new: NewTokens, end: ir.Value, module: Module, bra
             out.shape = ir.Shape([None, *sizes[1:]]) if sizes and sizes[0] == 1 else out.shape
 
 
-# Adaption prompts in a graph: the queries also attend to a prompt, and the result is added to the heads' outputs, or to
-# the attention's output. The attention's own projections compute the prompt's keys and values once, when the prompt is
-# attached.
+# Add adaption prompts to a graph. The queries of an attention module also attend to a prompt. The result is added to
+# the heads' outputs, or to the module's output. The module's own projections compute the prompt's keys and values once,
+# when the prompt is attached.
 
 
 SEPARATE, FUSED = ("k_proj", "v_proj", "o_proj"), ("c_attn", "c_proj")
-"""Names of an attention's projections: `SEPARATE` as in Llama, `FUSED` as in GPT-2, which fuses q, k and v."""
+"""Names of projections in attention modules: `SEPARATE` as in Llama, `FUSED` as in GPT-2, which fuses q, k and v."""
 
 
 def with_prompts(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
-    """Add nodes that let an attention's queries also attend to adaption prompts.
+    """Add nodes, so that the queries of an attention module also attend to adaption prompts.
 
-    The result for a prompt is added to the heads' outputs if the update is `projected`, otherwise to the attention's
+    The result for a prompt is added to the heads' outputs if the update is `projected`, otherwise to the module's
     output.
 
     Raises:
         TargetNotFound: the graph has no module with the target's path.
-        Unsupported: the module is not an attention like Llama's or GPT-2's.
-        ShapeMismatch: a prompt's width differs from the attention's.
+        Unsupported: the module is not an attention module like Llama's or GPT-2's.
+        ShapeMismatch: a prompt's width differs from the attention module's.
     """
     at = attention_at(building.model, target)
     branch = Branch(building, f"adapterkit/{target}")
@@ -238,8 +241,9 @@ def _of_heads(array: Array, heads: int, d: int) -> Array:
 # Context of the whole model: soft prompts and new tokens at the embedding, and prefixes as the initial past.
 # A soft prompt becomes new tokens with ids after the vocabulary, like the tokens of textual inversion. To use the
 # prompt, begin an input with these ids, and extend the mask and the positions to cover them. If the embedding's module
-# computes the positions itself, the positions do not count the prompt. A prefix becomes the default value of the
-# inputs for past keys and values, with a batch size of 1. The mask and the positions must count the prefix.
+# computes the positions itself, the prompt does not shift the positions of other tokens. A prefix becomes the default
+# value of the inputs for past keys and values, with a batch size of 1. The mask and the positions must count the tokens
+# of the prefix.
 
 
 PLACES = ("embeddings", "vocabulary", "past", "prefix", "attention")
@@ -262,7 +266,7 @@ def parted(adapter: Adapter) -> tuple[Adapter, list[tuple[Target, ContextUpdate]
 
 
 def of_attention(target: Target, update: ContextUpdate) -> bool:
-    """Whether a context update belongs to a single attention, not to the whole model."""
+    """Whether a context update belongs to a single attention module, not to the whole model."""
     return update.place in ("prefix", "attention") or (update.place == "past" and bool(target.path))
 
 
@@ -287,8 +291,8 @@ def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -
         building: the model that is being changed.
 
     Raises:
-        TargetNotFound: a target matches no attention, or not exactly one token embedding, or the graph has no inputs
-            for past keys and values.
+        TargetNotFound: a target matches no attention module. Or a target does not match exactly one token embedding. Or
+            the graph has no inputs for past keys and values.
         ShapeMismatch: the sizes of the context and the graph differ.
         Unsupported: there are several prefixes for the whole model.
     """
@@ -331,7 +335,10 @@ def _numbers(tokens: object) -> Array:
 
 
 def _with_tokens(target: Target, more: Array, building: Building) -> str:
-    """Add new tokens to an embedding, or to a module that contains embeddings; their vectors are in a second table."""
+    """Add new tokens to an embedding, or to a module that contains embeddings.
+
+    The vectors of the new tokens, `more`, are stored in a second table.
+    """
     if _is_module(target, building.model):
         return with_tokens_behind(target, more, building)
     spot, branch = _embedding(target, building.model), Branch(building, f"adapterkit/{target or 'prompt'}")

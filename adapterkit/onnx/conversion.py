@@ -88,9 +88,10 @@ def _is_the_same_in(function: ir.Function, opsets: Mapping[str, int]) -> bool:
 
 
 def _name_layers(model: ir.Model) -> None:
-    """Name a layer after the call of its local function, so that the layer has a path after inlining.
+    """Copy the module path from the name of a local function's call to the name of the function's layer.
 
-    This applies to functions with exactly one layer. A layer whose name already contains a path keeps its name.
+    Inlining removes the call; the layer then has the path in its own name. Functions that do not have exactly one layer
+    are left as they are. A layer whose name already contains a path keeps its name.
 
     A call that stands for a module has the module's path in its name, as in `/block/fc/Linear`. Each such call gets its
     own copy of the function. In this copy, the layer's node gets the name that exporters give to a node of the module:

@@ -6,7 +6,7 @@ before it would compute the changed weights of all experts again in each call: w
 call computes only the experts that its tokens select, because each expert is in a branch of an If.
 
 Each token selects k experts, which gives `tokens * k` pairs. The nodes sort the pairs by expert, so that each expert
-computes all of its tokens at once:
+processes all of its tokens at once:
 
     shares, chosen = top k of softmax(router)        # [tokens, k]
     order = argsort(chosen)                          # [tokens * k]
@@ -64,18 +64,18 @@ class ExpertGemm(Gemm):
 
 
 class FusedExpertGemm(ExpertGemm):
-    """A Gemm of a split `MoE`, which multiplies by the fused gate and up of one expert.
+    """A Gemm of a split `MoE`, which multiplies by the fused gate and up projections of one expert.
 
-    In the stored weight, rows of the gate and rows of the up alternate. Formulas get all rows of the gate first, and
-    then all rows of the up.
+    In the stored weight, rows of the gate projection and rows of the up projection alternate. Formulas get all rows of
+    the gate projection first, and then all rows of the up projection.
     """
 
     fused = True
 
     @property
     def result(self) -> ir.Value:
-        # After the Gemm, a Reshape, a Transpose and a second Reshape put all outputs of the gate before the outputs of
-        # the up. Formulas need this order.
+        # After the Gemm, a Reshape, a Transpose and a second Reshape put all outputs of the gate projection before the
+        # outputs of the up projection. Formulas need this order.
         out = self.node.outputs[0]
         for op in ("Reshape", "Transpose", "Reshape"):
             reader = next((use.node for use in out.uses() if use.node.op_type == op), None)
@@ -126,7 +126,7 @@ def _separated(W: Value) -> Value:
 
 
 def with_split(places: Sequence[ResolvedTarget], building: Building) -> list[ResolvedTarget]:
-    """If a `MoE` node contains a target, and `split` supports the node, replace it by separate nodes for each expert.
+    """Call `split` for each `MoE` node that contains a target, if `split` supports the node.
 
     Returns:
         the targets. A target in a split `MoE` refers to the new nodes that read its weight.

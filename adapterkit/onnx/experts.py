@@ -1,8 +1,8 @@
 """Change experts in onnxruntime's nodes `MoE` and `QMoE`, which read the weights of all experts of a layer.
 
 Such a node applies an activation between the two weights of an expert, so nodes after it cannot add a change. Instead,
-an injection adds nodes before it that compute the changed stack of weights, and a merge changes the stored stack. For
-slots, the node is split into separate nodes for each expert; see expert_nodes.py.
+an injection computes the changed stack of weights in new nodes before the `MoE` or `QMoE`, and a merge changes the
+stored stack. For slots, the node is split into separate nodes for each expert; see expert_nodes.py.
 
 Formulas get a stack `[expert, out, in]` as one matrix: the rows of expert 0, then the rows of expert 1, and so on. Each
 part of an expert, such as its gate, is a range of these rows, as in torch. In the node's own stack, the rows of a fused
@@ -302,8 +302,8 @@ class PackedExperts(Experts):
         copy, size = detached_copy(stored), attribute(node, "block_size", 0)
 
         def make() -> Array:
-            # Zero points are packed into bytes. With blocks, each row begins with a new byte. Without blocks, each
-            # expert begins with a new byte.
+            # Zero points are packed into bytes. With blocks, the zero points of each row begin at a new byte. Without
+            # blocks, the zero points of each expert begin at a new byte.
             if size:
                 return split(numbers(copy).reshape(experts * out, -1), bits)[:, : -(-in_ // size)]
             return split(numbers(copy).reshape(experts, -1), bits)[:, :out].reshape(experts * out, 1)
@@ -335,7 +335,7 @@ class PackedExperts(Experts):
 
 
 class SecondPackedExperts(PackedExperts):
-    """The stack of second weights in a `QMoE`, packed like the first."""
+    """The stack of second weights in a `QMoE`, packed like the stack of first weights."""
 
     position, vector, first, middle = 5, 7, False, 12
 
@@ -419,7 +419,7 @@ class ExpertStack:
 
 
 def stacks_of(nodes: Sequence[ir.Node]) -> dict[str, ExpertStack]:
-    """Return a map from a layer's number to the layer's experts, without the nodes whose layout is unknown."""
+    """Return a map from each layer's number to the layer's experts. Nodes whose layout is unknown are left out."""
     stacks: dict[str, ExpertStack] = {}
     for node in nodes:
         if (weight := node.metadata_props.get(EXPERT)) is not None:
@@ -459,8 +459,8 @@ def _as_float(node: ir.Node, building: Building) -> ir.Node:
         make, sizes = kind.detached(node), kind.sizes(node)
         dtype = ir.DataType.from_numpy(kind(node, Branch(building, "dequantize")).dtype)
         name = building.name(f"{(kind.operand_of(node).name or 'experts').removesuffix('.qweight')}.weight")
-        # Bind the loop's variables as defaults, because the lambda runs only when the tensor is written. By then, the
-        # loop has changed its variables.
+        # Bind the loop's variables as default arguments of the lambda, because the lambda runs only when the tensor is
+        # written. By then, the loop has changed its variables.
         tensor = ir.LazyTensor(
             lambda make=make, sizes=sizes, dtype=dtype, name=name, kind=kind: ir.Tensor(  # type: ignore[misc]
                 np.ascontiguousarray(kind.together(make().reshape(sizes), node).astype(dtype.numpy())), dtype=dtype,
