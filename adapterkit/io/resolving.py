@@ -152,7 +152,7 @@ def install(load: Callable[[], Hub]) -> None:
 
 def hub() -> Hub:
     """Call the function that `install` set, and return the hub package."""
-    # `_load` is set here: `adapterkit/__init__.py` calls `install`, and Python runs `adapterkit/__init__.py` before any
-    # other module of the package.
+    # `_load` is never None at this point: `adapterkit/__init__.py` calls `install`, and Python runs
+    # `adapterkit/__init__.py` before any other module of the package.
     assert _load is not None
     return _load()

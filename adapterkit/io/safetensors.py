@@ -206,8 +206,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Lazy]:
 def handles(header: Header) -> dict[str, Lazy]:
     """Return a lazy tensor for each entry of a header, in file order.
 
-    A lazy tensor reads its bytes from the file. While a writer checks a file that it has just written, a lazy tensor
-    reads from the source tensor instead, if `sources_of` returns one.
+    Usually, a lazy tensor reads its bytes from the file. A writer that checks the file it has just written may remember
+    the source tensors. In that case, `sources_of` returns them, and a lazy tensor reads its source tensor instead.
     """
     path, leaves = header.path, {}
     sources = sources_of(path)

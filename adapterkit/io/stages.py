@@ -21,7 +21,7 @@ class _Steps:
         self.total, self.begun, self.last = total, 0, ""
 
     def numbered(self, text: str) -> str:
-        """Return a step's text with the step's number in front. The same text twice in a row gets the same number."""
+        """Return a step's text with the step's number in front. If the last step had the same text, use its number."""
         if text != self.last:
             self.begun, self.last = min(self.begun + 1, self.total), text
         return f"step {self.begun} of {self.total}, {text}"

@@ -1,4 +1,4 @@
-"""Write an output in a hidden folder, attach a record of the inputs to the output, and rename the output to its target.
+"""Write an output in a hidden folder, store a record of its inputs with it, and rename the output to its target.
 
 With the record, a second run of the same command recognizes that its output is already complete.
 
@@ -277,7 +277,7 @@ class Staging:
         self._journal.unlink()
 
     def recover(self) -> None:
-        """If a killed run did not finish its renames, undo them. If it finished them, keep the result.
+        """Undo the renames of a killed run, unless the run had done all of its renames. In that case, change nothing.
 
         Raises:
             StorageError: the old output cannot be moved back. The old output stays in the stage.

@@ -83,8 +83,8 @@ with these names."""
 def check_folder(target: Path, overwrite: bool) -> None:
     """Check that an export may write to a folder.
 
-    The folder may be missing or empty. If `overwrite` is set, it may also contain an earlier export, but no weight
-    files that the export did not write.
+    The folder may be missing or empty. If `overwrite` is set, the folder may also contain an earlier export, but no
+    other weight files.
 
     Raises:
         StorageError: the folder has files that must not be replaced, or its parent folder does not exist.
@@ -467,13 +467,13 @@ def _checked(
     stage("running the graph and comparing it with the model")
     try:
         # onnxruntime optimizes a graph every time that it loads the graph, so load each graph only once.
-        # `by_reference` uses the same session.
+        # `by_reference` reuses the session of the graph that is compared last.
         session = Session(plain)
         difference = compared(model, examples, plain, session, runs)
         if quantize is not None:
             # Compare the quantized graph with a copy whose weights are dequantized. Neither graph rounds the inputs of
-            # layers, so their outputs must agree. The difference from torch is the error of quantizing, so it is
-            # reported, but not judged.
+            # layers, so the outputs of the two graphs must agree. The difference from torch is the quantization error.
+            # This error is reported, and the check passes even if the error is large.
             unpacked, exact = plain.with_name("unpacked.onnx"), plain.with_name("exact.onnx")
             as_floats(out, unpacked)
             with_exact_inputs(out, exact)

@@ -191,9 +191,9 @@ class FolderSession:
             end: the id or ids of the tokens that end a text; by default, the `eos_token_id` in the config files.
 
         Returns:
-            the token ids. An encoder-decoder gives `[batch, 1 + new]`, where the first token is `start`. A language
-            model that reads images gives `[batch, length + new]`, which includes the given texts. If a text ends before
-            the other texts, it is padded with the first id of `end`.
+            the token ids; `new` is the number of generated tokens. An encoder-decoder gives `[batch, 1 + new]`, where
+            the first token is `start`. A language model that reads images gives `[batch, length + new]`, which includes
+            the given texts. If a text ends before the other texts, it is padded with the first id of `end`.
 
         Raises:
             UsageError: the folder holds neither an encoder-decoder nor a language model that reads images. Or an input

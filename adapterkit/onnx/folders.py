@@ -5,7 +5,7 @@ Optimum writes `encoder_model.onnx`, `decoder_model.onnx`, `decoder_with_past_mo
 may have targets in several graphs; each graph gets the updates of the targets that it contains. Layer names in an
 encoder's graph lack the word `encoder`, so `layers.0.self_attn.q_proj` may be in the encoder or in the decoder.
 Therefore, each graph has a role, such as `encoder`, which its file name or `genai_config.json` shows. If the path of a
-target shows a role, too, the target is searched only in graphs whose role fits.
+target shows a role, too, adapterkit looks for the target only in graphs whose role fits.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ if TYPE_CHECKING:
     from .tying import Tying
 
 DEEP = 2
-"""Graphs are searched on this many folder levels: in the model's folder and in its direct subfolders, because diffusers
-writes each part of a model to a subfolder."""
+"""The number of folder levels on which adapterkit looks for graphs: the model's folder and its direct subfolders.
+
+diffusers writes each part of a model to a subfolder."""
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 """Suffixes of other frameworks' weight files. These files are not copied to the folder of the changed model, because
@@ -61,8 +62,8 @@ they hold the unchanged weights."""
 
 TAKES = {"decoder": {"decoder", "text"}, "text": {"text", "encoder", "decoder"}}
 """A map from a graph's role to the roles of the targets that the graph may have. For example, a graph with role
-`decoder` may be the language model of a vision-language model, whose targets have the role `text`. A graph with a role
-that is not in the map has no targets of other roles. Targets without a role may be in any graph."""
+`decoder` may be the language model of a vision-language model, whose targets have the role `text`. If the map lacks a
+graph's role, the graph may only have targets with the same role. Targets without a role may be in any graph."""
 
 GENAI = {"decoder": "decoder", "encoder": "encoder", "vision": "vision", "speech": "audio", "embedding": "embedding"}
 """A map from each section of `genai_config.json` to the role of the graph whose file the section names."""
@@ -91,7 +92,7 @@ class GraphPart:
         return self.path, *self.data
 
     def may_hold(self, target: Target) -> bool:
-        """Whether the graph may have this target, judging by the graph's role and subfolder and the target's path."""
+        """Whether the graph may have this target: compare the target's path with the graph's role and subfolder."""
         words = target.path.split(".")
         folder = self.name.parts[0]
         if len(self.name.parts) > 1 and any(word == folder for word in words[:1]):
@@ -101,7 +102,7 @@ class GraphPart:
 
 
 def folder_of(model: Model, out: str | PathLike[str]) -> Path | None:
-    """Return the model's folder if the output is a folder, too; None if the model or the output is a single graph.
+    """Return the model's folder if the model and the output are both folders; None if one of them is a single graph.
 
     Raises:
         UsageError: the model is a folder of several graphs, but `out` is a `.onnx` file.

@@ -52,8 +52,8 @@ def fold(
         building: the model that is being changed.
         quantized: one of `CHOICES`, which say how packed weights are merged. If None, a packed weight raises
             `Unsupported`, unless `keep_change` is `float`.
-        damage: a dictionary from targets to the errors of quantizing their changed weights again. The function adds an
-            error even if the change is then attached beside the unchanged weight.
+        damage: a dictionary from targets to quantization errors. If a changed weight is quantized again, the function
+            adds the error of this quantization, even if the change is then attached beside the unchanged weight.
         keep_change: `float` attaches the change of a packed weight beside the unchanged weight; `packed` quantizes the
             changed weight again. By default, the change is attached if quantizing again would lose more than the
             fraction `MOST_LOST` of the change.
@@ -136,13 +136,15 @@ class Folding:
 
         Args:
             quantized: one of `CHOICES`, as for `fold`.
-            damage: a dictionary. The function adds the error of quantizing the changed weight again.
-            keep: one of `KEEPING`. An empty string attaches the change if quantizing the changed weight again would
-                lose more than `MOST_LOST` of the change; None never attaches the change.
+            damage: a dictionary from targets to quantization errors. If the changed weight is quantized again, the
+                function adds the error of this quantization.
+            keep: one of `KEEPING`. If it is an empty string, the change is attached if quantizing the changed weight
+                again would lose more than the fraction `MOST_LOST` of the change. If it is None, the change is never
+                attached.
 
         Raises:
-            Unsupported: the layer does not support this change. Or `quantized` is None although the layer's weight is
-                packed, and `keep` is not `float`.
+            Unsupported: the layer does not support this change. This is also raised if the layer's weight is packed,
+                `quantized` is None and `keep` is not `float`.
             NotMergeable: the updates need a bias that the layer does not have.
         """
         if any(key == EXPERT or key.startswith(BEFORE) for key in self.spot.node.metadata_props):
@@ -193,7 +195,9 @@ class Folding:
         return []
 
     def _apart(self, must: bool) -> list[ResolvedTarget]:
-        """Return the targets to attach beside the layer; their updates are multiplied by the adapters' merge weights.
+        """Return the targets whose updates are attached beside the layer instead of being folded into its weight.
+
+        Each returned update is already multiplied by the merge weight of its adapter.
 
         The list is empty if attached updates cannot compute the merged change.
 
@@ -302,7 +306,7 @@ class Folding:
 
 
 def _stored(place: ResolvedTarget, factor: float, spot: Spot, stored: Stored, shape: tuple[int, ...]) -> Folded:
-    """Return a `Folded` with the updates that change the weight; its target has the stored tensor's axis order."""
+    """Return a `Folded` with the updates that change the weight. `Folded.target` has the stored tensor's axis order."""
     turned = (spot.kind.turns(spot.node) != place.turned) != stored.turned
     target = replace(place.target, layout="in out *k" if turned else "out *in")
     updates = tuple(update for update in place.updates if update.changes_weight)
@@ -331,7 +335,7 @@ def _bias(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array], b
 
 
 def _behind_norm(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array]) -> Array:
-    """Return the changed weight of a layer with a folded norm in float64, in the node's axis order.
+    """Return the changed weight of a layer into which a norm is folded. It is float64, in the node's axis order.
 
     The updates apply to the base's weight. The graph's weight is the base's weight multiplied by the norm's scale, so
     the change is multiplied by this scale, too.
@@ -357,7 +361,10 @@ def _matrix(spot: Spot, at: list[PlannedUpdate], weight_of: Callable[[], Array],
 
 
 def _added(at: list[PlannedUpdate], W: Array, start: int = 0) -> Array:
-    """Return a copy of `W` with all updates whose rows are in `W`; `W` begins at row `start` of the layer."""
+    """Return a copy of `W`, changed by every update whose target rows all lie in `W`.
+
+    The first row of `W` is row `start` of the layer. A target without `rows` covers all rows of `W`.
+    """
     after = W.copy()
     for place, factor in at:
         first, last = place.target.rows or (start, start + len(W))
@@ -375,7 +382,7 @@ def seen_by(W: Array, spot: Spot) -> Array:
 
 
 def part_of(W: Array, place: ResolvedTarget) -> Array:
-    """Return the rows of a weight to which a target's updates apply, in the axis order that the updates use."""
+    """Return the rows of `W` that the target's updates change, in the axis order that the updates use."""
     W = W.swapaxes(0, 1) if place.turned else W
     return W[slice(*place.target.rows)] if place.target.rows else W
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 NAME = "genai_config.json"
 
 KIND, CONVOLUTIONS = "decoder", "lfm2"
-"""Values of `type` in the config: `lfm2` if the graph has states of convolutions, and no other states except keys and
-values; `decoder` for all other models.
+"""Values of `type` in the config: `lfm2` if the graph has convolution states but no recurrent states; `decoder` for
+all other models.
 
 onnxruntime-genai's other types differ only in the cache layout."""
 

@@ -84,7 +84,7 @@ BETWEEN = {
 """Operators that may be between one part of a packed layer and the attention node. None of them mixes the parts."""
 
 DEEP = 8
-"""Largest number of nodes after a packed layer's Split that the search for the attention node visits."""
+"""The search for the attention node starts at an output of a packed layer's Split and visits up to this many nodes."""
 
 
 def in_heads(spots: Sequence[Spot]) -> list[Spot]:

@@ -36,7 +36,10 @@ unless the caller passes the results as arguments."""
 
 
 def tower_of(model: PretrainedModel) -> nn.Module | None:
-    """Return the first module that takes `grid_thw` and calls `POSITIONS` and `SEGMENTS`; None if no module does."""
+    """Return the first module that takes `grid_thw` and calls the functions named by `POSITIONS` and `SEGMENTS`.
+
+    Return None if there is no such module.
+    """
     for part in model.modules():
         names = inspect.signature(part.forward).parameters
         if "grid_thw" in names and {POSITIONS, SEGMENTS} <= _used(part):
@@ -120,9 +123,9 @@ def arguments_of(tower: Any, grid: Tensor, patches: Tensor) -> dict[str, Any]:
 
 
 def _windows(tower: Any, grid: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices of the squares sorted by window, and the window index of each patch in this order.
+    """Sort the squares by window. Return the sorted squares' indices, and the window index of each of their patches.
 
-    A square has `spatial_merge_size` rows and columns of patches. The shapes are `[squares]` and `[patches]`.
+    A square has `spatial_merge_size` rows and columns of patches. The results have shapes `[squares]` and `[patches]`.
     """
     import torch
 
@@ -142,9 +145,9 @@ def _windows(tower: Any, grid: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _taps(tower: Any, each: Patches) -> tuple[Tensor, Tensor]:
-    """Return the indices of the position table's entries to interpolate for each patch, and the weights of the entries.
+    """Return the indices and the weights with which the position of each patch is interpolated.
 
-    Both tensors have shape `[patches, entries]`.
+    The indices select entries of the position table. Both tensors have shape `[patches, entries]`.
     """
     library = import_module("transformers.vision_utils")
     side = int(tower.num_grid_per_side)
