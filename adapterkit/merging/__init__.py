@@ -141,12 +141,13 @@ def merge(
             local cluster.
         progress: a function that is called with (bytes done, total bytes) in the calling thread.
         tied: which layers an update changes if the base ties its head to its embedding. Default: the layers that the
-            adapter's training tool changed. For PEFT, token rows change both layers, and any other update changes only
-            the layer that it names, unless the adapter's config sets `ensure_weight_tying`. `untie`: every update
-            changes the layers that PEFT changes without `ensure_weight_tying`, and the head is written as a separate
-            tensor. `merge`: every update changes both layers. Each kind of update may have its own choice, given as
-            `rows=untie,embedding=merge` or as a mapping. The kinds are `rows` (token rows), `replacement` (PEFT's
-            `modules_to_save`), `embedding` (other updates of the embedding) and `head` (other updates of the head).
+            adapter's training tool changed. PEFT applies updates of token rows to both layers. It applies any other
+            update only to the layer that the update names, unless the adapter's config sets `ensure_weight_tying`.
+            `untie`: every update changes the layers that PEFT changes without `ensure_weight_tying`, and the head is
+            written as a separate tensor. `merge`: every update changes both layers. Each kind of update may have its
+            own choice, given as `rows=untie,embedding=merge` or as a mapping. The kinds are `rows` (token rows),
+            `replacement` (PEFT's `modules_to_save`), `embedding` (other updates of the embedding) and `head` (other
+            updates of the head).
         allow_partial: whether to skip targets that the base does not have, instead of refusing the adapter.
         overwrite: whether to replace an existing output at `out`.
         quantized: how to merge into a quantized base. `dequantize`: merge into the dequantized weights, and write
@@ -308,8 +309,8 @@ def verify(
         allow_partial: as in `merge`.
         progress: a function that is called with (bytes done, total bytes).
         seed: as in `merge`.
-        sample: the number of changed tensors to draw at random and compare; as many unchanged tensors are also
-            drawn and compared. Default: compare all tensors.
+        sample: the number of changed tensors to draw at random and compare. The same number of unchanged tensors is
+            also drawn and compared. Default: compare all tensors.
         rename: as in `merge`.
         calibration: the file of activations that the merge used for rounding, if any.
         strict_base: whether to refuse a base whose name, config or fingerprint differs from what an adapter records.

@@ -112,7 +112,7 @@ def view_of(work: Numbers, fold: PlannedUpdate, part: tuple[int, int], block: Bl
 
 
 def cut_to(update: Update, fold: PlannedUpdate, block: Block, part: tuple[int, int]) -> Update:
-    """Return the part of an update that changes the rows `part` of a block."""
+    """Return the part of an update that changes the range of rows `part`, as returned by `part_of` for `block`."""
     if block.expert is not None:
         update = update.expert(block.expert)
     if block.whole or fold.bias:

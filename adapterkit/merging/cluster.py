@@ -241,7 +241,7 @@ plans only once. Otherwise this map stays empty.
 def inputs_of(recipe: ClusterRecipe, digest: str) -> TaskInputs:
     """Return the plan of a recipe, and the bases to download from. The plan is made from headers.
 
-    If the last task of this process had the same plan, its inputs may be returned again.
+    If the last task of this process had the same plan, the inputs of that task may be returned again.
 
     Raises:
         Corrupt: the plan differs from the driver's plan.
@@ -484,7 +484,7 @@ TARGET = 1e-4
 """The planning time in seconds for each target of the adapters. The driver and every worker plan the whole merge."""
 
 DRIVER = 6.0
-"""The driver's time in seconds: its time before the first task plus its time after the last task, without planning.
+"""Seconds that the driver needs in total before the first task and after the last task, not counting the planning.
 
 `tools/bench nodes` measured 10.7 s for `START` and `DRIVER` together, on a busy machine of two processors.
 """

@@ -1,4 +1,4 @@
-"""Choose the files that are copied next to merged weights: the base's other files, and a tokenizer. Write a Modelfile.
+"""Choose the files to copy next to merged weights (a tokenizer and the base's other files), and write a Modelfile.
 
 All files of the tokenizer (vocabulary, added tokens, settings, chat template) come from the same folder, because the
 token ids and templates of two folders may contradict each other.
@@ -195,7 +195,10 @@ def _is_token_file(name: str) -> bool:
 
 
 def _beyond(folder: Path, base: Checkpoint) -> int | None:
-    """Return the largest token id of a folder's tokenizer if the base's embedding has no row for it, else None."""
+    """Return the largest token id of a folder's tokenizer; None if the base's embedding has a row for this id.
+
+    Also return None if the base has no embedding.
+    """
     rows = max((t.shape[0] for name, t in base.tensors.items() if is_embedding(name) and t.shape), default=None)
     largest = max((token for name in _NUMBERED for token in _tokens(folder / name)), default=-1)
     return largest if rows is not None and largest >= rows else None

@@ -64,8 +64,8 @@ def changes_bias(place: ResolvedTarget) -> bool:
 def with_base_bias(place: ResolvedTarget, base: Checkpoint) -> ResolvedTarget:
     """Return the target with `bias` set to the bias that the layer has in the base.
 
-    The target is returned unchanged if no update changes the bias, if it has no layer in the graph, or if the layer's
-    weight is not found in the base.
+    The target is returned unchanged if no update changes the bias, if the graph has no layer for the target, or if the
+    layer's weight is not found in the base.
     """
     if not changes_bias(place) or not place.spots:
         return place
@@ -102,15 +102,15 @@ def _base_bias(base: Checkpoint, name: str) -> BaseBias | None:
 
 
 def settle_biases(places: Sequence[ResolvedTarget], building: Building) -> None:
-    """Find the bias of each layer whose bias is updated. If needed, move the bias's Add right after the layer.
+    """Find the bias of each layer whose bias an update changes. If needed, add the bias right after the layer instead.
 
     If the vector that is added to a layer's output is not the layer's bias, put the layer's node into
     `building.apart`, so that updates do not change the vector.
 
     Raises:
-        Unsupported: it is unknown whether a vector that the graph adds to a layer's output is the bias; or the bias is
-            computed by the graph, cannot be added right after the layer, or is in the base but was not found in the
-            graph; or one node computes several layers with different biases.
+        Unsupported: the graph adds a vector to a layer's output, and it is unknown whether this vector is the bias. Or
+            the graph computes the bias. Or the bias cannot be added right after the layer. Or the base has a nonzero
+            bias that was not found in the graph. Or one node computes several layers with different biases.
     """
     for place in places:
         for spot in dict.fromkeys(place.spots):
@@ -275,7 +275,7 @@ def _zero(place: ResolvedTarget) -> bool:
 
 
 def _refuse_lost(place: ResolvedTarget, where: str) -> None:
-    """Raise an error if the layer, whose bias was not found in the graph, has a nonzero bias in the base."""
+    """Raise an error if the base has a nonzero bias for the layer, because this bias was not found in the graph."""
     if place.bias is None or _zero(place):
         return
     why = "the layer has a bias in the base, but it is unclear where the graph adds this bias"
@@ -436,8 +436,8 @@ def _vector(added: _Added, layer: GraphLayer) -> Array | None:
     vector = -vector if added.negative else vector
     if vector.size != layer.outputs:
         return None
-    # If the vector has more axes than the value that it is added to, the sum has as many axes as the vector. The sum
-    # would have fewer axes if the vector were instead added right after the layer, as `[out]`.
+    # If the vector has more axes than the value to which it is added, the sum has as many axes as the vector. Adding
+    # the vector as `[out]` right after the layer would then give a sum with fewer axes.
     last = added.passed[-1].outputs[0] if added.passed else layer.result
     most = max(2 if not added.passed else 0, -layer.channel, _least_axes(last))
     shapes = [node for node in added.passed if node.op_type != "Identity"]
@@ -534,8 +534,8 @@ def _brought(added: _Added, vector: Array, layer: GraphLayer) -> bool:
     """Replace the node that adds or subtracts a vector with an Add right after the layer.
 
     Returns:
-        Whether the node was replaced. It is not replaced if other nodes also read a value between the layer and the
-        node, if it is not the first addition after the layer, or if the nodes are in different graphs.
+        Whether the node was replaced. The node is not replaced if a value between the layer and the node has other
+        readers, if the node is not the first addition after the layer, or if the nodes are in different graphs.
     """
     graph, building = layer.node.graph, layer.branch.building
     chain = [layer.result, *(node.outputs[0] for node in added.passed)]
@@ -601,7 +601,10 @@ def _behind(value: ir.Value) -> Iterator[ir.Value]:
 
 
 def _modules(one: ir.Node, other: ir.Node) -> tuple[str, str] | None:
-    """Return the module of each of two nodes, from the exporter's metadata or the nodes' names; None if unknown."""
+    """Return the names of the modules to which two nodes belong; None if the modules are unknown.
+
+    The names are read from the exporter's metadata, or else from the nodes' names.
+    """
     scopes = [listed(node.metadata_props.get(SCOPES))[-2:-1] for node in (one, other)]
     if all(scopes):
         return scopes[0][0], scopes[1][0]

@@ -42,7 +42,8 @@ class Building:
         model: the model that is being changed.
 
     Attributes:
-        apart: nodes of layers to whose output the graph adds a vector that is not the layer's bias; see biases.py.
+        apart: the nodes of some layers. The graph adds a vector to the output of each such layer, but this vector is
+            not the layer's bias; see biases.py.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -248,7 +249,7 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
         yield from node.outputs
 
 
-# Insert a branch's nodes into a graph: after the node whose output they replace, or before the nodes that read it.
+# Insert a branch's nodes into a graph, after the node whose output they replace or before the readers of this output.
 
 
 def behind(old: ir.Value, new: ir.Value, branch: Branch) -> None:

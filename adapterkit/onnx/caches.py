@@ -1,4 +1,4 @@
-"""Describe the past of a language model for its export: the tensors that each layer of its cache holds.
+"""Describe the cache of a language model for the model's export: the tensors that each layer of the cache holds.
 
 The tensors' sizes are read from the model's own cache after a first call. They are not read from the config, whose keys
 for these sizes depend on the architecture. A layer of the cache may hold keys and values, states of convolutions and
@@ -58,7 +58,10 @@ class PastTensor:
 
     @property
     def axes(self) -> dict[int, str]:
-        """The dynamic axes' names, by axis. transformers.js looks for `batch_size` to create an empty past."""
+        """The names of the dynamic axes, by index.
+
+        To create an empty cache, transformers.js looks for an axis with the name `batch_size`.
+        """
         return {0: "batch_size", 2: "past"} if self.grows else {0: "batch_size"}
 
     def name(self, present: bool = False) -> str:
@@ -79,7 +82,7 @@ class PastTensor:
 
 
 class Past:
-    """The past of a language model: describes its tensors, and creates the transformers caches that hold them.
+    """Describes the cached tensors of a language model, and creates transformers caches that hold such tensors.
 
     Attributes:
         tensors: the tensors, in the order of the graph's inputs.
@@ -170,8 +173,8 @@ class Past:
         This is the whole mask, for past and new tokens, if any layer has attention. Otherwise, it is the mask's last
         `length` columns, for the new tokens.
 
-        Models without any attention multiply the hidden states of the call by the mask. If only some layers have
-        attention, transformers itself cuts the mask for the other layers.
+        Models without any attention multiply the mask by the hidden states, which exist only for the new tokens. If
+        only some layers have attention, transformers itself cuts the mask for the other layers.
         """
         return mask if self.has_attention else mask[:, mask.shape[1] - length :]
 

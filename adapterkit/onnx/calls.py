@@ -1,4 +1,4 @@
-"""Provide the inputs of the model's call that formulas read, such as the token ids.
+"""Provide the model inputs that formulas read, such as the token ids.
 
 A formula may read all tokens, but a graph with cached keys and values only gets the new tokens. For such a formula, the
 graph gets an extra input for the ids of the cached tokens. The formula then reads the cached and the new tokens' ids;
@@ -52,7 +52,7 @@ KNOWN = ("last_hidden_state", WORD)
 
 
 def first_pass(words: CallWords, output_name: str | None) -> ir.Value:
-    """Copy the nodes that compute the last layer's output, and return the copy's output for the call's tokens.
+    """Copy the nodes that compute the last layer's output, and return the copied output for the tokens in `input_ids`.
 
     Args:
         words: the inputs of the call. The graph must not have been changed yet.
@@ -78,9 +78,9 @@ def first_pass(words: CallWords, output_name: str | None) -> ir.Value:
 
 
 def _without_past(words: CallWords, branch: Branch) -> Copies:
-    """Map graph inputs to the values that the copy reads instead.
+    """Return a map from graph inputs to the values that the copied nodes read instead.
 
-    The replaced ids and positions cover all tokens. The replaced keys and values of the cache are empty.
+    The new token ids and positions cover all tokens. The new cached keys and values are empty.
     """
     copies: Copies = {value: _emptied(value, branch) for value in past_inputs(words.building.model.graph).values()}
     ids, positions, mask = (words.input(name) for name in (TOKENS, POSITIONS, MASK))
@@ -154,13 +154,13 @@ TASKS, LAST = "task_ids", "hidden_states"
 
 
 class CallWords:
-    """Finds inputs of the model's call in a graph, for the updates that read these inputs.
+    """Finds the model inputs that updates read, such as the token ids, in a graph.
 
     Args:
         building: collects the changes to the model. The graph must not have been changed yet.
-        updates: the updates; their `asks` and `hears` name the inputs that they read.
-        given: a map from an input's name in `OutputUpdate` to the name of a graph value. `task_ids` may also map to an
-            integer, the index of one task for all rows.
+        updates: the updates. An update's `asks` and `hears` contain the names of the inputs that the update reads.
+        given: a map from the name that `OutputUpdate` uses for an input to the name of a graph value. `task_ids` may
+            also map to an integer, the index of one task for all rows.
         config: returns the base's `config.json`. It is needed by formulas that run a side network with the base's
             architecture.
 
@@ -234,7 +234,7 @@ class CallWords:
 
 
 class Heard:
-    """The inputs of the model's call that a layer's formula gets as `layer.call`.
+    """The model inputs that a layer's formula reads from `layer.call`.
 
     Args:
         words: the inputs of the call.
@@ -299,9 +299,9 @@ class Heard:
     def _mask(self, value: ir.Value) -> Value | None:
         """Return the mask for the layer's positions, as int64.
 
-        If the mask that is passed to the graph has another shape, for example because it covers a past, the result is
-        all ones. Return None if the graph does not declare a mask with two axes, or if the layer's output does not have
-        three axes.
+        If the mask that is passed to the graph has another shape, for example because it also covers cached tokens, the
+        result is all ones. Return None if the graph does not declare a mask with two axes, or if the layer's output
+        does not have three axes.
         """
         y = self.layer.y
         if value.shape is None or len(value.shape) != 2 or y.ndim != 3:

@@ -46,7 +46,7 @@ def stored_behind(operand: ir.Value) -> Stored:
 
 
 def unturned(operand: ir.Value) -> Stored:
-    """Follow an operand back through Transpose and Identity nodes; the value before them may be stored or computed."""
+    """Return the value, stored or computed, from which Transpose and Identity nodes compute an operand."""
     value, turned, chain = operand, False, list[ir.Node]()
     while value.const_value is None:
         node = value.producer()
@@ -81,7 +81,8 @@ class StoredChange:
     Attributes:
         where: the target, for error messages.
         source: the tensor before the merge.
-        folds: the planned updates of the tensor. The layout of their targets is the axis order of the stored tensor.
+        folds: the planned updates of the tensor. The target of each update has a layout that states the axis order of
+            the stored tensor.
     """
 
     where: str
@@ -186,7 +187,10 @@ Fresh = dict[Hashable, ir.Value]
 
 
 def fresh_value(building: Building, fresh: Fresh, key: Hashable, old: ir.Value, change: StoredChange) -> ir.Value:
-    """Return the changed tensor as a new initializer beside `old`; nodes with the same `key` share the new tensor."""
+    """Return a new initializer that holds the changed tensor. `old` stays in the graph.
+
+    Calls with the same `key` return the same initializer.
+    """
     if key not in fresh:
         shape, kind = ir.Shape(change.source.shape), kind_of(old)
         name = building.name(f"{old.name}.merged")
@@ -197,7 +201,10 @@ def fresh_value(building: Building, fresh: Fresh, key: Hashable, old: ir.Value, 
 
 
 def settled_from(building: Building, fresh: Fresh, value: ir.Value, old: ir.Value, key: Hashable) -> ir.Value:
-    """Register `value` as the initializer that replaces `old`. `settle` renames it if no node reads `old` any more."""
+    """Register `value` as the initializer that replaces `old`, and return `value`.
+
+    If no node reads `old` any more, `settle` later gives the name of `old` to `value`.
+    """
     value.metadata_props.update(old.metadata_props)
     value.meta["adapterkit.old"] = old
     building.model.graph.register_initializer(value)
