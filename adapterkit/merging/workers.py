@@ -199,7 +199,10 @@ class Pipeline(Protocol):
     """Moves one worker's blocks through a device."""
 
     def computing(self) -> AbstractContextManager[object]:
-        """Return a context manager. Tensors computed inside its `with` are ready before `through` uses them."""
+        """Return a context manager in which to compute tensors for `through`.
+
+        Tensors that are computed in its `with` block are ready when `through` uses them.
+        """
         ...
 
     def through(
@@ -292,7 +295,10 @@ class _Slot:
         self.nbytes = 0
 
     def start(self, block: Block, source: DType, target: DType, read: Host, compute: Compute) -> None:
-        """Read a block, and queue its transfers and its computation; on a device with streams, do not wait for them."""
+        """Read a block, and queue its transfers and its computation.
+
+        On a device with streams, the method does not wait for the transfers and the computation.
+        """
         pipeline, nbytes = self.pipeline, block.elements * source.itemsize
         self.nbytes = block.elements * target.itemsize
         self._make_room(nbytes, self.nbytes)
@@ -353,7 +359,8 @@ class JobResult:
 
     Attributes:
         norms: a map from the index of each planned update to the squared norm of the update's change. For a packed
-            weight, the next `NORMS` indices measure the damage that quantizing causes.
+            weight, the map also has the next `NORMS` indices. Their squared norms measure the damage that quantizing
+            causes.
         runs: (offset, size in bytes, sha256) of each written range; empty if the file's checksums are not recorded.
         written: a future that completes when the job's bytes are in the file. If writing fails, the future raises the
             OSError.

@@ -52,7 +52,8 @@ def block_diagonal(blocks: Tensor) -> Tensor:
     return (blocks[:, :, None, :] * identity[:, None, :, None]).reshape(n * rows, n * columns)
 
 
-# Base class of PEFT's LoRA for grouped convolutions: A reads all channels, B mixes within each group.
+# Base class of PEFT's LoRA for grouped convolutions. A reads the channels of all groups, and B mixes only channels of
+# the same group.
 
 
 class AcrossGroups(OutputUpdate):

@@ -4,7 +4,8 @@ https://openreview.net/forum?id=8ZdWmpYxT0
 
 The basis consists of the right singular vectors of W with the largest singular values. PEFT computes the groups by
 k-means on the left singular vectors. Each group has a pair of factors: row o of the change is B[o] @ A[g] @ basis,
-where g is the group of row o. The bias counts as one more column of W, and `basis_bias` is the basis's column for it.
+where g is the group of row o. The bias is treated as one more column of W. `basis_bias` is the column of the basis that
+belongs to the bias.
 """
 
 from __future__ import annotations

@@ -55,6 +55,10 @@ class BOFT(WeightUpdate):
 
 
 def _apart(width: int, run: int, chunk: int) -> list[int]:
-    """Return the indices 0 to `width` - 1, reordered: in every run, even-numbered chunks come before odd ones."""
+    """Return the indices 0 to `width` - 1 in the order of `P_i`.
+
+    Every run of `run` indices consists of chunks of `chunk` indices. The run's even-numbered chunks come before its
+    odd-numbered chunks.
+    """
     firsts = [first for odd in (0, chunk) for first in range(odd, run, 2 * chunk)]
     return [start + first + i for start in range(0, width, run) for first in firsts for i in range(chunk)]

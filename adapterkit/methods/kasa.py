@@ -31,7 +31,8 @@ class KaSA(InPlace):
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         """Start with B = 0.
 
-        As in the paper, the update then removes the smallest singular values, so W' differs from W.
+        W' differs from W even before training, because the update removes W's smallest singular values, as in the
+        paper.
         """
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
         return cls.from_fields(A=A, B=W.new_zeros(len(W), rank), diag=random((rank,)), **attributes)

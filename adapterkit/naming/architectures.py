@@ -22,7 +22,8 @@ WEIGHT = "weight"
 """A naming in which each weight is a separate tensor. GGUF files are read with this naming.
 
 If the hub also stores a weight as a separate tensor, in the same layout, then this naming has the hub's name for the
-weight. For any other weight, such as one that the hub fuses or stacks, it has the weight's key in the family's file.
+weight. For any other weight, such as one that the hub fuses or stacks, the name is the weight's key in the family's
+file.
 """
 
 STORED_AS = "stored_as"
@@ -42,7 +43,7 @@ A `WeightPlace` with one of these values must also set `heads`.
 """
 
 SHARED = ("query", "kv", "vision")
-"""Values of `WeightPlace.heads`: query heads, key and value heads, or the heads of the vision tower."""
+"""Values of `WeightPlace.heads`: the query heads, the heads of keys and values, or the heads of the vision tower."""
 
 LINEAR = ("linear_value", "linear_qkv")
 """Values of `WeightPlace.rows` for orders that depend on the heads of linear attention."""
@@ -71,8 +72,8 @@ class WeightPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             the base's config determine how many rows each of the three has.
         groups: only with `qkv`. If True, the tensor does not have all queries first, but a group of rows for each key
             head. A group has the queries that share the key head, then the key, then the value.
-        half: set if the experts of two weights share one numbering: 0 if the experts of this weight have the first half
-            of the numbers, 1 if they have the second half.
+        half: set only if the experts of two weights are numbered together. The value is 0 if this weight's experts have
+            the first half of the numbers, and 1 if they have the second half.
         flat: whether the tensor has shape `[in]`, so that the weight has one row.
         transposed: whether the tensor is stored as `[in, out]`.
         rows: the order of the tensor's rows. `rope`: Meta's order, in which rotated pairs of rows are adjacent. `qkv`:
@@ -162,8 +163,8 @@ class PipelineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             a prefix.
         generic: whether the names fit any number of blocks. A generic family is chosen only if no other family fits.
         unlikely: whether the family shares names with another family that has far more adapters. An unlikely family is
-            chosen only if no other family fits, or if metadata, a base, or the width and the number of blocks identify
-            it.
+            chosen only if no other family fits, or if one of these identifies it: metadata, a base, or the width
+            together with the number of blocks.
         no_inputs: input sizes that no weight of this family has, such as the width of a text encoder that only other
             models use.
         outputs: a map from an input size to the output sizes of weights with that input size, in the published models.
@@ -284,7 +285,7 @@ class Architecture:
         return WeightPlace(place) if isinstance(place, str) else place
 
     def find(self, name: str, naming: str) -> list[tuple[str, WeightPlace, dict[str, str]]]:
-        """Return (weight, place, numbers) for each weight that a naming stores under `name`.
+        """Return (weight, place, numbers) for each weight whose tensor is called `name` in a naming.
 
         `numbers` maps each placeholder to its number in `name`.
         """
@@ -350,7 +351,7 @@ def is_family(module: str) -> bool:
 
 @cache
 def _modules() -> frozenset[str]:
-    """Return the names of the families' files without `.toml`, with underscores for dashes."""
+    """Return the names of the families' files. Drop the ending `.toml`, and replace dashes with underscores."""
     return frozenset(file.stem.replace("-", "_") for file in folder().glob("*.toml"))
 
 
@@ -377,7 +378,7 @@ def expert_count(config: Mapping[str, object] | None) -> int:
 
 
 def of_gguf(name: str) -> list[Architecture]:
-    """List the families for which llama.cpp's converter writes this `general.architecture`, sorted by family name."""
+    """List the families for which llama.cpp's converter writes `name` as `general.architecture`, sorted by family."""
     quoted = f'"{name}"'
     return [
         _loaded(file)
@@ -647,8 +648,8 @@ def fill(template: str, numbers: Mapping[str, str]) -> str:
 def _numbers(template: tuple[str, ...], words: list[str]) -> dict[str, str] | None:
     """Match the parts of a name to a template; return a map from each placeholder to its number.
 
-    Return None if a part that is not a placeholder differs from the template, or if a placeholder would get two
-    different numbers.
+    Return None if the name does not match: a fixed part of the template differs from the name's part, or a placeholder
+    would get two different numbers.
     """
     numbers: dict[str, str] = {}
     for pattern, word in zip(template, words, strict=True):

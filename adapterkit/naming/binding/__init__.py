@@ -66,7 +66,8 @@ class Binding:
         missing: the targets that the base does not have, if partial binding was allowed.
         renamed: the change of prefix that mapped the names, as (removed, added); None if no prefix was changed.
         rules: the rules that mapped the adapter's names to the base's names.
-        origins: for each site, the target in the adapter.
+        origins: for each site, the target as the given adapter names it. If single experts were joined into a stack,
+            this is the target of the first expert.
     """
 
     adapter: Adapter
@@ -118,7 +119,7 @@ def bind(
     given: Sequence[Site] = in_order_of(base, sites_here.sites, shapes, rules)
     if resize is not None:
         given, shapes = resize(given, shapes)
-    # Let all sites with equal results of `Site.form` share one object: tens of thousands of sites have only a few dozen
+    # Keep only one of several equal results of `Site.form`, because tens of thousands of sites have only a few dozen
     # different results.
     same: dict[Hashable, Hashable] = {}
     forms = [same.setdefault(form, form) for form in (site.form(shapes) for site in given)]
@@ -321,7 +322,7 @@ def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:
 
 
 def _product_alone(site: Site) -> bool:
-    """Return whether the updates show the product of the input size and the kernel's sizes, but not these sizes."""
+    """Return whether the updates show only the product of the input size and the kernel's sizes, not each size."""
     dims = [update.dims(site.target.stacked) for update in site.updates]
     return any("columns" in each for each in dims) and not any({"in", "out", "rest"} & each.keys() for each in dims)
 
@@ -400,7 +401,8 @@ def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: 
 def _fused() -> dict[str, int]:
     """Return a map from the end of a fused projection's name to the number of rows of one head.
 
-    The map covers the families whose bases may store the rows in either order.
+    The map covers only the families whose bases may store the rows by part (all queries, all keys, all values) or head
+    by head.
     """
     keys = {}
     for head, _ in of_pipelines():

@@ -105,7 +105,8 @@ def biasless(base: Checkpoint, path: str) -> bool:
 def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
     """Return the shape of the tensor `name` in the loaded model; None if the shape is unknown.
 
-    The base may store this tensor under other names: split into several tensors, or as a part of a fused tensor.
+    The base may not have a tensor of this name: it may store the same values in several tensors, or in a part of a
+    fused tensor.
     """
     # Cache the shapes: format readers ask for the shape of a stack several times, and each computation visits every
     # expert in the base.
@@ -219,8 +220,8 @@ def relation(base: Checkpoint, shapes: Sequence[str]) -> str:
 
     Args:
         base: the base. Its fingerprint differs from the recorded fingerprint.
-        shapes: the recorded digests of tensor names and shapes, see `shapes_digest`. If there are none, the phrase is
-            empty.
+        shapes: the recorded digests of tensor names and shapes, see `shapes_digest`. Without such a digest, the
+            function returns an empty string.
     """
     known = [each for each in shapes if each.startswith(SHAPES_PREFIX)]
     if not known:
@@ -247,7 +248,7 @@ def identified(adapter: Adapter, base: Checkpoint | str | PathLike[str]) -> dict
 
 
 TO_REFUSE = "; to refuse such a base, pass --strict-base (strict_base=True)"
-"""The end of a warning about a base, in functions and commands that have this option."""
+"""Functions and commands with the option `strict_base` append this text to each warning about a base."""
 
 
 def check_bases(
@@ -296,10 +297,10 @@ def check_base(
 
 
 def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str, ...]:
-    """Return a warning if adapterkit made the tuned weights by a merge into a base other than `base`.
+    """Return a warning if the tuned weights are the result of a merge whose base was not `base`.
 
-    The merge record in the folder of the tuned weights has the fingerprint of the merge's base. The function compares
-    this fingerprint with that of `base`. Without a record, nothing is compared.
+    The function compares the fingerprint of `base` with the fingerprint in the merge record. A merge by adapterkit
+    writes this record to the folder of the merged weights. Without a record, nothing is compared.
 
     Raises:
         CheckFailed: there is a warning, and `strict` is set.
@@ -319,7 +320,7 @@ def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str,
 
 
 def merge_record(merged: Checkpoint) -> dict[str, Any]:
-    """Return the record that adapterkit's merge wrote next to the merged weights; empty if other tools wrote them."""
+    """Return the record that adapterkit's merge wrote next to the merged weights; an empty dict if there is none."""
     from ...io.checkpoint import read_json
 
     try:

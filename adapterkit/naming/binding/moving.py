@@ -394,7 +394,7 @@ _ALIKE = "Convert the adapter to one method with the same settings for all exper
 def moves_of(
     updates: Mapping[Target, tuple[Update, ...]], architecture: Architecture, naming: str
 ) -> dict[str, tuple[Move, ...]]:
-    """Return a map from each target's path to its moves into `naming`; targets that have no name there are left out.
+    """Return a map from each target's path to its moves into `naming`. Omit targets that have no name in `naming`.
 
     Raises:
         TargetNotFound: a name can mean two different weights.
@@ -502,7 +502,7 @@ def by_expert(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def by_rows(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Split updates of a whole weight if another adapter has separate updates for its parts, such as gate and up.
+    """Split updates of a whole weight if another adapter updates only parts of this weight, such as gate and up.
 
     Args:
         adapters: adapters for the same base. Their targets must have the base's names.
