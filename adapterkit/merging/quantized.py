@@ -142,7 +142,8 @@ def _nothing_rounds(base: Checkpoint) -> UsageError:
 def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[str] | None = None) -> Checkpoint:
     """Return the base in the form in which the merge read it. `merged` is the merge's output.
 
-    A quantized base is dequantized. If `merged` is quantized, the returned base also quantizes merged weights again.
+    A quantized base is returned as a `Dequantized`. If `merged` is quantized, a merge into this `Dequantized` quantizes
+    the merged weights again.
 
     Raises:
         UsageError: `calibration` is missing, or is not the calibration file that the merge used.

@@ -142,7 +142,7 @@ def run_plan(
 def _decided(plan: Plan) -> str:
     """Return a digest of everything on which the output depends.
 
-    This is the plan, the plan's lineage, the choice whether to record checksums, and the companion files.
+    The output depends on the plan, the plan's lineage, the companion files, and whether checksums are recorded.
     """
     copies = plan.companions.copies
     try:

@@ -43,7 +43,8 @@ RUN = 1 << 22
 KEPT_BYTES = 64
 """The memory in bytes that `keep` needs for each element of a weight.
 
-It is used for float64 copies of the merged, the shifted and the packed weight, and of differences between them.
+`keep` makes float64 copies of the merged weight, the shifted weight and the packed weight, and float64 arrays of the
+differences between these weights.
 """
 
 TEXTS = (
@@ -204,7 +205,7 @@ class Repacked:
         return 16 * group + 8 * images * min(block, count) + factor_bytes(self.folds)
 
     def runs(self) -> tuple[RepackedRun, ...] | None:
-        """Return the weight's runs. Each stored tensor that does not change is one run, whose bytes are copied.
+        """Return the weight's runs. For each stored tensor that does not change, one run copies the tensor's bytes.
 
         Return None if all stored tensors are computed together.
         """
@@ -323,10 +324,10 @@ class Repacked:
         return lambda start, stop: flat[start:stop]
 
     def _swept(self, M: Array, inputs: Array, directions: Array) -> Array:
-        """Return the matrix that `keeping.swept` computes from M, which is then packed instead of M.
+        """Return the matrix to pack instead of M, as `keeping.swept` computes it.
 
-        If M were packed, the layer's outputs for the calibration's activations would change. If the returned matrix is
-        packed, these outputs change less.
+        Packing changes the layer's outputs for the calibration's activations. If the returned matrix is packed, these
+        outputs change less than if M is packed.
         """
         target, count = self.folds[0].target, math.prod(self.packed.shape[:-1])
 
@@ -357,7 +358,7 @@ class Repacked:
         return seen.reshape(*seen.shape[:2], -1) if stacked else seen.reshape(1, len(seen), -1)
 
     def _rows(self, matrices: Array, target: Target) -> Array:
-        """Invert `_matrices`: return the rows of the weight from `[experts, outputs, inputs]`."""
+        """Invert `_matrices`: convert `matrices`, of shape `[experts, outputs, inputs]`, to the rows of the weight."""
         import numpy as np
 
         stacked = target.stacked and len(self.packed.shape) > 2
@@ -426,7 +427,7 @@ class RepackedStack:
         return largest if all(weight.apart for weight in changed) else 2 * self.packed.written.nbytes + largest
 
     def runs(self) -> tuple[RepackedRun, ...] | None:
-        """Return the runs of all weights; an unchanged weight is one run, whose bytes are copied.
+        """Return the runs of all weights. For each unchanged weight, one run copies the weight's bytes.
 
         Return None if a changed weight cannot be computed in runs.
         """
@@ -535,7 +536,7 @@ class _Merged:
 def repacked(
     base: Dequantized, names: Mapping[str, str], folds: Mapping[str, tuple[PlannedUpdate, ...]]
 ) -> tuple[dict[str, Lazy], dict[str, tuple[PlannedUpdate, ...]], dict[str, Repacked | RepackedStack], frozenset[str]]:
-    """Replace each packed weight with its stored tensors in the maps from which a plan is made.
+    """Return the maps from which a plan is made, with the stored tensors of each packed weight instead of the weight.
 
     Args:
         base: the dequantized base.

@@ -203,8 +203,9 @@ def acting(tie: Tie, adapter_folds: Folds, adapter: Adapter, tied: str | None, w
         for fold in folds:
             shared = tuple(update for update in fold.updates if choice.of(update, name) == MERGE)
             for layer in tie.layers:
-                # In T5, an update of `shared` changes the embeddings of encoder and decoder, which use that tensor. In
-                # T5Gemma 2, the encoder uses the decoder's embedding, but PEFT adapts only the named layer.
+                # In T5, the encoder's and the decoder's embeddings use the tensor `shared`, so an update of `shared`
+                # changes both embeddings. In T5Gemma 2, the encoder uses the decoder's embedding, but PEFT adapts only
+                # the layer that the update names.
                 is_alias = name == tie.stored and tie.stored not in tie.inputs
                 is_named = layer == name or (is_alias and layer in tie.inputs)
                 updates = fold.updates if is_named else shared
@@ -245,10 +246,10 @@ class _Choice:
         return self._by_file(kind, name)
 
     def is_idle(self, folds: list[PlannedUpdate]) -> bool:
-        """Whether updates had no effect in training, because the model does not call their module, like `shared` in T5.
+        """Whether updates had no effect in training, because the model does not call the module that they change.
 
-        PEFT replaces `shared` with its own layer, but the encoder and the decoder call their own embedding modules.
-        Token rows are the exception: PEFT attaches them to every tied layer.
+        T5's `shared` is such a module: PEFT replaces `shared` with a PEFT layer, but the encoder and the decoder call
+        their own embedding modules. Token rows are the exception: PEFT attaches them to every tied layer.
         """
         if self.tied not in (None, UNTIE) or _tools(self.adapter.recipe) != {"peft"}:
             return False
@@ -297,7 +298,7 @@ def _extracted(adapter: Adapter) -> str | None:
 def _tools(recipe: Iterable[Step | Mapping[str, Any]]) -> set[str]:
     """Return the tools that made an adapter, according to its lineage.
 
-    Each entry is `create`, `extract`, or the name of the format from which an adapter was read.
+    The result can contain `create`, `extract`, and the names of the formats from which adapters were read.
     """
     formats: set[str] = set()
     for step in recipe:
@@ -337,10 +338,10 @@ def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
 def _unscaled(
     head: list[PlannedUpdate], adapter_folds: Folds, tie: Tie, scale: float, rows: int
 ) -> list[PlannedUpdate]:
-    """Return an untied head's updates: those in `head`, multiplied by `scale`, and one that scales the base's weight.
+    """Return an untied head's updates, with a further update that multiplies the base's weight by `scale`.
 
-    Models such as T5 multiply the head's input by a factor, but only if the head is tied. `scale` replaces this factor.
-    If `scale` is 1, return `head` unchanged.
+    Models such as T5 multiply the head's input by a factor, but only if the head is tied. `scale` replaces this factor,
+    so the updates in `head` are multiplied by `scale` too. If `scale` is 1, return `head` unchanged.
     """
     if scale == 1:
         return head

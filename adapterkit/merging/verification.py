@@ -221,12 +221,12 @@ def _names(plan: Plan) -> set[str]:
 
 
 def recorded_choices(merged: Checkpoint, base: Checkpoint) -> tuple[str | None, str | None]:
-    """Return a merge's choices (`tied`, `vocab`); deduce them from the output's tensors if the output has no record."""
+    """Return the merge's options (`tied`, `vocab`); deduce each from the output's tensors if it is not recorded."""
     return _tied(merged, base), _vocab(merged, base)
 
 
 def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
-    """Return the merge's choice `tied`; deduce it from the names in the output if it is not recorded."""
+    """Return the merge's option `tied`; deduce it from the names in the output if it is not recorded."""
     record = merge_record(merged)
     if "tied" in record:
         return parse_tied(record["tied"])
@@ -235,7 +235,7 @@ def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
 
 
 def _vocab(merged: Checkpoint, base: Checkpoint) -> str | None:
-    """Return the merge's choice `vocab`; deduce it from the numbers of rows in the output if there is no record."""
+    """Return the merge's option `vocab`; deduce it from the numbers of rows in the output if there is no record."""
     record = merge_record(merged)
     if record:
         return (record.get("vocabulary") or {}).get("choice")

@@ -97,7 +97,7 @@ def heads_of(config: Mapping[str, object] | None, where: str) -> Heads:
 
 
 def _shared(config: Mapping[str, object], query: int, where: str) -> int:
-    """Return the number of key heads; `query` if the config does not list blocks.
+    """Return the number of key heads. If the config does not list blocks, this is `query`, the number of query heads.
 
     The config of a Nemotron NAS states, for each block, how many query heads share a key head.
 

@@ -18,9 +18,10 @@ from .architectures import Architecture, Head, WeightPlace, fill
 _WORD = re.compile(r"[A-Za-z]\w*?(?=[._]|$)")
 
 KOHYA = "kohya"
-"""A placeholder for the naming that sd-scripts uses. In its keys, sd-scripts replaces the names' dots by underscores.
+"""A placeholder for the naming that sd-scripts uses.
 
-The key `kohya` in a family's file states which naming is meant; the default is `native`.
+The key `kohya` in a family's file states which naming is meant; the default is `native`. In the keys of adapter files,
+sd-scripts replaces the dots of the names by underscores.
 """
 
 
@@ -30,7 +31,7 @@ COMFYUI = "comfyui"
 FUSED = "diffusers_fused"
 """The naming of the modules that diffusers' `fuse_qkv_projections` creates.
 
-diffusers loads a LoKr of a fused weight if the LoKr has such a module name.
+diffusers loads a LoKr of a fused weight if the LoKr's module name is in this naming.
 """
 
 
@@ -218,7 +219,7 @@ _DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
 
 
 def looks_of_pipeline(paths: Iterable[str]) -> bool:
-    """Whether module names look like those of a pipeline's model (image, video, audio) rather than other models.
+    """Whether module names seem to belong to a model of a pipeline (image, video, audio), not to another model.
 
     Use this function for models whose family has no file. It looks for the last two words of each name, such as
     `attn.to_q`, in all architecture files. It returns True if the files of pipelines have more matches than all other
@@ -352,9 +353,9 @@ def in_other_words(path: str, words: Mapping[str, str]) -> str:
 
 
 def rooted(path: str) -> tuple[str, str]:
-    """Split a path into a prefix from `ROOTS`, followed by a dot, and the rest.
+    """Split a path into (prefix, rest).
 
-    The prefix is empty if the path does not start with one.
+    The prefix consists of a key of `ROOTS` and a dot. If the path has no such prefix, the result is `("", path)`.
     """
     root = next((root for root in ROOTS if path.startswith(f"{root}.")), "")
     return (f"{root}.", path[len(root) + 1 :]) if root else ("", path)
@@ -394,7 +395,7 @@ def is_not_xl(paths: Collection[str]) -> bool:
 
 
 def _only(family: str, other: str, paths: Collection[str]) -> bool:
-    """Whether at least one name belongs only to `family`, and no name belongs only to `other`."""
+    """Whether `paths` contains a name that only `family` has, and contains no name that only `other` has."""
     one, two = (next(each for each in families() if each.name == name) for name in (family, other))
     membership = {(path in one, path in two) for path in paths}
     return (True, False) in membership and (False, True) not in membership

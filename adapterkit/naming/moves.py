@@ -274,9 +274,8 @@ def exchangeable(off: str, on: str) -> bool:
     kinds = [
         ({_KIND[word][1] for word in words if _KIND[word][0] == kind}) for kind in _KINDS for words in (ours, theirs)
     ]
-    # `model.` may not replace `model.vision_tower.encoder.`, because `model.` is the prefix of the text part. But other
-    # words may be dropped if the tower's own word stays: `model.video_tower.` may replace
-    # `model.video_tower.vision_model.`.
+    # `model.` may not replace `model.vision_tower.encoder.`, because `model.` is the prefix of the text part. But
+    # `model.video_tower.` may replace `model.video_tower.vision_model.`, because it still names the tower.
     kept = {*off.split(".")} & {*on.split(".")} - {"", "model", "transformer"}
     if kinds[0] - {"text"} and not kinds[1] and not kept:
         return False
@@ -284,7 +283,7 @@ def exchangeable(off: str, on: str) -> bool:
 
 
 def keeps_parts(off: str, on: str) -> bool:
-    """Whether the prefix `on` adds no words to the prefix `off`, or drops no words but `model` and `transformer`."""
+    """Whether the change of prefix from `off` to `on` adds no words, or drops at most `model` and `transformer`."""
     ours, theirs = off.split(".")[:-1], on.split(".")[:-1]
     dropped = {word for word in ours if word not in theirs}
     return dropped <= {"model", "transformer"} or all(word in ours for word in theirs)
@@ -313,7 +312,7 @@ IN_OUT = {
 def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None:
     """Whether the base stores the weight of the module `path` as [in, out].
 
-    Return None if neither `IN_OUT` nor the family's file lists such weights of the family.
+    Return None if `IN_OUT` does not list the base's model_type, and the family's file lists no weight as [in, out].
     """
     globs = IN_OUT.get(str((config or {}).get("model_type")))
     if globs is not None:

@@ -57,8 +57,9 @@ def check_family(adapter: Adapter, config: Mapping[str, object] | None) -> None:
     if not any(module_of(name) for name in given):
         return
     other = next((name for name, module in trained.items() if not has_model(given, module, kind)), None)
-    # Two models can have the same class but different model_types: an EXAONE has its own model_type in transformers 5,
-    # but its class is that of a Llama. So also accept a base whose config lists the class that the adapter records.
+    # Two models can have the same class but different model_types: in transformers 5, EXAONE models have a model_type
+    # of their own, but the class of Llama models. So also accept a base whose config lists the class that the adapter
+    # records.
     listed = (config or {}).get("architectures")
     same = isinstance(listed, list) and kind in listed
     if other is not None and not same:
@@ -95,7 +96,7 @@ class Site:
 
 
 def apart(adapter: Adapter) -> tuple[Adapter, Adapter]:
-    """Split an adapter in two: the first has its updates of weights and outputs, the second its context updates."""
+    """Split an adapter in two: one with the updates of weights and outputs, and one with the context updates."""
     context = {t: us for t, us in adapter.updates.items() if any(u.kind == "context" for u in us)}
     others = {t: us for t, us in adapter.updates.items() if t not in context}
     return adapter.replace(updates=others), adapter.replace(updates=context)
@@ -420,7 +421,7 @@ def _fits(target: Target, updates: tuple[Update, ...], shapes: Shapes, in_out: b
 
 
 def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound:
-    """Return an error that names the first target that two families map differently, and both destinations."""
+    """Return an error about the first target that two families map differently; the error names both destinations."""
     (one, first), (other, second), *_ = readings.items()
     target = next((path for path, moves in one if dict(other).get(path) != moves), one[0][0])
     texts = [
@@ -489,8 +490,8 @@ def table() -> ModelTypeTable:
 def module_of(name: str) -> str | None:
     """Return the Python module of transformers that defines the model type `name`; None if `name` is unknown.
 
-    `name` may also be the name of such a module. If transformers does not know `name`, but a family's file has this
-    name, return the family's name. Users can add such files.
+    `name` may also be the name of such a module, or of a family that has a family file. In both cases, return the name
+    itself, in lower case and with underscores instead of hyphens. Users can add family files.
     """
     word = name.lower().replace("-", "_")
     kind = table().modules.get(name) or _by_word().get(word)
