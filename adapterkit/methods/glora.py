@@ -1,8 +1,8 @@
 """GLoRA: W' = W + W * A + B, b' = b + b * D + E + W @ C.  Chavan et al. 2023, https://arxiv.org/abs/2306.07967
 
 A, B, C, D and E are called supports. In training, a search selects the form of each support: a product of two factors,
-a vector, or a constant. The search may also omit a support. The tensors' names show the form: for example, A_d and A_u are
-the two factors of A, A without a suffix is a vector, and A_c is a constant.
+a vector, or a constant. The search may also omit a support. The tensors' names show the form: for example, A_d and A_u
+are the two factors of A, A without a suffix is a vector, and A_c is a constant.
 """
 
 from __future__ import annotations
