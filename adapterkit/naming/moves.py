@@ -274,8 +274,9 @@ def exchangeable(off: str, on: str) -> bool:
     kinds = [
         ({_KIND[word][1] for word in words if _KIND[word][0] == kind}) for kind in _KINDS for words in (ours, theirs)
     ]
-    # `model.` may not replace `model.vision_tower.encoder.`, because `model.` is the prefix of the text part. But
-    # `model.video_tower.` may replace `model.video_tower.vision_model.`, because it still names the tower.
+    # `model.` may not replace `model.vision_tower.encoder.`, because `model.` is the prefix of the text part. But a
+    # tower's prefix may lose words if it still names the tower: `model.video_tower.` may replace
+    # `model.video_tower.vision_model.`.
     kept = {*off.split(".")} & {*on.split(".")} - {"", "model", "transformer"}
     if kinds[0] - {"text"} and not kinds[1] and not kept:
         return False

@@ -96,7 +96,7 @@ class Site:
 
 
 def apart(adapter: Adapter) -> tuple[Adapter, Adapter]:
-    """Split an adapter in two: one with the updates of weights and outputs, and one with the context updates."""
+    """Split an adapter in two: the first has the updates of weights and outputs, the second has the context updates."""
     context = {t: us for t, us in adapter.updates.items() if any(u.kind == "context" for u in us)}
     others = {t: us for t, us in adapter.updates.items() if t not in context}
     return adapter.replace(updates=others), adapter.replace(updates=context)
@@ -490,8 +490,8 @@ def table() -> ModelTypeTable:
 def module_of(name: str) -> str | None:
     """Return the Python module of transformers that defines the model type `name`; None if `name` is unknown.
 
-    `name` may also be the name of such a module, or of a family that has a family file. In both cases, return the name
-    itself, in lower case and with underscores instead of hyphens. Users can add family files.
+    `name` may also be the name of such a module, or of a family that has a family file. If `name` is not a model type
+    that transformers knows, return the name of this module or family. Users can add family files.
     """
     word = name.lower().replace("-", "_")
     kind = table().modules.get(name) or _by_word().get(word)
