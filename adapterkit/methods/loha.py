@@ -1,7 +1,7 @@
 """LoHa: W' = W + scaling * (w1_a @ w1_b) * (w2_a @ w2_b).  Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098
 
 The elementwise product of two low-rank products has a rank of up to r * r. For convolutions, both products may have a
-Tucker core. Each product is then `sum_ij t[i, j, *k] w_a[o, i] w_in[j, n]`, as in LyCORIS,
+Tucker core t. Each product is then `sum_ij t[i, j, *k] w_a[o, i] w_in[j, n]`, as in LyCORIS,
 https://arxiv.org/abs/2309.14859.
 """
 
@@ -62,5 +62,5 @@ class LoHa(Additive):
 
 
 def _right(b: Tensor | None, core: Tensor | None, inputs: Tensor | None) -> Tensor:
-    """Return a product's right factor `[r, in * k]`: `b` or, with a Tucker core, the `core` times `inputs`."""
+    """Return the right factor `[r, in * k]` of P1 or P2: `b` if given, else the Tucker core `core` times `inputs`."""
     return b if b is not None else contracted(cast("Tensor", core), cast("Tensor", inputs))

@@ -4,7 +4,7 @@ Each factor may be a low-rank product. In a convolution, w2 also has the kernel'
 in LyCORIS, output p * m + i belongs to row p of w1 and row i of w2, where m is the number of rows of w2. Inputs are
 ordered in the same way: by the column of w1, then by the column of w2. With `stacked`, w2 `[s, n, k]` is a stack of s
 matrices. The Kronecker products of w1 `[a, c]` with these matrices are stacked to `[s, a * n, c * k]`, and reshaped to
-the weight's shape. PEFT trains LoKr on `nn.Conv1d` like this.
+the weight's shape. PEFT trains this form on `nn.Conv1d`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class LoKr(Additive):
 
     @property
     def _product(self) -> Tensor:
-        """The scaled Kronecker product of w1 and w2; it has as many elements as the weight."""
+        """The Kronecker product of w1 and w2, times `scaling`. Reshaped to the weight's shape, it is the change."""
         w1: Tensor = self.scaling * self._first
         if not self.stacked:
             return kron(w1, self._second)

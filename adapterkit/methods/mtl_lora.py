@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 SHARPEST = 1e-6
 """The smallest valid `sharpness`.
 
-Division by a smaller value could overflow, and each w_i would be 0 or 1 unless some weights are equal.
+If `sharpness` were smaller, the division `weights / sharpness` could overflow. Also, each w_i would be 0 or 1, unless
+some weights are equal.
 """
 
 

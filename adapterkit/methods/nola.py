@@ -1,8 +1,8 @@
 """NOLA: LoRA whose A and B are sums of random matrices.  Koohpayegani et al. 2023, https://arxiv.org/abs/2310.02556
 
-W' = W + scaling * B @ A, with A = sum alpha_i A_i / sqrt(p) over p random matrices, and B likewise. The
-specification defines a random generator that computes the matrices from seeds, so only a few are in memory at a time.
-Matrices from another generator are stored in `A_bases` and `B_bases`.
+W' = W + scaling * B @ A, with A = sum alpha_i A_i / sqrt(p) over p random matrices A_i. B is computed in the same way
+from q random matrices B_i. The specification defines a random generator that computes the matrices from seeds, so only
+a few of the matrices are in memory at a time. Matrices from another generator are stored in `A_bases` and `B_bases`.
 """
 
 from __future__ import annotations
@@ -67,5 +67,5 @@ class NOLA(LowRank):
 
 def _mixed(coefficients: Tensor, bases: Tensor | None) -> Tensor:
     assert bases is not None
-    # Pass the size explicitly, because -1 is ambiguous if there are no basis matrices.
+    # Pass the number of columns to `reshape`: without any basis matrices, -1 would be ambiguous.
     return (coefficients @ bases.reshape(len(bases), math.prod(bases.shape[1:]))).reshape(bases.shape[1:])

@@ -3,7 +3,8 @@
 Qiu et al. 2023, https://arxiv.org/abs/2306.07280. PEFT splits x into all patches of the kernel's size that lie inside
 the image. It rotates each patch by OFT's rotations, and adds up overlapping patches. A patch is stored channel by
 channel, but PEFT reads it as if it were stored position by position, which mixes up the values. PEFT's merge rotates
-the weight instead. With two or more patches, the merged layer computes a different function: that of the method `oft`.
+the weight, not the patches. If the image has two or more patches, the merged layer computes a different function: the
+function of the method `oft`.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class OFTPatches(OutputUpdate):
 
 
 def _within(i: int, j: int, high: int, wide: int) -> tuple[slice, slice]:
-    """Return the slices of an image's rows and columns that select the values at position (i, j) of all patches.
+    """Return a slice of rows and a slice of columns. In an image, they select the position (i, j) of every patch.
 
     A patch has `high` rows and `wide` columns.
     """

@@ -1,7 +1,7 @@
 """OSF: trains the part of W with the smallest singular values.  Nayak et al. 2025, https://arxiv.org/abs/2504.07097
 
 W' = W - T + U diag(S) V. T is the part of W with the r smallest singular values; r is the length of S. PEFT computes
-T from the base. If an adapter does not store T, adapterkit computes T in the same way, with torch's decomposition in
+T from the base. If an adapter does not store T, adapterkit computes T in the same way, with torch's SVD in
 float32. Adapters that adapterkit creates store T. In training, PEFT removes the directions of the other part, W - T,
 from the gradients; this does not affect the formula.
 """
@@ -59,7 +59,7 @@ class OSF(WeightUpdate):
 
 
 def _tail(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the r smallest singular values S `[r]` with their vectors U `[out, r]` and V `[r, in]`."""
+    """Return U `[out, r]`, S `[r]` and V `[r, in]`: the r smallest singular values S and their singular vectors."""
     U, S, V = singular(W)
     kept = len(S) - r
     return U[:, kept:], S[kept:], V[kept:]

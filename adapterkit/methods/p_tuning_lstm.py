@@ -3,7 +3,7 @@
 Liu et al. 2021, https://arxiv.org/abs/2103.10385
 
 This is PEFT's `encoder_reparameterization_type="LSTM"`. PEFT's files store only the network's output, so they are read
-as `prompt`.
+as the method `prompt`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class PTuningLSTM(ContextUpdate):
         return tuple(getattr(self, f"{which}_{name}") for name in ("input", "hidden", "input_bias", "hidden_bias"))
 
 
-# A recurrent layer, computed step by step over one sequence: Hochreiter and Schmidhuber's LSTM.
+# Hochreiter and Schmidhuber's LSTM layer, computed step by step over one sequence.
 #
 # The rows of the weights are ordered by gate: input, forget, cell, output, as in torch.nn.LSTM.
 

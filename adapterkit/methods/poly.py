@@ -1,7 +1,8 @@
 """Poly: y' = y + B @ A x / r, where A and B are mixtures of skills; the shares are learned for each task.
 
 Ponti et al. 2022, https://arxiv.org/abs/2202.13914. With several splits, Poly is the multi-head routing of Caccia et
-al. 2023, https://arxiv.org/abs/2211.03831. In training, the papers sample the shares around their learned values.
+al. 2023, https://arxiv.org/abs/2211.03831. In training, both papers draw the shares at random, around their
+learned values.
 """
 
 from __future__ import annotations

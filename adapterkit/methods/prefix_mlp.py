@@ -1,7 +1,7 @@
 """Prefix tuning with the MLP that computes the prefix.  Li and Liang 2021, https://arxiv.org/abs/2101.00190
 
-AdapterHub's files contain the network (`wte`, `control_trans`). PEFT's files contain the network's output, and are read
-as `prefix`.
+AdapterHub's files contain the network (`wte`, `control_trans`). PEFT's files contain the network's output, so
+they are read as the method `prefix`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """PVeRA: VeRA that draws B's input at random in training.  Fillioux et al. 2025, https://arxiv.org/abs/2512.07703
 
-For an input x, d * (A @ x) has 2 r elements. The first r are a mean, and the others are the logarithm of a variance.
-In training, the r inputs of B are drawn from the normal distribution with this mean and variance. The formula here uses
-the mean, as PEFT's merge does. PEFT's forward pass at inference also uses the mean, unless sampling is enabled.
+For an input x, d * (A @ x) has 2 r elements. The first r are means, and the other r are logarithms of variances. In
+training, each of the r inputs of B is drawn from a normal distribution with its own mean and variance. The formula here
+uses the means, as PEFT's merge does. PEFT's forward pass at inference also uses the means, unless sampling is enabled.
 """
 
 from __future__ import annotations

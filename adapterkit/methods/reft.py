@@ -91,7 +91,7 @@ class ReFT(OutputUpdate):
         return h + (wanted - h @ R.mT if self.subtract_projection else wanted) @ R
 
 
-# Change the first and last positions of sequences, as ReFT counts them.
+# Functions that change only the first and last positions of a sequence, counted as in `ReFT`.
 
 
 TensorFunction = Callable[["Tensor"], "Tensor"]

@@ -49,8 +49,8 @@ class Replacement(WeightUpdate):
     ) -> Self | None:
         """Return the weighted sum of the updates as one replacement, or None if this is not possible.
 
-        The weights must sum to 1, because otherwise the result would depend on W. All updates must have the same
-        tensors.
+        The weights must sum to 1, because otherwise the result would depend on W. All updates must replace
+        the same parameters.
         """
         tensors_of: list[Mapping[str, Any]] = [update.tensors for update in updates]
         if not math.isclose(sum(weights), 1) or any(tensors.keys() != tensors_of[0].keys() for tensors in tensors_of):

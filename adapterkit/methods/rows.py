@@ -1,8 +1,8 @@
 """Token rows: W'[:, index] = values, new embeddings for some tokens.
 
-PEFT calls this method trainable tokens, https://huggingface.co/docs/peft/package_reference/trainable_tokens. The tensor
-`values` contains the new rows, not differences. Updates see an embedding's weight as `[out, in]`, which here means
-`[dim, vocabulary]`. So a token id is an index on the axis `in`.
+PEFT calls this method "trainable tokens": https://huggingface.co/docs/peft/package_reference/trainable_tokens. The
+tensor `values` contains the new rows, not differences. In adapterkit, every update gets the weight with the axes
+`[out, in]`. For an embedding, these are `[dim, vocabulary]`, so a token id is an index on the axis `in`.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Rows(WeightUpdate):
     ) -> Self | None:
         """Return the weighted sum of the updates as one update, or None if this is not possible.
 
-        If all updates have the same tokens, the weights must sum to 1. If no two updates share a token, all weights
-        must be 1.
+        The sum is possible only in two cases. Either all updates have the same tokens and the weights sum to 1, or no
+        two updates share a token and all weights are 1.
         """
         tokens = [update.index.tolist() for update in updates]
         if any(len(update.index.shape) > 1 for update in updates):

@@ -5,7 +5,7 @@ Each block uses the difference between its input and a second hidden state s, wh
 The formula is that of ShadowPEFT in PEFT 0.21. The input x of a block becomes x' = x + alpha * up @ down @ (x - s). The
 block's output y determines the state for the next block: s' = (1 - g) * s + g * t, with t = T(y) and g = sigmoid(G(y)).
 T and G each consist of two linear layers with a GELU between them. The first s is the small network's output for the
-same call, multiplied by `projection` if there is one. The network is a model of the base's class with few layers.
+same call, multiplied by `projection` if there is one. The network has the same model class as the base, but few layers.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class TinyLoRA(LowRank):
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         U, S, Vh = namespace(W).linalg.svd(W, full_matrices=False)
         root = S[:rank] ** 0.5
-        # Uniform numbers from -1 to 1 have the variance 1/3; scale them, because P should have the variance 1 / r.
+        # P should have the variance 1 / r. Uniform numbers from -1 to 1 have the variance 1 / 3, so scale them.
         P = random((COUNT, len(root), len(root))) * (3 / len(root)) ** 0.5
         tensors = {"A": root[:, None] * Vh[:rank], "B": U[:, :rank] * root, "P": P, "v": W.new_zeros(COUNT)}
         return cls.from_fields(**{**tensors, **attributes})

@@ -61,7 +61,7 @@ class VBLoRA(LowRank):
         return B.reshape(-1, B.shape[2]), A.reshape(A.shape[0], -1)
 
     def _mixed(self, logits: Tensor | None, indices: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Return mixtures of the bank's vectors, from logits or from indices and weights.
+        """Return mixtures of the bank's vectors. Either `logits` or both `indices` and `weights` are given.
 
         The result has the same axes as the arguments, but its last axis has length `b`.
         """

@@ -60,10 +60,10 @@ class WaveFT(Coefficients):
 
 
 def _band(positions: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
-    """Return two tensors about each coefficient's position on one axis.
+    """For one axis, return the half that contains each coefficient, and the positions that its filter covers.
 
-    The first, `[n]`, is true if the coefficient is in the second half of the padded axis. The second, `[n, taps]`,
-    contains, for each coefficient, the positions that its filter covers on the axis of the change.
+    The first tensor, `[n]`, is True for a coefficient in the second half of the padded axis. Row i of the second
+    tensor, `[n, taps]`, contains the positions that the filter of coefficient i covers on the axis of the change.
     """
     padded = size + taps - 2 + size % 2
     at = positions + (padded - size) // 2
@@ -73,7 +73,7 @@ def _band(positions: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
 
 
 def _taps(low: Tensor, high: Tensor) -> Tensor:
-    """Return each coefficient's filter, `[n, taps]`: `low`, or the high-pass filter if `high` is true.
+    """Return each coefficient's filter, `[n, taps]`: the high-pass filter if its entry in `high` is True, else `low`.
 
     The high-pass filter is `low` in reverse order with alternating signs.
     """

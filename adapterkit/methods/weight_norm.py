@@ -1,7 +1,7 @@
 """Weight normalisation: W' = magnitude * W / |W|, with one norm per output or per input.
 
-Salimans and Kingma 2016, https://arxiv.org/abs/1602.07868. The DoRA that LyCORIS trains
-(https://arxiv.org/abs/2402.09353) is a LoHa, LoKr or LoRA, followed by weight normalisation at the same target.
+Salimans and Kingma 2016, https://arxiv.org/abs/1602.07868. In LyCORIS, DoRA
+(https://arxiv.org/abs/2402.09353) is a LoHa, LoKr or LoRA, followed by weight normalisation of the same target.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """X-LoRA: y' = y + scaling * sum over e of share_e * strength_e * B_e @ A_e x, with shares from a classifier.
 
-Buehler and Buehler 2024, https://arxiv.org/abs/2402.07148. The input of the classifier is the last layer's output for
-the same tokens, computed without the adapter. One classifier serves all layers. Either all layers use the same logits,
-or each layer has its own logits.
+Buehler and Buehler 2024, https://arxiv.org/abs/2402.07148. The input of the classifier is the base model's last
+hidden state for the same tokens, computed without the adapter. One classifier serves all layers. Either all layers use
+the same logits, or each layer has its own logits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class XLoRA(Routed):
     """The classifier, and the experts of one layer.
 
-    The update of a layer contains both. The update of the whole model contains only the classifier.
+    An update of one layer contains the classifier and the experts. An update of the whole model contains only the
+    classifier.
     """
 
     paper = "https://arxiv.org/abs/2402.07148"
