@@ -260,7 +260,7 @@ def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list
 
 
 def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
-    """Check the tensors that the program computed against the expected tensors in `expected`, the case's base file.
+    """Check the tensors that the program computed. The file `expected` contains the base and the expected tensors.
 
     The outcome's `passed` is None if the program answers Unsupported for at least one target's path, and all tensors
     that it computed for other paths are right.

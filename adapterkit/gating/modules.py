@@ -428,9 +428,9 @@ class SuspectWeights:
         return _WeightFound(fault, scale, apart / size, False)
 
     def _elsewhere(self, weight: _WeightCopy, there: Tensor) -> str:
-        """Return the fault of a quantized weight that contains its change transposed, or another weight's change.
+        """Return a message if a quantized weight contains the transpose of its change, or the change of another weight.
 
-        Return an empty string if the weight contains neither.
+        Return an empty string for all other weights.
         """
         delta = self.changes[weight.name].double()
         if there.ndim == 2 and there.shape[0] == there.shape[1] and abs(_along(there, delta.T) - 1) < OTHER:

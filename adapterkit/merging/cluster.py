@@ -98,8 +98,8 @@ class Shard:
 
     Attributes:
         name: the name of the file.
-        norms, runs: as for `StagingDir.finish`; empty if the file is in the stage that all nodes share.
-        placed: the value that the hub returned for the upload; None if the file is in the stage that all nodes share.
+        norms, runs: as for `StagingDir.finish`; empty if the file is in the staging folder that all nodes share.
+        placed: the value that the hub returned for the upload; None if the file is in the shared staging folder.
     """
 
     name: str
@@ -121,7 +121,7 @@ def recipe_of(
         adapters: as in `merge`.
         options: as in `merge`.
         device: as in `merge`.
-        placed: whether tasks upload their files to a hub. If so, there is no stage that all nodes share.
+        placed: whether tasks upload their files to a hub. If so, the nodes share no staging folder.
 
     Raises:
         UsageError: `placed` is set, and either an adapter exists only in memory or a calibration file is given.

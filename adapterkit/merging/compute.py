@@ -329,7 +329,7 @@ class BlockMerger:
 
         The proof computes the norm of a low-rank change, because no element is larger than the norm. For other changes,
         this would be expensive, so return False. The norm includes the adapter's weight and its scaling, because these
-        can also be too large. An alpha of 1e308, for example, is finite.
+        can also be too large: for example, an alpha of 1e308 is finite, but the change overflows.
         """
         thin = not fold.bias and is_thin(fold, updates)
         return thin and abs(fold.weight) * norm_of(updates, fold) < LARGE

@@ -85,7 +85,7 @@ class GLoRA(WeightUpdate):
         return any(name[0] in supports for name in self.tensors)
 
     def _support(self, name: str) -> Tensor:
-        """Return a support; 0 if it is absent. Supports A, B and C are matrices or columns. D and E are vectors."""
+        """Return the support `name`; 0 if it is absent. A, B and C are matrices or columns; D and E are vectors."""
         leaves = [cast("Tensor", leaf) for field, leaf in self.tensors.items() if field[0] == name]
         vectors = leaves if name in "DE" else [leaf[..., None] for leaf in leaves]
         return leaves[0] @ leaves[1] if len(leaves) == 2 else cast("Tensor", sum(vectors))

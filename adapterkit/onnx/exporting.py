@@ -387,7 +387,7 @@ def export(
     numbered = steps(steps_of(mode, quantize, check))
     with placing(target, stays=stays, inputs=files_of_adapters(named)) as place, numbered:
         path = place.path
-        # The quantizer reads the float graph from a file. The check compares the float graph with torch, too.
+        # Also write the float graph to a file: the quantizer reads this file, and the check compares it with torch.
         plain = path if quantize is None else place.scratch / "float.onnx"
         with attached(model, adapters, mode):
             if mode == "attached" and any(getattr(u, "asks", ()) for one in adapters.values() for _, u in one):

@@ -438,7 +438,7 @@ class Session:
 
     def __repr__(self) -> str:
         past = sum(is_past(name) for name in self.inputs)
-        inputs = [name for name in self.inputs if not is_past(name)] + ([f"{past} of the past"] if past else [])
+        inputs = [name for name in self.inputs if not is_past(name)] + ([f"{past} inputs for the past"] if past else [])
         adapters = f", adapters {', '.join(self._loaded)}" if self._loaded else ""
         return f"Session({self._path.name!r}: {', '.join(inputs)}; {len(self.slots):,} slots{adapters})"
 

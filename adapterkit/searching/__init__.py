@@ -360,7 +360,7 @@ class Space:
             known = [self._holders(method)[name] for method in methods if name in self._holders(method)]
             if name in given and not known:
                 why = f"none of the methods to try has a parameter {name!r}"
-                raise UsageError(why, where="tune", cure="Type adapterkit list combine for the parameters")
+                raise UsageError(why, where="tune", cure="To see the parameters, type: adapterkit list combine")
             if not low < high:
                 raise UsageError(
                     f"the bounds of {name} are {low} and {high}",

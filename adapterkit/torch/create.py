@@ -541,8 +541,8 @@ def _paths(model: nn.Module, cls: type[ContextUpdate], targets: Choice | Sequenc
     paths = [name for name, module in model.named_modules() if takes(module) and _matches(name, globs)]
     if not paths:
         cure = "Pass globs that match names of model.named_modules()"
-        kind = "of transformers" if cls.place == "prefix" else "like Llama's or GPT-2's"
-        raise TargetNotFound(f"no attention {kind} matches", where=str(targets), cure=cure)
+        kind = "from the transformers library" if cls.place == "prefix" else "like Llama's or GPT-2's"
+        raise TargetNotFound(f"no attention module {kind} matches", where=str(targets), cure=cure)
     return paths
 
 

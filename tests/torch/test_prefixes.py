@@ -235,7 +235,7 @@ def test_models_without_such_attentions_have_no_place_for_it():
     model = nn.Module()
     model.embed = nn.Embedding(4, 8)
     model.get_input_embeddings = lambda: model.embed
-    with pytest.raises(TargetNotFound, match="no attention of transformers matches"):
+    with pytest.raises(TargetNotFound, match="no attention module from the transformers library"):
         ak.torch.create(model, "gated_prefix", rank=2, sizes={"layers": 1, "heads": 1, "d": 8})
 
 

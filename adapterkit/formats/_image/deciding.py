@@ -252,7 +252,8 @@ def _narrowed_on(
 ) -> list[ImageFamily]:
     """Remove families that contradict the file's naming, the file's metadata or the adapted text encoders."""
     if origin.naming and not origin.bare:
-        # Keep families that have only diffusers' names, because ComfyUI also reads files with these names.
+        # Remove families that lack one of the paths in the file's naming. Do not remove a family whose only naming is
+        # diffusers', because ComfyUI also reads such a family's files with diffusers' names.
         fitting = narrowed(
             fitting,
             lambda family: (

@@ -81,7 +81,7 @@ def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> s
     for name in sorted({group, "self_prefix"}):
         depth = depths.get(name) or next((config[w] for w in DEPTHS[name] if isinstance(config.get(w), int)), 0)
         if counts.get(name, 0) != depth:
-            some = f"the adapter covers {counts.get(name, 0)} of {depth} attentions in {name}"
+            some = f"the adapter covers {counts.get(name, 0)} of {depth} attention modules in {name}"
             return f"{some}; the adapters library adds prefixes to all of them"
     return ""
 

@@ -34,8 +34,8 @@ ROUNDS, SEED, STEPS = 10, 123456789, 2
 
 NEAR = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-4, "BF16": 4e-3}
 """Largest accepted error for each dtype of the base. The file's singular vectors, which have length 1, are projected
-onto the space of the base's singular vectors. The error is the largest absolute difference between an element of these
-vectors and the same element of their projections."""
+onto the space of the base's singular vectors. The error is the largest absolute difference between an element of the
+file's vectors and the same element of their projections."""
 
 
 class AdaMSSFields(MethodFields, frozen=True, kw_only=True):
