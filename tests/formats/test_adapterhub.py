@@ -538,7 +538,7 @@ def test_a_decoder_of_another_depth_than_its_config_names_is_counted(name, tmp_p
     part = {target: found for target, found in source.updates.items() if "encoder_attn" not in target.path}
     for lost in ("decoder.layers.0.self_attn", "encoder.layers.1.self_attn"):
         less = {target: found for target, found in part.items() if target.path != lost}
-        with pytest.raises(Unrepresentable, match=r"(0 of 1|1 of 2) attentions"):
+        with pytest.raises(Unrepresentable, match=r"(0 of 1|1 of 2) attention modules"):
             ak.write(ak.Adapter(less), tmp_path / "b", "adapterhub", base=base)
 
 
