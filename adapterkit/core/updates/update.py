@@ -117,8 +117,9 @@ class Update:
             means that this version of the method can no longer be read.
         version: the newest version of the method; `stated_version` is the version that one update needs.
         blocks: the axes of the weight (`out`, `in`) along which the formula can be computed block by block.
-        needs_bias: True if an update that changes the bias is refused at a layer without a bias. If False, the update
-            is accepted at such a layer, and the change of the bias is ignored.
+        needs_bias: True if a merge refuses an update that changes the bias of a layer without a bias. Live models and
+            ONNX graphs refuse such an update too, unless they can add its change of the bias to the layer's output. If
+            False, the update is accepted at such a layer, and the change of the bias is ignored.
         linear_only: True if the formula applies only to weights `[out, in]`, which linear layers and embeddings have.
         acts_on: a phrase for error messages that says what the update changes.
         rules: conditions on axes, attributes and tensors that shape strings cannot express; checked in this order.
