@@ -1,4 +1,8 @@
-"""Helpers that formats share: group A and B factors, choose a file's alpha, keep leftovers, refuse or omit updates."""
+"""Helpers that formats share.
+
+They group A and B factors, choose a file's alpha, use the details of the source file in `adapter.foreign`, and refuse
+or omit updates.
+"""
 
 from __future__ import annotations
 
@@ -388,8 +392,8 @@ FOLDING = ("fold", "promote")
 
 _ALLOW = "Allow folding the scaling into B with --on-loss fold (on_loss='fold')"
 
-# Leftovers are contents of a source file that an adapter's updates cannot express. `Adapter.foreign` stores the
-# leftovers, and the writer of the same format writes them again.
+# `Adapter.foreign` stores the details of the source file that an adapter's updates cannot express. The writer of the
+# same format writes them again. The names `leftovers` and `Leftovers` mean these details.
 
 
 T = TypeVar("T")

@@ -59,7 +59,7 @@ class LoralibSettings(TypedDict, total=False):
 
 
 class LoralibHints(Leftovers, total=False):
-    """The leftovers of a checkpoint: the contents of `loralib.json`."""
+    """The details of the source file in `adapter.foreign`: the contents of `loralib.json`."""
 
     settings: LoralibSettings
 

@@ -20,8 +20,8 @@ class AdaptionPrompt(ContextUpdate):
     """Adds gate * softmax(q @ k^T / sqrt(d)) @ v to each head's output; k and v are the prompt's keys and values.
 
     `gate` has one element for all heads, or one element per head. If `projected` is true, the term is added before the
-    attention's output projection. If `projected` is false, the term is added after this projection; PEFT does this for
-    GPT-2.
+    attention module's output projection. If `projected` is false, the term is added after this projection; PEFT does
+    this for GPT-2.
     """
 
     place = "attention"

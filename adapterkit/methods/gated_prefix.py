@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class GatedPrefix(ContextUpdate):
-    """Puts keys P[0, 0] and values P[0, 1] before the attention's own keys and values.
+    """Puts keys P[0, 0] and values P[0, 1] before the attention module's own keys and values.
 
     For each batch row, P is multiplied by this row's gates.
     """

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class GatedPrefixMLP(PrefixMLP):
-    """Puts keys and values from an MLP before the attention's own keys and values.
+    """Puts keys and values from an MLP before the attention module's own keys and values.
 
     For each batch row, the MLP's keys and values are multiplied by this row's gates. The MLP has the formula of
     the method `prefix_mlp`, and the gates have the formula of `gated_prefix`.
@@ -40,7 +40,7 @@ class GatedPrefixMLP(PrefixMLP):
         return super().initial(W, b, rank, random, sizes={**attributes.pop("sizes"), "layers": 1}, **gate, **attributes)
 
     def past(self) -> None:  # type: ignore[override]
-        """Return None: the gates need the attention's input, so the prefix is not known before the forward."""
+        """Return None: the gates need the attention module's input, so the prefix is not known before the forward."""
 
     def prefix(self, x: Tensor) -> Tensor:
         out: Tensor = gated(self.computed(), x, self.gate, self.gate_bias)

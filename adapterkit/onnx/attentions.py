@@ -89,7 +89,7 @@ def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
 
     Raises:
         TargetNotFound: the graph does not have this module.
-        Unsupported: the module does not contain exactly one attention softmax, or the attention adds a position bias to
+        Unsupported: the module does not contain exactly one attention softmax, or the module adds a position bias to
             the scores.
     """
     where = str(target)
@@ -103,11 +103,11 @@ def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
 
 
 def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
-    """Put the updates' prefixes in front of the keys and values of the attention at `target`, in the updates' order.
+    """Put the prefixes, in the updates' order, in front of the keys and values of the attention module at `target`.
 
     Raises:
-        ShapeMismatch: the number or the size of a prefix's heads does not fit the attention.
-        Unsupported: a prefix has a gate, and the attention does not have exactly one input that fits the gate.
+        ShapeMismatch: the number or the size of a prefix's heads does not fit the attention module.
+        Unsupported: a prefix has a gate, and the attention module does not have exactly one input that fits the gate.
         Also the errors of `attention_at`.
     """
     at = attention_at(building.model, target)
@@ -153,7 +153,7 @@ def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Dtype
 
 
 def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Target) -> Value | None:
-    """If the prefix has a gate, return the attention's input, which the gate reads; otherwise return None."""
+    """If the prefix has a gate, return the attention module's input, which the gate reads; otherwise return None."""
     gate = update.tensors.get("gate")
     if gate is None:
         return None

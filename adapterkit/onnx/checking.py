@@ -614,7 +614,7 @@ def _most_empty(model: bytes) -> float:
     """Return the largest accepted difference between a graph with empty slots and the original graph; often 0."""
     if _rounds_outputs(model):
         return STEP
-    # A fused attention in 16 bits rounds less often than the nodes that replace it in a graph with slots.
+    # A fused attention node in 16 bits rounds less often than the nodes that replace it in a graph with slots.
     return TOLERANCE["V"] if b"Attention" in model and _computes_narrow(model) else 0.0
 
 

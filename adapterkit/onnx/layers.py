@@ -711,9 +711,9 @@ class Gather(GraphLayer):
         return Value(self.branch, sizes, table.dtype, node)
 
 
-# onnxruntime's fused attention is one node for a whole attention. Its weight `[in, q | k | v]` packs three projections.
-# A merge changes that weight. Before an adapter is attached, the node is split into a MatMul, an Add of the bias and a
-# MultiHeadAttention.
+# onnxruntime's fused attention node computes the query, key and value projections and the attention. The node's weight
+# `[in, q | k | v]` packs the three projections. A merge changes that weight. Before an adapter is attached, the node is
+# split into a MatMul, an Add of the bias and a MultiHeadAttention.
 # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.Attention
 
 
@@ -722,7 +722,7 @@ KEPT = ("num_heads", "scale", "mask_filter_value", "unidirectional")
 
 
 class Attention(GraphLayer):
-    """The query, key and value projections of a fused attention, whose node stores all three as one weight."""
+    """The query, key and value projections of a fused attention node, which stores all three as one weight."""
 
     op_type = "Attention"
     vector: ClassVar[int | None] = 2

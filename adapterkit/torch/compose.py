@@ -89,7 +89,7 @@ def split(*adapters: Adapter, sizes: Sequence[int]) -> Adapter:
 
 
 def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
-    """Return an adapter that applies AdapterFusion: at each layer, an attention over the outputs of all bottlenecks.
+    """Return an adapter that applies AdapterFusion: at each layer, attention over the outputs of all bottlenecks.
 
     Args:
         adapters: the adapters, in the order in which the fusion was trained.

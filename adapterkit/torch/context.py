@@ -48,7 +48,7 @@ from .structure import (
 if TYPE_CHECKING:
     from transformers import Cache
 
-# Put a prefix (more keys and values) in front of the keys and values of a single attention, in any model family.
+# Put a prefix (more keys and values) in front of the keys and values of a single attention module, in any model family.
 #
 # transformers' attention modules pass queries, keys and values to a function that their config names. While an
 # attention module with a prefix runs, its config names `_attend` instead. `_attend` puts the prefix in front of the
@@ -63,14 +63,14 @@ KNOWN = ("eager", "sdpa")
 """The names of transformers' attention functions that `_attend` can call with a prefix."""
 
 _EXCHANGING = threading.Lock()
-"""Lock held while the config of an attention is replaced."""
+"""Lock held while the config of an attention module is replaced."""
 
 
 class PrefixState(threading.local):
-    """The prefix of an attention in one thread.
+    """The prefix of an attention module in one thread.
 
-    `past` is the prefix `[batch, 2, heads, n, d]`, or None while the attention does not run. `biased` is the T5
-    attention whose table of relative positions is used, or None if there is no such table.
+    `past` is the prefix `[batch, 2, heads, n, d]`, or None while the attention module does not run. `biased` is the T5
+    attention module whose table of relative positions is used, or None if there is no such table.
     """
 
     # Set `past` and `biased` on the instance, not on the class, because torch.compile guards only attributes of the
@@ -88,7 +88,7 @@ class AttentionConfig(Protocol):
 
 
 class Prefixed:
-    """The config that an attention has while at least one thread runs it with a prefix.
+    """The config that an attention module has while at least one thread runs it with a prefix.
 
     In these threads, the config names `_attend`. In all other threads, it has the values of the original config.
     """
@@ -109,10 +109,10 @@ def with_prefixes(
     module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
     words: Mapping[str, object],
 ) -> object:  # fmt: skip
-    """Run an attention's forward with the prefixes of `updates`, in this order, in front of its keys and values.
+    """Run an attention module's forward with the prefixes of `updates`, in this order, before its keys and values.
 
     Raises:
-        Unsupported: the attention uses a function that cannot take a prefix.
+        Unsupported: the attention module uses a function that cannot take a prefix.
         ShapeMismatch: a prefix and the keys have different numbers of heads, or heads of different widths.
     """
     x = words["hidden_states"]
@@ -216,7 +216,7 @@ def _padded(mask: Tensor | None, n: int) -> Tensor | None:
 
 
 def _bias(biased: nn.Module | None, bias: Tensor, n: int) -> Tensor:
-    """Return T5's position bias for all keys. The prefix's keys come first, then the attention's own keys.
+    """Return T5's position bias for all keys. The prefix's keys come first, then the attention module's own keys.
 
     As in AdapterHub's library, the prefix shifts the positions of keys, but not the positions of queries.
     Cross-attention has no table of relative positions (`biased` is None), so there the bias of the prefix is 0.
@@ -473,7 +473,7 @@ def _check(module: nn.Module, target: Target, update: ContextUpdate) -> None:
 
 
 def _check_prefix(module: nn.Module, update: ContextUpdate, where: str) -> None:
-    """Check that the module is an attention, that the update is a prefix, and that the prefix fits the keys."""
+    """Check that `module` is an attention module, that the update is a prefix, and that the prefix fits the keys."""
     if not is_attention(module) or update.place not in ("past", "prefix"):
         why = f"{update.method} cannot be applied to a {type(module).__name__}"
         cure = "Target an attention if the update is a prefix, and a whole model otherwise"

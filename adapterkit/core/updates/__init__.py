@@ -298,10 +298,10 @@ class ContextUpdate(Update):
         return None
 
     def prefix(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Return keys and values `[batch or 1, 2, heads, n, d]` to put before the attention's own keys and values.
+        """Return keys and values `[batch or 1, 2, heads, n, d]` to put before the attention module's own ones.
 
         Args:
-            x: the attention's input, `[batch, m, width]`.
+            x: the attention module's input, `[batch, m, width]`.
         """
         return self.past()
 
@@ -309,7 +309,7 @@ class ContextUpdate(Update):
         """Return the change that the prompt adds to the output of each attention head: `[batch, heads, m, d]`.
 
         Methods with this formula store the prompt as `P`, `[n, dim]`. If the attribute `projected` is True, the change
-        is added before the attention's output projection. If not, it is added after the projection.
+        is added before the attention module's output projection. If not, it is added after the projection.
 
         Args:
             q: queries of the input, `[batch, heads, m, d]`, after the position encoding.

@@ -575,7 +575,7 @@ def _third(rows: tuple[int, int]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SublayerRule:
-    """One position of bottleneck adapters in a block, such as after the attention.
+    """One position of bottleneck adapters in a block, such as after the attention module.
 
     The target's path and the path of the module that contains the adapter begin alike, but may end differently.
 

@@ -340,8 +340,8 @@ def _without_wrapper(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
 # Read LoRA that SwissArmyTransformer (SAT) trained for CogVideoX. Part N of a fused weight has the tensors `matrix_A.N`
 # and `matrix_B.N`.
 #
-# SAT (sat/model/finetune/lora2.py) adapts the attention of each layer, and saves the whole model. Only LoRA's matrices
-# are read, because all other tensors are frozen: SAT's configs have `not_trainable_prefixes: ['all']`, with an
+# SAT (sat/model/finetune/lora2.py) adapts the attention module of each layer, and saves the whole model. Only LoRA's
+# matrices are read, because all other tensors are frozen: SAT's configs have `not_trainable_prefixes: ['all']`, with an
 # exception for the names of LoRA's matrices.
 
 

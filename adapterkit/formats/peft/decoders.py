@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from .._format import LayerFacts
 
 
-# Decode LoRA and its variants on modules: linear layers, convolutions, embeddings and attentions.
+# Decode LoRA and its variants on modules: linear layers, convolutions, embeddings and attention modules.
 #
 # The weight of an embedding is [vocabulary, dimension]. B @ A is the change of the transposed weight, so the target has
 # the layout `in out *k`. In an `nn.MultiheadAttention`, PEFT adapts the input and output projections with the same rank
-# and alpha, which the config lists under the attention's name. PEFT's forward adds the change of the output projection
-# twice (https://github.com/huggingface/peft/pull/3774).
+# and alpha, which the config lists under the attention module's name. PEFT's forward adds the change of the output
+# projection twice (https://github.com/huggingface/peft/pull/3774).
 
 
 # On a convolution, compute the same outputs as PEFT's forward, even if they differ from the outputs of a merged weight.
@@ -318,8 +318,8 @@ def replaced(file: File, path: str, keys: Mapping[str, Key]) -> DecodedUpdate:
 def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
     """Return (target's path, update's field) for a parameter, given its name in the base and its number of axes.
 
-    The target of a `weight` or a `bias` is its module. The target of an attention's `in_proj_bias` is the attention's
-    `in_proj_weight`. Any other parameter is itself the target, with the field `weight`.
+    The target of a `weight` or a `bias` is its module. The target of an attention module's `in_proj_bias` is the same
+    module's `in_proj_weight`. Any other parameter is itself the target, with the field `weight`.
     """
     if not axes:
         raise Unsupported(

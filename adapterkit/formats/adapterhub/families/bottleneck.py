@@ -243,7 +243,7 @@ def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tupl
 def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint | None) -> set[int]:
     """Return the indices of the layers that lack an adapter at a position where other layers have one.
 
-    Encoder layers need no adapter after the cross-attention, because they have no cross-attention.
+    Encoder layers need no adapter after a cross-attention module, because they have no such module.
     """
     kinds: dict[tuple[int, bool], set[str]] = {}
     for target, (_, rule) in rules.items():

@@ -67,11 +67,14 @@ def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> 
 
 
 def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> str:
-    """Return an error text if an adapter covers too few or too many attentions of an encoder-decoder model, else "".
+    """Return an error text if an adapter covers too few or too many attention modules of an encoder-decoder model.
 
-    `counts` contains the number of updates in each group. Every attention in `group` and in `self_prefix` must have an
-    update, because the adapters library cannot omit a layer of an encoder-decoder model. The attentions are counted in
-    the names of the base's tensors, because a config may omit the number of layers if this number is the default.
+    Otherwise, return "". Also return "" if there is no base, or if the base is not an encoder-decoder model.
+
+    `counts` contains the number of updates in each group. Every attention module in `group` and in `self_prefix` must
+    have an update, because the adapters library cannot omit a layer of an encoder-decoder model. The attention modules
+    are counted in the names of the base's tensors, because a config may omit the number of layers if this number is the
+    default.
     """
     config = {} if base is None else base.config or {}
     model_type = config.get("model_type")

@@ -336,7 +336,7 @@ class CartridgeFamily(PrefixLike):
 GPT2 = "attn"
 """The name of GPT-2's attention modules.
 
-In GPT-2, PEFT adds the change after the attention's output projection. In all other models, PEFT adds it before.
+In GPT-2, PEFT adds the change after the attention module's output projection. In all other models, PEFT adds it before.
 """
 
 
