@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from .core.adapter import Adapter
 from .core.tables import html_table
 from .destination import Destination, WriteResult
-from .errors import ShapeMismatch, TargetNotFound, UsageError, nearest, places_errors, public
+from .errors import PASS_AN_ADAPTER, ShapeMismatch, TargetNotFound, UsageError, nearest, places_errors, public
 from .formats import FORMATS, detect, read, warnings_of
 from .io.checkpoint import opened
 from .io.inputs import inputs_kept
@@ -316,7 +316,7 @@ def report(
 
     given = [adapters] if isinstance(adapters, (Adapter, str, PathLike)) else list(adapters)
     if not given:
-        raise UsageError("no adapter was given", cure="Pass at least one adapter")
+        raise UsageError("no adapter was given", cure=PASS_AN_ADAPTER)
     if merged is not None and base is None:
         raise UsageError("--merged requires --base", where="merged", cure="Also pass --base BASE (base=)")
     if out is not None:

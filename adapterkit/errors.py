@@ -145,8 +145,20 @@ class AdapterkitError(Exception):
         return {"code": self.code, "why": self.why, "path": self.path, "where": self.where, "cure": self.cure}
 
 
-ONE_WEIGHT_EACH = "Give one weight for each adapter: repeat --weight W (weights=[...])"
-"""The cure if the number of weights differs from the number of adapters."""
+# Cures that errors in several modules share.
+
+DOWNLOAD_OR_WRITE_AGAIN = "Download the file again, or write it again with the tool that made it"
+INJECT_INSTEAD = "Inject the adapter into a live model instead"
+PASS_AN_ADAPTER = "Pass at least one adapter"
+PASS_BASE = "Pass --base BASE (base=)"
+PASS_BASE_WITH_CONFIG = "Pass the base, with its config.json: --base BASE (base=)"
+PASS_ONE_WEIGHT_EACH = "Pass one weight for each adapter: repeat --weight W (weights=[...])"
+SAVE_WITH_PEFT = "Save the adapter again with PEFT"
+USE_EXPORTED_BASE = "Use the base that the graph was exported from"
+USE_ITS_BASE = "Use the base that the adapter was trained on"
+USE_ITS_CONFIG = "Use the config that was saved with this file"
+WRITE_ADAPTERKIT = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
+WRITE_AGAIN = "Write the file again with the tool that made it"
 
 
 class UsageError(AdapterkitError):

@@ -20,7 +20,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from .. import errors
-from ..errors import Malformed, ShapeMismatch, Unsupported
+from ..errors import USE_ITS_BASE, Malformed, ShapeMismatch, Unsupported
 from ..io.lazy import as_lazy
 from ..linalg.positions import outside
 from ..linalg.rotations import block_size
@@ -186,7 +186,7 @@ def _mismatch(axes: Axes, shape: tuple[int, ...], dims: Dims, what: str) -> Shap
 # limit the positions that a tensor contains, and some are conditions on axes and attributes.
 
 
-DAMAGED = "The file is damaged, or the tool that wrote it has a bug; write the file again"
+DAMAGED = "Correct this value; if it comes from a file, write the file again with the tool that made it"
 _TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
 
 
@@ -382,7 +382,7 @@ def check_fits(update: Update, shape: Shape) -> None:
         if (not rule.when or _compiled(rule.when)(names)) and not _compiled(rule.require)(names):
             known = names.shown(rule.require)
             why = f"{rule.meaning}: {rule.require} does not hold with {known}; the weight has the shape {list(shape)}"
-            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+            raise ShapeMismatch(why, cure=USE_ITS_BASE)
 
 
 class _NoValue(Exception):

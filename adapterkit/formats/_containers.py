@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
-from ..errors import AdapterkitError, Malformed, UsageError, storage_error
+from ..errors import DOWNLOAD_OR_WRITE_AGAIN, AdapterkitError, Malformed, UsageError, storage_error
 from ..io import safetensors, strict_yaml
 from ..io.atomic import write_bytes
 from ..io.checkpoint import read_json
@@ -160,7 +160,7 @@ def load_yaml(data: bytes, where: str) -> dict[str, JsonValue]:
     """
     value = strict_yaml.load_yaml(data, where=where)
     if not isinstance(value, dict):
-        raise Malformed("the YAML document is not a mapping", where=where, cure="Fetch or write the file again")
+        raise Malformed("the YAML document is not a mapping", where=where, cure=DOWNLOAD_OR_WRITE_AGAIN)
     return value
 
 

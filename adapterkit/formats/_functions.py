@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from ..core.updates import Additive, ContextUpdate
-from ..errors import AdapterkitError, ShapeMismatch, UsageError
+from ..errors import PASS_BASE, USE_ITS_BASE, AdapterkitError, ShapeMismatch, UsageError
 from ..io.lazy import as_array, as_lazy
 from ..methods.lora import LoRA
 from ..naming.binding.fitting import biasless
@@ -198,7 +198,7 @@ class _WeightAnswers:
                 for axis, size in zip(("out", "in"), shape, strict=False):
                     if isinstance(dims.get(axis), int) and dims[axis] != size:
                         why = f"this {update.method} has {axis}={dims[axis]}, but the base's weight has {axis}={size}"
-                        cure = "Is this the base that the adapter was trained on?"
+                        cure = USE_ITS_BASE
                         raise ShapeMismatch(why, where=str(target), cure=cure)
 
     def answers(self, group: Updates) -> dict[tuple[str, int], _Answer]:
@@ -313,7 +313,7 @@ class _WeightAnswers:
         if known and all(isinstance(each.get("out"), int) or isinstance(each.get("in"), int) for each in dims):
             return known.get("out", 3), known.get("in", 3)
         why = f"the adapter's tensors do not determine the shape of the weight of {target}"
-        raise UsageError(why, cure="Give the base with --base (base=)")
+        raise UsageError(why, cure=PASS_BASE)
 
 
 def _random(shape: tuple[int, ...]) -> Array:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import msgspec
 
-from ..errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported, shown
+from ..errors import WRITE_ADAPTERKIT, WRITE_AGAIN, Malformed, ShapeMismatch, Unrepresentable, Unsupported, shown
 from ..io.arrange import REAL, joined, padded, part, reordered, times
 from ..io.lazy import Lazy, as_lazy, dtype_of
 from ..methods.alora import ALoRA
@@ -44,8 +44,6 @@ EXACT = 1 << 53
 
 LARGEST_RANK = 1 << 31
 
-DAMAGED = "Write the file again with the tool that made it"
-
 
 def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) -> dict[str, Slots]:
     """Group the tensors of a file by module, then by field of the update. The ending of a key determines the field.
@@ -72,11 +70,11 @@ def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) ->
             )
         groups.setdefault(key.removesuffix(end), {})[slots[end]] = tensor
     if not groups:
-        raise Malformed("the file has no tensors", cure=DAMAGED)
+        raise Malformed("the file has no tensors", cure=WRITE_AGAIN)
     for module, fields in groups.items():
         missing = next((end for end, field in slots.items() if field in ("A", "B") and field not in fields), None)
         if missing is not None:
-            raise Malformed(f"this module has no {missing.lstrip('.')}", where=module, cure=DAMAGED)
+            raise Malformed(f"this module has no {missing.lstrip('.')}", where=module, cure=WRITE_AGAIN)
     return groups
 
 
@@ -94,7 +92,7 @@ def check_factors(where: str, slots: Slots) -> int:
     A, B = slots["A"].shape, slots["B"].shape
     if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
         why = f"A has the shape {list(A)} and B {list(B)}, but they must be [rank, in] and [out, rank]"
-        raise ShapeMismatch(why, where=where, cure=DAMAGED)
+        raise ShapeMismatch(why, where=where, cure=WRITE_AGAIN)
     return int(A[0])
 
 
@@ -142,7 +140,7 @@ def expressible(
         cure = "Omit them with --on-loss drop (on_loss='drop'), or write adapterkit's format: --to adapterkit"
         raise Unrepresentable(f"{format_name} cannot express these updates", items=items, cure=cure, places=places)
     if not kept:
-        cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
+        cure = WRITE_ADAPTERKIT
         raise Unrepresentable(f"{format_name} can express none of the adapter's updates", items=items, cure=cure)
     return kept, [f"left out {item}" for item in items]
 
@@ -459,7 +457,7 @@ def all_expressible(
         lines += [f"left out {item}" for item in items]
         updates = _without(updates, {(target, position) for target, position, _ in losses})
     if not updates:
-        cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
+        cure = WRITE_ADAPTERKIT
         raise Unrepresentable(f"{place} can express none of the adapter's updates", items=lines, cure=cure)
     return updates, lines
 

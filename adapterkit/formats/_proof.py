@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Target
-from ..errors import AdapterkitError, Miswritten, TargetNotFound, Unrepresentable, UsageError
+from ..errors import (
+    PASS_BASE,
+    WRITE_ADAPTERKIT,
+    AdapterkitError,
+    Miswritten,
+    TargetNotFound,
+    Unrepresentable,
+    UsageError,
+)
 from ..io.arrange import runs
 from ..io.inputs import inputs_kept
 from ..io.lazy import DTYPES, Lazy, as_lazy, files_kept_open
@@ -146,7 +154,7 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
             raise  # The base lacks one of the adapter's targets; the writer is correct.
         if base is None and isinstance(error, UsageError):
             why = f"the written {name} file cannot be checked, because reading it needs the base: {error.why}"
-            raise UsageError(why, where=error.where, cure="Give the base with --base (base=)") from error
+            raise UsageError(why, where=error.where, cure=PASS_BASE) from error
         if base is not None:
             # If the adapter does not fit the base, the writer is not at fault, and `bind` raises the right error.
             from ..naming.binding import bind
@@ -183,7 +191,7 @@ def _stored(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
 
 def _empty(shape: tuple[int, ...]) -> Lazy:
     def fetch() -> bytes:
-        raise UsageError("the values of the base are needed", cure="Give the base with --base (base=)")
+        raise UsageError("the values of the base are needed", cure=PASS_BASE)
 
     return Lazy(shape, DTYPES["F32"], fetch)
 
@@ -253,9 +261,7 @@ class _Proof:
             items = [f"{target}: the base stores the weight as {ours}; the reader assumes {theirs}" for target in asked]
             places = [(target, position) for target, group in asked.items() for position in range(len(group))]
             why = f"{self.name} files do not state the layout in which the base stores these weights"
-            raise Unrepresentable(
-                why, items=items, cure="Write adapterkit's format: --to adapterkit (format='adapterkit')", places=places
-            )
+            raise Unrepresentable(why, items=items, cure=WRITE_ADAPTERKIT, places=places)
         if not got:
             raise Miswritten(f"{self.name} did not write this target", where=where, cure=_REPORT)
         if not asked:

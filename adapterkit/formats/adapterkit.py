@@ -12,7 +12,7 @@ import msgspec
 
 from ..core.adapter import LAYOUTS, Adapter, BaseRef, Foreign, Step, Target, canonical
 from ..core.updates import Update
-from ..errors import AdapterkitError, Malformed, Unrepresentable, Unsupported, first_line, shown
+from ..errors import WRITE_AGAIN, AdapterkitError, Malformed, Unrepresentable, Unsupported, first_line, shown
 from ..io import safetensors
 from ..io.lazy import as_lazy
 from ..io.strict_json import load_json
@@ -224,7 +224,7 @@ def _parse(text: str) -> Record:
         why, _, place = str(error).partition(" - at ")
         # msgspec reports `$.updates[0].tensors[...]`, with `[...]` instead of the key. Remove this ending.
         where = f"metadata {KEY}" + place.strip("`").removeprefix("$").removesuffix("[...]")
-        raise Malformed(why, where=where, cure=_REWRITE) from None
+        raise Malformed(why, where=where, cure=WRITE_AGAIN) from None
     if record.requires:
         raise Unsupported(
             f"the file requires {', '.join(record.requires)}, which this release does not have",
@@ -247,7 +247,7 @@ def _check_version(version: object) -> bool:
     """Check that this release can read a record of this version. Return whether the version's MINOR number is newer."""
     if not isinstance(version, str) or not re.fullmatch(rf"{NUMBER}\.{NUMBER}", version):
         why = f"{shown(version)} is not a version of the form MAJOR.MINOR, such as 1.0"
-        raise Malformed(why, where=f"metadata {KEY}: version", cure=_REWRITE)
+        raise Malformed(why, where=f"metadata {KEY}: version", cure=WRITE_AGAIN)
     (major, minor), (own_major, own_minor) = (map(int, v.split(".")) for v in (version, SPEC))
     if major != own_major:
         raise Unsupported(
@@ -262,7 +262,7 @@ def _decode(record: Record, tensors: Mapping[str, Lazy]) -> Adapter:
     def take(name: str, field: str) -> Lazy:
         if name not in tensors:
             raise Malformed(
-                f"this field refers to a tensor {name!r} that is not in the file", where=field, cure=_REWRITE
+                f"this field refers to a tensor {name!r} that is not in the file", where=field, cure=WRITE_AGAIN
             )
         unused.pop(name, None)
         return tensors[name]
@@ -272,7 +272,7 @@ def _decode(record: Record, tensors: Mapping[str, Lazy]) -> Adapter:
         target = Target(entry.target.path, entry.target.layout, entry.target.rows)
         try:
             if target in updates and target != next(reversed(updates)):
-                raise Malformed("updates of one target are not adjacent", cure=_REWRITE)
+                raise Malformed("updates of one target are not adjacent", cure=WRITE_AGAIN)
             updates[target] = (*updates.get(target, ()), _decode_update(entry, take))
         except AdapterkitError as error:
             error.where = f"updates[{position}] ({target})" + (f": {error.where}" if error.where else "")
@@ -287,7 +287,7 @@ def _decode(record: Record, tensors: Mapping[str, Lazy]) -> Adapter:
         )
     )
     if unused:
-        raise Malformed("neither an update nor `foreign` uses this tensor", where=next(iter(unused)), cure=_REWRITE)
+        raise Malformed("neither an update nor `foreign` uses this tensor", where=next(iter(unused)), cure=WRITE_AGAIN)
     base = None if record.base is None else BaseRef(**msgspec.structs.asdict(record.base))
     recipe = tuple(Step(step.op, step.args) for step in record.recipe)
     return Adapter(updates, base, recipe, foreign, record.extensions)
@@ -312,8 +312,7 @@ def _check_names(what: str, given: Mapping[str, object], fields: Mapping[str, da
             raise Malformed(f"unknown name {name!r}", where=what, cure=f"Known: {', '.join(fields) or 'none'}")
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and name not in given:
-            raise Malformed(f"{name!r} is missing", where=what, cure=_REWRITE)
+            raise Malformed(f"{name!r} is missing", where=what, cure=WRITE_AGAIN)
 
 
 _UPGRADE = "Upgrade adapterkit, or write the file again with an older release of adapterkit"
-_REWRITE = "Write the file again with the tool that made it"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.adapter import Target, Updates
-from ..errors import Malformed, TargetNotFound
+from ..errors import WRITE_AGAIN, Malformed, TargetNotFound
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
 from ..naming.image import (
@@ -45,7 +45,7 @@ from ._image.deciding import (
     names_family,
     narrowed,
 )
-from ._image.file import AGAIN, ImageKey, ImageModule, Metadata, Rules, inputs_of, tensor_names
+from ._image.file import ImageKey, ImageModule, Metadata, Rules, inputs_of, tensor_names
 from ._image.hints import ImageHints
 from ._image.image_format import ImageFormat
 
@@ -207,7 +207,7 @@ def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
             size, rows = family.facts.diffsynth_head, up.shape[0] if up.shape else 0
             if rows % (3 * size):
                 why = f"the number of rows, {rows}, is not a multiple of 3 x {size} (query, key and value of a head)"
-                raise Malformed(why, where=module.keys["up"], cure=AGAIN)
+                raise Malformed(why, where=module.keys["up"], cure=WRITE_AGAIN)
             module = replace(module, tensors={**module.tensors, "up": _by_part(up, size)})
         stacked[stem] = replace(module, keys=keys)
     return stacked

@@ -27,7 +27,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ..core.adapter import Adapter, Foreign, Step, Target
-from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported, UsageError
+from ..errors import (
+    PASS_BASE_WITH_CONFIG,
+    USE_ITS_BASE,
+    WRITE_AGAIN,
+    AdapterkitError,
+    Malformed,
+    ShapeMismatch,
+    Unrepresentable,
+    Unsupported,
+    UsageError,
+)
 from ..io.arrange import block_diagonal, padded, turned, widened, zeros
 from ..io.hdf5 import is_hdf5, read_hdf5, write_hdf5
 from ..io.inputs import read_input
@@ -36,7 +46,7 @@ from ..methods.lora import LoRA
 from ..naming.heads import Heads, heads_of
 from ..naming.tool_names import NameTable, TableNames, modules_of
 from ._format import Format
-from ._kit import DAMAGED, Leftovers, expressible, leftovers, of_no_number, rank_of, unfit
+from ._kit import Leftovers, expressible, leftovers, of_no_number, rank_of, unfit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,7 +156,7 @@ MOST_ELEMENTS = 1 << 31
 """The largest B, in elements, that the reader creates. B grows with the square of the number of heads in the file."""
 
 _FACTORS = {"F16", "F32", "F64"}
-_GIVE = "Give the base, with its config.json: --base (base=)"
+_GIVE = PASS_BASE_WITH_CONFIG
 
 
 class KerasHubHints(Leftovers, total=False):
@@ -229,7 +239,7 @@ def _family(base: Checkpoint | None, stored: str) -> tuple[KerasFamily, str]:
         cure = f"Known: {', '.join(families())}. Merge the adapter instead: adapterkit merge"
         raise Unsupported(f"the order of layers in Keras Hub's models of type {kind!r} is unknown", cure=cure)
     if stored and families().get(stored) is not family:
-        cure = "Is this the base that the adapter was trained on?"
+        cure = USE_ITS_BASE
         raise Malformed(f"the file is for a {stored}, and the base is a {kind}", where=MODEL_TYPE, cure=cure)
     return family, kind
 
@@ -255,17 +265,17 @@ def _layers(tensors: Mapping[str, Lazy]) -> tuple[int, dict[int, dict[str, Lazy]
                 raise Malformed("this is not a key of Keras Hub's LoRA files", where=key, cure=cure)
     rank = tensors.get(RANK)
     if rank is None or rank.shape != () or rank.dtype.name not in ("I32", "I64"):
-        raise Malformed("the rank is missing, or is not a single I32 or I64", where=RANK, cure=DAMAGED)
+        raise Malformed("the rank is missing, or is not a single I32 or I64", where=RANK, cure=WRITE_AGAIN)
     value = int(rank.numpy())
     for index, slots in layers.items():
         if len(slots) != 2:
-            raise Malformed(f"this layer has only {next(iter(slots))}", where=f"lora/{index}", cure=DAMAGED)
+            raise Malformed(f"this layer has only {next(iter(slots))}", where=f"lora/{index}", cure=WRITE_AGAIN)
         other = {leaf.dtype.name for leaf in slots.values()} - _FACTORS
         if other:
             why = f"this layer has tensors of dtype {', '.join(other)}"
             raise Unsupported(why, where=f"lora/{index}", cure=f"Convert them to {', '.join(sorted(_FACTORS))}")
     if not layers:
-        raise Malformed("the file has no layers", where="lora", cure=DAMAGED)
+        raise Malformed("the file has no layers", where="lora", cure=WRITE_AGAIN)
     return value, layers
 
 
@@ -281,7 +291,7 @@ def _decode(
     for number in sorted(layers):
         place = family.at(number)
         if place is None:
-            cure = "Is this the base that the adapter was trained on?"
+            cure = USE_ITS_BASE
             raise Malformed(
                 f"in {family.name} models, the layer with this number cannot have LoRA",
                 where=f"lora/{number}",
@@ -307,7 +317,7 @@ def _pair(layer: KerasLayer, slots: Mapping[str, Lazy], rank: int, heads: Heads 
             f"{A_KEY} is {list(a.shape)}, {B_KEY} is {list(b.shape)}; these are not the shapes of the layer "
             f"{layer.name} with rank {rank}"
         )
-        raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where=where, cure=USE_ITS_BASE)
     if layer.axes == "heads dim out" and heads is not None and a.shape[:2] != (heads.query, heads.dim):
         raise _other_heads(where, a.shape[:2], heads)
     if not layer.shares:
@@ -335,7 +345,7 @@ def _other_heads(where: str, counts: tuple[int, ...], heads: Heads) -> ShapeMism
         f"the layer has {counts[0]} heads of width {counts[1]}; the base has {heads.query} query heads "
         f"and {heads.kv} key and value heads of width {heads.dim}"
     )
-    return ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
+    return ShapeMismatch(why, where=where, cure=USE_ITS_BASE)
 
 
 def _count(path: str, heads: Heads) -> int:
@@ -371,7 +381,7 @@ def _check_shapes(pairs: Pairs, base: Checkpoint | None) -> None:
         # Skip quantized weights, because their stored tensors may have other shapes.
         if weight is not None and weight.dtype.floating and weight.shape != shape:
             why = f"the update is for a weight of shape {list(shape)}, but the base's weight is {list(weight.shape)}"
-            raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
+            raise ShapeMismatch(why, where=str(target), cure=USE_ITS_BASE)
         for name in ("A", "B"):
             check_finite(update.tensors[name], f"{target}: {update.method}.{name}")
 
@@ -431,7 +441,7 @@ class _KerasWriter:
         beyond = max(block for block, _ in by_layer)
         if beyond >= sizes.blocks:
             why = f"the adapter changes the block with index {beyond}, but the base has only {sizes.blocks} blocks"
-            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+            raise ShapeMismatch(why, cure=USE_ITS_BASE)
         self.dtype: DType = as_lazy(next(iter(by_layer.values())).A).dtype
         adapted = {path for _, path in by_layer}
         self.adapted = [path for path in family.layers if path in adapted]
@@ -480,7 +490,7 @@ class _KerasWriter:
         count, heads = _count(path, self.sizes.heads), self.sizes.heads
         if update.B.shape[0] != count * heads.dim:
             why = f"B has {update.B.shape[0]} rows, which do not fit the base's {count} heads of width {heads.dim}"
-            raise ShapeMismatch(why, where=path, cure="Is this the base that the adapter was trained on?")
+            raise ShapeMismatch(why, where=path, cure=USE_ITS_BASE)
         return count
 
     def _layer(self, block: int, path: str) -> tuple[Lazy, Lazy]:
@@ -503,7 +513,7 @@ class _KerasWriter:
                         f"A has {A.shape[1]} columns, which do not fit the base's {heads.query} heads of width "
                         f"{heads.dim}"
                     )
-                    raise ShapeMismatch(why, where=path, cure="Is this the base that the adapter was trained on?")
+                    raise ShapeMismatch(why, where=path, cure=USE_ITS_BASE)
                 a = a.reshape(heads.query, heads.dim, self.rank)
             return a, padded(turned(B), self.rank, 0)
         return self._shared(A, B, self._heads(path, update), layer)

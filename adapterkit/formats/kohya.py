@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ..core.adapter import Target, Updates
-from ..errors import Malformed, ShapeMismatch
+from ..errors import WRITE_AGAIN, Malformed, ShapeMismatch
 from ..methods.oft import OFT
 from ..naming.image import KOHYA, component_of, families, families_of, is_not_xl, is_xl, rooted
 from ._format import FORMULA, Departure
-from ._image.file import AGAIN, OPTIONS, ImageKey, ImageModule, Metadata, Rules, tensor_names
+from ._image.file import OPTIONS, ImageKey, ImageModule, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
 from ._image.image_format import ALPHAS, PADDING, ImageFormat
 from ._image.underscores import prefixes_of, resolve, stem_of
@@ -168,7 +168,7 @@ def parts(module: ImageModule) -> list[ImageModule]:
     lost = next((number for number in range(len(numbered)) if number not in numbered), None)
     if lost is not None or "oft_blocks" in module.tensors:
         why = "the module has both oft_blocks and oft_blocks.0" if lost is None else f"oft_blocks.{lost} is missing"
-        raise Malformed(why, where=module.where, cure=AGAIN)
+        raise Malformed(why, where=module.where, cure=WRITE_AGAIN)
     return [_part(module, number, numbered[number]) for number in range(len(numbered))]
 
 
@@ -194,7 +194,9 @@ def rows_of(modules: Mapping[str, ImageModule]) -> dict[str, tuple[int, int]]:
         shape = module.tensors["oft_blocks"].shape
         if len(shape) != 3:
             raise ShapeMismatch(
-                f"the shape is {list(shape)}, not [blocks, size, size]", where=module.keys["oft_blocks"], cure=AGAIN
+                f"the shape is {list(shape)}, not [blocks, size, size]",
+                where=module.keys["oft_blocks"],
+                cure=WRITE_AGAIN,
             )
         start = 0 if number == "0" else rows[f"{bare}.{int(number) - 1}"][1]
         rows[stem] = (start, start + shape[0] * shape[1])

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter, BaseRef, Foreign, Step, Target
-from ..errors import AdapterkitError, Malformed, ShapeMismatch, StorageError, Unsupported, UsageError
+from ..errors import (
+    PASS_BASE,
+    PASS_BASE_WITH_CONFIG,
+    WRITE_AGAIN,
+    AdapterkitError,
+    Malformed,
+    ShapeMismatch,
+    StorageError,
+    Unsupported,
+    UsageError,
+)
 from ..io.arrange import joined, part, zeros
 from ..io.atomic import write_bytes
 from ..io.inputs import read_input
@@ -23,7 +33,6 @@ from ..naming.tool_names import FLAGS, LITGPT_QKV, MLP, NameTable, is_litgpt, li
 from ._containers import LIMIT, dump_yaml, keys_of, load, load_yaml, make_folder, save
 from ._format import Format
 from ._kit import (
-    DAMAGED,
     Leftovers,
     Pairs,
     check_factors,
@@ -133,7 +142,7 @@ def _decode(
     rank = whole_rank(settings.get("lora_r"), f"{SETTINGS}: lora_r")
     alpha = is_finite(settings.get("lora_alpha"), f"{SETTINGS}: lora_alpha")
     if not alpha:
-        raise Malformed("lora_alpha is 0, so the adapter would have no effect", where=SETTINGS, cure=DAMAGED)
+        raise Malformed("lora_alpha is 0, so the adapter would have no effect", where=SETTINGS, cure=WRITE_AGAIN)
     enabled = [name for name in litgpt_parts() if settings.get(f"lora_{name}")]
     for module, slots in grouped(tensors, _SLOTS, FORMAT).items():
         if module.endswith(LITGPT_QKV):
@@ -144,7 +153,7 @@ def _decode(
             raise Unsupported(why, where=module, cure="Load and save the checkpoint with a newer litgpt")
         hub_path = litgpt_table().back(module)
         if hub_path is None or check_factors(module, slots) != rank:
-            raise Malformed(f"the module is unknown, or its rank is not {rank}", where=module, cure=DAMAGED)
+            raise Malformed(f"the module is unknown, or its rank is not {rank}", where=module, cure=WRITE_AGAIN)
         yield Target(hub_path), LoRA(**slots, scaling=alpha / rank)
 
 
@@ -213,7 +222,7 @@ class _LitgptWriter:
         for name, update in zip(enabled, updates_of_parts, strict=True):
             if update is None and not sizes:
                 why = f"layer {layer} has no update for {name}; the shape of its zeros depends on the base's heads"
-                raise UsageError(why, where=LITGPT_QKV, cure="Give the base, with its config.json: --base (base=)")
+                raise UsageError(why, where=LITGPT_QKV, cure=PASS_BASE_WITH_CONFIG)
             pairs.append(self.zero(sizes[name], width) if update is None else (as_lazy(update.A), as_lazy(update.B)))
         return joined([A for A, _ in pairs]), joined([B for _, B in pairs])
 
@@ -225,7 +234,7 @@ class _LitgptWriter:
         like = next(((u.B.shape[0], u.A.shape[1]) for u in alike), self.shapes.get(hub_path))
         if like is None:
             why = "litgpt needs a pair of zeros for this module, and only the base shows the module's shape"
-            raise UsageError(why, where=foreign, cure="Give the base with --base (base=)")
+            raise UsageError(why, where=foreign, cure=PASS_BASE)
         return _named_pair(foreign, *self.zero(*like))
 
     def zero(self, out: int, in_: int) -> tuple[Lazy, Lazy]:
@@ -303,7 +312,7 @@ def _text(path: Path, *, needed: bool) -> str:
     try:
         return read_input(path, LIMIT).decode("utf-8")
     except UnicodeDecodeError:
-        raise Malformed("the file is not valid UTF-8", path=path, cure=DAMAGED) from None
+        raise Malformed("the file is not valid UTF-8", path=path, cure=WRITE_AGAIN) from None
 
 
 def _save(path: Path, tensors: Mapping[str, Lazy], settings: Mapping[str, object], hints: LitgptHints) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
 from ..core.adapter import Adapter, Foreign, Step, Target
-from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, UsageError
+from ..errors import PASS_BASE, WRITE_AGAIN, AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, UsageError
 from ..io.arrange import joined, part
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
@@ -25,7 +25,6 @@ from ..naming.tool_names import is_litgpt
 from ._containers import keys_of, load, read_settings, save, write_settings
 from ._format import Format
 from ._kit import (
-    DAMAGED,
     Leftovers,
     Pairs,
     check_factors,
@@ -132,7 +131,7 @@ def _alone(path: str, slots: Slots, enabled: list[bool] | None, weight: Lazy | N
         return False
     if weight is None:
         why = "only the base shows whether lora_A and lora_B adapt a whole layer or one block of a MergedLinear"
-        raise UsageError(why, where=path, cure="Give the base with --base (base=)")
+        raise UsageError(why, where=path, cure=PASS_BASE)
     return slots["B"].shape[0] * len(enabled) in weight.shape
 
 
@@ -141,7 +140,9 @@ def _merged(
 ) -> Iterator[tuple[Target, LoRA]]:
     A, B = slots["A"], slots["B"]
     if len(A.shape) != 2 or len(B.shape) != 2 or not B.shape[1] or A.shape[0] % B.shape[1]:
-        raise ShapeMismatch(f"A {list(A.shape)} and B {list(B.shape)} do not fit each other", where=path, cure=DAMAGED)
+        raise ShapeMismatch(
+            f"A {list(A.shape)} and B {list(B.shape)} do not fit each other", where=path, cure=WRITE_AGAIN
+        )
     if enabled is None:
         why = "the tensors of this MergedLinear do not show which blocks of its outputs are adapted"
         raise UsageError(why, where=path, cure=f"Write {SETTINGS}: {_EXAMPLE}")
@@ -175,7 +176,7 @@ def _convolution(path: str, slots: Slots, alpha: float, shape: tuple[int, ...]) 
             f"A is {list(A.shape)}, B is {list(B.shape)}, and the base's weight is {list(shape)}; for a square kernel, "
             f"A must be [r * {k}, {in_ * k}], and B must be [{out * k}, r * {k}]"
         )
-        raise ShapeMismatch(why, where=path, cure=DAMAGED)
+        raise ShapeMismatch(why, where=path, cure=WRITE_AGAIN)
     whole = A.map(lambda a: _kron(k, a), (k * rank * k, in_, k, k))
     wide: Slots = {"A": whole, "B": B.reshape(out, k * rank * k)}
     return LoRA(**wide, scaling=alpha / rank)
@@ -233,7 +234,7 @@ def _enabled(
         enabled = [any(rows[0] == start for rows, _ in group) for start in starts]
     if enabled is None:
         why = "only the base shows how many blocks of outputs this MergedLinear has"
-        raise UsageError(why, where=path, cure="Give the base with --base (base=)")
+        raise UsageError(why, where=path, cure=PASS_BASE)
     if [rows for rows, _ in group] != [(i * size, (i + 1) * size) for i, flag in enumerate(enabled) if flag]:
         items = [f"{path}: rows {', '.join(f'{a} to {b}' for (a, b), _ in group)}"]
         raise Unrepresentable(

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Foreign, Step, Target
-from ..errors import AdapterkitError, Malformed, ShapeMismatch, TargetNotFound, UsageError
+from ..errors import (
+    PASS_BASE_WITH_CONFIG,
+    USE_ITS_BASE,
+    WRITE_AGAIN,
+    AdapterkitError,
+    Malformed,
+    ShapeMismatch,
+    TargetNotFound,
+    UsageError,
+)
 from ..io.arrange import equal
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
@@ -21,7 +30,6 @@ from ..naming.tool_names import LAYER, LAYER_PATH, QKV, bridge, modules_of
 from ._containers import keys_of, load, read_settings, save, write_settings
 from ._format import Format
 from ._kit import (
-    DAMAGED,
     Leftovers,
     Pairs,
     check_factors,
@@ -76,14 +84,14 @@ def decode(
     for name, slots in grouped(tensors, SLOTS, "Megatron").items():
         match = LAYER.fullmatch(name)
         if match is None or match["module"] not in modules:
-            raise Malformed("adapterkit does not know this module of Megatron", where=name, cure=DAMAGED)
+            raise Malformed("adapterkit does not know this module of Megatron", where=name, cure=WRITE_AGAIN)
         prefix, weights = match["prefix"], modules[match["module"]]
         fused = fused or len(weights) > 1
         update = LoRA(**slots, scaling=alpha / check_factors(name, slots))
         for weight, part in zip(weights, _split(name, update, weights, heads), strict=True):
             target = Target(names_of_base.named(f"model.layers.{match['n']}.{weight}"))
             if target in updates:
-                raise Malformed(f"two modules in the file adapt {target}", where=name, cure=DAMAGED)
+                raise Malformed(f"two modules in the file adapt {target}", where=name, cure=WRITE_AGAIN)
             updates[target] = (part,)
     return updates, {"prefix": prefix, "fused": fused, "order": list(tensors)}
 
@@ -96,7 +104,7 @@ def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[]
     sizes = heads().sizes if weights == QKV else (out // 2, out - out // 2)
     if sum(sizes) != out or (weights != QKV and out % 2):
         why = f"B has {out} rows, which cannot be split into {' and '.join(weights)}"
-        raise ShapeMismatch(why, where=name, cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where=name, cure=USE_ITS_BASE)
     whole: Pair = update
     if weights == QKV:
         whole = in_row_order(update, lambda: undone(by_group(heads())))
@@ -156,7 +164,7 @@ def _joined(updates: list[Pair], weights: tuple[str, ...], heads: Callable[[], H
         return whole
     if sum(heads().sizes) != whole.B.shape[0]:
         why = f"q, k and v together have {whole.B.shape[0]} outputs, but the base's heads have {sum(heads().sizes)}"
-        raise ShapeMismatch(why, where="linear_qkv", cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where="linear_qkv", cure=USE_ITS_BASE)
     return in_row_order(whole, lambda: by_group(heads()))
 
 
@@ -198,7 +206,7 @@ class _BaseNames:
         names_here = self.modules.get(name, [])
         if len(names_here) != 1:
             why = f"exactly one module must have this name, but the base has {len(names_here)}"
-            raise TargetNotFound(why, where=name, cure="Is this the base that the adapter was trained on?")
+            raise TargetNotFound(why, where=name, cure=USE_ITS_BASE)
         return names_here[0]
 
 
@@ -215,7 +223,7 @@ def heads_again(kept: tuple[int, int, int] | None, base: Checkpoint | None, wher
             return Heads(*kept)
         if base is None:
             why = "the order of this weight's rows depends on how many attention heads the base has"
-            raise UsageError(why, where=where, cure="Give the base, with its config.json: --base (base=)")
+            raise UsageError(why, where=where, cure=PASS_BASE_WITH_CONFIG)
         return heads_of(base.config, where)
 
     return heads

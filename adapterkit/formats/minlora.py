@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Foreign, Step, Target
-from ..errors import AdapterkitError, ShapeMismatch
+from ..errors import WRITE_AGAIN, AdapterkitError, ShapeMismatch
 from ..io.arrange import turned
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
 from ..naming.ties import EMBEDDINGS
 from ._containers import keys_of, load, read_settings, save, write_settings
 from ._format import Format
-from ._kit import DAMAGED, Leftovers, check_factors, grouped, in_order, leftovers, of_one_alpha, stored_layout, unfit
+from ._kit import Leftovers, check_factors, grouped, in_order, leftovers, of_one_alpha, stored_layout, unfit
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -98,7 +98,7 @@ def _with_kernel(path: str, slots: Slots, base: Checkpoint | None) -> Slots:
             f"A is {list(slots['A'].shape)}, and the base's weight is {list(weight.shape)}; "
             "for a weight [out, in, *kernel], A must be [r, in * kernel]"
         )
-        raise ShapeMismatch(why, where=path, cure=DAMAGED)
+        raise ShapeMismatch(why, where=path, cure=WRITE_AGAIN)
     return {**slots, "A": slots["A"].reshape(-1, *weight.shape[1:])}
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..core.adapter import Adapter, Foreign, Step
-from ..errors import AdapterkitError, Malformed, Unsupported, first_line, shown, storage_error
+from ..errors import WRITE_AGAIN, AdapterkitError, Malformed, Unsupported, first_line, shown, storage_error
 from ..io.direct import copy_by_kernel
 from ..io.inputs import open_input
 from ..io.lazy import DTYPES, Lazy
@@ -32,7 +32,7 @@ from ..naming.heads import Heads, heads_of
 from ..naming.tool_names import NEMO
 from ._containers import LIMIT, dump_yaml, load_yaml, save
 from ._format import Format
-from ._kit import DAMAGED, Leftovers, in_order, is_finite, leftovers, of_one_alpha, rank_of, whole_number
+from ._kit import Leftovers, in_order, is_finite, leftovers, of_one_alpha, rank_of, whole_number
 from .megatron import decode, encode, heads_again, why_not
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
                     raise Malformed(
                         f"the archive has more than {MEMBERS} members, or this member is neither a file nor a folder",
                         where=name,
-                        cure=DAMAGED,
+                        cure=WRITE_AGAIN,
                     )
                 if name == CONFIG and member.size <= LIMIT:
                     config = _content(archive, member).read(LIMIT)
@@ -147,19 +147,21 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
                     raise Unsupported(why, where=name, cure="Merge the ranks with NeMo first")
     except _DAMAGE as error:
         raise Malformed(
-            f"the file is not an archive, or is damaged ({first_line(error)})", path=path, cure=DAMAGED
+            f"the file is not an archive, or is damaged ({first_line(error)})", path=path, cure=WRITE_AGAIN
         ) from None
     except OSError as error:
         raise storage_error(error, path) from error
     if config is None or tensors is None:
-        raise Malformed(f"{CONFIG} or {TENSORS} is missing from the archive, or is too large", path=path, cure=DAMAGED)
+        raise Malformed(
+            f"{CONFIG} or {TENSORS} is missing from the archive, or is too large", path=path, cure=WRITE_AGAIN
+        )
     return config, tensors
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
     content = archive.extractfile(member)
     if content is None:
-        raise Malformed("this member is not a file", where=_name(member), cure=DAMAGED)
+        raise Malformed("this member is not a file", where=_name(member), cure=WRITE_AGAIN)
     return content
 
 
@@ -185,7 +187,7 @@ class _Bounded(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence != io.SEEK_SET or offset > self.limit:
-            raise Malformed(f"the decompressed archive is larger than {self.limit:,} bytes", cure=DAMAGED)
+            raise Malformed(f"the decompressed archive is larger than {self.limit:,} bytes", cure=WRITE_AGAIN)
         return int(self.source.seek(offset))
 
     def read(self, size: int = -1, /) -> bytes:
@@ -193,7 +195,7 @@ class _Bounded(io.RawIOBase):
             raise Malformed(
                 f"the archive requires a read of {size:,} bytes at byte {self.tell():,}; adapterkit reads at most "
                 f"{PIECE:,} bytes at once, and only the first {self.limit:,} decompressed bytes",
-                cure=DAMAGED,
+                cure=WRITE_AGAIN,
             )
         return bytes(self.source.read(size))
 

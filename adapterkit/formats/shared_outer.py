@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter, BaseRef, Foreign, Step, Target
-from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported, UsageError
+from ..errors import (
+    PASS_BASE,
+    PASS_BASE_WITH_CONFIG,
+    WRITE_AGAIN,
+    AdapterkitError,
+    Malformed,
+    ShapeMismatch,
+    Unrepresentable,
+    Unsupported,
+    UsageError,
+)
 from ..io import arrange, safetensors
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
@@ -25,7 +35,6 @@ from ..naming.tool_names import EXPERT, OUTER, STACK, is_shared_outer, modules_o
 from ._containers import folder_of
 from ._format import Format
 from ._kit import (
-    DAMAGED,
     Leftovers,
     Pairs,
     check_factors,
@@ -127,7 +136,7 @@ def _decode(
             raise Malformed(
                 f"the key does not begin with {PREFIX}, or does not end in {' or '.join(SLOTS)}",
                 where=key,
-                cure=DAMAGED,
+                cure=WRITE_AGAIN,
             )
         modules.setdefault(key.removeprefix(PREFIX).removesuffix(end), {})[SLOTS[end]] = leaf
     stacks = {name: slots for name, slots in modules.items() if any(len(leaf.shape) == 3 for leaf in slots.values())}
@@ -143,9 +152,9 @@ def _decode(
     for name in (name for name in modules if name in alone):
         slots = modules[name]
         if set(slots) != {"A", "B"}:
-            raise Malformed("this module has only one of the factors A and B", where=name, cure=DAMAGED)
+            raise Malformed("this module has only one of the factors A and B", where=name, cure=WRITE_AGAIN)
         if check_factors(name, slots) != rank:
-            raise ShapeMismatch(f"the rank differs from the config's rank {rank}", where=name, cure=DAMAGED)
+            raise ShapeMismatch(f"the rank differs from the config's rank {rank}", where=name, cure=WRITE_AGAIN)
         yield (
             Target(name, "in out *k" if is_embedding(f"{name}.weight") else "out *in"),
             (LoRA(**slots, scaling=alpha / rank),),
@@ -162,7 +171,9 @@ def _experts(
     match = STACK.fullmatch(name)
     if match is None:
         raise Malformed(
-            "a factor has three axes, but the module's name is not that of a stack of experts", where=name, cure=DAMAGED
+            "a factor has three axes, but the module's name is not that of a stack of experts",
+            where=name,
+            cure=WRITE_AGAIN,
         )
     shapes = {field: leaf.shape for field, leaf in slots.items()}
     # Refuse axes of size 0. Such tensors take no bytes, so a small file could claim any number of experts.
@@ -170,7 +181,7 @@ def _experts(
         raise ShapeMismatch(
             f"A must have the shape [e or 1, r, in], and B [e or 1, out, r]; the shapes are {shapes}",
             where=name,
-            cure=DAMAGED,
+            cure=WRITE_AGAIN,
         )
     counts = {shape[0] for shape in shapes.values()} | ({len(numbered)} if numbered else set())
     count = max(counts)
@@ -178,13 +189,13 @@ def _experts(
         raise ShapeMismatch(
             f"the numbers of experts differ: the shapes are {shapes}, and {len(numbered)} experts have separate keys",
             where=name,
-            cure=DAMAGED,
+            cure=WRITE_AGAIN,
         )
     if count == 1:
         count = expert_count(None if base is None else base.config)
         if not count:
             why = "all experts share one A and one B, and the number of experts is unknown"
-            raise UsageError(why, where=name, cure="Give the base with --base (base=)")
+            raise UsageError(why, where=name, cure=PASS_BASE)
     # All experts get the same object for a shared factor. So writers can store this factor only once.
     only = {field: arrange.item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     stacked = match["leaf"] == "gate_up_proj"
@@ -193,9 +204,9 @@ def _experts(
         one: Slots = {f: only[f] if f in only else arrange.item(leaf, e) for f, leaf in slots.items()}
         one |= {field: leaf for field, leaf in numbered.get(e, {}).items() if field not in one}
         if set(one) != {"A", "B"}:
-            raise Malformed(f"expert {e} has no {'B' if 'A' in one else 'A'}", where=name, cure=DAMAGED)
+            raise Malformed(f"expert {e} has no {'B' if 'A' in one else 'A'}", where=name, cure=WRITE_AGAIN)
         if check_factors(f"{name}: expert {e}", one) != rank:
-            raise ShapeMismatch(f"the rank differs from the config's rank {rank}", where=name, cure=DAMAGED)
+            raise ShapeMismatch(f"the rank differs from the config's rank {rank}", where=name, cure=WRITE_AGAIN)
         factors.append(one)
     if stacked:
         whole: Slots = {field: arrange.stacked([one[field] for one in factors]) for field in ("A", "B")}
@@ -261,7 +272,7 @@ def _apart(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     family = architecture_of(None if base is None else base.config)
     if family is None:
         why = "the experts are in a stack, and only the base shows which rows of the stack are gate and up"
-        raise UsageError(why, where=str(next(iter(stacks))), cure="Give the base, with its config.json: --base (base=)")
+        raise UsageError(why, where=str(next(iter(stacks))), cure=PASS_BASE_WITH_CONFIG)
     apart = translated(stacks, moves_of(stacks, family, WEIGHT))
     updates: dict[Target, Any] = {}
     for target, group in adapter.updates.items():
@@ -313,7 +324,7 @@ def _check_all(stacks: Mapping[str, Mapping[int, Pair]], counts: Mapping[str, in
     ]
     if gaps and not experts:
         why = "a stack has one slice for each expert of the model, and the number of experts is unknown"
-        raise Unrepresentable(why, items=gaps, cure="Give the base with --base (base=)")
+        raise Unrepresentable(why, items=gaps, cure=PASS_BASE)
 
 
 def _writes(name: str) -> bool:

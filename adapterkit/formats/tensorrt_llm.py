@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 
 from ..core.adapter import Adapter, Foreign, Step, Target
-from ..errors import (  # fmt: skip
+from ..errors import (
+    PASS_BASE,
+    USE_ITS_BASE,
+    WRITE_AGAIN,
     AdapterkitError,
     Malformed,
     ShapeMismatch,
@@ -33,7 +36,7 @@ from ..naming.architectures import namings_of
 from ..naming.tool_names import LAYER_PATH, modules_of
 from ._containers import folder_of, make_folder
 from ._format import Format
-from ._kit import DAMAGED, Leftovers, Pairs, expressible, leftovers, of_no_number, rank_of, unfit
+from ._kit import Leftovers, Pairs, expressible, leftovers, of_no_number, rank_of, unfit
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -78,12 +81,12 @@ class TensorRtLlm(Format):
             rows = _rows(weights, config)
             if base is None:
                 why = "the arrays do not contain the modules' numbers of inputs, so A and B cannot be separated"
-                raise UsageError(why, where=CONFIG, cure="Give the base with --base (base=)")
+                raise UsageError(why, where=CONFIG, cure=PASS_BASE)
             updates = {t: (u,) for t, u in _decode(weights, rows, base)}
         except AdapterkitError as error:
             raise error.at(path=path) from None
         if len(updates) != len(rows):
-            raise Malformed("two rows belong to the same module", path=path, where=CONFIG, cure=DAMAGED)
+            raise Malformed("two rows belong to the same module", path=path, where=CONFIG, cure=WRITE_AGAIN)
         data = {"columns": config.shape[2], "width": weights.shape[2], "paths": [target.path for target in updates]}
         return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
 
@@ -105,17 +108,17 @@ def _rows(weights: Lazy, config: Lazy) -> list[tuple[int, int, int]]:
         raise Unsupported(
             f"the weights must be F16, BF16 or F32, and the config I32; they are {weights.dtype} and {config.dtype}",
             where=WEIGHTS,
-            cure=DAMAGED,
+            cure=WRITE_AGAIN,
         )
     if len(weights.shape) != 3 or len(config.shape) != 3 or weights.shape[:2] != config.shape[:2]:
         why = (
             "both arrays must have three axes, and the sizes of the first two axes must be equal; "
             f"the shapes are {list(weights.shape)} and {list(config.shape)}"
         )
-        raise ShapeMismatch(why, where=CONFIG, cure=DAMAGED)
+        raise ShapeMismatch(why, where=CONFIG, cure=WRITE_AGAIN)
     if config.shape[0] != 1 or config.shape[2] not in (3, 4) or not config.shape[1]:
         raise ShapeMismatch(
-            f"the shape is {list(config.shape)}, but it must be [1, rows, 3 or 4]", where=CONFIG, cure=DAMAGED
+            f"the shape is {list(config.shape)}, but it must be [1, rows, 3 or 4]", where=CONFIG, cure=WRITE_AGAIN
         )
     rows: list[tuple[int, int, int]] = []
     for module, layer, rank, *dora in config.numpy()[0].tolist():
@@ -132,7 +135,7 @@ def _rows(weights: Lazy, config: Lazy) -> list[tuple[int, int, int]]:
             raise Malformed(
                 f"the layer must be at least 0, and the rank at least 1; they are {layer} and {rank}",
                 where=where,
-                cure=DAMAGED,
+                cure=WRITE_AGAIN,
             )
         rows.append((module, layer, rank))
     return rows
@@ -148,12 +151,12 @@ def _decode(weights: Lazy, rows: list[tuple[int, int, int]], base: Checkpoint) -
             raise ShapeMismatch(
                 "the base has no matrix with this name",
                 where=path,
-                cure="Is this the base that the adapter was trained on?",
+                cure=USE_ITS_BASE,
             )
         out, in_ = weight.shape
         if rank * (in_ + out) > weights.shape[2]:
             why = f"a row has {weights.shape[2]} values, too few for rank {rank} and a weight of shape {[out, in_]}"
-            raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
+            raise ShapeMismatch(why, where=where, cure=USE_ITS_BASE)
         A, B = _factor(weights, position, 0, (rank, in_)), _factor(weights, position, rank * in_, (out, rank))
         slots: Slots = {"A": A, "B": _swapped(B) if fused else B}
         yield Target(path), LoRA(**slots)
@@ -174,7 +177,7 @@ def _place(places: Mapping[tuple[str, int], list[str]], module: int, layer: int,
     candidates = [(path, name == FUSED) for name in names for path in places.get((name, layer), [])]
     if len(candidates) != 1:
         why = f"exactly one module must have this name, but the base has {len(candidates)}"
-        raise TargetNotFound(why, where=where, cure="Is this the base that the adapter was trained on?")
+        raise TargetNotFound(why, where=where, cure=USE_ITS_BASE)
     return candidates[0]
 
 

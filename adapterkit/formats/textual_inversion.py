@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..core.adapter import Adapter, Foreign, Step, Target
-from ..errors import AdapterkitError, Malformed, Unrepresentable, Unsupported
+from ..errors import WRITE_ADAPTERKIT, WRITE_AGAIN, AdapterkitError, Malformed, Unrepresentable, Unsupported
 from ..io.atomic import write_bytes
 from ..io.lazy import Lazy, as_lazy, as_torch
 from ..io.torch_file import is_torch_file, read_torch_value
@@ -97,19 +97,19 @@ def _load(path: Path) -> tuple[dict[str, Lazy], Metadata, dict[str, JsonValue] |
         return *load_tensors(path), None
     value = read_torch_value(path)
     if not isinstance(value, dict):
-        raise Malformed("this is not a dict of tensors", where="top level", cure=_AGAIN)
+        raise Malformed("this is not a dict of tensors", where="top level", cure=WRITE_AGAIN)
     wrapped = value.get(WRAPPED)
     if wrapped is None:
         return _tensors(value), [], None
     if not isinstance(wrapped, dict):
-        raise Malformed("this is not a dict of tensors", where=WRAPPED, cure=_AGAIN)
+        raise Malformed("this is not a dict of tensors", where=WRAPPED, cure=WRITE_AGAIN)
     around = {name: inner for name, inner in value.items() if name != WRAPPED}
     bad = next((name for name, inner in around.items() if not _plain(inner)), None)
     if bad is not None:
         raise Malformed(
             "the value must be null, a string, a number, a boolean, or a dict of such values",
             where=str(bad),
-            cure=_AGAIN,
+            cure=WRITE_AGAIN,
         )
     return _tensors(wrapped), [], around
 
@@ -117,7 +117,7 @@ def _load(path: Path) -> tuple[dict[str, Lazy], Metadata, dict[str, JsonValue] |
 def _tensors(value: Mapping[object, object]) -> dict[str, Lazy]:
     bad = next((name for name, leaf in value.items() if not (isinstance(name, str) and isinstance(leaf, Lazy))), None)
     if bad is not None:
-        raise Malformed("this is not a tensor", where=str(bad), cure=_AGAIN)
+        raise Malformed("this is not a tensor", where=str(bad), cure=WRITE_AGAIN)
     return cast("dict[str, Lazy]", dict(value))
 
 
@@ -152,12 +152,14 @@ def _decode(
     if not format_name:
         others = [name for name in tensors if name not in ENCODERS]
         odd = next((name for name in others if "." in name), next(iter(others or tensors), None))
-        raise Malformed("this is not the embedding of a token", where=odd, cure=_AGAIN)
+        raise Malformed("this is not the embedding of a token", where=odd, cure=WRITE_AGAIN)
     token = _token(tensors, wrapper, format_name, path)
     updates = {}
     for name, leaf in tensors.items():
         if 0 in leaf.shape:
-            raise Malformed(f"the embedding has no elements; its shape is {list(leaf.shape)}", where=name, cure=_AGAIN)
+            raise Malformed(
+                f"the embedding has no elements; its shape is {list(leaf.shape)}", where=name, cure=WRITE_AGAIN
+            )
         part = ENCODERS.get(name, "text_encoder")
         rows = leaf if len(leaf.shape) == 2 else leaf.reshape(1, *leaf.shape)
         updates[Target(f"{part}.{EMBEDDING}")] = (TextualInversion(P=cast(Any, rows), token=token),)
@@ -194,7 +196,7 @@ def _expressible(adapter: Adapter, on_loss: str) -> tuple[dict[str, TextualInver
     if len(tokens) > 1:
         items.append("the adapter has several tokens, but a file can have only one")
     if (items and on_loss != "drop") or not inversions or len(tokens) > 1:
-        cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
+        cure = WRITE_ADAPTERKIT
         raise Unrepresentable("a file can store only the CLIP embeddings of one token", items=items, cure=cure)
     return inversions, [f"left out {item}" for item in items]
 
@@ -235,6 +237,3 @@ def _renamed(inversions: Mapping[str, TextualInversion], tensors: Mapping[str, L
     why = f"becomes {token!r}, the name of the file; it was {_token_of(inversions)!r}"
     changed = [part for part, update in inversions.items() if update.token != token]
     return [f"{CHANGED}{part}.{EMBEDDING}:textual_inversion.token {why}" for part in changed]
-
-
-_AGAIN = "Write the file again with the tool that made it"

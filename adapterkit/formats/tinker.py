@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter, BaseRef, Foreign, Step, Target
-from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported
+from ..errors import WRITE_AGAIN, AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported
 from ..io import safetensors
 from ..io.arrange import item, stacked
 from ..io.lazy import Lazy, as_lazy
@@ -20,7 +20,6 @@ from ..naming.tool_names import EXPERTS, HEAD, PREFIXES, NameTable, TableNames, 
 from ._containers import folder_of
 from ._format import Format
 from ._kit import (
-    DAMAGED,
     Leftovers,
     Pairs,
     check_factors,
@@ -152,7 +151,7 @@ def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
     rank = whole_rank(config.get("r"), f"{CONFIG}: r")
     alpha = is_finite(config.get("lora_alpha"), f"{CONFIG}: lora_alpha")
     if not alpha:
-        raise Malformed("lora_alpha is 0, so the adapter would have no effect", where=CONFIG, cure=DAMAGED)
+        raise Malformed("lora_alpha is 0, so the adapter would have no effect", where=CONFIG, cure=WRITE_AGAIN)
     return rank, alpha
 
 
@@ -162,13 +161,13 @@ def _decode(
     names_of_base = _TinkerNames(base)
     for key, slots in grouped(tensors, _SLOTS, "Tinker").items():
         if not key.startswith(PREFIX):
-            raise Malformed(f"the key does not begin with {PREFIX}", where=key, cure=DAMAGED)
+            raise Malformed(f"the key does not begin with {PREFIX}", where=key, cure=WRITE_AGAIN)
         name = key.removeprefix(PREFIX)
         if any(len(leaf.shape) == 3 for leaf in slots.values()):
             yield from _experts(name, slots, rank, alpha, names_of_base)
             continue
         if check_factors(name, slots) != rank:
-            raise ShapeMismatch(f"its rank differs from the config's rank {rank}", where=name, cure=DAMAGED)
+            raise ShapeMismatch(f"its rank differs from the config's rank {rank}", where=name, cure=WRITE_AGAIN)
         path = next((mine for mine, theirs in HEAD.items() if theirs == name), name)
         layout = "in out *k" if path.rpartition(".")[2] == "embed_tokens" else "out *in"
         yield Target(names_of_base.named(path), layout), (LoRA(**slots, scaling=alpha / rank),)
@@ -181,14 +180,14 @@ def _experts(
     shapes = f"A is {list(A.shape)}, B is {list(B.shape)}"
     if len(A.shape) != 3 or len(B.shape) != 3 or A.shape[1] != rank or B.shape[2] != rank:
         raise ShapeMismatch(
-            f"{shapes}, but they must be [experts, {rank}, in] and [experts, out, {rank}]", where=name, cure=DAMAGED
+            f"{shapes}, but they must be [experts, {rank}, in] and [experts, out, {rank}]", where=name, cure=WRITE_AGAIN
         )
     count = max(A.shape[0], B.shape[0])
     if {A.shape[0], B.shape[0]} - {1, count}:
-        raise ShapeMismatch(f"{shapes}: the first axes must be equal, or one must be 1", where=name, cure=DAMAGED)
+        raise ShapeMismatch(f"{shapes}: the first axes must be equal, or one must be 1", where=name, cure=WRITE_AGAIN)
     paths = _STACKS.back(name, count)
     if paths is None:
-        raise Malformed("the name of this stack of experts is unknown", where=name, cure=DAMAGED)
+        raise Malformed("the name of this stack of experts is unknown", where=name, cure=WRITE_AGAIN)
     # All experts get the same object for a shared factor. So writers can store this factor only once.
     only = {field: item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     for index, path in enumerate(paths):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Foreign, Step, Target
-from ..errors import AdapterkitError, Unsupported, UsageError
+from ..errors import PASS_BASE_WITH_CONFIG, AdapterkitError, Unsupported, UsageError
 from ..io.checkpoint import read_json
 from ..io.lazy import Lazy, as_lazy
 from ..methods.dora import DoRA
@@ -127,7 +127,7 @@ class _Order:
             config = (None if self.base is None else self.base.config) or {}
             if not config:
                 why = "the order of this module's rows depends on the base's model family and numbers of heads"
-                raise UsageError(why, where=where, cure="Give the base, with its config.json: --base (base=)")
+                raise UsageError(why, where=where, cure=PASS_BASE_WITH_CONFIG)
             model = config.get("model_type")
             if model not in meta_order():
                 known = f"Known: {', '.join(meta_order())}"

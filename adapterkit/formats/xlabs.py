@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.adapter import Target
-from ..errors import ShapeMismatch
+from ..errors import WRITE_AGAIN, ShapeMismatch
 from ..naming.image import rooted
-from ._image.file import AGAIN, ImageKey, ImageModule, Metadata, Rules, tensor_names
+from ._image.file import ImageKey, ImageModule, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
 from ._image.image_format import ImageFormat
 
@@ -83,5 +83,5 @@ def _target(module: ImageModule) -> Target:
     down, up = module.need("down", "up")
     if len(down.shape) != 2 or up.shape[:1] != (3 * down.shape[1],):
         why = f"up is {list(up.shape)}, down is {list(down.shape)}; there must be three times as many outputs as inputs"
-        raise ShapeMismatch(why, where=module.where, cure=AGAIN)
+        raise ShapeMismatch(why, where=module.where, cure=WRITE_AGAIN)
     return Target(path, rows=(0, up.shape[0]))

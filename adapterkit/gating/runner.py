@@ -14,7 +14,16 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter
-from ..errors import AdapterkitError, Malformed, Unsupported, UsageError, first_line, places_errors, public
+from ..errors import (
+    PASS_AN_ADAPTER,
+    AdapterkitError,
+    Malformed,
+    Unsupported,
+    UsageError,
+    first_line,
+    places_errors,
+    public,
+)
 from ..formats import read
 from ..io.checkpoint import Checkpoint, opened
 from ..io.inputs import inputs_kept
@@ -307,7 +316,7 @@ def checked(
         counts: a map from the name of each integer argument to its value and its smallest allowed value.
     """
     if not given:
-        raise UsageError("no adapter was given", cure="Pass at least one adapter")
+        raise UsageError("no adapter was given", cure=PASS_AN_ADAPTER)
     factors = [1.0] * len(given) if weights is None else list(weights)
     if len(factors) != len(given):
         why = f"{len(factors)} weights for {len(given)} adapters"

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Malformed, StorageError, UsageError, shown, storage_error
+from ..errors import DOWNLOAD_OR_WRITE_AGAIN, Malformed, StorageError, UsageError, shown, storage_error
 from . import safetensors
 from .inputs import is_gguf, open_input, read_input
 from .lazy import DTYPES, Lazy, Span, files_kept_open
@@ -126,11 +126,9 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
         if path.name == "config.json" and b"\\ud" in data.lower():
             json.dumps(value, ensure_ascii=False).encode()  # This raises a ValueError for a lone surrogate.
     except (ValueError, RecursionError) as error:
-        raise Malformed(
-            f"the file is not valid JSON ({error})", path=path, cure="Write or fetch the file again"
-        ) from error
+        raise Malformed(f"the file is not valid JSON ({error})", path=path, cure=DOWNLOAD_OR_WRITE_AGAIN) from error
     if not isinstance(value, dict):
-        raise Malformed("the file is not a JSON object", path=path, cure="Write or fetch the file again")
+        raise Malformed("the file is not a JSON object", path=path, cure=DOWNLOAD_OR_WRITE_AGAIN)
     return value
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ..errors import AdapterkitError, Malformed, Unsupported, storage_error
+from ..errors import DOWNLOAD_OR_WRITE_AGAIN, AdapterkitError, Malformed, Unsupported, storage_error
 from .arrange import is_moved
 from .atomic import remember, replacing, source_of
 from .ggml_blocks import BLOCKS, NUMBERS, decoded, encoded
@@ -85,9 +85,7 @@ def alignment_of(values: Mapping[str, GgufValue]) -> int:
     """
     alignment = values[ALIGNMENT].value if ALIGNMENT in values else 32
     if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment % 8:
-        raise Malformed(
-            f"{alignment!r} is not a valid alignment", where=ALIGNMENT, cure="Fetch or write the file again"
-        )
+        raise Malformed(f"{alignment!r} is not a valid alignment", where=ALIGNMENT, cure=DOWNLOAD_OR_WRITE_AGAIN)
     return alignment
 
 
@@ -146,7 +144,7 @@ class Reader:
             raise self.damaged(f"{what} is not UTF-8") from None
 
     def damaged(self, why: str) -> Malformed:
-        return Malformed(why, path=self.path, where=f"byte {self.at}", cure="Fetch or write the file again")
+        return Malformed(why, path=self.path, where=f"byte {self.at}", cure=DOWNLOAD_OR_WRITE_AGAIN)
 
 
 def read_keys(reader: Reader) -> tuple[dict[str, GgufValue], int, int, dict[str, int]]:
@@ -556,7 +554,7 @@ def read_ggla(path: str | os.PathLike[str]) -> Ggla:
 
 def _read_ggla(file: BinaryIO, path: str, size: int) -> Ggla:
     def damaged(why: str) -> Malformed:
-        return Malformed(why, path=path, where=f"byte {file.tell()}", cure="Fetch or write the file again")
+        return Malformed(why, path=path, where=f"byte {file.tell()}", cure=DOWNLOAD_OR_WRITE_AGAIN)
 
     def numbers(count: int) -> tuple[int, ...]:
         data = file.read(4 * count)

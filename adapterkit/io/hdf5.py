@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import AdapterkitError, Corrupt, Malformed, Unsupported, storage_error
+from ..errors import WRITE_AGAIN, AdapterkitError, Corrupt, Malformed, Unsupported, storage_error
 from .atomic import replacing
 from .inputs import open_input
 from .lazy import DTYPES, Lazy, Span, as_array
@@ -82,24 +82,24 @@ def _walk(h5py: ModuleType, root: Any) -> Iterator[tuple[str, Any]]:
         where, group = waiting.pop()
         address = h5py.h5o.get_info(group.id).addr
         if address in seen:  # Another hard link leads to the same group, so the links could form a cycle.
-            raise Unsupported("this group has two names (hard links)", where=where, cure=_AGAIN)
+            raise Unsupported("this group has two names (hard links)", where=where, cure=WRITE_AGAIN)
         seen.add(address)
         for name in group:
             place, count = f"{where}/{name}" if where else name, count + 1
             if count > MOST_OBJECTS:
                 why = f"the file has more than {MOST_OBJECTS} groups and tensors"
-                raise Unsupported(why, where=where, cure=_AGAIN)
+                raise Unsupported(why, where=where, cure=WRITE_AGAIN)
             link = group.get(name, getlink=True)
             if type(link) is not h5py.HardLink:
                 kind = "a link to another file" if type(link) is h5py.ExternalLink else "a soft link"
-                raise Unsupported(f"this is {kind}", where=place, cure=_AGAIN)
+                raise Unsupported(f"this is {kind}", where=place, cure=WRITE_AGAIN)
             node = group[name]
             if isinstance(node, h5py.Group):
                 waiting.append((place, node))
             elif isinstance(node, h5py.Dataset):
                 yield place, node
             else:
-                raise Unsupported("this is neither a group nor a tensor", where=place, cure=_AGAIN)
+                raise Unsupported("this is neither a group nor a tensor", where=place, cure=WRITE_AGAIN)
 
 
 def _tensor(h5py: ModuleType, path: Path, where: str, node: Any, size: int) -> Lazy:
@@ -115,7 +115,7 @@ def _tensor(h5py: ModuleType, path: Path, where: str, node: Any, size: int) -> L
         count *= int(length)
     offset = node.id.get_offset()
     if offset is None or offset < 0 or offset + count * dtype.itemsize > size:
-        raise Corrupt("the tensor extends beyond the end of the file", where=where, cure=_AGAIN)
+        raise Corrupt("the tensor extends beyond the end of the file", where=where, cure=WRITE_AGAIN)
     return Lazy(tuple(map(int, node.shape)), dtype, None, Span(os.fspath(path), offset, count * dtype.itemsize))
 
 
@@ -129,7 +129,7 @@ def _text(root: Any, name: str) -> str:
         return ""
     attribute = root.attrs.get_id(name)
     if attribute.dtype.kind != "S" or attribute.shape != () or attribute.dtype.itemsize > LONGEST_TEXT:
-        raise Malformed("the attribute is not a short text", where=name, cure=_AGAIN)
+        raise Malformed("the attribute is not a short text", where=name, cure=WRITE_AGAIN)
     return bytes(root.attrs[name]).decode("ascii", "replace")
 
 
@@ -164,8 +164,7 @@ def _h5py() -> ModuleType:
 
 
 def _corrupt(path: Path, error: Exception) -> Corrupt:
-    return Corrupt(f"h5py cannot read the file: {error}", path=path, cure=_AGAIN)
+    return Corrupt(f"h5py cannot read the file: {error}", path=path, cure=WRITE_AGAIN)
 
 
-_AGAIN = "Save the file again with the tool that made it"
 _NAMES = ("F16", "F32", "F64")

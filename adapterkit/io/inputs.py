@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, BinaryIO, TypeVar, TypeVarTuple, cast
 
-from ..errors import AdapterkitError, Malformed, Path, storage_error
+from ..errors import DOWNLOAD_OR_WRITE_AGAIN, AdapterkitError, Malformed, Path, storage_error
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -64,7 +64,7 @@ def read_input(path: Path, limit: int = MAX_DOCUMENT) -> bytes:
         raise storage_error(error, path) from error
     if len(data) > limit:
         why = f"the file is larger than {limit:,} bytes, the limit for this kind of file"
-        raise Malformed(why, path=path, cure="Write or fetch the file again")
+        raise Malformed(why, path=path, cure=DOWNLOAD_OR_WRITE_AGAIN)
     return data
 
 

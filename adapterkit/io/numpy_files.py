@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from ..errors import Malformed, Unsupported, shown, storage_error
+from ..errors import DOWNLOAD_OR_WRITE_AGAIN, Malformed, Unsupported, shown, storage_error
 from .atomic import replacing
 from .inputs import NPY, open_input
 from .lazy import DTYPES, DType, Lazy, Span
@@ -177,4 +177,4 @@ def _head(tensor: Lazy) -> bytes:
 
 
 def _damaged(path: str, why: str, where: str = "header") -> Malformed:
-    return Malformed(why, path=path, where=where, cure="Fetch or write the file again")
+    return Malformed(why, path=path, where=where, cure=DOWNLOAD_OR_WRITE_AGAIN)

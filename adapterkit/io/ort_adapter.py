@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Malformed, Unsupported, storage_error
+from ..errors import DOWNLOAD_OR_WRITE_AGAIN, Malformed, Unsupported, storage_error
 from .arrange import is_moved
 from .atomic import remember, replacing, source_of
 from .inputs import has_mark, open_input
@@ -142,7 +142,7 @@ class _Buffer:
         self.file.close()
 
     def damaged(self, why: str, at: int) -> Malformed:
-        return Malformed(why, path=self.path, where=f"byte {at}", cure="Fetch or write the file again")
+        return Malformed(why, path=self.path, where=f"byte {at}", cure=DOWNLOAD_OR_WRITE_AGAIN)
 
     def bytes(self, at: int, count: int) -> bytes:
         if at < 0 or count < 0 or at + count > self.size:

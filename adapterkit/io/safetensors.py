@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import Corrupt, Malformed, storage_error
+from ..errors import DOWNLOAD_OR_WRITE_AGAIN, WRITE_AGAIN, Corrupt, Malformed, storage_error
 from .atomic import remember, replacing, sources_of
 from .direct import OpenFiles, Writer
 from .inputs import kept, open_input
@@ -263,7 +263,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: M
 def _header_length(prefix: bytes, size: int, path: str) -> int:
     if len(prefix) < 8:
         why = f"the file has {size} bytes, too few for a safetensors file"
-        raise Malformed(why, path=path, where="header length", cure=_AGAIN)
+        raise Malformed(why, path=path, where="header length", cure=DOWNLOAD_OR_WRITE_AGAIN)
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER or 8 + length > size:
         if prefix[:1] in b"{[<#" or prefix.startswith((b"version ", b"---")):
@@ -274,7 +274,10 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
                 cure = "The file is a Git LFS pointer: download the weights with 'git lfs pull'"
             raise Malformed("the file is text, not weights", path=path, where="header length", cure=cure)
         raise Malformed(
-            f"the header claims {length} bytes, but the file has {size}", path=path, where="header length", cure=_AGAIN
+            f"the header claims {length} bytes, but the file has {size}",
+            path=path,
+            where="header length",
+            cure=DOWNLOAD_OR_WRITE_AGAIN,
         )
     return int(length)
 
@@ -284,9 +287,11 @@ def _parse(raw: bytes, path: str) -> tuple[dict[str, JsonValue], bool]:
     try:
         fields, regular = load_table(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"the header is not valid JSON ({error})", path=path, where="header", cure=_AGAIN) from error
+        raise Malformed(
+            f"the header is not valid JSON ({error})", path=path, where="header", cure=DOWNLOAD_OR_WRITE_AGAIN
+        ) from error
     if not isinstance(fields, dict):
-        raise Malformed("the header is not a JSON object", path=path, where="header", cure=_AGAIN)
+        raise Malformed("the header is not a JSON object", path=path, where="header", cure=DOWNLOAD_OR_WRITE_AGAIN)
     return fields, regular
 
 
@@ -295,7 +300,7 @@ def _metadata(value: object, path: str) -> dict[str, str]:
         # Accept null: MLX writes null if a file has no metadata.
         return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise Malformed("metadata must map strings to strings", path=path, where="__metadata__", cure=_REWRITE)
+        raise Malformed("metadata must map strings to strings", path=path, where="__metadata__", cure=WRITE_AGAIN)
     return value
 
 
@@ -333,7 +338,7 @@ def _entries(fields: Mapping[str, Any], start: int, path: str, regular: bool) ->
 def _entry(name: str, spec: object, start: int, path: str) -> Entry:
     if not isinstance(spec, dict) or spec.keys() != _FIELDS:
         raise Malformed(
-            "the entry must have exactly dtype, shape and data_offsets", path=path, where=name, cure=_REWRITE
+            "the entry must have exactly dtype, shape and data_offsets", path=path, where=name, cure=WRITE_AGAIN
         )
     dtype, shape, offsets = DTYPES.get(str(spec["dtype"])), spec["shape"], spec["data_offsets"]
     if dtype is None:
@@ -341,12 +346,12 @@ def _entry(name: str, spec: object, start: int, path: str) -> Entry:
         raise Malformed(f"unknown dtype {spec['dtype']!r}", path=path, where=name, cure=f"Known: {known}")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         why = f"shape and data_offsets must be lists of up to {MAX_AXES} non-negative integers"
-        raise Malformed(why, path=path, where=name, cure=_REWRITE)
+        raise Malformed(why, path=path, where=name, cure=WRITE_AGAIN)
     nbytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise Malformed(
             f"{dtype} {list(shape)} takes {nbytes} bytes, but its data_offsets span {offsets[1] - offsets[0]}",
-            path=path, where=name, cure=_REWRITE,
+            path=path, where=name, cure=WRITE_AGAIN,
         )  # fmt: skip
     return Entry(name, dtype, tuple(shape), start + offsets[0], nbytes)
 
@@ -371,13 +376,9 @@ def _check_cover(entries: list[Entry], start: int, size: int, path: str) -> None
     for entry in entries:
         if entry.offset != end:
             fault = "overlaps the previous tensor" if entry.offset < end else "starts after a gap"
-            raise Malformed(f"the tensor's data {fault}", path=path, where=entry.name, cure=_REWRITE)
+            raise Malformed(f"the tensor's data {fault}", path=path, where=entry.name, cure=WRITE_AGAIN)
         end += entry.nbytes
     if end != size:
         fault = "is cut short" if end > size else "has trailing bytes"
         why = f"the file {fault}: it has {size} bytes, but its header describes {end} bytes"
-        raise Malformed(why, path=path, where=f"byte {min(end, size)}", cure=_AGAIN)
-
-
-_AGAIN = "Fetch or write the file again"
-_REWRITE = "Write the file again with the tool that made it"
+        raise Malformed(why, path=path, where=f"byte {min(end, size)}", cure=DOWNLOAD_OR_WRITE_AGAIN)

@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ONE_WEIGHT_EACH, Unsupported, UsageError, places_errors, shown, storage_error
+from ..errors import PASS_AN_ADAPTER, PASS_ONE_WEIGHT_EACH, Unsupported, UsageError, places_errors, shown, storage_error
 from ..io.checkpoint import Checkpoint, opened
 from ..io.locations import is_address, is_remote, local, located, outgoing, path_text, placing, ranged, streamed
 from ..io.staging import Staging, check_free, is_within
@@ -456,10 +456,10 @@ def _named(
 
     several = _several(adapters)
     if not several:
-        raise UsageError("no adapter was given", cure="Pass at least one adapter")
+        raise UsageError("no adapter was given", cure=PASS_AN_ADAPTER)
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
     if len(factors) != len(several):
-        raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure=ONE_WEIGHT_EACH)
+        raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure=PASS_ONE_WEIGHT_EACH)
     if not all(math.isfinite(factor) for factor in factors):
         raise UsageError(f"weights {factors} are not all finite", cure="Give each adapter a finite number")
     return [

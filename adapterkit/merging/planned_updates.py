@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import NotMergeable
+from ..errors import INJECT_INSTEAD, NotMergeable
 from ..formats._trained import sites_as_trained
 from ..io.locations import is_repo
 from ..naming.binding import Site, bind
@@ -184,7 +184,7 @@ def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
     for target, update in updates:
         if update.kind not in ("additive", "weight"):
             why = f"{update.method} changes {update.acts_on}, not weights"
-            raise NotMergeable(why, where=str(target), cure="Inject the adapter into a live model instead")
+            raise NotMergeable(why, where=str(target), cure=INJECT_INSTEAD)
 
 
 def _folds(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NotMergeable, ShapeMismatch, Unsupported, UsageError
+from ..errors import USE_ITS_BASE, NotMergeable, ShapeMismatch, Unsupported, UsageError
 from ..io.lazy import Lazy, as_array, as_lazy, bytes_of
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
@@ -342,7 +342,7 @@ class Vocabulary:
                 "PEFT saves the new rows of a head only if the adapter changes the head. For an exact merge, save the "
                 "resized model with save_pretrained, and pass it as the base. "
             )
-        cure += "Is this the base that the adapter was trained on?"
+        cure += USE_ITS_BASE
         return ShapeMismatch(why, path=self.base.root, where=name, cure=cure)
 
 

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from ..core.updates import Additive, OutputUpdate, Rule, of_pair, tensor
-from ..errors import NotMergeable, ShapeMismatch, UsageError
+from ..errors import USE_ITS_BASE, NotMergeable, ShapeMismatch, UsageError
 from ..linalg.namespace import namespace
 from ..linalg.products import product
 
@@ -93,7 +93,7 @@ class AcrossGroups(OutputUpdate):
         kernel = tuple(self.A.shape[2:])
         if kernel != tuple(shape[2:]):
             why = f"the adapter was made for a kernel of {list(kernel)}; the weight has the shape {list(shape)}"
-            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+            raise ShapeMismatch(why, cure=USE_ITS_BASE)
 
     def read(self, x: Tensor, layer: Layer) -> Tensor:
         """Return scaling * B @ A(x), which is added to the layer's output."""

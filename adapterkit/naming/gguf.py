@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-from ..errors import Unsupported, UsageError, shown
+from ..errors import PASS_BASE_WITH_CONFIG, Unsupported, UsageError, shown
 from .architectures import SPLIT, Architecture, WeightPlace, gguf_architectures, of_gguf, shape_of
 from .heads import (
     Heads,
@@ -202,7 +202,7 @@ def rows_apart(
 def _linear(heads: Heads, where: str) -> LinearHeads:
     if heads.linear is None:
         why = "the order of the tensor's rows depends on the heads of linear attention, which are unknown"
-        raise Unsupported(why, where=where, cure="Give the base, with its config.json: --base (base=)")
+        raise Unsupported(why, where=where, cure=PASS_BASE_WITH_CONFIG)
     return heads.linear
 
 
@@ -251,7 +251,7 @@ def name_for(config: Mapping[str, object] | None) -> tuple[str, Architecture]:
 
     if config is None:
         why = "the names and the row order in a GGUF file depend on the base's architecture, but no config was given"
-        raise UsageError(why, where=ARCHITECTURE, cure="Give the base, with its config.json: --base (base=)")
+        raise UsageError(why, where=ARCHITECTURE, cure=PASS_BASE_WITH_CONFIG)
     for each in (config, config.get("text_config")):
         architecture = architecture_of(each) if isinstance(each, dict) else None
         if architecture is not None and architecture.record.gguf:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Malformed, ShapeMismatch, Unsupported, UsageError, shown
+from ..errors import PASS_BASE_WITH_CONFIG, USE_ITS_BASE, Malformed, ShapeMismatch, Unsupported, UsageError, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -174,7 +174,7 @@ def rope_pairs(rows: int, heads: int, where: str) -> Rows:
 
     if rows % (2 * heads):
         why = f"the {rows} rows cannot be divided into {heads} heads of an even width"
-        raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where=where, cure=USE_ITS_BASE)
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
@@ -191,7 +191,7 @@ def rotary_halves(rows: int, heads: int, rotary: int, where: str) -> Rows:
 
     if rows % heads or rotary % 2 or not 0 < rotary <= rows // heads:
         why = f"the {rows} rows do not match {heads} heads with {rotary} rotary rows"
-        raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where=where, cure=USE_ITS_BASE)
     each = np.arange(rows // heads)
     one = np.concatenate([each[:rotary:2], each[1:rotary:2], each[rotary:]])
     order: Rows = np.arange(heads)[:, None] * len(each) + one
@@ -224,7 +224,7 @@ def by_value_head(rows: int, heads: LinearHeads, where: str) -> Rows:
 
     if rows % heads.values:
         why = f"the {rows} rows cannot be divided into {heads.values} value heads"
-        raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where=where, cure=USE_ITS_BASE)
     return np.arange(rows).reshape(heads.keys, heads.values // heads.keys, -1).swapaxes(0, 1).reshape(-1)
 
 
@@ -241,7 +241,7 @@ def linear_qkv(rows: int, heads: LinearHeads, where: str) -> Rows:
     values = heads.values * heads.value_dim
     if rows != 2 * heads.keys * heads.key_dim + values:
         why = f"the {rows} rows do not match {heads.keys} key and {heads.values} value heads"
-        raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where=where, cure=USE_ITS_BASE)
     return np.concatenate([np.arange(rows - values), rows - values + by_value_head(values, heads, where)])
 
 
@@ -259,7 +259,7 @@ def linear_qkvz(rows: int, heads: LinearHeads, where: str) -> tuple[Rows, Rows]:
     each = heads.values // heads.keys * heads.value_dim
     if rows != heads.keys * 2 * (heads.key_dim + each):
         why = f"the {rows} rows do not match {heads.keys} key and {heads.values} value heads"
-        raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where=where, cure=USE_ITS_BASE)
     parts = np.split(np.arange(rows).reshape(heads.keys, -1), np.cumsum([heads.key_dim, heads.key_dim, each]), axis=1)
     return np.concatenate([part.reshape(-1) for part in parts[:3]]), parts[3].reshape(-1)
 
@@ -282,4 +282,4 @@ def undone(order: Rows) -> Rows:
     return np.argsort(order, kind="stable")
 
 
-_GIVE = "Give the base, with its config.json: --base (base=)"
+_GIVE = PASS_BASE_WITH_CONFIG

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
-from ..errors import TargetNotFound, nearest
+from ..errors import PASS_BASE, USE_ITS_BASE, TargetNotFound, nearest
 from .architectures import namings_of
 
 if TYPE_CHECKING:
@@ -84,13 +84,13 @@ class TableNames:
         if self.walked is None:
             name = self.table.back(foreign)
             if name is None:
-                cure = nearest(foreign, self.table.pairs.values()) or "Give the base with --base (base=)"
+                cure = nearest(foreign, self.table.pairs.values()) or PASS_BASE
                 raise TargetNotFound("the family's table does not have this name", where=foreign, cure=cure)
             return name
         names = self.walked.get(foreign, [])
         if len(names) != 1:
             why = f"exactly one module must have this name, but the base has {', '.join(names) or 'none'}"
-            cure = nearest(foreign, self.walked) or "Is this the base that the adapter was trained on?"
+            cure = nearest(foreign, self.walked) or USE_ITS_BASE
             raise TargetNotFound(why, where=foreign, cure=cure)
         return names[0]
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from ..core.adapter import Target
 from ..core.updates import ContextUpdate
-from ..errors import ShapeMismatch, Unsupported
+from ..errors import USE_ITS_BASE, ShapeMismatch, Unsupported
 from ..io.lazy import as_array
 from .building import Branch, Building, Dtype, before, element_type
 from .modules import Module, module_at
@@ -144,7 +144,7 @@ def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Dtype
     heads = pasts.shape[2]
     if at.heads % heads:
         why = f"the prefix was made for {heads} heads, but the attention has {at.heads}"
-        raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where=str(target), cure=USE_ITS_BASE)
     # In grouped-query attention, several query heads share one key head, and the graph repeats the key head for each of
     # them. Repeat the prefix's heads in the same way.
     shared = [head * heads // at.heads for head in range(at.heads)]
@@ -191,7 +191,7 @@ def _times(value: Value, factors: Factors, branch: Branch) -> Value:
 def _check_width(past: Value, at: AttentionNodes, target: Target) -> None:
     if at.width != past.shape[-1]:
         why = f"the prefix was made for heads of size {past.shape[-1]}, but the attention's heads have size {at.width}"
-        raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where=str(target), cure=USE_ITS_BASE)
 
 
 def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:

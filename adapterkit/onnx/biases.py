@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import Unsupported
+from ..errors import USE_EXPORTED_BASE, Unsupported
 from ..io.lazy import as_array
 from .building import Branch, Building, element_type, takes_over
 from .experts import Experts
@@ -353,7 +353,7 @@ def _in_base(vector: Array, place: ResolvedTarget) -> bool | None:
             if _is_other(part, place.bias):
                 return False
             why = "the vector that the graph adds to the layer's output differs from the layer's bias in the base"
-            raise Unsupported(why, where=str(place.asked), cure="Is this the base that the graph was exported from?")
+            raise Unsupported(why, where=str(place.asked), cure=USE_EXPORTED_BASE)
     return None
 
 

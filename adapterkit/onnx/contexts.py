@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ..core.adapter import Adapter, Target
 from ..core.updates import ContextUpdate
-from ..errors import ShapeMismatch, TargetNotFound, Unsupported
+from ..errors import USE_ITS_BASE, ShapeMismatch, TargetNotFound, Unsupported
 from ..io.lazy import as_array
 from .attentions import AttentionNodes, attention_at, with_prefixes, without_factors
 from .building import Array, Branch, Building, before, behind, between, element_type, readers_of
@@ -226,7 +226,7 @@ def _projected(P: Array, layer: GraphLayer, target: Target) -> Array:
     W = layer.weight.numbers().astype(np.float64)
     if P.shape[1] != W.shape[1]:
         why = f"the prompt was made for {P.shape[1]} channels, but the attention reads {W.shape[1]}"
-        raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where=str(target), cure=USE_ITS_BASE)
     y: Array = P @ W.T
     return y if layer.bias is None else y + layer.bias.numbers()
 
@@ -391,7 +391,7 @@ def _with_past(target: Target, past: Array, building: Building) -> str:
                 f"the prefix has {layers} layers with {heads} heads of size {width}, "
                 f"but the graph's past has {len(inputs) // 2} layers of shape {sizes}"
             )
-            raise ShapeMismatch(why, where=value.name, cure="Is this the base that the adapter was trained on?")
+            raise ShapeMismatch(why, where=value.name, cure=USE_ITS_BASE)
     for (layer, part), value in inputs.items():
         array = past[layer, ("key", "value").index(part)][None].astype(element_type(value))
         value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Target
 from ..errors import (
-    ONE_WEIGHT_EACH,
+    PASS_ONE_WEIGHT_EACH,
+    USE_ITS_BASE,
     Malformed,
     StorageError,
     TargetNotFound,
@@ -300,7 +301,7 @@ def _nowhere(lost: Sequence[Target], parts: Sequence[GraphPart], some: bool) -> 
     more = f" ({len(lost)} targets)" if len(lost) > 1 else ""
     graphs = ", ".join(part.name.as_posix() for part in parts)
     near = nearest(lost[0].path, known)
-    cure = near or "Is this the base that the adapter was trained on?"
+    cure = near or USE_ITS_BASE
     if some:
         cure = f"{cure}. To omit such targets: --allow-partial (allow_partial=True)"
     why = f"no graph of the folder has this target{more}; the graphs are {graphs}"
@@ -410,7 +411,7 @@ def plan_folder(
 def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
     factors = [1.0] * count if weights is None else [float(weight) for weight in weights]
     if len(factors) != count:
-        raise UsageError(f"{len(factors)} weights for {count} adapters", cure=ONE_WEIGHT_EACH)
+        raise UsageError(f"{len(factors)} weights for {count} adapters", cure=PASS_ONE_WEIGHT_EACH)
     return factors
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.adapter import Adapter, Target
-from ..errors import TargetNotFound
+from ..errors import USE_EXPORTED_BASE, TargetNotFound
 from ..io.lazy import as_array
 from ..naming.binding import find_sites
 from .modules import same_end
@@ -132,7 +132,7 @@ def _compare_rows(place: ResolvedTarget, W: Array) -> None:
         far = float(np.linalg.norm(part - W)) / max(float(np.linalg.norm(W)), 1e-30) if part.shape == W.shape else 9.0
         if far > NEAR:
             why = f"the target's rows of the packed layer differ from the base's weight (relative distance {far:.2f})"
-            cure = "Is this the base that the graph was exported from?"
+            cure = USE_EXPORTED_BASE
             raise TargetNotFound(why, where=str(place.asked), cure=cure)
 
 
@@ -165,7 +165,7 @@ def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot
     best = f"the nearest weight has a distance of {near[0].distance:.2f}" if near else "no weight has its shape"
     if near and near[0].distance <= NEAR:
         best = f"two weights are about equally near, with distances of {near[0].distance:.3f} and {second:.3f}"
-    cure = "Is this the base that the graph was exported from?"
+    cure = USE_EXPORTED_BASE
     scaled = next((one.spot.node for one in near if is_scaled(one.spot, W)), None)
     if scaled is not None:
         best = f"{scaled.op_type} {scaled.name} stores it with each output channel multiplied by a factor"

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..core.adapter import Adapter
-from ..errors import ONE_WEIGHT_EACH, NotMergeable, UsageError, places_errors
+from ..errors import PASS_ONE_WEIGHT_EACH, NotMergeable, UsageError, places_errors
 from ..io.checkpoint import opened as opened_base
 from ..io.locations import path_text
 from ..naming.binding import renamed
@@ -196,7 +196,7 @@ def _resolved(
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
     if not several or len(factors) != len(several) or not np.isfinite(factors).all():
-        raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure=ONE_WEIGHT_EACH)
+        raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure=PASS_ONE_WEIGHT_EACH)
     folds: list[PlannedUpdate] = []
     read: list[Adapter] = []
     named, base = [], None

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..core.adapter import Adapter, Target
-from ..errors import ShapeMismatch, TargetNotFound, Unsupported
+from ..errors import USE_EXPORTED_BASE, USE_ITS_BASE, ShapeMismatch, TargetNotFound, Unsupported
 from ..io.lazy import as_array
 from .building import Branch
 from .layers import GraphLayer, only_reader, weight_at
@@ -219,7 +219,7 @@ def _resolved(
     sizes = {int(leaf.shape[0]) for update in updates for leaf in update.tensors.values() if len(leaf.shape) == 1}
     if any(spot.shape != spots[0].shape for spot in spots) or sizes - {spots[0].shape[0]}:
         why = f"the updates have {sorted(sizes)} channels, but the norm has {spots[0].shape[0]}"
-        raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where=str(target), cure=USE_ITS_BASE)
     _check_numbers(target, spots, base)
     path = replace(target, path=name, layout="out *in")
     return ResolvedTarget(path, target, updates, tuple(spots), "path", 1.0)
@@ -243,4 +243,4 @@ def _check_numbers(target: Target, spots: Sequence[Spot], base: Checkpoint | Non
             cure = "Merge the adapter into the base (`adapterkit merge`), and export the result"
             raise Unsupported("the graph stores this norm's weight as 1 + weight", where=str(target), cure=cure)
         why = "the norm's weight differs from the base's weight"
-        raise TargetNotFound(why, where=str(target), cure="Is this the base that the graph was exported from?")
+        raise TargetNotFound(why, where=str(target), cure=USE_EXPORTED_BASE)

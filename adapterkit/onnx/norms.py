@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import TargetNotFound, Unsupported
+from ..errors import USE_EXPORTED_BASE, TargetNotFound, Unsupported
 from ..io.lazy import as_array
 from .building import Array, element_type
 from .integer_layers import IntegerLayer
@@ -259,7 +259,7 @@ def _plain(place: ResolvedTarget, far: float | None, scaled: bool = False) -> Re
     if far is not None and far <= NEAR:
         return place
     how = "the shapes differ" if far is None else f"the relative distance is {far:.2f}"
-    cure = "Is this the base that the graph was exported from?"
+    cure = USE_EXPORTED_BASE
     if scaled:
         how = "each output channel is scaled, but no batch normalisation and no vector of the base gives the factors"
         cure = (

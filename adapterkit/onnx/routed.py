@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.metadata import model_types_of
-from ..errors import ShapeMismatch, TargetNotFound, Unsupported
+from ..errors import USE_EXPORTED_BASE, USE_ITS_BASE, ShapeMismatch, TargetNotFound, Unsupported
 from ..io.arrange import item
 from ..io.lazy import as_array
 from ..naming.architectures import Architecture, WeightPlace, architecture_of
@@ -154,7 +154,7 @@ def compare_experts(places: Sequence[ResolvedTarget], whole: Mapping[Target, Tar
         far = min((float(np.linalg.norm(V - U)) for U in half if U.shape == V.shape), default=float("inf"))
         if far > NEAR * max(float(np.linalg.norm(V)), 1e-30):
             why = f"expert {number} in the graph differs from the base's weight {names[0]}"
-            raise TargetNotFound(why, where=str(asked), cure="Is this the base that the graph was exported from?")
+            raise TargetNotFound(why, where=str(asked), cure=USE_EXPORTED_BASE)
 
 
 def _in_layer(nodes: Sequence[ir.Node], number: str) -> bool:
@@ -171,7 +171,7 @@ def _check(
     count = updates[0].dims(True).get("e") if target.stacked else stack.experts
     if count != stack.experts:
         why = f"the adapter has {count} experts, but the graph has {stack.experts}"
-        raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where=str(target), cure=USE_ITS_BASE)
     # onnxruntime-genai's builder multiplies Gemma 4's `down_proj` weights by one scale per expert. An adapter's change
     # would have to be multiplied by the same scale, which is not implemented.
     scale = f"{stack.stem}.moe.router.scale"

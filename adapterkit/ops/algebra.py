@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter
 from ..core.updates import Additive, Update
-from ..errors import ONE_WEIGHT_EACH, AdapterkitError, UsageError
+from ..errors import PASS_ONE_WEIGHT_EACH, AdapterkitError, UsageError
 from ..io.computed import computed, joined, rounded_lazy, total, wide
 from ..linalg.namespace import summed
 from ..methods.dense import Dense
@@ -325,7 +325,7 @@ def _checked(weights: Sequence[float] | None, adapters: Sequence[Source]) -> lis
 
 def _check_weights(weights: Sequence[float], count: int) -> None:
     if len(weights) != count:
-        raise UsageError(f"{len(weights)} weights for {count} adapters", cure=ONE_WEIGHT_EACH)
+        raise UsageError(f"{len(weights)} weights for {count} adapters", cure=PASS_ONE_WEIGHT_EACH)
     if not all(math.isfinite(weight) for weight in weights):
         raise UsageError(f"weights {list(weights)} are not all finite", cure="Give each adapter a finite number")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Target
 from ..core.updates import Additive
-from ..errors import ShapeMismatch, UsageError, nearest
+from ..errors import PASS_AN_ADAPTER, PASS_BASE, ShapeMismatch, UsageError, nearest
 from ..formats import read
 from ..formats._image.translate import in_one_naming
 from ..io.checkpoint import opened
@@ -58,7 +58,9 @@ class AlignedPlace:
         known = [weight_shape(self.target, group, self.base) if group else None for group in self.updates]
         longest = max((shape for shape in known if shape is not None), key=len, default=None)
         if longest is None:
-            raise UsageError("the shape of this weight is unknown without a base", where=str(self.target), cure=_BASE)
+            raise UsageError(
+                "the shape of this weight is unknown without a base", where=str(self.target), cure=PASS_BASE
+            )
         changing = [any(update.changes_weight for update in group) for group in self.updates]
         for shape in (shape for shape, changes in zip(known, changing, strict=True) if changes and shape is not None):
             # Compare the element counts, not the shapes. For a convolution, some methods store only the product in * k,
@@ -128,7 +130,7 @@ def places(
         NotMergeable, TargetNotFound: see `lowering.additive` and `Adapter.bind`.
     """
     if not adapters:
-        raise UsageError("no adapter was given", cure="Pass at least one adapter")
+        raise UsageError("no adapter was given", cure=PASS_AN_ADAPTER)
     base = None if base is None else opened(base)
     given = [source_adapter(adapter, base) for adapter in adapters]
     if strict_base:
@@ -199,7 +201,4 @@ def _check_layouts(adapters: Sequence[Adapter]) -> None:
                     f"one adapter assumes that the base stores this weight as [{other.layout}], "
                     f"another adapter assumes [{target.layout}]"
                 )
-                raise ShapeMismatch(why, where=str(target), cure=_BASE)
-
-
-_BASE = "Pass --base (base=)"
+                raise ShapeMismatch(why, where=str(target), cure=PASS_BASE)

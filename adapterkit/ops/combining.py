@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from ..core.adapter import Adapter
-from ..errors import UsageError
+from ..errors import PASS_AN_ADAPTER, PASS_BASE, UsageError
 from ..io.checkpoint import opened
 from ..io.computed import Spool, rounded_lazy
 from ..io.stages import stage
@@ -640,7 +640,7 @@ def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data:
     """Check that the method accepts the arguments; see `combine`."""
     cls = COMBINERS[name]
     if not adapters:
-        raise UsageError("no adapter was given", cure="Pass at least one adapter")
+        raise UsageError("no adapter was given", cure=PASS_AN_ADAPTER)
     low, high = cls.takes
     if not low <= len(adapters) <= (len(adapters) if high is None else high):
         counts = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
@@ -656,7 +656,7 @@ def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data:
             f"{name} does not use data", where="data", cure="Omit --data (data=), or choose another method"
         )
     if cls.based and base is None:
-        raise UsageError(f"{name} needs the weights of the base", where="base", cure="Pass --base (base=)")
+        raise UsageError(f"{name} needs the weights of the base", where="base", cure=PASS_BASE)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UsageError(
             f"seed {seed!r} is not a whole number of at least 0", where="seed", cure="Pass --seed 0 (seed=0), or more"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import PASS_BASE, UsageError
 from .blocks import Selection, settle
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ PER_COUNT = 8
 
 
 def _no_base() -> Array:
-    raise UsageError("the formula needs the base's weights", where="base", cure="Pass --base (base=)")
+    raise UsageError("the formula needs the base's weights", where="base", cure=PASS_BASE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..core.adapter import Adapter, Step, Target
 from ..core.metadata import METADATA, MODEL_TYPE, merged_metadata, model_types_of
 from ..core.updates import Additive, Update
-from ..errors import AdapterkitError, Malformed, NotMergeable, ShapeMismatch, Unrepresentable, Unsupported, UsageError
+from ..errors import (
+    PASS_BASE,
+    AdapterkitError,
+    Malformed,
+    NotMergeable,
+    ShapeMismatch,
+    Unrepresentable,
+    Unsupported,
+    UsageError,
+)
 from ..formats._trained import sites_as_trained
 from ..io.checkpoint import opened
 from ..io.computed import computed, load, rounded_lazy
@@ -272,7 +281,7 @@ def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
         raise NotMergeable(why, where=where, cure="Attach such adapters side by side in a live model")
     if update.kind == "weight" and not based:
         why = f"the change of {update.method} depends on the base's weight, so it cannot be {doing} without a base"
-        raise UsageError(why, where=where, cure="Pass --base (base=)")
+        raise UsageError(why, where=where, cure=PASS_BASE)
 
 
 def _at_base(site: Site, base: Checkpoint) -> tuple[Update, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import ONE_WEIGHT_EACH, Unsupported, UsageError, nearest
+from ..errors import PASS_ONE_WEIGHT_EACH, Unsupported, UsageError, nearest
 from .combiners import COMBINERS
 from .combiners._combiner import Combiner, combiner_of
 
@@ -264,7 +264,7 @@ class CombineParameters:
         self.weights = [plain(w, "weights") for w in ([1.0] * count if weights is None else weights)]
         self.each = self._check_each(each or [], count)
         if len(self.weights) != count:
-            raise UsageError(f"{len(self.weights)} weights for {count} adapters", cure=ONE_WEIGHT_EACH)
+            raise UsageError(f"{len(self.weights)} weights for {count} adapters", cure=PASS_ONE_WEIGHT_EACH)
         self.targets = [place.target for place in aligned]
         self.depths = Depths(self.targets)
         apart = [item for given in self.each for item in given.items()]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..core.updates import Update
-from ..errors import ShapeMismatch, Unsupported, UsageError
+from ..errors import USE_ITS_BASE, ShapeMismatch, Unsupported, UsageError
 from .context import CACHES
 from .scopes import Scope, Switch, switched
 
@@ -144,7 +144,7 @@ def _check_parts(network: nn.Module, update: Shadow) -> None:
         why = (
             f"{wrong} has shape {parts.get(wrong or '')}, but a {type(network).__name__} has {shapes.get(wrong or '')}"
         )
-        raise ShapeMismatch(why, where="network", cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where="network", cure=USE_ITS_BASE)
 
 
 def _output(network: nn.Module, model: nn.Module, update: Shadow, words: Mapping[str, object]) -> Tensor:

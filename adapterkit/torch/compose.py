@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from ..core.adapter import Adapter, Target
 from ..core.shapes import Dims
 from ..core.updates import OutputUpdate, Update, tensor
-from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from ..errors import PASS_AN_ADAPTER, ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..formats import FORMATS
 from ..formats.adapterhub.setup import Setup, read_fusion, read_setup
 from ..io.checkpoint import Checkpoint, open_checkpoint
@@ -215,7 +215,7 @@ def _composed(name: str, updates: Mapping[Target, tuple[Update, ...]]) -> Adapte
 
 def _some(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
     if not adapters:
-        raise UsageError("there are no adapters to compose", where="adapters", cure="Pass at least one adapter")
+        raise UsageError("there are no adapters to compose", where="adapters", cure=PASS_AN_ADAPTER)
     return adapters
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Target
 from ..core.updates import ContextUpdate, Update
-from ..errors import ShapeMismatch, Unsupported, UsageError
+from ..errors import USE_ITS_BASE, ShapeMismatch, Unsupported, UsageError
 from .layers import moved
 from .leaves import LiveUpdates, compute_dtype
 from .scopes import Switch
@@ -164,7 +164,7 @@ def _attend(
     if past_sizes != key_sizes:
         of_keys = f"the keys have {key_sizes[0]} heads of width {key_sizes[1]}"
         why = f"the prefix has {past_sizes[0]} heads of width {past_sizes[1]}, but {of_keys}"
-        raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, cure=USE_ITS_BASE)
     mask = _mask(module, query, key, attention_mask, words)
     n = past.shape[3]
     bias = words.get("position_bias")
@@ -362,7 +362,7 @@ def _around(owner: nn.Module, module: nn.Module, part: ContextPart) -> list[tupl
         dim, wanted = update.dims()["dim"], getattr(config, "hidden_size", None)
         if wanted not in (None, dim):
             why = f"the update was made for embeddings of width {dim}, but the model's have {wanted}"
-            raise ShapeMismatch(why, where=f"{part.target}: {update.method}", cure=_WRONG_BASE)
+            raise ShapeMismatch(why, where=f"{part.target}: {update.method}", cure=USE_ITS_BASE)
     if embedding_of(owner) is module:
         return [(owner, part)]
     if getattr(config, "is_decoder", False):
@@ -469,7 +469,7 @@ def _check(module: nn.Module, target: Target, update: ContextUpdate) -> None:
     dims = update.dims()
     if dims.get("dim", wanted) != wanted:
         why = f"the update was made for embeddings of width {dims['dim']}, but the model's have {wanted}"
-        raise ShapeMismatch(why, where=where, cure=_WRONG_BASE)
+        raise ShapeMismatch(why, where=where, cure=USE_ITS_BASE)
 
 
 def _check_prefix(module: nn.Module, update: ContextUpdate, where: str) -> None:
@@ -484,7 +484,7 @@ def _check_prefix(module: nn.Module, update: ContextUpdate, where: str) -> None:
         has = {**dims, **gated}.get(name, size) if name != "width" else gated.get(name, size)
         if has != size:
             why = f"the prefix was made for {name}={has}, but the attention has {size}"
-            raise ShapeMismatch(why, where=where, cure=_WRONG_BASE)
+            raise ShapeMismatch(why, where=where, cure=USE_ITS_BASE)
 
 
 def _width(module: nn.Module, update: ContextUpdate, where: str) -> int:
@@ -501,12 +501,9 @@ def _width(module: nn.Module, update: ContextUpdate, where: str) -> int:
     for name, size in sizes.items():
         if update.place == "past" and dims[name] != size:
             why = f"the update was made for {name}={dims[name]}, but the model has {size}"
-            raise ShapeMismatch(why, where=where, cure=_WRONG_BASE)
+            raise ShapeMismatch(why, where=where, cure=USE_ITS_BASE)
     weight: Any = embedding_of(module).weight
     return int(weight.shape[1])
-
-
-_WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
 Words = dict[str, object]

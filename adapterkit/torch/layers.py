@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ..core.adapter import Adapter
 from ..core.updates import Additive, Composed, Update
-from ..errors import ShapeMismatch, Unsupported, UsageError
+from ..errors import USE_ITS_BASE, ShapeMismatch, Unsupported, UsageError
 from ..formats.peft.spelling import DROPOUTS
 from .leaves import casts_layerwise
 
@@ -347,7 +347,7 @@ def stored_shape(module: nn.Module) -> tuple[int, ...]:
 
 def _channels(w: Tensor, channels: int) -> ShapeMismatch:
     why = f"the update was made for {w.shape[1]} channels, but the layer reads {channels}"
-    return ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+    return ShapeMismatch(why, cure=USE_ITS_BASE)
 
 
 def _defines_forward(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from ..core.adapter import Target
 from ..core.updates import Composed, OutputUpdate, Update
-from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from ..errors import USE_ITS_BASE, ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from .layers import TorchLayer, moved
 from .leaves import LiveUpdates
 from .scopes import Switch
@@ -290,7 +290,7 @@ class ModuleCall:
         wanted, given = self.output_site.channels, h.shape[self.channel]
         if wanted not in (None, given):
             why = f"the update was made for {wanted} channels, but the module's output has {given}"
-            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+            raise ShapeMismatch(why, cure=USE_ITS_BASE)
         return h
 
     def _before_the_end(self, args: list[Tensor], kwargs: dict[str, Tensor]) -> object:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
-from ...errors import NotMergeable, ShapeMismatch
+from ...errors import USE_ITS_BASE, NotMergeable, ShapeMismatch
 from ..shapes import Rule, attribute, tensor
 from .update import Update
 
@@ -249,7 +249,9 @@ class OutputUpdate(Update):
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)
         if self.channels not in (None, shape[0]):
-            raise ShapeMismatch(f"the adapter has {self.channels} channels; the layer has {shape[0]}", cure=_WRONG_BASE)
+            raise ShapeMismatch(
+                f"the adapter has {self.channels} channels; the layer has {shape[0]}", cure=USE_ITS_BASE
+            )
 
     def inside(self, x: Tensor, layer: Layer) -> Tensor:
         """Return the new value of `layer.hidden(x)`."""
@@ -257,9 +259,6 @@ class OutputUpdate(Update):
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         return layer.close(self.inside(x, layer), x, self.whole)
-
-
-_WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
 class ContextUpdate(Update):

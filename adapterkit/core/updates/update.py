@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, cast, dataclass_transform
 
-from ...errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
+from ...errors import INJECT_INSTEAD, USE_ITS_BASE, Malformed, NotMergeable, ShapeMismatch, Unsupported
 from ...io.lazy import DTYPES, DType, as_lazy, check_finite, dtype_of
 from ...linalg.namespace import namespace
 from ..shapes import (
@@ -365,7 +365,7 @@ class Update:
         if not self._positions:
             return
         for name, why in misplaced(self, dict(zip(("out", "in"), shape, strict=False))):
-            raise ShapeMismatch(f"{name}: {why}", cure="Is this the base that the adapter was trained on?")
+            raise ShapeMismatch(f"{name}: {why}", cure=USE_ITS_BASE)
 
     def largest_shape(self) -> tuple[int, ...] | None:
         """Return the shape `[out, in, *k]` of the largest weight that the update's tensors fit.
@@ -443,7 +443,7 @@ class Update:
         """
         raise NotMergeable(
             f"{self.method} changes {self.acts_on}, not its weights",
-            cure="Inject the adapter into a live model instead",
+            cure=INJECT_INSTEAD,
         )
 
     def settled(self, W: torch.Tensor) -> Self:

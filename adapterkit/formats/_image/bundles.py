@@ -10,11 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ...core.adapter import Target
-from ...errors import Malformed, Unsupported
+from ...errors import WRITE_AGAIN, Malformed, Unsupported
 from ...io.lazy import as_lazy
 from ...methods.textual_inversion import TextualInversion
 from .deciding import candidates, denoiser_targets
-from .file import AGAIN
 
 if TYPE_CHECKING:
     from ...core.adapter import Updates
@@ -81,13 +80,15 @@ class ImageBundle:
                 raise Malformed(
                     f"the embedding of {token!r} has shape {list(leaf.shape)}; expected [width] or [n, width]",
                     where=key,
-                    cure=AGAIN,
+                    cure=WRITE_AGAIN,
                 )
             if len(leaf.shape) == 1:
                 self.shapes[key] = list(leaf.shape)
             group = self.updates.get(target, ())
             if any(update.attributes["token"] == token for update in group):
-                raise Malformed(f"the token {token!r} has two embeddings for one text encoder", where=key, cure=AGAIN)
+                raise Malformed(
+                    f"the token {token!r} has two embeddings for one text encoder", where=key, cure=WRITE_AGAIN
+                )
             rows = leaf.reshape(-1, leaf.shape[-1])
             self.updates[target] = (*group, TextualInversion(P=rows, token=token))  # type: ignore[arg-type]
             default = slot if slot not in ALONE else "clip_l" if "clip_g" in slots else ALONE[0]

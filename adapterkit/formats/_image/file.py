@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.updates import Update
-from ...errors import AdapterkitError, Malformed, UsageError
+from ...errors import WRITE_AGAIN, AdapterkitError, Malformed, UsageError
 from ...io import safetensors
 from ...io.atomic import write_bytes
 from ...io.lazy import Lazy, as_torch, value_of
@@ -19,9 +19,6 @@ from .._format import FORMULA, Departure
 
 if TYPE_CHECKING:
     from ...io.lazy import Leaf
-
-
-AGAIN = "Write the file again with the tool that made it"
 
 
 # Read the network options in the header (`ss_network_args`). The options change the forward, and no tensor shows which
@@ -153,7 +150,7 @@ class ImageModule:
         """
         missing = next((slot for slot in slots if slot not in self.tensors), None)
         if missing is not None:
-            raise Malformed(f"the file lacks the matching tensor: {missing}", where=self.where, cure=AGAIN)
+            raise Malformed(f"the file lacks the matching tensor: {missing}", where=self.where, cure=WRITE_AGAIN)
         return [self.tensors[slot] for slot in slots]
 
     def number(self, slot: str) -> float:
@@ -167,11 +164,11 @@ class ImageModule:
             raise Malformed(
                 f"the tensor must have one element, but its shape is {list(leaf.shape)}",
                 where=self.keys[slot],
-                cure=AGAIN,
+                cure=WRITE_AGAIN,
             )
         value = value_of(leaf)
         if not -1e300 < value < 1e300:
-            raise Malformed(f"{value} is not a finite number", where=self.keys[slot], cure=AGAIN)
+            raise Malformed(f"{value} is not a finite number", where=self.keys[slot], cure=WRITE_AGAIN)
         return value
 
 

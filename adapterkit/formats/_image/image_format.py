@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ...core.adapter import Adapter, Foreign, Step, Target, Updates
 from ...core.updates import Update
-from ...errors import AdapterkitError, Malformed, TargetNotFound, Unsupported, UsageError, nearest
+from ...errors import (
+    USE_ITS_BASE,
+    WRITE_AGAIN,
+    AdapterkitError,
+    Malformed,
+    TargetNotFound,
+    Unsupported,
+    UsageError,
+    nearest,
+)
 from ...io.lazy import DTYPES, Lazy, at_once
 from ...methods.dora import DoRA
 from ...methods.lora import LoRA
@@ -21,7 +30,7 @@ from .._format import Departure, Format
 from .._trained import lora_among_zeros, refused
 from .bundles import PREFIX, ImageBundle, split
 from .deciding import FAMILY, Origin, check_stated_family, denoiser_targets, families_in
-from .file import AGAIN, ImageKey, ImageModule, Rules, load_tensors, rules_for, save_tensors
+from .file import ImageKey, ImageModule, Rules, load_tensors, rules_for, save_tensors
 from .hints import ImageLeftovers
 from .slots import decode
 from .translate import in_naming
@@ -204,10 +213,12 @@ class ImageFormat(Format, ABC):
                 raise Malformed(f"this is not a key of the format {self.name()}", where=text, cure=cure)
             slots = grouped.setdefault(key.stem, {})
             if key.slot in slots:
-                raise Malformed(f"this key has the same meaning as {slots[key.slot].text}", where=text, cure=AGAIN)
+                raise Malformed(
+                    f"this key has the same meaning as {slots[key.slot].text}", where=text, cure=WRITE_AGAIN
+                )
             slots[key.slot] = key
         if not grouped:
-            raise Malformed("the file has no tensors", cure=AGAIN)
+            raise Malformed("the file has no tensors", cure=WRITE_AGAIN)
         return {
             stem: ImageModule(
                 stem, {s: tensors[k.text] for s, k in slots.items()}, {s: k.text for s, k in slots.items()}
@@ -429,7 +440,7 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
         there = {place: u for t, each in moved.items() for place, u in _placed(t, each, known).items()}
         if there and all(t.path in known for t in there):
             return {**{t: u for t, u in placed_updates.items() if t.path in known}, **there}
-    cure = nearest(lost.path, known) or "Is this the base that the adapter was trained on?"
+    cure = nearest(lost.path, known) or USE_ITS_BASE
     raise TargetNotFound("the base does not have this module", where=str(lost), cure=cure)
 
 
@@ -469,7 +480,7 @@ def check_biases(modules: Mapping[str, ImageModule], part_of: Callable[[str], st
     for stem, module in modules.items():
         if "up" in module.tensors and "bias" not in module.tensors and part_of(stem) in biased:
             why = "the LoRA of this module has no bias, but other LoRAs of the same component have one"
-            raise Malformed(why, where=module.keys["up"], cure=AGAIN)
+            raise Malformed(why, where=module.keys["up"], cure=WRITE_AGAIN)
 
 
 def mixed_biases(updates: Updates, part_of: Callable[[Target, Update], str]) -> Iterator[tuple[Target, str]]:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from ...core.adapter import Target, Updates
 from ...core.updates import Update
-from ...errors import Malformed, ShapeMismatch, Unsupported
+from ...errors import WRITE_AGAIN, Malformed, ShapeMismatch, Unsupported
 from ...io.arrange import times
 from ...io.lazy import DTYPES, Lazy, NotComputed, as_array, as_lazy, from_numpy, number_of
 from ...methods.boft_outputs import BOFTOutputs
@@ -29,7 +29,7 @@ from ...methods.lora import LoRA
 from ...methods.oft import OFT
 from ...methods.replacement import Replacement
 from ...methods.weight_norm import WeightNorm
-from .file import AGAIN, ImageModule, ImageUpdate, Rules, StoredTensor, rules_at
+from .file import ImageModule, ImageUpdate, Rules, StoredTensor, rules_at
 
 LOW_RANK = ("down", "up", "mid", "dora", "bias")
 OTHERS = {"alpha"}
@@ -45,7 +45,7 @@ def decode(module: ImageModule, rules: Rules) -> list[ImageUpdate]:
     """
     decoders, rules = _decoders(tuple(module.tensors)), rules_at(rules, module.stem)
     if not decoders:
-        raise Malformed("the module has only an alpha", where=module.where, cure=AGAIN)
+        raise Malformed("the module has only an alpha", where=module.where, cure=WRITE_AGAIN)
     decoded_updates = [decoder(module, rules) for decoder in decoders]
     if "dora" in module.tensors and isinstance(decoded_updates[-1].update, (LoHa, LoKr, LoRA)):
         if rules.trained.bypass:
@@ -57,7 +57,7 @@ def decode(module: ImageModule, rules: Rules) -> list[ImageUpdate]:
     left = next((slot for slot in module.tensors if slot not in used and slot not in OTHERS), None)
     if left is not None:
         raise Malformed(
-            "this tensor cannot be combined with the module's other tensors", where=module.keys[left], cure=AGAIN
+            "this tensor cannot be combined with the module's other tensors", where=module.keys[left], cure=WRITE_AGAIN
         )
     return decoded_updates
 
@@ -84,9 +84,9 @@ def scaling(module: ImageModule, rank: int, rules: Rules) -> float:
     alpha = module.number("alpha")
     if alpha == 0 and not (rules.alpha_needed or rules.by_formula):
         why = "the alpha is 0, so the adapter would have no effect"
-        raise Malformed(why, where=module.keys["alpha"], cure=AGAIN)
+        raise Malformed(why, where=module.keys["alpha"], cure=WRITE_AGAIN)
     if rank < 1:
-        raise ShapeMismatch("the rank is 0", where=module.where, cure=AGAIN)
+        raise ShapeMismatch("the rank is 0", where=module.where, cure=WRITE_AGAIN)
     return alpha / rank if alpha or rules.by_formula else 1.0
 
 
@@ -135,13 +135,13 @@ def _through(module: ImageModule) -> Lazy:
             f"the Tucker core (mid) must have the shape [r, r, *kernel], and the factor (down) must have the shape "
             f"[r, in, 1, ...]; their shapes are {list(mid.shape)} and {list(down.shape)}"
         )
-        raise ShapeMismatch(why, where=module.keys["mid"], cure=AGAIN)
+        raise ShapeMismatch(why, where=module.keys["mid"], cure=WRITE_AGAIN)
     shape = (rank, down.shape[1], *kernel)
     if math.prod(shape) > LARGEST:
         raise Unsupported(
             f"the kernel from this Tucker core is too large: its shape is {list(shape)}",
             where=module.keys["mid"],
-            cure=AGAIN,
+            cure=WRITE_AGAIN,
         )
 
     def fetch() -> bytes:
@@ -185,12 +185,12 @@ def _normed(module: ImageModule, update: Update) -> ImageUpdate:
     sizes = [n for n in shape if n != 1]
     if len(shape) < 2 or len(sizes) > 1 or any(n != 1 for n in shape[2:]):
         why = f"the magnitudes must have the shape [out, 1, ...] or [1, in, 1, ...]; their shape is {list(shape)}"
-        raise Unsupported(why, where=module.keys["dora"], cure=AGAIN)
+        raise Unsupported(why, where=module.keys["dora"], cure=WRITE_AGAIN)
     inputs, dims = shape[0] == 1 and shape[1] != 1, update.dims()
     width = dims.get("in" if inputs else "out")
     if width not in (None, sizes[0] if sizes else 1):
         why = f"the magnitudes have shape {list(shape)}, but the module has {width} {'inputs' if inputs else 'outputs'}"
-        raise ShapeMismatch(why, where=module.keys["dora"], cure=AGAIN)
+        raise ShapeMismatch(why, where=module.keys["dora"], cure=WRITE_AGAIN)
     leaves: dict[str, Any] = {"into" if inputs else "out": _magnitude(module)}
     return ImageUpdate(WeightNorm(**leaves, eps=EPSILON), dict.fromkeys(leaves, "dora"))
 
@@ -252,7 +252,7 @@ def _oft(module: ImageModule, rules: Rules) -> ImageUpdate:
         raise ShapeMismatch(
             f"the shape {list(blocks.shape)} is not [blocks, b, b] (OFT) or [m, blocks, b, b] (BOFT)",
             where=module.keys["oft_blocks"],
-            cure=AGAIN,
+            cure=WRITE_AGAIN,
         )
     fields = {"square": "oft_blocks"}
     leaves: dict[str, Any] = {"square": blocks}
@@ -281,7 +281,7 @@ def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
         raise ShapeMismatch(
             f"the shape must be [blocks, b * (b - 1) / 2], but it is {list(pairs.shape)}",
             where=module.keys["oft_R"],
-            cure=AGAIN,
+            cure=WRITE_AGAIN,
         )
     five: dict[str, Any] = {"terms": 5}
     if "oft_scaled" not in module.tensors:
@@ -299,11 +299,13 @@ _CONVOLUTION = re.compile(
 
 def _constraint(module: ImageModule, rules: Rules) -> float:
     if "alpha" not in module.tensors:
-        raise Malformed("the module has no alpha, which an OFT needs as its constraint", where=module.where, cure=AGAIN)
+        raise Malformed(
+            "the module has no alpha, which an OFT needs as its constraint", where=module.where, cure=WRITE_AGAIN
+        )
     alpha = module.number("alpha")
     if alpha < 0 or (alpha == 0 and not rules.oft_zero):
         why = f"the constraint (alpha) is {alpha}, which allows no rotation"
-        raise Malformed(why, where=module.keys["alpha"], cure=AGAIN)
+        raise Malformed(why, where=module.keys["alpha"], cure=WRITE_AGAIN)
     return alpha
 
 
@@ -331,7 +333,7 @@ def _ia3(module: ImageModule, rules: Rules) -> ImageUpdate:
     module.need("weight", "on_input")
     on_input = module.number("on_input")
     if on_input not in (0, 1):
-        raise Malformed(f"on_input must be 0 or 1, got {on_input}", where=module.keys["on_input"], cure=AGAIN)
+        raise Malformed(f"on_input must be 0 or 1, got {on_input}", where=module.keys["on_input"], cure=WRITE_AGAIN)
     field = "w_in" if on_input else "w"
     leaves: dict[str, Any] = {field: module.tensors["weight"].reshape(-1)}
     return ImageUpdate(
@@ -394,7 +396,7 @@ def _checked(update: LoKr, module: ImageModule) -> None:
     try:
         update.check()
     except Malformed as error:
-        raise Malformed(error.why, where=module.where, cure=AGAIN) from None
+        raise Malformed(error.why, where=module.where, cure=WRITE_AGAIN) from None
 
 
 def _flat(module: ImageModule, slot: str, axes: int) -> Lazy:
@@ -404,14 +406,14 @@ def _flat(module: ImageModule, slot: str, axes: int) -> Lazy:
         raise ShapeMismatch(
             f"a factor must have {axes} axes (further axes must have size 1), but the shape is {list(leaf.shape)}",
             where=module.keys[slot],
-            cure=AGAIN,
+            cure=WRITE_AGAIN,
         )
     return leaf.reshape(*leaf.shape[:axes])
 
 
 def _turned(leaf: Lazy) -> Lazy:
     if len(leaf.shape) != 2:
-        raise ShapeMismatch(f"a factor must have two axes, but the shape is {list(leaf.shape)}", cure=AGAIN)
+        raise ShapeMismatch(f"a factor must have two axes, but the shape is {list(leaf.shape)}", cure=WRITE_AGAIN)
     return leaf.map(lambda array: array.T, (leaf.shape[1], leaf.shape[0]))
 
 

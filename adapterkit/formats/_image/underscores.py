@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from ...errors import TargetNotFound, nearest
+from ...errors import USE_ITS_BASE, TargetNotFound, nearest
 from ...naming.image import (
     ROOTS,
     ImageFamily,
@@ -279,7 +279,7 @@ def modules_of(base: Checkpoint) -> list[str]:
 
 def _near(flat: str, walked: Mapping[str, object] | None) -> str:
     if walked is not None:
-        return nearest(flat, walked) or "Is this the base that the adapter was trained on?"
+        return nearest(flat, walked) or USE_ITS_BASE
     known = {flatten(p) for family in families() for naming in family.namings for p in family.names(naming).patterns}
     shape = re.sub(r"(?<![^_])\d+(?![^_])", "#", flat)
     near = nearest(shape, {name for name in known if name[:4] == shape[:4]})

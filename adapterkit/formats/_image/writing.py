@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ...core.metadata import with_metadata
-from ...errors import Unrepresentable
+from ...errors import WRITE_ADAPTERKIT, Unrepresentable
 from ...io.lazy import Lazy, as_lazy
 from ...methods.dora import DoRA
 from ...methods.loha import LoHa
@@ -65,7 +65,7 @@ def encoded(
                 ).items():
                     if key in tensors and not _same(stored, tensors[key], leaf):
                         why = f"two updates would have tensors with the same key {key}"
-                        raise Unrepresentable(why, cure="Write adapterkit's format: --to adapterkit")
+                        raise Unrepresentable(why, cure=WRITE_ADAPTERKIT)
                     tensors[key] = leaf
     written = {str(target) for target in updates}
     tensors |= {k: as_lazy(kept[k]) for k, target in hints.idle.items() if k in kept and target in written}
@@ -180,7 +180,7 @@ def _expressible(
     kept = {target: group for target, group in updates.items() if target not in lost}
     if not kept:
         why = f"a file of {image_format.name()} can express none of the adapter's updates"
-        raise Unrepresentable(why, items=items, cure="Write adapterkit's format: --to adapterkit")
+        raise Unrepresentable(why, items=items, cure=WRITE_ADAPTERKIT)
     return kept, [*lines, *(f"left out {item}" for item in items)]
 
 

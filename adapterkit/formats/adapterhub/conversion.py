@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from ...core.adapter import Adapter, BaseRef, Foreign, Step, Target, Updates
-from ...errors import AdapterkitError, Malformed, Unrepresentable, Unsupported
+from ...errors import WRITE_ADAPTERKIT, AdapterkitError, Malformed, Unrepresentable, Unsupported
 from ...io.lazy import as_lazy
 from .._kit import Loss, all_expressible, leftovers
 from . import SAFETENSORS, Content
@@ -279,7 +279,7 @@ def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[
     )  # fmt: skip
     content = _content(adapter, updates, hints, _config(adapter, updates, hints, base))
     if not says(content, updates, compat=None, base=base):
-        cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
+        cure = WRITE_ADAPTERKIT
         raise Unrepresentable("AdapterHub's config cannot express this combination of updates", items=lines, cure=cure)
     return content, lines
 

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ...core.adapter import Adapter, Foreign, Step, Target
-from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unrepresentable, Unsupported, UsageError
+from ...errors import (
+    USE_ITS_BASE,
+    WRITE_AGAIN,
+    Malformed,
+    ShapeMismatch,
+    TargetNotFound,
+    Unrepresentable,
+    Unsupported,
+    UsageError,
+)
 from ...io.arrange import reordered, turned
 from ...io.ggml_blocks import BLOCKS, decoded, encoded
 from ...io.gguf_file import Gguf, GgufValue, read_ggla, write_gguf
@@ -26,7 +35,6 @@ from ...naming.resolver import translate
 from ...naming.ties import aliases, is_embedding
 from ...naming.tool_names import modules_of, without_prefix
 from .._kit import (
-    DAMAGED,
     Leftovers,
     Pairs,
     check_factors,
@@ -236,7 +244,7 @@ def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Ada
     invocation = invocation_of(file)
     alpha = file.values.get(ALPHA, GgufValue("f32", 0.0))
     if alpha.type != "f32" or not abs(alpha.value) < float("inf"):
-        raise Malformed(f"{alpha.value!r} is not a finite f32", where=ALPHA, cure=DAMAGED)
+        raise Malformed(f"{alpha.value!r} is not a finite f32", where=ALPHA, cure=WRITE_AGAIN)
     kept = {name: tensor for name, tensor in file.tensors.items() if name.endswith("_norm.weight")}
     pairs = {name: tensor for name, tensor in file.tensors.items() if name not in kept}
     groups = grouped(pairs, SLOTS, "a GGUF adapter")
@@ -271,7 +279,7 @@ def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
     for target in updates:
         if len(names := places.get(target.path, ())) > 1:
             why = f"the base has {len(names)} modules with this name: {', '.join(names)}"
-            raise TargetNotFound(why, where=target.path, cure="Is this the base that the adapter was trained on?")
+            raise TargetNotFound(why, where=target.path, cure=USE_ITS_BASE)
 
 
 def _family(name: str, modules: Collection[str], base: Checkpoint | None) -> Architecture:
@@ -303,7 +311,7 @@ def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline:
         A, B = slots["A"], slots["B"]
         if len(A.shape) != 3 or len(B.shape) != 3 or A.shape[:2] != (B.shape[0], B.shape[2]) or not A.shape[1]:
             why = f"A is {list(A.shape)}, B is {list(B.shape)}; they must be [experts, r, in] and [experts, out, r]"
-            raise ShapeMismatch(why, where=foreign, cure=DAMAGED)
+            raise ShapeMismatch(why, where=foreign, cure=WRITE_AGAIN)
         place.experts = A.shape[0]
         return Target(foreign, "e out *in"), LoRA(**slots, scaling=alpha / A.shape[1] if alpha else 1.0)
     if foreign == EMBEDDING and len(slots["A"].shape) == 2:
@@ -366,7 +374,7 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
         slots = {**slots, "A": turned(slots["A"])} if len(slots["A"].shape) == 2 else slots
         if check_factors(name, slots) != file.rank:
             why = f"the file's header states rank {file.rank}, but these tensors have another rank"
-            raise ShapeMismatch(why, where=name, cure=DAMAGED)
+            raise ShapeMismatch(why, where=name, cure=WRITE_AGAIN)
         update = LoRA(**slots, scaling=file.alpha / file.rank)
         order = _legacy_order(place, name, foreign, compat, update.B.shape[0])
         pairs[Target(foreign)] = (
@@ -374,7 +382,7 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
         )  # fmt: skip
     moves = moves_of(pairs, place.family, WEIGHT)
     if unknown := next((target.path for target in pairs if target.path not in moves), None):
-        raise TargetNotFound("a Llama has no weight with this name", where=unknown, cure=DAMAGED)
+        raise TargetNotFound("a Llama has no weight with this name", where=unknown, cure=WRITE_AGAIN)
     updates = translated(pairs, moves)
     if base is not None:
         updates = dict(bind(Adapter(updates), base).adapter.updates)
@@ -436,7 +444,7 @@ def invocation_of(file: Gguf) -> Lazy | None:
         raise Malformed(
             f"the value must be a non-empty list of token ids, as u32 or non-negative i32; its type is {value.type}",
             where=INVOCATION,
-            cure=DAMAGED,
+            cure=WRITE_AGAIN,
         )
     import numpy as np
 

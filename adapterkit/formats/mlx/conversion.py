@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ...core.adapter import Adapter, Foreign, Step, Target
 from ...core.metadata import with_metadata
-from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unrepresentable, Unsupported, UsageError
+from ...errors import (
+    USE_ITS_BASE,
+    WRITE_AGAIN,
+    Malformed,
+    ShapeMismatch,
+    TargetNotFound,
+    Unrepresentable,
+    Unsupported,
+    UsageError,
+)
 from ...io import safetensors
 from ...io.arrange import item, turned
 from ...io.lazy import Lazy, as_lazy
@@ -37,7 +46,6 @@ from ...naming.ties import EMBEDDINGS
 from ...naming.tool_names import modules_of, without_prefix
 from .._joining import with_joined_rows
 from .._kit import (
-    DAMAGED,
     Leftovers,
     Pairs,
     check_factors,
@@ -272,7 +280,7 @@ class Modules:
         exact = [candidate for candidate in candidates if candidate == name] or candidates
         if len(exact) != 1:
             why = f"exactly one module must have this name, but the base has {len(exact)}"
-            raise TargetNotFound(why, where=name, cure="Is this the base that the adapter was trained on?")
+            raise TargetNotFound(why, where=name, cure=USE_ITS_BASE)
         return exact[0]
 
 
@@ -293,7 +301,7 @@ def decode(config: Mapping[str, JsonValue], text: str, file: Path, modules: Modu
     updates: dict[Target, tuple[Update, ...]] = {}
     for target, update in decoded:
         if target in updates:
-            raise TargetNotFound("two modules in the file adapt this target", where=str(target), cure=DAMAGED)
+            raise TargetNotFound("two modules in the file adapt this target", where=str(target), cure=WRITE_AGAIN)
         updates[target] = (update,)
     updates = modules.placed(updates)
     data = {
@@ -313,7 +321,7 @@ def _pairs(
     for name, slots in grouped(_unlisted(tensors), _SLOTS, "MLX-LM").items():
         if ("magnitude" in slots) != (kind == "dora"):
             why = f"fine_tune_type is {kind}, but the module has {'a' if 'magnitude' in slots else 'no'} magnitude"
-            raise Malformed(why, where=name, cure=DAMAGED)
+            raise Malformed(why, where=name, cure=WRITE_AGAIN)
         name, part, count = _listed(name, tensors)
         if count:
             yield from _fused(name, part, count, slots, scale, tensors, modules, names)
@@ -334,7 +342,7 @@ def _pairs(
 def _one(name: str, slots: Slots, scale: float) -> Pair:
     if any(len(slots[field].shape) != 2 for field in "AB"):
         why = f"A and B must be matrices, not {list(slots['A'].shape)} and {list(slots['B'].shape)}"
-        raise ShapeMismatch(why, where=name, cure=DAMAGED)
+        raise ShapeMismatch(why, where=name, cure=WRITE_AGAIN)
     factors = {**slots, "A": turned(slots["A"]), "B": turned(slots["B"])}
     check_factors(name, factors)
     if "magnitude" in factors and (
@@ -353,7 +361,7 @@ def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[
     """Yield the updates of stacked experts, whose A (`[e, r, in]`) and B (`[e, out, r]`) are not transposed."""
     A, B = slots["A"].shape, slots["B"].shape
     if len(B) != 3 or A[0] != B[0] or A[1] != B[2] or "magnitude" in slots:
-        raise ShapeMismatch(f"A {list(A)} and B {list(B)} do not fit stacked experts", where=name, cure=DAMAGED)
+        raise ShapeMismatch(f"A {list(A)} and B {list(B)} do not fit stacked experts", where=name, cure=WRITE_AGAIN)
     for index, expert_name in enumerate(_experts(name, A[0], modules)):
         names[expert_name] = expert_name
         one: Slots = {field: item(leaf, index) for field, leaf in slots.items()}
@@ -415,7 +423,7 @@ def _fused(
     """Yield the update of one part of a fused weight. The parts are consecutive blocks of rows."""
     keys = [f"{name}.lora_b.{index}" for index in range(count)]
     if part >= count or any(key not in tensors or len(tensors[key].shape) != 2 for key in keys):
-        raise Malformed("lora_a.N and lora_b.N must be matrices, with N = 0, 1, 2, ...", where=name, cure=DAMAGED)
+        raise Malformed("lora_a.N and lora_b.N must be matrices, with N = 0, 1, 2, ...", where=name, cure=WRITE_AGAIN)
     start = sum(tensors[key].shape[1] for key in keys[:part])
     hub_name = modules.named(name)
     names[hub_name] = name
@@ -438,7 +446,7 @@ def _read_whole(tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, 
     for key, tensor in tensors.items():
         module, _, field = key.rpartition(".")
         if field not in ("weight", "bias") or not module:
-            raise Malformed("the key ends with neither .weight nor .bias", where=key, cure=DAMAGED)
+            raise Malformed("the key ends with neither .weight nor .bias", where=key, cure=WRITE_AGAIN)
         by_module.setdefault(module, {})[field] = tensor
     for name, fields in by_module.items():
         if "weight" in fields and len(fields["weight"].shape) == 3 and _is_stack(name, modules):

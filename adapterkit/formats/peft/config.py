@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ...errors import Malformed, Unsupported
+from ...errors import SAVE_WITH_PEFT, Malformed, Unsupported
 from .families import FAMILIES, PEFT_TYPES, family_of_type
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def parse(config: Mapping[str, JsonValue], *, strict: bool = False) -> PeftSetti
     except msgspec.ValidationError as error:
         why, _, place = str(error).partition(" - at ")
         where = place.strip("`").removeprefix("$.") or "adapter_config.json"
-        raise Malformed(why, where=where, cure=_REWRITE) from None
+        raise Malformed(why, where=where, cure=SAVE_WITH_PEFT) from None
     _check_init(settings.init_lora_weights)
     _check_variants(settings)
     return settings
@@ -252,5 +252,4 @@ _STAMP = re.compile(
 )
 
 _APART = ("lora_bias", "target_parameters")
-_REWRITE = "Write the adapter again with PEFT"
 _WITH_PEFT = "Merge the adapter with PEFT"

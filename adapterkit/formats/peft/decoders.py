@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ...errors import Malformed, ShapeMismatch, Unsupported
+from ...errors import SAVE_WITH_PEFT, USE_ITS_CONFIG, Malformed, ShapeMismatch, Unsupported
 from ...io.lazy import DTYPES, Lazy
 from ...methods.dora import DoRA
 from ...methods.grouped_dora import GroupedDoRA
@@ -168,7 +168,7 @@ def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> DecodedUp
     flat = len(A.shape) == len(B.shape) == 2
     if not flat or (A.shape[0], B.shape[1]) != (rank, inner) or rank % n or rows % n:
         why = f"A is {list(A.shape)} and B is {list(B.shape)}; the config states rank {rank} and {n} blocks of {factor}"
-        raise ShapeMismatch(why, where=factors.keys[factor].text, cure="The config does not belong to this file")
+        raise ShapeMismatch(why, where=factors.keys[factor].text, cure=USE_ITS_CONFIG)
     tensors, keys = dict(factors.tensors), dict(factors.keys)
     tensors[f"{factor}_blocks"] = tensors.pop(factor).reshape(n, rows // n, factors.tensors[factor].shape[1])
     keys[f"{factor}_blocks"] = keys.pop(factor)
@@ -178,7 +178,7 @@ def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> DecodedUp
 def _check_plain(factors: PeftFactors, rank: int) -> None:
     if factors.key.depth:
         why = "the key contains .base_layer, as if a parameter were adapted, but the config adapts no parameter here"
-        raise Malformed(why, where=factors.key.text, cure="The config does not belong to this file")
+        raise Malformed(why, where=factors.key.text, cure=USE_ITS_CONFIG)
     check_rank(factors, rank, groups=_groups(factors))
 
 
@@ -200,7 +200,7 @@ def _flat_output(factors: PeftFactors) -> Lazy:
     A, B = factors.A, factors.B
     if len(A.shape) != len(B.shape) or any(size != 1 for size in B.shape[2:]):
         why = f"B has the shape {list(B.shape)}, which does not fit the shape of A, {list(A.shape)}"
-        raise ShapeMismatch(why, where=factors.keys["B"].text, cure="Save the adapter again with PEFT")
+        raise ShapeMismatch(why, where=factors.keys["B"].text, cure=SAVE_WITH_PEFT)
     return B if len(B.shape) == 2 else B.reshape(*B.shape[:2])
 
 
@@ -208,7 +208,7 @@ def _vector(factors: PeftFactors, field: str) -> Lazy:
     tensor, out = factors.tensors[field], factors.B.shape[1 if field == "diag" else 0]
     if sorted(tensor.shape)[-1:] != [out] or sorted(tensor.shape)[:-1] != [1] * (len(tensor.shape) - 1):
         why = f"the shape is {list(tensor.shape)}, but a vector that fits lora_B has {out} elements"
-        raise ShapeMismatch(why, where=factors.keys[field].text, cure="Save the adapter again with PEFT")
+        raise ShapeMismatch(why, where=factors.keys[field].text, cure=SAVE_WITH_PEFT)
     return tensor if len(tensor.shape) == 1 else tensor.reshape(out)
 
 
@@ -244,7 +244,7 @@ def _block_groups(settings: PeftSettings, factors: PeftFactors, blocks: int) -> 
     if not whole or last != 1 or rows != settings.r * blocks:
         raise ShapeMismatch(
             f"B {list(factors.B.shape)} and A {list(factors.A.shape)} do not form {blocks} blocks of rank {settings.r}",
-            where=factors.key.text, cure="The config does not belong to this file",
+            where=factors.key.text, cure=USE_ITS_CONFIG,
         )  # fmt: skip
     return groups
 
@@ -365,7 +365,7 @@ def _scales_inputs(settings: PeftSettings, key: Key, shape: Shape) -> bool:
     if not fits or (shape[1 if not inputs and len(shape) == 2 else 0] != 1):
         kind = "inputs, [1, in]" if inputs else "outputs, [out, 1]"
         why = f"the shape is {list(shape)}, but this module needs an IA3 vector for its {kind}"
-        raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
+        raise ShapeMismatch(why, where=key.text, cure=USE_ITS_CONFIG)
     return inputs
 
 
@@ -402,10 +402,10 @@ def decode_rows(file: File) -> Findings:
     for key in keys:
         index, values = _index(file.settings, key.path), file.tensors[key]
         if index is None:
-            raise Malformed("the config has no token ids for these rows", where=key.text, cure=_AGAIN)
+            raise Malformed("the config has no token ids for these rows", where=key.text, cure=SAVE_WITH_PEFT)
         if values.shape[:1] != (len(index),) or len(values.shape) != 2:
             why = f"the shape is {list(values.shape)}, but the config lists {len(index)} token ids, one for each row"
-            raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
+            raise ShapeMismatch(why, where=key.text, cure=USE_ITS_CONFIG)
         update = make("rows", {"index": integers(index), "values": values})
         yield DecodedUpdate(key.path, update, {"values": key}, "in out *k")
 
@@ -430,9 +430,6 @@ def _index(settings: PeftSettings, path: str) -> list[int] | None:
         # the embedding, so use it for the head too.
         return next(iter(named.values()))
     return named[(exact or fitting)[0]] if len(exact or fitting) == 1 else None
-
-
-_AGAIN = "Save the adapter again with PEFT"
 
 
 # LN tuning: `<m>.ln_tuning_layers.<parameter>` is a parameter or buffer of a trained copy of the module <m>. PEFT uses

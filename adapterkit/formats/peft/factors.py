@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import permutations
 from typing import TYPE_CHECKING, Any, cast
 
-from ...errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from ...errors import PASS_BASE, SAVE_WITH_PEFT, USE_ITS_CONFIG, Malformed, ShapeMismatch, Unsupported, UsageError
 from ...io.lazy import Lazy, as_lazy, bytes_of, from_numpy
 from ...naming.moves import stored_in_out
 from .file import LATENT, DecodedUpdate, File, Findings, Key, make, names_module, parse_version, written_by_unsloth
@@ -212,10 +212,10 @@ def _check_partners(settings: PeftSettings, keys: Mapping[str, Key], needs: Mapp
     """
     for name, needed in needs.items():
         if needed and name not in keys:
-            raise Malformed(f"the file lacks the matching tensor: {_WORDS[name]}", where=where, cure=_AGAIN)
+            raise Malformed(f"the file lacks the matching tensor: {_WORDS[name]}", where=where, cure=SAVE_WITH_PEFT)
         if not needed and name in keys:
             why = f"the file has {_WORDS[name]}, but the config does not enable it"
-            raise Malformed(why, where=keys[name].text, cure="The config does not belong to this file")
+            raise Malformed(why, where=keys[name].text, cure=USE_ITS_CONFIG)
     if "R" in keys and (keys.keys() & {"magnitude", "bias", "diag"} or settings.use_bdlora or settings.residual):
         raise Unsupported(
             "LoRA-XS cannot be combined with another method or a bias",
@@ -228,7 +228,6 @@ _WORDS = {
     "A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector of DoRA", "bias": "lora_B.bias (lora_bias)",
     "diag": "lora_diag of KaSA",
 }  # fmt: skip
-_AGAIN = "Save the adapter again with PEFT"
 
 # Read and write LoRA that adapts parameters listed in `target_parameters`, such as stacks of experts.
 #
@@ -475,7 +474,7 @@ def _check_matrices(factors: PeftFactors) -> None:
     for field in ("A", "B"):
         if len(factors.tensors[field].shape) != 2:
             why = f"factor {field} of a parameter must be a matrix, but has shape {list(factors.tensors[field].shape)}"
-            raise ShapeMismatch(why, where=factors.keys[field].text, cure="Write the adapter again with PEFT")
+            raise ShapeMismatch(why, where=factors.keys[field].text, cure=SAVE_WITH_PEFT)
 
 
 def _names(file: File, path: str) -> list[str]:
@@ -499,7 +498,7 @@ def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, .
     names = _names(file, path)
     if len(names) > MAX_NAMES or len(group) > len(names):
         why = f"the module has {len(group)} pairs of factors, but target_parameters names {len(names)} parameters"
-        raise Malformed(why, where=group[0].key.text, cure="The config does not belong to this file")
+        raise Malformed(why, where=group[0].key.text, cure=USE_ITS_CONFIG)
     options = [option for option in permutations(names, len(group)) if _fits(file, path, group, option)]
     # With "all-linear", PEFT lists `gate.weight` and `down_proj`. The entry `down_proj` names no module, so both
     # entries may refer to a router called `gate`. If the router has one pair, the pair adapts `gate.weight`.
@@ -513,9 +512,7 @@ def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, .
         raise Malformed(why, where=group[0].key.text, cure="The config or the base does not belong to this file")
     where, which = group[0].key.text, " or ".join(sorted({option[0] for option in options}))
     if file.base is None:
-        raise UsageError(
-            f"the file does not show if this pair adapts {which}", where=where, cure="Give the base with --base (base=)"
-        )
+        raise UsageError(f"the file does not show if this pair adapts {which}", where=where, cure=PASS_BASE)
     why = f"the base does not show whether this pair adapts {which}, because several choices fit the shapes"
     raise Unsupported(why, where=where, cure="Merge the adapter with PEFT")
 

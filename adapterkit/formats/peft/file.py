@@ -15,7 +15,7 @@ import msgspec
 
 from ...core.adapter import Adapter, Target
 from ...core.updates import Update
-from ...errors import Malformed
+from ...errors import SAVE_WITH_PEFT, Malformed
 from ...io.lazy import Lazy
 from ...methods import METHODS
 from ...naming.binding.fitting import live_shape
@@ -287,7 +287,9 @@ def parse_keys(tensors: Mapping[str, Lazy], usual: str = PREFIX) -> tuple[str, d
     prefix = usual if any(text.startswith(usual) and not _stands_alone(text) for text in tensors) else ""
     for text in tensors:
         if (not text.startswith(prefix) or text == prefix) and not _stands_alone(text):
-            raise Malformed(f"this key does not begin with {usual!r}, but other keys do", where=text, cure=_REWRITE)
+            raise Malformed(
+                f"this key does not begin with {usual!r}, but other keys do", where=text, cure=SAVE_WITH_PEFT
+            )
     keys = {parse_key(text, prefix): tensor for text, tensor in tensors.items()}
     _check_names(keys)
     return prefix, keys
@@ -392,7 +394,6 @@ _NAMED = (
     "lora_magnitude_vector",
     "trainable_tokens_delta",
 )
-_REWRITE = "Write the adapter again with PEFT"
 
 # Record details of a PEFT file that an adapter's fields cannot store, so that the same file can be written again.
 
@@ -480,7 +481,7 @@ class BlockSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         matching = [factor for factor, words in named.items() if any(word in name for word in words or ())]
         if len(matching) > 1:
             why = "both target_modules_bd_a and target_modules_bd_b select this module"
-            raise Malformed(why, where=name, cure="Write the adapter again with PEFT")
+            raise Malformed(why, where=name, cure=SAVE_WITH_PEFT)
         return matching[0] if matching else ""
 
 

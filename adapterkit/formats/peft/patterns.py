@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from ...errors import Malformed, Unsupported
+from ...errors import SAVE_WITH_PEFT, Malformed, Unsupported
 from ...naming.moves import WRAPPERS
 
 if TYPE_CHECKING:
@@ -445,7 +445,7 @@ def _fits(pattern: str, name: str, kind: str) -> bool:
         raise Unsupported(why, where=pattern[:80], cure=cure) from None
     except (re.error, OverflowError, RecursionError) as error:
         raise Malformed(
-            f"this is not a valid regular expression ({error})", where=pattern[:80], cure=_REWRITE
+            f"this is not a valid regular expression ({error})", where=pattern[:80], cure=SAVE_WITH_PEFT
         ) from None
 
 
@@ -455,8 +455,6 @@ def _literal(pattern: str) -> str:
     name = re.sub(r"\\(.)", r"\1", pattern[1:-1])
     return name if pattern == exactly(name) else ""
 
-
-_REWRITE = "Write the adapter again with PEFT"
 
 # Compute the config fields for ranks and alphas: the most common values, and patterns for all other modules.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from ...core.updates import ContextUpdate
-from ...errors import AdapterkitError, Unrepresentable
+from ...errors import WRITE_ADAPTERKIT, AdapterkitError, Unrepresentable
 from ...io.lazy import Lazy, as_array, as_lazy, as_torch
 from ...methods._low_rank import AcrossGroups
 from ...methods.dora import DoRA
@@ -423,7 +423,7 @@ def encode(
             written = {key: tensor for key, tensor in tensors.items() if key not in omitted}
             return config, kept | written, computed + joined + lines + folded
     places = [(target, position) for target, group in updates.items() for position in range(len(group))]
-    cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
+    cure = WRITE_ADAPTERKIT
     raise Unrepresentable("PEFT's config cannot express this combination of updates", cure=cure, places=places)
 
 
@@ -545,7 +545,7 @@ def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Upd
     items = [f"{target}: no alpha yields its exact scaling" for target in needy]
     if any(isinstance(update, OLoRA) for target in needy for update in updates[target]):
         # The scaling cannot be folded into B, because OLoRA also multiplies the term -Q' R' by the scaling.
-        cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
+        cure = WRITE_ADAPTERKIT
         raise Unrepresentable("PEFT computes each scaling from alpha and r", items=items, cure=cure)
     if on_loss not in ("fold", "promote"):
         cure = "Allow folding the scaling into B with --on-loss fold (on_loss='fold')"

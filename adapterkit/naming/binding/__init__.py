@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ...core.adapter import LAYOUTS, Adapter, Target, collection_off
 from ...core.updates import Additive, Update
-from ...errors import AdapterkitError, NotMergeable, ShapeMismatch, TargetNotFound, UsageError
+from ...errors import (
+    INJECT_INSTEAD,
+    PASS_BASE,
+    USE_ITS_BASE,
+    AdapterkitError,
+    NotMergeable,
+    ShapeMismatch,
+    TargetNotFound,
+    UsageError,
+)
 from ...io.checkpoint import opened
 from ...io.lazy import as_lazy, as_torch, for_formulas
 from ..architectures import HOLE, STORED_AS, named, of_pipelines, shape_of
@@ -170,14 +179,14 @@ def check_site(site: Site, shapes: Shapes, *, biasless: bool = False, distinct: 
 
 def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) -> None:
     if update.changes_weight and site.weight is None:
-        raise TargetNotFound("the base has only a bias for this target, no weight", cure=_WRONG_BASE)
+        raise TargetNotFound("the base has only a bias for this target, no weight", cure=USE_ITS_BASE)
     if site.weight is not None and not fits(site.target, (update,), shapes[site.weight]):
         dims = update.dims(site.target.stacked)
         made_for = ", ".join(
             f"{name}={dims[name]}" for name in ("e", "out", "in", "k", "rest", "columns") if name in dims
         )
         why = f"the update has {made_for}, but the base's weight has shape {list(shapes[site.weight])}"
-        raise ShapeMismatch(why, cure=_WRONG_BASE)
+        raise ShapeMismatch(why, cure=USE_ITS_BASE)
     seen = None if site.weight is None else viewed(shapes[site.weight], site.target)
     shape: tuple[int, ...] | None = None
     if seen is not None:
@@ -185,7 +194,7 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
         rows = site.target.rows
         if rows is not None and rows[1] > out:
             raise ShapeMismatch(
-                f"the update changes rows {rows[0]} to {rows[1]}, but the weight has {out} rows", cure=_WRONG_BASE
+                f"the update changes rows {rows[0]} to {rows[1]}, but the weight has {out} rows", cure=USE_ITS_BASE
             )
         shape = (out if rows is None else rows[1] - rows[0], *rest)
         update.check_axes(shape)
@@ -195,7 +204,7 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
     if bias_shape is not None and update.changes_bias and not _bias_fits(update, site.target, bias_shape, shape):
         outs = update.dims(site.target.stacked).get("out", "the weight's")
         raise ShapeMismatch(
-            f"the update has {outs} outputs, but the base's bias has shape {list(bias_shape)}", cure=_WRONG_BASE
+            f"the update has {outs} outputs, but the base's bias has shape {list(bias_shape)}", cure=USE_ITS_BASE
         )
     if shape is not None:
         update.check_against(shape)
@@ -223,8 +232,6 @@ _NO_BIAS = (
 
 If `from_pretrained` adds the biases, it fills them with zeros, which change no output.
 """
-
-_WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
 # Rename the targets of an adapter by the user's rules, for operations without a base.
@@ -423,7 +430,7 @@ def _by_head(site: Site, shapes: Shapes, size: int) -> Site:
     rows = shapes[site.weight][0] if site.weight is not None else 0
     if not rows or rows % (3 * size):
         why = f"the base's weight has {rows} rows; q, k and v with {size} rows per head need a multiple of {3 * size}"
-        raise ShapeMismatch(why, where=str(site.target), cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where=str(site.target), cure=USE_ITS_BASE)
     target = replace(site.target, rows=None)
     updates = tuple(_reordered(update, site, rows, size) for update in site.updates)
     return replace(site, target=target, updates=updates)
@@ -441,7 +448,7 @@ def _reordered(update: Update, site: Site, rows: int, size: int) -> Update:
         update = update.replace(B=_within(update.tensors["B"], rows, site.target.rows))
     elif not update.cuts("out"):
         why = f"{update.method} changes all outputs of a weight together, but the base orders the outputs differently"
-        raise NotMergeable(why, where=str(site.target), cure="Inject the adapter into a live model instead")
+        raise NotMergeable(why, where=str(site.target), cure=INJECT_INSTEAD)
     return ungrouped(update, lambda: _order(rows, size), site.target.stacked)
 
 
@@ -498,7 +505,7 @@ def _refuse_other_formulas(path: str, targets: Mapping[Target, tuple[Update, ...
     other = next((u for updates in targets.values() for u in updates if u.kind not in ("additive", "weight")), None)
     if other is not None:
         why = f"{other.method} changes {other.acts_on}, not weights"
-        raise NotMergeable(why, where=path or "(model)", cure="Inject the adapter into a live model instead")
+        raise NotMergeable(why, where=path or "(model)", cure=INJECT_INSTEAD)
 
 
 def view(W: A, target: Target, bias: bool = False) -> A:
@@ -553,9 +560,7 @@ def view_shape(target: Target, updates: Iterable[Update]) -> tuple[int, ...]:
     if "out" in dims and "in" not in dims and "columns" in dims:
         return (*((dims["e"],) if target.stacked else ()), dims["out"], dims["columns"])
     if "out" not in dims or "in" not in dims:
-        raise UsageError(
-            "only the base shows the shape of this weight", where=str(target), cure="Give the base with --base (base=)"
-        )
+        raise UsageError("only the base shows the shape of this weight", where=str(target), cure=PASS_BASE)
     return (*((dims["e"],) if target.stacked else ()), dims["out"], dims["in"], *dims.get("k", ()))
 
 
@@ -595,7 +600,7 @@ def _free_delta(targets: Mapping[Target, tuple[Update, ...]]) -> torch.Tensor:
     needy = next((u for us in targets.values() for u in us if not isinstance(u, Additive)), None)
     if needy is not None:
         why = f"the formula of {needy.method} needs the weight"
-        raise UsageError(why, where=target.path, cure="Give the base with --base (base=)")
+        raise UsageError(why, where=target.path, cure=PASS_BASE)
     zero = torch.zeros(view_shape(target, updates), dtype=torch.float64)
     return fold([u for us in targets.values() for u in us], zero, target.stacked)
 

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.adapter import Adapter, Target
 from ...core.updates import Update
-from ...errors import AdapterkitError, NotMergeable, ShapeMismatch, Unsupported, UsageError
+from ...errors import (
+    INJECT_INSTEAD,
+    USE_ITS_BASE,
+    AdapterkitError,
+    NotMergeable,
+    ShapeMismatch,
+    Unsupported,
+    UsageError,
+)
 from ...io import arrange
 from ...io.lazy import Lazy, as_lazy
 from ..architectures import Architecture, WeightPlace, with_stacks
@@ -135,7 +143,7 @@ def _taken(
             count = updates[0].dims(stack).get("e") if stack else 0
             if not isinstance(count, int) or move.expert >= count:
                 why = f"the base has an expert with the index {move.expert}, but the update has {count or 'no'} experts"
-                raise ShapeMismatch(why, where=str(target), cure=_WRONG_BASE)
+                raise ShapeMismatch(why, where=str(target), cure=USE_ITS_BASE)
             slices[move.expert] = tuple(
                 [update.map(lambda leaf: _slice(leaf, move.expert or 0)) for update in updates]
             )  # fmt: skip
@@ -224,7 +232,7 @@ def _outputs(update: Update, stack: bool, target: Target) -> int:
     out = update.dims(stack).get("out")
     if not isinstance(out, int) or not update.cuts("out"):
         why = f"{update.method} changes all outputs of a weight together, but the base stores the weight in parts"
-        raise NotMergeable(why, where=str(target), cure="Inject the adapter into a live model instead")
+        raise NotMergeable(why, where=str(target), cure=INJECT_INSTEAD)
     return out
 
 
@@ -242,12 +250,12 @@ def _steps(size: int, part: PathPart, target: Target, config: Config) -> tuple[i
         shares = _shares(config, target)
         if size % sum(shares):
             why = f"{size} outputs do not fit {shares[0]} query heads, {shares[1]} key and {shares[2]} value heads"
-            raise ShapeMismatch(why, where=str(target), cure=_WRONG_BASE)
+            raise ShapeMismatch(why, where=str(target), cure=USE_ITS_BASE)
         unit = size // sum(shares)
         return sum(shares[: part.number]) * unit, sum(shares[: part.number + 1]) * unit, 1
     if size % part.of:
         raise ShapeMismatch(
-            f"the {size} outputs cannot be divided into {part.of} equal parts", where=str(target), cure=_WRONG_BASE
+            f"the {size} outputs cannot be divided into {part.of} equal parts", where=str(target), cure=USE_ITS_BASE
         )
     if part.interleaved:
         return part.number, size, part.of
@@ -290,7 +298,7 @@ def _into(
         kind = "parts (queries, keys, values)" if move.into.heads else "equal parts"
         counts = ", ".join(map(str, sorted(outs)))
         why = f"the update for one of {move.into.of} {kind} has {counts} outputs; the base's shape is {list(shape)}"
-        raise ShapeMismatch(why, where=str(there), cure=_WRONG_BASE)
+        raise ShapeMismatch(why, where=str(there), cure=USE_ITS_BASE)
     size = sizes.pop()
     start, stop, step = _steps(size, move.into, there, config)
     if step == 1:
@@ -322,7 +330,7 @@ def _stacked(
     first, *_ = slots.values()
     if len(shape) < 3 or max(slots) >= shape[0]:
         why = f"the adapter has updates for {max(slots) + 1} experts; the base's tensor has shape {list(shape)}"
-        raise ShapeMismatch(why, where=str(first[0]), cure=_WRONG_BASE)
+        raise ShapeMismatch(why, where=str(first[0]), cure=USE_ITS_BASE)
     counts = {len(updates) for _, updates in slots.values()}
     if len(counts) > 1:
         raise Unsupported("the experts have different numbers of updates", where=str(first[0]), cure=_ALIKE)
@@ -385,7 +393,6 @@ def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collect
     return first.replace(scaling=scaling, **{name: arrange.stacked(leaves) for name, leaves in leaves_by_name.items()})
 
 
-_WRONG_BASE = "Is this the base that the adapter was trained on?"
 _ALIKE = "Convert the adapter to one method with the same settings for all experts of a layer"
 
 # Translate an adapter's names to another naming of its family, without a base. Format writers use these functions.

@@ -13,7 +13,7 @@ import msgspec
 from ...core.adapter import LAYOUTS, Adapter, Target
 from ...core.metadata import model_class_of, model_types_of
 from ...core.updates import Update
-from ...errors import AdapterkitError, TargetNotFound, UsageError, nearest
+from ...errors import USE_ITS_BASE, AdapterkitError, TargetNotFound, UsageError, nearest
 from ..architectures import (
     Architecture,
     architecture_of,
@@ -128,7 +128,7 @@ def find_parts(
         if path and path not in modules:
             path = _rename(path, *(renamed or _part_change(path, modules)))
         if path and path not in modules:
-            cure = nearest(target.path, modules) or "Is this the base that the adapter was trained on?"
+            cure = nearest(target.path, modules) or USE_ITS_BASE
             raise TargetNotFound("the base does not have this module", where=str(target), cure=cure)
         parts[replace(target, path=path)] = updates
     return parts

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....core.adapter import Target, Updates
-from ....errors import Malformed, ShapeMismatch, Unsupported
+from ....errors import USE_ITS_CONFIG, Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from .. import file
 from ..file import AGAIN, FUSED, QKV, AdapterHubUpdate, KeptKey, joined, make, sliced, take
@@ -206,7 +206,7 @@ def _ia3(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) ->
         return
     if vector.shape[0] % len(blocks):
         why = f"the shape is {list(B.shape)}, but its rows cannot be divided equally among {len(blocks)} adapted thirds"
-        raise ShapeMismatch(why, where=key.text, cure=_OTHER)
+        raise ShapeMismatch(why, where=key.text, cure=USE_ITS_CONFIG)
     for group, rows in enumerate(_rows(vector.shape[0], blocks)):
         size = rows[1] - rows[0]
         update = make("ia3", {"l": sliced(vector, group * size, (group + 1) * size)})
@@ -232,7 +232,7 @@ def _blocks(part: AdapterHubPart, path: str, groups: int) -> list[int] | None:
     fused = path.rpartition(".")[2] == str(name).rpartition(".")[2] if name else False
     if fused and not enabled:
         why = "attn_matrices has none of q, k and v, but the file adapts a fused weight of queries, keys and values"
-        raise Malformed(why, where=f"{part.at}.attn_matrices", cure=_OTHER)
+        raise Malformed(why, where=f"{part.at}.attn_matrices", cure=USE_ITS_CONFIG)
     return enabled if fused or (groups == len(enabled) > 1) else None
 
 
@@ -247,9 +247,11 @@ def _check_factors(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], A: 
         why = f"the shape is {list(A.shape)}, but the config states rank {r}" + (
             f" and {groups} adapted thirds" if groups > 1 else ""
         )
-        raise ShapeMismatch(why, where=slots["lora_A"].text, cure=_OTHER)
+        raise ShapeMismatch(why, where=slots["lora_A"].text, cure=USE_ITS_CONFIG)
     if len(B.shape) != 2 or B.shape[1] != r or B.shape[0] % groups:
-        raise ShapeMismatch(f"the shape {list(B.shape)} is not [outputs, {r}]", where=slots["lora_B"].text, cure=_OTHER)
+        raise ShapeMismatch(
+            f"the shape {list(B.shape)} is not [outputs, {r}]", where=slots["lora_B"].text, cure=USE_ITS_CONFIG
+        )
 
 
 def _column(tensor: Lazy, size: int, key: AdapterHubKey) -> Lazy:
@@ -277,6 +279,3 @@ def _slots(update: Any) -> dict[str, Lazy]:
         leaf = as_lazy(update.tensors[field])
         slots[slot] = leaf.reshape(-1, 1) if field == "magnitude" else leaf
     return slots
-
-
-_OTHER = "The config does not belong to this file"

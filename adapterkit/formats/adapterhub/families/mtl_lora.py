@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....core.adapter import Target, Updates
-from ....errors import ShapeMismatch, Unsupported
+from ....errors import USE_ITS_CONFIG, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ...peft.patterns import exact_alpha
 from ..file import QKV, AdapterHubUpdate, base_family, make, role, take
@@ -88,7 +88,7 @@ class MtlLoraFamily(AdapterHubFamily):
             shape = tensors["B"].shape
             if len(shape) != 3 or (shape[0], shape[2]) != (fields.n_up_projection, fields.r):
                 why = f"the shape {list(shape)} is not [{fields.n_up_projection}, outputs, {fields.r}]"
-                raise ShapeMismatch(why, where=slots["lora_B"].text, cure="The config does not belong to this file")
+                raise ShapeMismatch(why, where=slots["lora_B"].text, cure=USE_ITS_CONFIG)
             update = make(
                 "mtl_lora", tensors, scaling=fields.alpha / fields.r, sharpness=float(fields.weights_sharpness)
             )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....core.adapter import Target, Updates
-from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from ....errors import PASS_BASE_WITH_CONFIG, USE_ITS_CONFIG, Malformed, ShapeMismatch, Unsupported, UsageError
 from ....io.lazy import Lazy, as_lazy
 from ..file import AGAIN, AdapterHubUpdate, KeptKey, check_same, joined, make, model_type_of, sliced, take
 from . import AdapterHubFamily, FamilyFields, Size
@@ -345,7 +345,7 @@ def _gate(part: AdapterHubPart, path: str, where: AdapterHubKey) -> dict[str, Ad
     if shape[:1] != ((1,) if part.method_fields.shared_gating else (2,)):
         gates_text = "one gate" if part.method_fields.shared_gating else "two gates"
         why = f"the shape is {list(shape)}, but the config states {gates_text} for keys and values"
-        cure = "The config does not belong to this file"
+        cure = USE_ITS_CONFIG
         raise ShapeMismatch(why, where=slots["weight"].text, cure=cure)
     return slots
 
@@ -364,7 +364,7 @@ def _sizes(part: AdapterHubPart, tensors: Mapping[str, Lazy], layers: int, key: 
     heads = part.heads or next((config[name] for name in HEADS if isinstance(config.get(name), int)), 0)
     if heads < 1:
         why = "the file does not state the number of heads of keys and values"
-        raise UsageError(why, where=key.text, cure="Give the base, with its config.json: --base (base=)")
+        raise UsageError(why, where=key.text, cure=PASS_BASE_WITH_CONFIG)
     if not rows or total % (rows * heads) or not total:
         why = f"the shape {list(last.shape)} does not fit keys and values for {layers} layers with {heads} heads"
         raise ShapeMismatch(why, where=key.text, cure="The config or the base does not belong to this file")

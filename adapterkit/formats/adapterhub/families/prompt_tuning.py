@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....core.adapter import Target, Updates
-from ....errors import ShapeMismatch, Unsupported
+from ....errors import USE_ITS_CONFIG, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ..file import EMBEDDINGS, AdapterHubUpdate, make, take
 from . import AdapterHubFamily, FamilyFields, Size
@@ -58,7 +58,7 @@ class PromptTuningFamily(AdapterHubFamily):
             stated, shape = part.method_fields.prompt_length, tensors["P"].shape
             if shape[:1] != (stated,):
                 why = f"the shape is {list(shape)}, but the config states {stated} tokens"
-                raise ShapeMismatch(why, where=slots[SLOT].text, cure="The config does not belong to this file")
+                raise ShapeMismatch(why, where=slots[SLOT].text, cure=USE_ITS_CONFIG)
             name = EMBEDDINGS.get(part.settings.model_type or "")
             if name is None:
                 why = f"this version does not know the embedding module of a {part.settings.model_type} model"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....core.adapter import Target, Updates
-from ....errors import ShapeMismatch, Unsupported
+from ....errors import USE_ITS_CONFIG, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_array, as_lazy
 from ....linalg.activations import ACTIVATIONS
 from .. import REFT
@@ -190,7 +190,7 @@ def _unit(
     for field in ("source", "projection"):
         if tensors[field].shape[:1] != (part.method_fields.r,):
             why = f"{field} has shape {list(tensors[field].shape)}, but the config states rank {part.method_fields.r}"
-            raise ShapeMismatch(why, where=keys[0].text, cure="The config does not belong to this file")
+            raise ShapeMismatch(why, where=keys[0].text, cure=USE_ITS_CONFIG)
     return tensors, keys
 
 

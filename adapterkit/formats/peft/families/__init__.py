@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import msgspec
 
 from ....core.registry import Registry
-from ....errors import Malformed, ShapeMismatch
+from ....errors import SAVE_WITH_PEFT, Malformed, ShapeMismatch
 from ....io.lazy import Lazy, as_lazy
 from ....methods.alora import ALoRA
 from ....methods.arrow import Arrow
@@ -378,10 +378,10 @@ def check_parts(keys: Mapping[str, Key], wanted: Collection[str]) -> None:
     some = next(iter(keys.values()))
     missing = next((part for part in wanted if part not in keys), None)
     if missing:
-        raise Malformed(f"the file lacks the matching tensor: {missing}", where=some.text, cure=_AGAIN)
+        raise Malformed(f"the file lacks the matching tensor: {missing}", where=some.text, cure=SAVE_WITH_PEFT)
     extra = next((key for part, key in keys.items() if part not in wanted), None)
     if extra:
-        raise Malformed("this tensor does not fit the module's other tensors", where=extra.text, cure=_AGAIN)
+        raise Malformed("this tensor does not fit the module's other tensors", where=extra.text, cure=SAVE_WITH_PEFT)
 
 
 def check_rank(key: Key, tensor: Lazy, rank: int, axis: int = 0) -> None:
@@ -403,10 +403,8 @@ def check_stem(stem: str, key: Key) -> None:
         Malformed: the module is already inside the wrapper of another adapter.
     """
     if stem.endswith(".base_layer"):
-        raise Malformed("the module's adapter is nested in another adapter", where=key.text, cure=_AGAIN)
+        raise Malformed("the module's adapter is nested in another adapter", where=key.text, cure=SAVE_WITH_PEFT)
 
-
-_AGAIN = "Save the adapter again with PEFT"
 
 # Look up families by method or by `peft_type`.
 #

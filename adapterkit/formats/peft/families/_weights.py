@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ....errors import ShapeMismatch, UsageError
+from ....errors import PASS_BASE, USE_ITS_BASE, USE_ITS_CONFIG, ShapeMismatch, UsageError
 from ....naming.moves import stored_in_out
 from ..file import Key, base_shape
 from ..patterns import matches
@@ -48,13 +48,13 @@ def weight_shape(file: File, key: Key, why: str) -> tuple[int, int]:
         dims: Any = file.known[key.path].dims()
         return dims["out"], dims["in"]
     if file.base is None:
-        raise UsageError(
-            f"{why}, which the file does not state", where=key.path, cure="Give the base with --base (base=)"
-        )
+        raise UsageError(f"{why}, which the file does not state", where=key.path, cure=PASS_BASE)
     shape = file.base_shape(f"{key.path}.weight")
     if shape is None or len(shape) != 2:
         shape_text = "nothing" if shape is None else str(list(shape))
-        raise ShapeMismatch(f"the weight must have two axes, but the base has {shape_text}", where=key.path, cure=_BASE)
+        raise ShapeMismatch(
+            f"the weight must have two axes, but the base has {shape_text}", where=key.path, cure=USE_ITS_BASE
+        )
     return (shape[1], shape[0]) if layout(file, key.path) == "in out *k" else (shape[0], shape[1])
 
 
@@ -66,9 +66,7 @@ def weight_in(base: Checkpoint | None, path: str, why: str) -> tuple[int, ...]:
     """
     shape = None if base is None else base_shape(base, f"{path}.weight")
     if shape is None:
-        raise UsageError(
-            f"{why}, which the adapter does not state", where=path, cure="Give the base with --base (base=)"
-        )
+        raise UsageError(f"{why}, which the adapter does not state", where=path, cure=PASS_BASE)
     return shape
 
 
@@ -120,10 +118,8 @@ def check_size(key: Key, size: int, stated: int, field: str) -> None:
     """
     if size != stated:
         why = f"the tensor's size is {size}, but the config has {field} = {stated}"
-        raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
+        raise ShapeMismatch(why, where=key.text, cure=USE_ITS_CONFIG)
 
-
-_BASE = "Is this the base that the adapter was trained on?"
 
 # Sort modules in the order in which a model defines them. The table below has the order for each `model_type`.
 #

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import msgspec
 
-from ....errors import AdapterkitError, ShapeMismatch, Unsupported, UsageError
+from ....errors import PASS_BASE, SAVE_WITH_PEFT, USE_ITS_BASE, AdapterkitError, ShapeMismatch, Unsupported, UsageError
 from ....io.lazy import Lazy, as_array, as_lazy, from_numpy
 from ....linalg.rotations import singular_by_sketch
 from ....methods.adamss import AdaMSS
@@ -156,13 +156,13 @@ def _check(places: Mapping[str, Key], A: list[Lazy], B: list[Lazy], basis: Lazy)
     for i, (a, b) in enumerate(zip(A, B, strict=True)):
         if len(a.shape) != 2 or len(b.shape) != 2 or (a.shape[0], basis.shape[:1]) != (b.shape[1], a.shape[1:]):
             why = f"A.{i} {list(a.shape)}, B.{i} {list(b.shape)} and newB {list(basis.shape)} do not fit together"
-            raise ShapeMismatch(why, where=places[f"A.{i}"].text, cure="Save the adapter again with PEFT")
+            raise ShapeMismatch(why, where=places[f"A.{i}"].text, cure=SAVE_WITH_PEFT)
         if len({a.dtype, b.dtype, basis.dtype, A[0].dtype}) > 1:
             why = (
                 f"A.{i}, B.{i} and newB must have the dtype of A.0, {A[0].dtype.name}, but have {a.dtype.name}, "
                 f"{b.dtype.name} and {basis.dtype.name}"
             )
-            raise ShapeMismatch(why, where=places[f"A.{i}"].text, cure="Save the adapter again with PEFT")
+            raise ShapeMismatch(why, where=places[f"A.{i}"].text, cure=SAVE_WITH_PEFT)
 
 
 def _base(base: Checkpoint | None, path: str) -> tuple[Array, Array | None]:
@@ -175,7 +175,7 @@ def _base(base: Checkpoint | None, path: str) -> tuple[Array, Array | None]:
     import numpy as np
 
     if base is None:
-        raise UsageError(f"{_WHY}, and no base is given", where=path, cure="Give the base with --base (base=)")
+        raise UsageError(f"{_WHY}, and no base is given", where=path, cure=PASS_BASE)
     tensors = base.tensors
     weight = tensors.get(f"{path}.weight")
     if weight is None or len(weight.shape) != 2 or weight.dtype.name not in NEAR:
@@ -204,7 +204,7 @@ def _groups(config: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Ar
             f"newB has the shape {list(basis.shape)}, and the groups have {sizes} rows, but the base's layer needs "
             f"newB {[rank, W.shape[1]]} and {count} groups that together have {len(W)} rows"
         )
-        raise ShapeMismatch(why, where=key.text, cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where=key.text, cure=USE_ITS_BASE)
     U, _, V = singular_by_sketch(W, rank, STEPS, config.random_seed)
     basis_rows, V = as_array(basis).astype(np.float64), V.astype(np.float64)
     # Compare only the spaces that the vectors span. The signs of the vectors, and the order of vectors with equal

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....errors import Malformed, ShapeMismatch, Unsupported
+from ....errors import SAVE_WITH_PEFT, USE_ITS_CONFIG, Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy, from_numpy
 from ....methods.frod import FRoD
 from ..file import DecodedUpdate, File, Key, make
@@ -77,7 +77,7 @@ class FrodFamily(Family):
         dims: Any = update.dims()
         if dims["n"] != file.settings.method_fields.places(dims["in"]):
             why = f"the file has {dims['n']} off-diagonal values for {dims['in']} inputs, which contradicts sparse_rate"
-            raise ShapeMismatch(why, where=some.text, cure="The config does not belong to this file")
+            raise ShapeMismatch(why, where=some.text, cure=USE_ITS_CONFIG)
         return DecodedUpdate(
             some.path, update, keys_by_field, "in out *k" if file.settings.fan_in_fan_out else "out *in"
         )
@@ -127,14 +127,14 @@ def _shared(file: File, some: Key) -> dict[str, Key]:
         raise Unsupported(why, where="save_projection", cure="Save the adapter again with save_projection=True")
     missing = next((word for word in words.values() if word not in file.shared), None)
     if missing:
-        raise Malformed(f"the file lacks the matching tensor: {missing}", where=some.text, cure=_AGAIN)
+        raise Malformed(f"the file lacks the matching tensor: {missing}", where=some.text, cure=SAVE_WITH_PEFT)
     shared_keys = {field: file.shared[word] for field, word in words.items()}
     size, V = file.tensors[shared_keys["index.size"]], file.tensors[shared_keys["V"]]
     if size.shape != (2,) or size.dtype.floating or size.numpy().tolist() != list(V.shape):
         raise ShapeMismatch(
             f"the tensor must contain the shape of the basis, {list(V.shape)}",
             where=shared_keys["index.size"].text,
-            cure=_AGAIN,
+            cure=SAVE_WITH_PEFT,
         )
     return shared_keys
 
@@ -143,6 +143,3 @@ def _size(update: FRoD) -> Lazy:
     import numpy as np
 
     return from_numpy(np.array([update.V.shape[0]] * 2, np.int64))
-
-
-_AGAIN = "Save the adapter again with PEFT"

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ....errors import Malformed, ShapeMismatch
+from ....errors import SAVE_WITH_PEFT, USE_ITS_CONFIG, Malformed, ShapeMismatch
 from ....io.lazy import Lazy, as_array, as_lazy
 from ....methods.glora import GLoRA
 from ..file import DecodedUpdate, File, Findings, Kept, Key, make
@@ -116,12 +116,12 @@ def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple
     if leaves.keys() == {"zeros"}:
         if as_array(file.tensors[leaves["zeros"]]).any():
             raise Malformed(
-                "the tensor must be all zeros, but has other values", where=leaves["zeros"].text, cure=_AGAIN
+                "the tensor must be all zeros, but has other values", where=leaves["zeros"].text, cure=SAVE_WITH_PEFT
             )
     elif form == "none" or leaves.keys() != ({"Xd", "Xu"} if form == "lora" else {"X"}):
         some = next(iter(leaves.values()), next(iter(keys.values())))
         why = f"the config states the form {form} for glora_{support}, but the tensors have another form"
-        raise Malformed(why, where=some.text, cure="The config does not belong to this file")
+        raise Malformed(why, where=some.text, cure=USE_ITS_CONFIG)
     elif form == "lora":
         check_rank(leaves["Xd"], file.tensors[leaves["Xd"]], file.settings.method_fields.r, axis=1)
         yield from ((f"{support}_d", leaves["Xd"]), (f"{support}_u", leaves["Xu"]))
@@ -135,7 +135,7 @@ def _check_vector(field: str, key: Key, tensor: Lazy) -> None:
     column = field in ("A", "B", "C")
     if len(tensor.shape) != 1 + column or (column and tensor.shape[1] != 1):
         why = f"the shape is {list(tensor.shape)}, but must be {'[n, 1]' if column else '[n]'}"
-        raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
+        raise ShapeMismatch(why, where=key.text, cure=USE_ITS_CONFIG)
 
 
 def _flat(field: str, tensor: Lazy) -> Lazy:
@@ -169,5 +169,3 @@ def _form(support: str, updates: list[GLoRA]) -> str:
 
 _SIZES = {"A": ("out", "in"), "B": ("out", "in"), "C": ("in", "1"), "D": ("out",), "E": ("out",)}
 """For each support, the axes of the tensor `zeros` that PEFT saves if the support is unused."""
-
-_AGAIN = "Save the adapter again with PEFT"

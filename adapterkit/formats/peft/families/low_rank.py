@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ....errors import Malformed, ShapeMismatch
+from ....errors import SAVE_WITH_PEFT, USE_ITS_CONFIG, Malformed, ShapeMismatch
 from ....io.lazy import Lazy, as_lazy
 from ....methods.adalora import AdaLoRA
 from ....methods.deft import DEFT
@@ -139,7 +139,7 @@ def _left(config: AdaLoRAFields, key: Key) -> int:
     kept = (config.rank_pattern or {}).get(f"{key.path}.lora_E")
     if kept is not None and len(kept) != config.init_r:
         why = f"this list has {len(kept)} entries, but init_r is {config.init_r}"
-        raise Malformed(why, where=f"rank_pattern: {key.path}.lora_E", cure="Save the adapter again with PEFT")
+        raise Malformed(why, where=f"rank_pattern: {key.path}.lora_E", cure=SAVE_WITH_PEFT)
     return config.init_r if kept is None else sum(kept)
 
 
@@ -338,7 +338,7 @@ class PeanutFamily(Family):
         if not 0 <= config.depth <= len(keys):
             some = next(iter(keys.values()))
             why = f"the config has depth = {config.depth}, which does not fit a module with {len(keys)} tensors"
-            raise ShapeMismatch(why, where=some.text, cure="The config does not belong to this file")
+            raise ShapeMismatch(why, where=some.text, cure=USE_ITS_CONFIG)
         inner = {f"{side}s.{i}": f"peanut_{side}s.{i}.weight" for side in _SIDES for i in range(config.depth)}
         parts = {"A": "peanut_A.weight", "B": "peanut_B.weight", **inner}
         check_parts(keys, parts.values())
@@ -373,7 +373,7 @@ def _stacked(keys: list[Key], file: File) -> Lazy:
         if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
             one, other = f"{list(tensor.shape)} {tensor.dtype.name}", f"{list(first.shape)} {first.dtype.name}"
             why = f"the shape and dtype must be {other}, as in {keys[0].text}, but are {one}"
-            raise ShapeMismatch(why, where=key.text, cure="Save the adapter again with PEFT")
+            raise ShapeMismatch(why, where=key.text, cure=SAVE_WITH_PEFT)
     tensors = [file.tensors[key] for key in keys]
     return Lazy((len(keys), *first.shape), first.dtype, lambda: b"".join(bytes(t.fetch()) for t in tensors))
 
@@ -434,7 +434,7 @@ class OsfFamily(Family):
         kept = file.settings.method_fields.kept(key.path, all_)
         if kept + dims["r"] != all_ or not kept:
             why = f"the file has {dims['r']} of {all_} singular values, but the config leaves {kept} in the base"
-            raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
+            raise ShapeMismatch(why, where=key.text, cure=USE_ITS_CONFIG)
         return DecodedUpdate(key.path, update, fields)
 
     @classmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....errors import ShapeMismatch
+from ....errors import USE_ITS_CONFIG, ShapeMismatch
 from ....io.lazy import as_lazy
 from ....methods.miss import MiSS
 from ....methods.miss_bat import MiSSBat
@@ -56,12 +56,12 @@ class MissFamily(Family):
             if len(tensor.shape) != 3 or tensor.shape[1:] != (config.r, config.r):
                 shape = list(tensor.shape)
                 why = f"the shape is {shape}, but init_weights and r in the config require [n, {config.r}, {config.r}]"
-                raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
+                raise ShapeMismatch(why, where=key.text, cure=USE_ITS_CONFIG)
             return DecodedUpdate(key.path, make("miss_bat", {"B": tensor}), {"B": key})
         check_rank(key, tensor, config.r)
         if len(tensor.shape) != 2 or (mini and tensor.shape[1] != config.mini_r):
             why = f"the shape {list(tensor.shape)} does not fit init_weights and mini_r in the config"
-            raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
+            raise ShapeMismatch(why, where=key.text, cure=USE_ITS_CONFIG)
         field = "mini" if mini else "D"
         return DecodedUpdate(key.path, make("miss", {field: tensor}), {field: key})
 

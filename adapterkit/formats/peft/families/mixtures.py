@@ -16,7 +16,7 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from ....errors import Malformed, ShapeMismatch, Unsupported
+from ....errors import SAVE_WITH_PEFT, USE_ITS_CONFIG, Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ....methods.lily import Lily
 from ....methods.poly import Poly
@@ -78,9 +78,7 @@ class LilyFamily(Family):
         if tensors["router"].shape != (config.num_B, config.r):
             wanted = [config.num_B, config.r]
             why = f"the shape is {list(tensors['router'].shape)}, but num_B and r in the config need {wanted}"
-            raise ShapeMismatch(
-                why, where=keys["lily_router.weight"].text, cure="The config does not belong to this file"
-            )
+            raise ShapeMismatch(why, where=keys["lily_router.weight"].text, cure=USE_ITS_CONFIG)
         path = keys["lily_A.weight"].path
         return DecodedUpdate(
             path, make("lily", tensors, scaling=config.scaling), {FIELDS[part]: key for part, key in keys.items()}
@@ -130,7 +128,7 @@ def _shared(decoded: list[DecodedUpdate], settings: PeftSettings) -> Iterator[De
                         f"PEFT creates {allowed} {field} for modules that match {group[0]!r}, but the file has more "
                         f"than {allowed} different {field} for these modules"
                     )
-                    raise Malformed(why, where=each.keys[field].text, cure="Save the adapter again with PEFT")
+                    raise Malformed(why, where=each.keys[field].text, cure=SAVE_WITH_PEFT)
     yield from (replace(each, update=each.update.map(lambda leaf: first.get(id(leaf), leaf))) for each in decoded)
 
 
@@ -190,7 +188,7 @@ class PolyFamily(Family):
         update: Any = make("poly", {POLY_FIELDS[part]: file.tensors[key] for part, key in keys.items()})
         if (sizes := _sizes(update)) != (config.r, config.n_tasks, config.n_skills, config.n_splits):
             why = f"the tensors have r, n_tasks, n_skills and n_splits = {sizes}, but the config has other values"
-            raise ShapeMismatch(why, where=some.text, cure="The config does not belong to this file")
+            raise ShapeMismatch(why, where=some.text, cure=USE_ITS_CONFIG)
         return DecodedUpdate(some.path, update, {POLY_FIELDS[part]: key for part, key in keys.items()})
 
     @classmethod
@@ -368,18 +366,18 @@ def _check_sizes(config: XLoRAFields, tensors: Mapping[str, Lazy], pairs: list[l
     reads = tensors.get("first", tensors["last"])
     if len(reads.shape) != 2 or reads.shape[1] != config.hidden_size:
         why = f"the shape is {list(reads.shape)}, but the config has hidden_size = {config.hidden_size}"
-        raise ShapeMismatch(why, where=pairs[0][0].text, cure="The config does not belong to this file")
+        raise ShapeMismatch(why, where=pairs[0][0].text, cure=USE_ITS_CONFIG)
     last = tensors["last"]
     if len(last.shape) != 2:
         raise ShapeMismatch(
             f"the tensor must have two axes, but its shape is {list(last.shape)}",
             where=pairs[-1][0].text,
-            cure="Save the adapter again with PEFT",
+            cure=SAVE_WITH_PEFT,
         )
     experts, logits = len(config.adapters or ()), last.shape[0]
     if experts and (logits % experts or (logits != experts and not config.layerwise_scalings)):
         why = f"the classifier has {logits} logits, but the config has {experts} experts"
-        raise ShapeMismatch(why, where=pairs[-1][0].text, cure="The config does not belong to this file")
+        raise ShapeMismatch(why, where=pairs[-1][0].text, cure=USE_ITS_CONFIG)
 
 
 def _stacked(tensors: list[Lazy], keys: list[Key]) -> Lazy:
@@ -388,7 +386,7 @@ def _stacked(tensors: list[Lazy], keys: list[Key]) -> Lazy:
         if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
             one, other = f"{list(tensor.shape)} {tensor.dtype.name}", f"{list(first.shape)} {first.dtype.name}"
             why = f"the tensor has shape and dtype {one}, but {keys[0].text} has {other}"
-            raise ShapeMismatch(why, where=key.text, cure="Save the adapter again with PEFT")
+            raise ShapeMismatch(why, where=key.text, cure=SAVE_WITH_PEFT)
     return Lazy((len(tensors), *first.shape), first.dtype, lambda: b"".join(bytes(t.fetch()) for t in tensors))
 
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....errors import ShapeMismatch
+from ....errors import SAVE_WITH_PEFT, ShapeMismatch
 from ....io.lazy import Lazy, as_lazy
 from ....linalg.products import even_split
 from ....methods.hira import HiRA
@@ -195,9 +195,7 @@ def _check(update: LoKr, file: File, key: Key, kernel: int | None) -> None:
     config, rank = file.settings.method_fields, file.settings.rank(key.path)
     update.dims()
     if any(0 in leaf.shape for leaf in update.tensors.values()):
-        raise ShapeMismatch(
-            "a tensor of this module has no elements", where=key.text, cure="Save the adapter again with PEFT"
-        )
+        raise ShapeMismatch("a tensor of this module has no elements", where=key.text, cure=SAVE_WITH_PEFT)
     sizes = LokrSizes(update, kernel)
     if sizes.rank not in (None, rank) or not sizes.made_by(config.decompose_factor, config.decompose_both, rank):
         why = f"PEFT does not create these factors with rank {rank}, decompose_factor {config.decompose_factor}"
@@ -334,7 +332,7 @@ class HiraFamily(Family):
         _check_r(file, key_of["A"], A)
         if math.prod(B.shape[:2]) != math.prod(B.shape):
             why = f"the shape is {list(B.shape)}, but B must be [out, r], followed only by axes of length 1"
-            raise ShapeMismatch(why, where=key_of["B"].text, cure="Save the adapter again with PEFT")
+            raise ShapeMismatch(why, where=key_of["B"].text, cure=SAVE_WITH_PEFT)
         update = make("hira", {"A": A, "B": B.reshape(*B.shape[:2])})
         turned = fields is EMBEDDING or (file.settings.fan_in_fan_out and len(A.shape) == 2)
         return DecodedUpdate(key_of["A"].path, update, key_of, "in out *k" if turned else "out *in")

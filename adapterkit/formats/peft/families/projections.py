@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import msgspec
 
-from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from ....errors import (
+    PASS_BASE,
+    SAVE_WITH_PEFT,
+    USE_ITS_BASE,
+    USE_ITS_CONFIG,
+    Malformed,
+    ShapeMismatch,
+    Unsupported,
+    UsageError,
+)
 from ....io.lazy import DTYPES, Lazy, as_lazy
 from ....methods.pvera import PVeRA
 from ....methods.randlora import RandLoRA
@@ -137,7 +146,7 @@ class Projections(Family):
         missing = next((word for word in cls.shared if word not in file.shared), None)
         if missing is not None:
             why = f"the config states that the file has the projections, but the file lacks {missing}"
-            raise Malformed(why, where="save_projection", cure="Save the adapter again with PEFT")
+            raise Malformed(why, where="save_projection", cure=SAVE_WITH_PEFT)
         A, B = (file.tensors[file.shared[word]] for word in cls.shared)
         return A, B
 
@@ -161,10 +170,10 @@ def _check(file: File, keys: Mapping[str, Key], B: Lazy, halves: int) -> None:
     d, r, out = file.tensors[keys["d"]], file.settings.method_fields.r, _outputs(file, keys["b"])
     if d.shape != (halves * r,):
         why = f"the shape is {list(d.shape)}, but with r = {r} in the config it must be [{halves * r}]"
-        raise ShapeMismatch(why, where=keys["d"].text, cure="The config does not belong to this file")
+        raise ShapeMismatch(why, where=keys["d"].text, cure=USE_ITS_CONFIG)
     if len(B.shape) != 2 or B.shape[0] < out:
         why = f"the module has {out} outputs, but the shared projection B has the shape {list(B.shape)}"
-        raise ShapeMismatch(why, where=keys["b"].text, cure="Save the adapter again with PEFT")
+        raise ShapeMismatch(why, where=keys["b"].text, cure=SAVE_WITH_PEFT)
 
 
 def _outputs(file: File, key: Key) -> int:
@@ -173,7 +182,7 @@ def _outputs(file: File, key: Key) -> int:
         raise ShapeMismatch(
             f"the tensor must have one axis, but its shape is {list(shape)}",
             where=key.text,
-            cure="Save the adapter again with PEFT",
+            cure=SAVE_WITH_PEFT,
         )
     return shape[0]
 
@@ -183,12 +192,12 @@ def _inputs(file: File, path: str, out: int) -> int:
     shape = file.base_shape(f"{path}.weight")
     if shape is None:
         why = "the projections are not in the file, and only the base shows their sizes"
-        raise UsageError(why, where=path, cure="Give the base with --base (base=)")
+        raise UsageError(why, where=path, cure=PASS_BASE)
     if len(shape) != 2 or out not in shape:
         raise ShapeMismatch(
             f"the module has {out} outputs, but the base's weight has shape {list(shape)}",
             where=path,
-            cure=_WRONG_BASE,
+            cure=USE_ITS_BASE,
         )
     turned = shape[1] == out and (file.settings.fan_in_fan_out or shape[0] != out)
     return shape[0] if turned else shape[1]
@@ -212,9 +221,6 @@ def _draw(seed: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[L
         return drawn[0].numpy().tobytes()
 
     return Lazy(shapes[0], DTYPES["F32"], partial(fetch, 0)), Lazy(shapes[1], DTYPES["F32"], partial(fetch, 1))
-
-
-_WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
 class VeraFamily(Projections):
@@ -337,7 +343,7 @@ class RandloraFamily(Family):
             raise Unsupported(why, where="save_projection", cure="Save the adapter from PEFT with save_projection=True")
         missing = next((word for word in SHARED if word not in file.shared), None)
         if missing is not None:
-            raise Malformed(f"the file lacks the shared basis {missing}", where="save_projection", cure=_AGAIN)
+            raise Malformed(f"the file lacks the shared basis {missing}", where="save_projection", cure=SAVE_WITH_PEFT)
         copies = {part: key for part, key in keys.items() if part in SHARED}
         check_parts({part: key for part, key in keys.items() if part not in copies}, SEPARATE)
         for part, key in copies.items():
@@ -427,7 +433,4 @@ def _check_copy(file: File, copy: Key, original: Key) -> None:
     same = one is other or ((one.shape, one.dtype) == (other.shape, other.dtype) and one.fetch() == other.fetch())
     if not same:
         why = f"this copy differs from {original.text}, but PEFT loads both into one tensor"
-        raise Malformed(why, where=copy.text, cure=_AGAIN)
-
-
-_AGAIN = "Save the adapter again with PEFT"
+        raise Malformed(why, where=copy.text, cure=SAVE_WITH_PEFT)

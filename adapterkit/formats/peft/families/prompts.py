@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....errors import Malformed, ShapeMismatch
+from ....errors import SAVE_WITH_PEFT, USE_ITS_CONFIG, Malformed, ShapeMismatch
 from ....io.lazy import as_lazy
 from ....methods.adaption_prompt import AdaptionPrompt
 from ....methods.multitask_prompt import MultitaskPrompt
@@ -68,11 +68,11 @@ class ContextFamily(Family):
     def decode(cls, file: File) -> Findings:
         keys = {word: key for word, key in file.shared.items() if word in cls.shared}
         if not keys:
-            raise Malformed("the file has no virtual tokens", where=EMBEDDINGS, cure="Save the adapter again with PEFT")
+            raise Malformed("the file has no virtual tokens", where=EMBEDDINGS, cure=SAVE_WITH_PEFT)
         check_parts(keys, cls.shared)
         if file.settings.method_fields.parts not in (1, 2):
             why = f"num_transformer_submodules must be 1 or 2, but is {file.settings.method_fields.parts}"
-            raise Malformed(why, where="num_transformer_submodules", cure="Save the adapter again with PEFT")
+            raise Malformed(why, where="num_transformer_submodules", cure=SAVE_WITH_PEFT)
         yield cls.decode_keys(file, keys)
 
     @classmethod
@@ -126,7 +126,7 @@ class PrefixLike(ContextFamily):
             raise Malformed(
                 f"{why}, and token_dim must be a multiple of num_attention_heads",
                 where="token_dim",
-                cure="Save the adapter again with PEFT",
+                cure=SAVE_WITH_PEFT,
             )
         check_sizes(key, tensor, config.num_virtual_tokens, layers * 2 * width)
         shape = (tensor.shape[0], layers, 2, heads, width // heads)
@@ -179,7 +179,7 @@ def check_sizes(key: Key, tensor: Lazy, *wanted: int | None) -> None:
     if len(shape) != len(wanted) or any(w is not None and w != size for w, size in zip(wanted, shape, strict=True)):
         expected = ", ".join("any" if size is None else str(size) for size in wanted)
         why = f"the shape is {list(shape)}, but the config states [{expected}]"
-        raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
+        raise ShapeMismatch(why, where=key.text, cure=USE_ITS_CONFIG)
 
 
 class PromptFamily(PromptLike):
@@ -369,7 +369,7 @@ class AdaptionPromptFamily(Family):
         tensor, count = file.tensors[prompt], file.settings.method_fields.adapter_len
         if len(tensor.shape) != 3 or tensor.shape[0] != 1 or count not in (None, tensor.shape[1]):
             why = f"the shape is {list(tensor.shape)}, but the config states [1, {count}, width]"
-            raise ShapeMismatch(why, where=prompt.text, cure="The config does not belong to this file")
+            raise ShapeMismatch(why, where=prompt.text, cure=USE_ITS_CONFIG)
         tensors = {"P": tensor.reshape(*tensor.shape[1:]), "gate": file.tensors[gate]}
         projected = prompt.path.rpartition(".")[2] != GPT2
         update = make("adaption_prompt", tensors, projected=projected)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import msgspec
 
-from ....errors import Malformed, ShapeMismatch
+from ....errors import SAVE_WITH_PEFT, USE_ITS_CONFIG, Malformed, ShapeMismatch
 from ....io.lazy import as_lazy
 from ....linalg.rotations import block_size
 from ....methods.boft import BOFT
@@ -156,13 +156,13 @@ def _of_patches(file: File, key: Key) -> bool:
 def _check(config: OFTFields, key: Key, tensor: Lazy) -> None:
     if (config.r > 0) == (config.oft_block_size > 0) or min(config.r, config.oft_block_size) < 0:
         why = f"one of r ({config.r}) and oft_block_size ({config.oft_block_size}) must be 0, and the other positive"
-        raise Malformed(why, where="oft_block_size", cure=_AGAIN)
+        raise Malformed(why, where="oft_block_size", cure=SAVE_WITH_PEFT)
     n, size = (tensor.shape[0], block_size(tensor.shape[1])) if len(tensor.shape) == 2 else (0, 0)
     width = n * size
     shared = n == 1 and config.block_share
     if not width or (config.block_share and n > 1) or not (shared or (n, size) == _expected(config, width)):
         why = f"the shape {list(tensor.shape)} does not fit r, oft_block_size and block_share in the config"
-        raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
+        raise ShapeMismatch(why, where=key.text, cure=USE_ITS_CONFIG)
 
 
 def _before_018(version: str | None) -> bool:
@@ -204,9 +204,6 @@ def _fitting(blocks: list[tuple[int, int]], which: int) -> int | None:
     return next((c for c in tried if all(nearest_divisor(width, c) == wanted for width, wanted in widths)), None)
 
 
-_AGAIN = "Save the adapter again with PEFT"
-
-
 # BOFT: `boft_R` [factors, blocks, b, b] and `boft_s`. For a convolution, `boft_s` is [1, out]; otherwise [out, 1].
 
 
@@ -245,7 +242,7 @@ class BoftFamily(Family):
             raise ShapeMismatch(
                 f"the shape is {list(s.shape)}, but boft_s must have two axes, one of them of length 1",
                 where=keys["boft_s"].text,
-                cure=_OTHER,
+                cure=USE_ITS_CONFIG,
             )
         update = make("boft", {"R": R, "s": s.reshape(-1)})
         return DecodedUpdate(keys["boft_R"].path, update, {"R": keys["boft_R"], "s": keys["boft_s"]})
@@ -274,15 +271,12 @@ class BoftFamily(Family):
 def _check_boft(config: BOFTFields, key: Key, R: Lazy) -> None:
     if (config.boft_block_size > 0) == (config.boft_block_num > 0):
         why = "one of boft_block_size and boft_block_num must be 0, and the other must be positive"
-        raise Malformed(why, where="boft_block_size", cure="Save the adapter again with PEFT")
+        raise Malformed(why, where="boft_block_size", cure=SAVE_WITH_PEFT)
     factors, blocks, size = R.shape[:3] if len(R.shape) == 4 else (0, 0, 0)
     fits = size == config.boft_block_size if config.boft_block_size else blocks == config.boft_block_num
     if not fits or not config.boft_n_butterfly_factor or factors not in (1, config.boft_n_butterfly_factor):
         why = f"the shape {list(R.shape)} does not fit boft_block_size, boft_block_num and boft_n_butterfly_factor"
-        raise ShapeMismatch(why, where=key.text, cure=_OTHER)
-
-
-_OTHER = "The config does not belong to this file"
+        raise ShapeMismatch(why, where=key.text, cure=USE_ITS_CONFIG)
 
 
 # PSOFT: `psoft_R.weight` is [r * (r - 1) / 2] for a rotation, and [r, r] for any other matrix. `psoft_R.vector_a` and
@@ -401,4 +395,4 @@ def _check_psoft(config: PSOFTFields, key: Key, weight: Lazy) -> None:
     wanted = (config.r * (config.r - 1) // 2,) if config.psoft_orth else (config.r, config.r)
     if weight.shape != wanted:
         why = f"the shape is {list(weight.shape)}, but with rank {config.r} in the config it must be {list(wanted)}"
-        raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
+        raise ShapeMismatch(why, where=key.text, cure=USE_ITS_CONFIG)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....errors import Malformed, ShapeMismatch, Unsupported
+from ....errors import SAVE_WITH_PEFT, Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ....methods.shadow import Shadow
 from ..file import DecodedUpdate, File, Kept, Key, make
@@ -161,9 +161,7 @@ def _network(file: File) -> _Network:
     projection = file.shared.get(f"{PROJECTION}.weight")
     if not keys:
         some = next(iter(file.tensors))
-        raise Malformed(
-            "the file lacks the network (shadow_backbone)", where=some.text, cure="Save the adapter again with PEFT"
-        )
+        raise Malformed("the file lacks the network (shadow_backbone)", where=some.text, cure=SAVE_WITH_PEFT)
     tensors = {name: file.tensors[key] for name, key in keys.items()}
     fields: dict[str, Any] = {
         "network": _joined(list(tensors.values()), keys[next(iter(keys))]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ....errors import ShapeMismatch
+from ....errors import SAVE_WITH_PEFT, ShapeMismatch
 from ....io.lazy import as_lazy
 from ....methods.c3a import C3A
 from ....methods.delora import DeLoRA
@@ -40,7 +40,7 @@ class BeftFamily(Family):
             raise ShapeMismatch(
                 f"the shape must be [1, out], but is {list(tensor.shape)}",
                 where=key.text,
-                cure="Save the adapter again with PEFT",
+                cure=SAVE_WITH_PEFT,
             )
         return DecodedUpdate(key.path, make("dense", {"d": tensor.reshape(tensor.shape[1])}), {"d": key})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....errors import Unrepresentable, Unsupported
+from ....errors import WRITE_ADAPTERKIT, Unrepresentable, Unsupported
 from ....io.lazy import DTYPES, Lazy, as_array, as_lazy
 from ....methods.shira import SHiRA
 from ....methods.supertuning import SuperTuning
@@ -132,7 +132,7 @@ def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
     raise Unrepresentable(
         "no single sparsity yields these numbers of trained elements",
         items=items,
-        cure="Write adapterkit's format: --to adapterkit",
+        cure=WRITE_ADAPTERKIT,
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from ....errors import Malformed, ShapeMismatch, Unsupported
+from ....errors import SAVE_WITH_PEFT, USE_ITS_BASE, Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import DTYPES, Lazy, as_lazy
 from ....methods._coefficients import SEED
 from ....methods.fourierft import FourierFT
@@ -381,11 +381,11 @@ def drawn(seed: int | None, out: int, in_: int, count: int, key: Key) -> Lazy:
         raise Malformed(
             f"the seed must be between -2**63 and 2**64 - 1, but is {seed}",
             where="random_loc_seed",
-            cure="Save the adapter again with PEFT",
+            cure=SAVE_WITH_PEFT,
         )
     if not count <= out * in_ <= LARGEST:
         why = f"the file has {count} coefficients for a weight with {out * in_} elements"
-        raise ShapeMismatch(why, where=key.text, cure="Is this the base that the adapter was trained on?")
+        raise ShapeMismatch(why, where=key.text, cure=USE_ITS_BASE)
     return _drawn(seed, out, in_, count)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import msgspec
 
-from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from ....errors import PASS_BASE, SAVE_WITH_PEFT, Malformed, ShapeMismatch, Unsupported, UsageError
 from ....io.lazy import DTYPES, Lazy, as_lazy
 from ....methods.tinylora import TinyLoRA
 from ..file import DecodedUpdate, File, Findings, Key, make
@@ -192,15 +192,13 @@ def _completed(file: File, decoded: DecodedUpdate, number: int | None, count: in
     if number is None and (groups > 1 or update.tensors.get("P") is None):
         why = "v or P depends on the module's index in the model, and the file does not show this index"
         if file.base is None:
-            raise UsageError(why, where=decoded.path, cure="Give the base with --base (base=)")
+            raise UsageError(why, where=decoded.path, cure=PASS_BASE)
         cure = "Save the adapter from PEFT with save_projection=True, or add model_type to the base's config"
         raise Unsupported(f"{why}; the base does not show it, either", where=decoded.path, cure=cure)
     group = min((number or 0) // max(1, count // groups), groups - 1)
     key = file.shared.get(f"tinylora_v.{group}")
     if key is None:
-        raise Malformed(
-            f"the file lacks tinylora_v.{group}", where=decoded.path, cure="Save the adapter again with PEFT"
-        )
+        raise Malformed(f"the file lacks tinylora_v.{group}", where=decoded.path, cure=SAVE_WITH_PEFT)
     v = file.tensors[key]
     check_size(key, side(v, 0, 1), config.u, "u")
     changes: dict[str, Any] = {"v": v}

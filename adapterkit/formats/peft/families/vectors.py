@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import msgspec
 
-from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from ....errors import PASS_BASE, SAVE_WITH_PEFT, Malformed, ShapeMismatch, Unsupported, UsageError
 from ....io.lazy import DTYPES, Lazy, as_array, as_lazy
 from ....methods.unilora import UniLoRA
 from ....methods.vblora import VBLoRA
@@ -68,7 +68,7 @@ class UniLoRAFamily(Family):
     @classmethod
     def decode(cls, file: File) -> Findings:
         if THETA not in file.shared:
-            raise Malformed(f"the file lacks {THETA}", where=THETA, cure="Save the adapter again with PEFT")
+            raise Malformed(f"the file lacks {THETA}", where=THETA, cure=SAVE_WITH_PEFT)
         theta = file.shared[THETA]
         check_size(theta, side(file.tensors[theta], 0, 1), file.settings.method_fields.theta_d_length, "theta_d_length")
         yield from super().decode(file) if file.settings.method_fields.save_indices else _regenerated(file)
@@ -141,7 +141,7 @@ def _modules(file: File) -> list[str]:
         return list(file.known)
     settings, base = file.settings, file.base
     if base is None:
-        raise UsageError(f"{_WHY}, and no base is given", where=THETA, cure="Give the base with --base (base=)")
+        raise UsageError(f"{_WHY}, and no base is given", where=THETA, cure=PASS_BASE)
     if settings.method_fields.exclude_modules or settings.method_fields.layers_to_transform is not None:
         why = "the file omits the positions in theta, and adapterkit cannot compute the positions if the config "
         why += "sets exclude_modules or layers_to_transform"
@@ -269,7 +269,7 @@ class VBLoRAFamily(Family):
         check_parts(keys, fields)
         if BANK not in file.shared:
             some = next(iter(keys.values()))
-            raise Malformed(f"the file lacks {BANK}", where=some.text, cure="Save the adapter again with PEFT")
+            raise Malformed(f"the file lacks {BANK}", where=some.text, cure=SAVE_WITH_PEFT)
         bank = file.shared[BANK]
         _check_sizes(file, keys, bank)
         tensors = {fields[part]: _whole(part, file.tensors[key]) for part, key in keys.items()}
