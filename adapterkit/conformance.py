@@ -114,7 +114,7 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
             return conformance(command, Path(folder, "spec", "vectors"))
     root = suite or Path(__file__).parents[1] / "spec" / "vectors"
     if not (root / "index.json").is_file():
-        cure = "Type --suite PATH (suite=Path(...)); PATH is the folder spec/vectors, or its zip archive from a release"
+        cure = "Pass --suite PATH (suite=Path(...)); PATH is the folder spec/vectors, or its zip archive from a release"
         raise UsageError("the folder has no index.json, which lists the vectors", path=root, cure=cure)
     cases: list[Case] = json.loads((root / "index.json").read_text("utf-8"))["cases"]
     for name, digest in {name: digest for case in cases for name, digest in case["inputs"].items()}.items():

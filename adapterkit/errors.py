@@ -156,7 +156,9 @@ PASS_ONE_WEIGHT_EACH = "Pass one weight for each adapter: repeat --weight W (wei
 SAVE_WITH_PEFT = "Save the adapter again with PEFT"
 USE_EXPORTED_BASE = "Use the base that the graph was exported from"
 USE_ITS_BASE = "Use the base that the adapter was trained on"
+USE_ITS_BASE_OR_DOWNLOAD = f"{USE_ITS_BASE}. If this is that base, the adapter's file is damaged: download it again"
 USE_ITS_CONFIG = "Use the config that was saved with this file"
+USE_ITS_CONFIG_AND_BASE = f"{USE_ITS_CONFIG}, and the base that the adapter was trained on"
 WRITE_ADAPTERKIT = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
 WRITE_AGAIN = "Write the file again with the tool that made it"
 

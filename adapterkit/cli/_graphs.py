@@ -63,7 +63,7 @@ ONLY_FOLDERS = {
     "seed": "Omit the option: merged weights of a graph are rounded to the nearest value",
     "memory": "Omit the option: graphs are always merged in small blocks",
     "link": "Omit the option: the weights of a graph are always copied",
-    "stream": "Fetch the graph first with adapterkit pull",
+    "stream": "Download the graph first with adapterkit pull",
     "parameters": "--set requires --method; combine the adapters first with adapterkit combine",
     "checksums": "Omit the option: checksums are not recorded for graphs",
     "tokenizer": "Copy the tokenizer next to the graph",

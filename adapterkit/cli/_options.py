@@ -338,7 +338,7 @@ def learned_data(files: Sequence[str], sources: Sequence[Adapter | str], options
     if COMBINERS[resolved(name, options.get("compat"), len(sources))[0]].data is None:
         raise UsageError(f"{name} does not use data", where="--data", cure="Omit --data, or choose another --method")
     if options.get("base") is None:
-        raise UsageError("learning from texts requires a base model", where="--data", cure="Add --base BASE")
+        raise UsageError("learning from texts requires a base model", where="--data", cure="Also pass --base BASE")
     from ..searching import TextData
 
     source = TextData(
@@ -627,7 +627,7 @@ def _bytes(path: Path, *, needed: bool = False) -> bytes:
     if len(data) > _MOST:
         if not needed:
             return b""
-        cure = "Set ADAPTERKIT_CONFIG to a file of defaults"
+        cure = "Set ADAPTERKIT_CONFIG to a file with default values for options"
         raise Malformed(f"the file is larger than {_MOST} bytes", path=path, cure=cure)
     return data
 

@@ -112,7 +112,7 @@ def defaults() -> Iterator[Check]:
         commands = {name: adapterkit.get_command(ctx, name) for name in adapterkit.list_commands(ctx)}
         known = {name: command for name, command in commands.items() if command is not None}
         read = [str(path) for path, _ in files()]
-        yield Check("defaults", "ok", f"from {', '.join(read)}" if read else "no file of defaults")
+        yield Check("defaults", "ok", f"from {', '.join(read)}" if read else "no file with defaults")
         checks: dict[str, Check] = {}
         for name, command in known.items():
             decided: set[str] = set()

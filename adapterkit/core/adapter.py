@@ -255,7 +255,7 @@ class Adapter:
                 that is wrong.
         """
         if not self.updates:
-            cure = "Was the adapter saved before training, or were all keys in its file renamed?"
+            cure = "Use an adapter that was saved after training. If the keys in its file were renamed, restore them"
             raise UsageError("the adapter has no updates", cure=cure)
         passed = set[Hashable]()
         for target, updates in self.updates.items():

@@ -294,7 +294,7 @@ def _only(formats: Sequence[str], path: str | PathLike[str]) -> str:
     module = next(iter(adapter_modules(source)), None)
     if module is not None:
         why = "the file has an adapter's keys, but no known model family has all modules that these keys name"
-        cure = "Name the format with --from (format=), and give the base that has these modules with --base (base=)"
+        cure = "Name the format with --from (format=), and pass the base that has these modules: --base BASE (base=)"
         raise UnknownFormat(why, path=path, where=module, cure=cure)
     cure = f"Tried: {', '.join(FORMATS)}"
     if is_model(source):

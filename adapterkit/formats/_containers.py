@@ -37,7 +37,7 @@ def read_tensors(path: Path) -> dict[str, Lazy]:
         Malformed: the file is damaged, or `path` is a folder.
     """
     if path.is_dir():
-        raise Malformed("the path is a folder; it must be a tensor file", path=path, cure="Fetch the adapter again")
+        raise Malformed("the path is a folder; it must be a tensor file", path=path, cure="Download the adapter again")
     if path.suffix == ".bin" or is_torch_file(path):
         return read_torch_file(path)
     return safetensors.read(path)

@@ -212,15 +212,13 @@ class Diffusers(ImageFormat):
         rank = update.dims()["r"]  # `dims` raises a typed error for wrong shapes.
         if settings.rank(name) != rank:
             why = f"the tensors have rank {rank}; {CONFIG} states {settings.rank(name)}"
-            raise ShapeMismatch(
-                why, where=stem, cure="The header does not belong to these tensors; write the file again"
-            )
+            raise ShapeMismatch(why, where=stem, cure="Write the file again: its header belongs to other tensors")
         if bool(settings.use_dora) != isinstance(update, DoRA):
             why = f"the tensors are {update.method}, but {CONFIG} states use_dora={settings.use_dora}"
-            raise Malformed(why, where=stem, cure="The header does not belong to these tensors; write the file again")
+            raise Malformed(why, where=stem, cure="Write the file again: its header belongs to other tensors")
         if bool(settings.lora_bias) != (update.tensors.get("bias") is not None):
             why = f"{CONFIG} states lora_bias={settings.lora_bias}, which contradicts the module's tensors"
-            raise Malformed(why, where=stem, cure="The header does not belong to these tensors; write the file again")
+            raise Malformed(why, where=stem, cure="Write the file again: its header belongs to other tensors")
         if update.scaling != 1:
             raise Malformed(f"the file has both an alpha and {CONFIG}", where=stem, cure="Remove one of the two")
         return ImageUpdate(

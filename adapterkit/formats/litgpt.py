@@ -168,7 +168,7 @@ def _split(
             f"A is {list(A.shape)}, B is {list(B.shape)}; {SETTINGS} enables {' and '.join(enabled) or 'no part'} with "
             f"rank {rank}, so A must be [{rank * len(enabled)}, in] and B [{rows}, {rank}]"
         )
-        raise ShapeMismatch(why, where=module, cure=f"Fetch the {SETTINGS} that belongs to this checkpoint")
+        raise ShapeMismatch(why, where=module, cure=f"Download the {SETTINGS} that belongs to this checkpoint")
     start = 0
     for index, name in enumerate(enabled):
         hub_path = _qkv().back(f"{module}.{name}")
@@ -306,7 +306,7 @@ def _text(path: Path, *, needed: bool) -> str:
     """Read the text of a settings file. If the file is missing and not `needed`, return an empty string."""
     if not path.exists():
         if needed:
-            cure = "Fetch the file, because it states the rank, the alpha and the adapted modules"
+            cure = "Download the file, because it states the rank, the alpha and the adapted modules"
             raise StorageError("the file is missing", path=path, cure=cure)
         return ""
     try:

@@ -248,7 +248,7 @@ def _check(config: Mapping[str, object]) -> float:
     peft = config.get("peft")
     tuning = peft.get("lora_tuning") if isinstance(peft, dict) else None
     if not isinstance(tuning, dict):
-        raise Malformed("the config has no peft.lora_tuning", where=CONFIG, cure="Give a .nemo file of a LoRA")
+        raise Malformed("the config has no peft.lora_tuning", where=CONFIG, cure="Pass a .nemo file of a LoRA")
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if config.get(name, 1) != 1:
             raise Unsupported(

@@ -59,15 +59,12 @@ class OnnxAdapter(Format):
         record = sidecar(path)
         if not record.exists():
             why = f"the record {record.name} is missing; it states the methods and targets of the file's values"
-            raise UsageError(
-                why,
-                path=path,
-                cure=f"Fetch {record.name}, or if Olive wrote the file, name the format: --from olive (format='olive')",
-            )
+            cure = f"Download {record.name}. If Olive wrote the file, name the format: --from olive (format='olive')"
+            raise UsageError(why, path=path, cure=cure)
         try:
             if record.stat().st_size > MAX_RECORD:
                 raise UsageError(
-                    f"the record has more than {MAX_RECORD} bytes", path=record, cure="Fetch the record again"
+                    f"the record has more than {MAX_RECORD} bytes", path=record, cure="Download the record again"
                 )
             adapter = decode_record(read_input(record).decode("utf-8"), file.tensors)
         except (OSError, UnicodeDecodeError) as error:
@@ -122,4 +119,4 @@ def sidecar(path: Path) -> Path:
 def _not_text(path: Path) -> Any:
     from ..errors import Malformed
 
-    return Malformed("the file is not valid UTF-8", path=path, cure="Fetch the file again")
+    return Malformed("the file is not valid UTF-8", path=path, cure="Download the file again")

@@ -238,7 +238,7 @@ def _save(folder: Path, weights: Lazy, config: Lazy) -> None:
 
 
 _EXPERTS = "--to peft --profile tensorrt_llm (format='peft', profile='tensorrt_llm')"
-_PEFT = "Give the PEFT folder from which TensorRT-LLM's files were made"
+_PEFT = "Pass the PEFT folder from which TensorRT-LLM's files were made"
 
 
 # Define TensorRT-LLM's numbers for the kinds of modules that can have LoRA. TensorRT-LLM's names for these kinds are in

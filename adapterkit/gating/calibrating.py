@@ -132,7 +132,7 @@ def calibrate(
         if dict(known.made_from) == made_from:
             return known
         if not overwrite:
-            cure = "Add --overwrite (overwrite=True), or choose another file name"
+            cure = "Pass --overwrite (overwrite=True), or choose another file name"
             raise UsageError(
                 "the file exists, but is from another base, other adapters or other texts, or has other settings",
                 path=target,

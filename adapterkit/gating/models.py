@@ -422,7 +422,7 @@ def device_of(name: str) -> str:
     """
     import torch
 
-    cure = "Type --device cpu or --device auto (device=)"
+    cure = "Pass --device cpu or --device auto (device=)"
     if not re.fullmatch(r"auto|cpu|cuda|cuda:\d{1,4}", name):
         raise UsageError(f"{name!r} is not auto, cpu, cuda or cuda:N", where="device", cure=cure)
     if name == "auto":

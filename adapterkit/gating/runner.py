@@ -320,12 +320,12 @@ def checked(
     factors = [1.0] * len(given) if weights is None else list(weights)
     if len(factors) != len(given):
         why = f"{len(factors)} weights for {len(given)} adapters"
-        raise UsageError(why, where="weights", cure="Give one --weight (weights=) for each adapter")
+        raise UsageError(why, where="weights", cure="Pass one --weight (weights=) for each adapter")
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}", where="dtype", cure=f"Known: {', '.join(DTYPES)}")
     for name, (value, least) in counts.items():
         if value < least:
-            raise UsageError(f"{name} must be at least {least}, got {value}", where=name, cure="Give a larger number")
+            raise UsageError(f"{name} must be at least {least}, got {value}", where=name, cure="Pass a larger number")
     return factors
 
 

@@ -266,7 +266,7 @@ def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
     needed = sum(file.size for file in wanted.values()) - present + HEADROOM
     free = shutil.disk_usage(stage).free
     if needed > free:
-        cure = "Free some disk space, write to another disk, or fetch fewer files with --include (include=)"
+        cure = "Free some disk space, write to another disk, or download fewer files with --include (include=)"
         raise StorageError(f"the pull needs {needed:,} more bytes, but {free:,} are free", path=stage.parent, cure=cure)
 
 

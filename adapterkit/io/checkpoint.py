@@ -195,7 +195,7 @@ def _splits(file: Path) -> tuple[Path, ...]:
     lost = next((other for other in files if not other.is_file()), None)
     if lost is not None:
         why = f"the model is split into several files, and {lost.name} is missing"
-        raise StorageError(why, path=file, cure="Fetch all files of the model")
+        raise StorageError(why, path=file, cure="Download all files of the model")
     return files
 
 
@@ -204,16 +204,16 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], _Index]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         why = "the index has no valid weight_map, a map from tensor names to file names"
-        raise Malformed(why, path=path, where="weight_map", cure="Fetch the index again")
+        raise Malformed(why, path=path, where="weight_map", cure="Download the index again")
     if not isinstance(index.get("metadata"), dict | None):
         why = f"metadata must be a JSON object, got {shown(index['metadata'])}"
-        raise Malformed(why, path=path, where="metadata", cure="Fetch the index again")
+        raise Malformed(why, path=path, where="metadata", cure="Download the index again")
     names = sorted(set(weight_map.values()))
     files = tuple(contained(path.parent, name) for name in names)
     for file in files:
         if not exists(file) or file.is_dir():
             why = f"the index lists {file.name}, which is missing"
-            raise Malformed(why, path=path, where="weight_map", cure="Fetch the missing shard")
+            raise Malformed(why, path=path, where="weight_map", cure="Download the missing shard")
     return files, (path, index)
 
 
@@ -242,7 +242,7 @@ def _read_files(
 
 def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
     if file.is_dir():
-        raise Malformed("a folder has the name of a weight file", path=file, cure="Fetch the weights again")
+        raise Malformed("a folder has the name of a weight file", path=file, cure="Download the weights again")
     if is_torch_file(file) or (file.suffix in {".bin", ".pt", ".pth"} and not _begins_as_safetensors(file)):
         return read_torch_file(file), {}
     if is_gguf(file):
@@ -275,7 +275,7 @@ def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path])
     for name, file in weight_map.items():
         if name not in home or home[name] != files[file]:
             why = f"the index assigns this tensor to {file}, but the file does not have this tensor"
-            raise Malformed(why, path=path, where=name, cure="Fetch the shards again")
+            raise Malformed(why, path=path, where=name, cure="Download the shards again")
     extra = next((name for name in home if name not in weight_map), None)
     if extra:
         why = f"{home[extra].name} has this tensor, but the index does not list it"

@@ -178,7 +178,7 @@ def read_span(span: Span) -> bytearray:
         raise storage_error(error, span.path) from error
     if done < span.nbytes:
         why = f"the file has become shorter: it has only {done} of the {span.nbytes} bytes of this tensor"
-        raise Corrupt(why, path=span.path, where=f"byte {span.offset}", cure="The file has changed; read it again")
+        raise Corrupt(why, path=span.path, where=f"byte {span.offset}", cure="Read the file again: it has changed")
     return data
 
 
@@ -512,7 +512,7 @@ def check_finite(leaf: Leaf, where: str | None = None, values: Array | None = No
     position = first_in(tensor.numpy() if values is None else values, tensor.dtype)
     if position is not None:
         why = f"the tensor holds a NaN or an infinity at {list(position)}"
-        cure = "The training diverged, or the file is damaged; use an earlier checkpoint"
+        cure = "Use an earlier checkpoint: the training diverged, or the file is damaged"
         raise Malformed(why, path=tensor.file, where=where, cure=cure)
 
 

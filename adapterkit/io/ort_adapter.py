@@ -299,5 +299,9 @@ class _Plan:
             data = piece.fetch() if isinstance(piece, Lazy) else piece
             if isinstance(piece, Lazy) and len(data) != piece.nbytes:
                 why = f"reading the tensor gave {len(data)} bytes, but its shape needs {piece.nbytes}"
-                raise Malformed(why, where=f"byte {at}", cure="The source file changed while it was read; run again")
+                raise Malformed(
+                    why,
+                    where=f"byte {at}",
+                    cure="Run the same command again: the source file changed while it was read",
+                )
             yield at, data

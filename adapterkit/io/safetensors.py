@@ -129,11 +129,16 @@ def _exact(begun: _Begun, path: str | os.PathLike[str]) -> Buffer:
     data, promised = begun.fetch(), begun.tensor.nbytes
     if len(data) != promised:
         why = f"reading the tensor gave {len(data)} bytes, but its shape needs {promised}"
-        raise Malformed(why, path=path, where=begun.name, cure="The source file changed while it was read; run again")
+        raise Malformed(
+            why,
+            path=path,
+            where=begun.name,
+            cure="Run the same command again: the source file changed while it was read",
+        )
     return data
 
 
-_CHANGED = "The file has changed; read it again"
+_CHANGED = "Read the file again: it has changed"
 
 
 # Read and write safetensors files without loading all of their tensors into memory.

@@ -330,7 +330,7 @@ def verify(
         from .verification import check_written
 
         if adapters or sample is not None:
-            cure = "Give --base BASE (base=); to compare checksums, omit --adapter (adapters=) and --sample (sample=)"
+            cure = "Pass --base BASE (base=); to compare checksums, omit --adapter (adapters=) and --sample (sample=)"
             raise UsageError("adapters or a sample are given, but the base is missing", cure=cure)
         return check_written(merged, progress)
     from ..naming.binding.fitting import check_base
@@ -461,7 +461,7 @@ def _named(
     if len(factors) != len(several):
         raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure=PASS_ONE_WEIGHT_EACH)
     if not all(math.isfinite(factor) for factor in factors):
-        raise UsageError(f"weights {factors} are not all finite", cure="Give each adapter a finite number")
+        raise UsageError(f"weights {factors} are not all finite", cure="Pass a finite number for each adapter")
     return [
         (a.__class__.__name__, a, w) if isinstance(a, Adapter) else (Path(a).name, read(a, base=checkpoint), w)
         for a, w in zip(several, factors, strict=True)

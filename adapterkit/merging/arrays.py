@@ -117,7 +117,7 @@ def arrays_for(device: str) -> Arrays:
         arrays.empty(0)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        cure = "Give --device (device=) auto, cpu, cuda:N, or several devices, such as cuda:0,cuda:1"
+        cure = "Pass --device (device=) auto, cpu, cuda:N, or several devices, such as cuda:0,cuda:1"
         raise UsageError(f"the device {device!r} does not exist ({first})", cure=cure) from None
     return arrays
 

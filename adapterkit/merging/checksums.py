@@ -85,7 +85,7 @@ def recorded(folder: Path) -> dict[str, list[Run]]:
         Malformed: the record is damaged.
     """
     path = folder / REPORT
-    cure = "To recompute the merge instead, give --base BASE (base=), and --adapter A (adapters=) for each adapter"
+    cure = "To recompute the merge instead, pass --base BASE (base=), and --adapter A (adapters=) for each adapter"
     try:
         sums = json.loads(path.read_text()).get(KEY)
     except (FileNotFoundError, NotADirectoryError):

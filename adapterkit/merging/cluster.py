@@ -554,10 +554,10 @@ def simulate(
     """
     for name, value in (("nodes", nodes), ("bandwidth", bandwidth), ("tasks", tasks), ("speed", speed)):
         if not (math.isfinite(value) and value > 0):
-            raise UsageError(f"{name} must be positive, got {value}", where=name, cure=f"Give a positive {name}=")
+            raise UsageError(f"{name} must be positive, got {value}", where=name, cure=f"Pass a positive {name}=")
     if price is not None and not (math.isfinite(price) and price >= 0):
         raise UsageError(
-            f"price must not be negative, got {price}", where="price", cure="Give --price (price=) or omit it"
+            f"price must not be negative, got {price}", where="price", cure="Pass --price (price=) or omit it"
         )
     planning = TARGET * plan.targets
     start = START + planning if start is None else start

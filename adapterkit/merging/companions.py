@@ -97,7 +97,7 @@ def companions(
         folder = Path(chosen)
         if not (exists(folder) and folder.is_dir()):
             why = f"the choice {str(chosen)!r} for the tokenizer is unknown, and no folder has this name"
-            raise UsageError(why, cure=f"Give --tokenizer (tokenizer=) {', '.join(CHOICES)}, or a tokenizer's folder")
+            raise UsageError(why, cure=f"Pass --tokenizer (tokenizer=) {', '.join(CHOICES)}, or a tokenizer's folder")
         adapters, chosen = [(folder.name, folder)], "adapter"
     if not base.root.is_dir():
         return Companions()
@@ -299,6 +299,6 @@ def write_modelfile(out: str | PathLike[str], *, overwrite: bool = False) -> Pat
     text = f"FROM ./{path.name}\n" if packed else "FROM .\n"
     there = modelfile_path(path)
     if there.exists() and there.read_bytes() != text.encode() and not overwrite:
-        raise StorageError("another Modelfile exists", path=there, cure="Add --overwrite (overwrite=True)")
+        raise StorageError("another Modelfile exists", path=there, cure="Pass --overwrite (overwrite=True)")
     write_bytes(there, text.encode())
     return there

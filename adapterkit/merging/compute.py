@@ -197,7 +197,7 @@ def _check_size(update: Update) -> None:
         # Check only float64, because no other dtype has numbers above 2^128.
         if tensor.dtype.name == "F64" and abs(tensor.numpy()).max(initial=0) > LARGEST:
             why = f"an element's magnitude is above {LARGEST:.0e}, so a norm may overflow float64"
-            raise Unsupported(why, where=name, cure="The training diverged; use an earlier checkpoint")
+            raise Unsupported(why, where=name, cure="Use an earlier checkpoint: the training diverged")
 
 
 def _read(leaf: Leaf) -> Leaf:

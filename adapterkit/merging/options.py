@@ -91,7 +91,7 @@ def allowed(memory: int | None) -> int:
         return max(_available() // 2, 1)
     if memory <= 0:
         raise UsageError(
-            f"the memory limit is {memory} bytes", cure="Give a positive size, such as --memory 2GB (memory=2 << 30)"
+            f"the memory limit is {memory} bytes", cure="Pass a positive size, such as --memory 2GB (memory=2 << 30)"
         )
     return memory
 

@@ -199,7 +199,7 @@ def _split(tensors: Mapping[str, Lazy], kinds: Mapping[str, DType], shard_size: 
     if shard_size <= 0:
         raise UsageError(
             f"the shard size is {shard_size} bytes",
-            cure="Give a positive size, such as --shard-size 5GB (shard_size=5 << 30)",
+            cure="Pass a positive size, such as --shard-size 5GB (shard_size=5 << 30)",
         )
     shards: list[list[str]] = [[]]
     filled = 0

@@ -100,13 +100,13 @@ def as_merged(
     if keep is not None and keep not in KEPT:
         raise UsageError(f"the value {keep!r} of keep is unknown", where="keep", cure=f"Known: {', '.join(KEPT)}")
     if calibration is not None and keep is None:
-        cure = "Add --keep adapter (keep='adapter'), or omit --calibration (calibration=)"
+        cure = "Also pass --keep adapter (keep='adapter'), or omit --calibration (calibration=)"
         raise UsageError("a calibration file has an effect only with keep='adapter'", where="calibration", cure=cure)
     if isinstance(base, Dequantized) or not is_quantized(base):
         if keep is not None:
             raise _nothing_rounds(base)
         if quantized in ("requantize", "original") and not isinstance(base, Dequantized):
-            cure = f"Leave out --quantized (quantized=) and --onto (onto=). {SAVED}"
+            cure = f"Omit --quantized (quantized=) and --onto (onto=). {SAVED}"
             raise UsageError(f"the base is not quantized, so {quantized} does not apply", path=base.root, cure=cure)
         return base
     # Quantize GGUF bases again by default, because llama.cpp loads only GGUF files.

@@ -269,7 +269,7 @@ class Vocabulary:
         """
         if rows - made_for > rows // PADDING and self.choice != KEEP:
             cure = (
-                "Is this the base that the adapter was trained on? If the base's last rows are padding, "
+                f"{USE_ITS_BASE}. If the base's last rows are padding, "
                 f"pass {_flag(KEEP)} to change only the first {made_for} rows"
             )
             raise ShapeMismatch(f"{adapter} was made for {made_for} rows; the base has {rows}", where=layer, cure=cure)

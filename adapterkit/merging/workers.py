@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
-from ..errors import AdapterkitError, Corrupt, ShapeMismatch, storage_error
+from ..errors import USE_ITS_BASE_OR_DOWNLOAD, AdapterkitError, Corrupt, ShapeMismatch, storage_error
 from ..io.direct import BUFFER, OpenFiles, Writer, read_all
 from ..io.lazy import DType, Lazy
 from ..linalg.namespace import Numbers
@@ -406,8 +406,7 @@ class Worker:
             methods = " and ".join(dict.fromkeys(update.method for update in updates))
             why = f"the formula of {methods} cannot be computed for this weight ({error})"
             path = next((update.file for update in updates if update.file is not None), None)
-            cure = "The file is damaged, or the adapter was made for another base"
-            raise ShapeMismatch(why, path=path, where=job.output.name, cure=cure) from error
+            raise ShapeMismatch(why, path=path, where=job.output.name, cure=USE_ITS_BASE_OR_DOWNLOAD) from error
 
     def close(self) -> None:
         """Wait for pending writes and close the files."""
@@ -520,4 +519,4 @@ class _Summed:
         return [] if self.digest is None else [(offset, nbytes, self.digest.hexdigest())]
 
 
-_CHANGED = "The file changed while it was read; run the merge again"
+_CHANGED = "Run the merge again: the file changed while it was read"

@@ -145,7 +145,7 @@ def row_order(place: WeightPlace, rows: int, heads: Heads, where: str) -> Rows |
     if place.rows == "rotary":
         if not heads.rotary:
             why = "the order of the tensor's rows depends on the number of rotary rows per head, which is unknown"
-            raise Unsupported(why, where=where, cure="Give a base whose config.json has partial_rotary_factor")
+            raise Unsupported(why, where=where, cure="Pass a base whose config.json has partial_rotary_factor")
         return rotary_halves(rows, sharing(heads, place.heads, where), heads.rotary, where)
     if place.rows in SPLIT:
         raise Unsupported(

@@ -136,7 +136,9 @@ def _count(config: Mapping[str, object], names: tuple[str, ...], where: str, def
         if value == 0 == default:
             return 0
         raise Malformed(
-            f"the base's config has an invalid {names[0]}: {shown(value)}", where=where, cure="Fetch config.json again"
+            f"the base's config has an invalid {names[0]}: {shown(value)}",
+            where=where,
+            cure="Download config.json again",
         )
     return value
 

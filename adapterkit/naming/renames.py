@@ -136,19 +136,19 @@ def _read(path: Path) -> list[str]:
         raise storage_error(error, path) from error
     if len(data) > _LARGEST:
         raise Malformed(
-            f"the file has more than {_LARGEST:,} bytes", path=path, cure="Give a rules file, with one FROM=TO per line"
+            f"the file has more than {_LARGEST:,} bytes", path=path, cure="Pass a rules file, with one FROM=TO per line"
         )
     try:
         lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise Malformed(
-            "the file is not valid UTF-8", path=path, cure="Give a rules file, with one FROM=TO per line"
+            "the file is not valid UTF-8", path=path, cure="Pass a rules file, with one FROM=TO per line"
         ) from None
     rules = [line for line in lines if line and not line.startswith("#")]
     nested = next((rule for rule in rules if rule.startswith("@")), None)
     if nested is not None:
         raise UsageError(
-            f"a rules file cannot contain {nested!r}", path=path, cure="Give each file with --rename @FILE (rename=)"
+            f"a rules file cannot contain {nested!r}", path=path, cure="Pass each file with --rename @FILE (rename=)"
         )
     return rules
 

@@ -333,7 +333,7 @@ def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Nod
     if any(
         attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
     ):
-        cure = "Attach the adapter to the torch model, and export that model"
+        cure = "Inject the adapter into the torch model, and export that model"
         raise Unsupported(f"a {node.op_type} has a subgraph and cannot be copied", where=node.name, cure=cure)
     copy = ir.Node(
         node.domain, node.op_type, [None if one is None else copies.get(one, one) for one in node.inputs],

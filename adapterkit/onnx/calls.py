@@ -117,7 +117,7 @@ def _last(model: ir.Model, output_name: str | None) -> ir.Value:
             raise UsageError(
                 f"the graph has no value {output_name}",
                 where=f"call: {WORD}",
-                cure=f"Give the name of a node's output: --call {WORD}=NAME (call=)",
+                cure=f"Pass the name of a node's output: --call {WORD}=NAME (call=)",
             )
         return values[output_name]
     for out in model.graph.outputs:
@@ -186,7 +186,9 @@ class CallWords:
                     cure=f"Omit --call {word} (call=). The updates read: {', '.join(sorted(asked)) or 'nothing'}",
                 )
             if not isinstance(value, str) and not (word == TASKS and type(value) is int and value >= 0):
-                cure = f"Give a graph value's name: --call {word}=NAME (call=); {TASKS} may also be a task's number"
+                cure = (
+                    f"Pass the name of a graph value: --call {word}=NAME (call=); {TASKS} may also be a task's number"
+                )
                 raise UsageError(f"{value!r} is not a valid value for {word}", where=f"call: {word}", cure=cure)
         self.new_inputs: dict[str, ir.Value] = {}
         last = self.stated.get(LAST)
@@ -219,7 +221,7 @@ class CallWords:
             raise UsageError(
                 f"the graph has no input {name}",
                 where=f"call: {word}",
-                cure=f"Give the name of an input: --call {word}=NAME (call=)",
+                cure=f"Pass the name of an input: --call {word}=NAME (call=)",
             )
         return existing
 

@@ -119,7 +119,7 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
         raise Unsupported(why, where=where, cure="Export the model without past keys and values")
     if not counted:
         why = "the graph does not compute the positions that the module looks up"
-        raise Unsupported(why, where=where, cure="Attach the adapter to the torch model instead")
+        raise Unsupported(why, where=where, cure="Inject the adapter into the torch model instead")
     end = module.given(more.shape[-1], where)
     before([tokens[0].node], new.ids, new.known, branch)
     for node in counted:
@@ -193,7 +193,7 @@ def _projections(at: AttentionNodes, branch: Branch, model: ir.Model, target: Ta
             layers_by_name[name] = spot.kind(spot.node, branch)
     if not ({*SEPARATE} <= {*layers_by_name} or {*FUSED} <= {*layers_by_name}):
         why = f"the module {at.module.path} is not an attention like Llama's or GPT-2's"
-        raise Unsupported(why, where=str(target), cure="Target attentions of a model like Llama or GPT-2")
+        raise Unsupported(why, where=str(target), cure="Target the attention modules of a model like Llama or GPT-2")
     return layers_by_name
 
 

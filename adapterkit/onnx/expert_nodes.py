@@ -81,7 +81,9 @@ class FusedExpertGemm(ExpertGemm):
             reader = next((use.node for use in out.uses() if use.node.op_type == op), None)
             if reader is None:
                 why = "the Reshape and Transpose nodes that separate an expert's gate and up are missing"
-                raise Malformed(why, where=self.node.name, cure="Write the model with slots again")
+                raise Malformed(
+                    why, where=self.node.name, cure="Inject the adapter with --mode slots (mode='slots') again"
+                )
             out = reader.outputs[0]
         return out
 

@@ -236,7 +236,7 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
     rest, context = parted(adapter)
     if context and len(parts) > 1:
         why = f"{context[0][1].method} cannot be attached in a model of several graphs"
-        cure = "Pass one graph (the .onnx file), or export the torch model with the adapter attached"
+        cure = "Pass one graph (the .onnx file), or export the torch model with the adapter injected"
         raise Unsupported(why, where=str(context[0][0]) or None, cure=cure)
     by_part: dict[Path, Adapter | None] = {}
     seen: set[Target] = set()

@@ -56,7 +56,7 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
         files[file] = max(files.get(file, 0), need)
         if real.stat().st_size < need:
             why = f"the data file has {real.stat().st_size} bytes, but {need} are needed to read the model's tensors"
-            raise Malformed(why, path=file, where=where, cure="Fetch the data file again")
+            raise Malformed(why, path=file, where=where, cure="Download the data file again")
         # Make the tensor refer to the real file: a hub's cache stores files as links, and runtimes refuse links that
         # lead out of the model's folder.
         tensor._base_dir, tensor._location = str(real.parent), real.name

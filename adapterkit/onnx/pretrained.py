@@ -266,7 +266,7 @@ def _check_for_parts(adapter: Adapters, source: Path, model: nn.Module, rename: 
         for target, update in one:
             if update.kind == "context":
                 why = f"{update.method} cannot be attached in a model of several graphs"
-                cure = "Export the model's parts yourself with adapterkit.onnx.export, with the adapter attached"
+                cure = "Export the model's parts yourself with adapterkit.onnx.export, with the adapter injected"
                 raise Unsupported(why, path=source, where=str(target) or "(model)", cure=cure)
     with injected(model, dict(zip(adapters, renamed(list(adapters.values()), rename), strict=True))):
         # `injected` raises an error if the model lacks a target. The exports cannot check this, because each graph has

@@ -412,7 +412,7 @@ def _refuse(adapter: Adapter) -> None:
     for target, update in adapter:
         if update.kind == "context":
             why = f"{update.method} changes {update.acts_on}, so it cannot be attached to a layer of a graph"
-            raise Unsupported(why, where=str(target), cure="Attach the adapter in torch, and export the torch model")
+            raise Unsupported(why, where=str(target), cure="Inject the adapter in torch, and export the torch model")
 
 
 def _seen(node: ir.Node, kind: type[GraphLayer]) -> tuple[int, ...]:

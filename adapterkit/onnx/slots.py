@@ -219,7 +219,7 @@ def _target(plain: Any) -> Target:
     return Target(str(path), rows=None if rows is None else (int(rows[0]), int(rows[1])))
 
 
-_AGAIN = "Write the model with slots again"
+_AGAIN = "Inject the adapter with --mode slots (mode='slots') again"
 
 
 class Slots:

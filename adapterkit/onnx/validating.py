@@ -44,7 +44,7 @@ POSITIVE = {
 """A map from each operator to its attributes that must be at least 1. onnxruntime divides by some of these attributes,
 and a division by 0 would end the process."""
 
-_AGAIN = "Export the model again, or fetch the file again"
+_AGAIN = "Export the model again, or download the file again"
 
 
 def check_model(proto: ModelProto, path: Path | None) -> None:

@@ -327,7 +327,7 @@ def _check_weights(weights: Sequence[float], count: int) -> None:
     if len(weights) != count:
         raise UsageError(f"{len(weights)} weights for {count} adapters", cure=PASS_ONE_WEIGHT_EACH)
     if not all(math.isfinite(weight) for weight in weights):
-        raise UsageError(f"weights {list(weights)} are not all finite", cure="Give each adapter a finite number")
+        raise UsageError(f"weights {list(weights)} are not all finite", cure="Pass a finite number for each adapter")
 
 
 _DOING = "scaled or added"

@@ -186,7 +186,7 @@ def _check_common(adapters: Sequence[Adapter]) -> None:
             path = next(iter(paths))
             near = nearest(path, first)
             cure = f"{near}. " if near else ""
-            cure += "Align names with --base (base=) or --rename (rename=), or add --disjoint (disjoint=)"
+            cure += "Align names with --base (base=) or --rename (rename=), or pass --disjoint (disjoint=)"
             raise UsageError("the adapters have no target in common", where=path, cure=cure)
         first |= paths
 

@@ -157,7 +157,7 @@ def shira(D: Array, criterion: Criterion, _seed: int, dtype: DType) -> Additive:
 def _rank(criterion: Criterion, form: str) -> int:
     if criterion.rank is None:
         why = f"a {form} needs a rank; energy and error are not supported"
-        raise UsageError(why, where="rank", cure="Give --rank N (rank=) instead")
+        raise UsageError(why, where="rank", cure="Pass --rank N (rank=) instead")
     return criterion.rank
 
 

@@ -16,6 +16,7 @@ from ..core.metadata import METADATA, MODEL_TYPE, merged_metadata, model_types_o
 from ..core.updates import Additive, Update
 from ..errors import (
     PASS_BASE,
+    USE_ITS_BASE_OR_DOWNLOAD,
     AdapterkitError,
     Malformed,
     NotMergeable,
@@ -169,14 +170,15 @@ def part(update: U, expert: int | None) -> U:
 
 
 def _delta(update: Additive, shape: Shape, weight: float) -> Delta:
-    cure = "The file is damaged, or the adapter does not belong to this base"
     try:
         return _formed(update, shape, weight)
     except IndexError as error:  # No earlier code checks the indices that the file contains.
-        raise Malformed(f"{update.method}: an index is outside the weight ({error})", cure=cure) from None
+        raise Malformed(
+            f"{update.method}: an index is outside the weight ({error})", cure=USE_ITS_BASE_OR_DOWNLOAD
+        ) from None
     except ValueError as error:  # The update does not record the shape of its weight. No earlier code checks the shape.
         why = f"{update.method}: the update does not fit a weight of shape {list(shape)} ({error})"
-        raise ShapeMismatch(why, cure=cure) from None
+        raise ShapeMismatch(why, cure=USE_ITS_BASE_OR_DOWNLOAD) from None
 
 
 def _formed(update: Additive, shape: Shape, weight: float) -> Delta:
@@ -278,7 +280,7 @@ def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
     where = f"{target}: {update.method}"
     if update.kind not in ("additive", "weight"):
         why = f"{update.method} changes {update.acts_on}, not weights, so it cannot be {doing}"
-        raise NotMergeable(why, where=where, cure="Attach such adapters side by side in a live model")
+        raise NotMergeable(why, where=where, cure="Inject such adapters side by side into a live model")
     if update.kind == "weight" and not based:
         why = f"the change of {update.method} depends on the base's weight, so it cannot be {doing} without a base"
         raise UsageError(why, where=where, cure=PASS_BASE)

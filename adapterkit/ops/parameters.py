@@ -278,7 +278,7 @@ class CombineParameters:
             raise UsageError(
                 f"the list has parameters of {len(each)} adapters, but there are {count} adapters",
                 where="each",
-                cure="Give one mapping for each adapter",
+                cure="Pass one mapping for each adapter",
             )
         if not all(isinstance(given, Mapping) for given in each):
             raise UsageError(

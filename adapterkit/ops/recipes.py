@@ -247,7 +247,7 @@ def _sliced(content: object, path: Path | None) -> tuple[list[_Model], list[tupl
             if span[0] != start or span != spans[0]:
                 _refuse_range(f"{where}.sources[{j}].layer_range", span, spans[0], start, path)
         if names and mine != names:
-            cure = "Name the same models in every slice; to leave out a model, set its weight to 0"
+            cure = "Name the same models in every slice; to omit a model, set its weight to 0"
             why = "this slice lists other models than the first slice"
             raise UsageError(why, where=f"{where}.sources", path=path, cure=cure)
         names = mine

@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
     Report = Callable[["Cut"], Any]
 
-PROMOTE = "Convert the adapter to LoRA with --promote (ak.ops.promote); if its method needs a base, add --base (base=)"
+PROMOTE = (
+    "Convert the adapter to LoRA with --promote (ak.ops.promote); if its method needs a base, also pass "
+    "--base BASE (base=)"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -286,8 +286,8 @@ def first(decomposition: Decomposition, count: int) -> Decomposition:
 
 
 SCOPES = ("target", "all")
-_ONE = "Give exactly one criterion, such as --rank N (rank=) or --energy SHARE (energy=)"
-_RANK = "Give --rank N (rank=) of at least 1"
+_ONE = "Pass exactly one criterion, such as --rank N (rank=) or --energy SHARE (energy=)"
+_RANK = "Pass --rank N (rank=) of at least 1"
 
 NAMES = "rank, energy, error, frobenius, sv_ratio, sv_cumulative and sv_fro"
 

@@ -246,10 +246,10 @@ def check_signature(
         NetworkError: sigstore cannot be reached.
     """
     if (key is not None) + bool(trust) + (identity is not None) != 1:
-        cure = "Type one of --key PUB.pem (key=), --trust CERT.pem (trust=) and --identity WHO (identity=)"
+        cure = "Pass one of --key PUB.pem (key=), --trust CERT.pem (trust=) and --identity WHO (identity=)"
         raise UsageError("exactly one of the signer's key, certificates and identity is needed", cure=cure)
     if (identity is None) != (issuer is None):
-        cure = "Type both --identity and --issuer (identity=, issuer=)"
+        cure = "Pass both --identity and --issuer (identity=, issuer=)"
         raise UsageError("an identity needs an issuer, and an issuer needs an identity", cure=cure)
     root, file = settled(Path(path)), Path(signature)
     check_exists(root)
@@ -284,7 +284,7 @@ def other_base(
     recorded = [*((fields.get("base") or {}).get("fingerprints") or ()), kept.get(FINGERPRINT)]
     known = [each for each in recorded if isinstance(each, str) and each.startswith(PREFIX)]
     if not known:
-        cure = "Omit --base (base=), or add --adapter for each merged adapter to compute the merge again"
+        cure = "Omit --base (base=), or pass --adapter (adapters=) for each merged adapter to compute the merge again"
         raise UsageError("the signed statement has no fingerprint of a base", cure=cure)
     checkpoint = opened(base)
     given = fingerprint(checkpoint)

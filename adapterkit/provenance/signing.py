@@ -126,7 +126,7 @@ def _check_private(path: Path, password: bytes | None) -> None:
     data = _read(path)
     # The errors below do not quote messages of the package `cryptography`: no part of a private key may reach a log.
     if b"ENCRYPTED" in data and password is None:
-        cure = f"Set {PASSWORD}, or type --password-file FILE (password=)"
+        cure = f"Set {PASSWORD}, or pass --password-file FILE (password=)"
         raise UsageError(f"the key {path} is encrypted, but no password was given", cure=cure)
     try:
         key: Any = load_pem_private_key(data, password)
@@ -368,10 +368,10 @@ def sign(
         'lora.sig'
     """
     if (key is None) == (not sigstore):
-        cure = "Type either --key KEY.pem (key=) or --sigstore (sigstore=True)"
+        cure = "Pass either --key KEY.pem (key=) or --sigstore (sigstore=True)"
         raise UsageError("signing needs exactly one of a key and sigstore", cure=cure)
     if certificate is None and chain:
-        cure = "Also type --certificate CERT.pem (certificate=)"
+        cure = "Also pass --certificate CERT.pem (certificate=)"
         raise UsageError("a chain was given without a certificate", cure=cure)
     root = settled(Path(path))
     place = signature_file(Path(path)) if out is None else Path(out)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # finds the packed weights in these bases.
 
 
-DAMAGED = "The file is damaged, or belongs to another scheme: fetch it again"
+DAMAGED = "Download the file again: it is damaged, or belongs to another scheme"
 
 NO_PACKING = (
     "Merge with --quantized dequantize (quantized='dequantize'), and quantize the result with the scheme's own tool"

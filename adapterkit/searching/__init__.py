@@ -122,7 +122,7 @@ def _of_recipe(path: Path, names: Sequence[str], seed: int, rank: int | str | No
         theirs = options.pop(key)
         if theirs != ours[key] and not (key == "base" and _same_path(theirs, base)):
             why = f"the recipe has {key} {theirs}, but the search has {key} {ours[key]}"
-            raise UsageError(why, path=path, where=key, cure=f"Type --{key} {theirs} ({key}=), or change the recipe")
+            raise UsageError(why, path=path, where=key, cure=f"Pass --{key} {theirs} ({key}=), or change the recipe")
     for key in ("compat", "each", "dtype", "disjoint"):
         if options.pop(key, None):
             cure = f"Remove {key} from the recipe, or pass the recipe's method instead with --start (start=)"
@@ -241,7 +241,7 @@ def search(
     if budget < len(known):
         why = f"the budget is {budget}, but this search begins with {len(known)} fixed trials"
         cure = (
-            f"Type --budget {len(known)} (budget=) or more; or pass fewer methods with --method (methods=), "
+            f"Pass --budget {len(known)} (budget=) or more; or pass fewer methods with --method (methods=), "
             "or fewer combinations with --start (start=)"
         )
         raise UsageError(why, where="budget", cure=cure)
@@ -299,7 +299,7 @@ def _checked(methods: Sequence[str], count: int, base: Base | None) -> tuple[str
                 why, where="methods", cure=f"Omit {name} from --method (methods=), or use combine with --data (data=)"
             )
         if cls.based and base is None:
-            raise UsageError(f"{name} needs the base", where="methods", cure="Pass the base with --base (base=)")
+            raise UsageError(f"{name} needs the base", where="methods", cure="Pass --base BASE (base=)")
     return tuple(dict.fromkeys(methods))
 
 
@@ -365,7 +365,7 @@ class Space:
                 raise UsageError(
                     f"the bounds of {name} are {low} and {high}",
                     where="tune",
-                    cure="Give two different bounds, the smaller bound first",
+                    cure="Pass two different bounds, the smaller bound first",
                 )
             for holder, bound in ((holder, bound) for holder in known for bound in (low, high)):
                 holder.checked(name, bound)
@@ -462,7 +462,7 @@ def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
     """
     if base is None:
         raise UsageError(
-            "the loss on texts requires a base, but none is given", where="data", cure="Pass a base with --base (base=)"
+            "the loss on texts requires a base, but none is given", where="data", cure="Pass --base BASE (base=)"
         )
     live = LiveBase(base, device)
     live.check_predicts()

@@ -370,7 +370,7 @@ class SplitBlock(ComposedBlock):
         super().check()
         if self.asks:
             why = "a formula that reads arguments of the model's call cannot run on only some token positions"
-            raise Unsupported(why, cure="Leave this adapter out of split()")
+            raise Unsupported(why, cure="Omit this adapter from split()")
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:
         if sum(self.lengths) != x.shape[-2]:

@@ -125,9 +125,7 @@ def create(
     starts = cls in (LoRA, DoRA)
     find(init)
     if init != "default" and not starts:
-        raise UsageError(
-            f"{method} has only one initialiser", where="init", cure="Leave init= out, or use lora or dora"
-        )
+        raise UsageError(f"{method} has only one initialiser", where="init", cure="Omit init=, or use lora or dora")
     paths = _matching(model, targets, exclude, layers, cls.kind == "output")
     sizes = {path: _Size.of(unwrapped(model, path), rank, alpha, rank_pattern, alpha_pattern) for path in paths}
     seen = _seen(model, paths, init, data)
@@ -138,7 +136,7 @@ def create(
     shapes = [_shape(model, path, target) for path, target in places.items()]
     shared = cls.shared(shapes, rank, _random(generator))
     if shared and rank_pattern:
-        raise UsageError(f"{method} has one rank for all layers", where="rank_pattern", cure="Leave rank_pattern= out")
+        raise UsageError(f"{method} has one rank for all layers", where="rank_pattern", cure="Omit rank_pattern=")
     updates: dict[Target, tuple[Update, ...]] = {}
     with seeded(seed), torch.no_grad():
         for path, target in places.items():

@@ -77,7 +77,7 @@ def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: 
     needy = [(target, update) for target, update in adapter if getattr(update, "lacks_experts", False)]
     if not needy:
         if experts:
-            raise UsageError("this adapter needs no separate experts", where="experts", cure="Leave experts= out")
+            raise UsageError("this adapter needs no separate experts", where="experts", cure="Omit experts=")
         return adapter
     if not experts:
         cure = "Pass experts=, a list of the expert adapters in the router's order"
@@ -291,7 +291,7 @@ def inject(
     weights, context = apart(adapter)
     if weight != 1 and context.updates:
         why = "an adapter that adds context can only have the weight 1"
-        raise UsageError(why, where=name, cure="Leave weight= out")
+        raise UsageError(why, where=name, cure="Omit weight=")
     switch, registration = Switch(name, weight, active), Registration(model, name, trainable)
     around = _contexts(model, context, switch, registration, rules)
     recorder = CallRecorder(switch, {word for _, update in weights for word in words_of(model, update)})
@@ -317,7 +317,7 @@ def inject(
         once[place] = (first, part)
         if drop and not part.direct:
             why = "dropout is not supported for a module that runs its own forward on a changed weight"
-            raise Unsupported(why, where=str(site.target), cure="Pass dropout=0, or leave this target out")
+            raise Unsupported(why, where=str(site.target), cure="Pass dropout=0, or omit this target")
         live_by_part[id(part)] = _as_given(bound, site.updates, given)
         if id(holder) not in together:
             together[id(holder)] = hook_at(holder), []
@@ -369,7 +369,7 @@ def _check_twin(first: Part, second: Part) -> None:
     """
     if not change_alike([first, second]):
         why = f"this target and {first.target} are the same module, but their updates differ"
-        raise Unsupported(why, where=str(second.target), cure="Leave one of the two targets out")
+        raise Unsupported(why, where=str(second.target), cure="Omit one of the two targets")
 
 
 def _where(model: nn.Module, target: Target) -> str:

@@ -76,11 +76,13 @@ def load_pretrained(
         names = config.get("architectures") or ["AutoModel"]
         name = names[0]
     except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
-        raise Malformed(f"config.json cannot be read ({error})", path=source, cure="Fetch the folder again") from None
+        raise Malformed(
+            f"config.json cannot be read ({error})", path=source, cure="Download the folder again"
+        ) from None
     # Accept only class names: config.json is untrusted, and must not select any other attribute of transformers.
     if not isinstance(name, str) or not (name == "AutoModel" or name.startswith(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))):
         raise Malformed(
-            f"architectures is {name!r}, not a class name", path=source / "config.json", cure="Fetch it again"
+            f"architectures is {name!r}, not a class name", path=source / "config.json", cure="Download it again"
         )
     built = getattr(transformers, name, None)
     if built is None or not hasattr(built, "from_pretrained"):
@@ -112,7 +114,7 @@ def load_pretrained(
         if "trust_remote_code" in str(error):
             raise Unsupported("adapterkit does not run the model's own code", path=source, cure=_OWN_CODE) from None
         raise Malformed(
-            f"transformers cannot load the folder ({first})", path=source, cure="Fetch the folder again"
+            f"transformers cannot load the folder ({first})", path=source, cure="Download the folder again"
         ) from error
     if lacking is not None:
         lacking += sorted(loading["missing_keys"])

@@ -126,11 +126,13 @@ def check_gathered(model: nn.Module) -> None:
             the first version of torch's FSDP (`FullyShardedDataParallel`) has flattened the weights.
     """
     if any(_synchroniser(module) == FSDP1 for module in model.modules()):
-        cure = f"Attach the adapter before {FSDP1}(model, use_orig_params=True)"
+        cure = f"Inject the adapter before {FSDP1}(model, use_orig_params=True)"
         raise Unsupported(f"{FSDP1} has flattened the weights", where=type(model).__name__, cure=cure)
     name = next((name for name, parameter in model.named_parameters() if is_partitioned(parameter)), None)
     if name is not None:
-        cure = "Attach the adapter before deepspeed.initialize, to a model that was loaded outside deepspeed.zero.Init"
+        cure = (
+            "Inject the adapter before deepspeed.initialize, into a model that was loaded outside deepspeed.zero.Init"
+        )
         raise Unsupported("DeepSpeed's ZeRO has partitioned this weight", where=name, cure=cure)
 
 

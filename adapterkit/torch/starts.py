@@ -78,7 +78,7 @@ def start_of(init: str, place: StartPlace) -> Start:
     """
     kind = find(init)
     if init != "default" and init != "gaussian" and (place.embedding or place.W.ndim != 2):
-        raise UsageError(f"init={init!r} supports only linear layers", cure="Leave this layer out with exclude=")
+        raise UsageError(f"init={init!r} supports only linear layers", cure="Omit this layer with exclude=")
     shapes = (place.rank, *place.W.shape[1:]), (len(place.W), place.rank)
     if place.embedding:
         A, B = (torch.randn(shape) for shape in shapes)
@@ -338,7 +338,7 @@ def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[object]) -
             module.training = training
     idle = next((path for path, moments in moments_by_path.items() if not moments.tokens), None)
     if idle is not None:
-        cure = "Pass batches for which the model calls this module, or leave the module out with exclude="
+        cure = "Pass batches for which the model calls this module, or omit the module with exclude="
         raise UsageError("the module got no unmasked inputs from the data", where=idle, cure=cure)
     return moments_by_path
 

@@ -117,7 +117,7 @@ def heads_of(module: nn.Module) -> HeadSizes:
     if children == GPT2 and hasattr(module, "head_dim"):
         return Fused(module)
     why = f"a {type(module).__name__} is not an attention like Llama's or GPT-2's"
-    raise Unsupported(why, cure="Target the attentions of a model that is built like Llama or GPT-2")
+    raise Unsupported(why, cure="Target the attention modules of a model that is built like Llama or GPT-2")
 
 
 def _without_bias(module: nn.Module, h: Tensor) -> Tensor:

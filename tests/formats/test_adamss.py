@@ -60,7 +60,7 @@ def test_without_the_base_and_with_another_it_is_refused(made, tmp_path):
     model, folder, _, _ = made
     with pytest.raises(UsageError, match="the rows of each group depend on the base's weights") as raised:
         ak.read(folder / "peft")
-    assert raised.value.cure == "Give the base with --base (base=)"
+    assert raised.value.cure == "Pass --base BASE (base=)"
     other = {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
     save_file(other, tmp_path / "other.safetensors")
     with pytest.raises(Unsupported, match=r"singular vectors.*differ by .* from those in the file.*on another base"):

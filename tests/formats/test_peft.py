@@ -61,7 +61,7 @@ def read(folder, base):
     try:
         return ak.read(folder)
     except UsageError as error:
-        if error.cure != "Give the base with --base (base=)":
+        if error.cure != "Pass --base BASE (base=)":
             raise
         return ak.read(folder, base=base)
 

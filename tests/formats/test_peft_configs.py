@@ -158,7 +158,7 @@ def test_parameters_are_told_apart_by_the_base(tmp_path):
     source = experts(tmp_path / "a", ["one", "two"], one=(2, 5, 4), two=(2, 4, 6))
     with pytest.raises(UsageError, match="one or two") as raised:
         ak.read(source)
-    assert raised.value.cure == "Give the base with --base (base=)"
+    assert raised.value.cure == "Pass --base BASE (base=)"
     read = ak.read(source, base=tmp_path / "a.safetensors")
     assert {target.path: update.B.shape for target, update in read} == {"ex.one": (2, 5, 2), "ex.two": (2, 4, 2)}
 

@@ -129,7 +129,7 @@ def test_positions_that_are_drawn_again_need_the_base(config, base, tmp_path):
     folder, _ = saved(config, base[1], tmp_path / "a")
     with pytest.raises(UsageError, match="positions depend on the size") as raised:
         ak.read(folder)
-    assert raised.value.cure == "Give the base with --base (base=)"
+    assert raised.value.cure == "Pass --base BASE (base=)"
     adapter = ak.read(folder, base=base[1])
     ak.write(adapter, tmp_path / "native.safetensors")
     alone = ak.read(tmp_path / "native.safetensors")
@@ -178,7 +178,7 @@ def test_positions_of_unilora_need_an_order_that_sorted_names_do_not_tell(base, 
     folder, _ = saved(unilora(target_modules=["q", "up"]), base[1], tmp_path / "a")
     with pytest.raises(UsageError) as needy:
         ak.read(folder)
-    assert needy.value.cure == "Give the base with --base (base=)"
+    assert needy.value.cure == "Pass --base BASE (base=)"
     with pytest.raises(Unsupported, match="order of the modules") as raised:
         ak.read(folder, base=base[1])
     assert "save_indices=True" in raised.value.cure
@@ -200,7 +200,7 @@ def test_numbers_of_elements_are_written_with_the_base_alone(base, tmp_path):
         fresh = ak.torch.create(base[0], method, targets=["q"], rank=2)
         with pytest.raises(UsageError) as raised:
             ak.write(fresh, tmp_path / method, "peft")
-        assert raised.value.cure == "Give the base with --base (base=)"
+        assert raised.value.cure == "Pass --base BASE (base=)"
         ak.write(fresh, tmp_path / method, "peft", base=base[1])
         PeftModel.from_pretrained(Layers(), str(tmp_path / method))
         assert ak.read(tmp_path / method).digest() == fresh.digest()

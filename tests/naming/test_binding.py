@@ -265,7 +265,7 @@ def test_delta_of_a_formula_that_needs_the_weight(base):
     given = adapter(q=IA3(l=from_numpy(scale)))
     with pytest.raises(UsageError, match="the formula of ia3 needs the weight") as raised:
         given.delta("q")
-    assert raised.value.cure == "Give the base with --base (base=)"
+    assert raised.value.cure == "Pass --base BASE (base=)"
     got = given.delta("q", base=base({"q.weight": W}))
     torch.testing.assert_close(got, torch.from_numpy(W * scale[:, None] - W).float(), rtol=1e-6, atol=1e-6)
 

@@ -207,7 +207,7 @@ def test_what_a_search_refuses() -> None:
 
     for match, words in (
         ("at least two adapters", {"adapters": PAIR[:1]}),
-        ("this search begins with.*Type --budget 7", {"budget": 3}),
+        ("this search begins with.*Pass --budget 7", {"budget": 3}),
         ("'tise'.*ties", {"methods": ["tise"]}),
         ("lorahub learns from data", {"methods": ["lorahub"]}),
         ("slerp cannot combine 3", {"methods": ["slerp"], "adapters": [*PAIR, lora(3)]}),

@@ -265,6 +265,6 @@ def test_commands_name_the_missing_option(given: dict[str, Any], tmp_path: Path)
 
     assert "--data FILE and --base BASE" in said("combine", *adapters, "--method", "cat", *out)
     texts = ["--data", str(given["texts"][0])]
-    assert "Add --base BASE" in said("combine", *adapters, "--method", "cat", *texts, *out)
+    assert "Also pass --base BASE" in said("combine", *adapters, "--method", "cat", *texts, *out)
     assert "ties does not use data" in said("combine", *adapters, "--method", "ties", *texts, *out)
     assert "--data requires --method" in said("merge", str(given["base"]), adapters[0], *texts, *out)

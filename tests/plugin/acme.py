@@ -43,7 +43,7 @@ class Acme(Format):
                 update = LoRA(A=_array(entry["A"]), B=_array(entry["B"]), scaling=entry["scaling"])
                 updates[_target(name)] = (update,)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Malformed(f"no adapter of Acme's ({error})", path=path, cure="Fetch the file again") from None
+            raise Malformed(f"no adapter of Acme's ({error})", path=path, cure="Download the file again") from None
         return Adapter(updates)
 
     def write(self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Any = None) -> list[str]:

@@ -316,7 +316,7 @@ def check_stated_family(paths: Sequence[str], base: Checkpoint, metadata: Mappin
         why = f"the file's metadata names {stated[0].title}, but the base is {there[0].title}"
         name = there[0].name
         cure = (
-            "Give the base that the adapter was trained on. If the metadata is wrong, first convert the file with "
+            "Pass the base that the adapter was trained on. If the metadata is wrong, first convert the file with "
             f"--family {name} (family={name!r})"
         )
         raise UsageError(why, where=paths[0], cure=cure)

@@ -658,7 +658,7 @@ def _check_families(adapters: Sequence[Sequence[str]]) -> None:
             names = [_titles(each) or "an unknown family" for each in (first, others)]
             why = f"the adapters are for different models: {names[0]}, and {names[1]}"
             raise UsageError(
-                why, where=place, cure="Give only adapters for the same base: these adapters have no weight in common"
+                why, where=place, cure="Pass only adapters for the same base: these adapters have no weight in common"
             )
 
 

@@ -139,7 +139,7 @@ def _together(
     return first
 
 
-_DECIDE = "Name the family with --family (family=), or give the base with --base (base=): its module names then decide"
+_DECIDE = "Name the family with --family (family=), or pass --base BASE (base=): its module names then decide"
 
 
 def _kind(flat: str) -> str:
@@ -283,7 +283,7 @@ def _near(flat: str, walked: Mapping[str, object] | None) -> str:
     known = {flatten(p) for family in families() for naming in family.namings for p in family.names(naming).patterns}
     shape = re.sub(r"(?<![^_])\d+(?![^_])", "#", flat)
     near = nearest(shape, {name for name in known if name[:4] == shape[:4]})
-    return f"{near}{'. ' if near else ''}Give the base with --base (base=): its module names are then used"
+    return f"{near}{'. ' if near else ''}Pass --base BASE (base=): its module names are then used"
 
 
 def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris: bool = False) -> str | None:

@@ -189,7 +189,7 @@ def _keeping(origin: Origin) -> str:
     keeps = {"native": "comfyui", "comfyui": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
     return (
         f"Write a format that keeps these names: --to {keeps}. Or name the model family when you read the adapter: "
-        "--family (family=). Or give the base with --base (base=), so that the base's names decide the family"
+        "--family (family=). Or pass --base BASE (base=), so that the base's names decide the family"
     )
 
 

@@ -123,7 +123,7 @@ def load(path: Path) -> Content:
     _check_single(folder)
     weights = path if path.is_file() and path.name != CONFIG else _first(folder, (SAFETENSORS, TORCH))
     if weights is None:
-        why, cure = f"the folder has neither {SAFETENSORS} nor {TORCH}", "Fetch the tensor file, too"
+        why, cure = f"the folder has neither {SAFETENSORS} nor {TORCH}", "Download the tensor file, too"
         raise StorageError(why, path=folder, cure=cure)
     config = read_json(folder / CONFIG, strict=True)
     if not _is_config(config):
@@ -178,7 +178,7 @@ def _check_single(folder: Path) -> None:
     raise StorageError(
         f"there is no {CONFIG} next to the tensor file",
         path=folder,
-        cure="Fetch the config, which states the method and the settings",
+        cure="Download the config, which states the method and the settings",
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from ...core.adapter import Adapter, BaseRef, Foreign, Step, Target, Updates
-from ...errors import WRITE_ADAPTERKIT, AdapterkitError, Malformed, Unrepresentable, Unsupported
+from ...errors import USE_ITS_CONFIG, WRITE_ADAPTERKIT, AdapterkitError, Malformed, Unrepresentable, Unsupported
 from ...io.lazy import as_lazy
 from .._kit import Loss, all_expressible, leftovers
 from . import SAFETENSORS, Content
@@ -159,9 +159,7 @@ def _check_all_used(tensors: Mapping[AdapterHubKey, Lazy], used: set[AdapterHubK
     left = next((key for key in tensors if key not in used), None)
     if left is not None:
         why = "this tensor does not belong to any update that the config describes"
-        raise Malformed(
-            why, where=left.text, cure=f"The config does not belong to this file; {AGAIN[0].lower()}{AGAIN[1:]}"
-        )
+        raise Malformed(why, where=left.text, cure=f"{USE_ITS_CONFIG}, or {AGAIN[0].lower()}{AGAIN[1:]}")
 
 
 def _departures(updates: Updates, content: Content, naming: AdapterHubNaming) -> dict[str, str]:

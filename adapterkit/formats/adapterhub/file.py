@@ -504,7 +504,7 @@ def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
         return "the scaling of this dora is not 1, but the adapters library computes the norm with a scaling of 1"
     if base is None:
         why = "the adapters library's dora also scales a bias, and only the base shows whether the layer has one"
-        return f"{why}; give the base with --base (base=)"
+        return f"{why}; pass --base BASE (base=)"
     return "" if biasless(base, target.path) else "the layer has a bias, which the adapters library's dora would scale"
 
 
@@ -544,7 +544,7 @@ def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Targe
     for target, group in updates.items():
         word = role(target.path, family or "")
         if family is None:
-            why = "the model type is unknown; give the base with --base (base=)"
+            why = "the model type is unknown; pass --base BASE (base=)"
         elif word is None:
             why = f"the adapters library does not adapt this layer of a {family} model"
         elif (word == "qkv") != (target.rows is not None):

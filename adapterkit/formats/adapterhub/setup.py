@@ -86,7 +86,7 @@ def read_setup(folder: str | PathLike[str]) -> Setup:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise StorageError(
-            f"the folder has no {CONFIG}", path=folder, cure="Give the folder that save_adapter_setup wrote"
+            f"the folder has no {CONFIG}", path=folder, cure="Pass the folder that save_adapter_setup wrote"
         )
     try:
         return _block(read_json(path, strict=True).get("adapter_setup"), "adapter_setup", 0)
@@ -246,7 +246,7 @@ def read_fusion(path: str | PathLike[str]) -> tuple[dict[str, bool], dict[str, d
 
 def _read(folder: Path) -> tuple[dict[str, bool], dict[str, dict[str, Lazy]]]:
     if not (folder / FUSION_CONFIG).exists():
-        raise StorageError(f"the folder has no {FUSION_CONFIG}", cure="Give the folder that save_adapter_fusion wrote")
+        raise StorageError(f"the folder has no {FUSION_CONFIG}", cure="Pass the folder that save_adapter_fusion wrote")
     config = read_json(folder / FUSION_CONFIG, strict=True)
     try:
         fields = msgspec.convert(config.get("config"), FusionFields)
@@ -254,7 +254,9 @@ def _read(folder: Path) -> tuple[dict[str, bool], dict[str, dict[str, Lazy]]]:
         raise Malformed(str(error), where=f"{FUSION_CONFIG}: config", cure=_AGAIN) from None
     file = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if file is None:
-        raise StorageError(f"the folder has neither {WEIGHTS[0]} nor {WEIGHTS[1]}", cure="Fetch the tensor file, too")
+        raise StorageError(
+            f"the folder has neither {WEIGHTS[0]} nor {WEIGHTS[1]}", cure="Download the tensor file, too"
+        )
     wanted = {
         f
         for word, on in (("query", fields.query), ("key", fields.key), ("value", fields.value))

@@ -240,7 +240,7 @@ def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Ada
     name = _text(file, ARCHITECTURE)
     for key, word in ((TYPE, "adapter"), (KIND, "lora")):
         if _text(file, key) != word:
-            raise Unsupported(f"{key} is {_text(file, key)!r}, not {word!r}", where=key, cure="Give a LoRA adapter")
+            raise Unsupported(f"{key} is {_text(file, key)!r}, not {word!r}", where=key, cure="Pass a LoRA adapter")
     invocation = invocation_of(file)
     alpha = file.values.get(ALPHA, GgufValue("f32", 0.0))
     if alpha.type != "f32" or not abs(alpha.value) < float("inf"):
@@ -305,7 +305,7 @@ def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline:
     if where is None:
         why = f"{place.family.family} has no known weight with this name"
         raise TargetNotFound(
-            why, where=foreign, cure=f"Is the architecture {place.name} right? If so, merge the adapter with llama.cpp"
+            why, where=foreign, cure=f"If the architecture {place.name} is right, merge the adapter with llama.cpp"
         )
     if where.stacked:
         A, B = slots["A"], slots["B"]
@@ -356,7 +356,7 @@ def _with_names_of_the_family(
 def _text(file: Gguf, key: str) -> str:
     value = file.values.get(key)
     if value is None or value.type != "string":
-        raise Malformed("the file has no string under this key", where=key, cure="Give an adapter for llama.cpp")
+        raise Malformed("the file has no string under this key", where=key, cure="Pass an adapter for llama.cpp")
     return str(value.value)
 
 
@@ -403,8 +403,8 @@ def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None,
     if compat is None:
         why = "the order of these rows depends on the tool that wrote the file, and the file does not name this tool"
         cure = (
-            "Add --compat convert-lora-to-ggml (compat='convert-lora-to-ggml') if the file was converted from PEFT, or "
-            "--compat finetune (compat='finetune') if llama.cpp trained the adapter"
+            "Pass --compat convert-lora-to-ggml (compat='convert-lora-to-ggml') if the file was converted from PEFT, "
+            "or --compat finetune (compat='finetune') if llama.cpp trained the adapter"
         )
         raise UsageError(why, where=name, cure=cure)
     return place.order(foreign, rows)

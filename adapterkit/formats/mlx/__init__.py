@@ -55,7 +55,7 @@ def tensors_of(path: Path) -> Path:
     """
     tensors = folder_of(path) / TENSORS if path.is_dir() or path.name == CONFIG else path
     if not tensors.exists():
-        raise StorageError(f"the folder has no {TENSORS}", path=folder_of(path), cure="Fetch the tensor file, too")
+        raise StorageError(f"the folder has no {TENSORS}", path=folder_of(path), cure="Download the tensor file, too")
     return tensors
 
 

@@ -128,7 +128,7 @@ def _translated(name: str, config: Mapping[str, object] | None, experts: int, na
             f"{' and '.join(by_moves.values())} translate this name differently: "
             f"{', '.join(m[0].path for m in by_moves)}"
         )
-        raise UsageError(why, where=name, cure="Give the base, which shows the family: --base (base=)")
+        raise UsageError(why, where=name, cure="Pass the base, which shows the family: --base BASE (base=)")
     return next(iter(by_moves), None)
 
 

@@ -86,7 +86,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
     weights = path if path.is_file() and path.name != CONFIG else _weights(folder)
     if not (folder / CONFIG).exists():
         raise StorageError(
-            f"the folder has tensors but no {CONFIG}", path=folder, cure="Fetch the config, which has rank and alpha"
+            f"the folder has tensors but no {CONFIG}", path=folder, cure="Download the config, which has rank and alpha"
         )
     tensors = read_shards(weights) if weights.name in SHARDED else read_tensors(weights)
     return read_json(folder / CONFIG, strict=True), tensors
@@ -136,7 +136,7 @@ def _weights(folder: Path) -> Path:
         if (folder / name).exists() and any(folder.glob("adapter_model-*-of-*.safetensors")):
             return folder / name
     raise StorageError(
-        f"the folder has neither {SAFETENSORS} nor {TORCH}", path=folder, cure="Fetch the tensor file, too"
+        f"the folder has neither {SAFETENSORS} nor {TORCH}", path=folder, cure="Download the tensor file, too"
     )
 
 

@@ -111,7 +111,7 @@ def load(
     _refuse_split(folder)
     file = _file(folder)
     if file is None:
-        cure = "Fetch the tensor file and adapter_config.json"
+        cure = "Download the tensor file and adapter_config.json"
         raise UsageError(f"the folder has neither {CONFIG} nor {SAFETENSORS} nor {TORCH}", path=path, cure=cure)
     header = dict(safetensors.read_header(file).metadata) if file.suffix == ".safetensors" else {}
     tensors = _without_wrapper(_tensors(file))

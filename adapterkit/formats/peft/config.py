@@ -148,7 +148,7 @@ def parse(config: Mapping[str, JsonValue], *, strict: bool = False) -> PeftSetti
 def _check_type(config: Mapping[str, JsonValue]) -> None:
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):
-        raise Malformed("the config has no peft_type", where="peft_type", cure="Give a config that PEFT wrote")
+        raise Malformed("the config has no peft_type", where="peft_type", cure="Use a config that PEFT wrote")
     if peft_type not in PEFT_TYPES and family_of_type(peft_type) is None:
         if peft_type in OTHER_TYPES:
             raise Unsupported(

@@ -9,7 +9,16 @@ from functools import lru_cache
 from itertools import permutations
 from typing import TYPE_CHECKING, Any, cast
 
-from ...errors import PASS_BASE, SAVE_WITH_PEFT, USE_ITS_CONFIG, Malformed, ShapeMismatch, Unsupported, UsageError
+from ...errors import (
+    PASS_BASE,
+    SAVE_WITH_PEFT,
+    USE_ITS_CONFIG,
+    USE_ITS_CONFIG_AND_BASE,
+    Malformed,
+    ShapeMismatch,
+    Unsupported,
+    UsageError,
+)
 from ...io.lazy import Lazy, as_lazy, bytes_of, from_numpy
 from ...naming.moves import stored_in_out
 from .file import LATENT, DecodedUpdate, File, Findings, Key, make, names_module, parse_version, written_by_unsloth
@@ -111,7 +120,7 @@ def check_rank(factors: PeftFactors, rank: int, experts: int = 1, groups: int = 
             raise ShapeMismatch(
                 f"the shape {list(factors.tensors[field].shape)} implies rank {size}; the config states {rank}{each}",
                 where=factors.keys[field].text,
-                cure="The config does not belong to this file, or its rank_pattern is damaged",
+                cure=USE_ITS_CONFIG,
             )  # fmt: skip
 
 
@@ -509,7 +518,11 @@ def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, .
         return options[0]
     if not options:
         why = f"none of the parameters {', '.join(names)} has a shape that fits these factors"
-        raise Malformed(why, where=group[0].key.text, cure="The config or the base does not belong to this file")
+        raise Malformed(
+            why,
+            where=group[0].key.text,
+            cure=USE_ITS_CONFIG_AND_BASE,
+        )
     where, which = group[0].key.text, " or ".join(sorted({option[0] for option in options}))
     if file.base is None:
         raise UsageError(f"the file does not show if this pair adapts {which}", where=where, cure=PASS_BASE)

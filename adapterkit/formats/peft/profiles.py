@@ -187,7 +187,7 @@ def _model_type(profile: Profile, base: Checkpoint | None) -> str:
     model_type = None if base is None else (base.config or {}).get("model_type")
     if not isinstance(model_type, str):
         why = f"{profile.title} reads model_type from the adapter's config, but the base's model_type is unknown"
-        raise UsageError(why, where="base", cure="Pass a base with a config.json: --base BASE (base=)")
+        raise UsageError(why, where="base", cure="Pass a base that has a config.json: --base BASE (base=)")
     return model_type
 
 

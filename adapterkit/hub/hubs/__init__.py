@@ -105,7 +105,7 @@ class Filesystem(Listing):
             [details.get(key) for key in ("ETag", "etag", "mtime", "created", "LastModified")],
         )
         if type(size) is not int:
-            cure = "Download the file with another tool, and give its local path"
+            cure = "Download the file with another tool, and pass its local path"
             raise Unsupported(
                 "the file system does not give the size of a file", path=str(self.uri), where=name, cure=cure
             )

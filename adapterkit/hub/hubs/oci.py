@@ -146,7 +146,7 @@ def _file(layer: object, where: str, place: str) -> RemoteFile:
     if type(size) is not int or size < 0:
         raise Malformed("the layer has no size", path=place, where=where, cure=_ANOTHER)
     if notes.get(FOLDER) == "true" or (kind.startswith("application/vnd.cncf.model.") and ".tar" in kind):
-        cure = "Fetch and unpack the artifact with the tool that pushed it"
+        cure = "Download and unpack the artifact with the tool that pushed it"
         raise Unsupported(
             "the layer is an archive, which adapterkit does not unpack", path=place, where=name or where, cure=cure
         )

@@ -267,7 +267,7 @@ def check_bases(
     """
     reasons = [why for name, adapter in adapters for why in mismatches(name, adapter, base, fingerprint)]
     if reasons and strict:
-        cure = "Give the base that the adapter was made for, or omit --strict-base (strict_base=True)"
+        cure = "Pass the base that the adapter was made for, or omit --strict-base (strict_base=True)"
         raise CheckFailed("; ".join(reasons), path=base.root, cure=cure)
     return tuple(dict.fromkeys(reasons))
 
@@ -288,7 +288,7 @@ def check_base(
 
     if base is None:
         if strict:
-            cure = "Give the base with --base (base=), or omit --strict-base (strict_base=True)"
+            cure = "Pass --base BASE (base=), or omit --strict-base (strict_base=True)"
             raise UsageError("without a base, the adapters' recorded bases cannot be checked", cure=cure)
         return ()
     checkpoint = opened(base)
@@ -314,7 +314,7 @@ def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str,
     why = f"{tuned.root} was merged from a base with the fingerprint {recorded}; this base has {given}"
     why += f" ({how})" if how else ""
     if strict:
-        cure = "Give the base that the weights were merged from, or omit --strict-base (strict_base=True)"
+        cure = "Pass the base that the weights were merged from, or omit --strict-base (strict_base=True)"
         raise CheckFailed(why, path=base.root, cure=cure)
     return (why,)
 

@@ -585,7 +585,7 @@ def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
     if len(families_by_moves) > 1:
         why = f"the families {' and '.join(families_by_moves.values())} split the experts differently"
         raise UsageError(
-            why, where=str(next(iter(stacks))), cure="Give the base, whose config names the family: --base (base=)"
+            why, where=str(next(iter(stacks))), cure="Pass the base, whose config names the family: --base BASE (base=)"
         )
     (only,) = families_by_moves
     parts: dict[Target, list[Placed]] = {}

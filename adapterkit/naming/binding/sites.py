@@ -64,7 +64,7 @@ def check_family(adapter: Adapter, config: Mapping[str, object] | None) -> None:
     same = isinstance(listed, list) and kind in listed
     if other is not None and not same:
         cure = (
-            f"Give a base of the family {other}; to use this base anyway, give a rule for names, such as "
+            f"Pass a base of the family {other}; to use this base anyway, pass a rule for names, such as "
             "--rename 'model=model' (rename=['model=model'])"
         )
         why = f"the adapter was trained on a model of the family {other}, but the base is {' with '.join(given)}"

@@ -211,7 +211,7 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
             elif model_type not in MODELS or not _layers(base):
                 why = (
                     "a config lists the layers without adapters, and only the base shows the number of layers and the "
-                    "model type; give the base with --base (base=)"
+                    "model type; pass --base BASE (base=)"
                 )
             elif target not in rules:
                 why = f"the adapters library has no adapters at this position of a {model_type} model"
@@ -266,7 +266,7 @@ def _coupling(updates: Updates) -> dict[str, JsonValue]:
 def _why_no_coupling(target: Target, update: Update, model_type: str | None) -> str:
     (a, second), (b, first) = (update.tensors[name].shape for name in ("F_down", "G_down"))
     if update.attributes["reverse"] or not target.path.endswith(EMBEDDINGS.get(model_type or "", "?")):
-        return "its target is not the base's embeddings, or the base is unknown; give the base with --base (base=)"
+        return "its target is not the base's embeddings, or the base is unknown; pass --base BASE (base=)"
     if int(first // _factor(int(second), int(a))) != b or first not in (second, second - 1):
         return "a config has one reduction factor for F and G, but no factor fits the shapes of both"
     return ""

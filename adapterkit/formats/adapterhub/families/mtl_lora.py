@@ -125,7 +125,7 @@ class MtlLoraFamily(AdapterHubFamily):
                 if target.stacked or target.rows is not None:
                     why = "it adapts experts or only some rows of a weight, which the adapters library cannot do"
                 elif role(target.path, family) in (None, "qkv"):
-                    why = "the adapters library is not known to adapt this layer; give the base with --base (base=)"
+                    why = "the adapters library is not known to adapt this layer; pass --base BASE (base=)"
                 elif exact_alpha((_settings_of(update)[0], _settings_of(update)[2]), rslora=False) is None:
                     why = "no alpha yields its exact scaling"
                 else:

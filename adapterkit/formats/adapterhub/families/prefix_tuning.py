@@ -8,7 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....core.adapter import Target, Updates
-from ....errors import PASS_BASE_WITH_CONFIG, USE_ITS_CONFIG, Malformed, ShapeMismatch, Unsupported, UsageError
+from ....errors import (
+    PASS_BASE_WITH_CONFIG,
+    USE_ITS_CONFIG,
+    USE_ITS_CONFIG_AND_BASE,
+    Malformed,
+    ShapeMismatch,
+    Unsupported,
+    UsageError,
+)
 from ....io.lazy import Lazy, as_lazy
 from ..file import AGAIN, AdapterHubUpdate, KeptKey, check_same, joined, make, model_type_of, sliced, take
 from . import AdapterHubFamily, FamilyFields, Size
@@ -52,7 +60,7 @@ def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> 
     if endings is None:
         return (
             "the adapters library adds prefixes to all attentions, and only the base shows which attentions exist; "
-            "give the base with --base (base=)"
+            "pass --base BASE (base=)"
         )
     if not target.path.endswith(endings):
         return f"the adapters library has no prefixes at this attention of a {model_type}"
@@ -307,7 +315,7 @@ def _group_updates(
             "the adapters library cannot run such an adapter"
         )
         raise ShapeMismatch(
-            why, where=keys[0].text, cure="Give the base that the adapter was trained on with --base (base=)"
+            why, where=keys[0].text, cure="Pass the base that the adapter was trained on with --base (base=)"
         )
     if "W2" in tensors and (len(tensors["W2"].shape) != 2 or tensors["W2"].shape[:1] != tensors["b2"].shape):
         why = f"the weight {list(tensors['W2'].shape)} does not fit the bias {list(tensors['b2'].shape)}"
@@ -367,7 +375,11 @@ def _sizes(part: AdapterHubPart, tensors: Mapping[str, Lazy], layers: int, key: 
         raise UsageError(why, where=key.text, cure=PASS_BASE_WITH_CONFIG)
     if not rows or total % (rows * heads) or not total:
         why = f"the shape {list(last.shape)} does not fit keys and values for {layers} layers with {heads} heads"
-        raise ShapeMismatch(why, where=key.text, cure="The config or the base does not belong to this file")
+        raise ShapeMismatch(
+            why,
+            where=key.text,
+            cure=USE_ITS_CONFIG_AND_BASE,
+        )
     return heads, total // rows
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import msgspec
 
 from ....core.registry import Registry
-from ....errors import SAVE_WITH_PEFT, Malformed, ShapeMismatch
+from ....errors import SAVE_WITH_PEFT, USE_ITS_CONFIG, Malformed, ShapeMismatch
 from ....io.lazy import Lazy, as_lazy
 from ....methods.alora import ALoRA
 from ....methods.arrow import Arrow
@@ -392,7 +392,7 @@ def check_rank(key: Key, tensor: Lazy, rank: int, axis: int = 0) -> None:
     """
     if len(tensor.shape) < 2 or tensor.shape[axis] != rank:
         why = f"the shape is {list(tensor.shape)}, but the config states rank {rank}"
-        cure = "The config does not belong to this file, or its rank_pattern is damaged"
+        cure = USE_ITS_CONFIG
         raise ShapeMismatch(why, where=key.text, cure=cure)
 
 

@@ -182,7 +182,7 @@ def _base(base: Checkpoint | None, path: str) -> tuple[Array, Array | None]:
         weight_text = "nothing" if weight is None else f"{weight.dtype.name} {list(weight.shape)}"
         why = f"{_WHY}: the base must have the weight of a linear layer at this path, but has {weight_text}"
         raise ShapeMismatch(
-            why, where=path, cure="Give the base that the adapter was trained on, unquantized, with --base (base=)"
+            why, where=path, cure="Pass the base that the adapter was trained on, unquantized, with --base (base=)"
         )
     bias = tensors.get(f"{path}.bias")
     return as_array(weight).astype(np.float32), None if bias is None else as_array(bias).astype(np.float32)

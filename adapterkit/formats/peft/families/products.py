@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....errors import SAVE_WITH_PEFT, ShapeMismatch
+from ....errors import SAVE_WITH_PEFT, USE_ITS_CONFIG, ShapeMismatch
 from ....io.lazy import Lazy, as_lazy
 from ....linalg.products import even_split
 from ....methods.hira import HiRA
@@ -199,7 +199,7 @@ def _check(update: LoKr, file: File, key: Key, kernel: int | None) -> None:
     sizes = LokrSizes(update, kernel)
     if sizes.rank not in (None, rank) or not sizes.made_by(config.decompose_factor, config.decompose_both, rank):
         why = f"PEFT does not create these factors with rank {rank}, decompose_factor {config.decompose_factor}"
-        cure = "The config does not belong to this file, or its rank_pattern is damaged"
+        cure = USE_ITS_CONFIG
         raise ShapeMismatch(f"{why} and decompose_both {config.decompose_both}", where=key.text, cure=cure)
 
 

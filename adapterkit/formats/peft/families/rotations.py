@@ -129,7 +129,7 @@ class OftFamily(Family):
             if any(isinstance(update, OFTPatches) for update in group):
                 yield (
                     target,
-                    "only the base shows that oft_patches adapts a convolution; give the base with --base (base=)",
+                    "only the base shows that oft_patches adapts a convolution; pass --base BASE (base=)",
                 )
 
     @classmethod

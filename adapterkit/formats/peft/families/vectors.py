@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import msgspec
 
-from ....errors import PASS_BASE, SAVE_WITH_PEFT, Malformed, ShapeMismatch, Unsupported, UsageError
+from ....errors import (
+    PASS_BASE,
+    SAVE_WITH_PEFT,
+    USE_ITS_CONFIG_AND_BASE,
+    Malformed,
+    ShapeMismatch,
+    Unsupported,
+    UsageError,
+)
 from ....io.lazy import DTYPES, Lazy, as_array, as_lazy
 from ....methods.unilora import UniLoRA
 from ....methods.vblora import VBLoRA
@@ -116,7 +124,7 @@ def _regenerated(file: File) -> Findings:
         raise ShapeMismatch(
             f"with r = {config.r}, the factors of all modules would have {total} elements",
             where="r",
-            cure="The config does not belong to this base",
+            cure=USE_ITS_CONFIG_AND_BASE,
         )
     drawn, start = _drawn(total, config.theta_d_length, config.proj_seed), 0
     for path, (out, in_) in shapes.items():
@@ -152,7 +160,7 @@ def _modules(file: File) -> list[str]:
     ordered = in_order(named, base.config, declared_by(base)) if named else None
     if ordered is None:
         why = "the file omits the positions in theta, and the order of the modules is unknown"
-        cure = "Give the base as a torch file of its state dict, which keeps the order (--base model.bin, base=), or "
+        cure = "Pass the base as a torch file of its state dict, which keeps the order (--base model.bin, base=), or "
         cure += "save the adapter from PEFT with save_indices=True"
         raise Unsupported(why, where=THETA, cure=cure)
     return ordered
