@@ -175,7 +175,8 @@ def test_scaled_rows_of_any_size(
     seed: int, base: float, factor: float, magnitude: float, source: str, target: str
 ) -> None:
     rng = np.random.default_rng(seed)
-    with np.errstate(over="ignore", invalid="ignore"):
+    # float16 rounds small weights to zeros, and row 2 has no change: its norm can be 0.
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         weight = (10.0**base * rng.standard_normal((9, 40))).astype(DTYPES[source].array)
         left, right = rng.standard_normal((9, 5)), 10.0**factor * rng.standard_normal((5, 40))
         left[2], right[:, 3] = 0, 0

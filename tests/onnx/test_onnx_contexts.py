@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx_graphs as graphs
+import onnxruntime
 import peft
 import pytest
 import torch
@@ -185,7 +186,11 @@ def test_a_soft_prompt_behind_embeddings_with_positions(kind, encoders, tmp_path
     close(got[full.bool()], wanted[full.bool()], tolerance=1e-5)
     plain = {**arrays, "input_ids": ids.numpy(), "attention_mask": mask.numpy()}
     plain = {entry: array[:, : ids.shape[1]] for entry, array in plain.items()}
-    for one, other in zip(session.run(plain).values(), ak.onnx.Session(graph).run(plain).values(), strict=True):
+    # With its optimizations, onnxruntime fuses the embeddings of some bases, and the fused node rounds otherwise.
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    injected, base = (onnxruntime.InferenceSession(str(path), options).run(None, plain) for path in (report.out, graph))
+    for one, other in zip(injected, base, strict=True):
         np.testing.assert_array_equal(one, other)
     ak.onnx.eject(report.out, tmp_path / "back.onnx")
     assert (tmp_path / "back.onnx").read_bytes() == graph.read_bytes()

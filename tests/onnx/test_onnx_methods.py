@@ -119,6 +119,9 @@ def test_a_slot_takes_any_rank(tmp_path, close):
         close(got, changed, y, changed - y)
 
 
+# Default values of size 0 are tried first. With no groups, AdaMSS reads a group that does not exist: numpy raises
+# IndexError, which the injector expects, and numpy 2.0 only warns.
+@pytest.mark.filterwarnings("ignore:Out of bound index found:DeprecationWarning")
 @pytest.mark.parametrize("method", [name for name in OF_LAYERS if name not in OPEN])
 @settings(max_examples=1)
 @given(data=st.data())

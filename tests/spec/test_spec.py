@@ -286,9 +286,10 @@ def test_the_page_names_every_field_of_the_record(schema):
     assert set(schema.schema["$defs"]["Record"]["properties"]) == set(Record.__struct_fields__)
 
 
+# Copied, because a later change may be made inside of a drawn list.
 VALUES = st.sampled_from(
     [None, True, 0, 1, -1, 2, 1.5, "", "q", "1.0", "out *in", "e in out *k", [], [0, 2], [1, "a"], {}]
-)
+).map(copy.deepcopy)
 
 
 @settings(max_examples=300)
