@@ -131,12 +131,12 @@ def _joined(parts: Sequence[tuple[Target, LoRA]], out: int) -> LoRA:
     if all(A is As[0] or (A.shape == As[0].shape and A.fetch() == As[0].fetch()) for A in As):
         pieces, at = [], 0
         for B, (start, stop) in zip(Bs, rows, strict=True):
-            pieces += [*_zeros(B, start - at, axis), B]
+            pieces += [*blank(B, start - at, axis), B]
             at = stop
-        whole = arrange.joined([*pieces, *_zeros(Bs[-1], out - at, axis)], axis)
+        whole = arrange.joined([*pieces, *blank(Bs[-1], out - at, axis)], axis)
         return first.replace(A=As[0], B=whole)
     columns = [
-        arrange.joined([*_zeros(B, start, axis), B, *_zeros(B, out - stop, axis)], axis)
+        arrange.joined([*blank(B, start, axis), B, *blank(B, out - stop, axis)], axis)
         for B, (start, stop) in zip(Bs, rows, strict=True)
     ]
     return first.replace(A=arrange.joined(As, axis), B=arrange.joined(columns, axis + 1))
@@ -148,7 +148,11 @@ def _scaled(B: Lazy, factor: float) -> Lazy:
     return B if factor == 1 else arrange.times(arrange.widened(B, "F64" if B.dtype.name == "F64" else "F32"), factor)
 
 
-def _zeros(like: Lazy, count: int, axis: int) -> list[Lazy]:
+def blank(like: Lazy, count: int, axis: int) -> list[Lazy]:
+    """Return a list with a tensor of zeros that has `count` items along `axis`; empty if `count` is 0.
+
+    The tensor's dtype and its other axes are those of `like`.
+    """
     shape = (*like.shape[:axis], count, *like.shape[axis + 1 :])
     return [arrange.zeros(shape, like.dtype)] if count else []
 

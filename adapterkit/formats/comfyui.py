@@ -111,7 +111,10 @@ class Comfyui(ImageFormat):
         if BflControl().sniff(path):
             return False
         parsed = [_OTHER.fullmatch(key) for key in keys]
-        return bool(parsed) and all(parsed) and bool(_families({_rest(each[1]) for each in parsed if each is not None}))
+        if not parsed or not all(parsed):
+            return False
+        names = frozenset(_rest(each[1]) for each in parsed if each is not None)
+        return any(not family.facts.generic for family in families_of_names(names))
 
     def parse(self, key: str) -> ImageKey | None:
         match = _KEY.fullmatch(key)
@@ -235,11 +238,6 @@ def _rest(stem: str) -> str:
     while root := next((root for root in PREFIXES if stem.startswith(root)), ""):
         stem = stem.removeprefix(root)
     return stem
-
-
-def _families(names: Collection[str]) -> list[str]:
-    """List the families, except generic ones, that have all of these module names."""
-    return [family.name for family in families_of_names(frozenset(names)) if not family.facts.generic]
 
 
 def _path(stem: str, part: str, fitting: Sequence[ImageFamily]) -> str:

@@ -271,7 +271,11 @@ def _with_biases(updates: Updates) -> Updates:
             bias = times(dense.d, dense.scaling / lora.scaling) if dense.scaling != lora.scaling else as_lazy(dense.d)
             joined[target] = (lora.replace(bias=bias),)
     parts = {component_of(target.path) for target in joined}
-    parts |= {component_of(t.path) for t, group in updates.items() if any(_has_bias(update) for update in group)}
+    parts |= {
+        component_of(target.path)
+        for target, group in updates.items()
+        if any(isinstance(update, LoRA) and update.bias is not None for update in group)
+    }
     for target, group in updates.items():
         alone = group[0] if len(group) == 1 else None
         if target.stacked or not isinstance(alone, LoRA):
@@ -280,10 +284,6 @@ def _with_biases(updates: Updates) -> Updates:
             column = narrow(times(alone.B, 0.0), 1, 0, 1)
             joined[target] = (alone.replace(bias=column.reshape(column.shape[0])),)
     return {target: joined.get(target, group) for target, group in updates.items()}
-
-
-def _has_bias(update: Update) -> bool:
-    return isinstance(update, LoRA) and update.bias is not None
 
 
 @lru_cache(maxsize=4)

@@ -209,10 +209,16 @@ class KerasHub(Format):
             return "its weight is stored as [in, out]" if target.layout != "out *in" else unfit(target, update)
 
         pairs, lines = expressible(adapter, "Keras Hub", on_loss, why_not)
-        # Convert the factors to float32 or float64 before the scaling is multiplied into them. A half-precision type
-        # would round the products.
         _check_shapes(pairs, base)
-        pairs, folded = of_no_number(_wide(pairs), format_name="Keras Hub", on_loss=on_loss)
+        # A file has one dtype. Convert the factors to float32 or float64 before the scaling is multiplied into them. A
+        # half-precision type would round the products.
+        dtypes = {as_lazy(leaf).dtype.name for update in pairs.values() for leaf in (update.A, update.B)}
+        dtype = "F64" if "F64" in dtypes else "F32"
+        pairs = {
+            target: update.replace(A=widened(as_lazy(update.A), dtype), B=widened(as_lazy(update.B), dtype))
+            for target, update in pairs.items()
+        }
+        pairs, folded = of_no_number(pairs, format_name="Keras Hub", on_loss=on_loss)
         by_layer = _by_layer(pairs, names)
         writer = _KerasWriter(family, by_layer, _Sizes.of(base), hints.get("rank", 1))
         write_hdf5(path, writer.tensors(), {MODEL_TYPE: kind})
@@ -355,16 +361,6 @@ def _count(path: str, heads: Heads) -> int:
 # Writing
 
 
-def _wide(pairs: Pairs) -> Pairs:
-    """Convert all factors to one dtype, as a file requires: float64 if any factor is float64, otherwise float32."""
-    kinds = {as_lazy(leaf).dtype.name for update in pairs.values() for leaf in (update.A, update.B)}
-    kind = "F64" if "F64" in kinds else "F32"
-    return {
-        target: update.replace(A=widened(as_lazy(update.A), kind), B=widened(as_lazy(update.B), kind))
-        for target, update in pairs.items()
-    }
-
-
 def _check_shapes(pairs: Pairs, base: Checkpoint | None) -> None:
     """Check that updates fit the base's weights.
 
@@ -450,7 +446,8 @@ class _KerasWriter:
 
     def tensors(self) -> dict[str, Lazy]:
         """Return the tensors of the file by key, in the order of the layers' numbers."""
-        tensors = {RANK: _integer(self.rank)}
+        rank = Lazy((), DTYPES["I64"], lambda: self.rank.to_bytes(8, "little", signed=True))
+        tensors = {RANK: rank}
         places = [
             (self.family.number(n, self.family.layers[path]), n, path)
             for n in range(self.sizes.blocks)
@@ -590,7 +587,3 @@ def _shared_rows(B: Array, count: int) -> tuple[Array, list[tuple[int, int, int]
 
 def _computed(shape: tuple[int, ...], dtype: DType, compute: Callable[[], Array]) -> Lazy:
     return Lazy(shape, dtype, lambda: bytes_of(compute()))
-
-
-def _integer(value: int) -> Lazy:
-    return Lazy((), DTYPES["I64"], lambda: value.to_bytes(8, "little", signed=True))

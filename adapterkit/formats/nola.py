@@ -103,7 +103,9 @@ class Nola(Format):
         stems, tensors, alphas = _stems(seeds), dict[str, Lazy](), set[float]()
         lost: list[str] = []
         for target, update in adapter:
-            stem = stems.get(_place(target))
+            # The adapted third of the module's outputs; None if all outputs are adapted.
+            third = None if target.rows is None else target.rows[0] // max(target.rows[1] - target.rows[0], 1)
+            stem = stems.get((target.path, third))
             why = _why_not(update, stem, seeds, hints.get("device", "cpu"))
             if why:
                 lost.append(f"{target}: {why}")
@@ -122,11 +124,6 @@ class Nola(Format):
         return [f"{LEFT_OUT}{item}" for item in lost]
 
 
-def _place(target: Target) -> tuple[str, int | None]:
-    """Return the target's module, and the adapted third of its outputs (0, 1 or 2; None if all outputs are adapted)."""
-    return target.path, None if target.rows is None else target.rows[0] // max(target.rows[1] - target.rows[0], 1)
-
-
 def _stems(seeds: Mapping[str, object]) -> dict[tuple[str, int | None], str]:
     """Map each (module, adapted third of its outputs) in `seeds` to the prefix that the keys of its A and B share."""
     matches = {key.removesuffix(".lora_A.seed"): _KEY.fullmatch(key) for key in seeds if key.endswith(".lora_A.seed")}
@@ -136,6 +133,8 @@ def _stems(seeds: Mapping[str, object]) -> dict[tuple[str, int | None], str]:
 
 def _why_not(update: Update, stem: str | None, seeds: Mapping[str, Leaf], device: str) -> str:
     """Return the reason why NOLA's files cannot express an update; empty if they can."""
+    from numpy import array_equal
+
     if not isinstance(update, NOLA):
         return "the method is not NOLA"
     factors = {"A": (update.alpha, update.A0, update.A_bases), "B": (update.beta, update.B0, update.B_bases)}
@@ -146,16 +145,9 @@ def _why_not(update: Update, stem: str | None, seeds: Mapping[str, Leaf], device
         if as_lazy(mix).dtype.name != "F32":
             return "its coefficients are not F32"
         tensors = {factor + slot: as_lazy(leaf) for slot, leaf in zip(_ENDS, (start, seed, mix), strict=True)}
-        if not _drawn(tensors, factor, device, as_lazy(bases)):
+        if not array_equal(_bases(tensors, factor, device).numpy(), as_lazy(bases).numpy()):
             return "its random matrices differ from those that the source file's seed yields"
     return ""
-
-
-def _drawn(slots: Mapping[str, Lazy], factor: str, device: str, bases: Lazy) -> bool:
-    """Whether the factor's seed in `slots` yields exactly the random matrices `bases`."""
-    from numpy import array_equal
-
-    return array_equal(_bases(slots, factor, device).numpy(), bases.numpy())
 
 
 def _spelled(update: NOLA, stem: str, seeds: Mapping[str, Leaf]) -> dict[str, Lazy]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
 from ..core.adapter import Adapter, Foreign, canonical
-from ..errors import AdapterkitError, UsageError, storage_error
+from ..errors import AdapterkitError, Malformed, UsageError, storage_error
 from ..io.atomic import write_bytes
 from ..io.inputs import read_input
 from ..io.lazy import as_lazy
@@ -67,8 +67,11 @@ class OnnxAdapter(Format):
                     f"the record has more than {MAX_RECORD} bytes", path=record, cure="Download the record again"
                 )
             adapter = decode_record(read_input(record).decode("utf-8"), file.tensors)
-        except (OSError, UnicodeDecodeError) as error:
-            raise storage_error(error, record) if isinstance(error, OSError) else _not_text(record) from error
+        except UnicodeDecodeError as error:
+            cure = "Download the file again"
+            raise Malformed("the file is not valid UTF-8", path=record, cure=cure) from error
+        except OSError as error:
+            raise storage_error(error, record) from error
         except AdapterkitError as error:
             raise error.at(path=record) from None
         data = {
@@ -114,9 +117,3 @@ def write_slots_record(
 def sidecar(path: Path) -> Path:
     """Return the path of the record that belongs to an adapter file."""
     return path.with_name(path.name + ".json")
-
-
-def _not_text(path: Path) -> Any:
-    from ..errors import Malformed
-
-    return Malformed("the file is not valid UTF-8", path=path, cure="Download the file again")

@@ -34,6 +34,7 @@ from ..naming.ties import is_embedding
 from ..naming.tool_names import EXPERT, OUTER, STACK, is_shared_outer, modules_of
 from ._containers import folder_of
 from ._format import Format
+from ._joining import blank
 from ._kit import (
     Leftovers,
     Pairs,
@@ -361,7 +362,7 @@ def _stack(
         inner = zero if given is None else as_lazy(given.A if writes else given.B)
         if only is None:
             outer = arrange.zeros(outer.shape, outer.dtype) if given is None else outer
-            before, behind = (_blank(inner, size, 1 - axis) for size in (e * rank, (count - 1 - e) * rank))
+            before, behind = (blank(inner, size, 1 - axis) for size in (e * rank, (count - 1 - e) * rank))
             inner = arrange.joined([*before, inner, *behind], 1 - axis)
         outers.append(outer)
         inners.append(arrange.padded(inner, wide, 1 - axis))
@@ -370,8 +371,3 @@ def _stack(
     outer = outer.reshape(1, *outer.shape)
     A, B = (arrange.stacked(inners), outer) if writes else (outer, arrange.stacked(inners))
     return {f"{PREFIX}{name}{end}": leaf for end, leaf in zip(SLOTS, (A, B), strict=True)}
-
-
-def _blank(like: Lazy, size: int, axis: int) -> list[Lazy]:
-    shape = (*like.shape[:axis], size, *like.shape[axis + 1 :])
-    return [arrange.zeros(shape, like.dtype)] if size else []

@@ -98,7 +98,11 @@ class TensorRtLlm(Format):
         pairs, folded = of_no_number(pairs, format_name="TensorRT-LLM", on_loss=on_loss)
         order = {path: position for position, path in enumerate(hints.get("paths", ()))}
         pairs = dict(sorted(pairs.items(), key=lambda item: order.get(item[0].path, len(order))))
-        _save(path, *_encode(pairs, hints))
+        weights, config = _encode(pairs, hints)
+        make_folder(path)
+        write_npy(path / WEIGHTS, weights)
+        # Write the config last, so that a folder from an interrupted write is not read as complete.
+        write_npy(path / CONFIG, config)
         return lines + folded
 
 
@@ -195,7 +199,9 @@ def _encode(pairs: Pairs, hints: TensorRTHints) -> tuple[Lazy, Lazy]:
     flat = []
     records: list[int] = []
     for target, update in pairs.items():
-        module, layer = _number(target)
+        match = LAYER_PATH.fullmatch(target.path)
+        assert match is not None
+        module, layer = numbers()["mlp.gate_proj" if match["module"] == FUSED else match["module"]], int(match["n"])
         A, B = as_lazy(update.A), as_lazy(update.B)
         B = _swapped(B) if target.path.endswith(FUSED) else B
         A, B = same_type([A, B])
@@ -215,12 +221,6 @@ def _encode(pairs: Pairs, hints: TensorRTHints) -> tuple[Lazy, Lazy]:
     return weights, Lazy(config, DTYPES["I32"], lambda: b"".join(n.to_bytes(4, "little") for n in records))
 
 
-def _number(target: Target) -> tuple[int, int]:
-    match = LAYER_PATH.fullmatch(target.path)
-    assert match is not None
-    return numbers()["mlp.gate_proj" if match["module"] == FUSED else match["module"]], int(match["n"])
-
-
 def _why_not(target: Target, update: Pair) -> str:
     match = LAYER_PATH.fullmatch(target.path)
     if target.stacked or ".experts." in target.path:
@@ -228,13 +228,6 @@ def _why_not(target: Target, update: Pair) -> str:
     if match is None or match["module"] not in (*numbers(), FUSED):
         return "TensorRT-LLM does not support LoRA on this module"
     return unfit(target, update)
-
-
-def _save(folder: Path, weights: Lazy, config: Lazy) -> None:
-    """Write the folder. The config comes last, so that a folder from an interrupted write is not read as complete."""
-    make_folder(folder)
-    write_npy(folder / WEIGHTS, weights)
-    write_npy(folder / CONFIG, config)
 
 
 _EXPERTS = "--to peft --profile tensorrt_llm (format='peft', profile='tensorrt_llm')"

@@ -307,6 +307,20 @@ def test_bad_mlx_folders_are_refused(tmp_path):
         ak.read(mlx(tmp_path, dora, m__m=np.ones(4, "f4")))
 
 
+@pytest.mark.parametrize("part", ["²", "00", "9" * 5000])
+def test_bad_numbers_of_mlx_parts_are_refused(part, tmp_path):
+    A, B = np.ones((4, 2), "f4"), np.ones((2, 3), "f4")
+    with pytest.raises(Malformed):
+        ak.read(mlx(tmp_path, **{f"n__lora_a__{part}": A, f"n__lora_b__{part}": B}))
+
+
+@pytest.mark.parametrize("name", ["n#y", "n#0"])
+def test_mlx_modules_are_not_named_as_parts(name, tmp_path):
+    A, B = np.ones((4, 2), "f4"), np.ones((2, 3), "f4")
+    with pytest.raises(Malformed, match="contains #"):
+        ak.read(mlx(tmp_path, **{f"{name}__lora_a": A, f"{name}__lora_b": B}))
+
+
 def test_the_configs_of_three_tools_are_told_apart(tmp_path):
     ak.write(llama(), tmp_path / "peft", "peft")
     ak.write(llama(), tmp_path / "mlx", "mlx")

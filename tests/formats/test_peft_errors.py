@@ -215,3 +215,12 @@ def test_faults_of_families(fault, tmp_path):
     assert type(raised.value) is error
     assert raised.value.where == where or where is None
     assert raised.value.cure
+
+
+@pytest.mark.parametrize("version", ["x", "0.²", "0." + "9" * 5000])
+def test_a_version_that_is_no_number_counts_as_an_old_version(version, tmp_path):
+    """Before 0.18, PEFT doubled the pairs of an OFT with a Cayley-Neumann series."""
+    config = CONFIG | {"peft_type": "OFT", "oft_block_size": 0, "use_cayley_neumann": True, "peft_version": version}
+    config = without(config, "lora_alpha")
+    adapter = ak.read(folder(tmp_path / "a", config, {f"{PREFIX}a.q.oft_R.weight": ones(2, 6)}))
+    assert [update.doubled for _, update in adapter] == [True]

@@ -87,7 +87,10 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
 
     sources = {SOURCES.get(str(step.args.get("format")), "") for step in adapter.recipe if step.op == "read"}
     naming = next(iter(sources)) if len(sources) == 1 else ""
-    metadata = _metadata(adapter)
+    # Add the keys in `foreign` that `metadata_of` omits.
+    pairs = None if adapter.foreign is None else adapter.foreign.data.get("metadata")
+    extra = {str(key): str(value) for key, value in pairs} if isinstance(pairs, (list, tuple)) else {}
+    metadata = {**metadata_of(adapter), **extra}
     formats = {str(step.args.get("format")) for step in adapter.recipe if step.op == "read"}
     if base is None:
         families = FAMILIES.get(next(iter(formats)), ()) if len(formats) == 1 else ()
@@ -120,13 +123,6 @@ def _bare(adapter: Adapter, naming: str) -> bool:
     return (
         naming == COMFYUI and isinstance(stems, dict) and not any(str(s).startswith(prefixes) for s in stems.values())
     )
-
-
-def _metadata(adapter: Adapter) -> dict[str, str]:
-    """Return the metadata of all source files, including the keys in `foreign` that `metadata_of` omits."""
-    pairs = None if adapter.foreign is None else adapter.foreign.data.get("metadata")
-    extra = {str(key): str(value) for key, value in pairs} if isinstance(pairs, (list, tuple)) else {}
-    return {**metadata_of(adapter), **extra}
 
 
 def families_in(base: Checkpoint) -> tuple[str, ...]:
@@ -197,8 +193,12 @@ def decide(
         why = f"the base is a {origin.unknown}, and the names of its modules in {_naming(naming)} are unknown"
         return None, "" if origin.naming == naming else why
     fitting = candidates(updates, targets, origin)
+    if not fitting and origin.naming == naming:
+        return None, ""
     if not fitting:
-        return None, "" if origin.naming == naming else _unknown(paths, naming)
+        best = max(families(), key=lambda family: sum(path in family for path in paths))
+        odd = next(path for path in paths if path not in best)
+        return None, f"no family that can be translated to {_naming(naming)} has the module {odd}"
     if len({_outcome(family, paths, naming) for family in fitting}) > 1:
         names = " or ".join(family.title for family in fitting)
         return None, f"the module names fit {names}, and these families translate the names differently"
@@ -418,12 +418,6 @@ def _numbers(paths: Iterable[str]) -> dict[str, set[int]]:
 def _naming(naming: str) -> str:
     words = {"native": "the model authors' naming", "comfyui": "ComfyUI's naming", "diffusers": "diffusers' naming"}
     return words.get(naming, "the naming of this format")
-
-
-def _unknown(paths: Iterable[str], naming: str) -> str:
-    best = max(families(), key=lambda family: sum(path in family for path in paths))
-    odd = next(path for path in paths if path not in best)
-    return f"no family that can be translated to {_naming(naming)} has the module {odd}"
 
 
 @dataclass(frozen=True, slots=True)

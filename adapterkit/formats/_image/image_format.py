@@ -386,17 +386,12 @@ def _with_alphas(
     if not parsed or CONFIG in dict(metadata) or any(key.slot == ALPHA for key in parsed):
         return dict(tensors), metadata
     stems = dict.fromkeys(key.stem for key in parsed if key.slot == "down")
-    if not _has_header_alpha({rooted(stem)[1] for stem in stems}):
+    fitting = families_with({rooted(stem)[1] for stem in stems})
+    if not (fitting and all(family.facts.header_alpha for family in fitting)):
         return dict(tensors), metadata
     alpha = Lazy((), DTYPES["F32"], lambda: _float32(value))
     added = {image_format.spell(stem, ALPHA): alpha for stem in stems}
     return {**tensors, **added}, [(key, text) for key, text in metadata if key != ALPHA]
-
-
-def _has_header_alpha(names: Collection[str]) -> bool:
-    """Whether some family has all of these modules, and each such family uses the alpha in the header."""
-    fitting = families_with(names)
-    return bool(fitting) and all(family.facts.header_alpha for family in fitting)
 
 
 def _finite(text: str) -> float:

@@ -103,7 +103,9 @@ def _lora(module: ImageModule, rules: Rules) -> ImageUpdate:
         derived = {"down": "A", "mid": "A"}
     if "bias" in module.tensors:
         leaves["bias"], fields["bias"] = module.tensors["bias"], "bias"
-    if _is_dora(module) and not rules.trained.bypass:
+    # DoRA has one magnitude per output. Other magnitudes are decoded as a `WeightNorm`.
+    is_dora = "dora" in module.tensors and _per_output(module, module.tensors["up"].shape[0])
+    if is_dora and not rules.trained.bypass:
         if "bias" in module.tensors:
             raise Unsupported(
                 "DoRA cannot have a bias",
@@ -157,11 +159,6 @@ def _through(module: ImageModule) -> Lazy:
 
 LARGEST = 1 << 31
 """The largest number of elements in a kernel that the reader computes from a Tucker core."""
-
-
-def _is_dora(module: ImageModule) -> bool:
-    """Whether a LoRA has one magnitude per output, as in DoRA. Other magnitudes are decoded as a `WeightNorm`."""
-    return "dora" in module.tensors and _per_output(module, module.tensors["up"].shape[0])
 
 
 def _per_output(module: ImageModule, out: int) -> bool:
@@ -241,7 +238,10 @@ def _lokr(module: ImageModule, rules: Rules) -> ImageUpdate:
     # do not show r, so compute the scaling as the cube root of alpha.
     root = max(module.number("alpha"), 0.0) ** (1 / 3) if rules.trained.rs and "alpha" in module.tensors else 1.0
     update = LoKr(**leaves, scaling=root if whole else scaling(module, rank, rules))
-    _checked(update, module)
+    try:
+        update.check()
+    except Malformed as error:
+        raise Malformed(error.why, where=module.where, cure=WRITE_AGAIN) from None
     return ImageUpdate(update, fields)
 
 
@@ -392,13 +392,6 @@ def _no_dora(module: ImageModule) -> None:
         raise Unsupported(why, where=module.keys["dora"], cure="Merge the adapter with LyCORIS, and extract a LoRA")
 
 
-def _checked(update: LoKr, module: ImageModule) -> None:
-    try:
-        update.check()
-    except Malformed as error:
-        raise Malformed(error.why, where=module.where, cure=WRITE_AGAIN) from None
-
-
 def _flat(module: ImageModule, slot: str, axes: int) -> Lazy:
     """Keep a tensor's first `axes` axes, and remove the others, which must have size 1."""
     leaf = module.tensors[slot]
@@ -447,7 +440,8 @@ def why_not(update: Update, rules: Rules) -> str:
         return "the format cannot store the bias of this lora"
     if abs(update.attributes.get("scaling", 0.0)) > LARGEST_RANK:
         return f"the absolute value of its scaling is above {LARGEST_RANK}, so the alpha would be too large"
-    if isinstance(update, (LoRA, DoRA, LoHa, GLoRAProducts)) and update.scaling == 0 and _rank_for_zero(rules):
+    rank_for_zero = "alpha" in rules.slots and not rules.by_formula
+    if isinstance(update, (LoRA, DoRA, LoHa, GLoRAProducts)) and update.scaling == 0 and rank_for_zero:
         return "its scaling is 0, but the format's tools replace an alpha of 0 by the rank"
     if isinstance(update, LoKr) and update.stacked:
         return "the format cannot express a lokr on a stack of matrices (PEFT trains such a lokr on Conv1d)"
@@ -478,10 +472,6 @@ def why_not_there(update: OFT | BOFTOutputs | IA3Weights, rules: Rules) -> str:
         return ""
     bypass_text = "but ss_network_args has" if rules.trained.bypass else "but ss_network_args does not have"
     return f"{update.method} {'changes' if update.on_output else 'does not change'} the bias, {bypass_text} bypass_mode"
-
-
-def _rank_for_zero(rules: Rules) -> bool:
-    return "alpha" in rules.slots and not rules.by_formula
 
 
 def _why_not_oft(update: OFT, rules: Rules) -> str:

@@ -76,8 +76,13 @@ def resolve(modules: Mapping[str, ImageModule], metadata: Mapping[str, str], bas
     third = _third(words.values(), metadata)
     resolved: dict[str, str] = {}
     for stem, (tag, flat) in words.items() if walked is not None else ():
-        if here := _here(stem, tag, flat, walked or {}):
-            resolved[stem] = here
+        here = list(dict.fromkeys(path for part, path in (walked or {}).get(flat, ()) if part in ("", *_PARTS[tag])))
+        if len(here) > 1:
+            raise TargetNotFound(
+                f"the name fits several modules: {', '.join(here)}", where=stem, cure="Rename the key in the file"
+            )
+        if here:
+            resolved[stem] = here[0]
     rest = {stem: words[stem] for stem in known if stem not in resolved}
     of_base = () if base is None else families_in(base)
     sizes = inputs_of(module for stem, module in modules.items() if words[stem][0] in _DENOISER)
@@ -122,7 +127,9 @@ def _together(
         fitting = narrowed(fitting, lambda family: family.facts.sd_scripts)
     fitting = narrowed(fitting, lambda family: names_family(family, metadata))
     kinds = {kind for tag, flat in words.values() if tag not in _DENOISER and (kind := _kind(flat))}
-    fitting = narrowed(fitting, lambda family: bool(kinds) and kinds <= _kinds(family))
+    fitting = narrowed(
+        fitting, lambda family: bool(kinds) and kinds <= {each.kind for each in family.facts.encoders.values()}
+    )
     # Compare input sizes. FLUX.2 and FLUX have the same module names, but different input sizes. HunyuanVideo 1.5 and
     # HunyuanVideo also have the same module names, but different input sizes.
     fitting = narrowed(fitting, lambda family: not set(family.facts.widths).isdisjoint(sizes))
@@ -145,10 +152,6 @@ _DECIDE = "Name the family with --family (family=), or pass --base BASE (base=):
 def _kind(flat: str) -> str:
     """Return the kind of text encoder that has a module with this flattened name; empty if no known kind has it."""
     return next((kind for kind, names in encoders().items() if names.unflattened(flat)), "")
-
-
-def _kinds(family: ImageFamily) -> set[str]:
-    return {encoder.kind for encoder in family.facts.encoders.values()}
 
 
 def _in_diffusers(family: ImageFamily, reading: Mapping[str, str]) -> tuple[tuple[Piece, ...], ...]:
@@ -177,20 +180,6 @@ def _words(stem: str) -> tuple[str, str]:
     # Strip extra underscores: the trainer of Wan's Fun models writes `lora_unet__blocks_0`, and an old trainer for FLUX
     # writes `lora_unet_..._to_q_`.
     return match[1], match[2].strip("_")
-
-
-def _here(stem: str, tag: str, flat: str, walked: Mapping[str, list[tuple[str, str]]]) -> str:
-    """Return the module of the base whose flattened name is this stem; empty if there is none.
-
-    Raises:
-        TargetNotFound: several modules have this flattened name.
-    """
-    here = list(dict.fromkeys(path for part, path in walked.get(flat, ()) if part in ("", *_PARTS[tag])))
-    if len(here) > 1:
-        raise TargetNotFound(
-            f"the name fits several modules: {', '.join(here)}", where=stem, cure="Rename the key in the file"
-        )
-    return here[0] if here else ""
 
 
 def _resolve(stem: str, tag: str, flat: str, third: str, walked: Mapping[str, list[tuple[str, str]]] | None) -> str:

@@ -116,7 +116,7 @@ def _stored(
         if sources and all(hints.derived[k] == fingerprint(leaf) for k in sources):
             return sources
         shape = hints.shapes.get(key)
-        return {key: leaf.reshape(*shape) if shape and _fits(leaf, shape) else leaf}
+        return {key: leaf.reshape(*shape) if shape and math.prod(leaf.shape) == math.prod(shape) else leaf}
     if key in kept:
         old = as_lazy(kept[key])  # type: ignore[arg-type]
         if stored.slot != "alpha" or still(old, leaf, update, rules):
@@ -232,7 +232,3 @@ def _losses(
 def _same(stored: StoredTensor, one: Lazy, other: Lazy) -> bool:
     """Whether two tensors for the same key are equal alphas. The updates of a module's parts may share one alpha."""
     return stored.slot == "alpha" and (one.dtype, bytes(one.fetch())) == (other.dtype, bytes(other.fetch()))
-
-
-def _fits(leaf: Lazy, shape: list[int]) -> bool:
-    return math.prod(leaf.shape) == math.prod(shape)

@@ -98,8 +98,10 @@ def sniff(path: Path) -> bool:
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     folder = folder_of(path)
-    text = _start(folder / CONFIG)
-    if text is None:
+    try:
+        with open_input(folder / CONFIG) as file:
+            text = file.read(MAX_SNIFF).decode("utf-8", "replace")
+    except (OSError, AdapterkitError):
         return any((folder / name).is_file() for name in COMPOSITIONS)
     try:
         config = load_json(text)
@@ -180,14 +182,6 @@ def _check_single(folder: Path) -> None:
         path=folder,
         cure="Download the config, which states the method and the settings",
     )
-
-
-def _start(path: Path) -> str | None:
-    try:
-        with open_input(path) as file:
-            return file.read(MAX_SNIFF).decode("utf-8", "replace")
-    except (OSError, AdapterkitError):
-        return None
 
 
 def _first(folder: Path, names: tuple[str, ...]) -> Path | None:

@@ -335,12 +335,10 @@ def _losses(updates: Updates, base: Checkpoint | None) -> dict[Loss, None]:
                 problems[target, position] = f"the adapters library does not have the method {update.method}"
     for family, group in by_family(updates).items():
         for target, position, why in family.losses(group, base):
-            problems.setdefault((target, _position(updates[target], group[target][position])), why)
+            # `position` counts only the updates of this family. The losses need the position among all updates.
+            index = next(i for i, update in enumerate(updates[target]) if update is group[target][position])
+            problems.setdefault((target, index), why)
     return dict.fromkeys((target, position, why) for (target, position), why in problems.items())
-
-
-def _position(updates: tuple[Update, ...], update: Update) -> int:
-    return next(position for position, other in enumerate(updates) if other is update)
 
 
 # Check that reading the folder's contents would give the same updates. Compare shapes and dtypes, but no values.
@@ -349,17 +347,14 @@ def _position(updates: tuple[Update, ...], update: Update) -> int:
 def says(content: Content, updates: Updates, *, compat: str | None, base: Checkpoint | None) -> bool:
     """Whether reading `content` would give `updates`. Values of tensors are not compared."""
     written = json.loads(json.dumps(dict(content.config), sort_keys=True))
+    prefixes = FAMILIES["prefix_tuning"].methods
+    matrices = [u.tensors.get("P", u.tensors.get("b2")) for us in updates.values() for u in us if u.method in prefixes]
+    heads = next((int(leaf.shape[2]) for leaf in matrices if leaf is not None), None)
     try:
-        read, _, _ = assemble(replace(content, config=written), compat=compat, base=base, heads=_heads(updates))
+        read, _, _ = assemble(replace(content, config=written), compat=compat, base=base, heads=heads)
     except AdapterkitError:
         return False
     return _outlines(read) == _outlines(updates)
-
-
-def _heads(updates: Updates) -> int | None:
-    prefixes = FAMILIES["prefix_tuning"].methods
-    matrices = [u.tensors.get("P", u.tensors.get("b2")) for us in updates.values() for u in us if u.method in prefixes]
-    return next((int(leaf.shape[2]) for leaf in matrices if leaf is not None), None)
 
 
 def _outlines(updates: Updates) -> dict[tuple[str, tuple[int, int] | None], object]:

@@ -424,9 +424,12 @@ QKV = ("q", "k", "v")
 
 def compose(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
     """Return the config fields for these updates."""
-    some = next(iter(updates.values()))[0]
+    some: Any = next(iter(updates.values()))[0]
     words = _words(updates, base)
-    rank, alpha = _numbers(some)
+    # IA3 has neither a rank nor a scaling. So its rank and alpha are 1.
+    rank = 1 if some.method == "ia3" else int(some.A.shape[0])
+    # `losses` must have checked that an exact alpha exists.
+    alpha = exact_alpha((rank, float(some.attributes.get("scaling", 1.0))), rslora=False) or 0
     vera = some.method == "vera_matrices"
     return {
         "alpha": alpha,
@@ -462,15 +465,6 @@ def _formula_key(update: Any) -> tuple[object, ...]:
         return (update.method,)
     shared = (id(update.A), id(update.B)) if update.method == "vera_matrices" else ()
     return update.method, int(update.A.shape[0]), update.attributes.get("scaling"), shared
-
-
-def _numbers(update: Any) -> tuple[int, int | float]:
-    """Return (rank, alpha). `losses` must have checked that an exact alpha exists.
-
-    IA3 has neither a rank nor a scaling, so the result for `ia3` is (1, 1).
-    """
-    rank = 1 if update.method == "ia3" else int(update.A.shape[0])
-    return rank, exact_alpha((rank, float(update.attributes.get("scaling", 1.0))), rslora=False) or 0
 
 
 def _why_not(target: Target, update: Any, base: Checkpoint | None) -> str:

@@ -258,10 +258,10 @@ def _read(folder: Path) -> tuple[dict[str, bool], dict[str, dict[str, Lazy]]]:
             f"the folder has neither {WEIGHTS[0]} nor {WEIGHTS[1]}", cure="Download the tensor file, too"
         )
     wanted = {
-        f
+        field
         for word, on in (("query", fields.query), ("key", fields.key), ("value", fields.value))
-        for f in _of(word)
-        if on
+        for slot, field in FIELDS.items()
+        if on and slot.startswith(word)
     }
     weights = _by_target(read_tensors(file), config.get("model_type"))
     for target, slots in weights.items():
@@ -273,10 +273,6 @@ def _read(folder: Path) -> tuple[dict[str, bool], dict[str, dict[str, Lazy]]]:
             raise Malformed(why, where=target, cure=_AGAIN)
     flags = ("query_before_ln", "residual_before", "value_before_softmax")
     return {name: getattr(fields, name) for name in flags}, weights
-
-
-def _of(word: str) -> list[str]:
-    return [field for slot, field in FIELDS.items() if slot.startswith(word)]
 
 
 def _by_target(tensors: Mapping[str, Lazy], model_type: object) -> dict[str, dict[str, Lazy]]:

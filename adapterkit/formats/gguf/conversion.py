@@ -567,12 +567,8 @@ def _place(hints: GgufHints, adapter: Adapter, base: Checkpoint | None) -> GgufP
     name = str(hints.get("architecture"))
     paths = {target.path for target in adapter.updates}
     families = of_gguf(name) or [family_of(name, ())]
-    family = max(families, key=lambda each: sum(_has(each, path) for path in paths))
+    family = max(families, key=lambda each: sum(translate(path, each, NAMING, 1) is not None for path in paths))
     return GgufPlace(name, family, None, dict(hints.get("heads", {})), int(hints.get("experts", 0)))
-
-
-def _has(family: Architecture, path: str) -> bool:
-    return translate(path, family, NAMING, 1) is not None
 
 
 def _rank(update: Pair) -> int:

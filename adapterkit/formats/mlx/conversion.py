@@ -117,7 +117,7 @@ def _translated(name: str, config: Mapping[str, object] | None, experts: int, na
         moves = (Move(name),) if same else translate(name, each, naming, experts)
         if moves:
             by_moves.setdefault(moves, each.family)
-    if family is None and by_moves and any(_keep(variant) for variant in variants(name)):
+    if family is None and by_moves and any(shape_of(variant) in _kept() for variant in variants(name)):
         by_moves.setdefault((Move(name),), "other families")
     if len(by_moves) > 1 and any(move.plain for moves in by_moves for move in moves):
         # The families disagree, so keep the name. Example: for `model.layers.0.self_attn.q_proj`, MLX-LM uses another
@@ -142,10 +142,6 @@ def _candidates(name: str, naming: str) -> list[Architecture]:
     architectures = [each for each, templates in _all() if any(shape in templates for shape in shapes)]
     apart = [each for each in architectures if naming == WEIGHT and each.find(name, NAMING) and _on_hub(each, name)]
     return apart or architectures
-
-
-def _keep(name: str) -> bool:
-    return shape_of(name) in _kept()
 
 
 def is_absent(name: str, config: Mapping[str, object] | None) -> bool:
@@ -322,9 +318,10 @@ def _pairs(
         if ("magnitude" in slots) != (kind == "dora"):
             why = f"fine_tune_type is {kind}, but the module has {'a' if 'magnitude' in slots else 'no'} magnitude"
             raise Malformed(why, where=name, cure=WRITE_AGAIN)
-        name, part, count = _listed(name, tensors)
-        if count:
-            yield from _fused(name, part, count, slots, scale, tensors, modules, names)
+        name, listed, part = name.partition("#")
+        if listed:
+            count = sum(1 for key in tensors if key.startswith(f"{name}.lora_b."))
+            yield from _fused(name, int(part), count, slots, scale, tensors, modules, names)
         elif len(slots["A"].shape) == 3:
             yield from _stack(name, slots, scale, modules, names)
         elif parts := _parts(name, modules):
@@ -403,17 +400,12 @@ def _unlisted(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
     """Rename keys of fused layers from `X.lora_a.0` to `X#0.lora_a`, so that each part becomes a separate pair."""
     changed = {}
     for key, tensor in tensors.items():
+        if "#" in key:
+            raise Malformed("the key contains #, which no module name contains", where=key, cure=WRITE_AGAIN)
         stem, _, last = key.rpartition(".")
-        listed = last.isdigit() and stem.endswith((".lora_a", ".lora_b"))
+        listed = last.isdecimal() and len(last) < 10 and stem.endswith((".lora_a", ".lora_b"))
         changed[f"{stem[:-7]}#{last}{stem[-7:]}" if listed else key] = tensor
     return changed
-
-
-def _listed(name: str, tensors: Mapping[str, Lazy]) -> tuple[str, int, int]:
-    module, hash_, part = name.partition("#")
-    if not hash_:
-        return name, 0, 0
-    return module, int(part), sum(1 for key in tensors if key.startswith(f"{module}.lora_b."))
 
 
 def _fused(
@@ -494,7 +486,8 @@ def written(
     only = all(isinstance(update, Replacement) for _, update in adapter)
     config, tensors, lines = _whole(adapter, hints) if only else _encode(adapter, hints, on_loss)
     text = json.dumps(dict(sorted(config.items())), indent=4)
-    return _as_read(config, hints) or text, in_order(tensors, hints), _metadata(adapter, hints), absent + joined + lines
+    metadata = dict(with_metadata(hints.get("metadata", METADATA).items(), adapter))
+    return _as_read(config, hints) or text, in_order(tensors, hints), metadata, absent + joined + lines
 
 
 def _without_absent(
@@ -574,10 +567,6 @@ def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:
         raise Unrepresentable(
             "MLX-LM stores a module's experts in one stack, so each expert needs a LoRA", items=gaps, cure=_EXPERTS
         )
-
-
-def _metadata(adapter: Adapter, hints: MlxHints) -> dict[str, str]:
-    return dict(with_metadata(hints.get("metadata", METADATA).items(), adapter))
 
 
 def _encode(adapter: Adapter, hints: MlxHints, on_loss: str) -> tuple[dict[str, JsonValue], dict[str, Lazy], list[str]]:

@@ -157,7 +157,9 @@ def _module(file: File, factors: PeftFactors, attentions: Collection[str]) -> Fi
     if update.method == "arrow":
         idle = {field: f"idle_{field}" for field in keys if f"idle_{field}" in update.tensors}
         keys = {idle.get(field, field): key for field, key in keys.items()}
-    yield DecodedUpdate(path, update, keys, _layout(file, factors, attentions))
+    matrix = len(factors.A.shape) == 2
+    turned = factors.embedding or (file.settings.fan_in_fan_out and matrix and factors.key.module not in attentions)
+    yield DecodedUpdate(path, update, keys, "in out *k" if turned else "out *in")
 
 
 def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> DecodedUpdate:
@@ -186,13 +188,6 @@ def _groups(factors: PeftFactors) -> int:
     """Return the number of groups of a grouped convolution; 1 for any other layer. PEFT splits only B into groups."""
     rank, share = factors.A.shape[0], factors.B.shape[1]
     return rank // share if len(factors.A.shape) > 2 and 0 < share < rank and rank % share == 0 else 1
-
-
-def _layout(file: File, factors: PeftFactors, attentions: Collection[str]) -> str:
-    if factors.embedding:
-        return "in out *k"
-    turned = file.settings.fan_in_fan_out and len(factors.A.shape) == 2 and factors.key.module not in attentions
-    return "in out *k" if turned else "out *in"
 
 
 def _flat_output(factors: PeftFactors) -> Lazy:
@@ -228,7 +223,10 @@ def decode_blocks(settings: PeftSettings, factors: PeftFactors) -> Iterator[Deco
     size, high = factors.B.shape[0] // len(enabled), factors.B.shape[0] // groups
     rank, scaling = factors.B.shape[1], settings.scaling(factors.key.path)
     layout = "in out *k" if settings.fan_in_fan_out else "out *in"
-    for start, stop in _runs(factors.B.shape[0], size, high):
+    # Cut B's rows at the end of each block and of each group.
+    outputs = factors.B.shape[0]
+    cuts = sorted({*range(0, outputs, size), *range(0, outputs, high), outputs})
+    for start, stop in pairwise(cuts):
         group, to = start // high, enabled[start // size] * size + start % size
         A = _rows(factors.A, group * rank, (group + 1) * rank)
         B = _rows(factors.B.reshape(*factors.B.shape[:2]), start, stop)
@@ -247,12 +245,6 @@ def _block_groups(settings: PeftSettings, factors: PeftFactors, blocks: int) -> 
             where=factors.key.text, cure=USE_ITS_CONFIG,
         )  # fmt: skip
     return groups
-
-
-def _runs(outputs: int, size: int, high: int) -> Iterator[tuple[int, int]]:
-    """Cut B's rows at the end of each block and of each group; yield (start, stop) for each resulting range."""
-    cuts = sorted({*range(0, outputs, size), *range(0, outputs, high), outputs})
-    return pairwise(cuts)
 
 
 def _rows(tensor: Lazy, start: int, stop: int) -> Lazy:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,7 +16,7 @@ from . import config as fields
 from . import decoders
 from .factors import ORDERS
 from .families import family_of_type
-from .file import FORMAT, DecodedUpdate, File, Findings, Kept, Key, PeftHints, fingerprint, parse_keys, prefix_of
+from .file import FORMAT, DecodedUpdate, File, Kept, Key, PeftHints, fingerprint, parse_keys, prefix_of
 from .spelling import are_plain, spell_updates, stored
 
 if TYPE_CHECKING:
@@ -105,8 +105,10 @@ def assemble(file: File) -> tuple[Updates, Places, list[str]]:
     by_place: dict[Place, list[DecodedUpdate]] = {}
     kept: list[str] = []
     used: set[Key] = set()
-    for decoder in _decoders(file.settings.peft_type):
-        for finding in decoder(file):
+    peft_type = file.settings.peft_type
+    family = family_of_type(peft_type)
+    for decode in BUILT_IN[peft_type] if family is None else (decoders.decode_replacement, family.decode):
+        for finding in decode(file):
             if isinstance(finding, Kept):
                 kept.append(finding.key.text)
                 used.add(finding.key)
@@ -121,11 +123,6 @@ def assemble(file: File) -> tuple[Updates, Places, list[str]]:
         updates[target] = tuple([_in_layout(finding, target) for finding in findings])
         places[target] = [finding.keys for finding in findings]
     return updates, places, kept
-
-
-def _decoders(peft_type: str) -> tuple[Callable[[File], Findings], ...]:
-    family = family_of_type(peft_type)
-    return BUILT_IN[peft_type] if family is None else (decoders.decode_replacement, family.decode)
 
 
 def _check_all_used(file: File, used: set[Key]) -> None:

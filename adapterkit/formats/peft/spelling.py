@@ -373,15 +373,12 @@ def configs(
     dropout = [step.args["dropout"] for step in adapter.recipe if step.op == "create" and "dropout" in step.args]
     trained = {name: dropout[-1] for name in DROPOUTS if name in fresh and dropout}
     start = read or {**common, **fresh, **trained, "peft_type": peft_type}
-    lists = _lists(updates, peft_type, base)
+    if family:
+        lists = family_fields(updates, family, base)
+    else:
+        fields = {"LORA": lora_fields, "LN_TUNING": copy_fields, "IA3": ia3_fields, "TRAINABLE_TOKENS": token_fields}
+        lists = fields[peft_type](updates, base)
     yield _over(start | named, {**_formula_fields(updates, peft_type, start), **changed, **lists})
-
-
-def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[str, JsonValue]:
-    if family := family_of_type(peft_type):
-        return family_fields(updates, family, base)
-    lists = {"LORA": lora_fields, "LN_TUNING": copy_fields, "IA3": ia3_fields, "TRAINABLE_TOKENS": token_fields}
-    return lists[peft_type](updates, base)
 
 
 def _over(config: Mapping[str, JsonValue], changes: Mapping[str, JsonValue]) -> dict[str, JsonValue]:

@@ -126,12 +126,6 @@ def acting_method(updates: Updates) -> type[Update] | None:
     return min(count, key=lambda method: (-count[method], _rank(method)), default=None)
 
 
-def _may_stand(update: Update, method: type[Update] | None) -> bool:
-    """Whether an update may be in a file whose main method is `method`."""
-    family = family_of(update)
-    return may_stand(update, method) or (family is not None and method in family.methods())
-
-
 def _acts(method: type[Update]) -> bool:
     """Whether a method can be the main method of a file. The main method determines the file's `peft_type`.
 
@@ -142,11 +136,9 @@ def _acts(method: type[Update]) -> bool:
 
 def _rank(method: type[Update]) -> int:
     """Return the sort key that breaks ties between main methods that have the same number of updates."""
-    return [*PAIRS, IA3].index(method) if method in BESIDE else len(BESIDE) + _position(method)
-
-
-def _position(method: type[Update]) -> int:
-    return next(i for i, family in enumerate(FAMILIES.values()) if method in family.methods())
+    if method in BESIDE:
+        return [*PAIRS, IA3].index(method)
+    return len(BESIDE) + next(i for i, family in enumerate(FAMILIES.values()) if method in family.methods())
 
 
 def _alone(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iterator[Loss]:
@@ -161,9 +153,10 @@ def _alone(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Itera
 def _why_not(target: Target, update: Update, method: type[Update] | None) -> str:
     if has_encoder(update):
         return f"PEFT cannot store the network of {update.method}; --on-loss fold (on_loss='fold') writes its output"
-    if not (type(update) in BESIDE or family_of(update)):
+    family = family_of(update)
+    if not (type(update) in BESIDE or family):
         return f"PEFT files cannot store the method {update.method}"
-    if _acts(type(update)) and not _may_stand(update, method):
+    if _acts(type(update)) and not (may_stand(update, method) or (family and method in family.methods())):
         return f"a PEFT file cannot store both {update.method} and {_name(method)}"
     if isinstance(update, Rows) and method not in (*PAIRS, None):
         return f"the config of {_name(method)} has no field for token rows"
@@ -216,7 +209,8 @@ def _together(updates: Updates) -> Iterator[Loss]:
                 (target, position, "another target has the same path, but another layout or other rows")
                 for position in range(len(group))
             )
-        ranks = [_order(type(update)) for update in group]
+        # PEFT applies replacements first, then main methods, then token rows.
+        ranks = [2 if type(update) is Rows else int(_acts(type(update))) for update in group]
         for position in range(1, len(group)):
             if ranks[position] <= max(ranks[:position]):
                 yield (
@@ -224,11 +218,6 @@ def _together(updates: Updates) -> Iterator[Loss]:
                     position,
                     f"PEFT cannot apply {group[position].method} after {group[position - 1].method} on one module",
                 )
-
-
-def _order(method: type[Update]) -> int:
-    """Return a sort key for methods in the order in which PEFT applies them: replacements, main methods, token rows."""
-    return 2 if method is Rows else int(_acts(method))
 
 
 def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iterator[Loss]:
@@ -247,7 +236,11 @@ def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iter
         for position, update in enumerate(group):
             if isinstance(update, BIASED):
                 has = update.bias is not None
-                input_projection = not by_formula and _is_input_projection(target, paths)
+                input_projection = (
+                    not by_formula
+                    and target.path.endswith(".in_proj_weight")
+                    and config_name(target, paths) != target.path
+                )
                 if input_projection and not has:
                     continue
                 where = is_parameter(target, paths, base) or is_embedding(target) or input_projection
@@ -264,10 +257,6 @@ def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iter
         yield from impossible
     elif parties[True] and parties[False]:
         yield from min(parties[True], parties[False], key=len)
-
-
-def _is_input_projection(target: Target, paths: Collection[str]) -> bool:
-    return target.path.endswith(".in_proj_weight") and config_name(target, paths) != target.path
 
 
 def _attentions(updates: Updates) -> Iterator[Loss]:
@@ -416,9 +405,11 @@ def encode(
     updates, numbers, folded = number_fields(updates, hints, on_loss)
     spelled = _spell(updates, hints, peft_type, base)
     tensors, kept = _by_key(spelled, updates), _kept(adapter, updates, hints)
+    family = family_of_type(peft_type)
     for plain_config in configs(adapter, updates, hints, peft_type, numbers, base):
         config = in_order_of(plain_config, hints.experts_order, updates)
-        omitted = _omitted(config, spelled, updates, peft_type)
+        left_out = family.omitted(config, updates) if family else ()
+        omitted = {each.key for each in spelled if each.place[2] in left_out}
         if says(config, kept | tensors, spelled, updates, base, omitted, hints.compat):
             written = {key: tensor for key, tensor in tensors.items() if key not in omitted}
             return config, kept | written, computed + joined + lines + folded
@@ -501,13 +492,6 @@ def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
             raise Unrepresentable(why, items=[each.key], cure=cure, places=[(target, position)])
         tensors.setdefault(each.key, each.leaf)
     return tensors
-
-
-def _omitted(config: Mapping[str, JsonValue], spelled: list[Spelled], updates: Updates, peft_type: str) -> set[str]:
-    """Return the keys of tensors that a file with this config does not contain."""
-    family = family_of_type(peft_type)
-    left_out = family.omitted(config, updates) if family else ()
-    return {each.key for each in spelled if each.place[2] in left_out}
 
 
 def _kept(adapter: Adapter, updates: Updates, hints: PeftHints) -> dict[str, Lazy]:

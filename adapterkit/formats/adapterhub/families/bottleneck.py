@@ -182,7 +182,9 @@ def compose(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
     """Return the config fields for these updates."""
     adapters = placed(updates)
     some, words = adapters[0][1], words_of([update for _, update in adapters])
-    flags = {rule.flag for _, rule in _stack_rules(updates, base).values()}
+    flags = {stack_rule.flag for _, stack_rule in _stack_rules(updates, base).values()}
+    rule = some.tensors.get("down_rule", some.tensors.get("down_rule_left"))
+    factors = {str(_layer(target, base)): _factor(*_sizes(update)) for target, update in adapters}
     return {
         **words,
         **{name: some.attributes[name] for name in SAME},
@@ -191,9 +193,9 @@ def compose(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
         "is_parallel": some.attributes["parallel"],
         "leave_out": sorted({*range(_layers(base))} - {_layer(target, base) for target, _ in adapters}),
         **_coupling(updates),
-        "phm_dim": _rule_size(some),
+        "phm_dim": 4 if rule is None else int(rule.shape[0]),
         "phm_rank": int(some.tensors["down_left"].shape[2]) if "down_left" in some.tensors else 1,
-        "reduction_factor": _stack_factors(adapters, base),
+        "reduction_factor": next(iter(factors.values())) if len(set(factors.values())) == 1 else factors,
     }
 
 
@@ -292,12 +294,6 @@ def _bare_gate(update: Update) -> bool:
     return "gate" in update.tensors and "gate_bias" not in update.tensors
 
 
-def _stack_factors(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> float | dict[str, float]:
-    """Return the reduction factor. If it is not the same in all layers, return a dict with a factor for each layer."""
-    factors = {str(_layer(target, base)): _factor(*_sizes(update)) for target, update in adapters}
-    return next(iter(factors.values())) if len(set(factors.values())) == 1 else factors
-
-
 def _uneven(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> set[int]:
     """Return the indices of the layers in which not all adapters have the same bottleneck size."""
     sizes: dict[int, set[int]] = {}
@@ -316,11 +312,6 @@ def _factor(hidden: int, inner: int) -> float:
     """Return a reduction factor for which the adapters library's formula `int(hidden // factor)` yields `inner`."""
     factor = hidden / inner
     return factor if int(hidden // factor) == inner else math.nextafter(factor, 0)
-
-
-def _rule_size(update: Update) -> int:
-    rule = update.tensors.get("down_rule", update.tensors.get("down_rule_left"))
-    return 4 if rule is None else int(rule.shape[0])
 
 
 def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:

@@ -23,7 +23,6 @@ from . import AdapterHubFamily, FamilyFields, Size
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
-    from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.strict_json import JsonValue
     from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
@@ -253,7 +252,9 @@ class PrefixTuningFamily(AdapterHubFamily):
     @classmethod
     def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
         some: Any = next(iter(updates.values()))[0]
-        flat, gates = "P" in some.tensors, _gates(some)
+        flat = "P" in some.tensors
+        # An attention module has no gates, one gate (for keys and values together), or two gates.
+        gates = int(some.tensors["gate"].shape[0]) if "gate" in some.tensors else 0
         config, model_type = {} if base is None else base.config or {}, model_type_of(base)
         pair, groups = model_type in ENCODER_DECODER, {group_of(target.path, model_type) for target in updates}
         layers = 0 if pair else next((config[name] for name in LAYERS if name in config), 0)
@@ -403,11 +404,6 @@ def _slots(updates: Sequence[Any]) -> dict[str, Lazy]:
     W2 = joined([as_lazy(update.W2) for update in updates])
     b2 = joined([as_lazy(update.b2) for update in updates])
     return slots | {"control_trans.2.weight": W2.reshape(rows, W2.shape[-1]), "control_trans.2.bias": b2.reshape(rows)}
-
-
-def _gates(update: Update) -> int:
-    """Return the number of gates of an attention module: 0, 1 (for keys and values together) or 2."""
-    return int(update.tensors["gate"].shape[0]) if "gate" in update.tensors else 0
 
 
 def _group(path: str, part: AdapterHubPart) -> str:

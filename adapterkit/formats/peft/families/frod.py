@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import SAVE_WITH_PEFT, USE_ITS_CONFIG, Malformed, ShapeMismatch, Unsupported
-from ....io.lazy import Lazy, as_lazy, from_numpy
+from ....io.lazy import as_lazy, from_numpy
 from ....methods.frod import FRoD
 from ..file import DecodedUpdate, File, Key, make
 from . import Family, MethodFields, Parts, check_parts
@@ -88,9 +88,12 @@ class FrodFamily(Family):
 
     @classmethod
     def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
+        import numpy as np
+
         for target, group in updates.items():
             for update in (update for update in group if isinstance(update, FRoD)):
-                leaves = {"V": as_lazy(update.V), "index": as_lazy(update.index), "index.size": _size(update)}
+                size = from_numpy(np.array([update.V.shape[0]] * 2, np.int64))
+                leaves = {"V": as_lazy(update.V), "index": as_lazy(update.index), "index.size": size}
                 shared = {field: (f"{SHARED[field]}.{kind(target.path)}", leaf) for field, leaf in leaves.items()}
                 yield cls.encode(update) | shared
 
@@ -137,9 +140,3 @@ def _shared(file: File, some: Key) -> dict[str, Key]:
             cure=SAVE_WITH_PEFT,
         )
     return shared_keys
-
-
-def _size(update: FRoD) -> Lazy:
-    import numpy as np
-
-    return from_numpy(np.array([update.V.shape[0]] * 2, np.int64))

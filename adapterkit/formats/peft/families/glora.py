@@ -6,11 +6,11 @@ unused, its key is `glora_A.zeros`. B and C have the same kinds of keys. D and E
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ....errors import SAVE_WITH_PEFT, USE_ITS_CONFIG, Malformed, ShapeMismatch
+from ....io.arrange import zeros
 from ....io.lazy import Lazy, as_array, as_lazy
 from ....methods.glora import GLoRA
 from ..file import DecodedUpdate, File, Findings, Kept, Key, make
@@ -83,7 +83,7 @@ class GloraFamily(Family):
         for support, axes in _SIZES.items():
             sizes = [size for axis in axes if isinstance(size := dims.get(axis), int)]
             if len(sizes) == len(axes) and not any(name[0] == support for name in leaves):
-                encoded[f"{anchor}.{support}"] = f"glora_{support}.zeros", _zeros(sizes, leaves[anchor])
+                encoded[f"{anchor}.{support}"] = f"glora_{support}.zeros", zeros(tuple(sizes), leaves[anchor].dtype)
         return encoded
 
     @classmethod
@@ -149,10 +149,6 @@ def _full(field: str, tensor: Lazy) -> Lazy:
 def _part(field: str) -> str:
     leaf = {"_d": "Xd", "_u": "Xu"}.get(field[1:], "X")
     return f"glora_{field[0]}.{leaf}"
-
-
-def _zeros(shape: Sequence[int], like: Lazy) -> Lazy:
-    return Lazy(tuple(shape), like.dtype, lambda: bytes(math.prod(shape) * like.dtype.itemsize))
 
 
 def _form(support: str, updates: list[GLoRA]) -> str:

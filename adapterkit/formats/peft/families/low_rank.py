@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ....errors import SAVE_WITH_PEFT, USE_ITS_CONFIG, Malformed, ShapeMismatch
+from ....io.arrange import item
 from ....io.lazy import Lazy, as_lazy
 from ....methods.adalora import AdaLoRA
 from ....methods.deft import DEFT
@@ -79,7 +80,12 @@ class AdaloraFamily(Family):
     def decode_keys(cls, file: File, keys: Mapping[str, Key]) -> DecodedUpdate:
         check_parts(keys, FIELDS)
         some, config = keys["lora_A"], file.settings.method_fields
-        left = _left(config, some)
+        # PEFT prunes a module's rank in training, and saves in `rank_pattern` which of the `init_r` entries are left.
+        kept = (config.rank_pattern or {}).get(f"{some.path}.lora_E")
+        if kept is not None and len(kept) != config.init_r:
+            why = f"this list has {len(kept)} entries, but init_r is {config.init_r}"
+            raise Malformed(why, where=f"rank_pattern: {some.path}.lora_E", cure=SAVE_WITH_PEFT)
+        left = config.init_r if kept is None else sum(kept)
         check_rank(some, file.tensors[some], left)
         check_rank(keys["lora_B"], file.tensors[keys["lora_B"]], left, axis=1)
         check_rank(keys["lora_E"], file.tensors[keys["lora_E"]], left)
@@ -132,15 +138,6 @@ class AdaloraFamily(Family):
         scalings = {t: u.scaling for t, group in updates.items() for u in group if isinstance(u, AdaLoRA)}
         for target in minority(scalings):
             yield target, "its scaling differs from that of most adalora updates, but the config has only one scaling"
-
-
-def _left(config: AdaLoRAFields, key: Key) -> int:
-    """Return a module's rank after training, which the config's `rank_pattern` or `init_r` states."""
-    kept = (config.rank_pattern or {}).get(f"{key.path}.lora_E")
-    if kept is not None and len(kept) != config.init_r:
-        why = f"this list has {len(kept)} entries, but init_r is {config.init_r}"
-        raise Malformed(why, where=f"rank_pattern: {key.path}.lora_E", cure=SAVE_WITH_PEFT)
-    return config.init_r if kept is None else sum(kept)
 
 
 def _exact(scaling: float, rank: int) -> Iterator[tuple[int, float]]:
@@ -356,7 +353,7 @@ class PeanutFamily(Family):
         for part in _SIDES:
             stack = update.tensors.get(f"{part}s")
             for i in range(0 if stack is None else stack.shape[0]):
-                encoded[f"{part}s.{i}"] = f"peanut_{part}s.{i}.weight", _slice(as_lazy(stack), i)  # type: ignore[arg-type]
+                encoded[f"{part}s.{i}"] = f"peanut_{part}s.{i}.weight", item(as_lazy(stack), i)  # type: ignore[arg-type]
         return encoded
 
     @classmethod
@@ -376,10 +373,6 @@ def _stacked(keys: list[Key], file: File) -> Lazy:
             raise ShapeMismatch(why, where=key.text, cure=SAVE_WITH_PEFT)
     tensors = [file.tensors[key] for key in keys]
     return Lazy((len(keys), *first.shape), first.dtype, lambda: b"".join(bytes(t.fetch()) for t in tensors))
-
-
-def _slice(stack: Lazy, position: int) -> Lazy:
-    return stack.map(lambda values: values[position], stack.shape[1:])
 
 
 _SIDES = ("encoder", "decoder")

@@ -17,6 +17,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ....errors import SAVE_WITH_PEFT, USE_ITS_CONFIG, Malformed, ShapeMismatch, Unsupported
+from ....io.arrange import item
 from ....io.lazy import Lazy, as_lazy
 from ....methods.lily import Lily
 from ....methods.poly import Poly
@@ -332,7 +333,7 @@ class XloraFamily(Family):
             coded["first_bias"] = f"{words[0]}.bias", leaves["first_bias"]
         for i, word in enumerate(words[1:-1]):
             for field, leaf in (("inner", "weight"), ("inner_bias", "bias")):
-                coded[f"{field}.{i}"] = f"{word}.{leaf}", _slice(leaves[field], i)
+                coded[f"{field}.{i}"] = f"{word}.{leaf}", item(leaves[field], i)
         return coded
 
     @classmethod
@@ -388,7 +389,3 @@ def _stacked(tensors: list[Lazy], keys: list[Key]) -> Lazy:
             why = f"the tensor has shape and dtype {one}, but {keys[0].text} has {other}"
             raise ShapeMismatch(why, where=key.text, cure=SAVE_WITH_PEFT)
     return Lazy((len(tensors), *first.shape), first.dtype, lambda: b"".join(bytes(t.fetch()) for t in tensors))
-
-
-def _slice(stack: Lazy, position: int) -> Lazy:
-    return stack.map(lambda values: values[position], stack.shape[1:])

@@ -329,7 +329,10 @@ class HiraFamily(Family):
         check_parts(keys, fields.values())
         key_of = {field: keys[part] for field, part in fields.items()}
         A, B = (file.tensors[key_of[field]] for field in ("A", "B"))
-        _check_r(file, key_of["A"], A)
+        # PEFT ignores `rank_pattern` for a model's first adapter. So accept the config's `r` even if `rank_pattern` has
+        # another rank for the module.
+        if file.settings.r not in A.shape[:1]:
+            check_rank(key_of["A"], A, file.settings.rank(key_of["A"].path))
         if math.prod(B.shape[:2]) != math.prod(B.shape):
             why = f"the shape is {list(B.shape)}, but B must be [out, r], followed only by axes of length 1"
             raise ShapeMismatch(why, where=key_of["B"].text, cure=SAVE_WITH_PEFT)
@@ -376,15 +379,6 @@ class HiraFamily(Family):
         turned = any(t.path in paths and t.layout == "in out *k" and not is_embedding(t) for t in updates)
         rank = int(next(iter(paths.values())).B.shape[1])
         return {"r": rank, "rank_pattern": {}, "fan_in_fan_out": turned}
-
-
-def _check_r(file: File, key: Key, A: Lazy) -> None:
-    """Check the rank of A. The config's `r` is accepted even if `rank_pattern` has another rank for the module.
-
-    PEFT ignores `rank_pattern` for a model's first adapter.
-    """
-    if file.settings.r not in A.shape[:1]:
-        check_rank(key, A, file.settings.rank(key.path))
 
 
 def _kernel_of(update: HiRA) -> int:

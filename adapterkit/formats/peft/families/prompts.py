@@ -384,7 +384,10 @@ class AdaptionPromptFamily(Family):
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         members = cls.of_it(updates)
         name = next(iter(members)).rpartition(".")[2]
-        return {"adapter_len": _length(members), "adapter_layers": len(members), "target_modules": name}
+        # The config has only one number of virtual tokens for all modules.
+        lengths = {int(update.P.shape[0]) for update in members.values()}
+        length = lengths.pop() if len(lengths) == 1 else None
+        return {"adapter_len": length, "adapter_layers": len(members), "target_modules": name}
 
     @classmethod
     def why_not(cls, target: Target, update: AdaptionPrompt) -> str:
@@ -400,12 +403,3 @@ class AdaptionPromptFamily(Family):
             if re.search(r"\.\d+\.\w+$", f".{target.path}")
             else "this module is not a direct child of a numbered layer"
         )
-
-
-def _length(members: Mapping[str, AdaptionPrompt]) -> int | None:
-    """Return the number of virtual tokens that each module has.
-
-    Return None if this number differs between modules, because the config has only one number for all modules.
-    """
-    lengths = {int(update.P.shape[0]) for update in members.values()}
-    return lengths.pop() if len(lengths) == 1 else None

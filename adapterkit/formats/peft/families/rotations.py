@@ -167,7 +167,7 @@ def _check(config: OFTFields, key: Key, tensor: Lazy) -> None:
 
 def _before_018(version: str | None) -> bool:
     numbers = (version or "0").split("@")[0].split(".")[:2]
-    return [int(number) if number.isdigit() else 0 for number in numbers] < [0, 18]
+    return [int(number) if number.isdecimal() and len(number) < 10 else 0 for number in numbers] < [0, 18]
 
 
 def _expected(config: OFTFields, width: int) -> tuple[int, int]:
@@ -343,7 +343,11 @@ class PsoftFamily(Family):
         config = file.settings.method_fields
         check_parts(keys, config.parts)
         fields: dict[str, str] = {WEIGHT: "pairs" if config.psoft_orth else "R", VECTOR_A: "a", VECTOR_B: "b"}
-        _check_psoft(config, keys[WEIGHT], file.tensors[keys[WEIGHT]])
+        shape = file.tensors[keys[WEIGHT]].shape
+        wanted = (config.r * (config.r - 1) // 2,) if config.psoft_orth else (config.r, config.r)
+        if shape != wanted:
+            why = f"the shape is {list(shape)}, but with rank {config.r} in the config it must be {list(wanted)}"
+            raise ShapeMismatch(why, where=keys[WEIGHT].text, cure=USE_ITS_CONFIG)
         keys_by_field = {fields[part]: key for part, key in keys.items()}
         series = config.psoft_orth and config.use_cayley_neumann
         leaves: Any = {field: file.tensors[key] for field, key in keys_by_field.items()}
@@ -389,10 +393,3 @@ class PsoftFamily(Family):
             "num_cayley_neumann_terms": some.terms or 5,
             "cayley_neumann_eps": float(some.eps) or None,
         }
-
-
-def _check_psoft(config: PSOFTFields, key: Key, weight: Lazy) -> None:
-    wanted = (config.r * (config.r - 1) // 2,) if config.psoft_orth else (config.r, config.r)
-    if weight.shape != wanted:
-        why = f"the shape is {list(weight.shape)}, but with rank {config.r} in the config it must be {list(wanted)}"
-        raise ShapeMismatch(why, where=key.text, cure=USE_ITS_CONFIG)

@@ -279,9 +279,14 @@ class WaveFTFamily(DrawnSpectrum):
     @classmethod
     def further(cls, file: File, path: str) -> dict[str, Lazy]:
         config = file.settings.method_fields
-        return (
-            {"low_pass": _filter(config.wavelet_family, _dtype(file, path), file.by_formula)} if config.use_idwt else {}
-        )
+        if not config.use_idwt:
+            return {}
+        if config.wavelet_family not in FILTERS:
+            why = f"the wavelet {config.wavelet_family} is unknown"
+            raise Unsupported(why, where="wavelet_family", cure=f"Use {', '.join(FILTERS)}")
+        known = file.known[path].tensors.get("low_pass") if path in file.known else None
+        dtype = "F64" if known is None else as_lazy(known).dtype.name
+        return {"low_pass": filter_of(config.wavelet_family, dtype, file.by_formula)}
 
     @classmethod
     def why_not(cls, target: Target, update: WaveFT) -> str:
@@ -299,18 +304,6 @@ class WaveFTFamily(DrawnSpectrum):
         name = None if taps is None else name_of(as_lazy(taps))
         wavelet = {"use_idwt": name is not None} | ({"wavelet_family": name} if name else {})
         return fields | of_one(updates, cls.method) | wavelet | {"proportional_parameters": False}
-
-
-def _dtype(file: File, path: str) -> str:
-    """Return the dtype of the module's filter in `file.known`; F64 if `file.known` has no filter for the module."""
-    known = file.known[path].tensors.get("low_pass") if path in file.known else None
-    return "F64" if known is None else as_lazy(known).dtype.name
-
-
-def _filter(name: str, dtype: str, by_formula: bool) -> Lazy:
-    if name not in FILTERS:
-        raise Unsupported(f"the wavelet {name} is unknown", where="wavelet_family", cure=f"Use {', '.join(FILTERS)}")
-    return filter_of(name, dtype, by_formula)
 
 
 # FourierFT: `fourierft_spectrum` [n]. The positions follow from `random_loc_seed` and the weight's size.
