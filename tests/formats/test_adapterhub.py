@@ -147,6 +147,14 @@ def test_keys_of_adapter_transformers_1_are_read_and_written_again(changed, tmp_
     assert tensors_of(tmp_path / "again").keys() == tensors_of(folder).keys()
 
 
+def test_reft_at_a_layer_whose_number_is_no_decimal_number_is_refused(tmp_path):
+    source = ak.read(VECTORS / "loreft_bert")
+    updates = {replace(target, path=target.path[:-1] + "²"): group for target, group in source.updates.items()}
+    with pytest.raises(Unrepresentable) as raised:
+        ak.write(ak.Adapter(updates), tmp_path / "a", "adapterhub")
+    assert all("does not end in a layer number" in item for item in raised.value.items)
+
+
 def test_a_file_that_does_not_tell_noreft_from_direft_is_refused_until_the_caller_says_it(tmp_path):
     with pytest.raises(Unsupported, match="NoReFT") as raised:
         ak.read(VECTORS / "noreft_gpt2")

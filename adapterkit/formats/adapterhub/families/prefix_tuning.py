@@ -412,4 +412,4 @@ def _group(path: str, part: AdapterHubPart) -> str:
 
 def _in_order(path: str) -> list[tuple[int, str]]:
     """Return a key for sorting paths, so that layer 10 comes after layer 9."""
-    return [(int(part), "") if part.isdigit() and len(part) < 7 else (-1, part) for part in path.split(".")]
+    return [(int(part), "") if part.isdecimal() and len(part) < 7 else (-1, part) for part in path.split(".")]

@@ -219,7 +219,7 @@ def _form(update: Update) -> tuple[object, ...]:
 
 def _layer(path: str) -> int | None:
     last = path.rpartition(".")[2]
-    return int(last) if last.isdigit() else None
+    return int(last) if last.isdecimal() and len(last) < 10 else None
 
 
 # torch's orthogonal parametrization stores a matrix `[r, n]` with r < n as `original` `[r, n]` and `base` `[n, n]`.
