@@ -389,13 +389,13 @@ def test_dora_on_a_fused_weight_is_refused_for_its_reason(model_type, why, chang
 
     def magnitudes(tensors):
         for key in [key for key in tensors if key.endswith("lora_B")]:
-            tensors[f"{key.removesuffix('lora_B')}m.weight"] = np.ones((1, 24), np.float32)
+            tensors[f"{key.removesuffix('lora_B')}m.weight"] = np.ones((1, 16), np.float32)
 
     def config(said):
         said["model_type"] = model_type
         said["config"]["use_dora"] = True
 
-    folder = changed("lora_gpt2_one", config, magnitudes)
+    folder = changed("lora_gpt2", config, magnitudes)
     (folder / "adapter_interface.json").write_text(json.dumps({"attn_qkv_proj": "attn.c_attn"}))
     with pytest.raises(Unsupported, match=why) as raised:
         ak.read(folder)
