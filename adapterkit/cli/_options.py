@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import Malformed, StorageError, UsageError, nearest
+from ..io.inputs import decimal_number
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -48,7 +49,7 @@ class CliSettings:
         debug, quiet = (os.environ.get(f"ADAPTERKIT_{word}", "") not in ("", "0") for word in ("DEBUG", "QUIET"))
         verbose = sum({"-v": 1, "--verbose": 1, "-vv": 2}.get(word, 0) for word in given)
         verbosity = os.environ.get("ADAPTERKIT_VERBOSE", "")
-        verbose = verbose or (min(int(verbosity), 2) if verbosity.isdecimal() else 0)
+        verbose = verbose or min(decimal_number(verbosity) or 0, 2)
         quiet = bool({"-q", "--quiet"} & {*given}) or (quiet and not verbose)
         return cls("--json" in given, quiet, debug or "--debug" in given, verbose)
 
@@ -75,7 +76,8 @@ def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) 
     if match is None:
         raise click.BadParameter(f"{value!r} is not a size such as 5GB, 500MB or 2GiB")
     number, unit, binary = match.groups()
-    if value.strip().isdigit() and int(value) < _PLAIN:
+    plain = decimal_number(value.strip())
+    if plain is not None and plain < _PLAIN:
         number = value.strip()
         raise click.BadParameter(f"{number} has no unit: type {number}GB or {number}MB")
     scale: int = (1024 if binary else 1000) ** " kmgt".index((unit or " ").lower())

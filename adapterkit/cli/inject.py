@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..io.inputs import decimal_number
 from . import _options, _render
 from ._graphs import checked, decided_by, free, graph_or_folder, graphs_lines, targets_view, warn
 from ._render import View, parts, show
@@ -117,7 +118,8 @@ def _call(words: tuple[str, ...]) -> dict[str, str | int]:
         word, equals, value = given.partition("=")
         if not (word and equals and value):
             raise click.UsageError(f"--call must be ARGUMENT=NAME, got {given!r}")
-        options[word] = int(value) if value.isdecimal() else value
+        number = decimal_number(value)
+        options[word] = value if number is None else number
     return options
 
 

@@ -25,7 +25,7 @@ from ..errors import (
 )
 from ..io.arrange import joined, part, zeros
 from ..io.atomic import write_bytes
-from ..io.inputs import read_input
+from ..io.inputs import decimal_number, read_input
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
 from ..naming.heads import Heads, heads_of
@@ -298,7 +298,8 @@ def _count(hints: LitgptHints, base: Checkpoint | None, pairs: Pairs) -> int:
     stated = ((None if base is None else base.config) or {}).get("num_hidden_layers") or hints.get("model", {}).get(
         "n_layer"
     )
-    seen = [int(word) for target in pairs for word in target.path.split(".") if word.isdigit()]
+    numbers = (decimal_number(word) for target in pairs for word in target.path.split("."))
+    seen = [number for number in numbers if number is not None]
     return max(stated if type(stated) is int else 0, max(seen, default=-1) + 1)
 
 

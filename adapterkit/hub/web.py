@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlencode, urljoin, urlsplit
 
 from ..errors import NetworkError, public
+from ..io.inputs import decimal_number
 from ..io.strict_json import load_json
 
 if TYPE_CHECKING:
@@ -267,9 +268,9 @@ def begins_at(response: httpx2.Response) -> int:
     """Return the offset of a response's first byte in the file: 0 if the server ignored the range, -1 if unknown."""
     if response.status_code != 206:
         return 0
-    first = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
+    first = decimal_number(response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0])
     # If the header is invalid, return -1, which is not a valid offset, so that callers refuse the response.
-    return int(first) if first.isdigit() else -1
+    return -1 if first is None else first
 
 
 def range_header(start: int, end: int | None) -> dict[str, str]:

@@ -139,3 +139,15 @@ def has_mark(path: str | os.PathLike[str], mark: bytes, at: int = 0) -> bool:
             return file.read(at + len(mark))[at:] == mark
     except (OSError, AdapterkitError):
         return False
+
+
+def decimal_number(text: str) -> int | None:
+    """Return the number that a text from a file, a server or a user states, or None if it states none.
+
+    A number is 1 to 18 of the digits 0 to 9. `str.isdigit` also accepts `²`, which `int` refuses, and `int` refuses
+    texts of more than 4,300 digits.
+
+    >>> decimal_number("12"), decimal_number("1e3"), decimal_number("²")
+    (12, None, None)
+    """
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None

@@ -22,7 +22,7 @@ from ..core.metadata import REPORT as REPORT
 from ..errors import Malformed, StorageError, Unsupported, UsageError, storage_error
 from ..io.atomic import write_bytes
 from ..io.checkpoint import INDEX, TORCH_INDEX, open_checkpoint
-from ..io.inputs import is_gguf
+from ..io.inputs import decimal_number, is_gguf
 from ..io.locations import NOTE, exists
 from ..naming.ties import is_embedding
 from ..quant import SIDE_FILES, Dequantized, is_quantized
@@ -222,7 +222,8 @@ def _tokens(file: Path) -> list[int]:
         return [value for value in content.values() if type(value) is int]
     if file.name == "tokenizer_config.json":
         decoder = content.get("added_tokens_decoder")
-        return [int(key) for key in decoder if key.isdecimal() and len(key) < 10] if isinstance(decoder, dict) else []
+        ids = [decimal_number(key) for key in decoder] if isinstance(decoder, dict) else []
+        return [number for number in ids if number is not None]
     added, model = content.get("added_tokens"), content.get("model")
     ids = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     vocabulary = model.get("vocab") if isinstance(model, dict) else None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from ..core.updates import OutputUpdate, Rule, attribute, tensor
 from ..errors import Malformed, Unsupported, UsageError
+from ..io.inputs import decimal_number
 from ..linalg.activations import ACTIVATIONS, sigmoid
 
 if TYPE_CHECKING:
@@ -60,10 +61,15 @@ class Shadow(OutputUpdate):
     @property
     def parts(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the network's tensors, by name; `network` contains these tensors one after another."""
-        lines = [line.split(" ") for line in self.names.splitlines()]
-        if any(not name or not all(size.isdecimal() for size in sizes) for name, *sizes in lines):
-            raise Malformed("a line is not a tensor name and its sizes", where="names", cure="Write the adapter again")
-        return {name: tuple(map(int, sizes)) for name, *sizes in lines}
+        shapes = {}
+        for line in self.names.splitlines():
+            name, *sizes = line.split(" ")
+            shape = [decimal_number(size) for size in sizes]
+            if not name or None in shape:
+                why = "a line is not a tensor name and its sizes"
+                raise Malformed(why, where="names", cure="Write the adapter again")
+            shapes[name] = tuple(size for size in shape if size is not None)
+        return shapes
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         if len(layer.shape) > 2:

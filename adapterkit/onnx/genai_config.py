@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..io.atomic import write_bytes
+from ..io.inputs import decimal_number
 from .model_file import opened
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, Jso
     if not isinstance(heads, int) or not isinstance(width, int):
         return None
     # onnxruntime-genai counts all layers, including layers without keys and values.
-    count = 1 + max(int(part) for name in known & shapes.keys() for part in name.split(".") if part.isdigit())
+    count = 1 + max(decimal_number(part) or 0 for name in known & shapes.keys() for part in name.split("."))
     text_config = model.config.get_text_config()
     ids = _token_ids(model)
     if "eos_token_id" not in ids:

@@ -16,6 +16,7 @@ import numpy as np
 from ..core.metadata import model_types_of
 from ..errors import USE_EXPORTED_BASE, USE_ITS_BASE, ShapeMismatch, TargetNotFound, Unsupported
 from ..io.arrange import item
+from ..io.inputs import decimal_number
 from ..io.lazy import as_array
 from ..naming.architectures import Architecture, WeightPlace, architecture_of
 from ..naming.binding.moving import moved
@@ -230,8 +231,9 @@ def _readings(path: str, family: Architecture | None) -> tuple[_Reading, ...]:
     layer = LAYER.match(path)
     inner = "" if layer is None else path[layer.end() :].strip(".")
     words = inner.split(".")
-    if len(words) > 2 and words[-3] == "experts" and words[-2].isdigit() and words[-1] in PARTS:
-        return (_Reading(PARTS[words[-1]], int(words[-2]), None),)
+    expert = decimal_number(words[-2]) if len(words) > 2 and words[-3] == "experts" else None
+    if expert is not None and words[-1] in PARTS:
+        return (_Reading(PARTS[words[-1]], expert, None),)
     readings: dict[str, _Reading] = {}
     for weight in family.record.weights if family is not None else ():
         part = PARTS.get(weight.rpartition(".")[2])

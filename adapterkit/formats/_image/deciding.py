@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ...core.metadata import metadata_of, model_class_of
 from ...errors import UsageError
+from ...io.inputs import decimal_number
 from ...naming.image import (
     COMFYUI,
     ROOTS,
@@ -409,9 +410,9 @@ def _numbers(paths: Iterable[str]) -> dict[str, set[int]]:
     indices: dict[str, set[int]] = {}
     for path in paths:
         first, _, rest = path.partition(".")
-        number = rest.partition(".")[0]
-        if number.isdigit():
-            indices.setdefault(first, set()).add(int(number))
+        number = decimal_number(rest.partition(".")[0])
+        if number is not None:
+            indices.setdefault(first, set()).add(number)
     return indices
 
 
@@ -451,8 +452,8 @@ def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Exte
     """Whether the family has all blocks in `paths`, and weights with the output-to-input ratios in `extents`."""
     for path in paths:
         first, _, rest = path.partition(".")
-        number = rest.partition(".")[0]
-        if number.isdigit() and int(number) >= family.facts.blocks.get(first, 1 << 30):
+        number = decimal_number(rest.partition(".")[0])
+        if number is not None and number >= family.facts.blocks.get(first, 1 << 30):
             return False
     return all(_shaped(family, extent) for extent in extents) if family.facts.ratios else True
 

@@ -13,6 +13,7 @@ from ...core.updates import Update
 from ...errors import WRITE_AGAIN, AdapterkitError, Malformed, UsageError
 from ...io import safetensors
 from ...io.atomic import write_bytes
+from ...io.inputs import decimal_number
 from ...io.lazy import Lazy, as_torch, value_of
 from ...io.torch_file import is_torch_file, read_torch_file
 from .._format import FORMULA, Departure
@@ -110,8 +111,8 @@ def _is_on(given: Mapping[str, object], name: str) -> bool:
 
 
 def _unit(given: Mapping[str, object]) -> int:
-    text = str(given.get("block_size") or 4)
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 4
+    size = decimal_number(str(given.get("block_size") or 4))
+    return 4 if size is None else size
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from ...errors import (
 )
 from ...io import safetensors
 from ...io.arrange import item, turned
+from ...io.inputs import decimal_number
 from ...io.lazy import Lazy, as_lazy
 from ...io.strict_json import load_json
 from ...methods.dora import DoRA
@@ -403,7 +404,7 @@ def _unlisted(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
         if "#" in key:
             raise Malformed("the key contains #, which no module name contains", where=key, cure=WRITE_AGAIN)
         stem, _, last = key.rpartition(".")
-        listed = last.isdecimal() and len(last) < 10 and stem.endswith((".lora_a", ".lora_b"))
+        listed = decimal_number(last) is not None and stem.endswith((".lora_a", ".lora_b"))
         changed[f"{stem[:-7]}#{last}{stem[-7:]}" if listed else key] = tensor
     return changed
 

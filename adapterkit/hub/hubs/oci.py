@@ -33,6 +33,7 @@ from ...errors import (
     UsageError,
     storage_error,
 )
+from ...io.inputs import decimal_number
 from ...io.strict_json import load_json
 from ..remote import Content, Digests, Placed, Remote, RemoteFile, Uri, lost, unreachable
 from ..transfer import cache_folder, digests_of
@@ -533,7 +534,7 @@ def _begun(remote: Distribution) -> tuple[str, int]:
     """
     with remote.asked("POST", f"{remote.url}/blobs/uploads/", {"Content-Length": "0"}, b"") as response:
         least = response.headers.get("OCI-Chunk-Min-Length", "")
-        return _location(remote, remote.url, response), int(least) if least.isascii() and least.isdigit() else 0
+        return _location(remote, remote.url, response), decimal_number(least) or 0
 
 
 def _upload_state(remote: Distribution, location: str) -> tuple[str, int]:

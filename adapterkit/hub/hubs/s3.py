@@ -26,6 +26,7 @@ from ...errors import (
     Unsupported,
     UsageError,
 )
+from ...io.inputs import decimal_number
 from ...io.strict_json import load_json
 from .. import web
 from ..remote import Address, Content, Digests, Placed, RemoteFile, Uri, address, lost, unreachable
@@ -209,12 +210,12 @@ def _parsed(body: bytes, place: str) -> Element:
 
 
 def _listed(entry: Element, place: str) -> Listed:
-    key, size = _text_of(entry, "Key"), _text_of(entry, "Size")
-    if not key or not size or not size.isascii() or not size.isdigit():
+    key, size = _text_of(entry, "Key"), decimal_number(_text_of(entry, "Size") or "")
+    if not key or size is None:
         raise Malformed(
             "the bucket's list has an object without a key or a size", path=place, cure="Tell the bucket's owner"
         )
-    return Listed(key, int(size), _text_of(entry, "ETag") or "")
+    return Listed(key, size, _text_of(entry, "ETag") or "")
 
 
 def _text_of(element: Element, name: str) -> str | None:

@@ -17,6 +17,7 @@ from ....errors import (
     Unsupported,
     UsageError,
 )
+from ....io.inputs import decimal_number
 from ....io.lazy import Lazy, as_lazy
 from ..file import AGAIN, AdapterHubUpdate, KeptKey, check_same, joined, make, model_type_of, sliced, take
 from . import AdapterHubFamily, FamilyFields, Size
@@ -412,4 +413,5 @@ def _group(path: str, part: AdapterHubPart) -> str:
 
 def _in_order(path: str) -> list[tuple[int, str]]:
     """Return a key for sorting paths, so that layer 10 comes after layer 9."""
-    return [(int(part), "") if part.isdecimal() and len(part) < 7 else (-1, part) for part in path.split(".")]
+    numbers = [(decimal_number(part), part) for part in path.split(".")]
+    return [(-1, part) if number is None else (number, "") for number, part in numbers]

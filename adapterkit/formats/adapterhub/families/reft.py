@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....core.adapter import Target, Updates
 from ....errors import USE_ITS_CONFIG, ShapeMismatch, Unsupported
+from ....io.inputs import decimal_number
 from ....io.lazy import Lazy, as_array, as_lazy
 from ....linalg.activations import ACTIVATIONS
 from .. import REFT
@@ -218,8 +219,7 @@ def _form(update: Update) -> tuple[object, ...]:
 
 
 def _layer(path: str) -> int | None:
-    last = path.rpartition(".")[2]
-    return int(last) if last.isdecimal() and len(last) < 10 else None
+    return decimal_number(path.rpartition(".")[2])
 
 
 # torch's orthogonal parametrization stores a matrix `[r, n]` with r < n as `original` `[r, n]` and `base` `[n, n]`.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import msgspec
 
 from ....errors import SAVE_WITH_PEFT, USE_ITS_CONFIG, Malformed, ShapeMismatch
+from ....io.inputs import decimal_number
 from ....io.lazy import as_lazy
 from ....linalg.rotations import block_size
 from ....methods.boft import BOFT
@@ -167,7 +168,7 @@ def _check(config: OFTFields, key: Key, tensor: Lazy) -> None:
 
 def _before_018(version: str | None) -> bool:
     numbers = (version or "0").split("@")[0].split(".")[:2]
-    return [int(number) if number.isdecimal() and len(number) < 10 else 0 for number in numbers] < [0, 18]
+    return [decimal_number(number) or 0 for number in numbers] < [0, 18]
 
 
 def _expected(config: OFTFields, width: int) -> tuple[int, int]:
