@@ -226,7 +226,10 @@ def _resized(
         raise UsageError("no change in this adapter has low-rank factors", cure=PROMOTE)
     for cut in cuts if report is not None else ():
         report(cut)  # type: ignore[misc]
-    args: dict[str, JsonValue] = {**criterion.record(), "scope": criterion.scope, "error_of_all": _relative(cuts)}
+    # The error of all targets together is relative to the norm of all changes. Both are Frobenius norms.
+    norm, error = math.hypot(*(cut.norm for cut in cuts)), math.hypot(*(cut.error for cut in cuts))
+    error_of_all = error / norm if norm else 0.0
+    args: dict[str, JsonValue] = {**criterion.record(), "scope": criterion.scope, "error_of_all": error_of_all}
     return adapter.replace(updates=updates).step(op, **args)
 
 
@@ -322,12 +325,6 @@ def _check_rank(criterion: Criterion, aligned: Sequence[AlignedPlace], every: bo
         return
     sides = [min(place.shape[0], math.prod(place.shape[1:])) for place in aligned if _trailing_additives(place, every)]
     criterion.check_possible(max(sides, default=criterion.rank))
-
-
-def _relative(cuts: Sequence[Cut]) -> float:
-    """Return the Frobenius error of all targets together, divided by the Frobenius norm of all changes."""
-    whole = math.hypot(*(cut.norm for cut in cuts))
-    return math.hypot(*(cut.error for cut in cuts)) / whole if whole else 0.0
 
 
 def _size(S: Array) -> float:
