@@ -328,7 +328,6 @@ def learned_data(files: Sequence[str], sources: Sequence[Adapter | str], options
         UsageError: no base is given; the method does not learn from texts; or the number of files is neither 1 nor
             the number of adapters.
     """
-    from ..errors import UsageError
     from ..ops.combiners import COMBINERS
     from ..ops.parameters import resolved
 
@@ -369,8 +368,6 @@ def combination(
         UsageError: a recipe is given together with adapters, weights or a method; no adapter is given; or a value of
             `--set` is invalid (see `setting`).
     """
-    from ..errors import UsageError
-
     options: dict[str, Any] = {}
     sources: list[S] | list[str] = list(adapters)
     if recipe is not None:
@@ -430,7 +427,6 @@ def setting(text: str) -> tuple[str, object]:
     """
     import yaml
 
-    from ..errors import UsageError
     from ..ops.recipes import ARGUMENTS
 
     name, sign, value = text.partition("=")

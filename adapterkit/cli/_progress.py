@@ -52,7 +52,7 @@ class StageLines(logging.Handler):
         self.command, self.verbose = command, verbose
         self.started = time.monotonic()
         self.text = "working"
-        self.patience = _patience()
+        self.patience = _seconds("ADAPTERKIT_PATIENCE", PATIENCE if sys.stderr.isatty() else PLAIN_PATIENCE)
         self.due = self.started + self.patience
         self.done = threading.Event()
         self.spoken = threading.Lock()
@@ -100,10 +100,10 @@ class StageLines(logging.Handler):
         click.echo(click.style(folded(text), dim=True) if sys.stderr.isatty() else text, err=True)
 
 
-def _patience() -> float:
-    usual = PATIENCE if sys.stderr.isatty() else PLAIN_PATIENCE
+def _seconds(variable: str, usual: float) -> float:
+    """Return the seconds in an environment variable, at least 0.1; `usual` if it is unset or not a number."""
     try:
-        return max(0.1, float(os.environ.get("ADAPTERKIT_PATIENCE", usual)))
+        return max(0.1, float(os.environ.get(variable, usual)))
     except ValueError:
         return usual
 
@@ -157,7 +157,7 @@ class Lines:
 
     def __init__(self, label: str, sizes: bool = True) -> None:
         self.label, self.sizes, self.start = label, sizes, time.monotonic()
-        self.interval = _interval()
+        self.interval = _seconds("ADAPTERKIT_PROGRESS", INTERVAL)
         self.due = self.start + self.interval
 
     def __call__(self, done: int, total: int) -> None:
@@ -225,13 +225,6 @@ def progress(settings: CliSettings, label: str, *, sizes: bool = True) -> Iterat
     finally:
         busy.clear()
         meter.close()
-
-
-def _interval() -> float:
-    try:
-        return max(0.1, float(os.environ.get("ADAPTERKIT_PROGRESS", INTERVAL)))
-    except ValueError:
-        return INTERVAL
 
 
 def line(label: str, done: int, total: int, seconds: float, *, sizes: bool = True) -> str:

@@ -6,7 +6,6 @@ a YAML file in the format of mergekit's configs. It states the merge_method, the
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ from ._render import TextTable, View, counted, integer, number, part, parts, sho
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
-    from ..ops import Cut
 
 _THRESHOLDS = {-3: 32 << 20, -1: 64 << 20, -2: 16 << 20}
 """A map from parameters of glibc's `mallopt` to sizes in bytes: M_MMAP_THRESHOLD (-3), M_TRIM_THRESHOLD (-1) and
@@ -112,7 +110,7 @@ def command(
                 raise
             combined = ops.combine(read, **options | {"rank": "fit"}, **working)
     record: dict[str, object] = dict(destination.write(combined, on_loss))
-    record |= {"cuts": [cut.record() for cut in cuts], "relative_error": _error(cuts)}
+    record |= {"cuts": [cut.record() for cut in cuts], "relative_error": _writing.relative_error(cuts)}
     notes = [] if read_from is None else [*read_from.notes]
     if read_from is not None and read_from.tokenizer is not None:
         notes.append(
@@ -136,15 +134,6 @@ def _check_writable(outline: Adapter, name: str, base: str | None, on_loss: str,
     with TemporaryDirectory() as folder:
         place = Path(folder) / (FORMATS[name].file or "adapter")
         check_writable(outline, lambda adapter: write(adapter, place, name, base, on_loss), what)
-
-
-def _error(cuts: Sequence[Cut]) -> float | None:
-    """Return the error of all rank cuts together, relative to the norm of the changes before the cuts.
-
-    Return None if nothing was cut, or if all changes are zero.
-    """
-    whole = math.hypot(*(cut.norm for cut in cuts))
-    return math.hypot(*(cut.error for cut in cuts)) / whole if whole else None
 
 
 def method_record(combined: Adapter) -> dict[str, object]:

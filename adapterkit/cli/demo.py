@@ -33,9 +33,9 @@ def _view(record: Mapping[str, object]) -> View:
     right = f"{number(record, 'plain'):.1%}"
     yield f"{record['images']} handwritten digits, not used in training; the base classifies {right} of them correctly"
     columns = ("task", "method", "accuracy before", "accuracy merged", "verified", "seconds")
-    yield TextTable(columns, [_row(row) for row in parts(record, "rows")])
-
-
-def _row(row: Mapping[str, object]) -> list[object]:
-    before, after = (f"{number(row, name):.1%}" for name in ("before", "after"))
-    return [row["task"], row["method"], before, after, row["verified"], round(number(row, "seconds"), 2)]
+    rows = [
+        [row["task"], row["method"], f"{number(row, 'before'):.1%}", f"{number(row, 'after'):.1%}", row["verified"],
+         round(number(row, "seconds"), 2)]
+        for row in parts(record, "rows")
+    ]  # fmt: skip
+    yield TextTable(columns, rows)

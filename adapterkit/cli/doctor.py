@@ -62,7 +62,8 @@ def all_checks() -> Iterator[Check]:
     yield kernel()
     for name, folder in (("space here", Path.cwd()), ("space for temporary files", Path(tempfile.gettempdir()))):
         yield space(name, folder)
-    yield Check("cores", "ok", str(_cores()))
+    usable = getattr(os, "sched_getaffinity", None)
+    yield Check("cores", "ok", str(len(usable(0)) if usable else os.cpu_count() or 1))
     yield memory()
     yield from copies(Path.cwd())
     yield from plugins()
@@ -259,11 +260,6 @@ def _try_in(folder: Path, act: Callable[[int, int], None]) -> str | None:
     except (OSError, AttributeError, ImportError) as error:
         return str(getattr(error, "strerror", None) or error)
     return None
-
-
-def _cores() -> int:
-    usable = getattr(os, "sched_getaffinity", None)
-    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def _memory() -> tuple[int | None, int | None]:

@@ -7,19 +7,13 @@ default, changed or new rows of token embeddings are also stored without loss.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import click
 
 from . import _options, _render, _writing
 from ._progress import progress
 from ._render import show
-
-if TYPE_CHECKING:
-    from ..ops import Cut
 
 
 @click.command(help=__doc__)
@@ -74,11 +68,9 @@ def command(
             strict_base=strict_base,
         )  # fmt: skip
     record: dict[str, object] = dict(destination.write(extracted, on_loss))
-    record |= {"tuned": tuned, "base": base, "relative_error": _error(cuts), "cuts": [cut.record() for cut in cuts]}
+    record |= {
+        "tuned": tuned, "base": base, "relative_error": _writing.relative_error(cuts) or 0.0,
+        "cuts": [cut.record() for cut in cuts],
+    }  # fmt: skip
     record["warnings"] = [f"{why}{TO_REFUSE}" for why in check_tuned(opened(tuned), opened(base), False)]
     show(settings, record, partial(_writing.cuts_view, every=every))
-
-
-def _error(cuts: Sequence[Cut]) -> float:
-    whole = math.hypot(*(cut.norm for cut in cuts))
-    return math.hypot(*(cut.error for cut in cuts)) / whole if whole else 0.0

@@ -345,7 +345,9 @@ def _graph_view(record: Mapping[str, object], every: bool) -> View:
     else:
         headings = ("module", "targets", "layers", "shape", "first node", "found by", "confidence")
         yield TextTable(headings, [_places_row(*group) for group in by_module(places)], ("first node", "shape"))
-    yield _layer_counts(record)
+    totals = part(record, "totals")
+    methods = ", ".join(f"{count} by {method}" for method, count in part(totals, "methods").items())
+    yield f"{counted(integer(totals, 'layers'), 'layer')} ({methods})"
     if len(places) > FEW and not every:
         yield HINT
 
@@ -364,12 +366,6 @@ def _places_row(module: str, group: Sequence[Mapping[str, object]], layers: Mapp
         ", ".join(methods),
         confidence,
     ]
-
-
-def _layer_counts(record: Mapping[str, object]) -> str:
-    totals = part(record, "totals")
-    methods = ", ".join(f"{count} by {method}" for method, count in part(totals, "methods").items())
-    return f"{counted(integer(totals, 'layers'), 'layer')} ({methods})"
 
 
 def _layer_row(place: Mapping[str, object]) -> list[object]:

@@ -33,6 +33,7 @@ LEVELS = ("note", "low", "medium", "high", "never")
 def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif: str | None) -> None:
     """Run `adapterkit.scan`."""
     from .. import scan
+    from ..errors import AdapterkitError
     from ..io.atomic import write_bytes
     from ..io.locations import local
 
@@ -40,20 +41,13 @@ def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif:
     scan_result = scan(src, base=base)
     if sarif is not None:
         write_bytes(local(sarif), json.dumps(scan_result.sarif(), indent=2).encode())
-    record = scan_result.record() | {"warnings": _warnings(src, base)}
-    show(ctx.obj, record, _view)
+    try:
+        warnings = _options.base_warnings([src], [src], base)
+    except AdapterkitError:  # The adapter cannot be read.
+        warnings = []
+    show(ctx.obj, scan_result.record() | {"warnings": warnings}, _view)
     if fail_on != "never" and scan_result.fails(fail_on):
         ctx.exit(1)
-
-
-def _warnings(src: str, base: str | None) -> list[str]:
-    """Return warnings if the adapter records a base other than `base`; no warnings if the adapter cannot be read."""
-    from ..errors import AdapterkitError
-
-    try:
-        return _options.base_warnings([src], [src], base)
-    except AdapterkitError:
-        return []
 
 
 def _view(record: Mapping[str, object]) -> View:

@@ -478,7 +478,13 @@ def _form(target: Target, updates: tuple[Update, ...]) -> Hashable:
 
     Return None if the key is not hashable, because the adapter contains a damaged value.
     """
-    form = bool(target.path), target.layout, target.rows, tuple([update.form for update in updates])
+    forms: list[Hashable] = []
+    for update in updates:
+        try:
+            forms.append(update.form)
+        except AdapterkitError as error:
+            raise _placed(error, target, update) from None
+    form = bool(target.path), target.layout, target.rows, tuple(forms)
     try:
         hash(form)
     except TypeError:

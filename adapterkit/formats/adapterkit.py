@@ -76,7 +76,7 @@ class StepRecord(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ForeignRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """The record of leftovers: data of the source file that no update can express."""
+    """Data of the source file that no update can express."""
 
     format: str
     data: dict[str, Any]

@@ -125,7 +125,8 @@ def calibrate(
             loaded = [_present(each, checkpoint, rename) for each in loaded]
     made_from: dict[str, object] = {
         "base": fingerprint(checkpoint), "adapters": [each.digest() for each in loaded], "weights": list(factors),
-        "texts": _digest(lines), "count": texts, "length": length, "seed": seed,
+        "texts": "builtin" if lines is None else hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+        "count": texts, "length": length, "seed": seed,
     }  # fmt: skip
     if exists(located(target)):
         known = read_calibration(target)
@@ -192,10 +193,6 @@ def _present(adapter: Adapter, base: Checkpoint, rename: str | Sequence[str]) ->
     missing = set(bound.missing)
     kept = {target: updates for target, updates in adapter.updates.items() if target not in missing}
     return adapter.replace(updates=kept) if missing else adapter
-
-
-def _digest(lines: Sequence[str] | None) -> str:
-    return "builtin" if lines is None else hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class _Recorder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -257,13 +257,9 @@ class Gate:
             "kind": "gate", "outcome": self.outcome, "ok": self.ok, "base": self.base, "adapters": list(self.adapters),
             "data": self.data, "device": self.device, "dtype": self.dtype, "seed": self.seed,
             "effect": asdict(self.effect), "checks": [asdict(check) for check in self.checks],
-            "kept": [_kept(each) for each in self.kept], "verdicts": list(self.verdicts),
+            "kept": [{**asdict(each), "parted": each.parted} for each in self.kept], "verdicts": list(self.verdicts),
             "warnings": list(self.warnings), "seconds": round(self.seconds, 3),
         }  # fmt: skip
-
-
-def _kept(each: KeptEffect) -> Mapping[str, JsonValue]:
-    return {**asdict(each), "parted": each.parted}
 
 
 # Compare metrics with thresholds, and describe the metrics in plain sentences.

@@ -102,7 +102,7 @@ def _weights(changes: Sequence[Change | None], stacked: bool, rng: Generator) ->
     import numpy as np
 
     shape = next(change.shape for change in changes if change is not None)
-    pairs = [_random(_sum(row), rng) for row in side_by_side(changes)]
+    pairs = [_random([delta for delta in row if delta is not None], rng) for row in side_by_side(changes)]
     if not pairs:
         return []
     if len(shape) == 1:
@@ -128,10 +128,6 @@ def _biases(changes: Sequence[Change | None], stacked: bool, rng: Generator) -> 
     axis = -1 if stacked else None
     size = np.linalg.norm(whole, axis=axis, keepdims=stacked) / np.linalg.norm(drawn, axis=axis, keepdims=stacked)
     return [Dense(D=None, d=_torch(drawn * size))]
-
-
-def _sum(row: Sequence[Delta | None]) -> list[Delta]:
-    return [delta for delta in row if delta is not None]
 
 
 def _random(deltas: Sequence[Delta], rng: Generator) -> tuple[Array, Array]:

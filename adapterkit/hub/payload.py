@@ -83,7 +83,8 @@ def model_card(name: str, place: Uri, model: CardModel, licence: Licence) -> str
         "tags": ["adapterkit", *(["merge", *_methods(model.adapters)] if merged else [])],
     }  # fmt: skip
     intro = "Adapters merged into their base with adapterkit." if merged else "Pushed with adapterkit."
-    tables = _table(("", ""), _model_facts(model)), _table(ADAPTER_COLUMNS, map(_merged, model.adapters))
+    facts = [("base", _text(model.base or "")), ("base's revision", _text(model.revision or ""))]
+    tables = _table(("", ""), facts), _table(ADAPTER_COLUMNS, map(_merged, model.adapters))
     return _page(data, f"# {_text(name)}", intro, *tables, *_model_usage(place, model.config))
 
 
@@ -129,10 +130,6 @@ def _adapter_facts(adapter: Adapter, source_format: str) -> list[tuple[str, str]
         ("base's revision", _text(adapter.base.revision) if adapter.base and adapter.base.revision else ""),
         ("lineage", _listed(step.op for step in adapter.recipe)), ("digest", _span(adapter.digest())),
     ]  # fmt: skip
-
-
-def _model_facts(model: CardModel) -> list[tuple[str, str]]:
-    return [("base", _text(model.base or "")), ("base's revision", _text(model.revision or ""))]
 
 
 def _merged(adapter: Mapping[str, Any]) -> list[str]:
@@ -258,7 +255,8 @@ def model_at(path: Path) -> CardModel:
         cure = "Pass an adapter, or a folder with a model's weights"
         raise UnknownFormat(f"this is neither an adapter nor a base: {error.why}", path=path, cure=cure) from None
     record = record_at(checkpoint.folder)
-    adapters = _adapters(record)
+    listed = record.get("adapters")
+    adapters = tuple(each for each in listed if isinstance(each, dict)) if isinstance(listed, list) else ()
     base, revision = _base_of(record, checkpoint.folder, adapters)
     return CardModel(base, revision, adapters, checkpoint.config or {})
 
@@ -268,11 +266,6 @@ def record_at(folder: Path) -> Mapping[str, object]:
     from ..io.checkpoint import read_json
 
     return read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
-
-
-def _adapters(record: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
-    listed = record.get("adapters")
-    return tuple(a for a in listed if isinstance(a, dict)) if isinstance(listed, list) else ()
 
 
 def _base_of(

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
-from ..errors import Corrupt, Malformed, ShapeMismatch, Unsupported, storage_error
+from ..errors import Corrupt, Malformed, ShapeMismatch, Unsupported, UsageError, storage_error
 from .inputs import open_input
 
 if TYPE_CHECKING:
@@ -334,13 +334,18 @@ class Lazy:
 
 
 if TYPE_CHECKING:
-    Leaf = Lazy | torch.Tensor
+    Leaf = Lazy | torch.Tensor | Array
 
 
 def as_lazy(leaf: Leaf) -> Lazy:
-    """Return a `Lazy` unchanged. Wrap a torch tensor in a `Lazy`, which copies the values to the CPU at each read."""
+    """Return a `Lazy` unchanged. Wrap a torch tensor in a `Lazy`, which copies the values to the CPU at each read.
+
+    A numpy array is also wrapped.
+    """
     if isinstance(leaf, Lazy):
         return leaf
+    if not _is_torch(leaf):
+        return from_numpy(cast("Array", leaf), dtype_of(leaf).name)
 
     def fetch() -> Buffer:
         import torch
@@ -352,9 +357,13 @@ def as_lazy(leaf: Leaf) -> Lazy:
     return Lazy(tuple(leaf.shape), dtype_of(leaf), fetch)
 
 
+def _is_torch(leaf: Leaf) -> TypeGuard[torch.Tensor]:
+    return hasattr(leaf, "detach")  # numpy arrays do not have it. Do not import torch to find out.
+
+
 def as_torch(leaf: Leaf, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return a lazy or torch tensor as a torch tensor on `device`. If `dtype` is given, cast floats to this dtype."""
-    value = leaf.torch(device) if isinstance(leaf, Lazy) else leaf.to(device=device)
+    """Return a tensor or array as a torch tensor on `device`. If `dtype` is given, cast floats to this dtype."""
+    value = leaf.to(device=device) if _is_torch(leaf) else as_lazy(leaf).torch(device)
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
@@ -382,8 +391,23 @@ def bytes_of(array: Array) -> memoryview:
 
 
 def dtype_of(leaf: Leaf) -> DType:
-    """Return the element type of a lazy or torch tensor."""
-    return leaf.dtype if isinstance(leaf, Lazy) else BY_TORCH[str(leaf.dtype).removeprefix("torch.")]
+    """Return the element type of a tensor or array.
+
+    Raises:
+        UsageError: the value is no tensor, or no file format has its element type.
+    """
+    if isinstance(leaf, Lazy):
+        return leaf.dtype
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not hasattr(leaf, "shape"):
+        why = f"a tensor must be a torch tensor, a numpy array or a Lazy, not {type(leaf).__name__}"
+        raise UsageError(why, cure="Convert the value with torch.tensor or numpy.array")
+    # torch's dtypes have no name. numpy's name omits the byte order, and `from_numpy` converts it.
+    kind = BY_TORCH.get(getattr(dtype, "name", None) or str(dtype).removeprefix("torch."))
+    if kind is None:
+        cure = "Convert the tensor to float32, or to another element type of safetensors files"
+        raise UsageError(f"the element type {dtype} is not supported", cure=cure)
+    return kind
 
 
 def from_numpy(array: Array, dtype: str | None = None) -> Lazy:

@@ -158,7 +158,11 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
         one answer for each tool that supports this kind of model, sorted by name.
     """
     seen = _File.of(adapter, format, path)
-    return [_answer(name, tool, seen, convert) for name, tool in loaders().items() if _is_for(tool, seen)]
+    return [
+        _answer(name, tool, seen, convert)
+        for name, tool in loaders().items()
+        if (tool.kind == "image") == seen.for_image
+    ]
 
 
 def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the name in the public API
@@ -218,7 +222,7 @@ class _File:
     keys: tuple[str, ...]
     container: str
     families: tuple[ImageFamily, ...]
-    inside: bool
+    for_image: bool
 
     @classmethod
     def of(cls, adapter: Adapter, format: str, path: Path) -> _File:  # noqa: A002 - the name in the public API
@@ -234,10 +238,6 @@ class _File:
         targets = denoiser_targets(adapter.updates, ()) if inside else []
         candidates_here = candidates(adapter.updates, targets, origin_of(adapter, None)) if targets else []
         return cls(adapter, format, keys, kind, tuple(candidates_here), inside or format == "textual_inversion")
-
-
-def _is_for(tool: Loader, seen: _File) -> bool:
-    return (tool.kind == "image") == seen.inside
 
 
 def _answer(name: str, tool: Loader, seen: _File, convert: bool) -> Answer:
@@ -412,7 +412,7 @@ def _conversion(tool: Loader, seen: _File) -> str:
                 written = _written(writer, seen, on_loss)
                 if written is not None and _loads(tool, written)[0] == "yes":
                     return f"--to {name}" + (f" --on-loss {on_loss}" if on_loss != "refuse" else "")
-        elif not seen.inside and (words := _to_language(tool, writer, seen)):
+        elif not seen.for_image and (words := _to_language(tool, writer, seen)):
             return words
     return ""
 

@@ -56,7 +56,7 @@ def digest_of(file: BinaryIO, start: int, nbytes: int) -> str:
 
 
 def wrong_runs(path: Path, runs: list[Run]) -> list[str]:
-    """Return one message for each run of a file that does not match its checksum.
+    """Compare each run of bytes of a file with its recorded checksum, and return a message for each difference.
 
     If the file is missing or has the wrong size, return a single message that reports this.
     """

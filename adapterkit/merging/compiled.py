@@ -85,7 +85,7 @@ def _is_sum(fold: PlannedUpdate, shape: tuple[int, ...], stacked: bool) -> bool:
 
 
 def _is_normalizing(fold: PlannedUpdate, updates: list[Update], stacked: bool) -> bool:
-    """Whether the change is one update with weight 1 that, like DoRA, scales each stored row to a given norm."""
+    """Whether the change is one update with weight 1, and it scales each stored row to a given norm, as DoRA does."""
     if len(updates) != 1 or fold.weight != 1 or fold.bias or fold.target.stacked != stacked or fold.axis != "out":
         return False
     first = updates[0]

@@ -188,7 +188,7 @@ class Past:
 
 
 def _attributes(model: PretrainedModel) -> dict[str, Tensor]:
-    """Return the tensors that are plain attributes of a model's modules, neither parameters nor buffers, by path."""
+    """Return a map from paths to the tensors that are plain attributes of modules: no parameters and no buffers."""
     import torch
 
     return {

@@ -57,7 +57,7 @@ class Recurrent(GraphLayer):
     def takes(cls, node: ir.Node) -> bool:
         given = weight_at(node, cls.position) if len(node.inputs) > cls.position else None
         known = node.op_type in GATES and node.domain in ("", "ai.onnx") and is_constant(given)
-        # A unidirectional layer has only one direction.
+        # The weight's first axis is the number of directions; a unidirectional layer has only one.
         return known and given is not None and cls.direction < shape_of(given)[0]
 
     @classmethod

@@ -487,9 +487,9 @@ class Symbols:
         return self.full_like(x, 1)
 
     def full_like(self, x: Value, number: float) -> Value:
-        """Return a value with the sizes of x and with `number` as each element.
+        """Return a value with the shape of x and with `number` as each element.
 
-        The node does not read the elements of x: `x * 0 + number` would be NaN for elements that are NaN or infinite.
+        Only the shape of x is read. The alternative, `x * 0 + number`, would be NaN where x is NaN or infinite.
         """
         size = x.apply("Shape", [x], lambda a: np.array(a.shape), None if x.sizes is None else (x.ndim,), np.int64)
         value = ir.tensor(np.array([number], dtype=x.dtype))

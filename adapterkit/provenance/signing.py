@@ -216,7 +216,8 @@ def statement_of(path: Path) -> dict[str, JsonValue]:
 
 def _kind(path: Path) -> Mapping[str, object]:
     if (path / REPORT).is_file():
-        return _merged(path)
+        record = merge_record(opened(path))
+        return {"kind": "merged", "made_from": {key: value for key, value in record.items() if key not in _OF_FILES}}
     try:
         name = detect(path)
         return _adapter(read(path, name), name)
@@ -232,13 +233,6 @@ def _kind(path: Path) -> Mapping[str, object]:
     except AdapterkitError:
         return {"kind": "files"}
     return {"kind": "model"}
-
-
-def _merged(path: Path) -> dict[str, JsonValue]:
-    """Return the statement of a merged model: the record of the merge, without the keys in `_OF_FILES`."""
-    record = merge_record(opened(path))
-    made_from = {key: value for key, value in record.items() if key not in _OF_FILES}
-    return {"kind": "merged", "made_from": made_from}
 
 
 def _adapter(adapter: Adapter, name: str) -> dict[str, object]:
@@ -439,7 +433,8 @@ def not_covered(root: Path) -> tuple[str, ...]:
 def _payload(root: Path, signature: Path, allow_symlinks: bool, statement: Mapping[str, JsonValue]) -> Any:
     """Return model-signing's payload with the digests of all files, and with the statement added to the predicate."""
     hashing = model_signing("hashing").Config().set_allow_symlinks(allow_symlinks)
-    inside = [signature.absolute().relative_to(root.absolute())] if _within(signature, root) else []
+    is_inside = root.is_dir() and root.absolute() in signature.absolute().parents
+    inside = [signature.absolute().relative_to(root.absolute())] if is_inside else []
     if linked := linked_folders(root):
         cure = "Copy the folder without links (cp -rL), and sign the copy"
         why = "this is a link to a folder, and model-signing would not sign the files in the linked folder"
@@ -472,10 +467,6 @@ def _not_hashed(root: Path, error: ValueError) -> AdapterkitError:
         return Unsupported("the folder contains symbolic links", path=root, cure=cure)
     why = f"model-signing cannot hash the files: {first_line(error)}"
     return Unsupported(why, path=root, cure="Sign a folder of plain files")
-
-
-def _within(file: Path, root: Path) -> bool:
-    return root.is_dir() and root.absolute() in file.absolute().parents
 
 
 def _signed(config: Any, payload: Any, sigstore: bool) -> str:

@@ -253,9 +253,9 @@ class Float4(Packed):
         return cast("Array", (levels * np.repeat(scale, GROUP, axis=1)).astype(self.dtype.array))
 
     def pack(self, merged: Merged) -> dict[str, Array]:
-        """Quantize the merged weight with the stored second scale, because fused layers share the second scale.
+        """Quantize the merged weight with the stored scale of the whole tensor, because fused layers share this scale.
 
-        Compute a new second scale only if a value is too large for the stored one.
+        Compute a new scale of the whole tensor only if a value is too large for the stored one.
         """
         import numpy as np
 

@@ -21,7 +21,7 @@ class Nvfp4(Scheme):
     """A module has `weight` `[out, in/2]` in bytes, `weight_scale` `[out, in/16]` and a single `weight_scale_2`."""
 
     url = "https://github.com/NVIDIA/Model-Optimizer"
-    description = "NVFP4 of ModelOpt: 4-bit floats, one 8-bit scale per 16 values, one second scale per tensor"
+    description = "NVFP4 of ModelOpt: 4-bit floats, one 8-bit scale per 16 values, and one scale for the whole tensor"
     oracle = "the published formula"
 
     def detect(self, base: Checkpoint) -> bool:

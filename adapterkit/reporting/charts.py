@@ -105,6 +105,8 @@ def inline(chart: Chart) -> str:
     Raises:
         Unsupported: the package vl-convert-python is not installed.
     """
+    from html import escape
+
     text = svg(chart)
     for noise in (r' role="graphics-[a-z]+"', r' aria-roledescription="[^"]*"', r' xmlns:xlink="[^"]*"'):
         text = re.sub(noise, "", text)
@@ -112,14 +114,8 @@ def inline(chart: Chart) -> str:
     text = re.sub(r' aria-label="[^"]*(axis|legend)[^"]*"', "", text)
     # Rename the labels of the marks, so that screen readers do not read them; `page.js` shows them as tooltips.
     text = text.replace(' aria-label="', ' data-tip="')
-    label = _escaped(f"{chart.title}. {chart.caption}")
+    label = escape(f"{chart.title}. {chart.caption}")
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-
-
-def _escaped(text: str) -> str:
-    from html import escape
-
-    return escape(text, quote=True)
 
 
 def _drawing() -> ModuleType:
@@ -132,10 +128,6 @@ def _drawing() -> ModuleType:
     return vl_convert
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "adapter"
-
-
 def _named(measured: Measurements, at: int) -> tuple[str, str]:
     """Return two suffixes for an adapter's charts: one for their names, and one for their titles.
 
@@ -143,7 +135,8 @@ def _named(measured: Measurements, at: int) -> tuple[str, str]:
     """
     if len(measured.names) == 1:
         return "", ""
-    return f"-{at + 1}-{_slug(measured.names[at])}", f" of {measured.names[at]}"
+    slug = re.sub(r"[^a-z0-9]+", "-", measured.names[at].lower()).strip("-") or "adapter"
+    return f"-{at + 1}-{slug}", f" of {measured.names[at]}"
 
 
 def _norms(measured: Measurements) -> Iterator[Chart]:

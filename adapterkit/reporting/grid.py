@@ -57,7 +57,7 @@ def cells(paths: Iterable[str]) -> dict[str, Cell]:
     divisions = {shape: _division(shape, counted) for shape in numbers}
     places = {path: _divided(parts, *divisions[parts[::2]]) for path, parts in split.items()}
     distinct = dict.fromkeys(places.values())
-    parents = {_parent(layer) for layer, _ in distinct if layer}
+    parents = {layer.rpartition(".")[0] for layer, _ in distinct if layer}
     columns = _short({module for _, module in distinct})
     known = {}
     for layer, module in distinct:
@@ -131,10 +131,6 @@ def _divided(parts: Sequence[str], stop: int, experts: Sequence[int]) -> tuple[s
         rest[at] = "*"
     module = "".join(rest[stop:])
     return "".join(parts[:stop]), module.removeprefix(".") if stop else module
-
-
-def _parent(layer: str) -> str:
-    return layer.rpartition(".")[0]
 
 
 def _short(modules: set[str]) -> dict[str, str]:

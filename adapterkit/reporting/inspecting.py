@@ -341,7 +341,7 @@ def inspected(
             record["names"] = _names(adapter, base, rename)
             wrong = check_base([(src, adapter)], base, strict=False)
             record["warnings"] = [f"{why}{TO_REFUSE}" for why in wrong]
-        record |= _beside(adapter, path)
+        record |= {**_licence(path), "triggers": list(trigger_words(metadata_of(adapter)))}
         if layers:
             record["layers"] = _layers(adapter, base, rename)
         return record
@@ -369,13 +369,6 @@ def outline_of(path: Path, name: str | None, compat: str | None, error: Exceptio
         return name_found, outline(path, name_found)
     except AdapterkitError:
         return None
-
-
-def _beside(adapter: Adapter, path: Path) -> dict[str, JsonValue]:
-    """Return the licence in the model card next to an adapter, and the adapter's trigger words."""
-    from ..core.metadata import metadata_of, trigger_words
-
-    return {**_licence(path), "triggers": list(trigger_words(metadata_of(adapter)))}
 
 
 def _licence(path: Path) -> dict[str, JsonValue]:
@@ -447,7 +440,6 @@ def _is_adapter(path: Path) -> bool:
 
 def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, Any]:
     """Return an adapter's updates, lineage and totals as plain data. A shared tensor counts once in the totals."""
-    from ..core.metadata import metadata_of
     from ..formats import unknown_fields
 
     leaves = _counted({id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}.values())
@@ -476,8 +468,6 @@ def _loaders(adapter: Adapter, name: str, path: Path) -> list[dict[str, str]]:
 
     The record states whether the tool can load the file without conversion, and if not, why; see `loaders.Answer`.
     """
-    from dataclasses import asdict
-
     from ..loaders import loaders_of
 
     return [asdict(answer) for answer in loaders_of(adapter, name, path, convert=False)]
@@ -528,8 +518,6 @@ def _update_record(target: Target, update: Update, shared: dict[object, dict[str
     """
     form = target.layout, target.rows, update.form
     if form not in shared:
-        from ..io.lazy import dtype_of
-
         tensors = update.tensors
         shared[form] = {
             "layout": target.layout, "rows": target.rows, "method": update.method, "kind": update.kind,
@@ -544,7 +532,7 @@ def _update_record(target: Target, update: Update, shared: dict[object, dict[str
 
 def base_record(path: Path, src: str) -> dict[str, Any]:
     """Return a base's tensors and totals as plain data."""
-    from ..errors import UnknownFormat, UsageError
+    from ..errors import UnknownFormat
     from ..formats._others import other_file
     from ..io.checkpoint import open_checkpoint
 
@@ -640,22 +628,14 @@ def _total(tensors: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 def _counted(leaves: Iterable[Leaf]) -> Counter[tuple[tuple[int, ...], str]]:
     """Return the number of tensors for each (shape, dtype)."""
-    from collections import Counter
-
-    from ..io.lazy import dtype_of
-
     return Counter((tuple(leaf.shape), dtype_of(leaf).name) for leaf in leaves)
 
 
 def _sums(tensors: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
     """Return the total numbers of elements and bytes of the tensors that `_counted` counted."""
-    from ..io.lazy import DTYPES
-
     sizes = [(math.prod(shape) * count, DTYPES[dtype].itemsize) for (shape, dtype), count in tensors.items()]
     return {"parameters": sum(count for count, _ in sizes), "bytes": sum(count * width for count, width in sizes)}
 
 
 def _counts(names: Iterable[str]) -> dict[str, int]:
-    from collections import Counter
-
     return dict(sorted(Counter(names).items()))

@@ -703,8 +703,9 @@ def _intruders(
         W = base.at(place.target, None, bias=False)
         if effect.target not in directions:
             directions[effect.target] = _left(W, min(W.shape[0], W.size // W.shape[0]))
-        alone = lowered(AlignedPlace(place.target, (place.updates[effect.adapter],), place.base))
-        tuned = W + next(_deltas(alone)).dense()
+        (change,) = lowered(AlignedPlace(place.target, (place.updates[effect.adapter],), place.base)).changes()
+        assert change is not None
+        tuned = W + next(change.deltas()).dense()
         cosines = abs(directions[effect.target].T @ _left(tuned, INTRUDING))
         yield int((cosines.max(0) < INTRUDER_COSINE).sum())
 
@@ -723,9 +724,3 @@ def _left(W: Array, count: int) -> Array:
     U = D @ np.linalg.eigh(D.T @ D)[1][:, ::-1][:, :count]
     directions: Array = U / np.maximum(np.sqrt((U * U).sum(0)), np.finfo(float).tiny)
     return directions
-
-
-def _deltas(place: AlignedPlace) -> Iterator[Delta]:
-    (change,) = place.changes()
-    assert change is not None
-    return change.deltas()

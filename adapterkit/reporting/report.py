@@ -268,14 +268,10 @@ def _parts(report: AdapterReport) -> Iterable[str]:
         yield _section("gate", "The effect when models run", gate_section(report.gate))
     yield _section("adapters", "The adapters" if len(report.facts) > 1 else "The adapter", _facts(report.facts))
     for group, drawn in groupby(report.charts, key=lambda chart: chart.group):
-        yield _section(_slug(group), group, "".join(map(_figure, drawn)), "charts")
+        yield _section(group.lower().replace(" ", "-"), group, "".join(map(_figure, drawn)), "charts")
     yield _section("targets", "All targets", _table(report))
     yield _section("lineage", "Lineage", _lineage(report.facts))
     yield _section("fits", "Formats and tools", _formats(report.facts))
-
-
-def _slug(text: str) -> str:
-    return text.lower().replace(" ", "-")
 
 
 def _section(name: str, title: str, inside: str, kind: str = "") -> str:

@@ -173,11 +173,8 @@ def _energy(effects: Iterable[Effect]) -> float:
 def _unread(findings: Findings) -> Details:
     for effect in findings.measured.effects:
         if effect.why is not None and effect.code not in ("usage", "not-mergeable"):
-            yield f"{effect.target} of {findings.facts[effect.adapter].name} is damaged: {effect.why}.", *_at(effect)
-
-
-def _at(effect: Effect) -> tuple[int, str]:
-    return effect.adapter, effect.target
+            text = f"{effect.target} of {findings.facts[effect.adapter].name} is damaged: {effect.why}."
+            yield text, effect.adapter, effect.target
 
 
 def _unmeasured(code: str, sentence: str) -> Callable[[Findings], Details]:
@@ -282,14 +279,9 @@ def _scaled_layers(findings: Findings) -> Details:
         ratios = {layer: _ratio(findings, layers, layer) for layer in layers} if len(layers) > 3 else {}
         for layer, ratio in ratios.items():
             if ratio is not None and not 1 / SCALED < ratio < SCALED:
-                text = (
-                    f"{name}{_layer(layer)} is out of scale: its changes are {_times(ratio)} those of its neighbours."
-                )
+                times = f"{ratio:.3g} times" if ratio >= 1 else f"{percent(ratio)} of"
+                text = f"{name}{_layer(layer)} is out of scale: its changes are {times} those of its neighbours."
                 yield text, at, None
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.3g} times" if ratio >= 1 else f"{percent(ratio)} of"
 
 
 def _ratio(findings: Findings, layers: Mapping[str, list[Effect]], layer: str) -> float | None:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter, Target
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
-    from ..ops.lowering import Delta
 
 __all__ = ["RULES", "SEVERITIES", "Finding", "Scan", "ScanRule", "scan"]
 
@@ -236,17 +235,14 @@ def _changes(adapter: Adapter, file: str, base: Checkpoint | None, unread: list[
                 name = f"{place.target}" + (f" expert {number}" if change.experts is not None else "")
                 S = svd(delta)[1]
                 norms[name] = float(math.sqrt(float((S * S).sum())))
-                if _rank(delta) >= SPIKE_RANK and norms[name] > 0:
+                rank = min(delta.shape) if delta.rest is not None else min(delta.rank, *delta.shape)
+                if rank >= SPIKE_RANK and norms[name] > 0:
                     firsts[name] = float(S[0] ** 2) / norms[name] ** 2
         except AdapterkitError as error:
             unread.append(f"{file}: {place.target}: {error.why}")
     yield from _spikes(file, norms, firsts)
     if base is not None:
         yield from _against(file, norms, base)
-
-
-def _rank(delta: Delta) -> int:
-    return min(delta.shape) if delta.rest is not None else min(delta.rank, *delta.shape)
 
 
 def _spikes(file: str, norms: dict[str, float], firsts: dict[str, float]) -> Iterator[Finding]:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from jinja2 import nodes
 
 MOST = 20
-"""The largest number of findings for the imports in one stream of pickles, for the repeated keys of one JSON file, or
-for the addresses in one chat template. A pickle may contain thousands of imports."""
+"""The maximum number of findings to report for each of these: the imports in one stream of pickles, the repeated keys
+of one JSON file, the addresses in one chat template. A pickle may contain thousands of imports."""
 
 LARGEST = 32 << 20
 """The largest number of bytes to scan for pickles in one file or in one archive entry."""

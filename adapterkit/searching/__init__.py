@@ -232,7 +232,9 @@ def search(
     """
     if isinstance(adapters, (str, PathLike, Adapter)) or len(adapters) < 2:
         raise UsageError("a search needs at least two adapters", where="adapters", cure="Pass two adapters or more")
-    names = tuple(_called(source, at) for at, source in enumerate(adapters))
+    names = tuple(
+        f"adapter{at}" if isinstance(source, Adapter) else fspath(source) for at, source in enumerate(adapters)
+    )
     base_text = None if base is None else fspath(base) if isinstance(base, (str, PathLike)) else str(base.root)
     first = combinations(start, names, seed=seed, rank=rank, base=base_text)
     chosen_from = methods or [*METHODS, *(method for method, _, _ in first)]
@@ -275,10 +277,6 @@ def search(
             why, where="data", cure="If data is a function, it must return a finite number for each combined adapter"
         )
     return result
-
-
-def _called(source: Source, at: int) -> str:
-    return f"adapter{at}" if isinstance(source, Adapter) else fspath(source)
 
 
 def _checked(methods: Sequence[str], count: int, base: Base | None) -> tuple[str, ...]:

@@ -277,7 +277,8 @@ class TextData:
             with self.base.attached(self.adapters[position]):
                 run = partial(self._each, self.tasks[position])
                 self._recorded[position] = recorded(self.base.model, run, file, {"position": position})
-        inputs = self._recorded[position].inputs(_module_of(path))
+        # If the target is only some rows, remove the suffix `[start:stop]` to get the module's path.
+        inputs = self._recorded[position].inputs(path.partition("[")[0])
         if inputs is None:
             why = "the loaded model has no linear layer at this path, so the target's inputs cannot be recorded"
             raise Unsupported(why, where=path, cure=_WITHOUT)
@@ -431,8 +432,3 @@ def _predicted(feeds: Sequence[Feed]) -> int:
 def _logged(loss: float) -> float:
     detail(f"loss {loss:.6g}" if math.isfinite(loss) else f"loss {loss}")
     return loss
-
-
-def _module_of(target: str) -> str:
-    """Return the path of a target's module. If the target is only some rows, remove the suffix `[start:stop]`."""
-    return target.partition("[")[0]

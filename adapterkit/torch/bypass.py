@@ -339,7 +339,10 @@ def _reader(frame: FrameType | None) -> str | None:
     if frame is None:
         return None
     home = str(frame.f_globals.get("__name__", ""))
-    if home.split(".")[0] in _MOVERS or _asks_only(frame.f_code, frame.f_lasti):
+    # torch 2.11's compiler evaluates texts such as `self._parameters['bias']` in a namespace without a name.
+    caller = frame.f_back if not home else None
+    mover = str(caller.f_globals.get("__name__", "")) if caller is not None else home
+    if mover.split(".")[0] in _MOVERS or _asks_only(frame.f_code, frame.f_lasti):
         return None
     return f"{home}.{frame.f_code.co_qualname}"
 

@@ -410,4 +410,4 @@ def test_a_gguf_adapter_is_shown_without_its_base_but_not_its_values(tmp_path: P
     for words in (("inspect", file, "--layers"), ("convert", file, tmp_path / "out", "--to", "peft")):
         refused = run(*words)
         assert refused.exit_code == 2
-        assert "config.json: --base\n" in refused.stderr
+        assert "config.json: --base BASE\n" in refused.stderr

@@ -17,7 +17,7 @@ from torch.nn import functional
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.core.updates import Additive, ContextUpdate, OutputUpdate, Update, tensor
-from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
+from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch, Unsupported, UsageError
 from adapterkit.io.lazy import DTYPES, Lazy, as_lazy, as_torch, from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.naming.binding import view
@@ -259,6 +259,43 @@ def test_updates_are_values(method, data, made):
     with pytest.raises(dataclasses.FrozenInstanceError):
         update.method_version = 2
     assert update != update.replace()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(data=st.data())
+def test_tensors_may_be_numpy_arrays(method, data, made):
+    update = data.draw(made.updates(method=method))
+    in_torch = update.map(lambda leaf: as_torch(leaf, dtype=torch.float32))
+    in_numpy = in_torch.map(lambda leaf: leaf.numpy())
+    swapped = in_torch.map(lambda leaf: leaf.numpy().astype(leaf.numpy().dtype.newbyteorder(">")))
+    wanted = Adapter({Target("q"): (in_torch,)}).digest()
+    assert Adapter({Target("q"): (in_numpy,)}).digest() == wanted
+    assert Adapter({Target("q"): (swapped,)}).digest() == wanted
+    for (_, one), (_, other) in zip(in_torch.tensors.items(), in_numpy.tensors.items(), strict=True):
+        assert torch.equal(as_torch(other), one)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ([[1.0, 2.0]], "a torch tensor, a numpy array or a Lazy, not list"),
+        ("A.npy", "not str"),
+        (None, "the tensor is missing"),
+        (np.array([["a", "b"]]), "element type <U1 is not supported"),
+        (np.ones((1, 2), object), "element type object is not supported"),
+        (torch.ones(1, 2, dtype=torch.complex128), "element type torch.complex128 is not supported"),
+    ],
+    ids=["list", "text", "missing", "strings", "objects", "complex"],
+)
+def test_a_value_that_is_no_tensor_is_refused_at_its_field(value, why, tmp_path):
+    adapter = Adapter({Target("q"): (METHODS["lora"](A=value, B=np.ones((4, 1), np.float32)),)})
+    repr(adapter.updates)
+    for use in (adapter.validate, lambda: ak.write(adapter, tmp_path / "a.safetensors")):
+        with pytest.raises(UsageError, match=why) as raised:
+            use()
+        assert raised.value.where == "q: lora.A"
+        assert raised.value.cure
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -66,7 +66,7 @@ def test_without_the_base_and_with_another_it_is_refused(made, tmp_path):
     with pytest.raises(Unsupported, match=r"singular vectors.*differ by .* from those in the file.*on another base"):
         ak.read(folder / "peft", base=tmp_path / "other.safetensors")
     save_file({"a.weight": torch.randn(64, 50), "b.weight": torch.randn(48, 20)}, tmp_path / "wide.safetensors")
-    with pytest.raises(ShapeMismatch, match="Is this the base"):
+    with pytest.raises(ShapeMismatch, match="Use the base that"):
         ak.read(folder / "peft", base=tmp_path / "wide.safetensors")
 
 

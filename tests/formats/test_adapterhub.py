@@ -380,6 +380,28 @@ def test_a_prediction_head_and_an_interface_travel_along(changed, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [("gpt2", r"stored as \[in, out\].*over the wrong axis"), ("strange", "DoRA for the parts of a fused weight")],
+)
+def test_dora_on_a_fused_weight_is_refused_for_its_reason(model_type, why, changed):
+    """GPT-2 stores its weights as [in, out]; another model may have a linear layer for queries, keys and values."""
+
+    def magnitudes(tensors):
+        for key in [key for key in tensors if key.endswith("lora_B")]:
+            tensors[f"{key.removesuffix('lora_B')}m.weight"] = np.ones((1, 16), np.float32)
+
+    def config(said):
+        said["model_type"] = model_type
+        said["config"]["use_dora"] = True
+
+    folder = changed("lora_gpt2", config, magnitudes)
+    (folder / "adapter_interface.json").write_text(json.dumps({"attn_qkv_proj": "attn.c_attn"}))
+    with pytest.raises(Unsupported, match=why) as raised:
+        ak.read(folder)
+    assert "c_attn" in raised.value.where
+
+
 def test_an_interface_names_a_fused_weight(changed):
     folder = changed("lora_gpt2_one", top(model_type="strange"))
     assert {target.rows for target in ak.read(folder).updates} == {None}

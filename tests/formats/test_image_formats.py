@@ -276,7 +276,7 @@ def test_names_of_two_models_are_not_guessed(tmp_path):
 def test_names_are_walked_forward_in_a_base_of_any_model(tmp_path, base):
     checkpoint = base({"blocks.0.cross_attn.k_image.weight": np.ones((8, 8), "f4")})
     path = written(tmp_path, lora("lora_unet_blocks_0_cross_attn_k_image"))
-    with pytest.raises(TargetNotFound, match="Give the base"):
+    with pytest.raises(TargetNotFound, match="Pass --base"):
         ak.read(path)
     adapter = ak.read(path, base=checkpoint)
     assert [target.path for target in adapter.updates] == ["blocks.0.cross_attn.k_image"]

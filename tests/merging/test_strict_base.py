@@ -82,14 +82,14 @@ def test_another_base_is_a_warning_or_refused(name, places):
 
 
 def test_without_a_base_there_is_nothing_to_be_strict_about(places):
-    with pytest.raises(UsageError, match=r"--base \(base=\)"):
+    with pytest.raises(UsageError, match=r"--base BASE \(base=\)"):
         ak.read(places["adapter"], strict_base=True)
     for call in (
         ak.ops.resize,
         lambda a, **more: ak.ops.combine([a, a], **more),
         lambda a, **more: ak.ops.compare(a, a, **more),
     ):
-        with pytest.raises(UsageError, match=r"--base \(base=\)"):
+        with pytest.raises(UsageError, match=r"--base BASE \(base=\)"):
             call(places["adapter"], **({"rank": 1} if call is ak.ops.resize else {}), strict_base=True)
 
 

@@ -34,7 +34,9 @@ def test_a_graph_computes_what_the_library_computed(folder, graphs, tmp_path, cl
     ids = forward["input_ids"]
     words = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids), **forward}
     feeds = {name: words[name].numpy() for name in session.inputs}
-    close(torch.tensor(session.run(feeds)["last_hidden_state"]), y, tolerance=1e-5)
+    # The outputs at masked positions differ between releases of torch; no token reads them.
+    kept = words["attention_mask"].bool()
+    close(torch.tensor(session.run(feeds)["last_hidden_state"])[kept], y[kept], tolerance=1e-5)
     ak.onnx.eject(report.out, tmp_path / "back.onnx")
     assert (tmp_path / "back.onnx").read_bytes() == graph.read_bytes()
 

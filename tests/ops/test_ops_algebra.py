@@ -364,7 +364,7 @@ def test_formulas_that_need_the_weight_ask_for_the_base(method):
     adapter = Adapter({TARGET: (METHODS[method](**{n: from_numpy(np.ones(s)) for n, s in fields.items()}),)})
     with pytest.raises(UsageError, match=r"cannot be .* without a base") as raised:
         ops.add([adapter, Adapter({TARGET: (lora(),)})], [2, 1])
-    assert (raised.value.where, raised.value.cure) == ("q: dora", "Pass --base (base=)")
+    assert (raised.value.where, raised.value.cure) == ("q: dora", "Pass --base BASE (base=)")
     assert ops.scale(adapter, 1).updates == adapter.updates
 
 

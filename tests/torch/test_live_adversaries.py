@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from two_processes import in_two_processes
 
 import adapterkit as ak
 from adapterkit.errors import NotMergeable, Unsupported
@@ -389,7 +390,7 @@ def _two(rank, file, out):
 
 
 def test_sharded_bases_late_injection_and_checkpoints_for_another_process_count(tmp_path, expected):
-    torch.multiprocessing.start_processes(_two, (tmp_path / "meet", tmp_path / "out"), nprocs=2, start_method="fork")
+    in_two_processes(_two, tmp_path / "meet", tmp_path / "out")
     for rank in range(2):
         found = torch.load(tmp_path / f"out.{rank}")
         for target, update in fresh(llama(), "dora", init="pissa"):

@@ -9,6 +9,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from two_processes import in_two_processes
 
 import adapterkit as ak
 from adapterkit.errors import ShapeMismatch, Unsupported, UsageError
@@ -280,9 +281,7 @@ def _reduced(rank, way, file, out):
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one_on_the_joined_batch(way, tmp_path):
-    torch.multiprocessing.start_processes(
-        _reduced, (way, tmp_path / "rendezvous", tmp_path / "state"), nprocs=2, start_method="fork"
-    )
+    in_two_processes(_reduced, way, tmp_path / "rendezvous", tmp_path / "state")
     one = llama()
     handle = attach(one)
     optimizer = torch.optim.SGD(handle.parameters(), lr=0.5)

@@ -13,6 +13,7 @@ from situations import draw
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from two_processes import in_two_processes
 
 import adapterkit as ak
 from adapterkit.errors import Unsupported
@@ -182,4 +183,4 @@ def work(rank, file):
 
 
 def test_two_processes_compute_and_train_as_one(tmp_path):
-    torch.multiprocessing.start_processes(work, (tmp_path / "meet",), nprocs=2, start_method="fork")
+    in_two_processes(work, tmp_path / "meet")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from training_runs import IDS, LOOPS, METHODS, attached, llama, peft_model, trained
+from two_processes import in_two_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -134,9 +135,7 @@ def test_two_processes_train_every_method_as_one_on_the_joined_batch(way, folder
         model, handle = prepared(method, folder, given.pop("reentrant", None))
         steps_of(model, model, IDS, **given)
         expected[method, kind] = handle.state_dict()
-    torch.multiprocessing.start_processes(
-        _one_of_two, (way, tmp_path / "rendezvous", folder, tmp_path / "state"), nprocs=2, start_method="fork"
-    )
+    in_two_processes(_one_of_two, way, tmp_path / "rendezvous", folder, tmp_path / "state")
     for rank in range(2):
         states = torch.load(tmp_path / f"state.{rank}")
         assert states.keys() == expected.keys()

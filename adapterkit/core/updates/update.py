@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, cast, dataclass_transform
 
-from ...errors import INJECT_INSTEAD, USE_ITS_BASE, Malformed, NotMergeable, ShapeMismatch, Unsupported
+from ...errors import INJECT_INSTEAD, USE_ITS_BASE, Malformed, NotMergeable, ShapeMismatch, Unsupported, UsageError
 from ...io.lazy import DTYPES, DType, as_lazy, check_finite, dtype_of
 from ...linalg.namespace import namespace
 from ..shapes import (
@@ -195,7 +195,8 @@ class Update:
         cls._rounds = 1 if all(axes.plain for axes, _ in cls._axes.values()) else 2
 
     def __repr__(self) -> str:
-        tensors = [f"{name}={list(leaf.shape)}" for name, leaf in self.tensors.items()]
+        # A wrong value has no shape, and its error may show this update.
+        tensors = [f"{name}={list(getattr(leaf, 'shape', '?'))}" for name, leaf in self.tensors.items()]
         values = [f"{name}={value!r}" for name, value in self.attributes.items()]
         return f"{type(self).__name__}({', '.join([*tensors, *values])})"
 
@@ -278,7 +279,12 @@ class Update:
         for name in self._names:
             leaf = getattr(self, name)
             if leaf is not None:
-                forms.append((name, dtype_of(leaf).name, tuple(leaf.shape)))
+                try:
+                    forms.append((name, dtype_of(leaf).name, tuple(leaf.shape)))
+                except UsageError as error:
+                    raise error.at(where=name) from None
+            elif not self._tensors[name].metadata["optional"]:
+                raise UsageError("the tensor is missing", where=name, cure=f"Pass {name}=")
         return tuple(forms)
 
     def dims(self, stack: bool = False) -> Dims:

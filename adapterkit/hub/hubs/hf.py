@@ -345,7 +345,7 @@ def send(
     def act() -> str:
         # Create new operations for each attempt, because an operation remembers that it was uploaded.
         operations = [
-            _placed(name, content) if isinstance(content, Placed) else CommitOperationAdd(name, _content(content))
+            _placed(name, content) if isinstance(content, Placed) else CommitOperationAdd(name, content)
             for name, content in contents.items()
         ]
         done = api.create_commit(
@@ -421,10 +421,6 @@ def _placed(name: str, placed: Placed) -> CommitOperationAdd:
     operation.upload_info = UploadInfo(sha256=bytes.fromhex(digest.partition(":")[2]), size=size, sample=b"")
     operation._is_uploaded = True
     return operation
-
-
-def _content(content: Path | bytes) -> str | bytes:
-    return str(content) if isinstance(content, Path) else content
 
 
 @contextmanager

@@ -87,9 +87,10 @@ DOCUMENTS = (".md",)
 def artifact(repo: str, tag: str, digests: Mapping[str, Digests], message: str) -> tuple[bytes, bytes]:
     """Return an artifact's config and manifest, as bytes. The same arguments always give the same bytes."""
     names = sorted(digests)
+    endings = sorted({name.rpartition(".")[2] for name in names if _kind(name) == WEIGHT and "." in name})
     described = {
         "descriptor": {"name": repo.rpartition("/")[2], "version": tag},
-        "config": {"format": _format(names)},
+        "config": {"format": "safetensors" if "safetensors" in endings or not endings else endings[0]},
         "modelfs": {"type": "layers", "diffIds": [digests[name][1] for name in names]},
     }
     config = _json(described)
@@ -167,11 +168,6 @@ def _kind(name: str) -> str:
     if name.endswith(DOCUMENTS) or name.upper().startswith("LICENSE"):
         return DOCUMENT
     return WEIGHT_CONFIG if name.endswith(CONFIGS) else WEIGHT
-
-
-def _format(names: list[str]) -> str:
-    endings = sorted({name.rpartition(".")[2] for name in names if _kind(name) == WEIGHT and "." in name})
-    return "safetensors" if "safetensors" in endings or not endings else endings[0]
 
 
 def _json(value: Mapping[str, object]) -> bytes:

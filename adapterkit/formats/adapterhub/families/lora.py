@@ -169,9 +169,12 @@ def _check_place(
     part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey], method: str, *, fused: bool
 ) -> None:
     where = slots["lora_A"].text
-    if method in ("dora", "dora_outputs") and (fused or part.layout(path) != "out *in"):
+    if method in ("dora", "dora_outputs") and part.layout(path) != "out *in":
         why = "for a weight stored as [in, out], the adapters library computes DoRA's norms over the wrong axis"
         raise Unsupported(why, where=where, cure="Omit such layers, or use LoRA in them")
+    if method in ("dora", "dora_outputs") and fused:
+        why = "this version does not support DoRA for the parts of a fused weight"
+        raise Unsupported(why, where=where, cure="Run the adapter with the adapters library")
     if method == "gated_lora" and fused:
         why = "this version does not support separate gates for the thirds of a fused weight"
         raise Unsupported(why, where=where, cure="Run the adapter with the adapters library")
