@@ -86,7 +86,9 @@ def convert(
         cure = "Pass --base (base=), or omit --match-base (match_base=)"
         raise UsageError("--match-base requires --base", cure=cure)
     if to not in FORMATS:
-        raise UsageError(f"unknown format {to!r}", where="to", cure=nearest(to, FORMATS) or _known(FORMATS))
+        raise UsageError(
+            f"unknown format {to!r}", where="to", cure=nearest(to, FORMATS) or f"Known: {', '.join(FORMATS)}"
+        )
     source, out = path_text(src), path_text(dst)
     if to == "onnx_adapter" and isinstance(base, str | PathLike) and str(base).lower().endswith(".onnx"):
         given = {"profile": profile, "max_error": max_error, "on_loss": on_loss if on_loss != "refuse" else None}
@@ -146,10 +148,6 @@ def base_warnings(sources: Iterable[str], adapters: Iterable[Adapter], base: Che
         return []
     differences = check_base([*zip(sources, adapters, strict=True)], base, strict=False)
     return [f"{why}{TO_REFUSE}" for why in differences]
-
-
-def _known(names: Iterable[str]) -> str:
-    return f"Known: {', '.join(names)}"
 
 
 def inspect(

@@ -89,7 +89,11 @@ class Destination:
         self.inputs = [*sources, *inputs, *map(str, beside)]
         self.remote = is_address(out)
         if self.remote:
-            _check_place(sources, out)
+            from .hub import parse
+
+            if any(is_remote(source) and parse(source) == parse(out) for source in sources):
+                why = "the source and the destination are the same"
+                raise UsageError(why, path=out, cure="Write to another address")
 
     @cached_property
     def files(self) -> list[Path]:
@@ -156,10 +160,3 @@ class Destination:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             yield folder / FORMATS[self.format].file
-
-
-def _check_place(sources: Iterable[str], out: str) -> None:
-    from .hub import parse
-
-    if any(is_remote(source) and parse(source) == parse(out) for source in sources):
-        raise UsageError("the source and the destination are the same", path=out, cure="Write to another address")

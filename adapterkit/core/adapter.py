@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Leaf
     from ..io.strict_json import JsonValue
-    from .shapes import Dims
 
 
 @contextmanager
@@ -196,7 +195,11 @@ class Adapter:
         return f"Adapter({len(self.updates):,} {noun}: {methods}{base})"
 
     def _repr_html_(self) -> str:
-        rows = [[target, *_row(update, target.stacked)] for target, update in self]
+        rows: list[tuple[object, ...]] = []
+        for target, update in self:
+            shapes = " ".join(f"{name}{list(leaf.shape)}" for name, leaf in update.tensors.items())
+            rank, scaling = update.dims(target.stacked).get("r"), update.attributes.get("scaling")
+            rows.append((target, update.method, shapes, rank, scaling))
         return html_table(repr(self), ("target", "method", "shapes", "rank", "scaling"), rows)
 
     def __iter__(self) -> Iterator[tuple[Target, Update]]:
@@ -515,22 +518,17 @@ def _check_update(target: Target, update: Update, together: dict[str, object]) -
     try:
         update.check()
         dims = update.dims(target.stacked)
-        for axis, size in _shared(dims).items():
+        # All updates of a target must share these sizes. If `dims` has `rest`, its first size is the size of `in`.
+        rest = dims.get("rest")
+        shared: dict[str, object] = {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims}
+        if rest and isinstance(rest, tuple):
+            shared["in"] = rest[0]
+        for axis, size in shared.items():
             if together.setdefault(axis, size) != size:
                 why = f"{axis} is {size} in this update, but {together[axis]} in the target's rows or an earlier update"
                 raise ShapeMismatch(why, cure=_REWRITE)
     except AdapterkitError as error:
         raise _placed(error, target, update) from None
-
-
-def _shared(dims: Dims) -> dict[str, object]:
-    """Return the axis sizes that all updates of a target must share.
-
-    If `dims` contains a tuple of sizes `rest`, the first of these sizes is the size of `in`.
-    """
-    rest = dims.get("rest")
-    shared: dict[str, object] = {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims}
-    return shared | ({"in": rest[0]} if rest and isinstance(rest, tuple) else {})
 
 
 def _placed(error: AdapterkitError, target: Target, update: Update) -> AdapterkitError:
@@ -547,12 +545,6 @@ def check_adapter(value: object) -> None:
     if not isinstance(value, Adapter):
         cure = "Pass the result of adapterkit.read, and check the order of the arguments"
         raise UsageError(f"{shown(value)} of type {type(value).__name__} is not an adapter", cure=cure)
-
-
-def _row(update: Update, stacked: bool) -> tuple[object, ...]:
-    """Return the cells of an update in the HTML table: its method, shapes, rank and scaling."""
-    shapes = " ".join(f"{name}{list(leaf.shape)}" for name, leaf in update.tensors.items())
-    return update.method, shapes, update.dims(stacked).get("r"), update.attributes.get("scaling")
 
 
 _CORRECT = "Correct this value in the file, or write the file again with the tool that made it"

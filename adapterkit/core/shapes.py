@@ -141,16 +141,12 @@ def _bind_axis(axis: str, size: int, dims: Dims) -> bool:
 
 
 def _solve(axis: str, name: str, size: int, dims: Dims) -> bool:
-    for trial in _candidates(axis, name, size, dims):
+    above, below = (math.prod(_value(part, {**dims, name: 1}) for part in parts) for parts in _factors(axis))
+    for trial in (size * below // max(above, 1), above // max(size * below, 1)):
         if trial > 0 and _evaluate(axis, {**dims, name: trial}) == size:
             dims[name] = trial
             return True
     return False
-
-
-def _candidates(axis: str, name: str, size: int, dims: Dims) -> tuple[int, ...]:
-    above, below = (math.prod(_value(part, {**dims, name: 1}) for part in parts) for parts in _factors(axis))
-    return size * below // max(above, 1), above // max(size * below, 1)
 
 
 @cache

@@ -170,7 +170,9 @@ class Staging:
         self.target, self.noun = settled(target), noun
         # A target folder cannot be renamed if it is a mount point, or if its parent folder is read-only. In this case,
         # build the output inside the target folder.
-        self.inside = self.target.is_dir() and not _can_rename(self.target)
+        self.inside = self.target.is_dir() and (
+            os.path.ismount(self.target) or not os.access(self.target.parent, os.W_OK | os.X_OK)
+        )
         self.place = self.target if self.inside else self.target.parent
         self.folder = self.place / (f".{suffix}" if self.inside else hidden_name(self.target.name, suffix))
         self.out = self.folder / "out"
@@ -662,10 +664,6 @@ def _sync(paths: Iterable[Path]) -> None:
         else:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-
-
-def _can_rename(folder: Path) -> bool:
-    return not os.path.ismount(folder) and os.access(folder.parent, os.W_OK | os.X_OK)
 
 
 def _exists(path: Path) -> bool:

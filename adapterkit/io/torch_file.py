@@ -351,7 +351,12 @@ def _is_torch_file(path: Path) -> bool:
     try:
         with open_input(path) as file:
             head = file.read(HEAD)
-        return _is_legacy(head) or (head[:2] == b"PK" and _is_archive(path))
+        if _is_legacy(head):
+            return True
+        if head[:2] != b"PK":
+            return False
+        with Capped(open_input(path, 0)) as archive:  # type: ignore[arg-type]
+            return is_archive(archive)
     except OSError as error:
         raise storage_error(error, path) from error
     except AdapterkitError:
@@ -412,9 +417,3 @@ def _opened(path: Path, convert: Callable[[object, dict[str, int]], T]) -> T:
 
 def _is_legacy(head: bytes) -> bool:
     return head[:1] == b"\x80" and MAGIC.to_bytes(10, "little") in head[:32]
-
-
-def _is_archive(path: Path) -> bool:
-
-    with Capped(open_input(path, 0)) as file:  # type: ignore[arg-type]
-        return is_archive(file)

@@ -587,7 +587,8 @@ The user probably expects a file there, but the output of such a merge is a fold
 
 
 def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:
-    others = [*_listed(adapters), onto.root if isinstance(onto, Checkpoint) else onto]
+    listed = adapters if isinstance(adapters, (list, tuple)) else [adapters]
+    others = [*listed, onto.root if isinstance(onto, Checkpoint) else onto]
     paths = [base.root, *(local(a) for a in others if isinstance(a, (str, PathLike)))]
     try:
         overlapped = next((path for path in paths if is_within(out, path) or is_within(path, out)), None)
@@ -605,7 +606,3 @@ def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | No
     # Do not refuse an existing output yet, because an earlier run of this merge may have written it. `run_plan` later
     # compares the output's digest with the plan's.
     check_free(out, overwrite or stage.folder.is_dir() or stage.has_record())
-
-
-def _listed(adapters: object) -> list[object]:
-    return list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]

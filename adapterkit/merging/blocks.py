@@ -52,22 +52,17 @@ def blocks(output: Output) -> list[Block]:
     rows, width = shape[int(stacked)], math.prod(shape[int(stacked) + 1 :])
     # Some updates, such as rotations of the outputs, need all rows of the weight. With such an update, a block has all
     # rows of the tensor or of an expert's slice.
-    cut = all(fold.blockable for fold in output.folds)
-    step = _even(BLOCK_ELEMENTS // max(width, 1)) if cut else max(rows, 1)
+    step = max(rows, 1)
+    if all(fold.blockable for fold in output.folds):
+        # Use a multiple of `ROWS`, which is the number of rows in one matrix product, or fewer than `ROWS` rows.
+        step = BLOCK_ELEMENTS // max(width, 1)
+        step = max(1, step - step % ROWS if step > ROWS else step)
     return [
         Block(expert, start, min(start + step, rows), rows, width)
         for expert in experts
         for start in range(0, rows, step)
         if width
     ]
-
-
-def _even(rows: int) -> int:
-    """Round a number of rows down to a multiple of `ROWS`, the number of rows in one matrix product.
-
-    Return a number below `ROWS` unchanged.
-    """
-    return max(1, rows - rows % ROWS if rows > ROWS else rows)
 
 
 def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Block]]:

@@ -129,6 +129,8 @@ class LowRankBlocks:
             numpy must compute the block: the block has fewer than `LEAST` elements, the loops cannot compute a change,
             or the rounding of an element is uncertain. The content of `out` is then undefined.
         """
+        import numpy as np
+
         if block.elements < LEAST:
             return None
         norms: dict[int, float] = {}
@@ -141,7 +143,7 @@ class LowRankBlocks:
                 continue
             here = slice((start - block.start) * self.width, (stop - block.start) * self.width)
             if not segment.changes:
-                _cast(given[here], outputs[here])
+                np.copyto(outputs[here], given[here], casting="unsafe")
                 continue
             change = self._sum(segment)
             kinds = self.output.source.dtype, self.output.dtype
@@ -194,12 +196,6 @@ class LowRankBlocks:
         if sum(len(right) for right in rights) > THIN:
             return None
         return LowRankSum(np.concatenate(lefts, axis=1), np.concatenate(rights))
-
-
-def _cast(values: Array, out: Array) -> None:
-    import numpy as np
-
-    np.copyto(out, values, casting="unsafe")
 
 
 WRITTEN = ("BF16", "F16")

@@ -242,7 +242,7 @@ def streamed_engine(device: str, base: StreamedBase) -> Engine:
             execute(
                 [file],
                 stage,
-                _nth(devices, position),
+                [devices[position % len(devices)]],
                 _from(done, plan.bytes, progress),
                 plan.workers,
                 checksums=plan.checksums,
@@ -252,10 +252,6 @@ def streamed_engine(device: str, base: StreamedBase) -> Engine:
         return {file.name: stage.norms_of(file.name) for file in plan.files}
 
     return run
-
-
-def _nth(devices: Sequence[Arrays], position: int) -> list[Arrays]:
-    return [devices[position % len(devices)]]
 
 
 def _sources(file: OutputFile) -> set[str]:

@@ -88,7 +88,7 @@ def allowed(memory: int | None) -> int:
         UsageError: `memory` is not positive.
     """
     if memory is None:
-        return max(_available() // 2, 1)
+        return max(min(_of_machine(), _of_container()) // 2, 1)
     if memory <= 0:
         raise UsageError(
             f"the memory limit is {memory} bytes", cure="Pass a positive size, such as --memory 2GB (memory=2 << 30)"
@@ -113,10 +113,6 @@ def workers_within(memory: int, each: int, tensor: str) -> int:
             cure="Allow more with --memory (memory=), or merge on a machine with more memory",
         )  # fmt: skip
     return max(1, min(most_workers(), memory // max(each, 1)))
-
-
-def _available() -> int:
-    return min(_of_machine(), _of_container())
 
 
 def _of_machine() -> int:

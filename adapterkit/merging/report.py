@@ -236,19 +236,17 @@ def _write_records(plan: Plan, stage: StagingDir, norms: Norms, damage: Mapping[
         write_bytes(out / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     runs = {file.name: stage.runs_of(file.name) for file in plan.files if file.whole is None}
     written = {name: record_of(spans) for name, spans in runs.items() if spans}
+    # A push uses the digest of the base's model card to recognise a copy of this card.
+    card = out / CARD
+    digest = f"sha256:{hashlib.sha256(card.read_bytes()).hexdigest()}" if card.is_file() else None
     report = {
-        **plan.lineage(), "base_card": _digest_of(out / CARD), "norms": norms, **_damaged(damage),
+        **plan.lineage(), "base_card": digest, "norms": norms, **_damaged(damage),
         **({KEY: written} if plan.checksums else {}),
     }  # fmt: skip
     write_bytes(out / REPORT, (json.dumps(report, indent=2, sort_keys=True) + "\n").encode())
     index = index_of(plan)
     if index is not None:
         write_bytes(out / INDEX, index)
-
-
-def _digest_of(card: Path) -> str | None:
-    """Return the digest of the base's model card. A push uses the digest to recognise a copy of this card."""
-    return f"sha256:{hashlib.sha256(card.read_bytes()).hexdigest()}" if card.is_file() else None
 
 
 def _check_space(plan: Plan, out: Path, resumed: tuple[str, ...]) -> None:

@@ -24,7 +24,7 @@ from .arrays import Arrays, NumpyArrays, Workspace
 from .checksums import recorded, wrong_runs
 from .companions import REPORT
 from .options import MergeOptions, most_workers
-from .planned import Output, Plan
+from .planned import Output
 from .planning import make_plan
 from .ties import parse_tied
 
@@ -141,10 +141,11 @@ def compare(
     tied, vocab = recorded_choices(merged, base)
     options = MergeOptions(tied=tied, allow_partial=allow_partial, seed=seed, rename=rename, vocab=vocab)
     plan = make_plan(base, adapters, options)
+    recomputed = {output.name for output in plan.outputs()}
     differences = [
         TensorDifference(name, "the recomputed merge does not have this tensor")
         for name in merged.tensors
-        if name not in _names(plan)
+        if name not in recomputed
     ]
     arrays, done = NumpyArrays(), 0
     outputs = _sampled(list(plan.outputs()), sample)
@@ -214,10 +215,6 @@ def _sampled(outputs: list[Output], sample: int | None) -> list[Output]:
     draw = random.SystemRandom().sample
     chosen = {o.name for group in groups for o in draw(group, min(sample, len(group)))}
     return [output for output in outputs if output.name in chosen]
-
-
-def _names(plan: Plan) -> set[str]:
-    return {output.name for output in plan.outputs()}
 
 
 def recorded_choices(merged: Checkpoint, base: Checkpoint) -> tuple[str | None, str | None]:

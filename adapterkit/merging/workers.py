@@ -239,16 +239,14 @@ class HostPipeline:
         self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, written: OutputSink
     ) -> None:
         for block in blocks:
-            self._raw = _grown(self._raw, block.elements * source.itemsize)
-            raw = memoryview(self._raw)[: block.elements * source.itemsize]
+            nbytes = block.elements * source.itemsize
+            if len(self._raw) < nbytes:
+                self._raw = bytearray(nbytes)
+            raw = memoryview(self._raw)[:nbytes]
             out = written.room(block.elements * target.itemsize)
             read(block, raw)
             compute(block, self.arrays.over(raw, source), self.arrays.over(out, target))
             written.filled(len(out))
-
-
-def _grown(buffer: bytearray, nbytes: int) -> bytearray:
-    return buffer if len(buffer) >= nbytes else bytearray(nbytes)
 
 
 class DevicePipeline:

@@ -49,7 +49,13 @@ class Poly(Routed):
     ) -> Self:
         given = {"tasks": tasks, "skills": skills, "splits": splits}
         tasks, skills, splits = (cls.sizes[name] if size is None else size for name, size in given.items())
-        out, inputs = (_part(size, splits) for size in W.shape)
+        for size in W.shape:
+            if size % splits:
+                raise ShapeMismatch(
+                    f"{size} channels cannot be divided into {splits} equal splits",
+                    cure="Pass splits= with a divisor of the number of channels",
+                )
+        out, inputs = (size // splits for size in W.shape)
         A = random((splits, skills, inputs, rank)) / inputs**0.5
         logits = 1e-3 * random((tasks, splits * skills))
         return cls.from_fields(A=A, B=W.new_zeros(splits, skills, rank, out), logits=logits, **attributes)
@@ -70,12 +76,3 @@ class Poly(Routed):
             return layer(x) + (x[:, None] @ A @ B)[:, 0] / r
         rows = (slice(None), *[None] * (x.ndim - 3))
         return layer(x) + x @ A[rows] @ B[rows] / r
-
-
-def _part(size: int, splits: int) -> int:
-    if size % splits:
-        raise ShapeMismatch(
-            f"{size} channels cannot be divided into {splits} equal splits",
-            cure="Pass splits= with a divisor of the number of channels",
-        )
-    return size // splits

@@ -406,7 +406,7 @@ def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
         # Ignore MLX-LM's names of rare families: in far more common families, the same names mean other weights.
         namings = [naming for naming in architecture.namings if not (architecture.record.rare and naming == "mlx")]
         stacks = {
-            _shape_of_place(place).rpartition(".#.")[2]
+            shape_of(HOLE.sub("0", place.name)).rpartition(".#.")[2]
             for naming in namings
             for weight in architecture.record.weights
             if (place := architecture.place(weight, naming)) is not None and place.stacked
@@ -629,10 +629,6 @@ def folder() -> Path:
     """Return the folder of the families' files: `data` next to this module, or `spec/architectures` in a checkout."""
     installed = Path(__file__).parent / "data"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "spec" / "architectures"
-
-
-def _shape_of_place(place: WeightPlace) -> str:
-    return shape_of(HOLE.sub("0", place.name))
 
 
 def shape_of(name: str) -> str:

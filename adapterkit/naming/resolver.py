@@ -572,8 +572,9 @@ def _exchanged(
         # names and shapes, `acoustic.` and `semantic.`. The prefix `model.acoustic.` is mapped to the right tower only
         # if `model.` alone is removed.
         full += [
-            on for on in _shorter(group, off, templates) if on not in full and _all_land(group, off, on, base, taken)
-        ]
+            on for on in _shorter(group, off, templates)
+            if on not in full and all(_lands(target, name, off, on, base, taken) for target, name in group)
+        ]  # fmt: skip
     if len(full) > 1:
         full = [on for on in full if all(fits(target, swap(name, off, on)) for target, name in group)] or full
     if len(full) > 1:
@@ -589,10 +590,6 @@ def _shorter(group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]
     ours = sorted({template_of(name) for _, name in group})
     changes = {(front, on) for template in ours for front, on in templates[template] if front and front != off}
     return sorted({on + off[len(front) :] for front, on in changes if off.startswith(front)})
-
-
-def _all_land(group: Left, off: str, on: str, base: Names, taken: Collection[str]) -> bool:
-    return all(_lands(target, name, off, on, base, taken) for target, name in group)
 
 
 def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:

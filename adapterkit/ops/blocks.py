@@ -265,7 +265,10 @@ class Blocks:
     @classmethod
     def of(cls, changes: Array) -> Blocks:
         """Return the changes of a bias, `[T, out]`, as blocks; each change becomes a matrix with one row."""
-        return cls([_whole(change[None]) for change in changes])
+        import numpy as np
+
+        empty = np.zeros((1, 0)), np.zeros((0, changes.shape[1]))
+        return cls([Delta(*empty, change[None]) for change in changes])
 
     def __iter__(self) -> Iterator[tuple[slice, Array]]:
         import numpy as np
@@ -350,9 +353,3 @@ def _form(delta: Delta, rows: slice, D: Array) -> None:
     np.matmul(delta.B[rows], delta.A, out=D)
     if delta.rest is not None:
         D += delta.rest[rows]
-
-
-def _whole(D: Array) -> Delta:
-    import numpy as np
-
-    return Delta(np.zeros((len(D), 0)), np.zeros((0, D.shape[1])), D)

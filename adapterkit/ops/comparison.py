@@ -264,11 +264,13 @@ def _weight(pair: Sequence[Delta | None], signs: bool, narrow: bool) -> list[Any
     The figures are, in this order: both squared norms, the inner product, the squared distance, both effective ranks,
     both overlaps, and the four results of `_elements`.
     """
+    import numpy as np
+
     one, other = pair
     if one is None or other is None:
         alone = one or other
         assert alone is not None
-        S = _spectrum(cores([alone])[0])
+        S = np.linalg.svd(cores([alone])[0], compute_uv=False)
         square, rank = float((S * S).sum()), effective_rank(S)
         first = one is not None
         return [
@@ -356,12 +358,6 @@ def _rows(delta: Delta) -> Iterator[Array]:
     for start in range(0, delta.shape[0], step):
         rows = slice(start, start + step)
         yield Delta(delta.B[rows], delta.A, None if delta.rest is None else delta.rest[rows]).dense()
-
-
-def _spectrum(core: Array) -> Array:
-    import numpy as np
-
-    return np.linalg.svd(core, compute_uv=False)
 
 
 def _directions(core: Array) -> tuple[Array, Array, Array]:

@@ -225,7 +225,7 @@ def svd(delta: Delta) -> tuple[Array, Array, Array]:
 
 def norm(delta: Delta) -> float:
     """Return the Frobenius norm of a change."""
-    return _size(delta.dense()) if delta.rest is not None else _size(cores([delta])[0])
+    return length(delta.dense()) if delta.rest is not None else length(cores([delta])[0])
 
 
 def distance(one: Delta, other: Delta) -> float:
@@ -234,10 +234,11 @@ def distance(one: Delta, other: Delta) -> float:
     The result is exact to rounding even if the changes are nearly equal.
     """
     if one.rest is not None or other.rest is not None:
-        return _size(one.dense() - other.dense())
+        return length(one.dense() - other.dense())
     first, second = cores([one, other])
-    return _size(first - second)
+    return length(first - second)
 
 
-def _size(matrix: Array) -> float:
-    return math.sqrt(float((matrix * matrix).sum()))
+def length(values: Array) -> float:
+    """Return the square root of the sum of the squares of all elements."""
+    return math.sqrt(float((values * values).sum()))

@@ -487,6 +487,8 @@ def _filtered(value: object, where: str, path: Path | None) -> Any:
 
     A filter matches every name that contains it, so its glob begins and ends with `*`.
     """
+    import glob
+
     if not isinstance(value, list) or not any(isinstance(part, Mapping) for part in value):
         return value
     by_pattern: dict[str, Any] = {}
@@ -495,11 +497,5 @@ def _filtered(value: object, where: str, path: Path | None) -> Any:
         if "value" not in one:
             raise Malformed("a filter has no value", where=where, path=path, cure="Give filter and value")
         name = one.get("filter")
-        by_pattern["*" if name in (None, "*") else f"*{_literal(str(name))}*"] = one["value"]
+        by_pattern["*" if name in (None, "*") else f"*{glob.escape(str(name))}*"] = one["value"]
     return by_pattern
-
-
-def _literal(text: str) -> str:
-    import glob
-
-    return glob.escape(text)

@@ -19,13 +19,12 @@ from ..methods.lora import LoRA
 from .alignment import AlignedPlace, places
 from .differences import errors_at
 from .lowering import Change, Delta, balanced, low_rank, result_type
-from .lowrank import distance, svd
+from .lowrank import distance, length, svd
 from .prefetch import one_blas_thread
 from .sketching import Criterion, dominant, first
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter, Target
-    from ..io.computed import Array
     from ..io.lazy import DType
     from ..io.strict_json import JsonValue
     from .alignment import Source
@@ -190,7 +189,7 @@ class _DecomposedWeight:
 
     def first(self, count: int) -> _DecomposedWeight:
         """Keep the first `count` singular values, and drop the rest."""
-        return replace(self, decomposition=first(self.decomposition, count), cut=_size(self.decomposition[1][count:]))
+        return replace(self, decomposition=first(self.decomposition, count), cut=length(self.decomposition[1][count:]))
 
     def lost(self, delta: Delta) -> float:
         """Return the Frobenius distance between the change and `delta`, the product of the stored factors.
@@ -226,7 +225,10 @@ def _resized(
         raise UsageError("no change in this adapter has low-rank factors", cure=PROMOTE)
     for cut in cuts if report is not None else ():
         report(cut)  # type: ignore[misc]
-    args: dict[str, JsonValue] = {**criterion.record(), "scope": criterion.scope, "error_of_all": _relative(cuts)}
+    # The error of all targets together is relative to the norm of all changes. Both are Frobenius norms.
+    norm, error = math.hypot(*(cut.norm for cut in cuts)), math.hypot(*(cut.error for cut in cuts))
+    error_of_all = error / norm if norm else 0.0
+    args: dict[str, JsonValue] = {**criterion.record(), "scope": criterion.scope, "error_of_all": error_of_all}
     return adapter.replace(updates=updates).step(op, **args)
 
 
@@ -281,10 +283,10 @@ def _trailing_additives(place: AlignedPlace, every: bool) -> list[Additive]:
 def _decomposed(delta: Delta, place: AlignedPlace, criterion: Criterion) -> _DecomposedWeight:
     if delta.rest is not None and criterion.record() and criterion.scope == "target":
         D = delta.dense()
-        return _DecomposedWeight(delta, dominant(D, criterion, seed_of(str(place.target))), _size(D))
+        return _DecomposedWeight(delta, dominant(D, criterion, seed_of(str(place.target))), length(D))
     decomposition = svd(delta)
     S = decomposition[1]
-    whole = _DecomposedWeight(delta, decomposition, _size(S), 0.0)
+    whole = _DecomposedWeight(delta, decomposition, length(S), 0.0)
     if criterion.record():
         return whole if criterion.scope == "all" else whole.first(criterion.counts([S], [whole.norm])[0])
     # A dense change often does not have full rank. Drop the singular values that are only rounding noise.
@@ -322,16 +324,6 @@ def _check_rank(criterion: Criterion, aligned: Sequence[AlignedPlace], every: bo
         return
     sides = [min(place.shape[0], math.prod(place.shape[1:])) for place in aligned if _trailing_additives(place, every)]
     criterion.check_possible(max(sides, default=criterion.rank))
-
-
-def _relative(cuts: Sequence[Cut]) -> float:
-    """Return the Frobenius error of all targets together, divided by the Frobenius norm of all changes."""
-    whole = math.hypot(*(cut.norm for cut in cuts))
-    return math.hypot(*(cut.error for cut in cuts)) / whole if whole else 0.0
-
-
-def _size(S: Array) -> float:
-    return math.sqrt(float((S * S).sum()))
 
 
 def seed_of(name: str) -> int:

@@ -67,7 +67,7 @@ def _weight(base: Checkpoint, module: str) -> Packed:
         extra = _others(base, module, ("input_scale", "weight_zero_point"))
         return scaled(base, f"{module}.weight", f"{module}.weight_scale", _block(base), extra)
     if plain is not None and plain.dtype.name == "I8":
-        return _unpacked(base, module)
+        return _grouped(base, module, "weight", plain.shape, 8)
     why = (
         "the module has scales, but neither weight nor weight_packed"
         if plain is None
@@ -157,10 +157,6 @@ def _packed(base: Checkpoint, module: str) -> Packed:
     out, columns = (int(n) for n in numbers(form))
     expect(stored.shape, (out, -(-columns * bits // 32)), f"{module}.weight_packed")
     return _grouped(base, module, "weight_packed", (out, columns), bits)
-
-
-def _unpacked(base: Checkpoint, module: str) -> Packed:
-    return _grouped(base, module, "weight", base.tensors[f"{module}.weight"].shape, 8)
 
 
 def _grouped(base: Checkpoint, module: str, word: str, shape: Shape, bits: int) -> Packed:

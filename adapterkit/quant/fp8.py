@@ -46,7 +46,8 @@ class Fp8(Scheme):
         return any(tensor.dtype.name in DTYPES and _scale(base, name) for name, tensor in base.tensors.items())
 
     def find(self, base: Checkpoint) -> Iterator[Packed]:
-        block, comfyui = _block(base), _of_comfyui(base)
+        block = _block(base)
+        comfyui = any(name.rpartition(".")[2] in (COMFYUI, LAYOUT) for name in base.tensors)
         for name, tensor in base.tensors.items():
             if tensor.dtype.name not in DTYPES or len(tensor.shape) < 2:
                 continue
@@ -64,10 +65,6 @@ def _scale(base: Checkpoint, name: str) -> str | None:
     module, _, word = name.rpartition(".")
     keys = [f"{name}_scale_inv", f"{name}_scale", *([f"{module}.{COMFYUI}"] if word == "weight" else [])]
     return next((key for key in keys if key in base.tensors), None)
-
-
-def _of_comfyui(base: Checkpoint) -> bool:
-    return any(name.rpartition(".")[2] in (COMFYUI, LAYOUT) for name in base.tensors)
 
 
 def _check_layouts(base: Checkpoint) -> None:

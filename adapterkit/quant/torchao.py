@@ -9,7 +9,7 @@ run torchao's code.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import Malformed, ShapeMismatch, Unsupported
@@ -108,14 +108,9 @@ def _weight(base: Checkpoint, name: str, record: Mapping[str, object]) -> Packed
     stored = part_of(base, name, f"{prefix}qdata", DTYPES if kind == "Float8Tensor" else ("I8",))
     part_of(base, name, f"{prefix}scale", ("F32", "BF16", "F16"))
     if kind == "Float8Tensor":
-        return _float8(base, name, members, _dtype(base, name, data))
+        dtype = _dtype(base, name, data)
+        return replace(scaled(base, members[0], members[1], None), name=name, dtype=dtype)
     return _whole(base, name, stored, members, data)
-
-
-def _float8(base: Checkpoint, name: str, members: tuple[str, ...], dtype: DType) -> Packed:
-    from dataclasses import replace
-
-    return replace(scaled(base, members[0], members[1], None), name=name, dtype=dtype)
 
 
 def _whole(base: Checkpoint, name: str, stored: Lazy, members: tuple[str, ...], data: Mapping[str, object]) -> Packed:

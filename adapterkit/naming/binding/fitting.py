@@ -343,13 +343,11 @@ def names_of(base: Checkpoint) -> tuple[str, ...]:
         cached = _CACHED.fullmatch(part)
         if cached is not None:
             names.append(cached[1].replace("--", "/"))
-    if not names and base.config is not None and is_repo(_text(base.config.get("_name_or_path"))):
-        names.append(str(base.config["_name_or_path"]))
+    if not names and base.config is not None:
+        name = base.config.get("_name_or_path")
+        if isinstance(name, str) and is_repo(name):
+            names.append(name)
     return tuple(dict.fromkeys(names))
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 # Show how an adapter's names are mapped to the names in a base. The result can be written as JSON.

@@ -408,7 +408,8 @@ def moves_of(
     """
     by_path = {}
     for target, given in updates.items():
-        moves = translate(target.path, architecture, naming, _experts(target, given))
+        experts = given[0].dims(True).get("e") if target.stacked else 0
+        moves = translate(target.path, architecture, naming, experts if isinstance(experts, int) else 0)
         if moves is not None:
             by_path[target.path] = moves
     return by_path
@@ -442,11 +443,6 @@ def translated(
     return translated_updates
 
 
-def _experts(target: Target, updates: tuple[Update, ...]) -> int:
-    count = updates[0].dims(True).get("e") if target.stacked else 0
-    return count if isinstance(count, int) else 0
-
-
 def _shapes(
     updates: Mapping[Target, tuple[Update, ...]], moves: Mapping[str, tuple[Move, ...]], experts: int
 ) -> dict[str, tuple[int, ...]]:
@@ -466,14 +462,11 @@ def _shapes(
             counts[move.path] = max(counts.get(move.path, experts), 0 if move.slot is None else move.slot + 1)
             lead = (dims["e"],) if target.stacked and move.expert is None else ()
             shapes[move.path] = (*lead, out or 0, dims.get("in") or 0)
+    slotted = {move.path for given in moves.values() for move in given if move.slot is not None}
     return {
-        path: (counts[path], *shape) if counts[path] and len(shape) == 2 and _slotted(path, moves) else shape
+        path: (counts[path], *shape) if counts[path] and len(shape) == 2 and path in slotted else shape
         for path, shape in shapes.items()
     }
-
-
-def _slotted(path: str, moves: Mapping[str, tuple[Move, ...]]) -> bool:
-    return any(move.path == path and move.slot is not None for given in moves.values() for move in given)
 
 
 # Match two adapters for the same mixture of experts, without the base.
@@ -578,7 +571,7 @@ def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
         except AdapterkitError:
             continue
         whole = all(_whole(target, given, moves) for target, given in stacks.items() if target.path in moves)
-        if moves and whole and _fit(placed, shapes):
+        if moves and whole and all(fits(there, part, shapes[f"{there.path}.weight"]) for _, there, part in placed):
             families_by_moves[tuple(sorted(moves.items()))] = architecture.family
     if not families_by_moves:
         return adapter
@@ -605,8 +598,3 @@ def _whole(target: Target, updates: Sequence[Update], moves: Moves) -> bool:
     count = next((take.of for take in parts if take is not None), 1)
     experts = updates[0].dims(target.stacked).get("e")
     return len(parts) == count and {move.expert for move in given} == set(range(int(str(experts))))
-
-
-def _fit(placed: Sequence[Placed], shapes: Shapes) -> bool:
-    """Return whether all updates fit the shapes of the weights to which they were moved."""
-    return all(fits(there, updates, shapes[f"{there.path}.weight"]) for _, there, updates in placed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -126,7 +126,8 @@ def find_parts(
     for target, updates in adapter.updates.items():
         path = renamed_by(target.path, rules)[0] if target.path else ""
         if path and path not in modules:
-            path = _rename(path, *(renamed or _part_change(path, modules)))
+            off, on = renamed or _part_change(path, modules)
+            path = on + path.removeprefix(off)
         if path and path not in modules:
             cure = nearest(target.path, modules) or USE_ITS_BASE
             raise TargetNotFound("the base does not have this module", where=str(target), cure=cure)
@@ -299,10 +300,6 @@ def _keys(path: str, shapes: Shapes) -> tuple[str | None, str | None] | None:
     return path, bias if matched and bias in shapes else None
 
 
-def _rename(path: str, off: str, on: str) -> str:
-    return on + path.removeprefix(off) if path.startswith(off) else on + path
-
-
 _FACTOR = re.compile(r"[._](lora_|hada_|lokr_|oft_)")
 """Matches names of adapter tensors. If all modules of a base match, the base is itself an adapter."""
 
@@ -437,16 +434,14 @@ def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound
 
 def _destinations_text(moves: Sequence[Move]) -> str:
     """Return the first two destinations as text for an error message; `nowhere` if there are none."""
-    return " and ".join(_parts(moves[:2])) or "nowhere"
-
-
-def _parts(moves: Sequence[Move]) -> Iterator[str]:
-    for move in moves:
+    texts = []
+    for move in moves[:2]:
         rows: Any = move.take or move.into
         which = (
             "" if rows is None else f", part {rows.number + 1} of {rows.of}{' row by row' if rows.interleaved else ''}"
         )
-        yield f"{move.path}{which}"
+        texts.append(f"{move.path}{which}")
+    return " and ".join(texts) or "nowhere"
 
 
 def _listed(families: Iterable[str]) -> str:
