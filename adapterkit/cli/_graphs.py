@@ -198,7 +198,7 @@ def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Pat
 
 
 def free(out: str, overwrite: bool, read: Sequence[Path]) -> None:
-    """Remove files that a killed run left behind, and check that `out` can be written.
+    """Remove files that a killed run left behind, and refuse an output path that must not be replaced.
 
     Refuse `out` if it is also an input, or if it exists and `overwrite` is not set. An empty folder is accepted.
     """
