@@ -171,7 +171,7 @@ def placed(updates: Updates) -> list[tuple[Target, Update]]:
 
 
 def forms(updates: Updates) -> list[list[tuple[Target, Update]]]:
-    """Group the adapters that `placed` lists by method and tensor names. In a union, each group has its own config."""
+    """Group the result of `placed` by method and tensor names. In a union, each group has its own config."""
     groups: dict[Any, list[tuple[Target, Any]]] = {}
     for target, update in placed(updates):
         groups.setdefault((update.method, frozenset(update.tensors)), []).append((target, update))
