@@ -1,8 +1,8 @@
 """The interface through which other packages call the hub package without importing it.
 
 Functions that take a path also take a uri, such as `hf://org/repo`. But the packages that define these functions cannot
-import the hub package, because the hub package imports them. So `adapterkit/__init__.py` calls `install` with a function
-that returns the hub package, and the other packages call `hub` to get the hub package.
+import the hub package, because the hub package imports them. So `adapterkit/__init__.py` calls `install` with a
+function that returns the hub package, and the other packages call `hub` to get the hub package.
 """
 
 from __future__ import annotations

@@ -472,7 +472,7 @@ def check_free(target: Path, overwrite: bool) -> None:
 
 
 def settled(target: Path) -> Path:
-    """Return the path to which an output for `target` is renamed. In the path of a folder, links and `.` are resolved."""
+    """Return the path to which an output for `target` is renamed. In a folder's path, links and `.` are resolved."""
     return Path(os.path.realpath(target)) if target.is_dir() or target.name in ("", "..") else target
 
 
