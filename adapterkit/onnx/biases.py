@@ -102,7 +102,7 @@ def _base_bias(base: Checkpoint, name: str) -> BaseBias | None:
 
 
 def settle_biases(places: Sequence[ResolvedTarget], building: Building) -> None:
-    """Find the bias of each layer whose bias an update changes. If needed, move the bias to an Add after the layer.
+    """Find the layers' biases that updates change. If needed, move a bias to an Add right after its layer.
 
     If the vector that is added to a layer's output is not the layer's bias, put the layer's node into
     `building.apart`, so that updates do not change the vector.
