@@ -1,8 +1,7 @@
 """Find a graph's tied layers (an embedding and a head with equal weights). Find out which of them an adapter changes.
 
 Exporters store a tied tensor once, or store a transposed copy for the head. So in the graph, equal values are the only
-sign of a tie.
-`merging.ties` decides which tied layers each update changes, as it does for merges into model folders.
+sign of a tie. `merging.ties` decides which tied layers each update changes, as it does for merges into model folders.
 """
 
 from __future__ import annotations
