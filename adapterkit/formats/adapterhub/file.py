@@ -187,8 +187,12 @@ def root_of(paths: Iterable[str]) -> str:
 
     Return an empty string if the first components differ, or if the saved model has no head.
     """
-    first = {path.partition(".")[0] for path in paths if path}
-    return first.pop() if len(first) == 1 and not first & {*INNER} else ""
+    first = set[str]()
+    for path in filter(None, paths):
+        if any(f"{path}.".startswith(f"{each}.") for each in INNER):
+            return ""
+        first.add(path.partition(".")[0])
+    return first.pop() if len(first) == 1 else ""
 
 
 # Define the input and the results of a family's `decode`: the part of a file that one config describes, and the updates
