@@ -54,7 +54,7 @@ class ForwardHook:
         self.slot = inner_slot(module)
         self.module, self.original = module, getattr(*self.slot)
         self.before = value_in(self.slot)
-        self.wrapper: Any = None  # Another tool's forward, if it still wrapped this hook when the last part was detached.
+        self.wrapper: Any = None  # Another tool's forward, if it wrapped this hook when the last part was detached.
         self.layer: TorchLayer | None = layer_of(module, self.original)
         self.kind = type(module._parameters.get("weight"))
         self.parts: list[Part] = []
