@@ -236,9 +236,9 @@ def names(
         `layout` (the order of the weight's axes) and `tensor` (the name of the stored tensor). `rules` has each rule
         and the number of targets that the rule matched. `missing` has the targets that match no weight.
 
-        Without an adapter, the dict also has the list `weights`. Module names that differ only in numbers share one
-        record. A record has `name` (with `#` for each number), `tensors` (the number of modules that share the
-        record) and `names` (the names that other tools use).
+        Without an adapter, the dict also has the list `weights`, with records of the base's modules. Modules whose
+        names differ only in numbers share one record. A record has `name` (with `#` for each number), `tensors` (the
+        number of modules that share the record) and `names` (the names that other tools use).
 
     Raises:
         CheckFailed: `strict_base` is set, and the adapter's files record a base that differs from `base`.
@@ -293,7 +293,8 @@ def report(
         gate: the result of `adapterkit.gate`, the result's record, or a file with the output of
             `adapterkit gate --json`. The HTML page shows the gate's result in a separate section.
         overwrite: replace an existing file at `out`.
-        progress: a function that is called with two numbers: the completed units of work, and all units of work.
+        progress: a function that is called after each step with the number of completed units of work and the total
+            number of units. The total is an upper bound until all changes are measured.
 
     Returns:
         The report. Its attributes include `verdicts`, `measured` and `facts`. Its methods are `record()`, `html()`,

@@ -39,7 +39,8 @@ contains no user name."""
 _QUERY = re.compile(r"\?[^#]*")
 _FRAGMENT = re.compile(r"#(?![\w.-]*$).*", re.DOTALL)
 _PARAMETER = re.compile(r"(?i)([?&][\w-]*(?:token|sig|signature|key|secret|password|credential|auth)[\w-]*=)[^\s&#/]+")
-"""Matches a secret parameter, such as `?token=...`. The url needs no scheme: it may be the path of a file on a hub."""
+"""Matches a secret parameter, such as `?token=...`. The pattern does not require a scheme such as `https://` before the
+parameter, because the text may be the path of a file on a hub."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
@@ -212,8 +213,8 @@ class Unrepresentable(AdapterkitError):
 
     Attributes:
         items: one line for each update or value that the format cannot express.
-        places: pairs of a target and the index of an update among the target's updates. There is one pair for each
-            refused update that the writer could perhaps store with another method.
+        places: the refused updates that `on_loss="promote"` tries to convert to another method. Each update is given as
+            a pair of its target and its index among the target's updates.
     """
 
     code = "unrepresentable"

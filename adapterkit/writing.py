@@ -180,9 +180,10 @@ class Promotion:
             refusal.cure = f"{promote}. Or: {refusal.cure}" if refusal.cure else promote
 
     def _is_exact(self, group: Sequence[Update]) -> bool:
-        """Whether promotion can replace the updates of a target by one LoRA or one weight difference without loss.
+        """Whether promotion can replace the updates of a target by one new update without loss.
 
-        False for a single LoRA. A single weight difference can only become a LoRA with the identity as one factor.
+        False for a single LoRA, which is never promoted. True for a single weight difference only if it changes a
+        matrix and `identities` is True.
         """
         if not group or (len(group) == 1 and isinstance(group[0], LoRA)):
             return False
@@ -373,7 +374,8 @@ def _check_exact(target: Target, group: Sequence[Update], promoted: Update, base
     Raises:
         Miswritten: the functions differ.
     """
-    # Pass the promoted update first: its dtype decides the tolerance, and the originals may have a narrower dtype.
+    # Pass the promoted update first, because the dtype of the first argument decides the tolerance. The original
+    # updates may have a narrower dtype, which would make the tolerance larger.
     if why := unlike({target: (promoted,)}, {target: tuple(group)}, base, frozenset()):
         raise _mispromoted(target, group, why)
 

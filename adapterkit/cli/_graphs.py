@@ -30,7 +30,9 @@ def damage_lines(record: Mapping[str, object]) -> Iterator[str]:
     Args:
         record: the record of a merge. `damage` maps each target to a record with two numbers: `error` is the
             quantization error relative to the merged weight, and `kept` is the fraction of the change that is left
-            after quantization. `beside` lists the targets whose changes were kept as floating-point factors instead.
+            after quantization. `beside` lists the targets whose quantized weight was left unchanged; their changes were
+            kept as floating-point factors. If the merge first tried to quantize such a target's merged weight, `damage`
+            has the numbers of that attempt.
     """
     every, beside = part_or_none(record, "damage") or {}, texts(record, "beside")
     damage = {name: part(every, name) for name in every}
@@ -196,7 +198,10 @@ def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Pat
 
 
 def free(out: str, overwrite: bool, read: Sequence[Path]) -> None:
-    """Remove files that a killed run left behind, and refuse an output path that exists or is also an input."""
+    """Remove files that a killed run left behind, and refuse an output path that must not be replaced.
+
+    Refuse `out` if it is also an input, or if it exists and `overwrite` is not set. An empty folder is accepted.
+    """
     from ..io.staging import check_free, check_inputs, take_over
 
     take_over(Path(out))

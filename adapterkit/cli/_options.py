@@ -104,8 +104,8 @@ def device_name(_ctx: click.Context, _param: click.Parameter, value: str) -> str
 def _rules(_ctx: click.Context, _param: click.Parameter, value: Sequence[str]) -> tuple[str, ...]:
     """Return the rename rules, with each `@FILE` replaced by the rules in that file.
 
-    The digest of a command's options is computed from these rules. So if a rule in the file changes, the digest
-    changes too, and the command runs again.
+    The digest that identifies a finished run is computed from these rules, not from the name of the file. If a rule in
+    the file changes, the digest changes too, so a repeated command does not stop with "already done".
     """
     from ..naming.renames import rule_texts
 
@@ -115,7 +115,8 @@ def _rules(_ctx: click.Context, _param: click.Parameter, value: Sequence[str]) -
 RUNNING = "adapterkit.running"
 """Key in click's `Context.meta` for the context of the running command.
 
-The command group needs the command's parameters for its hint about the next command, and click does not pass them on.
+After a command, the command group may print a hint about the next command. The hint depends on the parameters of the
+command that ran, and click does not pass these parameters to the group.
 """
 
 
@@ -284,7 +285,7 @@ strict_licence = click.option(
 strict_base_of_read = click.option(
     "--strict-base", is_flag=True, callback=_state, expose_value=False, help=_STRICT_BASE
 )  # fmt: skip
-"""`--strict-base` for commands that read every adapter with `adapterkit.read`, which checks the base itself."""
+"""`--strict-base` for commands that read every adapter with `adapterkit.read`. It makes `read` check the base."""
 
 
 # Options that define how adapters are combined: a method, `--set name=value`, weights, or a recipe.
@@ -445,11 +446,15 @@ def setting(text: str) -> tuple[str, object]:
 # Users can set defaults of options in environment variables, in a project's defaults file, and in their own defaults
 # file, which applies to all projects.
 #
-#     ADAPTERKIT_DEVICE=cpu                      for every command that has --device
-#     ADAPTERKIT_MERGE_DEVICE=cpu                only for merge
-#     [tool.adapterkit]            device = "cpu"      in pyproject.toml, here or in a folder above
-#     [tool.adapterkit.merge]      device = "cpu"
-#     device = "cpu"  /  [merge]                       in adapterkit.toml, or in ~/.config/adapterkit/config.toml
+# In the environment:
+#     ADAPTERKIT_DEVICE=cpu                          for every command that has --device
+#     ADAPTERKIT_MERGE_DEVICE=cpu                    only for merge
+# In pyproject.toml, in the working directory or one of its parents:
+#     [tool.adapterkit]            device = "cpu"    for every command that has --device
+#     [tool.adapterkit.merge]      device = "cpu"    only for merge
+# In adapterkit.toml in one of these folders, or in ~/.config/adapterkit/config.toml, the tables have no prefix:
+#     device = "cpu"                                 at the top of the file, for every command that has --device
+#     [merge]                      device = "cpu"    only for merge
 #
 # The command line has the highest precedence. The environment comes second, the project's file third, and the user's
 # file last. Within one source, a default for one command has precedence over a default for all commands.

@@ -117,8 +117,8 @@ def folded(line: str) -> str:
     if len(line) <= width:
         return line
     margin = len(line) - len(line.lstrip())
-    # In a line such as `  name   value`, align the continuation lines with the value. But if the value starts in the
-    # right half of the terminal, indent them by only two more spaces than the line.
+    # In a line such as `  name   value`, align the continuation lines with the value. In other lines, or if the value
+    # starts in the right half of the terminal, indent the continuation lines two spaces more than the first line.
     pair = re.match(r"  \S+(?: \S+)* {2,}", line)
     inset = len(pair[0]) if pair is not None and len(pair[0]) <= width // 2 else margin + 2
     # Words are never broken, so a long name needs room: reduce the indent until the longest word fits.

@@ -78,7 +78,8 @@ def command(
     }  # fmt: skip
     decided = None
     if factory is None and model is not None and not share_weights:
-        # Compute a digest only for folders, because a model from the user's function also depends on code.
+        # The digest shows whether an earlier run already wrote this export. A model from --model gets no digest,
+        # because it also depends on the user's code. An export with --share-weights records no digest.
         decided = _decided_by(model, adapters)
         if is_done(ctx.obj, out, decided, overwrite):
             return

@@ -1,9 +1,10 @@
 """Attach an adapter to an ONNX graph, or to a folder of graphs.
 
 MODEL.onnx is the graph; A is an adapter in any known format. The weights of the graph are not changed. Unless
---no-check is given, the new graph is run, and its outputs are compared with the same outputs computed in another way.
-MODEL.onnx may also be a folder that optimum or onnxruntime-genai wrote. In this case, the adapter is attached to each
-graph that contains targets of the adapter, and all other files are copied to the folder OUT.onnx.
+--no-check is given, the new graph is run. If the adapter can also be merged into the graph's weights, the outputs of
+the new graph are compared with the outputs of the merged graph. MODEL.onnx may also be a folder that optimum or
+onnxruntime-genai wrote. In this case, the adapter is attached to each graph that contains targets of the adapter, and
+all other files are copied to the folder OUT.onnx.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """List formats, methods, combiners, quant schemes or loaders.
 
 'list loaders' lists the known tools that load adapter files. 'list loaders FILE' shows for each tool whether it loads
-the file unchanged, only after a conversion (with the arguments of convert), or not at all (with the reason).
+all keys of the file, some of them, or none. If a tool does not load all keys, the table shows the reason. If a
+conversion helps, the table also shows the arguments for adapterkit convert.
 """
 
 from __future__ import annotations

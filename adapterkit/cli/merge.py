@@ -273,7 +273,9 @@ def command(
 
 
 def _with_texts(calibration: str, planned: Plan) -> list[JsonValue]:
-    """Check the texts of --calibration; return the plan's warnings without the warning that activations are missing.
+    """Read the texts of --calibration to check them, and return the plan's warnings.
+
+    The warning `TEXTS` is left out: it asks for a calibration file, but the merge computes this file from the texts.
 
     Raises:
         UsageError, Malformed, StorageError: the texts cannot be read.

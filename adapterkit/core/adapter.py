@@ -64,7 +64,8 @@ class Target:
 
     Attributes:
         path: the dotted path, in the base, of a module (its `weight` and `bias`) or a single parameter. An empty path
-            means the whole model. Only a context update, or a router without its experts, may have an empty path.
+            means the whole model. It is allowed only for context updates and for methods that set `of_model`, such as
+            X-LoRA for its router without experts.
         layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see the weight as `[out,
             in, *k]`. A leading `e` means that the weight is a stack with one weight per expert; each tensor of an
             update then also has a leading axis with one entry per expert.
@@ -330,10 +331,10 @@ class Adapter:
         """Translate targets into the names and layouts of `base`, and check that all updates fit the base's weights.
 
         If the base stores one target's weight in several tensors, updates are split. If the base stores the weights of
-        several targets in one tensor, updates are joined. For example, `bind` converts an adapter for a model that
-        transformers 5 built in memory to an adapter for the model's checkpoint on a hub, or the reverse. The lineage
-        records the rules that changed target names. It also records the base's fingerprint, unless an earlier step
-        recorded a fingerprint.
+        several targets in one tensor, updates are joined. For example, a model that transformers 5 built in memory can
+        differ in this way from the model's checkpoint on a hub. `bind` converts an adapter for either of them to an
+        adapter for the other. The lineage records the rules that changed target names. It also records the base's
+        fingerprint, unless an earlier step recorded a fingerprint.
 
         Args:
             base: an open checkpoint, or its path.

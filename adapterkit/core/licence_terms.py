@@ -1,7 +1,7 @@
 """List what the licences of a merged model's parts (base and adapters) require, and where these licences conflict.
 
 The licences are data in `spec/licences.toml`. A model card may name a wrong licence, and only lawyers can say whether
-changed weights are an adapted work. So these functions return sentences for warnings, and only `check_licences` turns
+changed weights are a derivative work. So these functions return sentences for warnings, and only `check_licences` turns
 the sentences into an error.
 
 A licence may be an SPDX expression: `MIT OR Apache-2.0`, `(GPL-3.0 OR MIT) AND CC-BY-4.0`, `GPL-2.0 WITH exception`.

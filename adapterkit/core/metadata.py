@@ -75,7 +75,7 @@ def with_metadata(pairs: Iterable[tuple[str, str]], adapter: Adapter) -> list[tu
     """Return the (key, value) pairs for a new file's header.
 
     The result contains `pairs`, then the metadata of the adapter's source files, then the fingerprints and shape
-    digests of the adapter's bases. If a key of `pairs` also has another value, the value from `pairs` is used.
+    digests of the adapter's bases. A value in `pairs` overrides other values of the same key.
 
     Args:
         pairs: the pairs that the format requires, or the pairs from the source file's header.

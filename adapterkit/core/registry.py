@@ -94,7 +94,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return points
 
     def packages(self) -> dict[str, str]:
-        """For each name that other packages add, return a list of packages: `acme-adapters 1.0, other 2.1`."""
+        """For each name that other packages add, return its packages as one string: `acme-adapters 1.0, other 2.1`."""
         return {name: ", ".join(map(_package, points)) for name, points in sorted(self._third_party.items())}
 
     def refused(self) -> dict[str, str]:
@@ -172,7 +172,8 @@ def _announcements(places: tuple[str, ...]) -> bytes | None:
         return None
     try:
         return b"\n".join(_announced_in(place or ".") for place in places if os.path.exists(place or "."))
-    except OSError:  # An entry cannot be listed, or is an archive, which only the import system can search.
+    except OSError:
+        # An entry of `sys.path` cannot be listed, or is an archive. Only the import system can search an archive.
         return None
 
 

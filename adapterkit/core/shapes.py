@@ -368,7 +368,7 @@ def check_fits(update: Update, shape: Shape) -> None:
         return
     fields = update.tensor_fields()
     leaves = [(fields[name].metadata["axes"].axes, leaf) for name, leaf in update.tensors.items()]
-    # If a tensor has one axis more than its shape string, the first axis counts experts. Skip shape strings with a
+    # If a tensor has one axis more than its shape string, the first axis indexes experts. Skip shape strings with a
     # starred axis: they match any number of axes, so they do not show whether the tensor has an axis of experts.
     stack = any(len(leaf.shape) > len(axes) for axes, leaf in leaves if not any(axis.startswith("*") for axis in axes))
     seen = {"out": shape[0], "in": shape[1] if len(shape) > 1 else 0, "columns": math.prod(shape[1:])}
@@ -493,7 +493,7 @@ _OF_EQUALS: dict[type[ast.AST], Callable[[Any, Any], bool]] = {ast.Eq: operator.
 def _compiled(expression: str) -> Callable[[_Names], int | str | Literal[False]]:
     """Compile an expression into a function that returns the expression's value, or False if there is no value.
 
-    A false expression has the value 0 and a true one has the value 1, so False always stands for "no value".
+    Comparisons and logical operators return the integer 0 or 1, so the result False always means "no value".
     """
     evaluate = _evaluator(ast.parse(_without_keywords(expression), mode="eval").body)
 
@@ -509,7 +509,8 @@ def _compiled(expression: str) -> Callable[[_Names], int | str | Literal[False]]
 def _evaluator(node: ast.expr) -> Evaluate:
     """Compile one node of an expression.
 
-    Refuse a node that the spec's grammar for rules does not allow, because other readers of the spec reject it.
+    Refuse a node that the spec's grammar for rules does not allow, because other programs that implement the spec
+    reject such a node.
     """
     match node:
         case ast.Constant(value=value) if isinstance(value, int | str):

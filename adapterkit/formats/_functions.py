@@ -177,7 +177,7 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _WeightAnswers:
-    """Compute the outputs of both groups for the random inputs. Both groups change the same weight."""
+    """Compute the outputs of `asked` and `got`, two groups of updates of one weight, for random inputs."""
 
     asked: Updates
     got: Updates
@@ -186,7 +186,7 @@ class _WeightAnswers:
     least: float
 
     def check_base(self) -> None:
-        """Refuse updates in `asked` that do not fit the base's shapes, because the writer may not have checked them.
+        """Refuse updates in `asked` that do not fit the base's shapes. The writer may not have checked the shapes.
 
         Raises:
             ShapeMismatch: an update does not fit.

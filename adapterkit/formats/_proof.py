@@ -85,8 +85,8 @@ def prove(
 
     Raises:
         Miswritten: the files do not contain the adapter, or cannot be read; the error names the target and the field.
-        Unrepresentable: the format does not store the layout of a weight, and the reader assumes another layout than
-            the adapter has at this weight.
+        Unrepresentable: the format does not store the layout of a weight, and the layout that the reader assumes
+            differs from the adapter's.
         UsageError: the files cannot be read back without the base.
     """
     report = list(lines)
@@ -112,8 +112,8 @@ def prove(
 def _named(line: str) -> Iterator[str]:
     """Yield every substring of a report line that may be the name of a target.
 
-    Yield each word of the line. Targets may contain spaces, so also yield each part from the start of the line to a
-    colon.
+    Yield each word of the line. Targets may contain spaces, so also yield the text between `LEFT_OUT` and each colon
+    that is followed by a space.
     """
     yield from (word.rstrip(":") for word in line.split())
     *ends, _ = line.removeprefix(LEFT_OUT).strip().split(": ")
@@ -203,8 +203,8 @@ class _Proof:
     Attributes:
         name: the name of the format.
         base: the base, or None.
-        left_out: all words and phrases in the writer's report of omitted updates that may be the name of a target. The
-            set contains the targets with omitted updates, and also words that are no targets.
+        left_out: words and phrases from the writer's report of omitted updates. The set contains the names of the
+            targets with omitted updates, and also words that are not names of targets.
         changed: the fields that the writer reported as changed, as `TARGET:METHOD.FIELD`.
         dtypes: the dtypes that the format supports; empty if the format supports all.
     """
@@ -220,7 +220,7 @@ class _Proof:
 
         Raises:
             Miswritten: the updates of a target differ.
-            Unrepresentable: for a weight, the reader assumes another layout than the adapter has.
+            Unrepresentable: the layout that the reader assumes for a weight differs from the adapter's.
         """
         ours, theirs = asked.updates, got.updates
         if ours.keys() == theirs.keys() and all(_same(group, theirs[target]) for target, group in ours.items()):

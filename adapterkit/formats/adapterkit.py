@@ -187,8 +187,8 @@ def version_of(adapter: Adapter) -> str:
 
 def _encode_update(target: Target, update: Update, store: Callable[[str, Leaf], str]) -> UpdateRecord:
     tensors = {name: store(f"{target.path}.{name}".lstrip("."), leaf) for name, leaf in update.tensors.items()}
-    # msgspec omits a field only if its value is the same object as the default. So use the equal string from `LAYOUTS`,
-    # if there is one.
+    # msgspec omits `layout` only if it is the same object as the default, `LAYOUTS[0]`. An equal string may be another
+    # object, so use the string from `LAYOUTS` if there is one.
     layout = next((known for known in LAYOUTS if known == target.layout), target.layout)
     place = TargetRecord(target.path, layout, target.rows)
     version = update.stated_version

@@ -75,9 +75,10 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
 
 _ENDS = "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True))
 _BARE = {"lora_A": "down", "lora_B": "up"}
-"""A map from key endings to slots. loralib also writes keys with these endings.
+"""A map from key endings without `.weight` to slots.
 
-A key with one of these endings is accepted only if it begins with one of ComfyUI's prefixes.
+loralib's keys have the same endings. So a key with one of these endings is accepted only if it begins with one of
+ComfyUI's prefixes.
 """
 
 _KEY = re.compile(rf"((?:diffusion_model|text_encoders\.\w+\.transformer)\..+?)\.({_ENDS}|{'|'.join(_BARE)})")
@@ -190,9 +191,9 @@ def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
 
     DiffSynth's files order the rows by head: the queries, keys and values of the first head, then those of the second
     head, and so on. In the result, all queries come first, then all keys, then all values. DiffSynth trains MiniMax-H3
-    with the row order of the model's authors, but all other tools reorder the rows when they load the model. Both
-    orders have the same shapes, so only PEFT's adapter name `default` in the keys identifies DiffSynth's files. The
-    name is removed, because a new file with this name would be read as DiffSynth's.
+    with the row order of the model's authors, but all other tools reorder the rows when they load the model. The
+    tensors have the same shapes in both orders, so only PEFT's adapter name `default` in the keys identifies
+    DiffSynth's files. The name is removed, because a new file with this name would be read as DiffSynth's.
 
     Raises:
         Malformed: the number of rows is not a multiple of the rows of a head.

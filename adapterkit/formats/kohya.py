@@ -97,7 +97,8 @@ class Kohya(ImageFormat):
         inside = {target: each for target, each in updates.items() if component_of(target.path) == "unet"}
         others = {target: each for target, each in updates.items() if target not in inside}
         paths = [rooted(target.path)[1] for target in inside]
-        # If all targets are modules of the base, keep their names, because readers compare names with the base's names.
+        # With the naming KOHYA, targets that fit no known family keep their names. With another naming, they would be
+        # refused. The kept names can be read again, because `resolve` also compares names with the base's names.
         origin = replace(origin, naming=KOHYA) if origin.inside else origin
         turned_there = [t for t, each in others.items() if any(isinstance(update, OFT) for update in each)]
         if turned_there and not origin.families:
@@ -129,7 +130,10 @@ class Kohya(ImageFormat):
 
 
 def _foreign(key: str) -> bool:
-    """Whether a key has one of kohya's prefixes, but a slot that shows that LyCORIS wrote the key."""
+    """Whether LyCORIS, not sd-scripts, wrote a key.
+
+    LyCORIS uses kohya's prefixes, but its own slots; see `LYCORIS`.
+    """
     match = _KEY.fullmatch(key)
     slot = match[2] if match else ""
     return bool(match) and slot.startswith(LYCORIS) and not key.startswith("oft_unet_")

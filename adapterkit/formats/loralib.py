@@ -58,7 +58,7 @@ class LoralibSettings(TypedDict, total=False):
 
 
 class LoralibHints(Leftovers, total=False):
-    """The details of the source file in `adapter.foreign`: the contents of `loralib.json`."""
+    """The data that `Adapter.foreign` keeps from a loralib checkpoint: the contents of `loralib.json`."""
 
     settings: LoralibSettings
 

@@ -68,10 +68,10 @@ def is_of(keys: list[str], modules: Modules) -> bool:
 def decode(
     tensors: Mapping[str, Lazy], modules: Modules, alpha: float, heads: Callable[[], Heads], base: Checkpoint | None
 ) -> tuple[dict[Target, tuple[Pair, ...]], dict[str, JsonValue]]:
-    """Return the updates, and a dict with details of the source file, which the reader stores in `adapter.foreign`.
+    """Return the updates, and a dict that the reader stores in `adapter.foreign` for the writer.
 
-    The dict is for the writer. It has the fields `prefix` (the start of the module names, such as `decoder.layers.`),
-    `order` (the keys in the file's order) and `fused` (whether any pair adapts a fused weight).
+    The dict describes the source file. It has the fields `prefix` (the start of the module names, such as
+    `decoder.layers.`), `order` (the keys in the file's order) and `fused` (whether any pair adapts a fused weight).
 
     Raises:
         Malformed: a key belongs to no module in `modules`, or two pairs adapt the same weight.

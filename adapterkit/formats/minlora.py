@@ -33,7 +33,7 @@ _SLOTS = {f"{_STEM}A": "A", f"{_STEM}B": "B"}
 
 
 class MinLoraHints(Leftovers, total=False):
-    """The details of the source file in `adapter.foreign`: the contents of `minlora.json`."""
+    """The data that `Adapter.foreign` keeps from a minLoRA checkpoint: the contents of `minlora.json`."""
 
     settings: dict[str, float]
 

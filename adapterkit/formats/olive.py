@@ -44,7 +44,7 @@ _KEY = re.compile(r"model\.(?:\w+\.)+lora_[AB]\.(?:weight|quant\.(?:weight|scale
 
 
 class OliveHints(Leftovers, total=False):
-    """The version numbers of the adapter and of the model, which an .onnx_adapter file contains."""
+    """The adapter's version and the model's version, as an `.onnx_adapter` file states them."""
 
     adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
     model_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]

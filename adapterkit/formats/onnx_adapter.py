@@ -34,7 +34,7 @@ FORMAT = "onnx_adapter"
 
 
 class OnnxAdapterHints(Leftovers, total=False):
-    """The version numbers of the adapter and of the model, which the file contains."""
+    """The adapter's version and the model's version, as an `.onnx_adapter` file states them."""
 
     adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
     model_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]

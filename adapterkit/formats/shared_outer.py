@@ -197,7 +197,7 @@ def _experts(
         if not count:
             why = "all experts share one A and one B, and the number of experts is unknown"
             raise UsageError(why, where=name, cure=PASS_BASE)
-    # All experts get the same object for a shared factor. So writers can store this factor only once.
+    # All experts get the same object for a shared factor, so that a writer can store it as one tensor.
     only = {field: arrange.item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     stacked = match["leaf"] == "gate_up_proj"
     factors = []
@@ -352,7 +352,7 @@ def _stack(
     the rank. Each expert's inner factor is then zero at the rank indices of all other experts.
     """
     writes, first = _writes(name), next(iter(experts_here.values()))
-    axis = 1 if writes else 0  # The rank is on this axis of the outer factor, and on axis 1 - axis of the inner.
+    axis = 1 if writes else 0  # The rank's axis in the outer factor; the inner factor has the rank on the other axis.
     outers, inners = [], []
     for e in range(count):
         given = experts_here.get(e)

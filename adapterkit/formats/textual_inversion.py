@@ -228,7 +228,7 @@ def _save_wrapped(path: Path, tensors: Mapping[str, Lazy], around: Mapping[str, 
 
 
 def _renamed(inversions: Mapping[str, TextualInversion], tensors: Mapping[str, Lazy], file: Path) -> list[str]:
-    """Return a line for each text encoder for which readers of the file will use a token other than the adapter's.
+    """Return a line for each text encoder whose token will be different when the file is read.
 
     Files of kohya and SDXL do not store the token, so readers use the file's name. diffusers' files store the token as
     the key. AUTOMATIC1111's files also store the token; this function is not called for them.

@@ -188,7 +188,7 @@ def _experts(
     paths = _STACKS.back(name, count)
     if paths is None:
         raise Malformed("the name of this stack of experts is unknown", where=name, cure=WRITE_AGAIN)
-    # All experts get the same object for a shared factor. So writers can store this factor only once.
+    # All experts get the same object for a shared factor, so that a writer can store it as one tensor.
     only = {field: item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     for index, path in enumerate(paths):
         one: Slots = {field: only.get(field) or item(leaf, index) for field, leaf in slots.items()}

@@ -276,10 +276,11 @@ MOST = 0.9
 fault once, for the whole model."""
 
 EVERYWHERE = 0.5
-"""The minimum share of modules in two conditions. If both conditions hold, the merge counts as made from another base.
+"""If at least this share of the modules is wrong, the gate reports that the merge was made from another base.
 
-First, at least this share of the modules without adapters has other weights than the base, and these are at least two
-modules. Second, at least this share of the modules with adapters has a fault.
+Two conditions must hold. First, at least this share of the modules that the adapters do not change, and at least two
+of these modules, have other weights than the base. Second, at least this share of the modules that the adapters change
+has a fault.
 """
 
 NAMES = {"merged": "the merged model", "onnx": "the graph"}

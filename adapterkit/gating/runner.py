@@ -166,11 +166,11 @@ MULTIPLES = (1.0, 2.0, 0.5, -1.0, 0.25, 4.0, 0.8, 3.0)
 """The factors that `_Run._scale` tries, to find out by which factor a graph scales the adapters' change."""
 
 EXACT = 1e-3
-"""A limit for the divergence at the factor that `_Run._scale` returns.
+"""The limit for the smallest divergence in `_Run._scale`, as a fraction of the largest divergence.
 
-`_Run._scale` multiplies the adapters' changes by each factor in `MULTIPLES` and by 0, and computes the divergence
-between the resulting outputs and the graph's outputs. It returns the factor with the smallest divergence, but only if
-this divergence is at most `EXACT` times the largest divergence.
+`_Run._scale` multiplies the adapters' changes by each factor in `MULTIPLES` and by 0. For each factor, it computes the
+divergence between the resulting outputs and the graph's outputs. It returns the factor with the smallest divergence,
+but only if this divergence is at most `EXACT` times the largest divergence.
 """
 
 STEP = {"float32": 0.0, "bfloat16": 2.0**-7, "float16": 2.0**-10}
@@ -222,8 +222,8 @@ def gate(
         dtype: the dtype in which the models run: `float32`, or `bfloat16` or `float16` to save memory.
         texts: the number of texts to run.
         length: the maximum number of tokens of each text.
-        new_tokens: the number of tokens to generate after the beginning of each of four texts. The gate compares the
-            tokens that the models generate. 0 skips this comparison.
+        new_tokens: the number of tokens to generate. The models continue the beginnings of four texts, and the gate
+            compares the generated tokens. 0 skips this comparison.
         seed: the seed for the choice of texts, for the null adapter and for random inputs.
         null: whether to also run the base with the null adapter, which makes random changes. At each target, the random
             change has the same norm as the adapters' change.
@@ -421,8 +421,9 @@ class _Run:
     def _scale(self, run: Run) -> float | None:
         """Return the factor by which a graph scales the adapters' change; None if no tried factor matches.
 
-        The factor cannot be computed from the outputs: a graph has no modules to compare, and the change of the logits
-        is proportional to the factor only for small changes. So this method tries each factor in `MULTIPLES`.
+        For a merged model, the factor is computed from the outputs of the modules. A graph has no modules to compare.
+        Its logits do not give the factor either: their change is proportional to the factor only for small changes. So
+        this method tries each factor in `MULTIPLES`.
         """
         from .models import divergence
 

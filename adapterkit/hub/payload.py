@@ -184,7 +184,7 @@ def _model_usage(place: Uri, config: Mapping[str, JsonValue]) -> list[str]:
 def _class_of(config: Mapping[str, JsonValue]) -> str | None:
     """Return the transformers class for the card's example code; None if the card must not show such code.
 
-    Users run the example code. So the result is None in three cases:
+    Users run the example code, so it must be safe and must load the model. The result is None in three cases:
 
     - The config has no `model_type`.
     - The config has `auto_map`. Loading such a model runs code from its repository.

@@ -157,7 +157,7 @@ def push(
 
 
 def push_placed(folder: Path, placed: Mapping[str, Placed], remote: Remote, overwrite: bool) -> Pushed:
-    """Push an output whose weight files have already been uploaded. `folder` has only the headers of the weight files.
+    """Push an output whose weight files have already been uploaded. Each weight file in `folder` has only its header.
 
     Args:
         folder: the local folder of the output. The model card is generated from the headers of the weight files.
@@ -179,7 +179,7 @@ def push_placed(folder: Path, placed: Mapping[str, Placed], remote: Remote, over
 
 
 OUTPUT = "the model or adapter to push"
-"""The name that errors about licences use for the files of the push."""
+"""Licence errors call the pushed files by this name."""
 
 
 def _licences(
@@ -190,8 +190,8 @@ def _licences(
     Also return one sentence for each problem with these licences.
 
     The output's own licence is `stated`. If `stated` is empty, the licence in the card at `source` is used, or else the
-    licence in `card`. The folder of a merged model contains a copy of the base's card. So if `stated` is empty, a
-    merged model has the licence of its base.
+    licence in `card`, which is the card on the hub. The folder of a merged model contains a copy of the base's card. So
+    if `stated` is empty, a merged model has the licence of its base.
     """
     record = record_at(source)
     parts = parts_of(record) if record else []

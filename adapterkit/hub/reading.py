@@ -114,7 +114,7 @@ def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
 
 @contextmanager
 def headers(name: str) -> Iterator[Path]:
-    """Yield a local folder or file in which safetensors files have headers but no tensor data.
+    """Yield the local path of an adapter or a model whose safetensors files have headers but no tensor data.
 
     JSON files are downloaded whole and verified. The headers of safetensors files are fetched by range requests, and
     written to sparse files. If the block reads tensor data, the data is also fetched by range requests. Bytes that come
@@ -243,7 +243,7 @@ class Shards:
 
     Attributes:
         path: the base's local path.
-        begun: True once the download of a weight file has started, so that a later run can continue this download.
+        begun: True once the download of a weight file has started. From then on, a later run can continue the download.
     """
 
     def __init__(self, remote: Remote, folder: Path) -> None:
@@ -279,7 +279,7 @@ class Shards:
         Raises:
             Corrupt: a file does not have the digest that the hub lists, or its header differs from the header in the
                 sparse file.
-            NetworkError: the hub is not reachable, or refuses.
+            NetworkError: the hub is not reachable, or refuses the request.
         """
         for path in paths:
             if path in ELSEWHERE:
@@ -537,7 +537,7 @@ class Ranged:
         Raises:
             Corrupt: a file that was downloaded whole does not have the digest that the hub lists, or its header differs
                 from the header in the sparse file.
-            NetworkError: the hub is not reachable, or refuses.
+            NetworkError: the hub is not reachable, or refuses the request.
             StorageError: the disk is full.
         """
         wanted: dict[str, list[Run]] = defaultdict(list)

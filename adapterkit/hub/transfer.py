@@ -194,7 +194,7 @@ ASKED = 16 << 20
 """The total size of the range requests that run at the same time, in bytes. A killed process loses at most this much.
 
 If one request asked for the whole rest of a file, a killed process could lose more: all bytes that are in the buffers
-of the two machines and of the network. These buffers can be large.
+of the local machine, the hub and the network. These buffers can be large.
 """
 
 ANEW = 3

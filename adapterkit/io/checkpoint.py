@@ -305,7 +305,11 @@ SAMPLE = 16 << 20
 """About this many bytes are read from all tensors together. Reading and hashing them takes about 100 ms."""
 
 LEAST, MOST = 256, 256 << 10
-"""The minimum and the maximum number of bytes that are sampled from one tensor. A smaller tensor is read whole."""
+"""The minimum and the maximum number of bytes to sample from one tensor.
+
+The number is `SAMPLE` divided by the number of tensors, within these limits. A tensor of at most that many bytes is
+read whole.
+"""
 
 BLOCKS = 64
 """The number of blocks that are read from a tensor, unless it is so small that it is read whole."""

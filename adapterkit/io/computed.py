@@ -120,8 +120,9 @@ def _exact_type(dtype: DType, factor: float) -> DType:
     """Return the dtype for the product of a tensor and a factor.
 
     Float32 and float64 tensors keep their dtype. Narrower tensors keep it only if the product is exact, and otherwise
-    become float32. A change of sign is always exact. Multiplying by a power of two is exact in BF16, which has the
-    exponent range of float32. In F16 it may be inexact, because F16's exponent range is narrow.
+    become float32. A change of sign is always exact. Multiplying by a power of two changes only the exponent. In BF16,
+    the product counts as exact, because BF16 has the wide exponent range of float32. In F16, the product may be
+    inexact, because F16's exponent range is narrow.
     """
     power = abs(math.frexp(factor)[0]) == 0.5
     same = dtype.name in ("F32", "F64") or factor == -1 or (power and dtype.name == "BF16")

@@ -219,9 +219,10 @@ _K = {"Q2_K": _q2, "Q3_K": _q3, "Q4_K": _q4, "Q5_K": _q5, "Q6_K": _q6}
 # Encode ggml's k-quants. A block has 256 values, in runs of 16 or 32 values. Each run has a scale, and the scales are
 # quantized too.
 #
-# The layout is ggml's. For each run, try several scales near the scale that maps the run's largest value to the end of
-# the quantized range, and choose the scale with the least squared error. Then quantize the scales, and round the values
-# with the quantized scales. llama.cpp minimizes a weighted error, so its bytes differ. The error is about the same.
+# The layout is ggml's. For each run, quantize the values with several scales near the scale that maps the run's largest
+# value to the end of the quantized range. For each result, fit the scale by least squares, and choose the fitted scale
+# with the least squared error. Then quantize the chosen scales, and round the values with the quantized scales.
+# llama.cpp minimizes a weighted error, so its bytes differ. The error is about the same.
 # Source of the layout: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 
 
@@ -367,7 +368,8 @@ def _line(size: object, total: Array, s: Array, xq: Array, qq: Array) -> tuple[A
 
     slope = divided_by(size * xq - total * s, size * qq - s * s)
     begin = (slope * s - total) / size
-    # The minimum of a run, `-begin`, cannot be stored if it is positive. In that case, fit a line through zero instead.
+    # A block cannot store a positive minimum, so `begin`, the negated minimum, must not be negative. If it is negative,
+    # fit a line through zero instead.
     slope, begin = np.where(begin < 0, divided_by(xq, qq), slope), np.maximum(begin, 0)
     return (
         slope,

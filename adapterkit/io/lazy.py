@@ -271,7 +271,7 @@ class Lazy:
 
     @property
     def file(self) -> str | None:
-        """The path of the file that stores the tensor, possibly with its last two axes swapped; None if unknown."""
+        """The path of the tensor's file; None if unknown. The file may store the last two axes in swapped order."""
         if self.span is not None:
             return self.span.path
         leaf = getattr(self.source, "leaf", None)
@@ -413,7 +413,7 @@ def dtype_of(leaf: Leaf) -> DType:
 def from_numpy(array: Array, dtype: str | None = None) -> Lazy:
     """Wrap an array in a `Lazy`. If the array contains the bits of a type that numpy lacks, pass `dtype` (`BF16`)."""
     kind = DTYPES[dtype] if dtype else _kind(array.dtype)
-    # View an array with a dtype of ml_dtypes as bits. A cast to the storage dtype would convert the values to integers.
+    # Take the bits of an ml_dtypes array with `view`. A cast to the storage dtype would convert the values to integers.
     is_native = kind.numpy[1] == "u" and array.dtype.name == kind.torch
     numbers = array.view(kind.numpy) if is_native else array
     return Lazy(array.shape, kind, lambda: numbers.astype(kind.numpy, copy=False).tobytes())
@@ -464,10 +464,10 @@ def _single(value: float) -> bool:
 
 
 def at_once(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Return the tensors, after reading the single-element tensors that are adjacent in a file.
+    """Read the single-element tensors that are adjacent in a file, and return all tensors.
 
-    One read fetches a whole run of adjacent tensors. The returned tensors keep these bytes in memory. Files in
-    `ELSEWHERE` are not read.
+    One read fetches a whole run of adjacent tensors. The returned tensors keep these bytes in memory. All other tensors
+    are returned unchanged. Files in `ELSEWHERE` are not read.
     """
     single = [leaf for leaf in tensors.values() if leaf.nbytes == leaf.dtype.itemsize]
     spans = sorted((leaf.span for leaf in single if leaf.span), key=lambda span: (span.path, span.offset))
@@ -512,7 +512,7 @@ _BITS = {
 }
 """For each type that numpy lacks: (mask, value). An element is a NaN or an infinity if `bits & mask` equals `value`.
 
-F8_E4M3, F8_E8M0 and the FNUZ types have no infinity, and one or two bit patterns for NaN:
+F8_E4M3, F8_E8M0 and the FNUZ types have no infinity. Each of these types has one or two bit patterns for NaN. Sources:
 https://arxiv.org/abs/2209.05433,
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
 """

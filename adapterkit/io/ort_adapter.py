@@ -125,7 +125,8 @@ class _FlatTable:
 class _Buffer:
     """Read bytes and integers at any offset of a file. Refuse to read beyond its end.
 
-    The last few pages are cached, because reading alternates between tables and data.
+    The last few pages are cached, because reading alternates between tables, names and shapes, which
+    may be in different pages.
     """
 
     def __init__(self, path: str) -> None:

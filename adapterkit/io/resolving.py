@@ -1,8 +1,8 @@
 """The interface through which other packages call the hub package without importing it.
 
 Functions that take a path also take a uri, such as `hf://org/repo`. But the packages that define these functions cannot
-import the hub package, because the hub package imports them. So `adapterkit/__init__.py` passes to `install` a function
-that returns the hub package, and the other packages get the hub package from `hub`.
+import the hub package, because the hub package imports them. So `adapterkit/__init__.py` calls `install` with a
+function that returns the hub package, and the other packages call `hub` to get the hub package.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ _load: Callable[[], Hub] | None = None
 
 
 def install(load: Callable[[], Hub]) -> None:
-    """Set the function that imports and returns the hub package. `hub` calls this function only if a uri is used."""
+    """Set `load`, the function that imports and returns the hub package. `load` is called only if a uri is used."""
     global _load
     _load = load
 

@@ -376,7 +376,7 @@ def _position(entry: Entry) -> tuple[int, int]:
 
 
 def _check_cover(entries: list[Entry], start: int, size: int, path: str) -> None:
-    # Refuse gaps, as the format requires: with bytes in a gap, a file could also be a valid file of another format.
+    # Refuse gaps, as the format requires. Bytes in a gap could make the file a valid file of another format as well.
     end = start
     for entry in entries:
         if entry.offset != end:

@@ -135,8 +135,8 @@ def listed(files: Iterable[Path]) -> list[list[str]]:
 # * Nothing at the target changes until the new output is complete and synced to disk. If the disk is full, a signal
 #   arrives or a writer raises an error, the old output stays unchanged.
 # * A process that is killed between two renames leaves a journal in the stage. The next run with the same target reads
-#   the journal. If all renames were done, this run keeps the new output. Otherwise, it undoes the renames that were
-#   done. The run finds the stage, because the stage's name is computed from the target's name.
+#   the journal. If the killed process had done all renames, the next run keeps the new output. Otherwise, the next run
+#   undoes the renames that were done. It finds the stage, because the stage's name is computed from the target's name.
 # * A lock in the stage ensures that only one process writes to a target.
 # * Only files and folders are replaced. A device node, pipe or socket is refused, because `rename` would replace it.
 
@@ -241,7 +241,8 @@ class Staging:
         kept = [(self._kept(path, old), path) for path in old]
         if record is not None:
             # Attach the record before the renames. If the process is killed after the last rename, the output has its
-            # record. If the process is killed earlier, the record is ignored, because it lists files that do not exist.
+            # record. If the process is killed earlier, a later run ignores the record, because a file that the record
+            # lists is missing or has another fingerprint.
             attach(record, self.target if self.inside else moves[-1][0], self.record)
         remove(self._replaced)
         self._write_journal(moves, kept)
@@ -267,8 +268,8 @@ class Staging:
         old = [(kept, self.target)] if _exists(self.target) else []
         if old:
             link(str(self.target), str(kept))
-        # List the lock file in the journal as a file to move. The lock file is never moved, so `recover` always finds
-        # an unfinished move.
+        # The journal lists the lock file as a file to move, but the lock file is never moved. So until `keep_new`
+        # removes the journal, `recover` regards the moves as unfinished and restores the old file.
         self._write_journal([(self.folder / "lock", self.folder), (self.folder / "undone", self.target)], old)
 
     def keep_new(self, made_from: str | None, files: Iterable[Path]) -> None:
@@ -473,7 +474,7 @@ def check_free(target: Path, overwrite: bool) -> None:
 
 
 def settled(target: Path) -> Path:
-    """Return the path to which an output for `target` is renamed. Links to folders and `.` are resolved."""
+    """Return the path to which an output for `target` is renamed. In a folder's path, links and `.` are resolved."""
     return Path(os.path.realpath(target)) if target.is_dir() or target.name in ("", "..") else target
 
 

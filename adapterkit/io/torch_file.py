@@ -231,7 +231,8 @@ _DEEPEST = 8
 _VALUES = 1 << 20
 """The largest number of values in a pickle. This is ten times the number of tensors in the largest files."""
 _EXPANDED = 256 << 20
-"""The largest total size of a file's tensors with overlapping elements, in bytes, when they are made contiguous."""
+"""The largest size of tensors with overlapping elements, in bytes. A tensor's size here is its size as a contiguous
+tensor. `state_dict` limits the sum of all these tensors in a file. `nested` limits each tensor separately."""
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
 

@@ -149,7 +149,8 @@ def _tensor_v3(
 
 def _inside(view: View) -> View:
     shape, stride, itemsize = list(view.shape), list(view.stride), view.dtype.itemsize
-    # Refuse sizes that overflow numpy's 64-bit integers. `n or 1` limits the other axes of an empty tensor, too.
+    # Refuse sizes that overflow numpy's 64-bit integers. `n or 1` counts an axis of length 0 as 1, so that the other
+    # axes of an empty tensor are limited, too.
     if len(shape) != len(stride) or prod(n or 1 for n in shape) * itemsize >= 1 << 63:
         raise damaged(f"no tensor can have the shape {shape} and the strides {stride}", view.storage.where)
     if view.extent and (view.offset + view.extent) * itemsize > view.storage.nbytes:

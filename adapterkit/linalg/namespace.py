@@ -17,8 +17,8 @@ N = TypeVar("N", bound="Numbers")
 class Numbers(Protocol):
     """The operations that formulas use on an array: a numpy array, a torch tensor or a value of an ONNX graph.
 
-    The type hints of methods' formulas say `Tensor`. The type hints of functions that are written for several libraries
-    say `Numbers`.
+    The type hints of methods' formulas say torch's `Tensor`, even if the formulas accept other arrays. Other functions
+    that accept arrays of several libraries say `Numbers` or `N`.
     """
 
     @property

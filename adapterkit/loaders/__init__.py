@@ -166,10 +166,11 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
 
 
 def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the name in the public API
-    """If the format's tool does not load some keys of the source file, make a writer use the usual keys instead.
+    """Return the adapter without the recorded keys of its source file that the format's tool does not load.
 
-    For example, the format `comfyui` also reads files with keys that ComfyUI does not load; fal and ACE-Step write such
-    files for some families of models. Without this function, writing in the same format would keep these keys.
+    A writer then uses the usual keys for these tensors. For example, the format `comfyui` also reads files with keys
+    that ComfyUI does not load; fal and ACE-Step write such files for some families of models. Without this function,
+    writing in the same format would keep these keys.
 
     Args:
         adapter: the adapter that was read from the file.
@@ -182,7 +183,8 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
     seen = _File.of(adapter, format, path)
     known = [family for family in seen.families if any(family.name in keys.families for keys in tool.keys)]
     names = [rooted(target.path)[1] for target in denoiser_targets(adapter.updates, ())]
-    # Drop AnimateDiff's keys. They look like diffusers' oldest style, but diffusers has no modules with these names.
+    # `usual` is false for AnimateDiff's keys, so that they can be dropped. They look like keys in diffusers' oldest
+    # style, but diffusers has no modules with these names.
     usual = writer.naming != "diffusers" or any(
         all(name in family.names("diffusers") for name in names) for family in seen.families
     )
@@ -404,7 +406,7 @@ def _holes(templates: tuple[str, ...]) -> frozenset[str]:
 
 
 def _conversion(tool: Loader, seen: _File) -> str:
-    """Return `adapterkit convert` arguments for a file that the tool loads completely; empty if there are none."""
+    """Return arguments of `adapterkit convert` so that the tool completely loads the written file; empty if none."""
     for name in tool.convert:
         writer = FORMATS[name]()
         if isinstance(writer, ImageFormat):

@@ -70,7 +70,9 @@ def plan(
         AdapterkitError: the inputs cannot be merged. `merge` refuses such inputs before it writes anything.
     """
     from .planning import make_plan
-    from .quantized import as_merged, unneeded  # pyright: ignore[reportAssignmentType] - binds no local `quantized`
+
+    # The import does not change the argument `quantized`, although pyright reports an assignment to it.
+    from .quantized import as_merged, unneeded  # pyright: ignore[reportAssignmentType]
     from .requantize import uncalibrated
 
     chosen = options_of(
@@ -156,11 +158,11 @@ def merge(
         onto: only with `original`: the 16-bit weights from which the quantized base was made.
         keep: only with `requantize`. `adapter` adjusts the merged weights before they are rounded, so that rounding
             does not lose the adapters' effect on the inputs to which the adapters respond. The merge takes about ten
-            times as long as without `keep`, and whole weights must fit into memory.
+            times as long as without `keep`. Each weight that is adjusted must fit into memory as a whole.
         calibration: only with `keep`: a file of activations from `adapterkit.gating.calibrate`. The weights are then
             rounded so that the layers' outputs for these activations hardly change. Rounding errors count more in the
             input directions to which the adapters respond. This preserves far more of the adapters' effect than `keep`
-            alone. Each weight is quantized up to 200 times.
+            alone. To find this rounding, the merge quantizes each weight up to 200 times.
         seed: the seed of stochastic rounding; default: round to nearest, without random numbers. Each random number
             depends only on the seed, the tensor's name and the element's index.
         memory: the largest amount of memory to use, in bytes, not counting the memory of the imported libraries;

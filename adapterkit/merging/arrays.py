@@ -228,10 +228,11 @@ class TorchArrays:
     def _once(self, values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Prepare float64 values for a cast to float16, so that torch gets the correct float16.
 
-        torch casts float64 to float16 through float32, so it rounds twice. Therefore this method converts the values to
-        float32 first. A value that is not exact in float32 becomes the neighbouring float32 whose last bit is odd. This
-        float32 never lies halfway between two float16 numbers, and it lies on the same side of each float16 number as
-        the float64 value. So the second rounding gives the correct float16. For other dtypes, return `values` as given.
+        torch casts float64 to float16 through float32. It rounds to nearest twice, and the result may be wrong.
+        Therefore this method casts to float32 itself, and rounds to odd: a value that is not exact in float32 becomes
+        the neighbouring float32 whose last bit is odd. This float32 never lies halfway between two float16 numbers, and
+        it lies on the same side of each float16 number as the float64 value. So the second rounding, which torch does,
+        gives the correct float16. For other dtypes, return `values` as given.
         Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2007.70819
         """
         if target.dtype != self.torch.float16 or values.dtype != self.torch.float64:

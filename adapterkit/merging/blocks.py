@@ -85,7 +85,8 @@ def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Bloc
 def part_of(fold: PlannedUpdate, block: Block) -> tuple[int, int] | None:
     """Return the range of rows that a planned update changes in a block, as (first row, last row + 1).
 
-    Return None if the update changes no row of the block. Rows are counted from the start of the tensor.
+    Return None if the update changes no row of the block. Rows are counted as in `Block`: from the start of the tensor,
+    or of the tensor's slice for one expert.
     """
     if fold.target.rows is None or fold.axis == "in":
         # If the base has more rows than the adapter was trained with, the adapter changes only the first rows.

@@ -216,7 +216,8 @@ def put_file(recipe: ClusterRecipe, digest: str, uri: str, name: str) -> Shard:
     """Write one file into scratch space on this node, and upload the file to `uri`; no shared file system is needed.
 
     Raises:
-        Corrupt: the inputs differ from the driver's inputs, or the hub received other bytes.
+        Corrupt: the inputs differ from the driver's inputs, or the hub received bytes that differ from the
+            file in scratch space.
         NetworkError: a hub is not reachable, or denies access with the credentials of this node.
         StorageError: the disk of this node is full.
     """

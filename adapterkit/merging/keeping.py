@@ -1,23 +1,24 @@
 """Adjust merged weights before quantization, so that the quantized weights keep the adapter's change.
 
 Let `W` be the base's weight, `M` the merged weight, and `D = M - W` the change. If D is smaller than a quantization
-step, rounding M to the nearest loses D. But the elements of a row can also be rounded such that their errors cancel in
-the input directions to which D responds. Let `V` be these directions: the right singular vectors of D. The functions
-`kept` and `swept` call the scheme's packing function to round, so they work for every scheme.
+step, D is lost when each element of M is rounded to the nearest. But the elements of a row can also be rounded such
+that their errors cancel in the input directions to which D responds. Let `V` be these directions: the right singular
+vectors of D. The functions `kept` and `swept` call the scheme's packing function to round, so they work for every
+scheme.
 
 `kept` needs no data. It looks for the quantized matrix `Q` that is nearest to M, subject to `(Q - M) V = 0`. With
 Lagrange multipliers `C`, Q is `M + C V^T` rounded to the nearest. Gradient ascent finds C, for each row separately. The
-gradient is `(Q - M) V`, the error along V. The shift `C V^T` changes elements by whole quantization steps. So it also
-adds errors in all other directions, and these errors add up over the layers. Therefore each row gets the shift with the
-smallest squared error, in which errors along V count `OFTEN` times as much as other errors. The shift 0 is one of the
-candidates: it rounds to the nearest.
+gradient is `-(Q - M) V`, the negative of the error along V. The shift `C V^T` changes elements by whole quantization
+steps. So it also adds errors in all other directions, and these errors add up over the layers. Therefore each row gets
+the shift with the smallest squared error, in which errors along V count `OFTEN` times as much as other errors. One of
+the candidates is a shift of 0, which means that M itself is rounded to the nearest.
 
 `swept` uses recorded inputs `X` of the layer. It minimizes the error of the layer's outputs,
 `tr((Q - M) H (Q - M)^T)` with `H = X^T X`. As in GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323), blocks
 of columns are rounded one after another. After each block, the inverse of H determines how the remaining columns change
 to compensate for the block's error. To round a block, the scheme packs the whole weight. Afterwards, each block is
 rounded a second time to compensate for the errors of all other blocks; a row is changed only if its error decreases.
-The second round is needed because the scale of some columns may change after one of these columns was rounded.
+The second pass is needed because the scale of some columns may change after one of these columns was rounded.
 `weighting` increases H in the directions to which the adapter responds. Otherwise the adapter's change would be lost
 first, because it is small relative to the weight.
 """
@@ -35,7 +36,10 @@ DIRECTIONS = 64
 """The largest number of directions that are kept for one weight."""
 
 SHARE = 8
-"""For a weight with n inputs, at most `n / SHARE` directions are kept, because more cannot be kept at the same time."""
+"""For a weight with n inputs, at most `n / SHARE` directions are kept.
+
+Rounding cannot make the errors cancel in more directions at the same time.
+"""
 
 WEAK = 1e-3
 """A direction is not kept if its singular value is at most this fraction of the largest singular value."""
@@ -223,7 +227,7 @@ def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Arr
     """Round each block again to compensate for the errors of the other blocks.
 
     A row is changed only if its error decreases. The final errors of the other blocks are known only after the first
-    round. During the first round, the rounding of a block can still change a scale, and with it the errors of all
+    pass. During the first pass, the rounding of a block can still change a scale, and with it the errors of all
     elements that use this scale.
     """
     import numpy as np

@@ -30,8 +30,8 @@ class MergeOptions:
         checksums: whether to compute a sha256 of the bytes while they are written.
         rename: rules for target names that cannot be resolved in the base, each `FROM=TO` or `@FILE`.
         vocab: what to do if an adapter was trained with more tokens than the base has: `grow` or `keep`, see `merge`.
-        keep: `adapter` adjusts merged weights before they are quantized again, so that rounding does not lose the
-            adapters' effect; see `merge`.
+        keep: if `"adapter"`, merged weights are adjusted before they are quantized again, so that rounding does not
+            lose the adapters' effect; see `merge`.
         calibration: only with `keep`: a file of activations. The weights are then rounded such that the layers' outputs
             for these activations hardly change; see `merge`.
 

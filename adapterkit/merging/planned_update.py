@@ -41,8 +41,8 @@ class PlannedUpdate:
         weight: the factor by which the change is multiplied.
         source: the adapter's position in the merge's list of adapters; -1 if the change comes from no adapter.
         bias: whether the stored tensor is the target's bias instead of its weight.
-        shape: the shape of the stored tensor when the adapter was trained. It has another number of rows than the
-            base's tensor if the adapter was trained with another number of tokens.
+        shape: the shape of the stored tensor when the adapter was trained. The base's tensor has a different number of
+            rows if the adapter was trained with a different number of tokens.
         seen: the target's weight and updates, if the stored tensor is a bias and its change depends on the weight; else
             None.
     """

@@ -178,8 +178,8 @@ def _seen_in(base: Checkpoint, fold: PlannedUpdate) -> PlannedUpdate:
 def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
     """Refuse updates that do not change weights.
 
-    The caller checks twice. The check before names are resolved fails early. The check afterwards is needed because the
-    kind of some updates depends on the base's shapes.
+    The caller checks twice. It checks before it resolves the names, to fail early. It checks again afterwards, because
+    the kind of some updates depends on the base's shapes.
     """
     for target, update in updates:
         if update.kind not in ("additive", "weight"):

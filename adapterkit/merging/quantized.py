@@ -46,8 +46,8 @@ class Original(Checkpoint):
     """A base that a merge uses instead of a quantized base: the 16-bit weights from which that base was made.
 
     Attributes:
-        scheme: the quantization scheme of the base.
-        weights: the number of packed weights in the base.
+        scheme: the scheme of the quantized base.
+        weights: the number of packed weights in the quantized base.
     """
 
     scheme: str = ""
@@ -142,8 +142,8 @@ def _nothing_rounds(base: Checkpoint) -> UsageError:
 def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[str] | None = None) -> Checkpoint:
     """Return the base in the form in which the merge read it. `merged` is the merge's output.
 
-    A quantized base is returned as a `Dequantized`. If `merged` is quantized, a merge into this `Dequantized` quantizes
-    the merged weights again.
+    If the base is quantized, return a `Dequantized`. If `merged` is quantized too, this `Dequantized` has `packs=True`,
+    so a merge into it quantizes the merged weights again.
 
     Raises:
         UsageError: `calibration` is missing, or is not the calibration file that the merge used.

@@ -82,7 +82,10 @@ class Report:
 
 
 Engine = Callable[[Plan, StagingDir, "Progress | None"], dict[str, Norms]]
-"""A function that writes a plan's unfinished weight files into a stage, and returns {file name: norms}."""
+"""A function that writes a plan's weight files into a stage, and returns {file name: norms} for all of them.
+
+It skips the files that an earlier run finished.
+"""
 
 
 def local(device: str) -> Engine:

@@ -102,7 +102,7 @@ class RepackedRun:
 
         packed, output = self.weight.rowwise, self.weight.output
         merger, left = BlockMerger(output, workspace), {name: nbytes for name, (_, nbytes) in self.places.items()}
-        # `merger.norms()` returns norms of changes of the whole weight, so count them only in the weight's first run.
+        # Each norm from `merger.norms()` covers the whole weight, so count it only in the weight's first run.
         counted = merger.norms() if self.groups[0][0].first == 0 else {}
         squares = np.zeros(NORMS)
         for group in self.groups:
@@ -536,7 +536,7 @@ class _Merged:
 def repacked(
     base: Dequantized, names: Mapping[str, str], folds: Mapping[str, tuple[PlannedUpdate, ...]]
 ) -> tuple[dict[str, Lazy], dict[str, tuple[PlannedUpdate, ...]], dict[str, Repacked | RepackedStack], frozenset[str]]:
-    """Return the maps from which a plan is made, with the stored tensors of each packed weight instead of the weight.
+    """Return the maps from which a plan is made. They list a packed weight's stored tensors, not the weight itself.
 
     Args:
         base: the dequantized base.

@@ -1,7 +1,7 @@
 """Manage the stage of a merge: a hidden folder in which the merge writes its files, so that it can be resumed.
 
 Finished files are in `out/`, and their norms and checksums in `norms/`. A resumed merge writes all other files again.
-`io/staging.py` renames the complete output.
+`io/staging.py` moves the complete output to its path.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Norms = dict[str, list[float]]
 
 
 class _Finished(TypedDict):
-    """The record of a finished file: its norms, and (offset, number of bytes, sha256) of each run."""
+    """The record of a finished file: its norms, and (offset, number of bytes, sha256) of each run of bytes."""
 
     norms: Norms
     runs: list[tuple[int, int, str]]
@@ -77,7 +77,7 @@ class StagingDir(Staging):
         return self._read_finished(name)["norms"]
 
     def runs_of(self, name: str) -> list[tuple[int, int, str]]:
-        """Return the checksums of a finished file: (offset, number of bytes, sha256) of each run."""
+        """Return the checksums of a finished file: (offset, number of bytes, sha256) of each run of bytes."""
         return [(start, nbytes, digest) for start, nbytes, digest in self._read_finished(name)["runs"]]
 
     def _read_finished(self, name: str) -> _Finished:

@@ -190,7 +190,8 @@ def compare_bases(
     """Compare the base's fingerprint with the fingerprints in the merge's record and in the adapters.
 
     If the fingerprint in the merge's record differs from the base's fingerprint, return a `BaseDifference` for the
-    record. Also return one for each adapter that records fingerprints, if none of them is the base's fingerprint.
+    record. If an adapter records fingerprints, and none of these is the base's fingerprint, also return a
+    `BaseDifference` for this adapter.
     """
     differences, given = [], fingerprint(base)
     record = merge_record(merged)

@@ -329,8 +329,9 @@ class _Slot:
     def _make_room(self, raw: int, result: int) -> None:
         """Enlarge the slot's memory to `raw` bytes of input and `result` bytes of output."""
         pipeline, pinned = self.pipeline, self.pipeline.device.type == "cuda"
-        # Allocate device memory on the stream that first writes to the memory. Torch's allocator orders the reuse of
-        # freed memory only within the allocating stream, so another stream could still be using the memory.
+        # Allocate device memory on the stream that first writes to it. Torch's allocator orders the reuse of freed
+        # memory only within the allocating stream. If another stream wrote first, it could overwrite memory that
+        # earlier work on the allocating stream still uses.
         if len(self.host_raw) < raw:
             self.host_raw = self.torch.empty(raw, dtype=self.torch.uint8, pin_memory=pinned)
             with pipeline.streams.stream(pipeline.up):

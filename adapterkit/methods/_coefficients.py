@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..core.updates import Random
 
 SEED = 777
-"""The seed for the random positions of a new update. PEFT's files store a seed instead of positions; default: 777."""
+"""The seed for the random positions of a new update. PEFT's files store a seed, by default 777, but no positions."""
 
 
 class Coefficients(Additive):

@@ -1,9 +1,9 @@
 """BOFT as in LyCORIS: a butterfly product of block rotations on the outputs.  https://arxiv.org/abs/2309.14859
 
-The original BOFT (https://arxiv.org/abs/2311.06243) rotates inputs, and PEFT's BOFT orders the inputs in another way.
-In this method, a block of b outputs in factor i consists of pairs of outputs at a distance of b / 2 * 2^i. The
-permutation P_i puts the two outputs of each pair next to each other. The skew-symmetric matrix square^T - square is not
-divided by 2. LyCORIS's bypass mode also rotates the bias (`on_output`).
+The original BOFT (https://arxiv.org/abs/2311.06243) rotates inputs. PEFT's BOFT also rotates inputs, and its
+permutations differ from the permutations P_i of this method. Here, a block of b outputs in factor i consists of pairs
+of outputs at a distance of b / 2 * 2^i. The permutation P_i puts the two outputs of each pair next to each other. The
+skew-symmetric matrix square^T - square is not divided by 2. LyCORIS's bypass mode also rotates the bias (`on_output`).
 """
 
 from __future__ import annotations

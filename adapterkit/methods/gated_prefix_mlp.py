@@ -40,7 +40,10 @@ class GatedPrefixMLP(PrefixMLP):
         return super().initial(W, b, rank, random, sizes={**attributes.pop("sizes"), "layers": 1}, **gate, **attributes)
 
     def past(self) -> None:  # type: ignore[override]
-        """Return None: the gates need the attention module's input, so the prefix is not known before the forward."""
+        """Return None, because the prefix is unknown before the forward pass.
+
+        The gates need the attention module's input.
+        """
 
     def prefix(self, x: Tensor) -> Tensor:
         out: Tensor = gated(self.computed(), x, self.gate, self.gate_bias)

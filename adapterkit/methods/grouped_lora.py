@@ -4,8 +4,8 @@ Hu et al. 2021, https://arxiv.org/abs/2106.09685; https://github.com/huggingface
 without groups: it reads all channels. B mixes within groups: its rows for the first group of outputs read the first
 `share` channels of A(x), and so on. So each output depends on channels of other groups, for which
 W `[out, in / groups, *k]` has no entries. A LoRA that stays within the groups is the method `lora`, which can be
-merged. With `zero_padded`, A pads its input with zeros and has no dilation, even if the layer uses another padding or a
-dilation: PEFT copies only the layer's kernel size, stride and amount of padding to A.
+merged. With `zero_padded`, A pads its input with zeros and has no dilation, even if the layer has another padding mode
+or a dilation, because PEFT copies only the layer's kernel size, stride and amount of padding to A.
 """
 
 from __future__ import annotations

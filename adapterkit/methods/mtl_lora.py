@@ -23,7 +23,7 @@ SHARPEST = 1e-6
 """The smallest valid `sharpness`.
 
 If `sharpness` were smaller, the division `weights / sharpness` could overflow. Also, each w_i would be 0 or 1, unless
-some weights are equal.
+the largest weights are almost equal.
 """
 
 

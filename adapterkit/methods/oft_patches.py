@@ -1,10 +1,10 @@
 """OFT on patches of a convolution's input, as PEFT trains it: y' = conv(rotated(x)).
 
 Qiu et al. 2023, https://arxiv.org/abs/2306.07280. PEFT splits x into all patches of the kernel's size that lie inside
-the image. It rotates each patch by OFT's rotations, and adds up overlapping patches. A patch is stored channel by
-channel, but PEFT reads it as if it were stored position by position, which mixes up the values. PEFT's merge rotates
-the weight, not the patches. If the image has two or more patches, the merged layer computes a different function: the
-function of the method `oft`.
+the image. It rotates each patch by OFT's rotations, and adds up overlapping patches. Before this sum, PEFT stores the
+values of each channel patch by patch, but reads them as if they were stored position by position. This mixes up the
+values. PEFT's merge rotates the weight, not the patches. If the image has two or more patches, the merged layer
+computes a different function: the function of the method `oft`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class OFTPatches(OutputUpdate):
 
 
 def _within(i: int, j: int, high: int, wide: int) -> tuple[slice, slice]:
-    """Return a slice of rows and a slice of columns. In an image, they select the position (i, j) of every patch.
+    """Return a slice of rows and a slice of columns that select the pixel (i, j) of every patch of an image.
 
     A patch has `high` rows and `wide` columns.
     """

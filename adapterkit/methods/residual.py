@@ -1,8 +1,9 @@
 """Residual: subtract the initial value of a LoRA from the base.  Meng et al. 2024, https://arxiv.org/abs/2404.02948
 
 W' = W - scaling * B @ A, or W' = W - scaling * D. PiSSA, OLoRA and CorDA subtract the initial value of B @ A from the
-base, and LoftQ rounds the base. The training tools of these methods overwrite the base. In adapterkit, the subtracted
-part is an update that is not trained. So the base stays unchanged, and the adapter contains the whole change.
+base. LoftQ subtracts the base's rounding error. The training tools of these methods overwrite the base. In adapterkit,
+the subtraction is an update that is not trained. So the base stays unchanged, and the adapter contains the whole
+change.
 """
 
 from __future__ import annotations

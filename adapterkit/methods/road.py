@@ -3,7 +3,7 @@
 Output i of the first half of a group is paired with output i of the second half, and each pair is multiplied by a 2x2
 matrix. Each entry of the matrix is computed from an angle and a scale. In variant 1, all four entries have the same
 angle and scale. In variant 2, the two entries of a row have the same angle and scale. In variant 4, each entry has a
-separate angle and scale. For each group, theta and alpha list the entries on the diagonal first.
+separate angle and scale; in theta and alpha, the values of each group's diagonal entries come first.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ class WaveFT(Coefficients):
         taps = self.low_pass.shape[0]
         lower, down = _band(rows, shape[0], taps)
         right, across = _band(columns, shape[1], taps)
-        # The axes are swapped: the column selects the filter along the outputs, and the row selects the filter along
-        # the inputs. A coefficient in the right half has the high-pass filter along the outputs. A coefficient in the
-        # lower half has the high-pass filter along the inputs.
+        # PEFT swaps the axes: a coefficient's column selects the filter along the outputs, and its row selects the
+        # filter along the inputs. A coefficient in the right half has the high-pass filter along the outputs. A
+        # coefficient in the lower half has the high-pass filter along the inputs.
         patches = _taps(self.low_pass, right)[:, :, None] * _taps(self.low_pass, lower)[:, None, :]
         inside = _on(down, shape[0])[:, :, None] & _on(across, shape[1])[:, None, :]
         flat = (down[:, :, None] * shape[1] + across[:, None, :]) * inside
@@ -73,9 +73,10 @@ def _band(positions: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
 
 
 def _taps(low: Tensor, high: Tensor) -> Tensor:
-    """Return each coefficient's filter, `[n, taps]`: the high-pass filter if its entry in `high` is True, else `low`.
+    """Return the filter of each coefficient, `[n, taps]`.
 
-    The high-pass filter is `low` in reverse order with alternating signs.
+    For coefficient i, this is the high-pass filter if `high[i]` is True, else `low`. The high-pass filter is `low` in
+    reverse order with alternating signs.
     """
     mirrored = namespace(low).flip(low) * (1 - 2 * (counting(low.shape[0], low) % 2))
     return high[:, None] * mirrored[None, :] + ~high[:, None] * low[None, :]

@@ -357,12 +357,12 @@ def _modules() -> frozenset[str]:
 
 @cache
 def _of_type(model_type: str) -> Architecture | None:
+    # Most families' files are named after the family's first model type, so try the file with this name first.
     own_file = folder() / f"{model_type}.toml"
     if own_file.exists():
         return load(own_file)
     for file in sorted(folder().glob("*.toml")):
-        # Most families are named after their first model type. To find any other model type, read only the start of
-        # each file, because it lists the family's model types.
+        # Read only the start of each file: it lists the family's model types.
         listed = _TYPES.search(_head(file))
         if listed and f'"{model_type}"' in listed[1]:
             return load(file)
@@ -465,7 +465,7 @@ def of_pipelines() -> Iterator[tuple[Head, str]]:
 def texts_of_models() -> tuple[str, ...]:
     """Return the text of each architecture file whose family is not part of a diffusers pipeline.
 
-    Most of these families are models of transformers.
+    Most of these families are models in the transformers library.
     """
     texts = (file.read_text(encoding="utf-8") for file in sorted(folder().glob("*.toml")))
     return tuple(text for text in texts if "\n[pipeline]\n" not in text)

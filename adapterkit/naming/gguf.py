@@ -37,14 +37,14 @@ ARCHITECTURE = "general.architecture"
 def family_of(name: str, modules: Collection[str], keys: Collection[str] = ()) -> Architecture:
     """Find the family of a GGUF model or adapter.
 
-    Several families can share one `general.architecture`: Llama, Mistral and Mixtral are all `llama`. Some of these
-    families have a key-value that the others lack (`gguf_key` in the family's file). If the GGUF file has such a
-    key-value, only families with this key-value are considered. Otherwise, only families without a `gguf_key` are
-    considered, or all families if each has one.
+    Several families can share one `general.architecture`: Llama, Mistral and Mixtral are all `llama`. The file of such
+    a family can have a `gguf_key`: a key that GGUF files of the other families lack. If the GGUF file has such a key,
+    only families with this key are considered. Otherwise, only families without a `gguf_key` are considered, or all
+    families if each has one.
 
-    The function chooses the family whose file lists the most tensors of the GGUF file. If several families list the
-    same number of tensors, it prefers the family with the fewest weights that have no GGUF name. If several families
-    are left, it prefers the family with the fewest GGUF names that the GGUF file lacks.
+    The function chooses the family whose file lists the most tensors of the GGUF file. To break ties, it first counts
+    the weights in each family's file that have no GGUF name, then the GGUF names in each family's file that do not
+    occur in the GGUF file. In both counts, the lowest number wins.
 
     Args:
         name: the file's `general.architecture`.

@@ -71,7 +71,7 @@ def heads_of(config: Mapping[str, object] | None, where: str) -> Heads:
 
     Raises:
         UsageError: there is no config, or the config does not state the number of query heads or the width of a head.
-        Malformed: a field of the config must be a positive integer, but is not, or is too large.
+        Malformed: a field that must be a positive integer has another value, or its value is too large.
         Unsupported: the blocks have different numbers of query heads per key head.
     """
     if config is None:
@@ -165,7 +165,7 @@ def sharing(heads: Heads, which: str | None, where: str) -> int:
 
 
 def rope_pairs(rows: int, heads: int, where: str) -> Rows:
-    """Return Meta's order of query or key rows, in which each pair of rows that RoPE rotates together is adjacent.
+    """Return Meta's order of query or key rows, in which two rows that RoPE rotates together are adjacent.
 
     In transformers' order, row i of a head's first half is rotated together with row i of the head's second half.
 
@@ -181,10 +181,11 @@ def rope_pairs(rows: int, heads: int, where: str) -> Rows:
 
 
 def rotary_halves(rows: int, heads: int, rotary: int, where: str) -> Rows:
-    """Return llama.cpp's order of query or key rows, for M-RoPE models in which adjacent rows are rotated together.
+    """Return llama.cpp's order of query or key rows, for M-RoPE models that rotate adjacent rows together.
 
-    llama.cpp's kernel rotates a row of the first half together with a row of the second half. So the file stores, for
-    each head, first the rotated rows with even index, then those with odd index, then the rows that are not rotated.
+    llama.cpp's kernel does not rotate adjacent rows together. It rotates a row of the first half of the rotated rows
+    together with a row of the second half. So the file stores, for each head, first the rotated rows with even index,
+    then those with odd index, then the rows that are not rotated.
 
     Raises:
         ShapeMismatch: the rows cannot be divided evenly among the heads.
@@ -216,8 +217,8 @@ def by_value_head(rows: int, heads: LinearHeads, where: str) -> Rows:
     """Return llama.cpp's order of the rows of value heads in linear attention.
 
     In transformers, the value heads that share a key head are adjacent. llama.cpp stores the first value head of each
-    key head, then the second value head of each key head, and so on, because ggml repeats key heads in this order
-    (llama.cpp #19468).
+    key head, then the second value head of each key head, and so on. The reason is that ggml repeats the whole list of
+    key heads (0, 1, 0, 1), not each key head by itself (0, 0, 1, 1); see llama.cpp #19468.
 
     Raises:
         ShapeMismatch: the rows cannot be divided evenly among the value heads.

@@ -101,7 +101,7 @@ class ImageFamily:
         return self.architecture.namings
 
     def wanted(self, naming: str) -> str:
-        """Return the naming for which `kohya` or `comfyui` stands in this family; return any other naming unchanged."""
+        """Replace `kohya` or `comfyui` with the naming that the family uses for it; return other namings unchanged."""
         if naming == COMFYUI and not self._has_comfyui:
             return "native"
         return self.facts.kohya if naming == KOHYA else naming
@@ -192,8 +192,8 @@ def families_of_model(tensors: Iterable[str]) -> list[ImageFamily]:
 
     A family fits if its file lists all modules of the model. If no file lists all modules, a family must meet three
     conditions: its file lists more than half of the modules, no other file lists more of them, and no other file lists
-    a module that this file lacks. Published checkpoints have modules that no file lists: learned tokens and small
-    networks.
+    a module that this file lacks. These conditions are needed because published checkpoints have modules that no file
+    lists: learned tokens and small networks.
     """
     split = [rooted(name) for name in tensors]
     prefixed = [rest for root, rest in split if ROOTS.get(root[:-1]) == "denoiser"]
@@ -223,7 +223,8 @@ def looks_of_pipeline(paths: Iterable[str]) -> bool:
 
     Use this function for models whose family has no file. It looks for the last two words of each name, such as
     `attn.to_q`, in all architecture files. It returns True if the files of pipelines have more matches than all other
-    files together. One match is not enough, because the audio tower of a language model may also have a `to_q`.
+    files together. The function compares both counts because the audio tower of a language model may also have a
+    `to_q`.
     """
     ends = {".".join(path.split(".")[-2:]) + '"' for path in paths}
     texts = [family.text for family in families()], architectures.texts_of_models()

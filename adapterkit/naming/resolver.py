@@ -305,7 +305,7 @@ class FamilyNames:
         return frozenset(word for templates in every for name in templates for word in name.split("."))
 
     def _prefix(self, templates: Sequence[str], in_part: bool = False) -> tuple[str, str]:
-        """Find the change of prefix with which the largest number of a naming's names are in the base.
+        """Find the change of prefix after which the base has the most names of a naming.
 
         Return it as (removed prefix, added prefix). Return `("", "")` if no change helps. For example, if a model is
         saved without its head, its names lose a prefix.

@@ -93,7 +93,8 @@ def find_tie(names: Mapping[str, object], config: Mapping[str, object] | None) -
         if len(embeddings) != 1:
             return None
         stored = embeddings[0]
-    # Compare shapes, because other layers may also be named `output`. Only a tied head has the shape of the embedding.
+    # Compare shapes, because layers that are not heads may also be named `output`. A tied head always has the shape of
+    # the embedding.
     shape = getattr(names[stored], "shape", None)
     heads = [
         name for name in names

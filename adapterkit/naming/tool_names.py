@@ -185,7 +185,8 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 rows of their key, then the rows of their value."""
 
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-"""The parts of the fused MLP projection. All rows of gate come before those of up, as on one tensor-parallel rank."""
+"""The parts of the fused MLP projection. All rows of gate come before all rows of up, as in a model without tensor
+parallelism."""
 
 
 @cache
@@ -270,8 +271,8 @@ STACK = re.compile(rf"(?P<stem>.*\.experts)\.(?P<leaf>{'|'.join((*INNER, *OUTER)
 """Matches the module's name in the key of a tensor that stacks the factors of all experts."""
 
 EXPERT = re.compile(rf"(?P<stem>.*\.experts)\.(?P<e>\d{{1,9}})\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
-"""Matches the module's name in the key of one expert's factor. A file with such keys may store the factor that all
-experts share under a name that `STACK` matches."""
+"""Matches the module's name in the key of one expert's factor. In a file with such keys, the factor that all experts
+share may have a key with a module name that `STACK` matches."""
 
 
 def is_shared_outer(entries: Mapping[str, Lazy | Entry]) -> bool:

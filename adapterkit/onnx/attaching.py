@@ -258,8 +258,8 @@ def _attach_experts(
     node: ir.Node, kind: type[Experts], places: Sequence[ResolvedTarget], building: Building, slots: Slots | None
 ) -> None:
     """Insert nodes that compute the changed stack of expert weights, and let the experts' node read this stack."""
-    # Updates of overlapping rows must be applied one after the other; two adapters may have such updates. Put the
-    # targets of such updates into different rounds. Each round computes all of its changes at once.
+    # Two targets may have overlapping rows, for example the targets of two adapters. Their updates must be applied one
+    # after the other, so put such targets into different rounds. Each round computes all of its changes at once.
     rounds: list[list[ResolvedTarget]] = []
     for place in places:
         free = (one for one in rounds if not any(_overlap(place, other) for other in one))
@@ -518,7 +518,7 @@ def _worked_out(update: Update, layer: TargetView) -> Update:
     """Apply an update to the layer's known weight in float64, and return the result as a constant update.
 
     Returns:
-        For an additive update, the weight's change; otherwise, the new weight. Both are rounded only once.
+        For an additive update, the weight's change; otherwise, the new weight. The result is rounded only once.
     """
     computed = computed_over(update, lambda leaf: _numbers(cast(Value, leaf)))
     if isinstance(computed, Additive):
@@ -567,7 +567,8 @@ def _output(layer: TargetView, updates: Sequence[Update], added: bool = False, m
     chain = cast("FormulaLayer", layer)
     for update in updates:
         chain = cast("FormulaLayer", Composed(chain, update))
-    # The formulas of additive updates add to the layer's output; other formulas compute a new product instead.
+    # The formulas of additive updates add to the layer's output. The formulas of other updates of the weight replace
+    # this output with a new product, so `more` rules them out.
     if (layer.direct and (sums if more else not added or not weights)) or not inner:
         return cast(Value, chain(cast("Tensor", layer.x)))
     if outer:

@@ -102,7 +102,7 @@ def _base_bias(base: Checkpoint, name: str) -> BaseBias | None:
 
 
 def settle_biases(places: Sequence[ResolvedTarget], building: Building) -> None:
-    """Find the bias of each layer whose bias an update changes. If needed, add the bias right after the layer instead.
+    """Find the layers' biases that updates change. If needed, move a bias to an Add right after its layer.
 
     If the vector that is added to a layer's output is not the layer's bias, put the layer's node into
     `building.apart`, so that updates do not change the vector.
@@ -515,7 +515,7 @@ def _last_sizes(node: ir.Node, count: int) -> list[int] | None:
     parts: list[int] = []
     cast = None if given is None or is_constant(given) else given.producer()
     if cast is not None and cast.op_type == "Cast":
-        given = cast.inputs[0]  # tf2onnx computes sizes as int32.
+        given = cast.inputs[0]  # tf2onnx computes sizes as int32, and casts them to int64 for the Reshape.
     while given is not None and len(parts) < count:
         source = given.producer()
         if is_constant(given):

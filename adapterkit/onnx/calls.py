@@ -309,7 +309,8 @@ class Heard:
         if value.shape is None or len(value.shape) != 2 or y.ndim != 3:
             return None
         ones = SYMBOLS.ones_like(y[..., 0]).cast(np.int64)
-        # Cut the mask to the layer's number of positions, because both inputs of `Where` must have the same shape.
+        # `Where` reads the mask even if it selects the ones. So cut a longer mask to the layer's number of positions:
+        # the mask and the ones then have the same number of columns.
         cut = last_columns(plain(value, self.layer.branch).cast(np.int64), ones)
         chosen = self.layer.branch.node("Where", [self._alike(value, ones), cut, ones.value], None, np.int64, None)
         return Value(self.layer.branch, ones.sizes, np.int64, chosen)

@@ -27,9 +27,9 @@ class Stored:
     """The stored tensor that a node reads, directly or through Transpose and Identity nodes.
 
     Attributes:
-        value: the stored tensor. If the operand does not come from a stored tensor, `value` is a computed value. In the
-            result of `stored_behind`, this is the operand itself. In the result of `unturned`, this is the value before
-            the Transpose and Identity nodes.
+        value: the stored tensor. If the operand does not come from a stored tensor, `value` is a computed value:
+            `stored_behind` sets `value` to the operand itself, and `unturned` sets `value` to the value before the
+            Transpose and Identity nodes.
         turned: True if the operand is `value` with its first two axes swapped.
         chain: the nodes from `value` to the operand.
     """
@@ -130,7 +130,9 @@ def bytes_of(tensor: ir.TensorProtocol) -> Lazy:
 
 
 def _flat_bytes(tensor: ir.TensorProtocol) -> Array:
-    """Return the bytes of a tensor. Only 4-bit types are packed again, because numpy uses one byte for each element."""
+    """Return the bytes of a tensor, in the layout in which ONNX stores them."""
+    # ONNX packs several 4-bit or 2-bit elements into one byte, but numpy uses one byte for each element. `tobytes`
+    # packs the elements again.
     array = tensor.numpy()
     if array.nbytes == tensor.nbytes:
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

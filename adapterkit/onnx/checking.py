@@ -185,8 +185,8 @@ def checked_injection(
         adapter: the injected adapter.
         base: the base's weights.
         out: the written graph.
-        beside: for a graph with slots, the `.onnx_adapter` file that fills the slots. The check uses only the tensors
-            of this file, as a user does, so it finds a slot for which the file has no tensor. The check also runs the
+        beside: for a graph with slots, the `.onnx_adapter` file that fills the slots. The check fills the slots only
+            from this file, as a user does, so it fails if the file has no tensor for a slot. The check also runs the
             graph with empty slots, and compares this run with the original graph.
         given: inputs to run on, by name.
         alone: True if only an injection can make the change, as for attention prefixes. In that case, the check runs
@@ -325,8 +325,8 @@ def checked_merge(
     places = resolve(source.model, adapters[0], weights, tying)
     blocked = _obstacle(plain) if (rough := _rounds(source.model)) else None
     smooth = rough and blocked is None
-    # Layers that the merge does not change stay packed, and may round their inputs. This rounding would turn a
-    # difference in the last bit into a whole rounding step, so run both graphs without it.
+    # The merge may change only some layers. The others stay packed, and may round their inputs. This rounding would
+    # turn a difference in the last bit into a whole rounding step, so run both graphs without it.
     bare = smooth or (quantized == "dequantize" and not _exact(source.model))
     # An injection cannot add nodes that change packed experts, so dequantize the experts before the injection.
     try:
@@ -478,8 +478,8 @@ def _computed(model: bytes | str) -> bytes | str:
     """Insert an Identity before each weight of a recurrent layer, so that onnxruntime does not pack the weight.
 
     onnxruntime packs only stored weights of recurrent layers, and sums in another order if a weight is packed. In a
-    graph with slots, weights are computed, so they are not packed. The graph that it is compared with must not pack
-    them either.
+    graph with slots, nodes compute the weights, so onnxruntime does not pack them. It must not pack the weights of the
+    original graph either, because the check compares the two graphs.
     """
     import onnx
 

@@ -142,8 +142,8 @@ def _inputs_for_outside(model: ir.Model) -> dict[str, tuple[ir.TensorProtocol, b
     example the sizes of a Reshape.
 
     Returns:
-        a map from the name of each tensor that became an input to a pair: the tensor, and True if the graph already had
-        an input with this name.
+        a map with an entry for each tensor that became an input. The key is the tensor's name. The value is a pair: the
+        tensor, and True if the graph already had an input with this name.
     """
     outside: dict[str, tuple[ir.TensorProtocol, bool]] = {}
     for graph in model.graphs():

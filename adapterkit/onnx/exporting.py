@@ -107,7 +107,7 @@ def check_folder(target: Path, overwrite: bool) -> None:
 
 @contextmanager
 def published(target: Path, inputs: Iterable[Path] = (), made_from: str | None = None) -> Iterator[Path]:
-    """Yield a folder to write an export to; when the block ends, that folder replaces `target`.
+    """Yield a scratch folder to write an export to; when the block ends, move the written files to `target`.
 
     Old files in `target` are removed if their names match `OWNS`; all other files there stay.
 
@@ -235,8 +235,9 @@ def _check_place(by_name: Mapping[str, Lazy], out: Path) -> None:
 def _alike(name: str, shape: tuple[int, ...], by_name: Mapping[str, Lazy]) -> list[Lazy]:
     """Return the stored tensors that may equal a graph's tensor.
 
-    These are the tensors with the same name and shape. If no tensor has both, return all tensors with the same shape,
-    because the files may store a tied weight only under its other name.
+    These are the tensors with the same name (except for a wrapper's prefix) and the same shape. If there are none,
+    return all tensors with the same shape: a tied weight has several names, and the files may store it under a name
+    that the graph does not use.
     """
     sized = {other: leaf for other, leaf in by_name.items() if leaf.shape == shape}
     named = [leaf for other, leaf in sized.items() if same_end(name, other)]

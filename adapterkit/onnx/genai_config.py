@@ -55,8 +55,8 @@ def write_genai_config(model: PretrainedModel, graph: Path, out: Path) -> list[P
     Returns:
         a list with the config's path. The list is empty, and no file is written, if onnxruntime-genai cannot run the
         graph. This is the case if the graph has no cached keys and values, if the sizes of keys and values differ
-        between layers, if a state has an unknown name (such as a second state of the same kind) or an unexpected
-        shape, or if the model's configs have no end-of-text token.
+        between layers, if a state has an unknown name or an unexpected shape, if the graph uses two of the names in
+        `STATES` for the same kind of state, or if the model's configs have no end-of-text token.
     """
     config = _config(model, opened(graph).model, graph.name)
     if config is None:

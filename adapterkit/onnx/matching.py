@@ -1,7 +1,7 @@
 """Find layers by the values of their weights if a graph lacks names, and compare layers found by name with the base.
 
-A match is certain if the layer's weight, or some of its rows, are equal to a base weight. In a quantized graph, no
-weight may be equal. Then the layer with the nearest weight of the same shape is accepted, under two conditions: the
+A match is certain if the layer's weight, or a range of its rows, is equal to a base weight. If there is no such layer,
+e.g. in a quantized graph, the layer with the nearest weight of the same shape is accepted under two conditions: the
 relative distance between this weight and the base weight is at most `NEAR`, and the second nearest weight is at least
 `APART` times as far away. `NEAR` accepts a quantized copy of the base weight, but not the same layer's weight from
 another checkpoint.

@@ -147,7 +147,7 @@ def _outputs(values: Iterable[ir.Value]) -> Iterable[Output]:
 
 
 def worked_out(values: Iterable[ir.Value]) -> None:
-    """Compute the changed tensors that are stored in the model file itself; keep their arrays in memory."""
+    """Compute the changed tensors that will be written to the model file itself; keep their arrays in memory."""
 
     def compute(value: ir.Value) -> None:
         tensor = value.const_value

@@ -176,7 +176,8 @@ def norms_at(
     Args:
         model: the graph.
         adapter: the adapter.
-        others: a map whose keys are the names of other layers' weights; targets with these names are skipped.
+        others: a map whose keys are the names of the weights of layers that are not norms; targets with these names are
+            skipped.
         base: the weights that the graph was exported from.
         role: the part of the model that the graph holds, such as `encoder`, according to the graph's file name.
 

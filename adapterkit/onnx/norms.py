@@ -55,7 +55,9 @@ _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
 def groups_of(spot: Spot) -> int:
     """Return the number of groups of a transposed convolution; 1 for other layers.
 
-    Only a transposed convolution divides its outputs among two axes of the weight, `[in, out / groups, *k]`.
+    The weight of a transposed convolution is `[in, out / groups, *k]`. With several groups, this weight has no axis
+    that contains all output channels. The weights of other layers have such an axis, even those of grouped
+    convolutions.
     """
     return int(attribute(spot.node, "group", 1)) if issubclass(spot.kind, ConvTranspose) else 1
 
@@ -277,7 +279,10 @@ def _bias_in_base(base: Checkpoint, weight: str) -> Array | None:
 
 
 def _by_channel(spot: Spot, W: Array) -> Array:
-    """Return a weight `[out, in, *k]` as a matrix with one row per output channel."""
+    """Return a weight as a matrix with one row per output channel.
+
+    `W` is `[out, in, *k]`, or `[out / groups, in, *k]` for a transposed convolution.
+    """
     groups = groups_of(spot)
     if groups == 1:
         return W.reshape(len(W), -1)

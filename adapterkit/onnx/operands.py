@@ -128,7 +128,8 @@ def attribute(node: ir.Node, name: str, default: Default) -> Default: ...
 def attribute(node: ir.Node, name: str, default: object) -> object:
     """Return a node's attribute, or `default` if the node lacks the attribute.
 
-    Pass a default of None only for attributes that are lists of integers. Their type is not checked.
+    With a default of None, the attribute's type is not checked, but the result is annotated as `Sequence[int] | None`.
+    So pass None only for attributes that are lists of integers.
 
     Raises:
         Malformed: the attribute and a default other than None have different types.

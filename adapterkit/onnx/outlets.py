@@ -64,7 +64,8 @@ def outlet(model: ir.Model, target: Target, updates: Sequence[Update], is_layer:
     Raises:
         TargetNotFound: the graph does not have the module, or a module that an update names.
         Unsupported: the updates name different residuals or norms; a named module does not have exactly one input; a
-            module named as the norm does not have exactly one output; or an update names a norm, but skips it.
+            module named as the norm does not have exactly one output; or the updates name a norm, but `whole` is
+            false for one of them.
     """
     where = str(target)
     outer = [update for update in updates if isinstance(update, OutputUpdate)]
@@ -142,7 +143,7 @@ def _adds(module: Module, node: ir.Node, at: int) -> bool:
 
 
 class Ended:
-    """A target for `OutputUpdate`s: a module, or a layer with a residual and a norm outside of the layer's node.
+    """A target for `OutputUpdate`s: a module, or a layer with a residual or a norm outside of the layer's node.
 
     Args:
         outlet: the target's output site.

@@ -236,9 +236,10 @@ def export_pretrained(
 
 
 def _make_traceable(model: nn.Module) -> None:
-    """Make mixtures of experts use batched matmuls, for which they select the experts' weights by index.
+    """Make mixtures of experts use batched matmuls.
 
-    By default, transformers uses a grouped matmul, which torch cannot export.
+    The batched implementation selects the weights of each token's experts by index. By default, transformers uses a
+    grouped matmul, which torch cannot export.
     """
     choose = getattr(model, "set_experts_implementation", None)  # transformers 4 does not have this method.
     if choose is not None:

@@ -1,6 +1,7 @@
 """Find an execution provider that works.
 
-onnxruntime also lists providers that do not work. A session with such a provider may run on the CPU without an error.
+onnxruntime's list of available providers may include providers that do not work on this computer. A session with such
+a provider may run on the CPU without an error.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def quiet_options() -> object:
     """Return session options with which onnxruntime prints only fatal errors."""
     onnxruntime: Any = import_module("onnxruntime")
     options: Any = onnxruntime.SessionOptions()
-    # 4 means fatal. onnxruntime prints messages to stderr, so Python's logging cannot filter them.
+    # 4 means fatal. onnxruntime's C++ code prints its messages to stderr, so Python's logging cannot filter them.
     options.log_severity_level = 4
     quiet: object = options
     return quiet

@@ -1,8 +1,8 @@
 """Read and change the weights of recurrent layers (RNN, GRU, LSTM).
 
-A single node has the weights and biases of all gates and directions, and computes all steps of the recurrence. Extra
-nodes after this node cannot have the effect of a changed weight, because every step uses the weight. Therefore new
-nodes compute the changed weight, and the layer reads the changed weight.
+A single node has the weights and biases of all gates and directions, and computes all steps of the recurrence. Each
+step uses the weights, so nodes that are added after the recurrent node cannot correct its output for a changed weight.
+Therefore new nodes compute the changed weight, and the recurrent node reads the changed weight.
 
 The order of the gates differs: torch has `r z n` for GRU and `i f g o` for LSTM; ONNX has `z r h` and `i o f c`. The
 adapters' formulas get weights and biases in torch's order.

@@ -101,8 +101,8 @@ class FoldedNorm:
         weight: the base's weight in the layout of the adapters' formulas, `[out, in, *k]`, float64.
         bias: the bias of the base's layer, `[out]`, float64; None if the layer has none.
         kind: `batch norm` or `scale`, for messages.
-        is_rounded: whether the graph stores the layer's weight quantized. If so, updates are computed with the base's
-            weight, even after a merge has dequantized the graph's weight.
+        is_rounded: whether the graph stores the layer's weight in quantized form. If so, updates are computed with the
+            base's weight, even after a merge has dequantized the graph's weight.
     """
 
     name: str

@@ -524,8 +524,8 @@ def plain_call(name: str) -> str:
 def _without_modules(places: Sequence[ResolvedTarget]) -> list[ResolvedTarget]:
     """Remove layers from a target such as `fc` if they also belong to a target such as `fc_1`.
 
-    `fc_1` may be an exporter's name for the second call of `fc`. But if an adapter targets both names, they are two
-    modules. The exporter may still store one tensor for both, if their weights are equal.
+    `fc_1` may be an exporter's name for the second call of `fc`. But if an adapter targets both `fc` and `fc_1`, they
+    are two modules. The exporter may store one tensor for both modules if their weights are equal.
     """
     spots_of_modules = {
         place.target.path: {*place.spots} for place in places if plain_call(place.target.path) != place.target.path
@@ -602,8 +602,9 @@ names every attention layer `attn`, and every router of experts `moe.router`."""
 def _in_words_of(adapter: Adapter, known: Known) -> Known:
     """Add aliases to a graph's names: the adapter's names for attention layers and routers, as in `BUILDER_NAMES`.
 
-    Callers must add these aliases before names are translated between families, because one family also has a layer
-    named `attn.q_proj`, and the rows of that layer have another order.
+    Callers must add these aliases before names are translated between families. One family has a layer that is also
+    named `attn.q_proj`, but stores its rows in another order. Without the aliases, the builder's `attn.q_proj` could be
+    taken for that layer.
     """
     return {alias: known[name] for alias, name in _renamed_parts(adapter, known).items()} | known
 
@@ -691,8 +692,8 @@ def _in_rows(target: Target, spot: Spot) -> Target:
 def _turned(site: Site, shape: tuple[int, ...], kind: type[GraphLayer]) -> bool:
     """Whether the updates apply to the weight with its first two axes swapped.
 
-    Updates of token rows have one row for each token. Tokens are the inputs of an embedding, but the outputs of a head.
-    Updates that store whole weights may use the base's axis order, which may have `in` first.
+    An update of token rows expects the tokens on the axis `in`, as in an embedding. A head has the tokens on the axis
+    `out`. Updates that store whole weights may use the base's axis order, which may have `in` first.
     """
     dims = [update.dims() for update in site.updates if update.kind != "output"]
     whole = any("rest" in each for each in dims) and not any("in" in each for each in dims)

@@ -29,8 +29,8 @@ CURE = (
 
 
 MOST_MOVED, TIMES = 0.01, 3.0
-"""Limits for the change of the outputs by rounding and clipping, measured with the adapter. The user gets a warning if
-this change exceeds both `MOST_MOVED` times the largest output value and `TIMES` times the change without the adapter.
+"""Limits for how much rounding and clipping change the graph's outputs. The user gets a warning if the change with the
+adapter exceeds both `MOST_MOVED` times the largest output value and `TIMES` times the change without the adapter.
 The limits are used only if no node clips more values with the adapter than without it."""
 
 
@@ -39,8 +39,8 @@ class Saturation:
     """The numbers of values that quantization clips without and with the adapter.
 
     Attributes:
-        nodes: a map from the name of each QuantizeLinear that clips values to two counts: the number of values that
-            the node clips without the adapter, and the number with it.
+        nodes: two counts for each QuantizeLinear that clips values, by the node's name. The first is the number of
+            values that the node clips without the adapter. The second is the number that it clips with the adapter.
         values: the number of values that the QuantizeLinear nodes read in the graph with the adapter, clipped or not.
         moved: the change of the outputs that is caused by rounding and clipping activations, relative to the largest
             output value. The first element is the change without the adapter, the second the change with the adapter.

@@ -186,7 +186,7 @@ def refuse_selected(place: ResolvedTarget) -> None:
 def _adds_bias(node: ir.Node) -> bool:
     """Whether the graph adds a bias to the product with the experts' weights.
 
-    A constant counts as a bias, and so does a vector from a Gather or GatherND.
+    An added value counts as a bias if it is a constant or comes from a Gather or GatherND.
     """
     product = product_of(node)
     assert product is not None

@@ -224,8 +224,8 @@ class Session:
         values: Mapping[str, Lazy] | None = {} if path is None else _slot_values(path)
         ready_made = values is not None and path is not None
         values = values or {}
-        # If Olive wrote the file for another graph, none of its slots are in this model. But Olive's slot names contain
-        # the targets' names, so `fit` can read the file like an adapter in any other format.
+        # If Olive wrote the file for another graph, this model has none of the slots that the file names. But Olive's
+        # slot names contain the targets' names, so `fit` can read the file like an adapter in any other format.
         if ready_made and path is not None and not values.keys() & self._slots.keys() and has_olives_names(Path(path)):
             ready_made = False
         if ready_made:
@@ -270,7 +270,8 @@ class Session:
                 is masked, and positions count up.
             adapter: the adapter's name. To use several adapters that have no common target, pass a mapping from names
                 to weights. If `inject` wrote the model with `mode="rows"`, you can pass a list with a name or None for
-                each row of the batch. With None, the results equal the results of the base, bit for bit.
+                each row of the batch; a row with None uses the base alone. If `adapter` itself is None, the results
+                equal the results of the base, bit for bit.
             outputs: the names of the outputs to return; all by default.
 
         Raises:
@@ -324,7 +325,7 @@ class Session:
             max_new_tokens: the largest number of tokens to add.
             adapter: the adapters, as in `run`.
             end: the token or tokens that end a text, such as `eos_token_id` in the model's `generation_config.json`.
-                Texts that end before others are padded with the first of these tokens.
+                If a text ends earlier than others, it is padded with the first of these tokens.
             attention_mask: 0 for padding and 1 for tokens, `[batch, length]`; required for several texts.
 
         Returns:
@@ -399,8 +400,9 @@ class Session:
             return {}
         batch, length = np.shape(ids)[:2]
         given = {name: np.shape(array) for name, array in inputs.items() if name.startswith(PAST)}
+        # Skip the caches of sliding windows: their length is fixed, so it does not show how many tokens the past has.
         lengths = {shape[2] for name, shape in given.items() if len(shape) == 4 and name not in self._windows}
-        if len(lengths) != 1 and given:  # The cache of a sliding window does not show how many tokens the past has.
+        if len(lengths) != 1 and given:  # The number of tokens in the past is unknown.
             return {}
         past = lengths.pop() if given else 0
         defaults: dict[str, Array] = {}
@@ -418,7 +420,7 @@ class Session:
             elif name == "attention_mask" and batch == 1:  # With several texts, require a mask: some may be padded.
                 defaults[name] = np.ones((batch, past + length), kind_of(entry))
             elif name == "position_ids" and np.all(np.asarray(inputs.get("attention_mask", 1)) == 1):
-                # If a text is padded, the caller must pass the positions, because the first position is not known.
+                # If a text is padded, the caller must pass the positions: they do not count up from the past's length.
                 defaults[name] = np.arange(past, past + length, dtype=kind_of(entry))[None].repeat(batch, 0)
         return defaults
 

@@ -120,8 +120,8 @@ class State:
     def state(self, update: Shadow) -> Value:
         """Return the state that the block gets, in the dtype of the block's input `x`.
 
-        If `x` has three axes and the same width as the state, the state is declared with all sizes of `x`. An unknown
-        width of the state counts as the same width. Otherwise, only the state's width is declared.
+        The state is declared with all sizes of `x` if `x` has three axes, and the state's width is unknown or equals
+        the width of `x`. Otherwise, only the state's width is declared.
         """
         x, branch = self.heard.layer.x, self.heard.layer.branch
         value = self.shadows.reached(update, self.heard)
@@ -251,8 +251,8 @@ def _tokens(update: Shadow, heard: Heard, given_inputs: Mapping[str, ir.Value], 
 def _embedded(ids: ir.Value, own_ids: ir.Value, heard: Heard) -> ir.Value:
     """Return the embeddings of the token ids `ids`.
 
-    `own_ids` are the token ids that the graph embeds. If `ids` are other values, the nodes of the base's embedding are
-    copied, and the copy embeds `ids`.
+    `own_ids` are the token ids that the graph embeds. If `ids` is another value of the graph than `own_ids`, the nodes
+    of the base's embedding are copied, and the copy embeds `ids`.
     """
     building, branch = heard.words.building, heard.layer.branch
     end = _embedding(own_ids, heard)

@@ -67,9 +67,9 @@ def write_adapter(
 
     onnxruntime's `LoraAdapter` and `Session` load the file. A second file beside it describes the tensors, so that
     `adapterkit.read` can read the adapter back. If `out` ends with `.safetensors`, this function writes a safetensors
-    file instead, whose keys are the names of the slots. This file is for runtimes that do not read `.onnx_adapter`
-    files; `Session` also loads it. If the slots are required inputs, the file has a tensor for every slot. If the
-    adapter has no values for a slot, the slot's tensor leaves the base's results unchanged.
+    file instead, whose keys are the names of the slots. The safetensors file is for runtimes that do not read
+    `.onnx_adapter` files; `Session` also loads it. If the slots are required inputs, a file of either kind has a tensor
+    for every slot. If the adapter has no values for a slot, the slot's tensor leaves the base's results unchanged.
     """
     from ..formats.onnx_adapter import write_slots_record
 

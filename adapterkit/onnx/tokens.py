@@ -80,7 +80,7 @@ def every_token(words: Call, branch: Branch) -> ir.Value:
     past = next(iter(past_inputs(words.building.model.graph).values()), None)
     if past is None:
         return ids
-    # Declare the length of the new input with the cache's size, so that the input and the cache have the same length.
+    # Declare the new input with the size of the cache's token axis, so that the input and the cache have equal lengths.
     length = "past_tokens" if past.shape is None or len(past.shape) < 3 else past.shape[2]
     earlier = words.new(EARLIER, [first_axis(ids_input), length])
     return branch.node("Concat", [earlier, ids], {"axis": 1}, np.int64, None)
@@ -92,7 +92,8 @@ def every_position(words: Call, branch: Branch, value: ir.Value, like: Value) ->
     The past's positions are consecutive and end just before the call's first position. Negative positions become 0.
 
     Args:
-        words: the call. Call `every_token` first, because it adds the input for the past's tokens.
+        words: the inputs of the model's call. Run `every_token` before this function, because `every_token` adds the
+            input for the past's tokens.
         branch: collects the added nodes.
         value: the positions of the call's tokens, with one row for each text, or a single row for all texts.
         like: an integer matrix with one entry for each token of the call.

@@ -1,7 +1,7 @@
 """Find a graph's tied layers (an embedding and a head with equal weights). Find out which of them an adapter changes.
 
-Exporters store a tied tensor once, or store a transposed copy for the head, so equal values are the only sign of a tie.
-`merging.ties` decides which tied layers each update changes, as it does for merges into model folders.
+Exporters store a tied tensor once, or store a transposed copy for the head. So in the graph, equal values are the only
+sign of a tie. `merging.ties` decides which tied layers each update changes, as it does for merges into model folders.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def with_tied(
     Raises:
         UsageError: neither the adapter nor the caller's choice shows which of the tied layers an update changes.
     """
-    # Trust the config, because equal values alone do not prove a tie.
+    # If the config says that no layers are tied, trust it: layers with equal values are not always tied.
     if says_untied(tying.config):
         return list(places)
     for group in _groups(spots, [spot for place in places if _may_be_tied(place) for spot in place.spots]):
@@ -114,7 +114,7 @@ def _groups(spots: Sequence[Spot], changed: Sequence[Spot]) -> list[_TiedLayers]
 def _with_group(
     places: Sequence[ResolvedTarget], adapter: Adapter, group: _TiedLayers, tying: Tying
 ) -> list[ResolvedTarget]:
-    """Return `places` with a tied group's targets completed.
+    """Return `places` after adding and removing targets in one group of tied layers.
 
     If the updates of a target in the group also change other layers of the group, the result has new targets for these
     layers. If the updates of a target in the group have no effect, the result omits this target.

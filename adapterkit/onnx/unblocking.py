@@ -100,8 +100,9 @@ def _channels_first(model: ir.Model, node: ir.Node) -> None:
     assert isinstance(graph, ir.Graph)
     kinds = [np.dtype(np.uint8) if one is None else element_type(one) for one in (node.inputs[2], zero)]
     first, last = [0, axes[-1], *axes[1:-1]], [0, *axes[2:], 1]
-    # Remove the Transposes that onnxruntime added around the convolution. With them, an adapter's change would be added
-    # before the output is rounded, and the output's integer range would clip the change.
+    # Remove the Transposes that onnxruntime added around the convolution, so that a DequantizeLinear reads the
+    # convolution's output. An adapter's change is then added to the DequantizeLinear's output. If a Transpose read the
+    # convolution's output, `opened_up` would round the sum to integers again, and their range would clip the change.
     before = node.inputs[0].producer() if node.inputs[0] is not None else None
     if _transposes(before, last):
         x = before.inputs[0]  # type: ignore[union-attr]
@@ -266,10 +267,12 @@ class _Region:
 def _size(region: _Region, base: Checkpoint) -> int:
     """Find the block size by trial: convert kernels to the plain layout, and compare them with the base's weights.
 
-    The first kernel that equals a weight with exactly one block size decides.
+    A block size fits a kernel if the converted kernel equals a weight of the base. Several sizes can fit the same
+    kernel. Return the size for the first kernel that only one size fits.
 
     Raises:
-        _Unknown: no block size fits the shapes of all kernels, or no kernel equals a weight with exactly one size.
+        _Unknown: no block size is possible for the shapes of all kernels, or there is no kernel that only one size
+            fits.
     """
     sizes = [size for size in SIZES if region.size in (None, size) and _divides(region, size)]
     if not sizes:

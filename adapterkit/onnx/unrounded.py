@@ -345,8 +345,8 @@ def _where(of: _Unrounding, node: ir.Node) -> ir.Value:
 def _integer_product(of: _Unrounding, node: ir.Node) -> ir.Value:
     """Convert a MatMulInteger, which applies no scales.
 
-    Later nodes multiply its output by the scales of the weight and of the input. The conversion set the input's scale
-    to 1.
+    Later nodes multiply its output by the weight's scale and by the input's scale. If a DynamicQuantizeLinear
+    computed the input's scale, `_changed` has replaced this scale by 1, because the input stays float.
     """
     W = of.operand(_at(node, 1), None, _at(node, 3))
     return of.node("MatMul", [of.operand(_at(node, 0), None, _at(node, 2)), W])

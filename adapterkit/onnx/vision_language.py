@@ -84,8 +84,8 @@ def vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWor
         source: the model's folder, for error messages.
 
     Raises:
-        Unsupported: the vision encoder, the embeddings and the decoder cannot be called separately, or together they
-            compute other logits than the whole model.
+        Unsupported: the vision encoder, the embeddings and the decoder cannot be called separately, or their logits
+            differ from the logits of the whole model.
     """
     import torch
 
@@ -271,8 +271,8 @@ class Decoder:
         rotary: whether a token has three position ids: its frame, row and column in an image.
         offset: the position id that transformers gives to the first token. In the graph, position ids start at 0.
         deep: the number of decoder layers that read deep features. These layers are the decoder's first layers. Deep
-            features are image features; each of these layers has its own. In each row of the embeddings, the deep
-            features of all these layers follow the embedding.
+            features are image features, and each of these layers reads different ones. In each row of the embeddings,
+            the deep features for all these layers follow the embedding.
         embedding: the module that computes embeddings from tokens.
         module: the module that computes logits from embeddings.
     """

@@ -41,7 +41,7 @@ def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Up
     if thin:
         # If the ranks of the LoRAs add up to more than min(out, in * k), reduce the sum's rank to min(out, in * k). The
         # reduction loses nothing, because no matrix of this shape has a larger rank. With `stacking`, keep the factors
-        # as they are, because `stack` must not compute anything.
+        # as they are, because `stack` only concatenates them.
         ranks = [int(update.A.shape[int(place.target.stacked)]) for update, _ in thin]
         whole = len(place.shape) < 2 or sum(ranks) > min(place.shape[0], math.prod(place.shape[1:]))
         updates_made.append(_reduced(place, thin) if whole and not stacking else _beside(place, thin))
@@ -125,7 +125,8 @@ def _biases(changes: Sequence[Change]) -> Array:
     return summed(bias for change in changes if (bias := change.bias()) is not None)
 
 
-# The public operations. The sum of adapters changes a weight W to the same W' as a merge of these adapters:
+# The public operations. The sum of adapters changes a weight W to W'. A merge of the same adapters into the base gives
+# the same W':
 #     W' = W + sum_i weight_i * (f_i(W) - W), where f_i(W) is the weight with adapter i alone
 #
 # Low-rank factors are joined: ranks add up, and no product is computed. PEFT's "linear" instead sums all A and all B
@@ -215,10 +216,11 @@ def stack(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """Join adapters without computing anything: LoRAs are concatenated, and other updates stay separate.
+    """Join adapters: concatenate low-rank factors, and keep additive updates without low-rank factors separate.
 
-    The ranks of the LoRAs add up, even to more than min(out, in * k). The result computes the same function as the
-    result of `add`. Prompts and other contexts are concatenated.
+    LoRAs are concatenated without reading their tensors. The ranks add up, even to more than min(out, in * k). The
+    result computes the same function as the result of `add`. Updates that are not additive are combined as in `add`,
+    but prompts and other contexts are concatenated if all weights are 1.
 
     Raises:
         AdapterkitError: as for `add`.

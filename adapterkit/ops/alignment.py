@@ -74,7 +74,8 @@ class AlignedPlace:
         """Return each adapter's change, multiplied by the adapter's weight; None if the adapter lacks this target.
 
         Raises:
-            AdapterkitError: an update is not additive. `lowering.additive` replaces such updates, if possible.
+            ShapeMismatch, UsageError: see `shape`.
+            AssertionError: an update is not additive. `lowering.additive` replaces such updates, if possible.
         """
         shape, factors = self.shape, weights or [1.0] * len(self.updates)
         changes: list[Change | None] = []
@@ -114,9 +115,9 @@ def places(
     Args:
         adapters: adapters or their paths.
         base: the base. All adapters are bound to the base's names and layouts, and some methods need its weights.
-        lower: None to keep all updates as they are. A participle, such as `"combined"`, to convert all updates that are
-            not additive to additive updates. The error message for an update that cannot be converted contains this
-            participle.
+        lower: None keeps all updates as they are. A participle, such as `"combined"`, makes all updates additive: an
+            update that is not additive becomes a difference from the base's weights. If that is impossible, the error
+            message contains this participle.
         disjoint: whether to allow adapters that have no target in common.
         rename: rules that rename targets, each `FROM=TO` or `@FILE`. Each rule must match a target of at least one
             adapter.

@@ -42,9 +42,10 @@ WHOLE = 1 << 12
 """If a tensor has at most this many entries, all of them are sampled; otherwise, at least this many are sampled."""
 
 DEVIATIONS = 6.0
-"""Half the width of the first interval, in standard deviations of an estimated rank.
+"""Half the width of the first interval, in standard deviations of a rank that is estimated from the sample.
 
-The interval reaches from rank k - d to rank k + d, and d is this number times the standard deviation.
+A value's rank is its position in descending order. The interval reaches from the sampled value with the estimated rank
+k - d to the one with the estimated rank k + d. d is this number times the standard deviation.
 """
 
 WIDER = 1.25

@@ -180,7 +180,7 @@ class Evaluation:
             why = "the method uses statistics of the whole adapter, so its parameters cannot differ between targets"
             raise UsageError(why, where="scope", cure="Pass --set scope=tensor (scope=), or one value for all targets")
         stages = self.asked.method(self.aligned[0].target).stages
-        # Sampling a few targets saves time only if there are many more targets.
+        # With fewer than 2 * SAMPLED targets, `_pass` samples all targets.
         self.census.partial = len(self.aligned) >= 2 * SAMPLED
         self.census.run(lambda few: self._pass(self.census, few), stages)
 

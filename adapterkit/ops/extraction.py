@@ -216,9 +216,10 @@ def extract(
             about four times its tensor's size in float32.
         report: a function that is called with a `Cut` for each changed target.
         progress: a function that is called with (bytes of finished tuned weights, total bytes).
-        rename: rules that map names in the tuned model to names in the base, each `FROM=TO` or `@FILE`. A name
-            that no rule matches may come from another version of transformers, or may be similar to a name in the base.
-            Such a name is mapped only if exactly one name in the base fits.
+        rename: rules that map names in the tuned model to names in the base, each `FROM=TO` or `@FILE`. If no rule
+            matches a name and the base lacks it, adapterkit looks for the name that another version of transformers
+            uses, and for the same name with another prefix. The name is mapped only if exactly one name in the base
+            fits.
         strict_base: whether to refuse a base that differs from the base in the tuned model's merge record.
 
     Returns:
@@ -314,12 +315,10 @@ class _Extraction:
         return aliases(self.base)
 
     def tied(self) -> dict[str, str]:
-        """Return lineage arguments that state whether a change of a tied embedding also changes the head.
+        """Return the lineage argument `tied`, which states whether a change of the tied embedding changes the head too.
 
-        The result is empty if no weights are tied.
-
-        The value is `untie` if the tuned model stores a separate head. Otherwise, the value is `merge`, and a change of
-        the embedding also changes the head.
+        `tied` is `untie` if the tuned model stores a separate head. Otherwise, `tied` is `merge`: a change of the
+        embedding also changes the head. The result is empty if no weights are tied.
         """
         tie = find_tie(self.base.tensors, self.base.config)
         return {} if tie is None else {"tied": "untie" if tie.head in self.tuned.tensors else "merge"}

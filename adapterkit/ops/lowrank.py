@@ -69,8 +69,8 @@ def _between(deltas: Sequence[Delta], R_B: Array, R_A: Array) -> tuple[Array, ..
 
     Args:
         deltas: the changes.
-        R_B: the factor R of the QR decomposition of the concatenated B, a matrix `[out, sum of ranks]`.
-        R_A: the factor R of the QR decomposition of the concatenated A^T, a matrix `[in * k, sum of ranks]`.
+        R_B: the factor R of the QR decomposition of the concatenated B `[out, sum of ranks]`.
+        R_A: the factor R of the QR decomposition of the concatenated A^T `[in * k, sum of ranks]`.
     """
     import numpy as np
 
@@ -118,7 +118,7 @@ def cores(deltas: Sequence[Delta]) -> tuple[Array, ...]:
 
 
 def orthonormal(X: Array) -> tuple[Array, Array]:
-    """Decompose X `[m, n]` into Q `[m, n]` with orthonormal columns and R `[n, n]`.
+    """Decompose X `[m, n]` into Q `[m, p]` with orthonormal columns and R `[p, n]`, with p = min(m, n).
 
     The function uses two rounds of Cholesky decomposition of a Gram matrix (Yamamoto et al. 2015). They take a third of
     the time of QR. The result is exact to rounding if the columns are far from linearly dependent; otherwise, QR is

@@ -2,7 +2,7 @@
 
     merge_method: ties
     models:
-      - model: adapters/one            # a path, or `adapter:`
+      - model: adapters/one            # a path; the key may also be `adapter`
         parameters: {weight: 1.0, density: 0.5}
       - model: adapters/two
         parameters:

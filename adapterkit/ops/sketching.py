@@ -7,7 +7,7 @@ squares of D's k largest singular values. Let R = D - Q Q^T D, let r be the squa
 let s_1 .. s_k be the k largest singular values of Q^T D. The upper bound is s_1^2 + .. + s_k^2, plus the smaller of two
 terms:
 
-- k r (Ky Fan 1949, for D^T D = (Q^T D)^T (Q^T D) + R^T R);
+- k * r (Ky Fan 1949, for D^T D = (Q^T D)^T (Q^T D) + R^T R);
 - the sum of max(r - s_i^2, 0) over i, plus the sum of the k largest singular values of R D^T Q (the same theorem
   for D D^T).
 

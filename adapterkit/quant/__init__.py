@@ -89,7 +89,10 @@ class Packed(ABC):
         return None
 
     def with_parts(self, parts: Mapping[str, Lazy]) -> Packed | None:
-        """Return a copy of the weight that reads the tensors in `parts`; None if only `Scheme.find` can create one."""
+        """Return a copy of the weight that reads the stored tensors in `parts`.
+
+        Return None if the class cannot make this copy. The caller must then create the weight with `Scheme.find`.
+        """
         return None
 
     @abstractmethod
@@ -106,8 +109,8 @@ class Packed(ABC):
         """Quantize new values for this weight with the scheme's formula.
 
         Args:
-            merged: a function that returns rows `start` to `stop` as float32 `[rows, width]`; it may be called several
-                times for the same rows.
+            merged: a function that returns rows `start` to `stop` as an array `[rows, width]`, in the dtype that the
+                property `merged` names. The function may be called several times for the same rows.
 
         Returns:
             The stored tensors that change, in their stored dtypes and shapes.
@@ -146,8 +149,8 @@ class Rowwise(Packed):
     def closed(self, row: int) -> bool:
         """Whether a run of rows may begin at this row.
 
-        It may if the bytes of all earlier rows come before the bytes of this row and of all later rows, in each stored
-        tensor that a merge changes.
+        The result is true if each stored tensor that a merge changes has the bytes of all earlier rows before the bytes
+        of this row and of all later rows.
         """
 
     @abstractmethod

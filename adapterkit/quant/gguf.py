@@ -152,8 +152,8 @@ class _Contents:
     def weights(self, name: str, kind: str, file: GgufFields, stored: Lazy) -> Iterator[Packed]:
         """Yield the weight in a tensor, or one weight per expert if the tensor is a stack.
 
-        The weights have the family's names. A tensor that the family does not list keeps its GGUF name; no target can
-        have such a name.
+        The weights have the family's names. A tensor that the family does not list keeps its GGUF name, so no adapter's
+        target matches it. Denoisers have no family, so their tensors keep the names that the file has.
         """
         shape, dtype = file.shapes[name], DTYPES["F32"]
         module, leaf = _module(name)
@@ -508,8 +508,8 @@ class GgufPiece:
         stored: the tensor's bytes, with the padding before the next tensor.
         kind: ggml's type.
         shape: `[rows, width]`, or `[heads, width, rows of a head]` if `turned` is set.
-        places: for each row of the tensor, the index of the weight's row that it stores. If `turned` is set, each
-            head's matrix is transposed back to get its rows, and the rows of all heads are numbered in sequence.
+        places: row i of the tensor is row `places[i]` of the weight. If `turned` is set, i counts the rows of all
+            heads in sequence, after each head's matrix is transposed back.
         turned: True if the tensor stores the matrix of each head transposed. llama.cpp needs this layout for the keys
             in MLA.
     """

@@ -1,9 +1,9 @@
 """Charts: Vega-Lite specifications of the measurements, and the same charts as SVG and PNG.
 
-vl-convert draws the charts with the machine's fonts. It needs no browser, display or network. A page contains the
-drawings, but no chart library, which would add 0.9 MB of script. Also, mail readers, notebooks on hubs, and pages with
-a strict content security policy do not run scripts. Text is drawn in `currentColor`, so that a drawing suits both
-light and dark pages.
+vl-convert draws the charts with the machine's fonts. It needs no browser, display or network. A page contains
+finished drawings instead of a chart library. A library would add 0.9 MB of script, and scripts do not run in mail
+readers, in notebooks on hubs, or in pages with a strict content security policy. Text is drawn in `currentColor`, so
+that a drawing suits both light and dark pages.
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ def svg(chart: Chart) -> str:
         Unsupported: the package vl-convert-python is not installed.
     """
     drawn: str = _drawing().vegalite_to_svg({**chart.spec, "config": CONFIG})
-    # Rename ids. Vega numbers clip paths and gradients in one sequence per process, so the ids of a chart depend on the
-    # charts that were drawn before it. Drawings from several runs in one page would have equal ids.
+    # Put the chart's name into its ids. Vega's own ids for clip paths and gradients contain a counter that runs through
+    # the whole process. So a chart's ids would depend on the charts that were drawn before it, and different charts
+    # from several runs could have equal ids in one page.
     for number, name in enumerate(dict.fromkeys(re.findall(r'\bid="(\w+)"', drawn))):
         drawn = re.sub(rf'(\bid="|url\(#){name}(?="|\))', rf"\g<1>{chart.name}-{number}", drawn)
     return drawn
@@ -112,7 +113,8 @@ def inline(chart: Chart) -> str:
         text = re.sub(noise, "", text)
     text = re.sub(r"(?<=\d\.\d\d)\d+", "", text)
     text = re.sub(r' aria-label="[^"]*(axis|legend)[^"]*"', "", text)
-    # Rename the labels of the marks, so that screen readers do not read them; `page.js` shows them as tooltips.
+    # Rename the marks' `aria-label` attributes, so that screen readers do not read the labels. `page.js` shows the
+    # labels as tooltips.
     text = text.replace(' aria-label="', ' data-tip="')
     label = escape(f"{chart.title}. {chart.caption}")
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
@@ -309,7 +311,7 @@ def _ranks(measured: Measurements) -> Iterator[Chart]:
             "color": points["encoding"]["color"] if several else {"value": FLAGGED},
         },
     }
-    if several:  # Adapters can have different ranks.
+    if several:  # Draw one tick per adapter, because adapters can have different ranks.
         stored["encoding"]["yOffset"] = points["encoding"]["yOffset"]
     spec = {
         "data": {"values": values}, "width": 340, "height": {"step": 22 if not several else 9},

@@ -1,8 +1,9 @@
 """Describe an adapter, a base or a graph as plain data.
 
 Tensor values are read only to measure the change of each layer (`layers`), to compare a graph with `base_weights`, and
-to compute a base's fingerprint. Everything else comes from file headers. `facts_of` collects the facts that a report
-shows: methods, base, size, licence, lineage, and the formats and tools that can use the adapter.
+to compute a base's fingerprint. Everything else comes from file headers, config files and model cards. `facts_of`
+collects the facts that a report shows: methods, base, size, licence, lineage, and the formats and tools that can use
+the adapter.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ WAYS = {
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Facts about an adapter, from its headers alone.
+    """Facts about an adapter, from its headers and the model card next to it.
 
     Attributes:
         name: the adapter's name in the report.
@@ -59,9 +60,9 @@ class Facts:
         lineage: the steps that produced the adapter, as plain data.
         formats: format -> the key of `WAYS` that describes how the format can store the adapter. Formats that cannot
             store the adapter are omitted.
-        loaders: one dict per known tool, which shows whether the tool can load the file without conversion. The keys
-            are `title`, `loads` and `why`; see `adapterkit.loaders.Answer`. Empty unless the adapter was read from a
-            file in a format of image models.
+        loaders: one dict per tool that supports this kind of model. The dict shows whether the tool can load the file
+            without conversion. The keys are `title`, `loads` and `why`; see `adapterkit.loaders.Answer`. `loaders` is
+            empty unless the adapter was read from a file in a format of image models.
     """
 
     name: str
@@ -277,7 +278,8 @@ def graph_folder(src: str) -> str | None:
 
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
-"""Extensions of weight files. A folder with weight files is described as a base, even if it also has a graph."""
+"""Extensions of weight files. A folder with weight files is described as an adapter or a base, even if it also has a
+graph."""
 
 
 def inspected(
@@ -464,7 +466,7 @@ _IMAGE = ("bfl_control", "comfyui", "diffusers", "kohya", "lycoris", "xlabs")
 
 
 def _loaders(adapter: Adapter, name: str, path: Path) -> list[dict[str, str]]:
-    """Return one record per tool.
+    """Return one record per tool that supports the adapter's kind of model.
 
     The record states whether the tool can load the file without conversion, and if not, why; see `loaders.Answer`.
     """
@@ -602,7 +604,11 @@ def _quantization(base: Checkpoint) -> dict[str, JsonValue]:
 
 
 def _families_of_base(base: Checkpoint, architecture: str) -> list[str]:
-    """Return the image and video families to which a base may belong; empty if the base names a different model."""
+    """Return the image and video families to which a base may belong.
+
+    Return no families if the base's config has a `model_type`, if `of_gguf` knows the architecture in the GGUF header,
+    or if the base has more than `_DENOISER` tensors.
+    """
     from ..formats._image.deciding import families_in
     from ..naming.architectures import of_gguf
     from ..naming.image import families

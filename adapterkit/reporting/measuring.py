@@ -1,11 +1,13 @@
 """Compute the measurements of a report. `Effect`, `Relation`, `MergedShare` and `Measurements` define each measurement.
 
-The product `B @ A` of two low-rank factors is never computed. A QR decomposition of each factor and an SVD of the small
-core give `U S V^T`. Norms, inner products and overlaps of subspaces are computed from small products of U, S and V.
+Low-rank changes are measured from their factors: a QR decomposition of each factor and an SVD of the small core give
+`U S V^T`. Norms, inner products and overlaps of subspaces are computed from small products of U, S and V. The whole
+product `B @ A` is computed only to compare a change with a dense change or with the merged model, and to count
+intruders.
 
 Signs and values of single elements are measured only in a block of the weight: the elements at `SIDE` rows and `SIDE`
 columns, which are evenly spread. The block is small enough to be computed as a dense matrix. A share that is estimated
-from the block's 25,600 elements has an error of 0.3 percentage points.
+from the block's 25,600 elements has a standard error of about 0.3 percentage points.
 """
 
 from __future__ import annotations
@@ -133,8 +135,9 @@ class Relation:
         target: the target.
         product: the inner product of the two changes: the sum of their elementwise products.
         cosine: the cosine similarity of the two changes as flattened matrices; None if one change is zero.
-        overlap_out: the share of the smaller output subspace that lies in the larger output subspace, from 0 to 1.
-        overlap_in: the share of the smaller input subspace that lies in the larger input subspace, from 0 to 1.
+        overlap_out: the share of the lower-rank change's output subspace that lies in the other change's output
+            subspace, from 0 to 1. For stacked experts, this is the mean over the experts.
+        overlap_in: the same share for the input subspaces of the two changes.
         sign_conflict: the share of elements at which the two changes have opposite signs, among the elements of the
             measured block that both adapters change. It is 0.5 for unrelated changes.
         interference: `1 - sum(|a + b|) / sum(|a| + |b|)` over the elements a and b of the two changes in the measured

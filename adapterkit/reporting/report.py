@@ -510,7 +510,7 @@ class AdapterReport:
     """A report about adapters. Notebooks display it.
 
     Attributes:
-        facts: the facts from the file headers, one entry per adapter.
+        facts: the facts about the adapters, one entry per adapter.
         measured: all measurements.
         verdicts: sentences about the measurements, faults first.
         base: the path of the base, or None.

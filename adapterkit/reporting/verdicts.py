@@ -401,11 +401,14 @@ def _scalings(findings: Findings) -> Details:
 
 
 def _gaps(findings: Findings) -> Details:
-    """Yield a sentence for each module that an adapter changes in all but a few of the layers with similar names."""
+    """Yield a sentence for each module that an adapter changes in almost all layers of a group, but not in all.
+
+    The names of the layers in a group differ only in their numbers.
+    """
     cells = findings.measured.cells
     for at, name, effects in findings.each():
         here = [effect for effect in findings.measured.effects if effect.adapter == at]
-        # Compare only layers with similar names: in a U-Net, the blocks and the middle have different modules.
+        # Do not compare layers of different groups: in a U-Net, the blocks and the middle have different modules.
         kinds: dict[str, list[str]] = defaultdict(list)
         for layer in _by_layer(findings, here):
             kinds[re.sub(r"\d+", "#", layer)].append(layer)

@@ -136,8 +136,9 @@ MOST_OF_ALL = 0.8
 """A target is reported if its energy (squared norm) is more than this share of the energy of all targets together."""
 
 ENOUGH = 8
-"""Experts are compared with each other only if there are at least this many experts. Targets are compared with each
-other only if there are at least this many targets."""
+"""The smallest number of experts, targets or changes for three checks. The check with `FEW_EXPERTS` needs this many
+experts per layer, and the check with `MOST_OF_ALL` needs this many targets. The check for a quarter of the changes
+(see `STRONGER`) needs this many changes of rank `SPIKE_RANK` or more."""
 
 FOREIGN = 0.005
 """If at most this share of a float32 tensor's values needs more than 16 bits, the tensor was probably trained in 16
@@ -202,7 +203,9 @@ def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
     values = tensor.numpy().reshape(-1)
     low = np.count_nonzero(values.view("<u4") & 0xFFFF)
     if not low:
-        return  # All values are exact in bfloat16. Do not test float16: it rounds small bfloat16 values.
+        # All values are exact in bfloat16. Do not test float16: the test would report bfloat16 values that are too
+        # small to be exact in float16.
+        return
     with np.errstate(over="ignore"):
         half = np.count_nonzero(values.astype("<f2").astype("<f4") != values)
     for name, count in (("bfloat16", int(low)), ("float16", int(half))):

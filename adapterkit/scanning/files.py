@@ -240,13 +240,14 @@ class _Reader:
                         continue
                     count += 1
                     where = f"{place} byte {position}".strip()
-                    # "module name" becomes "module.name". A phrase such as "a registered extension" stays as it is.
+                    # "os system" becomes "os.system". A phrase such as "a registered extension" stays as it is.
                     named = asked.replace(" ", ".") if asked.count(" ") == 1 else asked
                     yield Finding("pickle-call", self.name, where, f"it imports {shown(named)}")
                     if count >= MOST:
                         return
             except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
-                # An error after the last pickle is normal: torch before 1.6 writes tensor data after the pickles.
+                # Report the error only if the data begins like a pickle. Otherwise the error is normal, because torch
+                # before 1.6 writes tensor data after the pickles.
                 if marked:
                     why = f"a pickle of more than {LARGEST:,} bytes" if cut else f"it cannot be parsed: {error}"
                     yield Finding("pickle-call", self.name, f"{place} byte {start}".strip(), shown(why))
@@ -256,9 +257,10 @@ class _Reader:
 
 
 def _globals(stream: io.BytesIO) -> Iterator[tuple[str, int]]:
-    """Yield (`module name`, byte position) for each global that a pickle imports.
+    """Yield (name, byte position) for each global that a pickle imports.
 
-    If the pickle does not contain the global's name, a phrase such as `a registered extension` replaces `module name`.
+    The name consists of the module, a space, and the global's name in the module: `os system`. If the pickle does not
+    contain the name, the function yields a phrase such as `a registered extension` instead.
     """
     memo: dict[int, str | None] = {}
     pushed: list[str | None] = [None, None]

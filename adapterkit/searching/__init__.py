@@ -202,9 +202,9 @@ def search(
         tune: further parameters to search: parameter -> (lowest value, highest value), such as `{"scale": (0.2, 2)}`.
             The parameter `density` is always searched.
         most: the largest weight to try; the smallest weight is 0.
-        rank: the rank to which combined adapters are cut: a number, or `fit`. With `fit`, only results without low-rank
-            factors are cut, to the largest rank that the adapters have at the target. Results of `linear` are never
-            cut.
+        rank: the rank to which combined adapters are cut: a number, or `fit`. With `fit`, a result without low-rank
+            factors is cut to the largest rank that the adapters have at the target, and other results are not cut.
+            Results of `linear` are never cut.
         start: combinations to try first. The result is at least as good as these combinations. A combination is
             (method, weights, parameters), the name of a method (with all weights 1), or the path of a recipe that names
             the same adapters. If `methods` is given, it must contain the methods of these combinations.
@@ -248,8 +248,8 @@ def search(
         )
         raise UsageError(why, where="budget", cure=cure)
     read = [source_adapter(source, base) for source in adapters]
-    # Check the rank now, because a wrong rank would not end the search later. Only an error in the first trial ends the
-    # search, and the first trial is a sum, which is never cut to the rank.
+    # Check the rank before the trials. Only an error in the first trial ends a search, and the first trial is a sum,
+    # which does not use the rank. A search with a wrong rank would therefore continue although its later trials fail.
     check_rank(rank, places(read, base=base, disjoint=True)[1])
     journal = Journal(
         None if trials is None else Path(trials).expanduser(),

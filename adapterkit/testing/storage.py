@@ -153,7 +153,8 @@ class FormatTests:
 
         base = self.base(tmp_path / "base")
         method = self._some_method()
-        # Use scaling 1, which every format can store. Other scalings may be multiplied into a factor, which rounds it.
+        # Use scaling 1, which every format can store. A writer may multiply any other scaling into a factor, and the
+        # product would be rounded to 16 bits.
         wide = self.adapter(method, scaling=1.0)
         assert wide is not None
         narrow = Adapter(

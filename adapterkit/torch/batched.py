@@ -9,9 +9,10 @@ in the stack. The last slot contains only zeros, for rows without an adapter. Th
 index of each row's adapter, so torch.compile sees the same graph for all routings.
 
 A stack of frozen adapters is kept between forwards, so the factors of these adapters are in memory twice. Before a kept
-stack is used again, the adapters' tensors are checked: they must be the same objects at the same addresses, and torch's
-counts of their in-place changes must be the same. The check misses only writes through `tensor.data` into a buffer of a
-frozen adapter. The factors of trained adapters are stacked anew in each forward.
+stack is used again, the adapters' tensors are checked: they must be the same objects, with the same addresses and the
+same version counters. torch increments a tensor's version counter at each in-place change. The check misses only writes
+through `tensor.data` into a buffer of a frozen adapter. The factors of trained adapters are stacked anew in each
+forward.
 
 On CUDA, if Triton can be imported (torch's Linux wheels include it), two kernels read each row's factors directly from
 the stack: see kernels.py. Everywhere else, and whenever a gradient is needed or the code is compiled, torch's matrix
@@ -138,7 +139,8 @@ def _dtype_of(like: Tensor) -> torch.dtype:
     """Return the dtype of the stack for a layer whose weight has the dtype and device of `like`.
 
     It is the weight's dtype, except for a 16-bit weight on a CPU. For such a weight, eager code multiplies by the
-    factors in float32, but compiled code keeps the 16-bit dtype, because compilers fuse the products.
+    factors in float32, because 16-bit products are slow on some CPUs (see lean.py). Compiled code keeps the 16-bit
+    dtype, because compilers fuse the products.
     """
     return torch.float32 if is_wide(like) and not torch.compiler.is_compiling() else like.dtype
 
@@ -167,8 +169,8 @@ def _rank(update: Additive, shape: tuple[int, ...]) -> int | None:
     if key not in _RANKS:
         try:
             pair = update.map(lambda leaf: live_tensor(leaf).to("meta")).pair(shape)
-        # A meta tensor has no values, so torch raises one of these errors if the formula reads a value. NOLA's formula
-        # reads its seeds.
+        # A meta tensor has no values, so torch raises one of these errors if the formula reads a value. For example,
+        # NOLA's formula reads its seeds.
         except (RuntimeError, NotImplementedError, TypeError):
             pair = update.pair(shape)
             return None if pair is None else int(pair[0].shape[1])
@@ -557,7 +559,7 @@ def add_gathered(
         B: `[slots, r, out]`, padded with zeros to the highest rank.
         index: `[rows]`, the slot of each row.
         ranks: `[slots]`, the rank of each slot, at most r; 0 for slots that change nothing.
-        fresh: whether the sum may overwrite y, because no other code holds y.
+        fresh: True if no other code holds y, so that the sum may overwrite y.
     """
     if takes_kernel(y, x, A, B):
         from .kernels import add_by_kernel

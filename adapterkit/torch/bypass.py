@@ -1,7 +1,8 @@
 """Detect code that bypasses an adapter: code that computes with a module's weight without calling the module.
 
 Fused kernels bypass modules in this way. Liger's loss reads `lm_head.weight` while a model trains. Unsloth's decoding
-reads the weights of all projections. Kernels from a hub read the weights of a whole MLP. PEFT does not detect this.
+reads the weights of all projections. Kernels from the Hugging Face Hub read the weights of a whole MLP. PEFT does
+not detect this.
 
 A forward does not declare which weights it will read, and each call may read different weights (training or decoding,
 with or without labels). So a module with an adapter keeps its parameters in a dictionary that records reads: Python

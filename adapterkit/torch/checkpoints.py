@@ -21,7 +21,7 @@ this file recognise these readers by their frames on the call stack, because not
 * `torch.distributed.checkpoint` with `ignore_frozen_params=True` removes each frozen parameter from the state dict,
   and fails if a frozen parameter is missing. So the state dict for this reader also contains the frozen parameters.
 
-The hooks are functions of this module, so they survive `deepcopy` and `pickle`.
+The hooks are top-level functions of this file, so they survive `deepcopy` and `pickle` of the model.
 """
 
 from __future__ import annotations

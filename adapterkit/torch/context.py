@@ -6,9 +6,10 @@ including through `generate()`. The output also covers the virtual tokens: their
 added if a call has no cache or an empty cache. In later calls, the cache already contains the virtual tokens' keys and
 values.
 
-Callers pass arguments only for their own tokens. This file extends masks by ones, labels by -100 and token types by 0,
-and shifts positions by the number of virtual tokens. A prefix of a single attention module (see below) shifts no
-positions, because its keys and values do not count as tokens of the model.
+Callers pass arguments only for their own tokens. This file extends masks by ones, labels by -100 and token types by 0.
+It shifts `position_ids` by the number of virtual tokens, plus the length of a prefix of the whole model. A prefix of a
+single attention module (see below) does not shift `position_ids`, because its keys and values do not count as tokens
+of the model.
 
 If several adapters add virtual tokens, the tokens come in the order in which the adapters were attached. Prefixes come
 before all virtual tokens. If a prompt was trained for several tasks, callers choose each row's task with `task_ids=`.
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 # transformers' attention modules pass queries, keys and values to a function that their config names. While an
 # attention module with a prefix runs, its config names `_attend` instead. `_attend` puts the prefix in front of the
 # keys and values, and calls the original function. The cache never contains the prefix, and the prefix does not shift
-# the positions of tokens.
+# `position_ids`. T5 has no `position_ids`; `_bias` extends its position bias for the prefix.
 
 
 NAME = "adapterkit_prefix"
@@ -353,7 +354,7 @@ def _owner(model: nn.Module, part: ContextPart) -> nn.Module | None:
 
 
 def _around(owner: nn.Module, module: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
-    """Return pairs (module, part). Attach each part to its module, to put virtual tokens before an embedding's output.
+    """Return pairs (module, variant of `part`) that together put virtual tokens in front of an embedding's output.
 
     If the embedding is the model's input embedding, the virtual tokens are put in front of the model's input instead.
     """

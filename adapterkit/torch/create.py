@@ -240,8 +240,8 @@ def _seen(model: nn.Module, paths: Sequence[str], init: str, data: Iterable[obje
 def _shared_out(sizes: Mapping[str, _Size], seen: Mapping[str, Moments], rho: float) -> dict[str, _Size]:
     """Redistribute ranks as EVA does: keep the directions that explain the largest shares of their layers' variance.
 
-    The sum of all ranks stays the same. A layer's new rank is at most `rho` times its old rank. Its alpha changes by
-    the same factor, so alpha / rank stays the same. The result omits layers that keep no direction.
+    The sum of all ranks stays the same. A layer's new rank is at most `rho` times its old rank. A layer's alpha is
+    scaled with its rank, so alpha / rank stays the same. The result omits layers that keep no direction.
     """
     most = {path: round(size.rank * rho) for path, size in sizes.items()}
     shares = [seen[path].components()[0][: most[path]] for path in sizes]
@@ -261,7 +261,8 @@ def _started(
 ) -> tuple[Update, ...]:  # fmt: skip
     """Return a new LoRA or DoRA update.
 
-    If the initialiser subtracts a part of the weight, a `residual` update that subtracts this part comes first.
+    If the initialiser subtracts a part of the weight, return two updates: a `residual` update, which subtracts this
+    part, and then the LoRA or DoRA update.
     """
     W, module = _weight(model, path, target), _module(model, path)
     try:
@@ -486,8 +487,8 @@ def create_context(
             `targets`.
         tokens: the number of virtual tokens.
         seed: the seed of the random numbers.
-        attributes: the method's attributes. For methods that store embeddings of tokens, they may include `index`, a
-            list of token ids. The virtual tokens then start as the embeddings of these ids.
+        attributes: the method's attributes. If the method stores embeddings of tokens, its attributes may include
+            `index`, a list of token ids. The virtual tokens then start as the embeddings of these ids.
 
     Raises:
         TargetNotFound: no attention module has a name that matches `targets`.

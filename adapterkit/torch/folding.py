@@ -6,9 +6,10 @@ additive updates in place, one block of rows at a time, and all other updates on
 
 `Merged` holds the data for `unmerge_`. With `keep="copy"`, this is a copy of the old weights. With `keep="recompute"`,
 `unmerge_` subtracts the adapter, so `Merged` only stores the elements that the subtraction would not restore exactly.
-If the change is small compared with the weight, these are a few percent of the elements. The subtraction is a merge
-with `Switch.weight` negated, so it gives the same bits each time. If the restored bits still differ from the old ones
-(the adapter was changed, for example), a checksum of the old bits detects it.
+If the change is small compared with the weight, these are a few percent of the elements. `merge_` subtracts the adapter
+once to find these elements. `unmerge_` runs the same code (`fold` with `Switch.weight` negated), so it gets the same
+bits. If the restored bits still differ from the old ones (the adapter was changed, for example), a checksum of the old
+bits detects it.
 """
 
 from __future__ import annotations

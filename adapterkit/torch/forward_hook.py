@@ -54,7 +54,7 @@ class ForwardHook:
         self.slot = inner_slot(module)
         self.module, self.original = module, getattr(*self.slot)
         self.before = value_in(self.slot)
-        self.wrapper: Any = None  # Another tool's forward that wrapped this hook when the last part was detached.
+        self.wrapper: Any = None  # Another tool's forward, if it wrapped this hook when the last part was detached.
         self.layer: TorchLayer | None = layer_of(module, self.original)
         self.kind = type(module._parameters.get("weight"))
         self.parts: list[Part] = []
@@ -663,8 +663,8 @@ def hook_at(module: nn.Module) -> ForwardHook:
 def hook_again(hook: ForwardHook) -> ForwardHook | None:
     """Return the hook to which the detached parts of `hook` can be attached again.
 
-    Return None if, since the parts were detached, another tool has replaced the module's forward, or has undone an
-    earlier replacement of this forward.
+    Return None if another tool replaced the module's forward after the parts were detached, or removed an earlier
+    replacement.
 
     Args:
         hook: the hook from which the parts were detached.

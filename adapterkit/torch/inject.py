@@ -422,7 +422,7 @@ def _contexts(
 
 
 def _met(model: nn.Module, target: Target) -> Tensor:
-    """Return a tensor with the dtype and device that context updates at a target compute with."""
+    """Return a tensor with the dtype and device that a target's context updates compute with."""
     part = model.get_submodule(target.path)
     # Search the whole model too: a quantized attention module may have only packed weights.
     around = [*part.modules(), *model.modules()]

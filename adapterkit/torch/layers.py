@@ -104,7 +104,8 @@ class TorchLayer:
     def padding(self) -> str:
         """The padding and dilation that make the outputs of `op` and `zero_padded` differ, as text.
 
-        The text is empty if the outputs are equal. It is also empty for a dilated layer that PEFT cannot train.
+        The text is empty if the outputs are equal. It is also empty for a zero-padded, dilated layer that PEFT cannot
+        train; `ConvLayer.padding` gives the reason.
         """
         return ""
 
@@ -315,8 +316,9 @@ def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
         tensor = live_tensor(leaf)
         return tensor.to(device, wanted(tensor))
 
-    # Compare devices and dtypes. Do not call `there` to see whether it returns the same tensor: torch.jit.trace
-    # compares two runs of the model, and would record the conversion in `there` only in the first run.
+    # Compare devices and dtypes. Do not call `there` to see whether it returns the same tensor: torch.jit.trace records
+    # every conversion, even one that changes nothing. It traces the model twice and raises an error if the graphs
+    # differ, and the first run can make more conversions than the second.
     leaves = [live_tensor(leaf) for leaf in update.tensors.values()]
     stands = all(leaf.device == device and leaf.dtype == wanted(leaf) for leaf in leaves)
     return update if stands else update.map(there)

@@ -61,7 +61,7 @@ def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, w
         x: `[..., in]`.
         W: `[out, in]`.
         b: `[out]`, or None.
-        A: `[r, in]`, in the dtype of W, or in float32 if W has 16 bits.
+        A: `[r, in]`, in W's dtype. If W has 16 bits, float32 is also allowed.
         B: `[out, r]`, in A's dtype.
         weight: the number by which the low-rank change is multiplied.
     """
@@ -119,7 +119,7 @@ def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor
         x: `[..., in]`.
         W: `[out, in]`.
         b: `[out]`, or None.
-        A: `[r, in]`, in W's dtype, or in float32 if `is_wide` holds for W.
+        A: `[r, in]`, in W's dtype. If `is_wide` holds for W, float32 is also allowed.
         B: `[out, r]`, in A's dtype.
         weight: the number by which the low-rank change is multiplied.
     """
@@ -163,7 +163,7 @@ def scaled_linear(x: Tensor, W: Tensor, b: Tensor | None, s: Tensor, A: Tensor, 
         W: `[out, in]`.
         b: `[out]`, or None.
         s: `[out]`, in A's dtype.
-        A: `[r, in]`, in W's dtype, or in float32 if `is_wide` holds for W.
+        A: `[r, in]`, in W's dtype. If `is_wide` holds for W, float32 is also allowed.
         B: `[out, r]`, in A's dtype.
     """
     frozen = not W.requires_grad and (b is None or (type(b) in _PLAIN and b.dtype == W.dtype and not b.requires_grad))

@@ -164,8 +164,9 @@ class Leaf:
         """
         first = self.first
         if self.module._parameters[self.name].is_meta and first is not None:  # type: ignore[union-attr]
-            # The module's dictionary and the call of getrefcount hold one reference each. An optimizer that was made
-            # before the offloading holds `first` instead of the empty parameter.
+            # The module's dictionary and the call of getrefcount hold one reference each. A third reference means that
+            # other code, such as an optimizer, got the empty parameter after the offloading. An optimizer that was made
+            # before the offloading is no problem: it holds `first`.
             if sys.getrefcount(self.module._parameters[self.name]) > 2:
                 why = "accelerate offloaded the model after the injection, and an optimizer holds the empty parameter"
                 cure = "Delete the optimizer, and make a new one from handle.parameters()"
@@ -526,8 +527,8 @@ def _forgive(_module: nn.Module, incompatible: _IncompatibleKeys) -> None:
 # * Casting to an 8-bit storage type (diffusers' `enable_layerwise_casting`, `model.to(torch.float8_e4m3fn)`) rounds the
 #   adapter to three bits of mantissa, and layerwise casting does so after every forward.
 #
-# So each module that holds an adapter's tensors gets its own `_apply`, as an attribute of the instance. This `_apply`
-# moves the adapter's tensors to the new device and keeps their values.
+# So each module that holds an adapter's tensors gets its own `_apply`, as an attribute of the instance. In these two
+# operations, this `_apply` only moves the adapter's tensors to the new device, and keeps their values and dtype.
 
 
 APPLY = "_apply"

@@ -37,8 +37,9 @@ def route(
 ) -> Iterator[None]:
     """Use a different adapter for each row of a batch: inside the `with`, row i uses `names[i]` (None: the base).
 
-    By default, the axis of rows is the first axis of each module's inputs and outputs. An argument is not
-    split if the length of its axis of rows is not the number of rows: then every row gets the whole argument.
+    By default, the axis of rows is the first axis of each module's inputs and outputs. An argument is split if this
+    axis has one entry for each row of the batch. With `flattened`, the axis may instead have several entries for each
+    row. Any other argument is not split: every row gets the whole argument.
 
     The route applies only in this thread (and this asyncio task). Inside the route, `with handle.disable()` runs the
     rows of the handle's adapter through the unchanged base.

@@ -197,7 +197,7 @@ def key_sizes(module: nn.Module) -> dict[str, int]:
 
 
 def positions_of(model: nn.Module, path: str) -> nn.Module | None:
-    """Return the attention module that stores the table of relative positions which the module at `path` uses.
+    """Return the attention module that stores the table `relative_attention_bias` for the attention module at `path`.
 
     In T5, the first attention module of the encoder or decoder stores this table. Return None if the attention module
     at `path` uses no relative positions.

@@ -89,12 +89,13 @@ def _nothing(*_: object, **__: object) -> None:
     pass
 
 
-# LoRA-FA: train only B, with a corrected gradient; A keeps its initial values.  Zhang et al. 2023
+# LoRA-FA: train only B, with a corrected gradient; A keeps its initial values.
 #
-# https://arxiv.org/abs/2308.03303. With a frozen A, a layer keeps x A^T for the backward pass (r values for each
-# token) instead of x. The gradient of B is multiplied by (A A^T)^-1 / scaling^2. This makes the change of the weight as
-# close as possible to a step along the full weight's gradient. Moments, bias correction and decay follow PEFT's
-# `LoraFAOptimizer`. But PEFT multiplies the gradient in 16 bits where possible; here it is multiplied in 32 bits.
+# Zhang et al. 2023, https://arxiv.org/abs/2308.03303. With a frozen A, a layer keeps x A^T for the backward pass (r
+# values for each token) instead of x. The gradient of B is multiplied by (A A^T)^-1 / scaling^2. This makes the change
+# of the weight as close as possible to a step along the full weight's gradient. Moments, bias correction and decay
+# follow PEFT's `LoraFAOptimizer`. But PEFT multiplies the gradient in 16 bits where possible; here it is multiplied in
+# 32 bits.
 
 
 class LoRAFA(torch.optim.Optimizer):

@@ -68,8 +68,8 @@ def _look(parent: nn.Module, name: str, new: nn.Module | None) -> None:
 
     Raises:
         Unsupported: a module of torch.ao replaces a module that has an adapter, or torch.fx replaces such a module in
-            its copy of a model. The error is also raised if PEFT merged a layer into the module that the layer wraps,
-            the merge changed the result of this module's adapter, and the module now takes the layer's place.
+            its copy of a model. The error is also raised if a module with an adapter takes the place of the PEFT layer
+            that wrapped the module, and PEFT's merge changed the result of the adapter.
     """
     old = parent._modules.get(name)
     if old is None or old is new:
@@ -303,8 +303,8 @@ class _Step:
 
     Args:
         module: the submodule.
-        places: the steps (see `Place`) whose parent is the submodule, or a module list inside the submodule. Module
-            lists are never called, so a hook of a module list would never run.
+        places: the steps (see `Place`) whose parent is the submodule or one of its module lists. Module lists are never
+            called, so a hook of a module list would never run.
         home: the model.
     """
 

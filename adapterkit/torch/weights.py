@@ -45,7 +45,7 @@ def changed_bias(b: Tensor, changes: Iterable[Change]) -> Tensor:
 
 
 def settled(updates: Iterable[Update], W: Tensor, target: Target) -> tuple[Update, ...]:
-    """Fix the bias changes of all updates at their values for the weight W, and return the new updates.
+    """Replace each bias change that depends on the weight by its value for the weight W, and return the new updates.
 
     If an update computes its bias change from the weight, this function computes the bias change once, from W with all
     earlier updates applied. The bias change of a returned update does not depend on the weight.

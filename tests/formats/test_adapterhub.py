@@ -420,6 +420,32 @@ def test_an_interface_names_a_fused_weight(changed):
 # Writing.
 
 
+@pytest.mark.parametrize(
+    ("model_type", "path", "shared"),
+    [
+        ("bert", "encoder.layer.0.attention.self.query", ""),
+        ("bert", "bert.encoder.layer.0.attention.self.query", "bert."),
+        ("distilbert", "transformer.layer.0.attention.q_lin", ""),
+        ("distilbert", "distilbert.transformer.layer.0.attention.q_lin", "distilbert."),
+        ("gpt2", "h.0.mlp.c_fc", ""),
+        ("gpt2", "transformer.h.0.mlp.c_fc", "transformer."),
+    ],
+)
+def test_shared_tensors_lie_at_the_base_inside_the_saved_model(model_type, path, shared, tmp_path):
+    """DistilBERT's own layers are in `transformer.layer`; in GPT-2 with a head, `transformer` is the base."""
+    tensors = {"A": np.ones((4, 8)), "B": np.ones((8, 4)), "D": np.eye(4), "E": np.eye(8)}
+    vera = ak.METHODS["vera_matrices"](**{name: array.astype(np.float32) for name, array in tensors.items()})
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"model_type": model_type}))
+    save_file({f"{path}.weight": np.ones((8, 8), np.float32)}, base / "model.safetensors")
+    target = ak.Target(path, "in out *k" if model_type == "gpt2" else "out *in")
+    ak.write(ak.Adapter({target: (vera,)}), tmp_path / "a", "adapterhub", base=base)
+    assert {key for key in tensors_of(tmp_path / "a") if "shared_parameters" in key} == {
+        f"{shared}shared_parameters.adapter.lora_{field}" for field in "AB"
+    }
+
+
 def test_another_scaling_is_another_alpha(tmp_path):
     read = ak.read(VECTORS / "lora_bert")
     doubled = read.replace(

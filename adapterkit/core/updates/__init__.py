@@ -202,9 +202,9 @@ class OutputUpdate(Update):
     `layer.call`: the arguments with which the model was called, keyed by name. The class attribute `asks` lists the
         arguments that the method needs. If one of them is missing, an error is raised. Three arguments are special.
         `input_ids` contains first the earlier tokens, whose keys and values are in the cache, and then the tokens of
-        the call. `hidden_states` is the last layer's output without the adapter. `shadow` is the state of a side
-        network, which runs in parallel with the model: at each block, the formula calls the method `state` to read
-        this state, and the method `keep` to set the state for the next block.
+        the call. `hidden_states` is the last layer's output without the adapter. `shadow` holds the state of a side
+        network, which runs in parallel with the model. At each block, the formula calls `shadow.state(update)` to read
+        this state, and `shadow.keep(state)` to set the state for the next block.
 
     Class attributes:
         placed: True if the method defines `inside`. If several updates of a layer define `inside`, all of them can
@@ -212,8 +212,8 @@ class OutputUpdate(Update):
         asks: arguments of the model's call that the formula needs.
         hears: arguments of the model's call that the formula uses if they are present.
         moves_input: True if the formula calls the layer with a changed input.
-        of_model: True if the target may be the whole model, `Target("")`. For example, this is the target of X-LoRA's
-            router without experts.
+        of_model: True if the target may be the whole model, `Target("")`. For example, an X-LoRA update of the
+            whole model contains only the router, not the experts.
 
     The updates of some methods also have these attributes, which locate the residual and the norm:
         residual: the path of the module whose input is added to the target's output. The path is relative to the

@@ -117,9 +117,9 @@ class Update:
             means that this version of the method can no longer be read.
         version: the newest version of the method; `stated_version` is the version that one update needs.
         blocks: the axes of the weight (`out`, `in`) along which the formula can be computed block by block.
-        needs_bias: True if a merge refuses an update that changes the bias of a layer without a bias. Live models and
-            ONNX graphs refuse such an update too, unless they can add its change of the bias to the layer's output. If
-            False, the update is accepted at such a layer, and the change of the bias is ignored.
+        needs_bias: matters only if the update changes the bias, but the layer has no bias. If True, a merge refuses the
+            update. Live models and ONNX graphs refuse it too, unless they can add the change of the bias to the layer's
+            output. If False, the update is accepted, and the change of the bias is ignored.
         linear_only: True if the formula applies only to weights `[out, in]`, which linear layers and embeddings have.
         acts_on: a phrase for error messages that says what the update changes.
         rules: conditions on axes, attributes and tensors that shape strings cannot express; checked in this order.
@@ -139,8 +139,8 @@ class Update:
             update of the head, and `embedding` for any other update.
         dropout: which values dropout drops in training, as in PEFT. `input`: elements of the input to which the change
             is applied. `rows`: rows of the change. `scaled rows`: rows of the change, while the remaining rows are
-            scaled up to compensate. `blocks`: blocks along a tensor's axis `n`; if the tensor also has an axis `m`,
-            only blocks at one random index of `m`.
+            scaled up to compensate. `blocks`: blocks along a tensor's axis `n`. If the tensor also has an axis `m`,
+            dropout chooses one index of `m` at random, and drops only blocks at this index.
         bound_to: the library or function that an implementation must use to compute the formula, for example because
             this function computes tensors that the file does not store. Empty for most methods.
         paper: the source of the formula.

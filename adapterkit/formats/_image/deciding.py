@@ -253,8 +253,8 @@ def _narrowed_on(
 ) -> list[ImageFamily]:
     """Remove families that contradict the file's naming, the file's metadata or the adapted text encoders."""
     if origin.naming and not origin.bare:
-        # Remove families that lack one of the paths in the file's naming. Do not remove a family whose only naming is
-        # diffusers', because ComfyUI also reads such a family's files with diffusers' names.
+        # Remove families whose names in the file's naming do not include all paths. But keep a family that has only
+        # diffusers' names, because ComfyUI also reads files with diffusers' names for such a family.
         fitting = narrowed(
             fitting,
             lambda family: (

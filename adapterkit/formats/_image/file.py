@@ -55,7 +55,7 @@ OPTIONS = {
         "the scaling is alpha / r",
     ),
 }
-"""A map from each network option that changes the forward of LyCORIS or sd-scripts to a description of the change."""
+"""The network options that change the forward of LyCORIS or sd-scripts, each with a description of the change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,8 @@ class Arguments:
     Attributes:
         bypass: whether training used LyCORIS's bypass mode. In this mode, the adapter changes the layer's output,
             including the bias, instead of the layer's weight, and DoRA's magnitudes have no effect.
-        rs: whether scalings are `alpha / sqrt(r)`.
+        rs: whether training used LyCORIS's `rs_lora`, which divides the user's alpha by `sqrt(r)` instead of `r`.
+            For most methods, LyCORIS saves that alpha times `sqrt(r)`, so `alpha / r` of the file is correct.
         unit: the number by which a LoRA's `alpha / r` is multiplied; 0 means 1. For DyLoRA, this is the number of ranks
             that are trained together.
         split: whether sd-scripts trained a separate LoRA for each part of FLUX's fused weights, and saved all LoRAs of
@@ -219,7 +220,8 @@ class ImageUpdate:
 
     Attributes:
         update: the decoded update.
-        fields: a map from field to slot, for each field of the update that contains the tensor of one slot.
+        fields: a map from field to slot, for each field that has the same values as one slot's tensor. The field may
+            have another shape.
         kept: slots whose original tensors the adapter stores, so that the writer can write the same file again.
         derived: a map from slots in `kept` to the field that was computed from the slot's tensor.
         idle: slots whose tensors have no effect. The adapter stores these tensors too, so that the writer can write

@@ -31,7 +31,7 @@ class ImageHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         keys: a map from the writer's default key to the file's key, for keys where the two differ.
         shapes: a map from a key in the file to the tensor's shape, for tensors whose shape differs from the writer's
             default shape.
-        without_alpha: the names, as in the file's keys, of the modules that have no alpha in the file.
+        without_alpha: the modules that have no alpha in the file. Each module is listed by its name in the file's keys.
         derived: a map from the key of a stored tensor to the fingerprint of the field that was computed from this
             tensor.
         idle: a map from key to target, for stored tensors that have no effect.
@@ -69,7 +69,7 @@ Spell = Callable[[str, str], str]
 
 
 class ImageLeftovers:
-    """Collects the details that the adapter's fields cannot store, from one module of a file after another."""
+    """Collects, module by module, the details of a file that the adapter's fields cannot store."""
 
     def __init__(self) -> None:
         self.stems: dict[str, str] = {}

@@ -445,7 +445,7 @@ def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[T
         return {target: each}
     root, rest = rooted(target.path)
     component = ROOTS.get(root[:-1], "")
-    # Try both components, because ComfyUI's prefix `diffusion_model.` may mean a U-Net or a transformer.
+    # For a U-Net or a transformer, try both components: ComfyUI's prefix `diffusion_model.` may mean either of them.
     alike = {component, "denoiser", *(_DENOISERS if component in _DENOISERS else ())}
     same = [word for word, part in ROOTS.items() if part in alike]
     tries = [rest, *(f"{word}.{rest}" for word in same)]

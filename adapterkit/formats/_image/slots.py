@@ -636,7 +636,7 @@ def _is_zero(update: Update) -> bool:
 
 
 def rewritten(updates: Updates, rules: Rules, on_loss: str) -> tuple[Updates, list[str]]:
-    """Fold scalings that the format cannot store into factors, if `on_loss` allows it.
+    """Fold a scaling into a factor if the format cannot store the scaling and `on_loss` allows folding.
 
     Return the updates, and one line for each folded scaling.
     """

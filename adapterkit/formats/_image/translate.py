@@ -58,7 +58,7 @@ def in_naming(
     Returns:
         the translated updates, and (target, reason) for each target that cannot be translated and stays unchanged.
     """
-    # Remove `.scale` from names of norms: only BFL's naming adds this parameter to the name of the module.
+    # BFL's naming appends the parameter's name, `.scale`, to the path of a norm. Other namings do not, so remove it.
     updates = {_module(target, kept): group for target, group in updates.items()}
     targets = set(denoiser_targets(updates, set(kept)))
     family, why = decide(updates, targets, naming, origin) if targets else (None, "")

@@ -135,8 +135,8 @@ def _together(
     fitting = narrowed(fitting, lambda family: not set(family.facts.widths).isdisjoint(sizes))
     fitting = narrowed(fitting, lambda family: complete(family, [rooted(p)[1] for p in readings[family].values()]))
     first = readings[fitting[0]]
-    # If there is a base, targets are translated to the base's names later. So it suffices that all these
-    # families give the modules the same names in diffusers.
+    # If there is a base, `placed` later translates the targets to the base's names. So the choice of family does not
+    # matter if diffusers has the same names for the modules in all of these families.
     same = of_base is not None and len({_in_diffusers(family, readings[family]) for family in fitting}) == 1
     for family in () if same else fitting[1:]:
         odd = next((stem for stem, path in readings[family].items() if path != first[stem]), None)

@@ -107,7 +107,7 @@ def _stored(
 ) -> dict[str, Lazy]:
     """Return a map from keys to the tensors that the writer stores for one slot.
 
-    If a reader would still get the same value from the source file's tensors, the map contains these tensors.
+    If the source file's tensors still give the update's value for this slot, the map contains the source tensors.
     """
     default = image_format.spell(stem, stored.slot)
     key, leaf = hints.keys.get(default, default), as_lazy(stored.leaf)

@@ -73,7 +73,7 @@ class AdapterHubHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 
 def hints_of(adapter: Adapter) -> AdapterHubHints:
-    """Return the details of the source file that an adapter from AdapterHub's format has; otherwise default values.
+    """Return the stored details of the source folder; default values if the adapter stores no AdapterHub details.
 
     Raises:
         Malformed: the details are damaged.
@@ -181,7 +181,7 @@ def _root(keys: Iterable[AdapterHubKey]) -> str:
 ROOTED = ("invertible_adapters", "prefix_tunings", "prompt_tunings", "shared_parameters")
 
 
-# Parse the config, and check its fields. Old releases need special rules.
+# Parse the config, and check its fields. A family's `settle` replaces names that old releases used.
 
 
 def parse(config: Mapping[str, JsonValue], interface: Mapping[str, object] | None = None) -> AdapterHubSettings:
@@ -341,7 +341,8 @@ def _losses(updates: Updates, base: Checkpoint | None) -> dict[Loss, None]:
     return dict.fromkeys((target, position, why) for (target, position), why in problems.items())
 
 
-# Check that reading the folder's contents would give the same updates. Compare shapes and dtypes, but no values.
+# Check that reading the folder's contents would give the same updates. Compare the updates' methods and attributes, and
+# the shapes and dtypes of their tensors, but not the tensors' values.
 
 
 def says(content: Content, updates: Updates, *, compat: str | None, base: Checkpoint | None) -> bool:

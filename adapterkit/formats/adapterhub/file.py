@@ -97,7 +97,7 @@ KINDS = {
 }
 """A map from the kind of adapter in a key, such as `loras`, to the kind's current name.
 
-Old names, such as `layer_text_task_adapters`, are only in files from adapter-transformers before 2.
+Old names, such as `layer_text_task_adapters`, are only in files from adapter-transformers before version 2.
 """
 
 _KEY = re.compile(
@@ -158,7 +158,7 @@ INNER = ("blocks", "decoder", "embeddings", "encoder", "h", "layer", "layers", "
 
 @dataclass(frozen=True, slots=True)
 class AdapterHubNaming:
-    """The names that occur in all keys of one file.
+    """The names that a writer needs to compose the keys of one file.
 
     Attributes:
         name: the adapter's name.
@@ -187,8 +187,12 @@ def root_of(paths: Iterable[str]) -> str:
 
     Return an empty string if the first components differ, or if the saved model has no head.
     """
-    first = {path.partition(".")[0] for path in paths if path}
-    return first.pop() if len(first) == 1 and not first & {*INNER} else ""
+    first = set[str]()
+    for path in filter(None, paths):
+        if any(f"{path}.".startswith(f"{each}.") for each in INNER):
+            return ""
+        first.add(path.partition(".")[0])
+    return first.pop() if len(first) == 1 else ""
 
 
 # Define the input and the results of a family's `decode`: the part of a file that one config describes, and the updates
@@ -205,8 +209,8 @@ class AdapterHubPart:
         tensors: the tensors by parsed key, in the file's order.
         base: the base, or None.
         compat: the caller's `compat`; see `Format`.
-        at: the location of this config in the config file, for messages. It is `config`, or in a union for example
-            `config.configs[1]`.
+        at: the location of this config in the config file, for messages. It is `config`. In a union, it is the path of
+            the member, such as `config.configs[1]`.
         heads: the number of heads in a prefix's keys and values; None to read this number from the base's config.
     """
 
@@ -533,7 +537,7 @@ def base_family(updates: Updates, base: Checkpoint | None) -> str | None:
 
 
 def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-    """Yield (target, index of the update, reason) for each update whose target a config cannot select."""
+    """Yield (target, index of the update, reason) for each update if a config cannot select its target."""
     family = base_family(updates, base)
     for target, group in updates.items():
         word = role(target.path, family or "")
@@ -563,8 +567,8 @@ def _third(rows: tuple[int, int]) -> bool:
 # target, which is a module of the base.
 #
 # In the adapters library, an adapter is a submodule of a block, and replaces the block's residual connection. In
-# adapterkit, the target is the module of the base whose output changes. If the target does not add the residual itself,
-# `residual` and `norm` name the modules that show where the residual comes from and which norm follows.
+# adapterkit, the adapter changes the output of the target. If the target does not add the residual itself, `residual`
+# names the module whose input is the residual. If a norm follows the sum, `norm` names this norm.
 
 
 @dataclass(frozen=True, slots=True)
@@ -582,8 +586,8 @@ class SublayerRule:
             the target's output. Empty if the target adds the residual itself.
         norm: the name of a module with the same parent as the target. It normalises the sum of residual and output.
             Empty if the target normalises the sum itself, or if no norm follows the sum.
-        within: a component that must be in the common beginning of both paths, such as `decoder`; empty if any
-            beginning is allowed.
+        within: a path component, such as `decoder`. The rule fits only paths that have this component before
+            `module` or `target`. Empty if the rule has no such condition.
     """
 
     models: tuple[str, ...]

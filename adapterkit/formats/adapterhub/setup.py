@@ -215,7 +215,12 @@ _KEY = re.compile(r"(?P<path>.+)\.adapter_fusion_layer\.(?P<names>[^.]+)\.(?P<sl
 
 
 class FusionFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The fields of `config` in a fusion's config file. The last four fields have an effect only in training."""
+    """The fields of `config` in a fusion's config file.
+
+    `read_fusion` ignores the last four fields, which are for training. In the adapters library, `temperature` also
+    affects inference. If it is true, the softmax temperature falls from 50 to 1 over the first 980 forward passes after
+    loading.
+    """
 
     key: bool = True
     query: bool = True
@@ -235,7 +240,7 @@ def read_fusion(path: str | PathLike[str]) -> tuple[dict[str, bool], dict[str, d
     Raises:
         StorageError: a file is missing.
         Malformed: a key does not belong to a fusion, or a layer lacks a tensor.
-        Unsupported: this version does not know which module of the model a fusion layer changes.
+        Unsupported: this version does not know the module that a fusion layer changes.
     """
     folder = Path(path)
     try:

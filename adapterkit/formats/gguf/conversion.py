@@ -153,8 +153,8 @@ class GgufPlace:
             return f"its name in GGUF files of the architecture {self.name} is unknown"
         place = self.where(moves[target.path][0].path)
         if place is None:
-            # Nomic: one tensor of the base's GGUF file combines several weights, and an adapter file has no name for a
-            # single one of these weights.
+            # Nomic: the base's GGUF file combines several weights in one tensor. An adapter file has no separate names
+            # for these weights.
             return "its GGUF tensor combines several weights: merge the adapter into the GGUF model"
         if place.beside is not None:
             return (
@@ -166,7 +166,8 @@ class GgufPlace:
             why = "an adapter file does not state which of two orders its rows have"
             return f"{why}: merge the adapter into the GGUF model"
         if any(move.take is not None and move.take.groups for move in moves[target.path]):
-            # InternLM2: the rows of the queries are not contiguous in the base's tensor, so a target cannot name them.
+            # InternLM2: the rows of the queries are not contiguous in the base's tensor, but `Target.rows` is a single
+            # range of rows.
             why = "the base stores queries, keys and values group by group in one tensor"
             return f"{why}: merge the adapter into the GGUF model"
         experts = target.stacked or any(move.slot is not None for move in moves[target.path])
@@ -393,7 +394,7 @@ def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None,
     """Return the order of a weight's rows in a `ggla` file; None if the base has the same order.
 
     llama.cpp's converter kept PEFT's order of rows, but llama.cpp's training used the order of the GGUF base. If
-    `compat` is None and the module name begins with `layers.`, the converter wrote the file.
+    `compat` is None, a module name that begins with `layers.` shows that the converter wrote the file.
     """
     where = place.where(foreign)
     if where is None or where.rows is None or compat == "convert-lora-to-ggml":

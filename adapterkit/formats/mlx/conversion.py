@@ -137,7 +137,7 @@ def _candidates(name: str, naming: str) -> list[Architecture]:
     """Return the families with a weight named `name`, if MLX-LM's name for this weight differs from the hub's.
 
     If `naming` is `WEIGHT`, the caller translates `name` to hub names. In this case, prefer the families in which the
-    hub stores the module's weights as separate tensors, because only these families have names for single experts.
+    hub stores the module's weights as separate tensors. In the other families, the hub has no names for single experts.
     """
     shapes = [shape_of(variant) for variant in variants(name)]
     architectures = [each for each, templates in _all() if any(shape in templates for shape in shapes)]
@@ -148,8 +148,8 @@ def _candidates(name: str, naming: str) -> list[Architecture]:
 def is_absent(name: str, config: Mapping[str, object] | None) -> bool:
     """Whether MLX-LM cannot adapt the hub's weight `name`, because MLX-LM's model has no suitable layer for the weight.
 
-    If `config` does not show the family, the function checks all possible families. It returns True only if MLX-LM can
-    adapt the weight in none of them.
+    If `config` does not show the family, the function checks all possible families. It returns False if MLX-LM can
+    adapt the weight in any of them.
 
     Examples: MLX-LM turns DeepSeek's `kv_b_proj` into two stacks with a matrix per head, which `load_adapters` cannot
     adapt. In `prism_hadamard_qwen35`, MLX-LM's model rotates the layers. In Muse Spark, MLX-LM fuses queries, keys,
@@ -649,7 +649,11 @@ def _of_slices(name: str, parts: list[tuple[tuple[int, int], Pair]]) -> dict[str
 
 
 def _config(hints: MlxHints, pairs: Pairs, scale: float, kind: str) -> dict[str, JsonValue]:
-    """Return the config that was read if it still fits the tensors; otherwise set the fields that MLX-LM needs."""
+    """Return the config to write.
+
+    If the config that was read still fits the tensors, it stays unchanged. Otherwise, the function sets the fields that
+    MLX-LM needs, and keeps all other fields.
+    """
     read = dict(hints.get("config", {}))
     before = _parameters(hints)
     if read and before.get("scale") == scale and read.get("fine_tune_type", "lora") == kind and _same(hints, pairs):

@@ -167,7 +167,7 @@ def _scaling(
     an image, video or audio model, alpha is the rank.
 
     Raises:
-        UsageError: neither the file nor the caller states alpha, or the two state different alphas.
+        UsageError: alpha is unknown, or the file and the caller state different alphas.
     """
     stated = _scaling_fields(header)
     if alpha is None and not stated and not alphas and looks_of_pipeline(ranks):

@@ -110,7 +110,7 @@ TRAINING = ("lora_monteclora_sampler", "lora_velora_embed")
 
 
 def decode(file: File) -> Findings:
-    """Yield all updates in a file that consist of lora_A and lora_B: LoRA, DoRA and the other variants of LoRA.
+    """Yield all updates that the file stores as lora_A and lora_B: LoRA, DoRA and the other variants of LoRA.
 
     Raises:
         Malformed: a module lacks a tensor, or has a tensor that the config does not enable.

@@ -358,10 +358,11 @@ def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Array, slice], Array]) 
 
 @lru_cache(maxsize=4)
 def _values(leaf: Lazy) -> Array:
-    """Read a whole matrix and cache its values. In lora_B, the columns of one expert are scattered over the matrix.
+    """Read a whole matrix and cache its values.
 
-    The cache helps a merge into a base that stores each expert separately. Such a merge reads one expert at a time and
-    alternates between two parameters.
+    The whole matrix is read even for one expert, because the values of one expert are scattered over lora_B. The cache
+    helps a merge into a base that stores each expert separately. Such a merge reads one expert at a time and alternates
+    between two parameters.
     """
     return leaf.numpy()
 
@@ -509,8 +510,9 @@ def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, .
         why = f"the module has {len(group)} pairs of factors, but target_parameters names {len(names)} parameters"
         raise Malformed(why, where=group[0].key.text, cure=USE_ITS_CONFIG)
     options = [option for option in permutations(names, len(group)) if _fits(file, path, group, option)]
-    # With "all-linear", PEFT lists `gate.weight` and `down_proj`. The entry `down_proj` names no module, so both
-    # entries may refer to a router called `gate`. If the router has one pair, the pair adapts `gate.weight`.
+    # With "all-linear", PEFT lists `gate.weight` and `down_proj` in `target_parameters`. The entry `down_proj` names no
+    # module, so a pair of the router `gate` may seem to adapt either `weight` or `down_proj`. Without a base, prefer
+    # the entry that names the router: `gate.weight`.
     sure = [option for option in options if set(option) == set(_named(file, path))]
     if file.base is None and len(sure) == 1:
         options = sure
@@ -536,7 +538,7 @@ def _fits(file: File, path: str, group: Sequence[PeftFactors], names: Sequence[s
         return False
     shapes = {name: file.base_shape(f"{path}.{name}") for name in _names(file, path)}
     if any(shapes.values()):
-        # If the base has one of these parameters, it has all of them. So a parameter without a shape does not fit.
+        # The base contains this module. So a name without a shape in the base is not one of the module's parameters.
         return all(_fits_base(shapes[name], size) for name, size in sizes.items() if size)
     return len({size[0] for size in sizes.values() if size}) == 1 and _fits_gate(sizes)
 

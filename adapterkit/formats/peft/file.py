@@ -244,8 +244,8 @@ def make(method: str, leaves: Mapping[str, Leaf], **attributes: float) -> Update
 # A tensor that all adapted modules share has the key `base_model.<part>` or `<part>`. PEFT adapts a module by wrapping
 # it, and a wrapper may insert a name into the path. If several parameters of a module are adapted, their wrappers are
 # nested, and each enclosing wrapper inserts `base_layer`. The other names are `token_adapter` and
-# `modules_to_save.<adapter name>`. `modules_to_save` occurs only in state dicts that users saved without PEFT's
-# function.
+# `modules_to_save.<adapter name>`. `modules_to_save.<adapter name>` occurs only in state dicts that users saved without
+# PEFT's `get_peft_model_state_dict`.
 
 
 PREFIX = "base_model.model."
@@ -258,13 +258,16 @@ SHARED_PREFIX = "base_model."
 
 _SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)", re.DOTALL)
 _COPY = re.compile(r"(?P<stem>.+)\.(?P<copy>modules_to_save|original_module)\.(?P<rest>weight|bias)", re.DOTALL)
-"""Matches the keys that `save_embedding_layers` adds for copies of a trained module. Such keys have no adapter name."""
+"""Matches the keys of the extra copies of a module that PEFT saves with `save_embedding_layers`.
+
+Such keys have no adapter name.
+"""
 _LATENT = re.compile(r"(?P<stem>.+?)(?:\.default)?_lora_latent_mapping\.weight", re.DOTALL)
 _PLAIN = re.compile(
     rf"{re.escape(PREFIX)}(?P<stem>.+)\.(?P<part>(?:lora|ia3|ln_tuning|trainable_tokens)_\w+)(?:\.(?P<leaf>weight|bias))?",
     re.DOTALL,
 )
-"""Matches the most common keys. No family uses these keys, so parsing them does not import the families."""
+"""Matches the most common keys. Parsing them needs no patterns of families, so it does not import the families."""
 
 
 def prefix_of(peft_type: str) -> str:
@@ -360,7 +363,7 @@ def _words(patterns: Iterable[str]) -> str:
 
 
 def _tail(rest: str) -> tuple[tuple[str | None, str], str]:
-    """Split a key's ending, such as `.default.weight`, into the adapter's name, the rest of the part, and the leaf."""
+    """Split a key's ending, such as `.default.0.bias`, into the adapter's name, the rest of the part, and the leaf."""
     names = rest.split(".")[1:]
     leaf = names.pop() if names and names[-1] in ("weight", "bias") else ""
     adapter = names.pop(0) if names else None
@@ -447,9 +450,9 @@ def fingerprint(targets: Iterable[Target]) -> str:
 
 
 RESIDUAL = ("olora", "pissa")
-"""The values of `init_lora_weights` for which PEFT subtracts an exactly computable change from the base.
+"""With these values of `init_lora_weights`, PEFT subtracts the adapter's initial change from the base.
 
-adapterkit's methods for such adapters have the same names.
+adapterkit can compute this change exactly. adapterkit's methods for such adapters have the same names as the values.
 """
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float

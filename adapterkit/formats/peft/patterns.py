@@ -26,7 +26,7 @@ SURE = 2_000_000
 """`re` is used only if it needs at most this many steps for a name. This number of steps takes a few milliseconds."""
 
 PATIENT = 200_000_000
-"""The limit that replaces `SURE` if `Automaton` does not support a pattern. So many steps take about a second."""
+"""The limit that replaces `SURE` if `Automaton` does not support a pattern. This many steps take about a second."""
 
 MAX_STATES = 4_000
 MAX_VISITS = 2_000_000
@@ -110,8 +110,9 @@ def _ways_of(code: str, value: Any, length: int) -> float:
         inner = _ways(body, length)
         if most <= 1:
             return 1 + inner
-        # Each repetition multiplies the number of ways if the body can match in several ways, or can match texts of
-        # different lengths. In these cases, there is no small bound.
+        # If the body can match in several ways, or can match texts of different lengths, the number of ways may grow
+        # exponentially with the number of repetitions. Return infinity in these cases, and also if the body can match
+        # only the empty text.
         narrowest, widest = body.getwidth()
         if inner > 1 or narrowest != widest or not narrowest:
             return inner if least == most == 1 else _NEVER
@@ -409,8 +410,8 @@ _PLAIN = re.compile(r"[\w.-]+", re.ASCII)
 def exactly(name: str) -> str:
     """Return a pattern that matches only `name`.
 
-    `name` itself would also match other names: each dot matches any character, and PEFT also applies a pattern to
-    longer names that end with a match.
+    As a pattern, `name` itself would also match other names. Each dot in it would match any character, and PEFT also
+    compares a pattern with the text after each dot of a name.
     """
     return f"^{re.escape(name)}$"
 

@@ -152,7 +152,7 @@ def are_plain(updates: Mapping[Target, tuple[Update, ...]]) -> bool:
 
 
 def stored(leaf: Lazy, layout: str) -> Lazy:
-    """Transpose a replaced weight from [out, in] to the order of axes of `layout`, or back."""
+    """Transpose the weight of a `Replacement` from [out, in] to the order of axes of `layout`, or back."""
     axis = int(layout.startswith("e "))
     if layout not in ("in out *k", "e in out *k") or len(leaf.shape) < axis + 2:
         return leaf

@@ -226,8 +226,8 @@ def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iter
     A config has one `lora_bias` for all LoRAs. So if some LoRAs have a bias and others have none, the LoRAs of the
     smaller group cannot be written.
 
-    In the input projection of an attention module, PEFT's forward ignores a LoRA's bias. So a LoRA of this projection
-    that has no bias fits both groups.
+    In the input projection of an attention module, PEFT's forward ignores a LoRA's bias. So on this projection, a
+    LoRA without a bias fits both groups.
     """
     paths = lora_paths(updates)
     parties: dict[bool, list[Loss]] = {True: [], False: []}
@@ -260,7 +260,7 @@ def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iter
 
 
 def _attentions(updates: Updates) -> Iterator[Loss]:
-    """Yield LoRAs of one projection of an attention module if the LoRA of its other projection has another rank."""
+    """If the LoRAs of an attention module's two projections differ in rank, yield the second of these LoRAs."""
     paths, first = lora_paths(updates), dict[str, int]()
     for target, group in updates.items():
         for position, update in enumerate(group):

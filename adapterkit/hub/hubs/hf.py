@@ -239,8 +239,8 @@ class HuggingFace(Remote):
         try:
             return {file.path: file for file in self.files}
         except RemoteNotFound:
-            # The repository may lack only this branch. `send` then creates the branch from the main branch, so list the
-            # main branch's files.
+            # The repository may exist without this branch. In this case, `send` creates the branch from the main
+            # branch, so list the main branch's files.
             return None if self.uri.revision is None else HuggingFace(Uri(self.uri.repo), self.token).there()
 
     def send(
@@ -343,7 +343,8 @@ def send(
             raise lost(str(uri), name)
 
     def act() -> str:
-        # Create new operations for each attempt, because an operation remembers that it was uploaded.
+        # Create new operations for each attempt: huggingface_hub marks an operation as uploaded, and a second attempt
+        # with the same operation would not upload the file again.
         operations = [
             _placed(name, content) if isinstance(content, Placed) else CommitOperationAdd(name, content)
             for name, content in contents.items()

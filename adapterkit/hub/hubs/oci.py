@@ -405,9 +405,9 @@ class Distribution(Remote):
 #
 # The upload's url is saved to disk, so that another process can continue the upload. That process asks the registry how
 # many bytes the registry has received, because the last chunk may have arrived only in part. Docker's registry 2.8
-# puts a signed byte count into its upload urls. The registry may have received more bytes than this count, for example
-# a part of another chunk, or a whole chunk whose reply was lost. In this case, the registry refuses to continue the
-# upload, and the blob is sent again from its start.
+# puts a signed byte count into its upload urls. The registry may have received more bytes than the count in the saved
+# url, for example a part of another chunk, or a whole chunk whose reply was lost. In this case, the registry refuses to
+# continue the upload, and the blob is sent again from its start.
 
 
 UPLOAD_CHUNK = 16 << 20

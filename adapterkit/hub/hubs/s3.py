@@ -391,7 +391,8 @@ class S3(Listing):
     def _claim(self, before: Mapping[str, JsonValue]) -> str | None:
         current = self._list is not None and self._list[0] == self._key(LIST)
         tag = self._list[2] if current and self._list is not None else None
-        # Add a random value, so that two pushes of the same files write different lists.
+        # Add a random value, so that two pushes of the same files write different lists. If the lists were equal,
+        # `_write` could take the other push's list for its own.
         return self._write({"state": "pushing", "files": before, "by": secrets.token_hex(16)}, tag)
 
     def _write(self, state: Mapping[str, JsonValue], tag: str | None) -> str | None:

@@ -128,8 +128,8 @@ def bind(
     given: Sequence[Site] = in_order_of(base, sites_here.sites, shapes, rules)
     if resize is not None:
         given, shapes = resize(given, shapes)
-    # Keep only one of several equal results of `Site.form`, because tens of thousands of sites have only a few dozen
-    # different results.
+    # Tens of thousands of sites have only a few dozen different results of `Site.form`. So save memory: keep only one
+    # of several equal results.
     same: dict[Hashable, Hashable] = {}
     forms = [same.setdefault(form, form) for form in (site.form(shapes) for site in given)]
     sites = with_layouts(list(given), shapes, sites_here.config, forms)
@@ -213,8 +213,8 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
 def _bias_fits(update: Update, target: Target, shape: tuple[int, ...], weight: tuple[int, ...] | None) -> bool:
     """Return whether a bias has as many outputs as the update and the weight.
 
-    The bias has shape `[out]`, or `[e, out]` for a stack of experts. If the target has `rows`, the bias must only be
-    long enough to contain them.
+    The bias has shape `[out]`, or `[e, out]` for a stack of experts. If the target has `rows`, the bias only
+    needs to be long enough to contain these rows.
     """
     dims = update.dims(target.stacked)
     lead = (dims["e"],) if target.stacked else ()
@@ -297,8 +297,8 @@ def with_layouts(
     Raises:
         ShapeMismatch: the layout of a square weight is ambiguous.
     """
-    # Compute the fitting layouts once for all sites with the same result of `Site.form`. Tens of thousands of sites
-    # have only a few dozen different results.
+    # Sites with the same result of `Site.form` fit the same layouts, so compute these layouts once per result. Tens of
+    # thousands of sites have only a few dozen different results.
     known: dict[Hashable, list[str]] = {}
     fitting = []
     for site, form in zip(sites, forms or [site.form(shapes) for site in sites], strict=True):
@@ -340,7 +340,8 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
         return fits[0] if fits else declared
     if declared in fits and _whole_only(site):
         return declared
-    # For a GGUF file, ignore the layouts that the family's file lists: GGUF files store all weights as [out, in].
+    # For a GGUF file, ignore the layouts that the family's file lists: GGUF files store all weights except embeddings
+    # as [out, in]. For embeddings, use the adapter's layout.
     gguf = (config or {}).get(STORED_AS) == "gguf"
     in_out = not gguf and stored_in_out(site.target.path, config)
     if in_out:
@@ -358,7 +359,10 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
 
 
 def _whole_only(site: Site) -> bool:
-    """Return whether the updates have whole weights, not factors. Whole weights have the adapter's layout."""
+    """Return whether the updates have whole weights, not factors.
+
+    For such updates, `_choose` keeps the layout that the target states, if the base's weight fits this layout.
+    """
     dims = [update.dims(site.target.stacked) for update in site.updates]
     return any("rest" in each for each in dims) and not any("in" in each for each in dims)
 

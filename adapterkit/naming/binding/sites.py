@@ -57,9 +57,9 @@ def check_family(adapter: Adapter, config: Mapping[str, object] | None) -> None:
     if not any(module_of(name) for name in given):
         return
     other = next((name for name, module in trained.items() if not has_model(given, module, kind)), None)
-    # Two models can have the same class but different model_types: in transformers 5, EXAONE models have a model_type
-    # of their own, but the class of Llama models. So also accept a base whose config lists the class that the adapter
-    # records.
+    # Two models can have the same class but different model_types: in transformers 5, EXAONE models have their own
+    # model_type, but their class is the class of Llama models. So also accept a base whose config lists the class that
+    # the adapter records.
     listed = (config or {}).get("architectures")
     same = isinstance(listed, list) and kind in listed
     if other is not None and not same:
@@ -336,7 +336,7 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
     The shapes of these weights must fit the targets' updates.
 
     Args:
-        updates: a map from each target that has not been found in the base yet to its updates.
+        updates: the updates of the targets that have not been found in the base yet, by target.
         names: the base's names.
         shapes: the shapes of the base's tensors, by name.
         families: the model types that the adapter records for its base; if empty, all families are tried.
@@ -462,7 +462,7 @@ class ModelTypeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         format: the version of the file's format.
         modules: a map from each model type to the Python module of transformers that defines it.
-        parts: a map from each class that implements only a part of a model to the model types of that part.
+        parts: for each class that implements only a part of a model, the model types of that part.
         sources: the versions of the tools from which the data comes.
     """
 
@@ -485,8 +485,9 @@ def table() -> ModelTypeTable:
 def module_of(name: str) -> str | None:
     """Return the Python module of transformers that defines the model type `name`; None if `name` is unknown.
 
-    `name` may also be the name of such a module, or of a family that has a family file. If `name` is not a model type
-    that transformers knows, return the name of this module or family. Users can add family files.
+    `name` may also be the name of such a module, or the name of a family that has a file (users can add such files).
+    For the name of a module or a family, the result is `name` itself, in lower case and with `_` instead of `-`. If
+    `name` is also a model type that transformers knows, the result is the module of this model type.
     """
     word = name.lower().replace("-", "_")
     kind = table().modules.get(name) or _by_word().get(word)

@@ -211,8 +211,8 @@ class Combiner(ABC):
     depends: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls) -> None:
-        # Make each subclass a dataclass here. If authors of plug-in packages had to do it themselves, a combiner whose
-        # author forgets the decorator would silently lose its parameters.
+        # Make each subclass a dataclass here. Otherwise, if the author of a plug-in package forgets the `@dataclass`
+        # decorator, the combiner silently loses its parameters.
         super().__init_subclass__()
         dataclass(frozen=True, kw_only=True, eq=False)(cls)
 

@@ -4,7 +4,8 @@ D = mean + scale * sum_t top_k(D_t - mean). Choi et al. 2024, https://arxiv.org/
 and `scale` are the authors' values for eight tasks, https://github.com/JH-GEECS/CART (`initial_rank_ratio`, `prior`).
 For 14 tasks, the authors use 0.16 and 1.5. They keep a share of all directions of the weight; `over=weight` does the
 same. By default, this module keeps a share of the directions that the adapters span, as Core Space does,
-https://arxiv.org/abs/2509.17786, because 12 % of the weight's directions are usually more than the rank of a LoRA.
+https://arxiv.org/abs/2509.17786. The reason is that 12 % of the weight's directions are usually more than the rank of a
+LoRA, so a share of all directions would drop little or nothing.
 """
 
 from __future__ import annotations

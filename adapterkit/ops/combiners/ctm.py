@@ -90,9 +90,10 @@ SETTLED = 1e-10
 """The subspace iteration ends when a span's residual is below this fraction of the span's smallest eigenvalue."""
 
 SPREAD = 1e5
-"""The largest ratio between the lengths of two vectors that repeated products may cause.
+"""Limit on the growth of the ratio between the lengths of two vectors in one step of the subspace iteration.
 
-The vectors are orthonormalized again before the ratio could exceed this limit.
+A step multiplies the vectors by the matrix up to six times, and then orthonormalizes the vectors. The first product
+does not count towards this limit.
 """
 
 PRODUCTS = 24
@@ -141,7 +142,7 @@ class _Spans:
     def first(self, gram: Array, near: Array) -> tuple[Array, float]:
         """Return an orthonormal basis of the span of the leading eigenvectors, and the sum of their eigenvalues.
 
-        The iteration starts from `near`, a basis of the previous span.
+        The iteration starts from `near`, a basis of the span for an earlier matrix that is close to `gram`.
         """
         import numpy as np
 

@@ -64,7 +64,7 @@ class Della(Sparse):
                     chance[t] = ranks(np.abs(changes[t]))
                     chance[t] *= 2 * epsilon / max(columns - 1, 1)
                     chance[t] += density - epsilon
-                    # Each entry of a tensor has its own random number. Start at the number of the block's first entry,
+                    # Entry i of a flattened tensor uses random number i. Start at the index of the block's first entry,
                     # so that the result does not depend on the sizes of blocks.
                     kept[t] = at.uniform(t, (count, columns), rows.start * columns) < chance[t]
             return kept, chance

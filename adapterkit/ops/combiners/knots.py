@@ -41,7 +41,8 @@ class KnOTS(PlugIn):
         left, R = (None, triangle(B)) if at.census.counting else orthonormal(B)
         U = leading(images(deltas, R))[0]
         # Keep each S V_t as a product of two factors, so that only the needed rows are computed. The two factors have
-        # the rank of adapter t. With eight adapters, factors with the sum of all ranks would take eight times the work.
+        # the rank of adapter t. If their rank were the sum of all adapters' ranks, eight adapters would take eight
+        # times the work.
         aligned = [Delta(U.T @ R[:, span], delta.A) for span, delta in zip(spans(deltas), deltas, strict=True)]
         merged = self.inner.matrix(aligned, weights, at)
         return merged if left is None else Delta(left @ U, merged.dense())

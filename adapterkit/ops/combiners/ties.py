@@ -82,8 +82,8 @@ class TIES(Sparse):
             least = thresholds(blocks, densities, self.kept)
         else:
             # The threshold comes from the pass that only collects statistics. A plug-in may round differently in that
-            # pass (KnOTS skips its bases). Lower the threshold slightly, so that the entry that defines the threshold
-            # is still kept.
+            # pass. For example, KnOTS computes R of its QR decomposition without Q there. Lower the threshold slightly,
+            # so that the entry that defines the threshold is still kept.
             limits = [at.census.threshold(adapter) * (1 - ROUNDING) for adapter in at.present]
             least = np.array(limits)[:, None, None]
         least = np.where(np.reshape(densities, (-1, 1, 1)) >= 1, 0.0, least)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..file import AdapterHubNaming, AdapterHubPart, AdapterHubSettings, Findings
 
 
-# Define the base class of families. A family has config fields, and converts keys to updates and back.
+# Define the base class of families. A family has config fields, and converts tensors to updates and back.
 
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
@@ -31,7 +31,7 @@ class FamilyFields(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterHubFamily(ABC):
-    """Converts files whose config has one value of `architecture`. The module of a subclass is named after this value.
+    """Converts the tensors of one `architecture` to updates and back. A subclass's module has the architecture's name.
 
     Class attributes:
         methods: the names of the methods that the family reads and writes.
@@ -49,7 +49,7 @@ class AdapterHubFamily(ABC):
 
     @classmethod
     def settle(cls, fields: Any, settings: AdapterHubSettings) -> Any:
-        """Return the config fields. If a value has a name from an old release, use the current name instead."""
+        """Return the config fields. If a value is a name that old releases used, replace it with the current name."""
         return fields
 
     @classmethod
@@ -98,7 +98,10 @@ def family_of(update: Update) -> type[AdapterHubFamily] | None:
 
 
 def family_of_architecture(architecture: object) -> type[AdapterHubFamily] | None:
-    """Return the family of an `architecture`; None if there is no family. Bottleneck configs have no `architecture`."""
+    """Return the family of an `architecture`; None if there is no such family.
+
+    Bottleneck configs have no `architecture`. So for None, return the bottleneck family; for "bottleneck", return None.
+    """
     if architecture is None:
         architecture = "bottleneck"
     elif architecture == "bottleneck":

@@ -171,7 +171,7 @@ def placed(updates: Updates) -> list[tuple[Target, Update]]:
 
 
 def forms(updates: Updates) -> list[list[tuple[Target, Update]]]:
-    """Group the adapters inside blocks by method and tensor names. In a union, each group has its own config."""
+    """Group the result of `placed` by method and tensor names. In a union, each group has its own config."""
     groups: dict[Any, list[tuple[Target, Any]]] = {}
     for target, update in placed(updates):
         groups.setdefault((update.method, frozenset(update.tensors)), []).append((target, update))
@@ -285,7 +285,7 @@ def _form(update: Update) -> tuple[object, ...]:
 
 
 def _unbiased(update: Update) -> tuple[str, ...]:
-    """Return the fields `down_bias` and `up_bias` if a `compacter` update has neither field; otherwise no fields."""
+    """Return the bias fields that an update may lack: both if a `compacter` update has neither, otherwise none."""
     none = update.method == "compacter" and "down_bias" not in update.tensors and "up_bias" not in update.tensors
     return ("down_bias", "up_bias") if none else ()
 

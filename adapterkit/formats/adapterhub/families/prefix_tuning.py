@@ -80,9 +80,9 @@ def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> s
     Otherwise, return "". Also return "" if there is no base, or if the base is not an encoder-decoder model.
 
     `counts` contains the number of updates in each group. Every attention module in `group` and in `self_prefix` must
-    have an update, because the adapters library cannot omit a layer of an encoder-decoder model. The attention modules
-    are counted in the names of the base's tensors, because a config may omit the number of layers if this number is the
-    default.
+    have an update, because the adapters library cannot omit a layer of an encoder-decoder model. The names of the
+    base's tensors show how many attention modules there are. The base's config is only the fallback, because a config
+    may omit the number of layers if this number is the default.
     """
     config = {} if base is None else base.config or {}
     model_type = config.get("model_type")

@@ -230,7 +230,7 @@ def _layer(path: str) -> int | None:
 
 
 NEAR = 1e-6
-"""The largest accepted difference between two float32 computations of the same matrix."""
+"""The largest difference that `says` accepts in each entry of the matrix. It allows for rounding to float32."""
 
 
 def composed(original: Lazy, base: Lazy) -> Lazy:

@@ -184,7 +184,8 @@ class Family(ABC):
         peft_type: the value of `peft_type` in the config.
         method: the class of most or all of the family's updates.
         others: further classes of the family's updates; one file may have updates of several classes.
-        parts: the endings of keys after a module's path, including `.weight` or `.bias`; `*` stands for one word.
+        parts: the endings of keys after a module's path, including `.weight` or `.bias`; `*` matches one or
+            more characters other than dots.
         shared: the keys, without `shared_prefix`, of tensors that all modules share.
         shared_prefix: the prefix that is written before a shared key. The reader accepts shared keys with and without
             `base_model.`.

@@ -88,7 +88,7 @@ def unlike(scalings: Mapping[str, float]) -> list[str]:
 
 
 def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
-    """Return the size of the module at `path` from `pattern`; if no key of `pattern` fits, return `size`.
+    """Look up a module's size in `pattern`; if no key of `pattern` fits the module's `path`, return `size`.
 
     Each key of `pattern` is a regular expression for the end of `path`. The matched end must begin after a dot: for
     example, the key `q_proj` matches the path `layers.0.q_proj`. The first key that matches is used. If none matches,
@@ -155,7 +155,7 @@ class Order:
     after: tuple[str, ...] = ("lm_head",)
 
     def place(self, path: str) -> tuple[int, tuple[int, ...], int] | None:
-        """Return a sort key for a module's path; None if no string in this order is an ending of the path."""
+        """Return a sort key for a module's path; None if no string of this `Order` is an ending of the path."""
         for stage, endings in enumerate((self.before, self.inside, self.after)):
             for position, ending in enumerate(endings):
                 if path == ending or path.endswith(f".{ending}"):

@@ -1,11 +1,12 @@
 """AdaMSS: `adamss_A.<i>` [r_i, r], `adamss_B.<i>` [rows of group i, r_i], and `adamss_newB` [r, in] or [r, in + 1].
 
 The file does not list the rows of each group. PEFT computes the groups from the base's weight whenever it loads the
-file. First, `torch.svd_lowrank`, seeded with `random_seed`, decomposes the weight into U, S and V. Then k-means with a
-fixed seed groups the rows of U, which has one row for each row of the weight.
+file. If the layer has a bias, PEFT first appends the bias to the weight as one more column. `torch.svd_lowrank`, seeded
+with `random_seed`, decomposes the weight into U, S and V. Then k-means with a fixed seed groups the rows of U, which
+has one row for each row of the weight.
 
-This module computes the groups in the same way. It accepts the groups only if V and the sizes of the groups agree with
-the file.
+This module computes the groups in the same way. It accepts the groups only if the rows of `adamss_newB` lie in the
+space that V spans, up to rounding, and if each group has as many rows as its `adamss_B.<i>`.
 """
 
 from __future__ import annotations

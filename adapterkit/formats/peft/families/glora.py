@@ -105,8 +105,10 @@ def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple
     """Yield (field, key) for each tensor of `support`, one of A to E. Yield nothing if the support is unused.
 
     Raises:
-        Malformed: the support's tensors are missing, or do not have the form that the config states.
-        ShapeMismatch: a tensor has another shape than the config states.
+        Malformed: the support's tensors are missing, or do not have the form that the config states; or the tensor
+            `zeros` has other values than 0.
+        ShapeMismatch: the rank of a low-rank product is not the config's `r`; or a vector or constant does not have
+            the shape [n, 1] for A, B and C, or [n] for D and E.
     """
     leaves = {leaf: keys[part] for leaf in LEAVES if (part := f"glora_{support}.{leaf}") in keys}
     form = file.settings.method_fields.form(support)

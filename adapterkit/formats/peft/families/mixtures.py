@@ -109,8 +109,8 @@ def _shared(decoded: list[DecodedUpdate], settings: PeftSettings) -> Iterator[De
     """Yield the updates. If modules share a tensor A or B, replace its equal copies by one tensor object.
 
     Raises:
-        Malformed: the number of distinct tensors A or B in a group of modules exceeds the number that the config
-            allows. PEFT would load only the last copy of a shared tensor.
+        Malformed: the file has more distinct tensors A or B for a group of modules than PEFT creates for this group.
+            PEFT would load only the last copy of a shared tensor.
     """
     groups: dict[Any, list[DecodedUpdate]] = defaultdict(list)
     for each in decoded:

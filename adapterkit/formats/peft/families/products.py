@@ -38,7 +38,7 @@ SECOND = (
 )  # fmt: skip
 """FIRST lists the possible maps from the endings of keys to fields for w1; SECOND lists the possible maps for w2.
 
-A map applies if a key of the module has the map's first ending. The reader uses the first map that applies.
+A map applies if the module has a key with the first ending in the map. The reader uses the first map that applies.
 """
 
 

@@ -388,8 +388,8 @@ class RandloraFamily(Family):
         """Yield (target, reason) for updates that PEFT could not load from one file with the other updates.
 
         A file has one rank and one scaling. Two numbers determine the sizes of PEFT's bases: the largest number of
-        outputs among the adapted weights, and the largest number of inputs. If n is the smaller of the two numbers,
-        there are ceil(n / rank) bases B.
+        outputs among the adapted weights, and the largest number of inputs. The second axis of B has the length
+        ceil(shorts / rank), where `shorts` is the smaller of the two numbers.
         """
         members = {t: u for t, group in updates.items() for u in group if isinstance(u, RandLoRA)}
         settings_of = {t: (u.scaling, tuple(u.A.shape), tuple(u.B.shape)) for t, u in members.items()}

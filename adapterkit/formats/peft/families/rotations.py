@@ -198,7 +198,8 @@ def _blocks(blocks: list[tuple[int, int]]) -> dict[str, JsonValue]:
 def _fitting(blocks: list[tuple[int, int]], which: int) -> int | None:
     """Return a number of blocks (`which` 0) or a block size (`which` 1) for the config; None if no value fits.
 
-    PEFT rounds the value in the config for each layer. The rounded value must equal the actual value in every layer.
+    For each layer, PEFT rounds the value in the config to a divisor of the layer's width. The rounded value must equal
+    the layer's actual value.
     """
     tried = sorted({each[which] for each in blocks}, reverse=True)
     widths = [(n * size, (n, size)[which]) for n, size in blocks]

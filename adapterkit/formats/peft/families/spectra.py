@@ -3,9 +3,9 @@
 WaveFT: `waveft_spectrum` [n]. The positions of the coefficients follow from `random_loc_seed` and the weight's size.
 The config names the wavelet.
 
-The filters in this module are low-pass reconstruction filters, with the digits that PEFT uses. Daubechies published the
-filters (Ten Lectures on Wavelets, https://doi.org/10.1137/1.9781611970104). The filters are orthonormal. dbN and symN
-have N vanishing moments, and coifN has 2N.
+The filters in this module are low-pass reconstruction filters. `FILTERS` contains exactly PEFT's values. Daubechies
+published the filters (Ten Lectures on Wavelets, https://doi.org/10.1137/1.9781611970104). Except for PEFT's coif4 (see
+`FAULTY`), the filters are orthonormal, dbN and symN have N vanishing moments, and coifN has 2N.
 """
 
 from __future__ import annotations

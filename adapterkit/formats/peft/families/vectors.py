@@ -179,8 +179,8 @@ def _scale_dtype(file: File, path: str) -> str:
 def _drawn(total: int, length: int, seed: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
     """Return a function that draws a random position in theta for each element of all factors.
 
-    The function returns (positions `[total]`, counts `[length]`). The counts are the numbers of elements that use each
-    position.
+    The function returns (positions `[total]`, counts `[length]`). `counts[i]` is the number of elements whose position
+    is i.
     """
 
     @cache
