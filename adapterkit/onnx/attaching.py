@@ -19,9 +19,10 @@ from .building import Array, Branch, Building, before, behind
 from .calls import CallWords, Heard
 from .expert_nodes import with_split
 from .experts import Experts, PackedExperts
+from .fused_nodes import Attention, taken_apart
 from .inside import changed_inside, experts_changed, refuse_outputs
 from .integer_layers import MatMulIntegerToFloat, QAttention, opened_up
-from .layers import Attention, GraphLayer, MatMul, refuse_fused_bias, taken_apart
+from .layers import GraphLayer, MatMul, refuse_fused_bias
 from .norms import computes_apart
 from .outlets import Ended
 from .resolved import FoldedNorm, ResolvedTarget, Spot

@@ -22,7 +22,8 @@ from ..errors import USE_EXPORTED_BASE, Unsupported
 from ..io.lazy import as_array
 from .building import Branch, Building, element_type, takes_over
 from .experts import Experts
-from .layers import Attention, Conv, Gather, GraphLayer, by_channel, only_reader, refuse_fused_bias
+from .fused_nodes import Attention
+from .layers import Conv, Gather, GraphLayer, by_channel, only_reader, refuse_fused_bias
 from .modules import SCOPES, listed, same_end
 from .operands import DEEP, is_constant, numbers, shape_of
 from .recurrent import Recurrent

@@ -17,7 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from .building import Array, Branch, Building, Dtype, takes_over
-from .layers import Attention, Conv, GraphLayer, MatMul, only_reader, rectifies
+from .fused_nodes import Attention
+from .layers import Conv, GraphLayer, MatMul, only_reader, rectifies
 from .operands import attribute, detached_copy, is_constant, numbers, shape_of
 from .resolved import ResolvedTarget, Spot
 from .values import Value

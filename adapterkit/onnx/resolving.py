@@ -20,15 +20,13 @@ from .biases import with_base_bias
 from .building import element_type
 from .expert_nodes import GEMMS
 from .experts import EXPERT, EXPERTS, Experts, in_experts
+from .fused_nodes import Attention, FusedConv, FusedGemm
 from .heads import in_heads, in_parts
 from .integer_layers import INTEGER
 from .layers import (
-    Attention,
     Conv,
     ConvTranspose,
     Einsum,
-    FusedConv,
-    FusedGemm,
     Gather,
     Gemm,
     GraphLayer,
