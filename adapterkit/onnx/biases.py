@@ -164,7 +164,8 @@ def _settle(spot: Spot, place: ResolvedTarget, building: Building) -> None:
     if _in_float_sums(layer) or _before_activation(layer):
         layer = spot.kind(spot.node, layer.branch)
     if layer.stated_bias is not None:
-        if layer.bias is not None and _is_bias(layer, layer.node, _numbers_of(layer), place, plain=True):
+        b = None if layer.bias is None else layer.bias.numbers().reshape(-1)
+        if b is not None and _is_bias(layer, layer.node, b, place, plain=True):
             return
         if layer.bias is None and not _may_be_foreign(layer.stated_bias, place, layer):
             why = f"the graph computes the bias of this {layer.node.op_type}"
@@ -281,11 +282,6 @@ def _refuse_lost(place: ResolvedTarget, where: str) -> None:
         return
     why = "the layer has a bias in the base, but it is unclear where the graph adds this bias"
     raise Unsupported(why, where=where, cure="Export the graph again without optimizations")
-
-
-def _numbers_of(layer: GraphLayer) -> Array:
-    assert layer.bias is not None
-    return layer.bias.numbers().reshape(-1)
 
 
 def _is_bias(

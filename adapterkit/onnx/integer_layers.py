@@ -335,17 +335,14 @@ def _opened(node: ir.Node, kind: type[IntegerLayer], building: Building) -> tupl
     if back is not None and not _rectified(back):
         return node, kind
     y = branch.node("DequantizeLinear", [out, scale, zero], None, np.float32, None)
-    again = branch.node("QuantizeLinear", [y, scale, zero], None, _kind(zero), None)
+    dtype = np.dtype(np.uint8) if zero is None else numbers(zero).dtype
+    again = branch.node("QuantizeLinear", [y, scale, zero], None, dtype, None)
     y.shape = again.shape = out.shape
     graph.insert_after(node, branch.nodes)
     takes_over(out, again, branch)
     last = branch.nodes[-1]
     branch.nodes.clear()
     return (node, kind) if not rectifies(last) else _in_floats(node, kind, last, building)
-
-
-def _kind(zero: ir.Value | None) -> Dtype:
-    return np.dtype(np.uint8) if zero is None else numbers(zero).dtype
 
 
 def _rectified(back: ir.Node) -> bool:

@@ -165,7 +165,8 @@ class _Unrounding:
         self.graph.insert_before(node, [one for one in self.branch.nodes if one.graph is None])
         self.branch.nodes.clear()
         self.gone.append(node)
-        if node.op_type == "DequantizeLinear" or _gives_floats(node):
+        to_floats = ("DequantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QAttention")
+        if node.op_type in to_floats or (node.op_type == "QGemm" and _at(node, 7) is None):
             same = self.node("Identity", [value])
             self.graph.insert_before(node, self.branch.nodes)
             self.branch.nodes.clear()
@@ -248,11 +249,6 @@ class _Unrounding:
         if zero is None or numbers(zero).astype(np.int64).max() <= 0:
             return self.node("Relu", [x])
         return self.node("Neg", [self.node("Relu", [self.node("Neg", [x])])])
-
-
-def _gives_floats(node: ir.Node) -> bool:
-    dynamic = node.op_type in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QAttention")
-    return dynamic or (node.op_type == "QGemm" and _at(node, 7) is None)
 
 
 def _at(node: ir.Node, position: int) -> ir.Value | None:
