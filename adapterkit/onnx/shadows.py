@@ -150,11 +150,10 @@ def _network(update: Shadow, heard: Heard, model: PretrainedModel) -> ir.Value:
     given, branch = _given(update, heard), heard.layer.branch
     traced = _traced(model, update, heard.layer, given, _fixed(given, branch.building.model))
     # Give the graph the operator sets that it lacks.
+    operators = branch.building.model.graph.opset_imports
     for domain, version in traced.opset_imports.items():
-        if branch.building.model.graph.opset_imports.setdefault(domain, version) != version:
-            why = (
-                f"the side network needs operator set {version} of {domain or 'ONNX'}, but the graph has {branch.opset}"
-            )
+        if (known := operators.setdefault(domain, version)) != version:
+            why = f"the side network needs operator set {version} of {domain or 'ONNX'}, but the graph has {known}"
             raise Unsupported(why, cure="Export the graph with a newer operator set")
     copies: Copies = dict(zip(traced.graph.inputs, given.values(), strict=True))
     for path, value in traced.graph.initializers.items():
