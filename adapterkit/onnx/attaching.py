@@ -15,13 +15,14 @@ from ..io.lazy import as_array
 from ..methods.dense import Dense
 from ..methods.replacement import Replacement
 from .biases import settle_biases
-from .building import Array, Branch, Building, before, behind
+from .building import Array, Branch, Building, Dtype, before, behind
 from .calls import CallWords, Heard
 from .expert_nodes import with_split
 from .experts import Experts, PackedExperts
+from .fused_nodes import Attention, taken_apart
 from .inside import changed_inside, experts_changed, refuse_outputs
 from .integer_layers import MatMulIntegerToFloat, QAttention, opened_up
-from .layers import Attention, GraphLayer, MatMul, refuse_fused_bias, taken_apart
+from .layers import GraphLayer, MatMul, refuse_fused_bias
 from .norms import computes_apart
 from .outlets import Ended
 from .resolved import FoldedNorm, ResolvedTarget, Spot
@@ -463,22 +464,17 @@ def _valued(
     )
 
     def value(field: str, leaf: Leaf) -> Value:
-        def make() -> Array:
+        def converted(to: Dtype) -> Array:
             array: Array = as_array(leaf)
-            return array.astype("i8" if array.dtype.kind in "iu" else dtype)
+            return array.astype("i8" if array.dtype.kind in "iu" else to)
 
         key = building.keep(leaf), dtype.str
-        constant = building.tensor(key, f"{name}.{field}", make)
+        constant = building.tensor(key, f"{name}.{field}", lambda: converted(dtype))
         assert constant.const_value is not None
         kind = constant.const_value.dtype.numpy()
-        return Value(layer.branch, tuple(leaf.shape), kind, constant, lambda: _wide(leaf))
+        return Value(layer.branch, tuple(leaf.shape), kind, constant, lambda: converted(np.dtype(np.float64)))
 
     return update.replace(**{field: value(field, leaf) for field, leaf in update.tensors.items()})
-
-
-def _wide(leaf: Leaf) -> Array:
-    array: Array = as_array(leaf)
-    return array.astype("i8" if array.dtype.kind in "iu" else np.float64)
 
 
 def _sayable(update: Update, layer: TargetView, branch: Branch, constant: bool) -> Update:

@@ -119,8 +119,13 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
         if len(pasts) == 1
         else concatenated([each * _ones(at, branch, each.dtype)[:, None] for each in pasts], 3)
     )
-    _check_width(past, at, target)
-    scores = _scores(past[:, 0], at, branch)
+    if at.width != past.shape[-1]:
+        why = f"the prefix was made for heads of size {past.shape[-1]}, but the attention's heads have size {at.width}"
+        raise ShapeMismatch(why, where=str(target), cure=USE_ITS_BASE)
+    # Scale the scores of the queries for the prefix's keys like the graph's own scores.
+    keys = _times(past[:, 0], _factors_of(at.scores.inputs[1]), branch)
+    queries = Value(branch, (None, at.heads, None, keys.shape[-1]), keys.dtype, at.scores.inputs[0])
+    scores = _times(queries @ keys.mT, at.factors, branch)
     values = past[:, 1] * _ones(at, branch, kind)
     # The softmax's input is already masked, so the mask does not apply to the prefix's scores.
     joined = branch.node("Concat", [scores.value, at.softmax.inputs[0]], {"axis": -1}, kind, None)
@@ -174,24 +179,11 @@ def _ones(at: AttentionNodes, branch: Branch, kind: Dtype) -> Value:
     return SYMBOLS.ones_like(queries[:, :, :1, :1])
 
 
-def _scores(keys: Value, at: AttentionNodes, branch: Branch) -> Value:
-    """Return the scores of the queries for the prefix's keys, scaled like the graph's own scores."""
-    keys = _times(keys, _factors_of(at.scores.inputs[1]), branch)
-    queries = Value(branch, (None, at.heads, None, keys.shape[-1]), keys.dtype, at.scores.inputs[0])
-    return _times(queries @ keys.mT, at.factors, branch)
-
-
 def _times(value: Value, factors: Factors, branch: Branch) -> Value:
     for op, number in factors:
         other = Value(branch, (), value.dtype, number)
         value = value * other if op == "Mul" else value / other
     return value
-
-
-def _check_width(past: Value, at: AttentionNodes, target: Target) -> None:
-    if at.width != past.shape[-1]:
-        why = f"the prefix was made for heads of size {past.shape[-1]}, but the attention's heads have size {at.width}"
-        raise ShapeMismatch(why, where=str(target), cure=USE_ITS_BASE)
 
 
 def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:

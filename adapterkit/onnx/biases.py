@@ -22,7 +22,8 @@ from ..errors import USE_EXPORTED_BASE, Unsupported
 from ..io.lazy import as_array
 from .building import Branch, Building, element_type, takes_over
 from .experts import Experts
-from .layers import Attention, Conv, Gather, GraphLayer, by_channel, only_reader, refuse_fused_bias
+from .fused_nodes import Attention
+from .layers import Conv, Gather, GraphLayer, by_channel, only_reader, refuse_fused_bias
 from .modules import SCOPES, listed, same_end
 from .operands import DEEP, is_constant, numbers, shape_of
 from .recurrent import Recurrent
@@ -163,7 +164,8 @@ def _settle(spot: Spot, place: ResolvedTarget, building: Building) -> None:
     if _in_float_sums(layer) or _before_activation(layer):
         layer = spot.kind(spot.node, layer.branch)
     if layer.stated_bias is not None:
-        if layer.bias is not None and _is_bias(layer, layer.node, _numbers_of(layer), place, plain=True):
+        b = None if layer.bias is None else layer.bias.numbers().reshape(-1)
+        if b is not None and _is_bias(layer, layer.node, b, place, plain=True):
             return
         if layer.bias is None and not _may_be_foreign(layer.stated_bias, place, layer):
             why = f"the graph computes the bias of this {layer.node.op_type}"
@@ -280,11 +282,6 @@ def _refuse_lost(place: ResolvedTarget, where: str) -> None:
         return
     why = "the layer has a bias in the base, but it is unclear where the graph adds this bias"
     raise Unsupported(why, where=where, cure="Export the graph again without optimizations")
-
-
-def _numbers_of(layer: GraphLayer) -> Array:
-    assert layer.bias is not None
-    return layer.bias.numbers().reshape(-1)
 
 
 def _is_bias(

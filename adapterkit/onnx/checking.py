@@ -207,7 +207,9 @@ def checked_injection(
     plain = _in_order(source.model, base, given, known, out)
     fed = {} if beside is None else _fed(beside, out, source)
     if beside is not None:
-        outcome = _compared(plain, out, _empty(out), exact=True, given=given, known=known)
+        # With these values for the slots that have no default, the graph computes the same as the base.
+        neutral = as_fed(neutral_of(opened(out).model))
+        outcome = _compared(plain, out, neutral, exact=True, given=given, known=known)
         if outcome.difference is None:
             return outcome
     if alone:
@@ -288,11 +290,6 @@ def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
     if empty := sorted(slots - feeds.keys()):
         raise CheckFailed(f"the .onnx_adapter file has no tensor for the slot {empty[0]!r}", path=out, cure=_REPORT)
     return as_fed(feeds)
-
-
-def _empty(out: Path) -> Feeds:
-    """Return a value for each slot that has no default. With these values, the graph computes the same as the base."""
-    return as_fed(neutral_of(opened(out).model))
 
 
 def checked_merge(
@@ -612,15 +609,11 @@ def _run_both(
 
 def _most_empty(model: bytes) -> float:
     """Return the largest accepted difference between a graph with empty slots and the original graph; often 0."""
-    if _rounds_outputs(model):
+    # If `opened_up` splits an integer operator, the last bit of the operator's outputs changes.
+    if any(op in model for op in (b"QLinear", b"QGemm", b"QAttention")):
         return STEP
     # A fused attention node in 16 bits rounds less often than the nodes that replace it in a graph with slots.
     return TOLERANCE["V"] if b"Attention" in model and _computes_narrow(model) else 0.0
-
-
-def _rounds_outputs(model: bytes) -> bool:
-    """Whether a graph has integer operators that `opened_up` may split, which changes the last bit of their outputs."""
-    return any(op in model for op in (b"QLinear", b"QGemm", b"QAttention"))
 
 
 def _conditions(model: ir.Model, feeds: Feeds) -> list[str]:

@@ -26,7 +26,7 @@ from .building import Array, Branch, Building, Dtype, element_type
 from .changes import Fresh, Stored, lazily
 from .layers import GraphLayer, weight_at
 from .modules import dotted
-from .operands import attribute, detached_copy, is_constant, numbers, shape_of
+from .operands import attribute, detached_copy, input_at, is_constant, numbers, shape_of
 from .packed import PackedNumbers, Packing, joined_bits, numbers_in, replaced, split, unpacked
 from .values import Value
 
@@ -66,9 +66,9 @@ def unknown_layout(node: ir.Node) -> str | None:
     """Return why the layout of a node's weights is unknown or unsupported; None if it is supported."""
     packed = node.op_type == "QMoE"
     first, second, third = (2, 5, 8) if packed else (2, 4, 6)
-    if any(_at(node, at) is None or not is_constant(weight_at(node, at)) for at in (first, second)):
+    if any(input_at(node, at) is None or not is_constant(weight_at(node, at)) for at in (first, second)):
         return "its weights are not constants"
-    if _at(node, third) is not None:
+    if input_at(node, third) is not None:
         return "it has a third weight (fc3), which onnxruntime's CPU kernel does not support"
     if fused(node) == 2 and attribute(node, "swiglu_fusion", 0) != 1:
         return "the rows of its gates and ups do not alternate, and onnxruntime's CPU kernel supports no other order"
@@ -99,24 +99,20 @@ def _unknown_packing(node: ir.Node) -> str | None:
     if any(one is not None for one in (*node.inputs[13:14], *node.inputs[15:])):
         return "it has global scales or activation scales"
     zeros = [one for one in node.inputs[11:13] if one is not None]
-    if any(not is_constant(one) for one in (_at(node, 3), _at(node, 6), *zeros)):
+    if any(not is_constant(one) for one in (input_at(node, 3), input_at(node, 6), *zeros)):
         return "its scales or zero points are not constants"
     return None
 
 
 def _width(node: ir.Node, bias: int) -> int | None:
     """Return the width of a node's input; None if neither the second bias nor the input has a known last axis."""
-    stack, x = _at(node, bias), node.inputs[0]
+    stack, x = input_at(node, bias), node.inputs[0]
     shapes = [one.shape for one in (stack, x) if one is not None and one.shape is not None]
     return next((last for shape in shapes if isinstance(last := shape[-1], int)), None)
 
 
 def _bits(node: ir.Node, weight: str = "fc1") -> int:
     return int(attribute(node, f"{weight}_expert_weight_bits", attribute(node, "expert_weight_bits", 4)))
-
-
-def _at(node: ir.Node, position: int | None) -> ir.Value | None:
-    return node.inputs[position] if position is not None and len(node.inputs) > position else None
 
 
 def _weight(node: ir.Node, position: int) -> ir.Value:
@@ -234,11 +230,11 @@ class Experts(GraphLayer):
 
     @property
     def has_bias(self) -> bool:
-        return _at(self.node, self.vector) is not None
+        return input_at(self.node, self.vector) is not None
 
     @property
     def bias(self) -> Value | None:
-        bias, read = self.constant_bias, _at(self.node, self.vector)
+        bias, read = self.constant_bias, input_at(self.node, self.vector)
         if bias is None or read is None:
             return None
         stack = Value(self.branch, shape_of(bias), element_type(bias), read)
@@ -296,7 +292,7 @@ class PackedExperts(Experts):
     @classmethod
     def zeros(cls, node: ir.Node) -> Callable[[], Array | int]:
         """Return a function that computes the zero points `[experts * out, blocks]`, or one zero point for all rows."""
-        stored, bits, (experts, out, in_) = _at(node, cls.middle), _bits(node), cls.sizes(node)
+        stored, bits, (experts, out, in_) = input_at(node, cls.middle), _bits(node), cls.sizes(node)
         if stored is None:
             return lambda: 1 << (bits - 1)
         copy, size = detached_copy(stored), attribute(node, "block_size", 0)
@@ -451,7 +447,7 @@ def as_floats(places: Sequence[ResolvedTarget], building: Building) -> list[Reso
 
 
 def _as_float(node: ir.Node, building: Building) -> ir.Node:
-    if _at(node, 14) is not None:
+    if input_at(node, 14) is not None:
         why = f"{node.name or node.outputs[0].name} has separate router weights, which a MoE node cannot have"
         raise Unsupported(why, where=node.name, cure="Merge with --quantized requantize (quantized='requantize')")
     inputs: list[ir.Value | None] = [*node.inputs[:2]]
@@ -470,7 +466,7 @@ def _as_float(node: ir.Node, building: Building) -> ir.Node:
         )  # fmt: skip
         value = ir.Value(name=name, shape=ir.Shape(sizes), type=ir.TensorType(dtype), const_value=tensor)
         building.model.graph.register_initializer(value)
-        inputs += [value, _at(node, kind.vector)]
+        inputs += [value, input_at(node, kind.vector)]
     kept = {"k", "activation_type", "activation_alpha", "activation_beta", "normalize_routing_weights",
             "swiglu_fusion", "swiglu_limit", "use_sparse_mixer"}  # fmt: skip
     words = {name: attribute.value for name, attribute in node.attributes.items() if name in kept}
@@ -497,7 +493,7 @@ def packing_of(spot: Spot, building: Building, fresh: Fresh) -> ExpertPacking:
     kind, node = spot.kind, spot.node
     assert issubclass(kind, PackedExperts)
     (experts, out, in_), bits = kind.sizes(node), _bits(node)
-    stored, scales, zeros = kind.operand_of(node), kind.scales(node), _at(node, kind.middle)
+    stored, scales, zeros = kind.operand_of(node), kind.scales(node), input_at(node, kind.middle)
     block = attribute(node, "block_size", 0)
     size = block or in_
     blocks, zero = -(-in_ // size), kind.zeros(node)()

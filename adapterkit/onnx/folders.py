@@ -238,6 +238,9 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
         why = f"{context[0][1].method} cannot be attached in a model of several graphs"
         cure = "Pass one graph (the .onnx file), or export the torch model with the adapter injected"
         raise Unsupported(why, where=str(context[0][0]) or None, cure=cure)
+    context_by_target: dict[Target, tuple[Update, ...]] = {}
+    for target, update in context:
+        context_by_target[target] = (*context_by_target.get(target, ()), update)
     by_part: dict[Path, Adapter | None] = {}
     seen: set[Target] = set()
     for part in parts:
@@ -248,9 +251,8 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
         model = opened(part.path).model
         kept, _ = taken(model, may, base, known_config(base, part.path), part.role)
         seen |= set(kept.updates)
-        by_part[part.name] = (
-            adapter.replace(updates={**kept.updates, **_of(context)}) if kept.updates or context else None
-        )
+        updates = {**kept.updates, **context_by_target}
+        by_part[part.name] = adapter.replace(updates=updates) if updates else None
     lost = tuple(target for target in rest.updates if target not in seen)
     if lost and (not allow_partial or not seen):
         for part in parts:
@@ -281,13 +283,6 @@ def _lacking(part: GraphPart, parts: Sequence[GraphPart], by_part: Mapping[Path,
     others = [by_part[each.name] for each in parts if each is not part and same_layers(each.name, part.name)]
     wanted = [target for other in others if other is not None for target in other.updates]
     return tuple(dict.fromkeys(target for target in wanted if target not in there))
-
-
-def _of(context: Iterable[tuple[Target, Update]]) -> dict[Target, tuple[Update, ...]]:
-    by_target: dict[Target, tuple[Update, ...]] = {}
-    for target, update in context:
-        by_target[target] = (*by_target.get(target, ()), update)
-    return by_target
 
 
 def _nowhere(lost: Sequence[Target], parts: Sequence[GraphPart], some: bool) -> TargetNotFound:

@@ -17,8 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from .building import Array, Branch, Building, Dtype, takes_over
-from .layers import Attention, Conv, GraphLayer, MatMul, only_reader, rectifies
-from .operands import attribute, detached_copy, is_constant, numbers, shape_of
+from .fused_nodes import Attention
+from .layers import Conv, GraphLayer, MatMul, only_reader, rectifies
+from .operands import attribute, detached_copy, input_at, is_constant, numbers, shape_of
 from .resolved import ResolvedTarget, Spot
 from .values import Value
 
@@ -51,10 +52,10 @@ class IntegerLayer(GraphLayer):
         if (node.op_type, domain) != (cls.op_type, cls.domain) or len(node.inputs) <= last:
             return False
         weight, scale = node.inputs[cls.parts[0]], node.inputs[cls.parts[1]]
-        operands = [weight, scale, _at(node, cls.parts[2])]
+        operands = [weight, scale, input_at(node, cls.parts[2])]
         # With static quantization, the scales and zero points of the input and output must be constants, too.
         if cls.out is not None:
-            operands += [_at(node, position) for position in (*cls.origin[1:], *cls.out)]
+            operands += [input_at(node, position) for position in (*cls.origin[1:], *cls.out)]
         if weight is None or scale is None or not all(one is None or is_constant(one) for one in operands):
             return False
         return len(shape_of(weight)) in cls.axes
@@ -85,12 +86,12 @@ class IntegerLayer(GraphLayer):
     @classmethod
     def stored(cls, node: ir.Node) -> list[ir.Value | None]:
         """Return the integer weight, its scale and its zero point."""
-        return [_at(node, position) for position in cls.parts]
+        return [input_at(node, position) for position in cls.parts]
 
     @classmethod
     def float_bias(cls, node: ir.Node) -> ir.Value | None:
         """Return the bias that the node adds, as floats; None if it has no constant bias."""
-        bias = None if cls.vector is None else _at(node, cls.vector)
+        bias = None if cls.vector is None else input_at(node, cls.vector)
         if bias is None or not is_constant(bias):
             return None
         b = numbers(bias)
@@ -101,7 +102,7 @@ class IntegerLayer(GraphLayer):
 
     def put(self, arrays: Sequence[ir.Value]) -> None:
         """Replace the node's weight, scale and zero point; requantize an integer bias for the new scale."""
-        vector = None if self.vector is None else _at(self.node, self.vector)
+        vector = None if self.vector is None else input_at(self.node, self.vector)
         b = None if vector is None else numbers(vector)
         before = None if b is None else _scale(self.node, self.parts[1])
         for position, value in zip(self.parts, arrays, strict=False):
@@ -128,7 +129,7 @@ class IntegerLayer(GraphLayer):
             return self.branch.node("Conv", [x, W, b], words, self.dtype, None)
         if issubclass(self.floating, Attention):
             words = {name: one.value for name, one in node.attributes.items()}
-            inputs = [x, W, b, _at(node, 5), _at(node, 8)]
+            inputs = [x, W, b, input_at(node, 5), input_at(node, 8)]
             return self.branch.node("Attention", inputs, words, self.dtype, None, domain=MICROSOFT)
         y = self.branch.node("MatMul", [x, W], None, self.dtype, None)
         return y if b is None else self.branch.node("Add", [y, b], None, self.dtype, None)
@@ -154,7 +155,7 @@ class IntegerLayer(GraphLayer):
     @property
     def result(self) -> ir.Value:
         out = self.node.outputs[0]
-        if self.out is None or _at(self.node, self.out[0]) is None:
+        if self.out is None or input_at(self.node, self.out[0]) is None:
             return out
         back = only_reader(out, "DequantizeLinear")
         assert back is not None  # `opened_up` adds a DequantizeLinear if the graph has none.
@@ -239,12 +240,8 @@ INTEGER: tuple[type[IntegerLayer], ...] = (
 )  # fmt: skip
 
 
-def _at(node: ir.Node, position: int) -> ir.Value | None:
-    return node.inputs[position] if position < len(node.inputs) else None
-
-
 def _scale(node: ir.Node, position: int) -> Array:
-    scale = _at(node, position)
+    scale = input_at(node, position)
     assert scale is not None
     return numbers(scale).astype(np.float64)
 
@@ -321,30 +318,27 @@ def _opened(node: ir.Node, kind: type[IntegerLayer], building: Building) -> tupl
     graph, branch = node.graph, Branch(building, node.name or node.op_type)
     assert graph is not None
     if float_input(node, kind.origin) is None:
-        given = [_at(node, position) for position in kind.origin]
+        given = [input_at(node, position) for position in kind.origin]
         x = branch.node("DequantizeLinear", given, None, np.float32, None)
         x.shape = None if given[0] is None else given[0].shape
         graph.insert_before(node, branch.nodes)
         branch.nodes.clear()
     out = node.outputs[0]
-    scale, zero = (None, None) if kind.out is None else (_at(node, position) for position in kind.out)
+    scale, zero = (None, None) if kind.out is None else (input_at(node, position) for position in kind.out)
     if scale is None:
         return node, kind
     back = only_reader(out, "DequantizeLinear")
     if back is not None and not _rectified(back):
         return node, kind
     y = branch.node("DequantizeLinear", [out, scale, zero], None, np.float32, None)
-    again = branch.node("QuantizeLinear", [y, scale, zero], None, _kind(zero), None)
+    dtype = np.dtype(np.uint8) if zero is None else numbers(zero).dtype
+    again = branch.node("QuantizeLinear", [y, scale, zero], None, dtype, None)
     y.shape = again.shape = out.shape
     graph.insert_after(node, branch.nodes)
     takes_over(out, again, branch)
     last = branch.nodes[-1]
     branch.nodes.clear()
     return (node, kind) if not rectifies(last) else _in_floats(node, kind, last, building)
-
-
-def _kind(zero: ir.Value | None) -> Dtype:
-    return np.dtype(np.uint8) if zero is None else numbers(zero).dtype
 
 
 def _rectified(back: ir.Node) -> bool:
@@ -363,7 +357,7 @@ def _in_floats(
     W = branch.node("DequantizeLinear", kind.stored(node), axis, np.float32, kind.stored_shape(node))
     if kind.turns(node) != kind.floating.turns(node):
         W = branch.node("Transpose", [W], {"perm": [1, 0]}, np.float32, None)
-    given = [_at(node, position) for position in kind.origin]
+    given = [input_at(node, position) for position in kind.origin]
     y = layer.in_floats(W, branch.node("DequantizeLinear", given, None, np.float32, None))
     floating = next(one for one in branch.nodes if one.op_type == kind.floating.op_type)
     in_module_of(node, branch)

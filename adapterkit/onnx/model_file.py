@@ -319,7 +319,12 @@ def save_merged(
     moving = [value for value in stored if _moves(value.const_value)]
     if moving and (apart or source.data or _large(model)):
         streamed(moving, out)
-    _take_in(stored, out)
+    # Load external tensors into memory, except tensors in the new data file and tensors with the key `STAYS`.
+    data_file = out.with_name(f"{out.name}.data")
+    for value in stored:
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and STAYS not in tensor.meta and Path(tensor.path) != data_file:
+            value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=value.name)
     worked_out(value for value in fresh if isinstance(value.const_value, Changed))
     write_bytes(out, _serialized(model, out))
 
@@ -452,15 +457,6 @@ def _check_unshared(stage: Path, names: Iterable[Path], out: Path) -> None:
             if other.name != out.name and os.fsencode(name.as_posix()) in other.read_bytes():
                 why = f"the file exists already, as a data file of the model {other.name}"
                 raise StorageError(why, path=there, cure="Write to another path")
-
-
-def _take_in(values: Iterable[ir.Value], out: Path) -> None:
-    """Load external tensors into memory, except tensors in the new data file and tensors with the key `STAYS`."""
-    for value in values:
-        tensor = value.const_value
-        data_file = out.with_name(f"{out.name}.data")
-        if isinstance(tensor, ir.ExternalTensor) and STAYS not in tensor.meta and Path(tensor.path) != data_file:
-            value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=value.name)
 
 
 def _moves(tensor: ir.TensorProtocol | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -116,14 +115,19 @@ def module_at(model: ir.Model, path: str, where: str) -> Module:
     Raises:
         TargetNotFound: no module in the graph matches the path, or several do. The error suggests similar names.
     """
-    inside = {node: modules_of(node) for node in model.graph}
-    known = dict.fromkeys(name for names in inside.values() for name in names)
+    modules_by_node = {node: modules_of(node) for node in model.graph}
+    known = dict.fromkeys(name for names in modules_by_node.values() for name in names)
     fits = [path] if path in known else [name for name in known if same_end(name, path)]
     if len(fits) != 1:
         why = "the graph has no weight and no module of this name" if not fits else "several modules match this name"
         raise TargetNotFound(why, where=where, cure=nearest(path, known) or "Export the model with torch's exporter")
-    nodes = tuple(node for node, names in inside.items() if fits[0] in names)
-    return Module(fits[0], nodes, tuple(_entering(nodes)), tuple(_leaving(nodes)))
+    nodes = tuple(node for node, names in modules_by_node.items() if fits[0] in names)
+    inside = set(nodes)
+    read = dict.fromkeys(one for node in nodes for one in node.inputs if one is not None)
+    entering = tuple(one for one in read if one.producer() not in inside and _is_activation(one))
+    given = [out for node in nodes for out in node.outputs if _is_activation(out)]
+    leaving = tuple(out for out in given if out.is_graph_output() or any(use.node not in inside for use in out.uses()))
+    return Module(fits[0], nodes, entering, leaving)
 
 
 def modules_of(node: ir.Node) -> tuple[str, ...]:
@@ -145,18 +149,6 @@ def _scope_modules(scopes: str | None, name: str) -> tuple[str, ...]:
     if parts[0] or len(parts) < 3:
         return ()
     return tuple(dict.fromkeys(dotted("/".join(parts[1:end])) for end in range(2, len(parts))))
-
-
-def _entering(nodes: Sequence[ir.Node]) -> list[ir.Value]:
-    inside = set(nodes)
-    read = dict.fromkeys(one for node in nodes for one in node.inputs if one is not None)
-    return [one for one in read if one.producer() not in inside and _is_activation(one)]
-
-
-def _leaving(nodes: Sequence[ir.Node]) -> list[ir.Value]:
-    inside = set(nodes)
-    given = [out for node in nodes for out in node.outputs if _is_activation(out)]
-    return [out for out in given if out.is_graph_output() or any(use.node not in inside for use in out.uses())]
 
 
 def _is_activation(value: ir.Value) -> bool:

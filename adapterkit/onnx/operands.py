@@ -30,6 +30,11 @@ def nodes_of(model: ir.Model) -> Iterator[ir.Node]:
     yield from model.graph.all_nodes()
 
 
+def input_at(node: ir.Node, position: int | None) -> ir.Value | None:
+    """Return an input of a node; None if the node has no input at this position, or if the position is None."""
+    return node.inputs[position] if position is not None and position < len(node.inputs) else None
+
+
 def is_constant(value: ir.Value | None, depth: int = DEEP) -> bool:
     """Whether a value is computed only from stored tensors, by fewer than `depth` successive operators of `THROUGH`."""
     if value is None or depth == 0:

@@ -20,8 +20,9 @@ from ..quant import joined
 from ..quant._grouped import Grouped
 from .building import Array, Branch, Building, Dtype, element_type, takes_over
 from .changes import Fresh, Stored, StoredChange, exchange, lazily, settled_from, unturned
+from .fused_nodes import Attention
 from .integer_layers import IntegerLayer, in_module_of, initializer
-from .layers import Attention, Conv, GraphLayer, MatMul, dequantized, only_reader
+from .layers import Conv, GraphLayer, MatMul, dequantized, only_reader
 from .operands import attribute, detached_copy, is_constant, numbers, shape_of
 from .values import Value
 

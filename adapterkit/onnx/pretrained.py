@@ -41,7 +41,7 @@ from .exporting import (
 )
 from .folders import joined, left_line
 from .genai_config import write_genai_config
-from .pretrained_calls import INSIDE, ExportWords, words_of
+from .pretrained_calls import INSIDE, words_of
 from .pretrained_parts import parts_of_model
 from .report import GraphReport
 from .tracing import quiet
@@ -89,7 +89,12 @@ def export_factory(
     check_folder(target, overwrite)
     module, args, more = _call_factory(factory)
     if weights is not None:
-        _load(module, weights)
+        state = {name: as_torch(leaf) for name, leaf in opened_base(weights).tensors.items()}
+        try:
+            module.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            first = " ".join(str(error).split())
+            raise ShapeMismatch(first[:300], path=weights, cure="Pass the weight file of this module") from None
     words = {name: value for name, value in options.items() if value is not None}
     with published(target, files_of_adapters(cast("Any", options.get("adapter")))) as scratch:
         report = export(module.eval(), args, scratch / "model.onnx", **{**more, **words})
@@ -123,15 +128,6 @@ def _call_factory(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str
             f"{factory} returns the argument {foreign[0]}, which a function may not set", where="model", cure=cure
         )
     return parts[0], tuple(parts[1]), more
-
-
-def _load(module: nn.Module, weights: str | PathLike[str]) -> None:
-    state = {name: as_torch(leaf) for name, leaf in opened_base(weights).tensors.items()}
-    try:
-        module.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        first = " ".join(str(error).split())
-        raise ShapeMismatch(first[:300], path=weights, cure="Pass the weight file of this module") from None
 
 
 # Export a saved transformers model: write the model as a graph, and copy the config and tokenizer beside the graph.
@@ -216,9 +212,12 @@ def export_pretrained(
 
     def written(folder: Path) -> dict[str, GraphReport]:
         return {
-            name: _exported(each, folder / name, allow_partial=bool(parts), **options)
+            name: export(
+                each.module, each.examples[0], folder / name, input_names=each.inputs, output_names=each.outputs,
+                dynamic_shapes=each.shapes, inside=INSIDE, also=each.examples[1:], allow_partial=bool(parts), **options,
+            )
             for name, each in (parts or words).items()
-        }
+        }  # fmt: skip
 
     if parts:
         _check_for_parts(adapter, source, torch_model, rename)
@@ -244,13 +243,6 @@ def _make_traceable(model: nn.Module) -> None:
     choose = getattr(model, "set_experts_implementation", None)  # transformers 4 does not have this method.
     if choose is not None:
         choose("batched_mm")
-
-
-def _exported(words: ExportWords, out: Path, **options: Any) -> GraphReport:
-    return export(
-        words.module, words.examples[0], out, input_names=words.inputs, output_names=words.outputs,
-        dynamic_shapes=words.shapes, inside=INSIDE, also=words.examples[1:], **options,
-    )  # fmt: skip
 
 
 def _check_for_parts(adapter: Adapters, source: Path, model: nn.Module, rename: str | Sequence[str]) -> None:

@@ -20,15 +20,13 @@ from .biases import with_base_bias
 from .building import element_type
 from .expert_nodes import GEMMS
 from .experts import EXPERT, EXPERTS, Experts, in_experts
+from .fused_nodes import Attention, FusedConv, FusedGemm
 from .heads import in_heads, in_parts
 from .integer_layers import INTEGER
 from .layers import (
-    Attention,
     Conv,
     ConvTranspose,
     Einsum,
-    FusedConv,
-    FusedGemm,
     Gather,
     Gemm,
     GraphLayer,
@@ -365,7 +363,10 @@ def spots_of(model: ir.Model) -> list[Spot]:
     for node in nodes:
         for kind in kinds_of(node):
             stored = tuple(sources(kind.operand_of(node)))
-            spots.append(Spot(node, kind, _names(node, kind, stored, containers), _seen(node, kind), stored))
+            names = _names(node, kind, stored, containers)
+            first, second, *rest = kind.stored_shape(node)
+            shape = (second, first, *rest) if kind.turns(node) else (first, second, *rest)  # [out, in, *k]
+            spots.append(Spot(node, kind, names, shape, stored))
     return spots
 
 
@@ -413,12 +414,6 @@ def _refuse(adapter: Adapter) -> None:
         if update.kind == "context":
             why = f"{update.method} changes {update.acts_on}, so it cannot be attached to a layer of a graph"
             raise Unsupported(why, where=str(target), cure="Inject the adapter in torch, and export the torch model")
-
-
-def _seen(node: ir.Node, kind: type[GraphLayer]) -> tuple[int, ...]:
-    """Return the shape of a layer's weight, `[out, in, *k]`."""
-    first, second, *rest = kind.stored_shape(node)
-    return (second, first, *rest) if kind.turns(node) else (first, second, *rest)
 
 
 def _names(
@@ -658,7 +653,7 @@ def _resolved(
             )
             cure = "Pass the weights that the graph was exported from: --base-weights DIR (base_weights=)"
             raise Unsupported(why, where=str(asked), cure=cure)
-        swapped = _swapped(site.target)
+        swapped = replace(site.target, layout="e out *in" if site.target.layout.startswith("e in") else "e in out *k")
         if not fits(site.target, site.updates, shape) and fits(swapped, site.updates, shape):
             site = replace(site, target=swapped)
         try:
@@ -675,11 +670,6 @@ def _resolved(
     except AdapterkitError as error:
         raise error.at(where=str(asked)) from None
     return ResolvedTarget(_in_rows(plain.target, spots[0]), asked, site.updates, tuple(spots), method, 1.0, turned)
-
-
-def _swapped(target: Target) -> Target:
-    """Swap `in` and `out` in the layout of a target that is a stack of experts."""
-    return replace(target, layout="e out *in" if target.layout.startswith("e in") else "e in out *k")
 
 
 def _in_rows(target: Target, spot: Spot) -> Target:

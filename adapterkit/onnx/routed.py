@@ -92,7 +92,8 @@ def by_expert(
     nodes = [node for node in nodes_of(model) if holds_experts(node)]
     if not nodes:
         return adapter, {}
-    stacks, family = stacks_of(nodes), _family(adapter, config, model)
+    stacks, model_type = stacks_of(nodes), _type_of(adapter, config, model)
+    family = None if model_type is None else architecture_of({"model_type": model_type})
     updates: dict[Target, tuple[Update, ...]] = {}
     whole: dict[Target, Target] = {}
     for target, given in adapter.updates.items():
@@ -203,11 +204,6 @@ def remember_family(model: ir.Model, adapter: Adapter, config: Config) -> None:
     kind = _type_of(adapter, config, model)
     if kind is not None and any(holds_experts(node) for node in nodes_of(model)):
         model.metadata_props[FAMILY] = kind
-
-
-def _family(adapter: Adapter, config: Config, model: ir.Model) -> Architecture | None:
-    kind = _type_of(adapter, config, model)
-    return None if kind is None else architecture_of({"model_type": kind})
 
 
 def _type_of(adapter: Adapter, config: Config, model: ir.Model) -> str | None:

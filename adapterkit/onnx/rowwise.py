@@ -18,8 +18,9 @@ import onnx_ir as ir
 from ..errors import Unsupported
 from ..io.lazy import as_array
 from .building import Array, Building
+from .fused_nodes import Attention
 from .integer_layers import DynamicQuantizeMatMul, MatMulIntegerToFloat, QAttention, QLinearMatMul
-from .layers import Attention, Gemm, MatMul
+from .layers import Gemm, MatMul
 from .packed import MatMulInteger, MatMulNBits
 from .slots import RECORD, SlotRecord, SlotUpdate, fixed_attributes
 from .values import Value

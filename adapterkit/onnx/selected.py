@@ -336,7 +336,8 @@ def _factors(one: ResolvedTarget, shape: tuple[int, ...], W: Array | None, scale
         return ones, np.concatenate(Bs, 1), np.concatenate(As, 0)
     first = updates[0]
     if scaled and len(updates) == 1 and isinstance(first, WeightUpdate):
-        known: Any = first.scaled_factors(cast("Tensor", W)) if _has_factors(first) else None
+        has_factors = type(first).scaled_factors is not WeightUpdate.scaled_factors
+        known: Any = first.scaled_factors(cast("Tensor", W)) if has_factors else None
         if known is not None:
             s, B, A = (np.asarray(each, np.float64) for each in known)
             return s, B, A
@@ -349,7 +350,3 @@ def _factors(one: ResolvedTarget, shape: tuple[int, ...], W: Array | None, scale
             return s, np.zeros((shape[0], 1)), np.zeros((1, shape[1]))
     D = after - start
     return (ones, D, np.eye(shape[1])) if shape[0] > shape[1] else (ones, np.eye(shape[0]), D)
-
-
-def _has_factors(update: WeightUpdate) -> bool:
-    return type(update).scaled_factors is not WeightUpdate.scaled_factors

@@ -149,7 +149,12 @@ def _network(update: Shadow, heard: Heard, model: PretrainedModel) -> ir.Value:
     """Append the network's nodes to the block's branch; return the network's output for the call's tokens."""
     given, branch = _given(update, heard), heard.layer.branch
     traced = _traced(model, update, heard.layer, given, _fixed(given, branch.building.model))
-    _check_operators(traced, branch)
+    # Give the graph the operator sets that it lacks.
+    operators = branch.building.model.graph.opset_imports
+    for domain, version in traced.opset_imports.items():
+        if (known := operators.setdefault(domain, version)) != version:
+            why = f"the side network needs operator set {version} of {domain or 'ONNX'}, but the graph has {known}"
+            raise Unsupported(why, cure="Export the graph with a newer operator set")
     copies: Copies = dict(zip(traced.graph.inputs, given.values(), strict=True))
     for path, value in traced.graph.initializers.items():
         assert value.const_value is not None
@@ -158,15 +163,6 @@ def _network(update: Shadow, heard: Heard, model: PretrainedModel) -> ir.Value:
     name = branch.building.name
     branch.nodes += copied(list(traced.graph), copies, lambda wanted: name(f"{branch.name}/network/{wanted}"))
     return of_call(copies[traced.graph.outputs[0]], heard.words, branch, _rows_of(heard))
-
-
-def _check_operators(network: ir.Model, branch: Branch) -> None:
-    for domain, version in network.opset_imports.items():
-        if branch.building.model.graph.opset_imports.setdefault(domain, version) != version:
-            why = (
-                f"the side network needs operator set {version} of {domain or 'ONNX'}, but the graph has {branch.opset}"
-            )
-            raise Unsupported(why, cure="Export the graph with a newer operator set")
 
 
 def _traced(

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from .building import Array, Attribute, Branch, Building
 from .layers import rectifies
-from .operands import attribute, is_constant, numbers, shape_of
+from .operands import attribute, input_at, is_constant, numbers, shape_of
 
 MICROSOFT = "com.microsoft"
 
@@ -112,7 +112,7 @@ class _Unrounding:
         known = node.domain in ("", "ai.onnx", MICROSOFT)
         if node.op_type == "QuantizeLinear" and known:
             if not is_constant(node.inputs[0]):
-                self.steps[node.outputs[0]] = _at(node, 1), _at(node, 2)
+                self.steps[node.outputs[0]] = input_at(node, 1), input_at(node, 2)
                 self._becomes(node, self._clipped(_given(node, 0), node))
         elif node.op_type == "DynamicQuantizeLinear" and known:
             one = self.building.literal(np.ones((), np.float32))
@@ -165,7 +165,8 @@ class _Unrounding:
         self.graph.insert_before(node, [one for one in self.branch.nodes if one.graph is None])
         self.branch.nodes.clear()
         self.gone.append(node)
-        if node.op_type == "DequantizeLinear" or _gives_floats(node):
+        to_floats = ("DequantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QAttention")
+        if node.op_type in to_floats or (node.op_type == "QGemm" and input_at(node, 7) is None):
             same = self.node("Identity", [value])
             self.graph.insert_before(node, self.branch.nodes)
             self.branch.nodes.clear()
@@ -196,7 +197,7 @@ class _Unrounding:
             axis: the operand's channel axis; None for the last axis. If each channel has its own scale, the scales are
                 in the order of this axis.
         """
-        value, scale, zero = (_at(node, at + step) for step in range(3))
+        value, scale, zero = (input_at(node, at + step) for step in range(3))
         return self.operand(value, scale, zero, axis)
 
     def operand(
@@ -235,8 +236,8 @@ class _Unrounding:
             node: the node.
             at: the index, among the node's inputs, of the output's zero point. The output's scale is at index `at - 1`.
         """
-        self.steps[node.outputs[0]] = _at(node, at - 1), _at(node, at)
-        return self._clipped(y, ir.node("QuantizeLinear", [None, None, _at(node, at)]))
+        self.steps[node.outputs[0]] = input_at(node, at - 1), input_at(node, at)
+        return self._clipped(y, ir.node("QuantizeLinear", [None, None, input_at(node, at)]))
 
     def _clipped(self, x: ir.Value, quantizer: ir.Node) -> ir.Value:
         """Clip `x` at 0 if the quantizer clips there, i.e. if its range starts or ends at its zero point."""
@@ -250,17 +251,8 @@ class _Unrounding:
         return self.node("Neg", [self.node("Relu", [self.node("Neg", [x])])])
 
 
-def _gives_floats(node: ir.Node) -> bool:
-    dynamic = node.op_type in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QAttention")
-    return dynamic or (node.op_type == "QGemm" and _at(node, 7) is None)
-
-
-def _at(node: ir.Node, position: int) -> ir.Value | None:
-    return node.inputs[position] if position < len(node.inputs) else None
-
-
 def _given(node: ir.Node, position: int) -> ir.Value:
-    value = _at(node, position)
+    value = input_at(node, position)
     if value is None:
         raise Unknown
     return value
@@ -295,12 +287,12 @@ def _gemm(of: _Unrounding, node: ir.Node) -> ir.Value:
     turned = bool(attribute(node, "transB", 0))
     b, words = _vector(of, node, 6), _words(node, "alpha", "transA", "transB")
     y = of.node("Gemm", [of.float_of(node, 0), of.float_of(node, 3, 0 if turned else 1), b], words)
-    return y if _at(node, 7) is None else of.rounded(y, node, 8)
+    return y if input_at(node, 7) is None else of.rounded(y, node, 8)
 
 
 def _vector(of: _Unrounding, node: ir.Node, at: int) -> ir.Value | None:
     """Return an integer bias as floats. The bias's scale is the product of the input's scale and the weight's scale."""
-    value = _at(node, at)
+    value = input_at(node, at)
     if value is None:
         return None
     steps = [_given(node, 1), _given(node, 4)]
@@ -339,7 +331,7 @@ def _concat(of: _Unrounding, node: ir.Node) -> ir.Value:
 
 
 def _where(of: _Unrounding, node: ir.Node) -> ir.Value:
-    return of.rounded(of.node("Where", [_at(node, 0), of.float_of(node, 1), of.float_of(node, 4)]), node, 8)
+    return of.rounded(of.node("Where", [input_at(node, 0), of.float_of(node, 1), of.float_of(node, 4)]), node, 8)
 
 
 def _integer_product(of: _Unrounding, node: ir.Node) -> ir.Value:
@@ -348,35 +340,35 @@ def _integer_product(of: _Unrounding, node: ir.Node) -> ir.Value:
     Later nodes multiply its output by the weight's scale and by the input's scale. If a DynamicQuantizeLinear
     computed the input's scale, `_changed` has replaced this scale by 1, because the input stays float.
     """
-    W = of.operand(_at(node, 1), None, _at(node, 3))
-    return of.node("MatMul", [of.operand(_at(node, 0), None, _at(node, 2)), W])
+    W = of.operand(input_at(node, 1), None, input_at(node, 3))
+    return of.node("MatMul", [of.operand(input_at(node, 0), None, input_at(node, 2)), W])
 
 
 def _integer_convolution(of: _Unrounding, node: ir.Node) -> ir.Value:
-    W = of.operand(_at(node, 1), None, _at(node, 3), 0)
-    return of.node("Conv", [of.operand(_at(node, 0), None, _at(node, 2)), W], _words(node, *CONVOLUTION))
+    W = of.operand(input_at(node, 1), None, input_at(node, 3), 0)
+    return of.node("Conv", [of.operand(input_at(node, 0), None, input_at(node, 2)), W], _words(node, *CONVOLUTION))
 
 
 def _dynamic(of: _Unrounding, node: ir.Node) -> ir.Value:
-    y = of.node("MatMul", [_given(node, 0), of.operand(_at(node, 1), _at(node, 2), _at(node, 3))])
-    b = _at(node, 4)
+    y = of.node("MatMul", [_given(node, 0), of.operand(input_at(node, 1), input_at(node, 2), input_at(node, 3))])
+    b = input_at(node, 4)
     return y if b is None else of.node("Add", [y, b])
 
 
 def _to_float(of: _Unrounding, node: ir.Node) -> ir.Value:
-    x = of.operand(_at(node, 0), _at(node, 2), _at(node, 4))
-    y = of.node("MatMul", [x, of.operand(_at(node, 1), _at(node, 3), _at(node, 5))])
-    b = _at(node, 6)
+    x = of.operand(input_at(node, 0), input_at(node, 2), input_at(node, 4))
+    y = of.node("MatMul", [x, of.operand(input_at(node, 1), input_at(node, 3), input_at(node, 5))])
+    b = input_at(node, 6)
     return y if b is None else of.node("Add", [y, b])
 
 
 def _attention(of: _Unrounding, node: ir.Node) -> ir.Value:
-    x = of.operand(_at(node, 0), _at(node, 3), _at(node, 6))
-    W = of.operand(_at(node, 1), _at(node, 4), _at(node, 7))
+    x = of.operand(input_at(node, 0), input_at(node, 3), input_at(node, 6))
+    W = of.operand(input_at(node, 1), input_at(node, 4), input_at(node, 7))
     if any(out.uses() for out in node.outputs[1:]) or len(shape_of(_given(node, 1))) != 2:
         raise Unknown
     words = {name: one.value for name, one in node.attributes.items()}
-    return of.node("Attention", [x, W, _at(node, 2), _at(node, 5), _at(node, 8)], words, MICROSOFT)
+    return of.node("Attention", [x, W, input_at(node, 2), input_at(node, 5), input_at(node, 8)], words, MICROSOFT)
 
 
 Form = Callable[[_Unrounding, ir.Node], ir.Value]

@@ -20,7 +20,7 @@ from ..errors import Malformed
 from .building import OPSET
 
 if TYPE_CHECKING:
-    from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
     Schema = tuple[list[int], int, dict[str, tuple[int, bool]]]
 
@@ -219,7 +219,9 @@ def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> N
             raise Malformed(why, path=path, where=where, cure=_AGAIN)
     positive = POSITIVE.get(node.op_type, ())
     for attribute in node.attribute:
-        if attribute.name in positive and any(number < 1 for number in (*attribute.ints, *_number(attribute))):
+        if attribute.name in positive and (
+            any(number < 1 for number in attribute.ints) or (attribute.HasField("i") and attribute.i < 1)
+        ):
             why = f"the attribute {attribute.name} of a {node.op_type} must be at least 1"
             raise Malformed(why, path=path, where=where, cure=_AGAIN)
     domain = "" if node.domain == "ai.onnx" else node.domain
@@ -294,10 +296,6 @@ def _check_tensor(tensor: TensorProto, where: str, path: Path | None) -> None:
     if count_stored != needed:
         why = f"a tensor has {count_stored} {unit}, but a {kind.name} tensor of shape {list(dims)} needs {needed}"
         raise Malformed(why, path=path, where=where, cure=_AGAIN)
-
-
-def _number(attribute: AttributeProto) -> list[int]:
-    return [attribute.i] if attribute.HasField("i") else []
 
 
 def _check_text(text: object, what: str, path: Path | None) -> None:

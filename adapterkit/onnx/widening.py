@@ -19,7 +19,7 @@ from ..errors import first_line
 from .providers import session_of
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto
 
     from .building import Array
     from .providers import OrtSession
@@ -111,14 +111,11 @@ def _is_narrow(proto: ModelProto) -> Iterator[bool]:
     """For each initializer, value and node of a model, yield whether it uses bfloat16."""
     for graph in _graphs(proto.graph):
         yield from (tensor.data_type == BFLOAT16 for tensor in graph.initializer)
-        yield from (_has_narrow(one) for one in (*graph.input, *graph.output, *graph.value_info))
+        values = (*graph.input, *graph.output, *graph.value_info)
+        yield from (value.type.tensor_type.elem_type == BFLOAT16 for value in values)
         yield from (_is_narrow_node(node) for node in graph.node)
     for function in proto.functions:
         yield from (_is_narrow_node(node) for node in function.node)
-
-
-def _has_narrow(value: ValueInfoProto) -> bool:
-    return value.type.tensor_type.elem_type == BFLOAT16
 
 
 def _is_narrow_node(node: NodeProto) -> bool:

@@ -154,7 +154,7 @@ def _output(network: nn.Module, model: nn.Module, update: Shadow, words: Mapping
         why = "Shadow's side network needs the model's input, but the call has neither input_ids nor inputs_embeds"
         raise UsageError(why, cure="Call the model with input_ids= or inputs_embeds=")
     if update.shared_embeddings and embeds is None:
-        ids, embeds = None, _embed(model)(ids)
+        ids, embeds = None, cast("Any", model).get_input_embeddings()(ids)
     given |= {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
     called = functional_call(network, tensors_of(update), (), {**given, "use_cache": False})
     out: Tensor = called.last_hidden_state
@@ -167,12 +167,6 @@ def tensors_of(update: Shadow) -> dict[str, Tensor]:
     network: Any = update.network
     pieces = zip(update.parts.items(), network.split(sizes), strict=True)
     return {name: piece.reshape(shape) for (name, shape), piece in pieces}
-
-
-def _embed(model: nn.Module) -> nn.Module:
-    model_any: Any = model
-    embed: nn.Module = model_any.get_input_embeddings()
-    return embed
 
 
 def _body(model: nn.Module) -> nn.Module:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -85,7 +85,9 @@ def _save(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metada
     live = any(isinstance(tensor, nn.Parameter) for tensor in state_dict.values())  # state_dict(keep_vars=True)
     wanted = _without_frozen(handles, live)
     if any(handle.checkpoint == "adapter" for handle in handles):
-        popped = {prefix + name for name in _frozen(module)} if wanted else set()
+        # `ignore_frozen_params` removes the base's frozen parameters from the state dict.
+        frozen = (name for name, p in module.named_parameters() if not p.requires_grad and not is_leaf_name(name))
+        popped = {prefix + name for name in frozen} if wanted else set()
         for key in [key for key in state_dict if key.startswith(prefix) and key not in popped]:
             del state_dict[key]
     paths = _paths(module)
@@ -96,11 +98,6 @@ def _save(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metada
             lost = trains and (traced or (wanted and not leaf.tensor.requires_grad))
             if handle.checkpoint != "base" or lost:
                 state_dict[prefix + _key(paths, leaf)] = leaf.tensor if live else leaf.tensor.detach()
-
-
-def _frozen(model: nn.Module) -> Iterator[str]:
-    """Return the names of the base's frozen parameters, which `ignore_frozen_params` removes from the state dict."""
-    return (name for name, p in model.named_parameters() if not p.requires_grad and not is_leaf_name(name))
 
 
 def _without_frozen(handles: Iterable[Saved], live: bool) -> bool:

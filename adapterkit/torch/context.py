@@ -172,16 +172,12 @@ def _attend(
     if isinstance(bias, Tensor):
         words["position_bias"] = _bias(prefixed.prefix.biased, bias, n)
     keys, values = (torch.cat((past[:, i], each), 2) for i, each in enumerate((key, value)))
-    before = _function(module, prefixed.config._attn_implementation)
-    return before(module, query, keys, values, _padded(mask, n), **words)
-
-
-def _function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     module_of: Any = sys.modules[type(module).__module__]
+    eager = getattr(module_of, "eager_attention_forward", None)
     function: Callable[..., tuple[Tensor, Tensor | None]] = module_of.ALL_ATTENTION_FUNCTIONS.get_interface(
-        name, getattr(module_of, "eager_attention_forward", None)
+        prefixed.config._attn_implementation, eager
     )
-    return function
+    return function(module, query, keys, values, _padded(mask, n), **words)
 
 
 def _mask(
@@ -290,7 +286,10 @@ def surround(
     if is_attention(module):
         return _at_attention(module, updates, parts[0].biased, forward, words)
     if place == "embeddings" and not hasattr(module, "get_input_embeddings"):
-        return _behind(updates, forward(**words))
+        y = forward(**words)
+        assert isinstance(y, Tensor)
+        fronts = present([update.embeddings() for update in updates])
+        return torch.cat((*(front.to(y).expand(len(y), *front.shape[-2:]) for front in fronts), y), 1)
     if any(part.masks for part in parts):
         forward = partial(_with_masks, [u for part in parts if part.masks for u in part.updates], forward)
         updates = [update for part in parts if not part.masks for update in part.updates]
@@ -320,7 +319,7 @@ def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, Conte
         return [(module, replace(part, biased=positions_of(model, part.target.path)))]
     parts_placed = [(module, replace(part, tokens=module.num_embeddings) if isinstance(module, nn.Embedding) else part)]
     if part.updates[0].place == "embeddings" and is_encoder_decoder(module):
-        parts_placed.append((_encoder(module), replace(part, encoder=True)))
+        parts_placed.append((cast("Any", module).get_encoder(), replace(part, encoder=True)))
     return parts_placed
 
 
@@ -370,12 +369,6 @@ def _around(owner: nn.Module, module: nn.Module, part: ContextPart) -> list[tupl
         why = "virtual tokens cannot be put in front of a decoder's embeddings: its cache would not count the tokens"
         raise Unsupported(why, where=str(part.target), cure="Target the model itself")
     return [(module, part), (owner, replace(part, masks=True))]
-
-
-def _behind(updates: Sequence[ContextUpdate], y: object) -> Tensor:
-    assert isinstance(y, Tensor)
-    fronts = present([update.embeddings() for update in updates])
-    return torch.cat((*(front.to(y).expand(len(y), *front.shape[-2:]) for front in fronts), y), 1)
 
 
 def _with_masks(updates: Sequence[ContextUpdate], forward: Callable[..., object], **words: object) -> object:
@@ -445,12 +438,6 @@ def _with_prompts(
         added = added.transpose(1, 2).flatten(2)
         y = y + (heads.mixed(added) if prompt.projected else added)
     return (y, *out[1:]) if isinstance(out, tuple) else y
-
-
-def _encoder(module: nn.Module) -> nn.Module:
-    model: Any = module
-    encoder: nn.Module = model.get_encoder()
-    return encoder
 
 
 def _check(module: nn.Module, target: Target, update: ContextUpdate) -> None:

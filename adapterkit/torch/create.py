@@ -441,9 +441,7 @@ def _chosen(model: nn.Module, choice: Choice, modules: dict[str, nn.Module], nam
         head = _head(model)
         selected = [name for name, module in modules.items() if module is not head and _is_linear(module)]
     elif isinstance(choice, str) and not choice.startswith("re:"):
-        selected = [
-            name for name, plain in names.items() if fnmatchcase(plain, choice) or fnmatchcase(plain, f"*.{choice}")
-        ]
+        selected = [name for name, plain in names.items() if _matches(plain, [choice])]
     else:
         selected = [name for name, plain in names.items() if _pattern(choice).fullmatch(plain)]
     if not selected:

@@ -735,8 +735,9 @@ def _direct(layer: TorchLayer, parts: list[Part], x: Tensor) -> Tensor:
     y = base = layer(x)
     for part in parts:
         if all(isinstance(update, Additive) for update in part.updates):
+            difference = cast("FormulaLayer", WeightDifference(layer))
             for update in part.updates:
-                y = y + part.switch.weight * _change_by(update, layer, x)
+                y = y + part.switch.weight * _live(update, layer).forward(x, difference)
         else:
             y = y + part.switch.weight * (_chain(layer, part.updates)(x) - base)
     return y
@@ -771,10 +772,6 @@ def _chain(layer: TorchLayer, updates: Sequence[Update]) -> Callable[[Tensor], T
     for update in updates:
         composed = Composed(composed, _live(update, layer))
     return composed  # type: ignore[no-any-return]
-
-
-def _change_by(update: Update, layer: TorchLayer, x: Tensor) -> Tensor:
-    return _live(update, layer).forward(x, cast("FormulaLayer", WeightDifference(layer)))
 
 
 def _live(update: Update, layer: TorchLayer) -> Update:

@@ -306,7 +306,8 @@ def inject(
     for site in [piece for whole in (*sites, *shared) for piece in _pieces(whole)]:
         outer = site.updates[0].kind == "output"
         holder, part = _outer(model, site, switch, recorder) if outer else _inner(model, site, switch)
-        place = _place(holder, part)
+        # If a module has several names, parts that target it by different names get the same key.
+        place = id(holder), part.weight, part.bias, part.target.rows, part.output_site is None
         first, standing = once.get(place, (part, part))
         if first.target.path != part.target.path:
             _check_twin(first, part)
@@ -349,14 +350,6 @@ def inject(
         handle = Handle(adapter, loaded, switch, list(dict.fromkeys(hooks)), model, leaves)
         handle._enter(frozen=trainable and freeze)
         return handle
-
-
-def _place(holder: nn.Module, part: Part) -> Hashable:
-    """Return a key for the parameters or the output that a part changes.
-
-    If a module has several names, parts that target it by different names get the same key.
-    """
-    return id(holder), part.weight, part.bias, part.target.rows, part.output_site is None
 
 
 def _check_twin(first: Part, second: Part) -> None:
@@ -710,16 +703,12 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
             why = f"the weight has dtype {parameter.dtype}, but only floats of at least 16 bits can be changed"
             raise Unsupported(why, where=str(site.target), cure=_UNPACKED)
     for update in site.updates:
-        _check_layer(update, site, direct)
+        lost = site.bias is None and update.changes_bias and update.needs_bias
+        if lost and not (direct and update.kind == "additive"):
+            why = f"{update.method} changes a bias that the layer does not have"
+            raise Unsupported(why, where=str(site.target), cure="Give the layer a bias")
     _refuse_fast_path(model, path, site)
     return holder, prefix
-
-
-def _check_layer(update: Update, site: Site, direct: bool) -> None:
-    lost = site.bias is None and update.changes_bias and update.needs_bias
-    if lost and not (direct and update.kind == "additive"):
-        why = f"{update.method} changes a bias that the layer does not have"
-        raise Unsupported(why, where=str(site.target), cure="Give the layer a bias")
 
 
 def _refuse_fast_path(model: nn.Module, path: str, site: Site) -> None:
