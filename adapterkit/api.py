@@ -306,9 +306,6 @@ def report(
         Unsupported: `out` is set, and the package that draws charts, vl-convert-python, is not installed.
         AdapterkitError: an adapter cannot be read, or the adapters belong to different models.
     """
-    from pathlib import Path
-
-    from .io.inputs import inputs_kept
     from .io.locations import located
     from .io.staging import check_free
     from .reporting.report import build_page, gate_figures

@@ -104,7 +104,7 @@ def _decided_by(model: str, adapters: tuple[str, ...]) -> str | None:
 
     folder = located(model)
     if find_spec("transformers") is None or not folder.is_dir():
-        return None  # Do not read the files for a digest, because the export refuses this model anyway.
+        return None  # The export refuses this model anyway, so do not read its files to compute a digest.
     files = [file for file in files_below(folder) if file.is_file()]
     files += [file for adapter in adapters for file in files_read(located(adapter))]
     return made_from(files, ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"))

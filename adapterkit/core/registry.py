@@ -116,7 +116,8 @@ class Registry(Mapping[str, T], Generic[T]):
         if len(points := self._third_party.get(name, [])) == 1:
             return self._foreign(name, points[0].load())
         if points:
-            raise Unsupported(self.refused()[name], cure=f"pip uninstall all but one of {self.packages()[name]}")
+            cure = f"Uninstall all but one of these packages: {self.packages()[name]}"
+            raise Unsupported(self.refused()[name], cure=cure)
         cure = nearest(name, self) or f"Known: {', '.join(self)}"
         raise Unsupported(f"unknown {self.noun} {name!r}", cure=cure)
 

@@ -352,7 +352,7 @@ class Remote(ABC):
             raise Unsupported(why, path=str(self.uri), cure="Write to hf://, oci:// or s3://")
 
     def place(self, path: str, file: Path, digests: Digests) -> Placed:
-        """Upload one file. The file becomes visible when this or another process passes the result to `send`.
+        """Upload one file, and return a `Placed` for it. When `send` gets this `Placed`, the file becomes visible.
 
         Args:
             path: the path inside the repository.

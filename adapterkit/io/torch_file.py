@@ -399,8 +399,6 @@ def read_torch_value(path: Path) -> object:
 
 
 def _opened(path: Path, convert: Callable[[object, dict[str, int]], T]) -> T:
-    from .torch_pickle import damaged
-
     try:
         # Pass the unbuffered file, because `Capped` adds a buffer.
         with Capped(open_input(path, 0)) as file:  # type: ignore[arg-type]

@@ -288,7 +288,7 @@ def write_modelfile(out: str | PathLike[str], *, overwrite: bool = False) -> Pat
         cure = "Join the files first with llama-gguf-split --merge"
         raise Unsupported("Ollama reads only GGUF models in one file", path=path, cure=cure)
     if not packed and not path.is_dir():
-        cure = "Merge into a GGUF model, or into a folder with config.json and a tokenizer"
+        cure = "As the base, pass a GGUF model, or a folder with config.json and a tokenizer"
         raise Unsupported("Ollama reads GGUF files and folders, not single weight files", path=path, cure=cure)
     if not packed and is_quantized(merged):
         cure = "Merge with --quantized dequantize (quantized='dequantize'), then run ollama create --quantize"

@@ -308,7 +308,7 @@ class Architecture:
         return self._namings[shape]
 
     def templates(self, naming: str) -> Iterator[str]:
-        """Yield the names in a naming, with `#` instead of every placeholder and every number."""
+        """Yield each weight name of one naming scheme, with `#` in place of every placeholder and every number."""
         return iter(self._index(naming))
 
     def _index(self, naming: str) -> Mapping[str, list[tuple[str, WeightPlace, tuple[str, ...]]]]:

@@ -222,6 +222,11 @@ def template_of(name: str) -> str:
     return _NUMBERS.sub(".#", name) if "." in name else shape_of(name)
 
 
+def same_end(one: str, other: str) -> bool:
+    """Whether two dotted paths are equal, except for a prefix that a wrapper adds to one path."""
+    return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
+
+
 def swap(name: str, off: str, on: str) -> str:
     """Replace the prefix `off` of a name with `on`; return the name unchanged if it does not begin with `off`."""
     return on + name[len(off) :] if name.startswith(off) else name

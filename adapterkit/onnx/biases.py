@@ -20,11 +20,12 @@ import onnx_ir as ir
 
 from ..errors import USE_EXPORTED_BASE, Unsupported
 from ..io.lazy import as_array
+from ..naming.moves import same_end
 from .building import Branch, Building, element_type, takes_over
 from .experts import Experts
 from .fused_nodes import Attention
 from .layers import Conv, Gather, GraphLayer, by_channel, only_reader, refuse_fused_bias
-from .modules import SCOPES, listed, same_end
+from .modules import SCOPES, listed
 from .operands import DEEP, is_constant, numbers, shape_of
 from .recurrent import Recurrent
 from .resolved import NEAR, BaseBias, ResolvedTarget, Spot

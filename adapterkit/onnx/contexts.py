@@ -16,10 +16,11 @@ from ..core.adapter import Adapter, Target
 from ..core.updates import ContextUpdate
 from ..errors import USE_ITS_BASE, ShapeMismatch, TargetNotFound, Unsupported
 from ..io.lazy import as_array
+from ..naming.moves import same_end
 from .attentions import AttentionNodes, attention_at, with_prefixes, without_factors
 from .building import Array, Branch, Building, before, behind, between, element_type, readers_of
 from .layers import Gather, GraphLayer
-from .modules import Module, module_at, modules_of, same_end
+from .modules import Module, module_at, modules_of
 from .operands import input_behind
 from .resolved import Spot
 from .resolving import spots_of

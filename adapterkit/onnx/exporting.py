@@ -27,12 +27,12 @@ from ..io.locations import path_text
 from ..io.stages import stage, steps
 from ..io.staging import staged
 from ..naming.binding import renamed
+from ..naming.moves import same_end
 from .against_torch import Run, by_reference, compared, compared_packed, outputs_of
 from .attaching import attach
 from .building import INLINE, Building
 from .checking import CheckOutcome
 from .model_file import STAYS, placing, save_fresh
-from .modules import same_end
 from .pretrained_parts import FILES
 from .quantizing import SCHEMES, as_floats, packed, prepare, with_exact_inputs
 from .reading import inputs_of, loaded

@@ -164,7 +164,7 @@ def _taps(tower: Any, each: Patches) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def in_segments(tower: Any) -> Iterator[None]:
-    """Inside the block, run the tower's attention once over all patches, with a mask that separates the segments."""
+    """Inside a `with` block, the tower's attention runs once over all patches; a mask separates the segments."""
     functions: Any = import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
     functions.register(SEGMENTED, _attention)
     before = tower.config._attn_implementation

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import TargetNotFound, places_errors
 from ..io.checkpoint import opened as opened_base
 from ..io.lazy import as_array
+from ..naming.moves import same_end
 from .matching import nearest
 from .model_file import opened
-from .modules import same_end
 from .resolved import METHODS, NEAR, Known, Spot, distance
 from .resolving import NUMBERED, OF_MODULES, by_name, plain_call, spots_of, with_several_weights
 from .unblocking import unblock

@@ -19,7 +19,7 @@ from ..core.adapter import Adapter, Target
 from ..errors import USE_EXPORTED_BASE, TargetNotFound
 from ..io.lazy import as_array
 from ..naming.binding import find_sites
-from .modules import same_end
+from ..naming.moves import same_end
 from .norms import is_scaled, refuse_folded, scaled_distance, with_norms
 from .resolved import APART, NEAR, Known, ResolvedTarget, Spot, distance
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 import onnx_ir as ir
 
 from ..errors import TargetNotFound, nearest
+from ..naming.moves import same_end
 from .building import element_type
 from .operands import is_constant
 
@@ -32,11 +33,6 @@ def listed(text: str | None) -> list[str]:
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return []
     return [word for word in value if isinstance(word, str)] if isinstance(value, list | tuple) else []
-
-
-def same_end(one: str, other: str) -> bool:
-    """Whether two dotted paths are equal, except for a prefix that a wrapper adds to one path."""
-    return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
 
 
 def dotted(path: str) -> str:

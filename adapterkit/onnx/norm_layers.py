@@ -19,9 +19,10 @@ import onnx_ir as ir
 from ..core.adapter import Adapter, Target
 from ..errors import USE_EXPORTED_BASE, USE_ITS_BASE, ShapeMismatch, TargetNotFound, Unsupported
 from ..io.lazy import as_array
+from ..naming.moves import same_end
 from .building import Branch
 from .layers import GraphLayer, only_reader, weight_at
-from .modules import SCOPES, dotted, listed, same_end
+from .modules import SCOPES, dotted, listed
 from .operands import is_constant, nodes_of, numbers, shape_of, sources
 from .resolved import ResolvedTarget, Spot
 

@@ -23,10 +23,11 @@ import onnx_ir as ir
 
 from ..errors import USE_EXPORTED_BASE, TargetNotFound, Unsupported
 from ..io.lazy import as_array
+from ..naming.moves import same_end
 from .building import Array, element_type
 from .integer_layers import IntegerLayer
 from .layers import Conv, ConvTranspose, Gemm, LeftMatMul, MatMul, bias_after, dequantized, only_reader, weight_at
-from .modules import CLASSES, SCOPES, listed, same_end
+from .modules import CLASSES, SCOPES, listed
 from .operands import attribute, is_constant, numbers, sources
 from .packed import ConvInteger, is_packed
 from .resolved import APART, NEAR, FoldedNorm, distance

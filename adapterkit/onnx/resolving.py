@@ -16,6 +16,7 @@ from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from ..formats._trained import sites_as_trained
 from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
+from ..naming.moves import same_end
 from .biases import with_base_bias
 from .building import element_type
 from .expert_nodes import GEMMS
@@ -36,7 +37,7 @@ from .layers import (
     SingleLeftMatMul,
     SingleMatMul,
 )
-from .modules import SCOPES, dotted, listed, same_end
+from .modules import SCOPES, dotted, listed
 from .norm_layers import norms_at
 from .norms import is_norm, refuse_folded
 from .operands import THROUGH, is_constant, nodes_of, sources

@@ -20,9 +20,8 @@ from ..io.inputs import decimal_number
 from ..io.lazy import as_array
 from ..naming.architectures import Architecture, WeightPlace, architecture_of
 from ..naming.binding.moving import moved
-from ..naming.moves import Move, PathPart
+from ..naming.moves import Move, PathPart, same_end
 from .experts import LAYER, ExpertStack, holds_experts, layer_of, path_of, stacks_of, stem_of, unknown_layout
-from .modules import same_end
 from .operands import nodes_of
 from .reading import GENAI_TYPE
 from .resolved import NEAR

@@ -120,8 +120,8 @@ class State:
     def state(self, update: Shadow) -> Value:
         """Return the state that the block gets, in the dtype of the block's input `x`.
 
-        The state is declared with all sizes of `x` if `x` has three axes, and the state's width is unknown or equals
-        the width of `x`. Otherwise, only the state's width is declared.
+        If `x` has three axes, and the state's width is unknown or equals the width of `x`, then the state is declared
+        with all sizes of `x`. Otherwise, only the state's width is declared.
         """
         x, branch = self.heard.layer.x, self.heard.layer.branch
         value = self.shadows.reached(update, self.heard)

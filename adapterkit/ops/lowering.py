@@ -1,7 +1,7 @@
 """Convert updates to changes of weights, and computed changes to updates.
 
 A change consists of low-rank factors if the update's method has such factors; otherwise, the change is a dense array.
-All arithmetic on adapters uses these changes, which are float64 numpy arrays.
+All arithmetic on adapters uses these changes. Their factors and dense arrays are float64 numpy arrays.
 """
 
 from __future__ import annotations

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter, Target
     from ..io.strict_json import JsonValue
     from .alignment import AlignedPlace
-
-
-if TYPE_CHECKING:
-    from ..core.adapter import Target
     from .combiners._combiner import Value
 
     Setting = Value | Sequence[float] | Mapping[str, "Setting"]
@@ -181,8 +177,6 @@ def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[s
         Unsupported: `compat` is the name of another library.
         UsageError: the library has no method with this name.
     """
-    from .combiners import COMBINERS
-
     if compat is not None:
         return _of_peer("linear" if compat == "peft" and count == 1 and name in PEFT else name, compat)
     plug, _, rest = name.partition("_")
@@ -192,8 +186,6 @@ def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[s
 
 
 def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Setting]]:
-    from .combiners import COMBINERS
-
     if compat not in PEERS:
         raise Unsupported(f"compat {compat!r} is not a known library", cure=f"Choose among {', '.join(PEERS)}")
     known = PEERS[compat]

@@ -273,7 +273,7 @@ def _span(source: Mapping[str, object], where: str, path: Path | None) -> tuple[
 
 
 def _refuse_range(where: str, span: tuple[int, int], first: tuple[int, int], start: int, path: Path | None) -> None:
-    why = f"layer {span[0]} would become layer {start}, but an adapter's layers must keep their numbers in the base"
+    why = f"layer {span[0]} would become layer {start}, but each layer of an adapter must keep its number in the base"
     if span[0] == start:
         why = f"the layer range is {list(span)}, but the first source of this slice has {list(first)}"
     cure = (

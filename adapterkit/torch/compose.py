@@ -27,6 +27,7 @@ from ..io.checkpoint import Checkpoint, open_checkpoint
 from ..linalg.activations import softmax
 from ..linalg.namespace import namespace
 from ..methods._bottleneck import Narrow
+from ..naming.moves import same_end
 from .routing import route
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
 
     def block_of(children: tuple[Child, ...], target: Target) -> ComposedBlock:
         weights_here: Any = next(
-            (weights_of_path for path, weights_of_path in weights.items() if _alike(path, target.path)), None
+            (weights_of_path for path, weights_of_path in weights.items() if same_end(path, target.path)), None
         )
         if weights_here is None:
             raise TargetNotFound(
@@ -164,7 +165,7 @@ def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., obj
 
     Args:
         model: the model, with the adapters attached.
-        names: the names of the adapters; None for the base.
+        names: a list of the adapters' names. An element None stands for the base without adapters.
     """
 
     def run(*args: object, **kwargs: object) -> object:
@@ -217,11 +218,6 @@ def _some(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
     if not adapters:
         raise UsageError("there are no adapters to compose", where="adapters", cure=PASS_AN_ADAPTER)
     return adapters
-
-
-def _alike(path: str, other: str) -> bool:
-    """Whether two paths are equal, or one path ends with the other."""
-    return path == other or path.endswith(f".{other}") or other.endswith(f".{path}")
 
 
 Child = Update | None

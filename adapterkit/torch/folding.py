@@ -324,7 +324,7 @@ def restore(restored_values: Sequence[tuple[Merged, Tensor | None]]) -> None:
 
 
 class Unmerging:
-    """Undo a merge module by module. If this fails halfway, `undo` restores the merged weights.
+    """Take a merge out of the weights, module by module. If `take_out` fails halfway, `undo` restores the merge.
 
     `undo` needs the merged bits of all parameters. To keep these bits in addition to the copies of the old bits would
     take twice the memory. So after a parameter's old bits are restored, a copy of its merged bits replaces the copy of

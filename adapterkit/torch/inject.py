@@ -24,6 +24,7 @@ from ..methods.arrow import Arrow
 from ..methods.lora import LoRA
 from ..methods.xlora import XLoRA
 from ..naming.binding import Site, apart, check_site, find_parts, find_sites, fits, with_layouts
+from ..naming.moves import same_end
 from ..naming.renames import Rename, parse_renames
 from ..naming.ties import tie_of
 from .call_recorder import CallRecorder, words_of
@@ -145,8 +146,7 @@ def _in_order(names: Sequence[str], paths: set[str]) -> list[str]:
     """
 
     def position(path: str) -> int:
-        fits = (at for at, n in enumerate(names) if n == path or n.endswith(f".{path}") or path.endswith(f".{n}"))
-        return next(fits, len(names))
+        return next((at for at, name in enumerate(names) if same_end(name, path)), len(names))
 
     exact = {name: at for at, name in enumerate(names)}
     return sorted(paths, key=lambda path: (exact.get(path, position(path)), path))

@@ -284,6 +284,27 @@ def test_reading_a_plain_lora_of_peft_loads_no_other_family_of_tensors(lora_of_p
     assert not families & modules_after(code, lora_of_peft)
 
 
+def test_no_function_imports_what_its_module_already_imports():
+    """Such an import looks as if it were heavy, and delays nothing."""
+    again = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(file.read_text("utf-8"))
+        at_top = {name for node in tree.body for name in imported(node)}
+        functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+        inside = {(node.lineno, name) for each in functions for node in ast.walk(each) for name in imported(node)}
+        again += [f"{file}:{line}: {name[1]}" for line, name in sorted(inside) if name in at_top]
+    assert not again, "\n".join(again)
+
+
+def imported(node):
+    """The modules and names that an import statement imports."""
+    if isinstance(node, ast.Import):
+        return [("", each.name) for each in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [(f"{'.' * node.level}{node.module or ''}", each.name) for each in node.names]
+    return []
+
+
 def test_a_plain_base_is_told_from_a_quantized_one_without_asking_the_schemes(tmp_path):
     save_file({"w.weight": np.ones((2, 2), np.float16)}, tmp_path / "model.safetensors")
     code = """

@@ -128,7 +128,7 @@ class ImageFormat(Format, ABC):
         Return the updates, and (target, reason) for each target that cannot be renamed.
         """
         from .deciding import FAMILIES
-        from .translate import in_diffusers, in_naming
+        from .translate import in_diffusers
 
         if self.naming == "diffusers":
             return in_diffusers(updates, kept, origin)

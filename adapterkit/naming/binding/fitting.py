@@ -242,8 +242,6 @@ def identity_of(base: Checkpoint) -> dict[str, str]:
 
 def identified(adapter: Adapter, base: Checkpoint | str | PathLike[str]) -> dict[str, str]:
     """Return `identity_of(base)` if the adapter records no fingerprint yet; otherwise an empty dict."""
-    from ...io.checkpoint import opened
-
     return {} if fingerprints_of(adapter) else identity_of(opened(base))
 
 
@@ -284,7 +282,7 @@ def check_base(
         CheckFailed: see `check_bases`.
         UsageError: `strict` is set, but no base is given.
     """
-    from ...io.checkpoint import fingerprint, opened
+    from ...io.checkpoint import fingerprint
 
     if base is None:
         if strict:

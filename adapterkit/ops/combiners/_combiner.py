@@ -414,8 +414,6 @@ class Pairwise(Combiner):
         """
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
-        from ..lowering import Delta
-
         checked_pairs(deltas, at, equal=False)
         Bs = [w * delta.B for delta, w in zip(deltas, weights, strict=True)]
         return Delta(*self.factors(Bs, [delta.A for delta in deltas], at))
