@@ -75,7 +75,7 @@ def test_a_name_in_two_packages_is_refused_and_both_are_named(zoo, tmp_path):
     with pytest.raises(Unsupported, match="several packages add the animal 'yak'") as raised:
         zoo["yak"]
     assert all(package in str(raised.value) for package in ("farm 1.0", "field 2.0"))
-    assert raised.value.cure.startswith("pip uninstall all but one")
+    assert raised.value.cure.startswith("Uninstall all but one of these packages")
 
 
 @pytest.mark.parametrize("name", ["plain", "alias"])
