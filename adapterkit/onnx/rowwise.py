@@ -98,7 +98,7 @@ class RowSlots:
         shape = x.value.shape if x.value.shape is not None else self.shapes.get(x.value.name or "")
         sizes = None if shape is None else len(shape)
         flat = sizes == 2
-        if (sizes is not None and sizes not in (2, 3)) or (flat and not _is_batch(shape, self.building.model)):
+        if (sizes is not None and sizes not in (2, 3)) or (flat and not _is_batch(x.value, shape, self.building.model)):
             why = (
                 "--mode rows (mode='rows') needs a layer input with 3 axes, or with 2 axes of which the first is known "
                 f"to be the batch; the input of this layer has {sizes} axes"
@@ -179,14 +179,17 @@ def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
     return {out.name: out.shape for out in outputs if out.name is not None and out.shape is not None}
 
 
-def _is_batch(shape: ir.Shape | None, model: ir.Model) -> bool:
+def _is_batch(value: ir.Value, shape: ir.Shape | None, model: ir.Model) -> bool:
     """Whether the first axis of a value with two axes is the batch, rather than the tokens of all texts together.
 
-    The first axis is the batch if an input of the graph has the same dynamic size on its first axis.
+    The first axis is the batch if the value is an input of the graph, or if an input of the graph has the same named
+    dynamic size on its first axis. Two dynamic sizes without a name may differ.
     """
-    first = None if shape is None else shape[0]
-    batches = [one.shape[0] for one in model.graph.inputs if one.shape is not None and len(one.shape) > 1]
-    return first is not None and not isinstance(first, int) and any(str(one) == str(first) for one in batches)
+    if value in model.graph.inputs:
+        return True
+    name = None if shape is None or isinstance(shape[0], int) else shape[0].value
+    batches = (one.shape[0] for one in model.graph.inputs if one.shape is not None and len(one.shape) > 1)
+    return name is not None and any(not isinstance(size, int) and size.value == name for size in batches)
 
 
 def factors_of(update: Update) -> dict[str, Array]:

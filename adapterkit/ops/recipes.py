@@ -389,7 +389,7 @@ def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
         )
     source = top.get("tokenizer_source")
     where = "tokenizer_source"
-    if isinstance(top.get("tokenizer"), Mapping):
+    if top.get("tokenizer") is not None:
         given = _mapping(top["tokenizer"], "tokenizer", ("source", "tokens", "pad_to_multiple_of"), path)
         for key in ("tokens", "pad_to_multiple_of"):
             if given.get(key) is not None:

@@ -159,6 +159,26 @@ def test_rows_are_refused_where_nothing_tells_them(tmp_path):
         ak.onnx.fit(tmp_path / "rows.onnx", wide)
 
 
+def test_two_dynamic_sizes_without_a_name_may_differ(tmp_path):
+    """The layer sees all tokens of all texts: without names, nothing shows that its rows are no batch."""
+    model = onnx.load(graph(tmp_path, 2))
+    turn = helper.make_node("Reshape", ["z", "flat"], ["x"])
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-1, 6], np.int64), "flat"))
+    model.graph.node.insert(0, turn)
+    shape = model.graph.input[0].type.tensor_type.shape
+    model.graph.input[0].name = "z"
+    del shape.dim[:]
+    shape.dim.extend([onnx.TensorShapeProto.Dimension() for _ in range(2)])
+    shape.dim.add().dim_value = 6
+    model.graph.output[0].type.tensor_type.shape.dim[0].ClearField("dim_param")
+    model.graph.value_info.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 6]) for name in ("x", "h", "t")
+    )
+    onnx.save(model, tmp_path / "flat.onnx")
+    with pytest.raises(Unsupported, match="2 axes of which the first is known to be the batch"):
+        ak.onnx.inject(tmp_path / "flat.onnx", adapter(), tmp_path / "out.onnx", mode="rows")
+
+
 def test_rows_that_are_not_the_first_axis_are_found_out(tmp_path):
     """Time before batch: the index would go along the tokens."""
     base = graph(tmp_path)

@@ -256,6 +256,10 @@ REFUSED = {
         "tokenizer: {source: base, tokens: {a: {source: base}}}\n"),
         "tokenizer.tokens", "Remove tokens",
     ),
+    "a tokenizer without a key": (
+        "models: [{model: one}, {model: two}]\nmerge_method: linear\ntokenizer: base\n", "tokenizer",
+        "adapterkit combine --help",
+    ),
     "parts apart": ("modules: {text: {models: [{model: one}]}}\nmerge_method: linear\n", "modules",
                     "one recipe for each"),
     "experts": ("base_model: base\ngate_mode: random\nexperts: []\n", "experts", "mergekit-moe"),
