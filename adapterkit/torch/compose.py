@@ -375,8 +375,7 @@ class SplitBlock(ComposedBlock):
         values, start = [], 0
         for child, size in zip(self.children, self.lengths, strict=True):
             part = Positions(layer, x, slice(start, start + size))
-            # `Positions` has no attribute `weight`, but blocks and output updates never read a weight.
-            values.append(self.value(child, part.cut(x), cast("Layer", part)))
+            values.append(self.value(child, part.cut(x), part))
             start += size
         joined: Tensor = namespace(x).concat(values, axis=-2)
         return joined
@@ -422,13 +421,22 @@ class Fuse(ComposedBlock):
 
 
 class Positions:
-    """A layer restricted to some positions of its input. It has the interface that `OutputUpdate` uses."""
+    """A layer restricted to some positions of its input, with the interface of `Layer`."""
 
     def __init__(self, layer: Layer, x: Tensor, positions: slice) -> None:
         self.layer, self.x, self.positions = layer, x, positions
-        self.op, self.mix, self.per_channel, self.norm = layer.op, layer.mix, layer.per_channel, layer.norm
+        self.op, self.zero_padded, self.mix = layer.op, layer.zero_padded, layer.mix
+        self.per_channel, self.norm = layer.per_channel, layer.norm
         self.shape, self.channel = layer.shape, layer.channel
         self.call: Mapping[str, object] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias
 
     def cut(self, whole: Tensor) -> Tensor:
         return whole[..., self.positions, :]
@@ -442,6 +450,12 @@ class Positions:
     def residual(self, x: Tensor) -> Tensor | None:
         residual = self.layer.residual(self.x)
         return None if residual is None else self.cut(residual)
+
+    def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
+        # The layer closes the hidden states of all positions, so put h between those of the other positions.
+        hidden, at = self.layer.hidden(self.x), self.positions
+        every = namespace(h).concat((hidden[..., : at.start, :], h, hidden[..., at.stop :, :]), axis=-2)
+        return self.cut(self.layer.close(every, self.x, whole))
 
 
 def _mapped(x: Tensor, W: Tensor | None, b: Tensor | None = None) -> Tensor:

@@ -181,10 +181,14 @@ class Watch:
         notice_replacements()
         # If neither an nn.TransformerEncoderLayer nor a module inside it has a hook, the layer runs a fused function.
         # This function reads the parameters and does not call the modules inside, so their adapters would not act.
-        wanted = {id(module) for module in self.modules}
         for module in model.modules():
-            if isinstance(module, nn.TransformerEncoderLayer) and any(id(m) in wanted for m in module.modules()):
+            if self._is_fusible(module):
                 module.register_forward_pre_hook(_no_fused_path)
+
+    def _is_fusible(self, module: nn.Module) -> bool:
+        """Whether a module is an nn.TransformerEncoderLayer that is or contains a module with this adapter."""
+        wanted = {id(each) for each in self.modules}
+        return isinstance(module, nn.TransformerEncoderLayer) and any(id(each) in wanted for each in module.modules())
 
     def __getstate__(self) -> dict[str, object]:
         # pickle stores a function by its name, and fails if the name now refers to another function. This happens if a
@@ -250,13 +254,14 @@ class Watch:
         hook = _hook_of(self.model)
         hook.drop(self)
         for module in self.model.modules():
-            layer = isinstance(module, nn.TransformerEncoderLayer)
             hooks = module._forward_pre_hooks
             ours = [] if module is not self.model or hook.watches else [k for k, h in hooks.items() if h is hook]
             if ours:
                 hook.end.remove()
-            # Each adapter of the model has registered `_no_fused_path` once, so remove only one of these hooks.
-            ours += [key for key, each in hooks.items() if each is _no_fused_path][:1] if layer else []
+            # Each adapter inside the layer has registered `_no_fused_path` once, so remove only one of these hooks.
+            ours += (
+                [key for key, each in hooks.items() if each is _no_fused_path][:1] if self._is_fusible(module) else []
+            )
             for key in ours:
                 del hooks[key]
 

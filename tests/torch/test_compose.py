@@ -334,3 +334,30 @@ def test_a_fusion_that_lacks_what_its_config_says_is_refused(tmp_path):
         with pytest.raises(error, match=words) as raised:
             compose.fuse(*adapters("ba"), fusion=tmp_path / "f")
         assert raised.value.path == str(tmp_path / "f")
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "compacter", "grouped_dora", "grouped_lora", "invertible", "loha"])
+def test_each_part_of_a_split_computes_what_its_adapter_computes_alone(method):
+    """Methods whose output at a position depends on the input at this position only."""
+    base, x = nn.ModuleDict({"q": nn.Linear(8, 8)}).double(), torch.randn(2, 5, 8, dtype=torch.float64)
+
+    def made(name):
+        handle = ak.torch.inject(base, ak.torch.create(base, name, targets=["q"]), trainable=True)
+        with torch.no_grad():
+            for value in handle.parameters():
+                value += 0.1 * torch.randn_like(value)
+        adapter = handle.adapter()
+        handle.remove()
+        return adapter
+
+    def run(adapter):
+        handle = ak.torch.inject(base, adapter)
+        y = base["q"](x)
+        handle.remove()
+        return y
+
+    parts = [made("lora"), made(method)]
+    y = run(compose.split(*parts, sizes=[2, 3]))
+    close(y[:, :2], run(parts[0])[:, :2])
+    close(y[:, 2:], run(parts[1])[:, 2:])
+    assert not torch.allclose(y[:, 2:], base["q"](x)[:, 2:])
