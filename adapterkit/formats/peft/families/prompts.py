@@ -385,7 +385,7 @@ class AdaptionPromptFamily(Family):
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         members = cls.of_it(updates)
         name = next(iter(members)).rpartition(".")[2]
-        # The config has one `adapter_len` for all modules. If the modules' numbers of virtual tokens differ, it is None.
+        # The config has only one `adapter_len` for all modules. It is None if their numbers of virtual tokens differ.
         lengths = {int(update.P.shape[0]) for update in members.values()}
         length = lengths.pop() if len(lengths) == 1 else None
         return {"adapter_len": length, "adapter_layers": len(members), "target_modules": name}
