@@ -15,7 +15,7 @@ LOGGER = "adapterkit"
 
 
 class _Steps:
-    """The progress of some work: the total number of steps, the number that have begun, and the text of the latest one."""
+    """The progress of some work: the total number of steps, the number that have begun, and the latest step's text."""
 
     def __init__(self, total: int) -> None:
         self.total, self.begun, self.last = total, 0, ""
