@@ -353,8 +353,8 @@ class Evaluation:
         (out, columns), size = deltas[0].shape, self.dtype.itemsize
         if out * columns * size > MEMORY:
             return None
-        # `approximated` decomposes small matrices exactly, in float64. Compute small results in float64 too, so that they
-        # are not rounded to float32 before the decomposition.
+        # `approximated` decomposes small matrices exactly, in float64. Compute small results in float64 too, so that
+        # they are not rounded to float32 before the decomposition.
         kind = np.float64 if self.dtype.name == "F64" or min(out, columns) <= SMALL else np.float32
         D = np.empty((out, columns), kind)
         self._into(D, method, place, at, deltas)
