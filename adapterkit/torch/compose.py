@@ -375,7 +375,8 @@ class SplitBlock(ComposedBlock):
         values, start = [], 0
         for child, size in zip(self.children, self.lengths, strict=True):
             part = Positions(layer, x, slice(start, start + size))
-            # `Positions` has no attribute `weight`, but blocks and output updates never read a weight.
+            # `cast` is needed because `Positions` has only some attributes of `Layer`. A formula that reads another
+            # attribute, such as `weight`, fails here.
             values.append(self.value(child, part.cut(x), cast("Layer", part)))
             start += size
         joined: Tensor = namespace(x).concat(values, axis=-2)
@@ -422,7 +423,10 @@ class Fuse(ComposedBlock):
 
 
 class Positions:
-    """A layer restricted to some positions of its input. It has the interface that `OutputUpdate` uses."""
+    """A layer restricted to some positions of its input.
+
+    It has only a part of the interface `Layer`: `weight`, `bias`, `zero_padded` and `close` are missing.
+    """
 
     def __init__(self, layer: Layer, x: Tensor, positions: slice) -> None:
         self.layer, self.x, self.positions = layer, x, positions
