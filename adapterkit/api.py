@@ -62,8 +62,8 @@ def convert(
             `write`.
         max_error: with `on_loss="promote"`, an update that the format cannot express may become a LoRA whose weight
             change has at most this relative error.
-        profile: the program that will load the output, such as `"vllm"`, if this program supports only some features
-            of the format.
+        profile: a program that will load the output and supports only a part of the format, such as `"vllm"`; see
+            `write`.
         match_base: use the weight names that `base` stores, and split or join updates to match the stored weights.
         rename: rules that rename targets, each `FROM=TO` or `@FILE`.
         overwrite: replace an existing output at `dst`.
@@ -351,7 +351,9 @@ def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
 def _names_for(adapters: Sequence[Adapter | str | PathLike[str]]) -> list[str]:
     """Return a short name for each adapter: the end of its path, with just enough folders to make all names different.
 
-    If two paths are equal or differ only in the extension, each name is a whole path, followed by the adapter's number.
+    If two paths are equal or differ only in the extension, use the whole paths of all adapters, each followed by the
+    adapter's number.
+
     An adapter in memory is named after its number, such as `adapter 1`.
     """
     from os import fspath

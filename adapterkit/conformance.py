@@ -156,11 +156,12 @@ def _methods(case: Case) -> list[str]:
 
 
 def _foreign(case: Case, line: Line, known: set[str]) -> bool:
-    """Whether the program refused a case because it does not know the case's method; R-7.1 allows this refusal."""
+    """Whether the program refused a case because it does not know the case's method; R-7.1 requires this refusal."""
     where, wanted = str(line.get("where", "")), case["expected"]
     if line.get("error") != "Unsupported" or not where.startswith("updates["):
         return False
-    # Do not compare locations for `compute` and `merge`: `updates[0] (q)` contains `q`, which many cases expect.
+    # Do not compare locations for `compute` and `merge`. Some of these cases expect Unsupported at `q`, and a program
+    # that does not know the method can answer `updates[0] (q)`, which contains `q`.
     reads = case["verb"] not in ("compute", "merge")
     right = reads and wanted.get("error") == "Unsupported" and wanted.get("where", "") in where
     return not right and not known.issuperset(_methods(case))

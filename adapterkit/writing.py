@@ -2,10 +2,10 @@
 
 A writer first checks all updates. If the format cannot express some updates, the writer writes nothing and raises
 `Unrepresentable`; the error's `places` lists the refused updates. *Promotion* converts the refused updates to other
-methods and calls the writer again. Updates with low-rank factors become a LoRA with exactly these factors, without a
-decomposition. Other updates become a weight difference (`Dense`) if the format supports weight differences, or the
-nearest LoRA if the caller accepts an error (`max_error`). Promotion is in this module, because it imports
-`adapterkit.ops`, which the modules in `formats` may not import.
+methods and calls the writer again. Updates with low-rank factors become a LoRA that is built from these factors,
+without a decomposition. Other updates become a weight difference (`Dense`) if the format supports weight differences,
+or the nearest LoRA if the caller accepts an error (`max_error`). Promotion needs `adapterkit.ops`. The modules in
+`formats` may not import `adapterkit.ops`, so promotion is in this module.
 """
 
 from __future__ import annotations
@@ -273,8 +273,10 @@ def _is_matrix(update: Dense) -> bool:
 def _by_identity(update: Dense, shape: Sequence[int]) -> LoRA:
     """Return a weight difference D as a LoRA of full rank: one factor is D, the other factor is the identity.
 
-    The identity's size is the smaller of `out` and `in * k`. If `update` changes only the bias, both factors are zeros
-    of rank 1. The diffusers library also makes such a LoRA: it converts the `diff` tensor of a Wan model's head.
+    The identity's size is the smaller of `out` and `in * k`. The diffusers library also makes a LoRA with an identity
+    factor: it converts the `diff` tensor of a Wan model's head to such a LoRA.
+
+    If `update` changes only the bias, both factors are zeros of rank 1.
     """
     out, columns = shape[0], math.prod(shape[1:])
     leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
@@ -335,7 +337,7 @@ def _in_factors(target: Target, group: Sequence[Update], base: Checkpoint | None
     def factors() -> LoRA | None:
         deltas = [*change.deltas()]
         if any(delta.rest is not None for delta in deltas):
-            return None  # The method has no low-rank factors for this weight, such as LoKr for convolutions.
+            return None  # An update has no low-rank factors, for example a LoKr update with `stacked=True`.
         return low_rank(target, shape, [_of_rank_one(each) for each in deltas], change.bias(), kind)
 
     return _when_read(factors)

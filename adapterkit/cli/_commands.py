@@ -396,7 +396,10 @@ class Formatter(click.HelpFormatter):
         super().__init__(indent_increment, max(columns - 2, 24) if width is None and columns < 52 else width, max_width)
 
     def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
-        """Write a list of definitions; the first column takes at most a third of the width."""
+        """Write a list of definitions.
+
+        The first column takes at most a third of the width, or at most 10 columns if a third is less.
+        """
         super().write_dl([*rows], min(col_max, max(10, self.width // 3)), col_spacing)
 
 

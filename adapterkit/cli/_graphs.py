@@ -226,7 +226,7 @@ def refuse(
     Args:
         ctx: the context of the command.
         names: the parameter names of the options to refuse, such as `base_weights` for `--base-weights`.
-        why: the end of the error message, which starts with the option, such as `is only for ONNX graphs`.
+        why: the text after the option's name in the error message, such as `is only for ONNX graphs`.
         path: the path that the error shows.
         cure: the cure in the error.
 

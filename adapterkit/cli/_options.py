@@ -159,7 +159,11 @@ def stated() -> dict[str, Any]:
 
 
 def stating(command: F) -> F:
-    """Add `--alpha`, `--strict` and `--family`, for commands that do not check an adapter's rank with `--rank`."""
+    """Add the options that `compat` adds, except `--compat` and `--rank`.
+
+    The options are `--alpha`, `--strict` and `--family`. They are for commands without `--rank`, and for commands whose
+    `--rank` is the rank of the result.
+    """
     for option in (_family, _strict, _alpha):
         command = option(command)
     return command
@@ -204,8 +208,8 @@ def in_reading(
         return tuple(adapters)
     from ..formats import FORMATS, read
 
-    # If `compat` names a layout of stacked experts, pass it as `experts_order`. Formats without stacked experts ignore
-    # `experts_order`, but refuse the name of a layout as `compat`. So one command can read adapters of several formats.
+    # One command may read adapters of several formats. Therefore, if `compat` names a layout of stacked experts, pass
+    # it as `experts_order`: formats without stacked experts ignore `experts_order`, but refuse a layout as `compat`.
     name = "experts_order" if compat in FORMATS["peft"].experts_orders else "compat"
     options |= {} if compat is None else {name: compat}
     return tuple(

@@ -37,14 +37,14 @@ STAGES = "adapterkit.stages"
 """Key in click's `Context.meta` for the `StageLines` of the running command."""
 
 busy = threading.Event()
-"""The event is set while a progress meter is active. `StageLines` then prints no step unless -v is given."""
+"""Set while a progress meter is active. While it is set, `StageLines` prints no step unless -v is given."""
 
 
 class StageLines(logging.Handler):
     """Print the steps of a command.
 
-    By default, steps are printed only after the command has run for `PATIENCE` seconds. With -v, every step is printed;
-    with -vv, details are printed too.
+    By default, steps are printed only after the command has run for `PATIENCE` seconds (`PLAIN_PATIENCE` if standard
+    error is not a terminal). With -v, every step is printed; with -vv, details are printed too.
     """
 
     def __init__(self, command: str, verbose: int) -> None:

@@ -79,7 +79,8 @@ def command(
     decided = None
     if factory is None and model is not None and not share_weights:
         # The digest shows whether an earlier run already wrote this export. A model from --model gets no digest,
-        # because it also depends on the user's code. An export with --share-weights records no digest.
+        # because it also depends on the user's code. An export with --share-weights does not save its digest, so there
+        # is nothing to compare.
         decided = _decided_by(model, adapters)
         if is_done(ctx.obj, out, decided, overwrite):
             return
@@ -104,7 +105,7 @@ def _decided_by(model: str, adapters: tuple[str, ...]) -> str | None:
 
     folder = located(model)
     if find_spec("transformers") is None or not folder.is_dir():
-        return None  # The export refuses this model anyway, so do not read its files to compute a digest.
+        return None  # The export will fail, so do not read all files to compute a digest.
     files = [file for file in files_below(folder) if file.is_file()]
     files += [file for adapter in adapters for file in files_read(located(adapter))]
     return made_from(files, ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"))

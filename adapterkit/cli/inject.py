@@ -113,7 +113,10 @@ def _inputs(path: str, check: bool) -> dict[str, Array]:
 
 
 def _call(words: tuple[str, ...]) -> dict[str, str | int]:
-    """Parse the values of --call into a map from model arguments to names in the graph. Decimal values become int."""
+    """Parse the values of --call into a map from model arguments to names in the graph.
+
+    A value of 1 to 18 digits, such as the 3 in `task_ids=3`, becomes an int.
+    """
     options: dict[str, str | int] = {}
     for given in words:
         word, equals, value = given.partition("=")

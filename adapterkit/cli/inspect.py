@@ -353,7 +353,11 @@ def _graph_view(record: Mapping[str, object], every: bool) -> View:
 
 
 def _places_row(module: str, group: Sequence[Mapping[str, object]], layers: Mapping[str, str]) -> list[object]:
-    """Return the table row of one module. If a value differs between layers, its cell contains a list or a range."""
+    """Return the table row of one module.
+
+    If the layers differ, the row has the first layer's node, at most two shapes, all methods that found the layers, and
+    the range of the confidences.
+    """
     rows = [_layer_row(place) for place in group]
     shapes, methods = ([*dict.fromkeys(str(row[at]) for row in rows)] for at in (1, 4))
     confidence = span([row[5] for row in rows if row[5]])

@@ -275,7 +275,7 @@ def command(
 def _with_texts(calibration: str, planned: Plan) -> list[JsonValue]:
     """Read the texts of --calibration to check them, and return the plan's warnings.
 
-    The warning `TEXTS` is left out: it asks for a calibration file, but the merge computes this file from the texts.
+    The warning that asks for a calibration file is left out, because the merge computes this file from the texts.
 
     Raises:
         UsageError, Malformed, StorageError: the texts cannot be read.

@@ -43,7 +43,7 @@ def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif:
         write_bytes(local(sarif), json.dumps(scan_result.sarif(), indent=2).encode())
     try:
         warnings = _options.base_warnings([src], [src], base)
-    except AdapterkitError:  # The adapter cannot be read.
+    except AdapterkitError:  # The adapter cannot be read; `scan` already reported this.
         warnings = []
     show(ctx.obj, scan_result.record() | {"warnings": warnings}, _view)
     if fail_on != "never" and scan_result.fails(fail_on):

@@ -64,8 +64,8 @@ class Target:
 
     Attributes:
         path: the dotted path, in the base, of a module (its `weight` and `bias`) or a single parameter. An empty path
-            means the whole model. It is allowed only for context updates and for methods that set `of_model`, such as
-            X-LoRA for its router without experts.
+            means the whole model. It is allowed only for context updates and for methods that set `of_model`. For
+            example, an X-LoRA update of the whole model contains only the router, not the experts.
         layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see the weight as `[out,
             in, *k]`. A leading `e` means that the weight is a stack with one weight per expert; each tensor of an
             update then also has a leading axis with one entry per expert.
@@ -477,7 +477,7 @@ def _encodes(text: str) -> bool:
 def _form(target: Target, updates: tuple[Update, ...]) -> Hashable:
     """Return a key for `validate`, which checks only one of the targets that have equal keys.
 
-    Return None if the key is not hashable, because the adapter contains a damaged value.
+    Return None if a damaged value in the adapter makes the key unhashable.
     """
     forms: list[Hashable] = []
     for update in updates:

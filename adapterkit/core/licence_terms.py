@@ -273,7 +273,7 @@ _MOST_READINGS = 256
 
 
 def _readings(parts: Sequence[Part]) -> list[list[Part]]:
-    """Return the possible combinations of one set of licences per part, but at most `_MOST_READINGS` of them.
+    """Choose one set of licences for each part. Return all such combinations, but at most `_MOST_READINGS` of them.
 
     A combination is a list of pairs (name of a part, single licence), one pair for each licence in the chosen sets.
     """
@@ -351,7 +351,7 @@ def passed_over(stated: Licence, parts: Sequence[Part]) -> tuple[str, ...]:
 def _omits(stated: Licence, licence: Licence) -> bool:
     """Whether `stated`, the merged model's licence, omits a requirement of `licence`, the licence of a part.
 
-    Both are single licences.
+    Each is a single licence, not an expression with several licences.
     """
     stated_terms, terms = terms_of(stated), terms_of(licence)
     if stated_terms is None or terms is None or _id(licence) == _id(stated) or _id(stated) in _reached(licence):
@@ -415,7 +415,7 @@ def _reached(licence: Licence) -> set[str]:
     """Return the other licences that a merged model may have if one of its parts has `licence`.
 
     The table's entry for `licence` lists some of these licences in its field `into`. The entries of the listed licences
-    may list further licences in the same way, which are also returned.
+    may list further licences in the same way. Those licences are also returned.
     """
     reached: set[str] = set()
     left = [_id(licence)]

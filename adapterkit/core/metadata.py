@@ -1,7 +1,8 @@
 """Text metadata of adapters: trigger words, training settings, and the fingerprint of the base.
 
 After reading, the metadata is in `Adapter.foreign`, or in the lineage step `read` if the format's reader stores no
-metadata in `foreign`. After an operation, the metadata is in the lineage.
+metadata in `foreign`. Operations that combine adapters, or extract one, store the metadata in their lineage step.
+Operations that change a single adapter, such as `scale`, leave the metadata where it is.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return points
 
     def packages(self) -> dict[str, str]:
-        """For each name that other packages add, return its packages as one string: `acme-adapters 1.0, other 2.1`."""
+        """Map each name that other packages add to a list of these packages as text: `acme-adapters 1.0, other 2.1`."""
         return {name: ", ".join(map(_package, points)) for name, points in sorted(self._third_party.items())}
 
     def refused(self) -> dict[str, str]:

@@ -323,7 +323,7 @@ def _random(shape: tuple[int, ...]) -> Array:
 
 
 def _values(leaf: Leaf) -> torch.Tensor:
-    """Load a tensor as an array. The annotation says `torch.Tensor`, like the annotations of the methods' formulas."""
+    """Load a tensor as a numpy array, annotated as `torch.Tensor` because the methods' formulas are annotated so."""
     array = as_array(leaf)
     return cast("torch.Tensor", array.astype("<f8") if as_lazy(leaf).dtype.floating else array)
 

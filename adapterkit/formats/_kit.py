@@ -289,7 +289,7 @@ def one_alpha(
     from .peft.patterns import exact_alpha
 
     def rank(update: Pair) -> int:
-        # Read the rank from B, because the rank is always B's last axis.
+        # The rank is always B's last axis. In A, it is the first axis, or the second if the experts are stacked.
         return int(update.B.shape[-1])
 
     return one_number(

@@ -104,7 +104,7 @@ def sites_as_trained(
 
 
 def lora_among_zeros(update: Update) -> Update | None:
-    """Rewrite a LoRA (with or without groups) to pad its input with zeros. Return None for other methods."""
+    """Rewrite a LoRA, GroupedLoRA or GroupedDoRA to pad its input with zeros. Return None for other methods."""
     if isinstance(update, LoRA):
         from ..methods.grouped_lora import GroupedLoRA
 

@@ -30,7 +30,7 @@ FILE = "adapter.safetensors"
 MAX_RECORD = 256 << 20
 """The largest accepted size, in bytes, of a `NAME.onnx_adapter.json` file, which contains only a record.
 
-In adapterkit's own format, the record is not a file, but the value of the metadata key `adapterkit`.
+The limit does not apply to adapterkit's own format, which stores the record under the metadata key `adapterkit`.
 """
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
@@ -244,7 +244,7 @@ def _keep_unknown(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 def _check_version(version: object) -> bool:
-    """Check that this release can read a record of this version. Return whether the version's MINOR number is newer."""
+    """Check that this release can read a record of this version. Return whether its MINOR number exceeds SPEC's."""
     if not isinstance(version, str) or not re.fullmatch(rf"{NUMBER}\.{NUMBER}", version):
         why = f"{shown(version)} is not a version of the form MAJOR.MINOR, such as 1.0"
         raise Malformed(why, where=f"metadata {KEY}: version", cure=WRITE_AGAIN)

@@ -189,11 +189,12 @@ def _apart(update: Update) -> tuple[Update, ...]:
 def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
     """Reorder the rows of fused weights in DiffSynth's files, and remove `default` from the keys.
 
-    DiffSynth's files order the rows by head: the queries, keys and values of the first head, then those of the second
-    head, and so on. In the result, all queries come first, then all keys, then all values. DiffSynth trains MiniMax-H3
-    with the row order of the model's authors, but all other tools reorder the rows when they load the model. The
-    tensors have the same shapes in both orders, so only PEFT's adapter name `default` in the keys identifies
-    DiffSynth's files. The name is removed, because a new file with this name would be read as DiffSynth's.
+    This applies only to families with `diffsynth_head`, such as MiniMax-H3. DiffSynth trains them with the row order of
+    the model's authors: the queries, keys and values of the first head, then those of the second head, and so on. All
+    other tools reorder the rows when they load the model: all queries come first, then all keys, then all values. The
+    result has this order. The tensors have the same shapes in both orders, so only PEFT's adapter name `default` in
+    the keys identifies DiffSynth's files. The name is removed, because a new file with this name would be read as
+    DiffSynth's.
 
     Raises:
         Malformed: the number of rows is not a multiple of the rows of a head.

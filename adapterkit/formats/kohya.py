@@ -97,8 +97,9 @@ class Kohya(ImageFormat):
         inside = {target: each for target, each in updates.items() if component_of(target.path) == "unet"}
         others = {target: each for target, each in updates.items() if target not in inside}
         paths = [rooted(target.path)[1] for target in inside]
-        # With the naming KOHYA, targets that fit no known family keep their names. With another naming, they would be
-        # refused. The kept names can be read again, because `resolve` also compares names with the base's names.
+        # If all targets are modules of the base, set the naming to KOHYA: targets that fit no known family then keep
+        # their names. With another naming, these targets would be refused. A reader that has the base can resolve the
+        # kept names, because `resolve` also compares names with the base's names.
         origin = replace(origin, naming=KOHYA) if origin.inside else origin
         turned_there = [t for t, each in others.items() if any(isinstance(update, OFT) for update in each)]
         if turned_there and not origin.families:

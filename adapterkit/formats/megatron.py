@@ -115,7 +115,7 @@ def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[]
 
 
 def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
-    """Return a function that checks whether LoRA of `modules` can express an update; `expressible` calls the function.
+    """Return a function that checks whether LoRA on `modules` can express an update; `expressible` calls the function.
 
     The function returns the reason why LoRA cannot express the update, or an empty string if LoRA can express it.
     """

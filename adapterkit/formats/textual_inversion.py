@@ -181,7 +181,7 @@ def _token(tensors: Mapping[str, Lazy], wrapper: Mapping[str, JsonValue] | None,
 
 
 def _expressible(adapter: Adapter, on_loss: str) -> tuple[dict[str, TextualInversion], list[str]]:
-    """Return the embeddings by component, and a line for each omitted update."""
+    """Return a map from each text encoder's name to its embedding, and a line for each omitted update."""
     inversions: dict[str, TextualInversion] = {}
     items = []
     for target, update in adapter:

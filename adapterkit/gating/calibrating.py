@@ -64,7 +64,7 @@ def calibrate(
 
     Only targets that are linear layers are recorded. `adapterkit.merge(..., quantized="requantize", keep="adapter",
     calibration=out)` uses the file for rounding. If `out` already exists and was made from the same base, adapters,
-    texts and settings (`weights`, `texts`, `length`, `seed`), the model does not run, and `out` is read again.
+    texts and settings (`weights`, `texts`, `length`, `seed`), the function reads `out` and does not run the model.
 
     Args:
         base: a folder of a transformers model, quantized or not. For a GGUF model, the folder from which it was

@@ -281,8 +281,8 @@ def _part(name: str, sums: ModuleSums) -> ModulePart:
 def named_scale(scale: float, residue: float) -> str:
     """Return a phrase that describes a module's wrong change, such as `contains 0.5 times the change`.
 
-    The wrong change is the sum of `scale` times the right change and a component orthogonal to the right change. If the
-    orthogonal component is too large (see `RESIDUE`), the phrase is `contains another change`.
+    The wrong change is a sum: `scale` times the right change, plus a component that is orthogonal to the right change.
+    If the orthogonal component is too large (see `RESIDUE`), the phrase is `contains another change`.
 
     Args:
         scale: the factor of the right change in this sum.
@@ -337,7 +337,8 @@ class SuspectWeights:
     def judged(self, part: ModulePart, suspected: bool, max_scale_error: float, max_part_error: float) -> ModulePart:
         """Compare a module's weights, and return `part` with the result.
 
-        If the module is suspected, the result has a fault, unless rounding explains the difference of the outputs.
+        If a weight has a fault, the result has this fault. If no weight has a fault but the module is suspected, the
+        result still has a fault, unless the merged model is quantized or rounding explains the outputs' difference.
         """
         worst, same, along = "", True, list[tuple[float, float]]()
         touched = part.touched

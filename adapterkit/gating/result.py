@@ -455,7 +455,7 @@ def _is_multiple(part: ModulePart) -> bool:
 
 
 def _kind(part: ModulePart) -> str:
-    """Return a module's fault without numbers and module names, so that similar faults can be grouped."""
+    """Return the kind of a module's fault, without the factor of a multiple or the name of another module."""
     if part.fault.startswith("contains the change of "):
         return "contains the change of another module"
     return "contains another multiple of the change" if "times the change" in part.fault else part.fault

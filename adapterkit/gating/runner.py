@@ -290,7 +290,7 @@ def gate(
     kept = []
     if graph is not None:
         kept.append(run.graph(graph, loaded, factors))
-    if after is not None:  # Measure the merged model last, because this merges the adapters into the loaded base.
+    if after is not None:  # Measure the merged model last: `_Run.merged` may merge the adapters into the loaded base.
         kept.insert(0, run.merged(after, dtype, place, checkpoint))
     checks = checks_of(effect, kept, limits)
     return Gate(
@@ -326,7 +326,7 @@ def checked(
 
 
 def _grow(model: Any, planned: Plan) -> None:
-    """Add vocabulary rows to the embedding and the head of a model, as many as a merge adds. All new rows are zero."""
+    """Grow the embedding and the head of a model to the number of rows that a merge plans. All new rows are zero."""
     import torch
 
     rows = (planned.vocabulary or {}).get("rows")

@@ -315,7 +315,7 @@ class Shards:
             os.truncate(path, 0)
 
     def close(self) -> None:
-        """Stop fetching the data of sparse files from the hub."""
+        """Remove the sparse files from `ELSEWHERE`. Later reads no longer fetch their data from the hub."""
         for path in self.files:
             ELSEWHERE.pop(path, None)
 
@@ -344,7 +344,7 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
             try:
                 yield shards
             except StorageError:
-                if not shards.begun:  # No download has started, so a later run could not use the folder.
+                if not shards.begun:  # This run has started no download that a later run could continue.
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
             finally:
@@ -369,7 +369,8 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
 
 
 WHOLE = 0.9
-"""If a task needs at least this share of a file's bytes, the whole file is downloaded, so that it can be verified."""
+"""If a task must download at least this share of a file's tensor data, the whole file is downloaded, so that it can be
+verified."""
 
 AHEAD = 8 << 20
 """The largest size of a request, in bytes. Longer ranges are split into several requests. If a range is shorter,
@@ -556,7 +557,7 @@ class Ranged:
             file.drop()
 
     def close(self) -> None:
-        """Stop fetching the missing bytes of the sparse files from the hub."""
+        """Remove the sparse files from `ELSEWHERE`. Later reads no longer fetch missing bytes from the hub."""
         for path in self.files:
             ELSEWHERE.pop(path, None)
 

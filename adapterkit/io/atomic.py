@@ -102,9 +102,8 @@ def lock(handle: int, *, wait: bool = False) -> bool:
     """Lock an open file until it is closed. If another process holds the lock, wait (`wait=True`) or return False."""
     try:
         import fcntl
-    except (
-        ImportError
-    ):  # Windows has no flock. But it refuses to replace an open file, which protects the file as well.
+    except ImportError:
+        # Windows has no flock. But Windows refuses to replace an open file, which protects the file as well.
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

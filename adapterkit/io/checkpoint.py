@@ -289,8 +289,8 @@ def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path])
 #
 # - always, if the name, the shape or the dtype of a tensor changed;
 # - always, if any element changed in a tensor that is small enough to be read whole;
-# - always, if a contiguous range of at least 1/63 of a tensor's elements changed, such as an attention head or an MLP
-#   block. The reason is that 64 blocks are read, evenly spaced from the first element to the last;
+# - always, if a contiguous range of at least 1/63 of a tensor's elements changed, such as the rows of one of 32
+#   attention heads. The reason is that 64 blocks are read, evenly spaced from the first element to the last;
 # - almost always, if the changed elements are scattered over the model, as after training. If a fraction p of all
 #   elements changed, and n elements are read, the fingerprint stays the same with probability `(1 - p) ** n`. For a
 #   model of 13 billion bfloat16 parameters, n is about 7 million. If one in a million of its elements changed, this

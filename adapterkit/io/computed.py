@@ -121,7 +121,7 @@ def _exact_type(dtype: DType, factor: float) -> DType:
 
     Float32 and float64 tensors keep their dtype. Narrower tensors keep it only if the product is exact, and otherwise
     become float32. A change of sign is always exact. Multiplying by a power of two changes only the exponent. In BF16,
-    the product counts as exact, because BF16 has the wide exponent range of float32. In F16, the product may be
+    such a product counts as exact, because BF16 has the wide exponent range of float32. In F16, such a product may be
     inexact, because F16's exponent range is narrow.
     """
     power = abs(math.frexp(factor)[0]) == 0.5

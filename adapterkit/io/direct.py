@@ -143,7 +143,10 @@ BUFFERED = (DEPTH + 1) * PIECE
 """The memory that a writer uses, in bytes; it does not depend on the size of the output."""
 
 BUFFER = 512 << 10
-"""Bytes are copied in steps of this size, so that a step's bytes are still in the CPU cache when they are written."""
+"""Bytes are copied into a writer's memory in steps of this size.
+
+A caller that needs a sha256 updates it after each step, while the step's bytes are still in the CPU cache.
+"""
 
 Moved = Callable[[int], None]
 
@@ -210,8 +213,8 @@ class Writer:
     def copy(self, source: BinaryIO, start: int, nbytes: int, moved: Moved = lambda _: None) -> None:
         """Add bytes of an open, unbuffered file to the run. If possible, the two files share disk blocks.
 
-        The kernel copies the bytes only if both offsets are equal modulo `PAGE`. For other offsets, the kernel would
-        copy page by page, which is slower than reading and writing many pages at once.
+        The kernel copies the bytes only if the offsets in the source and in the target are equal modulo `PAGE`. For
+        other offsets, the kernel would copy page by page, which is slower than reading and writing many pages at once.
 
         Args:
             source: the file to copy from.

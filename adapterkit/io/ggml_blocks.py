@@ -221,8 +221,8 @@ _K = {"Q2_K": _q2, "Q3_K": _q3, "Q4_K": _q4, "Q5_K": _q5, "Q6_K": _q6}
 #
 # The layout is ggml's. For each run, quantize the values with several scales near the scale that maps the run's largest
 # value to the end of the quantized range. For each result, fit the scale by least squares, and choose the fitted scale
-# with the least squared error. Then quantize the chosen scales, and round the values with the quantized scales.
-# llama.cpp minimizes a weighted error, so its bytes differ. The error is about the same.
+# with the smallest squared error. Then quantize the chosen scales, and round the values with the quantized scales.
+# llama.cpp minimizes a weighted error, so it writes different bytes. Its quantization error is about the same as here.
 # Source of the layout: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 
 

@@ -142,10 +142,10 @@ def has_mark(path: str | os.PathLike[str], mark: bytes, at: int = 0) -> bool:
 
 
 def decimal_number(text: str) -> int | None:
-    """Return the number that a text from a file, a server or a user states, or None if it states none.
+    """Parse a decimal number from a file, a server or a user; return None if the text is not a valid number.
 
-    A number is 1 to 18 of the digits 0 to 9. `str.isdigit` also accepts `²`, which `int` refuses, and `int` refuses
-    texts of more than 4,300 digits.
+    A valid number consists of 1 to 18 digits from 0 to 9. A check with `str.isdigit` is not enough: it also accepts `²`
+    and texts of more than 4,300 digits, and `int` refuses both.
 
     >>> decimal_number("12"), decimal_number("1e3"), decimal_number("²")
     (12, None, None)

@@ -271,7 +271,10 @@ class Lazy:
 
     @property
     def file(self) -> str | None:
-        """The path of the tensor's file; None if unknown. The file may store the last two axes in swapped order."""
+        """The path of the tensor's file; None if unknown.
+
+        If this tensor swaps the last two axes of another tensor, this is the file of the other tensor.
+        """
         if self.span is not None:
             return self.span.path
         leaf = getattr(self.source, "leaf", None)
@@ -402,7 +405,8 @@ def dtype_of(leaf: Leaf) -> DType:
     if dtype is None or not hasattr(leaf, "shape"):
         why = f"a tensor must be a torch tensor, a numpy array or a Lazy, not {type(leaf).__name__}"
         raise UsageError(why, cure="Convert the value with torch.tensor or numpy.array")
-    # torch's dtypes have no name. numpy's name omits the byte order, and `from_numpy` converts it.
+    # A torch dtype has no attribute `name`, so use its text, such as `torch.float32`. The name of a numpy dtype omits
+    # the byte order, but `from_numpy` converts big-endian values to little-endian.
     kind = BY_TORCH.get(getattr(dtype, "name", None) or str(dtype).removeprefix("torch."))
     if kind is None:
         cure = "Convert the tensor to float32, or to another element type of safetensors files"
@@ -424,7 +428,8 @@ def _kind(dtype: np.dtype[np.generic]) -> DType:
     return BY_TORCH[dtype.name]  # numpy, ml_dtypes and torch use the same names.
 
 
-# Read and create tensors with a single element. This code avoids numpy, because a file may have thousands of them.
+# Read and create tensors with a single element. A file may have thousands of such tensors. For most element types, this
+# code uses `struct`, which is several times faster than numpy for a single element.
 
 
 _CODES = {
@@ -499,7 +504,8 @@ def _read(run: list[Span]) -> list[tuple[Span, bytes]]:
     return [(span, data[span.offset - first.offset :][: span.nbytes]) for span in run]
 
 
-# Find NaNs and infinities by their bits, for any element type and without torch.
+# Find NaNs and infinities in tensors of any element type, without torch. If numpy has the type, use `numpy.isfinite`;
+# otherwise, compare bits.
 
 
 _BITS = {
@@ -527,7 +533,7 @@ def check_finite(leaf: Leaf, where: str | None = None, values: Array | None = No
         values: the tensor's values in the storage dtype, if they have been read already.
 
     Raises:
-        Malformed: the tensor contains a NaN or an infinity. The message names the index of the value and the file.
+        Malformed: the tensor contains a NaN or an infinity. The error names the file and the index of the value.
     """
     tensor = as_lazy(leaf)
     # Skip empty tensors: a file may state a shape such as [0, 2**62, 2**62], which numpy refuses.

@@ -112,8 +112,8 @@ def path_text(name: str | os.PathLike[str]) -> str:
     If a file with exactly the given name exists, the name is returned unchanged.
 
     Raises:
-        UsageError: the name is not a string or a path, is empty, contains a null byte, or begins with `~` and a user
-            who does not exist.
+        UsageError: the name is not a string or a path, is empty, contains a null byte, or begins with `~user` for a
+            user who does not exist.
     """
     if not isinstance(name, (str, os.PathLike)):
         cure = "Pass a path or an address such as hf://org/repo (or, for an adapter, the result of adapterkit.read)"
@@ -145,7 +145,7 @@ def is_repo(name: str | None) -> bool:
 
 
 def is_remote(name: str | os.PathLike[str]) -> bool:
-    """Whether a name refers to a hub: `scheme://...`, or `org/repo` if nothing local has that name.
+    """Whether a name refers to a hub: `scheme://...`, or `org/repo` if neither `org/repo` nor `org` exists locally.
 
     Raises:
         UsageError: the scheme is unknown.
@@ -164,8 +164,8 @@ def is_remote(name: str | os.PathLike[str]) -> bool:
 def _has_hub(scheme: str, text: str, *, strict: bool) -> bool:
     """Whether there is a hub for a scheme.
 
-    If there is no hub for the scheme, a name such as `a://b` is an error; the caller passes `strict=True` for such
-    names. A name such as `a:/b` may be a local path, so the result for it is False.
+    If there is no hub for the scheme, raise an error if `strict` is true, otherwise return False. Callers pass
+    `strict=True` for a name such as `a://b`, but not for a name such as `a:/b`, which may be a local path.
     """
     try:
         hub().hub_of(scheme)

@@ -243,7 +243,10 @@ def _tensor(buffer: _Buffer, table: _FlatTable, name: str) -> Lazy:
 
 
 class _Plan:
-    """Lay out a file: tables first and tensor data last, because flatbuffer offsets always point forward."""
+    """Lay out a file: first all tables, then the name, shape and data of each tensor.
+
+    The tables are first because their offsets to names, shapes and data must point forward.
+    """
 
     def __init__(self, adapter: OrtAdapter) -> None:
         self.adapter, self.at = adapter, 8

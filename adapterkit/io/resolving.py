@@ -95,7 +95,10 @@ class Hub(Protocol):
         ...
 
     def headers(self, name: str) -> AbstractContextManager[Path]:
-        """Return a context manager that yields a local path for code that reads only headers."""
+        """Return a context manager that yields a local path of an adapter or a model.
+
+        The path is for code that reads only headers.
+        """
         ...
 
     def outgoing(

@@ -15,13 +15,16 @@ LOGGER = "adapterkit"
 
 
 class _Steps:
-    """The progress of some work: the total number of steps, the number that have begun, and the last step's text."""
+    """The progress of some work: the total number of steps, the number that have begun, and the latest step's text."""
 
     def __init__(self, total: int) -> None:
         self.total, self.begun, self.last = total, 0, ""
 
     def numbered(self, text: str) -> str:
-        """Return a step's text with the step's number in front. If the last step had the same text, use its number."""
+        """Return a step's text with the step's number in front.
+
+        If the previous step had the same text, the step gets the number of the previous step.
+        """
         if text != self.last:
             self.begun, self.last = min(self.begun + 1, self.total), text
         return f"step {self.begun} of {self.total}, {text}"
@@ -63,5 +66,6 @@ def detail(text: str) -> None:
 
 def _log(level: int, text: str) -> None:
     logging = sys.modules.get("logging")
-    if logging is not None:  # If nobody imported logging, no handler exists. Importing it takes 5 ms.
+    # Do not import logging here, because the import takes 5 ms. If no other code imported logging, no handler exists.
+    if logging is not None:
         logging.getLogger(LOGGER).log(level, "%s", text)

@@ -134,9 +134,10 @@ def listed(files: Iterable[Path]) -> list[list[str]]:
 #
 # * Nothing at the target changes until the new output is complete and synced to disk. If the disk is full, a signal
 #   arrives or a writer raises an error, the old output stays unchanged.
-# * A process that is killed between two renames leaves a journal in the stage. The next run with the same target reads
-#   the journal. If the killed process had done all renames, the next run keeps the new output. Otherwise, the next run
-#   undoes the renames that were done. It finds the stage, because the stage's name is computed from the target's name.
+# * A process that is killed during or just after the renames leaves a journal in the stage. The next run with the same
+#   target reads the journal. If the killed process had done all renames, the next run keeps the new output. Otherwise,
+#   the next run undoes the renames that were done. It finds the stage, because the stage's name is computed from the
+#   target's name.
 # * A lock in the stage ensures that only one process writes to a target.
 # * Only files and folders are replaced. A device node, pipe or socket is refused, because `rename` would replace it.
 
@@ -474,7 +475,7 @@ def check_free(target: Path, overwrite: bool) -> None:
 
 
 def settled(target: Path) -> Path:
-    """Return the path to which an output for `target` is renamed. In a folder's path, links and `.` are resolved."""
+    """Return the path to which an output for `target` is renamed. If `target` is a folder, resolve links and `.`."""
     return Path(os.path.realpath(target)) if target.is_dir() or target.name in ("", "..") else target
 
 

@@ -68,7 +68,7 @@ def load_table(text: str) -> tuple[Any, bool]:
     # keeps only one of two equal keys.
     fields = len(value) + sum(len(inner) for inner in value.values() if isinstance(inner, dict))
     if regular and bare.count(b":") != fields:
-        # A key occurs twice, or objects are nested more deeply than in a table. Parse the text again, with all checks.
+        # A key occurs twice, or an object is at the third level or deeper. Parse the text again, with all checks.
         return _load(text, _unique), False
     return value, regular
 

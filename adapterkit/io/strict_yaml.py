@@ -25,9 +25,9 @@ def load_yaml(data: bytes, *, path: Path | None = None, where: str | None = None
     """Return the value of a YAML document: strings, numbers, booleans, null, lists, and mappings with string keys.
 
     The function refuses aliases, because a few aliases can expand to gigabytes. It also refuses tags, repeated keys,
-    infinities, NaNs and lone surrogates: adapterkit's own format stores the values as JSON, which cannot express them.
-    Integers of more than 40 digits are refused too. Dates stay strings. YAML 1.1's numbers with colons (`1:30`) also
-    stay strings, because PyYAML parses them in quadratic time.
+    infinities, NaNs and lone surrogates, because adapterkit's own format stores the values as JSON and cannot store any
+    of these. Integers of more than 40 digits are refused too. Dates stay strings. YAML 1.1's numbers with colons
+    (`1:30`) also stay strings, because PyYAML parses them in quadratic time.
 
     Args:
         data: the document in UTF-8.

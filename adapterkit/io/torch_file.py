@@ -232,7 +232,7 @@ _VALUES = 1 << 20
 """The largest number of values in a pickle. This is ten times the number of tensors in the largest files."""
 _EXPANDED = 256 << 20
 """The largest size of tensors with overlapping elements, in bytes. A tensor's size here is its size as a contiguous
-tensor. `state_dict` limits the sum of all these tensors in a file. `nested` limits each tensor separately."""
+tensor. `state_dict` limits the total size of these tensors in a file. `nested` limits the size of each tensor."""
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
 

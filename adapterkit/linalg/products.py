@@ -60,7 +60,7 @@ def sides(left: N | None, right: N | None, whole: N | None) -> tuple[N, N]:
 
 
 def even_split(size: int, factor: int = -1) -> tuple[int, int]:
-    """Split the length of a weight's axis into two factors, as LyCORIS does: the lengths of w1's axis and of w2's axis.
+    """Factor the length of a weight's axis into the axis lengths of the Kronecker factors w1 and w2, as LyCORIS does.
 
     Args:
         size: the length of the weight's axis.

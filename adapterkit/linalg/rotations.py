@@ -106,9 +106,9 @@ def _has_values(array: object) -> bool:
 def neumann(Q: N, terms: int, doubled: bool = False) -> N:
     """Approximate `(I + Q) @ inverse(I - Q)` by a truncated Neumann series.
 
-    The series is `I` for one term, `I + 2 Q` for two, and `I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1)` for n > 3. If `terms`
-    is 3, the series with four terms is used. With `doubled`, the last term also has the factor 2, and three terms give
-    `I + 2 Q + 2 Q^2`.
+    The series is `I` for one term, `I + 2 Q` for two terms, and `I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1)` for n > 3 terms.
+    If `terms` is 3, the series with four terms is used. With `doubled`, the last term also has the factor 2, and three
+    terms give `I + 2 Q + 2 Q^2`.
     """
     if doubled:
         # Add 0 * Q, so that the result has the leading axes of Q even if the series has only one term.

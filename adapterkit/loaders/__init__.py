@@ -166,11 +166,11 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
 
 
 def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the name in the public API
-    """Return the adapter without the recorded keys of its source file that the format's tool does not load.
+    """Return the adapter, but without recorded keys that the format's tool does not load.
 
-    A writer then uses the usual keys for these tensors. For example, the format `comfyui` also reads files with keys
-    that ComfyUI does not load; fal and ACE-Step write such files for some families of models. Without this function,
-    writing in the same format would keep these keys.
+    An adapter can record the keys of its source file, and a writer of the same format keeps recorded keys. For tensors
+    without a recorded key, the writer uses the format's usual keys. For example, the format `comfyui` also reads files
+    with keys that ComfyUI does not load; fal and ACE-Step write such files for some families of models.
 
     Args:
         adapter: the adapter that was read from the file.
@@ -183,8 +183,8 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
     seen = _File.of(adapter, format, path)
     known = [family for family in seen.families if any(family.name in keys.families for keys in tool.keys)]
     names = [rooted(target.path)[1] for target in denoiser_targets(adapter.updates, ())]
-    # `usual` is false for AnimateDiff's keys, so that they can be dropped. They look like keys in diffusers' oldest
-    # style, but diffusers has no modules with these names.
+    # AnimateDiff's keys look like keys in diffusers' oldest style, but diffusers has no modules with their names.
+    # `usual` is false for these keys, so that the code below can drop them.
     usual = writer.naming != "diffusers" or any(
         all(name in family.names("diffusers") for name in names) for family in seen.families
     )
@@ -312,7 +312,11 @@ def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
 
 
 def _lost(tool: Loader, family: ImageFamily | None, keys: tuple[str, ...]) -> list[str]:
-    """List the keys that a tool does not know. If keys differ only in block numbers, only one of the keys is tested."""
+    """List the keys that a tool does not know.
+
+    If a family is given, denoiser keys that differ only in block numbers are tested once: the result for the first of
+    these keys applies to all of them.
+    """
     if family is None:
         return [key for key in keys if not _holds(tool, family, key)]
     # Do not treat 1 to 4 as block numbers, because the name of a component may end with one of them: `transformer_2`.

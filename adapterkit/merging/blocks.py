@@ -54,7 +54,8 @@ def blocks(output: Output) -> list[Block]:
     # rows of the tensor or of an expert's slice.
     step = max(rows, 1)
     if all(fold.blockable for fold in output.folds):
-        # Use a multiple of `ROWS`, which is the number of rows in one matrix product, or fewer than `ROWS` rows.
+        # Round the number of rows down to a multiple of `ROWS`, because one call of OpenBLAS computes `ROWS` rows. If
+        # fewer than `ROWS` rows fit into a block, do not round.
         step = BLOCK_ELEMENTS // max(width, 1)
         step = max(1, step - step % ROWS if step > ROWS else step)
     return [

@@ -598,7 +598,7 @@ def _work(plan: Plan, file: OutputFile, speed: float) -> tuple[float, float, flo
 def _simulated(
     waiting: deque[tuple[float, float, float]], nodes: int, tasks: int, bandwidth: float, start: float, adapters: int
 ) -> float:
-    """Return the seconds from the start of the first task to the end of the last task."""
+    """Return the seconds from the start of the first worker to the end of the last task."""
     running: list[_Task] = []
     # Like Ray, start each task on the node with the fewest running tasks.
     free = deque(node for _ in range(tasks) for node in range(nodes))
@@ -628,7 +628,7 @@ def _simulated(
 
 
 def _rates(running: Sequence[_Task], bandwidth: float) -> list[float]:
-    """Return how fast each task's current phase progresses: bytes per second for a transfer, 1 for all other phases.
+    """Return the speed of each task's current phase: bytes per second for a transfer, 1 for a phase in seconds.
 
     All transfers of a node in the same direction share the node's bandwidth equally.
     """

@@ -201,8 +201,8 @@ class LowRankBlocks:
 WRITTEN = ("BF16", "F16")
 """The dtypes that the loops write.
 
-The loops do not write float32. For float32, every sum would have to be computed in float64, and in float64 numpy is
-just as fast as the loops.
+The loops do not write float32. For float32, `merge.c` would have to compute every sum in float64, and numpy is just as
+fast as `merge.c` in float64.
 """
 
 PANEL, FILLED, CHUNK = 16, 32, 16

@@ -78,8 +78,8 @@ class _Scheduler:
         self.written: queue.Queue[OpenFile | None] = queue.Queue()
         self.lock, self.settled, self.unfinished = threading.Lock(), threading.Condition(), 0
         self.withheld: deque[tuple[OpenFile, list[Job], int]] = deque()
-        # The first error of any thread. Every loop checks this attribute at least every 0.1 s, so that all threads end
-        # soon.
+        # The first error of any thread. While workers wait for a job, or the calling thread waits for a full queue or a
+        # flush, they check this attribute every 0.1 s, so that all threads end soon.
         self.failure: BaseException | None = None
 
     def run(self, pending: list[OutputFile], progress: Progress | None) -> None:

@@ -49,7 +49,7 @@ def make_plan(
         StorageError: the memory is too small for one worker.
     """
     stage("planning from headers")
-    # Do not cast a GGUF output: `as_merged` has already chosen its types, some of which safetensors does not have.
+    # Do not cast a GGUF output: `as_merged` has already chosen its types. `_dtype` would refuse GGUF types like Q8_0.
     cast = None if is_gguf_output(base) else _dtype(options.dtype)
     tied = parse_tied(options.tied)
     bound = folds_by_tensor(base, adapters, tied, options.allow_partial, rule_texts(options.rename), options.vocab)

@@ -81,7 +81,8 @@ def as_merged(
 
     Raises:
         TargetNotFound, ShapeMismatch: the weights in `onto` do not match the base.
-        Unsupported: the base is quantized and `quantized` is None, or its scheme is unknown.
+        Unsupported: `quantized` is None, and the base is quantized, but not a GGUF model; or the base's scheme is
+            unknown.
         UsageError: a choice is unknown; or only one of `original` and `onto` is given; or `keep` is given, but no
             weight is quantized again; or `calibration` is given without `keep`.
         Malformed, ShapeMismatch: stored tensors of a packed weight are missing, damaged or do not fit together.

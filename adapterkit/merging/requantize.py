@@ -186,7 +186,11 @@ class Repacked:
 
     @property
     def keeps(self) -> bool:
-        """Whether the option `keep` applies to this weight. It never applies if packing is only a cast of dtypes."""
+        """Whether the option `keep` is set and applies to this weight.
+
+        The option applies to a changed weight with at least two axes, if `pack` expects float32 values. If `pack`
+        expects another dtype, such as float16, packing is only a cast, and the option does not apply.
+        """
         packed = self.packed
         return self.base.keep is not None and bool(self.folds) and len(packed.shape) > 1 and packed.merged == "F32"
 
@@ -400,7 +404,7 @@ class Repacked:
 
 
 def _wide(rows: Array) -> Array:
-    """Convert integers and floats of less than 32 bits to float32; return other arrays unchanged."""
+    """Return float32 and float64 arrays unchanged, and convert all other arrays to float32."""
     return rows if rows.dtype.itemsize >= 4 and rows.dtype.kind == "f" else rows.astype("f4")
 
 

@@ -75,7 +75,7 @@ def settle_tie(
         rows: the number of rows of the tied tensor in the output.
 
     Returns:
-        The keys to set in the output's config, so that the head is tied or untied; empty if no key must change.
+        The keys to set in the output's config, so that the head is tied or untied; empty if the config needs no change.
 
     Raises:
         UsageError: it is unknown which layers training changed; or two different changes would apply to one tensor.
@@ -125,8 +125,8 @@ def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str,
     """Refuse updates of a nested decoder's embedding, if the decoder ties its head to the embedding.
 
     Such a decoder is part of a larger model. In TrOCR's published models, for example, only the decoder's config states
-    this tie. The merge would have to write a separate head, but it does not know the head's name, which depends on the
-    decoder's class in transformers.
+    this tie. To leave the head unchanged, the merge would have to write a separate head. But the merge does not know
+    the head's name, which depends on the decoder's class in transformers.
 
     Args:
         folds: a map from stored names to planned updates.
@@ -134,7 +134,8 @@ def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str,
         config: the base's config, which contains the decoder's config.
 
     Raises:
-        UsageError: the adapter was trained to change only the embedding, but a merge would also change the head.
+        UsageError: an update of the embedding is not an update of token rows. The head uses the embedding's tensor, so
+            the merge would change the head too.
     """
     part = (config or {}).get("decoder")
     inside = [name for name in stored if name.startswith("decoder.")]

@@ -199,9 +199,9 @@ class Pipeline(Protocol):
     """Moves one worker's blocks through a device."""
 
     def computing(self) -> AbstractContextManager[object]:
-        """Return a context manager in which to compute tensors for `through`.
+        """Return a context manager for code that computes tensors for `through`.
 
-        Tensors that are computed in its `with` block are ready when `through` uses them.
+        A tensor that is computed in the `with` block is ready when `through` uses it.
         """
         ...
 
@@ -357,9 +357,8 @@ class JobResult:
     """The result of a job.
 
     Attributes:
-        norms: a map from the index of each planned update to the squared norm of the update's change. For a packed
-            weight, the map also has the next `NORMS` indices. Their squared norms measure the damage that quantizing
-            causes.
+        norms: a map from the indices of planned updates to the squared norms of their changes. For a packed weight, the
+            map also has entries at the next `NORMS` indices: squared norms that measure the damage from quantizing.
         runs: (offset, size in bytes, sha256) of each written range; empty if the file's checksums are not recorded.
         written: a future that completes when the job's bytes are in the file. If writing fails, the future raises the
             OSError.
@@ -430,7 +429,8 @@ class Worker:
         self._pipeline = pipeline = self._pipeline or pipeline_for(self.arrays)
         with pipeline.computing():
             folder = BlockMerger(output, self.workspace)
-            # `norms()` returns norms of the whole tensor, so only the tensor's first job counts them.
+            # `norms()` returns squared norms of the whole tensor. Only the tensor's first job includes them, because
+            # `norms_of` sums the squared norms of all jobs.
             norms = folder.norms() if job.order == 0 else {}
 
         def compute(block: Block, raw: Numbers, out: Numbers) -> None:

@@ -1,4 +1,4 @@
-"""Base classes of bottleneck adapters: gate, norms and scale."""
+"""Base classes of bottleneck adapters. They apply the gate, the norms and the scale."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def row_shares(logits: Tensor, channel: int = -1) -> Tensor:
 
 
 def gated(P: Tensor, x: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
-    """Multiply the keys and values P `[1, 2, heads, n, d]` by gates, computed per row of x `[batch, m, width]`.
+    """Multiply the keys and values P `[1, 2, heads, n, d]` by gates that depend on x `[batch, m, width]`.
 
-    If `gate` has one row, the keys and the values get the same factor; if it has two rows, they get separate factors.
-    The result has the shape `[batch, 2, heads, n, d]`.
+    Each row of the batch has its own gates. If `gate` has one row, the keys and the values get the same factor; if
+    `gate` has two rows, they get separate factors. The result has the shape `[batch, 2, heads, n, d]`.
     """
     return P * row_shares(x @ gate.mT + bias).swapaxes(1, 2)[..., None, None]
 

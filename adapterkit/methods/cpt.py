@@ -2,7 +2,7 @@
 
 Blau et al. 2024, https://arxiv.org/abs/2410.17222
 
-PEFT's files store only the changed embeddings, so such files are read as the method `prompt`.
+PEFT's CPT files store only the sum of the embeddings and the change. So these files are read as the method `prompt`.
 """
 
 from __future__ import annotations

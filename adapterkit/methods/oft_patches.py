@@ -2,8 +2,8 @@
 
 Qiu et al. 2023, https://arxiv.org/abs/2306.07280. PEFT splits x into all patches of the kernel's size that lie inside
 the image. It rotates each patch by OFT's rotations, and adds up overlapping patches. Before this sum, PEFT stores the
-values of each channel patch by patch, but reads them as if they were stored position by position. This mixes up the
-values. PEFT's merge rotates the weight, not the patches. If the image has two or more patches, the merged layer
+values of each channel ordered by patch, but reads them as if they were ordered by position within the patch. This mixes
+up the values. PEFT's merge rotates the weight, not the patches. If the image has two or more patches, the merged layer
 computes a different function: the function of the method `oft`.
 """
 
@@ -77,9 +77,10 @@ class OFTPatches(OutputUpdate):
         return layer(summed(_bordered(x, part, *place, high, wide) for part, place in zip(parts, places, strict=True)))
 
     def _mix(self, channels: int, places: int) -> Tensor:
-        """Return blockdiag(R)^T for patches that are stored position by position.
+        """Return blockdiag(R)^T for patches whose values are ordered by position, then by channel.
 
-        R is defined for patches stored channel by channel, so the matrix's rows and columns are reordered.
+        The adapter's blocks expect values ordered by channel, then by position. So the rows and columns of
+        blockdiag(R)^T are reordered.
         """
         Q = skew(self.pairs)
         R = turned(shortened_blocks(Q, self.eps) if self.coft else Q, self.terms, self.doubled)

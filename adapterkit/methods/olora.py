@@ -2,7 +2,8 @@
 
 W' = W - scaling * Q' R' + scaling * B @ A. Given the thin QR decomposition W = Q R, Q' consists of the first r columns
 of Q, and R' consists of the first r rows of R. A file with only A and B is complete, because Q' R' can be computed
-exactly from the base, including signs.
+exactly from the base. The signs of Q's columns depend on the library, but R's rows have matching signs, so the product
+Q' R' is the same.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Albert et al. 2025, https://arxiv.org/abs/2502.00987
 
 The bases B_j and A are random, fixed, and shared by all weights. There are n matrices B_j with n * r >= min(out, in),
 so the sum has full rank. A extends along the shorter side of the weight, B_j along the longer side. The sum is computed
-as L @ S. Column j * r + k of L is column k of B_j. Row k * n + j of S is row k of A, multiplied by the number
-lam_j[k] and, elementwise, by the vector gamma_j. So column i of L and row i of S may belong to different j, as in the
-authors' training code.
+as L @ S. Column j * r + k of L is column k of B_j. Row k * n + j of S is the elementwise product of row k of A and
+gamma_j, times the number lam_j[k]. The two index orders differ, so column i of L and row i of S may belong to different
+j, as in the authors' training code.
 """
 
 from __future__ import annotations

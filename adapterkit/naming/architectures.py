@@ -70,8 +70,8 @@ class WeightPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             consecutive rows.
         qkv: `query`, `key` or `value` if the tensor has all queries, then all keys, then all values. The head counts in
             the base's config determine how many rows each of the three has.
-        groups: only with `qkv`. If True, the tensor does not have all queries first, but a group of rows for each key
-            head. A group has the queries that share the key head, then the key, then the value.
+        groups: only with `qkv`. If True, the tensor does not have all queries first. Instead, it has one group of rows
+            for each key head: the queries that share the key head, then the key, then the value.
         half: set only if the experts of two weights are numbered together. The value is 0 if this weight's experts have
             the first half of the numbers, and 1 if they have the second half.
         flat: whether the tensor has shape `[in]`, so that the weight has one row.
@@ -178,8 +178,9 @@ class PipelineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             `lora_unet` or `lora_te` are not listed.
         beside: ComfyUI's names for modules in other parts of the pipeline. Each key is such a module's name in
             diffusers, or a prefix of such names.
-        modules: templates for the names of the modules in other parts of the pipeline. Each key is the name of a part,
-            which is also a key of `beside`. Kohya's keys are the modules' names, with underscores instead of dots.
+        modules: templates for the names of the modules in other parts of the pipeline. Each key names a part, such as
+            `text_conditioner`, and must also be a key of `beside`. Kohya's keys are the modules' names, with
+            underscores instead of dots.
         diffsynth_head: the number of rows of one head, if DiffSynth's files order fused q, k and v head by head.
             Otherwise 0.
         header_alpha: whether an alpha in a file's header applies to every module, if the file has no alpha tensors.

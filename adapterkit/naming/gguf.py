@@ -71,7 +71,7 @@ def _rank(family: Architecture, modules: Collection[str]) -> tuple[int, int, int
 
 
 def is_projector(values: Mapping[str, object]) -> bool:
-    """Whether a GGUF file is an `mmproj` file, which holds a model's vision or audio part, judged by its key-values."""
+    """Whether a GGUF file's key-values show that it is an `mmproj` file, which holds a model's vision or audio part."""
     kind, name = values.get("general.type"), values.get(ARCHITECTURE)
     return kind == "mmproj" or name == "clip"
 

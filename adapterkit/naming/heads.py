@@ -183,9 +183,9 @@ def rope_pairs(rows: int, heads: int, where: str) -> Rows:
 def rotary_halves(rows: int, heads: int, rotary: int, where: str) -> Rows:
     """Return llama.cpp's order of query or key rows, for M-RoPE models that rotate adjacent rows together.
 
-    llama.cpp's kernel does not rotate adjacent rows together. It rotates a row of the first half of the rotated rows
-    together with a row of the second half. So the file stores, for each head, first the rotated rows with even index,
-    then those with odd index, then the rows that are not rotated.
+    In each head, these models rotate rows 2i and 2i + 1 together. llama.cpp's kernel instead rotates row i of the first
+    half of the rotary rows together with row i of the second half. So for each head, the file stores the rotary rows
+    with even index first, then the rotary rows with odd index, then the rows that are not rotated.
 
     Raises:
         ShapeMismatch: the rows cannot be divided evenly among the heads.

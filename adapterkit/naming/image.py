@@ -265,7 +265,8 @@ def encoders() -> dict[str, PatternNames]:
 LLM_PREFIXES = ("", "model.", "model.language_model.")
 """Prefixes that may precede `layers.` in the module names of a text encoder that is a language model.
 
-The prefix depends on the class that saved the model: a class with or without a head.
+The prefix depends on the class that saved the model. A class without a head adds no prefix, a class with a language
+modeling head adds `model.`, and a multimodal class with such a head adds `model.language_model.`.
 """
 
 

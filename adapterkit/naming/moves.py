@@ -142,7 +142,7 @@ class Names:
 
     Attributes:
         paths: the dotted paths of parameters, and of modules with a weight or a bias.
-        outer: the paths of all modules, also of modules without tensors of their own. Only the targets in `anywhere`
+        outer: the paths of all modules, including modules without tensors of their own. Only the targets in `anywhere`
             can be mapped to `outer`.
         anywhere: the targets that may be mapped to a module without tensors of its own.
         families: a cache of `FamilyNames` objects, by family.

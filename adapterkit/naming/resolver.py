@@ -272,8 +272,8 @@ class FamilyNames:
     def loses_a_part(self, name: str, suffix: str) -> bool:
         """Whether shortening `name` to `suffix` removes the only word that names a part of the model.
 
-        For example, ERNIE's `model.vision_tower.blocks.0` must not be mapped to Cosmos's `blocks.0`, because Cosmos
-        calls its vision part `visual`.
+        For example, ERNIE's `model.vision_tower.blocks.0` must not be mapped to Cosmos's `blocks.0`. Cosmos calls its
+        own vision part `visual`, so a `vision_tower` is a part of another model.
         """
         if not name.endswith(suffix):
             return False
@@ -305,7 +305,7 @@ class FamilyNames:
         return frozenset(word for templates in every for name in templates for word in name.split("."))
 
     def _prefix(self, templates: Sequence[str], in_part: bool = False) -> tuple[str, str]:
-        """Find the change of prefix after which the base has the most names of a naming.
+        """Find the change of prefix that turns the most names of a naming into names in the base.
 
         Return it as (removed prefix, added prefix). Return `("", "")` if no change helps. For example, if a model is
         saved without its head, its names lose a prefix.

@@ -103,7 +103,8 @@ def find_tie(names: Mapping[str, object], config: Mapping[str, object] | None) -
     # `apart` is also True if the files have a head of another shape. For example, the head of Llama 3.2 Vision has
     # fewer rows than the embedding, so this head is a separate tensor.
     apart = bool(heads) or any(name == head or _is(name, _ONLY_HEADS) for name in names if name != stored)
-    # Return None for CSM: its `tie_word_embeddings` ties the embeddings of two decoders, not a head.
+    # A stored head with the embedding's dtype, but another shape, is not tied. CSM has such a head: its
+    # `tie_word_embeddings` ties the embeddings of two decoders.
     if known is None and not heads and _of_another_shape(f"{_head_of(config)}.weight", stored, names):
         return None
     if not _says_tied(config, apart, head is not None) or len(heads) > 1:
@@ -153,7 +154,7 @@ def tie_of(stored: str, inputs: Sequence[str], head: str) -> Tie:
     """Return the `Tie` for layers that share a tensor in a live model or in an ONNX graph.
 
     Args:
-        stored: the name of the embedding in the adapter.
+        stored: the name of the embedding that the adapter changes, or of any embedding if the adapter changes none.
         inputs: the names of the embeddings that share the tensor.
         head: the name of the head's weight.
     """

@@ -181,8 +181,8 @@ def is_litgpt(keys: Collection[str]) -> bool:
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-"""The parts of the fused projection. For each group of queries, the projection has the rows of these queries, then the
-rows of their key, then the rows of their value."""
+"""The parts of the fused projection. For each group of query heads, the projection has the rows of these query heads,
+then the rows of their key head, then the rows of their value head."""
 
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 """The parts of the fused MLP projection. All rows of gate come before all rows of up, as in a model without tensor
@@ -271,8 +271,11 @@ STACK = re.compile(rf"(?P<stem>.*\.experts)\.(?P<leaf>{'|'.join((*INNER, *OUTER)
 """Matches the module's name in the key of a tensor that stacks the factors of all experts."""
 
 EXPERT = re.compile(rf"(?P<stem>.*\.experts)\.(?P<e>\d{{1,9}})\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
-"""Matches the module's name in the key of one expert's factor. In a file with such keys, the factor that all experts
-share may have a key with a module name that `STACK` matches."""
+"""Matches the module's name in the key of one expert's factor.
+
+A file with such keys may also have a key without an expert's number, for the factor that all experts share. `STACK`
+matches the module's name in this key.
+"""
 
 
 def is_shared_outer(entries: Mapping[str, Lazy | Entry]) -> bool:

@@ -351,8 +351,8 @@ def _new_weights(
 ) -> list[Update]:
     """Replace each update whose formula for the weight or the bias cannot be written as nodes.
 
-    Without `slots`, the replacement is an equal update with constants. With `slots`, it is an update whose tensors are
-    slots for factors.
+    Without `slots`, the replacement is an equal update with constants. With `slots`, the replacement is an
+    `OpenFactors`, and its factors are slots.
 
     Raises:
         Unsayable: nodes cannot compute the weight from the slots of an update.
@@ -500,7 +500,7 @@ def _sayable(update: Update, layer: TargetView, branch: Branch, constant: bool) 
 def _slotted(
     update: Update, position: int, seen: TargetView, layer: GraphLayer | Ended, place: ResolvedTarget, slots: Slots
 ) -> Update:
-    """Return the update if its formula can be written as nodes; else an update whose tensors are slots for factors."""
+    """Return the update if its formula can be written as nodes; else an `OpenFactors` whose factors are slots."""
     try:
         return _sayable(update, seen, layer.branch, False)
     except (AttributeError, TypeError):
@@ -563,8 +563,8 @@ def _output(layer: TargetView, updates: Sequence[Update], added: bool = False, m
     chain = cast("FormulaLayer", layer)
     for update in updates:
         chain = cast("FormulaLayer", Composed(chain, update))
-    # The formulas of additive updates add to the layer's output. The formulas of other updates of the weight replace
-    # this output with a new product, so `more` rules them out.
+    # With `more`, use the formulas only if all `inner` updates are additive. The formulas of additive updates add to
+    # the layer's output, but the formulas of other weight updates replace this output with a new product.
     if (layer.direct and (sums if more else not added or not weights)) or not inner:
         return cast(Value, chain(cast("Tensor", layer.x)))
     if outer:

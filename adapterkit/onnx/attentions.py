@@ -122,7 +122,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     if at.width != past.shape[-1]:
         why = f"the prefix was made for heads of size {past.shape[-1]}, but the attention's heads have size {at.width}"
         raise ShapeMismatch(why, where=str(target), cure=USE_ITS_BASE)
-    # Scale the scores of the queries for the prefix's keys like the graph's own scores.
+    # Apply the same factors to the prefix's keys and scores as the graph applies to its own keys and scores.
     keys = _times(past[:, 0], _factors_of(at.scores.inputs[1]), branch)
     queries = Value(branch, (None, at.heads, None, keys.shape[-1]), keys.dtype, at.scores.inputs[0])
     scores = _times(queries @ keys.mT, at.factors, branch)

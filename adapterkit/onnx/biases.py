@@ -372,7 +372,8 @@ def _may_be_foreign(value: ir.Value, place: ResolvedTarget, layer: GraphLayer) -
     """Whether a value cannot be the layer's bias.
 
     No value is the bias if the layer has no bias in the base. A value without the bias's name cannot be the bias if it
-    is a matrix or scalar, or if it depends on the model's inputs, as a residual does.
+    depends on the model's inputs, as a residual does, or if it is a constant that does not have exactly one element for
+    each output channel.
     """
     if place.bias is not None and place.bias.numbers is None:
         return True

@@ -147,9 +147,10 @@ class Past:
 
         Args:
             tensors: the tensors, in the order of the graph's inputs.
-            first: True to make the cache report that it is empty. Some models read the token types only while the
-                cache is empty; with True, the exported graph of such a model reads them in every call. In later calls,
-                the token types do not change the result, because new tokens may attend to all earlier tokens anyway.
+            first: True to make the cache report that it is empty. Some models use the token types to let image tokens
+                attend to each other, and read these types only while the cache is empty. With True, the exported graph
+                of such a model reads the token types in every call. In calls after the first, the token types do not
+                change the result, because new tokens may attend to all earlier tokens anyway.
         """
         empty: Any = import_module("transformers").DynamicCache
         cache: Any = (type("FirstCache", (empty,), {"is_initialized": False}) if first else empty)()

@@ -52,7 +52,9 @@ KNOWN = ("last_hidden_state", WORD)
 
 
 def first_pass(words: CallWords, output_name: str | None) -> ir.Value:
-    """Copy the nodes that compute the last layer's output, and return the copied output for the tokens in `input_ids`.
+    """Copy the nodes that compute the last layer's output, and return the output of the copy.
+
+    If the copy also runs on cached tokens, only the part for the tokens in `input_ids` is returned.
 
     Args:
         words: the inputs of the call. The graph must not have been changed yet.
@@ -257,7 +259,10 @@ class Heard:
         return formula()
 
     def get(self, word: str) -> Value | None:
-        """Return the optional input `word` as a mask, `[rows, positions]`; None if the graph has no such input."""
+        """Return the optional input `word` as a mask, `[rows, positions]`.
+
+        Return None if the graph has no such input, or if `_mask` returns None.
+        """
         value = self.words.input(word)
         return None if value is None else self._mask(value)
 
@@ -309,8 +314,8 @@ class Heard:
         if value.shape is None or len(value.shape) != 2 or y.ndim != 3:
             return None
         ones = SYMBOLS.ones_like(y[..., 0]).cast(np.int64)
-        # `Where` reads the mask even if it selects the ones. So cut a longer mask to the layer's number of positions:
-        # the mask and the ones then have the same number of columns.
+        # `Where` broadcasts the mask and the ones to one shape, even if it selects only the ones. So if the mask has
+        # more columns than the layer has positions, cut the mask to the layer's number of positions.
         cut = last_columns(plain(value, self.layer.branch).cast(np.int64), ones)
         chosen = self.layer.branch.node("Where", [self._alike(value, ones), cut, ones.value], None, np.int64, None)
         return Value(self.layer.branch, ones.sizes, np.int64, chosen)

@@ -24,7 +24,7 @@ from .operands import attribute, numbers, shape_of
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
-    """The stored tensor that a node reads, directly or through Transpose and Identity nodes.
+    """The stored tensor that a node's operand comes from, directly or through Transpose and Identity nodes.
 
     Attributes:
         value: the stored tensor. If the operand does not come from a stored tensor, `value` is a computed value:
@@ -236,7 +236,10 @@ def exchange(node: ir.Node, position: int, stored: Stored, new: ir.Value, buildi
 
 
 def settle(fresh: Iterable[ir.Value]) -> None:
-    """Remove each old tensor that no node reads any more, and give its name to the new tensor, as tools expect."""
+    """Remove each old tensor that no node reads any more, and give its name to the new tensor.
+
+    Other tools expect the tensor under its old name.
+    """
     for value in fresh:
         old, graph = value.meta.pop("adapterkit.old"), value.graph
         # If two layers shared `old`, each layer has its own new tensor. Only the first new tensor gets the old name.

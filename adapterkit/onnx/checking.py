@@ -183,7 +183,7 @@ def checked_injection(
     Args:
         model: the original graph.
         adapter: the injected adapter.
-        base: the base's weights.
+        base: the weights that the graph was exported from.
         out: the written graph.
         beside: for a graph with slots, the `.onnx_adapter` file that fills the slots. The check fills the slots only
             from this file, as a user does, so it fails if the file has no tensor for a slot. The check also runs the
@@ -207,16 +207,16 @@ def checked_injection(
     plain = _in_order(source.model, base, given, known, out)
     fed = {} if beside is None else _fed(beside, out, source)
     if beside is not None:
-        # With these values for the slots that have no default, the graph computes the same as the base.
+        # `neutral` fills the slots that have no default. With it, the outputs must equal the original graph's outputs.
         neutral = as_fed(neutral_of(opened(out).model))
         outcome = _compared(plain, out, neutral, exact=True, given=given, known=known)
         if outcome.difference is None:
             return outcome
     if alone:
         return _compared(None, out, {}, plain=plain, given=given, known=known)
-    # If `adapter` has no updates, the injection added at most new tokens and a prefix. They must not change the outputs
-    # for the inputs of the check. New tokens have an effect only if the inputs contain these tokens. A prefix has an
-    # effect only if the inputs include no past.
+    # If `adapter` has no updates, the injection added at most new tokens and a prefix. The original graph must run on
+    # the inputs of the check, so these inputs contain no new tokens, and they include the past. On such inputs, neither
+    # new tokens nor a prefix may change the outputs.
     if not adapter.updates:
         return _compared(plain, out, {}, exact=True, given=given, known=known)
     other: bytes | None = None
@@ -228,7 +228,9 @@ def checked_injection(
         places = resolve(source.model, adapter, base, tying)
         blocked = _obstacle(plain) if rough else None
         smooth = rough and blocked is None
-        with contextlib.suppress(NotMergeable, Unsupported):  # E.g. the layer has no bias, or its weight is packed.
+        # A merge cannot make every change: the layer may lack the bias that the update changes, or its weight may have
+        # to stay packed. Then `other` stays None, and the outputs are not compared.
+        with contextlib.suppress(NotMergeable, Unsupported):
             # Dequantize only if the whole graph can run without rounding activations. Otherwise, the two graphs would
             # differ, because a dequantized layer does not round its activations.
             packed = None if rough and not smooth else "dequantize"
@@ -609,7 +611,7 @@ def _run_both(
 
 def _most_empty(model: bytes) -> float:
     """Return the largest accepted difference between a graph with empty slots and the original graph; often 0."""
-    # If `opened_up` splits an integer operator, the last bit of the operator's outputs changes.
+    # In a graph with slots, other nodes may replace an integer operator (see `opened_up`). They round differently.
     if any(op in model for op in (b"QLinear", b"QGemm", b"QAttention")):
         return STEP
     # A fused attention node in 16 bits rounds less often than the nodes that replace it in a graph with slots.
@@ -717,7 +719,7 @@ def _of_plain(plain: bytes, feeds: Feeds) -> Sequence[object]:
 def _of_new_inputs(
     session: OrtSession, feeds: Feeds, sizes: Sequence[int], given: Feeds | None, known: Sizes | None
 ) -> Feeds:
-    """Return values for the inputs that only the written graph has, such as the task of each row.
+    """Return values for the inputs that only the written graph has, such as `task_ids`.
 
     An input that `given` does not contain gets zeros.
     """
@@ -736,7 +738,8 @@ def _limit(
         return TOLERANCE["V"], 0.0
     if difference <= TOLERANCE["f"]:
         return TOLERANCE["f"], 0.0
-    # If later layers round their inputs to 8 bits, a difference in the last bit can become a whole rounding step.
+    # If a later layer rounds its inputs to integers or to 16 bits, a difference in the last bit of these inputs can
+    # become a whole rounding step.
     if _computes_narrow(_unrounded(wanted) if bare else wanted):
         return TOLERANCE["V"], 0.0
     # Deep graphs round more, so measure the rounding noise: run the same graph without optimizations.

@@ -95,12 +95,13 @@ def read_by(node: ir.Node) -> str | None:
 
 
 def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
-    """Insert the vectors of new tokens into the output of a module that adds several embeddings.
+    """Insert the vectors of new tokens into the output of a module that sums several embeddings.
 
     Also lower the position ids, so that other tokens have the positions that they would have without the new tokens.
 
     Raises:
-        TargetNotFound: the module does not embed tokens, or does not have exactly one output of the vectors' width.
+        TargetNotFound: the target does not match exactly one module. Or the module does not have exactly one embedding
+            of `input_ids`, or does not have exactly one output of the vectors' width.
         ShapeMismatch: the vectors' size differs from the embedding's.
         Unsupported: the graph does not compute the positions that the module looks up. Or the graph has inputs for past
             keys and values. In that case, new tokens in the past would shift the positions of later tokens.

@@ -90,8 +90,8 @@ def _is_the_same_in(function: ir.Function, opsets: Mapping[str, int]) -> bool:
 def _name_layers(model: ir.Model) -> None:
     """Copy the module path from the name of a local function's call to the name of the function's layer.
 
-    Inlining removes the call; the layer then has the path in its own name. Functions that do not have exactly one layer
-    are left as they are. A layer whose name already contains a path keeps its name.
+    Inlining removes the call and its name, but keeps the layer's name. Functions that do not have exactly one layer are
+    left as they are. A layer whose name already contains a path keeps its name.
 
     A call that stands for a module has the module's path in its name, as in `/block/fc/Linear`. Each such call gets its
     own copy of the function. In this copy, the layer's node gets the name that exporters give to a node of the module:

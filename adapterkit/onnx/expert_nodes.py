@@ -118,7 +118,7 @@ def is_fused(node: ir.Node) -> bool:
 
 
 def _apart(stack: Array) -> Array:
-    """Reorder rows that alternate between gate and up: all rows of the gate first, then all rows of the up."""
+    """Reorder alternating rows: first all rows of the gate projection, then all rows of the up projection."""
     return stack.reshape(-1, 2, *stack.shape[1:]).swapaxes(0, 1).reshape(stack.shape)
 
 
@@ -278,7 +278,10 @@ def _sigmoid(x: Value) -> Value:
 
 
 def _top(x: Value, count: Value, sizes: Sizes, largest: bool) -> Value:
-    """Return the sorted indices of the `count` largest or smallest values on the last axis; ties keep their order."""
+    """Return the indices of the `count` largest or smallest values on the last axis, in order of their values.
+
+    Equal values keep their order.
+    """
     words = {"axis": -1, "largest": int(largest)}
     node = x.branch.node("TopK", [x.value, count.value], words, np.int64, None, position=1)
     return Value(x.branch, sizes, np.int64, node)

@@ -5,8 +5,8 @@ an injection computes the changed stack of weights in new nodes before the `MoE`
 stored stack. For slots, the node is split into separate nodes for each expert; see expert_nodes.py.
 
 Formulas get a stack `[expert, out, in]` as one matrix: the rows of expert 0, then the rows of expert 1, and so on. Each
-part of an expert, such as its gate, is a range of these rows, as in torch. In the node's own stack, the rows of a fused
-gate and up alternate, beginning with a row of the gate.
+part of an expert, such as its gate projection, is a range of these rows, as in torch. In the node's own stack, the rows
+of fused gate and up projections alternate, beginning with a row of the gate projection.
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MoE
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.QMoE
 """
@@ -124,7 +124,7 @@ def _weight(node: ir.Node, position: int) -> ir.Value:
 class Experts(GraphLayer):
     """The stack of all experts' first weights, as a layer `[experts * out, in]`.
 
-    The first weight of an expert is its fused gate and up, or a single weight.
+    The first weight of an expert fuses its gate and up projections, or is a single projection.
 
     Class attributes:
         vector: the position of the stacked biases among the node's inputs.
@@ -498,8 +498,9 @@ def packing_of(spot: Spot, building: Building, fresh: Fresh) -> ExpertPacking:
     size = block or in_
     blocks, zero = -(-in_ // size), kind.zeros(node)()
     packed, factors = numbers(stored), numbers(scales)
-    # Pad the last block of each row with zeros, which do not change the block's scale. Zeros are stored as the default
-    # zero point, because onnxruntime supports no other zero points for blocks that need padding.
+    # Pad the last block of each row with zeros, which do not change the block's scale. In `q`, these zeros equal the
+    # default zero point, because onnxruntime supports no other zero points for blocks that need padding. `put` removes
+    # the padding.
     wide = ((0, 0), (0, blocks * size - in_))
     q = np.pad(split(packed.reshape(experts * out, -1), bits), wide, constant_values=1 << (bits - 1))
     numbers_found = numbers_in(node, q, zero, factors.reshape(experts * out, blocks), (0, (1 << bits) - 1), bits)

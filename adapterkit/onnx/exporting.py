@@ -462,13 +462,13 @@ def _checked(
     model: nn.Module, examples: Sequence[Example], plain: Path, out: Path, runs: Mapping[str | None, Run],
     quantize: str | None,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare the graph's outputs with torch's; for a quantized graph, first compare the float graph's outputs."""
+    """Compare the graph's outputs with torch's; for a quantized graph, first compare the float graph with torch."""
     from .session import Session
 
     stage("running the graph and comparing it with the model")
     try:
         # onnxruntime optimizes a graph every time that it loads the graph, so load each graph only once.
-        # `by_reference` reuses the session of the graph that is compared last.
+        # The last session is the session of the graph in `out`, and `by_reference` reuses it.
         session = Session(plain)
         difference = compared(model, examples, plain, session, runs)
         if quantize is not None:

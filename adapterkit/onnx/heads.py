@@ -69,7 +69,8 @@ def in_packed(target: Target, names: Collection[str]) -> Target:
     nodes are between the layer and its attention node, so `in_heads` does not find the queries, keys and values.
 
     Args:
-        target: a target whose path is the name in the graph. Its rows count from the first row of the packed layer.
+        target: the target, with its name in the graph's list of slots. Its rows are counted from the first row of the
+            packed layer.
         names: the names of the weights in the graph.
     """
     stem, _, word = target.path.rpartition(".")

@@ -1,7 +1,7 @@
 """Trace vision towers that read the patches of several images as one sequence, for any number and size of images.
 
-Such towers (Qwen2-VL and others) get the patches `[patches, values]` and a grid `[images, 3]`: the number of frames, of
-patch rows and of patch columns of each image. In transformers, loops over the images compute the positions of patches,
+Such towers (Qwen2-VL and others) get the patches `[patches, values]` and a grid `[images, 3]`: the numbers of frames,
+patch rows and patch columns of each image. In transformers, loops over the images compute the positions of patches,
 the windows of patches, and the segments in which patches attend to each other. A trace of these loops is valid only for
 the traced grid. But the towers also accept the results of the loops as arguments. This module computes these arguments
 from the index of each patch, with operations on whole tensors, which torch can trace.
@@ -78,8 +78,8 @@ def patches_of(grid: Tensor, count: Tensor, merge: int) -> Patches:
     The patches of a frame come square by square; a square has `merge` rows and `merge` columns of patches.
 
     Args:
-        grid: the number of frames, of patch rows and of patch columns of each image, `[images, 3]`.
-        count: the index of each patch, `[patches]`. The indices count the patches of all images.
+        grid: the numbers of frames, patch rows and patch columns of each image, `[images, 3]`.
+        count: the index of each patch, `[patches]`. The numbering continues from one image to the next.
         merge: the side length of a square, in patches.
     """
     sizes = grid[:, 0] * grid[:, 1] * grid[:, 2]
@@ -100,7 +100,7 @@ def arguments_of(tower: Any, grid: Tensor, patches: Tensor) -> dict[str, Any]:
 
     Args:
         tower: the tower, whose attributes give the sizes of squares and windows.
-        grid: the number of frames, of patch rows and of patch columns of each image, `[images, 3]`.
+        grid: the numbers of frames, patch rows and patch columns of each image, `[images, 3]`.
         patches: the tower's input, `[patches, values]`.
     """
     import torch

@@ -109,10 +109,11 @@ def inject(
         mode: `constant` writes the adapter into the graph. `slots` makes the adapter's tensors optional inputs, and
             writes the adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime. `rows`
             is like `slots`, but each input stacks the tensors of several LoRAs, so that each row of a batch can use its
-            own LoRA. `inputs` makes the tensors required inputs, which every runtime can swap.
-            With `inputs`, a LoRA needs a rank of at least 1. `OUT.slots.safetensors` stores the adapter's tensors under
-            the names of the inputs. `OUT.neutral.safetensors` and `OUT.neutral.onnx_adapter` store tensors with which
-            the graph gives the base model's outputs.
+            own LoRA. `inputs` is like `slots`, but turns the tensors into required inputs, which every runtime can
+            swap. With `inputs`, a LoRA needs a rank of at least 1, and three more files are written beside `out`.
+            `OUT.slots.safetensors` stores the adapter's tensors under the names of the inputs.
+            `OUT.neutral.safetensors` and `OUT.neutral.onnx_adapter` store tensors with which the graph gives the base
+            model's outputs.
         base_weights: the weights of the model that the graph was exported from. With them, layers are also found if the
             graph has lost their names. If the adapter has a side network (Shadow), the network's architecture is read
             from the base's `config.json`, or from the `config.json` beside the graph.

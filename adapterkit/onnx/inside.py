@@ -87,8 +87,8 @@ def changed_inside(
         _reads(layer.node, layer.position, layer.operand, operands[0])
     if bias is not None:
         node, read = (layer.node, layer.constant_bias) if layer.after is None else layer.after
-        # A graph may store a weight and a bias with equal elements as one tensor. So search only the inputs after the
-        # weight.
+        # If the weight and the bias have equal values, the graph may store them as one tensor, which the node reads
+        # twice. So search for the bias only among the inputs after the weight.
         first = layer.position + 1 if node is layer.node else 0
         at = next(at for at, one in enumerate(node.inputs) if at >= first and weight_at(node, at) is read)
         _reads(node, at, read, bias)

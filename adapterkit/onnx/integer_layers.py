@@ -349,7 +349,7 @@ def _rectified(back: ir.Node) -> bool:
 def _in_floats(
     node: ir.Node, kind: type[IntegerLayer], quantizer: ir.Node, building: Building
 ) -> tuple[ir.Node, type[GraphLayer]]:
-    """Replace an integer operator by a float operator whose output `quantizer` reads; return its node and class."""
+    """Replace an integer operator by a float operator that feeds `quantizer`; return the float node and its class."""
     graph, branch = node.graph, Branch(building, node.name or node.op_type)
     assert graph is not None
     layer = kind(node, branch)

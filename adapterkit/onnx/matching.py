@@ -1,4 +1,4 @@
-"""Find layers by the values of their weights if a graph lacks names, and compare layers found by name with the base.
+"""Find layers by the values of their weights if a graph lacks names, and check layers found by name against the base.
 
 A match is certain if the layer's weight, or a range of its rows, is equal to a base weight. If there is no such layer,
 e.g. in a quantized graph, the layer with the nearest weight of the same shape is accepted under two conditions: the
@@ -120,7 +120,8 @@ def _named(base: Checkpoint, asked: Target) -> list[str]:
 def _compare_rows(place: ResolvedTarget, W: Array) -> None:
     """Check that a target's rows of a packed weight match the base's weight.
 
-    If the numbers of attention heads are wrong, the wrong rows are selected for the target.
+    The rows are computed from an attention node's head counts or a Split's sizes. If these numbers are wrong, the rows
+    are wrong, too.
 
     Raises:
         TargetNotFound: the rows differ from the base's weight by more than quantization explains.

@@ -67,7 +67,7 @@ def computes_apart(layer: GraphLayer | Ended, place: ResolvedTarget) -> bool:
     """Whether a formula must compute `W @ x` itself, because the layer's output differs from `W @ x` plus the bias.
 
     The output differs in two cases. First, the node also adds a value other than the bias, such as a fused residual.
-    Second, a batch norm is folded into a packed weight: formulas get the base's weight, but the node computes with a
+    Second, a norm or scale is folded into a packed weight: formulas get the base's weight, but the node computes with a
     rounded weight.
     """
     return layer.adds_more or (place.norm is not None and place.norm.is_rounded)
@@ -234,9 +234,9 @@ def _vector_of(guesses: Sequence[_Guess], far: float, place: ResolvedTarget) -> 
 
 
 def scaled_distance(base: Checkpoint, name: str, spot: Spot) -> float | None:
-    """Fold a norm or vector of the base into a base weight; return the relative distance of the result from a layer.
+    """Return the smallest relative distance between a layer and a base weight with a norm or vector folded in.
 
-    The function tries all norms and vectors of the base, and returns the smallest distance.
+    The function tries all norms and vectors of the base that can be folded into the layer.
 
     Args:
         base: the base's weights.
@@ -244,7 +244,7 @@ def scaled_distance(base: Checkpoint, name: str, spot: Spot) -> float | None:
         spot: the layer.
 
     Returns:
-        The distance; None if no norm or vector of the base fits the layer.
+        The distance; None if no norm or vector of the base can be folded into the layer.
     """
     W = as_array(base.tensors[name]).astype(np.float64)
     W = W.swapaxes(0, 1) if issubclass(spot.kind, ConvTranspose) else W
@@ -342,8 +342,9 @@ def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None) -> Iterato
         ways = [one for one in ways if one.of_bias <= APART * least]
         best = min(one.of_weight for one in ways)
         yield next(one for one in ways if V.size * (one.of_weight**2 - best**2) <= CHANCE * best**2)
-    # With one element per channel, every vector would match. If the base has a bias and the layer does not, the graph
-    # adds the bias elsewhere, and this function cannot check whether the graph scales the bias.
+    # Try no vectors in two cases. If the weight has one element per output channel, some factors always convert the
+    # base's weight to the layer's weight, even if no scale is folded in. If the base has a bias and the layer does not,
+    # the graph adds the bias elsewhere, and this function cannot check whether the graph scales the bias.
     if rows.shape[1] > 1 and (weight is not None or b is None):
         for name, scale in _vectors(base, len(V)):
             yield guess(name, scale, np.zeros_like(scale), True)

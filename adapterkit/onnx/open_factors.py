@@ -4,7 +4,8 @@ Slots need default values that leave the base unchanged, and a formula that node
 the two: DoRA divides by the norm of the changed weight, OFT solves a linear system, a saved module replaces a weight.
 If the base's weight is known, such an update can be converted to a change of the weight (usually low-rank), a scale of
 the outputs and a change of the bias; any of the three may be absent. If the change of the weight has full rank, the
-adapter file becomes as large as the weights, but the graph's default values stay small.
+adapter file becomes at least as large as the weights. The graph's default values stay small, because their rank is 0
+or 1.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def is_worked_out(update: Update, fields: Mapping[str, str]) -> bool:
 def worked_out(
     model: ir.Model, adapter: Adapter, target: Target, named: Target, base: Base | None
 ) -> list[OpenFactors]:  # fmt: skip
-    """Return the factors of each update at a target, computed from the weight of the graph's layer.
+    """Return a list of one element: the factors of a target's update, computed from the weight of the graph's layer.
 
     Args:
         model: the graph with slots.

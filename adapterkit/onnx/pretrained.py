@@ -147,8 +147,9 @@ def export_pretrained(
 ) -> GraphReport:  # fmt: skip
     """Export a saved transformers model to a folder with `model.onnx`, the config and the tokenizer.
 
-    If the mode is `slots`, the new folder also contains the adapter files. If the model is a causal language model, the
-    folder also contains `genai_config.json`, which onnxruntime-genai needs.
+    If the mode is `slots`, the folder also contains the adapter files. For a causal language model that
+    onnxruntime-genai can run, the export also writes `genai_config.json`, which onnxruntime-genai needs. If
+    `share_weights` is set, the export does not write `genai_config.json`.
 
     An encoder-decoder is exported as several graphs, for optimum's classes such as `ORTModelForSeq2SeqLM`. A language
     model that reads images is also exported as several graphs, for transformers.js; see `pretrained_parts`. If there

@@ -32,8 +32,8 @@ class GraphReport:
         reference: the largest difference between the outputs of ONNX's reference implementation and of onnxruntime for
             the written graph; None if the reference implementation did not run, e.g. because of operators outside of
             ONNX.
-        saturation: for static quantization, how many values the graph clips without the adapter and with it; None if
-            the check did not run.
+        saturation: how many values static quantization clips without the adapter, and how many with the adapter. None
+            if the graph has no static quantization, or if the check did not run.
         warnings: sentences for the user, each with a remedy.
         parts: for a folder of graphs, the report of each changed graph, by the graph's name.
         beside: targets whose quantized weight the merge leaves unchanged. Their updates are attached to the graph

@@ -187,7 +187,10 @@ class ResolvedTarget:
 
     @property
     def nodes(self) -> list[str]:
-        """The names of the nodes of all layers in `spots`; for a module without a weight, the name of its last node."""
+        """The names of the nodes of all layers in `spots`.
+
+        For a module without a weight, the list has the name of the node that computes the module's output.
+        """
         return [spot.node.name or "" for spot in self.spots] or [(self.last and self.last.name) or ""]
 
     def record(self) -> dict[str, JsonValue]:

@@ -396,7 +396,7 @@ def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
 def _refuse_orders(places: Sequence[ResolvedTarget]) -> None:
     """Refuse several targets at one layer if the order of their updates changes the result.
 
-    In a graph, the changes by several targets of a layer are only added up, without an order.
+    If several targets change one layer, the graph only adds up their changes, so it cannot apply them in an order.
     """
     by_spot: dict[Spot, list[ResolvedTarget]] = {}
     for at in places:
@@ -462,8 +462,9 @@ def with_several_weights(spots: Sequence[Spot]) -> dict[str, list[str]]:
     """Find modules with several different weights, such as an LSTMCell that a loop calls.
 
     Returns:
-        a map from each module's path, with `.weight` appended, to the names of the module's stored tensors. The key is
-        not the name of any of these tensors. Names that an exporter made up are omitted.
+        a map from each module's path, with `.weight` appended, to the names of the module's stored tensors. The key
+        stands for the module, not for one tensor: an LSTMCell `cell` has the key `cell.weight`, and the tensors
+        `cell.weight_ih` and `cell.weight_hh`. Names that an exporter made up are omitted.
     """
     by_module: dict[str, list[Spot]] = {}
     for spot in spots:
@@ -684,7 +685,8 @@ def _turned(site: Site, shape: tuple[int, ...], kind: type[GraphLayer]) -> bool:
     """Whether the updates apply to the weight with its first two axes swapped.
 
     An update of token rows expects the tokens on the axis `in`, as in an embedding. A head has the tokens on the axis
-    `out`. Updates that store whole weights may use the base's axis order, which may have `in` first.
+    `out`, so its axes may have to be swapped for such an update. Updates that store whole weights may use the base's
+    axis order, which may have `in` first.
     """
     dims = [update.dims() for update in site.updates if update.kind != "output"]
     whole = any("rest" in each for each in dims) and not any("in" in each for each in dims)

@@ -44,7 +44,7 @@ PARTS = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj
 gate, up and down as separate weights."""
 
 FAMILY = "adapterkit.model_type"
-"""Metadata key that stores the model type in a graph with slots at experts; see `remember_family`."""
+"""Metadata key of a graph that has slots and experts. Its value is the model type; see `remember_family`."""
 
 Config = Mapping[str, object] | None
 
@@ -199,7 +199,10 @@ OTHERWISE = (
 
 
 def remember_family(model: ir.Model, adapter: Adapter, config: Config) -> None:
-    """Store the model type in a graph with slots at experts, so that adapters can later be written for these slots."""
+    """Store the model type in a graph that has slots and experts.
+
+    `fit` can then match other adapters with the slots, even if it finds no config.
+    """
     kind = _type_of(adapter, config, model)
     if kind is not None and any(holds_experts(node) for node in nodes_of(model)):
         model.metadata_props[FAMILY] = kind

@@ -52,7 +52,7 @@ LINEAR = (
 class TargetRows(Protocol):
     """A layer, or a view of some rows of its weight.
 
-    `x` is the layer's input in the graph. A call of the object with an input returns the output for this input.
+    `x` is the layer's input in the graph. Calling the object with an input returns the output for that input.
     """
 
     x: Value
@@ -182,8 +182,8 @@ def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
 def _is_batch(value: ir.Value, shape: ir.Shape | None, model: ir.Model) -> bool:
     """Whether the first axis of a value with two axes is the batch, rather than the tokens of all texts together.
 
-    The first axis is the batch if the value is an input of the graph, or if an input of the graph has the same named
-    dynamic size on its first axis. Two dynamic sizes without a name may differ.
+    The first axis is the batch if the value is an input of the graph, or if an input of the graph with several axes has
+    the same named dynamic size on its own first axis. Two dynamic sizes without a name may differ.
     """
     if value in model.graph.inputs:
         return True

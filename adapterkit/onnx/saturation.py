@@ -1,7 +1,8 @@
 """Count values that static quantization clips because its ranges were calibrated without the adapter.
 
 A QuantizeLinear with a stored scale has a fixed range. If a layer's values become larger with the adapter, the node
-clips them, and nothing in the graph shows the clipping. So this module runs both graphs and counts the clipped values.
+clips them, and nothing in the graph shows the clipping. So this module runs the graph without and with the adapter,
+and counts the clipped values.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Saturation:
     """The numbers of values that quantization clips without and with the adapter.
 
     Attributes:
-        nodes: two counts for each QuantizeLinear that clips values, by the node's name. The first is the number of
+        nodes: a map from the name of each QuantizeLinear that clips values to two counts. The first is the number of
             values that the node clips without the adapter. The second is the number that it clips with the adapter.
         values: the number of values that the QuantizeLinear nodes read in the graph with the adapter, clipped or not.
         moved: the change of the outputs that is caused by rounding and clipping activations, relative to the largest

@@ -1,8 +1,8 @@
 """Add updates of stacks of experts to graphs in which a Gather selects the experts' weights for each token.
 
 torch's exporter writes such graphs for transformers' models. The graph multiplies each token by the selected weight:
-`y = MatMul(Gather(stack, experts), x)`. Added nodes change this product. They select the update's factors by the same
-indices as the weights, so the graph never computes the change of a whole stack:
+`y = MatMul(Gather(stack, experts), x)`. This module adds nodes that change this product. The added nodes use the same
+indices to select the update's factors, so the graph never computes the change of a whole stack:
 
     y' = y + y * (s[experts] - 1) + s[experts] * (B[experts] @ (A[experts] @ x))
 

@@ -170,7 +170,7 @@ class Session:
         fills = fills_of(metadata)
         entries = {entry.name: entry for entry in self._session.get_inputs()}
         self._entries = {name: entry for name, entry in entries.items() if name not in fills}
-        # onnxruntime calls an input that has a default value an overridable initializer.
+        # "Overridable initializer" is onnxruntime's term for an input that has a default value.
         self._slots = {entry.name: entry for entry in self._session.get_overridable_initializers()}
         self._slots |= {name: entry for name, entry in entries.items() if name in fills}
         declared = {name: (entry.shape, kind_of(entry)) for name, entry in self._slots.items() if name in fills}

@@ -247,8 +247,8 @@ def _tokens(update: Shadow, heard: Heard, given_inputs: Mapping[str, ir.Value], 
 def _embedded(ids: ir.Value, own_ids: ir.Value, heard: Heard) -> ir.Value:
     """Return the embeddings of the token ids `ids`.
 
-    `own_ids` are the token ids that the graph embeds. If `ids` is another value of the graph than `own_ids`, the nodes
-    of the base's embedding are copied, and the copy embeds `ids`.
+    `own_ids` are the token ids that the graph embeds. If `ids` is a different value, the nodes of the base's embedding
+    are copied, and the copy embeds `ids`.
     """
     building, branch = heard.words.building, heard.layer.branch
     end = _embedding(own_ids, heard)

@@ -375,8 +375,8 @@ class Slots:
             for name, default in defaults.items()
         }
         if isinstance(getattr(update, "scaling", None), float | int):
-            # If an update changes two tied layers, the layers share one slot for the scaling. They also share one slot
-            # for each tensor.
+            # If an update changes two tied layers, the layers share the update's slots. `_slot` returns the same slot
+            # for the same tensor, but a scaling is a number. Therefore, keep one tensor for each update's scaling.
             number = from_numpy(np.array([update.attributes["scaling"]]))
             shared = self.scalings.setdefault(self.building.keep(update), number)
             slots_made["scaling"] = self._slot(f"{stem}.scaling", shared, (1,), np.ones(1), dtype)
@@ -442,7 +442,7 @@ def _neutral(
         shapes: the shapes of the tensors, with placeholders of at least `FREE` for dynamic sizes.
         place: the update's target.
         inner: the size of dynamic axes in the result.
-        tried: sizes to try for dynamic axes. With at least one of these sizes, the results must stay unchanged.
+        tried: sizes to try for dynamic axes. One size that leaves the results unchanged is enough.
 
     Raises:
         Unsupported: no tensors were found that leave the base's results unchanged.

@@ -132,7 +132,8 @@ def _name_sizes(entry: OrtInput, known: Sizes, named: dict[str, int]) -> None:
     if len(entry.shape) != 4:
         return
     past = "past" in entry.name
-    # If the configs contain a window's length, use it for all caches: a sliding-window cache must have this length.
+    # A sliding-window cache must have the window's length, and other caches may have it. So if the configs contain
+    # this length, use it for all caches.
     words = (None, "heads", "window", "head_size") if past else (None, "channels", "height", "width")
     if not past and not any(word in entry.name for word in ("pixel", "image", "sample", "input")):
         return

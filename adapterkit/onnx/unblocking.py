@@ -50,15 +50,15 @@ class _Unknown(Exception):
 
 
 def is_reordered(model: ir.Model) -> bool:
-    """Whether a graph has convolutions in the blocked layout, or integer convolutions that read channels last."""
+    """Whether a graph has convolutions in the blocked layout, or integer convolutions in the channels-last layout."""
     return any(_is_blocked(node) or _is_channels_last(node) for node in nodes_of(model))
 
 
 def unblock(model: ir.Model, base: Checkpoint | None) -> str | None:
     """Replace all blocked nodes of a graph by plain nodes, if the base's weights show the block size.
 
-    Also replace integer convolutions that read channels last. The new convolutions read channels first. This step does
-    not need the base.
+    Also replace integer convolutions in the channels-last layout by convolutions in the channels-first layout. This
+    step does not need the base.
 
     Args:
         model: the graph, which is changed.
@@ -89,7 +89,7 @@ def _is_channels_last(node: ir.Node) -> bool:
 
 
 def _channels_first(model: ir.Model, node: ir.Node) -> None:
-    """Replace an integer convolution that reads channels last by ONNX's `QLinearConv`, which reads channels first.
+    """Replace a channels-last integer convolution by ONNX's `QLinearConv`, which uses the channels-first layout.
 
     The kernel stays unchanged, because both operators store it in the same order.
     """

@@ -2,9 +2,9 @@
 
 Two correct graphs may sum in different orders, so their values may differ in the last bit. If a later node rounds such
 a value to 8 bits, the difference can become a whole rounding step. Clipping is another cause of differences: one graph
-may add an adapter's change before a node clips its output, and the other graph may add the change afterwards. Without
-rounding and clipping of activations, the outputs of two correct graphs differ only in the last bits of the floats. The
-weights stay rounded: the graph computes with their dequantized values.
+may add an adapter's change to an activation before it clips the activation, and the other graph may add the change
+afterwards. Without rounding and clipping of activations, the outputs of two correct graphs differ only in the last bits
+of the floats. The weights stay rounded: the graph computes with their dequantized values.
 """
 
 from __future__ import annotations
@@ -234,7 +234,8 @@ class _Unrounding:
         Args:
             y: the float output before clipping.
             node: the node.
-            at: the index, among the node's inputs, of the output's zero point. The output's scale is at index `at - 1`.
+            at: the index of the node's input that contains the output's zero point. The input at index `at - 1`
+                contains the output's scale.
         """
         self.steps[node.outputs[0]] = input_at(node, at - 1), input_at(node, at)
         return self._clipped(y, ir.node("QuantizeLinear", [None, None, input_at(node, at)]))

@@ -86,8 +86,8 @@ def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
 def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
     """Return the shape after a reshape: `wanted`, with -1 replaced by the size of its axis.
 
-    If this size cannot be computed, None replaces -1. The reshape keeps each axis whose dynamic size is the same in
-    `sizes` and in `wanted`.
+    If this size cannot be computed, None replaces -1. The computation ignores each axis that has the same dynamic size
+    in `sizes` and in `wanted`, because the reshape keeps such an axis.
 
     Args:
         sizes: the sizes before the reshape.

@@ -249,7 +249,7 @@ def summed_at(place: AlignedPlace, weights: Sequence[float], stacking: bool) -> 
 
 
 def _parted(group: Sequence[Update], weight: float) -> tuple[tuple[Update, ...], tuple[Additive, ...], float]:
-    """Split an adapter's updates of one target into two groups; return (first group, second group, weight).
+    """Split an adapter's updates of one target into two groups; return (first group, second group, `weight`).
 
     The first group ends with the last update that is not additive. The second group contains the additive updates after
     that update.

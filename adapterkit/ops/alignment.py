@@ -115,9 +115,9 @@ def places(
     Args:
         adapters: adapters or their paths.
         base: the base. All adapters are bound to the base's names and layouts, and some methods need its weights.
-        lower: None keeps all updates as they are. A participle, such as `"combined"`, makes all updates additive: an
-            update that is not additive becomes a difference from the base's weights. If that is impossible, the error
-            message contains this participle.
+        lower: if None, all updates stay as they are. Otherwise, all updates are made additive: an update that is not
+            additive becomes a difference from the base's weights. If that is impossible, the error message contains
+            the value of `lower`, a participle such as `"combined"`.
         disjoint: whether to allow adapters that have no target in common.
         rename: rules that rename targets, each `FROM=TO` or `@FILE`. Each rule must match a target of at least one
             adapter.

@@ -1,8 +1,8 @@
 """Iterate over the changes that several adapters make to one weight, in blocks of rows, and select the largest values.
 
 The product of LoRA factors of rank 16 for a 4096 x 4096 weight takes 0.02 s and 134 MB in float64, so eight products
-take a gigabyte. Therefore, formulas that need every entry iterate over blocks two or three times. Each iteration
-computes all products again, and keeps only one block in memory at a time.
+take a gigabyte. Therefore, a formula that needs every entry keeps only one block of rows in memory. It iterates over
+all blocks two or three times, and each iteration computes all products again.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ WHOLE = 1 << 12
 DEVIATIONS = 6.0
 """Half the width of the first interval, in standard deviations of a rank that is estimated from the sample.
 
-A value's rank is its position in descending order. The interval reaches from the sampled value with the estimated rank
-k - d to the one with the estimated rank k + d. d is this number times the standard deviation.
+A value's rank is its position in descending order. Let d be this number times the standard deviation. The interval
+reaches from the sampled value with the estimated rank k - d to the sampled value with the estimated rank k + d.
 """
 
 WIDER = 1.25
@@ -117,7 +117,7 @@ class Selection:
             self._guess()
         self._total = self._nonzero = self._above = self._inside = 0
         # If the interval contains a single number, all values inside it are equal, so count them and do not keep them.
-        # For sparse changes, this number is often zero.
+        # For sparse changes, the interval often contains only the number 0.
         several = self._lo < self._hi
         self._values = [] if several and self._expected <= MAX_NUMBERS else None
         self._bins = np.zeros(BINS, np.int64) if several and self._values is None else None

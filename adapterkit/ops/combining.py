@@ -353,7 +353,8 @@ class Evaluation:
         (out, columns), size = deltas[0].shape, self.dtype.itemsize
         if out * columns * size > MEMORY:
             return None
-        # Compute small results in float64, because `approximated` decomposes small matrices exactly, without a sketch.
+        # `approximated` decomposes small matrices exactly, in float64. Compute small results in float64 too, so that
+        # they are not rounded to float32 before the decomposition.
         kind = np.float64 if self.dtype.name == "F64" or min(out, columns) <= SMALL else np.float32
         D = np.empty((out, columns), kind)
         self._into(D, method, place, at, deltas)
@@ -462,8 +463,8 @@ class Evaluation:
         data = self.data
         if data is None or not method.sequential:
             return data
-        # `data` gets an adapter with the targets finished so far. The adapter has a read-only view of `done`. Without
-        # this view, each target would need a copy of `done`.
+        # `data` gets an adapter with the targets finished so far. The adapter's updates are a read-only view of `done`.
+        # The view grows with `done`, so no target needs a copy of `done`.
         so_far = Adapter(MappingProxyType(done), read[0].base)
         return lambda position, path: data(position, path, so_far if done else None)
 

@@ -301,9 +301,9 @@ def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, 
     Args:
         one: the first change.
         other: the second change.
-        narrow: whether all stored tensors have at most 32 bits. If so, the elements are computed in float32, which
-            takes half the time. In float32, only elements that are pure rounding noise can get a wrong sign, and
-            `sign_conflict` and `interference` differ from their float64 values by at most 1e-6.
+        narrow: whether no stored tensor is float64. If so, the elements are computed in float32, which takes half the
+            time, unless `_narrowed` returns None. In float32, only elements that are pure rounding noise can get a
+            wrong sign, and `sign_conflict` and `interference` differ from their float64 values by at most 1e-6.
     """
     import numpy as np
 

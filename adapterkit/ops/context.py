@@ -48,8 +48,8 @@ class Census:
         Args:
             once: a function that runs the formula at a few targets if its argument is True, or at all targets if its
                 argument is False. It is called with False about twice per stage.
-            stages: the number of searches for thresholds that must run one after another, because each search uses the
-                result of the previous search; 0 if only sums are needed.
+            stages: the number of threshold searches. They run one after another, because each search uses the result
+                of the previous search. 0 if only sums are needed.
         """
         self.counting = True
         for _ in range(stages):

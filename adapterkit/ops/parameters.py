@@ -335,7 +335,7 @@ def _each_checked(cls: type[Combiner], key: str, value: Setting) -> Setting:
 
 
 def one_of(value: Setting, key: str) -> Value:
-    """Return the first value in a setting. Callers check this value before the targets are known."""
+    """Return the first value in a setting, so that callers can check one value before they know the targets."""
     value = plain(value, key)
     while isinstance(value, (Mapping, list)):
         value = next(iter(value.values())) if isinstance(value, Mapping) else value[0]

@@ -1,9 +1,9 @@
 """Compute results in advance on a pool of threads, and limit the BLAS library to one thread.
 
-For each product, a BLAS library starts one thread per processor. More threads do not make products of low-rank factors
-faster: the combiner `tsv` takes 33 s for 224 targets of 4096 x 4096 with one BLAS thread, and 37 s with two. If another
-program uses one of the cores, `tsv` with two threads takes over 240 s, because BLAS threads spin while they wait for
-each other. So a pool computes several targets in parallel, each with one BLAS thread.
+For each matrix product, a BLAS library starts one thread per processor. More threads do not make products of low-rank
+factors faster: the combiner `tsv` takes 33 s for 224 targets of 4096 x 4096 with one BLAS thread, and 37 s with two. If
+another program uses one of the cores, `tsv` with two threads takes over 240 s, because BLAS threads spin while they
+wait for each other. So a pool computes several targets in parallel, each with one BLAS thread.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class _Budget:
     @contextmanager
     def taken(self, count: int) -> Iterator[None]:
         with self.changed:
-            # An item that exceeds the whole budget runs when no other item runs; otherwise it would wait forever.
+            # An item that exceeds the whole budget may run when no other item runs. Without this exception, it would
+            # wait forever.
             self.changed.wait_for(lambda: self.used == 0 or self.used + count <= self.total)
             self.used += count
         try:

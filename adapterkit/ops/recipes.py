@@ -103,7 +103,7 @@ class Recipe:
         adapters: the paths of the adapters.
         options: keyword arguments of `combine`.
         places: for each adapter, the key path of its entry in the file, such as `models[0]`.
-        tokenizer: the value of `tokenizer_source` or `tokenizer`; only merges use it, because adapters have no
+        tokenizer: the value of `tokenizer_source` or `tokenizer.source`; only merges use it, because adapters have no
             tokenizer.
         notes: messages for the user. If a key in the file has no effect, a message says so.
         layers: the number of layers that the file's slices cover; None if the file has no slices.
@@ -460,7 +460,8 @@ def _translated(content: object, where: str, switches: Mapping[str, bool], path:
 def _switches(method: object, compat: str | None) -> Mapping[str, bool]:
     """Return a map from names to booleans: True for the method's boolean parameters, False for ignored switches.
 
-    mergekit accepts `normalize` and `rescale` for every method, although some methods ignore them.
+    A switch is translated only if its name is not in the map. mergekit accepts the switches `normalize` and `rescale`
+    for every method, although some methods ignore them.
     """
     from .combiners import COMBINERS
     from .parameters import resolved

@@ -97,7 +97,7 @@ def resize(
         rank: the new rank; targets with a smaller rank keep their rank.
         energy: keep at least this share of each change's squared Frobenius norm.
         error: the largest allowed Frobenius error of a change, divided by the change's norm.
-        frobenius: the largest allowed Frobenius error of a change, as an absolute value.
+        frobenius: the largest allowed Frobenius error of a change, not divided by the change's norm.
         sv_ratio: kohya's rule: keep each singular value S[i] with S[i] > S[0] / sv_ratio. With any of kohya's three
             rules, `rank` is an upper limit.
         sv_cumulative: kohya's rule: keep at least this share of the sum of the singular values.
@@ -215,8 +215,9 @@ def _resized(
     thin = all(
         type(update).pair is not Additive.pair for place in aligned for update in _trailing_additives(place, every)
     )
-    # If all updates have factors, use one BLAS thread. More threads are not faster, and they spin while another program
-    # uses their core. With more threads, a FLUX LoRA took 30 s of processor time. For whole matrices, use all threads.
+    # If all updates have low-rank factors, use one BLAS thread. More threads are not faster. If another program uses
+    # one of the cores, the threads also spin while they wait for each other. With more threads, a FLUX LoRA took 30 s
+    # of processor time. If any update has no low-rank factors, use all threads.
     with one_blas_thread() if thin else nullcontext():
         for place, resized in _resized_places(aligned, criterion, kind, every, cuts):
             if resized:
@@ -225,7 +226,7 @@ def _resized(
         raise UsageError("no change in this adapter has low-rank factors", cure=PROMOTE)
     for cut in cuts if report is not None else ():
         report(cut)  # type: ignore[misc]
-    # The error of all targets together is relative to the norm of all changes. Both are Frobenius norms.
+    # Divide the Frobenius error of all targets together by the Frobenius norm of all changes together.
     norm, error = math.hypot(*(cut.norm for cut in cuts)), math.hypot(*(cut.error for cut in cuts))
     error_of_all = error / norm if norm else 0.0
     args: dict[str, JsonValue] = {**criterion.record(), "scope": criterion.scope, "error_of_all": error_of_all}
@@ -268,10 +269,10 @@ def _part(place: AlignedPlace, criterion: Criterion, every: bool) -> _ResizedPar
 
 
 def _trailing_additives(place: AlignedPlace, every: bool) -> list[Additive]:
-    """Return the additive updates that follow the last non-additive update of a matrix.
+    """Return the additive updates of the weight that follow the target's last non-additive update.
 
     Earlier updates stay unchanged, because the non-additive update may depend on them. Unless `every` is set, only
-    updates with low-rank factors are returned.
+    updates with low-rank factors are returned. If the weight has only one dimension, the list is empty.
     """
     updates = place.updates[0]
     last = max((i + 1 for i, update in enumerate(updates) if not isinstance(update, Additive)), default=0)

@@ -78,8 +78,8 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
     rank = min(criterion.rank or GUESS, small)
     random = np.random.default_rng(seed)
     # Try a cheap sketch, then a better sketch. If both are too inexact and the criterion sets a rank, decompose D
-    # exactly. Without a set rank, double the guessed rank and try again, as long as a sketch is cheaper than the exact
-    # decomposition.
+    # exactly. If the criterion does not set a rank, the guessed rank may also be too small: double it and try again, as
+    # long as a sketch is cheaper than the exact decomposition.
     while small > SMALL and 3 * rank <= small and norm > 0:
         for width, rounds in ((2 * rank + 16, 2), (3 * rank + 32, 4)):
             Q, rows, decomposition = _sketch(D, min(width, small), rounds, random)
@@ -270,7 +270,7 @@ def _largest_squares(D: Array, Q: Array, random: np.random.Generator) -> Iterato
         if size == 0:
             yield 0.0
             return
-        # To avoid overflow, divide the vectors by their largest norm, and add up the logarithms of these norms.
+        # To avoid overflow, divide all vectors by the largest norm after each step, and add its logarithm to `log`.
         log += math.log(size)
         x /= size
         yield math.exp((log + math.log(8 * math.sqrt(D.shape[1]))) / power)

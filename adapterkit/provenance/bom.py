@@ -1,9 +1,11 @@
 """Write a bill of materials for an adapter, a merged model or an ONNX graph: an ML-BOM in CycloneDX 1.6.
 
 This module writes the JSON itself, because the library `cyclonedx-python-lib` does not support model cards. A model
-card is the core of an ML-BOM. The tests validate every document with that library's copy of the official schema. The
-same files give the same document, byte for byte: by default, the document has no serial number, and it has a time only
-if SOURCE_DATE_EPOCH is set.
+card is the core of an ML-BOM. The tests validate every document with the copy of the official schema in
+`cyclonedx-python-lib`.
+
+The document is reproducible: by default, the same files always give the same document, byte for byte. So the document
+has no serial number by default, and it has a time only if SOURCE_DATE_EPOCH is set.
 """
 
 from __future__ import annotations

@@ -343,8 +343,8 @@ def _hashing(root: Path, bundle: SignatureBundle) -> Any:
 
 _DIGEST = r"""\\?'Digest\(.*?\\?["']\)\\?'"""
 _DIGESTS = re.compile(rf": Expected {_DIGEST}, Actual {_DIGEST}", re.DOTALL)
-"""Matches digests in model-signing's messages. model-signing prints a list of messages. In the list, Python escapes the
-single quotes of a message that also contains double quotes."""
+"""Matches digests in model-signing's messages. The quotes in a message may be escaped: model-signing prints its
+messages as a Python list, and Python escapes the single quotes of a message that also contains double quotes."""
 
 
 def _why(error: Exception) -> str:

@@ -149,8 +149,8 @@ class Rowwise(Packed):
     def closed(self, row: int) -> bool:
         """Whether a run of rows may begin at this row.
 
-        The result is true if each stored tensor that a merge changes has the bytes of all earlier rows before the bytes
-        of this row and of all later rows.
+        The result is true if, in each stored tensor that a merge changes, the bytes of all earlier rows come before the
+        bytes of this row and of all later rows.
         """
 
     @abstractmethod
@@ -374,7 +374,7 @@ def halves(q: Array, *, high_first: bool = False) -> Array:
 
 
 def joined(pieces: Sequence[Sequence[Array]], axes: Sequence[int]) -> list[Array]:
-    """Return a list whose item i is the concatenation of `piece[i]` for every `piece` in `pieces`, along `axes[i]`."""
+    """For each i, concatenate the arrays at index i of all `pieces` along `axes[i]`. Return the results as a list."""
     import numpy as np
 
     return [np.concatenate(parts, axis) for parts, axis in zip(zip(*pieces, strict=True), axes, strict=True)]

@@ -80,7 +80,7 @@ def _weight(base: Checkpoint, module: str) -> Packed:
 class _Whole(Grouped):
     """A weight whose rows are stored as 8-bit integers, or packed into 32-bit words.
 
-    A word contains integers of `bits` bits. Each integer is stored as q + 2^(bits - 1).
+    A word contains integers of `bits` bits. Each integer in a word is stored as q + 2^(bits - 1).
     """
 
     stored: Lazy

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """The prefix of keys that contain the original shapes of tensors.
 
-ComfyUI-GGUF reshapes some tensors to rows of 256 values. It stores the shape before the conversion in such a key.
+ComfyUI-GGUF reshapes some tensors to rows of 256 values. For each of these tensors, a key with this prefix stores the
+original shape.
 """
 
 FLOATS = tuple(name for name in PLAIN.values() if DTYPES[name].floating)
@@ -153,7 +154,8 @@ class _Contents:
         """Yield the weight in a tensor, or one weight per expert if the tensor is a stack.
 
         The weights have the family's names. A tensor that the family does not list keeps its GGUF name, so no adapter's
-        target matches it. Denoisers have no family, so their tensors keep the names that the file has.
+        target matches it. Denoisers have no family. Their tensors keep the names in the file, which are the names of
+        the original safetensors file.
         """
         shape, dtype = file.shapes[name], DTYPES["F32"]
         module, leaf = _module(name)

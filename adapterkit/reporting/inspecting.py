@@ -515,8 +515,8 @@ def _unresolved_record(
 def _update_record(target: Target, update: Update, shared: dict[object, dict[str, JsonValue]]) -> dict[str, JsonValue]:
     """Return an update as plain data.
 
-    `shared` caches the records without the targets' paths. The cache key is the target's layout, the target's rows and
-    `update.form`.
+    The record without the target's path is cached in `shared`. The cache key is the target's layout, the target's rows
+    and `update.form`.
     """
     form = target.layout, target.rows, update.form
     if form not in shared:

@@ -67,7 +67,7 @@ are checked first. The verdict states the number of checked weights."""
 
 INTRUDER_UNIT = 2e7
 """While intruders are counted, the progress bar shows this amount of work as one step. The amount has the unit of
-`INTRUDER_BUDGET`. All other work for one target is also one step."""
+`INTRUDER_BUDGET`. Before intruders are counted, the measurement of each target is one step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,8 +346,8 @@ class _Measuring:
 
     def run(self, progress: Callable[[int, int], object] | None) -> Measurements:
         places = len(self.aligned)
-        # The work of the decompositions is known only after all changes are measured. Until then, the progress bar uses
-        # the largest possible work.
+        # The work of counting intruders is known only after all changes are measured. Until then, the progress bar
+        # assumes the whole `INTRUDER_BUDGET`.
         most = 0 if self.base is None else round(INTRUDER_BUDGET / INTRUDER_UNIT)
         for at, place in enumerate(self.aligned):
             self._at(place)

@@ -119,8 +119,8 @@ def _files(root: Path, unread: list[str]) -> list[Path]:
 FEW_EXPERTS = 0.1
 """A layer's changed experts are reported if they are few: one expert, or at most this share of the layer's experts.
 
-The number of experts per layer is estimated as the highest index of a changed expert in any layer, plus 1. The check is
-skipped if the paths of two layers with experts differ in anything but the numbers in the paths.
+The number of experts per layer is estimated as the highest index of a changed expert in any layer, plus 1. The check
+runs only if the paths of all layers with changed experts are equal except for the numbers in the paths.
 """
 
 SPIKE, SPIKE_RANK = 0.995, 4
@@ -136,9 +136,9 @@ MOST_OF_ALL = 0.8
 """A target is reported if its energy (squared norm) is more than this share of the energy of all targets together."""
 
 ENOUGH = 8
-"""The smallest number of experts, targets or changes for three checks. The check with `FEW_EXPERTS` needs this many
-experts per layer, and the check with `MOST_OF_ALL` needs this many targets. The check for a quarter of the changes
-(see `STRONGER`) needs this many changes of rank `SPIKE_RANK` or more."""
+"""Three checks run only if an adapter has at least this many experts, targets or changes. The check with `FEW_EXPERTS`
+needs this many experts per layer, and the check with `MOST_OF_ALL` needs this many targets. The second check that
+`STRONGER` describes needs this many changes of rank `SPIKE_RANK` or more."""
 
 FOREIGN = 0.005
 """If at most this share of a float32 tensor's values needs more than 16 bits, the tensor was probably trained in 16

@@ -76,7 +76,7 @@ def is_pickle(head: bytes) -> bool:
     """Whether a file that begins with `head` looks like a pickle of protocol 2 or later.
 
     The first eight bytes of a safetensors file are the length of its header. They may look like the start of a pickle.
-    The next byte of a safetensors file is the `{` of the header, so the function can return False for the file.
+    The function recognises such a file by the next byte, which is the `{` of the header, and returns False.
     """
     if len(head) < 3 or head[0] != 0x80 or not 2 <= head[1] <= 5 or head[2] not in _OPCODES:
         return False

@@ -10,8 +10,8 @@ caller's start combinations. Optuna's TPE sampler proposes each later trial, bas
 TPE was chosen after measurements on eight problems with known optima. Each problem has two adapters, three methods and
 a density. The error of a result is measured in percent of the optimal change's squared norm. After 50 trials, the error
 was at most 2 percent in six of the eight problems, and at most 5 percent in the other two. Optuna's Gaussian process
-finds smooth optima more exactly, but it keeps to the first good method that it finds. Its error was 5 to 26 percent in
-three of the eight problems.
+sampler finds smooth optima more exactly, but it keeps to the first good method that it finds. Its error was 5 to 26
+percent in three of the eight problems.
 
 A proposal depends only on the seed, the number of the trial and the earlier trials. A resumed search therefore makes
 the same trials as an uninterrupted one.
@@ -421,7 +421,7 @@ class Space:
             sampler = optuna.samplers.TPESampler(seed=drawn, multivariate=True, n_startup_trials=0)
             study = optuna.create_study(sampler=sampler)
             # Hide a trial from the sampler if the sampler cannot propose the trial's method. For example, the first
-            # trials are sums, even if `methods` does not contain `linear`.
+            # trial uses `linear`, even if `methods` does not contain it.
             study.add_trials([self._as_optuna(optuna, t) for t in trials if t.method in self.methods])
             asked = study.ask()
             method = asked.suggest_categorical("method", self.methods)

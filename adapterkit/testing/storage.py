@@ -418,7 +418,7 @@ class SchemeTests:
 
 
 class HubTests:
-    """Tests of a hub against a server on this machine.
+    """Tests of a hub. They push to a local test server and pull from it.
 
     Attributes:
         scheme: the URI scheme of the hub: `acme` for `acme://org/repo`.

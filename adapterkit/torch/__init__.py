@@ -2,7 +2,7 @@
 
 `create` returns a new adapter, `inject` attaches an adapter, and `route` chooses an adapter for each row of a batch.
 The functions of `compose` combine several adapters. `LoRAFA` is an optimizer that trains only the matrix `B` of a LoRA.
-`TrainerCallback` makes transformers' Trainer save and resume an adapter.
+With `TrainerCallback`, transformers' Trainer saves the adapter instead of the base, and loads it when training resumes.
 
 Inside this package, `import torch` imports PyTorch, not `adapterkit.torch`.
 """

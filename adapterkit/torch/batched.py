@@ -346,11 +346,12 @@ def _placed(switches: tuple[Switch, ...], route: Route, scope: Scope, device: to
 
 
 class RowPlan:
-    """A plan to run an `nn.Linear` as `_side_by_side` does, without choosing among the functions below again.
+    """A plan to run an `nn.Linear` as `_side_by_side` does.
 
     A plan is made if the layer has few frozen adapters and each row has one token. Without a plan, each forward of such
-    a layer first chooses one of these functions; in a model of width 256, the choice takes 25 % of the forward's time.
-    With a plan, a forward only checks whether settings, tensors, or the state of torch have changed.
+    a layer first chooses between `_side_by_side`, `_grouped` and `_gathered`. In a model of width 256, this choice
+    takes 25 % of the forward's time. With a plan, a forward only checks whether settings, tensors, or the state of
+    torch have changed.
     """
 
     def __init__(self, module: nn.Module, stack: FactorStack) -> None:
@@ -489,8 +490,9 @@ def _grouped(layer: TorchLayer, stack: FactorStack, places: Places, route: Route
 def _side_by_side(layer: TorchLayer, stack: FactorStack, places: Places, x: Tensor) -> Tensor:
     """Multiply every row by the joined factors of all adapters, and mask the adapters that the row does not use.
 
-    The mask is applied between the two products. The joined factors have the rank `adapters * r`. With few adapters,
-    this function takes three operations, and `_grouped` takes five.
+    The mask is applied between the two products. The joined factors have the rank `adapters * r`. This function
+    takes three operations, and `_grouped` takes five, so this function is faster if `adapters * r` is small (see
+    `WIDE`).
     """
     y: Tensor = layer(x)
     rows, rank, dtype = x.shape[0], stack.A.shape[1], stack.A.dtype
@@ -528,8 +530,8 @@ def _masked(layer: TorchLayer, stack: FactorStack, index: Tensor, route: Route, 
     """Apply the joined factors of all adapters to every row, and mask the adapters that the row does not use.
 
     The joined factors have the rank `adapters * r`. Convolutions and embeddings need this function, because they are
-    not matrix products. The masked results cost little, because `adapters * r` is usually small compared with the
-    number of the layer's outputs.
+    not matrix products. Little time is lost on results that are then masked, because `adapters * r` is usually small
+    compared with the number of the layer's outputs.
     """
     y = layer(x)
     slots, rank = stack.A.shape[:2]

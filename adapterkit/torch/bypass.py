@@ -231,7 +231,7 @@ class Calls:
 
     Args:
         hooks: the hooks of the modules with adapters.
-        outer: if another watched forward is running this forward, the `Calls` object of the other forward; else None.
+        outer: the `Calls` object of the enclosing watched forward, or None if no watched forward encloses this one.
     """
 
     def __init__(self, hooks: Collection[Hook], outer: Calls | None) -> None:
@@ -340,7 +340,8 @@ def _reader(frame: FrameType | None) -> str | None:
     if frame is None:
         return None
     home = str(frame.f_globals.get("__name__", ""))
-    # torch 2.11's compiler evaluates texts such as `self._parameters['bias']` in a namespace without a name.
+    # torch 2.11's compiler evaluates strings such as `self._parameters['bias']` with globals that lack `__name__`. So
+    # use the caller's globals to recognise torch.
     caller = frame.f_back if not home else None
     mover = str(caller.f_globals.get("__name__", "")) if caller is not None else home
     if mover.split(".")[0] in _MOVERS or _asks_only(frame.f_code, frame.f_lasti):

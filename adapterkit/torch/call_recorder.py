@@ -296,9 +296,9 @@ def run_recorded(
 ) -> object:  # fmt: skip
     """Run the model's forward and record its arguments.
 
-    Some arguments are only for the updates: the model's forward does not accept them. `run_recorded` passes these
-    arguments to `forward` only if `passes` is True. If the model has an active context update, `passes` must be True,
-    because context updates read such arguments.
+    Some arguments are only for the updates: the model's own forward does not accept them. `run_recorded` passes these
+    arguments to `forward` only if `passes` is True. If the model has an active context update, `passes` must be True:
+    `forward` then also runs the context update, which reads such arguments.
     """
     words = {**dict(zip(names, args, strict=False)), **kwargs}
     asked = {name for recorder in recorders for name in recorder.asks} - set(names)

@@ -85,7 +85,8 @@ def _save(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metada
     live = any(isinstance(tensor, nn.Parameter) for tensor in state_dict.values())  # state_dict(keep_vars=True)
     wanted = _without_frozen(handles, live)
     if any(handle.checkpoint == "adapter" for handle in handles):
-        # `ignore_frozen_params` removes the base's frozen parameters from the state dict.
+        # With `ignore_frozen_params`, torch removes the base's frozen parameters later, and fails if one is missing. So
+        # keep them here.
         frozen = (name for name, p in module.named_parameters() if not p.requires_grad and not is_leaf_name(name))
         popped = {prefix + name for name in frozen} if wanted else set()
         for key in [key for key in state_dict if key.startswith(prefix) and key not in popped]:

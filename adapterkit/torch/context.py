@@ -110,7 +110,9 @@ def with_prefixes(
     module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
     words: Mapping[str, object],
 ) -> object:  # fmt: skip
-    """Run an attention module's forward with the prefixes of `updates`, in this order, before its keys and values.
+    """Run an attention module's forward with the updates' prefixes in front of its keys and values.
+
+    The prefixes come in the order of `updates`.
 
     Raises:
         Unsupported: the attention module uses a function that cannot take a prefix.
@@ -231,7 +233,7 @@ def _bias(biased: nn.Module | None, bias: Tensor, n: int) -> Tensor:
     return out.to(bias.dtype)
 
 
-# Virtual tokens, and all context updates of a model.
+# Run context updates of all kinds, and add virtual tokens, or past keys and values, to the calls of a model.
 
 
 CACHES = {"cache", "past_key_values"}
@@ -265,7 +267,7 @@ class ContextPart:
 
     @property
     def updates(self) -> tuple[ContextUpdate, ...]:
-        """The updates, with the current tensors in the model."""
+        """The updates, with the tensors that the model holds now."""
         updates: Any = self.bound.updates
         return cast("tuple[ContextUpdate, ...]", updates)
 

@@ -54,8 +54,8 @@ def create(
 
     A new `lora` or `dora` adapter has the same values as one that PEFT creates after `torch.manual_seed(seed)`.
 
-    No initialiser changes the model. With PiSSA, OLoRA, CorDA and LoftQ, PEFT subtracts a part of each adapted weight
-    from the base itself. Here the base stays unchanged: the adapter gets an additional update, `residual`, which
+    No initialiser changes the model. With PiSSA, OLoRA, CorDA and LoftQ, PEFT changes the base: it subtracts a part
+    from each adapted weight. Here the base stays unchanged: the adapter gets an additional update, `residual`, which
     subtracts this part and is not trained. So the adapter's file fits the original base, and `handle.remove()` restores
     the original model. A format that supports only LoRA can store both updates as one LoRA of twice the rank, if the
     adapter is written with `on_loss="promote"`. For LoftQ, this is impossible, because LoftQ's `residual` is not
@@ -91,14 +91,14 @@ def create(
             `corda_kpm` is CorDA's knowledge-preserved mode. `corda`, `corda_kpm` and `eva` need `data`.
         data: batches for `corda`, `corda_kpm` and `eva`. A batch that is a mapping is passed to the model as keyword
             arguments, a list or tuple as positional arguments, and any other batch as the only argument.
-        rho: for `eva`, which gives more rank to the layers in which more rank explains more variance. A layer's new
-            rank is at most `rho` times its old rank. 1 leaves the ranks unchanged.
+        rho: for `eva`, the largest allowed ratio of a layer's new rank to its old rank. `eva` moves rank to the layers
+            in which additional directions explain the most variance. 1 leaves the ranks unchanged.
         dropout: in training, the probability that an element of an update's input is set to 0, as in PEFT's
             `lora_dropout`. For LoHa and LoKr, it is the probability that a row of the weight change is set to 0
             (`rank_dropout`); for OFT and BOFT, the share of blocks that do not rotate.
         seed: the seed of the random numbers.
         layout: the axis order of targets that are parameters, not modules; one of `LAYOUTS`. It is needed only if the
-            model does not show the order, for example by its family or its number of experts.
+            order cannot be inferred from the model's family, the parameter's module, or the number of experts.
         attributes: the method's other settings, and the sizes of axes that the weight's shape does not determine.
 
     Raises:
@@ -369,7 +369,8 @@ def _as_if_square(module: nn.Module, path: str) -> Tensor:
     """Return zeros of shape `[out, out]`, to be used as the weight of a module that has no weight of its own.
 
     `out` is the number of outputs of the last submodule that has a weight. Embeddings are used only if no other
-    submodule has a weight, because an embedding may store position biases.
+    submodule has a weight. T5's attention, for example, ends with an embedding that stores position biases. The number
+    of outputs of this embedding is the number of heads, not the attention's number of outputs.
     """
     parts = [part for part in module.modules() if _weighted(part)]
     parts.sort(key=lambda part: not isinstance(part, nn.Embedding))

@@ -5,8 +5,8 @@ As in Punica (https://arxiv.org/abs/2310.18547), there are two kernels: *shrink*
 adds `h @ B` to y. The factors of all adapters are stacked. An adapter's index in the stack is its *slot*. Both kernels
 read each row's factors directly from the stack, so no factors are copied. Each Triton program handles one tile of one
 batch row. It looks up the row's slot and the slot's rank r, and reads only the first r rows of the slot's factors. So
-the adapters' ranks may differ, and programs for rows without an adapter finish at once. Sums are computed in float32,
-without TF32.
+the adapters' ranks may differ, and programs for rows without an adapter return immediately. Sums are computed in
+float32, without TF32.
 
 With TRITON_INTERPRET=1 the kernels run on the CPU, for tests. Import this module only if Triton is installed.
 """

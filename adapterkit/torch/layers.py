@@ -200,8 +200,8 @@ class ConvLayer(TorchLayer):
         dilated = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
         if module.padding_mode != "zeros" and any(module._reversed_padding_repeated_twice):
             return f"padding_mode={module.padding_mode!r}" + (f" and dilation={module.dilation}" if dilated else "")
-        # PEFT adds the output of its own convolution, which is not dilated. For a dilated layer without padding="same",
-        # the two outputs have different sizes, so PEFT cannot train the layer.
+        # PEFT adds the output of its own convolution, which is not dilated, to the layer's output. For a dilated layer
+        # without padding="same", these two outputs have different sizes, so PEFT cannot train the layer.
         return f"dilation={module.dilation} and padding='same'" if dilated and module.padding == "same" else ""
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
@@ -248,7 +248,9 @@ class Quantized(Linear):
     """
 
     fresh = False
-    narrowed = False  # Each library has its own rule for autocast, so `like` uses the dtype of the input instead.
+    # Each quantization library treats autocast in its own way. So the dtype of the formulas comes from the input (see
+    # `like`), not from autocast.
+    narrowed = False
 
     def __init__(self, module: nn.Module, forward: Forward, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(module, forward)

@@ -93,7 +93,7 @@ def is_wide(y: Tensor) -> bool:
 
 
 def may_overwrite(y: Tensor) -> bool:
-    """Whether `y`, the new output of a linear layer, may be overwritten. Autograd does not need this output."""
+    """Whether `y`, the new output of a linear layer, may be overwritten. The layer's backward pass does not use y."""
     return not torch.compiler.is_compiling() and type(y) is Tensor and not y._is_view() and is_eager()
 
 
@@ -350,9 +350,9 @@ def _of_factors_by_blocks(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute `_of_factors` for 16-bit tensors on a CPU: in float32, and in blocks of rows to keep the copies small.
 
-    The gradient of x is rounded once. If the processor has no 16-bit matrix products, the product of `grad` and W is
-    also computed in float32, and added before this rounding. On AVX2, torch 2.13 takes 165 ms for a product of
-    [512, 680] and [680, 256] in bfloat16, but 3 ms in float32.
+    The gradient of x is summed in float32, and the sum is rounded to 16 bits. If the processor has no instructions for
+    16-bit matrix products, the product of `grad` and W is computed in float32 too, because this is faster. On AVX2,
+    torch 2.13 takes 165 ms for a product of [512, 680] and [680, 256] in bfloat16, but 3 ms in float32.
     """
     to_x = to_x or W is not None
     of_x = x.new_empty(x.shape, dtype=grad.dtype) if to_x else None

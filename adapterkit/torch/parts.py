@@ -4,7 +4,7 @@ The formula of an output update gets each call of a module as a `ModuleCall`. Th
 residual and the norm in the same way for all modules.
 
 A module adds the residual itself if its forward takes the residual as its second input, as BERT's `BertOutput` does. To
-compute the output of such a module before the residual is added, the module runs with a residual of 0 and without its
+get the output of such a module without the residual, `ModuleCall` runs the module with a residual of 0 and without its
 norm. If the block around the module adds the residual instead, the update names the module whose input is the residual.
 A recorder at the named module then keeps this input until it is needed.
 """

@@ -1,8 +1,9 @@
 """Routing: a different adapter for each row of a batch, in one forward pass of the whole model.
 
 A linear layer, convolution or embedding with low-rank adapters runs once, and batched.py adds the change of each row's
-adapter to the output. Any other module with adapters runs once for each group of rows that use the same adapter. Each
-of these runs calls the module's own forward, or computes the formula for the layer. Modules without adapters run once.
+adapter to the output. Any other module with adapters runs once for each group of rows that use the same adapter. For
+each group, the hook calls the module's own forward, or computes the layer's output with the methods' formulas. Modules
+without adapters run once.
 
 The *axis of rows* is the axis of a tensor along which the rows of the batch are stacked. It is the first axis, or the
 axis that the argument `axis` gives. In torch's recurrent layers and attention, `batch_first` determines the axis of

@@ -172,7 +172,7 @@ def within(scope: Scope) -> Iterator[None]:
 
 
 class ScopeSettings:
-    """A token that is replaced whenever any adapter's weight or switch changes for all threads.
+    """Holds a token that is replaced whenever any adapter's weight or switch changes for all threads.
 
     Some code caches values that depend on weights and switches, such as the plans in lean.py. Such code reads the token
     before it computes a value, and uses the cached value only while the token is the same. So a forward compares one

@@ -98,7 +98,9 @@ def put(parameter: Tensor, value: Tensor) -> None:
 
     If the parameter is sharded and the value is not, each process copies only its own part of the value.
     """
-    if hasattr(parameter, "ds_status"):  # ZeRO keeps small parameters whole, but trains their partitions. Set both.
+    if hasattr(parameter, "ds_status"):
+        # ZeRO keeps small parameters whole, but trains their partitions. GatheredParameters makes sure that both the
+        # whole parameter and its partitions get the value.
         library: Any = importlib.import_module("deepspeed")
         with library.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)

@@ -211,8 +211,8 @@ class Watch:
                 `forward` was deleted, or its block now calls a fused projection instead.
         """
         if any(parent._modules.get(name) is not module for parent, name, module in self.places):
-            # A new wrapper, such as torch's CheckpointWrapper, still calls the module that it wraps, so this is no
-            # error. But the wrapper changes the module's path, so find the path again.
+            # A child was replaced. The new child may be a wrapper, such as torch's CheckpointWrapper, that still calls
+            # the old child. So find the paths again: `_find` raises an error only if a module has left the model.
             self.places = self._find()
         for parent, name, _ in self.places:
             # diffusers' fuse_qkv_projections adds one fused projection and keeps the old ones, which are no longer
@@ -320,7 +320,8 @@ class _Step:
         self.blocks = [parent for parent, name, _ in places if _is_fused_away(name)]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "home": None}  # A weak reference cannot be pickled; _WatchHook.__setstate__ sets it.
+        # A weak reference cannot be pickled. In a copy of the whole model, _WatchHook.__setstate__ sets `home` again.
+        return {**self.__dict__, "home": None}
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Step:
         clone = object.__new__(type(self))

@@ -1,8 +1,8 @@
 """Serve a local web page with a form for each command. Submitting a form starts a job that runs the command.
 
 `forms` describes commands as data and builds command lines, `jobs` runs command lines, and this module serves the page.
-A job runs its command line in a separate process, so it writes the same bytes as the command in a terminal. The server
-can be reached only from this machine.
+A job runs its command line in a separate process, as a terminal does. So the job writes the same bytes as the command
+in a terminal. The server can be reached only from this machine.
 
 Any website can send requests to 127.0.0.1, and can let its domain name point to 127.0.0.1. Other users of the machine
 can send requests too. To refuse all these requests, the server makes three checks:

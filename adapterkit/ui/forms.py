@@ -31,8 +31,9 @@ LEFT_OUT = frozenset({
     "address", "bandwidth", "debug", "engine", "from_sarif", "help", "json", "node_tasks", "nodes", "price", "quiet",
     "recipe", "sarif", "stream", "suite", "verbose",
 })  # fmt: skip
-"""Options that forms omit: options for the output in a terminal, options that choose other machines, and options for
-files that name further files. The page checks only the paths in the form itself, not the paths in such a file."""
+"""Options that forms omit, such as options for the output in a terminal, options for a Ray cluster, and options that
+take a file with further paths in it. The page checks only the paths in the form itself, not the paths in such a file.
+"""
 
 LONGEST = 4096
 """The maximum number of characters in one value of a field."""

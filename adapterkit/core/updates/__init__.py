@@ -170,8 +170,8 @@ class WeightUpdate(Update):
     def normalized(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Return m `[out]`, B `[out, r]` and A `[r, in * k]`, such that `W' = m * V / |V|` and `V = W + B @ A`.
 
-        |V| is the norm of each row of V. If the formula has this form, a merge computes W' in a compiled loop. If not,
-        return None.
+        |V| is the norm of each row of V. Return None if the formula does not have this form. If it has this form, a
+        merge computes W' in a compiled loop.
         """
         return None
 
@@ -297,7 +297,7 @@ class ContextUpdate(Update):
         return None
 
     def prefix(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Return keys and values `[batch or 1, 2, heads, n, d]` to put before the attention module's own ones.
+        """Return keys and values `[batch or 1, 2, heads, n, d]` to put before the attention module's keys and values.
 
         Args:
             x: the attention module's input, `[batch, m, width]`.

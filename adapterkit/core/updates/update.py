@@ -195,7 +195,8 @@ class Update:
         cls._rounds = 1 if all(axes.plain for axes, _ in cls._axes.values()) else 2
 
     def __repr__(self) -> str:
-        # A wrong value has no shape, and its error may show this update.
+        # A tensor field may hold a value that is not a tensor and has no shape. The error about this value may show the
+        # update, so this function must not fail.
         tensors = [f"{name}={list(getattr(leaf, 'shape', '?'))}" for name, leaf in self.tensors.items()]
         values = [f"{name}={value!r}" for name, value in self.attributes.items()]
         return f"{type(self).__name__}({', '.join([*tensors, *values])})"
@@ -376,8 +377,8 @@ class Update:
     def largest_shape(self) -> tuple[int, ...] | None:
         """Return the shape `[out, in, *k]` of the largest weight that the update's tensors fit.
 
-        A method overrides this function if weights of several sizes share the same tensors. For other methods, and if
-        the tensors do not determine a largest size, return None.
+        Return None if the tensors do not determine a largest size. A method overrides this function if weights of
+        several sizes share the same tensors. For all other methods, the function returns None.
         """
         return None
 

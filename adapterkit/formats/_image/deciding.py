@@ -116,8 +116,8 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
 def _bare(adapter: Adapter, naming: str) -> bool:
     """Whether a file has ComfyUI's format and contains no module name with a prefix such as `diffusion_model.`.
 
-    Without a prefix, the naming is unknown. For example, FLUX's attention has the same names in diffusers as
-    Qwen-Image's attention has in ComfyUI.
+    Without a prefix, the naming is unknown. For example, diffusers' names for FLUX's attention are also ComfyUI's names
+    for Qwen-Image's attention.
     """
     stems = None if adapter.foreign is None else adapter.foreign.data.get("stems")
     prefixes = tuple(prefix for prefix in PREFIXES if prefix != "base_model.model.")
@@ -189,8 +189,8 @@ def decide(
     """
     paths = list(dict.fromkeys(rooted(target.path)[1] for target in targets))
     if origin.unknown:
-        # Refuse, because unrelated models share names: BRIA's attention has FLUX's names in diffusers, but no tool uses
-        # FLUX's native names for BRIA.
+        # Refuse, because unrelated models share names. In diffusers, BRIA's attention has the same names as FLUX's
+        # attention, but no tool uses FLUX's native names for BRIA.
         why = f"the base is a {origin.unknown}, and the names of its modules in {_naming(naming)} are unknown"
         return None, "" if origin.naming == naming else why
     fitting = candidates(updates, targets, origin)
@@ -253,8 +253,8 @@ def _narrowed_on(
 ) -> list[ImageFamily]:
     """Remove families that contradict the file's naming, the file's metadata or the adapted text encoders."""
     if origin.naming and not origin.bare:
-        # Remove families whose names in the file's naming do not include all paths. But keep a family that has only
-        # diffusers' names, because ComfyUI also reads files with diffusers' names for such a family.
+        # Remove a family if some of the paths are not among the family's names in the file's naming. But keep a family
+        # that has only diffusers' names, because ComfyUI also reads files with diffusers' names for such a family.
         fitting = narrowed(
             fitting,
             lambda family: (
@@ -340,7 +340,7 @@ def likely(
         fitting: the families that have all module names in `paths`.
         paths: the adapter's module names, without the pipeline's component.
         inputs: the input sizes of the adapted weights.
-        origin: the metadata, and the families that are possible by the base, the format or the config.
+        origin: the file's metadata, and the possible families that the base, the format or the config shows.
     """
     sizes = set(inputs)
 
@@ -353,7 +353,8 @@ def likely(
             return _begins(family, paths)
         if family.component == "unet":
             # Most adapters of Stable Diffusion's U-Nets change all kinds of blocks, and the names in these adapters
-            # also fit the unlikely U-Nets. So accept an unlikely U-Net only if the adapter lacks one kind of block.
+            # also fit the unlikely U-Nets. So an adapter with all kinds of blocks is probably for Stable Diffusion.
+            # Accept an unlikely U-Net only if the adapter lacks at least one kind of block.
             return _begins(family, paths) and not all(first in _numbers(paths) for first in family.facts.blocks)
         rivals = [each for each in fitting if not each.facts.unlikely and not sizes.isdisjoint(each.facts.widths)]
         if not rivals:

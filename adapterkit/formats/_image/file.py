@@ -66,7 +66,8 @@ class Arguments:
         bypass: whether training used LyCORIS's bypass mode. In this mode, the adapter changes the layer's output,
             including the bias, instead of the layer's weight, and DoRA's magnitudes have no effect.
         rs: whether training used LyCORIS's `rs_lora`, which divides the user's alpha by `sqrt(r)` instead of `r`.
-            For most methods, LyCORIS saves that alpha times `sqrt(r)`, so `alpha / r` of the file is correct.
+            For most methods, LyCORIS saves that alpha times `sqrt(r)`. So the scaling is still `alpha / r`, with the
+            file's alpha.
         unit: the number by which a LoRA's `alpha / r` is multiplied; 0 means 1. For DyLoRA, this is the number of ranks
             that are trained together.
         split: whether sd-scripts trained a separate LoRA for each part of FLUX's fused weights, and saved all LoRAs of

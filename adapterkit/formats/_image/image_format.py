@@ -154,7 +154,7 @@ class ImageFormat(Format, ABC):
         return hints.metadata, False
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
-        """Return the file in the folder `path` to read or write; if `path` is not a folder, return `path`."""
+        """Return the file to read or write: `path` itself, or a file in it if `path` is a folder."""
         return path
 
     def rules_in(self, file: Path, hints: ImageHints) -> Rules:

@@ -103,7 +103,8 @@ def _lora(module: ImageModule, rules: Rules) -> ImageUpdate:
         derived = {"down": "A", "mid": "A"}
     if "bias" in module.tensors:
         leaves["bias"], fields["bias"] = module.tensors["bias"], "bias"
-    # DoRA has one magnitude per output. Other magnitudes are decoded as a `WeightNorm`.
+    # DoRA has one magnitude per output. For magnitudes of another shape, `decode` adds a `WeightNorm` to the LoRA. With
+    # `bypass_mode`, the magnitudes have no effect.
     is_dora = "dora" in module.tensors and _per_output(module, module.tensors["up"].shape[0])
     if is_dora and not rules.trained.bypass:
         if "bias" in module.tensors:

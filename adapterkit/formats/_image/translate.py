@@ -463,7 +463,7 @@ def joined(parts: Sequence[FusedPart], *, fold: bool) -> tuple[Update | None, st
 def _stacked(updates: Sequence[Update]) -> Update | None:
     """Join updates by concatenating their tensors along the output axis, which must be the first axis.
 
-    Return None if the updates cannot be joined, for example because their tensors without an output axis differ.
+    Tensors without an output axis must be equal in all updates. Return None if the updates cannot be joined.
     """
     first = updates[0]
     if any(type(u) is not type(first) or u.attributes != first.attributes for u in updates):

@@ -537,7 +537,7 @@ def base_family(updates: Updates, base: Checkpoint | None) -> str | None:
 
 
 def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-    """Yield (target, index of the update, reason) for each update if a config cannot select its target."""
+    """Yield (target, index of the update, reason) for each update whose target a config cannot select."""
     family = base_family(updates, base)
     for target, group in updates.items():
         word = role(target.path, family or "")
@@ -582,10 +582,10 @@ class SublayerRule:
         module: the end of the path of the module that contains the adapter in the adapters library.
         target: the end of the path of the target, whose output changes.
         flag: the config field that switches this position on: `mh_adapter`, `output_adapter` or `cross_adapter`.
-        residual: the name of a module with the same parent as the target. Its input is the residual, which is added to
-            the target's output. Empty if the target adds the residual itself.
-        norm: the name of a module with the same parent as the target. It normalises the sum of residual and output.
-            Empty if the target normalises the sum itself, or if no norm follows the sum.
+        residual: the name of the module whose input is the residual, which is added to the target's output. This module
+            and the target have the same parent. Empty if the target adds the residual itself.
+        norm: the name of the module that normalises the sum of residual and output. This module and the target have the
+            same parent. Empty if the target normalises the sum itself, or if no norm follows the sum.
         within: a path component, such as `decoder`. The rule fits only paths that have this component before
             `module` or `target`. Empty if the rule has no such condition.
     """

@@ -72,8 +72,8 @@ class GgufPlace:
         name: the file's `general.architecture`.
         family: the family of models with this architecture.
         config: the base's config, which has the numbers of heads; None without a base.
-        known: the numbers of heads, from the source file or the config. The keys are `query`, `kv`, `rotary` and
-            `LINEAR_FIELDS`.
+        known: data about the heads, from the source file or the config. `query` and `kv` are numbers of heads, and
+            `rotary` is the number of rotary rows per head. The other keys are `LINEAR_FIELDS`.
         experts: the number of experts in a stack; 0 if unknown.
     """
 
@@ -503,8 +503,8 @@ METHODS = (LoRA, ALoRA)
 class GgufHints(Leftovers, total=False):
     """The data that `Adapter.foreign` keeps from a GGUF file.
 
-    `values` contains the file's metadata as (key, type, value) triples. `types` maps the name of each tensor in Q8_0 to
-    its block type.
+    `values` contains the file's metadata as (key, type, value) triples. `types` maps the name of each tensor with the
+    block type Q8_0 to `"Q8_0"`. It omits all other tensors.
     """
 
     architecture: str

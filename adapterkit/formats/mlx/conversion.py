@@ -134,7 +134,7 @@ def _translated(name: str, config: Mapping[str, object] | None, experts: int, na
 
 
 def _candidates(name: str, naming: str) -> list[Architecture]:
-    """Return the families with a weight named `name`, if MLX-LM's name for this weight differs from the hub's.
+    """Return the families that have a weight `name` for which MLX-LM and the hub use different names.
 
     If `naming` is `WEIGHT`, the caller translates `name` to hub names. In this case, prefer the families in which the
     hub stores the module's weights as separate tensors. In the other families, the hub has no names for single experts.
@@ -183,8 +183,8 @@ def _family(config: Mapping[str, object] | None) -> Architecture | None:
 def _common() -> Iterator[Architecture]:
     """Yield the families that MLX-LM has, except those marked `rare`.
 
-    In a rare family, MLX-LM gives experts names that far more common families use for other weights. So a rare family
-    is used only if the base's config states this family.
+    In a rare family, MLX-LM's names for experts are the same as names of other weights in far more common families. So
+    a rare family is used only if the base's config states this family.
     """
     return (each for each in with_naming(NAMING) if not each.record.rare)
 

@@ -161,10 +161,10 @@ def _departures() -> Mapping[str, Departure]:
 
 
 def _departures_of(methods: Collection[str]) -> Mapping[str, Departure] | None:
-    """Return LoRA's departures if no method in `methods` belongs to a family; otherwise None.
+    """Return the departures of methods without a family; None if any method in `methods` belongs to a family.
 
-    `BESIDE` contains the methods without a family, such as LoRA. If the result is not None, the caller does not need
-    the departures of the families. So the modules in `families` are not imported.
+    `BESIDE` contains the methods without a family, such as LoRA. If `methods` has only such methods, the departures of
+    the families cannot affect the adapter. So this function does not import the modules in `families`.
     """
     from .decoders import DEPARTURES
     from .families import BESIDE

@@ -98,7 +98,7 @@ PLAIN_INIT = ("eva", "gaussian", "mica", "orthogonal")
 """Values of `init_lora_weights` that leave the base unchanged."""
 
 CHANGED_BASE = ("corda", "loftq", "lora_ga", "pissa_niter")
-"""If `init_lora_weights` begins with one of these words, PEFT subtracted the adapter's initial values from the base."""
+"""If `init_lora_weights` starts with one of these, PEFT changed the base's weights when it created the adapter."""
 
 WHY_CHANGED = {
     "corda": "values computed from samples of the training data",
@@ -189,8 +189,8 @@ def _check_field(name: str, value: object, strict: bool) -> None:
 def _is_marker(name: str, value: object) -> bool:
     """Whether an unknown field is only a record of the file's origin, such as the author, a date or a training run.
 
-    A string is a record if `_RECORD` matches the field's name, or if the string looks like a release, a date, a UUID or
-    a digest. Any other string, any number and `true` may change the model's outputs. For example, Unsloth's
+    A string is a record if `_RECORD` matches the field's name, or if the string looks like a version number, a date, a
+    UUID or a digest. Any other string, any number and `true` may change the model's outputs. For example, Unsloth's
     `lora_B_layout` is a string that selects the order of lora_B's columns (unslothai/unsloth-zoo#1232). A list or dict
     is a record if each of its values is a record or is empty.
     """
@@ -246,7 +246,7 @@ _RECORD = re.compile(
 """Matches the names of fields whose strings are only records, such as `created_at`."""
 
 _STAMP = re.compile(
-    r"v?\d+\.\d+\.\d+[\w.+-]*"  # a release: 0.18.1.dev0
+    r"v?\d+\.\d+\.\d+[\w.+-]*"  # a version number: 0.18.1.dev0
     r"|\d{4}-\d\d-\d\d(?:[T ][\d:.,]+(?:Z|[+-]\d\d:?\d\d)?)?"  # a date, with or without the time
     r"|(?i:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64})"  # a UUID or a digest
 )

@@ -41,11 +41,15 @@ if TYPE_CHECKING:
 # PEFT's LoRA creates `lora_A` with the class, kernel, stride and padding of the base layer, but without the base
 # layer's padding mode and dilation. So `lora_A` pads with zeros and is not dilated, even if the base layer has another
 # padding mode or is dilated. PEFT's other methods call `torch.nn.functional.conv2d` with the base layer's padding. Like
-# `lora_A`, `conv2d` pads with zeros, whatever the padding mode is. OFT rotates the patches of the input.
+# `lora_A`, `conv2d` pads with zeros, whatever the padding mode is. IA3 and OFT are exceptions: they call the base layer
+# itself, which uses its own padding mode. OFT first rotates the patches of the input; see `on_patches`.
 
 
 UNPADDED = (IA3, OFTPatches, Replacement)
-"""Methods whose forward pass in PEFT calls the base layer itself. The base layer pads the input."""
+"""Methods that `zero_padded` leaves unchanged.
+
+With these methods, PEFT runs no convolution besides the base layer's. The base layer uses its own padding mode.
+"""
 
 
 def turns_patches(shape: tuple[int, ...]) -> bool:

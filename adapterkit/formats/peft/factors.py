@@ -267,7 +267,10 @@ OLD_VERSION = "0.18.1"
 """The `peft_version` to write into the config if the file swaps inputs and outputs, as PEFT before 0.19 does."""
 
 MAX_NAMES = 6
-"""The maximum number of adapted parameters in one module. Real models need two. The reader tries all permutations."""
+"""The maximum number of names in `target_parameters` that may refer to parameters of the same module.
+
+Real models need two. The limit is low because the reader tries all permutations of the names.
+"""
 
 IN_ORDER = ("gate_up_proj", "down_proj")
 """The parameters of stacked experts in transformers, in the order in which the module defines them."""

@@ -398,7 +398,8 @@ _NAMED = (
     "trainable_tokens_delta",
 )
 
-# Record details of a PEFT file that an adapter's fields cannot store, so that the same file can be written again.
+# Record the details of a PEFT file that an adapter's fields cannot store. The writer needs them to write the same file
+# again.
 
 
 FORMAT = "peft"

@@ -75,7 +75,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 @lru_cache(maxsize=1 << 12)
 def _parsed(pattern: str) -> Any:
-    # Use the private parser, because `re` has no public parser; the private module is unchanged since Python 3.11.
+    # `re` has no public parser. The private one has been `re._parser` since Python 3.11, the oldest supported version.
     return re._parser.parse(pattern)  # type: ignore[attr-defined]
 
 
@@ -306,7 +306,8 @@ T = TypeVar("T")
 def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
     """Return the value of the first pattern that matches all of `name`, or all of the text after a dot in `name`.
 
-    If no pattern matches, return the value of the key that equals `name`. If there is no such key, return `default`.
+    If no pattern matches, return the value of the pattern that equals `name`. If there is no such pattern, return
+    `default`.
 
     Wrappers such as FSDP and torch.compile insert names such as `_orig_mod` into the keys of a model. PEFT applies the
     patterns before the model is wrapped, so the patterns are also compared with `name` without the inserted names.
@@ -492,7 +493,8 @@ def exact_alpha(scale: Scale, rslora: bool) -> int | float | None:
     """Return an alpha for which PEFT computes exactly this scaling, preferably an integer; None if there is none."""
     rank, scaling = scale
     divisor = math.sqrt(rank) if rslora else rank
-    # Convert the scaling to float first. The scaling may be a large integer, whose product with a rank would overflow.
+    # Convert the scaling to float first. The product of a large integer and the rank may not fit in a float, and
+    # `math.isfinite` would then raise OverflowError. The float product is infinite instead, and yields no alpha.
     guess = float(scaling) * divisor
     return next((alpha for alpha in _candidates(guess) if alpha / divisor == scaling), None)
 

@@ -65,7 +65,8 @@ class PeftNames:
         paths: the paths of the targets with an update of a method in `PAIRS`.
         wrappers: a map from a module's path to the text that PEFT's wrappers insert after this path in keys, such as
             `.base_layer`.
-        depths: a map from a parameter's path to the number of wrappers around the parameter's own wrapper.
+        depths: a map from a parameter's path to the parameter's depth. PEFT wraps a module once for each of its adapted
+            parameters. The depth is the number of wrappers around the parameter's wrapper.
         guessed: the paths of the parameters whose depth is uncertain.
         base: the base, or None.
     """

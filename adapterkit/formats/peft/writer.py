@@ -271,9 +271,9 @@ def _attentions(updates: Updates) -> Iterator[Loss]:
 
 
 def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
-    """Yield the updates of a family that need other config values than most updates of the family.
+    """Yield the updates of the main method's family that cannot be in the same file as the family's other updates.
 
-    A config has one value of each field for all modules.
+    For example, a config has one value of each field for all modules, but some updates need different values.
     """
     method = acting_method(updates)
     family = family_of_method(method)
@@ -337,8 +337,8 @@ def says(
 def _unshared_fields(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
     """Return, for each update, the names of its fields that have a fixed key.
 
-    The result maps (target's path, index of the update) to these names. For every other field, the reader selects one
-    of several shared tensors.
+    The result maps (target's path, index of the update) to these names. The reader computes every other
+    field's tensor, or selects it among several shared tensors.
     """
     family = family_of_type(file.settings.peft_type)
     several = {key.text for word, key in file.shared.items() if family and word not in family.shared}
@@ -573,7 +573,10 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
 
 
 def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
-    """Return (rank, scaling) by `config_name`, and the attention modules whose projections differ in one of these."""
+    """Return (rank, scaling) by `config_name`, and a list of attention modules.
+
+    The list has each attention module whose two projections differ in rank or scaling.
+    """
     paths, scales, unlike = lora_paths(updates), dict[str, Scale](), dict[str, None]()
     for target, group in updates.items():
         for update in (update for update in group if isinstance(update, PAIRS)):

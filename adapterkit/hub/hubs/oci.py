@@ -253,7 +253,8 @@ class Distribution(Remote):
         with self.asked("GET", f"{self.url}/manifests/{revision}", {"Accept": ACCEPTED}) as response:
             body = body_of(response, str(self.uri), MAX_MANIFEST)
             digest = response.headers.get("Docker-Content-Digest", "")
-        # Compare only sha256 digests: Docker-Content-Digest is optional, and may use another algorithm.
+        # The header Docker-Content-Digest is optional, and its digest may use another algorithm than sha256. Without a
+        # sha256 digest, return an empty string. `manifest` then does not compare digests.
         promised = revision if revision.startswith("sha256:") else digest
         return body, promised if promised.startswith("sha256:") else ""
 

@@ -229,11 +229,11 @@ def _name(element: Element) -> str:
 
 # S3 and compatible stores: `s3://bucket/path`, through obstore (the extra `s3`). AWS's environment variables apply.
 #
-# A push writes a list of the files and their digests next to the files. Before the first upload, it sets the list's
-# state to `pushing`. After the last upload, it sets the state to `whole`. Each write of the list is conditional: it
-# succeeds only if the list is still absent, or still has the ETag that the push saw last. So two pushes cannot mix
-# their files, and no reader takes an unfinished push for a complete one. A folder without such a list can be read, too,
-# but then only the sizes of its objects are checked.
+# A push also writes a file list, which has the size and the sha256 of each file. The list is stored next to the files.
+# Before the first upload, the push sets the list's state to `pushing`. After the last upload, it sets the state to
+# `whole`. Each write of the list is conditional: it succeeds only if the list is still absent, or still has the ETag
+# that the push saw last. So two pushes cannot mix their files, and no reader takes an unfinished push for a complete
+# one. A folder without such a list can be read, too, but then only the sizes of its objects are checked.
 #
 # obstore signs urls and uploads files. The HTTP client that all hubs share reads objects and listings from the signed
 # urls. S3 verifies each upload against a sha256. obstore ignores Retry-After and uses exponential backoff.

@@ -370,9 +370,9 @@ def _whole_only(site: Site) -> bool:
 # Reorder fused queries, keys and values for bases that store them head by head. Shapes do not show this order.
 #
 # MiniMaxAI's shards of MiniMax-H3 have each head's query, key and value side by side. Single files of the model have
-# the same names, but store all queries, then all keys, then all values. Adapters that adapterkit has read always have
-# the order of the single files. Names, shapes and metadata do not show the order of a file, so users of diffusers'
-# loader state it with the argument `qkv_layout`.
+# the same names, but store all queries, then all keys, then all values. In memory, adapters always have the order of
+# the single files, because the reader reorders the rows of DiffSynth's adapter files. Names, shapes and metadata do not
+# show the order of a file, so users of diffusers' loader state it with the argument `qkv_layout`.
 
 
 def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: Sequence[Rename]) -> list[Site]:

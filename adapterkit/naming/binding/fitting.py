@@ -62,7 +62,7 @@ def viewed(shape: tuple[int, ...], target: Target) -> tuple[int, ...] | None:
     lead, rest = shape[: int(target.stacked)], shape[int(target.stacked) :]
     if not rest:
         return None
-    # The shape already has the axis order of updates: the outputs come first, or are the only axis.
+    # If the outputs come first or are the only axis, the shape already has the axis order of updates.
     if len(rest) < 2 or target.layout.removeprefix("e ").startswith("out"):
         return shape
     inputs, outputs, *kernel = rest

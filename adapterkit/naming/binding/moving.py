@@ -508,8 +508,8 @@ def by_rows(adapters: Sequence[Adapter]) -> list[Adapter]:
         adapters: adapters for the same base. Their targets must have the base's names.
 
     Returns:
-        the adapters in the same order. An update is split only if the parts cover each row of the weight exactly once,
-        and the update's formula can be split.
+        the adapters in the same order. An update of a whole weight is split only if its formula can be split, and the
+        parts of this weight that are updated separately cover each row exactly once.
     """
     spans: dict[str, set[tuple[int, int]]] = {}
     for adapter in adapters:

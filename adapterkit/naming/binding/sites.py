@@ -263,9 +263,9 @@ def find_sites(
 def _place_in_parts(resolution: Resolution, names: Names, config: Mapping[str, object], fits: Fits) -> None:
     """Map the missing targets that belong to a model inside the base. Use the file of that model's family.
 
-    The config of an encoder-decoder can contain one config per model. For example, TrOCR's published models are a
-    `vision-encoder-decoder` that contains a ViT. The file of the ViT family is needed because transformers 5 renamed
-    the layers of ViT: the file has both the old and the new names.
+    The config of an encoder-decoder can contain a config for the encoder and a config for the decoder. For example, a
+    published TrOCR model has the model type `vision-encoder-decoder`, and its encoder can be a ViT. The file of the ViT
+    family is needed because transformers 5 renamed the layers of ViT: the file has both the old and the new names.
     """
     for key, part in config.items():
         if not isinstance(part, Mapping) or (architecture := architecture_of(part)) is None:
@@ -539,7 +539,7 @@ def models_of(config: Mapping[str, object]) -> dict[str, bool]:
 
 
 def has_model(given: Mapping[str, bool], module: str, trained_class: str | None) -> bool:
-    """Whether a base contains the model on which an adapter was trained, judged by model types.
+    """Whether a base's model types show that the base contains the model on which an adapter was trained.
 
     Args:
         given: the result of `models_of` for the base.

@@ -167,7 +167,7 @@ DEPENDENCES = {
     "size": "fixed thresholds for magnitudes: doubled changes do not give a doubled result",
     "seed": "random numbers",
 }
-"""A map from each key that `Combiner.depends` may contain to a description of the dependence.
+"""The keys that `Combiner.depends` may contain, each with a description of the dependence.
 
 Tests check that each combiner's `depends` is right.
 """

@@ -65,7 +65,7 @@ class Breadcrumbs(Sparse):
 
 
 def _places(density: float, gamma: float, count: int) -> tuple[int, int]:
-    """Return the range `(first, end)` of the entries to keep, in the ascending order of `count` magnitudes."""
+    """Return the range `(first, end)` of the positions to keep among `count` magnitudes in ascending order."""
     if density >= 1:
         return 0, count
     kept = int(density * count)

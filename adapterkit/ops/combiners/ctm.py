@@ -90,7 +90,7 @@ SETTLED = 1e-10
 """The subspace iteration ends when a span's residual is below this fraction of the span's smallest eigenvalue."""
 
 SPREAD = 1e5
-"""Limit on the growth of the ratio between the lengths of two vectors in one step of the subspace iteration.
+"""In one step of the subspace iteration, the ratio between two vectors' lengths may grow by at most this factor.
 
 A step multiplies the vectors by the matrix up to six times, and then orthonormalizes the vectors. The first product
 does not count towards this limit.

@@ -1,8 +1,8 @@
 """DARE: drop entries of each change at random, scale up the rest to keep the expected value, and sum the changes.
 
-Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single tuned model keeps its abilities if nine tenths of the entries
-are dropped. For merging, the README of https://github.com/yule-BUAA/MergeLM drops a fifth of the entries, which is
-also the default here.
+Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single tuned model keeps its abilities even if nine tenths of the
+entries are dropped. For merging, the README of https://github.com/yule-BUAA/MergeLM drops a fifth of the entries, which
+is also the default here.
 """
 
 from __future__ import annotations

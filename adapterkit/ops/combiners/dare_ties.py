@@ -1,8 +1,8 @@
 """DARE and TIES: drop entries at random, scale up the other entries, elect signs, and average the entries that agree.
 
-Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single tuned model keeps its abilities if nine tenths of the entries
-are dropped. For merging, the README of https://github.com/yule-BUAA/MergeLM drops a fifth of the entries, which is
-also the default here.
+Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single tuned model keeps its abilities even if nine tenths of the
+entries are dropped. For merging, the README of https://github.com/yule-BUAA/MergeLM drops a fifth of the entries, which
+is also the default here.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class DareTIES(Sparse):
         chance = drawn(at.each(self, "density"), at)
         if self.trim >= 1:
             return chance
-        # Read all blocks instead of a sample, because a random mask depends on the positions of entries.
+        # `Blocks.select` cannot be used here, because the random mask depends on the positions of entries. `select`
+        # does not pass positions to its `key` function.
         selections = [Selection(lambda total, _: count_of(self.trim, total, "reference")) for _ in at.present]
 
         def once() -> None:

@@ -1,7 +1,7 @@
 """Iso-C: set all singular values of the sum of the changes to their mean.
 
-Marczak et al. 2025, https://arxiv.org/abs/2502.04959; https://arxiv.org/abs/2509.17786 applies Iso-C in the space that
-the adapters span.
+Marczak et al. 2025, https://arxiv.org/abs/2502.04959. The paper https://arxiv.org/abs/2509.17786 applies Iso-C in the
+space that the adapters span.
 """
 
 from __future__ import annotations

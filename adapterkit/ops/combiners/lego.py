@@ -66,7 +66,7 @@ def clusters(gram: Array, count: int, chances: Array) -> Array:
     Args:
         gram: the inner products of the points, `[n, n]`.
         count: the number of clusters.
-        chances: random numbers in [0, 1), `[starts, count]`; each row draws the first centres of one start (k-means++).
+        chances: random numbers in [0, 1), `[starts, count]`. Each row determines the initial centres of one start.
     """
     import numpy as np
 
@@ -79,9 +79,10 @@ def clusters(gram: Array, count: int, chances: Array) -> Array:
 
 
 def _seeds(gram: Array, chances: Array) -> Array:
-    """Draw the points that are the first centres, and return their indices.
+    """Draw the initial centres from the points, as in k-means++; return the indices of the drawn points.
 
-    A point's probability is proportional to its squared distance to the nearest centre that is already drawn.
+    The first centre is drawn uniformly. For each later centre, a point's probability is proportional to its squared
+    distance to the nearest centre that is already drawn.
     """
     import numpy as np
 
@@ -107,8 +108,8 @@ def _descend(gram: Array, owner: Array, count: int) -> tuple[Array, float]:
     """Run Lloyd's algorithm; return each point's cluster, and the sum of the squared distances to the centres.
 
     The algorithm stops when no point changes its cluster. It also stops after 300 steps, and before a step that would
-    leave a cluster empty. If a cluster is empty at the start, one point moves to it: the point that is farthest from
-    the centre of the cluster that contains the point. A point that is alone in its cluster never moves in this way.
+    leave a cluster empty. If a cluster is empty at the start, the point that is farthest from its own cluster's centre
+    moves to the empty cluster. A point that is alone in its cluster never moves in this way.
     """
     import numpy as np
 

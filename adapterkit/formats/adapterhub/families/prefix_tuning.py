@@ -131,8 +131,8 @@ def layer_of(path: str) -> int:
 
 # All attention modules of a kind (`encoder_prefix`, `cross_prefix` or `self_prefix`) share one network, or one flat
 # tensor. The adapters library also stores the shared tensors under every attention module, so a file has many copies.
-# In adapterkit, each attention module is a target. The target's update has only the keys and values for this module,
-# and prepends them. The prepended keys have no positions.
+# In adapterkit, each attention module is a target. The target's update prepends only this module's share of the keys
+# and values. The prefix does not shift `position_ids`, and its keys get no rotary position encoding.
 
 
 KIND, LAYER, POOL = "prefix_tunings", "prefix_tuning", ".prefix_tuning.pool"

@@ -285,7 +285,7 @@ class Family(ABC):
     def guesses(cls, target: Target) -> bool:
         """Whether the writer must guess a target's keys.
 
-        The writer must guess if the target may be an embedding or a Conv1D, because these two have different keys.
+        If a target may be either an embedding or a Conv1D, the writer must guess, because the two have different keys.
         """
         return False
 

@@ -83,7 +83,10 @@ def not_embedded(target: Target, method: str) -> str:
 
 
 def unlike(scalings: Mapping[str, float]) -> list[str]:
-    """Return all paths if their scalings differ, otherwise an empty list. A config can state only one scaling."""
+    """Return all paths if their scalings differ, otherwise an empty list.
+
+    Families use this function if their config has only one scaling for all modules.
+    """
     return [] if len(set(scalings.values())) < 2 else list(scalings)
 
 

@@ -114,7 +114,7 @@ def kind(path: str) -> str:
     """Return a module's kind: the last two names in its path, joined with `_`. All modules of a kind share one basis.
 
     If the path has only one name, or a number comes directly before the last name, the kind is the last name. A
-    path that ends with `attention.output.dense` has the kind `attention_output`.
+    path that ends with `attention.output.dense` is an exception: its kind is `attention_output`, not `output_dense`.
     """
     words = path.split(".")
     if len(words) == 1 or words[-2].isdigit():

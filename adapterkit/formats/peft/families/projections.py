@@ -385,7 +385,7 @@ class RandloraFamily(Family):
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        """Yield (target, reason) for updates that PEFT could not load from one file with the other updates.
+        """Yield (target, reason) for updates that PEFT cannot load from the same file as the other updates.
 
         A file has one rank and one scaling. Two numbers determine the sizes of PEFT's bases: the largest number of
         outputs among the adapted weights, and the largest number of inputs. The second axis of B has the length

@@ -170,7 +170,7 @@ def rows(config: Any) -> int | None:
 def check_sizes(key: Key, tensor: Lazy, *wanted: int | None) -> None:
     """Check that a tensor has the shape `wanted`, which comes from the config.
 
-    If an entry of `wanted` is None, the tensor's axis may have any size.
+    If an entry of `wanted` is None, the axis at that position may have any size.
 
     Raises:
         ShapeMismatch: the shape does not match the config.
@@ -336,7 +336,8 @@ class CartridgeFamily(PrefixLike):
 GPT2 = "attn"
 """The name of GPT-2's attention modules.
 
-In GPT-2, PEFT adds the change after the attention module's output projection. In all other models, PEFT adds it before.
+In GPT-2, PEFT adds the change after the attention module's output projection. In all other models, PEFT adds the change
+before the output projection.
 """
 
 
@@ -384,7 +385,7 @@ class AdaptionPromptFamily(Family):
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         members = cls.of_it(updates)
         name = next(iter(members)).rpartition(".")[2]
-        # The config has only one number of virtual tokens for all modules.
+        # The config has only one `adapter_len` for all modules. It is None if their numbers of virtual tokens differ.
         lengths = {int(update.P.shape[0]) for update in members.values()}
         length = lengths.pop() if len(lengths) == 1 else None
         return {"adapter_len": length, "adapter_layers": len(members), "target_modules": name}

@@ -2,8 +2,8 @@
 
 `<name>` is the adapter's name, but PEFT always writes `default`. Each block has two small networks,
 `shadow_update_transform` and `shadow_update_gate`. Both are `nn.Sequential` modules, whose linear layers have the
-indices 0 and 2. For a classifier, the file also contains the classification head that was used in training. The formula
-does not use this head.
+indices 0 and 2. For a classifier, the file also contains the classification head that was used in training. Shadow's
+formula does not use this head.
 """
 
 from __future__ import annotations
