@@ -187,7 +187,8 @@ def _is_batch(value: ir.Value, shape: ir.Shape | None, model: ir.Model) -> bool:
     """
     if value in model.graph.inputs:
         return True
-    name = None if shape is None or isinstance(shape[0], int) else shape[0].value
+    first = None if shape is None else shape[0]
+    name = None if first is None or isinstance(first, int) else first.value
     batches = (one.shape[0] for one in model.graph.inputs if one.shape is not None and len(one.shape) > 1)
     return name is not None and any(not isinstance(size, int) and size.value == name for size in batches)
 
