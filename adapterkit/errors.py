@@ -202,7 +202,7 @@ class Unsupported(AdapterkitError):
 
 
 class NotMergeable(AdapterkitError):
-    """An update cannot be merged into the weights, or its method does not have the formula that is needed."""
+    """An update cannot be merged into the weights, or its method has no formula for what the caller asks of it."""
 
     code = "not-mergeable"
     exit_code = 3

@@ -38,7 +38,7 @@ def skew(pairs: N) -> N:
         return xp.zeros((*pairs.shape[:-1], b, b), **_kind(pairs))
     i = xp.arange(b, device=_kind(pairs)["device"])
     row, column = i[:, None], i[None, :]
-    # Use an index and a mask, because most values of an ONNX graph do not support assignment to elements.
+    # Select the elements with an index and a mask: an ONNX graph can express assignment to elements only in some cases.
     place = row * (2 * b - row - 1) // 2 + column - row - 1
     above = row < column
     upper = pairs[..., xp.where(above, place, place * 0)] * xp.astype(above, pairs.dtype)

@@ -65,7 +65,7 @@ class ALoRA(Routed):
         return layer(x) + added
 
     def _active(self, ids: Tensor, x: Tensor) -> Tensor:
-        """Return a mask `[rows, tokens]` of the positions of x from the last invocation on.
+        """Return a mask `[rows, tokens]` of the positions of x: True from the start of the last invocation onwards.
 
         If earlier tokens are in a cache, x covers only the last tokens of `ids`.
         """

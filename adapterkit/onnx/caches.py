@@ -101,8 +101,8 @@ class Past:
             given: the other arguments of the call.
 
         Raises:
-            Unsupported: the model does not run with a cache of transformers, keeps states outside of this cache, or
-                leaves this cache empty.
+            Unsupported: the model does not run with transformers' `DynamicCache`, keeps states outside of this cache,
+                or leaves this cache empty.
         """
         import torch
 
@@ -115,7 +115,7 @@ class Past:
             with torch.no_grad(), quiet():
                 model(**given, **{word: cache}, use_cache=True)
         except Exception as error:  # A model's own code may raise anything.
-            why = f"a {name} cannot be run with a cache of transformers ({first_line(error)})"
+            why = f"a {name} cannot be run with transformers' DynamicCache ({first_line(error)})"
             raise Unsupported(why, path=source, cure=cure) from None
         outside = [where for where, tensor in _attributes(model).items() if before.get(where) is not tensor]
         if outside:
@@ -125,7 +125,7 @@ class Past:
         self.layers = list(cache.layers)
         self.tensors = tuple(_tensors(self.layers, kinds.pop() if len(kinds) == 1 else RECURRENT))
         if not self.tensors:
-            raise Unsupported(f"a {name} does not keep its past in the cache of transformers", path=source, cure=cure)
+            raise Unsupported(f"a {name} does not keep its past in transformers' DynamicCache", path=source, cure=cure)
         self.last = LastState()
         self.has_attention = any(one.grows for one in self.tensors)
         self.has_states = not all(one.grows for one in self.tensors)

@@ -271,8 +271,8 @@ def _size(region: _Region, base: Checkpoint) -> int:
     kernel. Return the size for the first kernel that only one size fits.
 
     Raises:
-        _Unknown: no block size is possible for the shapes of all kernels, or there is no kernel that only one size
-            fits.
+        _Unknown: the shapes of the kernels rule out every block size, or each kernel is fitted by several sizes or by
+            none.
     """
     sizes = [size for size in SIZES if region.size in (None, size) and _divides(region, size)]
     if not sizes:

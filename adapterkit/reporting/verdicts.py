@@ -579,7 +579,11 @@ def _independent(findings: Findings) -> Details:
     cosines = [measured.cosine(a, b) for a, b, _ in pairs]
     if pairs and measured.relations and all(c is not None and abs(c) < 0.05 for c in cosines):
         who = pairs[0][2] if len(pairs) == 1 else "The adapters"
-        yield f"{who} are independent: no cosine is above 0.05, so a plain sum keeps all changes.", None, None
+        yield (
+            f"{who} are independent: every cosine is between -0.05 and 0.05, so a plain sum keeps all changes.",
+            None,
+            None,
+        )
 
 
 def _merged(findings: Findings) -> Details:

@@ -227,13 +227,13 @@ def _by_pattern(patterns: Mapping[str, Value] | None, name: str, otherwise: Valu
 def _refuse(method: str, given: Mapping[str, object]) -> None:
     name = next((name for name, value in given.items() if value), None)
     if name is not None:
-        raise UsageError(f"{method} does not use {name}", where=name, cure=f"Leave {name}= out")
+        raise UsageError(f"{method} does not use {name}", where=name, cure=f"Omit {name}=")
 
 
 def _seen(model: nn.Module, paths: Sequence[str], init: str, data: Iterable[object] | None) -> dict[str, Moments]:
     if (data is not None) != (init in OF_DATA):
         why = f"init={init!r} {'needs data' if data is None else 'does not use data'}"
-        raise UsageError(why, where="data", cure=f"Pass data= if init= is one of {', '.join(sorted(OF_DATA))}")
+        raise UsageError(why, where="data", cure=f"Pass data= only if init= is one of {', '.join(sorted(OF_DATA))}")
     return {} if data is None else moments_of(model, paths, data)
 
 

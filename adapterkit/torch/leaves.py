@@ -437,9 +437,9 @@ def put_away(model: nn.Module, tensor: Tensor) -> Tensor | None:
 def names_sharing(model: nn.Module, parameter: Tensor) -> list[str]:
     """Return all names of a parameter. A parameter that tied modules share has several names.
 
-    accelerate's offloading gives each tied module a separate empty parameter. So for an offloaded parameter, an
-    embedding and a head count as tied if their weights have the same shape and equal stored values, unless the model's
-    config has `tie_word_embeddings = False`.
+    accelerate's offloading gives each tied module a separate empty parameter. So if the
+    parameter is offloaded, an embedding and a head are treated as tied if their weights have the same shape and equal
+    stored values, unless the model's config has `tie_word_embeddings = False`.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     names = [name for name, each in named if each is parameter]

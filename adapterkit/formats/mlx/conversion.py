@@ -583,7 +583,9 @@ def _encode(adapter: Adapter, hints: MlxHints, on_loss: str) -> tuple[dict[str, 
 
     def why(target: Target, update: Pair) -> str:
         if isinstance(update, DoRA) and target.layout != "out *in":
-            return "MLX has another formula, or none, for DoRA on an embedding or on stacked experts"
+            return (
+                "MLX has no DoRA on stacked experts, and its DoRA on an embedding has another formula than the paper's"
+            )
         return unfit(Target(target.path, target.layout), update, stacked=True)
 
     pairs, lines = expressible(adapter, "MLX-LM", on_loss, why, (DoRA,) if dora else (LoRA,))

@@ -2,7 +2,7 @@
 
 Task t's entry x_t has the score exp(T m_t^2) tanh(x_t sum_s x_s), where T is the number of tasks. To compute m_t, the
 magnitudes of the task's entries are clamped to their quantiles 0.0001 and 0.9999, and scaled to the range from 0 to 1.
-Scores below the quantile 1 - ratio become 0, and the other scores are scaled to the range from 0 to 1. The result is
+Scores below the quantile `1 - ratio` become 0, and the other scores are scaled to the range from 0 to 1. The result is
 the mean of the clamped entries, weighted by the scores.
 
 Du et al. 2024, https://arxiv.org/abs/2410.02396. By default, quantiles are computed over a whole adapter, as in

@@ -36,7 +36,7 @@ ROUNDING = 2.0**-40
 
 
 class TIES(Sparse):
-    """lambda * the mean of those entries that are among the largest of their own change and have the elected sign."""
+    """lambda * the mean of the entries with the elected sign, after each change is trimmed to its largest entries."""
 
     title = "TIES"
     paper = "https://arxiv.org/abs/2306.01708"
