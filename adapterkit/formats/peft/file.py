@@ -204,8 +204,8 @@ def base_shape(base: Checkpoint, name: str) -> Shape | None:
     """Return the shape that the tensor `name` has in the loaded model; None if the shape is unknown.
 
     If the base has a tensor `name`, return its shape. If it has none, but exactly one tensor has a name that ends with
-    `.name`, return the shape of that tensor. In all other cases, compute the shape from the base's tensors with the table
-    of the model family, because the loaded model may split or join tensors of the base.
+    `.name`, return the shape of that tensor. In all other cases, compute the shape from the base's tensors with the
+    table of the model family, because the loaded model may split or join tensors of the base.
     """
     if name in base.tensors:
         return base.tensors[name].shape
