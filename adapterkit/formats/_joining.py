@@ -90,12 +90,17 @@ def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], l
 
 
 def _summed(given: Sequence[LoRA], axis: int) -> LoRA:
-    first: LoRA = given[0]
+    first = _leading(given)
     As = [as_lazy(update.A) for update in given]
     Bs = [_scaled(as_lazy(u.B), u.scaling / first.scaling if first.scaling else 1.0) for u in given]
     if all(A.shape == As[0].shape and arrange.equal(A, As[0]) for A in As) and _disjoint(Bs, axis):
         return first.replace(A=As[0], B=arrange.overlaid(Bs))
     return first.replace(A=arrange.joined(As, axis), B=arrange.joined(Bs, axis + 1))
+
+
+def _leading(given: Sequence[LoRA]) -> LoRA:
+    """Return the LoRA whose scaling the joined LoRA gets: the first with a scaling other than 0, else the first."""
+    return next((update for update in given if update.scaling), given[0])
 
 
 def _disjoint(Bs: Sequence[Lazy], axis: int) -> bool:
@@ -123,7 +128,7 @@ def _apart(parts: Sequence[Target]) -> bool:
 def _joined(parts: Sequence[tuple[Target, LoRA]], out: int) -> LoRA:
     parts = sorted(parts, key=lambda part: part[0].rows or (0, 0))
     axis = int(parts[0][0].stacked)
-    first: LoRA = parts[0][1]
+    first = _leading([update for _, update in parts])
     scaling = first.scaling
     As = [as_lazy(update.A) for _, update in parts]
     Bs = [_scaled(as_lazy(update.B), update.scaling / scaling if scaling else 1.0) for _, update in parts]
@@ -143,8 +148,8 @@ def _joined(parts: Sequence[tuple[Target, LoRA]], out: int) -> LoRA:
 
 
 def _scaled(B: Lazy, factor: float) -> Lazy:
-    # The joined LoRA has the first LoRA's scaling. So multiply the B of each other LoRA by `scaling / first scaling` in
-    # float32 or float64.
+    # The joined LoRA has the scaling of one of the LoRAs; see `_leading`. So multiply the B of each other LoRA by the
+    # quotient of the two scalings in float32 or float64.
     return B if factor == 1 else arrange.times(arrange.widened(B, "F64" if B.dtype.name == "F64" else "F32"), factor)
 
 

@@ -258,6 +258,20 @@ def test_parts_are_put_together_at_the_smallest_rank_that_is_exact():
     assert torch.allclose(Adapter(moved).delta(target.path), torch.cat(parts), atol=1e-6)
 
 
+def test_parts_of_which_the_first_has_no_scaling_are_put_together():
+    rng = np.random.default_rng(0)
+    leaves = [{name: from_numpy(rng.normal(size=(8, 8)).astype("f4")) for name in "AB"} for _ in "qkv"]
+    updates = {
+        ak.Target(f"transformer.transformer_blocks.0.attn.to_{x}"): (METHODS["lora"](**pair, scaling=scaling),)
+        for x, pair, scaling in zip("qkv", leaves, (0.0, 2.0, 3.0), strict=True)
+    }
+    moved, lost = in_naming(updates, "native", (), Origin(families=("flux",)), fold=True)
+    assert not lost
+    ((target, _),) = moved.items()
+    parts = [Adapter({t: u}).delta(t.path) for t, u in updates.items()]
+    assert torch.allclose(Adapter(moved).delta(target.path), torch.cat(parts), atol=1e-5)
+
+
 # What inspect shows.
 
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import adapterkit as ak
 from adapterkit.errors import Unrepresentable
@@ -56,11 +57,22 @@ def test_what_peft_has_no_words_for(case, tmp_path):
     assert "c" not in {target.path for target, _ in ak.read(tmp_path / "a")}
 
 
-def test_two_of_a_kind_at_one_target(tmp_path):
-    source = adapter(a=(lora(), lora(scaling=3.0)))
-    assert ak.write(source, tmp_path / "a", "peft") == ["joined 2 LoRAs of a into one of rank 4"]
+@pytest.mark.parametrize(("scaling", "lines"), [(1.0, ["joined 2 LoRAs of a into one of rank 4"]), (0.0, [])])
+def test_two_of_a_kind_at_one_target(scaling, lines, tmp_path):
+    source = adapter(a=(lora(scaling=scaling), lora(scaling=3.0)))
+    assert ak.write(source, tmp_path / "a", "peft") == lines
     ((_, joined),) = ak.read(tmp_path / "a")
     wanted = sum(update.scaling * load(update.B) @ load(update.A) for _, update in source)
+    np.testing.assert_allclose(joined.scaling * load(joined.B) @ load(joined.A), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_of_which_the_first_have_no_scaling(tmp_path):
+    parts = {(0, 4): lora(scaling=0.0), (4, 8): lora(scaling=3.0)}
+    save_file({"a.weight": ones(8, 6)}, tmp_path / "base.safetensors")
+    source = ak.Adapter({ak.Target("a", rows=rows): (update,) for rows, update in parts.items()})
+    ak.write(source, tmp_path / "a", "peft", base=tmp_path / "base.safetensors")
+    ((_, joined),) = ak.read(tmp_path / "a")
+    wanted = np.concatenate([update.scaling * load(update.B) @ load(update.A) for update in parts.values()])
     np.testing.assert_allclose(joined.scaling * load(joined.B) @ load(joined.A), wanted, rtol=1e-6, atol=1e-6)
 
 

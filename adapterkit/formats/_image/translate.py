@@ -527,7 +527,7 @@ def _dense(updates: Sequence[Dense], rows: Sequence[tuple[int, int]], out: int) 
 def _block_diagonal(
     updates: Sequence[LoRA], rows: Sequence[tuple[int, int]], out: int, fold: bool
 ) -> tuple[Update | None, str]:
-    scaling, blocks = updates[0].scaling, []
+    scaling, blocks = next((u.scaling for u in updates if u.scaling), 0.0), []
     for update in updates:
         ratio = update.scaling / scaling if scaling else 0.0
         if not fold and not _power_of_two(ratio):
