@@ -127,7 +127,8 @@ def places(
         CheckFailed: the base differs from the base that an adapter records, and `strict_base` is set.
         UsageError: no adapter is given; an adapter has no target in common with the adapters before it, and `disjoint`
             is not set; or adapters belong to different image models.
-        ShapeMismatch: two adapters assume different layouts of the same weight in the base.
+        ShapeMismatch: two adapters assume different layouts of the same weight in the base, different numbers of
+            stacked experts, or different sizes of the output.
         NotMergeable, TargetNotFound: see `lowering.additive` and `Adapter.bind`.
     """
     if not adapters:
@@ -153,7 +154,10 @@ def places(
         _check_common(read)
     _check_layouts(read)
     targets = dict.fromkeys(target for adapter in read for target in adapter.updates)
-    return read, [AlignedPlace(t, tuple(tuple(a.updates.get(t, ())) for a in read), base) for t in targets]
+    aligned = [AlignedPlace(t, tuple(tuple(a.updates.get(t, ())) for a in read), base) for t in targets]
+    for place in aligned if len(read) > 1 else ():
+        _check_sizes(place)
+    return read, aligned
 
 
 def source_adapter(source: Source, base: Base | None) -> Adapter:
@@ -190,6 +194,23 @@ def _check_common(adapters: Sequence[Adapter]) -> None:
             cure += "Align names with --base (base=) or --rename (rename=), or pass --disjoint (disjoint=)"
             raise UsageError("the adapters have no target in common", where=path, cure=cure)
         first |= paths
+
+
+def _check_sizes(place: AlignedPlace) -> None:
+    """Raise ShapeMismatch if two adapters change different numbers of experts, or biases of different sizes.
+
+    `AlignedPlace.shape` compares the shapes of weights. It sees only one expert's weight, and no bias.
+    """
+    seen: dict[str, object] = {}
+    for update in place.all_updates:
+        if update.kind not in ("additive", "weight"):
+            continue
+        dims = update.dims(place.target.stacked)
+        for axis in ("e", "out"):
+            size = dims.get(axis)
+            if size is not None and seen.setdefault(axis, size) != size:
+                why = f"the adapters were made for weights of different sizes: {axis} is {seen[axis]} and {size}"
+                raise ShapeMismatch(why, where=str(place.target), cure="Combine only adapters made for the same base")
 
 
 def _check_layouts(adapters: Sequence[Adapter]) -> None:

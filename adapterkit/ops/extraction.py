@@ -395,8 +395,18 @@ class _Extraction:
     def _is_matrix(self, name: str) -> bool:
         """Whether a tensor's change is stored as low-rank factors."""
         tuned, base = self.tuned.tensors[name], self.base.tensors[self.aliases.get(name, name)]
-        rows = (is_embedding(name) and self.embeddings == "rows") or tuned.shape != base.shape
-        return not rows and tuned.dtype.floating and base.dtype.floating and len(tuned.shape) > 1
+        return (
+            not self._by_rows(name, tuned, base)
+            and tuned.dtype.floating
+            and base.dtype.floating
+            and len(tuned.shape) > 1
+        )
+
+    def _by_rows(self, name: str, tuned: Lazy, base: Lazy) -> bool:
+        """Whether a tensor's change is stored as rows of a table."""
+        # Only the name shows that a tensor is an embedding, and a convolution or a norm may have such a name, too.
+        table = is_embedding(name) and self.embeddings == "rows" and len(tuned.shape) == 2
+        return table or tuned.shape != base.shape
 
     def _difference(self, name: str, *, exact: bool) -> tuple[Target, Array] | None:
         """Return a tensor's target and its difference in the target's layout; None if the tensor did not change."""
@@ -411,7 +421,7 @@ class _Extraction:
         The update is None if no singular value is kept.
         """
         tuned, base = self.tuned.tensors[name], self.base.tensors[self.aliases.get(name, name)]
-        if (is_embedding(name) and self.embeddings == "rows") or tuned.shape != base.shape:
+        if self._by_rows(name, tuned, base):
             yield from self._rows(name, tuned, base)
         elif not (tuned.dtype.floating and base.dtype.floating):
             if (tuned.dtype, bytes(tuned.fetch())) != (base.dtype, bytes(base.fetch())):

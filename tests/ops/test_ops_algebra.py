@@ -37,6 +37,10 @@ def lora(seed=0, out=OUT, columns=(IN,), rank=2, scaling=1.0, bias=False, lead=(
     )
 
 
+def dense(**shapes):
+    return METHODS["dense"](**{name: from_numpy(np.ones(shape, np.float32)) for name, shape in shapes.items()})
+
+
 def arrays(update):
     """An update over float64 arrays of numpy."""
     return update.map(lambda leaf: np.array(as_array(leaf), np.float64) if leaf.dtype.floating else leaf.numpy().copy())
@@ -389,6 +393,26 @@ def test_bad_sums_are_refused_before_any_work():
         ops.average([a, a], [1, -1])
     with pytest.raises(StorageError):
         ops.add(["nowhere", a])
+
+
+@pytest.mark.parametrize("operation", ["add", "stack", "compare", "linear", "ties"])
+@pytest.mark.parametrize(
+    ("one", "other", "sizes"),
+    [
+        (dense(D=(4, OUT, IN)), dense(D=(3, OUT, IN)), "e is 4 and 3"),
+        (lora(lead=(4,)), lora(lead=(3,)), "e is 4 and 3"),
+        (lora(bias=True), dense(d=(1,)), "out is 8 and 1"),
+        (dense(d=(OUT,)), dense(d=(1,)), "out is 8 and 1"),
+    ],
+)
+def test_adapters_with_other_experts_or_biases_are_refused(one, other, sizes, operation):
+    """One expert's weight and a broadcast bias would fit, so shapes of weights do not show these differences."""
+    target = Target("q", "e out *in") if sizes[0] == "e" else TARGET
+    both = [Adapter({target: (update,)}) for update in (one, other)]
+    run = {"add": ops.add, "stack": ops.stack, "compare": lambda both: ops.compare(*both)}
+    with pytest.raises(ShapeMismatch, match=f"different sizes: {sizes}") as raised:
+        run.get(operation, lambda both: ops.combine(both, operation))(both)
+    assert raised.value.where == "q"
 
 
 def test_a_base_settles_names_layouts_and_shapes(base):

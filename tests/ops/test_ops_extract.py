@@ -250,6 +250,17 @@ def test_only_the_targets_that_are_asked_for_are_looked_at(tmp_path):
         ops.extract(folders[1], folders[0], 2, targets=("*.k",))
 
 
+@pytest.mark.parametrize("shape", [(6,), (4, 3, 3), (4, 2, 3, 3)])
+def test_only_a_matrix_is_a_table_of_embeddings(shape, tmp_path):
+    """A convolution or a norm may be named `shared`, as T5's embeddings are."""
+    rng = np.random.default_rng(0)
+    both = [{"shared.weight": rng.normal(size=shape).astype(np.float32)} for _ in range(2)]
+    folders = [write(tmp_path / name, tensors) for name, tensors in zip(("base", "tuned"), both, strict=True)]
+    adapter = ops.extract(folders[1], folders[0], energy=1.0)
+    ak.merge(folders[0], adapter, tmp_path / "merged")
+    assert (read(tmp_path / "merged")["shared.weight"] == both[1]["shared.weight"]).all()
+
+
 def changed(tensors, name, value):
     return {**tensors, name: value} if value is not None else {n: v for n, v in tensors.items() if n != name}
 
