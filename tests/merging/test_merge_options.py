@@ -137,7 +137,7 @@ def test_an_output_never_replaces_the_file_of_an_adapter_that_is_still_to_be_rea
 
 def test_torch_objects_name_a_dtype_and_devices(tmp_path: Path) -> None:
     base, adapter = big_base(tmp_path / "base")
-    ak.merge(base, adapter, tmp_path / "objects", dtype=torch.float16, device=torch.device("cpu"))  # type: ignore[arg-type]
+    ak.merge(base, adapter, tmp_path / "objects", dtype=torch.float16, device=torch.device("cpu"))
     ak.merge(base, adapter, tmp_path / "texts", dtype="float16", device="cpu, cpu")
     assert tree(tmp_path / "objects") == tree(tmp_path / "texts")
     assert load_file(tmp_path / "objects" / "model-00001-of-00003.safetensors")["layers.0.q.weight"].dtype is torch.half
@@ -149,4 +149,4 @@ def test_torch_objects_name_a_dtype_and_devices(tmp_path: Path) -> None:
 def test_options_of_other_types_are_refused(tmp_path: Path, option: dict[str, object]) -> None:
     base, adapter = big_base(tmp_path / "base")
     with pytest.raises(ak.AdapterkitError, match=r"is a text|are not a list of numbers"):
-        plan(base, adapter, **option)  # type: ignore[arg-type]
+        plan(base, adapter, **option)
