@@ -75,6 +75,7 @@ def plan(
     from .quantized import as_merged, unneeded  # pyright: ignore[reportAssignmentType]
     from .requantize import uncalibrated
 
+    adapters = _several(adapters)
     chosen = options_of(
         options, dtype=dtype, shard_size=shard_size, tied=tied, allow_partial=allow_partial, seed=seed, memory=memory,
         link=link, rename=rename, vocab=vocab, keep=keep, calibration=calibration,
@@ -206,12 +207,14 @@ def merge(
         StorageError: the disk is full, writing is not permitted, or `out` exists.
     """
     _check_engine(engine, address, stream)
+    # List the adapters once, because an iterator has them only once.
+    adapters = _several(adapters)
     chosen = options_of(
         options, dtype=dtype, shard_size=shard_size, tied=tied, allow_partial=allow_partial, seed=seed, memory=memory,
         link=link, checksums=checksums, rename=rename, vocab=vocab, keep=keep, calibration=calibration,
     )  # fmt: skip
     run = partial(
-        _merged, base, adapters, weights=weights, device=device, engine=engine, address=address, progress=progress,
+        _merged, base, adapters, weights=weights, device=str(device), engine=engine, address=address, progress=progress,
         quantized=quantized, onto=onto, stream=stream, tokenizer=tokenizer, strict_base=strict_base,
         strict_licence=strict_licence, chosen=chosen,
     )  # fmt: skip
@@ -459,7 +462,10 @@ def _named(
     several = _several(adapters)
     if not several:
         raise UsageError("no adapter was given", cure=PASS_AN_ADAPTER)
-    factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
+    try:
+        factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise UsageError(f"weights {shown(weights)} are not a list of numbers", cure=PASS_ONE_WEIGHT_EACH) from None
     if len(factors) != len(several):
         raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure=PASS_ONE_WEIGHT_EACH)
     if not all(math.isfinite(factor) for factor in factors):
@@ -490,6 +496,16 @@ def _folders(adapters: Source | Sequence[Source]) -> list[Path | None]:
         folder = next((Path(span.path).parent for span in spans if span is not None), None)
         folders.append(folder if folder is not None and (folder / "adapter_config.json").is_file() else None)
     return folders
+
+
+def _files_read(adapters: Iterable[object]) -> list[Path]:
+    """Return the files from which the tensors of `Adapter` objects are still to be read."""
+    from ..core.adapter import Adapter
+    from ..io.lazy import Lazy
+
+    updates = (update for each in adapters if isinstance(each, Adapter) for _, update in each)
+    leaves = (leaf for update in updates for leaf in update.tensors.values() if isinstance(leaf, Lazy))
+    return [Path(path) for path in dict.fromkeys(leaf.span.path for leaf in leaves if leaf.span is not None)]
 
 
 def _accompanied(
@@ -591,7 +607,7 @@ The user probably expects a file there, but the output of such a merge is a fold
 def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:
     listed = adapters if isinstance(adapters, (list, tuple)) else [adapters]
     others = [*listed, onto.root if isinstance(onto, Checkpoint) else onto]
-    paths = [base.root, *(local(a) for a in others if isinstance(a, (str, PathLike)))]
+    paths = [base.root, *(local(a) for a in others if isinstance(a, (str, PathLike))), *_files_read(listed)]
     try:
         overlapped = next((path for path in paths if is_within(out, path) or is_within(path, out)), None)
     except OSError as error:

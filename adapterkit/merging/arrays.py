@@ -128,7 +128,7 @@ def devices_for(device: str) -> list[Arrays]:
     Raises:
         UsageError: one of the devices does not exist.
     """
-    return [arrays_for(name) for name in device.split(",")]
+    return [arrays_for(name.strip()) for name in device.split(",")]
 
 
 def _has_cuda() -> bool:

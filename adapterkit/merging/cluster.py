@@ -302,7 +302,7 @@ def _write(inputs: TaskInputs, device: str, name: str, stage: StagingDir) -> Non
 
     position = next(at for at, file in enumerate(inputs.plan.files) if file.name == name)
     file, devices = inputs.plan.files[position], device.split(",")
-    arrays = arrays_for(devices[position % len(devices)])
+    arrays = arrays_for(devices[position % len(devices)].strip())
     spans = list(spans_of(file, inputs.plan.base))
     try:
         if inputs.bases:

@@ -73,7 +73,13 @@ def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:
         cure = f"Give {twice[0]} only in options=MergeOptions({twice[0]}=...), or omit options="
         raise UsageError(why, where=twice[0], cure=cure)
     options = MergeOptions(**named) if given is None else given
-    return replace(options, tied=parse_tied(options.tied), rename=rule_texts(options.rename))
+    sizes = {"--memory (memory=)": options.memory, "--shard-size (shard_size=)": options.shard_size}
+    for flag, size in sizes.items():
+        if isinstance(size, str):
+            raise UsageError(f"the size {size!r} is a text", cure=f"Pass {flag} as a number of bytes, such as 5 << 30")
+    # The text of a torch.dtype is its name.
+    dtype = None if options.dtype is None else str(options.dtype)
+    return replace(options, dtype=dtype, tied=parse_tied(options.tied), rename=rule_texts(options.rename))
 
 
 # Compute the memory that a merge may use, and the number of workers that fit into this memory.

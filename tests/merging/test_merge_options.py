@@ -113,3 +113,40 @@ def test_memory_bounds_the_workers_and_a_plan_says_so(tmp_path: Path) -> None:
     with pytest.raises(ak.AdapterkitError, match="the memory limit is 0"):
         plan(base, adapter, memory=0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "free", "tight"]
+
+
+def test_adapters_may_come_from_an_iterator(tmp_path: Path) -> None:
+    base, adapter = big_base(tmp_path / "base")
+    plan(base, iter([adapter, adapter]))
+    ak.merge(base, iter([adapter, adapter]), tmp_path / "iterated")
+    ak.merge(base, [adapter, adapter], tmp_path / "listed")
+    assert tree(tmp_path / "iterated") == tree(tmp_path / "listed")
+    ak.write(adapter, tmp_path / "adapter", format="peft")
+    with pytest.raises(ak.AdapterkitError, match="the output overlaps the input"):
+        ak.merge(base, iter([tmp_path / "adapter"]), tmp_path / "adapter", overwrite=True)
+
+
+def test_an_output_never_replaces_the_file_of_an_adapter_that_is_still_to_be_read(tmp_path: Path) -> None:
+    base, adapter = big_base(tmp_path / "base")
+    ak.write(adapter, tmp_path / "adapter", format="peft")
+    before = tree(tmp_path / "adapter")
+    with pytest.raises(ak.AdapterkitError, match="the output overlaps the input"):
+        ak.merge(base, ak.read(tmp_path / "adapter"), tmp_path / "adapter", overwrite=True)
+    assert tree(tmp_path / "adapter") == before
+
+
+def test_torch_objects_name_a_dtype_and_devices(tmp_path: Path) -> None:
+    base, adapter = big_base(tmp_path / "base")
+    ak.merge(base, adapter, tmp_path / "objects", dtype=torch.float16, device=torch.device("cpu"))
+    ak.merge(base, adapter, tmp_path / "texts", dtype="float16", device="cpu, cpu")
+    assert tree(tmp_path / "objects") == tree(tmp_path / "texts")
+    assert load_file(tmp_path / "objects" / "model-00001-of-00003.safetensors")["layers.0.q.weight"].dtype is torch.half
+
+
+@pytest.mark.parametrize(
+    "option", [{"weights": 0.5}, {"weights": ["half"]}, {"memory": "2GB"}, {"shard_size": "5GB"}], ids=str
+)
+def test_options_of_other_types_are_refused(tmp_path: Path, option: dict[str, object]) -> None:
+    base, adapter = big_base(tmp_path / "base")
+    with pytest.raises(ak.AdapterkitError, match=r"is a text|are not a list of numbers"):
+        plan(base, adapter, **option)
