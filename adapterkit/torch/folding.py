@@ -135,6 +135,12 @@ class Merged:
         """
         return self.dtype not in (None, self.parameter.dtype)
 
+    @property
+    def overflowed(self) -> bool:
+        """Whether the merge created a NaN or an infinity. Those of the base are kept. Always False for a DTensor."""
+        assert self.before is not None
+        return not is_sharded(self.parameter) and not _is_finite(self.parameter) and _is_finite(self.before)
+
     def push(self) -> None:
         """Record the merge as the parameter's last change."""
         self.version = self.parameter._version
@@ -184,6 +190,11 @@ class Merged:
         bits = _bits(restored)
         bits[self.places.to(bits.device)] = self.values.to(bits.device)
         return restored if _checksum(bits) == self.checksum else None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # `isfinite().all()` would allocate several tensors of this size.
+    return not tensor.numel() or all(bool(each.isfinite()) for each in tensor.detach().aminmax())
 
 
 def _bits(tensor: Tensor) -> Tensor:

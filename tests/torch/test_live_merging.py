@@ -174,6 +174,29 @@ def test_a_merge_that_fails_half_way_changes_nothing(monkeypatch):
     assert not same(bits(model), before)
 
 
+@pytest.mark.parametrize("keep", [False, "copy", "recompute"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_merge_that_overflows_the_dtype_changes_nothing(method, keep):
+    """float16 ends at 65,504; an infinity that the base already has is no reason to refuse."""
+    if (method, keep) == ("dora", "recompute"):
+        keep = True
+    fields = {"A": torch.full((2, 16), 50.0), "B": torch.full((8, 2), 100.0)}
+    if method == "dora":
+        fields["magnitude"] = torch.full((8,), 1e6)
+    model = two_layers(torch.float16)
+    model[0].weight.data[0] = 6e4
+    before = bits(model)
+    change = Adapter({Target("0"): (METHODS[method](**fields),)})
+    handle = ak.torch.inject(model, change)
+    with pytest.raises(NotMergeable, match="0: the merge yields a NaN or an infinity in float16"):
+        handle.merge_(keep=keep)
+    assert same(bits(model), before)
+    handle.remove()
+    model[0].weight.data[0, 0] = torch.inf
+    ak.torch.inject(model, change).merge_(keep=keep)
+    assert model[0].weight.isinf().any()
+
+
 def test_parameters_on_one_memory_are_not_merged():
     model = two_layers(torch.float32)
     model[1].weight = nn.Parameter(model[0].weight.data[:, :8])
