@@ -115,6 +115,24 @@ def test_a_failed_unmerge_after_the_adapter_changed_leaves_the_merged_bits(monke
     assert same(bits(model), before)
 
 
+@pytest.mark.parametrize("keep", ["copy", "recompute"])
+def test_a_model_made_in_inference_mode_is_merged_and_unmerged(keep):
+    """torch counts no changes of inference tensors; the checksums notice them."""
+    with torch.inference_mode():
+        model = two_layers()
+        before = bits(model)
+        handle = ak.torch.inject(model, adapter())
+        handle.merge_(keep=keep)
+        merged = bits(model)
+        model[0].weight[0, 0] += 1
+        with pytest.raises(UsageError, match="changed after"):
+            handle.unmerge_()
+        model[0].weight.view(torch.int16).copy_(merged["0.weight"])
+        handle.unmerge_()
+    assert not same(merged, before)
+    assert same(bits(model), before)
+
+
 def test_recomputing_after_the_adapter_changed_is_refused():
     model = two_layers()
     handle = ak.torch.inject(model, adapter(1), trainable=True, weight=1e-3)
