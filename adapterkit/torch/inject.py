@@ -267,8 +267,8 @@ def inject(
         ShapeMismatch: the shape of a tensor does not fit its layer.
         Unsupported: a layer does not support a method, or does not support it together with the adapters that are
             already attached.
-        UsageError: the name is taken or no text, a router lacks its experts, `tied` is not a known choice, dropout is not
-            a probability, or the weight is not a finite number.
+        UsageError: the name is taken or no text, a router lacks its experts, `tied` is not a known choice, dropout is
+            not a probability, or the weight is not a finite number.
 
         If an error is raised, nothing is attached.
     """
