@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..core.adapter import Adapter, Target
+from ..core.adapter import Adapter, Step, Target
 from ..core.shapes import Dims
 from ..core.updates import OutputUpdate, Update, tensor
 from ..errors import PASS_AN_ADAPTER, ShapeMismatch, TargetNotFound, Unsupported, UsageError
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     Base = Checkpoint | str | PathLike[str]
 
+T = TypeVar("T")
+
 __all__ = ["average", "batch_split", "fuse", "load", "parallel", "split", "stack"]
 
 
@@ -49,7 +51,7 @@ def stack(*adapters: Adapter) -> Adapter:
     for adapter in _some(adapters):
         for target, group in adapter.updates.items():
             updates[target] = (*updates.get(target, ()), *group)
-    return _composed("stack", updates)
+    return _composed("stack", updates, _common_lineage(adapters))
 
 
 def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapter:
@@ -79,14 +81,24 @@ def split(*adapters: Adapter, sizes: Sequence[int]) -> Adapter:
     """Return an adapter that splits the tokens: the first adapter acts on the first `sizes[0]` tokens, and so on.
 
     Raises:
-        UsageError: the number of sizes is not the number of adapters.
-        Unsupported: an update is neither additive nor an output update, or reads arguments of the model's call.
+        UsageError: the number of sizes is not the number of adapters, or a size is not a whole number of at least 0.
+        Unsupported: an update is neither additive nor an output update, or reads arguments of the model's call. Or when
+            the model is called, the layer is a convolution.
         ShapeMismatch: when the model is called, the number of tokens is not the sum of the sizes.
     """
     if len(sizes) != len(_some(adapters)):
         cure = "Pass one size for each adapter"
         raise UsageError(f"{len(sizes)} sizes for {len(adapters)} adapters", where="sizes", cure=cure)
+    _check_sizes(sizes)
     return _blocks("split", adapters, lambda children, _: SplitBlock(children=children, lengths=tuple(sizes)))
+
+
+def _check_sizes(sizes: Sequence[int]) -> None:
+    # Slices take a negative size for a position counted from the end.
+    wrong = next((size for size in sizes if not hasattr(size, "__index__") or size < 0), None)
+    if wrong is not None:
+        cure = "Pass whole numbers of at least 0"
+        raise UsageError(f"{wrong!r} is not a number of tokens or rows", where="sizes", cure=cure)
 
 
 def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
@@ -155,6 +167,7 @@ def batch_split(model: nn.Module, names: Sequence[str | None], sizes: Sequence[i
     if len(sizes) != len(names):
         cure = "Pass one size for each adapter"
         raise UsageError(f"{len(sizes)} sizes for {len(names)} adapters", where="sizes", cure=cure)
+    _check_sizes(sizes)
     return route(model, [name for name, size in zip(names, sizes, strict=True) for _ in range(size)])
 
 
@@ -166,7 +179,11 @@ def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., obj
     Args:
         model: the model, with the adapters attached.
         names: a list of the adapters' names. An element None stands for the base without adapters.
+
+    Raises:
+        UsageError: `names` is empty.
     """
+    names = _some(names)
 
     def run(*args: object, **kwargs: object) -> object:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
@@ -208,13 +225,23 @@ def _one(updates: Sequence[Update]) -> Update | None:
     return Chain(children=tuple(updates))
 
 
-def _composed(name: str, updates: Mapping[Target, tuple[Update, ...]]) -> Adapter:
-    adapter = Adapter(updates).step(name)
+def _common_lineage(adapters: Sequence[Adapter]) -> tuple[Step, ...]:
+    """Return the `read` steps of the adapters' lineages if all adapters were read from the same format.
+
+    `inject` needs them: a tool's forward may depend on the layer, such as on the padding of a convolution.
+    """
+    read = [tuple(step for step in adapter.recipe if step.op == "read") for adapter in adapters]
+    sources = {tuple((step.args.get("format"), step.args.get("compat")) for step in steps) for steps in read}
+    return read[0] if len(sources) == 1 else ()
+
+
+def _composed(name: str, updates: Mapping[Target, tuple[Update, ...]], lineage: tuple[Step, ...] = ()) -> Adapter:
+    adapter = Adapter(updates, recipe=lineage).step(name)
     adapter.validate()
     return adapter
 
 
-def _some(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
+def _some(adapters: Sequence[T]) -> Sequence[T]:
     if not adapters:
         raise UsageError("there are no adapters to compose", where="adapters", cure=PASS_AN_ADAPTER)
     return adapters
@@ -369,13 +396,19 @@ class SplitBlock(ComposedBlock):
             raise Unsupported(why, cure="Omit this adapter from split()")
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:
-        if sum(self.lengths) != x.shape[-2]:
-            why = f"the input has {x.shape[-2]} positions, but the split is {list(self.lengths)}"
+        if layer.channel != -1:
+            why = "a split needs an axis of tokens, which the input of a convolution does not have"
+            raise Unsupported(why, cure="Omit this target from the adapters")
+        ids = not x.is_floating_point()  # An embedding gets token ids, which have no axis of channels.
+        count = x.shape[-1 if ids else -2]
+        if sum(self.lengths) != count:
+            why = f"the input has {count} positions, but the split is {list(self.lengths)}"
             raise ShapeMismatch(why, cure=f"Call the model with {sum(self.lengths)} tokens")
         values, start = [], 0
         for child, size in zip(self.children, self.lengths, strict=True):
             part = Positions(layer, x, slice(start, start + size))
-            values.append(self.value(child, part.cut(x), part))
+            some = x[..., part.positions] if ids else part.cut(x)
+            values.append(self.value(child, some, part))
             start += size
         joined: Tensor = namespace(x).concat(values, axis=-2)
         return joined

@@ -112,19 +112,19 @@ class Merged:
     stack: list[Merged] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "version": self.version - self.parameter._version}
+        return {**self.__dict__, "version": self.version - _version(self.parameter)}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         # `__getstate__` stored `version` minus `_version`, because a copied parameter has another `_version`.
-        self.version += self.parameter._version
+        self.version += _version(self.parameter)
         _MERGES.setdefault(self.parameter, self.stack)
 
     @property
     def is_last(self) -> bool:
         """Whether this merge is the last change of the parameter."""
         known = self.after is None or self.before is None or self.before.dtype is not self.parameter.dtype
-        same = self.stack[-1] is self and self.parameter._version == self.version
+        same = self.stack[-1] is self and _version(self.parameter) == self.version
         return same and (known or _checksum(_bits(self.parameter)) == self.after)
 
     @property
@@ -135,9 +135,15 @@ class Merged:
         """
         return self.dtype not in (None, self.parameter.dtype)
 
+    @property
+    def overflowed(self) -> bool:
+        """Whether the merge created a NaN or an infinity. Those of the base are kept. Always False for a DTensor."""
+        assert self.before is not None
+        return not is_sharded(self.parameter) and not _is_finite(self.parameter) and _is_finite(self.before)
+
     def push(self) -> None:
         """Record the merge as the parameter's last change."""
-        self.version = self.parameter._version
+        self.version = _version(self.parameter)
         if self.before is not None and not is_sharded(self.parameter):
             self.after = _checksum(_bits(self.parameter))
         self.stack = _MERGES.setdefault(self.parameter, self.stack)
@@ -152,7 +158,7 @@ class Merged:
         """Record that the merge is undone. The previous merge becomes the parameter's last change."""
         self.stack.pop()
         if self.stack:
-            self.stack[-1].version = self.parameter._version
+            self.stack[-1].version = _version(self.parameter)
 
     def slim(self, again: Tensor) -> None:
         """Replace the copy of the old parameter by the data that recomputing needs.
@@ -184,6 +190,19 @@ class Merged:
         bits = _bits(restored)
         bits[self.places.to(bits.device)] = self.values.to(bits.device)
         return restored if _checksum(bits) == self.checksum else None
+
+
+def _version(tensor: Tensor) -> int:
+    """Return torch's count of a tensor's in-place changes; 0 for inference tensors, whose changes torch does not count.
+
+    For these, only the checksums detect changes.
+    """
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # `isfinite().all()` would allocate several tensors of this size.
+    return not tensor.numel() or all(bool(each.isfinite()) for each in tensor.detach().aminmax())
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -394,8 +394,8 @@ class Handle:
 
         Raises:
             NotMergeable: a method does not change weights, an update needs a bias that the base does not have, a weight
-                shares its memory with another, or a weight cannot be changed in place (such as a quantized or offloaded
-                weight).
+                shares its memory with another, a weight cannot be changed in place (such as a quantized or offloaded
+                weight), or a merged weight overflows the base's dtype (not checked for sharded weights).
             UsageError: `keep` is unknown, "recompute" is given for updates that are not additive, a layer that the
                 adapter changes was copied, or an active `with route(...)` block in this thread or task names the
                 adapter.
@@ -427,6 +427,12 @@ class Handle:
                 mine = [tensor_at(hook.module, path) for path in changed_by(parts)]
                 kept += [Merged(parameter, parameter.detach().clone()) for parameter in mine]
                 fold(hook, parts)
+                for each in kept[-len(mine) :] if mine else []:
+                    if each.overflowed:
+                        dtype = str(each.parameter.dtype).removeprefix("torch.")
+                        why = f"the merge yields a NaN or an infinity in {dtype}"
+                        cure = "Merge with a smaller weight, or convert the model to a wider dtype first"
+                        raise NotMergeable(why, where=str(parts[0].target), cure=cure)
                 if again:
                     slim(hook, parts, kept[-len(mine) :] if mine else [])
             self._detach()

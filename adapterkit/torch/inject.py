@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -202,14 +203,15 @@ def _stacked(path: str, experts: Sequence[Pairs], *, one_rank: bool = False) -> 
     if len(sizes) > 1 or (one_rank and len(ranks) > 1):
         raise ShapeMismatch("the experts have different shapes or ranks", where=path, cure=_ALIKE)
     ((inputs, outputs),) = sizes
-    A, B = (
-        present[0].A.new_zeros(len(pairs_of_experts), max(ranks), inputs),
-        present[0].B.new_zeros(len(pairs_of_experts), outputs, max(ranks)),
-    )
+    # A narrower dtype would round the factors of the other experts, and the scalings.
+    dtype = reduce(torch.promote_types, (tensor.dtype for pair in present for tensor in (pair.A, pair.B)))
+    A = present[0].A.new_zeros(len(pairs_of_experts), max(ranks), inputs, dtype=dtype)
+    B = present[0].B.new_zeros(len(pairs_of_experts), outputs, max(ranks), dtype=dtype)
     for position, pair in enumerate(pairs_of_experts):
         if pair is not None:
             A[position, : len(pair.A)], B[position, :, : len(pair.A)] = pair.A, pair.B
-    strengths = A.new_tensor([0.0 if pair is None else pair.scaling for pair in pairs_of_experts])
+    scalings = [0.0 if pair is None else pair.scaling for pair in pairs_of_experts]
+    strengths = A.new_tensor(scalings, dtype=torch.promote_types(dtype, torch.float32))
     return {"A": A, "B": B, "strengths": strengths}
 
 
@@ -265,8 +267,8 @@ def inject(
         ShapeMismatch: the shape of a tensor does not fit its layer.
         Unsupported: a layer does not support a method, or does not support it together with the adapters that are
             already attached.
-        UsageError: the name is taken, a router lacks its experts, `tied` is not a known choice, dropout is not a
-            probability, or the weight is not a finite number.
+        UsageError: the name is taken or no text, a router lacks its experts, `tied` is not a known choice, dropout is
+            not a probability, or the weight is not a finite number.
 
         If an error is raised, nothing is attached.
     """
@@ -276,6 +278,8 @@ def inject(
         raise UsageError(f"the model is a {type(model).__name__}, not a torch module", cure=cure)
     adapter.validate()
     check_weight(weight)
+    if not isinstance(name, str):  # `route` takes None for the base.
+        raise UsageError(f"the adapter's name is {name!r}, not a text", where="name", cure="Pass a text, or omit name=")
     if name in names_of(model):
         raise UsageError("an adapter with this name is attached", where=name, cure="Pass another name=")
     check_gathered(model)

@@ -172,8 +172,9 @@ class LoRAFA(torch.optim.Optimizer):
 
     @staticmethod
     def _projected(grad: Tensor, A: Tensor, scaling: float) -> Tensor:
-        flat = A.flatten(1).float()
+        # Stacked experts have one A and one B each: `[e, r, in]` and `[e, out, r]`. A convolution has A `[r, in, *k]`.
+        flat = (A if grad.ndim == 3 else A.flatten(1)).float()
         square = flat @ flat.mT
-        inverse: Tensor = torch.linalg.pinv(square + 1e-8 * torch.eye(len(square), device=square.device))
+        inverse: Tensor = torch.linalg.pinv(square + 1e-8 * torch.eye(square.shape[-1], device=square.device))
         out: Tensor = ((grad.float() @ inverse) / scaling**2).to(grad.dtype)
         return out

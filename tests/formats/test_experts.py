@@ -28,6 +28,9 @@ from adapterkit.errors import (
     Unsupported,
     UsageError,
 )
+from adapterkit.methods.lora import LoRA
+from adapterkit.methods.xlora import XLoRA
+from adapterkit.torch.inject import with_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -171,6 +174,21 @@ def test_xlora_computes_what_peft_computes(case, folders, tmp_path):
     ak.torch.inject(mine, whole)
     close(mine(IDS).logits, got)
     assert len({id(update.last) for _, update in whole}) == 1
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
+def test_experts_of_several_dtypes_are_not_rounded(dtypes):
+    experts = [
+        LoRA(A=torch.randn(3, 6).to(dtype), B=torch.randn(5, 3).to(dtype), scaling=4 / 3)
+        for dtype in (getattr(torch, name) for name in dtypes)
+    ]
+    router = Adapter({Target(""): (XLoRA(last=torch.randn(2, 6), last_bias=torch.zeros(2)),)})
+    together = with_experts(lambda: ["q"], router, [Adapter({Target("q"): (each,)}) for each in experts])
+    ((_, update),) = together
+    for position, each in enumerate(experts):
+        assert torch.equal(update.A[position].double(), each.A.double())
+        assert torch.equal(update.B[position].double(), each.B.double())
+    assert update.strengths.tolist() == pytest.approx([4 / 3] * 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("case", CLASSIFIERS)

@@ -120,6 +120,40 @@ def test_an_average_counts_the_layer_itself_where_an_adapter_changes_nothing():
     close(model["v"](x), v + 0.3 * change[id(third)])
 
 
+def test_a_split_of_an_embedding_gives_each_part_its_own_ids():
+    model = nn.Sequential(nn.Embedding(9, 6))
+    ids, base = torch.arange(8).reshape(2, 4), model[0].weight.detach().clone()
+    loras = [METHODS["lora"](A=torch.randn(2, 9), B=torch.randn(6, 2), scaling=0.5) for _ in range(2)]
+    adapters = [Adapter({Target("0", layout="in out *k"): (each,)}) for each in loras]
+    ak.torch.inject(model, compose.split(*adapters, sizes=[1, 3]))
+    tables = [base + 0.5 * (each.B @ each.A).T for each in loras]
+    close(model(ids), torch.cat([tables[0][ids[:, :1]], tables[1][ids[:, 1:]]], 1))
+
+
+def test_a_split_of_a_convolution_is_refused():
+    model = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1))
+    change = Adapter({Target("0"): (METHODS["lora"](A=torch.randn(2, 4, 3), B=torch.randn(4, 2)),)})
+    ak.torch.inject(model, compose.split(change, change, sizes=[2, 2]))
+    with pytest.raises(Unsupported, match="0: a split needs an axis of tokens"):
+        model(torch.randn(2, 4, 8))
+
+
+@pytest.mark.parametrize("formats", [("peft", "peft"), (None, None)])
+def test_a_stack_pads_convolutions_like_the_tool_that_trained_its_adapters(formats):
+    """PEFT's LoRA pads with zeros, whatever the layer pads with; the weight's own formula pads as the layer."""
+    model, x = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular")), torch.randn(2, 4, 8)
+    wanted = model(x)
+    adapters = []
+    for name in formats:
+        update = METHODS["lora"](A=torch.randn(2, 4, 3), B=torch.randn(4, 2))
+        made = Adapter({Target("0"): (update,)})
+        adapters.append(made.step("read", format=name) if name else made)
+        padded = nn.functional.pad(x, (1, 1), mode="constant" if name else "circular")
+        wanted = wanted + nn.functional.conv1d(nn.functional.conv1d(padded, update.A), update.B[..., None])
+    ak.torch.inject(model, compose.stack(*adapters))
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_blocks_nest():
     model, x = linear()
     one, other, third = (lora("q", seed) for seed in (1, 2, 3))
@@ -314,6 +348,10 @@ def alora():
         (lambda: compose.fuse(lora("q", 1), fusion=HUB / "dynamic"), TargetNotFound, "fusion has no weights"),
         (lambda: compose.fuse(lora("q", 1), fusion=HUB / "a"), StorageError, "no adapter_fusion_config.json"),
         (lambda: compose.batch_split(linear()[0], ["a"], [1, 2]), UsageError, "2 sizes for 1"),
+        (lambda: compose.split(lora("q", 1), lora("q", 2), sizes=[-1, 6]), UsageError, "-1 is not a number of tokens"),
+        (lambda: compose.split(lora("q", 1), lora("q", 2), sizes=[2.0, 3.0]), UsageError, "2.0 is not a number"),
+        (lambda: compose.batch_split(linear()[0], ["a", None], [-1, 3]), UsageError, "-1 is not a number of tokens"),
+        (lambda: compose.parallel(linear()[0], []), UsageError, "no adapters to compose"),
     ],
 )
 def test_what_cannot_be_composed_is_refused(make, error, words):

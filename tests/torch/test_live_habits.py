@@ -13,7 +13,9 @@ from safetensors.numpy import load_file
 from torch import nn
 
 import adapterkit as ak
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import UsageError
+from adapterkit.methods.lora import LoRA
 from adapterkit.torch.starts import NF4, _to_int8, _to_nf4
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -122,6 +124,32 @@ def test_lora_fa_trains_as_pefts_optimizer(decay, monkeypatch):
     for name, value in handle.state_dict().items():
         assert torch.equal(value, before[name]) == name.endswith(".A")
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.ndim != 2] == []
+
+
+@pytest.mark.parametrize("experts", [2, 3])
+def test_lora_fa_corrects_the_gradient_of_each_stacked_expert(experts):
+    """With 3 experts of rank 3, the product over the wrong axes has a valid shape too."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(experts, 5, 6))
+
+        def forward(self, x):
+            return torch.einsum("eoi,bi->beo", self.w, x)
+
+    torch.manual_seed(0)
+    model = Experts()
+    lora = LoRA(A=torch.randn(experts, 3, 6), B=torch.randn(experts, 5, 3), scaling=2.0)
+    adapter = Adapter({Target("w", layout="e out *in"): (lora,)})
+    handle = ak.torch.inject(model, adapter, trainable=True)
+    optimizer = ak.torch.LoRAFA(handle, betas=(0.0, 0.0))
+    model(torch.randn(4, 6)).square().sum().backward()
+    B = next(p for name, p in handle.named_parameters() if name.endswith(".B"))
+    A = lora.A.double()
+    wanted = B.grad.double() @ torch.linalg.inv(A @ A.mT) / lora.scaling**2
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[B]["mean"].double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_lora_fa_resumes_bit_for_bit_and_refuses_other_methods():

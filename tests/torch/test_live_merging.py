@@ -115,6 +115,24 @@ def test_a_failed_unmerge_after_the_adapter_changed_leaves_the_merged_bits(monke
     assert same(bits(model), before)
 
 
+@pytest.mark.parametrize("keep", ["copy", "recompute"])
+def test_a_model_made_in_inference_mode_is_merged_and_unmerged(keep):
+    """torch counts no changes of inference tensors; the checksums notice them."""
+    with torch.inference_mode():
+        model = two_layers()
+        before = bits(model)
+        handle = ak.torch.inject(model, adapter())
+        handle.merge_(keep=keep)
+        merged = bits(model)
+        model[0].weight[0, 0] += 1
+        with pytest.raises(UsageError, match="changed after"):
+            handle.unmerge_()
+        model[0].weight.view(torch.int16).copy_(merged["0.weight"])
+        handle.unmerge_()
+    assert not same(merged, before)
+    assert same(bits(model), before)
+
+
 def test_recomputing_after_the_adapter_changed_is_refused():
     model = two_layers()
     handle = ak.torch.inject(model, adapter(1), trainable=True, weight=1e-3)
@@ -172,6 +190,29 @@ def test_a_merge_that_fails_half_way_changes_nothing(monkeypatch):
     monkeypatch.undo()
     handle.merge_()
     assert not same(bits(model), before)
+
+
+@pytest.mark.parametrize("keep", [False, "copy", "recompute"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_merge_that_overflows_the_dtype_changes_nothing(method, keep):
+    """float16 ends at 65,504; an infinity that the base already has is no reason to refuse."""
+    if (method, keep) == ("dora", "recompute"):
+        keep = True
+    fields = {"A": torch.full((2, 16), 50.0), "B": torch.full((8, 2), 100.0)}
+    if method == "dora":
+        fields["magnitude"] = torch.full((8,), 1e6)
+    model = two_layers(torch.float16)
+    model[0].weight.data[0] = 6e4
+    before = bits(model)
+    change = Adapter({Target("0"): (METHODS[method](**fields),)})
+    handle = ak.torch.inject(model, change)
+    with pytest.raises(NotMergeable, match="0: the merge yields a NaN or an infinity in float16"):
+        handle.merge_(keep=keep)
+    assert same(bits(model), before)
+    handle.remove()
+    model[0].weight.data[0, 0] = torch.inf
+    ak.torch.inject(model, change).merge_(keep=keep)
+    assert model[0].weight.isinf().any()
 
 
 def test_parameters_on_one_memory_are_not_merged():
