@@ -120,6 +120,9 @@ PAST = "past_key_values."
 MOST_NAMED = 4
 """An error lists at most this many inputs, or this many graphs of a folder."""
 
+MOST_STACKS = 8
+"""A session keeps the stacked values of at most this many sets of adapters, because each set takes memory."""
+
 _WRITE_ADAPTER = "Write the adapter for this model with adapterkit.onnx.write_adapter"
 
 
@@ -247,7 +250,7 @@ class Session:
         stems = {key.rpartition(".")[0] for key in feeds.keys() - same}
         feeds = {key: array for key, array in feeds.items() if key.rpartition(".")[0] in stems}
         self._loaded[name] = {key: (array, self._placed(array)) for key, array in feeds.items()}
-        self._stacks.clear()
+        self._stacks = {}  # Do not clear the old dictionary: another thread may be about to add a stack to it.
 
     def unload(self, name: str) -> None:
         """Remove an adapter.
@@ -257,7 +260,7 @@ class Session:
         """
         self._named(name)
         del self._loaded[name]
-        self._stacks.clear()
+        self._stacks = {}
 
     def run(
         self, inputs: Mapping[str, npt.ArrayLike], adapter: Choice = None, outputs: Sequence[str] | None = None
@@ -527,16 +530,20 @@ class Session:
         if len(names) not in sizes:
             why = f"the list has {len(names)} adapters for a batch of {max(sizes, default=0)} rows"
             raise UsageError(why, path=self._path, where="adapter", cure="Pass a list with a name or None for each row")
-        for name in names:
-            if name is not None:
-                self._named(name)
-        order = tuple(dict.fromkeys(names))
-        if order not in self._stacks:
-            loaded = {name: {key: array for key, (array, _) in self._loaded[name].items()} for name in order if name}
-            arrays_by_slot = stacked(order, loaded, self._slots)
-            self._stacks[order] = {key: self._placed(array) for key, array in arrays_by_slot.items() if key != INDEX}
+        # Take the dictionary before the adapters: if another thread replaces an adapter after this line, a stack with
+        # the old adapter then goes into a dictionary that later runs do not use.
+        stacks = self._stacks
+        loaded = {name: self._named(name) for name in names if name is not None}
+        order = tuple(sorted(set(names), key=lambda name: (name is not None, name or "")))
+        if (stack := stacks.get(order)) is None:
+            arrays = {name: {key: array for key, (array, _) in tensors.items()} for name, tensors in loaded.items()}
+            arrays_by_slot = stacked(order, arrays, self._slots)
+            stack = {key: self._placed(array) for key, array in arrays_by_slot.items() if key != INDEX}
+            for oldest in list(stacks)[: max(len(stacks) - MOST_STACKS + 1, 0)]:
+                stacks.pop(oldest, None)
+            stacks[order] = stack
         index = np.array([order.index(name) for name in names], np.int64)
-        return self._stacks[order] | {INDEX: self._placed(index)}
+        return stack | {INDEX: self._placed(index)}
 
     def _weighed(self, name: str, loaded: Mapping[str, tuple[Array, OrtValue]], weight: float) -> dict[str, OrtValue]:
         """Multiply an adapter's scalings by a weight, and return the products as values for the scaling slots."""
