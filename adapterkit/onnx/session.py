@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -279,7 +280,7 @@ class Session:
 
         Raises:
             UsageError: an input is missing, unknown or of another dtype; an output is unknown; no adapter of this name
-                is loaded; or a list of adapters does not fit the model or the batch.
+                is loaded; a weight is not a finite number; or a list of adapters does not fit the model or the batch.
             ShapeMismatch: onnxruntime cannot run the model on these inputs, for example because of their shapes.
             Unsupported: two adapters use the same slot; an input and an adapter set the same slot; or an adapter gets
                 a weight other than 1, but has no scaling that the weight could multiply.
@@ -299,6 +300,8 @@ class Session:
                 raise UsageError(
                     f"the model has no output {name!r}", path=self._path, cure=nearest(name, self.outputs) or _OUTPUTS
                 )
+        if not names:  # onnxruntime would return all outputs.
+            return {}
         if adapter is not None and not isinstance(adapter, str | Mapping):
             chosen = self._of_rows(list(adapter), inputs)
         else:
@@ -547,6 +550,9 @@ class Session:
 
     def _weighed(self, name: str, loaded: Mapping[str, tuple[Array, OrtValue]], weight: float) -> dict[str, OrtValue]:
         """Multiply an adapter's scalings by a weight, and return the products as values for the scaling slots."""
+        if not isinstance(weight, Real) or not np.isfinite(weight):
+            why = f"the weight of adapter {name!r} is {weight!r}, which is not a finite number"
+            raise UsageError(why, path=self._path, where="adapter", cure="Pass a number for each adapter")
         stems = {key.rpartition(".")[0] for key in loaded}
         if bare := sorted(stem for stem in stems if f"{stem}.scaling" not in loaded):
             cure = "Use the adapter with weight 1, or scale the adapter with adapterkit.ops.scale and load the result"

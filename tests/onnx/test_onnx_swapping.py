@@ -258,3 +258,12 @@ def test_numbers_too_large_for_a_slot_are_refused(mode, tmp_path):
     session = ak.onnx.Session(tmp_path / "out.onnx")
     with pytest.raises(Malformed, match="too large for the slot's dtype float16"):
         session.load("a", Adapter({Target(Q): (update,)}))
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None])
+def test_weights_of_a_run_are_finite_numbers(weight, tmp_path):
+    ak.onnx.inject(graph(tmp_path), adapter(), tmp_path / "slots.onnx", mode="slots")
+    session = ak.onnx.Session(tmp_path / "slots.onnx", {"a": adapter()})
+    with pytest.raises(UsageError, match="not a finite number"):
+        session.run({"x": batch(2)}, {"a": weight})
+    assert session.run({"x": batch(2)}, {"a": np.float32(0.5)}, outputs=[]) == {}
