@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,9 @@ PAST = "past_key_values."
 
 MOST_NAMED = 4
 """An error lists at most this many inputs, or this many graphs of a folder."""
+
+MOST_STACKS = 8
+"""A session keeps the stacked values of at most this many sets of adapters, because each set takes memory."""
 
 _WRITE_ADAPTER = "Write the adapter for this model with adapterkit.onnx.write_adapter"
 
@@ -247,7 +251,7 @@ class Session:
         stems = {key.rpartition(".")[0] for key in feeds.keys() - same}
         feeds = {key: array for key, array in feeds.items() if key.rpartition(".")[0] in stems}
         self._loaded[name] = {key: (array, self._placed(array)) for key, array in feeds.items()}
-        self._stacks.clear()
+        self._stacks = {}  # Do not clear the old dictionary: another thread may be about to add a stack to it.
 
     def unload(self, name: str) -> None:
         """Remove an adapter.
@@ -257,7 +261,7 @@ class Session:
         """
         self._named(name)
         del self._loaded[name]
-        self._stacks.clear()
+        self._stacks = {}
 
     def run(
         self, inputs: Mapping[str, npt.ArrayLike], adapter: Choice = None, outputs: Sequence[str] | None = None
@@ -276,7 +280,7 @@ class Session:
 
         Raises:
             UsageError: an input is missing, unknown or of another dtype; an output is unknown; no adapter of this name
-                is loaded; or a list of adapters does not fit the model or the batch.
+                is loaded; a weight is not a finite number; or a list of adapters does not fit the model or the batch.
             ShapeMismatch: onnxruntime cannot run the model on these inputs, for example because of their shapes.
             Unsupported: two adapters use the same slot; an input and an adapter set the same slot; or an adapter gets
                 a weight other than 1, but has no scaling that the weight could multiply.
@@ -296,6 +300,8 @@ class Session:
                 raise UsageError(
                     f"the model has no output {name!r}", path=self._path, cure=nearest(name, self.outputs) or _OUTPUTS
                 )
+        if not names:  # onnxruntime would return all outputs.
+            return {}
         if adapter is not None and not isinstance(adapter, str | Mapping):
             chosen = self._of_rows(list(adapter), inputs)
         else:
@@ -527,19 +533,26 @@ class Session:
         if len(names) not in sizes:
             why = f"the list has {len(names)} adapters for a batch of {max(sizes, default=0)} rows"
             raise UsageError(why, path=self._path, where="adapter", cure="Pass a list with a name or None for each row")
-        for name in names:
-            if name is not None:
-                self._named(name)
-        order = tuple(dict.fromkeys(names))
-        if order not in self._stacks:
-            loaded = {name: {key: array for key, (array, _) in self._loaded[name].items()} for name in order if name}
-            arrays_by_slot = stacked(order, loaded, self._slots)
-            self._stacks[order] = {key: self._placed(array) for key, array in arrays_by_slot.items() if key != INDEX}
+        # Take the dictionary before the adapters: if another thread replaces an adapter after this line, a stack with
+        # the old adapter then goes into a dictionary that later runs do not use.
+        stacks = self._stacks
+        loaded = {name: self._named(name) for name in names if name is not None}
+        order = tuple(sorted(set(names), key=lambda name: (name is not None, name or "")))
+        if (stack := stacks.get(order)) is None:
+            arrays = {name: {key: array for key, (array, _) in tensors.items()} for name, tensors in loaded.items()}
+            arrays_by_slot = stacked(order, arrays, self._slots)
+            stack = {key: self._placed(array) for key, array in arrays_by_slot.items() if key != INDEX}
+            for oldest in list(stacks)[: max(len(stacks) - MOST_STACKS + 1, 0)]:
+                stacks.pop(oldest, None)
+            stacks[order] = stack
         index = np.array([order.index(name) for name in names], np.int64)
-        return self._stacks[order] | {INDEX: self._placed(index)}
+        return stack | {INDEX: self._placed(index)}
 
     def _weighed(self, name: str, loaded: Mapping[str, tuple[Array, OrtValue]], weight: float) -> dict[str, OrtValue]:
         """Multiply an adapter's scalings by a weight, and return the products as values for the scaling slots."""
+        if not isinstance(weight, Real) or not np.isfinite(weight):
+            why = f"the weight of adapter {name!r} is {weight!r}, which is not a finite number"
+            raise UsageError(why, path=self._path, where="adapter", cure="Pass a number for each adapter")
         stems = {key.rpartition(".")[0] for key in loaded}
         if bare := sorted(stem for stem in stems if f"{stem}.scaling" not in loaded):
             cure = "Use the adapter with weight 1, or scale the adapter with adapterkit.ops.scale and load the result"

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from ..core.adapter import Adapter, Target
 from ..core.updates import Update
-from ..errors import ShapeMismatch, TargetNotFound, Unsupported, nearest, places_errors
+from ..errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, nearest, places_errors
 from ..io.checkpoint import opened as opened_base
 from ..io.lazy import as_array, from_numpy
 from ..io.ort_adapter import OrtAdapter, write_ort_adapter
@@ -52,7 +52,7 @@ def fit(
         ShapeMismatch: a tensor does not fit its slot.
         Unsupported: two different tensors have the same slot; or an attribute of an update has no slot, and its value
             differs from the constant in the model's nodes.
-        Malformed: the model's list of slots is damaged.
+        Malformed: the model's list of slots is damaged, or a number is too large for its slot's dtype.
     """
     (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
     return _fitted(model, read, base_weights)[1]
@@ -267,8 +267,7 @@ def _fill(
         name = fields[field]
         array = _padded(update, field, as_array(leaf), slots[name])
         _check(name, array, slots[name], target)
-        kind = slots[name].dtype
-        cast = array if array.dtype.kind in "iu" or kind is None else array.astype(kind.numpy())
+        cast = _cast(name, array, slots[name], target)
         if name in feeds and not np.array_equal(feeds[name], cast):
             raise Unsupported("two tensors with different values have the same slot", where=name, cure=_INJECT_SLOTS)
         feeds[name] = cast
@@ -308,12 +307,30 @@ def _fill_rows(
     """
     from .rowwise import factors_of
 
+    for field in update.tensors:
+        if field not in fields:
+            raise TargetNotFound(f"the model has no slot for {field}", where=str(target), cure=_INJECT_SLOTS)
     for field, array in factors_of(update).items():
         name = fields[field]
         _check(name, array, slots[name], target)
-        kind = slots[name].dtype
-        feeds[name] = array if kind is None else array.astype(kind.numpy())
+        feeds[name] = _cast(name, array, slots[name], target)
     return {}
+
+
+def _cast(name: str, array: Array, slot: ir.Value, target: Target) -> Array:
+    """Convert a tensor to its slot's dtype; return integers unchanged.
+
+    Raises:
+        Malformed: a number is too large for the dtype.
+    """
+    if array.dtype.kind in "iu" or slot.dtype is None:
+        return array
+    with np.errstate(over="ignore"):
+        cast: Array = array.astype(slot.dtype.numpy())
+    if not np.isfinite(cast).all():
+        why = f"a number is too large for the slot's dtype {cast.dtype}"
+        raise Malformed(why, where=f"{target}: {name}", cure="Export the model in float32 or bfloat16")
+    return cast
 
 
 def _check(name: str, array: Array, slot: ir.Value, target: Target) -> None:

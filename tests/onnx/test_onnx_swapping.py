@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -12,10 +14,20 @@ from onnx import TensorProto, helper, numpy_helper
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
-from adapterkit.errors import CheckFailed, ShapeMismatch, StorageError, TargetNotFound, Unsupported, UsageError
+from adapterkit.errors import (
+    CheckFailed,
+    Malformed,
+    ShapeMismatch,
+    StorageError,
+    TargetNotFound,
+    Unsupported,
+    UsageError,
+)
 from adapterkit.io.lazy import from_numpy
 from adapterkit.io.ort_adapter import OrtAdapter, write_ort_adapter
 from adapterkit.methods import METHODS
+from adapterkit.onnx import rowwise
+from adapterkit.onnx.session import MOST_STACKS
 
 SIZE = 6
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
@@ -191,3 +203,67 @@ def test_rows_that_are_not_the_first_axis_are_found_out(tmp_path):
     onnx.save(model, tmp_path / "turned.onnx")
     with pytest.raises((CheckFailed, Unsupported)):
         ak.onnx.inject(tmp_path / "turned.onnx", adapter(), tmp_path / "out.onnx", mode="rows")
+
+
+def test_rows_without_a_slot_for_the_bias_refuse_a_bias(tmp_path):
+    ak.onnx.inject(graph(tmp_path), adapter(), tmp_path / "rows.onnx", mode="rows")
+    update = METHODS["lora"](A=torch.ones(2, SIZE), B=torch.ones(SIZE, 2), bias=torch.ones(SIZE))
+    session = ak.onnx.Session(tmp_path / "rows.onnx")
+    with pytest.raises(TargetNotFound, match="no slot for bias"):
+        session.load("a", Adapter({Target(V): (update,)}))
+
+
+def test_stacks_of_rows_do_not_pile_up(tmp_path):
+    """Each set of adapters has one stack; old stacks go. An empty name is a name, too."""
+    ak.onnx.inject(graph(tmp_path), adapter(), tmp_path / "rows.onnx", mode="rows")
+    names = ["", *(f"a{number}" for number in range(5))]
+    held = {name: adapter(seed, rank=1 + seed) for seed, name in enumerate(names)}
+    session = ak.onnx.Session(tmp_path / "rows.onnx", held)
+    x = batch(3)
+    for chosen in itertools.permutations([None, *names], 3):
+        got = session.run({"x": x}, chosen)["y"]
+        want = np.stack([formula(row, held.get(name)) for row, name in zip(x, chosen, strict=True)])
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert len(session._stacks) <= MOST_STACKS
+
+
+def test_an_adapter_replaced_during_a_run_is_not_used_later(tmp_path, monkeypatch):
+    ak.onnx.inject(graph(tmp_path), adapter(), tmp_path / "rows.onnx", mode="rows")
+    session = ak.onnx.Session(tmp_path / "rows.onnx", {"a": adapter(1)})
+    x, stacked = batch(2), rowwise.stacked
+
+    def meanwhile(*args):
+        monkeypatch.undo()
+        made = stacked(*args)
+        session.load("a", adapter(2))  # As another thread would, while a run builds its stack.
+        return made
+
+    monkeypatch.setattr("adapterkit.onnx.session.stacked", meanwhile)
+    session.run({"x": x}, ["a", None])
+    got = session.run({"x": x}, ["a", None])["y"]
+    np.testing.assert_allclose(got[0], formula(x[0], adapter(2)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["slots", "rows", "inputs"])
+def test_numbers_too_large_for_a_slot_are_refused(mode, tmp_path):
+    base = graph(tmp_path)
+    model = onnx.load(base)
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype("f2"), tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save(model, base)
+    ak.onnx.inject(base, adapter(), tmp_path / "out.onnx", mode=mode)
+    update = METHODS["lora"](A=torch.full((2, SIZE), 1e5), B=torch.full((SIZE, 2), 1e-6))
+    session = ak.onnx.Session(tmp_path / "out.onnx")
+    with pytest.raises(Malformed, match="too large for the slot's dtype float16"):
+        session.load("a", Adapter({Target(Q): (update,)}))
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None])
+def test_weights_of_a_run_are_finite_numbers(weight, tmp_path):
+    ak.onnx.inject(graph(tmp_path), adapter(), tmp_path / "slots.onnx", mode="slots")
+    session = ak.onnx.Session(tmp_path / "slots.onnx", {"a": adapter()})
+    with pytest.raises(UsageError, match="not a finite number"):
+        session.run({"x": batch(2)}, {"a": weight})
+    assert session.run({"x": batch(2)}, {"a": np.float32(0.5)}, outputs=[]) == {}
