@@ -260,6 +260,20 @@ def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list
     return ["0" * width if dtype in SIGNED_ZEROS and each == negative else each for each in elements]
 
 
+def _is_output(output: object) -> bool:
+    """Whether an output is an error, or only has tensors, each with a shape and as many numbers as the shape says."""
+    import numpy as np
+
+    if not isinstance(output, dict):
+        return False
+    try:
+        return "error" in output or all(
+            np.asarray(each["values"], dtype="f8").shape == (math.prod(each["shape"]),) for each in output.values()
+        )
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return False
+
+
 def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
     """Check the tensors that the program computed. The file `expected` contains the base and the expected tensors.
 
@@ -273,6 +287,8 @@ def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
     outputs = line.get("outputs")
     if not line.get("ok") or not isinstance(outputs, dict):
         return _outcome(case, False, f"{line.get('error', 'the answer has no outputs')}")
+    if not all(_is_output(each) for each in outputs.values()):
+        return _outcome(case, False, "an output of the answer is neither an error nor tensors with a shape and values")
     without = {path for path, each in outputs.items() if each.get("error") == "Unsupported"}
     lacking = bool(outputs) and len(without) == len(outputs)
     judged = _judged(case, next(iter(outputs.values()), {})) if "error" in case["expected"] else None

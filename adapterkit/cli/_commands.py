@@ -262,8 +262,8 @@ def text_of(error: AdapterkitError) -> str:
 
 _BOTH = re.compile(r"\b[a-z_]+=(?:'[^'/]*'|[^\s/()]*)/(--[a-z][a-z-]*)")
 _AFTER = re.compile(
-    r"(--[a-z][a-z-]*(?: [A-Za-z][\w.-]*| '[^']*')?) "
-    r"\((?:in Python )?[a-z_]+=[^()\s]*(?:, [a-z_]+=[^()\s]*)*(?: in Python)?\)"
+    r"(--[a-z][a-z-]*(?: [A-Za-z0-9][\w.=-]*| '[^']*')?) "
+    r"\((?:in Python )?[a-z_]+=(?:\{[^{}]*\}|[^()\s]*)(?:, [a-z_]+=[^()\s]*)*(?: in Python)?\)"
 )
 
 

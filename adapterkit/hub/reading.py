@@ -243,7 +243,8 @@ class Shards:
 
     Attributes:
         path: the base's local path.
-        begun: True once the download of a weight file has started. From then on, a later run can continue the download.
+        begun: True if the download of a weight file has started, in this run or in an earlier one. Then a later run can
+            continue the download.
     """
 
     def __init__(self, remote: Remote, folder: Path) -> None:
@@ -262,7 +263,9 @@ class Shards:
             raise Unsupported("only safetensors files can be streamed", path=str(self.remote.uri), cure=NOT_STREAMED)
         # Keep the folder `parts`, which has the downloads of an interrupted run. Write all files in `base` again.
         shutil.rmtree(self.folder / "base", ignore_errors=True)
-        (self.folder / "parts").mkdir(exist_ok=True)
+        parts = self.folder / "parts"
+        parts.mkdir(exist_ok=True)
+        self.begun = any(parts.iterdir())
         for name, file in wanted.items():
             target = self.folder / "base" / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -344,7 +347,7 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
             try:
                 yield shards
             except StorageError:
-                if not shards.begun:  # This run has started no download that a later run could continue.
+                if not shards.begun:  # There is no download that a later run could continue.
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
             finally:

@@ -145,6 +145,8 @@ def test_extract_writes_what_peft_loads_unless_it_is_one_file() -> None:
         ("Write --rename 'FROM=TO' (rename=['FROM=TO']), such as a=b", "Write --rename 'FROM=TO', such as a=b"),
         ("or pass --overwrite (in Python overwrite=True)", "or pass --overwrite"),
         ("Give one of --key PUB.pem (key=) and --trust", "Give one of --key PUB.pem and --trust"),
+        ("extract m --base BASE (base=) --rank 64 (rank=) -o OUT", "extract m --base BASE --rank 64 -o OUT"),
+        ("Pass --call mask=NAME (call={'mask': 'NAME'})", "Pass --call mask=NAME"),
         ("a path such as base=/models/x", "a path such as base=/models/x"),
     ],
 )

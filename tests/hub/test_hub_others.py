@@ -128,6 +128,71 @@ def test_of_two_pushes_at_once_one_is_refused(bucket: str, lora: Path, monkeypat
     assert ak.read(uri).digest() == ak.read(lora).digest()
 
 
+def test_a_push_after_an_interrupted_one_lists_what_is_stored(
+    bucket: str, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adapterkit.hub.hubs.s3 import S3
+
+    uri, real, first = f"s3://{bucket}/x", S3._put, {"notes.txt": b"version 1", "other.txt": b"version 1"}
+    ak.hub.push(lay(lora, first), uri)
+    lay(lora, {"notes.txt": b"version 2"})
+
+    def put(remote: S3, name: str, content: object) -> None:
+        real(remote, name, content)
+        raise Corrupt("the line was cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(S3, "_put", put)
+        with pytest.raises(Corrupt):
+            ak.hub.push(lora, uri, overwrite=True)
+    lay(lora, first)
+    with pytest.raises(StorageError, match=r"x/notes\.txt"):
+        ak.hub.push(lora, uri)
+    assert ak.hub.push(lora, uri, overwrite=True).replaced == ("x/notes.txt",)
+    ak.hub.pull(uri, tmp_path / "out")
+    assert first.items() <= laid(tmp_path / "out").items()
+
+
+def test_a_push_that_changes_nothing_ends_an_interrupted_one(
+    bucket: str, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adapterkit.hub.hubs.s3 import S3
+
+    uri = f"s3://{bucket}/x"
+    ak.hub.push(lora, uri)
+    lay(lora, {"more.txt": b"more"})
+    with monkeypatch.context() as patch:
+        patch.setattr(S3, "_put", lambda *_: (_ for _ in ()).throw(Corrupt("the line was cut")))
+        with pytest.raises(Corrupt):
+            ak.hub.push(lora, uri)
+    (lora / "more.txt").unlink()
+    assert ak.hub.push(lora, uri).added == ()
+    ak.hub.pull(uri, tmp_path / "out")
+    assert laid(lora).items() <= laid(tmp_path / "out").items()
+
+
+def test_a_push_that_was_overtaken_uploads_no_more_files(
+    bucket: str, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adapterkit.hub.hubs.s3 import S3
+
+    uri, real = f"s3://{bucket}/x", S3.place
+    other = lay(tmp_path / "other", peft_files("org/another") | {"z.txt": b"other"})
+    lay(lora, {"z.txt": b"lora"})
+
+    def place(remote: S3, name: str, content: object, digests: object) -> object:
+        done = real(remote, name, content, digests)
+        monkeypatch.setattr(S3, "place", real)
+        ak.hub.push(other, uri)
+        return done
+
+    monkeypatch.setattr(S3, "place", place)
+    with pytest.raises(NetworkError, match="in the meantime"):
+        ak.hub.push(lora, uri)
+    ak.hub.pull(uri, tmp_path / "out")
+    assert laid(other).items() <= laid(tmp_path / "out").items()
+
+
 def test_flipped_bits_in_a_bucket_are_found(bucket: str, server: str, lora: Path, tmp_path: Path) -> None:
     import obstore
 

@@ -13,7 +13,7 @@ from oci_registry import registry  # noqa: F401 - a fixture
 from safetensors.numpy import save
 
 import adapterkit as ak
-from adapterkit.errors import NetworkError
+from adapterkit.errors import NetworkError, StorageError
 from adapterkit.hub import reading as streaming
 
 
@@ -96,6 +96,18 @@ def test_a_merge_that_the_network_stopped_goes_on(hub: HubServer, places: Path) 
     assert report["resumed"] == ["model-1-of-4.safetensors", "model-2-of-4.safetensors"]
     assert same_as_local(places / "out", places)
     assert not [path for _, path, headers in hub.asked("model-1-of") if headers["range"].endswith("-")]
+
+
+def test_a_refusal_before_the_first_download_keeps_what_an_earlier_run_downloaded(hub: HubServer, places: Path) -> None:
+    with pytest.raises(NetworkError):
+        _merge_with_loss(hub, places)
+    hub.faults = []
+    (parts,) = places.glob(".out.streaming/parts")
+    left = laid(parts)
+    assert left
+    with pytest.raises(StorageError), streaming.streamed("hf://org/base", places / "out"):
+        raise StorageError("the output exists")
+    assert laid(parts) == left
 
 
 def _merge_with_loss(hub: HubServer, places: Path) -> None:

@@ -490,6 +490,19 @@ def test_a_context_vector_is_judged_by_its_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "tensor", [3, {"values": [1.0]}, {"shape": [1]}, {"shape": [2], "values": [1.0]}, {"shape": [1], "values": ["a"]}]
+)
+def test_an_answer_of_another_structure_fails_its_case_alone(tensor, tmp_path):
+    case = next(case for case in COMPUTED if case["verb"] == "compute" and "error" not in case["expected"])
+    assert "q.y" in safetensors.read(VECTORS / list(case["inputs"])[1])
+    suite = suite_of([case], tmp_path)
+    for output in (tensor, {"y": tensor}):
+        (outcome,) = conformance(answering({"ok": True, "outputs": {"q": output}}), suite)
+        assert outcome.passed is False
+        assert outcome.why
+
+
+@pytest.mark.parametrize(
     ("wrong", "passed"), [(None, None), ("unsupported elsewhere", None), ("a number", False), ("another error", False)]
 )
 def test_a_path_without_a_formula_is_counted_apart(wrong, passed, reader, tmp_path):

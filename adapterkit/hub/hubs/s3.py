@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -323,14 +324,39 @@ class S3(Listing):
     def there(self) -> Mapping[str, RemoteFile] | None:
         """Return the files in the folder, keyed by path.
 
-        If a push is unfinished, return the files that the folder had before this push.
+        If a push is unfinished, return the files that the folder had before this push. Their bytes are compared with
+        the list, because the push may have replaced some of them.
         """
         if self._claimed is not None:
             # `begin` has started a push, and tasks may have uploaded files. So return the files that `begin` saw.
             return self._met
         if self._list is not None and self._list[0] == self._key(LIST):
-            return {file.path: file for file in self._listed_files()}
+            return {file.path: file for file in (self._checked_files if self._unfinished else self._listed_files())}
         return super().there()
+
+    @property
+    def _unfinished(self) -> bool:
+        """Whether the stored file list belongs to a push that has not ended."""
+        return self._list is not None and self._list[0] == self._key(LIST) and self._list[1]["state"] != "whole"
+
+    @cached_property
+    def _checked_files(self) -> list[RemoteFile]:
+        """The listed files that still exist. If the bytes of a file have changed, its digest is `unknown:...`."""
+        return [checked for file in self._listed_files() if (checked := self._checked_file(file)) is not None]
+
+    def _checked_file(self, file: RemoteFile) -> RemoteFile | None:
+        def read() -> str:
+            digest = hashlib.sha256()
+            with self.bucket.asked("GET", file.path, {}) as response:
+                for piece in response.iter_raw(PIECE):
+                    digest.update(piece)
+            return digest.hexdigest()
+
+        try:
+            found = self.call(read)
+        except RemoteNotFound:
+            return None
+        return file if f"sha256:{found}" == file.digest else unknown(file.path, file.size, found)
 
     def send(
         self, files: Mapping[str, Content], changed: Sequence[str], digests: Mapping[str, Digests], message: str,
@@ -341,6 +367,7 @@ class S3(Listing):
         for name in changed:
             content = files[name]
             if not isinstance(content, Placed):
+                self._check_claim(claim)
                 self.place(name, content, digests[name])
             elif not self.holds(content):
                 raise lost(str(self.uri), name)
@@ -359,8 +386,10 @@ class S3(Listing):
         self._claimed = self._claim(_entries(self._before(), self.uri.path))
 
     def kept(self) -> str:
-        if self._claimed is not None:
-            self._write({"state": "whole", "files": _entries(self._before(), self.uri.path)}, self._claimed)
+        if self._claimed is not None or self._unfinished:
+            before = _entries(self._before(), self.uri.path)
+            self._write({"state": "whole", "files": before}, self._claimed or self._claim(before))
+            return S3(Address(self.uri.repo, None, self.uri.path, "s3")).commit
         return super().kept()
 
     def place(self, path: str, file: Path | bytes, digests: Digests) -> Placed:
@@ -394,6 +423,14 @@ class S3(Listing):
         # Add a random value, so that two pushes of the same files write different lists. If the lists were equal,
         # `_write` could take the other push's list for its own.
         return self._write({"state": "pushing", "files": before, "by": secrets.token_hex(16)}, tag)
+
+    def _check_claim(self, claim: str | None) -> None:
+        """Check that the file list is still the one that this push wrote.
+
+        Otherwise this push would upload over the files of another push, and the other push's list would be wrong.
+        """
+        if claim is not None and self.call(lambda: self._stored(self._key(LIST)))[1] != claim:
+            raise _overtaken(str(self.uri))
 
     def _write(self, state: Mapping[str, JsonValue], tag: str | None) -> str | None:
         """Write `state` as the file list, and return the list's new ETag.
@@ -449,8 +486,7 @@ class S3(Listing):
         if status in (401, 403) or kind in ("PermissionDeniedError", "UnauthenticatedError"):
             return AccessDenied("access is denied", path=place, cure=_CREDENTIALS)
         if kind in ("AlreadyExistsError", "PreconditionError"):
-            cure = "Look at the files that are in the bucket now, then run the same command again"
-            return NetworkError("somebody else pushed in the meantime", path=place, cure=cure)
+            return _overtaken(place)
         if status is not None:
             return NetworkError(f"the store answered {status}", path=place, cure=_CREDENTIALS)
         if is_transport(error) or isinstance(error, (Passing, TimeoutError)):
@@ -460,6 +496,11 @@ class S3(Listing):
                 f"the store is not reachable, or refuses access ({kind})", path=place, cure=_CREDENTIALS
             )
         return None
+
+
+def _overtaken(place: str) -> NetworkError:
+    cure = "Look at the files that are in the bucket now, then run the same command again"
+    return NetworkError("somebody else pushed in the meantime", path=place, cure=cure)
 
 
 def _status(error: Exception) -> int | None:
