@@ -216,7 +216,7 @@ def _blocks(
             why = f"a block {name!r} cannot contain context updates"
             raise Unsupported(why, where=str(target), cure="Combine these adapters with stack()")
         updates[target] = (block_of(tuple(map(_one, updates_of_each)), target),)
-    return _composed(name, updates)
+    return _composed(name, updates, _common_lineage(adapters))
 
 
 def _one(updates: Sequence[Update]) -> Update | None:

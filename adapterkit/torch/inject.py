@@ -386,7 +386,17 @@ def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Up
     layer = layer_of(module, module.forward)
     if layer is None:
         return site
-    updates = as_trained(site.updates, adapter.recipe, layer.shape, site.target, layer.padding)
+
+    def rewritten(update: Update) -> Update:
+        # A composition block has the updates of several adapters; one is None where its adapter has no update.
+        children: Sequence[Update | None] = getattr(update, "children", ())
+        if not children:
+            return as_trained((update,), adapter.recipe, layer.shape, site.target, layer.padding)[0]
+        new = tuple(None if child is None else rewritten(child) for child in children)
+        same = all(one is other for one, other in zip(new, children, strict=True))
+        return update if same else update.replace(children=new)
+
+    updates = tuple(map(rewritten, site.updates))
     given |= {id(new): old for new, old in zip(updates, site.updates, strict=True)}
     return replace(site, updates=updates)
 

@@ -138,8 +138,9 @@ def test_a_split_of_a_convolution_is_refused():
         model(torch.randn(2, 4, 8))
 
 
+@pytest.mark.parametrize("form", ["stack", "average"])
 @pytest.mark.parametrize("formats", [("peft", "peft"), (None, None)])
-def test_a_stack_pads_convolutions_like_the_tool_that_trained_its_adapters(formats):
+def test_a_composition_pads_convolutions_like_the_tool_that_trained_its_adapters(formats, form):
     """PEFT's LoRA pads with zeros, whatever the layer pads with; the weight's own formula pads as the layer."""
     model, x = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular")), torch.randn(2, 4, 8)
     wanted = model(x)
@@ -149,8 +150,10 @@ def test_a_stack_pads_convolutions_like_the_tool_that_trained_its_adapters(forma
         made = Adapter({Target("0"): (update,)})
         adapters.append(made.step("read", format=name) if name else made)
         padded = nn.functional.pad(x, (1, 1), mode="constant" if name else "circular")
-        wanted = wanted + nn.functional.conv1d(nn.functional.conv1d(padded, update.A), update.B[..., None])
-    ak.torch.inject(model, compose.stack(*adapters))
+        change = nn.functional.conv1d(nn.functional.conv1d(padded, update.A), update.B[..., None])
+        wanted = wanted + (change if form == "stack" else change / 2)
+    handle = ak.torch.inject(model, getattr(compose, form)(*adapters))
+    assert [u.method for _, u in handle.adapter()] == (["lora", "lora"] if form == "stack" else ["average"])
     torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
 
 
