@@ -36,15 +36,20 @@ class LoRA(Additive):
         A = random((rank, *W.shape[1:])) / math.prod(W.shape[1:]) ** 0.5
         return cls.from_fields(A=A, B=W.new_zeros(len(W), rank), **attributes)
 
+    @property
+    def _rows(self) -> Tensor:
+        """A as a matrix `[r, in * k]`, where k is the product of the kernel's sizes."""
+        # Do not reshape a matrix: autograd would record an additional operation, and -1 is ambiguous at rank 0.
+        return self.A if self.A.ndim == 2 else self.A.reshape(len(self.A), -1)
+
     def delta(self, shape: tuple[int, ...]) -> Tensor:
-        return ((self.scaling * self.B) @ self.A.reshape(len(self.A), -1)).reshape(shape)
+        return ((self.scaling * self.B) @ self._rows).reshape(shape)
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        return self.scaling * self.B, self.A.reshape(len(self.A), -1)
+        return self.scaling * self.B, self._rows
 
     def factors(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, float]:
-        # Do not reshape a matrix to the same shape, because autograd would record an additional operation.
-        return self.B, self.A if self.A.ndim == 2 else self.A.reshape(len(self.A), -1), self.scaling
+        return self.B, self._rows, self.scaling
 
     @property
     def changes_bias(self) -> bool:
@@ -55,12 +60,12 @@ class LoRA(Additive):
 
     def delta_into(self, D: Tensor, weight: float) -> None:
         if D.ndim == 2:
-            product(D, (weight * self.scaling) * self.B, self.A.reshape(len(self.A), -1))
+            product(D, (weight * self.scaling) * self.B, self._rows)
         else:
             super().delta_into(D, weight)
 
     def delta_norm(self, shape: tuple[int, ...]) -> float:
-        A, B = self.A.reshape(len(self.A), -1), self.B
+        A, B = self._rows, self.B
         return abs(self.scaling) * math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum()), 0.0))
 
     @of_pair

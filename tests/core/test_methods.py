@@ -275,6 +275,19 @@ def test_tensors_may_be_numpy_arrays(method, data, made):
         assert torch.equal(as_torch(other), one)
 
 
+def test_a_lora_of_rank_0_changes_nothing(tmp_path):
+    """AdaLoRA prunes ranks, and a resized change may have none left."""
+    adapter = Adapter({Target("q"): (METHODS["lora"](A=torch.zeros(0, 6), B=torch.zeros(4, 0)),)})
+    save_file({"q.weight": np.ones((4, 6), np.float32)}, tmp_path / "base.safetensors")
+    ak.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["q.weight"].tobytes() == np.ones((4, 6), np.float32).tobytes()
+    model, x = torch.nn.ModuleDict({"q": torch.nn.Linear(6, 4)}), torch.randn(2, 6)
+    y = model["q"](x)
+    ak.torch.inject(model, adapter)
+    assert torch.equal(model["q"](x), y)
+    assert ak.diff(adapter, adapter).equal
+
+
 @pytest.mark.parametrize(
     ("value", "why"),
     [
