@@ -147,7 +147,7 @@ def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
 
 
 def model_types_of(adapter: Adapter) -> tuple[str, ...]:
-    """Return the model types that an adapter's lineage and config state for its base, without duplicates.
+    """Return the model types of the base that an adapter's lineage and config name, without duplicates.
 
     A PEFT config without a task type contains the name of the Python module that defines the base's class, such as
     `transformers.models.llama.modeling_llama`. This name contains the model type. An AdapterHub config contains

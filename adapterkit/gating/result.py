@@ -199,7 +199,7 @@ class Gate:
         dtype: the dtype in which the models ran.
         seed: the seed of all random choices.
         effect: the effect of the adapters on the base.
-        kept: an entry for the merged model if the caller gave one, and an entry for the graph if the caller gave one.
+        kept: how much of the effect the merged model and the graph keep; one entry for each of them that was passed.
         checks: the comparisons with thresholds.
         verdicts: plain sentences about the result, faults first.
         seconds: the duration of the gate, in seconds.

@@ -386,7 +386,7 @@ def _may_be_foreign(value: ir.Value, place: ResolvedTarget, layer: GraphLayer) -
 
 
 def _added(layer: GraphLayer) -> Iterator[_Added]:
-    """Yield the values that nodes add to a layer's output, at once or after additions and operators in `PASSES`."""
+    """Yield the values that nodes add to a layer's output, directly or after additions and operators in `PASSES`."""
     waiting: list[tuple[ir.Value, tuple[ir.Node, ...], bool]] = [(layer.result, (), True)]
     for _ in range(WIDE):
         if not waiting:

@@ -211,7 +211,7 @@ def _vector_of(guesses: Sequence[_Guess], far: float, place: ResolvedTarget) -> 
 
     Args:
         guesses: the candidates for the layer, the nearest first.
-        far: the distance between the graph's weight and the base's weight without any scale.
+        far: the distance between the graph's weight and the base's weight if no vector is folded into it.
         place: the target, for the error.
 
     Raises:

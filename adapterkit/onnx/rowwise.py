@@ -182,9 +182,9 @@ def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
 def _is_batch(value: ir.Value, shape: ir.Shape | None, model: ir.Model) -> bool:
     """Whether the first axis of a value with two axes is the batch, rather than the tokens of all texts together.
 
-    The first axis is the batch if the value is an input of the graph. It is also the batch if its size is dynamic and
-    has a name, and an input with two or more axes has the same name for the size of its first axis. Two dynamic sizes
-    without a name may differ.
+    The first axis is the batch if the value is an input of the graph. Otherwise, both of these must hold: its size is
+    dynamic and has a name, and an input of the graph with two or more axes has a first axis with the same name. Two
+    dynamic sizes without a name may differ.
     """
     if value in model.graph.inputs:
         return True

@@ -82,8 +82,8 @@ def split(*adapters: Adapter, sizes: Sequence[int]) -> Adapter:
 
     Raises:
         UsageError: the number of sizes is not the number of adapters, or a size is not a whole number of at least 0.
-        Unsupported: an update is neither additive nor an output update, or reads arguments of the model's call. Or when
-            the model is called, the layer is a convolution.
+        Unsupported: an update is neither additive nor an output update, or it reads arguments of the model's call. The
+            call of the model raises this error if the layer is a convolution.
         ShapeMismatch: when the model is called, the number of tokens is not the sum of the sizes.
     """
     if len(sizes) != len(_some(adapters)):

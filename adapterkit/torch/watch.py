@@ -360,7 +360,7 @@ class _Step:
         """Check the whole model. If the module is a copy that was made without the model, check only this copy.
 
         Raises:
-            Unsupported: an adapter no longer acts.
+            Unsupported: an adapter no longer has an effect, because its module was replaced.
         """
         home = None if self.home is None else self.home()
         if home is not None:

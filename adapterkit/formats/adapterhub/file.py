@@ -563,7 +563,7 @@ def _third(rows: tuple[int, int]) -> bool:
     return start % size == 0 and start // size < 3
 
 
-# For each `model_type`, list the positions at which the adapters library puts bottleneck adapters. Each position has a
+# The rules below state, for each `model_type`, where the adapters library puts bottleneck adapters. Each position has a
 # target, which is a module of the base.
 #
 # In the adapters library, an adapter is a submodule of a block, and replaces the block's residual connection. In
