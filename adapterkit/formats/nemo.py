@@ -1,8 +1,8 @@
 """Read and write NeMo 1's LoRA: a `.nemo` archive, which is a tar file of `model_config.yaml` and `model_weights.ckpt`.
 
 Both of NeMo's variants can be read and written: `nemo` (one pair for query, key and value) and `canonical` (separate
-pairs). The config in the archive has alpha and the numbers of attention heads. If the model was trained in parallel, and
-the tensors are split over several processes, merge the tensors with NeMo first.
+pairs). The config in the archive has alpha and the numbers of attention heads. If the tensors are split over several
+processes, as after parallel training, merge the tensors with NeMo first.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The class also covers the adapters of Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00247, parallel adapters (He et
 al. 2021, https://arxiv.org/abs/2110.04366), gated adapters (Mao et al. 2021, https://arxiv.org/abs/2110.07577) and
-Adapter+ (Steitz and Roth 2024, https://arxiv.org/abs/2406.06820). Each of them is this
-class with different values of its fields.
+Adapter+ (Steitz and Roth 2024, https://arxiv.org/abs/2406.06820). Each of them is this class with different values of
+its fields.
 """
 
 from __future__ import annotations

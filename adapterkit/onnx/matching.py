@@ -118,7 +118,7 @@ def _named(base: Checkpoint, asked: Target) -> list[str]:
 
 
 def _compare_rows(place: ResolvedTarget, W: Array) -> None:
-    """Check that a target's rows of a packed weight match the base's weight.
+    """Check that those rows of a fused weight that belong to a target match the base's weight.
 
     The rows are computed from an attention node's head counts or a Split's sizes. If these numbers are wrong, the rows
     are wrong, too.
