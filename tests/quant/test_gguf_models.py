@@ -439,4 +439,4 @@ def test_a_tensor_of_another_shape_before_it_was_converted(tmp_path):
 def test_an_unknown_architecture_is_refused_with_what_it_is(tmp_path):
     write_image(tmp_path / "base.gguf", {"some.layer.weight": numbers(64, 64)}, "pony", "Q8_0")
     with pytest.raises(Unsupported, match="architecture 'pony'"):
-        ak.merge(tmp_path / "base.gguf", [adapter()], tmp_path / "out.gguf")
+        ak.merge(tmp_path / "base.gguf", [adapter()[0]], tmp_path / "out.gguf")

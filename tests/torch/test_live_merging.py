@@ -69,6 +69,7 @@ def test_unmerging_gives_back_every_bit(trainable):
 def test_unmerging_recomputes_every_bit(dtype, size):
     """The exact bits, however much of a weight its change took; and where it is small, without a copy of the weight."""
     torch.manual_seed(0)
+    size = min(size, 100) if dtype is torch.float16 else size  # A merge that overflows is refused.
     model, x = nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 8)).to(dtype), torch.randn(3, 256).to(dtype)
     bias = METHODS["lora"](A=torch.randn(2, 256), B=torch.randn(128, 2), bias=torch.randn(128), scaling=size)
     handle = ak.torch.inject(model, Adapter({Target("0"): (bias,), Target("1"): (lora(5, 128),)}), weight=0.7)

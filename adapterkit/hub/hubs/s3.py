@@ -353,10 +353,10 @@ class S3(Listing):
             return digest.hexdigest()
 
         try:
-            found = self.call(read)
+            digest = self.call(read)
         except RemoteNotFound:
             return None
-        return file if f"sha256:{found}" == file.digest else unknown(file.path, file.size, found)
+        return file if f"sha256:{digest}" == file.digest else unknown(file.path, file.size, digest)
 
     def send(
         self, files: Mapping[str, Content], changed: Sequence[str], digests: Mapping[str, Digests], message: str,
