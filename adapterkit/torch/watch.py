@@ -187,8 +187,10 @@ class Watch:
 
     def _is_fusible(self, module: nn.Module) -> bool:
         """Whether a module is an nn.TransformerEncoderLayer that is or contains a module with this adapter."""
+        if not isinstance(module, nn.TransformerEncoderLayer):
+            return False  # Decide most modules at once: this method is called for each module of the model.
         wanted = {id(each) for each in self.modules}
-        return isinstance(module, nn.TransformerEncoderLayer) and any(id(each) in wanted for each in module.modules())
+        return any(id(each) in wanted for each in module.modules())
 
     def __getstate__(self) -> dict[str, object]:
         # pickle stores a function by its name, and fails if the name now refers to another function. This happens if a
