@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,6 @@ from ._render import TextTable, View, counted, integer, number, parts, show, tex
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..io.strict_json import JsonValue
-    from ..ops import Cut
 
 
 PLACES = {"out", "dst", "overwrite", "every"}
@@ -164,15 +162,6 @@ def outcome(record: Mapping[str, object]) -> Iterable[str]:
     yield f"{record['out']}: {record['to']}, {updates} at {targets}"
     yield from (f"  {loss}" for loss in texts(record, "losses"))
     yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
-
-
-def relative_error(cuts: Sequence[Cut]) -> float | None:
-    """Return the error of all rank cuts together, relative to the norm of the changes before the cuts.
-
-    Return None if nothing was cut, or if all changes are zero.
-    """
-    whole = math.hypot(*(cut.norm for cut in cuts))
-    return math.hypot(*(cut.error for cut in cuts)) / whole if whole else None
 
 
 def cuts_view(record: Mapping[str, object], every: bool) -> View:

@@ -73,6 +73,7 @@ def command(
     """Run `adapterkit.ops.combine`."""
     from .. import detect, ops
     from ..errors import Unrepresentable
+    from ..ops.resizing import relative_error
 
     given = {
         "rank": rank, "seed": seed, "disjoint": disjoint or None, "dtype": dtype, "base": base, "compat": compat,
@@ -110,7 +111,7 @@ def command(
                 raise
             combined = ops.combine(read, **options | {"rank": "fit"}, **working)
     record: dict[str, object] = dict(destination.write(combined, on_loss))
-    record |= {"cuts": [cut.record() for cut in cuts], "relative_error": _writing.relative_error(cuts)}
+    record |= {"cuts": [cut.record() for cut in cuts], "relative_error": relative_error(cuts)}
     notes = [] if read_from is None else [*read_from.notes]
     if read_from is not None and read_from.tokenizer is not None:
         notes.append(

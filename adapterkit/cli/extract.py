@@ -54,6 +54,7 @@ def command(
     from .. import ops
     from ..io.checkpoint import opened
     from ..naming.binding.fitting import TO_REFUSE, check_tuned
+    from ..ops.resizing import relative_error
 
     # PEFT's format is always a folder, so the default for a single .safetensors file is adapterkit's own format.
     target_format = target_format or ("adapterkit" if out.endswith(".safetensors") else "peft")
@@ -69,7 +70,7 @@ def command(
         )  # fmt: skip
     record: dict[str, object] = dict(destination.write(extracted, on_loss))
     record |= {
-        "tuned": tuned, "base": base, "relative_error": _writing.relative_error(cuts) or 0.0,
+        "tuned": tuned, "base": base, "relative_error": relative_error(cuts) or 0.0,
         "cuts": [cut.record() for cut in cuts],
     }  # fmt: skip
     record["warnings"] = [f"{why}{TO_REFUSE}" for why in check_tuned(opened(tuned), opened(base), False)]

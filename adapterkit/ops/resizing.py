@@ -73,6 +73,15 @@ class Cut:
         }  # fmt: skip
 
 
+def relative_error(cuts: Sequence[Cut]) -> float | None:
+    """Return the error of all cuts together, relative to the norm of the changes before the cuts.
+
+    Return None if nothing was cut, or if all changes are zero.
+    """
+    whole = math.hypot(*(cut.norm for cut in cuts))
+    return math.hypot(*(cut.error for cut in cuts)) / whole if whole else None
+
+
 def resize(
     adapter: Source,
     rank: int | None = None,
@@ -227,8 +236,7 @@ def _resized(
     for cut in cuts if report is not None else ():
         report(cut)  # type: ignore[misc]
     # Divide the Frobenius error of all targets together by the Frobenius norm of all changes together.
-    norm, error = math.hypot(*(cut.norm for cut in cuts)), math.hypot(*(cut.error for cut in cuts))
-    error_of_all = error / norm if norm else 0.0
+    error_of_all = relative_error(cuts) or 0.0
     args: dict[str, JsonValue] = {**criterion.record(), "scope": criterion.scope, "error_of_all": error_of_all}
     return adapter.replace(updates=updates).step(op, **args)
 
