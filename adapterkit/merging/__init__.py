@@ -189,7 +189,7 @@ def merge(
             each target, the first rule that matches the target's name is used; each rule must match at least one target
             of an adapter. `family:NAME` states the `model_type` of a base that has no config and whose tensor names and
             shapes fit two families. `rows:by_head` or `rows:by_part` states how a sharded MiniMax-H3 orders the rows of
-            its fused query, key and value weights.
+            its fused query, key and value weights. `in_out:GLOB` or `out_in:GLOB` states the layout of square weights.
         stream: for a base on a hub: whether to download one weight file at a time, verify it, and delete it after use.
         options: a `MergeOptions` with several of these arguments. If you pass it, do not pass any argument that is an
             attribute of `MergeOptions`.

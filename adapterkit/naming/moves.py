@@ -315,14 +315,29 @@ IN_OUT = {
 """A map from a model_type to globs of the modules whose weights are stored as [in, out]."""
 
 
+def is_conv1d_name(path: str) -> bool:
+    """Whether a module has one of the names that transformers gives to layers with [in, out] weights."""
+    return any(fnmatchcase(f".{path}", glob) for glob in _CONV1D)
+
+
 def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None:
     """Whether the base stores the weight of the module `path` as [in, out].
 
     Return None if `IN_OUT` does not list the base's model_type, and the family's file lists no weight as [in, out].
+
+    The encoder and the decoder of an encoder-decoder model may be of two families. Each has its own config inside the
+    base's config, and the config of the half to which `path` belongs is used.
     """
     globs = IN_OUT.get(str((config or {}).get("model_type")))
     if globs is not None:
         return any(fnmatchcase(path, glob) for glob in globs)
+    half, _, rest = path.partition(".")
+    part = (config or {}).get(half) if half in ("encoder", "decoder") else None
+    if isinstance(part, Mapping) and "model_type" in part:
+        known = stored_in_out(rest, part)
+        # transformers stores only the weights in `IN_OUT` as [in, out], so all layers of its other families are
+        # [out, in]. A family without a file may have code of its own.
+        return False if known is None and architecture_of(part) and not is_conv1d_name(path) else known
     family = architecture_of(config)
     ends = () if family is None else _transposed(family)
     return any(shape_of(path).endswith(end) for end in ends) if ends else None

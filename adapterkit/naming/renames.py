@@ -5,7 +5,7 @@ lines that start with `#` are skipped.
 
 A rule `family:NAME` selects a family's file for a base whose config names no family. The rules `rows:by_head` and
 `rows:by_part` state how a base orders the rows of fused queries, keys and values, if the base's files do not show the
-order.
+order. The rules `in_out:GLOB` and `out_in:GLOB` state how a base stores the square weights of the modules that match.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import Malformed, TargetNotFound, UsageError, nearest, storage_error
@@ -33,6 +34,8 @@ class Rename:
         to: the replacement for FROM, with placeholders.
         family: NAME in a rule `family:NAME`, a model type; empty in other rules.
         rows: `by_head` or `by_part` in a rule `rows:...`; empty in other rules.
+        layout: `in_out` or `out_in` in a rule `in_out:GLOB` or `out_in:GLOB`; empty in other rules.
+        glob: GLOB in these two rules; empty in other rules.
     """
 
     text: str
@@ -40,6 +43,13 @@ class Rename:
     to: str
     family: str = ""
     rows: str = ""
+    layout: str = ""
+    glob: str = ""
+
+    @property
+    def is_about_base(self) -> bool:
+        """Whether the rule states a fact about the base, and renames nothing."""
+        return bool(self.family or self.rows or self.layout)
 
     def apply(self, name: str) -> str | None:
         """Return the new name; None if the rule does not match."""
@@ -84,14 +94,15 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
     """Parse the user's rules for names.
 
     Args:
-        rename: one rule or several, each `FROM=TO`, `@FILE`, `family:NAME`, `rows:by_head` or `rows:by_part`. An empty
-            FROM puts TO before every name; an empty TO removes FROM. Rules that are already parsed are returned
-            unchanged, without the check against `names`.
+        rename: one rule or several, each `FROM=TO`, `@FILE`, `family:NAME`, `rows:by_head`, `rows:by_part`,
+            `in_out:GLOB` or `out_in:GLOB`. An empty FROM puts TO before every name; an empty TO removes FROM. Rules that are already
+            parsed are returned unchanged, without the check against `names`.
         names: the names to rename. Every rule `FROM=TO` must match at least one of them; None skips this check.
 
     Raises:
         UsageError: a rule does not have exactly one `=`, has a character that names cannot have, has a placeholder only
-            in TO, or names an unknown family or an unknown order of rows. Or a rules file contains an `@FILE`.
+            in TO, names an unknown family or an unknown order of rows, or has an empty GLOB. Or a rules file contains
+            an `@FILE`.
         TargetNotFound: a rule matches none of `names`.
         StorageError, Malformed: see `read_rules`.
     """
@@ -102,7 +113,7 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
         if (
             known
             and isinstance(written, str)
-            and not (rule.family or rule.rows)
+            and not rule.is_about_base
             and not any(rule.apply(name) is not None for name in known)
         ):
             near = nearest(rule.text.partition("=")[0], known)
@@ -126,6 +137,11 @@ def renamed_by(name: str, rules: Sequence[Rename]) -> tuple[str, Rename | None]:
 def family_of(rules: Sequence[Rename]) -> Architecture | None:
     """Return the family that a rule `family:NAME` names; None if there is no such rule."""
     return next((architecture_of({"model_type": rule.family}) for rule in rules if rule.family), None)
+
+
+def layout_of(rules: Sequence[Rename], path: str) -> str:
+    """Return `in_out` or `out_in`, as the first such rule states that matches the module `path`; empty if none does."""
+    return next((rule.layout for rule in rules if rule.layout and fnmatchcase(path, rule.glob)), "")
 
 
 def _read(path: Path) -> list[str]:
@@ -166,6 +182,12 @@ def _parse(rule: str) -> Rename:
             cure = "Write the model_type of a family in spec/architectures, such as --rename family:mixtral (rename=)"
             raise UsageError(f"{rule!r} names an unknown family {family!r}", where="rename", cure=cure)
         return Rename(rule, _NOTHING, "", family)
+    layout, colon, glob = rule.partition(":")
+    if colon and layout in (IN_OUT, OUT_IN) and "=" not in rule:
+        if not glob.strip():
+            cure = f"Write --rename '{layout}:GLOB' (rename=), such as --rename '{layout}:decoder.*.c_proj'"
+            raise UsageError(f"{rule!r} names no module", where="rename", cure=cure)
+        return Rename(rule, _NOTHING, "", layout=layout, glob=glob.strip())
     old, equals, new = rule.partition("=")
     old, new = old.strip().removesuffix("."), new.strip().removesuffix(".")
     if not equals or "=" in new or not (old or new) or not (_TEMPLATE.fullmatch(old) and _TEMPLATE.fullmatch(new)):
@@ -193,6 +215,9 @@ BY_HEAD, BY_PART = "by_head", "by_part"
 `by_head`: for each head, the rows of its query, then its key, then its value. `by_part`: all queries, then all keys,
 then all values.
 """
+
+IN_OUT, OUT_IN = "in_out", "out_in"
+"""Axis orders of a stored weight: inputs first, as in the Conv1D of GPT-2, or outputs first."""
 
 _FAMILY, _ROWS = "family:", "rows:"
 _NOTHING = re.compile(r"(?!)")

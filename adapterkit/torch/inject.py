@@ -473,7 +473,7 @@ def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[
             why = "the layer is parametrized"
             raise Unsupported(why, where=str(site.target), cure="Remove its parametrizations first")
     sites_known = [_with_class_layout(model, site, shapes) for site in placed]
-    asked = iter(with_layouts([site for site, known in sites_known if not known], shapes, words))
+    asked = iter(with_layouts([site for site, known in sites_known if not known], shapes, words, rules=rules))
     sites = [site if known else next(asked) for site, known in sites_known]
     try:
         for site in sites:

@@ -29,9 +29,10 @@ from ...io.checkpoint import opened
 from ...io.lazy import as_lazy, as_torch, for_formulas
 from ..architectures import HOLE, STORED_AS, named, of_pipelines, shape_of
 from ..moves import MoveRule, stored_in_out
-from ..renames import BY_HEAD, BY_PART, Rename, parse_renames, renamed_by
+from ..renames import BY_HEAD, BY_PART, IN_OUT, Rename, layout_of, parse_renames, renamed_by
 from ..ties import aliases, is_embedding
 from .fitting import Shapes, fits, viewed
+from .layouts import LayoutEvidence, ambiguous_square
 from .moving import ungrouped
 from .sites import Bound, Site, apart, find_parts, find_sites
 
@@ -109,7 +110,7 @@ def bind(
             files. `aliases` maps each of them to the name under which the tensor is stored.
         rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name is used.
             `family:NAME` names the family of a base without a config. `rows:by_head` or `rows:by_part` states the order
-            of fused queries, keys and values.
+            of fused queries, keys and values. `in_out:GLOB` or `out_in:GLOB` states how the base stores square weights.
         resize: a function that gets the sites and all shapes, and returns the sites and shapes to use instead. It is
             called before shapes are checked.
         distinct: whether to check that the positions of a sparse update do not repeat. A merge passes False, because it
@@ -132,7 +133,7 @@ def bind(
     # of several equal results.
     same: dict[Hashable, Hashable] = {}
     forms = [same.setdefault(form, form) for form in (site.form(shapes) for site in given)]
-    sites = with_layouts(list(given), shapes, sites_here.config, forms)
+    sites = with_layouts(list(given), shapes, sites_here.config, forms, rules)
     passed = set[Hashable]()
     for site, form in zip(sites, forms, strict=True):
         seen = site.target.layout, form
@@ -251,13 +252,13 @@ def renamed(adapters: Sequence[Adapter], rename: str | Sequence[str | Rename]) -
         the adapters in the same order; each lineage records the rules that changed the adapter.
 
     Raises:
-        UsageError: a rule cannot be parsed; a rule is about the base (`family:` or `rows:`); or two targets of an
+        UsageError: a rule cannot be parsed; a rule is about the base, such as `family:NAME`; or two targets of an
             adapter get the same name.
         TargetNotFound: a rule matches no target.
         StorageError, Malformed: a rules file cannot be read.
     """
     rules = parse_renames(rename, [target.path for adapter in adapters for target in adapter.updates])
-    family = next((rule.text for rule in rules if rule.family or rule.rows), None)
+    family = next((rule.text for rule in rules if rule.is_about_base), None)
     if family is not None:
         cure = f"Omit --rename {family} (rename=) here; use it where the adapter is bound to a base, as in merge"
         raise UsageError(f"the rule {family!r} concerns a base, but no base is read here", where="rename", cure=cure)
@@ -279,20 +280,25 @@ def _renamed(adapter: Adapter, rules: Sequence[Rename]) -> Adapter:
     return adapter.replace(updates=updates).step("rename", rules=list(used)) if used else adapter
 
 
-# Find the layout of each stored weight: from shapes, or else from the base's family, or else from the adapter's own
-# layout.
+# Find the layout of each stored weight: from shapes, or else from the user's rules, the base's family or the base's
+# biases, or else from the adapter's own layout.
 
 
 def with_layouts(
-    sites: list[Site], shapes: Shapes, config: Mapping[str, object] | None, forms: Sequence[Hashable] = ()
+    sites: list[Site],
+    shapes: Shapes,
+    config: Mapping[str, object] | None,
+    forms: Sequence[Hashable] = (),
+    rules: Sequence[Rename] = (),
 ) -> list[Site]:
     """Return the sites, with each target's layout replaced by the layout in which the base stores the weight.
 
     Args:
-        sites: the sites.
+        sites: the sites of one adapter.
         shapes: the shapes of the base's stored tensors, by name.
         config: the base's config.
         forms: the result of `Site.form` for each site, if the caller has computed it already.
+        rules: the user's rules; a rule `in_out:GLOB` or `out_in:GLOB` states the layout of square weights.
 
     Raises:
         ShapeMismatch: the layout of a square weight is ambiguous.
@@ -305,8 +311,8 @@ def with_layouts(
         if form not in known:
             known[form] = _fitting_layouts(site, shapes)
         fitting.append(known[form])
-    proven = {(site.target.layout, fits[0]) for site, fits in zip(sites, fitting, strict=True) if len(fits) == 1}
-    return [_stored(site, _choose(site, fits, proven, config)) for site, fits in zip(sites, fitting, strict=True)]
+    evidence = LayoutEvidence(list(zip(sites, fitting, strict=True)), shapes)
+    return [_stored(site, _choose(site, fits, evidence, config, rules)) for site, fits in evidence.sites]
 
 
 def _stored(site: Site, layout: str) -> Site:
@@ -334,27 +340,33 @@ def _product_alone(site: Site) -> bool:
     return any("columns" in each for each in dims) and not any({"in", "out", "rest"} & each.keys() for each in dims)
 
 
-def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: Mapping[str, object] | None) -> str:
+def _choose(
+    site: Site,
+    fits: list[str],
+    evidence: LayoutEvidence,
+    config: Mapping[str, object] | None,
+    rules: Sequence[Rename],
+) -> str:
     declared = site.target.layout
     if len(fits) < 2:
         return fits[0] if fits else declared
+    stated = layout_of(rules, site.target.path)
+    if stated:
+        return fits[stated == IN_OUT]
     if declared in fits and _whole_only(site):
         return declared
     # For a GGUF file, ignore the layouts that the family's file lists: GGUF files store all weights except embeddings
     # as [out, in]. For embeddings, use the adapter's layout.
-    gguf = (config or {}).get(STORED_AS) == "gguf"
-    in_out = not gguf and stored_in_out(site.target.path, config)
-    if in_out:
-        return next(layout for layout in fits if layout in ("in out *k", "e in out *k"))
-    if gguf and not is_embedding(f"{site.target.path}.weight"):
-        return next(layout for layout in fits if layout in ("out *in", "e out *in"))
-    if in_out is None and any(choice == declared and is_ != declared for choice, is_ in proven):
-        raise ShapeMismatch(
-            "the weight is square and may be stored as [out, in] or [in, out], and the adapter's layout is wrong for "
-            "other weights",
-            where=str(site.target),
-            cure="Add the model_type of a known family to the base's config",
-        )
+    embedding = is_embedding(f"{site.target.path}.weight")
+    if (config or {}).get(STORED_AS) == "gguf":
+        return declared if embedding else fits[0]
+    in_out = stored_in_out(site.target.path, config)
+    if in_out is None and not embedding and not site.target.stacked:
+        in_out = evidence.of_square(site)
+    if in_out or (in_out is False and not embedding and not site.target.stacked):
+        return fits[bool(in_out)]
+    if in_out is None and any(choice == declared and is_ != declared for choice, is_ in evidence.proven):
+        raise ambiguous_square(site.target)
     return declared
 
 

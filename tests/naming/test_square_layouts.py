@@ -1,0 +1,95 @@
+"""PEFT's configs state one layout for all modules; a model may have Linear and Conv1D layers with square weights."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, GPT2Config
+from transformers.pytorch_utils import Conv1D
+
+import adapterkit as ak
+from adapterkit.errors import ShapeMismatch, UsageError
+
+
+def encoder_decoder():
+    """BERT, whose layers are Linear, and GPT-2, whose layers are Conv1D, in one model."""
+    bert = BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, vocab_size=20,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    gpt2 = GPT2Config(
+        n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=16, add_cross_attention=True, is_decoder=True
+    )
+    return EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(bert, gpt2)).eval()
+
+
+class Block(nn.Module):
+    """One layer of each kind; PEFT adapts them in the order in which they are defined."""
+
+    def __init__(self, *names):
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Linear(8, 8) if name.startswith("lin") else Conv1D(8, 8))
+
+
+class Blocks(nn.Module):
+    def __init__(self, *names):
+        super().__init__()
+        self.h = nn.ModuleList([Block(*names)])
+
+
+def trained(model, targets, out, config=None):
+    """Save the base and PEFT's adapter, and return PEFT's merged weights and the `fan_in_fan_out` that PEFT stored."""
+    (out / "base").mkdir()
+    state = model.state_dict()
+    tied = {"decoder.lm_head.weight"} & set(state)
+    save_file({k: v.clone() for k, v in state.items() if k not in tied}, out / "base" / "model.safetensors")
+    if config is not None:
+        (out / "base" / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns that it corrects fan_in_fan_out
+        tuned = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        tuned.save_pretrained(out / "adapter")
+    stored = json.loads((out / "adapter" / "adapter_config.json").read_text())["fan_in_fan_out"]
+    return tuned.merge_and_unload().state_dict(), stored
+
+
+def check_merged(out, wanted, **options):
+    ak.merge(out / "base", [out / "adapter"], out / "merged", **options)
+    merged = load_file(out / "merged" / "model.safetensors")
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, wanted[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with a config", "without a config"])
+@pytest.mark.parametrize(
+    "targets",
+    [["query", "c_proj"], ["query", "c_attn"], ["query", "q_attn"], "all-linear", ["dense", "c_proj"]],
+    ids=str,
+)
+def test_both_kinds_in_an_encoder_decoder_are_merged_as_peft_merges_them(known, targets, tmp_path):
+    model = encoder_decoder()
+    wanted, turned = trained(model, targets, tmp_path, model.config.to_dict() if known else None)
+    assert turned
+    check_merged(tmp_path, wanted)
+
+
+@pytest.mark.parametrize("names", [["lin", "c_proj"], ["c_proj", "lin"], ["lin", "conv"]], ids=str)
+def test_a_layout_that_nothing_proves_is_refused_until_a_rule_states_it(names, tmp_path):
+    wanted, turned = trained(Blocks(*names), names, tmp_path)
+    assert turned == (names[-1] != "lin")
+    with pytest.raises(ShapeMismatch, match=r"\[out, in\] or \[in, out\]") as raised:
+        check_merged(tmp_path, wanted)
+    assert "--rename 'out_in:h.0." in raised.value.cure
+    check_merged(tmp_path, wanted, rename=["out_in:*.lin", "in_out:*.c*"])
+
+
+def test_a_rule_for_layouts_needs_modules(tmp_path):
+    trained(Blocks("lin"), ["lin"], tmp_path)
+    with pytest.raises(UsageError, match="names no module"):
+        ak.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", rename="in_out:")
