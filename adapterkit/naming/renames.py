@@ -95,8 +95,8 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
 
     Args:
         rename: one rule or several, each `FROM=TO`, `@FILE`, `family:NAME`, `rows:by_head`, `rows:by_part`,
-            `in_out:GLOB` or `out_in:GLOB`. An empty FROM puts TO before every name; an empty TO removes FROM. Rules that are already
-            parsed are returned unchanged, without the check against `names`.
+            `in_out:GLOB` or `out_in:GLOB`. An empty FROM puts TO before every name; an empty TO removes FROM.
+            Rules that are already parsed are returned unchanged, without the check against `names`.
         names: the names to rename. Every rule `FROM=TO` must match at least one of them; None skips this check.
 
     Raises:

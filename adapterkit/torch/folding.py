@@ -35,7 +35,7 @@ from .layers import Quantized
 from .leaves import LiveUpdates, on_disk
 from .parts import Part
 from .scopes import Switch
-from .sharding import gathered, is_sharded, put
+from .sharding import are_finite, gathered, is_sharded, put
 from .weights import tensor_at
 
 
@@ -137,9 +137,13 @@ class Merged:
 
     @property
     def overflowed(self) -> bool:
-        """Whether the merge created a NaN or an infinity. Those of the base are kept. Always False for a DTensor."""
+        """Whether the merge created a NaN or an infinity. Those of the base are kept.
+
+        For a DTensor, every process must read this property, and all get the same value.
+        """
         assert self.before is not None
-        return not is_sharded(self.parameter) and not _is_finite(self.parameter) and _is_finite(self.before)
+        now, before = are_finite([self.parameter, self.before])
+        return before and not now
 
     def push(self) -> None:
         """Record the merge as the parameter's last change."""
@@ -198,11 +202,6 @@ def _version(tensor: Tensor) -> int:
     For these, only the checksums detect changes.
     """
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # `isfinite().all()` would allocate several tensors of this size.
-    return not tensor.numel() or all(bool(each.isfinite()) for each in tensor.detach().aminmax())
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -395,7 +395,7 @@ class Handle:
         Raises:
             NotMergeable: a method does not change weights, an update needs a bias that the base does not have, a weight
                 shares its memory with another, a weight cannot be changed in place (such as a quantized or offloaded
-                weight), or a merged weight overflows the base's dtype (not checked for sharded weights).
+                weight), or a merged weight overflows the base's dtype.
             UsageError: `keep` is unknown, "recompute" is given for updates that are not additive, a layer that the
                 adapter changes was copied, or an active `with route(...)` block in this thread or task names the
                 adapter.

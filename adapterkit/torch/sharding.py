@@ -7,7 +7,7 @@ this process's shard as attributes of the parameter. Before a module's forward, 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -39,6 +39,26 @@ def gathered(update: Update) -> Update:
 def is_sharded(leaf: object) -> bool:
     """Whether a tensor is a DTensor, so that this process may hold only a part of it."""
     return hasattr(leaf, "full_tensor")
+
+
+def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Return for each tensor whether all its elements are finite.
+
+    If the first tensor is a DTensor, all must be DTensors of the same mesh, and every process must call this function.
+    All processes get the same result, so that they raise or do not raise together.
+    """
+    # `isfinite().all()` would allocate several tensors of this size.
+    local = [
+        cast(Any, tensor).to_local() if is_sharded(tensor) else tensor for tensor in map(torch.Tensor.detach, tensors)
+    ]
+    finite = [not each.numel() or all(bool(end.isfinite()) for end in each.aminmax()) for each in local]
+    if is_sharded(tensors[0]):
+        flags = torch.tensor(finite, dtype=torch.int32, device=local[0].device)
+        mesh = cast(Any, tensors[0]).device_mesh
+        for axis in range(mesh.ndim):
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN, group=mesh.get_group(axis))
+        finite = [bool(flag) for flag in flags]
+    return finite
 
 
 def spread(tensor: Tensor, like: Tensor, model: nn.Module) -> Tensor:

@@ -11,12 +11,14 @@ import torch
 import transformers
 from situations import draw
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from two_processes import in_two_processes
 
 import adapterkit as ak
-from adapterkit.errors import Unsupported
+from adapterkit.core.adapter import Adapter, Target
+from adapterkit.errors import NotMergeable, Unsupported
+from adapterkit.methods.lora import LoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -161,6 +163,18 @@ def planned(rank, folder):
         close(filled(model(ids).logits), base)
 
 
+def overflowing(spread):
+    """The merged row that overflows float16 is in the second process alone; both refuse and keep their weights."""
+    model = spread(nn.Sequential(nn.Linear(4, 4, bias=False)).half(), torch.distributed.init_device_mesh("cpu", (2,)))
+    B = torch.zeros(4, 1)
+    B[3] = 60000.0
+    handle = ak.torch.inject(model, Adapter({Target("0"): (LoRA(A=torch.full((1, 4), 2.0), B=B),)}))
+    before = filled(model[0].weight).clone()
+    with pytest.raises(NotMergeable, match="NaN or an infinity in float16"):
+        handle.merge_()
+    assert torch.equal(filled(model[0].weight), before)
+
+
 def filled(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -184,3 +198,14 @@ def work(rank, file):
 
 def test_two_processes_compute_and_train_as_one(tmp_path):
     in_two_processes(work, tmp_path / "meet")
+
+
+def work_of_overflows(rank, file):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    overflowing(lambda model, mesh: fully_shard(model, mesh=mesh))
+    overflowing(lambda model, mesh: parallelize_module(model, mesh, {"0": ColwiseParallel()}))
+    torch.distributed.destroy_process_group()
+
+
+def test_an_overflow_in_one_process_is_refused_in_both(tmp_path):
+    in_two_processes(work_of_overflows, tmp_path / "meet")

@@ -34,7 +34,8 @@ def ambiguous_square(target: Target) -> ShapeMismatch:
         "other weights",
         where=str(target),
         cure=f"State the layout with --rename 'out_in:{target.path}' (a linear layer) or "
-        f"--rename 'in_out:{target.path}' (transformers' Conv1D) (rename=). Or add the model_type of a known family to the base's config",
+        f"--rename 'in_out:{target.path}' (transformers' Conv1D) (rename=). Or add the model_type of a known family to "
+        "the base's config",
     )
 
 
