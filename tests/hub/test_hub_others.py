@@ -193,6 +193,31 @@ def test_a_push_that_was_overtaken_uploads_no_more_files(
     assert laid(other).items() <= laid(tmp_path / "out").items()
 
 
+def test_a_file_that_was_under_way_when_another_push_came_is_in_no_list(
+    bucket: str, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adapterkit.hub.hubs.s3 import S3
+
+    uri, real = f"s3://{bucket}/x", S3._put
+    other = lay(tmp_path / "other", peft_files("org/another") | {"z.txt": b"other"})
+    lay(lora, {"z.txt": b"lora"})
+
+    def put(remote: S3, name: str, content: object) -> None:
+        if name.endswith("z.txt"):
+            monkeypatch.setattr(S3, "_put", real)
+            ak.hub.push(other, uri, overwrite=True)
+        real(remote, name, content)
+
+    monkeypatch.setattr(S3, "_put", put)
+    with pytest.raises(NetworkError, match="in the meantime"):
+        ak.hub.push(lora, uri)
+    with pytest.raises(NetworkError, match="is not finished"):
+        ak.hub.pull(uri, tmp_path / "out")
+    assert ak.hub.push(other, uri, overwrite=True).replaced == ("x/z.txt",)
+    ak.hub.pull(uri, tmp_path / "out")
+    assert laid(other).items() <= laid(tmp_path / "out").items()
+
+
 def test_flipped_bits_in_a_bucket_are_found(bucket: str, server: str, lora: Path, tmp_path: Path) -> None:
     import obstore
 

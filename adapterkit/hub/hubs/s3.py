@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
 
 
+REOPENINGS = 5
+"""How often `_reopen` tries to mark another push's list, if the other push writes its list at the same time."""
+
 SIGNED = timedelta(minutes=15)
 """Lifetime of a presigned url. Each request gets its own url."""
 
@@ -364,16 +367,54 @@ class S3(Listing):
     ) -> str:  # fmt: skip
         before = self._before()
         claim = self._claimed or self._claim(_entries(before, self.uri.path))
-        for name in changed:
-            content = files[name]
-            if not isinstance(content, Placed):
-                self._check_claim(claim)
-                self.place(name, content, digests[name])
-            elif not self.holds(content):
-                raise lost(str(self.uri), name)
-        sent = {name: RemoteFile(name, size, sha) for name, (size, sha, _) in digests.items()}
-        self._write({"state": "whole", "files": _entries(before | sent, self.uri.path)}, claim)
+        placed = {name: content for name in changed if isinstance(content := files[name], Placed)}
+        last = ""
+        try:
+            for name in changed:
+                content = files[name]
+                if not isinstance(content, Placed):
+                    self._check_claim(claim)
+                    placed[name], last = self.place(name, content, digests[name]), name
+                elif not self.holds(content):
+                    raise lost(str(self.uri), name)
+            sent = {name: RemoteFile(name, size, sha) for name, (size, sha, _) in digests.items()}
+            self._write({"state": "whole", "files": _entries(before | sent, self.uri.path)}, claim)
+        except AdapterkitError:
+            self._reopen(placed, last, claim)
+            raise
         return S3(Address(self.uri.repo, None, self.uri.path, "s3")).commit
+
+    def _reopen(self, placed: Mapping[str, Placed], last: str, claim: str | None) -> None:
+        """Mark the list of another push as unfinished if it is wrong because of this push.
+
+        A file that was under way when the other push began may replace the other push's file. An unfinished list is
+        compared with the stored bytes by the next push, and no pull trusts it.
+
+        Args:
+            placed: the files that this push uploaded.
+            last: the file that was uploaded last, after the last check that no other push had begun; empty if none was.
+            claim: the ETag of this push's list.
+        """
+        for _ in range(REOPENINGS):
+            body, tag = self._there(self._key(LIST))
+            if body is None or tag in (None, claim):
+                return
+            state = _checked(body, str(self.uri))
+            if state["state"] == "whole":
+                entries = _entries({n: RemoteFile(n, *p.digests[:2]) for n, p in placed.items()}, self.uri.path)
+                listed = state["files"]
+                names = [
+                    n for n, own in zip(placed, entries.items(), strict=True) if listed.get(own[0], own[1]) != own[1]
+                ]
+            else:
+                names = [last] if last else []
+            if not any(self.holds(placed[name]) for name in names):
+                return
+            try:
+                self._write({"state": "pushing", "files": state["files"], "by": secrets.token_hex(16)}, tag)
+            except NetworkError:
+                continue  # The other push has just written its list again.
+            return
 
     def _before(self) -> dict[str, RemoteFile]:
         return {file.path: file for file in (self.there() or {}).values() if file.verifiable}
