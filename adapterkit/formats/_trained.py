@@ -7,9 +7,10 @@ Updates stay unchanged if the adapter was not read from a tool's file, or was re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError, Unsupported
 from ..methods._low_rank import AcrossGroups
@@ -49,15 +50,58 @@ Rule = Callable[["Update", LayerFacts], "Update"]
 def _rules(recipe: Sequence[Step], methods: Collection[str]) -> list[Rule]:
     """Return the `at_layer` functions that the source formats define for these methods.
 
-    Skip source files that were read with `compat="formula"`.
+    Skip source files that were read with `compat="formula"`. If an adapter was combined from several sources that
+    define different functions, the result is one rule that refuses updates for which the functions differ.
     """
-    names = {
-        str(step.args.get("format"))
-        for step in recipe
-        if step.op == "read" and step.args.get("compat") != FORMULA and step.args.get("format") in FORMATS
-    }
+    steps = [(step.op, step.args) for step in recipe]
+    sources = list(dict.fromkeys(_rules_of(names, methods) for names in _sources(steps)))
+    if len(sources) < 2:
+        return list(sources[0]) if sources else []
+    return [partial(_if_agreed, sources)]
+
+
+def _sources(steps: Iterable[tuple[object, Mapping[str, Any]]]) -> Iterator[frozenset[str]]:
+    """Yield the formats of the read files, for each adapter from which an adapter was combined."""
+    names, combined = set(), False
+    for op, args in steps:
+        if op == "read" and args.get("compat") != FORMULA and args.get("format") in FORMATS:
+            names.add(str(args["format"]))
+        of = args.get("of")
+        for each in of if isinstance(of, list) else ():
+            inner = each.get("recipe") if isinstance(each, dict) else None
+            given = [one for one in inner if isinstance(one, dict)] if isinstance(inner, list) else []
+            combined = True
+            yield from _sources((one.get("op"), one["args"]) for one in given if isinstance(one.get("args"), dict))
+    if names or not combined:
+        yield frozenset(names)
+
+
+def _rules_of(names: Collection[str], methods: Collection[str]) -> tuple[Rule, ...]:
     departures = [each for name in sorted(names) for each in FORMATS[name].departures_of(methods).values()]
-    return [each.at_layer for each in departures if each.at_layer]
+    return tuple(dict.fromkeys(each.at_layer for each in departures if each.at_layer))
+
+
+def _if_agreed(sources: Sequence[Sequence[Rule]], update: Update, layer: LayerFacts) -> Update:
+    """Rewrite an update by the rules of the source formats, if all formats rewrite it to the same update.
+
+    Raises:
+        Unsupported: the formats rewrite the update to different updates.
+    """
+    results = []
+    for rules in sources:
+        result = update
+        for rule in rules:
+            result = rule(result, layer)
+        results.append(result)
+    first = results[0]
+    if any((type(each), each.attributes) != (type(first), first.attributes) for each in results):
+        why = (
+            f"{update.method} on a convolution{layer.padding and ' with '}{layer.padding}: the adapter was combined "
+            "from adapters of several sources, whose tools compute different functions at this layer"
+        )
+        cure = 'Inject the adapters one by one, or read them with --compat formula (compat="formula") and combine again'
+        raise Unsupported(why, cure=cure)
+    return first
 
 
 def _by_rules(

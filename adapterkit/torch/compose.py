@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..core.adapter import Adapter, Step, Target
+from ..core.adapter import Adapter, Target
 from ..core.shapes import Dims
 from ..core.updates import OutputUpdate, Update, tensor
 from ..errors import PASS_AN_ADAPTER, ShapeMismatch, TargetNotFound, Unsupported, UsageError
@@ -28,6 +28,7 @@ from ..linalg.activations import softmax
 from ..linalg.namespace import namespace
 from ..methods._bottleneck import Narrow
 from ..naming.moves import same_end
+from .layers import dropout_of
 from .routing import route
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def stack(*adapters: Adapter) -> Adapter:
     for adapter in _some(adapters):
         for target, group in adapter.updates.items():
             updates[target] = (*updates.get(target, ()), *group)
-    return _composed("stack", updates, _common_lineage(adapters))
+    return _composed("stack", updates, adapters)
 
 
 def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapter:
@@ -216,7 +217,7 @@ def _blocks(
             why = f"a block {name!r} cannot contain context updates"
             raise Unsupported(why, where=str(target), cure="Combine these adapters with stack()")
         updates[target] = (block_of(tuple(map(_one, updates_of_each)), target),)
-    return _composed(name, updates, _common_lineage(adapters))
+    return _composed(name, updates, adapters)
 
 
 def _one(updates: Sequence[Update]) -> Update | None:
@@ -225,18 +226,18 @@ def _one(updates: Sequence[Update]) -> Update | None:
     return Chain(children=tuple(updates))
 
 
-def _common_lineage(adapters: Sequence[Adapter]) -> tuple[Step, ...]:
-    """Return the `read` steps of the adapters' lineages if all adapters were read from the same format.
+def _composed(name: str, updates: Mapping[Target, tuple[Update, ...]], adapters: Sequence[Adapter]) -> Adapter:
+    """Return the composed adapter. The last step of its lineage contains the lineages and dropouts of `adapters`.
 
     `inject` needs them: a tool's forward may depend on the layer, such as on the padding of a convolution.
     """
+    # If all adapters were read from the same format, the result counts as read from this format too.
     read = [tuple(step for step in adapter.recipe if step.op == "read") for adapter in adapters]
     sources = {tuple((step.args.get("format"), step.args.get("compat")) for step in steps) for steps in read}
-    return read[0] if len(sources) == 1 else ()
-
-
-def _composed(name: str, updates: Mapping[Target, tuple[Update, ...]], lineage: tuple[Step, ...] = ()) -> Adapter:
-    adapter = Adapter(updates, recipe=lineage).step(name)
+    lineage = read[0] if len(sources) == 1 else ()
+    of = [{"base": None, "recipe": [{"op": s.op, "args": dict(s.args)} for s in each.recipe]} for each in adapters]
+    dropouts = [dropout_of(each) for each in adapters]
+    adapter = Adapter(updates, recipe=lineage).step(name, of=of, **({"dropouts": dropouts} if any(dropouts) else {}))
     adapter.validate()
     return adapter
 

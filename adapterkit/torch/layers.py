@@ -496,9 +496,17 @@ def dropout_of(adapter: Adapter) -> float:
     """Return the dropout probability of an adapter.
 
     It comes from the adapter's PEFT config. If the config has none, it is the probability that was passed to `create`,
-    or 0.
+    or 0. A composed adapter has the dropout of the adapters from which it was composed.
+
+    Raises:
+        UsageError: the adapter was composed from adapters with different dropouts.
     """
-    dropouts = [step.args.get("dropout", 0.0) for step in adapter.recipe if step.op == "create"]
+    lists = [step.args.get("dropouts") for step in adapter.recipe]
+    composed = [p for each in lists if isinstance(each, list) for p in each if isinstance(p, float)]
+    if len(set(composed)) > 1:
+        why = f"the adapter was composed from adapters with the dropouts {composed}, but it has one dropout"
+        raise UsageError(why, where="dropout", cure="Pass dropout=P to inject(), or dropout=0 for none")
+    dropouts = composed + [step.args.get("dropout", 0.0) for step in adapter.recipe if step.op == "create"]
     config_or_none = adapter.foreign.data.get("config") if adapter.foreign is not None else None
     config = config_or_none if isinstance(config_or_none, dict) else {}
     dropouts += [config[name] for name in DROPOUTS if isinstance(config.get(name), float | int)]

@@ -1,5 +1,6 @@
 """Composition of adapters in a live model, against AdapterHub's library and against its own definition."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -155,6 +156,44 @@ def test_a_composition_pads_convolutions_like_the_tool_that_trained_its_adapters
     handle = ak.torch.inject(model, getattr(compose, form)(*adapters))
     assert [u.method for _, u in handle.adapter()] == (["lora", "lora"] if form == "stack" else ["average"])
     torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("combine", [compose.stack, compose.average, lambda *each: ak.ops.stack(each)])
+def test_sources_that_pad_a_convolution_differently_are_refused_where_they_differ(combine):
+    """PEFT's LoRA pads with zeros; that of an adapter made here pads as the layer. With zeros, both are the same."""
+    adapters = [
+        Adapter({Target("0"): (METHODS["lora"](A=torch.randn(2, 4, 3), B=torch.randn(4, 2)),)}).step(*step, **args)
+        for *step, args in (("read", {"format": "peft"}), ("create", {}))
+    ]
+    ak.torch.inject(nn.Sequential(nn.Conv1d(4, 4, 3, padding=1)), combine(*adapters))
+    with pytest.raises(Unsupported, match=r"circular.*combined from adapters of several sources"):
+        ak.torch.inject(nn.Sequential(nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular")), combine(*adapters))
+    same, x = combine(adapters[0], adapters[0]), torch.randn(2, 4, 8)
+    model, zeros = (nn.Sequential(nn.Conv1d(4, 4, 3, padding=1, padding_mode=mode)) for mode in ("circular", "zeros"))
+    zeros.load_state_dict(model.state_dict())
+    base = model(x) - zeros(x)
+    ak.torch.inject(model, same)
+    ak.torch.inject(zeros, same)
+    torch.testing.assert_close(model(x), zeros(x) + base, rtol=1e-4, atol=1e-4)
+
+
+def test_a_composition_is_trained_with_the_dropout_of_its_adapters():
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.ones(3, 8)
+    made, without = (ak.torch.create(model, "lora", targets=["0"], rank=2, dropout=p) for p in (0.5, 0.0))
+    made = made.replace(
+        updates={t: tuple(u.replace(B=torch.randn(8, 2)) for u in us) for t, us in made.updates.items()}
+    )
+    outputs = []
+    for adapter in (made, compose.stack(made)):
+        trained = copy.deepcopy(model).train()
+        ak.torch.inject(trained, adapter, trainable=True)
+        torch.manual_seed(0)
+        outputs.append(trained(x))
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[1], trained(x))
+    with pytest.raises(UsageError, match=r"dropouts \[0.5, 0.0\]"):
+        ak.torch.inject(model, compose.stack(made, without), trainable=True)
+    ak.torch.inject(model, compose.stack(made, without), trainable=True, dropout=0.5)
 
 
 def test_blocks_nest():
