@@ -62,7 +62,8 @@ def _rules(recipe: Sequence[Step], methods: Collection[str]) -> list[Rule]:
 
 def _sources(steps: Iterable[tuple[object, Mapping[str, Any]]]) -> Iterator[frozenset[str]]:
     """Yield the formats of the read files, for each adapter from which an adapter was combined."""
-    names, combined = set(), False
+    names: set[str] = set()
+    combined = False
     for op, args in steps:
         if op == "read" and args.get("compat") != FORMULA and args.get("format") in FORMATS:
             names.add(str(args["format"]))

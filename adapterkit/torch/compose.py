@@ -235,9 +235,9 @@ def _composed(name: str, updates: Mapping[Target, tuple[Update, ...]], adapters:
     read = [tuple(step for step in adapter.recipe if step.op == "read") for adapter in adapters]
     sources = {tuple((step.args.get("format"), step.args.get("compat")) for step in steps) for steps in read}
     lineage = read[0] if len(sources) == 1 else ()
-    of = [{"base": None, "recipe": [{"op": s.op, "args": dict(s.args)} for s in each.recipe]} for each in adapters]
-    dropouts = [dropout_of(each) for each in adapters]
-    adapter = Adapter(updates, recipe=lineage).step(name, of=of, **({"dropouts": dropouts} if any(dropouts) else {}))
+    of: Any = [{"base": None, "recipe": [{"op": s.op, "args": dict(s.args)} for s in each.recipe]} for each in adapters]
+    dropouts: list[Any] = [dropout_of(each) for each in adapters]
+    adapter = Adapter(updates, recipe=lineage).step(name, of=of, dropouts=dropouts)
     adapter.validate()
     return adapter
 
