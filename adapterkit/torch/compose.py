@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..core.adapter import Adapter, Step, Target
+from ..core.arguments import weights_of
 from ..core.shapes import Dims
 from ..core.updates import OutputUpdate, Update, tensor
 from ..errors import PASS_AN_ADAPTER, ShapeMismatch, TargetNotFound, Unsupported, UsageError
@@ -66,14 +67,11 @@ def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapt
             is 1.
 
     Raises:
-        UsageError: the number of weights is not the number of adapters.
+        UsageError: the number of weights is not the number of adapters, or a weight is not a finite number.
         Unsupported: an adapter has an update that is neither additive nor an output update.
     """
     count = len(_some(adapters))
-    shares = tuple(1 / count for _ in adapters) if weights is None else tuple(map(float, weights))
-    if len(shares) != count:
-        cure = "Pass one weight for each adapter"
-        raise UsageError(f"{len(shares)} weights for {count} adapters", where="weights", cure=cure)
+    shares = tuple(1 / count for _ in adapters) if weights is None else tuple(weights_of(weights, count))
     return _blocks("average", adapters, lambda children, _: Average(children=children, weights=shares))
 
 
