@@ -21,6 +21,7 @@ from .checking import CheckOutcome, checked_merge, refuse_invalid
 from .conversion import inlined_note
 from .folders import folder_of, graphs_in, left_out, merge_folder, only_graph, plan_folder
 from .folding import PlannedUpdate, fold
+from .injecting import MERGED, ORIGINAL
 from .model_file import GraphSource as Opened
 from .model_file import opened, placing, save_merged
 from .packed import CHOICES, KEEPING
@@ -131,6 +132,8 @@ def merge(
     changed = fold(folds, building, quantized, damage, keep_change, beside)
     attach(beside, building)
     building.settle()
+    if ORIGINAL in source.model.metadata_props:
+        source.model.metadata_props[ORIGINAL] = MERGED
     target, outcome = Path(path_text(out)), CheckOutcome(None)
     inputs = [file for one in several for file in inputs_of(one, base_weights)]
     with placing(target, source, inputs=inputs, overwrite=overwrite, made_from=made_from) as place:
