@@ -91,7 +91,7 @@ _SHORT = {"fp16": "F16", "half": "F16", "bf16": "BF16", "fp32": "F32", "float": 
 
 def dtype_named(name: str) -> DType | None:
     """Return the element type for a name such as `BF16`, `bfloat16`, `torch.bfloat16` or `bf16`; None if unknown."""
-    word = name.strip().lower().removeprefix("torch.")
+    word = str(name).strip().lower().removeprefix("torch.")  # The text of a `torch.dtype` is its name.
     return DTYPES.get(word.upper()) or BY_TORCH.get(word) or DTYPES.get(_SHORT.get(word, ""))
 
 

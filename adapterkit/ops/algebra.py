@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.adapter import Adapter
 from ..core.arguments import check_factor, weights_of
 from ..core.updates import Additive, Update
-from ..errors import AdapterkitError, UsageError
+from ..errors import AdapterkitError, UsageError, shown
 from ..io.computed import computed, joined, rounded_lazy, total, wide
 from ..linalg.namespace import summed
 from ..methods.dense import Dense
@@ -324,6 +324,8 @@ def _alone(place: AlignedPlace, terms: Sequence[Term]) -> list[Update]:
 def _checked(weights: Sequence[float] | None, adapters: Sequence[Source]) -> list[float]:
     if isinstance(adapters, (str, Adapter)):
         raise UsageError("a single adapter was given instead of a list", cure="Pass a list of adapters")
+    if not isinstance(adapters, Sequence):
+        raise UsageError(f"{shown(adapters)} is not a list of adapters", cure="Pass a list of adapters")
     return weights_of(weights, len(adapters))
 
 

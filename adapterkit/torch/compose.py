@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..core.adapter import Adapter, Step, Target
+from ..core.adapter import Adapter, Step, Target, check_adapter
 from ..core.arguments import weights_of
 from ..core.shapes import Dims
 from ..core.updates import OutputUpdate, Update, tensor
@@ -50,6 +50,7 @@ def stack(*adapters: Adapter) -> Adapter:
     """
     updates: dict[Target, tuple[Update, ...]] = {}
     for adapter in _some(adapters):
+        check_adapter(adapter)
         for target, group in adapter.updates.items():
             updates[target] = (*updates.get(target, ()), *group)
     return _composed("stack", updates, _common_lineage(adapters))
@@ -206,6 +207,8 @@ def _blocks(
     name: str, adapters: Sequence[Adapter], block_of: Callable[[tuple[Child, ...], Target], ComposedBlock]
 ) -> Adapter:
     """Return an adapter with one block at each target that at least one of the given adapters has."""
+    for adapter in adapters:
+        check_adapter(adapter)
     targets = dict.fromkeys(target for adapter in adapters for target in adapter.updates)
     updates: dict[Target, tuple[Update, ...]] = {}
     for target in targets:

@@ -152,6 +152,11 @@ WRONG = {
     "scale by nothing": lambda a, base: ak.ops.scale(a, None),
     "average outputs by one number": lambda a, base: ak.torch.compose.average(a, a, weights=1),
     "average outputs by a NaN": lambda a, base: ak.torch.compose.average(a, a, weights=[float("nan"), 1]),
+    "add a number": lambda a, base: ak.ops.add(3),
+    "stack nothing": lambda a, base: ak.ops.stack(None),
+    "stack outputs of a path": lambda a, base: ak.torch.compose.stack("a", a),
+    "average outputs of a number": lambda a, base: ak.torch.compose.average(3, a),
+    "names of a number": lambda a, base: ak.names(base, 3),
     "gate by a text": lambda a, base: ak.gate(base, [a, a], weights="12"),
 }
 
