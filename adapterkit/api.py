@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from .core.adapter import Adapter
+from .core.adapter import Adapter, check_adapter
 from .core.tables import html_table
 from .destination import Destination, WriteResult
 from .errors import PASS_AN_ADAPTER, ShapeMismatch, TargetNotFound, UsageError, nearest, places_errors, public
@@ -248,6 +248,8 @@ def names(
     """
     checkpoint = opened(base)
     given = read(adapter, base=checkpoint) if isinstance(adapter, (str, PathLike)) else adapter
+    if given is not None:
+        check_adapter(given)
     if strict_base and given is not None:
         check_base([("the adapter" if isinstance(adapter, Adapter) else str(adapter), given)], checkpoint, strict=True)
     return NameMap(name_map(checkpoint, given, rename=rename, partial=allow_partial))

@@ -14,6 +14,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter
+from ..core.arguments import weights_of
 from ..errors import (
     PASS_AN_ADAPTER,
     AdapterkitError,
@@ -313,10 +314,7 @@ def checked(
     """
     if not given:
         raise UsageError("no adapter was given", cure=PASS_AN_ADAPTER)
-    factors = [1.0] * len(given) if weights is None else list(weights)
-    if len(factors) != len(given):
-        why = f"{len(factors)} weights for {len(given)} adapters"
-        raise UsageError(why, where="weights", cure="Pass one --weight (weights=) for each adapter")
+    factors = weights_of(weights, len(given))
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}", where="dtype", cure=f"Known: {', '.join(DTYPES)}")
     for name, (value, least) in counts.items():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 from ..errors import Corrupt, Malformed, ShapeMismatch, Unsupported, UsageError, storage_error
@@ -91,7 +91,7 @@ _SHORT = {"fp16": "F16", "half": "F16", "bf16": "BF16", "fp32": "F32", "float": 
 
 def dtype_named(name: str) -> DType | None:
     """Return the element type for a name such as `BF16`, `bfloat16`, `torch.bfloat16` or `bf16`; None if unknown."""
-    word = name.strip().lower().removeprefix("torch.")
+    word = str(name).strip().lower().removeprefix("torch.")  # The text of a `torch.dtype` is its name.
     return DTYPES.get(word.upper()) or BY_TORCH.get(word) or DTYPES.get(_SHORT.get(word, ""))
 
 
@@ -253,6 +253,17 @@ class Lazy:
     span: Span | None = None
     part: Callable[[int, int], Buffer] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Python cannot pickle functions that are defined inside functions, so the bytes themselves are pickled.
+        if not any("<locals>" in getattr(f, "__qualname__", "") for f in (self.source, self.part)):
+            return Lazy, (self.shape, self.dtype, self.source, self.span, self.part)
+        if self.span is not None:
+            return Lazy, (self.shape, self.dtype, None, self.span)
+        return _with_bytes, (self.shape, self.dtype, bytes(self.fetch()))
+
+    def __deepcopy__(self, _: object) -> Lazy:
+        return self  # Nothing of a lazy tensor can change. Without this method, a copy would compute the bytes.
+
     def __repr__(self) -> str:
         file = "" if self.file is None else f", {self.file!r}"
         return f"Lazy({self.dtype} {list(self.shape)}{file})"
@@ -334,6 +345,10 @@ class Lazy:
         if math.prod(full) != size:
             raise DoesNotFit(f"cannot reshape {list(self.shape)} to {list(shape)}", cure=TAKE_OUT)
         return self if full == self.shape else Lazy(full, self.dtype, self.source, self.span, self.part)
+
+
+def _with_bytes(shape: Shape, dtype: DType, data: bytes) -> Lazy:
+    return Lazy(shape, dtype, partial(bytes, data))
 
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import PASS_AN_ADAPTER, PASS_ONE_WEIGHT_EACH, Unsupported, UsageError, places_errors, shown, storage_error
+from ..errors import PASS_AN_ADAPTER, Unsupported, UsageError, places_errors, shown, storage_error
 from ..io.checkpoint import Checkpoint, opened
 from ..io.locations import is_address, is_remote, local, located, outgoing, path_text, placing, ranged, streamed
 from ..io.staging import Staging, check_free, is_within
@@ -457,19 +456,13 @@ def _named(
     adapters: Source | Sequence[Source], weights: Sequence[float] | None, checkpoint: Checkpoint
 ) -> list[tuple[str, Adapter, float]]:
     from ..core.adapter import Adapter
+    from ..core.arguments import weights_of
     from ..formats import read
 
     several = _several(adapters)
     if not several:
         raise UsageError("no adapter was given", cure=PASS_AN_ADAPTER)
-    try:
-        factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
-    except (TypeError, ValueError):
-        raise UsageError(f"weights {shown(weights)} are not a list of numbers", cure=PASS_ONE_WEIGHT_EACH) from None
-    if len(factors) != len(several):
-        raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure=PASS_ONE_WEIGHT_EACH)
-    if not all(math.isfinite(factor) for factor in factors):
-        raise UsageError(f"weights {factors} are not all finite", cure="Pass a finite number for each adapter")
+    factors = weights_of(weights, len(several))
     return [
         (a.__class__.__name__, a, w) if isinstance(a, Adapter) else (Path(a).name, read(a, base=checkpoint), w)
         for a, w in zip(several, factors, strict=True)

@@ -66,6 +66,8 @@ def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:
     if given is not None and not isinstance(given, MergeOptions):
         why = f"options has type {type(given).__name__}"
         raise UsageError(why, where="options", cure="Pass options=adapterkit.MergeOptions(...)")
+    if not named.get("rename"):  # None and an empty list mean the same as no rules.
+        named["rename"] = ()
     plain = MergeOptions()
     twice = [] if given is None else [name for name, value in named.items() if value != getattr(plain, name)]
     if twice:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, cast
 
 from threadpoolctl import threadpool_limits
 
+from ..core.arguments import check_count
 from ..core.metadata import SHAPES, fingerprints_of, shapes_of
 from ..core.tables import html_table
-from ..errors import UsageError
 from ..io.checkpoint import PREFIX, Checkpoint, fingerprint
 from ..io.lazy import DType, Lazy
 from ..io.stages import stage
@@ -209,8 +209,7 @@ def _sampled(outputs: list[Output], sample: int | None) -> list[Output]:
     """Draw `sample` changed and `sample` unchanged tensors at random. If `sample` is None, return all tensors."""
     if sample is None:
         return outputs
-    if sample <= 0:
-        raise UsageError(f"sample must be at least 1, got {sample}", cure="Pass --sample N (sample=N), N >= 1")
+    check_count(sample, "sample", "--sample N (sample=N)")
     groups = [[o for o in outputs if not o.copied], [o for o in outputs if o.copied]]
     # Use no seed, so that repeated verifications cover more and more tensors.
     draw = random.SystemRandom().sample

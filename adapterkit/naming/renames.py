@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..errors import Malformed, TargetNotFound, UsageError, nearest, storage_error
+from ..errors import Malformed, TargetNotFound, UsageError, nearest, shown, storage_error
 from .architectures import Architecture, architecture_of
 
 _HOLE = re.compile(r"\{([a-z])\}")
@@ -62,16 +63,21 @@ class Rename:
         return f"{head}.{rest}" if head and rest else head or rest
 
 
-def read_rules(rename: str | Sequence[str | Rename]) -> tuple[str | Rename, ...]:
+def read_rules(rename: str | Rename | Sequence[str | Rename] | None) -> tuple[str | Rename, ...]:
     """Return the rules in `rename`, a list or a single rule, with each `@FILE` replaced by the rules in that file.
+
+    None and an empty list mean that there are no rules.
 
     Raises:
         StorageError: a file cannot be read.
         Malformed: a rules file is not valid UTF-8, or has more than 1 MiB.
-        UsageError: a rules file contains an `@FILE`.
+        UsageError: `rename` is neither a text nor a list of texts, or a rules file contains an `@FILE`.
     """
+    given = [rename] if isinstance(rename, str | Rename) else () if rename is None else rename
+    if not isinstance(given, Sequence | AbstractSet) or not all(isinstance(rule, str | Rename) for rule in given):
+        raise UsageError(f"{shown(rename)} is not a rule or a list of rules", where="rename", cure=_FORM)
     rules: list[str | Rename] = []
-    for rule in [rename] if isinstance(rename, str) else rename:
+    for rule in given:
         if isinstance(rule, str) and rule.startswith("@"):
             rules += _read(Path(rule[1:]))
         else:

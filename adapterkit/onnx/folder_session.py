@@ -21,7 +21,7 @@ from .folders import parts_of
 from .image_texts import ImageTexts
 from .pretrained_parts import DECODER, ENCODER, FILES, WITH_PAST
 from .reading import loaded
-from .session import PAST, Provider, Session
+from .session import PAST, Provider, Session, check_mapping
 from .slot_values import slotted
 from .vision_language import EMBEDDING, IMAGE_TOKENS, MERGED
 
@@ -62,7 +62,7 @@ class FolderSession:
             part.name.as_posix(): Session(part.path, providers=providers) for part in self._graphs
         }  # fmt: skip
         self._adapters: dict[str, set[str]] = {}
-        for name, adapter in (adapters or {}).items():
+        for name, adapter in check_mapping(adapters or {}, "adapters").items():
             self.load(name, adapter)
 
     @property

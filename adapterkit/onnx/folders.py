@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Target
+from ..core.arguments import weights_of
 from ..errors import (
-    PASS_ONE_WEIGHT_EACH,
     USE_ITS_BASE,
     Malformed,
     StorageError,
@@ -370,7 +370,7 @@ def merge_folder(
     """
     parts, read, base = _read(folder, adapters, base_weights, rename)
     divisions = [divided(parts, one, base, allow_partial) for one in read]
-    factors = _factors(weights, len(read))
+    factors = weights_of(weights, len(read))
     inputs = [*(file for one in adapters for file in inputs_of(one, base_weights)), *files_of_folder(folder, parts)]
 
     def change(part: GraphPart, there: Path) -> GraphReport | None:
@@ -394,20 +394,13 @@ def plan_folder(
     """Return the targets that `merge_folder` would change, with their layers; write nothing."""
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     parts, read, base = _read(folder, several, base_weights, rename)
-    _factors(weights, len(read))
+    weights_of(weights, len(read))
     divisions = [divided(parts, one, base, allow_partial) for one in read]
     places: list[ResolvedTarget] = []
     for part in parts:
         part_adapters = [part_adapter for one in divisions if (part_adapter := one.of[part.name]) is not None]
         places += plan(part.path, part_adapters, base_weights=base_weights, **options) if part_adapters else ()
     return tuple(places)
-
-
-def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
-    factors = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    if len(factors) != count:
-        raise UsageError(f"{len(factors)} weights for {count} adapters", cure=PASS_ONE_WEIGHT_EACH)
-    return factors
 
 
 def _read(

@@ -76,6 +76,9 @@ def _no_order() -> NoReturn:
 ORIGINAL = "adapterkit.original"
 """Metadata key of a rewritten model. The value holds the data from which `eject` restores the original file."""
 
+MERGED = "merged"
+"""The value of `ORIGINAL` if an adapter was merged into the model later, so that the original cannot be restored."""
+
 MODES = ("constant", "slots", "rows", "inputs")
 
 
@@ -315,7 +318,7 @@ def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
             refers to these files by relative paths.
 
     Raises:
-        UsageError: the model has no injected adapter.
+        UsageError: the model has no injected adapter, or `merge` has changed the model after `inject`.
         Malformed: the file is not an ONNX model.
         Corrupt: the stored data of the original is damaged, or the restored bytes differ from the original.
     """
@@ -327,6 +330,9 @@ def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
     note = loaded_model.metadata_props.get(ORIGINAL)
     if note is None:
         raise UsageError("no adapter is injected into this graph", path=path, cure="Pass a file that inject wrote")
+    if note == MERGED:
+        cure = f"{_FRESH}. To get both, merge into the original before you inject"
+        raise UsageError("an adapter was merged into this graph after inject wrote it", path=path, cure=cure)
     data = _restored(loaded_model, note, path)
     write_bytes(target, data)
     return target

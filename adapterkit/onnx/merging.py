@@ -7,11 +7,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 
 from ..core.adapter import Adapter
-from ..errors import PASS_ONE_WEIGHT_EACH, NotMergeable, UsageError, places_errors
+from ..core.arguments import weights_of
+from ..errors import PASS_AN_ADAPTER, NotMergeable, UsageError, places_errors
 from ..io.checkpoint import opened as opened_base
 from ..io.locations import path_text
 from ..naming.binding import renamed
@@ -21,6 +21,7 @@ from .checking import CheckOutcome, checked_merge, refuse_invalid
 from .conversion import inlined_note
 from .folders import folder_of, graphs_in, left_out, merge_folder, only_graph, plan_folder
 from .folding import PlannedUpdate, fold
+from .injecting import MERGED, ORIGINAL
 from .model_file import GraphSource as Opened
 from .model_file import opened, placing, save_merged
 from .packed import CHOICES, KEEPING
@@ -131,6 +132,8 @@ def merge(
     changed = fold(folds, building, quantized, damage, keep_change, beside)
     attach(beside, building)
     building.settle()
+    if ORIGINAL in source.model.metadata_props:
+        source.model.metadata_props[ORIGINAL] = MERGED
     target, outcome = Path(path_text(out)), CheckOutcome(None)
     inputs = [file for one in several for file in inputs_of(one, base_weights)]
     with placing(target, source, inputs=inputs, overwrite=overwrite, made_from=made_from) as place:
@@ -194,9 +197,9 @@ def _resolved(
 ) -> tuple[list[Adapter], list[float], list[PlannedUpdate], tuple[str, ...]]:
     """Return the adapters, their factors, the updates to fold at each target, and warnings."""
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
-    factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
-    if not several or len(factors) != len(several) or not np.isfinite(factors).all():
-        raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure=PASS_ONE_WEIGHT_EACH)
+    if not several:
+        raise UsageError("no adapter was given", cure=PASS_AN_ADAPTER)
+    factors = weights_of(weights, len(several))
     folds: list[PlannedUpdate] = []
     read: list[Adapter] = []
     named, base = [], None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.adapter import Adapter
-from ..errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError, first_line, nearest
+from ..errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError, first_line, nearest, shown
 from ..formats.olive import has_olives_names
 from ..io.lazy import as_array
-from ..io.locations import located
+from ..io.locations import located, path_text
 from ..io.ort_adapter import is_ort_adapter, read_ort_adapter
 from ..io.safetensors import handles, read_header
 from .building import Array, Dtype
@@ -186,7 +187,7 @@ class Session:
         self._loaded: dict[str, dict[str, tuple[Array, OrtValue]]] = {}
         self._by_rows = ROWS in metadata
         self._stacks: dict[tuple[str | None, ...], dict[str, OrtValue]] = {}
-        for name, adapter in (adapters or {}).items():
+        for name, adapter in check_mapping(adapters or {}, "adapters").items():
             self.load(name, adapter)
 
     @property
@@ -224,7 +225,9 @@ class Session:
             ShapeMismatch: a tensor does not fit its slot, or the other tensors of its update.
             Malformed: the file is damaged.
         """
-        path = None if isinstance(adapter, Adapter) else adapter
+        if not isinstance(name, str):  # `run` takes None for the base.
+            raise UsageError(f"the adapter's name is {name!r}, not a text", where="name", cure="Pass a text")
+        path = None if isinstance(adapter, Adapter) else path_text(adapter)
         values: Mapping[str, Lazy] | None = {} if path is None else _slot_values(path)
         ready_made = values is not None and path is not None
         values = values or {}
@@ -285,6 +288,7 @@ class Session:
             Unsupported: two adapters use the same slot; an input and an adapter set the same slot; or an adapter gets
                 a weight other than 1, but has no scaling that the weight could multiply.
         """
+        check_mapping(inputs, "inputs")
         feeds = {name: _value(self._checked(name, array)) for name, array in inputs.items()}
         if missing := [name for name in self.inputs if name not in feeds]:
             feeds |= {name: _value(array) for name, array in self._usual(inputs, missing).items()}
@@ -294,16 +298,18 @@ class Session:
             raise UsageError(
                 f"no input {names_text}{more} was given", path=self._path, cure="Pass an array for each input"
             )
-        names = list(self.outputs if outputs is None else outputs)
+        names = list(self.outputs if outputs is None else check_names(outputs, "outputs"))
         for name in names:
             if name not in self.outputs:
                 raise UsageError(
-                    f"the model has no output {name!r}", path=self._path, cure=nearest(name, self.outputs) or _OUTPUTS
+                    f"the model has no output {name!r}",
+                    path=self._path,
+                    cure=nearest(str(name), self.outputs) or _OUTPUTS,
                 )
         if not names:  # onnxruntime would return all outputs.
             return {}
         if adapter is not None and not isinstance(adapter, str | Mapping):
-            chosen = self._of_rows(list(adapter), inputs)
+            chosen = self._of_rows(check_names(adapter, "adapter"), inputs)
         else:
             chosen = self._chosen(adapter)
         if both := sorted(feeds.keys() & chosen.keys()):
@@ -487,9 +493,13 @@ class Session:
     def _checked(self, name: str, given: object) -> Array:
         entry = self._entries.get(name) or self._slots.get(name)
         if entry is None:
-            cure = nearest(name, self.inputs) or f"The inputs are {', '.join(self.inputs)}"
+            cure = nearest(str(name), self.inputs) or f"The inputs are {', '.join(self.inputs)}"
             raise UsageError(f"the model has no input {name!r}", path=self._path, cure=cure)
-        array, kind = np.asarray(given), kind_of(entry)
+        try:
+            array, kind = np.asarray(given), kind_of(entry)
+        except ValueError as error:
+            why = f"the input is not an array ({first_line(error)})"
+            raise UsageError(why, path=self._path, where=name, cure="Pass lists of equal lengths") from None
         if array.dtype != kind:
             raise UsageError(
                 f"the array has dtype {array.dtype}, but the input has {kind}",
@@ -500,8 +510,8 @@ class Session:
         return array
 
     def _named(self, name: str) -> dict[str, tuple[Array, OrtValue]]:
-        if name not in self._loaded:
-            cure = nearest(name, self._loaded) or f"Loaded: {', '.join(self._loaded) or 'none'}"
+        if not isinstance(name, str) or name not in self._loaded:
+            cure = nearest(str(name), self._loaded) or f"Loaded: {', '.join(self._loaded) or 'none'}"
             raise UsageError(f"no adapter {name!r} is loaded", path=self._path, cure=cure)
         return self._loaded[name]
 
@@ -550,8 +560,8 @@ class Session:
 
     def _weighed(self, name: str, loaded: Mapping[str, tuple[Array, OrtValue]], weight: float) -> dict[str, OrtValue]:
         """Multiply an adapter's scalings by a weight, and return the products as values for the scaling slots."""
-        if not isinstance(weight, Real) or not np.isfinite(weight):
-            why = f"the weight of adapter {name!r} is {weight!r}, which is not a finite number"
+        if not isinstance(weight, Real) or not abs(weight) <= sys.float_info.max:
+            why = f"the weight of adapter {name!r} is {shown(weight)}, which is not a finite number"
             raise UsageError(why, path=self._path, where="adapter", cure="Pass a number for each adapter")
         stems = {key.rpartition(".")[0] for key in loaded}
         if bare := sorted(stem for stem in stems if f"{stem}.scaling" not in loaded):
@@ -658,7 +668,7 @@ def _array(value: OrtValue) -> Array:
 def _started(path: Path, providers: Sequence[Provider] | None) -> OrtSession:
     onnxruntime: Any = import_module("onnxruntime")
     options = quiet_options()  # By default, onnxruntime warns about every slot, because no slot is constant.
-    given = [(one, {}) if isinstance(one, str) else (one[0], dict(one[1])) for one in providers or ()]
+    given = [_provider(one) for one in _several(providers)]
     asked = [(named(name), options_) for name, options_ in given]
     wanted: list[Any] = [(name, options_here) if options_here else name for name, options_here in asked]
     wanted = wanted if providers is not None else list(dict.fromkeys((best_provider(), CPU)))
@@ -683,10 +693,49 @@ def _started(path: Path, providers: Sequence[Provider] | None) -> OrtSession:
     return session
 
 
+def _several(providers: Sequence[Provider] | None) -> Sequence[Provider]:
+    if providers is not None and (isinstance(providers, str) or not isinstance(providers, Sequence)):
+        raise UsageError(f"{shown(providers)} is not a list of providers", where="providers", cure=_PROVIDERS)
+    return providers or ()
+
+
+def _provider(given: Provider) -> tuple[str, dict[str, Any]]:
+    match given:
+        case str():
+            return given, {}
+        case (str() as name, Mapping() as options):
+            return name, dict(options)
+    raise UsageError(f"{shown(given)} is not a provider", where="providers", cure=_PROVIDERS)
+
+
+def check_mapping(given: Any, name: str) -> Mapping[Any, Any]:
+    """Return an argument that must be a mapping from names.
+
+    Raises:
+        UsageError: the argument is not a mapping.
+    """
+    if not isinstance(given, Mapping):
+        raise UsageError(f"{shown(given)} is not a mapping", where=name, cure=f"Pass {name}={{NAME: ...}}")
+    return given
+
+
+def check_names(given: Any, name: str) -> list[Any]:
+    """Return an argument that must be a list of names.
+
+    Raises:
+        UsageError: the argument is not a list of texts. An element may also be None.
+    """
+    is_list = isinstance(given, Sequence) and not isinstance(given, str | bytes)
+    if not is_list or not all(one is None or isinstance(one, str) for one in given):
+        raise UsageError(f"{shown(given)} is not a list of names", where=name, cure=f"Pass {name}=[NAME, ...]")
+    return list(given)
+
+
 def _refuse(lacking: Sequence[str], available: Sequence[str]) -> None:
     if lacking:
         cure = f"This onnxruntime was built with {', '.join(available)}; adapterkit doctor shows which of these run"
         raise UsageError(f"{', '.join(lacking)} does not run here", where="providers", cure=cure)
 
 
+_PROVIDERS = "Pass a list of names, or of pairs of a name and a mapping, such as providers=['cpu']"
 _OUTPUTS = "Omit outputs= to get all outputs"

@@ -24,7 +24,7 @@ from .model_file import GraphSource, opened
 from .open_factors import is_worked_out, worked_out
 from .reading import known_config, loaded
 from .routed import by_expert
-from .slots import SlotRecord, baked_attributes, neutral_of, recorded, slots_of
+from .slots import SlotRecord, baked_attributes, fills_of, neutral_of, recorded, sizes_of, slots_of
 
 if TYPE_CHECKING:
     from .reading import Base, Model
@@ -145,7 +145,40 @@ def _fitted(
                 filled = fill(update, fields, target, slots, feeds)
                 # Experts have other names in the graph than in the model, so an expert's update cannot be read back.
                 names.append(dict[str, str]() if target in experts else filled)
+    if not _by_rows(source.model):
+        _fill_beside(records, slots, feeds, fills_of(source.model.metadata_props))
     return adapter, feeds, names
+
+
+def _fill_beside(
+    records: list[SlotRecord], slots: dict[str, ir.Value], feeds: dict[str, Array], fills: Mapping[str, float]
+) -> None:
+    """Add values for targets that the adapter does not change, but that share a slot with a target that it changes.
+
+    VeRA's projections are an example of shared slots. Their dynamic size does not fit the sizes of the other slots'
+    defaults. The added values are constant, like the defaults, so they do not change the base's results.
+    """
+    given = set(feeds)
+    for fields in (update.fields for record in records for update in record.updates):
+        shared = given.intersection(fields.values())
+        if len(shared) in (0, len(fields)):
+            continue
+        sizes: dict[str, int] = {}
+        for name in shared:
+            pairs = zip(slots[name].shape or (), feeds[name].shape, strict=True)
+            sizes |= {_axis(size): wanted for size, wanted in pairs if not isinstance(size, int)}
+        for name in set(fields.values()) - given:
+            declared, dtype = sizes_of(slots[name])
+            shape = [size if isinstance(size, int) else sizes.get(_axis(size)) for size in declared]
+            default = slots[name].const_value
+            fixed = all(isinstance(size, int) for size in declared)
+            if not fixed and None not in shape and (default is None or not default.size):
+                feeds[name] = np.full([size or 0 for size in shape], fills.get(name, 0.0), dtype)
+
+
+def _axis(size: object) -> str:
+    """Return the axis of a slot's dynamic size, such as `r` of `q.vera.A.r`."""
+    return str(getattr(size, "value", size)).rpartition(".")[2]
 
 
 def _as_stored(

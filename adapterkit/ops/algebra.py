@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter
+from ..core.arguments import check_factor, weights_of
 from ..core.updates import Additive, Update
-from ..errors import PASS_ONE_WEIGHT_EACH, AdapterkitError, UsageError
+from ..errors import AdapterkitError, UsageError, shown
 from ..io.computed import computed, joined, rounded_lazy, total, wide
 from ..linalg.namespace import summed
 from ..methods.dense import Dense
@@ -145,10 +146,10 @@ def scale(adapter: Source, factor: float, *, base: Base | None = None) -> Adapte
         NotMergeable: a method does not change weights.
         UsageError: the factor is not finite; or a method needs the base's weights, but no base was given.
     """
-    _check_weights([factor], 1)
+    factor = check_factor(factor, "factor")
     (read,), aligned = places([adapter], base=base)
     updates = {place.target: summed_at(place, [factor], stacking=False) for place in aligned}
-    return read.replace(updates=updates).step("scale", factor=float(factor))
+    return read.replace(updates=updates).step("scale", factor=factor)
 
 
 def negate(adapter: Source, *, base: Base | None = None) -> Adapter:
@@ -203,6 +204,9 @@ def average(
         UsageError: the weights sum to 0. `add` lists the other errors.
     """
     chosen = _checked(weights, adapters)
+    # Divide by a power of two first, which is exact: the sum of weights such as 1e308 is larger than any float.
+    power = math.frexp(max(map(abs, chosen), default=0.0))[1]
+    chosen = [math.ldexp(weight, -power) for weight in chosen]
     whole = math.fsum(chosen)
     if whole == 0:
         raise UsageError("the weights sum to 0", cure="Choose weights whose sum is not 0, or use ak.ops.add")
@@ -320,16 +324,9 @@ def _alone(place: AlignedPlace, terms: Sequence[Term]) -> list[Update]:
 def _checked(weights: Sequence[float] | None, adapters: Sequence[Source]) -> list[float]:
     if isinstance(adapters, (str, Adapter)):
         raise UsageError("a single adapter was given instead of a list", cure="Pass a list of adapters")
-    chosen = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
-    _check_weights(chosen, len(adapters))
-    return chosen
-
-
-def _check_weights(weights: Sequence[float], count: int) -> None:
-    if len(weights) != count:
-        raise UsageError(f"{len(weights)} weights for {count} adapters", cure=PASS_ONE_WEIGHT_EACH)
-    if not all(math.isfinite(weight) for weight in weights):
-        raise UsageError(f"weights {list(weights)} are not all finite", cure="Pass a finite number for each adapter")
+    if not isinstance(adapters, Sequence):
+        raise UsageError(f"{shown(adapters)} is not a list of adapters", cure="Pass a list of adapters")
+    return weights_of(weights, len(adapters))
 
 
 _DOING = "scaled or added"

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from ..core.adapter import Adapter
+from ..core.arguments import check_count
 from ..errors import PASS_AN_ADAPTER, PASS_BASE, UsageError
 from ..io.checkpoint import opened
 from ..io.computed import Spool, rounded_lazy
@@ -592,6 +593,7 @@ def combine(
     """
     if isinstance(adapters, (str, PathLike, Adapter)):
         raise UsageError("a single adapter was given instead of a list", cure="Pass a list of adapters")
+    check_count(workers, "workers", "workers=N")
     name, values = resolved(method, compat, len(adapters))
     values |= parameters
     peers_rank = cast("int | str | None", values.pop("rank", None))

@@ -16,6 +16,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter, BaseRef, Foreign, Step, Target, config_hash
+from ..core.arguments import check_count
 from ..core.metadata import METADATA, MODEL_TYPE, metadata_of
 from ..errors import TargetNotFound, Unsupported, UsageError, nearest
 from ..io.checkpoint import opened
@@ -253,6 +254,7 @@ def extract(
         raise Unsupported(
             f"cannot extract {method!r}", where="method", cure=f"Choose among lora, dora, {', '.join(FORMS)}"
         )
+    check_count(workers, "workers", "workers=N")
     weights, tuned_model = opened(base), opened(tuned)
     if strict_base:
         check_tuned(tuned_model, weights, strict=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import PASS_ONE_WEIGHT_EACH, Unsupported, UsageError, nearest
+from ..errors import PASS_ONE_WEIGHT_EACH, Unsupported, UsageError, nearest, shown
 from .combiners import COMBINERS
 from .combiners._combiner import Combiner, combiner_of
 
@@ -78,6 +79,8 @@ def plain(setting: Setting, where: str) -> Setting:
         return {glob: plain(value, where) for glob, value in setting.items()}
     if isinstance(setting, (list, tuple)):
         numbers = [value for value in setting if isinstance(value, (int, float)) and not isinstance(value, bool)]
+        if any(abs(value) > sys.float_info.max for value in numbers if isinstance(value, int)):
+            raise UsageError("a number is larger than any float", where=where, cure="Pass smaller numbers")
         if not setting or len(numbers) < len(setting):
             raise UsageError(
                 "a list over the layers must contain only numbers, and at least one",
@@ -253,6 +256,8 @@ class CombineParameters:
     ) -> None:  # fmt: skip
         self.name = name
         self.values = {key: plain(value, key) for key, value in values.items()}
+        if weights is not None and (isinstance(weights, str | Mapping) or not isinstance(weights, Iterable)):
+            raise UsageError(f"weights {shown(weights)} are not a list", where="weights", cure=PASS_ONE_WEIGHT_EACH)
         self.weights = [plain(w, "weights") for w in ([1.0] * count if weights is None else weights)]
         self.each = self._check_each(each or [], count)
         if len(self.weights) != count:
@@ -316,8 +321,10 @@ class CombineParameters:
         weights_here = [at_target(weight, target, self.depths, 1.0) for weight in self.weights]
         numbers: list[float] = []
         for weight in weights_here:
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise UsageError(f"weight {weight!r} is not a finite number", where=str(target), cure="Give a number")
+            is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not is_number or not abs(weight) <= sys.float_info.max:
+                why = f"weight {shown(weight)} is not a finite number"
+                raise UsageError(why, where=str(target), cure="Give a number")
             numbers.append(float(weight))
         return numbers
 

@@ -107,7 +107,7 @@ def _files(root: Path, unread: list[str]) -> list[Path]:
         return [root]
     files: list[Path] = []
     for path in sorted(root.rglob("*")):
-        if path.relative_to(root).parts[0] == ".git" or (path.is_dir() and not path.is_symlink()):
+        if path.relative_to(root).parts[0] == ".git" or (not path.is_symlink() and path.is_dir()):
             continue
         if len(files) >= MOST_FILES:
             unread.append(f"{root.name}: only its first {MOST_FILES:,} files were scanned")

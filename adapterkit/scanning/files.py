@@ -494,7 +494,7 @@ def in_folder(root: Path, files: list[Path], unread: list[str]) -> Iterator[Find
     for file in files:
         name = file.relative_to(folder).as_posix()
         if file.is_symlink() and not _inside(file, folder):
-            yield Finding("link", name, "", f"it points to {os.readlink(file)}")
+            yield Finding("link", name, "", f"it points to {_target(file)}")
             continue
         yield from _name(name)
         try:
@@ -514,6 +514,13 @@ def in_folder(root: Path, files: list[Path], unread: list[str]) -> Iterator[Find
         except (AdapterkitError, OSError, zipfile.BadZipFile) as error:
             unread.append(f"{name}: {error}")
     yield from _twice(folder, files)
+
+
+def _target(link: Path) -> str:
+    try:
+        return shown(os.readlink(link))
+    except OSError:  # The link was removed, or its folder cannot be read.
+        return "an unknown place"
 
 
 def _inside(file: Path, folder: Path) -> bool:

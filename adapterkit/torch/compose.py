@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..core.adapter import Adapter, Target
+from ..core.adapter import Adapter, Target, check_adapter
+from ..core.arguments import weights_of
 from ..core.shapes import Dims
 from ..core.updates import OutputUpdate, Update, tensor
 from ..errors import PASS_AN_ADAPTER, ShapeMismatch, TargetNotFound, Unsupported, UsageError
@@ -50,6 +51,7 @@ def stack(*adapters: Adapter) -> Adapter:
     """
     updates: dict[Target, tuple[Update, ...]] = {}
     for adapter in _some(adapters):
+        check_adapter(adapter)
         for target, group in adapter.updates.items():
             updates[target] = (*updates.get(target, ()), *group)
     return _composed("stack", updates, adapters)
@@ -67,14 +69,11 @@ def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapt
             is 1.
 
     Raises:
-        UsageError: the number of weights is not the number of adapters.
+        UsageError: the number of weights is not the number of adapters, or a weight is not a finite number.
         Unsupported: an adapter has an update that is neither additive nor an output update.
     """
     count = len(_some(adapters))
-    shares = tuple(1 / count for _ in adapters) if weights is None else tuple(map(float, weights))
-    if len(shares) != count:
-        cure = "Pass one weight for each adapter"
-        raise UsageError(f"{len(shares)} weights for {count} adapters", where="weights", cure=cure)
+    shares = tuple(1 / count for _ in adapters) if weights is None else tuple(weights_of(weights, count))
     return _blocks("average", adapters, lambda children, _: Average(children=children, weights=shares))
 
 
@@ -209,6 +208,8 @@ def _blocks(
     name: str, adapters: Sequence[Adapter], block_of: Callable[[tuple[Child, ...], Target], ComposedBlock]
 ) -> Adapter:
     """Return an adapter with one block at each target that at least one of the given adapters has."""
+    for adapter in adapters:
+        check_adapter(adapter)
     targets = dict.fromkeys(target for adapter in adapters for target in adapter.updates)
     updates: dict[Target, tuple[Update, ...]] = {}
     for target in targets:

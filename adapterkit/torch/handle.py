@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Target
 from ..core.updates import Update
-from ..errors import NotMergeable, ShapeMismatch, Unsupported, UsageError, nearest
+from ..errors import NotMergeable, ShapeMismatch, Unsupported, UsageError, nearest, shown
 from .checkpoints import CHOICES, HANDLES, leave_state, watch_state
 from .folding import (
     KEEP_INJECTED,
@@ -515,8 +515,13 @@ def check_weight(value: float) -> None:
     Raises:
         UsageError: the factor is not a finite number.
     """
-    if not math.isfinite(value):
-        raise UsageError(f"must be a finite number, got {value}", where="weight", cure="Pass 1.0 for the whole change")
+    try:
+        finite = math.isfinite(value)
+    except (TypeError, OverflowError):
+        finite = False
+    if not finite:
+        why = f"must be a finite number, got {shown(value)}"
+        raise UsageError(why, where="weight", cure="Pass 1.0 for the whole change")
 
 
 def _within(path: str, other: str) -> bool:

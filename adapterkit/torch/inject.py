@@ -296,6 +296,8 @@ def inject(
     if weight != 1 and context.updates:
         why = "an adapter that adds context can only have the weight 1"
         raise UsageError(why, where=name, cure="Omit weight=")
+    for target, updates in weights.updates.items():
+        _refuse_parameter(model, target, updates)
     switch, registration = Switch(name, weight, active), Registration(model, name, trainable)
     around = _contexts(model, context, switch, registration, rules)
     recorder = CallRecorder(switch, {word for _, update in weights for word in words_of(model, update)})
@@ -606,9 +608,22 @@ def _pieces(site: Site) -> list[Site]:
     ]
 
 
+def _refuse_parameter(model: nn.Module, target: Target, updates: Sequence[Update]) -> None:
+    """Raise an error if an update changes a module's output, but the target is a parameter."""
+    output = next((update.method for update in updates if update.kind == "output"), None)
+    parent, _, name = target.path.rpartition(".")
+    module: Any = model if output else None
+    for part in parent.split(".") if parent else ():
+        module = getattr(module, part, None)
+    if isinstance(module, nn.Module) and name in module._parameters:
+        why = f"{output} changes a module's output, but this target is a parameter, which has no output"
+        raise Unsupported(why, where=str(target), cure="Target the module that reads the parameter")
+
+
 def _outer(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder) -> tuple[nn.Module, Part]:
     """Return the module whose output changes, and the part that changes the output."""
     path = site.target.path
+    _refuse_parameter(model, site.target, site.updates)
     parent, holder = path.rpartition(".")[0], model.get_submodule(path)
     if isinstance(model.get_submodule(parent), nn.MultiheadAttention) and path:
         why = "an nn.MultiheadAttention never calls its output projection, but only reads the projection's weight"

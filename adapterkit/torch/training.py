@@ -140,6 +140,10 @@ class LoRAFA(torch.optim.Optimizer):
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(list(dict.fromkeys(trained)), settings)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch copies and pickles only its own attributes of an optimizer.
+        return {**super().__getstate__(), "_pairs": self._pairs}  # type: ignore[no-untyped-call]
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one optimizer step. Return the result of `closure`, or None if there is no closure."""

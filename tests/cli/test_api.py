@@ -134,6 +134,30 @@ WRONG = {
     "inject into a graph": lambda a, base: ak.onnx.inject(3, a, "out"),
     "resize": lambda a, base: ak.ops.resize(3, 2),
     "extract": lambda a, base: ak.ops.extract(base, 3, 2),
+    "rename to a number": lambda a, base: ak.plan(base, a, rename=3),
+    "rename to numbers": lambda a, base: ak.names(base, a, rename=[3]),
+    "sample a text": lambda a, base: ak.verify(base, base, a, sample="1"),
+    "sample a half": lambda a, base: ak.verify(base, base, a, sample=1.5),
+    "workers below 1": lambda a, base: ak.combine([a, a], workers=-1),
+    "workers as a text": lambda a, base: ak.ops.extract(base, base, 1, workers="2"),
+    "combine by one number": lambda a, base: ak.combine([a, a], weights=1),
+    "combine by a text": lambda a, base: ak.combine([a, a], weights="12"),
+    "combine by a number beyond floats": lambda a, base: ak.combine([a, a], weights=[10**400, 1]),
+    "combine by a list beyond floats": lambda a, base: ak.combine([a, a], weights=[[10**400], 1]),
+    "add by one number": lambda a, base: ak.ops.add([a, a], 1),
+    "add by a text": lambda a, base: ak.ops.add([a, a], "12"),
+    "add by a number beyond floats": lambda a, base: ak.ops.add([a, a], [10**400, 1]),
+    "merge by a number beyond floats": lambda a, base: ak.plan(base, a, weights=[10**400]),
+    "scale by a text": lambda a, base: ak.ops.scale(a, "2"),
+    "scale by nothing": lambda a, base: ak.ops.scale(a, None),
+    "average outputs by one number": lambda a, base: ak.torch.compose.average(a, a, weights=1),
+    "average outputs by a NaN": lambda a, base: ak.torch.compose.average(a, a, weights=[float("nan"), 1]),
+    "add a number": lambda a, base: ak.ops.add(3),
+    "stack nothing": lambda a, base: ak.ops.stack(None),
+    "stack outputs of a path": lambda a, base: ak.torch.compose.stack("a", a),
+    "average outputs of a number": lambda a, base: ak.torch.compose.average(3, a),
+    "names of a number": lambda a, base: ak.names(base, 3),
+    "gate by a text": lambda a, base: ak.gate(base, [a, a], weights="12"),
 }
 
 
@@ -194,6 +218,14 @@ def test_options_are_one_value_for_plan_and_merge(folder: Path) -> None:
     assert isinstance(one, ak.Report)
     assert (folder / "one.safetensors").read_bytes() == (folder / "two.safetensors").read_bytes()
     assert isinstance(ak.verify(folder / "one.safetensors", base, folder / "a", seed=3), ak.Verification)
+
+
+@pytest.mark.parametrize("rename", [None, [], ()])
+def test_no_rules_are_no_rules_in_every_form(folder: Path, rename: object) -> None:
+    base, options = folder / "base.safetensors", ak.MergeOptions(dtype="bf16")
+    digest = ak.plan(base, folder / "a", options=options).digest
+    assert ak.plan(base, folder / "a", options=options, rename=rename).digest == digest  # type: ignore[arg-type]
+    assert ak.plan(base, folder / "a", dtype="bf16", rename=rename).digest == digest  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
+import copy
 import errno
 import json
 import os
+import pickle
 import struct
 
 import numpy as np
@@ -15,7 +17,18 @@ from adapterkit.errors import Corrupt, Malformed, StorageError, UsageError
 from adapterkit.io import safetensors as ours
 from adapterkit.io.atomic import replacing, write_bytes
 from adapterkit.io.checkpoint import contained, open_checkpoint, read_json
-from adapterkit.io.lazy import BY_TORCH, DTYPES, Lazy, as_lazy, as_torch, dtype_of, first_not_finite, from_numpy
+from adapterkit.io.computed import computed, joined
+from adapterkit.io.lazy import (
+    BY_TORCH,
+    DTYPES,
+    Lazy,
+    as_lazy,
+    as_torch,
+    dtype_of,
+    first_not_finite,
+    from_numpy,
+    number_of,
+)
 from adapterkit.io.strict_json import load_json
 
 
@@ -372,3 +385,25 @@ def test_a_source_that_ends_early_is_named_and_nothing_is_written(gone, tmp_path
         ours.write(tmp_path / "y", tensors, {})
     assert str(raised.value.path) == str(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ([] if gone else ["x"])
+
+
+@pytest.mark.parametrize("kind", ["from_numpy", "torch", "computed", "joined", "mapped", "scalar"])
+def test_a_tensor_that_is_computed_when_it_is_read_can_be_pickled_and_copied(kind):
+    values = np.arange(6, dtype="f4").reshape(2, 3)
+    leaf = from_numpy(values)
+    made = {
+        "from_numpy": lambda: leaf, "torch": lambda: as_lazy(torch.from_numpy(values)),
+        "computed": lambda: computed((2, 3), DTYPES["F32"], lambda: values.astype("f8")),
+        "joined": lambda: joined([leaf.reshape(1, 6), leaf.reshape(1, 6)], 0), "scalar": lambda: number_of("0x1p+0"),
+        "mapped": lambda: leaf.map(np.transpose, (3, 2)),
+    }[kind]()  # fmt: skip
+    for again in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
+        assert (again.shape, again.dtype.name) == (made.shape, made.dtype.name)
+        assert np.array_equal(again.numpy(), made.numpy())
+
+
+def test_a_tensor_in_a_file_is_pickled_as_its_place(tmp_path):
+    safetensors.numpy.save_file({"w": np.ones((100, 100), "f4")}, tmp_path / "a.safetensors")
+    leaf = open_checkpoint(tmp_path / "a.safetensors").tensors["w"]
+    assert len(pickle.dumps(leaf)) < 1000
+    assert pickle.loads(pickle.dumps(leaf)).span == leaf.span

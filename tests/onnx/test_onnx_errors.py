@@ -139,6 +139,23 @@ def test_an_adapter_comes_out_before_another_goes_in(plain, tmp_path):
     assert not (tmp_path / "two.onnx").exists()
 
 
+@pytest.mark.parametrize("mode", ["constant", "slots"])
+def test_a_graph_that_was_merged_after_it_was_injected_cannot_be_ejected(plain, tmp_path, mode):
+    """The original's bytes are taken from the graph's weights, which the merge changed."""
+    ak.onnx.inject(plain, lora(), tmp_path / "one.onnx", mode=mode)
+    ak.onnx.merge(tmp_path / "one.onnx", lora(), tmp_path / "two.onnx")
+    with pytest.raises(UsageError, match="an adapter was merged into this graph after inject wrote it"):
+        ak.onnx.eject(tmp_path / "two.onnx", tmp_path / "back.onnx")
+    assert not (tmp_path / "back.onnx").exists()
+    refused(Unsupported, "already", tmp_path / "two.onnx", lora(), tmp_path / "three.onnx")
+
+
+@pytest.mark.parametrize("weights", [0.5, "1", [None], [10**400], [float("nan")]], ids=str)
+def test_weights_that_are_no_list_of_numbers(plain, tmp_path, weights):
+    with pytest.raises(UsageError, match="weights"):
+        ak.onnx.merge(plain, lora(), tmp_path / "out.onnx", weights=weights)
+
+
 def test_data_files_are_shared_and_never_written(apart, tmp_path):
     data = apart.parent / "base.data"
     before, stamp = data.read_bytes(), data.stat().st_mtime_ns

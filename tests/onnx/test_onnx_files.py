@@ -297,3 +297,33 @@ def test_the_second_oracle_is_heard(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "base", "merged.onnx", "one.data", "out.onnx", "two.data"]
     monkeypatch.setattr(checking, "reference_outputs", lambda model, feeds: [2 * a for a in ask(model, feeds)])
     assert ak.onnx.inject(path, lora(), out).reference is None
+
+
+WRONG = {
+    "adapters as a list": lambda session: ak.onnx.Session(session._path, ["a"]),
+    "adapters with a number for a name": lambda session: ak.onnx.Session(session._path, {3: "a"}),
+    "an adapter that is a list": lambda session: session.load("b", []),
+    "no name": lambda session: session.load(None, "a"),
+    "a list of names to unload": lambda session: session.unload([]),
+    "one provider": lambda session: ak.onnx.Session(session._path, providers="cpu"),
+    "a number of providers": lambda session: ak.onnx.Session(session._path, providers=3),
+    "providers as numbers": lambda session: ak.onnx.Session(session._path, providers=[3]),
+    "a provider of one": lambda session: ak.onnx.Session(session._path, providers=[("cpu",)]),
+    "a provider with a number": lambda session: ak.onnx.Session(session._path, providers=[("cpu", 3)]),
+    "inputs as a list": lambda session: session.run([X]),
+    "no inputs": lambda session: session.run(None),
+    "an input with a number for a name": lambda session: session.run({3: X}),
+    "an input of unequal rows": lambda session: session.run({"x": [[1], [1, 2]]}),
+    "a number as the adapter": lambda session: session.run({"x": X}, 3),
+    "an adapter with a number for a name": lambda session: session.run({"x": X}, {3: 1.0}),
+    "one output": lambda session: session.run({"x": X}, outputs="y"),
+    "outputs as numbers": lambda session: session.run({"x": X}, outputs=[3]),
+    "no name of an output": lambda session: session.run({"x": X}, outputs=[None]),
+}
+
+
+@pytest.mark.parametrize("call", WRONG)
+def test_arguments_of_other_types_are_refused(session, call):
+    with pytest.raises(UsageError) as raised:
+        WRONG[call](session)
+    assert raised.value.cure

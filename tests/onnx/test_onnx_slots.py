@@ -15,6 +15,7 @@ from torch import nn
 
 import adapterkit as ak
 from adapterkit.errors import CheckFailed, Malformed, TargetNotFound, Unsupported, UsageError
+from adapterkit.methods.vera import VeRA
 from adapterkit.onnx import injecting
 
 X = np.random.default_rng(0).normal(size=(2, 3, 16)).astype("f4")
@@ -253,3 +254,33 @@ def test_a_damaged_list_of_slots(slots, tmp_path):
         (tmp_path / "bad.onnx").write_bytes(proto.SerializeToString())
         with pytest.raises(Malformed if match else TargetNotFound, match=match):
             ak.onnx.fit(tmp_path / "bad.onnx", tmp_path / "one")
+
+
+@pytest.mark.parametrize("targets", ["qv", "q", "v"])
+@pytest.mark.parametrize("mode", ["slots", "inputs"])
+def test_vera_changes_only_some_of_the_layers_that_share_its_projections(tmp_path, mode, targets):
+    rng = np.random.default_rng(5)
+    W = {name: rng.normal(size=(4, 4)).astype("f4") for name in "qv"}
+    A, B = torch.randn(3, 4), torch.randn(4, 3)
+
+    def adapter(names):
+        return ak.Adapter({ak.Target(p): (VeRA(A=A, B=B, b=torch.randn(4), d=torch.randn(3)),) for p in names})
+
+    nodes = [helper.make_node("MatMul", ["x", "q.weight"], ["h"]), helper.make_node("MatMul", ["h", "v.weight"], ["y"])]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in "xy"]
+    weights = [numpy_helper.from_array(value.T.copy(), f"{name}.weight") for name, value in W.items()]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "g.onnx")
+    ak.onnx.inject(tmp_path / "g.onnx", adapter("qv"), tmp_path / "s.onnx", mode=mode)
+    some, x = adapter(targets), rng.normal(size=(2, 4)).astype("f4")
+    wanted = x
+    for name in "qv":
+        (update,) = some.updates.get(ak.Target(name), (None,))
+        change = 0 if update is None else (update.b[:, None] * B @ (update.d[:, None] * A)).numpy()
+        wanted = wanted @ (W[name] + change).T
+    file = ak.onnx.write_adapter(tmp_path / "s.onnx", some, tmp_path / "some.onnx_adapter")
+    assert {target.path for target in ak.read(file).updates} == set(targets)
+    session = ak.onnx.Session(tmp_path / "s.onnx", {"object": some, "file": file})
+    for name in session.adapters:
+        np.testing.assert_allclose(session.run({"x": x}, name)["y"], wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(session.run({"x": x})["y"], x @ W["q"].T @ W["v"].T, rtol=1e-4, atol=1e-4)

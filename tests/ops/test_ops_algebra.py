@@ -503,3 +503,9 @@ def test_files_are_read_and_written(tmp_path):
     save_file({"x": np.ones(1)}, tmp_path / "no.safetensors")
     with pytest.raises(ak.AdapterkitError):
         ops.scale(tmp_path / "no.safetensors", 2)
+
+
+def test_an_average_of_weights_whose_sum_is_no_float():
+    a, b = (Adapter({TARGET: (lora(),)}) for _ in range(2))
+    whole, half = (ops.average([a, b], weights).delta("q") for weights in ([1e308, 1e308], [1, 1]))
+    assert torch.equal(whole, half)

@@ -209,3 +209,14 @@ def test_integer_leaves_stay_integers():
     ((_, back),) = handle.adapter()
     assert back.index.tolist() == [2, 5]
     assert back.index.dtype == torch.int64
+
+
+@pytest.mark.parametrize("path", ["w", "inner.w"])
+def test_an_update_of_outputs_at_a_bare_parameter_is_refused(path):
+    net = nn.Module()
+    net.inner = nn.Module()
+    net.w, net.inner.w = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(4, 4))
+    lora = Adapter({Target(path): (METHODS["lora"](A=torch.ones(2, 4), B=torch.ones(4, 2)),)})
+    with pytest.raises(Unsupported, match="this target is a parameter, which has no output") as raised:
+        ak.torch.inject(net, ak.torch.compose.average(lora, lora))
+    assert raised.value.where == path

@@ -1,6 +1,8 @@
 """LoftQ's start and LoRA-FA's optimizer, against brute force, bitsandbytes' stored vectors and PEFT."""
 
+import copy
 import io
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -203,3 +205,28 @@ def test_the_levels_are_those_of_the_stored_vectors():
     ]
     assert maps
     np.testing.assert_allclose(maps[0], NF4)
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"]
+)
+def test_lora_fa_goes_on_after_it_is_copied_or_pickled_with_its_model(again):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    handle = ak.torch.inject(model, ak.torch.create(model, "lora", rank=2, targets="0"), trainable=True)
+    both = model, ak.torch.LoRAFA(handle, lr=0.1)
+
+    def steps(net, optimizer):
+        for seed in range(3):
+            x = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+            net(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return net(torch.ones(1, 4))
+
+    steps(*both)
+    twin = again(both)
+    before = model(torch.ones(1, 4))
+    twins = steps(*twin)
+    assert torch.equal(model(torch.ones(1, 4)), before)
+    assert torch.equal(steps(*both), twins)

@@ -200,3 +200,11 @@ def test_a_folder_below_git_is_scanned(tmp_path):
     path = folder(tmp_path / ".git" / "adapter")
     written("modeling.py", "import os")(path)
     assert [each.rule for each in ak.scan(path).findings] == ["code-file"]
+
+
+def test_the_place_of_a_link_is_shown_without_control_characters(tmp_path):
+    (tmp_path / "link").symlink_to("/\x1b[2J\n" + "x" * 300)
+    (finding,) = ak.scan(tmp_path).findings
+    assert finding.rule == "link"
+    assert finding.evidence.isprintable()
+    assert len(finding.evidence) < 200
