@@ -183,7 +183,8 @@ def recipe(content: object, path: Path | None = None) -> Recipe:
     each_model = [{}] * len(kept) if slices else [_translated(*each.parameters[0], switches, path) for each in kept]
     if slices:
         each_model, shared = _parameters_by_slice(kept, slices, shared, _single(top), switches, path)
-    stated, everywhere = "weight" in shared, shared.pop("weight", 1.0)
+    # With slices, the weights of the models already include the recipe's weight.
+    stated, everywhere = "weight" in shared and not slices, shared.pop("weight", 1.0)
     options: dict[str, Any] = {"method": top["merge_method"], **shared}
     weights = [each.pop("weight", everywhere) for each in each_model]
     options["weights"] = [_first_of(w, everywhere) if stated and isinstance(w, Mapping) else w for w in weights]

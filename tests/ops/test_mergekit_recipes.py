@@ -166,7 +166,8 @@ def test_a_slice_selects_layers_and_not_experts() -> None:
 
     sources = [{"model": each, "layer_range": [0, 2], "parameters": {"weight": 0.25}} for each in ("one", "two")]
     later = [{"model": each, "layer_range": [2, 5], "parameters": {"weight": 4}} for each in ("one", "two")]
-    read = recipe({"merge_method": "task_arithmetic", "slices": [{"sources": sources}, {"sources": later}]})
+    slices, shared = [{"sources": sources}, {"sources": later}], {"weight": 9}
+    read = recipe({"merge_method": "task_arithmetic", "slices": slices, "parameters": shared})
     expert = "model.layers.3.mlp.experts.1.w1"
     made = ak.combine([ones(expert)] * 2, **read.options)
     assert np.asarray(made.delta(expert)).max() == 8
