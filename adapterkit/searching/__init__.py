@@ -232,7 +232,8 @@ def search(
     """
     if isinstance(adapters, (str, PathLike, Adapter)) or len(adapters) < 2:
         raise UsageError("a search needs at least two adapters", where="adapters", cure="Pass two adapters or more")
-    seed, most = (value.item() if hasattr(value, "item") else value for value in (seed, most))  # numpy's numbers
+    numbers: Any = (seed, most)
+    seed, most = (value.item() if hasattr(value, "item") else value for value in numbers)  # numbers of numpy
     names = tuple(
         f"adapter{at}" if isinstance(source, Adapter) else fspath(source) for at, source in enumerate(adapters)
     )
