@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     """A value, a list over the layers, or a mapping from globs to values or lists."""
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+_LAYERS = re.compile(r"layers (\d+)-(\d+)", re.ASCII)
 
 
 class Depths:
@@ -59,7 +60,7 @@ def at_target(setting: Setting, target: Target, depths: Depths, otherwise: Value
     """Return the value of a setting at a target; return `otherwise` if the setting is a mapping and no glob matches."""
     if isinstance(setting, Mapping):
         for glob, value in setting.items():
-            if fnmatchcase(str(target), glob) or fnmatchcase(target.path, glob):
+            if _matches(glob, target):
                 return at_target(value, target, depths, otherwise)
         return otherwise
     if isinstance(setting, (list, tuple)):
@@ -100,9 +101,21 @@ def check_globs(setting: Setting, targets: Sequence[Target], where: str) -> None
     if not isinstance(setting, Mapping):
         return
     for glob in setting:
-        if not any(fnmatchcase(str(target), glob) or fnmatchcase(target.path, glob) for target in targets):
+        if not _LAYERS.fullmatch(glob) and not any(_matches(glob, target) for target in targets):
             cure = f"Write a glob that matches the path of a target, such as {targets[0].path}"
             raise UsageError(f"no target matches {glob!r}", where=where, cure=cure)
+
+
+def _matches(glob: str, target: Target) -> bool:
+    """Whether a target's name matches a glob, or its layer is in a range such as `layers 0-3` (of a recipe's slices).
+
+    A glob cannot select layers, because `*.2.*` also matches expert 2 of any layer.
+    """
+    layers = _LAYERS.fullmatch(glob)
+    if layers is None:
+        return fnmatchcase(str(target), glob) or fnmatchcase(target.path, glob)
+    layer = _layer(target)
+    return layer is not None and int(layers[1]) <= layer <= int(layers[2])
 
 
 def _between(values: Sequence[float], depth: float) -> float:

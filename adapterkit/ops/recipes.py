@@ -120,12 +120,20 @@ class Recipe:
         """Check that the slices, if there are any, cover all layers that the adapters change.
 
         Raises:
-            UsageError: a target is in a layer after the last slice.
+            UsageError: a target is in a layer after the last slice; or a target is in no layer, and a parameter has
+                different values in the first and the last slice.
         """
         from .parameters import _layer
 
+        settings = [("weight", weight) for weight in self.options.get("weights", ())]
+        settings += [item for each in self.options.get("each", ()) for item in each.items()]
+        differing = [key for key, value in (*settings, *self.options.items()) if _only_in_layers(value)]
         for target in targets if self.layers is not None else ():
             layer = _layer(target)
+            if layer is None and differing:
+                why = f"{differing[0]} differs between the slices, but {target} is not in a numbered layer"
+                cure = "Give the first and the last slice the same value, or list models instead of slices"
+                raise UsageError(why, where="slices", cure=cure)
             if layer is not None and self.layers is not None and layer >= self.layers:
                 why = f"the slices cover only layers 0 to {self.layers - 1}, but {target} is in layer {layer}"
                 cure = f"End the last slice's layer_range at {layer + 1} or higher, or list models instead of slices"
@@ -161,7 +169,8 @@ def recipe(content: object, path: Path | None = None) -> Recipe:
         if not isinstance(top.get(name), str | None):
             why = f"{name} is {shown(top[name])}, not text"
             raise Malformed(why, where=name, path=path, cure="See adapterkit combine --help")
-    models, ranges = _models(top, path)
+    models, slices = _models(top, path)
+    top = {**top, **_base_of_slices(top, path)} if slices else top
     if "merge_method" not in top or not models:
         why = "a recipe needs merge_method and a list of models"
         raise Malformed(why, path=path, cure="See adapterkit combine --help")
@@ -170,14 +179,18 @@ def recipe(content: object, path: Path | None = None) -> Recipe:
         models = sorted(models, key=lambda each: each.name != top.get("base_model"))
     base, names, notes = _named_base(top, models, path)
     kept = [each for each, name in zip(models, names, strict=True) if name is not None]
-    each_model = _parameters_by_model(kept, switches, ranges, path)
     shared = _translated(top.get("parameters"), "parameters", switches, path)
-    everywhere = shared.pop("weight", 1.0)
+    each_model = [{}] * len(kept) if slices else [_translated(*each.parameters[0], switches, path) for each in kept]
+    if slices:
+        each_model, shared = _parameters_by_slice(kept, slices, shared, _single(top), switches, path)
+    # With slices, the weights of the models already include the recipe's weight.
+    stated, everywhere = "weight" in shared and not slices, shared.pop("weight", 1.0)
     options: dict[str, Any] = {"method": top["merge_method"], **shared}
-    options["weights"] = [each.pop("weight", everywhere) for each in each_model]
+    weights = [each.pop("weight", everywhere) for each in each_model]
+    options["weights"] = [_first_of(w, everywhere) if stated and isinstance(w, Mapping) else w for w in weights]
     options |= {"each": each_model} if any(each_model) else {}
     options |= {"base": base} if base is not None else {}
-    dtype = top.get("out_dtype", top.get("dtype"))
+    dtype = top.get("dtype") if top.get("out_dtype") is None else top["out_dtype"]
     options |= {"dtype": dtype} if dtype is not None else {}
     options |= {name: top[name] for name in ("compat", "seed", "rank", "disjoint") if top.get(name) is not None}
     tokenizer = _tokenizer(top, path)
@@ -185,23 +198,32 @@ def recipe(content: object, path: Path | None = None) -> Recipe:
         notes.append("chat_template is not used: adapters have no template; after a merge, edit chat_template.jinja")
     adapters = tuple(name for name in names if name is not None)
     places = tuple(each.place for each in kept)
-    return Recipe(adapters, options, places, tokenizer, tuple(notes), ranges[-1][1] if ranges else None)
+    return Recipe(adapters, options, places, tokenizer, tuple(notes), slices[-1].layers[1] if slices else None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
     """A model of the recipe: the key path of its first entry in the file, its name, and its parameters.
 
-    `parameters` has one pair (key path, parameters) per slice, or a single pair if the file has no slices.
+    `parameters` has one pair (parameters, key path) per slice, or a single pair if the file has no slices.
     """
 
     place: str
     name: str
-    parameters: tuple[tuple[str, Any], ...]
+    parameters: tuple[tuple[Any, str], ...]
 
 
-def _models(top: Mapping[str, object], path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
-    """Return the models, and the layer range of each slice (empty if the file has no slices)."""
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """A slice of the recipe: its first layer and its last layer plus 1, its parameters, and their key path."""
+
+    layers: tuple[int, int]
+    parameters: Any
+    where: str
+
+
+def _models(top: Mapping[str, object], path: Path | None) -> tuple[list[_Model], list[_Slice]]:
+    """Return the models and the slices, which are an empty list if the file has no slices."""
     if "slices" in top:
         if "models" in top or "adapters" in top:
             cure = "Remove one of them"
@@ -213,13 +235,13 @@ def _models(top: Mapping[str, object], path: Path | None) -> tuple[list[_Model],
         return [], []
     models = [_mapping(entry, f"{key}[{i}]", MODEL, path) for i, entry in enumerate(entries)]
     return [
-        _Model(f"{key}[{i}]", _name(model, f"{key}[{i}]", path), ((f"{key}[{i}].parameters", model.get("parameters")),))
+        _Model(f"{key}[{i}]", _name(model, f"{key}[{i}]", path), ((model.get("parameters"), f"{key}[{i}].parameters"),))
         for i, model in enumerate(models)
     ], []
 
 
-def _sliced(content: object, path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
-    """Return the models, and the layer range of each slice.
+def _sliced(content: object, path: Path | None) -> tuple[list[_Model], list[_Slice]]:
+    """Return the models and the slices.
 
     All slices must list the same models. The first slice must start at layer 0, and each other slice must start at the
     layer at which the previous slice ends.
@@ -230,9 +252,9 @@ def _sliced(content: object, path: Path | None) -> tuple[list[_Model], list[tupl
     """
     if not isinstance(content, list) or not content:
         raise Malformed("a list was expected", where="slices", path=path, cure="See adapterkit combine --help")
-    ranges: list[tuple[int, int]] = []
+    slices: list[_Slice] = []
     names: list[str] = []
-    parameters: list[list[tuple[str, Any]]] = []
+    parameters: list[list[tuple[Any, str]]] = []
     for i, entry in enumerate(content):
         where = f"slices[{i}]"
         one = _mapping(entry, where, SLICE, path)
@@ -242,7 +264,7 @@ def _sliced(content: object, path: Path | None) -> tuple[list[_Model], list[tupl
         read = [_mapping(source, f"{where}.sources[{j}]", SOURCE, path) for j, source in enumerate(sources)]
         mine = [_name(source, f"{where}.sources[{j}]", path) for j, source in enumerate(read)]
         spans = [_span(source, f"{where}.sources[{j}].layer_range", path) for j, source in enumerate(read)]
-        start = ranges[-1][1] if ranges else 0
+        start = slices[-1].layers[1] if slices else 0
         for j, span in enumerate(spans):
             if span[0] != start or span != spans[0]:
                 _refuse_range(f"{where}.sources[{j}].layer_range", span, spans[0], start, path)
@@ -251,16 +273,31 @@ def _sliced(content: object, path: Path | None) -> tuple[list[_Model], list[tupl
             why = "this slice lists other models than the first slice"
             raise UsageError(why, where=f"{where}.sources", path=path, cure=cure)
         names = mine
-        ranges.append(spans[0])
+        slices.append(_Slice(spans[0], one.get("parameters"), f"{where}.parameters"))
         for j, source in enumerate(read):
             if i == 0:
                 parameters.append([])
-            # The parameters of a source override the parameters of its slice.
-            both = {**(one.get("parameters") or {}), **(source.get("parameters") or {})}
-            parameters[j].append((f"{where}.sources[{j}].parameters", both))
+            parameters[j].append((source.get("parameters"), f"{where}.sources[{j}].parameters"))
     places = [f"slices[0].sources[{j}]" for j in range(len(names))]
     models = [_Model(*each) for each in zip(places, names, map(tuple, parameters), strict=True)]
-    return models, ranges
+    return models, slices
+
+
+def _base_of_slices(top: Mapping[str, Any], path: Path | None) -> dict[str, str]:
+    """Return the `base_model` that the slices set instead of the recipe's; empty if no slice sets one.
+
+    Raises:
+        UsageError: the slices have different bases.
+    """
+    if not any("base_model" in one for one in top["slices"]):
+        return {}
+    bases = [one.get("base_model", top.get("base_model")) for one in top["slices"]]
+    wrong = next((i for i, base in enumerate(bases) if base != bases[0] or not isinstance(base, str)), None)
+    if wrong is not None:
+        why = f"the base is {shown(bases[wrong])}, but the first slice has {shown(bases[0])}"
+        cure = "Name one base for all slices, as the recipe's base_model"
+        raise UsageError(why, where=f"slices[{wrong}].base_model", path=path, cure=cure)
+    return {"base_model": bases[0]}
 
 
 def _span(source: Mapping[str, object], where: str, path: Path | None) -> tuple[int, int]:
@@ -342,6 +379,15 @@ def _named_base(
     return base, names, notes
 
 
+def _single(top: Mapping[str, Any]) -> frozenset[str]:
+    """Return the parameters of the recipe's method that may differ between adapters."""
+    from .combiners import COMBINERS
+    from .parameters import resolved
+
+    name, values = resolved(str(top["merge_method"]), top.get("compat"))
+    return COMBINERS[str(values.get("then", name))].single
+
+
 def _is_based(top: Mapping[str, Any]) -> bool:
     """Whether the recipe's method needs the weights of the base."""
     from .combiners import COMBINERS
@@ -351,33 +397,90 @@ def _is_based(top: Mapping[str, Any]) -> bool:
     return bool(COMBINERS[name].based)
 
 
-def _parameters_by_model(
-    models: Sequence[_Model], switches: Mapping[str, bool], ranges: Sequence[tuple[int, int]], path: Path | None
-) -> list[dict[str, JsonValue]]:
-    """Return each model's parameters.
+def _parameters_by_slice(
+    models: Sequence[_Model], slices: Sequence[_Slice], shared: Mapping[str, JsonValue],
+    single: frozenset[str], switches: Mapping[str, bool], path: Path | None,
+) -> tuple[list[dict[str, JsonValue]], dict[str, JsonValue]]:  # fmt: skip
+    """Return each model's parameters, and the parameters of the method, with their values in every layer.
 
-    A parameter that differs between slices becomes a mapping with one glob per layer.
+    As in mergekit, a source's parameter has precedence over its slice's, and this over the recipe's. A list is
+    interpolated from the first layer of each slice to the slice's last layer.
     """
-    parameters_of = []
+    of_slices = [_translated(one.parameters, one.where, switches, path) for one in slices]
+    per_adapter = {"weight"} | single
+
+    def everywhere(key: str, parts: Sequence[Mapping[str, JsonValue]], where: str) -> Any:
+        values = [
+            _first_of(part.get(key), _first_of(of_slice.get(key), shared.get(key)))
+            for part, of_slice in zip(parts, of_slices, strict=True)
+        ]
+        if None in values:
+            why = f"{key} is not set in every slice"
+            cure = f"Set {key} in every slice, or in the recipe's parameters"
+            raise UsageError(why, where=where, path=path, cure=cure)
+        return _by_layer([one.layers for one in slices], values)
+
+    each_model: list[dict[str, JsonValue]] = []
     for model in models:
-        parts = [_translated(content, where, switches, path) for where, content in model.parameters]
-        if len(parts) == 1:
-            parameters_of.append(parts[0])
-            continue
+        parts = [_translated(content, where, switches, path) for content, where in model.parameters]
         keys = dict.fromkeys(key for part in parts for key in part)
-        mine: dict[str, Any] = {}
-        for key in keys:
-            values = [part.get(key) for part in parts]
-            if any(isinstance(value, Mapping | list) for value in values) or None in values:
-                why = f"{key} is not a number in every slice"
-                cure = f"Give {key} a number in every slice, or one list over all layers in the recipe's parameters"
-                raise UsageError(why, where=model.parameters[0][0], path=path, cure=cure)
-            mine[key] = values[0] if len(set(values)) == 1 else {
-                f"*.{layer}.*": value
-                for (first, last), value in zip(ranges, values, strict=True) for layer in range(first, last)
-            }  # fmt: skip
-        parameters_of.append(mine)
-    return parameters_of
+        keys |= dict.fromkeys(key for part in of_slices for key in part if key in per_adapter)
+        each_model.append({key: everywhere(key, parts, model.parameters[0][1]) for key in keys})
+    keys = dict.fromkeys(
+        key for part in (shared, *of_slices) for key in part if part is shared or key not in per_adapter
+    )
+    nothing: list[dict[str, JsonValue]] = [{}] * len(slices)
+    return each_model, {key: everywhere(key, nothing, slices[0].where) for key in keys}
+
+
+def _first_of(setting: Any, otherwise: Any) -> Any:
+    """Return a setting that has the value of `otherwise` where `setting` is None, or none of its globs matches."""
+    if setting is None or otherwise is None:
+        return otherwise if setting is None else setting
+    if not isinstance(setting, Mapping):
+        return setting
+    rest = otherwise if isinstance(otherwise, Mapping) else {"*": otherwise}
+    return {**setting, **{glob: value for glob, value in rest.items() if glob not in setting}}
+
+
+def _by_layer(ranges: Sequence[tuple[int, int]], values: Sequence[Any]) -> Any:
+    """Return one setting for all slices: a value, or a mapping from ranges of layers to values.
+
+    As in mergekit, a target before the first layer has the first value of the first slice, and a target after the last
+    layer has the last value of the last slice. The mapping applies to targets outside layers only if these are equal.
+    """
+    if all(value == values[0] and not _has_list(value) for value in values):
+        return values[0]
+    by_layer: dict[str, Any] = {}
+    for (first, last), value in zip(ranges, values, strict=True):
+        if not _has_list(value):
+            by_layer[f"layers {first}-{last - 1}"] = value
+            continue
+        for layer in range(first, last):
+            by_layer[f"layers {layer}-{layer}"] = _at_depth(
+                value, (layer - first) / (last - first - 1) if last - first > 1 else 1.0
+            )
+    start, end = _at_depth(values[0], 0.0), _at_depth(values[-1], 1.0)
+    return by_layer | ({"*": start} if start == end else {})
+
+
+def _has_list(value: object) -> bool:
+    return isinstance(value, list) or (isinstance(value, Mapping) and any(map(_has_list, value.values())))
+
+
+def _at_depth(value: Any, depth: float) -> Any:
+    """Return a value with each list in it interpolated at a depth from 0 to 1."""
+    from .parameters import _between
+
+    if isinstance(value, Mapping):
+        return {glob: _at_depth(inner, depth) for glob, inner in value.items()}
+    numeric = isinstance(value, list) and value and all(type(each) in (int, float) for each in value)
+    return _between(value, depth) if numeric else value
+
+
+def _only_in_layers(setting: object) -> bool:
+    """Whether a setting has values for ranges of layers, but no value for targets outside layers."""
+    return isinstance(setting, Mapping) and "*" not in setting and any(glob.startswith("layers ") for glob in setting)
 
 
 def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypeAlias, cast
 
 from ..core.adapter import Adapter
 from ..errors import AdapterkitError, Unsupported, UsageError, nearest, shown
@@ -232,6 +232,8 @@ def search(
     """
     if isinstance(adapters, (str, PathLike, Adapter)) or len(adapters) < 2:
         raise UsageError("a search needs at least two adapters", where="adapters", cure="Pass two adapters or more")
+    numbers: Any = (seed, most)
+    seed, most = (value.item() if hasattr(value, "item") else value for value in numbers)  # numbers of numpy
     names = tuple(
         f"adapter{at}" if isinstance(source, Adapter) else fspath(source) for at, source in enumerate(adapters)
     )
@@ -257,7 +259,7 @@ def search(
             "adapters": [adapter.digest() for adapter in read], "data": _identity(data), "methods": list(space.methods),
             "base": None if base is None else fingerprint(opened(base)),
             "tune": {name: list(bounds) for name, bounds in space.tune.items()}, "most": most, "rank": rank,
-            "seed": seed, **({"start": [[m, list(w), dict(p)] for m, w, p in first]} if first else {}),
+            "seed": seed, **({"start": [[m, list(map(float, w)), dict(p)] for m, w, p in first]} if first else {}),
         },
         overwrite=overwrite,
     )  # fmt: skip
@@ -320,7 +322,7 @@ def _tried(
         cut = None if chosen.method == "linear" else rank
         parameters: dict[str, Any] = dict(chosen.parameters)
         combined = combine(read, chosen.method, list(chosen.weights), base=base, rank=cut, seed=seed, **parameters)
-        loss = float(score(combined))
+        loss = _number(score(combined))
     except AdapterkitError as error:
         # If the first trial fails, raise the error: the other trials would probably fail in the same way. If a later
         # trial fails, continue the search.
@@ -332,6 +334,29 @@ def _tried(
     trial = Trial(number, chosen.method, chosen.weights, chosen.parameters, loss, refused)
     detail(f"{trial.settings()}: {refused or f'{loss:.6g}'}")
     return trial
+
+
+def _number(loss: object) -> float:
+    """Return a loss as a float.
+
+    Raises:
+        UsageError: the loss is not a number.
+    """
+    try:
+        return float(cast("Any", loss))
+    except (TypeError, ValueError):
+        why = f"the loss is {shown(loss)}, not a number"
+        cure = "Pass a function that returns a finite number for each combined adapter"
+        raise UsageError(why, where="data", cure=cure) from None
+
+
+def _bounds(name: str, pair: object) -> tuple[float, float]:
+    try:
+        low, high = map(float, cast("Any", pair))
+    except (TypeError, ValueError):
+        why = f"the bounds of {name} are {shown(pair)}, not two numbers"
+        raise UsageError(why, where="tune", cure='Pass bounds as in {"scale": (0.2, 2)}') from None
+    return low, high
 
 
 class Space:
@@ -352,7 +377,7 @@ class Space:
         self, methods: Sequence[str], count: int, most: float, tune: Mapping[str, tuple[float, float]]
     ) -> None:
         self.methods, self.count, self.most = tuple(methods), count, most
-        given = {name: (float(low), float(high)) for name, (low, high) in tune.items()}
+        given = {name: _bounds(name, pair) for name, pair in tune.items()}
         self.tune: dict[str, tuple[float, float]] = {}
         for name, (low, high) in ({"density": DENSITY} | given).items():
             known = [self._holders(method)[name] for method in methods if name in self._holders(method)]
@@ -368,9 +393,9 @@ class Space:
             for holder, bound in ((holder, bound) for holder in known for bound in (low, high)):
                 holder.checked(name, bound)
             self.tune |= {name: (low, high)} if known else {}
-        if not most >= 1:
+        if not 1 <= most < math.inf:
             raise UsageError(
-                f"the largest weight is {most}, but it must be at least 1",
+                f"the largest weight is {most}, but it must be a number of at least 1",
                 where="most",
                 cure="Pass 1 or more with --most (most=): a search also tries each adapter alone, at weight 1",
             )
@@ -404,7 +429,8 @@ class Space:
             if method not in self.methods:
                 cure = f"Add {method} to --method (methods=), or start from one of: {', '.join(self.methods)}"
                 raise UsageError(f"{method} is not one of the methods to try", where="start", cure=cure)
-            if len(weights) != self.count or not all(0 <= weight <= self.most for weight in weights):
+            numbers = all(isinstance(weight, SupportsFloat) for weight in weights)
+            if len(weights) != self.count or not numbers or not all(0 <= weight <= self.most for weight in weights):
                 why = f"the search cannot start from {method} with the weights {' '.join(map(str, weights))}"
                 cure = f"Give {self.count} weights from 0 to {self.most:g}; --most (most=) allows larger weights"
                 raise UsageError(why, where="start", cure=cure)
@@ -417,7 +443,7 @@ class Space:
     def proposed(self, trials: Sequence[Trial], seed: int) -> Trial:
         """Return the next trial. The sampler proposes the trial, based on the earlier trials."""
         with _optuna() as optuna:
-            drawn = seed * 1_000_003 + len(trials)
+            drawn = (seed * 1_000_003 + len(trials)) % 2**32  # Optuna takes only seeds of 32 bits.
             sampler = optuna.samplers.TPESampler(seed=drawn, multivariate=True, n_startup_trials=0)
             study = optuna.create_study(sampler=sampler)
             # Hide a trial from the sampler if the sampler cannot propose the trial's method. For example, the first

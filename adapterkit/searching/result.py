@@ -184,7 +184,7 @@ class Journal:
         for at, line in enumerate(lines[1:-1], 2):
             self.trials.append(_trial(_parsed(line, path, at), path, at))
         if lines[-1]:
-            self._write("".join(f"{line}\n" for line in lines[:-1]), "w")
+            self._write("".join(f"{line}\n" for line in lines[:-1] or lines), "w")
 
     def add(self, trial: Trial) -> None:
         """Save a trial."""

@@ -14,6 +14,7 @@ from command_line import record, run
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
+from adapterkit.ops.recipes import recipe
 
 LAYERS, SIZE, RANK = 5, 6, 2
 MODULES = ("self_attn.q_proj", "mlp.up_proj")
@@ -102,9 +103,76 @@ def test_gradients_by_filter_in_models_and_in_slices(here: dict[str, dict[str, n
         "    - value: 0.5 # others\n"
     )
     for name in names():
-        values = [0.1, 0.5, 0.9] if "self_attn" in name else [0.9, 0.2]
-        expected = slerp(here["one"][name], here["two"][name], gradient(values, int(name.split(".")[2])))
-        np.testing.assert_allclose(found[name], expected, rtol=0, atol=2e-5)
+        values, layer = [0.1, 0.5, 0.9] if "self_attn" in name else [0.9, 0.2], int(name.split(".")[2])
+        depth = layer / (LAYERS - 1) if form != "two slices" else (0, 1, 0, 0.5, 1)[layer]  # inside its slice
+        t = float(np.interp(depth, np.linspace(0, 1, len(values)), values))
+        np.testing.assert_allclose(found[name], slerp(here["one"][name], here["two"][name], t), rtol=0, atol=2e-5)
+
+
+PRECEDENCE = {
+    "a filter of a model": (
+        ("models:\n  - {model: one, parameters: {weight: [{filter: mlp, value: 0.5}]}}\n  - {model: two}\n"
+        "parameters: {weight: 0.125}\n"),
+        [(0.5, 0.125)] * 5, [(0.125, 0.125)] * 5,
+    ),
+    "a filter of a source": (
+        ("slices:\n  - sources:\n      - model: one\n        layer_range: [0, 5]\n"
+        "        parameters: {weight: [{filter: mlp, value: 2}]}\n      - {model: two, layer_range: [0, 5]}\n"
+        "    parameters: {weight: [{filter: self_attn, value: 0.5}]}\nparameters: {weight: 0.25}\n"),
+        [(2, 0.25)] * 5, [(0.5, 0.5)] * 5,
+    ),
+    "a slice without a value": (
+        ("slices:\n  - sources: [{model: one, layer_range: [0, 3]}, {model: two, layer_range: [0, 3]}]\n"
+        "    parameters: {weight: [0, 1]}\n"
+        "  - sources: [{model: one, layer_range: [3, 5]}, {model: two, layer_range: [3, 5]}]\n"
+        "parameters: {weight: 0.25}\n"),
+        [(0, 0), (0.5, 0.5), (1, 1), (0.25, 0.25), (0.25, 0.25)], None,
+    ),
+    "a parameter of the method": (
+        ("slices:\n  - sources: [{model: one, layer_range: [0, 4]}, {model: two, layer_range: [0, 4]}]\n"
+        "    parameters: {lambda: 2}\n"
+        "  - sources: [{model: one, layer_range: [4, 5]}, {model: two, layer_range: [4, 5]}]\n"
+        "    parameters: {lambda: [3, 5]}\n"),
+        [(2, 2), (2, 2), (2, 2), (2, 2), (5, 5)], None,
+    ),
+}  # fmt: skip
+"""Case -> (recipe, both adapters' weights in the MLP of each layer, and in its attention if these differ).
+
+The weights are those that mergekit's config and planner give.
+"""
+
+
+@pytest.mark.parametrize("case", PRECEDENCE)
+def test_the_nearest_parameter_that_has_a_value_is_used(here: dict[str, dict[str, np.ndarray]], case: str) -> None:
+    text, in_mlp, in_attention = PRECEDENCE[case]
+    found = combined(f"merge_method: task_arithmetic\nbase_model: base\n{text}")
+    for name in names():
+        weights = in_mlp if "mlp" in name or in_attention is None else in_attention
+        first, second = weights[int(name.split(".")[2])]
+        expected = first * here["one"][name] + second * here["two"][name]
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=3e-6, err_msg=name)
+
+
+def test_a_slice_selects_layers_and_not_experts() -> None:
+    """Expert 1 of layer 3 is in layer 3; and no value is made up for a target outside layers."""
+    from adapterkit.core.adapter import Adapter, Target
+    from adapterkit.errors import UsageError
+    from adapterkit.io.lazy import from_numpy
+    from adapterkit.methods import METHODS
+
+    def ones(*paths: str) -> Adapter:
+        factors = [from_numpy(np.ones(shape, "f4")) for shape in ((1, 4), (4, 1))]
+        return Adapter({Target(path): (METHODS["lora"](A=factors[0], B=factors[1]),) for path in paths})
+
+    sources = [{"model": each, "layer_range": [0, 2], "parameters": {"weight": 0.25}} for each in ("one", "two")]
+    later = [{"model": each, "layer_range": [2, 5], "parameters": {"weight": 4}} for each in ("one", "two")]
+    slices, shared = [{"sources": sources}, {"sources": later}], {"weight": 9}
+    read = recipe({"merge_method": "task_arithmetic", "slices": slices, "parameters": shared})
+    expert = "model.layers.3.mlp.experts.1.w1"
+    made = ak.combine([ones(expert)] * 2, **read.options)
+    assert np.asarray(made.delta(expert)).max() == 8
+    with pytest.raises(UsageError, match="lm_head is not in a numbered layer"):
+        read.check_layers([Target("lm_head")])
 
 
 def test_numbers_of_each_slice(here: dict[str, dict[str, np.ndarray]]) -> None:
@@ -230,6 +298,15 @@ REFUSED = {
         "merge_method: linear\n"),
         "slices",
         "at 4 or higher",
+    ),
+    "a slice's parameters": (
+        "slices:\n  - sources: [{model: one, layer_range: [0, 5]}]\n    parameters: 5\nmerge_method: linear\n",
+        "slices[0].parameters", "density",
+    ),
+    "bases of the slices": (
+        ("slices:\n  - {base_model: a, sources: [{model: one, layer_range: [0, 3]}]}\n"
+        "  - {base_model: b, sources: [{model: one, layer_range: [3, 5]}]}\nmerge_method: linear\n"),
+        "slices[1].base_model", "as the recipe's base_model",
     ),
     "no range": (
         "slices:\n  - sources: [{model: one, layer_range: 3}]\nmerge_method: linear\n", "layer_range", "[0, 32]",

@@ -191,6 +191,25 @@ def test_a_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
         ak.search(PAIR, score, budget=12, seed=3, trials=kept)
 
 
+@pytest.mark.parametrize("seed", [4295, 2**40, np.int64(5000)])
+def test_any_seed_and_numbers_of_numpy_can_be_saved(seed: int, tmp_path: Path) -> None:
+    """4295 times the factor of a trial's seed is above 32 bits, which is what Optuna takes."""
+    words = {"methods": ["linear"], "budget": 6, "most": np.float32(1.5), "trials": tmp_path / "trials"}
+    start = [("linear", [np.float32(1), 1], {})]
+    found = ak.search(PAIR, away_from(change(PAIR[0])), seed=seed, start=start, **words)
+    assert found.best.loss == pytest.approx(0, abs=1e-9)
+    assert f"seed: {seed}\n" in found.recipe()
+
+
+def test_a_first_line_that_was_cut_at_its_end_is_kept(tmp_path: Path) -> None:
+    file, words = tmp_path / "trials", {"methods": ["linear"], "budget": 4}
+    ak.search(PAIR, away_from(change(PAIR[0])), trials=file, **words)
+    whole = file.read_text()
+    file.write_text(whole.split("\n")[0])
+    ak.search(PAIR, away_from(change(PAIR[0])), trials=file, **words)
+    assert file.read_text() == whole
+
+
 def test_trials_without_a_loss_are_passed_over() -> None:
     score = away_from(change(PAIR[0]))
     found = ak.search(PAIR, lambda a: float("nan") if score(a) < 0.5 else score(a), methods=["linear"], budget=8)
@@ -214,6 +233,11 @@ def test_what_a_search_refuses() -> None:
         ("none of the methods to try has a parameter 'gamma'", {"tune": {"gamma": (0, 1)}}),
         ("bounds of scale are 2.0 and 1.0", {"methods": ["ties"], "tune": {"scale": (2, 1)}}),
         ("largest weight is 0.5", {"most": 0.5}),
+        ("largest weight is inf", {"most": float("inf")}),
+        (r"bounds of scale are \(1, 2, 3\), not two numbers", {"methods": ["ties"], "tune": {"scale": (1, 2, 3)}}),
+        ("bounds of scale are 5, not two numbers", {"methods": ["ties"], "tune": {"scale": 5}}),
+        ("cannot start from linear with the weights 1 2", {"start": [("linear", ["1", "2"], {})]}),
+        ("the loss is None, not a number", {"data": lambda _: None}),
         ("rank is 0", {"rank": 0}),
         ("rank is 99, but the weights have at most rank 24", {"rank": 99}),
         ("the loss on texts requires a base", {"data": __file__}),
