@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..errors import Unsupported
 from ..io.lazy import Lazy
 from . import Packed, Scheme, expect, finite, joined, part_of, settings
+from ._conv1d import as_in_base
 from ._grouped import BITS, Grouped, unpacked, whole, words
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Gptq(Scheme):
     def find(self, base: Checkpoint) -> Iterator[Packed]:
         for name in base.tensors:
             if name.endswith(".qweight"):
-                yield _weight(base, name.removesuffix(".qweight"))
+                yield as_in_base(base, _weight(base, name.removesuffix(".qweight")))
 
 
 def _bits(base: Checkpoint) -> int:

@@ -149,6 +149,26 @@ def test_merging_folds_into_the_dequantized_weights(case, tmp_path):
     assert ak.verify(out, case, adapter).ok
 
 
+@pytest.mark.parametrize("quantized", ["dequantize", "requantize"])
+@pytest.mark.parametrize("scheme", ["bnb_4bit/nf4_float16", "bnb_int8/rows", "gptq/four"])
+def test_weights_of_gpt2_that_libraries_pack_transposed_are_merged_in_the_bases_layout(scheme, quantized, tmp_path):
+    case, base, out = VECTORS / scheme, tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    packed = load_file(case / "model.safetensors")
+    save_torch({f"h.c_proj{key[1:]}": value for key, value in packed.items()}, base / "model.safetensors")
+    config = json.loads((case / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    W = load_file(case / "expected.safetensors")["m.weight"].double().numpy()
+    update, delta = low_rank(W.shape)
+    adapter = ak.Adapter({ak.Target("h.c_proj", layout="in out *k"): (update,)})
+    ak.merge(base, adapter, out, quantized=quantized)
+    merged = dequantized(open_checkpoint(out)) if quantized == "requantize" else open_checkpoint(out)
+    got = merged.tensors["h.c_proj.weight"].torch().double().numpy()
+    step = 0.01 if quantized == "dequantize" else 0.2
+    assert np.linalg.norm(got - (W + delta).T) < step * np.linalg.norm(W)
+    assert ak.verify(out, base, adapter).ok
+
+
 def test_what_no_adapter_touches_is_dequantized_too(tmp_path):
     base, packed = tmp_path / "base", load_file(BNB / "model.safetensors")
     shutil.copytree(BNB, base)
