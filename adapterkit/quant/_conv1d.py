@@ -1,4 +1,4 @@
-"""Quantized weights of GPT-2's `Conv1D`. The base has such a weight as [in, out], but the library packs it as [out, in].
+"""Quantized weights of GPT-2's `Conv1D`. A base has these weights as [in, out], and libraries pack [out, in].
 
 transformers' bitsandbytes integration and GPTQ's tools transpose these weights before they quantize them.
 """

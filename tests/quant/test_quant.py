@@ -149,6 +149,43 @@ def test_merging_folds_into_the_dequantized_weights(case, tmp_path):
     assert ak.verify(out, case, adapter).ok
 
 
+def gptq_words(values, bits):
+    """Integers packed along the last axis into words, the first in the lowest bits."""
+    fields = values.astype(np.uint32).reshape(*values.shape[:-1], -1, 32 // bits)
+    return np.bitwise_or.reduce(fields << np.arange(0, 32, bits, dtype=np.uint32), -1).astype(np.uint32)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("less", [0, 1])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_gptq_with_zero_points_of_0_and_a_smaller_last_group(bits, less, indexed, tmp_path):
+    rng, out, columns, size = np.random.default_rng(0), 16, 80, 32
+    at = np.arange(columns) // size
+    q, zeros = rng.integers(0, 1 << bits, (out, columns)), rng.integers(0, 1 << bits, (out, 3))
+    zeros[::3] = 0
+    scales = (2.0 ** rng.integers(-3, 3, (out, 3))).astype(np.float16)
+    # GPTQModel's conversion to the older format subtracts this number from whole words, not from each field.
+    ones = np.uint32(less * {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[bits])
+    tensors = {
+        "m.qweight": np.ascontiguousarray(gptq_words(q, bits).T).view(np.int32),
+        "m.qzeros": np.ascontiguousarray(gptq_words(zeros.T, bits) - ones).view(np.int32),
+        "m.scales": np.ascontiguousarray(scales.T),
+        **({"m.g_idx": at.astype(np.int32)} if indexed else {}),
+    }
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(tensors, base / "model.safetensors")
+    form = "gptq" if less else "gptq_v2"
+    config = {"quant_method": "gptq", "bits": bits, "group_size": size, "checkpoint_format": form}
+    (base / "config.json").write_text(json.dumps({"quantization_config": config}))
+    (weight,) = dequantized(open_checkpoint(base)).packed.values()
+    W = ((q - zeros[:, at]) * scales.astype(np.float32)[:, at]).astype(np.float16)
+    assert np.array_equal(weight.rows(0, out), W)
+    again = weight.pack(lambda start, stop: W[start:stop].astype(np.float32))
+    for key, part in again.items():
+        assert np.array_equal(part, tensors[key]), key
+
+
 @pytest.mark.parametrize("quantized", ["dequantize", "requantize"])
 @pytest.mark.parametrize("scheme", ["bnb_4bit/nf4_float16", "bnb_int8/rows", "gptq/four"])
 def test_weights_of_gpt2_that_libraries_pack_transposed_are_merged_in_the_bases_layout(scheme, quantized, tmp_path):
