@@ -206,6 +206,38 @@ def test_weights_of_gpt2_that_libraries_pack_transposed_are_merged_in_the_bases_
     assert ak.verify(out, base, adapter).ok
 
 
+ROTATIONS = {"config_groups": {"v": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}
+
+
+@pytest.mark.parametrize(
+    ("case", "tensor", "rotations", "where", "refused"),
+    [
+        ("nvfp4/modelopt", "m.pre_quant_scale", {}, "m.pre_quant_scale", {"dequantize", "requantize"}),
+        ("compressed_tensors/packed", None, ROTATIONS, "transform_config", {"dequantize", "requantize"}),
+        ("awq/gemm", "act.scales", {}, "act.scales", {"dequantize"}),
+    ],
+)
+def test_weights_that_see_changed_inputs_are_refused(case, tensor, rotations, where, refused, tmp_path):
+    tensors = load_file(VECTORS / case / "model.safetensors")
+    config = json.loads((VECTORS / case / "config.json").read_text())
+    config["quantization_config"]["transform_config"] = rotations
+    if tensor is not None:
+        tensors[tensor] = torch.full((64,), 2.0)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_torch(tensors, base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps(config))
+    W = load_file(VECTORS / case / "expected.safetensors")["m.weight"]
+    adapter = ak.Adapter({ak.Target("m"): (low_rank(W.shape)[0],)})
+    for quantized in ("dequantize", "requantize"):
+        if quantized not in refused:
+            ak.merge(base, adapter, tmp_path / quantized, quantized=quantized)
+            continue
+        with pytest.raises(Unsupported) as error:
+            ak.merge(base, adapter, tmp_path / quantized, quantized=quantized)
+        assert where in str(error.value)
+
+
 def test_what_no_adapter_touches_is_dequantized_too(tmp_path):
     base, packed = tmp_path / "base", load_file(BNB / "model.safetensors")
     shutil.copytree(BNB, base)
