@@ -116,6 +116,8 @@ def as_merged(
     if quantized is None:
         raise Unsupported(f"the base is quantized ({_kind(base)})", path=base.root, cure=EXPLAINED)
     seen = dequantized(base, packs=quantized == "requantize")
+    if quantized == "dequantize" and seen.scheme == "awq":
+        _check_activations(seen)
     if keep is not None and not seen.packs:
         raise _nothing_rounds(base)
     seen = replace(seen, keep=keep, calibration=None if calibration is None else read_calibration(calibration))
@@ -124,6 +126,24 @@ def as_merged(
 
         seen = retyped(seen, dtype)
     return seen if onto is None else _original(seen, opened(onto))
+
+
+def _check_activations(base: Dequantized) -> None:
+    """Check that no activation of an AWQ base divides its outputs by scales.
+
+    AutoAWQ multiplies the weight after such an activation by the same scales. Only AWQ models do the division.
+
+    Raises:
+        Unsupported: an activation has scales.
+    """
+    scales = next((name for name in base.tensors if name.endswith(".scales")), None)
+    if scales is not None:
+        why = "the base's activation divides its outputs by these scales, but an unquantized model would not"
+        cure = (
+            "Pass --quantized requantize (quantized='requantize'), or --quantized original --onto DIR "
+            "(quantized='original', onto='DIR')"
+        )
+        raise Unsupported(why, path=base.root, where=scales, cure=cure)
 
 
 def unneeded(base: Checkpoint, quantized: str | None) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
-from ..errors import ShapeMismatch
+from ..errors import ShapeMismatch, Unsupported
 from ..io.lazy import Lazy, Shape
 from . import (
     DAMAGED,
@@ -230,6 +230,7 @@ def _values(scale: Lazy, start: int, stop: int, width: int, name: str) -> Array:
 
 
 GROUP = 16
+PRESCALE = "pre_quant_scale"
 TOP, MOST = 6.0, 448.0
 """The largest 4-bit float, and the largest 8-bit scale."""
 
@@ -289,6 +290,10 @@ def float4(base: Checkpoint, module: str, names: tuple[str, str, str], *, divide
         divide: True if the file stores the inverse of the second scale.
     """
     name, members = f"{module}.weight", tuple(f"{module}.{word}" for word in names)
+    if f"{module}.{PRESCALE}" in base.tensors:
+        why = "the layer multiplies its inputs by pre_quant_scale, so an adapter's change does not fit the weight"
+        cure = "Merge into the 16-bit weights that the base was quantized from"
+        raise Unsupported(why, path=base.root, where=f"{module}.{PRESCALE}", cure=cure)
     stored = part_of(base, name, members[0], ("U8",))
     scale = part_of(base, name, members[1], ("F8_E4M3",))
     second = part_of(base, name, members[2], ("F32",))

@@ -62,6 +62,11 @@ class Grouped(Packed):
         return cast("Array", values.astype(self.dtype.array))
 
     @property
+    def group_size(self) -> int:
+        """The number of adjacent columns in each group; the last group may be smaller."""
+        return -(-self.shape[-1] // self.groups)
+
+    @property
     def span(self) -> tuple[int, int]:
         """The smallest and the largest possible value of q."""
         return 0, (1 << self.bits) - 1
@@ -158,7 +163,7 @@ class Grouped(Packed):
 
         columns = self.shape[-1]
         if self.index is None:
-            return np.arange(columns) // -(-columns // self.groups)
+            return np.arange(columns) // self.group_size
         at = numbers(self.index)
         if at.size != columns or ((at < 0) | (at >= self.groups)).any():
             why = f"the group index needs {columns} entries, each at least 0 and below {self.groups}"

@@ -35,6 +35,7 @@ from . import (
     part_of,
     steps,
 )
+from ._conv1d import as_in_base
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -57,7 +58,7 @@ class Bnb4bit(Scheme):
     def find(self, base: Checkpoint) -> Iterator[Packed]:
         for name in base.tensors:
             if STATE in name:
-                yield _weight(base, *name.split(STATE, 1))
+                yield as_in_base(base, _weight(base, *name.split(STATE, 1)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,7 @@ from . import (
     sixteen_bits,
     steps,
 )
+from ._conv1d import as_in_base
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -50,7 +51,7 @@ class BnbInt8(Scheme):
     def find(self, base: Checkpoint) -> Iterator[Packed]:
         for name in base.tensors:
             if name.endswith(".SCB"):
-                yield _weight(base, name.removesuffix(".SCB"))
+                yield as_in_base(base, _weight(base, name.removesuffix(".SCB")))
 
 
 @dataclass(frozen=True, eq=False)

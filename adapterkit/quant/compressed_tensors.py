@@ -52,9 +52,26 @@ class CompressedTensors(Scheme):
         )
 
     def find(self, base: Checkpoint) -> Iterator[Packed]:
+        if _rotates(settings(base).get("transform_config")):
+            why = "layers rotate their inputs or outputs, so an adapter's change does not fit their weights"
+            cure = "Merge into the 16-bit weights that the base was quantized from"
+            raise Unsupported(why, path=base.root, where="transform_config", cure=cure)
         for name in base.tensors:
             if name.endswith(".weight_scale"):
                 yield _weight(base, name.removesuffix(".weight_scale"))
+
+
+def _rotates(transforms: JsonValue) -> bool:
+    """Whether layers rotate their inputs or outputs when the model runs."""
+    # Rotations at other locations are parts of the weights, or of the attention.
+    groups = transforms.get("config_groups") if isinstance(transforms, dict) else None
+    schemes = [scheme for scheme in groups.values() if isinstance(scheme, dict)] if isinstance(groups, dict) else []
+    applied = [rotation for scheme in schemes for rotation in _listed(scheme.get("apply"))]
+    return any(isinstance(each, dict) and each.get("location") in ("input", "output") for each in applied)
+
+
+def _listed(value: JsonValue) -> list[JsonValue]:
+    return value if isinstance(value, list) else []
 
 
 def _weight(base: Checkpoint, module: str) -> Packed:

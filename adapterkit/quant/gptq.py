@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import Unsupported
+from ..errors import ShapeMismatch, Unsupported
 from ..io.lazy import Lazy
-from . import Packed, Scheme, expect, finite, joined, part_of, settings
+from . import DAMAGED, Packed, Scheme, expect, finite, joined, part_of, settings
+from ._conv1d import as_in_base
 from ._grouped import BITS, Grouped, unpacked, whole, words
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Gptq(Scheme):
     def find(self, base: Checkpoint) -> Iterator[Packed]:
         for name in base.tensors:
             if name.endswith(".qweight"):
-                yield _weight(base, name.removesuffix(".qweight"))
+                yield as_in_base(base, _weight(base, name.removesuffix(".qweight")))
 
 
 def _bits(base: Checkpoint) -> int:
@@ -52,26 +53,41 @@ class _Columns(Grouped):
     zero: Lazy
     scale: Lazy
     less: int
+    size: int
     granule = 32
 
     def whole(self, start: int, stop: int) -> Array:
         return unpacked(whole(self.stored)[:, start:stop].swapaxes(0, 1).copy(), self.bits)
 
     def zeros(self, start: int, stop: int) -> Array:
-        return unpacked(whole(self.zero), self.bits)[:, start:stop].swapaxes(0, 1) + self.less
+        stored = whole(self.zero).view("u4") + self._ones
+        return unpacked(stored, self.bits)[:, start:stop].swapaxes(0, 1)
 
     def scales(self, start: int, stop: int) -> Array:
         return finite(whole(self.scale)[:, start:stop].swapaxes(0, 1), self.members[2])
 
     @property
     def zero_span(self) -> tuple[int, int]:
-        return self.less, self.span[1] + self.less
+        # With a zero point of 0, the older format borrows from the next zero point, and some readers ignore the borrow.
+        return self.less, self.span[1]
+
+    @property
+    def _ones(self) -> Array:
+        """A word in which each field is `less`."""
+        import numpy as np
+
+        return np.array(self.less * (0xFFFFFFFF // ((1 << self.bits) - 1)), np.uint32)
+
+    @property
+    def group_size(self) -> int:
+        return self.size or super().group_size
 
     def kept(self, scales: Array) -> Array:
         return scales.astype(self.scale.dtype.array).astype("f4")
 
     def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
-        stored = words(zeros.T - self.less, self.bits)
+        # GPTQModel subtracts 1 from all zero points of a word at once, and adds it at once when it reads the word.
+        stored = (words(zeros.T, self.bits).view("u4") - self._ones).view("i4")
         return words(q, self.bits).T, stored, scales.T.astype(self.scale.dtype.array)
 
     def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
@@ -97,4 +113,9 @@ def _weight(base: Checkpoint, module: str) -> Packed:
         part_of(base, name, members[-1], ("I32",))
     less = 0 if settings(base).get("checkpoint_format") == "gptq_v2" else 1
     shape = (out, stored.shape[0] * per)
-    return _Columns(name, shape, scale.dtype, tuple(members), groups, index, bits, stored, zero, scale, less)
+    stated = settings(base).get("group_size")
+    size = stated if type(stated) is int and stated > 0 and -(-shape[1] // stated) == groups else 0
+    if index is None and not size and (not groups or shape[1] % groups):
+        why = f"{groups} groups do not fit {shape[1]} columns, and the config's group_size is {stated!r}"
+        raise ShapeMismatch(why, path=base.root, where=f"{module}.scales", cure=DAMAGED)
+    return _Columns(name, shape, scale.dtype, tuple(members), groups, index, bits, stored, zero, scale, less, size)

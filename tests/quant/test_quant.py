@@ -149,6 +149,95 @@ def test_merging_folds_into_the_dequantized_weights(case, tmp_path):
     assert ak.verify(out, case, adapter).ok
 
 
+def gptq_words(values, bits):
+    """Integers packed along the last axis into words, the first in the lowest bits."""
+    fields = values.astype(np.uint32).reshape(*values.shape[:-1], -1, 32 // bits)
+    return np.bitwise_or.reduce(fields << np.arange(0, 32, bits, dtype=np.uint32), -1).astype(np.uint32)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("less", [0, 1])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_gptq_with_zero_points_of_0_and_a_smaller_last_group(bits, less, indexed, tmp_path):
+    rng, out, columns, size = np.random.default_rng(0), 16, 80, 32
+    at = np.arange(columns) // size
+    q, zeros = rng.integers(0, 1 << bits, (out, columns)), rng.integers(0, 1 << bits, (out, 3))
+    zeros[::3] = 0
+    scales = (2.0 ** rng.integers(-3, 3, (out, 3))).astype(np.float16)
+    # GPTQModel's conversion to the older format subtracts this number from whole words, not from each field.
+    ones = np.uint32(less * {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[bits])
+    tensors = {
+        "m.qweight": np.ascontiguousarray(gptq_words(q, bits).T).view(np.int32),
+        "m.qzeros": np.ascontiguousarray(gptq_words(zeros.T, bits) - ones).view(np.int32),
+        "m.scales": np.ascontiguousarray(scales.T),
+        **({"m.g_idx": at.astype(np.int32)} if indexed else {}),
+    }
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(tensors, base / "model.safetensors")
+    form = "gptq" if less else "gptq_v2"
+    config = {"quant_method": "gptq", "bits": bits, "group_size": size, "checkpoint_format": form}
+    (base / "config.json").write_text(json.dumps({"quantization_config": config}))
+    (weight,) = dequantized(open_checkpoint(base)).packed.values()
+    W = ((q - zeros[:, at]) * scales.astype(np.float32)[:, at]).astype(np.float16)
+    assert np.array_equal(weight.rows(0, out), W)
+    again = weight.pack(lambda start, stop: W[start:stop].astype(np.float32))
+    for key, part in again.items():
+        assert np.array_equal(part, tensors[key]), key
+
+
+@pytest.mark.parametrize("quantized", ["dequantize", "requantize"])
+@pytest.mark.parametrize("scheme", ["bnb_4bit/nf4_float16", "bnb_int8/rows", "gptq/four"])
+def test_weights_of_gpt2_that_libraries_pack_transposed_are_merged_in_the_bases_layout(scheme, quantized, tmp_path):
+    case, base, out = VECTORS / scheme, tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    packed = load_file(case / "model.safetensors")
+    save_torch({f"h.c_proj{key[1:]}": value for key, value in packed.items()}, base / "model.safetensors")
+    config = json.loads((case / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    W = load_file(case / "expected.safetensors")["m.weight"].double().numpy()
+    update, delta = low_rank(W.shape)
+    adapter = ak.Adapter({ak.Target("h.c_proj", layout="in out *k"): (update,)})
+    ak.merge(base, adapter, out, quantized=quantized)
+    merged = dequantized(open_checkpoint(out)) if quantized == "requantize" else open_checkpoint(out)
+    got = merged.tensors["h.c_proj.weight"].torch().double().numpy()
+    step = 0.01 if quantized == "dequantize" else 0.2
+    assert np.linalg.norm(got - (W + delta).T) < step * np.linalg.norm(W)
+    assert ak.verify(out, base, adapter).ok
+
+
+ROTATIONS = {"config_groups": {"v": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}
+
+
+@pytest.mark.parametrize(
+    ("case", "tensor", "rotations", "where", "refused"),
+    [
+        ("nvfp4/modelopt", "m.pre_quant_scale", {}, "m.pre_quant_scale", {"dequantize", "requantize"}),
+        ("compressed_tensors/packed", None, ROTATIONS, "transform_config", {"dequantize", "requantize"}),
+        ("awq/gemm", "act.scales", {}, "act.scales", {"dequantize"}),
+    ],
+)
+def test_weights_that_see_changed_inputs_are_refused(case, tensor, rotations, where, refused, tmp_path):
+    tensors = load_file(VECTORS / case / "model.safetensors")
+    config = json.loads((VECTORS / case / "config.json").read_text())
+    config["quantization_config"]["transform_config"] = rotations
+    if tensor is not None:
+        tensors[tensor] = torch.full((64,), 2.0)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_torch(tensors, base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps(config))
+    W = load_file(VECTORS / case / "expected.safetensors")["m.weight"]
+    adapter = ak.Adapter({ak.Target("m"): (low_rank(W.shape)[0],)})
+    for quantized in ("dequantize", "requantize"):
+        if quantized not in refused:
+            ak.merge(base, adapter, tmp_path / quantized, quantized=quantized)
+            continue
+        with pytest.raises(Unsupported) as error:
+            ak.merge(base, adapter, tmp_path / quantized, quantized=quantized)
+        assert where in str(error.value)
+
+
 def test_what_no_adapter_touches_is_dequantized_too(tmp_path):
     base, packed = tmp_path / "base", load_file(BNB / "model.safetensors")
     shutil.copytree(BNB, base)
