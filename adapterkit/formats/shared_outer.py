@@ -49,7 +49,6 @@ from ._kit import (
     whole_rank,
 )
 from .peft import CONFIG, SAFETENSORS, load, save
-from .peft.config import field_of_another_formula
 
 if TYPE_CHECKING:
     from ..core.updates import Update
@@ -119,6 +118,8 @@ def read_folder(path: Path, base: Checkpoint | None) -> Adapter:
 
 
 def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
+    from .peft.config import field_of_another_formula
+
     wrong = field_of_another_formula(config)
     if wrong is not None:
         why = f"{wrong} is {config[wrong]!r}, but a folder with shared outer factors must not set this field"

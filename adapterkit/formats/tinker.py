@@ -34,7 +34,6 @@ from ._kit import (
     whole_rank,
 )
 from .peft import CONFIG, SAFETENSORS, load, save
-from .peft.config import field_of_another_formula
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -141,6 +140,8 @@ class Tinker(Format):
 
 
 def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
+    from .peft.config import field_of_another_formula
+
     wrong = field_of_another_formula(config)
     if wrong is not None:
         cure = "Read the folder as PEFT's format with --from peft (format='peft')"
