@@ -33,9 +33,14 @@ _SLOTS = {f"{_STEM}A": "A", f"{_STEM}B": "B"}
 
 
 class MinLoraHints(Leftovers, total=False):
-    """The data that `Adapter.foreign` keeps from a minLoRA checkpoint: the contents of `minlora.json`."""
+    """The data that `Adapter.foreign` keeps from a minLoRA checkpoint.
+
+    It consists of the contents of `minlora.json`, and the paths of embeddings whose names do not show that they are
+    embeddings.
+    """
 
     settings: dict[str, float]
+    embeddings: list[str]
 
 
 class MinLora(Format):
@@ -58,7 +63,9 @@ class MinLora(Format):
             updates = {t: (u,) for t, u in _decode(tensors, settings["alpha"], base)}
         except AdapterkitError as error:
             raise error.at(path=path) from None
+        turned_paths = [t.path for t in updates if t.layout != "out *in" and not _is_embedding(t.path)]
         data = {"order": list(tensors), "settings": settings}
+        data |= {"embeddings": turned_paths} if turned_paths else {}
         return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
 
     def write(
@@ -66,12 +73,17 @@ class MinLora(Format):
     ) -> list[str]:
         hints = leftovers(adapter, FORMAT, MinLoraHints)
         first = hints.get("settings", {}).get("alpha")
-        alpha, pairs, lines = of_one_alpha(adapter, _why_not, format_name="minLoRA", on_loss=on_loss, first=first)
+        embeddings = set(hints.get("embeddings", ()))
+
+        def why_not(target: Target, update: Pair) -> str:
+            return _why_not(target, update, target.path in embeddings)
+
+        alpha, pairs, lines = of_one_alpha(adapter, why_not, format_name="minLoRA", on_loss=on_loss, first=first)
         tensors: dict[str, Lazy] = {}
         for target, update in pairs.items():
             A, B = as_lazy(update.A), as_lazy(update.B)
             A = A.reshape(A.shape[0], -1)
-            factors = {"A": turned(A), "B": turned(B)} if _is_embedding(target.path) else {"A": A, "B": B}
+            factors = {"A": A, "B": B} if target.layout == "out *in" else {"A": turned(A), "B": turned(B)}
             tensors |= {f"{target.path}{_STEM}{field}": leaf for field, leaf in factors.items()}
         save(path, in_order(tensors, hints))
         write_settings(path.with_name(SETTINGS), {"alpha": alpha})
@@ -80,12 +92,32 @@ class MinLora(Format):
 
 def _decode(tensors: Mapping[str, Lazy], alpha: float, base: Checkpoint | None) -> Iterator[tuple[Target, LoRA]]:
     for path, slots in grouped(tensors, _SLOTS, "minLoRA").items():
-        if _is_embedding(path) and all(len(leaf.shape) == 2 for leaf in slots.values()):
+        transposed = _is_transposed(path, slots, base)
+        if transposed:
             slots = {field: turned(leaf) for field, leaf in slots.items()}
         rank = check_factors(path, slots)
         factors = _with_kernel(path, slots, base)
         update = LoRA(**factors, scaling=alpha / rank)
-        yield Target(path, stored_layout(path, update, base)), update
+        linear = "out *in" if _is_embedding(path) else stored_layout(path, update, base)
+        yield Target(path, "in out *k" if transposed else linear), update
+
+
+def _is_transposed(path: str, slots: Slots, base: Checkpoint | None) -> bool:
+    """Whether a module is an embedding, for which the file stores the transposes of A and B.
+
+    The shapes show it, because the two factors have the rank in common. If both readings fit the shapes, the shape of
+    the base's weight decides, and without a base the module's name.
+    """
+    A, B = slots["A"].shape, slots["B"].shape
+    if len(A) != 2 or len(B) != 2:
+        return False
+    as_stored, transposed = A[0] == B[1], A[1] == B[0]
+    if as_stored != transposed:
+        return transposed
+    weight = None if base is None else base.tensors.get(f"{path}.weight")
+    if weight is not None and A[0] != A[1]:
+        return weight.shape == (A[0], B[1])
+    return _is_embedding(path)
 
 
 def _with_kernel(path: str, slots: Slots, base: Checkpoint | None) -> Slots:
@@ -106,7 +138,8 @@ def _is_embedding(path: str) -> bool:
     return path.rpartition(".")[2] in EMBEDDINGS
 
 
-def _why_not(target: Target, update: Pair) -> str:
+def _why_not(target: Target, update: Pair, embedding: bool) -> str:
     if target.rows is None and not target.stacked and not (isinstance(update, LoRA) and update.bias is not None):
-        return "" if target.layout == "out *in" or _is_embedding(target.path) else "its weight is stored as [in, out]"
+        named = embedding or _is_embedding(target.path)
+        return "" if target.layout == "out *in" or named else "its weight is stored as [in, out]"
     return unfit(target, update)

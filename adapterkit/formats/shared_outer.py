@@ -94,8 +94,6 @@ class SharedOuter(Format):
 FORMAT = "shared_outer"
 PREFIX = "base_model.model."
 SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
-_OFF = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
-"""Fields of PEFT's config that would change the meaning of the tensors. The reader refuses configs that set them."""
 
 
 def read_folder(path: Path, base: Checkpoint | None) -> Adapter:
@@ -120,7 +118,9 @@ def read_folder(path: Path, base: Checkpoint | None) -> Adapter:
 
 
 def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
-    wrong = next((name for name in _OFF if config.get(name)), None)
+    from .peft.config import field_of_another_formula
+
+    wrong = field_of_another_formula(config)
     if wrong is not None:
         why = f"{wrong} is {config[wrong]!r}, but a folder with shared outer factors must not set this field"
         raise Unsupported(why, where=f"{CONFIG}: {wrong}", cure="Export the adapter again without this field")

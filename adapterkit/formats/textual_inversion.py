@@ -9,6 +9,7 @@ files for SD 3 also have `t5xxl`.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -80,6 +81,9 @@ class TextualInversionFiles(Format):
         file.parent.mkdir(parents=True, exist_ok=True)
         wrapper = data.get("wrapper") if file.suffix in TORCH_SUFFIXES else None
         tensors = _keys(inversions, data, wrapped=wrapper is not None)
+        if not _form(tensors):
+            why = "in a file of diffusers, readers would take this token for the name of a parameter"
+            raise Unrepresentable(why, items=[next(iter(tensors))], cure=WRITE_ADAPTERKIT)
         if wrapper is not None:
             _save_wrapped(file, tensors, {**wrapper, "name": _token_of(inversions)})
             return lines
@@ -89,6 +93,9 @@ class TextualInversionFiles(Format):
 
 
 FORMAT = "textual_inversion"
+
+_PARAMETER = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*\.[A-Za-z_]\w*")
+"""A pattern for names of parameters, such as `fc.weight`. Tokens may have dots, too, such as `<cat-v1.5>`."""
 
 
 def _load(path: Path) -> tuple[dict[str, Lazy], Metadata, dict[str, JsonValue] | None]:
@@ -135,8 +142,8 @@ def _form(tensors: Mapping[str, Lazy]) -> str:
         return "sdxl"
     if tensors.keys() == {KOHYA}:
         return "kohya"
-    # In diffusers' layout, the key is the token. A key with a dot is the name of a parameter, not a token.
-    return "diffusers" if len(tensors) == 1 and "." not in next(iter(tensors)) else ""
+    # In diffusers' layout, the key is the token.
+    return "diffusers" if len(tensors) == 1 and not _PARAMETER.fullmatch(next(iter(tensors))) else ""
 
 
 def _decode(
@@ -213,9 +220,12 @@ def _keys(inversions: Mapping[str, TextualInversion], data: Mapping[str, Any], *
     several = len(inversions) > 1 or set(inversions) != {"text_encoder"}
     tensors = {}
     for part, update in inversions.items():
-        key = old.get(part, words[part] if several else TOKEN if wrapped else update.token or TOKEN)
+        read = old.get(part, "")
+        # In diffusers' layout, the key is the token, and the token may have changed since the file was read.
+        fixed = wrapped or read in ENCODERS or (read == KOHYA and not several)
+        key = read if read and fixed else words[part] if several else TOKEN if wrapped else update.token or TOKEN
         leaf = as_lazy(update.P)
-        tensors[key] = leaf.reshape(leaf.shape[1]) if key in flat and leaf.shape[0] == 1 else leaf
+        tensors[key] = leaf.reshape(leaf.shape[1]) if read in flat and leaf.shape[0] == 1 else leaf
     return tensors
 
 

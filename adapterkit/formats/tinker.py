@@ -82,8 +82,6 @@ FORMAT = "tinker"
 PREFIX = "base_model.model."
 _SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _STACKS = ExpertNames(EXPERTS)
-_OFF = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
-"""Fields of PEFT's config that would change the meaning of the tensors. The reader refuses configs that set them."""
 
 
 class TinkerHints(Leftovers, total=False):
@@ -142,7 +140,9 @@ class Tinker(Format):
 
 
 def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
-    wrong = next((name for name in _OFF if config.get(name)), None)
+    from .peft.config import field_of_another_formula
+
+    wrong = field_of_another_formula(config)
     if wrong is not None:
         cure = "Read the folder as PEFT's format with --from peft (format='peft')"
         raise Unsupported(

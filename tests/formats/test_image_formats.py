@@ -531,6 +531,40 @@ def test_what_is_no_embedding_is_refused(tensors, tmp_path):
         ak.read(written(tmp_path, tensors), format="textual_inversion")
 
 
+def renamed(adapter, token):
+    return adapter.replace(updates={t: tuple(u.replace(token=token) for u in us) for t, us in adapter.updates.items()})
+
+
+@pytest.mark.parametrize("token", ["<dog>", "badv1.5", "<cat-v1.0>"])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_new_token_becomes_the_key_that_diffusers_reads(token, suffix, tmp_path):
+    adapter = renamed(ak.read(written(tmp_path, INVERSIONS["diffusers"], file="cat.safetensors")), token)
+    out = tmp_path / f"out.{suffix}"
+    assert ak.write(adapter, out, format="textual_inversion") == []
+    state = load_file(out) if suffix == "safetensors" else torch.load(out, weights_only=True)
+    ((key, rows),) = state.items()  # diffusers' load_textual_inversion_state_dict takes the only key as the token
+    assert key == token
+    assert torch.equal(rows, INVERSIONS["diffusers"]["<cat>"])
+    assert ak.detect(out) == "textual_inversion"
+    assert [update.token for _, update in ak.read(out)] == [token]
+
+
+def test_a_second_encoder_changes_the_layout_to_sdxl_s(tmp_path):
+    adapter = ak.read(written(tmp_path, INVERSIONS["diffusers"], file="cat.safetensors"))
+    ((target, update),) = adapter
+    second = target.__class__(target.path.replace("text_encoder.", "text_encoder_2."))
+    both = adapter.replace(updates={**adapter.updates, second: (update.replace(P=torch.randn(1, 12).numpy()),)})
+    lines = ak.write(both, tmp_path / "out.safetensors", format="textual_inversion")
+    assert all("becomes 'out', the name of the file; it was '<cat>'" in line for line in lines)
+    assert sorted(load_file(tmp_path / "out.safetensors")) == ["clip_g", "clip_l"]
+
+
+def test_a_token_like_a_parameter_s_name_is_refused(tmp_path):
+    adapter = renamed(ak.read(written(tmp_path, INVERSIONS["diffusers"], file="cat.safetensors")), "fc.weight")
+    with pytest.raises(Unrepresentable, match="name of a parameter"):
+        ak.write(adapter, tmp_path / "out.safetensors", format="textual_inversion")
+
+
 def test_a_t5_s_embeddings_are_refused(tmp_path):
     with pytest.raises(Unsupported, match="T5"):
         ak.read(written(tmp_path, {"t5xxl": torch.ones(1, 4)}), format="textual_inversion")

@@ -490,6 +490,28 @@ def test_bad_tinker_folders_are_refused(tmp_path):
         read(ok | {"base_model.model.x.lora_down.weight": np.ones((2, 2), "f4")})
 
 
+OTHER_FORMULAS = {
+    "alora_invocation_tokens": [1, 2], "arrow_config": {"top_k": 2}, "init_lora_weights": "pissa",
+    "kasa_config": {"beta": 0.1}, "layer_replication": [[0, 2], [1, 3]], "use_bdlora": {"nblocks": 2},
+    "use_dora": True, "use_qalora": True, "use_rslora": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", OTHER_FORMULAS)
+@pytest.mark.parametrize("name", ["shared_outer", "tinker"])
+def test_a_folder_of_plain_loras_with_a_field_of_another_formula_is_refused(name, field, tmp_path):
+    key = "base_model.model.model.layers.0.mlp.experts." + {"tinker": "w1", "shared_outer": "gate_proj"}[name]
+    stacks = {f"{key}.lora_A.weight": np.ones((1, 2, 4), "f4"), f"{key}.lora_B.weight": np.ones((3, 4, 2), "f4")}
+    save_file(stacks, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "init_lora_weights": "gaussian"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert ak.detect(tmp_path) == name
+    assert len(ak.read(tmp_path)) == 3
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {field: OTHER_FORMULAS[field]}))
+    with pytest.raises(Unsupported, match=field):
+        ak.read(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["gguf", "litgpt", "megatron", "nemo", "tensorrt_llm", "torchtune"])
 def test_a_target_without_a_name_there_is_refused(name, tmp_path):
     adapter = ak.Adapter({**llama().updates, Target("model.layers.0.mystery"): (lora(4, 4),)})

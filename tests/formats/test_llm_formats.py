@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from llm_adapters import BASE, FILES, SHAPES, VECTORS, content, deltas, llama, lora, merged, place, write_base
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.core.adapter import Target
@@ -358,6 +358,44 @@ def test_embeddings_are_what_each_has_them_as(tmp_path):
         out = merged(BASE, ak.read(path, base=BASE), tmp_path / f"{name}-merged")
         expected = merged(BASE, ak.Adapter(found), tmp_path / f"{name}-expected")
         same(expected, out)
+
+
+MINLORA = {
+    "embedding": ("emb", torch.nn.Embedding(20, 8)),
+    "embedding, square": ("emb", torch.nn.Embedding(8, 8)),
+    "embedding, known name": ("wte", torch.nn.Embedding(20, 8)),
+    "linear": ("l", torch.nn.Linear(12, 8, bias=False)),
+    "linear, square, name of an embedding": ("shared", torch.nn.Linear(8, 8, bias=False)),
+}
+"""Kind -> a module's name, and the module."""
+
+
+@pytest.mark.parametrize("kind", MINLORA)
+def test_the_shapes_of_minlora_s_factors_show_an_embedding(kind, tmp_path):
+    """minLoRA's `from_embedding` swaps the shapes of A and B, and its forward adds `alpha / r * A @ B`."""
+    name, module = MINLORA[kind]
+    swapped, weight = isinstance(module, torch.nn.Embedding), module.weight.detach().numpy()
+    rng = np.random.default_rng(0)
+    (out, in_), rank, alpha = weight.shape, 2, 5.0
+    A, B = rng.normal(size=(rank, in_)), rng.normal(size=(out, rank))
+    if swapped:
+        A, B = rng.normal(size=(out, rank)), rng.normal(size=(rank, in_))
+    change = alpha / rank * (A @ B if swapped else B @ A)
+    stem = f"{name}.parametrizations.weight.0.lora_"
+    state = {f"{stem}{field}": torch.from_numpy(value.astype("f4")) for field, value in (("A", A), ("B", B))}
+    torch.save(state, tmp_path / "lora.pt")
+    (tmp_path / "minlora.json").write_text(json.dumps({"alpha": alpha}))
+    base = tmp_path / "base.safetensors"
+    save_file({f"{name}.weight": weight}, base)
+    ak.merge(base, tmp_path / "lora.pt", tmp_path / "merged.safetensors")
+    found = load_file(tmp_path / "merged.safetensors")[f"{name}.weight"] - weight
+    assert np.abs(found - change).max() <= 1e-5 * np.abs(change).max()
+    (tmp_path / "again").mkdir()
+    adapter = ak.read(tmp_path / "lora.pt", base=base)
+    ak.write(adapter, tmp_path / "again" / "lora.pt", "minlora", base)
+    again = torch.load(tmp_path / "again" / "lora.pt", weights_only=True)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], value) for key, value in state.items())
 
 
 def base_for(profile):

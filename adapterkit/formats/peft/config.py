@@ -203,6 +203,23 @@ def _is_marker(name: str, value: object) -> bool:
     return _RECORD.fullmatch(name) is not None or _STAMP.fullmatch(value) is not None
 
 
+_OTHER_FORMULAS = (
+    "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "use_bdlora", *REFUSED,
+)  # fmt: skip
+
+
+def field_of_another_formula(config: Mapping[str, object]) -> str | None:
+    """Return a field with which the tensors are not plain pairs of LoRA with one rank and one alpha; None if none is.
+
+    Formats whose folders have PEFT's config, but only such pairs, must refuse a config with such a field.
+    """
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in PLAIN_INIT:
+        return "init_lora_weights"
+    return next((name for name in _OTHER_FORMULAS if config.get(name)), None)
+
+
 def _check_variants(settings: PeftSettings) -> None:
     """Check that the config selects at most one variant of LoRA.
 
