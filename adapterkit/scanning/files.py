@@ -308,7 +308,8 @@ def _operations(stream: io.BytesIO) -> Iterator[tuple[pickletools.OpcodeInfo, in
         ValueError: the bytes are not a pickle.
     """
     while code := stream.read(1):
-        opcode, position, argument = _OPCODES.get(code[0]), stream.tell() - 1, None
+        opcode, position = _OPCODES.get(code[0]), stream.tell() - 1
+        argument: int | str | None = None
         if opcode is None:
             raise ValueError(f"at position {position}, opcode {code!r} unknown")
         if opcode.arg is not None and opcode.arg.n == pickletools.UP_TO_NEWLINE:
