@@ -316,11 +316,11 @@ def _operations(stream: io.BytesIO) -> Iterator[tuple[pickletools.OpcodeInfo, in
             lines = [stream.readline() for _ in range(2 if opcode.name in ("GLOBAL", "INST") else 1)]
             if not lines[-1].endswith(b"\n"):
                 raise ValueError("no newline found when trying to read a line")
-            argument = " ".join(line[:-1].decode("utf-8", "replace") for line in lines)
+            text = " ".join(line[:-1].decode("utf-8", "replace") for line in lines)
             if opcode.name in ("GET", "PUT"):
-                argument = int(argument)
-            elif opcode.name == "STRING":
-                argument = argument[1:-1]
+                argument = int(text)
+            else:
+                argument = text[1:-1] if opcode.name == "STRING" else text
         elif opcode.arg is not None:
             argument = opcode.arg.reader(stream)
         yield opcode, argument, position
