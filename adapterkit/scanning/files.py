@@ -317,10 +317,7 @@ def _operations(stream: io.BytesIO) -> Iterator[tuple[pickletools.OpcodeInfo, in
             if not lines[-1].endswith(b"\n"):
                 raise ValueError("no newline found when trying to read a line")
             text = " ".join(line[:-1].decode("utf-8", "replace") for line in lines)
-            if opcode.name in ("GET", "PUT"):
-                argument = int(text)
-            else:
-                argument = text[1:-1] if opcode.name == "STRING" else text
+            argument = int(text) if opcode.name in ("GET", "PUT") else text[1:-1] if opcode.name == "STRING" else text
         elif opcode.arg is not None:
             argument = opcode.arg.reader(stream)
         yield opcode, argument, position
