@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import struct
 import threading
@@ -41,11 +42,17 @@ COMPANIONS = ("adapter_config.json", "config.json")
 """If a uri names a single weight file, these files in its folder are also downloaded, because the weights need a
 config."""
 
+_OLD = re.compile(r"(?:adapter_model|pytorch_adapter|pytorch_model(?:-\d+-of-\d+)?)\.bin")
+"""Matches the weight files that PEFT, AdapterHub and transformers wrote before they used safetensors."""
+
 FIRST_READ = 1 << 16
 MAX_SMALL = 16 << 20
 FRESH = 60.0
 """The number of seconds for which a branch's commit is cached. During this time, all reads of the branch use the same
 commit."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}|(?:sha256:)?[0-9a-f]{64}")
+"""Matches a commit of a repository, the digest of a manifest, and the digest of a list of files."""
 
 _seen: dict[tuple[str, str], tuple[float, Remote]] = {}
 
@@ -56,14 +63,16 @@ def fetched(name: str) -> Path:
     The cache is the folder `$ADAPTERKIT_CACHE`, or `adapterkit` in the user's cache folder. It has a subfolder for each
     commit. If the uri has safetensors files, weight files in other formats are not downloaded. If the uri's top folder
     has weight files, weight files in its subfolders are not downloaded. In offline mode, a branch's last known commit
-    is used.
+    is used. A uri with a commit that is in the cache needs no connection.
 
     Raises:
         AdapterkitError: as for `pull`.
     """
     uri = parse(name)
-    commit = _commit(uri)
-    folder = _cache(uri) / commit.replace(":", "-") / hashlib.sha256(uri.path.encode()).hexdigest()[:16]
+    # A uri with a commit needs no request if the commit is in the cache, because the files of a commit never change.
+    folder = _cached(uri, uri.revision or "")
+    if not (_COMMIT.fullmatch(uri.revision or "") and (folder / NOTE).is_file()):
+        folder = _cached(uri, _commit(uri))
     inside = PurePosixPath(uri.path).name
     # The file `NOTE` records the uri and the commit. If it exists, the download is complete, because `bring` downloads
     # all files into a temporary folder, and renames the temporary folder at the end.
@@ -74,6 +83,11 @@ def fetched(name: str) -> Path:
                 remote = remote_of(uri)
                 bring(remote, source_at(remote), needed(remote), folder, None)
     return folder / inside if inside and (folder / inside).is_file() else folder
+
+
+def _cached(uri: Uri, commit: str) -> Path:
+    """Return the cache folder of a uri's files at a commit."""
+    return _cache(uri) / commit.replace(":", "-") / hashlib.sha256(uri.path.encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -94,6 +108,10 @@ def needed(remote: Remote) -> dict[str, RemoteFile]:
         companions = {beside[file.path]: file for file in remote.files if file.path in beside}
         return chosen | companions | _data_of(remote, PurePosixPath(path))
     suffixes = {name: PurePosixPath(name).suffix for name in chosen}
+    if any(_OLD.fullmatch(name) for name in chosen):
+        # Safetensors files in subfolders, such as checkpoints, do not replace the weights in the top folder.
+        suffixes = {name: suffix for name, suffix in suffixes.items() if "/" not in name or suffix not in WEIGHTS}
+        chosen = {name: chosen[name] for name in suffixes}
     if ".safetensors" in suffixes.values():
         chosen = {name: file for name, file in chosen.items() if suffixes[name] not in OTHER_FORMS}
     if any("/" not in name and suffixes[name] in WEIGHTS for name in chosen):

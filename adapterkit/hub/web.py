@@ -314,8 +314,13 @@ def origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _next(place: str, url: str, location: str) -> str:
-    target = urljoin(url, location)
-    old, new = urlsplit(url), urlsplit(target)
+    try:
+        target = urljoin(url, location)
+        old, new = urlsplit(url), urlsplit(target)
+        origin(target)
+        (new.hostname or "").encode("idna")
+    except ValueError:
+        raise NetworkError("the hub redirected to an invalid url", path=place, cure=_ELSEWHERE) from None
     if new.scheme not in ("http", "https") or not new.hostname or (old.scheme == "https" and new.scheme != "https"):
         why = f"the hub redirected to {new.scheme or 'nowhere'}://{new.hostname or ''}, which is not safe to follow"
         raise NetworkError(why, path=place, cure=_ELSEWHERE)

@@ -39,14 +39,14 @@ from ..core.licence_terms import (
     terms_of,
 )
 from ..core.metadata import REPORT
-from ..errors import AdapterkitError, Malformed, StorageError, UsageError, storage_error
+from ..errors import AdapterkitError, Malformed, StorageError, Unsupported, UsageError, storage_error
 from ..io.atomic import write_bytes
 from ..io.checkpoint import read_json
 from ..io.inputs import open_input
 from ..io.locations import is_repo, located, path_text
 from ..io.stages import stage
 from ..io.staging import check_free, staged
-from .signing import files_of, statement_of
+from .signing import check_utf8, files_of, linked_folders, statement_of
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 EPOCH = "SOURCE_DATE_EPOCH"
@@ -111,6 +111,7 @@ def bom(path: str | PathLike[str], *, serial: bool = False, leave_out: Path | No
 
     Raises:
         StorageError: the path does not exist or cannot be read.
+        Unsupported: the folder contains a link to a folder, or a file's name is not UTF-8.
         UsageError: SOURCE_DATE_EPOCH is not a number of seconds.
 
     Example:
@@ -120,6 +121,11 @@ def bom(path: str | PathLike[str], *, serial: bool = False, leave_out: Path | No
 
     root = located(path_text(path))
     files = files_of(root, root if leave_out is None else leave_out) if root.is_dir() else files_of(root, root)
+    check_utf8(root, files)
+    if linked := linked_folders(root):
+        why = "this is a link to a folder, and the document would not list the files in the linked folder"
+        cure = "Copy the folder without links (cp -rL), and pass the copy"
+        raise Unsupported(why, path=linked[0], cure=cure)
     stage("reading the lineage")
     statement = statement_of(root)
     stage("hashing files")

@@ -414,6 +414,15 @@ def _check_names(root: Path, files: Sequence[Path]) -> None:
     if not files:
         why = "there is no file to sign"
         raise UsageError(why, path=root, cure="Pass the folder or the file of the adapter or the model")
+    check_utf8(root, files)
+
+
+def check_utf8(root: Path, files: Sequence[Path]) -> None:
+    """Refuse file names that are not UTF-8.
+
+    Raises:
+        Unsupported: a file's name is not UTF-8.
+    """
     for file in files:
         try:
             file.relative_to(root).as_posix().encode()

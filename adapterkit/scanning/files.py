@@ -21,6 +21,7 @@ import tarfile
 import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ CODE = frozenset({
 })  # fmt: skip
 """Suffixes of code files, which a program may run."""
 
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".dat", ".data")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".dat", ".data", ".npy", ".npz")
 """Suffixes of files that programs unpickle. A file with such a suffix is scanned even if it does not begin like a
 pickle, because pickles of protocols 0 and 1 cannot be recognised by their first bytes."""
 
@@ -62,23 +63,38 @@ _STORAGE = re.compile(r"(?:.*/)?data/\d+")
 """Matches archive entries in which torch stores the bytes of a tensor. No program unpickles these entries."""
 
 _GLOBAL = re.compile(r"[^\W\d][\w.]* [^\W\d][\w.<>]*")
-_ASCII = bytes(range(128)) + b"?" * 128
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 """First bytes of gzip, bzip2 and xz."""
 
-_OPCODES = frozenset(ord(opcode.code) for opcode in pickletools.opcodes)
+_ZLIB = (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
+_LZMA = b"\x5d\x00\x00"
+"""First bytes of zlib and of lzma without a container, which joblib also reads. Other files may begin with these bytes
+by chance, so only files whose suffixes are in `_PICKLED` or `_PACKED` are decompressed."""
+
+_PACKED = (".z", ".zlib", ".lzma")
+
+_OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
+
+_NUMBERS = re.compile(
+    rb"\{'descr': '[<>|][?bBhHiIlLqQuefdgcmMSUV]\d*(?:\[\w+\])?', 'fortran_order': (?:True|False), "
+    rb"'shape': \([\d, ]*\), \}\s*"
+)
+"""Matches the header that NumPy writes for an array without Python objects. Other headers can state the dtype `object`
+in many ways, such as `'O8'`, `'\\x4f'` or `'|' 'O'`, so the data after them is scanned."""
 
 
 _Stream = IO[bytes] | io.BufferedIOBase
 
 
 def is_pickle(head: bytes) -> bool:
-    """Whether a file that begins with `head` looks like a pickle of protocol 2 or later.
+    """Whether a file that begins with `head` looks like a pickle that begins with its protocol.
+
+    Pickles of protocol 2 or later always begin with the protocol.
 
     The first eight bytes of a safetensors file are the length of its header. They may look like the start of a pickle.
     The function recognises such a file by the next byte, which is the `{` of the header, and returns False.
     """
-    if len(head) < 3 or head[0] != 0x80 or not 2 <= head[1] <= 5 or head[2] not in _OPCODES:
+    if len(head) < 3 or head[0] != 0x80 or head[1] > 5 or head[2] not in _OPCODES:
         return False
     return head[8:9] != b"{" or any(head[4:8])
 
@@ -92,7 +108,26 @@ def _header_size(head: bytes) -> int:
 def _unpacked(head: bytes, stream: _Stream) -> _Stream:
     if head[:2] == b"\x1f\x8b":
         return gzip.GzipFile(fileobj=stream)
+    if head.startswith(_ZLIB):
+        return io.BytesIO(zlib.decompressobj().decompress(stream.read(LARGEST), 2 * LARGEST))
     return bz2.BZ2File(stream) if head[:3] == b"BZh" else lzma.LZMAFile(cast("IO[bytes]", stream))
+
+
+def _has_objects(data: bytes) -> bool:
+    """Whether a .npy file may contain Python objects, which NumPy stores as a pickle after the header."""
+    wide = 2 if data[6:7] == b"\x01" else 4
+    return _NUMBERS.fullmatch(data[8 + wide : _header_size(data)]) is None
+
+
+def _unchecked(stream: _Stream, entry: zipfile.ZipInfo) -> _Stream:
+    """Open an entry of a zip archive like torch, which ignores the entry's flags, its checksum and its local name."""
+    stream.seek(entry.header_offset)
+    header = stream.read(30)
+    stream.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR)
+    data = stream.read(min(entry.compress_size, LARGEST + 1))
+    if entry.compress_type == zipfile.ZIP_DEFLATED:
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, LARGEST + 1)
+    return io.BytesIO(data)
 
 
 def is_tar(head: bytes) -> bool:
@@ -112,6 +147,13 @@ def in_pickles(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
         yield from _Reader(name, unread).part("", file.name, stream)
 
 
+_UNREADABLE = (
+    zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, RuntimeError,
+    NotImplementedError, ValueError,
+)  # fmt: skip
+"""Errors of Python's modules for archives."""
+
+
 @dataclass
 class _Reader:
     """Scan one file, and the archives in the file. `left` is the number of bytes that may still be read for pickles."""
@@ -125,6 +167,7 @@ class _Reader:
         head = stream.read(512)
         suffix = PurePosixPath(called).suffix.lower()
         compressed = head.startswith(_COMPRESSED)
+        compressed |= suffix in (*_PICKLED, *_PACKED) and head.startswith((*_ZLIB, _LZMA))
         archive = head[:2] == b"PK" or is_tar(head)
         if not (archive or compressed or is_pickle(head) or head[:6] == b"\x93NUMPY" or suffix in _PICKLED):
             return
@@ -134,6 +177,13 @@ class _Reader:
         if self.left <= 0:
             self.skip(place, f"it was not scanned, because the limit of {_LARGEST_SUM:,} bytes per file was reached")
             return
+        if (compressed or is_tar(head)) and head[0] in _OPCODES:
+            # A pickle can also begin like an archive: only unpicklers read the bytes as a pickle.
+            tail = stream.read(LARGEST)
+            yield from self.calls(place, head + tail, len(tail) == LARGEST)
+            if depth:
+                stream = io.BytesIO(head + tail)
+                stream.seek(len(head))
         whole, data, cut = stream, head, False
         if depth == 0 and (archive or compressed):
             stream.seek(0)
@@ -141,7 +191,7 @@ class _Reader:
             most = LARGEST
             if head[:6] == b"\x93NUMPY":
                 head += stream.read(_header_size(head) - len(head)) if _header_size(head) > len(head) else b""
-                most = LARGEST if b"|O" in head[: _header_size(head)] else 0
+                most = LARGEST if _has_objects(head) else 0
             data = head + stream.read(most)
             self.left -= len(data)
             cut = bool(stream.read(1))
@@ -152,14 +202,14 @@ class _Reader:
             elif is_tar(head):
                 yield from self.tar(place, whole, depth)
             elif compressed:
+                inner = called if suffix in _PICKLED else PurePosixPath(called).stem
                 with _unpacked(head, whole) as unpacked:
-                    yield from self.part(place, PurePosixPath(called).stem, unpacked, depth + 1)
+                    yield from self.part(place, inner, unpacked, depth + 1)
             elif head[:6] == b"\x93NUMPY":
                 yield from self.array(place, data, cut)
             else:
                 yield from self.calls(place, data, cut)
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, RuntimeError,
-                NotImplementedError, ValueError) as error:  # fmt: skip
+        except _UNREADABLE as error:
             self.skip(place, f"this archive cannot be read: {error}")
 
     def skip(self, place: str, why: str) -> None:
@@ -176,8 +226,12 @@ class _Reader:
                 where = f"{place}/{entry.filename}" if place else entry.filename
                 yield from self.entry(where, entry.filename)
                 if not entry.is_dir() and not _STORAGE.fullmatch(entry.filename):
-                    with archive.open(entry) as inside:
-                        yield from self.part(where, entry.filename, inside, depth + 1)
+                    try:
+                        with archive.open(entry) as inside:
+                            yield from self.part(where, entry.filename, inside, depth + 1)
+                    except _UNREADABLE as error:
+                        self.skip(where, f"this entry is damaged, and was scanned without checks: {error}")
+                        yield from self.part(where, entry.filename, _unchecked(stream, entry), depth + 1)
 
     def tar(self, place: str, stream: _Stream, depth: int) -> Iterator[Finding]:
         """Yield the findings in the entries of a tar archive."""
@@ -212,22 +266,10 @@ class _Reader:
 
     def array(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
         """Yield the findings in a .npy file. NumPy stores an array of Python objects as a pickle after the header."""
-        end = _header_size(data)
-        if b"|O" in data[:end]:
-            yield from self.calls(place, data[end:], cut)
+        if _has_objects(data):
+            yield from self.calls(place, data[_header_size(data) :], cut)
 
     def calls(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
-        """Yield a finding for each global that the pickles in `data` import.
-
-        Pickles of protocols 0 and 1 contain text. If the text has bytes outside ASCII, pickletools fails, but
-        unpicklers accept the text. Data with such bytes is therefore scanned again, with each of the bytes replaced by
-        `?`.
-        """
-        yield from self.globals_of(place, data, cut)
-        if data[:1] != b"\x80" and not data.isascii():
-            yield from self.globals_of(place, data.translate(_ASCII), cut)
-
-    def globals_of(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
         """Yield a finding for each global that the pickles in `data` import. `data` is one or more pickles in a row."""
         stream, count, start = io.BytesIO(data), 0, 0
         while (start := stream.tell()) < len(data) and count < MOST:
@@ -256,6 +298,34 @@ class _Reader:
                 return
 
 
+def _operations(stream: io.BytesIO) -> Iterator[tuple[pickletools.OpcodeInfo, int | str | None, int]]:
+    """Yield each opcode of a pickle with its argument and its position.
+
+    `pickletools.genops` refuses numbers such as `0x1`, and text with bytes outside ASCII, but unpicklers accept both.
+    So take the arguments that are lines of text as they are.
+
+    Raises:
+        ValueError: the bytes are not a pickle.
+    """
+    while code := stream.read(1):
+        opcode, position = _OPCODES.get(code[0]), stream.tell() - 1
+        argument: int | str | None = None
+        if opcode is None:
+            raise ValueError(f"at position {position}, opcode {code!r} unknown")
+        if opcode.arg is not None and opcode.arg.n == pickletools.UP_TO_NEWLINE:
+            lines = [stream.readline() for _ in range(2 if opcode.name in ("GLOBAL", "INST") else 1)]
+            if not lines[-1].endswith(b"\n"):
+                raise ValueError("no newline found when trying to read a line")
+            text = " ".join(line[:-1].decode("utf-8", "replace") for line in lines)
+            argument = int(text) if opcode.name in ("GET", "PUT") else text[1:-1] if opcode.name == "STRING" else text
+        elif opcode.arg is not None:
+            argument = opcode.arg.reader(stream)
+        yield opcode, argument, position
+        if opcode.name == "STOP":
+            return
+    raise ValueError("the pickle has no end")
+
+
 def _globals(stream: io.BytesIO) -> Iterator[tuple[str, int]]:
     """Yield (name, byte position) for each global that a pickle imports.
 
@@ -264,10 +334,9 @@ def _globals(stream: io.BytesIO) -> Iterator[tuple[str, int]]:
     """
     memo: dict[int, str | None] = {}
     pushed: list[str | None] = [None, None]
-    for opcode, argument, position in pickletools.genops(stream):
+    for opcode, argument, at in _operations(stream):
         kind = opcode.name
         number = argument if isinstance(argument, int) else 0
-        at = position if position is not None else 0
         if kind in ("GLOBAL", "INST"):
             yield str(argument), at
             pushed.append(None)
@@ -339,8 +408,8 @@ def in_config(name: str, file: Path, unread: list[str]) -> Iterator[Finding]:
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
         mapping = dict(items)
         if len(mapping) < len(items):
-            keys = [key for key, _ in items]
-            twice.extend(key for key in mapping if keys.count(key) > 1)
+            count = Counter(key for key, _ in items)
+            twice.extend(key for key in mapping if count[key] > 1)
         return mapping
 
     try:

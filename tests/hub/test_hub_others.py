@@ -304,6 +304,55 @@ def test_without_obstore_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.M
     assert "adapterkit[s3]" in answer["cure"]
 
 
+@pytest.mark.parametrize("listing", [True, False])
+@pytest.mark.parametrize("sign", ["Last-Modified", "ETag", "modify", "modificationTime", "sha", "last_modified"])
+def test_files_of_a_web_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sign: str, listing: bool) -> None:
+    """fsspec's file system for web servers gives sizes and dates only for single files.
+
+    An adapter that was trained again usually has the same size.
+    """
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Web(MemoryFileSystem):
+        store, pseudo_dirs, protocol = {}, [""], "http"
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return super()._strip_protocol(path.removeprefix("http:/"))
+
+        def info(self, path: str, **_: object) -> dict:
+            entry = super().info(path)
+            return {"name": entry["name"], "type": entry["type"], "size": entry["size"], sign: entry.get("created")}
+
+        def find(self, path: str, **_: object) -> dict:
+            return {path: {}} if self.isfile(path) else {each["name"]: each for each in self.ls(path)}
+
+        def ls(self, path: str, **_: object) -> list:
+            if not listing:
+                raise FileNotFoundError(path)
+            return [{"name": e["name"], "size": None, "type": e["type"]} for e in super().ls(path)]
+
+    monkeypatch.setenv("ADAPTERKIT_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "http", Web)
+    monkeypatch.setattr("adapterkit.hub.reading.FRESH", -1.0)
+    Web.clear_instance_cache()
+    name, system = "adapter_model.safetensors", Web()
+    for path, data in peft_files().items():
+        system.pipe(f"/host:8000/{path}", data)
+    uri = f"http://host:8000/{name}"
+    first = ak.hub.pull(uri, tmp_path / "first")
+    assert (tmp_path / "first" / name).read_bytes() == peft_files()[name]
+    changed = bytearray(peft_files()[name])
+    changed[-1] ^= 1
+    system.pipe(f"/host:8000/{name}", bytes(changed))
+    assert ak.hub.pull(uri, tmp_path / "again").uri != first.uri
+    if listing:
+        read = ak.read(uri)
+        changed[-1] ^= 2
+        system.pipe(f"/host:8000/{name}", bytes(changed))
+        assert ak.read(uri).digest() != read.digest()
+
+
 def test_modelscope_without_its_client_names_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     answer = record("pull", "modelscope://org/repo", tmp_path / "out", code=3)["error"]

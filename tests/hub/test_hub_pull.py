@@ -1,6 +1,7 @@
 # ruff: noqa: F811 - a fixture is imported and then named
 """Pulling from a hub, and reading what is on one, with the faults that networks and servers have."""
 
+import io
 import os
 import random
 import signal
@@ -318,6 +319,36 @@ def test_offline_what_was_fetched_is_still_there(hub: HubServer, monkeypatch: py
         ak.read("org/other")
 
 
+def test_a_commit_in_the_cache_needs_no_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in huggingface_hub, whose cache finds a commit that was downloaded under the name of its branch."""
+    commit = hub.add("org/lora", peft_files())
+    digest = ak.read("org/lora").digest()
+    asked = len(hub.requests)
+    assert ak.read(f"org/lora@{commit}").digest() == digest
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert ak.read(f"hf://org/lora@{commit}").digest() == digest
+    assert len(hub.requests) == asked
+    with pytest.raises(NetworkError, match="offline"):
+        ak.read(f"org/lora@{commit[::-1]}")
+
+
+def test_weights_in_the_top_folder_are_not_replaced_by_a_checkpoint(hub: HubServer) -> None:
+    import torch
+    from safetensors.torch import load, save
+
+    files, buffer = peft_files(), io.BytesIO()
+    factors = load(files["adapter_model.safetensors"])
+    torch.save(factors, buffer)
+    checkpoint = save({name: value + 1 for name, value in factors.items()}, {"format": "pt"})
+    config = files["adapter_config.json"]
+    hub.add("org/old", {
+        "adapter_model.bin": buffer.getvalue(), "adapter_config.json": config,
+        "checkpoint-1/adapter_model.safetensors": checkpoint, "checkpoint-1/adapter_config.json": config,
+    })  # fmt: skip
+    hub.add("org/lora", files)
+    assert ak.read("org/old").digest() == ak.read("org/lora").digest()
+
+
 def test_local_paths_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert is_remote("org/lora")
@@ -333,7 +364,19 @@ def test_local_paths_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ak.read("nowhere://bucket/x")
 
 
-@pytest.mark.parametrize("uri", ["hf://org", "hf://", "hf://a/b/../c", "hf://a/b@", "hf://u:p@host/a/b", "hf://a/b//c"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "hf://org",
+        "hf://",
+        "hf://a/b/../c",
+        "hf://a/b@",
+        "hf://u:p@host/a/b",
+        "hf://a/b//c",
+        "hf://a/b@..",
+        "hf://a/b@./c",
+    ],
+)
 def test_uris_that_are_none(uri: str) -> None:
     with pytest.raises(AdapterkitError) as met:
         parse(uri)

@@ -4,7 +4,9 @@
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
@@ -226,3 +228,42 @@ def test_a_bucket_that_another_tool_filled_is_listed_in_spite_of_faults(
     assert [fault.times for fault in proxy.faults] == [0, 0, 0]
     assert laid(tmp_path / "out") == peft_files()
     proxy.close()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:99999/", "http://[bad/", "http://127.0.0.1:x/", f"http://{'a' * 64}.b/"]
+)
+@pytest.mark.parametrize("place", ["redirect", "realm", "upload", "range"])
+def test_what_is_no_address_is_an_error_of_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, place: str
+) -> None:
+    monkeypatch.setenv("ADAPTERKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("adapterkit.hub.web.FIRST_WAIT", 0.001)
+
+    class Registry(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Log nothing."""
+
+        def do_GET(self) -> None:
+            status, headers = 404, {}
+            if place == "redirect":
+                status, headers = 307, {"Location": url}
+            elif place == "realm":
+                status, headers = 401, {"WWW-Authenticate": f'Bearer realm="{url.replace("http:", "https:")}"'}
+            elif self.command == "POST":
+                status, headers = 202, {"Location": url if place == "upload" else "/v2/x/blobs/uploads/1"}
+            elif "/uploads/1" in self.path:
+                status, headers = (503, {}) if self.command == "PATCH" else (204, {"Range": "0-" + "9" * 5000})
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": "0"}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        do_HEAD = do_POST = do_PUT = do_PATCH = do_GET
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Registry) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        uri = f"oci://127.0.0.1:{server.server_port}/x:1"
+        with pytest.raises(NetworkError):
+            ak.hub.push(lay(tmp_path / "lora", peft_files()), uri)
+        server.shutdown()

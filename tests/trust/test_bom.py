@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 import adapterkit as ak
-from adapterkit.errors import UsageError
+from adapterkit.errors import Unsupported, UsageError
 from adapterkit.provenance import bom
 
 VALIDATOR = JsonStrictValidator(SchemaVersion.V1_6)
@@ -146,3 +147,16 @@ def test_the_command(tmp_path: Path, merged: Path) -> None:
     assert (merged / "bom.json").read_text() == printed.stdout, "it does not list itself"
     assert run("bom", merged, "-o", merged / "bom.json").stdout.startswith("already done")
     assert run("bom", tmp_path / "none").exit_code == 6
+
+
+def test_files_that_the_document_cannot_list_are_refused(tmp_path: Path) -> None:
+    lora, other = save_peft(tmp_path / "lora"), tmp_path / "other"
+    other.mkdir()
+    (other / "more.bin").write_bytes(b"1")
+    (lora / "sub").symlink_to(other)
+    with pytest.raises(Unsupported, match="link to a folder"):
+        bom(lora)
+    (lora / "sub").unlink()
+    (Path(os.fsdecode(os.fsencode(lora) + b"/\xff"))).write_bytes(b"1")
+    with pytest.raises(Unsupported, match="not UTF-8"):
+        bom(lora)

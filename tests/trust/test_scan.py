@@ -1,9 +1,15 @@
 """Scan: what is planted is found, by its rule and place; what tools write in good faith is not."""
 
+import io
 import json
+import lzma
 import os
 import pickle
 import shutil
+import struct
+import time
+import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -208,3 +214,73 @@ def test_the_place_of_a_link_is_shown_without_control_characters(tmp_path):
     assert finding.rule == "link"
     assert finding.evidence.isprintable()
     assert len(finding.evidence) < 200
+
+
+CALL = b"cposix\ngetcwd\n(tR."
+
+
+def zipped(spoil):
+    """A file of `torch.save` whose pickle calls a function, with some bytes changed that torch does not look at."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        entries = {"x/data.pkl": b"\x80\x02" + CALL, "x/version": b"3\n", "x/byteorder": b"little"}
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    data = bytearray(buffer.getvalue())
+    spoil(data, data.index(b"PK\x01\x02"))
+    return bytes(data)
+
+
+def array(descr):
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': (1,), }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + pickle.dumps([os.getcwd]) + CALL
+
+
+def torch_file(data):
+    import torch
+
+    return torch.load(io.BytesIO(data), weights_only=False)
+
+
+def joblib_file(data):
+    """joblib recognises the compression by the first bytes."""
+    return pickle.loads(zlib.decompress(data) if data[:1] == b"x" else lzma.decompress(data))
+
+
+def in_array(data):
+    (called,) = np.load(io.BytesIO(data), allow_pickle=True)
+    return called()
+
+
+RUNNING = {
+    "a number in base 16.bin": (b"I0x1\n0" + CALL, pickle.loads),
+    "a long number in base 16.bin": (b"L0x1L\n0" + CALL, pickle.loads),
+    "the protocol 0": (b"\x80\x00" + CALL, pickle.loads),
+    "no array.npy": (CALL, lambda data: np.load(io.BytesIO(data), allow_pickle=True)),
+    "begins like bzip2.bin": (b"BZh\x00\x00" + bytes(0x685A) + b"0" + CALL, pickle.loads),
+    "looks like tar.bin": (b"\x80\x02B" + struct.pack("<I", 600) + b"ustar" * 120 + b"0" + CALL, pickle.loads),
+    "zlib.joblib": (zlib.compress(CALL), joblib_file),
+    "lzma.joblib": (lzma.compress(CALL, lzma.FORMAT_ALONE), joblib_file),
+    "checksum.pt": (zipped(lambda data, at: data.__setitem__(at + 16, data[at + 16] ^ 1)), torch_file),
+    "local name.pt": (zipped(lambda data, _: data.__setitem__(data.index(b"x/data"), ord("y"))), torch_file),
+} | {f"array {number}.npy": (array(descr), in_array) for number, descr in enumerate(
+    ("'O'", "'O8'", "'<O'", "'object'", r"'\x4f'", "'|' 'O'")
+)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_what_a_loader_runs_is_found(tmp_path, name):
+    data, load = RUNNING[name]
+    assert load(data) == os.getcwd()
+    (tmp_path / name).write_bytes(data)
+    found = {(each.rule, each.evidence) for each in ak.scan(tmp_path).findings}
+    assert ("pickle-call", "it imports 'posix.getcwd'") in found
+
+
+def test_many_keys_take_no_quadratic_time(tmp_path):
+    keys = ",".join(f'"{number}":0' for number in range(100_000))
+    (tmp_path / "config.json").write_text(f'{{{keys},"0":1}}')
+    began = time.monotonic()
+    (finding,) = ak.scan(tmp_path).findings
+    assert (finding.rule, finding.where) == ("other-content", "'0'")
+    assert time.monotonic() - began < 20

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
@@ -59,6 +60,20 @@ LOCAL = {"file", "local", "hf", "dir", "reference", "simplecache", "filecache", 
 """Schemes that fsspec supports, but that adapterkit does not read through fsspec. Other modules read local paths and
 `hf`. The remaining schemes wrap another location."""
 
+SIGNS = ("ETag", "etag", "mtime", "created", "LastModified")
+OTHER_SIGNS = (
+    "Last-Modified",
+    "last_modified",
+    "updated",
+    "modify",
+    "modificationTime",
+    "last_write_time",
+    "sha",
+    "hex",
+)
+"""Details of a file that change with its content, in the file systems of fsspec. The second tuple is used only for file
+systems that give none of the first, so that digests of file lists stay as they were."""
+
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 """The hosts of the Hugging Face hub's web pages. Users copy the url of such a page from a browser."""
 
@@ -70,7 +85,12 @@ class Filesystem(Listing):
 
     @classmethod
     def named(cls, rest: str) -> Uri | None:
-        return address(rest.lstrip("/"), cls.scheme)
+        rest = rest.lstrip("/")
+        port = re.match(r"[^/:#]*(:\d{1,5})(?=[/#]|\Z)", rest)
+        if port is None:
+            return address(rest, cls.scheme)
+        uri = address(rest[: port.start(1)] + rest[port.end(1) :], cls.scheme)
+        return uri and replace(uri, repo=uri.repo + port[1])
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
@@ -94,16 +114,19 @@ class Filesystem(Listing):
         # file next to the weights.
         details = self.call(lambda: system.find(place, detail=True))
         if len(details) == 1 and place in {str(name).rstrip("/") for name in details}:
-            details = self.call(
-                lambda: {e["name"]: e for e in system.ls(place.rpartition("/")[0]) if e["type"] == "file"}
-            )
+            with suppress(RemoteNotFound):  # Many web servers have the file, but do not list its folder.
+                beside = self.call(
+                    lambda: {e["name"]: e for e in system.ls(place.rpartition("/")[0]) if e["type"] == "file"}
+                )
+                details |= beside
         return [self._file(str(name), root, details) for name, details in details.items()]
 
     def _file(self, name: str, root: str, details: Mapping[str, object]) -> RemoteFile:
-        size, signs = (
-            details.get("size"),
-            [details.get(key) for key in ("ETag", "etag", "mtime", "created", "LastModified")],
-        )
+        if details.get("size") is None:  # A web server states the size of a file only when it is asked for this file.
+            details = self.call(lambda: self._opened[0].info(name))
+        size, signs = details.get("size"), [details.get(key) for key in SIGNS]
+        if signs == [None] * len(SIGNS):
+            signs += [details[key] for key in OTHER_SIGNS if key in details]
         if type(size) is not int:
             cure = "Download the file with another tool, and pass its local path"
             raise Unsupported(

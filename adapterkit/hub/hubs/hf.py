@@ -49,7 +49,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _SEGMENT = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
-_NAME = re.compile(rf"(?P<repo>{_SEGMENT}/{_SEGMENT})(?:@(?P<revision>[^/@\s]{{1,200}}))?(?:/(?P<path>.*))?")
+_NAME = re.compile(
+    rf"(?P<repo>{_SEGMENT}/{_SEGMENT})(?:@(?!\.\.?(?:/|$))(?P<revision>[^/@\s]{{1,200}}))?(?:/(?P<path>.*))?"
+)
 
 
 class HuggingFace(Remote):
