@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import click
 
@@ -37,6 +38,8 @@ def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif:
     from ..io.atomic import write_bytes
     from ..io.locations import local
 
+    if sarif is not None:
+        _check_output(local(sarif), src, base)
     _options.in_reading([src], None, base)  # --strict-base is enforced here.
     scan_result = scan(src, base=base)
     if sarif is not None:
@@ -48,6 +51,23 @@ def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif:
     show(ctx.obj, scan_result.record() | {"warnings": warnings}, _view)
     if fail_on != "never" and scan_result.fails(fail_on):
         ctx.exit(1)
+
+
+def _check_output(place: Path, *sources: str | None) -> None:
+    """Refuse to replace a file of the adapter or of the base. An earlier SARIF file next to them may be replaced.
+
+    Raises:
+        UsageError: `place` is a file of the adapter or of the base.
+    """
+    from ..io.staging import check_inputs, files_below
+
+    if not place.is_file():
+        return
+    with open(place, "rb") as file:
+        if b"/sarif-" in file.read(100):
+            return
+    for source in (Path(each) for each in sources if each is not None):
+        check_inputs([place], files_below(source) if source.is_dir() else [source])
 
 
 def _view(record: Mapping[str, object]) -> View:
