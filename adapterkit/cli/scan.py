@@ -37,9 +37,10 @@ def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif:
     from ..errors import AdapterkitError
     from ..io.atomic import write_bytes
     from ..io.locations import local
+    from ..io.staging import check_beside
 
     if sarif is not None:
-        _check_output(local(sarif), src, base)
+        check_beside(local(sarif), [Path(each) for each in (src, base) if each is not None], b"/sarif-")
     _options.in_reading([src], None, base)  # --strict-base is enforced here.
     scan_result = scan(src, base=base)
     if sarif is not None:
@@ -51,23 +52,6 @@ def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif:
     show(ctx.obj, scan_result.record() | {"warnings": warnings}, _view)
     if fail_on != "never" and scan_result.fails(fail_on):
         ctx.exit(1)
-
-
-def _check_output(place: Path, *sources: str | None) -> None:
-    """Refuse to replace a file of the adapter or of the base. An earlier SARIF file next to them may be replaced.
-
-    Raises:
-        UsageError: `place` is a file of the adapter or of the base.
-    """
-    from ..io.staging import check_inputs, files_below
-
-    if not place.is_file():
-        return
-    with open(place, "rb") as file:
-        if b"/sarif-" in file.read(100):
-            return
-    for source in (Path(each) for each in sources if each is not None):
-        check_inputs([place], files_below(source) if source.is_dir() else [source])
 
 
 def _view(record: Mapping[str, object]) -> View:

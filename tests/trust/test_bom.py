@@ -146,3 +146,13 @@ def test_the_command(tmp_path: Path, merged: Path) -> None:
     assert (merged / "bom.json").read_text() == printed.stdout, "it does not list itself"
     assert run("bom", merged, "-o", merged / "bom.json").stdout.startswith("already done")
     assert run("bom", tmp_path / "none").exit_code == 6
+
+
+def test_the_document_replaces_only_an_earlier_document(merged: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        before = (merged / name).read_bytes()
+        refused = run("bom", merged, "-o", merged / name, "--overwrite")
+        assert (refused.exit_code, (merged / name).read_bytes()) == (2, before)
+        assert "would replace its input" in refused.stderr
+    for _ in range(2):
+        assert run("bom", merged, "-o", merged / "model.cdx.json", "--overwrite").exit_code == 0
