@@ -6,7 +6,9 @@ For a fast start, only click and the standard library are imported until the nam
 from __future__ import annotations
 
 import gc
+import os
 import signal
+import sys
 from types import FrameType
 from typing import NoReturn
 
@@ -41,6 +43,7 @@ def adapterkit(ctx: click.Context) -> None:
 
 def main() -> None:
     """Run the command line; this is the entry point of the console script."""
+    _open_closed_streams()
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if (
@@ -58,6 +61,21 @@ def main() -> None:
         # At exit, the interpreter searches for cycles among all remaining objects that are not frozen. Without
         # `freeze`, this search takes a tenth of a short command's time.
         gc.freeze()
+
+
+def _open_closed_streams() -> None:
+    """Connect each standard stream that is closed, as after `2>&-`, to the null device.
+
+    Python sets such a stream to None. Also, the next opened file would get the number of the closed stream: messages of
+    other libraries, which write to number 2, would then be written into an output file.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # Gets this number: all smaller numbers are open.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open until the process ends
 
 
 def _interrupted(number: int, _frame: FrameType | None) -> NoReturn:

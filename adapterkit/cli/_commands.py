@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -295,15 +295,17 @@ def _say(error: BaseException, settings: CliSettings) -> int:
         import traceback
 
         click.echo(public("".join(traceback.format_exception(error))), err=True, nl=False)
-    try:
-        text = printable(text_of(known), keep="\n")
-        if sys.stderr.isatty():
-            text = coloured(text) if "NO_COLOR" not in os.environ else click.unstyle(coloured(text))
+    text = printable(text_of(known), keep="\n")
+    if sys.stderr.isatty():
+        text = coloured(text) if "NO_COLOR" not in os.environ else click.unstyle(coloured(text))
+    # Print to both streams even if one of them fails: standard error may be a closed pipe or a file on a full disk.
+    with suppress(OSError):
         click.echo(text, err=True)
-        if settings.json:
+    if settings.json:
+        try:
             click.echo(as_json({"error": known.record()}))
-    except BrokenPipeError:
-        _discard_output()
+        except OSError:  # Often the error to report is the same: the result could not be printed.
+            _discard_output()
     return known.exit_code
 
 

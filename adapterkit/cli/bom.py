@@ -28,7 +28,7 @@ from ._writing import is_done, made_from, refuse_place
 def command(settings: _options.CliSettings, path: str, out: str | None, serial: bool, overwrite: bool) -> None:
     """Run `adapterkit.provenance.bom`."""
     from ..io.locations import local, located
-    from ..io.staging import check_inputs, digest_of
+    from ..io.staging import check_beside, digest_of
     from ..provenance import bom
     from ..provenance.bom import EPOCH
     from ..provenance.signing import files_of
@@ -43,7 +43,7 @@ def command(settings: _options.CliSettings, path: str, out: str | None, serial: 
     decided = digest_of([made_from(files), os.environ.get(EPOCH)])
     if is_done(settings, str(place), decided, overwrite):
         return
-    check_inputs([place], files)
+    check_beside(place, [root], b"cyclonedx")
     sbom = bom(path, serial=serial, leave_out=place)
     sbom.save(place, overwrite=overwrite, made_from=decided)
     main = sbom.data["metadata"]["component"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import click
 
@@ -36,7 +37,10 @@ def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif:
     from ..errors import AdapterkitError
     from ..io.atomic import write_bytes
     from ..io.locations import local
+    from ..io.staging import check_beside
 
+    if sarif is not None:
+        check_beside(local(sarif), [Path(each) for each in (src, base) if each is not None], b"/sarif-")
     _options.in_reading([src], None, base)  # --strict-base is enforced here.
     scan_result = scan(src, base=base)
     if sarif is not None:

@@ -530,6 +530,28 @@ def check_inputs(replaced: Iterable[Path], inputs: Iterable[Path]) -> None:
             raise UsageError(why, path=path, cure="Write to another path")
 
 
+def check_beside(place: Path, sources: Iterable[Path], mark: bytes) -> None:
+    """Refuse to replace a file of a source. For outputs that describe a source, and may lie in the source's folder.
+
+    An earlier output of the same kind may be replaced.
+
+    Args:
+        place: the file to write.
+        sources: the files and folders that are read.
+        mark: the bytes that the beginning of each output of this kind contains.
+
+    Raises:
+        UsageError: the output would replace another file of a source.
+    """
+    if not place.is_file():
+        return
+    with open(place, "rb") as file:
+        if mark in file.read(200):
+            return
+    for source in sources:
+        check_inputs([place], files_below(source) if source.is_dir() else [source])
+
+
 def replaced_at(target: Path, owns: Collection[str] | None, new: Path | None = None) -> Iterator[Path]:
     """Yield the paths that an output replaces at its target.
 

@@ -218,7 +218,9 @@ def merge(
         strict_licence=strict_licence, chosen=chosen,
     )  # fmt: skip
     if not is_address(out):
-        return run(Path(path_text(out)), overwrite=overwrite)
+        # The report names the output as the caller did, not by the resolved path at which it is written.
+        target = Path(path_text(out))
+        return replace(run(target, overwrite=overwrite), out=target)
     same: list[bool] = []
     unchanged = partial(same.append, True)
     if engine == "ray":

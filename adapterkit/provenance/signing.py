@@ -36,7 +36,7 @@ from ..io.checkpoint import opened
 from ..io.inputs import open_input
 from ..io.locations import NOTE, check_exists
 from ..io.stages import stage
-from ..io.staging import check_free, check_inputs, staged
+from ..io.staging import check_beside, check_free, check_inputs, staged
 from ..naming.binding.fitting import merge_record
 
 if TYPE_CHECKING:
@@ -351,8 +351,8 @@ def sign(
 
     Raises:
         StorageError: `path` does not exist, or `out` exists.
-        UsageError: neither or both of `key` and `sigstore` are set, the password of an encrypted key is missing, or the
-            folder has no files.
+        UsageError: neither or both of `key` and `sigstore` are set, the password of an encrypted key is missing, the
+            folder has no files, or `out` is a key, a certificate or a file to sign.
         Malformed, Unsupported: the key is invalid or of an unsupported kind, a file's name is not UTF-8, or
             `model-signing` is not installed.
         NetworkError: sigstore cannot be reached, or refuses to sign.
@@ -372,7 +372,8 @@ def sign(
     files = files_of(root, place)
     _check_names(root, files)
     check_free(place, overwrite)
-    check_inputs([place], files)
+    check_inputs([place], [Path(each) for each in (key, certificate, *chain) if each is not None])
+    check_beside(place, [root], b"sigstore.bundle")
     config = _sigstore(identity_token) if key is None else signer(key, password, certificate, chain)
     stage("reading the lineage")
     statement = statement_of(root)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -157,6 +158,36 @@ def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:
         child.stdout.close()
         assert child.stderr.read() == b""
     assert child.returncode == _commands.CLOSED_PIPE
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.parametrize(
+    ("streams", "source", "code"), [(">&-", "base", 0), ("<&- 2>&-", "base", 0), ("2>&-", "nothing", 6)]
+)
+def test_closed_streams_do_not_change_the_exit_code(streams: str, source: str, code: int, tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    command = shlex.join([sys.executable, "-m", "adapterkit", "inspect", str(tmp_path / source), "--json"])
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", f"{command} {streams}"], capture_output=True, env=env, check=False)
+    assert done.returncode == code
+    assert done.stderr == b""
+    if streams.startswith(">"):
+        assert done.stdout == b""
+    else:
+        assert ("error" in json.loads(done.stdout)) == (code != 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("source", ["base", "nothing"])
+def test_a_full_disk_behind_standard_output_is_an_error_without_a_traceback(source: str, tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    command = [sys.executable, "-m", "adapterkit", "inspect", str(tmp_path / source), "--json"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=env, check=False)
+    assert done.returncode == 6
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_names_cannot_drive_the_terminal(tmp_path: Path) -> None:

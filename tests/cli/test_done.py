@@ -85,6 +85,17 @@ def test_the_same_command_again_is_done(words: list[str], tmp_path: Path) -> Non
     assert run(*words).stdout.startswith("already done: ")
 
 
+def test_every_run_names_the_output_as_the_command_line_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_base(tmp_path / "base")
+    save_peft(tmp_path / "lora")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    for out in ("merged", "link", "real/../other"):
+        assert [record("merge", "base", "lora", "-o", out)["out"] for _ in range(2)] == [out, out]
+        assert run("merge", "base", "lora", "-o", out).stdout.startswith(f"already done: {out} ")
+
+
 def test_other_inputs_are_not_taken_for_the_same(words: list[str], tmp_path: Path) -> None:
     assert run(*words).exit_code == 0
     changed = tmp_path / ("tuned/model.safetensors" if "extract" in words else "adapter/adapter_model.safetensors")

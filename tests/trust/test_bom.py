@@ -160,3 +160,13 @@ def test_files_that_the_document_cannot_list_are_refused(tmp_path: Path) -> None
     (Path(os.fsdecode(os.fsencode(lora) + b"/\xff"))).write_bytes(b"1")
     with pytest.raises(Unsupported, match="not UTF-8"):
         bom(lora)
+
+
+def test_the_document_replaces_only_an_earlier_document(merged: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        before = (merged / name).read_bytes()
+        refused = run("bom", merged, "-o", merged / name, "--overwrite")
+        assert (refused.exit_code, (merged / name).read_bytes()) == (2, before)
+        assert "would replace its input" in refused.stderr
+    for _ in range(2):
+        assert run("bom", merged, "-o", merged / "model.cdx.json", "--overwrite").exit_code == 0

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import run
+from command_line import run, save_base
 from hub_repository import hub, peft_files  # noqa: F401 - a fixture
 from planted_scans import EVADING, LAYERS, PLANTED, STEM, Calls, config, folder, pickled, saved, template, written
 from safetensors.numpy import save_file
@@ -135,6 +135,17 @@ def test_the_command_tells_and_fails(tmp_path):
     assert (sarif["version"], result["ruleId"], result["level"]) == ("2.1.0", "code-file", "error")
     assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "modeling.py"
     assert {rule["id"] for rule in sarif["runs"][0]["tool"]["driver"]["rules"]} == set(RULES)
+
+
+def test_the_sarif_file_never_replaces_what_is_scanned(tmp_path):
+    path, base = folder(tmp_path / "adapter"), save_base(tmp_path / "base")
+    for sources, name in [((path,), path / "adapter_config.json"), ((path, "--base", base), base / "config.json")]:
+        before = name.read_bytes()
+        refused = run("scan", *sources, "--sarif", name)
+        assert (refused.exit_code, name.read_bytes()) == (2, before)
+        assert "Write to another path" in refused.stderr
+    for _ in range(2):
+        assert run("scan", path, "--sarif", path / "found.sarif").exit_code == 0
 
 
 def test_what_is_not_there_is_an_error(tmp_path):

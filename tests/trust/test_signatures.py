@@ -569,6 +569,16 @@ def test_sign_and_verify_on_the_command_line(tmp_path: Path, merged: Path, keys:
     assert run(*words).exit_code == 6
 
 
+def test_a_signature_replaces_only_an_earlier_signature(merged: Path, keys: tuple[Path, Path]) -> None:
+    for place in (keys[0], merged / "config.json", merged / "model.safetensors"):
+        before = place.read_bytes()
+        with pytest.raises(UsageError, match="would replace its input"):
+            sign(merged, place, key=keys[0], overwrite=True)
+        assert place.read_bytes() == before
+    first, second = (sign(merged, merged / "model.sig", key=keys[0], overwrite=True).files for _ in range(2))
+    assert first == second
+
+
 def test_verify_refuses_keys_without_a_signature(merged: Path, keys: tuple[Path, Path]) -> None:
     assert "require --signature" in run("verify", merged, "--key", keys[1]).stderr
     assert "--base and --adapter require each other" in run("verify", merged, "--base", merged).stderr
