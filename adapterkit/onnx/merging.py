@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..core.adapter import Adapter
-from ..errors import PASS_ONE_WEIGHT_EACH, NotMergeable, UsageError, places_errors
+from ..errors import PASS_AN_ADAPTER, NotMergeable, UsageError, places_errors
 from ..io.checkpoint import opened as opened_base
 from ..io.locations import path_text
 from ..naming.binding import renamed
@@ -19,7 +19,7 @@ from .attaching import attach
 from .building import Building
 from .checking import CheckOutcome, checked_merge, refuse_invalid
 from .conversion import inlined_note
-from .folders import folder_of, graphs_in, left_out, merge_folder, only_graph, plan_folder
+from .folders import factors_for, folder_of, graphs_in, left_out, merge_folder, only_graph, plan_folder
 from .folding import PlannedUpdate, fold
 from .model_file import GraphSource as Opened
 from .model_file import opened, placing, save_merged
@@ -194,9 +194,11 @@ def _resolved(
 ) -> tuple[list[Adapter], list[float], list[PlannedUpdate], tuple[str, ...]]:
     """Return the adapters, their factors, the updates to fold at each target, and warnings."""
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
-    factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
-    if not several or len(factors) != len(several) or not np.isfinite(factors).all():
-        raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure=PASS_ONE_WEIGHT_EACH)
+    factors = factors_for(weights, len(several))
+    if not several:
+        raise UsageError("no adapter was given", cure=PASS_AN_ADAPTER)
+    if not np.isfinite(factors).all():
+        raise UsageError(f"weights {factors} are not all finite", cure="Pass a finite number for each adapter")
     folds: list[PlannedUpdate] = []
     read: list[Adapter] = []
     named, base = [], None
