@@ -454,17 +454,20 @@ def test_a_subfolder_of_a_targets_name_is_its_only_place(tmp_path, way):
 
 
 def test_an_unchanged_graph_never_reads_a_merged_graphs_new_data(tmp_path):
-    folder = tmp_path / "model"
+    folder, size = tmp_path / "model", 64  # Smaller tensors would go into the model file.
     folder.mkdir()
     for name, path, data in (("a.onnx", DECODER, "a.onnx.data"), ("b.onnx", "other.fc9", "own.bin")):
-        node, W = layer(path, ENCODER, "x", "y", "onnx::MatMul_1")
-        written(folder, name, [node], [W], [value("x")], [value("y")])
-        onnx.save(onnx.load(folder / name), folder / name, save_as_external_data=True, location=data, size_threshold=0)
-    changed_file = onnx.load(folder / "b.onnx", load_external_data=False)
-    changed_file.graph.initializer[0].external_data[0].value = "a.onnx.data"
-    onnx.save(changed_file, folder / "b.onnx")
+        node = layer(path, ENCODER, "x", "y", "onnx::MatMul_1")[0]
+        W = numpy_helper.from_array(np.eye(size, dtype="f4"), "onnx::MatMul_1")
+        written(folder, name, [node], [W], [value("x", shape=("n", size))], [value("y", shape=("n", size))])
+        model = onnx.load(folder / name)
+        onnx.save(model, folder / name, save_as_external_data=True, location=data, size_threshold=0)
+    other = onnx.load(folder / "b.onnx", load_external_data=False)
+    other.graph.initializer[0].external_data[0].value = "a.onnx.data"
+    onnx.save(other, folder / "b.onnx")
+    lora = METHODS["lora"](A=torch.ones(2, size), B=torch.ones(size, 2), scaling=1.0)
     with pytest.raises(StorageError, match=r"the unchanged graph b\.onnx also reads this data file"):
-        ak.onnx.merge(folder, adapter(DECODER), tmp_path / "out")
+        ak.onnx.merge(folder, Adapter({Target(DECODER): (lora,)}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
