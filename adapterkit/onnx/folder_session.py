@@ -21,7 +21,7 @@ from .folders import parts_of
 from .image_texts import ImageTexts
 from .pretrained_parts import DECODER, ENCODER, FILES, WITH_PAST
 from .reading import loaded
-from .session import PAST, Provider, Session, check_mapping
+from .session import PAST, Provider, Session, check_mapping, token_ids, tokens_of
 from .slot_values import slotted
 from .vision_language import EMBEDDING, IMAGE_TOKENS, MERGED
 
@@ -91,16 +91,25 @@ class FolderSession:
             TargetNotFound: no graph has slots for a target, or the folder has no adapter files of that name.
             ShapeMismatch: a tensor does not fit its slot.
             Malformed: a file is damaged.
+
+        After an error, the adapters are the same as before.
         """
         by_part: Mapping[str, Source] = (
             self._files(name) if adapter is None else self._parts(loaded(adapter, base_weights)[0])
         )
-        for key in self._adapters.get(name, ()):
-            self.parts[key].unload(name)
-        self._adapters.pop(name, None)
-        for key, source in by_part.items():
-            self.parts[key].load(name, source, base_weights=base_weights)
+        before = {key: session._loaded.get(name) for key, session in self.parts.items()}
+        try:
+            for key, source in by_part.items():
+                self.parts[key].load(name, source, base_weights=base_weights)
+        except BaseException:
+            # Restore the graphs that were loaded before the error, so that all graphs have the old adapter again.
+            for key, values in before.items():
+                self.parts[key]._restore(name, values)
+            raise
+        old = self._adapters.get(name, set())
         self._adapters[name] = set(by_part)
+        for key in old - by_part.keys():
+            self.parts[key].unload(name)
 
     def _files(self, name: str) -> dict[str, Path]:
         """Return a map from each graph to the file that an export wrote beside it for the adapter `name`.
@@ -168,6 +177,10 @@ class FolderSession:
             cure = nearest(part, self.parts) or f"The graphs of the folder are {', '.join(self.parts)}"
             raise UsageError(f"no graph {part!r}", path=self._path, cure=cure)
         if adapter is not None:
+            if not isinstance(adapter, str):
+                why = f"the adapter is a {type(adapter).__name__}, but a folder's graphs take one name"
+                cure = "Pass the name of a loaded adapter, or call run of one of the graphs in FolderSession.parts"
+                raise UsageError(why, path=self._path, where="adapter", cure=cure)
             self._check_loaded(adapter)
         name_here = adapter if adapter is not None and part in self._adapters[adapter] else None
         return self.parts[part].run(inputs, name_here)
@@ -177,6 +190,9 @@ class FolderSession:
         adapter: str | None = None, start: int | None = None, end: int | Sequence[int] | None = None,
     ) -> Array:  # fmt: skip
         """Generate texts greedily, with an encoder-decoder or with a language model that reads images.
+
+        If the config files of an encoder-decoder have a `forced_bos_token_id`, this is the first generated token. Other
+        settings that change how tokens are chosen, such as `suppress_tokens` or `bad_words_ids`, have no effect.
 
         Args:
             inputs: a mapping from input names to arrays, like the output of a transformers processor, or only the array
@@ -208,14 +224,12 @@ class FolderSession:
             cure = "Export the model with adapterkit export, or call FolderSession.run for each graph"
             why = f"neither an encoder-decoder nor a language model that reads images: the folder lacks {lacking}"
             raise UsageError(why, path=self._path, cure=cure)
-        given = (
-            dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": np.atleast_2d(np.asarray(inputs, np.int64))}
-        )
+        given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": token_ids(inputs)}
         if "attention_mask" in self.parts[ENCODER].inputs and "attention_mask" not in given and "input_ids" in given:
             given["attention_mask"] = np.ones_like(given["input_ids"])
         first = self._named_token("decoder_start_token_id", "start") if start is None else start
-        told_ends = self._token("eos_token_id") if end is None else end
-        ends = [told_ends] if isinstance(told_ends, int) else list(told_ends or ())
+        ends = tokens_of(self._token("eos_token_id") if end is None else end)
+        forced = tokens_of(self._token("forced_bos_token_id"))
         hidden = self.run(ENCODER, given, adapter)["last_hidden_state"]
         tokens = np.full((len(hidden), 1), first, np.int64)
         more = {"encoder_attention_mask": given.get("attention_mask"), "encoder_hidden_states": hidden}
@@ -228,7 +242,10 @@ class FolderSession:
             inputs_now = {name: array for name in wanted if (array := feeds.get(name)) is not None}
             outputs = self.run(part, inputs_now, adapter)
             past |= {name.replace("present.", PAST, 1): array for name, array in outputs.items() if name != "logits"}
-            new = np.where(done, ends[0] if ends else 0, outputs["logits"][:, -1].argmax(-1)).astype(np.int64)
+            likely = outputs["logits"][:, -1].argmax(-1)
+            if forced and not step:  # mBART and others choose the language of the text by its first token.
+                likely = np.full_like(likely, forced[0])
+            new = np.where(done, ends[0] if ends else 0, likely).astype(np.int64)
             tokens = np.concatenate([tokens, new[:, None]], 1)
             done |= np.isin(new, ends)
             if done.all():
@@ -245,8 +262,7 @@ class FolderSession:
             cure = "Copy the model's config.json to the folder"
             raise UsageError("no config file in the folder has image_token_id", path=self._path, cure=cure)
         texts = ImageTexts(self.parts, given, marks[0], self._path)
-        told_ends = self._token("eos_token_id") if end is None else end
-        ends = [told_ends] if isinstance(told_ends, int) else list(told_ends or ())
+        ends = tokens_of(self._token("eos_token_id") if end is None else end)
         return texts.written(lambda part, feeds: self.run(part, feeds, adapter), count, ends)
 
     async def generate_async(
@@ -277,7 +293,7 @@ class FolderSession:
                 continue
             try:
                 value = json.loads(read_input(file).decode("utf-8")).get(word)
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, RecursionError) as error:
                 raise Malformed(f"not a config ({error})", path=file, cure="Copy the model's file again") from None
             if isinstance(value, int) or (isinstance(value, list) and all(isinstance(one, int) for one in value)):
                 return value

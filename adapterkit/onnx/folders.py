@@ -10,6 +10,7 @@ target shows a role, too, adapterkit looks for the target only in graphs whose r
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 from ..core.adapter import Adapter, Target
 from ..core.arguments import weights_of
 from ..errors import (
+    PASS_AN_ADAPTER,
     USE_ITS_BASE,
     Malformed,
     StorageError,
@@ -80,12 +82,14 @@ class GraphPart:
         role: the part of the model that the graph holds; None if the folder has only one graph, or if neither
             `genai_config.json` nor the file's name shows the part.
         data: the files with the graph's external data.
+        folders: the names of the folder's subfolders that hold graphs.
     """
 
     path: Path
     name: Path
     role: str | None
     data: tuple[Path, ...]
+    folders: frozenset[str] = frozenset()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -95,9 +99,9 @@ class GraphPart:
     def may_hold(self, target: Target) -> bool:
         """Whether the graph may have this target: compare the target's path with the graph's role and subfolder."""
         words = target.path.split(".")
-        folder = self.name.parts[0]
-        if len(self.name.parts) > 1 and any(word == folder for word in words[:1]):
-            return True
+        if words[0] in self.folders:
+            # SDXL has the same layer names in `text_encoder` and `text_encoder_2`, so the roles cannot tell them apart.
+            return self.name.parts[:-1] == (words[0],)
         role = next((PATH_WORDS[word] for word in words if word in PATH_WORDS), None)
         return role is None or self.role is None or role in TAKES.get(self.role, {self.role})
 
@@ -152,8 +156,11 @@ def parts_of(folder: Path) -> list[GraphPart]:
     roles = _roles_of_genai(folder)
     names = [graph.relative_to(folder) for graph in graphs]
     alone = len(graphs) == 1
+    folders = frozenset(name.parts[0] for name in names if len(name.parts) > 1)
     return [
-        GraphPart(graph, name, None if alone else roles.get(name.as_posix(), role_of(name)), opened(graph).data)
+        GraphPart(
+            graph, name, None if alone else roles.get(name.as_posix(), role_of(name)), opened(graph).data, folders
+        )
         for graph, name in zip(graphs, names, strict=True)
     ]
 
@@ -165,7 +172,7 @@ def _roles_of_genai(folder: Path) -> dict[str, str]:
     try:
         model = json.loads(read_input(file).decode("utf-8"))["model"]
         sections = {key: model[key] for key in GENAI if isinstance(model.get(key), dict)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Malformed(
             f"not a config of onnxruntime-genai ({error})", path=file, cure="Build the model again"
         ) from None
@@ -368,6 +375,8 @@ def merge_folder(
         TargetNotFound: a target is in none of the graphs, and `allow_partial` is not set.
         Also the errors of `merge`.
     """
+    if not adapters:
+        raise UsageError("no adapter was given", cure=PASS_AN_ADAPTER)
     parts, read, base = _read(folder, adapters, base_weights, rename)
     divisions = [divided(parts, one, base, allow_partial) for one in read]
     factors = weights_of(weights, len(read))
@@ -422,6 +431,7 @@ def _written(
             there.parent.mkdir(parents=True, exist_ok=True)
             report = change(part, there)
             if report is None:
+                _check_shared(part, there.parent)
                 _copied(part.files, part.path.parent, there.parent)
             else:
                 reports[part.name.as_posix()] = report
@@ -458,6 +468,16 @@ def placed_folder(
     with staged(out, overwrite=overwrite, owns=owns, inputs=inputs, made_from=made_from) as scratch:
         scratch.mkdir(exist_ok=True)
         yield scratch
+
+
+def _check_shared(part: GraphPart, there: Path) -> None:
+    """Refuse an unchanged graph if another graph's merged data file has the name of this graph's data file."""
+    for file in part.data:
+        written = there / file.relative_to(part.path.parent)
+        if written.exists() and not filecmp.cmp(file, written, shallow=False):
+            why = f"the unchanged graph {part.name.as_posix()} also reads this data file, which the merge writes anew"
+            cure = f"Save {part.name.as_posix()} with a data file of its own, for example with onnx.save and location="
+            raise StorageError(why, path=file, cure=cure)
 
 
 def _copied(files: Iterable[Path], home: Path, there: Path) -> None:

@@ -256,6 +256,14 @@ class Session:
         self._loaded[name] = {key: (array, self._placed(array)) for key, array in feeds.items()}
         self._stacks = {}  # Do not clear the old dictionary: another thread may be about to add a stack to it.
 
+    def _restore(self, name: str, values: dict[str, tuple[Array, OrtValue]] | None) -> None:
+        """Undo a `load`: `values` are the values that were loaded under this name before it; None if none were."""
+        if values is None:
+            self._loaded.pop(name, None)
+        else:
+            self._loaded[name] = values
+        self._stacks = {}
+
     def unload(self, name: str) -> None:
         """Remove an adapter.
 
@@ -358,7 +366,7 @@ class Session:
         if not mask.all() and any(name.startswith(STATE) for name in past):
             why = "the states of the model's convolutions would include the padding of shorter texts"
             raise UsageError(why, path=self._path, where="attention_mask", cure="Pass texts of equal length")
-        ends = [end] if isinstance(end, int) else list(end)
+        ends = tokens_of(end)
         feeds: dict[str, Array] = {"input_ids": tokens}
         done = np.zeros(len(tokens), bool)
         for _ in range(max_new_tokens):
@@ -495,11 +503,13 @@ class Session:
         if entry is None:
             cure = nearest(str(name), self.inputs) or f"The inputs are {', '.join(self.inputs)}"
             raise UsageError(f"the model has no input {name!r}", path=self._path, cure=cure)
+        kind = kind_of(entry)
         try:
-            array, kind = np.asarray(given), kind_of(entry)
-        except ValueError as error:
-            why = f"the input is not an array ({first_line(error)})"
-            raise UsageError(why, path=self._path, where=name, cure="Pass lists of equal lengths") from None
+            array = np.asarray(given)
+        except (TypeError, ValueError, RuntimeError) as error:  # torch raises TypeError and RuntimeError.
+            why = f"the input is no array, and cannot be made one ({first_line(error)})"
+            cure = "Pass a numpy array, or a torch tensor that is on the CPU and needs no gradient"
+            raise UsageError(why, path=self._path, where=name, cure=cure) from None
         if array.dtype != kind:
             raise UsageError(
                 f"the array has dtype {array.dtype}, but the input has {kind}",
@@ -603,6 +613,24 @@ def _only_graph(path: Path) -> Path:
     return files[0] if files else path
 
 
+def tokens_of(end: int | Sequence[int] | None) -> list[int]:
+    """Return the ids of the tokens that end a text; `end` is one id, a sequence of ids, or None for no id."""
+    return [int(token) for token in np.atleast_1d(np.asarray(() if end is None else end, np.int64))]
+
+
+def token_ids(input_ids: object) -> Array:
+    """Return the token ids of one or more texts as an array, `[batch, length]`.
+
+    Raises:
+        UsageError: the texts have different lengths, or are not token ids.
+    """
+    try:
+        return np.atleast_2d(np.asarray(input_ids, np.int64))
+    except (TypeError, ValueError) as error:
+        cure = "Pass integers, and pad shorter texts so that all texts have the same length"
+        raise UsageError(f"not an array of token ids ({first_line(error)})", where="input_ids", cure=cure) from None
+
+
 def prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
     """Check the tokens and the mask of a prompt; return both as arrays, `[batch, length]`.
 
@@ -610,7 +638,7 @@ def prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
         UsageError: there are no tokens; there are several texts but no mask; the mask does not have the tokens' shape;
             the mask has values other than 0 and 1; or the mask excludes the last token of a text.
     """
-    tokens = np.atleast_2d(np.asarray(input_ids, np.int64))
+    tokens = token_ids(input_ids)
     if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.shape[0] == 0:
         why = f"the prompt must have the shape [batch, length], with sizes above 0; its shape is {list(tokens.shape)}"
         raise UsageError(why, where="input_ids", cure="Pass one or more texts of at least one token")

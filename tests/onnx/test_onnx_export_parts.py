@@ -241,3 +241,25 @@ class TestRefusals:
         with pytest.raises(CheckFailed):
             ak.onnx.export_pretrained(home / "base", tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_the_first_token_that_a_config_forces(tmp_path):
+    """mBART chooses the language by it; transformers' generate and the folder write the same texts."""
+    model = bart()
+    made(model, ["q_proj"], tmp_path)
+    model.generation_config.forced_bos_token_id = 7
+    model.generation_config.save_pretrained(tmp_path / "base")
+    ak.onnx.export_pretrained(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "lora")
+    session = ak.onnx.FolderSession(tmp_path / "out")
+    given = {"input_ids": TOKENS, "attention_mask": MASK}
+    got = session.generate(given, max_new_tokens=NEW, end=np.array(2))
+    with torch.no_grad():
+        wanted = model.generate(**given, max_new_tokens=NEW, do_sample=False, eos_token_id=2).numpy()
+    width = min(got.shape[1], wanted.shape[1])
+    for ours, others in zip(got, wanted, strict=True):  # transformers pads a text that ended with another token.
+        stop = [*others.tolist()[1:], 2].index(2) + 2
+        np.testing.assert_array_equal(ours[:stop], others[:stop])
+    assert width > 2
+    assert (got[:, 1] == 7).all()
+    with pytest.raises(ak.errors.UsageError, match="not an array of token ids"):
+        session.generate([[1, 2], [3]])

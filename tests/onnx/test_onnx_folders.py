@@ -425,3 +425,72 @@ def test_norms_of_an_encoder_and_in_both_branches(tmp_path, way):
         parameters = new[target.path]
         wanted = torch.nn.functional.layer_norm(torch.from_numpy(x), (SIZE,), *parameters.values(), eps=1e-5)
         np.testing.assert_allclose(y, wanted.numpy(), rtol=1e-4, atol=1e-5, err_msg=f"{name} {more}")
+
+
+@pytest.mark.parametrize("way", ["merge", "slots"])
+def test_a_subfolder_of_a_targets_name_is_its_only_place(tmp_path, way):
+    """SDXL's text encoders have the same layer names; each takes only the targets under its own folder's name."""
+    for name in ("text_encoder", "text_encoder_2"):
+        (tmp_path / "model" / name).mkdir(parents=True)
+        node, W = layer("text_model/encoder/layers.0/fc1", ENCODER, "x", "y", "onnx::MatMul_1")
+        written(tmp_path / "model" / name, "model.onnx", [node], [W], [value("x")], [value("y")])
+    paths = [f"{name}.text_model.encoder.layers.0.fc1" for name in ("text_encoder", "text_encoder_2")]
+    both = adapter(*paths)
+    W = weight(ENCODER).astype("f8")
+    for one in (both, both.replace(updates={Target(paths[0]): both.updates[Target(paths[0])]})):
+        out = tmp_path / f"out{len(one.updates)}"
+        if way == "merge":
+            ak.onnx.merge(tmp_path / "model", one, out)
+        else:
+            ak.onnx.inject(tmp_path / "model", both, out, mode="slots")
+            session = ak.onnx.FolderSession(out, {"a": one})
+        for path in paths:
+            name = f"{path.split('.')[0]}/model.onnx"
+            update = one.updates.get(Target(path))
+            M = W if update is None else W + 0.5 * (update[0].B @ update[0].A).numpy()
+            x, y = run(out / name)
+            got = y if way == "merge" else session.run(name, {"x": x}, "a")["y"]
+            np.testing.assert_allclose(got, x @ M.T, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+def test_an_unchanged_graph_never_reads_a_merged_graphs_new_data(tmp_path):
+    folder, size = tmp_path / "model", 64  # Smaller tensors would go into the model file.
+    folder.mkdir()
+    for name, path, data in (("a.onnx", DECODER, "a.onnx.data"), ("b.onnx", "other.fc9", "own.bin")):
+        node = layer(path, ENCODER, "x", "y", "onnx::MatMul_1")[0]
+        W = numpy_helper.from_array(np.eye(size, dtype="f4"), "onnx::MatMul_1")
+        written(folder, name, [node], [W], [value("x", shape=("n", size))], [value("y", shape=("n", size))])
+        model = onnx.load(folder / name)
+        onnx.save(model, folder / name, save_as_external_data=True, location=data, size_threshold=0)
+    other = onnx.load(folder / "b.onnx", load_external_data=False)
+    other.graph.initializer[0].external_data[0].value = "a.onnx.data"
+    onnx.save(other, folder / "b.onnx")
+    lora = METHODS["lora"](A=torch.ones(2, size), B=torch.ones(size, 2), scaling=1.0)
+    with pytest.raises(StorageError, match=r"the unchanged graph b\.onnx also reads this data file"):
+        ak.onnx.merge(folder, Adapter({Target(DECODER): (lora,)}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weights", [2.0, ["x"], [float("nan")]])
+@pytest.mark.parametrize("name", ["", "encoder_model.onnx"])
+def test_weights_that_are_no_finite_numbers(tmp_path, weights, name):
+    with pytest.raises(UsageError, match=r"weights .* are not (a list of numbers|all finite)"):
+        ak.onnx.merge(optimum(tmp_path / "model") / name, adapter(ENCODER), tmp_path / f"out{name}", weights=weights)
+
+
+def test_a_load_that_fails_leaves_the_old_adapter_in_all_graphs(tmp_path):
+    held = adapter(ENCODER, DECODER, CROSS)
+    ak.onnx.inject(optimum(tmp_path / "model"), held, tmp_path / "out", mode="slots")
+    session = ak.onnx.FolderSession(tmp_path / "out", {"a": held})
+    x = np.ones((1, SIZE), np.float32)
+    before = {name: session.run(name, {"x": x}, "a")["y"] for name in ("decoder_model.onnx", "encoder_model.onnx")}
+    narrow = METHODS["lora"](A=torch.ones(2, SIZE - 1), B=torch.ones(SIZE, 2), scaling=1.0)
+    with pytest.raises(ak.errors.ShapeMismatch):  # The decoders come first, and their tensors fit.
+        session.load("a", held.replace(updates={**adapter(DECODER).updates, Target(ENCODER): (narrow,)}))
+    assert session.adapters == ("a",)
+    for name, y in before.items():
+        np.testing.assert_array_equal(session.run(name, {"x": x}, "a")["y"], y)
+    with pytest.raises(UsageError, match="the adapter is a dict"):
+        session.run("encoder_model.onnx", {"x": x}, {"a": 0.5})
+    with pytest.raises(UsageError, match="cannot be made one"):
+        session.run("encoder_model.onnx", {"x": torch.ones(1, SIZE, requires_grad=True)})
