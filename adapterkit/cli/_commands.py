@@ -220,7 +220,9 @@ def typed(error: BaseException) -> AdapterkitError:
     """Convert any exception to one of adapterkit's error classes."""
     if isinstance(error, AdapterkitError):
         return error
-    if isinstance(error, click.Abort | KeyboardInterrupt):
+    # Python 3.14 reports an interrupt that arrives inside a C function, such as memoryview(), as a SystemError.
+    interrupted = isinstance(error, SystemError) and isinstance(error.__cause__, KeyboardInterrupt)
+    if interrupted or isinstance(error, click.Abort | KeyboardInterrupt):
         return Interrupted("Interrupted", cure="Run the same command again; merge and pull resume where they stopped.")
     if isinstance(error, click.UsageError):
         # Click puts each possible value of an option on a separate line: join the lines.

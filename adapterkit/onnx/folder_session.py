@@ -16,6 +16,7 @@ from ..core.adapter import Adapter, Target
 from ..errors import Malformed, TargetNotFound, UsageError, nearest
 from ..io.inputs import read_input
 from ..io.locations import located
+from ..io.ort_adapter import read_ort_adapter
 from .building import Array
 from .folders import parts_of
 from .image_texts import ImageTexts
@@ -117,7 +118,7 @@ class FolderSession:
         Graphs without such a file are omitted.
 
         Raises:
-            TargetNotFound: no graph has such a file.
+            TargetNotFound: no graph has such a file, or only one of the decoder's two graphs has one.
         """
         files = {key: self._path / f"{key.removesuffix('.onnx')}.{name}.onnx_adapter" for key in self.parts}
         there = {key: file for key, file in files.items() if file.is_file()}
@@ -126,6 +127,15 @@ class FolderSession:
             known = {stem.partition(".")[2] for stem in stems}
             cure = nearest(name, known) or "Pass the adapter or its path (adapter=)"
             raise TargetNotFound(f"no file of an adapter {name!r} is in the folder", path=self._path, cure=cure)
+        # Both graphs of a decoder hold the same layers: with one file missing, an adapter would change only the first
+        # token, or only the later tokens.
+        for one, other in ((DECODER, WITH_PAST), (WITH_PAST, DECODER)):
+            if one not in there or other not in files or other in there:
+                continue
+            if read_ort_adapter(there[one]).tensors.keys() & set(self.parts[other].slots):
+                why = f"the adapter {name!r} has no file for {other}, which has the same slots as {one}"
+                cure = f"Copy {files[other].name} to the folder, or pass the adapter or its path (adapter=)"
+                raise TargetNotFound(why, path=self._path, cure=cure)
         return there
 
     def _parts(self, adapter: Adapter) -> dict[str, Adapter]:

@@ -334,8 +334,7 @@ class CombineParameters:
         weights_here = [at_target(weight, target, self.depths, 1.0) for weight in self.weights]
         numbers: list[float] = []
         for weight in weights_here:
-            is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-            if not is_number or not abs(weight) <= sys.float_info.max:
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= sys.float_info.max:
                 why = f"weight {shown(weight)} is not a finite number"
                 raise UsageError(why, where=str(target), cure="Give a number")
             numbers.append(float(weight))

@@ -142,7 +142,7 @@ class LoRAFA(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch copies and pickles only its own attributes of an optimizer.
-        return {**super().__getstate__(), "_pairs": self._pairs}  # type: ignore[no-untyped-call]
+        return {**super().__getstate__(), "_pairs": self._pairs}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -164,10 +164,13 @@ def test_merge_exits_with_1_when_its_own_verification_fails(
     assert found["verification"]["differences"][0]["tensor"] == "w"
 
 
+@pytest.mark.parametrize("in_a_c_function", [False, True])
 def test_an_interrupted_merge_says_how_to_go_on(
-    base: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_a_c_function: bool
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
+        if in_a_c_function:
+            raise SystemError("<class 'memoryview'> returned a result with an exception set") from KeyboardInterrupt()
         raise KeyboardInterrupt
 
     words = ["merge", base, adapters[0], "-o", tmp_path / "out"]

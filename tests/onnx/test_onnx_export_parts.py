@@ -1,5 +1,7 @@
 """Exports of models that become several graphs: onnxruntime, part by part, writes and computes what PEFT does."""
 
+import shutil
+
 import numpy as np
 import onnxruntime
 import peft
@@ -141,6 +143,19 @@ def test_an_encoder_decoder_with_slots_writes_what_peft_writes(t5):
     modules = [name for name, module in changed.named_modules() if hasattr(module, "lora_A")]
     assert counts["encoder_model.onnx"] == sum(".encoder." in name for name in modules)
     assert counts["decoder_model.onnx"] == sum(".decoder." in name for name in modules)
+
+
+@pytest.mark.parametrize("missing", ["decoder_model", "decoder_with_past_model"])
+def test_an_adapter_without_the_file_of_one_decoder_is_refused(t5, tmp_path, missing):
+    folder = shutil.copytree(t5[0] / "out", tmp_path / "out")
+    file = folder / f"{missing}.lora.onnx_adapter"
+    file.rename(tmp_path / "kept")
+    session_ = ak.onnx.FolderSession(folder)
+    with pytest.raises(TargetNotFound, match=f"no file for {missing}") as told:
+        session_.load("lora")
+    assert file.name in told.value.cure
+    (tmp_path / "kept").rename(file)
+    session_.load("lora")
 
 
 def bart():

@@ -92,11 +92,11 @@ import os, time
 
 copy = os.copy_file_range
 
-def slowly(source, target, count, *places):
+def slowly(source, target, count, *places, **named):
     if not os.path.exists("slowly"):
-        return copy(source, target, count, *places)
+        return copy(source, target, count, *places, **named)
     time.sleep(0.1)
-    return copy(source, target, min(count, 1 << 18), *places)
+    return copy(source, target, min(count, 1 << 18), *places, **named)
 
 os.copy_file_range = slowly
 """

@@ -14,7 +14,7 @@ from datetime import timedelta
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote, urlencode
 
 from ...errors import (
@@ -402,7 +402,7 @@ class S3(Listing):
             state = _checked(body, str(self.uri))
             if state["state"] == "whole":
                 entries = _entries({n: RemoteFile(n, *p.digests[:2]) for n, p in placed.items()}, self.uri.path)
-                listed = state["files"]
+                listed = cast("Mapping[str, JsonValue]", state["files"])  # `_checked` has checked it.
                 names = [
                     n for n, own in zip(placed, entries.items(), strict=True) if listed.get(own[0], own[1]) != own[1]
                 ]
