@@ -116,7 +116,7 @@ def _is_transposed(path: str, slots: Slots, base: Checkpoint | None) -> bool:
         return transposed
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     if weight is not None and A[0] != A[1]:
-        return tuple(weight.shape) == (A[0], B[1])
+        return bool(tuple(weight.shape) == (A[0], B[1]))
     return _is_embedding(path)
 
 
