@@ -218,11 +218,13 @@ def answer(run: Callable[[], object], settings: CliSettings) -> int:
 
 def typed(error: BaseException) -> AdapterkitError:
     """Convert any exception to one of adapterkit's error classes."""
+    # On Python 3.14, an interrupt while h5py writes through a Python file reaches us as a chain of SystemErrors. Its
+    # first cause is the interrupt.
+    while isinstance(error, SystemError) and error.__cause__ is not None:
+        error = error.__cause__
     if isinstance(error, AdapterkitError):
         return error
-    # Python 3.14 reports an interrupt that arrives inside a C function, such as memoryview(), as a SystemError.
-    interrupted = isinstance(error, SystemError) and isinstance(error.__cause__, KeyboardInterrupt)
-    if interrupted or isinstance(error, click.Abort | KeyboardInterrupt):
+    if isinstance(error, click.Abort | KeyboardInterrupt):
         return Interrupted("Interrupted", cure="Run the same command again; merge and pull resume where they stopped.")
     if isinstance(error, click.UsageError):
         # Click puts each possible value of an option on a separate line: join the lines.

@@ -170,7 +170,10 @@ def test_an_interrupted_merge_says_how_to_go_on(
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         if in_a_c_function:
-            raise SystemError("<class 'memoryview'> returned a result with an exception set") from KeyboardInterrupt()
+            try:
+                raise SystemError("seekable returned a result with an exception set") from KeyboardInterrupt()
+            except SystemError as error:
+                raise SystemError("memoryview returned a result with an exception set") from error
         raise KeyboardInterrupt
 
     words = ["merge", base, adapters[0], "-o", tmp_path / "out"]

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import signal
 import struct
+import sys
 import zipfile
 import zlib
 from contextlib import suppress
@@ -282,7 +283,9 @@ RUNNING = {
 @pytest.mark.parametrize("name", RUNNING)
 def test_what_a_loader_runs_is_found(tmp_path, name):
     data, load = RUNNING[name]
-    assert load(data) == os.getcwd()
+    # Since Python 3.14, the unpickler refuses numbers in base 16. The file may be for an older one.
+    if "base 16" not in name or sys.version_info < (3, 14):
+        assert load(data) == os.getcwd()
     (tmp_path / name).write_bytes(data)
     found = {(each.rule, each.evidence) for each in ak.scan(tmp_path).findings}
     assert ("pickle-call", "it imports 'posix.getcwd'") in found
