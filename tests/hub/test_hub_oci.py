@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -220,12 +221,14 @@ def test_an_observer_never_sees_half_a_tag(proxy: Proxy, name: str, lora: Path) 
         if line.startswith(("POST", "PATCH", "PUT")):
             place = Request(f"http://{proxy.server}/v2/{name}/manifests/v1", headers={"Accept": _modelpack.MANIFEST})
             try:
-                layers = json.loads(urlopen(place).read())["layers"]
-            except OSError:
+                with urlopen(place) as answer:
+                    layers = json.loads(answer.read())["layers"]
+            except HTTPError as error:
+                error.close()
                 seen.append(None)
                 return
             for layer in layers:
-                urlopen(Request(f"http://{proxy.server}/v2/{name}/blobs/{layer['digest']}", method="HEAD"))
+                urlopen(Request(f"http://{proxy.server}/v2/{name}/blobs/{layer['digest']}", method="HEAD")).close()
             seen.append(tuple(layer["digest"] for layer in layers))
 
     proxy.seen = look
