@@ -59,7 +59,7 @@ class WriteResult:
         """Return the result as plain data, for `--json`."""
         return {
             "out": self.out, "to": self.format, "targets": self.targets, "updates": self.updates,
-            "losses": list(self.losses), **({"already_done": True} if self.already_done else {}),
+            "losses": list(self.losses), "already_done": self.already_done,
         }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ import click
 
 from ..errors import AdapterkitError, StorageError, UsageError, nearest, public, storage_error
 from ._options import RUNNING, CliSettings
-from ._render import as_json, printable
+from ._render import as_json, printable, remark
 
 # `EXAMPLES` has the example lines in the help of each command. `NEXT` has the command to suggest after a success.
 #
@@ -303,8 +303,7 @@ def _say(error: BaseException, settings: CliSettings) -> int:
     if sys.stderr.isatty():
         text = coloured(text) if "NO_COLOR" not in os.environ else click.unstyle(coloured(text))
     # Print to both streams even if one of them fails: standard error may be a closed pipe or a file on a full disk.
-    with suppress(OSError):
-        click.echo(text, err=True)
+    remark(text)
     if settings.json:
         try:
             click.echo(as_json({"error": known.record()}))
@@ -521,7 +520,7 @@ class Commands(click.Group):
         running = ctx.meta.get(RUNNING)
         hint = None if running is None else next_step(name, running.params)
         if hint is not None:
-            click.echo(f"next: {printable(hint)}", err=True)
+            remark(f"next: {printable(hint)}")
 
     def main(  # type: ignore[override]
         self,

@@ -10,8 +10,8 @@ import click
 
 from . import _render
 from ._options import CliSettings
-from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, show, texts
-from ._writing import is_done, made_from, refuse_place
+from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, remark, show, texts
+from ._writing import is_done, made_from, refuse_place, show_written
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -168,7 +168,7 @@ def merge_graph(
         allow_partial=allow_partial, check=check, overwrite=overwrite, made_from=decided,
     )  # fmt: skip
     warn(report.warnings)
-    show(settings, report.record(), _merged_view)
+    show_written(settings, report.record(), _merged_view, decided)
 
 
 def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Path]]:
@@ -242,7 +242,7 @@ def refuse(
 def warn(warnings: Sequence[str]) -> None:
     """Print the warnings of a report on standard error. With `--json`, the JSON on standard output also has them."""
     for line in warnings:
-        click.echo(f"warning: {line}", err=True)
+        remark(f"warning: {line}")
 
 
 def targets_view(record: Mapping[str, object], every: bool = False) -> View:

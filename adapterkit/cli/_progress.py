@@ -19,7 +19,7 @@ import click
 
 from ..io.stages import LOGGER
 from ._options import CliSettings
-from ._render import folded, printable, size
+from ._render import folded, printable, remark, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -97,7 +97,7 @@ class StageLines(logging.Handler):
 
     def _print(self, line: str) -> None:
         text = printable(line)
-        click.echo(click.style(folded(text), dim=True) if sys.stderr.isatty() else text, err=True)
+        remark(click.style(folded(text), dim=True) if sys.stderr.isatty() else text)
 
 
 def _seconds(variable: str, usual: float) -> float:
@@ -164,7 +164,7 @@ class Lines:
         now = time.monotonic()
         if now >= self.due:
             self.due = now + self.interval
-            click.echo(line(self.label, done, total, now - self.start, sizes=self.sizes), err=True)
+            remark(line(self.label, done, total, now - self.start, sizes=self.sizes))
 
     def close(self) -> None:
         """Do nothing: only a bar must be closed."""

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import click
@@ -66,6 +67,12 @@ def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Ma
             _print_drawn(piece.shown())
         else:
             click.echo("\n".join(_aligned(piece.shown())))
+
+
+def remark(text: str) -> None:
+    """Print a line on standard error. A stream that fails, such as a file on a full disk, does not end the command."""
+    with suppress(OSError):
+        click.echo(text, err=True)
 
 
 def part(record: Mapping[str, object], name: str) -> Mapping[str, object]:

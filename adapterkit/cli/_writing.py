@@ -54,16 +54,39 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
 
 
 def is_done(settings: CliSettings, out: str, digest: str | None, overwrite: bool) -> bool:
-    """Whether `out` is the unchanged output of an earlier run with the same digest. If so, print "already done"."""
-    from ..io.staging import Staging, take_over
+    """Whether `out` is the unchanged output of an earlier run with the same digest. If so, print "already done".
+
+    With --json, also print all that the earlier run printed.
+    """
+    from ..io.staging import Staging, kept_result, take_over
 
     if overwrite or digest is None:
         return False
     take_over(Path(out))  # Undo a killed run's unfinished renames, which may have moved the previous output away.
     if not Staging(Path(out)).is_finished(digest):
         return False
-    show(settings, {"out": out, "already_done": True}, _view)
+    show(settings, kept_result(Path(out)) | {"out": out, "already_done": True}, _view)
     return True
+
+
+def show_written(
+    settings: CliSettings, record: Mapping[str, object], view: Callable[[Mapping[str, object]], View],
+    digest: str | None,
+) -> None:  # fmt: skip
+    """Print the result of a command that wrote the output `record["out"]`, and store the result for `is_done`.
+
+    Args:
+        settings: the settings of the command line.
+        record: the result as plain data.
+        view: see `show`.
+        digest: the digest with which the output was written; None if it was written without one.
+    """
+    from ..io.staging import keep_result
+
+    record = {**record, "already_done": record.get("already_done", False)}
+    if digest is not None:
+        keep_result(Path(str(record["out"])), digest, record)
+    show(settings, record, view)
 
 
 def _view(record: Mapping[str, object]) -> View:

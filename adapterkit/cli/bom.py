@@ -15,7 +15,7 @@ import click
 
 from . import _options
 from ._render import View, counted, integer, show
-from ._writing import is_done, made_from, refuse_place
+from ._writing import is_done, made_from, refuse_place, show_written
 
 
 @click.command(help=__doc__)
@@ -50,7 +50,7 @@ def command(settings: _options.CliSettings, path: str, out: str | None, serial: 
     record = {
         "out": str(place), "name": main["name"], "files": len(files), "ancestors": len(sbom.data["components"])
     }  # fmt: skip
-    show(settings, record, _view)
+    show_written(settings, record, _view, decided)
 
 
 def _view(record: Mapping[str, object]) -> View:

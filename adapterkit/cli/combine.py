@@ -16,7 +16,7 @@ import click
 from . import _options, _writing
 from ._options import combination, learned_data, method_and_settings, named_by, recipe_of, recipe_option
 from ._progress import progress
-from ._render import TextTable, View, counted, integer, number, part, parts, show, texts
+from ._render import TextTable, View, counted, integer, number, part, parts, texts
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -122,7 +122,7 @@ def command(
         *combined.recipe[-1].args.get("warnings", ()),
         *_options.base_warnings(sources, read, options.get("base")),
     ]
-    show(settings, record | method_record(combined), _view)
+    _writing.show_written(settings, record | method_record(combined), _view, destination.made_from)
 
 
 def _check_writable(outline: Adapter, name: str, base: str | None, on_loss: str, what: str) -> None:

@@ -14,7 +14,7 @@ import click
 
 from ..core.adapter import collection_off
 from . import _options, _writing
-from ._render import View, counted, integer, show, texts
+from ._render import View, counted, integer, texts
 
 
 @click.command(help=__doc__)
@@ -57,7 +57,7 @@ def command(
             made_from=destination.made_from, **_options.stated(),
         )  # fmt: skip
     record = {"source": src, "from": name, **result.record(), "warnings": list(result.warnings)}
-    show(settings, record, _view)
+    _writing.show_written(settings, record, _view, destination.made_from)
 
 
 @contextmanager

@@ -20,8 +20,8 @@ import click
 
 from . import _options
 from ._graphs import checked, refuse
-from ._render import View, counted, number, part, part_or_none, show, texts
-from ._writing import is_done, made_from, refuse_place
+from ._render import View, counted, number, part, part_or_none, texts
+from ._writing import is_done, made_from, refuse_place, show_written
 
 ONLY_FOLDERS_OF_TRANSFORMERS = ("dtype", "share_weights")
 
@@ -93,7 +93,7 @@ def command(
         report = export_pretrained(
             model, out, dtype=dtype, share_weights=share_weights, overwrite=overwrite, made_from=decided, **options
         )  # fmt: skip
-    show(ctx.obj, {**report.record(), "mode": mode}, _view)
+    show_written(ctx.obj, {**report.record(), "mode": mode}, _view, decided)
 
 
 def _decided_by(model: str, adapters: tuple[str, ...]) -> str | None:

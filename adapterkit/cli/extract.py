@@ -13,7 +13,6 @@ import click
 
 from . import _options, _render, _writing
 from ._progress import progress
-from ._render import show
 
 
 @click.command(help=__doc__)
@@ -74,4 +73,4 @@ def command(
         "cuts": [cut.record() for cut in cuts],
     }  # fmt: skip
     record["warnings"] = [f"{why}{TO_REFUSE}" for why in check_tuned(opened(tuned), opened(base), False)]
-    show(settings, record, partial(_writing.cuts_view, every=every))
+    _writing.show_written(settings, record, partial(_writing.cuts_view, every=every), destination.made_from)

@@ -19,8 +19,8 @@ import click
 from ..io.inputs import decimal_number
 from . import _options, _render
 from ._graphs import checked, decided_by, free, graph_or_folder, graphs_lines, targets_view, warn
-from ._render import View, parts, show
-from ._writing import is_done, refuse_place
+from ._render import View, parts
+from ._writing import is_done, refuse_place, show_written
 
 if TYPE_CHECKING:
     from ..io.lazy import Array
@@ -97,7 +97,7 @@ def command(
         check=check if calibration is None else _inputs(calibration, check), overwrite=overwrite, made_from=decided,
     )  # fmt: skip
     warn(report.warnings)
-    show(settings, report.record(), partial(_view, every=every))
+    show_written(settings, report.record(), partial(_view, every=every), decided)
 
 
 def _inputs(path: str, check: bool) -> dict[str, Array]:

@@ -15,7 +15,7 @@ import click
 from . import _options
 from ._progress import progress
 from ._render import View, counted, integer, parts, show, size, texts
-from ._writing import is_done, made_from
+from ._writing import is_done, made_from, show_written
 
 
 @click.command(help=__doc__)
@@ -69,7 +69,10 @@ def command(
         record |= {"out": out, "bytes": Path(out).stat().st_size}
     if figures is not None:
         record["figures"] = [str(path) for path in page.figures(figures)]
-    show(settings, record, _view)
+    if out is None:
+        show(settings, record, _view)
+    else:
+        show_written(settings, record, _view, decided)
 
 
 def _view(record: Mapping[str, object]) -> View:

@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from . import _options, _render, _writing
-from ._render import show
 
 
 @click.command(help=__doc__)
@@ -74,4 +73,4 @@ def command(
     error_of_all = resized.recipe[-1].args["error_of_all"]
     record |= {"source": src, "from": name, "relative_error": error_of_all, "cuts": [cut.record() for cut in cuts]}
     record["warnings"] = _options.base_warnings([src], [adapter], base)
-    show(settings, record, partial(_writing.cuts_view, every=every))
+    _writing.show_written(settings, record, partial(_writing.cuts_view, every=every), destination.made_from)

@@ -35,16 +35,16 @@ def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif:
     """Run `adapterkit.scan`."""
     from .. import scan
     from ..errors import AdapterkitError
-    from ..io.atomic import write_bytes
     from ..io.locations import local
-    from ..io.staging import check_beside
+    from ..io.staging import check_beside, staged
 
     if sarif is not None:
         check_beside(local(sarif), [Path(each) for each in (src, base) if each is not None], b"/sarif-")
     _options.in_reading([src], None, base)  # --strict-base is enforced here.
     scan_result = scan(src, base=base)
     if sarif is not None:
-        write_bytes(local(sarif), json.dumps(scan_result.sarif(), indent=2).encode())
+        with staged(local(sarif)) as place:
+            place.write_text(json.dumps(scan_result.sarif(), indent=2), "utf-8")
     try:
         warnings = _options.base_warnings([src], [src], base)
     except AdapterkitError:  # The adapter cannot be read; `scan` already reported this.

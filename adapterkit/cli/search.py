@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 from . import _options
-from ._render import TextTable, View, counted, show
-from ._writing import is_done, made_from, refuse_place
+from ._render import TextTable, View, counted
+from ._writing import is_done, made_from, refuse_place, show_written
 
 if TYPE_CHECKING:
     from ..searching.result import Search
@@ -104,7 +104,7 @@ def command(
         path.write_text(result.recipe(), "utf-8")
     warned = _options.base_warnings(adapters, adapters, base)
     record = result.record() | {"out": out, "trials_file": str(kept), "warnings": warned}
-    show(settings, record, lambda _: _view(result, out, str(kept), warned))
+    show_written(settings, record, lambda _: _view(result, out, str(kept), warned), digest)
 
 
 def _view(result: Search, out: str, trials_file: str, warnings: Sequence[str]) -> View:

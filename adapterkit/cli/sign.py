@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import click
 
 from . import _options
-from ._render import View, counted, show
-from ._writing import is_done, made_from, refuse_place
+from ._render import View, counted
+from ._writing import is_done, made_from, refuse_place, show_written
 
 if TYPE_CHECKING:
     from ..provenance import Signed
@@ -63,7 +63,7 @@ def command(
         root, place, key=key, password=_password(password_file), certificate=certificate, chain=chain,
         sigstore=sigstore, allow_symlinks=allow_symlinks, overwrite=overwrite, made_from=decided,
     )  # fmt: skip
-    show(settings, signed.record(), lambda _: _view(signed))
+    show_written(settings, signed.record(), lambda _: _view(signed), decided)
 
 
 def _password(file: str | None) -> bytes | None:

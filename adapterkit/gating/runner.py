@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from numbers import Integral, Real
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from ..errors import (
     first_line,
     places_errors,
     public,
+    shown,
 )
 from ..formats import read
 from ..io.checkpoint import Checkpoint, opened
@@ -265,6 +267,7 @@ def gate(
     limits = Thresholds(
         min_effect, min_kept, max_scale_error, max_part_error, min_agreement, max_perplexity, min_over_null
     )
+    _check_limits(limits)
     lines = texts_of(data)
     with inputs_kept():
         checkpoint = opened(base)
@@ -318,9 +321,20 @@ def checked(
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}", where="dtype", cure=f"Known: {', '.join(DTYPES)}")
     for name, (value, least) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise UsageError(f"{name} {shown(value)} is not a whole number", where=name, cure="Pass a whole number")
         if value < least:
             raise UsageError(f"{name} must be at least {least}, got {value}", where=name, cure="Pass a larger number")
     return factors
+
+
+def _check_limits(limits: Thresholds) -> None:
+    """Refuse thresholds that are no numbers before any model runs. Some thresholds may be None."""
+    for name, value in asdict(limits).items():
+        if value is None and getattr(DEFAULTS, name) is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+            raise UsageError(f"{name} {shown(value)} is not a number", where=name, cure="Pass a number")
 
 
 def _grow(model: Any, planned: Plan) -> None:

@@ -29,7 +29,7 @@ import stat
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..errors import AdapterkitError, StorageError, UsageError, first_line, storage_error
 from .atomic import lock, part_of, sync_folder, write_bytes
@@ -42,7 +42,7 @@ WHOLE = 16 << 20
 HEAD = 1 << 20
 """If a file has more than `WHOLE` bytes, its fingerprint hashes only this many bytes at its start."""
 
-LARGEST = 1 << 20
+LARGEST = 64 << 20
 """The largest record in bytes."""
 
 
@@ -88,6 +88,8 @@ def attach(record: bytes, output: Path, beside: Path) -> None:
     except (AttributeError, OSError):
         # The file system does not support extended attributes, or the record is too large for an extended attribute.
         write_bytes(beside, record)
+        with contextlib.suppress(AttributeError, OSError):
+            os.removexattr(output, ATTRIBUTE)  # An earlier record, which `_read` would prefer.
     else:
         beside.unlink(missing_ok=True)
 
@@ -105,13 +107,54 @@ def is_finished(target: Path, beside: Path, made_from: str) -> bool:
     if not os.path.lexists(target):
         return False
     try:
-        # Limit the decompressed size, because a damaged record could inflate to any size.
-        record = json.loads(zlib.decompressobj().decompress(_read(target, beside), LARGEST))
+        record = _journal_of(target, beside)
         files = {target.parent / name: stamp for name, stamp in record["files"].items()}
         same = bool(files) and record["made_from"] == made_from
         return same and all(fingerprint(file) == stamp for file, stamp in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zlib.error):
+    except _UNREADABLE:
         return False
+
+
+def keep_result(target: Path, made_from: str, result: Mapping[str, object]) -> None:
+    """Store what a command printed about its output in the output's record, so that a later run prints the same.
+
+    Nothing is stored if the record has another digest than `made_from`, or if the record cannot be written.
+
+    Args:
+        target: the path of the output.
+        made_from: the digest with which the output was written.
+        result: the result as plain data.
+    """
+    stage = Staging(target)
+    try:
+        journal = _journal_of(stage.target, stage.record)
+        text = json.dumps(journal | {"result": result}, sort_keys=True).encode()
+        if journal["made_from"] == made_from and len(text) <= LARGEST:
+            attach(zlib.compress(text), stage.target, stage.record)
+    except _UNREADABLE:
+        return  # The output is complete. Only the details that a repeated run prints are missing.
+
+
+def kept_result(target: Path) -> dict[str, object]:
+    """Return the result that `keep_result` stored with an output, or an empty dict."""
+    stage = Staging(target)
+    try:
+        result = _journal_of(stage.target, stage.record).get("result")
+    except _UNREADABLE:
+        return {}
+    return result if isinstance(result, dict) else {}
+
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, zlib.error)
+"""The errors that a missing or damaged record can raise."""
+
+
+def _journal_of(target: Path, beside: Path) -> dict[str, Any]:
+    # Limit the decompressed size, because a damaged record could inflate to any size.
+    journal = json.loads(zlib.decompressobj().decompress(_read(target, beside), LARGEST))
+    if not isinstance(journal, dict):
+        raise TypeError(type(journal))
+    return journal
 
 
 def _read(target: Path, beside: Path) -> bytes:

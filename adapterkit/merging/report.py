@@ -76,8 +76,7 @@ class Report:
             "out": str(self.out), "seconds": round(self.seconds, 3), "bytes": self.plan.bytes,
             "targets": self.plan.targets, "files": [file.name for file in self.plan.files],
             "resumed": list(self.resumed), "carried": list(self.carried), "left_out": list(self.left_out),
-            **self.plan.lineage(), "norms": dict(self.norms), **_damaged(self.damage),
-            **({"already_done": True} if self.already else {}),
+            **self.plan.lineage(), "norms": dict(self.norms), **_damaged(self.damage), "already_done": self.already,
         }  # fmt: skip
 
 

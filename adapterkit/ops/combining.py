@@ -615,7 +615,9 @@ def combine(
     check_rank(rank, aligned)
     fallback = max((number for adapter in given for number in adapter.ranks), default=None)
     stage(f"combining {len(read)} adapters by {name}")
-    asked = CombineParameters(name, values, weights, each, aligned, len(read))
+    asked = CombineParameters(
+        name, values, weights, each, aligned, len(read), () if base is None else base.tensors
+    )  # fmt: skip
     updates_here = {place.target: place.updates[0] for place in aligned}
     seen = None if base is None or not first.based else Weights(updates_here, base)
     factor = 1.0
@@ -635,7 +637,8 @@ def combine(
     updates = work.updates(read)
     for lost in work.cuts if report is not None else ():
         report(lost)  # type: ignore[misc]
-    record |= {"warnings": sorted(work.notes)} if work.notes else {}
+    notes = [*asked.notes, *sorted(work.notes)]
+    record |= {"warnings": notes} if notes else {}
     return of_several(read, updates, "combine", **record)
 
 

@@ -29,14 +29,26 @@ if TYPE_CHECKING:
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _LAYERS = re.compile(r"layers (\d+)-(\d+)", re.ASCII)
+FILTER = "filter "
+"""The beginning of a key that selects targets as a filter of mergekit does, instead of by a glob."""
 
 
 class Depths:
-    """The relative depth of each target's layer: 0 for layer 0, and 1 for the last layer that contains a target."""
+    """The relative depth of each target's layer: 0 for layer 0, and 1 for the last layer.
 
-    def __init__(self, targets: Iterable[Target]) -> None:
-        self.layers = {str(target): _layer(target) for target in targets}
-        self.last = max((layer for layer in self.layers.values() if layer is not None), default=0)
+    The last layer is that of the base. Without a base, it is the last layer that contains a target.
+
+    Args:
+        targets: all targets.
+        names: the names of the base's tensors.
+    """
+
+    def __init__(self, targets: Iterable[Target], names: Iterable[str] = ()) -> None:
+        targets = list(targets)
+        self.layers = {str(target): _layer(target.path) for target in targets}
+        stacks = {_LAYER.split(target.path, maxsplit=1)[0] for target in targets if _layer(target.path) is not None}
+        in_base = [_layer(name) for name in names if _LAYER.split(name, maxsplit=1)[0] in stacks]
+        self.last = max((layer for layer in (*self.layers.values(), *in_base) if layer is not None), default=0)
 
     def known(self, target: Target) -> float | None:
         """Return the depth of a target, or None if the target is not in a numbered layer."""
@@ -96,25 +108,36 @@ def plain(setting: Setting, where: str) -> Setting:
     return setting
 
 
-def check_globs(setting: Setting, targets: Sequence[Target], where: str) -> None:
-    """Raise an error if the setting is a mapping with a glob that matches no target."""
-    if not isinstance(setting, Mapping):
-        return
-    for glob in setting:
-        if not _LAYERS.fullmatch(glob) and not any(_matches(glob, target) for target in targets):
+def check_globs(setting: Setting, targets: Sequence[Target], where: str) -> list[str]:
+    """Raise an error if the setting is a mapping with a glob that matches no target.
+
+    Returns:
+        A note for each filter of mergekit that matches no target. mergekit ignores such a filter, and recipes for whole
+        models often have filters for layers that no adapter changes.
+    """
+    notes: list[str] = []
+    for glob in setting if isinstance(setting, Mapping) else ():
+        if _LAYERS.fullmatch(glob) or any(_matches(glob, target) for target in targets):
+            continue
+        if not glob.startswith(FILTER):
             cure = f"Write a glob that matches the path of a target, such as {targets[0].path}"
             raise UsageError(f"no target matches {glob!r}", where=where, cure=cure)
+        notes.append(f"{where}: the filter {glob.removeprefix(FILTER)!r} matches no target")
+    return notes
 
 
 def _matches(glob: str, target: Target) -> bool:
     """Whether a target's name matches a glob, or its layer is in a range such as `layers 0-3` (of a recipe's slices).
 
-    A glob cannot select layers, because `*.2.*` also matches expert 2 of any layer.
+    A glob cannot select layers, because `*.2.*` also matches expert 2 of any layer. A filter matches if the name of the
+    weight contains it.
     """
+    if glob.startswith(FILTER):
+        return glob.removeprefix(FILTER) in f"{target.path}.weight"
     layers = _LAYERS.fullmatch(glob)
     if layers is None:
         return fnmatchcase(str(target), glob) or fnmatchcase(target.path, glob)
-    layer = _layer(target)
+    layer = _layer(target.path)
     return layer is not None and int(layers[1]) <= layer <= int(layers[2])
 
 
@@ -125,8 +148,8 @@ def _between(values: Sequence[float], depth: float) -> float:
     return float(values[low] + (values[high] - values[low]) * (place - low))
 
 
-def _layer(target: Target) -> int | None:
-    match = _LAYER.search(target.path)
+def _layer(path: str) -> int | None:
+    match = _LAYER.search(path)
     return None if match is None else int(match.group(1))
 
 
@@ -261,11 +284,13 @@ class CombineParameters:
         each: for each adapter, a mapping with the parameters that apply to this adapter only.
         targets: all targets of the combination.
         varies: whether a parameter may differ between targets.
+        notes: a message for each filter that matches no target.
     """
 
     def __init__(
         self, name: str, values: Mapping[str, Setting], weights: Sequence[Setting] | None,
         each: Sequence[Mapping[str, Value]] | None, aligned: Sequence[AlignedPlace], count: int,
+        names: Iterable[str] = (),
     ) -> None:  # fmt: skip
         self.name = name
         self.values = {key: plain(value, key) for key, value in values.items()}
@@ -276,10 +301,11 @@ class CombineParameters:
         if len(self.weights) != count:
             raise UsageError(f"{len(self.weights)} weights for {count} adapters", cure=PASS_ONE_WEIGHT_EACH)
         self.targets = [place.target for place in aligned]
-        self.depths = Depths(self.targets)
+        self.depths = Depths(self.targets, names)
         apart = [item for given in self.each for item in given.items()]
-        for key, value in [*self.values.items(), *apart, *(("weights", w) for w in self.weights)]:
-            check_globs(value, self.targets, key)
+        settings_given = [*self.values.items(), *apart, *(("weights", w) for w in self.weights)]
+        notes = [note for key, value in settings_given for note in check_globs(value, self.targets, key)]
+        self.notes = list(dict.fromkeys(notes))
         settings = [*self.values.values(), *(value for _, value in apart)]
         self.varies = any(isinstance(value, (Mapping, list)) for value in settings)
 

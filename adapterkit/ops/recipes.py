@@ -129,7 +129,7 @@ class Recipe:
         settings += [item for each in self.options.get("each", ()) for item in each.items()]
         differing = [key for key, value in (*settings, *self.options.items()) if _only_in_layers(value)]
         for target in targets if self.layers is not None else ():
-            layer = _layer(target)
+            layer = _layer(target.path)
             if layer is None and differing:
                 why = f"{differing[0]} differs between the slices, but {target} is not in a numbered layer"
                 cure = "Give the first and the last slice the same value, or list models instead of slices"
@@ -587,12 +587,14 @@ def _spelled(key: str, value: Any, switches: Mapping[str, bool]) -> tuple[str, A
 
 
 def _filtered(value: object, where: str, path: Path | None) -> Any:
-    """Convert mergekit's list of `{filter, value}` to a mapping from globs to values.
+    """Convert mergekit's list of `{filter, value}`, or a single one, to a mapping from `FILTER` keys to values.
 
-    A filter matches every name that contains it, so its glob begins and ends with `*`.
+    As in mergekit, the first filter that matches is used.
     """
-    import glob
+    from .parameters import FILTER
 
+    if isinstance(value, Mapping) and "value" in value and value.keys() <= {"filter", "value"}:
+        value = [value]
     if not isinstance(value, list) or not any(isinstance(part, Mapping) for part in value):
         return value
     by_pattern: dict[str, Any] = {}
@@ -601,5 +603,5 @@ def _filtered(value: object, where: str, path: Path | None) -> Any:
         if "value" not in one:
             raise Malformed("a filter has no value", where=where, path=path, cure="Give filter and value")
         name = one.get("filter")
-        by_pattern["*" if name in (None, "*") else f"*{glob.escape(str(name))}*"] = one["value"]
+        by_pattern.setdefault("*" if name in (None, "*") else f"{FILTER}{name}", one["value"])
     return by_pattern

@@ -46,7 +46,7 @@ from ..io.inputs import open_input
 from ..io.locations import is_repo, located, path_text
 from ..io.stages import stage
 from ..io.staging import check_free, staged
-from .signing import check_utf8, files_of, linked_folders, statement_of
+from .signing import check_utf8, files_of, linked_folders, special_files, statement_of
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 EPOCH = "SOURCE_DATE_EPOCH"
@@ -111,7 +111,8 @@ def bom(path: str | PathLike[str], *, serial: bool = False, leave_out: Path | No
 
     Raises:
         StorageError: the path does not exist or cannot be read.
-        Unsupported: the folder contains a link to a folder, or a file's name is not UTF-8.
+        Unsupported: the folder contains a link to a folder, a link without a target, a pipe or a device; or a file's
+            name is not UTF-8.
         UsageError: SOURCE_DATE_EPOCH is not a number of seconds.
 
     Example:
@@ -126,6 +127,10 @@ def bom(path: str | PathLike[str], *, serial: bool = False, leave_out: Path | No
         why = "this is a link to a folder, and the document would not list the files in the linked folder"
         cure = "Copy the folder without links (cp -rL), and pass the copy"
         raise Unsupported(why, path=linked[0], cure=cure)
+    if unreadable := special_files(root):
+        what = "a link whose target is missing" if unreadable[0].is_symlink() else "neither a file nor a folder"
+        why = f"this is {what}, so the document cannot list its digest"
+        raise Unsupported(why, path=unreadable[0], cure="Remove it, or pass a copy of the folder without it")
     stage("reading the lineage")
     statement = statement_of(root)
     stage("hashing files")

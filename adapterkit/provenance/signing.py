@@ -406,8 +406,17 @@ def files_of(root: Path, signature: Path) -> list[Path]:
     if root.is_file():
         return [root]
     files = [each for each in root.rglob("*") if each.is_file() and each.absolute() != signature.absolute()]
-    left_out = [PurePosixPath(name) for name in (*GIT, *NOTES)]
-    return sorted(each for each in files if not _below(each.relative_to(root), left_out))
+    return sorted(each for each in files if not _left_out(each.relative_to(root)))
+
+
+def special_files(root: Path) -> list[Path]:
+    """Return what `files_of` omits below `root`: pipes, devices, sockets, and links whose targets are missing."""
+    others = [each for each in root.rglob("*") if not each.is_file() and not each.is_dir()]
+    return sorted(each for each in others if not _left_out(each.relative_to(root)))
+
+
+def _left_out(file: Path) -> bool:
+    return _below(file, [PurePosixPath(name) for name in (*GIT, *NOTES)])
 
 
 def _check_names(root: Path, files: Sequence[Path]) -> None:

@@ -23,7 +23,7 @@ import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
@@ -230,10 +230,18 @@ def search(
         >>> found = ak.search(["math", "code"], "validation.jsonl", base="base", budget=30)
         >>> print(found.recipe())
     """
-    if isinstance(adapters, (str, PathLike, Adapter)) or len(adapters) < 2:
+    if not isinstance(adapters, (str, PathLike, Adapter)) and isinstance(adapters, Iterable):
+        adapters = tuple(adapters)
+    if isinstance(adapters, (str, PathLike, Adapter)) or not isinstance(adapters, tuple) or len(adapters) < 2:
         raise UsageError("a search needs at least two adapters", where="adapters", cure="Pass two adapters or more")
-    numbers: Any = (seed, most)
-    seed, most = (value.item() if hasattr(value, "item") else value for value in numbers)  # numbers of numpy
+    numbers: Any = (seed, most, budget)
+    seed, most, budget = (value.item() if hasattr(value, "item") else value for value in numbers)  # numbers of numpy
+    if not isinstance(budget, int) or isinstance(budget, bool):
+        why = f"the budget is not a whole number: {budget!r}"
+        raise UsageError(why, where="budget", cure="Pass a number of trials, such as --budget 50 (budget=)")
+    if methods is not None and (isinstance(methods, str) or not (methods := tuple(methods))):
+        why = f"the methods are {methods!r}, not a list of names"
+        raise UsageError(why, where="methods", cure="Pass a list such as methods=['ties'], or omit methods=")
     names = tuple(
         f"adapter{at}" if isinstance(source, Adapter) else fspath(source) for at, source in enumerate(adapters)
     )

@@ -190,6 +190,17 @@ def test_a_full_disk_behind_standard_output_is_an_error_without_a_traceback(sour
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_standard_error_does_not_end_a_command(tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    command = [sys.executable, "-m", "adapterkit", "inspect", str(tmp_path / "base"), "--json", "-v"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True, env=env, check=False)
+    assert done.returncode == 0
+    assert "tensors" in json.loads(done.stdout)
+
+
 def test_names_cannot_drive_the_terminal(tmp_path: Path) -> None:
     save_file({"a\x1b[31mred\r\nb": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
     result = process("inspect", tmp_path)

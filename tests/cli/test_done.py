@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import signal
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ import adapterkit as ak
 from adapterkit.cli import adapterkit
 from adapterkit.errors import StorageError
 from adapterkit.hub import reading
+from adapterkit.io.staging import Staging, keep_result, kept_result, staged
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="faults are planted by way of /proc"),
@@ -83,6 +85,30 @@ def test_the_same_command_again_is_done(words: list[str], tmp_path: Path) -> Non
     assert (fresh.exit_code, "already done" in fresh.stdout) == (0, False), fresh.output
     assert tree(tmp_path) == before
     assert run(*words).stdout.startswith("already done: ")
+
+
+def test_every_run_prints_the_same_keys(words: list[str]) -> None:
+    first, again, third = (record(*words) for _ in range(3))
+    assert (first.pop("already_done"), again.pop("already_done"), third.pop("already_done")) == (False, True, True)
+    for later in (again, third):
+        assert later.keys() == first.keys()
+        # A merge tells these of each run; a merged file keeps no norms.
+        for key in first.keys() - ({"seconds", "resumed", "carried", "norms"} if words[0] == "merge" else set()):
+            assert later[key] == first[key], key
+
+
+def test_a_large_result_is_kept_in_the_file_beside_the_output(tmp_path: Path) -> None:
+    """File systems limit attributes: ext4 to 4 KiB, and Linux to 64 KiB."""
+    digests = [hashlib.sha256(bytes([i % 256, i // 256])).hexdigest() for i in range(30_000)]
+    out = tmp_path / "out"
+    with staged(out, made_from="digest") as place:
+        place.write_bytes(b"content")
+    keep_result(out, "other digest", {"digests": digests})
+    assert kept_result(out) == {}
+    keep_result(out, "digest", {"digests": digests})
+    assert kept_result(out) == {"digests": digests}
+    assert Staging(out).is_finished("digest")
+    assert sorted(os.listdir(tmp_path)) == [".out.adapterkit", "out"]
 
 
 def test_every_run_names_the_output_as_the_command_line_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

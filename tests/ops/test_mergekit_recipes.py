@@ -240,6 +240,49 @@ dtype: float32
         np.testing.assert_allclose(found[name], expected, rtol=0, atol=2e-6, err_msg=name)
 
 
+def test_a_list_ends_at_the_last_layer_of_the_base(here: dict[str, dict[str, np.ndarray]]) -> None:
+    """mergekit counts the layers of the base, also if the adapters change only the first ones."""
+    for adapter in ("one", "two"):
+        file = Path(adapter, "adapter_model.safetensors")
+        save_file({key: array for key, array in load_file(file).items() if f".{LAYERS - 1}." not in key}, file)
+    models = [{"model": "one", "parameters": {"weight": [0, 1]}}, {"model": "two", "parameters": {"weight": [2, 0, 1]}}]
+    content = {"merge_method": "task_arithmetic", "base_model": "base", "models": models}
+    Path("recipe.yml").write_text(json.dumps(content))
+    for words in (["combine", "recipe.yml"], ["merge", "base", "--recipe", "recipe.yml"]):
+        assert run(*words, "-o", words[0]).exit_code == 0
+    made, merged = ak.read("combine"), load_file("merge/model.safetensors")
+    for name in [name for name in names() if f".{LAYERS - 1}." not in name]:
+        layer = int(name.split(".")[2])
+        expected = gradient([0, 1], layer) * here["one"][name] + gradient([2, 0, 1], layer) * here["two"][name]
+        np.testing.assert_allclose(np.asarray(made.delta(name)), expected, rtol=0, atol=3e-6, err_msg=name)
+        change = merged[f"{name}.weight"] - load_file("base/model.safetensors")[f"{name}.weight"]
+        np.testing.assert_allclose(change, expected, rtol=0, atol=3e-6, err_msg=name)
+
+
+FILTERS = {
+    "no target": ("[{filter: lm_head, value: 3}, {filter: mlp, value: 2}, {value: 0.5}]", 2, 0.5),
+    "the name of a weight": ("[{filter: up_proj.weight, value: 2}, {value: 0.5}]", 2, 0.5),
+    "a part of such a name": ("[{filter: attn.q_proj.w, value: 2}, {value: 0.5}]", 0.5, 2),
+    "all weights": ("[{filter: weight, value: 2}, {value: 0.5}]", 2, 2),
+    "a single one": ("{filter: mlp, value: 2}", 2, 1),
+    "a value for all": ("{value: 2}", 2, 2),
+    "the same filter twice": ("[{filter: mlp, value: 2}, {filter: mlp, value: 3}, {value: 0.5}]", 2, 0.5),
+}
+"""Case -> (weight in the recipe, weights in the MLP and in the attention as mergekit's `evaluate_setting` gives)."""
+
+
+@pytest.mark.parametrize("case", FILTERS)
+def test_filters_match_as_in_mergekit(here: dict[str, dict[str, np.ndarray]], case: str) -> None:
+    weight, in_mlp, in_attention = FILTERS[case]
+    models = f"models:\n  - {{model: one, parameters: {{weight: {weight}}}}}\n  - {{model: two}}\n"
+    found = combined(f"merge_method: task_arithmetic\nparameters: {{weight: 1}}\n{models}")
+    for name in names():
+        expected = (in_mlp if "mlp" in name else in_attention) * here["one"][name] + here["two"][name]
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=3e-6, err_msg=name)
+    warnings = ak.read("made.safetensors").recipe[-1].args.get("warnings", [])
+    assert warnings == (["weights: the filter 'lm_head' matches no target"] if case == "no target" else [])
+
+
 def test_the_base_among_the_models(here: dict[str, dict[str, np.ndarray]]) -> None:
     """Of differences from the base its own is nothing; an average counts it, and is refused."""
     text = "models:\n  - model: base\n  - model: one\n    parameters: {weight: 0.5}\nbase_model: base\nmerge_method: "

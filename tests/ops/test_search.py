@@ -196,7 +196,7 @@ def test_any_seed_and_numbers_of_numpy_can_be_saved(seed: int, tmp_path: Path) -
     """4295 times the factor of a trial's seed is above 32 bits, which is what Optuna takes."""
     words = {"methods": ["linear"], "budget": 6, "most": np.float32(1.5), "trials": tmp_path / "trials"}
     start = [("linear", [np.float32(1), 1], {})]
-    found = ak.search(PAIR, away_from(change(PAIR[0])), seed=seed, start=start, **words)
+    found = ak.search((each for each in PAIR), away_from(change(PAIR[0])), seed=seed, start=start, **words)
     assert found.best.loss == pytest.approx(0, abs=1e-9)
     assert f"seed: {seed}\n" in found.recipe()
 
@@ -226,6 +226,11 @@ def test_what_a_search_refuses() -> None:
 
     for match, words in (
         ("at least two adapters", {"adapters": PAIR[:1]}),
+        ("at least two adapters", {"adapters": 5}),
+        ("the budget is not a whole number: 7.5", {"budget": 7.5}),
+        ("the budget is not a whole number: '9'", {"budget": "9"}),
+        (r"the methods are \(\), not a list", {"methods": []}),
+        ("the methods are 'ties', not a list", {"methods": "ties"}),
         ("this search begins with.*Pass --budget 7", {"budget": 3}),
         ("'tise'.*ties", {"methods": ["tise"]}),
         ("lorahub learns from data", {"methods": ["lorahub"]}),

@@ -157,6 +157,17 @@ def test_files_that_the_document_cannot_list_are_refused(tmp_path: Path) -> None
     with pytest.raises(Unsupported, match="link to a folder"):
         bom(lora)
     (lora / "sub").unlink()
+    (lora / "model.bin").symlink_to(tmp_path / "moved")
+    with pytest.raises(Unsupported, match="a link whose target is missing"):
+        bom(lora)
+    (lora / "model.bin").unlink()
+    os.mkfifo(lora / "pipe")
+    with pytest.raises(Unsupported, match="neither a file nor a folder"):
+        bom(lora)
+    (lora / "pipe").unlink()
+    (lora / ".git").mkdir()
+    os.mkfifo(lora / ".git" / "ipc")  # Files of git are not listed.
+    assert bom(lora).data["metadata"]["component"]["components"]
     (Path(os.fsdecode(os.fsencode(lora) + b"/\xff"))).write_bytes(b"1")
     with pytest.raises(Unsupported, match="not UTF-8"):
         bom(lora)

@@ -127,11 +127,11 @@ def test_the_command_tells_and_fails(tmp_path):
     written("modeling.py", "import os")(path)
     head_only = run("scan", path, "--fail-on", "never")
     assert head_only.exit_code == 0
-    failed = run("scan", path, "--json", "--sarif", tmp_path / "out.sarif")
+    failed = run("scan", path, "--json", "--sarif", tmp_path / "new" / "out.sarif")
     assert failed.exit_code == 1
     record = json.loads(failed.stdout)
     assert [each["rule"] for each in record["findings"]] == ["code-file"]
-    sarif = json.loads((tmp_path / "out.sarif").read_text())
+    sarif = json.loads((tmp_path / "new" / "out.sarif").read_text())
     (result,) = sarif["runs"][0]["results"]
     assert (sarif["version"], result["ruleId"], result["level"]) == ("2.1.0", "code-file", "error")
     assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "modeling.py"
