@@ -188,19 +188,25 @@ def test_gptq_with_zero_points_of_0_and_a_smaller_last_group(bits, less, indexed
 
 @pytest.mark.parametrize("quantized", ["dequantize", "requantize"])
 @pytest.mark.parametrize("scheme", ["bnb_4bit/nf4_float16", "bnb_int8/rows", "gptq/four"])
-def test_weights_of_gpt2_that_libraries_pack_transposed_are_merged_in_the_bases_layout(scheme, quantized, tmp_path):
+@pytest.mark.parametrize("half", ["", "decoder."])
+def test_weights_of_gpt2_that_libraries_pack_transposed_are_merged_in_the_bases_layout(
+    half, scheme, quantized, tmp_path
+):
     case, base, out = VECTORS / scheme, tmp_path / "base", tmp_path / "out"
     base.mkdir()
     packed = load_file(case / "model.safetensors")
-    save_torch({f"h.c_proj{key[1:]}": value for key, value in packed.items()}, base / "model.safetensors")
+    path = f"{half}h.c_proj"
+    save_torch({f"{path}{key[1:]}": value for key, value in packed.items()}, base / "model.safetensors")
     config = json.loads((case / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    family = {"model_type": "gpt2"}
+    family = {"model_type": "vision-encoder-decoder", "decoder": family} if half else family
+    (base / "config.json").write_text(json.dumps(config | family))
     W = load_file(case / "expected.safetensors")["m.weight"].double().numpy()
     update, delta = low_rank(W.shape)
-    adapter = ak.Adapter({ak.Target("h.c_proj", layout="in out *k"): (update,)})
+    adapter = ak.Adapter({ak.Target(path, layout="in out *k"): (update,)})
     ak.merge(base, adapter, out, quantized=quantized)
     merged = dequantized(open_checkpoint(out)) if quantized == "requantize" else open_checkpoint(out)
-    got = merged.tensors["h.c_proj.weight"].torch().double().numpy()
+    got = merged.tensors[f"{path}.weight"].torch().double().numpy()
     step = 0.01 if quantized == "dequantize" else 0.2
     assert np.linalg.norm(got - (W + delta).T) < step * np.linalg.norm(W)
     assert ak.verify(out, base, adapter).ok
