@@ -121,8 +121,11 @@ class _Whole(Grouped):
             return 0
         if self.zero.dtype.name == "I8":
             return self._of(self.zero, start, stop).astype(np.int32)
-        rows = unpacked(whole(self.zero).swapaxes(0, 1).copy(), self.bits, self.shape[0]) - (1 << self.bits - 1)
-        return rows.swapaxes(0, 1)[start:stop]
+        per = 32 // self.bits
+        first = start // per
+        packed = whole(self.zero)[first : -(-stop // per)].swapaxes(0, 1).copy()
+        rows = unpacked(packed, self.bits)[:, start - first * per : stop - first * per] - (1 << self.bits - 1)
+        return rows.swapaxes(0, 1)
 
     def scales(self, start: int, stop: int) -> Array:
         return finite(self._of(self.scale, start, stop), self.members[1])

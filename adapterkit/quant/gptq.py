@@ -60,8 +60,10 @@ class _Columns(Grouped):
         return unpacked(whole(self.stored)[:, start:stop].swapaxes(0, 1).copy(), self.bits)
 
     def zeros(self, start: int, stop: int) -> Array:
-        stored = whole(self.zero).view("u4") + self._ones
-        return unpacked(stored, self.bits)[:, start:stop].swapaxes(0, 1)
+        per = 32 // self.bits
+        first = start // per
+        stored = whole(self.zero)[:, first : -(-stop // per)].view("u4") + self._ones
+        return unpacked(stored, self.bits)[:, start - first * per : stop - first * per].swapaxes(0, 1)
 
     def scales(self, start: int, stop: int) -> Array:
         return finite(whole(self.scale)[:, start:stop].swapaxes(0, 1), self.members[2])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -184,6 +185,28 @@ def test_gptq_with_zero_points_of_0_and_a_smaller_last_group(bits, less, indexed
     again = weight.pack(lambda start, stop: W[start:stop].astype(np.float32))
     for key, part in again.items():
         assert np.array_equal(part, tensors[key]), key
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_hqq_unpacks_only_the_rows_that_are_read(axis, tmp_path):
+    rng, out, size = np.random.default_rng(0), 1024, 64
+    groups = out * out // size
+    form, beside = ((size, groups), (1, groups)) if axis == 0 else ((groups, size), (groups, 1))
+    q = rng.integers(0, 16, form).astype(np.uint8)
+    scale, zero = (rng.uniform(1, 2, beside).astype(np.float32) for _ in range(2))
+    settings = {"nbits": 4, "group_size": size, "axis": axis, "shape": [out, out]}
+    tensors = {f"m.{key}": np.array(value) for key, value in settings.items()}
+    tensors["m.compute_dtype"] = np.frombuffer(b"torch.float32", np.uint8)
+    half = form[0] // 2
+    tensors |= {"m.W_q": q[:half] << 4 | q[half:], "m.scale": scale, "m.zero": zero}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (weight,) = dequantized(open_checkpoint(tmp_path)).packed.values()
+    tracemalloc.start()
+    rows = weight.rows(700, 704)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(rows, ((q - zero) * scale).reshape(out, out)[700:704])
+    assert peak < 2 * sum(tensor.nbytes for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("quantized", ["dequantize", "requantize"])
