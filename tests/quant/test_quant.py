@@ -187,6 +187,51 @@ def test_gptq_with_zero_points_of_0_and_a_smaller_last_group(bits, less, indexed
         assert np.array_equal(part, tensors[key]), key
 
 
+@pytest.mark.parametrize("indexed", [True, False])
+def test_gptqmodels_dynamic_gives_modules_bit_widths_of_their_own(indexed, tmp_path):
+    rng, out, columns, wanted, tensors = np.random.default_rng(0), 32, 64, {}, {}
+    for module, bits, size in (("a", 4, 32), ("b", 8, 16), ("c", 2, 64)):
+        at = np.arange(columns) // size
+        q, zeros = (rng.integers(0, 1 << bits, (out, n)) for n in (columns, columns // size))
+        scales = (2.0 ** rng.integers(-3, 3, zeros.shape)).astype(np.float16)
+        tensors |= {
+            f"{module}.qweight": np.ascontiguousarray(gptq_words(q, bits).T).view(np.int32),
+            f"{module}.qzeros": np.ascontiguousarray(gptq_words(zeros.T, bits)).view(np.int32),
+            f"{module}.scales": np.ascontiguousarray(scales.T),
+            **({f"{module}.g_idx": at.astype(np.int32)} if indexed else {}),
+        }
+        wanted[f"{module}.weight"] = ((q - zeros[:, at]) * scales.astype(np.float32)[:, at]).astype(np.float16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    dynamic = {"+:b": {"bits": 8, "group_size": 16}, "+:c": {"bits": 2, "group_size": 64}}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2", "dynamic": dynamic}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    packed = dequantized(open_checkpoint(tmp_path)).packed
+    assert set(packed) == set(wanted)
+    for key, W in wanted.items():
+        assert np.array_equal(packed[key].rows(0, out), W), key
+
+
+def test_mxfp4_of_compressed_tensors(tmp_path):
+    rng, base, out = np.random.default_rng(0), tmp_path / "base", tmp_path / "out"
+    q, scale = rng.integers(0, 16, (24, 96)).astype(np.uint8), rng.integers(117, 130, (24, 3)).astype(np.uint8)
+    base.mkdir()
+    tensors = {"m.weight_packed": q[:, ::2] | q[:, 1::2] << 4, "m.weight_scale": scale}
+    save_file(tensors, base / "model.safetensors")
+    config = {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}
+    (base / "config.json").write_text(json.dumps({"quantization_config": config}))
+    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    W = sizes[q % 8] * np.where(q > 7, -1, 1) * 2.0 ** (np.repeat(scale, 32, 1).astype(float) - 127)
+    (weight,) = dequantized(open_checkpoint(base)).packed.values()
+    assert np.array_equal(weight.rows(0, 24).astype(float), W)
+    assert np.array_equal(weight.rows(5, 9).astype(float), W[5:9])
+    update, delta = low_rank(W.shape)
+    adapter = ak.Adapter({ak.Target("m"): (update,)})
+    ak.merge(base, adapter, out, quantized="requantize")
+    (weight,) = dequantized(open_checkpoint(out)).packed.values()
+    assert np.linalg.norm(weight.rows(0, 24) - (W + delta)) < 0.3 * np.linalg.norm(W + delta)
+    assert ak.verify(out, base, adapter).ok
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_hqq_unpacks_only_the_rows_that_are_read(axis, tmp_path):
     rng, out, size = np.random.default_rng(0), 1024, 64
