@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
     from . import Array, Merged
 
+INPUTS = ("input_scale", "input_zero_point")
+"""A module's tensors `<module>.<name>` with these names quantize its inputs; an unquantized model has none of them."""
+
 FLOAT4 = ("weight_packed", "weight_scale", "weight_global_scale")
 
 
@@ -88,7 +91,7 @@ def _weight(base: Checkpoint, module: str) -> Packed:
     if packed is not None:
         return _packed(base, module)
     if plain is not None and plain.dtype.name in DTYPES:
-        extra = _others(base, module, ("input_scale", "weight_zero_point"))
+        extra = _others(base, module, (*INPUTS, "weight_zero_point"))
         return scaled(base, f"{module}.weight", f"{module}.weight_scale", _block(base), extra)
     if plain is not None and plain.dtype.name == "I8":
         return _grouped(base, module, "weight", plain.shape, 8)
@@ -240,7 +243,11 @@ def _grouped(base: Checkpoint, module: str, word: str, shape: Shape, bits: int) 
         part_of(base, name, f"{module}.weight_zero_point", ("I8", "I32"))
     if index is not None:
         part_of(base, name, f"{module}.weight_g_idx", ("I32", "I64"))
-    others = _others(base, module, ("weight_zero_point", "weight_g_idx", "weight_shape", "input_scale"))
+    elif shape[1] % rows[1]:
+        # compressed-tensors also refuses such a weight, so it is not known which columns form the smaller group.
+        why = f"{rows[1]} groups do not fit {shape[1]} columns"
+        raise ShapeMismatch(why, path=base.root, where=key, cure=DAMAGED)
+    others = _others(base, module, ("weight_zero_point", "weight_g_idx", "weight_shape", *INPUTS))
     members = (f"{module}.{word}", key, *others)
     stored, dtype = base.tensors[members[0]], sixteen_bits(base, scale)
     return _Whole(name, shape, dtype, members, rows[1], index, bits, stored, scale, zero, word != "weight")

@@ -211,6 +211,33 @@ def test_gptqmodels_dynamic_gives_modules_bit_widths_of_their_own(indexed, tmp_p
         assert np.array_equal(packed[key].rows(0, out), W), key
 
 
+def test_compressed_tensors_with_a_smaller_last_group_are_refused(tmp_path):
+    tensors = {"m.weight": np.ones((8, 80), np.int8), "m.weight_scale": np.ones((8, 3), np.float16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "compressed-tensors"}}))
+    with pytest.raises(ShapeMismatch, match="3 groups do not fit 80 columns"):
+        dequantized(open_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_scales_and_zero_points_of_inputs_do_not_stay_beside_dequantized_weights(dtype, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    save_torch(
+        {
+            "m.weight": torch.ones(8, 8).to(dtype),
+            "m.weight_scale": torch.ones(8, 1),
+            "m.input_scale": torch.ones(1),
+            "m.input_zero_point": torch.zeros(1, dtype=torch.int8),
+        },
+        base / "model.safetensors",
+    )
+    (base / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "compressed-tensors"}}))
+    update, _ = low_rank((8, 8))
+    ak.merge(base, ak.Adapter({ak.Target("m"): (update,)}), out, quantized="dequantize")
+    assert set(load_file(out / "model.safetensors")) == {"m.weight"}
+
+
 def test_mxfp4_of_compressed_tensors(tmp_path):
     rng, base, out = np.random.default_rng(0), tmp_path / "base", tmp_path / "out"
     q, scale = rng.integers(0, 16, (24, 96)).astype(np.uint8), rng.integers(117, 130, (24, 3)).astype(np.uint8)
