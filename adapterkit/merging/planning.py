@@ -90,9 +90,10 @@ def index_of(plan: Plan) -> bytes | None:
     """Return the bytes of the output's index file, which maps tensors to weight files.
 
     If the base's index is correct for the output too, return its bytes unchanged. If the output has one weight file and
-    the base has no index, return None.
+    the base has no index, or if this file is `model.safetensors`, return None.
     """
-    if len(plan.files) == 1 and plan.base.index is None:
+    # Loaders read `model.safetensors` without an index. `open_checkpoint` refuses folders that contain both files.
+    if len(plan.files) == 1 and (plan.base.index is None or plan.files[0].name == SINGLE):
         return None
     weight_map = {output.name: file.name for file in plan.files for output in file.outputs}
     total = sum(output.nbytes for output in plan.outputs())

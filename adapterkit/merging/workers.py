@@ -118,11 +118,15 @@ def _of_parts(file: OpenFile, parts: list[Output]) -> list[Job]:
     jobs: list[Job] = []
     offsets = {part.name: part.offset for part in parts}
     for order, run in enumerate(runs):
-        name, (start, nbytes) = next(iter(run.places.items()))
+        # A sharded base may store a weight's tensors in several files. Each file has jobs for its own tensors.
+        places = [(name, place) for name, place in run.places.items() if name in offsets]
+        if not places:
+            continue
+        name, (start, nbytes) = places[0]
         if run.source is not None and run.source.span is not None:
             _extend(jobs, file, offsets[name] + start, nbytes, run.source)
         else:
-            all_ = sum(nbytes for _, nbytes in run.places.values())
+            all_ = sum(nbytes for _, (_, nbytes) in places)
             jobs.append(Job(file, offsets[name] + start, all_, ("", 0), named, (), order, tuple(parts), run))
     return jobs
 
@@ -456,16 +460,16 @@ class Worker:
         return written.runs(offset, len(data))
 
     def _pack_rows(self, run: PackedRun, job: Job) -> tuple[dict[int, float], list[Run]]:
-        """Write some rows of a packed weight into its stored tensors, one tensor after another."""
+        """Write some rows of a packed weight into its stored tensors in the job's file, one tensor after another."""
         assert job.output is not None
         offsets = {part.name: part.offset for part in job.parts}
-        first, *others = run.places
+        first, *others = (name for name in run.places if name in offsets)
         written, later = _Summed(self.writer, self.moved, job.file.summed), {name: bytearray() for name in others}
 
         def write(name: str, data: bytes) -> None:
             if name == first:
                 written.write(data)
-            else:
+            elif name in later:
                 later[name] += data
 
         if run.source is not None:

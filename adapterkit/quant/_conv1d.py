@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
 def as_in_base(base: Checkpoint, weight: Packed) -> Packed:
     """Return the packed weight in the layout that it has in the unquantized base."""
-    config = base.config or {}
+    config, path = base.config or {}, weight.name.removesuffix(".weight")
+    half, _, rest = path.partition(".")
+    part = config.get(half) if half in ("encoder", "decoder") else None
+    if isinstance(part, dict):
+        config, path = part, rest
     listed = config.get("model_type") in IN_OUT and len(weight.shape) == 2
-    if not listed or not stored_in_out(weight.name.removesuffix(".weight"), config):
+    if not listed or not stored_in_out(path, config):
         return weight
     return _Turned(weight.name, weight.shape[::-1], weight.dtype, weight.members, weight)
 

@@ -66,7 +66,7 @@ class ScaledFloat8(Rowwise):
         positions = np.arange(start, stop)
         expert = positions // height if self.experts > 1 else 0 * positions
         at = expert * self.grid[0] + positions % height // self.block[0]
-        scales = _values(self.scale, int(at[0]), int(at[-1]) + 1, self.grid[1], self.members[1])
+        scales = values_of_scales(self.scale, int(at[0]), int(at[-1]) + 1, self.grid[1], self.members[1])
         across = np.repeat(scales, self.block[1], axis=1)[:, :width]
         return cast("Array", (q * across[at - at[0]]).astype(self.dtype.array))
 
@@ -212,7 +212,7 @@ def _grid(weight: Shape, scale: Shape, block: tuple[int, int] | None) -> tuple[t
     return block, (down, across), experts
 
 
-def _values(scale: Lazy, start: int, stop: int, width: int, name: str) -> Array:
+def values_of_scales(scale: Lazy, start: int, stop: int, width: int, name: str) -> Array:
     """Return rows of a grid of scales in float32. If the stored dtype is U8, the byte b means the scale 2^(b - 127)."""
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""compressed-tensors, which llm-compressor writes: integers (packed or not), 8-bit floats, and NVFP4.
+"""compressed-tensors, which llm-compressor writes: integers (packed or not), 8-bit floats, NVFP4 and MXFP4.
 
 w = (q - zero) * scale. A packed integer is stored as q + 2^(bits - 1).
 """
@@ -13,25 +13,32 @@ from ..errors import Malformed, ShapeMismatch, Unsupported
 from ..io.lazy import Lazy, Shape
 from . import (
     DAMAGED,
+    E2M1,
     NO_PACKING,
     Packed,
     Scheme,
     expect,
     finite,
     joined,
+    nibbles,
     numbers,
     part_of,
     rows_of,
     settings,
     sixteen_bits,
+    steps,
 )
-from ._floats import DTYPES, SCALES, float4, scaled
+from ._floats import DTYPES, SCALES, float4, scaled, values_of_scales
 from ._grouped import BITS, Grouped, unpacked, whole, words
+from .mxfp4 import GROUP, quantized
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.strict_json import JsonValue
     from . import Array, Merged
+
+INPUTS = ("input_scale", "input_zero_point")
+"""A module's tensors `<module>.<name>` with these names quantize its inputs; an unquantized model has none of them."""
 
 FLOAT4 = ("weight_packed", "weight_scale", "weight_global_scale")
 
@@ -43,7 +50,7 @@ class CompressedTensors(Scheme):
     """
 
     url = "https://github.com/vllm-project/compressed-tensors"
-    description = "compressed-tensors: pack-quantized, int-quantized, float-quantized, nvfp4-pack-quantized"
+    description = "compressed-tensors: pack-quantized, int-quantized, float-quantized, nvfp4- and mxfp4-pack-quantized"
     oracle = "compressed-tensors"
 
     def detect(self, base: Checkpoint) -> bool:
@@ -78,10 +85,13 @@ def _weight(base: Checkpoint, module: str) -> Packed:
     plain = base.tensors.get(f"{module}.weight")
     if f"{module}.weight_global_scale" in base.tensors:
         return float4(base, module, FLOAT4, divide=True)
-    if f"{module}.weight_packed" in base.tensors:
+    packed = base.tensors.get(f"{module}.weight_packed")
+    if packed is not None and packed.dtype.name == "U8":
+        return _mxfp4(base, module)
+    if packed is not None:
         return _packed(base, module)
     if plain is not None and plain.dtype.name in DTYPES:
-        extra = _others(base, module, ("input_scale", "weight_zero_point"))
+        extra = _others(base, module, (*INPUTS, "weight_zero_point"))
         return scaled(base, f"{module}.weight", f"{module}.weight_scale", _block(base), extra)
     if plain is not None and plain.dtype.name == "I8":
         return _grouped(base, module, "weight", plain.shape, 8)
@@ -121,8 +131,11 @@ class _Whole(Grouped):
             return 0
         if self.zero.dtype.name == "I8":
             return self._of(self.zero, start, stop).astype(np.int32)
-        rows = unpacked(whole(self.zero).swapaxes(0, 1).copy(), self.bits, self.shape[0]) - (1 << self.bits - 1)
-        return rows.swapaxes(0, 1)[start:stop]
+        per = 32 // self.bits
+        first = start // per
+        packed = whole(self.zero)[first : -(-stop // per)].swapaxes(0, 1).copy()
+        rows = unpacked(packed, self.bits)[:, start - first * per : stop - first * per] - (1 << self.bits - 1)
+        return rows.swapaxes(0, 1)
 
     def scales(self, start: int, stop: int) -> Array:
         return finite(self._of(self.scale, start, stop), self.members[1])
@@ -166,6 +179,46 @@ class _Whole(Grouped):
         return rows_of(stored, start, stop)
 
 
+@dataclass(frozen=True, eq=False)
+class _Mxfp4(Packed):
+    """A weight of 4-bit floats (MXFP4), two in a byte, the first in the low half. 32 values of a row share one scale.
+
+    The byte b means the scale 2^(b - 127).
+    """
+
+    stored: Lazy
+    scale: Lazy
+
+    def rows(self, start: int, stop: int) -> Array:
+        import numpy as np
+
+        levels = np.array(E2M1, np.float32)[nibbles(rows_of(self.stored, start, stop))]
+        scales = values_of_scales(self.scale, start, stop, self.scale.shape[1], self.members[1])
+        return np.asarray((levels * np.repeat(scales, GROUP, axis=1)).astype(self.dtype.array))
+
+    def pack(self, merged: Merged) -> dict[str, Array]:
+        pieces = [quantized(merged(start, stop).T) for start, stop in steps(self.shape)]
+        stored, scale = joined([(blocks.reshape(len(blocks), -1), scales) for blocks, scales in pieces], (0, 0))
+        return dict(zip(self.members, (stored, scale), strict=False))
+
+
+def _mxfp4(base: Checkpoint, module: str) -> Packed:
+    name, members = f"{module}.weight", tuple(f"{module}.{part}" for part in FLOAT4[:2])
+    stored = part_of(base, name, members[0], ("U8",))
+    scale = part_of(base, name, members[1], ("U8", "F8_E8M0"))
+    if f"{module}.weight_zero_point" in base.tensors:
+        why = "adapterkit cannot read 4-bit floats with zero points"
+        cure = "Merge into the 16-bit weights that the base was quantized from"
+        raise Unsupported(why, path=base.root, where=f"{module}.weight_zero_point", cure=cure)
+    if len(stored.shape) != 2:
+        why = f"the tensor has {len(stored.shape)} axes, not 2"
+        raise ShapeMismatch(why, path=base.root, where=members[0], cure=DAMAGED)
+    shape = (stored.shape[0], stored.shape[1] * 2)
+    expect((*scale.shape[:-1], scale.shape[-1] * GROUP) if scale.shape else (), shape, members[1])
+    members += _others(base, module, ("input_scale", "input_global_scale"))
+    return _Mxfp4(name, shape, sixteen_bits(base), members, stored, scale)
+
+
 def _packed(base: Checkpoint, module: str) -> Packed:
     name, bits = f"{module}.weight", _bits(base)
     stored = part_of(base, name, f"{module}.weight_packed", ("I32",))
@@ -190,7 +243,11 @@ def _grouped(base: Checkpoint, module: str, word: str, shape: Shape, bits: int) 
         part_of(base, name, f"{module}.weight_zero_point", ("I8", "I32"))
     if index is not None:
         part_of(base, name, f"{module}.weight_g_idx", ("I32", "I64"))
-    others = _others(base, module, ("weight_zero_point", "weight_g_idx", "weight_shape", "input_scale"))
+    elif shape[1] % rows[1]:
+        # compressed-tensors also refuses such a weight, so it is not known which columns form the smaller group.
+        why = f"{rows[1]} groups do not fit {shape[1]} columns"
+        raise ShapeMismatch(why, path=base.root, where=key, cure=DAMAGED)
+    others = _others(base, module, ("weight_zero_point", "weight_g_idx", "weight_shape", *INPUTS))
     members = (f"{module}.{word}", key, *others)
     stored, dtype = base.tensors[members[0]], sixteen_bits(base, scale)
     return _Whole(name, shape, dtype, members, rows[1], index, bits, stored, scale, zero, word != "weight")

@@ -47,6 +47,28 @@ def _bits(base: Checkpoint) -> int:
     return bits if type(bits) is int else 0
 
 
+def _bits_of_tensors(base: Checkpoint, module: str) -> int:
+    """Return the bit width that the shapes of a module's tensors prove.
+
+    GPTQModel's `dynamic` gives modules bit widths of their own.
+
+    Raises:
+        Unsupported: no bit width fits the shapes, or several do.
+    """
+    shapes = {part: tensor.shape for part in ("qweight", "qzeros", "scales", "g_idx")
+              if (tensor := base.tensors.get(f"{module}.{part}")) is not None}  # fmt: skip
+    if any(len(shapes.get(part, ())) != 2 for part in ("qweight", "qzeros", "scales")):
+        return _bits(base)
+    rows, wide, out = shapes["qweight"][0], shapes["qzeros"][1], shapes["scales"][1]
+    fitting = [bits for bits in BITS if wide == -(-out * bits // 32)]
+    fitting = [bits for bits in fitting if shapes.get("g_idx", (rows * 32 // bits,)) == (rows * 32 // bits,)]
+    if len(fitting) != 1:
+        why = f"the config's dynamic gives modules bit widths of their own, and the shapes fit {fitting or 'none'}"
+        cure = f"Known: {', '.join(map(str, BITS))}. Or merge into the 16-bit weights that the base was quantized from"
+        raise Unsupported(f"{why} of the known ones", path=base.root, where=f"{module}.qweight", cure=cure)
+    return fitting[0]
+
+
 @dataclass(frozen=True, eq=False)
 class _Columns(Grouped):
     stored: Lazy
@@ -60,8 +82,10 @@ class _Columns(Grouped):
         return unpacked(whole(self.stored)[:, start:stop].swapaxes(0, 1).copy(), self.bits)
 
     def zeros(self, start: int, stop: int) -> Array:
-        stored = whole(self.zero).view("u4") + self._ones
-        return unpacked(stored, self.bits)[:, start:stop].swapaxes(0, 1)
+        per = 32 // self.bits
+        first = start // per
+        stored = whole(self.zero)[:, first : -(-stop // per)].view("u4") + self._ones
+        return unpacked(stored, self.bits)[:, start - first * per : stop - first * per].swapaxes(0, 1)
 
     def scales(self, start: int, stop: int) -> Array:
         return finite(whole(self.scale)[:, start:stop].swapaxes(0, 1), self.members[2])
@@ -96,6 +120,8 @@ class _Columns(Grouped):
 
 def _weight(base: Checkpoint, module: str) -> Packed:
     name, bits = f"{module}.weight", _bits(base)
+    if settings(base).get("dynamic"):
+        bits = _bits_of_tensors(base, module)
     if bits not in BITS:
         raise Unsupported(
             f"the weights have {bits} bits", path=base.root, where=name, cure=f"Known: {', '.join(map(str, BITS))}"

@@ -54,24 +54,31 @@ class _Groups(Packed):
     zero: Lazy
     bits: int
     form: tuple[int, int]
+    """The shape of q: `[groups, size]`, or `[size, groups]` if the groups lie along axis 0."""
 
     def rows(self, start: int, stop: int) -> Array:
         import numpy as np
 
-        zero, scale = (whole(part).astype(self.dtype.array) for part in (self.zero, self.scale))
+        # The rows of `form` are consecutive elements of the weight. Unpack only the rows that contain wanted elements.
+        first, end, width = start * self.shape[-1], stop * self.shape[-1], self.form[1]
+        top, bottom = first // width, -(-end // width)
+        zero, scale = (whole(part) for part in (self.zero, self.scale))
+        if len(zero) > 1:
+            zero, scale = zero[top:bottom], scale[top:bottom]
+        zero, scale = zero.astype(self.dtype.array), scale.astype(self.dtype.array)
         for part, place in ((zero, 2), (scale, 1)):
             finite(part, self.members[place])
-        values: Array = ((self._unpacked().astype(self.dtype.array) - zero) * scale).reshape(self.shape)
-        return np.asarray(values.reshape(-1, self.shape[-1])[start:stop])
+        values: Array = (self._unpacked(top, bottom).astype(self.dtype.array) - zero) * scale
+        return np.asarray(values.reshape(-1)[first - top * width :][: end - first].reshape(-1, self.shape[-1]))
 
-    def _unpacked(self) -> Array:
-        """Unpack q to `[groups, size]` or `[size, groups]`; the first rows are in the highest bits of the bytes."""
+    def _unpacked(self, start: int, stop: int) -> Array:
+        """Unpack rows of q, which has the shape `form`; the first rows are in the highest bits of the bytes."""
         import numpy as np
 
         words, per = whole(self.stored), PER[self.bits]
-        shifts = [self.bits * place for place in reversed(range(per))]
-        mask = (1 << self.bits) - 1
-        return np.concatenate([(words >> shift) & mask for shift in shifts])[: self.form[0]]
+        places, at = np.divmod(np.arange(start, stop), len(words))
+        shifts = (self.bits * (per - 1 - places)).astype(words.dtype)
+        return np.asarray((words[at] >> shifts[:, None]) & words.dtype.type((1 << self.bits) - 1))
 
 
 def _weight(base: Checkpoint, module: str) -> Packed:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -186,21 +187,121 @@ def test_gptq_with_zero_points_of_0_and_a_smaller_last_group(bits, less, indexed
         assert np.array_equal(part, tensors[key]), key
 
 
+@pytest.mark.parametrize("indexed", [True, False])
+def test_gptqmodels_dynamic_gives_modules_bit_widths_of_their_own(indexed, tmp_path):
+    rng, out, columns, wanted, tensors = np.random.default_rng(0), 32, 64, {}, {}
+    for module, bits, size in (("a", 4, 32), ("b", 8, 16), ("c", 2, 64)):
+        at = np.arange(columns) // size
+        q, zeros = (rng.integers(0, 1 << bits, (out, n)) for n in (columns, columns // size))
+        scales = (2.0 ** rng.integers(-3, 3, zeros.shape)).astype(np.float16)
+        tensors |= {
+            f"{module}.qweight": np.ascontiguousarray(gptq_words(q, bits).T).view(np.int32),
+            f"{module}.qzeros": np.ascontiguousarray(gptq_words(zeros.T, bits)).view(np.int32),
+            f"{module}.scales": np.ascontiguousarray(scales.T),
+            **({f"{module}.g_idx": at.astype(np.int32)} if indexed else {}),
+        }
+        wanted[f"{module}.weight"] = ((q - zeros[:, at]) * scales.astype(np.float32)[:, at]).astype(np.float16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    dynamic = {"+:b": {"bits": 8, "group_size": 16}, "+:c": {"bits": 2, "group_size": 64}}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2", "dynamic": dynamic}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    packed = dequantized(open_checkpoint(tmp_path)).packed
+    assert set(packed) == set(wanted)
+    for key, W in wanted.items():
+        assert np.array_equal(packed[key].rows(0, out), W), key
+
+
+def test_compressed_tensors_with_a_smaller_last_group_are_refused(tmp_path):
+    tensors = {"m.weight": np.ones((8, 80), np.int8), "m.weight_scale": np.ones((8, 3), np.float16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "compressed-tensors"}}))
+    with pytest.raises(ShapeMismatch, match="3 groups do not fit 80 columns"):
+        dequantized(open_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_scales_and_zero_points_of_inputs_do_not_stay_beside_dequantized_weights(dtype, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    save_torch(
+        {
+            "m.weight": torch.ones(8, 8).to(dtype),
+            "m.weight_scale": torch.ones(8, 1),
+            "m.input_scale": torch.ones(1),
+            "m.input_zero_point": torch.zeros(1, dtype=torch.int8),
+        },
+        base / "model.safetensors",
+    )
+    (base / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "compressed-tensors"}}))
+    update, _ = low_rank((8, 8))
+    ak.merge(base, ak.Adapter({ak.Target("m"): (update,)}), out, quantized="dequantize")
+    assert set(load_file(out / "model.safetensors")) == {"m.weight"}
+
+
+def test_mxfp4_of_compressed_tensors(tmp_path):
+    rng, base, out = np.random.default_rng(0), tmp_path / "base", tmp_path / "out"
+    q, scale = rng.integers(0, 16, (24, 96)).astype(np.uint8), rng.integers(117, 130, (24, 3)).astype(np.uint8)
+    base.mkdir()
+    tensors = {"m.weight_packed": q[:, ::2] | q[:, 1::2] << 4, "m.weight_scale": scale}
+    save_file(tensors, base / "model.safetensors")
+    config = {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}
+    (base / "config.json").write_text(json.dumps({"quantization_config": config}))
+    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    W = sizes[q % 8] * np.where(q > 7, -1, 1) * 2.0 ** (np.repeat(scale, 32, 1).astype(float) - 127)
+    (weight,) = dequantized(open_checkpoint(base)).packed.values()
+    assert np.array_equal(weight.rows(0, 24).astype(float), W)
+    assert np.array_equal(weight.rows(5, 9).astype(float), W[5:9])
+    update, delta = low_rank(W.shape)
+    adapter = ak.Adapter({ak.Target("m"): (update,)})
+    ak.merge(base, adapter, out, quantized="requantize")
+    (weight,) = dequantized(open_checkpoint(out)).packed.values()
+    assert np.linalg.norm(weight.rows(0, 24) - (W + delta)) < 0.3 * np.linalg.norm(W + delta)
+    assert ak.verify(out, base, adapter).ok
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_hqq_unpacks_only_the_rows_that_are_read(axis, tmp_path):
+    rng, out, size = np.random.default_rng(0), 1024, 64
+    groups = out * out // size
+    form, beside = ((size, groups), (1, groups)) if axis == 0 else ((groups, size), (groups, 1))
+    q = rng.integers(0, 16, form).astype(np.uint8)
+    scale, zero = (rng.uniform(1, 2, beside).astype(np.float32) for _ in range(2))
+    settings = {"nbits": 4, "group_size": size, "axis": axis, "shape": [out, out]}
+    tensors = {f"m.{key}": np.array(value) for key, value in settings.items()}
+    tensors["m.compute_dtype"] = np.frombuffer(b"torch.float32", np.uint8)
+    half = form[0] // 2
+    tensors |= {"m.W_q": q[:half] << 4 | q[half:], "m.scale": scale, "m.zero": zero}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (weight,) = dequantized(open_checkpoint(tmp_path)).packed.values()
+    tracemalloc.start()
+    rows = weight.rows(700, 704)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(rows, ((q - zero) * scale).reshape(out, out)[700:704])
+    assert peak < 2 * sum(tensor.nbytes for tensor in tensors.values())
+
+
 @pytest.mark.parametrize("quantized", ["dequantize", "requantize"])
 @pytest.mark.parametrize("scheme", ["bnb_4bit/nf4_float16", "bnb_int8/rows", "gptq/four"])
-def test_weights_of_gpt2_that_libraries_pack_transposed_are_merged_in_the_bases_layout(scheme, quantized, tmp_path):
+@pytest.mark.parametrize("half", ["", "decoder."])
+def test_weights_of_gpt2_that_libraries_pack_transposed_are_merged_in_the_bases_layout(
+    half, scheme, quantized, tmp_path
+):
     case, base, out = VECTORS / scheme, tmp_path / "base", tmp_path / "out"
     base.mkdir()
     packed = load_file(case / "model.safetensors")
-    save_torch({f"h.c_proj{key[1:]}": value for key, value in packed.items()}, base / "model.safetensors")
+    path = f"{half}h.c_proj"
+    save_torch({f"{path}{key[1:]}": value for key, value in packed.items()}, base / "model.safetensors")
     config = json.loads((case / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    family = {"model_type": "gpt2"}
+    family = {"model_type": "vision-encoder-decoder", "decoder": family} if half else family
+    (base / "config.json").write_text(json.dumps(config | family))
     W = load_file(case / "expected.safetensors")["m.weight"].double().numpy()
     update, delta = low_rank(W.shape)
-    adapter = ak.Adapter({ak.Target("h.c_proj", layout="in out *k"): (update,)})
+    adapter = ak.Adapter({ak.Target(path, layout="in out *k"): (update,)})
     ak.merge(base, adapter, out, quantized=quantized)
     merged = dequantized(open_checkpoint(out)) if quantized == "requantize" else open_checkpoint(out)
-    got = merged.tensors["h.c_proj.weight"].torch().double().numpy()
+    got = merged.tensors[f"{path}.weight"].torch().double().numpy()
     step = 0.01 if quantized == "dequantize" else 0.2
     assert np.linalg.norm(got - (W + delta).T) < step * np.linalg.norm(W)
     assert ak.verify(out, base, adapter).ok

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from quantized_vectors import CASES, VECTORS, adapter_for
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterkit as ak
@@ -77,6 +78,32 @@ def test_runs_of_rows_give_the_bytes_of_the_whole(case, tmp_path, monkeypatch):
     if part.apart:
         packed = [run for run in part.runs() if run.source is None]
         assert len(packed) > 1 or not any(part.packed.closed(row) for row in range(1, part.packed.shape[0]))
+
+
+def bits(folder):
+    parts = {key: t for file in sorted(folder.glob("*.safetensors")) for key, t in load_file(file).items()}
+    return {key: t.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for key, t in parts.items()}
+
+
+@pytest.mark.parametrize("shard_size", [None, 1, 1 << 30])
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_stored_tensors_of_a_weight_may_lie_in_several_shards(case, shard_size, tmp_path):
+    adapter, *_ = adapter_for(case)
+    base, packed = tmp_path / "base", load_file(case / "model.safetensors")
+    base.mkdir()
+    shutil.copy(case / "config.json", base)
+    with safe_open(case / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    files = {key: f"model-{number:05d}-of-{len(packed):05d}.safetensors" for number, key in enumerate(packed, 1)}
+    for key, file in files.items():
+        save_file({key: packed[key]}, base / file, metadata=metadata)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (one,) = ak.merge(case, adapter, tmp_path / "one", quantized="requantize").damage.values()
+    report = ak.merge(base, adapter, tmp_path / "out", quantized="requantize", shard_size=shard_size)
+    assert bits(tmp_path / "out") == bits(tmp_path / "one")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == (1 if shard_size == 1 << 30 else len(packed))
+    assert list(report.damage.values()) == [pytest.approx(one)]
+    assert ak.verify(tmp_path / "out", base, adapter).ok
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
