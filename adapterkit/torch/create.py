@@ -133,6 +133,8 @@ def create(
         sizes = _shared_out(sizes, seen, rho)
     generator = torch.Generator().manual_seed(seed)
     places = {path: _target(model, path, layout) for path in sizes}
+    stored = ((path, _parameter(model, name)) for path in places for name in (f"{path}.weight", path, f"{path}.bias"))
+    check_on_hand(model, ((path, tensor) for path, tensor in stored if tensor is not None))
     shapes = [_shape(model, path, target) for path, target in places.items()]
     shared = cls.shared(shapes, rank, _random(generator))
     if shared and rank_pattern:
@@ -345,12 +347,11 @@ def _weight(model: nn.Module, path: str, target: Target) -> Tensor:
 
 
 def _read(model: nn.Module, stored: Tensor, where: str) -> Tensor:
-    """Return a tensor of the base on the CPU, in at least float32.
+    """Return a tensor of the base on the CPU, in at least float32. Call `check_on_hand` before.
 
     Raises:
-        Unsupported: the tensor's values are on disk, or it is on the meta device and has no values.
+        Unsupported: the tensor is on the meta device and has no values.
     """
-    check_on_hand(model, [stored], where)
     if stored.is_meta:
         tensor = put_away(model, stored)
         if tensor is None or tensor.is_meta:
@@ -385,9 +386,19 @@ def _as_if_square(module: nn.Module, path: str) -> Tensor:
 def _bias(model: nn.Module, path: str) -> Tensor | None:
     """Return a module's bias, or the bias that belongs to a parameter (`in_proj_bias` for `in_proj_weight`)."""
     stem, weight_word, tail = path.rpartition("weight")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    bias = parameters.get(f"{path}.bias", parameters.get(f"{stem}bias{tail}") if weight_word else None)
+    bias = _parameter(model, f"{path}.bias")
+    if bias is None and weight_word:
+        bias = _parameter(model, f"{stem}bias{tail}")
     return None if bias is None else _read(model, bias, path)
+
+
+def _parameter(model: nn.Module, path: str) -> Tensor | None:
+    """Return the parameter at a path, or None. The search does not list all parameters: it runs for each target."""
+    module: nn.Module | None = model
+    *names, last = path.split(".")
+    for name in names:
+        module = None if module is None else module._modules.get(name)
+    return None if module is None else module._parameters.get(last)
 
 
 def _parameter_layout(model: nn.Module, path: str, stored: Tensor) -> str:
@@ -495,6 +506,7 @@ def create_context(
         Unsupported: the model's config does not contain the sizes that the method needs.
     """
     embedding: Any = embedding_of(model)
+    check_on_hand(model, [("input embedding", embedding.weight)])
     W = _read(model, embedding.weight, "input embedding").mT
     generator = torch.Generator().manual_seed(seed)
 

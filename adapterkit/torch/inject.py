@@ -650,8 +650,10 @@ def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
         return torch.empty(0, device=device_of(holder))
     if site.weight or site.bias:
         return _computed(model, holder, tensor_at(model, site.weight or site.bias or ""), str(site.target))
-    floating = [p for module in (holder, model) for p in base_parameters(module) if p.is_floating_point()]
-    return _loaded(model, holder, floating[0], str(site.target)) if floating else torch.empty(0)
+    # Stop at the first parameter: listing the model's parameters for each site would take quadratic time.
+    floating = (p for module in (holder, model) for p in base_parameters(module) if p.is_floating_point())
+    first = next(floating, None)
+    return torch.empty(0) if first is None else _loaded(model, holder, first, str(site.target))
 
 
 def _computed(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:

@@ -399,14 +399,21 @@ def _is_on_disk(group: object) -> TypeGuard[_DiskGroup]:
     return bool(getattr(group, "offload_to_disk_path", None) and getattr(group, "_is_offloaded_to_disk", False))
 
 
-def check_on_hand(model: nn.Module, tensors: Iterable[Tensor], where: str) -> None:
-    """Check that the given tensors of a model are in memory, and not on disk.
+def check_on_hand(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Check that tensors of a model are in memory, and not on disk.
+
+    Call this once for all tensors: it looks at all modules of the model.
+
+    Args:
+        model: the model.
+        tensors: pairs (target, tensor).
 
     Raises:
         Unsupported: a tensor is on disk; see `on_disk`.
     """
     lost = on_disk(model.modules())
-    if any(id(tensor) in lost for tensor in tensors):
+    where = next((target for target, tensor in tensors if id(tensor) in lost), None)
+    if where is not None:
         cure = "Create the adapter before enable_group_offload(), or offload without offload_to_disk_path"
         raise Unsupported("diffusers' group offloading keeps this weight on disk", where=where, cure=cure)
 
