@@ -26,6 +26,7 @@ from ..io.inputs import inputs_kept, kept
 from ..io.lazy import Lazy
 from ..io.locations import NOTE, check_exists, exists, is_address, is_remote, local, located, path_text, source_of
 from ..io.staging import files_below, matches, staged
+from ..io.torch_file import is_torch_file, read_torch_value
 from ._format import ON_LOSS, TENSORS, UNKNOWN, Format
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ __all__ = ["FORMATS", "Format", "detect", "outline", "read", "recognised", "save
 
 MEMBER = "adapter_config.json"
 """The file that marks a subfolder as an adapter."""
+
+_INDEX = ".index.json"
 
 FORMATS: Registry[type[Format]] = Registry("format", __name__, "adapterkit.formats", Format)
 
@@ -296,14 +299,31 @@ def _only(formats: Sequence[str], path: str | PathLike[str]) -> str:
         why = "the file has an adapter's keys, but no known model family has all modules that these keys name"
         cure = "Name the format with --from (format=), and pass the base that has these modules: --base BASE (base=)"
         raise UnknownFormat(why, path=path, where=module, cure=cure)
+    name = public(os.fspath(path))
+    if source.name.endswith(_INDEX) and source.is_file():
+        cure = f"Pass the folder with the files that it lists: {name.removesuffix(source.name) or '.'}"
+        raise UnknownFormat("this is the index of a model in several files", path=path, cure=cure)
+    unread = _unread(source)
+    if unread is not None:
+        why = f"not an adapter in any known format: the torch file cannot be read, because {unread.why}"
+        raise UnknownFormat(why, path=path, where=unread.where, cure=unread.cure)
     cure = f"Tried: {', '.join(FORMATS)}"
     if is_model(source):
-        name = public(os.fspath(path))
         cure = (
             f"This is a whole model. Extract an adapter from it: adapterkit extract {name} --base BASE "
             "(base=) --rank 64 (rank=) -o ADAPTER. Then pass ADAPTER instead of the model"
         )
     raise UnknownFormat("not an adapter in any known format", path=path, cure=cure)
+
+
+def _unread(source: Path) -> AdapterkitError | None:
+    """Return the error that reading a torch file raises; None for other files, and for files that can be read."""
+    try:
+        if is_torch_file(source):
+            read_torch_value(source)
+    except AdapterkitError as error:
+        return error
+    return None
 
 
 def is_model(source: str | PathLike[str]) -> bool:

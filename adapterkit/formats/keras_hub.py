@@ -155,7 +155,7 @@ Without that call, `load_lora_weights` fails if the file lacks one of these laye
 MOST_ELEMENTS = 1 << 31
 """The largest B, in elements, that the reader creates. B grows with the square of the number of heads in the file."""
 
-_FACTORS = {"F16", "F32", "F64"}
+_FACTORS = {"BF16", "F16", "F32", "F64"}
 _GIVE = PASS_BASE_WITH_CONFIG
 
 

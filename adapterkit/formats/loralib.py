@@ -8,19 +8,22 @@ blocks are stored in one A and one B. The torch file shows neither the number of
 
 For a `Conv2d`, A is `[r * k, in * k]` and B is `[out * k, r * k]`. loralib reshapes `B @ A` to `[out, in, k, k]`. The
 reader converts A and B to an equivalent LoRA of rank `r * k * k`.
+
+`lora_state_dict` with `bias="all"` or `bias="lora_only"` also stores trained biases. They replace the base's biases.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import PASS_BASE, WRITE_AGAIN, AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, UsageError
 from ..io.arrange import joined, part
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
+from ..methods.replacement import Replacement
 from ..naming.tool_names import is_litgpt
 from ._containers import keys_of, load, read_settings, save, write_settings
 from ._format import Format
@@ -38,6 +41,7 @@ from ._kit import (
 )
 
 if TYPE_CHECKING:
+    from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Array
     from ._kit import Pair, Slots
@@ -46,6 +50,9 @@ FORMAT = "loralib"
 SETTINGS = "loralib.json"
 _EXAMPLE = '{"alpha": <lora_alpha>}, with "enable_lora": [true, false, true] if the model has a MergedLinear'
 _SLOTS = {".lora_A": "A", ".lora_B": "B"}
+_BIAS = ".bias"
+_CONVOLUTION = ".conv"
+"""The module inside loralib's `Conv2d` that has the weight and the bias; the factors belong to the `Conv2d` itself."""
 _OTHERS = (".parametrizations.", ".loras.")
 """Substrings of keys from other tools, such as minLoRA. These keys have the same endings as loralib's keys."""
 
@@ -74,14 +81,22 @@ class LoraLib(Format):
 
     def sniff(self, path: Path) -> bool:
         keys = keys_of(path) if path.suffix != ".safetensors" else []
-        is_loralib = all(key.endswith(tuple(_SLOTS)) and not any(word in key for word in _OTHERS) for key in keys)
-        return bool(keys) and is_loralib and not is_litgpt(keys)
+        is_loralib = all(
+            key.endswith((*_SLOTS, _BIAS)) and not any(word in key for word in _OTHERS) for key in keys
+        ) and any(key.endswith(tuple(_SLOTS)) for key in keys)
+        return is_loralib and not is_litgpt(keys)
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
         settings = read_settings(path.with_name(SETTINGS), ("alpha", "enable_lora"), _EXAMPLE)
         try:
             tensors = load(path)
-            updates = {t: (u,) for t, u in _decode(tensors, cast(LoralibSettings, settings), base)}
+            biases = {key: leaf for key, leaf in tensors.items() if key.endswith(_BIAS)}
+            factors = {key: leaf for key, leaf in tensors.items() if key not in biases}
+            updates: dict[Target, tuple[Update, ...]] = {
+                t: (u,) for t, u in _decode(factors, cast(LoralibSettings, settings), base)
+            }
+            for target, bias in _biases(biases, {t.path: t for t in updates if t.rows is None}):
+                updates[target] = (*updates.get(target, ()), bias)
         except AdapterkitError as error:
             raise error.at(path=path) from None
         data = {"order": list(tensors), "settings": settings}
@@ -92,14 +107,44 @@ class LoraLib(Format):
     ) -> list[str]:
         hints = leftovers(adapter, FORMAT, LoralibHints)
         read = hints.get("settings", {})
+        biases = {
+            f"{target.path}{_BIAS}": as_lazy(update.bias)
+            for target, update in adapter
+            if _is_bias(target, update) and isinstance(update, Replacement)
+        }
+        adapter = adapter.replace(
+            updates={
+                target: left
+                for target, group in adapter.updates.items()
+                if (left := tuple(update for update in group if not _is_bias(target, update)))
+            }
+        )
         alpha, pairs, lines = of_one_alpha(
             adapter, _why_not, format_name=FORMAT, on_loss=on_loss, first=read.get("alpha")
         )
         tensors, enabled = _spelled(pairs, read.get("enable_lora"), base)
         settings = {"alpha": alpha} | ({} if enabled is None else {"enable_lora": enabled})
-        save(path, in_order(tensors, hints))
+        save(path, in_order(tensors | biases, hints))
         write_settings(path.with_name(SETTINGS), settings)
         return lines
+
+
+def _biases(biases: Mapping[str, Lazy], adapted: Mapping[str, Target]) -> Iterator[tuple[Target, Replacement]]:
+    """Yield the trained biases. `adapted` contains the targets of whole weights, by path."""
+    for key, leaf in biases.items():
+        path = key.removesuffix(_BIAS)
+        path = path if path in adapted or path.removesuffix(_CONVOLUTION) not in adapted else path[: -len(_CONVOLUTION)]
+        if not path or len(leaf.shape) != 1 or not leaf.dtype.floating:
+            raise Malformed(
+                f"this is not a bias; it has the shape {list(leaf.shape)} and the dtype {leaf.dtype}",
+                where=key,
+                cure=WRITE_AGAIN,
+            )
+        yield adapted.get(path, Target(path)), Replacement(bias=cast(Any, leaf))
+
+
+def _is_bias(target: Target, update: Update) -> bool:
+    return isinstance(update, Replacement) and update.weight is None and target.rows is None and not target.stacked
 
 
 def _decode(
@@ -112,7 +157,11 @@ def _decode(
         )
     for path, slots in grouped(tensors, _SLOTS, FORMAT).items():
         weight = None if base is None else base.tensors.get(f"{path}.weight")
-        if weight is not None and len(weight.shape) == 4:
+        inner = None if base is None else base.tensors.get(f"{path}{_CONVOLUTION}.weight")
+        if weight is None and inner is not None and len(inner.shape) == 4:
+            # The base was saved from a model with loralib's layers.
+            yield Target(path + _CONVOLUTION), _convolution(path, slots, alpha, inner.shape)
+        elif weight is not None and len(weight.shape) == 4:
             yield Target(path), _convolution(path, slots, alpha, weight.shape)
         elif slots["A"].shape[:1] != slots["B"].shape[1:2] or _alone(path, slots, enabled, weight):
             yield from _merged(path, slots, alpha, enabled, base)

@@ -16,6 +16,7 @@ from ..io import safetensors
 from ..io.arrange import item, stacked
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
+from ..naming.architectures import expert_count
 from ..naming.tool_names import EXPERTS, HEAD, PREFIXES, NameTable, TableNames, is_tinker, modules_of, without_prefix
 from ._containers import folder_of
 from ._format import Format
@@ -135,7 +136,7 @@ class Tinker(Format):
             "base_model_name_or_path": base_id, "bias": "none", "peft_type": "LORA", "target_modules": "all-linear",
             **before, "r": rank, "lora_alpha": whole_number(alpha),
         }  # fmt: skip
-        save(path, config, in_order(_spelled(pairs), hints))
+        save(path, config, in_order(_spelled(pairs, base), hints))
         return lines
 
 
@@ -221,7 +222,7 @@ def _unfit(target: Target, update: Pair) -> str:
     return unfit(target, update) if named else "its module is not in a language model"
 
 
-def _spelled(pairs: Pairs) -> dict[str, Lazy]:
+def _spelled(pairs: Pairs, base: Checkpoint | None) -> dict[str, Lazy]:
     tensors: dict[str, Lazy] = {}
     stacks: dict[str, dict[int, Pair]] = {}
     for target, update in pairs.items():
@@ -241,9 +242,21 @@ def _spelled(pairs: Pairs) -> dict[str, Lazy]:
                 items=items,
                 cure="Write another format, such as adapterkit's: --to adapterkit (format='adapterkit')",
             )
+        count = expert_count(None if base is None else base.config)
+        if count > len(experts_here):
+            items = [f"{name}: the adapter has {len(experts_here)} experts, and the base has {count}"]
+            raise Unrepresentable(
+                "Tinker stores the experts of a module in one stack, which must have all experts of the base",
+                items=items,
+                cure="Write another format, such as adapterkit's: --to adapterkit (format='adapterkit')",
+            )
+        shared = [
+            field
+            for field in _SLOTS.values()
+            if len({id(update.tensors[field]) for update in experts_here.values()}) == 1
+        ]
+        # Store at most one of the two factors once. Otherwise, the file would not show the number of experts.
         for end, field in _SLOTS.items():
-            key = f"{PREFIX}{name}{end}"
             leaves = [as_lazy(experts_here[index].tensors[field]) for index in range(len(experts_here))]
-            alike = len({id(experts_here[index].tensors[field]) for index in range(len(experts_here))}) == 1
-            tensors[key] = stacked(leaves[:1] if alike else leaves)
+            tensors[f"{PREFIX}{name}{end}"] = stacked(leaves[:1] if shared[:1] == [field] else leaves)
     return tensors

@@ -108,8 +108,14 @@ def _tensor(h5py: ModuleType, path: Path, where: str, node: Any, size: int) -> L
         why = "the tensor is compressed, in chunks, or in another file"
         raise Unsupported(why, where=where, cure="Save it as a contiguous, uncompressed dataset, as Keras does")
     dtype = _KINDS.get(node.dtype.str if node.dtype.itemsize > 1 else f"|{node.dtype.str[1:]}")
+    why, stored = f"the tensor has dtype {node.dtype}", node.id.get_type()
+    # The bytes are read without h5py. If numpy lacks a float type, h5py shows a larger one: bfloat16 becomes float32.
+    if _is_bfloat16(h5py, stored, node):
+        dtype = DTYPES["BF16"]
+    elif dtype is not None and stored != h5py.h5t.py_create(node.dtype):
+        dtype, why = None, f"the tensor's numbers have {stored.get_size()} bytes and a layout that numpy lacks"
     if dtype is None or node.shape is None:
-        raise Unsupported(f"the tensor has dtype {node.dtype}", where=where, cure=f"Save it as {', '.join(_NAMES)}")
+        raise Unsupported(why, where=where, cure=f"Save it as {', '.join(_NAMES)}")
     count = 1
     for length in node.shape:
         count *= int(length)
@@ -117,6 +123,24 @@ def _tensor(h5py: ModuleType, path: Path, where: str, node: Any, size: int) -> L
     if offset is None or offset < 0 or offset + count * dtype.itemsize > size:
         raise Corrupt("the tensor extends beyond the end of the file", where=where, cure=WRITE_AGAIN)
     return Lazy(tuple(map(int, node.shape)), dtype, None, Span(os.fspath(path), offset, count * dtype.itemsize))
+
+
+def _is_bfloat16(h5py: ModuleType, stored: Any, node: Any) -> bool:
+    """Whether an HDF5 type is bfloat16.
+
+    Keras writes bfloat16 as two opaque bytes, with the attribute `dtype`. HDF5 can also describe it as a float with the
+    sign at bit 15, 8 bits of exponent from bit 7, and 7 bits of mantissa from bit 0.
+    """
+    if stored.get_size() != 2:
+        return False
+    if isinstance(stored, h5py.h5t.TypeOpaqueID):
+        return "dtype" in node.attrs and node.attrs["dtype"] == "bfloat16"
+    return (
+        isinstance(stored, h5py.h5t.TypeFloatID)
+        and stored.get_order() == h5py.h5t.ORDER_LE
+        and stored.get_fields() == (15, 7, 8, 0, 7)
+        and stored.get_ebias() == 127
+    )
 
 
 def _text(root: Any, name: str) -> str:
@@ -167,4 +191,4 @@ def _corrupt(path: Path, error: Exception) -> Corrupt:
     return Corrupt(f"h5py cannot read the file: {error}", path=path, cure=WRITE_AGAIN)
 
 
-_NAMES = ("F16", "F32", "F64")
+_NAMES = ("BF16", "F16", "F32", "F64")

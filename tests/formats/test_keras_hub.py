@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import h5py
+import ml_dtypes
 import numpy as np
 import pytest
 from llm_adapters import BASE, SHAPES, VECTORS, deltas, llama, lora, write_base
@@ -18,7 +19,7 @@ from adapterkit.errors import (
     Unsupported,
     UsageError,
 )
-from adapterkit.io.lazy import from_numpy
+from adapterkit.io.lazy import as_array, as_lazy, from_numpy
 from adapterkit.methods.lora import LoRA
 
 VECTOR = VECTORS / "formats" / "keras_hub" / "every" / "adapter.lora.h5"
@@ -272,6 +273,15 @@ def no_rank(file):
     del file["lora/vars/rank"]
 
 
+def odd_floats(file):
+    """Floats that numpy lacks, and that h5py shows as float32."""
+    kind = h5py.h5t.IEEE_F32LE.copy()
+    kind.set_ebias(100)
+    space = h5py.h5s.create_simple((2, 4))
+    del file[f"{LAYER}/lora_kernel_b"]
+    h5py.h5d.create(file[LAYER].id, b"lora_kernel_b", kind, space)
+
+
 def half_a_layer(file):
     del file[f"{LAYER}/lora_kernel_b"]
 
@@ -282,6 +292,7 @@ def half_a_layer(file):
         (soft_link, Unsupported), (external_link, Unsupported), (external_storage, Unsupported), (virtual, Unsupported),
         (bomb, Unsupported), (cycle, Unsupported), (unknown_key, Malformed), (unknown_layer, Malformed),
         (other_rank, ShapeMismatch), (no_rank, Malformed), (half_a_layer, Malformed),
+        (odd_floats, Unsupported),
     ],
 )  # fmt: skip
 def test_a_hostile_or_damaged_file_is_refused(damage, error, path):
@@ -290,6 +301,40 @@ def test_a_hostile_or_damaged_file_is_refused(damage, error, path):
     with pytest.raises(error) as refused:
         ak.read(path, base=BASE)
     assert refused.value.path == str(path)
+
+
+@pytest.mark.parametrize("kind", ["opaque", "float"])
+def test_bfloat16_factors_are_read(kind, path):
+    """Keras stores two opaque bytes, and an attribute. HDF5 also has floats with these bits; h5py shows float32."""
+    brain = h5py.h5t.IEEE_F16LE.copy()
+    brain.set_fields(15, 7, 8, 0, 7)
+    brain.set_ebias(127)
+    expected = {}
+    with copied(path) as file:
+        for layer in range(2):
+            for own, number in NUMBERS.items():
+                group, values = file[f"lora/{number + STRIDE * layer}/vars"], []
+                for name in ("lora_kernel_a", "lora_kernel_b"):
+                    half = group[name][()].astype(ml_dtypes.bfloat16)
+                    del group[name]
+                    if kind == "opaque":
+                        group.create_dataset(name, data=half).attrs["dtype"] = "bfloat16"
+                    else:
+                        space = h5py.h5s.create_simple(half.shape)
+                        data = h5py.h5d.create(group.id, name.encode(), brain, space)
+                        data.write(h5py.h5s.ALL, h5py.h5s.ALL, half.view("V2"), mtype=brain)
+                    values.append(half.astype("f8"))
+                out, width = SHAPES[own]
+                expected[f"model.layers.{layer}.{own}"] = np.matmul(*values).reshape(width, out).T
+    read = ak.read(path, base=BASE)
+    assert {as_lazy(leaf).dtype.name for _, update in read for leaf in update.tensors.values()} == {"BF16"}
+    found = {
+        str(target): as_array(as_lazy(update.B)).astype("f8") @ as_array(as_lazy(update.A)).astype("f8")
+        for target, update in read
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.abs(found[name] - value).max() <= 1e-6 * np.abs(value).max()
 
 
 @pytest.mark.parametrize("size", [8, 100, 800, 2000, -1])

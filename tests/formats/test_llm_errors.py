@@ -12,6 +12,7 @@ import torch
 import yaml
 from llm_adapters import BASE, FILES, VECTORS, content, deltas, llama, lora, place, write_base
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
 import adapterkit as ak
 from adapterkit.core.adapter import Foreign, Target
@@ -21,6 +22,7 @@ from adapterkit.errors import (  # fmt: skip
     ShapeMismatch,
     StorageError,
     TargetNotFound,
+    UnknownFormat,
     Unrepresentable,
     Unsupported,
     UsageError,
@@ -326,6 +328,23 @@ def test_the_configs_of_three_tools_are_told_apart(tmp_path):
     ak.write(llama(), tmp_path / "mlx", "mlx")
     assert ak.detect(tmp_path / "peft") == "peft"
     assert ak.detect(tmp_path / "mlx") == "mlx"
+
+
+def test_a_torch_file_that_cannot_be_read_says_why(tmp_path):
+    parameters = nn.ParameterDict({"*": nn.Parameter(torch.ones(2, 8))})
+    torch.save({"string_to_param": parameters}, tmp_path / "old.pt")
+    with pytest.raises(UnknownFormat, match=r"torch.nn.modules.container.ParameterDict.*Convert the file"):
+        ak.read(tmp_path / "old.pt")
+    torch.save({"a.lora_A": torch.ones(2, 8), "a.lora_B": torch._neg_view(torch.ones(8, 2))}, tmp_path / "view.pt")
+    with pytest.raises(UnknownFormat, match="negative view"):
+        ak.read(tmp_path / "view.pt")
+
+
+def test_the_index_of_a_model_is_refused_with_its_folder(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(UnknownFormat, match="the index of a model in several files") as caught:
+        ak.read(tmp_path / "model.safetensors.index.json")
+    assert f"{tmp_path}/" in caught.value.cure
 
 
 def test_a_loralib_merged_linear_needs_to_be_told(tmp_path):

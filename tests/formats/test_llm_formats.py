@@ -12,6 +12,7 @@ import torch
 import yaml
 from llm_adapters import BASE, FILES, SHAPES, VECTORS, content, deltas, llama, lora, merged, place, write_base
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
 import adapterkit as ak
 from adapterkit.core.adapter import Target
@@ -298,6 +299,77 @@ def test_tinkers_experts_share_a_factor(tmp_path):
     read = ak.read(tmp_path / "t")
     same(deltas(with_head(ak.Adapter(found))), deltas(read))
     assert len({id(u.A) for t, u in read if "gate" in t.path}) == 1
+
+
+def test_tinkers_experts_that_share_both_factors_keep_their_number(tmp_path):
+    adapter = with_head(experts("qwen3_moe", ranks=(2, 2, 2)))
+    one = next(iter(adapter))[1]
+    found = {t: tuple(u.replace(A=one.A, B=one.B) for u in us) if "gate" in t.path else us
+             for t, us in adapter.updates.items()}  # fmt: skip
+    ak.write(ak.Adapter(found), tmp_path / "t", "tinker", on_loss="fold")
+    same(deltas(ak.Adapter(found)), deltas(ak.read(tmp_path / "t")))
+
+
+def test_tinkers_stacks_have_all_experts_of_the_base(tmp_path):
+    base = moe_base(tmp_path / "base", "qwen3_moe")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"num_experts": 3}))
+    ak.write(experts("qwen3_moe"), tmp_path / "all", "tinker", base, on_loss="fold")
+    with pytest.raises(Unrepresentable, match="the adapter has 2 experts, and the base has 3"):
+        ak.write(experts("qwen3_moe", count=2), tmp_path / "two", "tinker", base, on_loss="fold")
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_loralibs_trained_biases_replace_the_bases(bias, tmp_path):
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.Linear(5, 4))
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({name: leaf.detach().numpy() for name, leaf in model.state_dict().items()}, base / "model.safetensors")
+    pairs = {path: (torch.randn(3, model[int(path)].in_features), torch.randn(model[int(path)].out_features, 3))
+             for path in ("0", "2")}  # fmt: skip
+    # As loralib's `lora_state_dict`, which keeps the biases of all layers, or of the layers with LoRA.
+    trained = {f"{path}.bias": torch.randn(len(model[int(path)].bias))
+               for path in (("0", "2") if bias == "lora_only" else ("0", "1", "2", "3"))}  # fmt: skip
+    state = trained | {f"{path}.lora_{name}": leaf for path, pair in pairs.items()
+                       for name, leaf in zip("AB", pair, strict=True)}  # fmt: skip
+    torch.save(state, tmp_path / "lora.pt")
+    (tmp_path / "loralib.json").write_text('{"alpha": 6}')
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        for path, (A, B) in pairs.items():
+            model[int(path)].weight += 2 * B @ A
+        for name, leaf in trained.items():
+            model[int(name[0])].bias.copy_(leaf)
+        expected = model(x)
+    assert ak.detect(tmp_path / "lora.pt") == "loralib"
+    for options in ({}, {"base": base}):
+        adapter = ak.read(tmp_path / "lora.pt", **options)
+        ak.merge(base, [adapter], tmp_path / "merged", overwrite=True)
+        merged = load_file(tmp_path / "merged" / "model.safetensors")
+        model.load_state_dict({name: torch.from_numpy(leaf) for name, leaf in merged.items()})
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    (tmp_path / "again").mkdir()
+    ak.write(adapter, tmp_path / "again" / "lora.pt", "loralib")
+    again = torch.load(tmp_path / "again" / "lora.pt")
+    assert list(again) == list(state)
+    assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("name", ["conv", "conv.conv"])
+def test_loralibs_convolutions_are_found_in_both_bases(name, tmp_path):
+    """In loralib, the weight and the bias of a Conv2d belong to an inner layer, `conv`."""
+    (tmp_path / "base").mkdir()
+    weight = {f"{name}.weight": np.ones((6, 4, 3, 3), "f4"), f"{name}.bias": np.ones(6, "f4")}
+    save_file(weight, tmp_path / "base" / "model.safetensors")
+    A, B, bias = torch.randn(6, 12), torch.randn(18, 6), torch.randn(6)
+    torch.save({"conv.lora_A": A, "conv.lora_B": B, "conv.conv.bias": bias}, tmp_path / "lora.pt")
+    (tmp_path / "loralib.json").write_text('{"alpha": 6}')
+    ak.merge(tmp_path / "base", [ak.read(tmp_path / "lora.pt", base=tmp_path / "base")], tmp_path / "merged")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    expected = 1 + 3 * (B.double() @ A.double()).reshape(6, 4, 3, 3).numpy()
+    np.testing.assert_allclose(found[f"{name}.weight"], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found[f"{name}.bias"], bias.numpy())
 
 
 @pytest.mark.parametrize("name", ["gguf", "megatron", "mlx", "tinker", "torchtune"])
