@@ -191,6 +191,34 @@ def test_two_dynamic_sizes_without_a_name_may_differ(tmp_path):
         ak.onnx.inject(tmp_path / "flat.onnx", adapter(), tmp_path / "out.onnx", mode="rows")
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_rows_of_a_gemm_that_transposes_its_input(tmp_path, direct):
+    """The batch is the second axis of the input: behind a Transpose of the batch, or of an input of the graph."""
+    linear = helper.make_node("Gemm", ["x" if direct else "t", "W", "b"], ["y"], name="/fc/Gemm", transA=1, transB=1)
+    turn = [] if direct else [helper.make_node("Transpose", ["x"], ["t"])]
+    W, b = np.random.default_rng(1).normal(size=(5, 4)).astype("f4"), np.arange(5, dtype="f4")
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)
+            for name, sizes in (("x", [4, "batch"] if direct else ["batch", 4]), ("y", ["batch", 5])))  # fmt: skip
+    held = [numpy_helper.from_array(W, "W"), numpy_helper.from_array(b, "b")]
+    made = helper.make_graph([*turn, linear], "g", [x], [y], held)
+    base = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), base)
+    rng = np.random.default_rng(2)
+    update = METHODS["lora"](A=torch.tensor(rng.normal(size=(2, 4))), B=torch.tensor(rng.normal(size=(5, 2))))
+    one = Adapter({Target("fc"): (update,)})
+    if direct:
+        with pytest.raises(Unsupported, match="of which the second is known to be the batch"):
+            ak.onnx.inject(base, one, tmp_path / "rows.onnx", mode="rows")
+        return
+    ak.onnx.inject(base, one, tmp_path / "rows.onnx", mode="rows")
+    session = ak.onnx.Session(tmp_path / "rows.onnx", {"a": one})
+    rows = rng.normal(size=(3, 4)).astype("f4")
+    got = session.run({"x": rows}, ["a", None, "a"])["y"]
+    new = W + (update.tensors["B"] @ update.tensors["A"]).numpy() * update.scaling
+    want = np.stack([rows[0] @ new.T, rows[1] @ W.T, rows[2] @ new.T]) + b
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_that_are_not_the_first_axis_are_found_out(tmp_path):
     """Time before batch: the index would go along the tokens."""
     base = graph(tmp_path)
