@@ -111,11 +111,18 @@ class RowSlots:
         one = self.building.literal(np.array([1]))
         rows = branch.node("Transpose", [x.value], {"perm": [1, 0]}, x.dtype, None) if across else x.value
         rows = branch.node("Unsqueeze", [rows, one], None, x.dtype, None) if flat else rows
+        if sizes is None:
+            # The number of axes is unknown, as in the body of a Loop. Merge the axes between batch and channels.
+            three = self.building.literal(np.array([0, -1, layer.shape[1]]))
+            rows = branch.node("Reshape", [rows, three], None, x.dtype, None)
         for name in ("A", "B"):
             chosen = branch.node("Gather", [slots[name], self.index], {"axis": 0}, layer.dtype, None)
             rows = branch.node("MatMul", [rows, chosen], None, layer.dtype, None)
         rows = branch.node("Squeeze", [rows, one], None, layer.dtype, None) if flat else rows
         before: Value = seen(seen.x)
+        if sizes is None:
+            whole = branch.node("Shape", [before.value], None, np.int64, None)
+            rows = branch.node("Reshape", [rows, whole], None, layer.dtype, None)
         total = branch.node("Add", [before.value, rows], None, layer.dtype, None)
         return Value(branch, before.sizes, np.dtype(layer.dtype), total)
 

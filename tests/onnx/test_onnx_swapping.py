@@ -295,3 +295,31 @@ def test_weights_of_a_run_are_finite_numbers(weight, tmp_path):
     with pytest.raises(UsageError, match="not a finite number"):
         session.run({"x": batch(2)}, {"a": weight})
     assert session.run({"x": batch(2)}, {"a": np.float32(0.5)}, outputs=[]) == {}
+
+
+def test_rows_in_the_body_of_a_loop(tmp_path):
+    """The body's input has no declared number of axes; here it has two."""
+    body = helper.make_graph(
+        [helper.make_node("MatMul", ["h", "W"], ["new"], name="/fc/MatMul"),
+         helper.make_node("Identity", ["c"], ["d"])],
+        "body",
+        [helper.make_tensor_value_info("i", TensorProto.INT64, []), helper.make_tensor_value_info("c", 9, []),
+         helper.make_tensor_value_info("h", 1, None)],
+        [helper.make_tensor_value_info("d", 9, []), helper.make_tensor_value_info("new", 1, None)],
+        [numpy_helper.from_array(np.ascontiguousarray(weight(Q).T), "W")],
+    )  # fmt: skip
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", SIZE]) for name in "xy")
+    times = numpy_helper.from_array(np.array(2, np.int64), "times")
+    made = helper.make_graph([helper.make_node("Loop", ["times", "", "x"], ["y"], body=body)], "g", [x], [y], [times])
+    base = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), base)
+    one = adapter(names=("fc",))
+    ak.onnx.inject(base, one, tmp_path / "rows.onnx", mode="rows")
+    (update,) = one.updates[Target("fc")]
+    W = weight(Q).astype("f8")
+    new = update.map(lambda leaf: leaf.numpy().astype("f8")).new_weight(W)
+    session, rows = ak.onnx.Session(tmp_path / "rows.onnx", {"a": one}), batch(3)[:, 0]
+    got = session.run({"x": rows}, ["a", None, "a"])["y"]
+    want = np.stack([row @ used.T @ used.T for row, used in zip(rows.astype("f8"), (new, W, new), strict=True)])
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(session.run({"x": rows})["y"].shape, (3, SIZE))
