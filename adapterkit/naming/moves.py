@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, cached_property, lru_cache
@@ -225,6 +225,31 @@ def template_of(name: str) -> str:
 def same_end(one: str, other: str) -> bool:
     """Whether two dotted paths are equal, except for a prefix that a wrapper adds to one path."""
     return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
+
+
+class NamesByEnd:
+    """Find the names for which `same_end` is true without comparing all names with each path.
+
+    Args:
+        names: the names to find.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._at = {name: position for position, name in enumerate(names)}
+        self._longer: dict[str, list[str]] = {}
+        for name in self._at:
+            for end in _ends(name):
+                self._longer.setdefault(end, []).append(name)
+
+    def of(self, path: str) -> list[str]:
+        """Return the names that equal a path except for a prefix, in the order of the names."""
+        equal_or_shorter = [name for name in (path, *_ends(path)) if name in self._at]
+        return sorted({*equal_or_shorter, *self._longer.get(path, ())}, key=self._at.__getitem__)
+
+
+def _ends(name: str) -> list[str]:
+    """Return what follows each dot of a name."""
+    return [name[at + 1 :] for at, sign in enumerate(name) if sign == "."]
 
 
 def swap(name: str, off: str, on: str) -> str:

@@ -641,7 +641,7 @@ def _flipped(wanted: bytes, out: Path, name: str, feeds: Feeds, both: Feeds, jud
     Raises:
         CheckFailed: the difference is larger than rounding explains, or `out` does not run although `wanted` does.
     """
-    other = {name: ~feeds[name]}
+    other = {name: np.asarray(~feeds[name])}  # `~` turns an array without axes into a scalar, which cannot be fed.
     try:
         results = _session(wanted, bare).run(None, {**feeds, **other})
     except Exception:  # onnxruntime's errors have no common base class; the sizes may fit only one branch.

@@ -19,7 +19,7 @@ from ..core.adapter import Adapter, Target
 from ..errors import USE_EXPORTED_BASE, TargetNotFound
 from ..io.lazy import as_array
 from ..naming.binding import find_sites
-from ..naming.moves import same_end
+from ..naming.moves import NamesByEnd
 from .norms import is_scaled, refuse_folded, scaled_distance, with_norms
 from .resolved import APART, NEAR, Known, ResolvedTarget, Spot, distance
 
@@ -66,7 +66,8 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
             # A layer may store the base weight with a norm or scale folded in. Later, `compare` looks up the base
             # weight by the target's name in the adapter. So accept such a layer only if this name identifies the base
             # weight.
-            scaled = _behind_scale(base, site.weight, W, spots) if _named(base, asked) == [site.weight] else []
+            same = _named(base, NamesByEnd(base.tensors), asked)
+            scaled = _behind_scale(base, site.weight, W, spots) if same == [site.weight] else []
             if not scaled:
                 raise
             method, matching = "nearest", scaled
@@ -92,9 +93,9 @@ def compare(places: Sequence[ResolvedTarget], base: Checkpoint) -> list[Resolved
         TargetNotFound: a layer's weight differs from the base's weight by more than quantization explains.
         Unsupported: a norm may be folded into a layer for which the base has no floating-point weight.
     """
-    compared = []
+    compared, names = [], NamesByEnd(base.tensors)
     for place in places:
-        alike = _named(base, place.asked)
+        alike = _named(base, names, place.asked)
         W = base.tensors[alike[0]] if len(alike) == 1 else None
         if place.method in ("values", "packed"):
             compared.append(place)
@@ -109,12 +110,12 @@ def compare(places: Sequence[ResolvedTarget], base: Checkpoint) -> list[Resolved
     return compared
 
 
-def _named(base: Checkpoint, asked: Target) -> list[str]:
+def _named(base: Checkpoint, names: NamesByEnd, asked: Target) -> list[str]:
     """Return the names of the base's weights that may be the target's weight."""
     full_name = f"{asked.path}.weight"
     if full_name in base.tensors:
         return [full_name]
-    return [name for name in base.tensors if same_end(name, full_name)]
+    return names.of(full_name)
 
 
 def _compare_rows(place: ResolvedTarget, W: Array) -> None:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from ..core.adapter import Adapter, Target
 from ..errors import USE_EXPORTED_BASE, USE_ITS_BASE, ShapeMismatch, TargetNotFound, Unsupported
 from ..io.lazy import as_array
-from ..naming.moves import same_end
+from ..naming.moves import NamesByEnd, same_end
 from .building import Branch
 from .layers import GraphLayer, only_reader, weight_at
 from .modules import SCOPES, dotted, listed
@@ -34,6 +34,8 @@ MICROSOFT = "com.microsoft"
 _NODE = re.compile(
     r"/(?:(?:Skip)?(?:Simplified)?LayerNormalization|LayerNorm|RMSNormalization|SkipLayerNorm|Mul)(?:_\d+)?$"
 )
+
+_CALL = re.compile(r"_\d+$")
 
 STATISTICS = {"ReduceMean", "ReduceSum", "LpNormalization"}
 """Operators that compute statistics. If a module contains such an operator and a Mul by a constant vector, the Mul is
@@ -148,12 +150,27 @@ def norms_of(model: ir.Model) -> dict[str, list[Spot]]:
         stored, module = tuple(sources(kind.operand_of(node))), _module(node)
         if issubclass(kind, ScaledNorm) and (not module or module not in computing):
             continue
-        if not module:
-            module = _named(stored)
+        if not listed(node.metadata_props.get(SCOPES)):
+            module = _whole_name(module, _named(stored))
         if module:
             spot = Spot(node, kind, {"path": (f"{module}.weight",)}, kind.stored_shape(node), stored)
             spots_by_module.setdefault(module, []).append(spot)
+    # A node of `norm_1` that reads the same vector as `norm` is a later call of `norm`.
+    for name, spots in list(spots_by_module.items()):
+        first = spots_by_module.get(_CALL.sub("", name), spots)
+        if first is not spots and first[0].sources == spots[0].sources:
+            first += spots
     return spots_by_module
+
+
+def _whole_name(module: str, named: str) -> str:
+    """Return a norm's module name, given the names from its node and from its weight; either may be empty.
+
+    torch's older exporter omits modules that are not called, such as a ModuleDict, from a node's name, and then adds a
+    number to equal names. So `norm` may be the name of `down.norm`, and `norm_1` that of `norm`.
+    """
+    agree = any(same_end(named, name) for name in (module, _CALL.sub("", module)))
+    return named if not module or (named and agree) else module
 
 
 def _inside(node: ir.Node) -> str:
@@ -188,10 +205,11 @@ def norms_at(
         Unsupported: the graph stores the vector as `1 + weight`; or it may do so, and there is no base weight to
             compare with.
     """
+    names_of_others = NamesByEnd(others)
     wanted = [
         target for target, updates in adapter.updates.items()
         if all(update.kind in ("additive", "weight") for update in updates) and not target.rows and not target.stacked
-        and not any(same_end(name, f"{target.path}.weight") for name in others)
+        and not names_of_others.of(f"{target.path}.weight")
     ]  # fmt: skip
     norms = norms_of(model) if wanted else {}
     places: dict[Target, ResolvedTarget] = {}
@@ -229,7 +247,10 @@ def _resolved(
 
 def _check_numbers(target: Target, spots: Sequence[Spot], base: Checkpoint | None) -> None:
     """Compare a norm's vector with the base's weight, because some exporters store `1 + weight`."""
-    name = None if base is None else next((n for n in base.tensors if same_end(n, f"{target.path}.weight")), None)
+    full_name = f"{target.path}.weight"
+    name = full_name if base is not None and full_name in base.tensors else None
+    if base is not None and name is None:
+        name = next((other for other in base.tensors if same_end(other, full_name)), None)
     if base is None or name is None:
         if any(issubclass(spot.kind, UNSHIFTED) for spot in spots):
             why = "the graph may store this norm's weight as 1 + weight"

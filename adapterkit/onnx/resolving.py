@@ -359,16 +359,37 @@ def _modules(model: ir.Model, adapter: Adapter, known: Known) -> dict[Target, Re
 def spots_of(model: ir.Model) -> list[Spot]:
     """Return all layers of a graph, including those in subgraphs."""
     nodes = list(nodes_of(model))
-    containers = _containers(nodes)
+    containers, numbered = _containers(nodes), _numbered(nodes)
     spots = []
     for node in nodes:
         for kind in kinds_of(node):
             stored = tuple(sources(kind.operand_of(node)))
-            names = _names(node, kind, stored, containers)
+            names = _names(node, kind, stored, containers, numbered)
             first, second, *rest = kind.stored_shape(node)
             shape = (second, first, *rest) if kind.turns(node) else (first, second, *rest)  # [out, in, *k]
             spots.append(Spot(node, kind, names, shape, stored))
     return spots
+
+
+def _numbered(nodes: Sequence[ir.Node]) -> dict[str, str]:
+    """Return a map from numbered module paths in node names, such as `q_1`, to the modules that parameters show.
+
+    torch's older exporter numbers equal names. Names may only be equal because they lack a container, which is never
+    called: if `/q/Add` belongs to `down.q`, the module `q` may have the node `/q_1/Add`, which reads `q.bias`. A
+    parameter that several nodes read shows nothing: the exporter stores equal parameters once.
+    """
+    modules_by_path: dict[str, set[str]] = {}
+    for node in nodes:
+        path = dotted((node.name or "").rpartition("/")[0])
+        plain = plain_call(path)
+        for value in node.inputs if plain != path else ():
+            if value is None or value.name is None or value.producer() is not None or not is_constant(value):
+                continue
+            module = value.name.rpartition(".")[0]
+            shows = module and same_end(module, plain) and not same_end(module, path)
+            if shows and len(list(value.uses())) == 1:
+                modules_by_path.setdefault(path, set()).add(module)
+    return {path: module for path, modules in modules_by_path.items() if len(modules) == 1 for module in modules}
 
 
 def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
@@ -418,7 +439,11 @@ def _refuse(adapter: Adapter) -> None:
 
 
 def _names(
-    node: ir.Node, kind: type[GraphLayer], stored: Sequence[ir.Value], containers: Mapping[str, str]
+    node: ir.Node,
+    kind: type[GraphLayer],
+    stored: Sequence[ir.Value],
+    containers: Mapping[str, str],
+    numbered: Mapping[str, str],
 ) -> dict[str, tuple[str, ...]]:
     if issubclass(kind, Experts) or EXPERT in node.metadata_props:
         return {}  # `in_experts` finds a name for each part of an expert.
@@ -435,7 +460,7 @@ def _names(
         "scopes": () if is_norm(node) else _scope_names(node),
         "folded_from": tuple(n for value in stored for n in listed(value.metadata_props.get(_FOLDED))),
         "initializer": tuple(_MARK.sub(".weight", value.name) for value in stored if value.name),
-        "path": _path_names(node.name or "", containers),
+        "path": _path_names(node.name or "", containers, numbered),
     }
     return {method: texts for method, texts in names.items() if texts}
 
@@ -444,10 +469,12 @@ def _scope_names(node: ir.Node) -> tuple[str, ...]:
     return tuple(f"{module}.weight" for module in listed(node.metadata_props.get(SCOPES))[-2:-1] if module)
 
 
-def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
+def _path_names(name: str, containers: Mapping[str, str], numbered: Mapping[str, str]) -> tuple[str, ...]:
     if not name.startswith("/") or not _OPERATION.search(name):
         return ()
     path = dotted(_OPERATION.sub("", name))
+    if path in numbered:
+        return (f"{numbered[path]}.weight",)
     words = path.split(".")
     above = (".".join(words[:stop]) for stop in range(len(words), 0, -1))
     prefix = next((containers[each] for each in above if each in containers), "")

@@ -20,7 +20,7 @@ from ..io.inputs import decimal_number
 from ..io.lazy import as_array
 from ..naming.architectures import Architecture, WeightPlace, architecture_of
 from ..naming.binding.moving import moved
-from ..naming.moves import Move, PathPart, same_end
+from ..naming.moves import Move, NamesByEnd, PathPart
 from .experts import LAYER, ExpertStack, holds_experts, layer_of, path_of, stacks_of, stem_of, unknown_layout
 from .operands import nodes_of
 from .reading import GENAI_TYPE
@@ -134,12 +134,16 @@ def compare_experts(places: Sequence[ResolvedTarget], whole: Mapping[Target, Tar
         TargetNotFound: an expert's weight differs from the base's weight by more than quantization explains.
     """
     read: dict[tuple[str, int], Array] = {}
+    by_path: dict[str, list[str]] = {}
+    for name in base.tensors:
+        by_path.setdefault(name.removesuffix(".weight"), []).append(name)
+    paths = NamesByEnd(by_path)
     weights: dict[tuple[ir.Node, object], Array] = {}
     for place in places:
         asked = whole.get(place.asked)
         if asked is None or place.target.rows is None:
             continue
-        names = [name for name in base.tensors if same_end(name.removesuffix(".weight"), asked.path)]
+        names = [name for path in paths.of(asked.path) for name in by_path[path]]
         if len(names) != 1 or not base.tensors[names[0]].dtype.floating:
             continue
         number, spot = int(place.target.path.split(".")[-2]), place.spots[0]

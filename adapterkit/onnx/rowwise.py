@@ -21,6 +21,7 @@ from .building import Array, Building
 from .fused_nodes import Attention
 from .integer_layers import DynamicQuantizeMatMul, MatMulIntegerToFloat, QAttention, QLinearMatMul
 from .layers import Gemm, MatMul
+from .operands import attribute
 from .packed import MatMulInteger, MatMulNBits
 from .slots import RECORD, SlotRecord, SlotUpdate, fixed_attributes
 from .values import Value
@@ -98,19 +99,30 @@ class RowSlots:
         shape = x.value.shape if x.value.shape is not None else self.shapes.get(x.value.name or "")
         sizes = None if shape is None else len(shape)
         flat = sizes == 2
-        if (sizes is not None and sizes not in (2, 3)) or (flat and not _is_batch(x.value, shape, self.building.model)):
+        # A Gemm with transA reads its rows from the second axis.
+        across = layer.node is not None and bool(attribute(layer.node, "transA", 0))
+        known = _is_batch(x.value, shape, int(across), self.building.model)
+        if (sizes is not None and sizes not in (2, 3)) or ((flat or across) and not known):
             why = (
-                "--mode rows (mode='rows') needs a layer input with 3 axes, or with 2 axes of which the first is known "
-                f"to be the batch; the input of this layer has {sizes} axes"
+                "--mode rows (mode='rows') needs a layer input with 3 axes, or with 2 axes of which the "
+                f"{'second' if across else 'first'} is known to be the batch; the input of this layer has {sizes} axes"
             )
             raise Unsupported(why, where=str(place.asked), cure="Inject the adapter with --mode slots (mode='slots')")
         one = self.building.literal(np.array([1]))
-        rows = branch.node("Unsqueeze", [x.value, one], None, x.dtype, None) if flat else x.value
+        rows = branch.node("Transpose", [x.value], {"perm": [1, 0]}, x.dtype, None) if across else x.value
+        rows = branch.node("Unsqueeze", [rows, one], None, x.dtype, None) if flat else rows
+        if sizes is None:
+            # The number of axes is unknown, as in the body of a Loop. Merge the axes between batch and channels.
+            three = self.building.literal(np.array([0, -1, layer.shape[1]]))
+            rows = branch.node("Reshape", [rows, three], None, x.dtype, None)
         for name in ("A", "B"):
             chosen = branch.node("Gather", [slots[name], self.index], {"axis": 0}, layer.dtype, None)
             rows = branch.node("MatMul", [rows, chosen], None, layer.dtype, None)
         rows = branch.node("Squeeze", [rows, one], None, layer.dtype, None) if flat else rows
         before: Value = seen(seen.x)
+        if sizes is None:
+            whole = branch.node("Shape", [before.value], None, np.int64, None)
+            rows = branch.node("Reshape", [rows, whole], None, layer.dtype, None)
         total = branch.node("Add", [before.value, rows], None, layer.dtype, None)
         return Value(branch, before.sizes, np.dtype(layer.dtype), total)
 
@@ -179,17 +191,17 @@ def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
     return {out.name: out.shape for out in outputs if out.name is not None and out.shape is not None}
 
 
-def _is_batch(value: ir.Value, shape: ir.Shape | None, model: ir.Model) -> bool:
-    """Whether the first axis of a value with two axes is the batch, rather than the tokens of all texts together.
+def _is_batch(value: ir.Value, shape: ir.Shape | None, axis: int, model: ir.Model) -> bool:
+    """Whether an axis of a value with two axes is the batch, rather than the tokens of all texts together.
 
-    The first axis is the batch if the value is an input of the graph. Otherwise, both of these must hold: its size is
-    dynamic and has a name, and an input of the graph with two or more axes has a first axis with the same name. Two
+    The first axis is the batch if the value is an input of the graph. Otherwise, both of these must hold: the axis has
+    a dynamic size with a name, and an input of the graph with two or more axes has a first axis with the same name. Two
     dynamic sizes without a name may differ.
     """
     if value in model.graph.inputs:
-        return True
-    first = None if shape is None else shape[0]
-    name = None if first is None or isinstance(first, int) else first.value
+        return axis == 0
+    size = None if shape is None or len(shape) <= axis else shape[axis]
+    name = None if size is None or isinstance(size, int) else size.value
     batches = (one.shape[0] for one in model.graph.inputs if one.shape is not None and len(one.shape) > 1)
     return name is not None and any(not isinstance(size, int) and size.value == name for size in batches)
 

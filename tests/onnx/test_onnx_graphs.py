@@ -53,6 +53,7 @@ def test_a_layer_in_the_branches_of_an_if(tmp_path):
     for change in (ak.onnx.inject, ak.onnx.merge):
         report = change(path, ADAPTER, tmp_path / "out.onnx")
         assert len(report.found[0].spots) == 2
+        assert "the branch" not in (report.note or "")  # The check runs both branches.
         for sign, chosen in ((-1, True), (1, False)):
             got = graphs.run(tmp_path / "out.onnx", X, c=np.array(chosen))
             np.testing.assert_allclose(got, sign * (X @ W + DELTA), rtol=1e-4, atol=1e-4)
@@ -621,3 +622,29 @@ def test_a_graph_that_onnxruntime_optimized_before_can_be_optimized_again(tmp_pa
     assert abs(graphs.run(out, x.numpy()) - wanted).max() <= 1e-5 * abs(wanted).max()
     ak.onnx.eject(out, tmp_path / "back.onnx")
     assert (tmp_path / "back.onnx").read_bytes() == (tmp_path / "base.onnx").read_bytes()
+
+
+class Containers(nn.Module):
+    """Two layers `q`: torch's older exporter names their nodes `/q/MatMul` and `/q_1/MatMul`."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.q = nn.ModuleDict({"q": nn.Linear(16, 16)}), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.q(self.down["q"](x).tanh())
+
+
+@pytest.mark.parametrize("target", ["q", "down.q"])
+def test_a_layer_whose_name_lacks_its_container(target, tmp_path):
+    torch.manual_seed(0)
+    module, x = Containers().eval(), torch.from_numpy(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x,), tmp_path / "base.onnx", dynamo=False, input_names=["x"], opset_version=17)
+    square = METHODS["lora"](A=A, B=torch.cat([B, -B]), scaling=0.5)
+    ak.onnx.inject(tmp_path / "base.onnx", Adapter({Target(target): (square,)}), tmp_path / "out.onnx")
+    with torch.no_grad():
+        module.get_submodule(target).weight += 0.5 * torch.cat([B, -B]) @ A
+        wanted = module(x).numpy()
+    np.testing.assert_allclose(graphs.run(tmp_path / "out.onnx", X), wanted, rtol=1e-4, atol=1e-4)

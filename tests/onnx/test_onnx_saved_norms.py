@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -15,6 +16,7 @@ import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import ShapeMismatch, TargetNotFound, Unsupported
 from adapterkit.methods import METHODS
+from adapterkit.onnx.norm_layers import norms_at
 
 WIDE = 8
 X = torch.randn(2, 3, WIDE, generator=torch.Generator().manual_seed(0))
@@ -74,6 +76,40 @@ def replaced(model, name):
         wanted = model(X).numpy()
         model.load_state_dict(before)
     return Adapter({Target(name): (METHODS["replacement"](**held),)}), wanted
+
+
+class Stages(nn.Module):
+    """A last norm, whose name is the end of another norm's name, as in Swin; torch's exporter drops the word `down`."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.norm = nn.ModuleDict({"norm": nn.LayerNorm(WIDE)}), nn.LayerNorm(WIDE)
+        nn.init.normal_(self.down["norm"].weight)
+
+    def forward(self, x):
+        return self.norm(self.down["norm"](x).tanh())
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDE)
+
+    def forward(self, x):
+        return self.norm(self.norm(x).tanh())
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["no base", "base"])
+@pytest.mark.parametrize(("kind", "name"), [(Stages, "norm"), (Stages, "down.norm"), (Twice, "norm")])
+def test_norms_whose_names_in_the_graph_are_not_whole(kind, name, given, tmp_path):
+    model, path, base = kind().eval(), tmp_path / "model.onnx", tmp_path / "base.safetensors"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (X,), path, dynamo=False, input_names=["x"], opset_version=17)
+    save_file(model.state_dict(), base)
+    adapter, wanted = replaced(model, name)
+    ak.onnx.inject(path, adapter, tmp_path / "out.onnx", base_weights=base if given else None)
+    np.testing.assert_allclose(ran(tmp_path / "out.onnx"), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dynamo", [True, False], ids=["newer", "older"])
@@ -155,3 +191,20 @@ def test_norms_that_an_optimizer_fused(tmp_path, operator, mode):
     assert report.difference < 1e-5
     feeds = ak.onnx.fit(out, adapter, base_weights=base) if mode == "slots" else {}
     np.testing.assert_allclose(ran(out, **feeds), wanted, atol=1e-5)
+
+
+def test_many_targets_read_the_names_of_layers_once():
+    class Counted(dict):
+        times = 0
+
+        def __iter__(self):
+            self.times += 1
+            return super().__iter__()
+
+    names = [f"layers.{number}.q" for number in range(40)]
+    factors = {"A": torch.ones(1, 4), "B": torch.ones(4, 1)}
+    adapter = Adapter({Target(name): (METHODS["lora"](**factors, scaling=1.0),) for name in names})
+    layers = Counted({f"model.{name}.weight": None for name in names})
+    empty = helper.make_model(helper.make_graph([], "g", [], []))
+    assert norms_at(ir.from_proto(empty), adapter, layers, None) == {}
+    assert layers.times <= 2

@@ -191,6 +191,34 @@ def test_two_dynamic_sizes_without_a_name_may_differ(tmp_path):
         ak.onnx.inject(tmp_path / "flat.onnx", adapter(), tmp_path / "out.onnx", mode="rows")
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_rows_of_a_gemm_that_transposes_its_input(tmp_path, direct):
+    """The batch is the second axis of the input: behind a Transpose of the batch, or of an input of the graph."""
+    linear = helper.make_node("Gemm", ["x" if direct else "t", "W", "b"], ["y"], name="/fc/Gemm", transA=1, transB=1)
+    turn = [] if direct else [helper.make_node("Transpose", ["x"], ["t"])]
+    W, b = np.random.default_rng(1).normal(size=(5, 4)).astype("f4"), np.arange(5, dtype="f4")
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)
+            for name, sizes in (("x", [4, "batch"] if direct else ["batch", 4]), ("y", ["batch", 5])))  # fmt: skip
+    held = [numpy_helper.from_array(W, "W"), numpy_helper.from_array(b, "b")]
+    made = helper.make_graph([*turn, linear], "g", [x], [y], held)
+    base = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), base)
+    rng = np.random.default_rng(2)
+    update = METHODS["lora"](A=torch.tensor(rng.normal(size=(2, 4))), B=torch.tensor(rng.normal(size=(5, 2))))
+    one = Adapter({Target("fc"): (update,)})
+    if direct:
+        with pytest.raises(Unsupported, match="of which the second is known to be the batch"):
+            ak.onnx.inject(base, one, tmp_path / "rows.onnx", mode="rows")
+        return
+    ak.onnx.inject(base, one, tmp_path / "rows.onnx", mode="rows")
+    session = ak.onnx.Session(tmp_path / "rows.onnx", {"a": one})
+    rows = rng.normal(size=(3, 4)).astype("f4")
+    got = session.run({"x": rows}, ["a", None, "a"])["y"]
+    new = W + (update.tensors["B"] @ update.tensors["A"]).numpy() * update.scaling
+    want = np.stack([rows[0] @ new.T, rows[1] @ W.T, rows[2] @ new.T]) + b
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_that_are_not_the_first_axis_are_found_out(tmp_path):
     """Time before batch: the index would go along the tokens."""
     base = graph(tmp_path)
@@ -267,3 +295,31 @@ def test_weights_of_a_run_are_finite_numbers(weight, tmp_path):
     with pytest.raises(UsageError, match="not a finite number"):
         session.run({"x": batch(2)}, {"a": weight})
     assert session.run({"x": batch(2)}, {"a": np.float32(0.5)}, outputs=[]) == {}
+
+
+def test_rows_in_the_body_of_a_loop(tmp_path):
+    """The body's input has no declared number of axes; here it has two."""
+    body = helper.make_graph(
+        [helper.make_node("MatMul", ["h", "W"], ["new"], name="/fc/MatMul"),
+         helper.make_node("Identity", ["c"], ["d"])],
+        "body",
+        [helper.make_tensor_value_info("i", TensorProto.INT64, []), helper.make_tensor_value_info("c", 9, []),
+         helper.make_tensor_value_info("h", 1, None)],
+        [helper.make_tensor_value_info("d", 9, []), helper.make_tensor_value_info("new", 1, None)],
+        [numpy_helper.from_array(np.ascontiguousarray(weight(Q).T), "W")],
+    )  # fmt: skip
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", SIZE]) for name in "xy")
+    times = numpy_helper.from_array(np.array(2, np.int64), "times")
+    made = helper.make_graph([helper.make_node("Loop", ["times", "", "x"], ["y"], body=body)], "g", [x], [y], [times])
+    base = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), base)
+    one = adapter(names=("fc",))
+    ak.onnx.inject(base, one, tmp_path / "rows.onnx", mode="rows")
+    (update,) = one.updates[Target("fc")]
+    W = weight(Q).astype("f8")
+    new = update.map(lambda leaf: leaf.numpy().astype("f8")).new_weight(W)
+    session, rows = ak.onnx.Session(tmp_path / "rows.onnx", {"a": one}), batch(3)[:, 0]
+    got = session.run({"x": rows}, ["a", None, "a"])["y"]
+    want = np.stack([row @ used.T @ used.T for row, used in zip(rows.astype("f8"), (new, W, new), strict=True)])
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(session.run({"x": rows})["y"].shape, (3, SIZE))
