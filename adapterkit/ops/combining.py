@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from ..core.adapter import Adapter
-from ..core.arguments import check_count
+from ..core.arguments import check_count, checks_types
 from ..errors import PASS_AN_ADAPTER, PASS_BASE, UsageError
 from ..io.checkpoint import opened
 from ..io.computed import Spool, rounded_lazy
@@ -516,6 +516,7 @@ def _scaling(updates: Sequence[Update]) -> float | None:
     return getattr(updates[0], "scaling", None) if len(updates) == 1 else None
 
 
+@checks_types
 def combine(
     adapters: Sequence[Source],
     method: str = "linear",

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypeAlias, cast
 
 from ..core.adapter import Adapter
+from ..core.arguments import checks_types
 from ..errors import AdapterkitError, Unsupported, UsageError, nearest, shown
 from ..io.checkpoint import fingerprint, opened
 from ..io.locations import local
@@ -169,6 +170,7 @@ COUNT, LENGTH = 64, 256
 a small model takes seconds."""
 
 
+@checks_types
 def search(
     adapters: Sequence[Source],
     data: Score | str | PathLike[str],
