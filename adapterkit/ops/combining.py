@@ -594,6 +594,8 @@ def combine(
     """
     if isinstance(adapters, (str, PathLike, Adapter)):
         raise UsageError("a single adapter was given instead of a list", cure="Pass a list of adapters")
+    adapters = list(adapters)  # An iterator can be read only once.
+    each = None if each is None else list(each)
     check_count(workers, "workers", "workers=N")
     name, values = resolved(method, compat, len(adapters))
     values |= parameters

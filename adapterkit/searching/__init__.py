@@ -232,7 +232,8 @@ def search(
         >>> found = ak.search(["math", "code"], "validation.jsonl", base="base", budget=30)
         >>> print(found.recipe())
     """
-    if isinstance(adapters, (str, PathLike, Adapter)) or len(adapters) < 2:
+    adapters = list(adapters)  # An iterator can be read only once.
+    if len(adapters) < 2:
         raise UsageError("a search needs at least two adapters", where="adapters", cure="Pass two adapters or more")
     numbers: Any = (seed, most)
     seed, most = (value.item() if hasattr(value, "item") else value for value in numbers)  # numbers of numpy

@@ -1,4 +1,4 @@
-"""Public functions refuse arguments of wrong types, before any work, and go on taking what does the same as the type."""
+"""Public functions refuse arguments of wrong types before any work, and take what does the same as the type."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ def public(module: ModuleType, prefix: str = "") -> Iterator[tuple[str, Callable
                     yield f"{prefix}{name}.{own}", method
 
 
-ANYTHING = ("object", "object | None", "npt.ArrayLike", "Mapping[str, npt.ArrayLike] | npt.ArrayLike", "Spaces", "OrtBinding")
+ANYTHING = (
+    "object", "object | None", "npt.ArrayLike", "Mapping[str, npt.ArrayLike] | npt.ArrayLike", "Spaces", "OrtBinding",
+)  # fmt: skip
+"""Annotations that say nothing, or whose values the functions check themselves."""
+
 FUNCTIONS = dict(public(ak))
 ARGUMENTS = [
     (name, parameter.name, parameter.kind)
@@ -49,11 +53,9 @@ ARGUMENTS = [
 def test_a_wrong_type_is_refused_with_what_to_pass(name: str, argument: str, kind: Any) -> None:
     """The check precedes all others, so no other argument is needed."""
     function, wrong = FUNCTIONS[name], type("Wrong", (), {})()
+    args, kwargs = ((wrong,), {}) if kind is inspect.Parameter.VAR_POSITIONAL else ((), {argument: wrong})
     with pytest.raises(UsageError) as refused:
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            function(wrong)
-        else:
-            function(**{argument: wrong})
+        function(*args, **kwargs)
     assert refused.value.where == argument
     assert refused.value.cure is not None
     assert f"{argument}=" in refused.value.cure or kind is inspect.Parameter.VAR_POSITIONAL
@@ -73,13 +75,15 @@ def example(
     names: list[str] | tuple[str, ...] = (), table: dict[str, int] | None = None,
 ) -> str:  # fmt: skip
     """The docstring."""
+    del rest, path, share, whole, on, names, table
     return one
 
 
 @pytest.mark.parametrize(
     "given",
     [
-        {"share": np.float32(0.5)}, {"share": torch.tensor(0.5)}, {"share": 10**400}, {"share": 1}, {"whole": np.int64(3)},
+        {"share": np.float32(0.5)}, {"share": torch.tensor(0.5)}, {"share": 10**400}, {"share": 1},
+        {"whole": np.int64(3)},
         {"whole": 5e9}, {"whole": torch.tensor(3)}, {"on": np.bool_(True)}, {"on": 1}, {"path": Path("a")},
         {"names": iter(["a"])}, {"names": (name for name in "ab")}, {"names": {"a"}}, {"names": np.array(["a"])},
         {"names": None}, {"names": []}, {"table": None}, {"table": {"a": 1}},
@@ -94,7 +98,8 @@ def test_what_does_the_same_as_the_type_passes(given: dict[str, Any]) -> None:
     "given",
     [
         {"share": "1"}, {"share": np.ones(2)}, {"share": None}, {"whole": 2.5}, {"whole": float("nan")}, {"whole": "1"},
-        {"on": "no"}, {"on": 2}, {"path": b"a"}, {"path": 3}, {"names": "ab"}, {"names": [3]}, {"names": np.ones(2)}, {"names": 3},
+        {"on": "no"}, {"on": 2}, {"path": b"a"}, {"path": 3}, {"names": "ab"}, {"names": [3]}, {"names": 3},
+        {"names": np.ones(2)},
         {"table": {"a": "b"}}, {"table": {1: 1}}, {"table": []},
     ],
     ids=str,
