@@ -77,6 +77,7 @@ def check_count(value: object, name: str, flag: str) -> None:
 _ALIASES = {
     "Adapters": "Source | Sequence[Source] | Mapping[str, Source] | None",
     "Base": "Checkpoint | str | PathLike[str]",
+    "Feeds": "Mapping[str, Array]",
     "Licence": "Mapping[str, str]",
     "Model": "ir.Model | str | PathLike[str]",
     "Progress": "Callable[..., object]",
@@ -90,13 +91,14 @@ _ALIASES = {
 """What the aliases mean that modules define only for type checkers, because the imports for them are slow."""
 
 _CURES = {
+    "options": "Pass options=adapterkit.MergeOptions(...)",
     "memory": "Pass --memory (memory=) as a number of bytes, such as 5 << 30",
     "shard_size": "Pass --shard-size (shard_size=) as a number of bytes, such as 5 << 30",
     "weights": PASS_ONE_WEIGHT_EACH,
 }
 """What to pass for arguments whose annotation does not tell it."""
 
-_UNCHECKED = {"Any", "Array", "ArrayLike", "Provider", "Setting", "Spaces", "object"}
+_UNCHECKED = {"Any", "Array", "ArrayLike", "JsonValue", "Provider", "Setting", "Spaces", "object"}
 """Names of types whose values the functions check themselves."""
 
 _LISTS = {"Sequence", "Iterable", "Collection", "Set", "list", "tuple", "set"}
@@ -109,6 +111,7 @@ class _Type:
     def __init__(self, one: str, many: str, test: Callable[[Any], bool], *exact: type) -> None:
         self.one, self.many, self.test = one, many, test
         self.exact = frozenset(exact)
+        self.absent = False
 
     def passes(self, value: object) -> bool:
         return type(value) in self.exact or self.test(value)
@@ -161,6 +164,8 @@ _SCALARS = {
     "type": _Type("a class", "classes", lambda value: isinstance(value, type), type),
 }
 _ANYTHING = _Type("", "", lambda _: True)
+_ABSENT = _Type("None", "None", lambda value: value is None, type(None))
+"""None for a list that is empty by default. Both mean that nothing is chosen, so the function gets the empty list."""
 
 
 def _type_of(annotation: object, names: Mapping[str, object]) -> _Type:
@@ -182,7 +187,9 @@ def _parsed(node: ast.expr, names: Mapping[str, object]) -> _Type:
     if name in _UNCHECKED:
         return _ANYTHING
     if name in _LISTS:
-        return _list_of(_parsed(inner[0], names) if inner else _ANYTHING)
+        elements = [_parsed(part, names) for part in inner if ast.unparse(part) != "..."]
+        alike = len({each.one for each in elements}) == 1  # A tuple of different elements is not checked further.
+        return _list_of(elements[0] if alike else _ANYTHING)
     if name in _MAPPINGS:
         return _mapping_of(*(_parsed(part, names) for part in inner)) if inner else _mapping_of(_ANYTHING, _ANYTHING)
     if name in _SCALARS:
@@ -219,6 +226,7 @@ def _union(types: Sequence[_Type]) -> _Type:
     path = _SCALARS["PathLike"] in types
     said = [each for each in types if not (path and each is _SCALARS["str"])]
     union = _Type("", "", lambda value: any(each.passes(value) for each in types))
+    union.absent = _ABSENT in types
     union.exact = frozenset().union(*(each.exact for each in types))
     ones = list(dict.fromkeys(each.one for each in said))
     union.one = " or ".join([", ".join(ones[:-1]), ones[-1]] if len(ones) > 1 else ones)
@@ -256,7 +264,8 @@ def _refuse(name: str, value: object, type_: _Type) -> NoReturn:
         cure = f"Pass {name}=True or {name}=False"
     else:
         cure = _CURES.get(name, f"Pass {name}= as {type_.one}")
-    raise UsageError(f"{name} {shown(value)} is not {type_.one}", where=name, cure=cure)
+    verb = "are" if name.endswith("s") and type_.one.startswith("a list") else "is"
+    raise UsageError(f"{name} {shown(value)} {verb} not {type_.one}", where=name, cure=cure)
 
 
 def _types_of(function: Callable[..., Any]) -> tuple[list[_Type], _Type | None, dict[str, _Type], list[str]]:
@@ -269,8 +278,8 @@ def _types_of(function: Callable[..., Any]) -> tuple[list[_Type], _Type | None, 
         type_ = _ANYTHING
         if parameter.annotation is not parameter.empty and kind is not parameter.VAR_KEYWORD:
             type_ = _type_of(parameter.annotation, function.__globals__)
-            if parameter.default == ():  # None and an empty list mean the same: nothing is chosen.
-                type_ = _union([type_, _SCALARS["None"]])
+            if parameter.default == () and type_ is not _ANYTHING:
+                type_ = _union([type_, _ABSENT])
         if kind is parameter.VAR_POSITIONAL:
             rest = type_
         elif kind is not parameter.VAR_KEYWORD:
@@ -306,7 +315,9 @@ def checks_types(function: F) -> F:
                 _refuse(order[min(position, len(places))], value, type_)
         for name, value in kwargs.items():
             type_ = named.get(name)
-            if type_ is not None and type(value) not in type_.exact and not type_.test(value):
+            if value is None and type_ is not None and type_.absent:
+                kwargs[name] = ()
+            elif type_ is not None and type(value) not in type_.exact and not type_.test(value):
                 _refuse(name, value, type_)
         return function(*args, **kwargs)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -592,8 +591,6 @@ def combine(
         ShapeMismatch: the adapters were made for different weights.
         Malformed: a tensor contains a NaN or an infinity.
     """
-    if isinstance(adapters, (str, PathLike, Adapter)):
-        raise UsageError("a single adapter was given instead of a list", cure="Pass a list of adapters")
     adapters = list(adapters)  # An iterator can be read only once.
     each = None if each is None else list(each)
     check_count(workers, "workers", "workers=N")

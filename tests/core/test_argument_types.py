@@ -121,6 +121,14 @@ def test_arguments_by_position_are_checked() -> None:
     assert [*inspect.signature(example).parameters][:2] == ["one", "rest"]
 
 
+def test_none_for_a_list_that_is_empty_by_default_is_the_empty_list() -> None:
+    @checks_types
+    def chosen(*, names: list[str] | tuple[str, ...] = ()) -> object:
+        return names
+
+    assert chosen(names=None) == ()  # type: ignore[arg-type]
+
+
 def test_options_of_a_merge_are_checked(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Pass allow_partial=True"):
         ak.MergeOptions(allow_partial="no")  # type: ignore[arg-type]
