@@ -236,7 +236,9 @@ def _union(types: Sequence[_Type]) -> _Type:
 
 def _list_of(element: _Type) -> _Type:
     def test(value: object) -> bool:
-        if hasattr(value, "dtype") and hasattr(value, "tolist"):  # An array of numbers is no list of texts.
+        if (
+            element is not _ANYTHING and hasattr(value, "dtype") and hasattr(value, "tolist")
+        ):  # An array of numbers is no list of texts.
             value = value.tolist()
         if isinstance(value, list | tuple):
             return element is _ANYTHING or all(map(element.passes, value))
