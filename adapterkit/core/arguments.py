@@ -227,7 +227,7 @@ def _union(types: Sequence[_Type]) -> _Type:
     said = [each for each in types if not (path and each is _SCALARS["str"])]
     union = _Type("", "", lambda value: any(each.passes(value) for each in types))
     union.absent = _ABSENT in types
-    union.exact = frozenset().union(*(each.exact for each in types))
+    union.exact = frozenset[type]().union(*(each.exact for each in types))
     ones = list(dict.fromkeys(each.one for each in said))
     union.one = " or ".join([", ".join(ones[:-1]), ones[-1]] if len(ones) > 1 else ones)
     union.many = " or ".join(dict.fromkeys(each.many for each in said))
@@ -236,9 +236,8 @@ def _union(types: Sequence[_Type]) -> _Type:
 
 def _list_of(element: _Type) -> _Type:
     def test(value: object) -> bool:
-        if (
-            element is not _ANYTHING and hasattr(value, "dtype") and hasattr(value, "tolist")
-        ):  # An array of numbers is no list of texts.
+        # An array of numbers is not a list of texts.
+        if element is not _ANYTHING and hasattr(value, "dtype") and hasattr(value, "tolist"):
             value = value.tolist()
         if isinstance(value, list | tuple):
             return element is _ANYTHING or all(map(element.passes, value))
@@ -274,7 +273,9 @@ def _types_of(function: Callable[..., Any]) -> tuple[list[_Type], _Type | None, 
     """Return the types of the positional parameters, of `*args`, of all named parameters, and all names."""
     function = unwrap(function)
     places: list[_Type] = []
-    rest, named, order = None, {}, []
+    rest: _Type | None = None
+    named: dict[str, _Type] = {}
+    order: list[str] = []
     for name, parameter in signature(function).parameters.items():
         kind = parameter.kind
         type_ = _ANYTHING
