@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from .core.adapter import Adapter, check_adapter
+from .core.arguments import checks_types
 from .core.tables import html_table
 from .destination import Destination, WriteResult
 from .errors import PASS_AN_ADAPTER, ShapeMismatch, TargetNotFound, UsageError, nearest, places_errors, public
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .reporting.report import AdapterReport
 
 
+@checks_types
 def convert(
     src: str | PathLike[str],
     dst: str | PathLike[str],
@@ -150,6 +152,7 @@ def base_warnings(sources: Iterable[str], adapters: Iterable[Adapter], base: Che
     return [f"{why}{TO_REFUSE}" for why in differences]
 
 
+@checks_types
 def inspect(
     src: Adapter | Checkpoint | str | PathLike[str],
     *,
@@ -205,6 +208,7 @@ def inspect(
     return Inspection(data["kind"], data["path"], data)
 
 
+@checks_types
 @places_errors
 def names(
     base: Checkpoint | str | PathLike[str],
@@ -270,6 +274,7 @@ class NameMap(dict[str, Any]):
         return html_table(repr(self), keys, [[row.get(key) for key in keys] for row in rows])
 
 
+@checks_types
 @places_errors
 def report(
     adapters: Adapter | str | PathLike[str] | Sequence[Adapter | str | PathLike[str]],

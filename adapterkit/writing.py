@@ -17,6 +17,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from .core.adapter import Adapter, check_adapter
+from .core.arguments import checks_types
 from .core.updates import Additive
 from .errors import AdapterkitError, Miswritten, NotMergeable, Unrepresentable, UsageError
 from .formats import FORMATS, save
@@ -54,6 +55,7 @@ Promoted = tuple["Target", "Update", str]
 """The promotion of one target: the target, the new update that replaces all updates there, and a line for the user."""
 
 
+@checks_types
 def write(
     adapter: Adapter,
     path: str | PathLike[str],

@@ -26,6 +26,7 @@ from ..errors import (
     shown,
 )
 from ..io.lazy import as_lazy, as_torch, files_kept_open
+from .arguments import checks_types
 from .tables import counts, html_table
 from .updates import Update
 
@@ -221,6 +222,7 @@ class Adapter:
         ranks = {update.dims(target.stacked).get("r") for target, update in self}
         return tuple(sorted(rank for rank in ranks if isinstance(rank, int)))
 
+    @checks_types
     def map(self, f: Callable[[Leaf], Leaf]) -> Adapter:
         """Return a copy with each tensor `t` replaced by f(t). If updates share a tensor, f is called once for it."""
         seen: dict[int, Leaf] = {}
@@ -236,14 +238,17 @@ class Adapter:
             updates={target: tuple(u.map(once) for u in updates) for target, updates in self.updates.items()}
         )
 
+    @checks_types
     def load(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """Return a copy with torch tensors on `device`. If `dtype` is given, cast floating-point tensors to it."""
         return self.map(lambda leaf: as_torch(leaf, device, dtype))
 
+    @checks_types
     def replace(self, **changes: Unpack[AdapterChanges]) -> Adapter:
         """Return a copy of the adapter with the given fields replaced."""
         return dataclasses.replace(self, **changes)
 
+    @checks_types
     def step(self, op: str, **args: JsonValue) -> Adapter:
         """Return a copy of the adapter with one more step in its lineage."""
         return self.replace(recipe=(*self.recipe, Step(op, args)))
@@ -297,6 +302,7 @@ class Adapter:
                 except AdapterkitError as error:
                     raise _placed(error, target, update).at(path=update.file) from None
 
+    @checks_types
     def find(self, path: str) -> dict[Target, tuple[Update, ...]]:
         """Return the targets whose dotted path is `path`, each with its updates.
 
@@ -327,6 +333,7 @@ class Adapter:
                     digest.update(tensor.fetch())
         return digest.hexdigest()
 
+    @checks_types
     def bind(self, base: Checkpoint | str | PathLike[str], *, rename: str | Sequence[str] = ()) -> Adapter:
         """Translate targets into the names and layouts of `base`, and check that all updates fit the base's weights.
 
@@ -353,6 +360,7 @@ class Adapter:
         args = ({"rules": rules} if rules else {}) | identified(self, base)
         return bound.adapter.step("bind", **args) if args else bound.adapter
 
+    @checks_types
     def delta(self, path: str, base: Checkpoint | str | PathLike[str] | None = None) -> torch.Tensor:
         """Return W' - W, the change of a target's weight.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from ..core.adapter import collection_off
+from ..core.arguments import checks_types
 from ..core.registry import Registry
 from ..errors import (  # fmt: skip
     AdapterkitError,
@@ -42,6 +43,7 @@ _INDEX = ".index.json"
 FORMATS: Registry[type[Format]] = Registry("format", __name__, "adapterkit.formats", Format)
 
 
+@checks_types
 @inputs_kept()
 def detect(path: str | PathLike[str]) -> str:
     """Return the name of the format of an adapter's file or folder, without reading tensor data.
@@ -65,6 +67,7 @@ class ReadOptions(TypedDict, total=False):
     family: str | None
 
 
+@checks_types
 @inputs_kept()
 @collection_off()
 def read(

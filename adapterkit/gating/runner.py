@@ -15,7 +15,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter
-from ..core.arguments import weights_of
+from ..core.arguments import checks_types, weights_of
 from ..errors import (
     PASS_AN_ADAPTER,
     AdapterkitError,
@@ -181,6 +181,7 @@ STEP = {"float32": 0.0, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 rounding errors are negligible."""
 
 
+@checks_types
 @places_errors
 def gate(
     base: Base,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.arguments import checks_types
 from ..errors import AdapterkitError, RemoteNotFound, StorageError, public
 from ..io.atomic import write_bytes
 from ..io.locations import NOTE, Source, path_text, source_of
@@ -74,6 +75,7 @@ class Stopped(Exception):
     """Raised in a worker to end its download, because another worker failed or the user interrupted the pull."""
 
 
+@checks_types
 def pull(
     uri: str | Uri,
     dest: str | os.PathLike[str],

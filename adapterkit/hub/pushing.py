@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.arguments import checks_types
 from ..core.licence_terms import (
     BASE,
     Licence,
@@ -79,6 +80,7 @@ class Pushed:
         }  # fmt: skip
 
 
+@checks_types
 def push(
     path: str | os.PathLike[str],
     uri: str | Uri,
@@ -280,6 +282,7 @@ def begun(name: str, kind: str) -> tuple[Remote, Path]:
     return remote, folder
 
 
+@checks_types
 @contextmanager
 def outgoing(
     name: str,
@@ -426,6 +429,7 @@ class IncrementalPush:
             return None
 
 
+@checks_types
 @contextmanager
 def placing(
     name: str, overwrite: bool = False, unchanged: Callable[[], object] = lambda: None
@@ -455,6 +459,7 @@ def placing(
         unchanged()
 
 
+@checks_types
 def put(uri: str, name: str, file: Path) -> Placed:
     """Upload one weight file of an output. The file becomes visible later, when another process pushes the output.
 

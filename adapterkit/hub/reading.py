@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
+from ..core.arguments import checks_types
 from ..errors import (
     AdapterkitError,
     Corrupt,
@@ -57,6 +58,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}|(?:sha256:)?[0-9a-f]{64}")
 _seen: dict[tuple[str, str], tuple[float, Remote]] = {}
 
 
+@checks_types
 def fetched(name: str) -> Path:
     """Return the local path of an adapter or a model from a hub. Download and verify files that are not in the cache.
 
@@ -130,6 +132,7 @@ def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
     return {name: file for file in near if (name := PurePosixPath(file.path).name).startswith(graph.stem)}
 
 
+@checks_types
 @contextmanager
 def headers(name: str) -> Iterator[Path]:
     """Yield the local path of an adapter or a model whose safetensors files have headers but no tensor data.
@@ -341,6 +344,7 @@ class Shards:
             ELSEWHERE.pop(path, None)
 
 
+@checks_types
 @contextmanager
 def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
     """Yield a base on a hub, whose weight files are downloaded one by one into a hidden folder next to `out`.
@@ -402,6 +406,7 @@ Run = tuple[int, int]
 """A range of bytes: the offset of the first byte, and the offset after the last byte."""
 
 
+@checks_types
 def pinned(name: str) -> str:
     """Return a uri with its revision replaced by the current commit, so that other machines read the same files.
 
@@ -583,6 +588,7 @@ class Ranged:
             ELSEWHERE.pop(path, None)
 
 
+@checks_types
 @contextmanager
 def ranged(name: str, *, whole: bool) -> Iterator[Ranged]:
     """Yield a base whose weights are read from a hub in byte ranges.

@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.arguments import checks_types
 from ..errors import PASS_AN_ADAPTER, Unsupported, UsageError, places_errors, shown, storage_error
 from ..io.checkpoint import Checkpoint, opened
 from ..io.locations import is_address, is_remote, local, located, outgoing, path_text, placing, ranged, streamed
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["merge", "plan", "remainder", "verify"]
 
 
+@checks_types
 @places_errors
 def plan(
     base: Base,
@@ -87,6 +89,7 @@ def plan(
     return _accompanied(planned, named, _folders(adapters), None, tokenizer, strict_base, strict_licence)
 
 
+@checks_types
 @places_errors
 def merge(
     base: Base,
@@ -287,6 +290,7 @@ def _merged(
         return run_plan(planned, target, used, progress, started, overwrite, placed=place is not None)
 
 
+@checks_types
 @places_errors
 def verify(
     merged: Base,

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..core.arguments import check_fields
 from ..errors import StorageError, UsageError
 from ..naming.renames import rule_texts
 from .ties import parse_tied
@@ -53,6 +54,9 @@ class MergeOptions:
     vocab: str | None = None
     keep: str | None = None
     calibration: str | PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from .. import __version__
+from ..core.arguments import checks_types
 from ..core.metadata import SHAPES
 from ..core.tables import html_table
 from ..io.checkpoint import Checkpoint
@@ -252,6 +253,7 @@ class Plan:
             object.__setattr__(self, "_cached_memory", max(computed, default=(0, "")))
         return cast("tuple[int, str]", self._cached_memory)
 
+    @checks_types
     def lineage(self, digests: bool = True) -> dict[str, JsonValue]:
         """Return the record of how the output was made, which is stored in the output.
 
@@ -271,6 +273,7 @@ class Plan:
             **({} if not self.licences else {"licences": {k: dict(v) for k, v in self.licences.items()}}),
         }  # fmt: skip
 
+    @checks_types
     def record(self, digests: bool = True) -> dict[str, JsonValue]:
         """Return the plan as plain data.
 

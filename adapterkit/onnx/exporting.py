@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..core.adapter import Adapter, Target
+from ..core.arguments import checks_types
 from ..errors import StorageError, Unsupported, UsageError
 from ..formats.onnx_adapter import sidecar
 from ..io.checkpoint import opened as opened_base
@@ -300,6 +301,7 @@ RECORD = "adapterkit.export"
 """Key in the graph's metadata. Its value has the mode, the adapters' digests and the quantization if there is one."""
 
 
+@checks_types
 def export(
     torch_model: nn.Module,
     args: Sequence[object],

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.adapter import Adapter, Target
+from ..core.arguments import checks_types
 from ..errors import Malformed, TargetNotFound, UsageError, nearest
 from ..io.inputs import read_input
 from ..io.locations import located
@@ -51,6 +52,7 @@ class FolderSession:
         StorageError, Malformed: a graph cannot be read.
     """
 
+    @checks_types
     def __init__(
         self, folder: str | PathLike[str], adapters: Mapping[str, Adapter | str | PathLike[str]] | None = None, *,
         providers: Sequence[Provider] | None = None,
@@ -75,6 +77,7 @@ class FolderSession:
         adapters = f"; adapters {', '.join(self._adapters)}" if self._adapters else ""
         return f"FolderSession({self._path.name!r}: {', '.join(self.parts)}{adapters})"
 
+    @checks_types
     def load(
         self, name: str, adapter: Adapter | str | PathLike[str] | None = None, *, base_weights: Base | None = None
     ) -> None:
@@ -161,6 +164,7 @@ class FolderSession:
             raise TargetNotFound("no graph of the folder has slots for this target", where=str(lost[0]), cure=cure)
         return by_part
 
+    @checks_types
     def unload(self, name: str) -> None:
         """Remove an adapter from all graphs.
 
@@ -171,6 +175,7 @@ class FolderSession:
         for key in self._adapters.pop(name):
             self.parts[key].unload(name)
 
+    @checks_types
     def run(self, part: str, inputs: Mapping[str, npt.ArrayLike], adapter: str | None = None) -> dict[str, Array]:
         """Run one graph.
 
@@ -195,6 +200,7 @@ class FolderSession:
         name_here = adapter if adapter is not None and part in self._adapters[adapter] else None
         return self.parts[part].run(inputs, name_here)
 
+    @checks_types
     def generate(
         self, inputs: Mapping[str, npt.ArrayLike] | npt.ArrayLike, *, max_new_tokens: int = 32,
         adapter: str | None = None, start: int | None = None, end: int | Sequence[int] | None = None,

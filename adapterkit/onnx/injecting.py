@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import onnx_ir as ir
 
 from ..core.adapter import Adapter
+from ..core.arguments import checks_types
 from ..errors import Corrupt, Malformed, Unsupported, UsageError, places_errors, storage_error
 from ..io.atomic import write_bytes
 from ..io.lazy import as_lazy
@@ -82,6 +83,7 @@ MERGED = "merged"
 MODES = ("constant", "slots", "rows", "inputs")
 
 
+@checks_types
 @places_errors
 def inject(
     model: Model,
@@ -308,6 +310,7 @@ def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
     ]
 
 
+@checks_types
 @places_errors
 def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
     """Restore the model file as it was before `inject`, byte for byte, and write it to `out`.

@@ -6,6 +6,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..core.arguments import checks_types
 from ..errors import TargetNotFound, places_errors
 from ..io.checkpoint import opened as opened_base
 from ..io.lazy import as_array
@@ -53,6 +54,7 @@ class Place:
         }  # fmt: skip
 
 
+@checks_types
 @places_errors
 def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
     """Return all layers of a graph that an adapter can change, each with its name and how the name was found.

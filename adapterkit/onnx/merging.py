@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ..core.adapter import Adapter
-from ..core.arguments import weights_of
+from ..core.arguments import checks_types, weights_of
 from ..errors import PASS_AN_ADAPTER, NotMergeable, UsageError, places_errors
 from ..io.checkpoint import opened as opened_base
 from ..io.locations import path_text
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .trial_inputs import Feeds
 
 
+@checks_types
 @places_errors
 def merge(
     model: Model,
@@ -153,6 +154,7 @@ def merge(
     )  # fmt: skip
 
 
+@checks_types
 @places_errors
 def plan(
     model: Model,

@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ..core.arguments import checks_types
 from ..errors import (
     AdapterkitError,
     Malformed,
@@ -61,6 +62,7 @@ EXPORT_OPTIONS = frozenset({"kwargs", "input_names", "output_names", "dynamic_sh
 the caller of `export_factory` passes the same argument, the caller's value is used."""
 
 
+@checks_types
 def export_factory(
     factory: str, out: str | PathLike[str], *, weights: str | PathLike[str] | None = None, overwrite: bool = False,
     **options: object,
@@ -139,6 +141,7 @@ def _call_factory(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+@checks_types
 def export_pretrained(
     model: str | PathLike[str], out: str | PathLike[str], *, adapter: Adapters = None, mode: str = "merged",
     dtype: str = "float32", opset: int | None = None, quantize: str | None = None, share_weights: bool = False,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.adapter import Adapter
+from ..core.arguments import checks_types
 from ..errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError, first_line, nearest, shown
 from ..formats.olive import has_olives_names
 from ..io.lazy import as_array
@@ -164,6 +165,7 @@ class Session:
         UsageError: a requested provider does not run on this machine, or the folder has several graphs.
     """
 
+    @checks_types
     def __init__(
         self, model: str | PathLike[str], adapters: Mapping[str, Adapter | str | PathLike[str]] | None = None, *,
         providers: Sequence[Provider] | None = None,
@@ -205,6 +207,7 @@ class Session:
         """Names of the loaded adapters."""
         return tuple(self._loaded)
 
+    @checks_types
     def load(
         self, name: str, adapter: Adapter | str | PathLike[str], *, rename: str | Sequence[str] = (),
         base_weights: Base | None = None,
@@ -264,6 +267,7 @@ class Session:
             self._loaded[name] = values
         self._stacks = {}
 
+    @checks_types
     def unload(self, name: str) -> None:
         """Remove an adapter.
 
@@ -274,6 +278,7 @@ class Session:
         del self._loaded[name]
         self._stacks = {}
 
+    @checks_types
     def run(
         self, inputs: Mapping[str, npt.ArrayLike], adapter: Choice = None, outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
@@ -334,6 +339,7 @@ class Session:
             raise ShapeMismatch(why, path=self._path, cure=cure) from None
         return {name: _array(result) for name, result in zip(names, results, strict=True)}
 
+    @checks_types
     def generate(
         self, input_ids: object, *, max_new_tokens: int = 32, adapter: Choice = None, end: int | Sequence[int] = (),
         attention_mask: object = None,
@@ -464,6 +470,7 @@ class Session:
         adapters = f", adapters {', '.join(self._loaded)}" if self._loaded else ""
         return f"Session({self._path.name!r}: {', '.join(inputs)}; {len(self.slots):,} slots{adapters})"
 
+    @checks_types
     def binding(self, adapter: Choice = None) -> OrtBinding:
         """Return an onnxruntime binding for `run_bound`, with the values of the adapter's slots already bound.
 
@@ -483,6 +490,7 @@ class Session:
             binding.bind_ortvalue_input(key, value)
         return binding
 
+    @checks_types
     def run_bound(self, binding: OrtBinding) -> None:
         """Run the model with the inputs of a binding, and write the outputs to the binding.
 

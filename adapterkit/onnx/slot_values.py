@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..core.adapter import Adapter, Target
+from ..core.arguments import checks_types
 from ..core.updates import Update
 from ..errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, nearest, places_errors
 from ..io.checkpoint import opened as opened_base
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .reading import Base, Model
 
 
+@checks_types
 @places_errors
 def fit(
     model: Model, adapter: Adapter | str | PathLike[str], *, base_weights: Base | None = None,
@@ -58,6 +60,7 @@ def fit(
     return _fitted(model, read, base_weights)[1]
 
 
+@checks_types
 @places_errors
 def write_adapter(
     model: Model, adapter: Adapter | str | PathLike[str], out: str | PathLike[str], *, base_weights: Base | None = None,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter
-from ..core.arguments import check_factor, weights_of
+from ..core.arguments import check_factor, checks_types, weights_of
 from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, UsageError, shown
 from ..io.computed import computed, joined, rounded_lazy, total, wide
@@ -134,6 +134,7 @@ def _biases(changes: Sequence[Change]) -> Array:
 # separately, so its result also contains products `B_i @ A_j` of different adapters.
 
 
+@checks_types
 def scale(adapter: Source, factor: float, *, base: Base | None = None) -> Adapter:
     """Return the adapter that changes every weight `factor` times as much.
 
@@ -152,11 +153,13 @@ def scale(adapter: Source, factor: float, *, base: Base | None = None) -> Adapte
     return read.replace(updates=updates).step("scale", factor=factor)
 
 
+@checks_types
 def negate(adapter: Source, *, base: Base | None = None) -> Adapter:
     """Return the adapter with all its changes multiplied by -1; see `scale`."""
     return scale(adapter, -1.0, base=base)
 
 
+@checks_types
 def add(
     adapters: Sequence[Source],
     weights: Sequence[float] | None = None,
@@ -186,11 +189,13 @@ def add(
     return _combined("add", adapters, _checked(weights, adapters), base, disjoint, stacking=False)
 
 
+@checks_types
 def subtract(one: Source, other: Source, *, base: Base | None = None, disjoint: bool = False) -> Adapter:
     """Subtract the changes of the adapter `other` from the changes of the adapter `one`; see `add`."""
     return add([one, other], [1.0, -1.0], base=base, disjoint=disjoint)
 
 
+@checks_types
 def average(
     adapters: Sequence[Source],
     weights: Sequence[float] | None = None,
@@ -213,6 +218,7 @@ def average(
     return _combined("average", adapters, [w / whole for w in chosen], base, disjoint, stacking=False)
 
 
+@checks_types
 def stack(
     adapters: Sequence[Source],
     weights: Sequence[float] | None = None,

@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from ..core.adapter import Adapter
-from ..core.arguments import check_count
+from ..core.arguments import check_count, checks_types
 from ..errors import PASS_AN_ADAPTER, PASS_BASE, UsageError
 from ..io.checkpoint import opened
 from ..io.computed import Spool, rounded_lazy
@@ -516,6 +515,7 @@ def _scaling(updates: Sequence[Update]) -> float | None:
     return getattr(updates[0], "scaling", None) if len(updates) == 1 else None
 
 
+@checks_types
 def combine(
     adapters: Sequence[Source],
     method: str = "linear",
@@ -591,8 +591,8 @@ def combine(
         ShapeMismatch: the adapters were made for different weights.
         Malformed: a tensor contains a NaN or an infinity.
     """
-    if isinstance(adapters, (str, PathLike, Adapter)):
-        raise UsageError("a single adapter was given instead of a list", cure="Pass a list of adapters")
+    adapters = list(adapters)  # An iterator can be read only once.
+    each = None if each is None else list(each)
     check_count(workers, "workers", "workers=N")
     name, values = resolved(method, compat, len(adapters))
     values |= parameters

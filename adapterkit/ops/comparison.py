@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from ..core.arguments import checks_types
 from ..core.tables import html_table
 from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, UsageError
@@ -125,6 +126,7 @@ class Comparison:
         }  # fmt: skip
 
 
+@checks_types
 def compare(
     one: Source, other: Source, *, base: Base | None = None, tolerance: float = 1e-6, signs: bool = True,
     rename: str | Sequence[str] = (), strict_base: bool = False,

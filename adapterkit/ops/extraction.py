@@ -16,7 +16,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter, BaseRef, Foreign, Step, Target, config_hash
-from ..core.arguments import check_count
+from ..core.arguments import check_count, checks_types
 from ..core.metadata import METADATA, MODEL_TYPE, metadata_of
 from ..errors import TargetNotFound, Unsupported, UsageError, nearest
 from ..io.checkpoint import opened
@@ -168,6 +168,7 @@ FORMS: Mapping[str, Form] = {"loha": loha, "lokr": lokr, "shira": shira}
 # Extract an adapter.
 
 
+@checks_types
 def extract(
     tuned: Weights,
     base: Weights,

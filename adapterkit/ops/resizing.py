@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..core.arguments import checks_types
 from ..core.updates import Additive, Update
 from ..errors import UsageError
 from ..io.stages import stage
@@ -82,6 +83,7 @@ def relative_error(cuts: Sequence[Cut]) -> float | None:
     return math.hypot(*(cut.error for cut in cuts)) / whole if whole else None
 
 
+@checks_types
 def resize(
     adapter: Source,
     rank: int | None = None,
@@ -131,6 +133,7 @@ def resize(
     return _resized("resize", adapter, criterion, base, dtype, report, rename, strict_base, every=False)
 
 
+@checks_types
 def promote(
     adapter: Source,
     rank: int | None = None,

@@ -22,6 +22,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..core.arguments import checks_types
 from ..core.licence_terms import (
     BASE,
     MAX_CARD,
@@ -76,6 +77,7 @@ class Bom:
         """Return the document as indented JSON text, as `save` writes it."""
         return json.dumps(self.data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
+    @checks_types
     def save(self, out: str | PathLike[str], *, overwrite: bool = False, made_from: str | None = None) -> Path:
         """Write the document atomically.
 
@@ -97,6 +99,7 @@ class Bom:
         return path
 
 
+@checks_types
 def bom(path: str | PathLike[str], *, serial: bool = False, leave_out: Path | None = None) -> Bom:
     """Return the bill of materials of an adapter, a model or an ONNX graph.
 

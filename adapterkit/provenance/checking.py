@@ -21,6 +21,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.arguments import checks_types
 from ..core.metadata import FINGERPRINT, SHAPES
 from ..errors import Corrupt, NetworkError, UsageError, first_line, public, storage_error
 from ..io.checkpoint import PREFIX, fingerprint, opened
@@ -213,6 +214,7 @@ class SignatureCheck:
         }  # fmt: skip
 
 
+@checks_types
 def check_signature(
     path: str | PathLike[str],
     signature: str | PathLike[str],
@@ -268,6 +270,7 @@ def check_signature(
     )
 
 
+@checks_types
 def other_base(
     statement: Mapping[str, JsonValue] | None, base: Checkpoint | str | PathLike[str]
 ) -> dict[str, str] | None:

@@ -18,6 +18,7 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from ..core.arguments import checks_types
 from ..core.licence_terms import licence_at
 from ..core.metadata import METADATA, REPORT, fingerprints_of, shapes_of
 from ..errors import (
@@ -316,6 +317,7 @@ class Signed:
         }  # fmt: skip
 
 
+@checks_types
 def sign(
     path: str | PathLike[str],
     out: str | PathLike[str] | None = None,

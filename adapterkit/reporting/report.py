@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from .. import __version__
+from ..core.arguments import checks_types
 from ..errors import Malformed, StorageError, UsageError, shown, storage_error
 from ..gating.result import AdapterEffect, GateCheck, KeptEffect
 from ..io.inputs import read_input
@@ -549,6 +550,7 @@ class AdapterReport:
         """
         return page(self)
 
+    @checks_types
     def save(self, out: str | PathLike[str], *, overwrite: bool = False, made_from: str | None = None) -> Path:
         """Write the report as one HTML file, atomically.
 
@@ -577,6 +579,7 @@ class AdapterReport:
             place.write_bytes(data)
         return path
 
+    @checks_types
     def figures(self, folder: str | PathLike[str]) -> list[Path]:
         """Write every chart as PNG and SVG into a folder, and return the paths. Existing files are replaced.
 

@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.arguments import checks_types
 from ..errors import AdapterkitError, public
 from ..formats import read, recognised
 from ..io.checkpoint import opened
@@ -36,6 +37,7 @@ __all__ = ["RULES", "SEVERITIES", "Finding", "Scan", "ScanRule", "scan"]
 MOST_FILES = 10_000
 
 
+@checks_types
 def scan(source: str | PathLike[str], *, base: Checkpoint | str | PathLike[str] | None = None) -> Scan:
     """Scan an untrusted adapter for signs of an attack, without executing anything in the adapter.
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..core.arguments import checks_types
 from ..core.tables import html_table
 
 SEVERITIES = ("note", "low", "medium", "high")
@@ -171,6 +172,7 @@ class Scan:
         """The highest severity, or `none` if there are no findings."""
         return max((each.severity for each in self.findings), key=SEVERITIES.index, default="none")
 
+    @checks_types
     def fails(self, at: str = "medium") -> bool:
         """Whether a finding has the severity `at` or a higher one."""
         return self.worst != "none" and SEVERITIES.index(self.worst) >= SEVERITIES.index(at)

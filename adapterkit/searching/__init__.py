@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypeAlias, cast
 
 from ..core.adapter import Adapter
+from ..core.arguments import checks_types
 from ..errors import AdapterkitError, Unsupported, UsageError, nearest, shown
 from ..io.checkpoint import fingerprint, opened
 from ..io.locations import local
@@ -169,6 +170,7 @@ COUNT, LENGTH = 64, 256
 a small model takes seconds."""
 
 
+@checks_types
 def search(
     adapters: Sequence[Source],
     data: Score | str | PathLike[str],
@@ -230,18 +232,14 @@ def search(
         >>> found = ak.search(["math", "code"], "validation.jsonl", base="base", budget=30)
         >>> print(found.recipe())
     """
-    if not isinstance(adapters, (str, PathLike, Adapter)) and isinstance(adapters, Iterable):
-        adapters = tuple(adapters)
-    if isinstance(adapters, (str, PathLike, Adapter)) or not isinstance(adapters, tuple) or len(adapters) < 2:
+    adapters = list(adapters)  # An iterator can be read only once.
+    if len(adapters) < 2:
         raise UsageError("a search needs at least two adapters", where="adapters", cure="Pass two adapters or more")
     numbers: Any = (seed, most, budget)
     seed, most, budget = (value.item() if hasattr(value, "item") else value for value in numbers)  # numbers of numpy
-    if not isinstance(budget, int) or isinstance(budget, bool):
-        why = f"the budget is not a whole number: {budget!r}"
-        raise UsageError(why, where="budget", cure="Pass a number of trials, such as --budget 50 (budget=)")
-    if methods is not None and (isinstance(methods, str) or not (methods := tuple(methods))):
-        why = f"the methods are {methods!r}, not a list of names"
-        raise UsageError(why, where="methods", cure="Pass a list such as methods=['ties'], or omit methods=")
+    if methods is not None and not (methods := tuple(methods)):
+        cure = "Pass a list such as methods=['ties'], or omit methods="
+        raise UsageError("methods is empty", where="methods", cure=cure)
     names = tuple(
         f"adapter{at}" if isinstance(source, Adapter) else fspath(source) for at, source in enumerate(adapters)
     )

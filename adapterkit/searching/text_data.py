@@ -17,6 +17,7 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, cast
 
 from ..core.adapter import Adapter
+from ..core.arguments import checks_types
 from ..errors import Unsupported, UsageError
 from ..io.checkpoint import opened
 from ..io.stages import detail, stage
@@ -147,6 +148,7 @@ class TextData:
         >>> ak.combine(["math", "code"], "regmean", base="base", data=texts.learned_by("regmean"))
     """
 
+    @checks_types
     def __init__(
         self,
         base: Base,
@@ -174,6 +176,7 @@ class TextData:
         self._folder = Path(mkdtemp(prefix="adapterkit-inputs-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
+    @checks_types
     def learned_by(self, method: str) -> Callable[..., Any]:
         """Return the function to pass to `combine` as `data=` for this combining method.
 
@@ -191,6 +194,7 @@ class TextData:
             self.base.check_predicts()
         return cast("Callable[..., Any]", getattr(self, cls.learns))
 
+    @checks_types
     def loss(self, adapter: Adapter) -> float:
         """Return the loss of the base with the adapter attached: the mean over all predicted tokens, in nats."""
         with self.base.attached(adapter):
@@ -198,14 +202,17 @@ class TextData:
         detail(f"loss {loss:.6g}")
         return loss
 
+    @checks_types
     def loss_and_gradients(self, adapter: Adapter) -> tuple[float, Gradients]:
         """Return the mean loss over all predicted tokens, and its gradient with respect to each target's weight."""
         return self._descended(adapter, cross_entropy)
 
+    @checks_types
     def entropy_and_gradients(self, adapter: Adapter) -> tuple[float, Gradients]:
         """Return the predictions' mean entropy in nats, and its gradient with respect to each target's weight."""
         return self._descended(adapter, entropy)
 
+    @checks_types
     def entropies_together(self, adapter: Adapter, together: Callable[..., Tensor]) -> tuple[float, Gradients]:
         """Return the loss that `together` computes from mean entropies, and its gradient for each target's weight.
 
@@ -240,6 +247,7 @@ class TextData:
                     (share * entropy(*self.base.logits(feed))).backward()  # type: ignore[no-untyped-call]
             return _logged(float(whole.detach())), gradients()
 
+    @checks_types
     def inputs_and_spaces(self, adapter: Adapter, spaces: Spaces) -> tuple[float, Gradients]:
         """Return the mean of NSC's `spaces.loss` over all tasks' texts, and its gradient for each target's weight.
 
@@ -263,6 +271,7 @@ class TextData:
                     total += float(loss.detach())
             return _logged(total), gradients()
 
+    @checks_types
     def inputs(self, position: int, path: str) -> Array:
         """Run one adapter's texts through the base with this adapter, and return a target's inputs, `[tokens, in]`.
 
@@ -284,6 +293,7 @@ class TextData:
             raise Unsupported(why, where=path, cure=_WITHOUT)
         return inputs
 
+    @checks_types
     def inputs_so_far(self, position: int, path: str, merged: Adapter | None) -> Tensor:
         """Run one adapter's texts through a partly merged model, and return the inputs `[tokens, in]` of a target.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..core.adapter import Adapter, Target, check_adapter
-from ..core.arguments import weights_of
+from ..core.arguments import checks_types, weights_of
 from ..core.shapes import Dims
 from ..core.updates import OutputUpdate, Update, tensor
 from ..errors import PASS_AN_ADAPTER, ShapeMismatch, TargetNotFound, Unsupported, UsageError
@@ -43,6 +43,7 @@ T = TypeVar("T")
 __all__ = ["average", "batch_split", "fuse", "load", "parallel", "split", "stack"]
 
 
+@checks_types
 def stack(*adapters: Adapter) -> Adapter:
     """Return an adapter that applies the given adapters in sequence.
 
@@ -57,6 +58,7 @@ def stack(*adapters: Adapter) -> Adapter:
     return _composed("stack", updates, adapters)
 
 
+@checks_types
 def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapter:
     """Return an adapter that computes, at each layer, the weighted sum of the outputs that the single adapters give.
 
@@ -77,6 +79,7 @@ def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapt
     return _blocks("average", adapters, lambda children, _: Average(children=children, weights=shares))
 
 
+@checks_types
 def split(*adapters: Adapter, sizes: Sequence[int]) -> Adapter:
     """Return an adapter that splits the tokens: the first adapter acts on the first `sizes[0]` tokens, and so on.
 
@@ -101,6 +104,7 @@ def _check_sizes(sizes: Sequence[int]) -> None:
         raise UsageError(f"{wrong!r} is not a number of tokens or rows", where="sizes", cure=cure)
 
 
+@checks_types
 def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
     """Return an adapter that applies AdapterFusion: at each layer, attention over the outputs of all bottlenecks.
 
@@ -127,6 +131,7 @@ def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
     return _blocks("fuse", adapters, block_of)
 
 
+@checks_types
 def load(folder: str | PathLike[str], *, base: Base | None = None) -> Adapter:
     """Read a composition that AdapterHub's `save_adapter_setup` wrote, and return it as one adapter.
 
@@ -159,6 +164,7 @@ def _loaded(setup: Setup | str, folder: Path, base: Base | None) -> Adapter:
     return stack(*children) if setup.kind == "Stack" else fuse(*children, fusion=folder / setup.fusion)
 
 
+@checks_types
 def batch_split(model: nn.Module, names: Sequence[str | None], sizes: Sequence[int]) -> AbstractContextManager[None]:
     """Return a context manager that routes the first `sizes[0]` rows to the adapter `names[0]`, and so on.
 
@@ -171,6 +177,7 @@ def batch_split(model: nn.Module, names: Sequence[str | None], sizes: Sequence[i
     return route(model, [name for name, size in zip(names, sizes, strict=True) for _ in range(size)])
 
 
+@checks_types
 def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., object]:
     """Return a function that runs the model with each adapter on the same input, in one batch.
 

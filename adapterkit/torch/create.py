@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..core.adapter import LAYOUTS, Adapter, BaseRef, Target
+from ..core.arguments import checks_types
 from ..core.updates import ContextUpdate, Update
 from ..errors import AdapterkitError, TargetNotFound, Unsupported, UsageError, nearest
 from ..io.checkpoint import opened
@@ -42,6 +43,7 @@ Choice = str | re.Pattern[str] | type[nn.Module]
 """A glob, "re:" followed by a regular expression, a compiled regular expression, a module class, or "all-linear"."""
 
 
+@checks_types
 def create(
     model: nn.Module, method: str, *, targets: Choice | Sequence[Choice] = "all-linear",
     exclude: Choice | Sequence[Choice] = (), layers: int | Sequence[int] | None = None, rank: int = 16,

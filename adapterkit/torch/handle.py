@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Target
+from ..core.arguments import checks_types
 from ..core.updates import Update
 from ..errors import NotMergeable, ShapeMismatch, Unsupported, UsageError, nearest, shown
 from .checkpoints import CHOICES, HANDLES, leave_state, watch_state
@@ -184,6 +185,7 @@ class Handle:
             raise UsageError(f"unknown choice {value!r}", where="checkpoint", cure=cure)
         self._checkpoint = value
 
+    @checks_types
     def set_active(self, active: bool) -> None:
         """Switch the adapter on or off in all threads. `disable` switches it off in the current thread only."""
         self._check()
@@ -249,6 +251,7 @@ class Handle:
         named = list(self.named_parameters())
         return {name: (whole(p) if is_partitioned(p) else p).detach() for name, p in named}
 
+    @checks_types
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load a result of `state_dict()` into the trained tensors.
@@ -279,6 +282,7 @@ class Handle:
         """Yield the trainable tensors; yield a shared tensor once."""
         return (parameter for _, parameter in self.named_parameters())
 
+    @checks_types
     def parameter_groups(
         self, lr: float, *, ratio: float = 16.0, weight_decay: float = 0.0, embedding_lr: float = 1e-6
     ) -> list[dict[str, object]]:
@@ -375,6 +379,7 @@ class Handle:
         self._leave()
         self._state = "removed"
 
+    @checks_types
     @torch.no_grad()
     def merge_(self, keep: bool | str = False) -> None:
         """Merge the adapter into the base in place, and detach it.
@@ -540,6 +545,7 @@ def _copy(leaf: object) -> Tensor:
     return whole(leaf).detach().clone()
 
 
+@checks_types
 def handles(model: nn.Module) -> dict[str, Handle]:
     """Return the handles of the adapters attached to a model or to its modules, keyed by name.
 

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..core.adapter import Adapter, Target, check_adapter
+from ..core.arguments import checks_types
 from ..core.updates import Update
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..formats._trained import as_trained
@@ -221,6 +222,7 @@ _ALIKE = "Pass experts that were trained on this base with the same LoRA config"
 # Attach an adapter.
 
 
+@checks_types
 def inject(
     model: nn.Module, adapter: Adapter, *, name: str = "default", weight: float = 1.0, trainable: bool = False,
     freeze: bool = True, dropout: float | None = None, active: bool = True, experts: Sequence[Adapter] = (),
@@ -540,7 +542,7 @@ def _warn_of_bias(head: str) -> None:
         f"the bias of {layer} is kept, as in PEFT's own merge; PEFT's forward pass omits this bias if "
         f"token rows of a tied head were trained. To get the same logits as in training, set the bias to zero: "
         f"model.get_submodule({layer!r}).bias.data.zero_()",
-        stacklevel=4,
+        stacklevel=5,  # `_warn_of_bias`, its caller, `inject` and the check of its arguments.
     )
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from ..core.arguments import checks_types
 from ..errors import Unsupported, UsageError, nearest
 from .parts import HOOK
 from .scopes import SETTINGS, Route, Switch, current, routed
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .parts import Beside
 
 
+@checks_types
 @contextmanager
 def route(
     model: nn.Module, names: Sequence[str | None], *, flattened: bool = False, axis: int | None = None

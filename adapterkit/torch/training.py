@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter
+from ..core.arguments import checks_types
 from ..errors import UsageError
 from ..methods.lora import LoRA
 from ..writing import write
@@ -53,6 +54,7 @@ class TrainerCallback:
 
     # The class does not inherit from transformers.TrainerCallback, so that this module does not import transformers.
 
+    @checks_types
     def __init__(self, handle: Handle, to: str | None = "adapterkit", name: str = "adapter", **options: Any) -> None:
         self.handle, self.to, self.name, self.options = handle, to, name, {"on_loss": "promote", **options}
         if to is not None:
@@ -117,6 +119,7 @@ class LoRAFA(torch.optim.Optimizer):
         UsageError: the adapter has an update that is not LoRA, no tensor is trained, or an argument is out of range.
     """
 
+    @checks_types
     def __init__(
         self, handle: Handle, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
         weight_decay: float = 0.0,

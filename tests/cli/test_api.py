@@ -232,7 +232,7 @@ def test_no_rules_are_no_rules_in_every_form(folder: Path, rename: object) -> No
     ("given", "match"),
     [
         ({"options": ak.MergeOptions(seed=1), "dtype": "bf16"}, r"dtype is given twice.*MergeOptions\(dtype="),
-        ({"options": {"dtype": "bf16"}}, r"options has type dict.*adapterkit\.MergeOptions"),
+        ({"options": {"dtype": "bf16"}}, r"is not a MergeOptions or None.*adapterkit\.MergeOptions"),
         ({"options": ak.MergeOptions(tied="both")}, "choice 'both' for tied weights is unknown"),
         ({"options": ak.MergeOptions(dtype="float17")}, "float17"),
     ],

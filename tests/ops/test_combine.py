@@ -1107,7 +1107,7 @@ def refused(error, words, *args, **more):
 def test_bad_input_is_refused():
     two = adapters(2)
     refused(UsageError, "no adapter was given", [])
-    refused(UsageError, "single adapter was given instead of a list", two[0])
+    refused(UsageError, "are not a list of Adapters or paths", two[0])
     refused(Unsupported, "unknown way to combine 'tiess'.*ties", two, "tiess")
     refused(UsageError, "no parameter 'densty'.*density", two, "ties", densty=0.5)
     refused(UsageError, "'half' is not a number", two, "ties", density="half")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
 
+from ...core.arguments import checks_types
 from ...core.registry import Registry
 from ...errors import AccessDenied, AdapterkitError, NetworkError, RemoteNotFound, Unsupported, UsageError, nearest
 from ..remote import Address, Remote, RemoteFile, Uri, address, check_name, scheme_of
@@ -177,6 +178,7 @@ def filesystem(scheme: str) -> type[Filesystem] | None:
 HUBS: Registry[type[Remote]] = Registry("hub", __name__, "adapterkit.hubs", Remote)
 
 
+@checks_types
 def hub_of(scheme: str) -> type[Remote]:
     """Return the hub class of a scheme. For a scheme that is not in `HUBS`, return a class that reads through fsspec.
 
@@ -197,6 +199,7 @@ def remote_at(uri: Uri, token: str | None = None) -> Remote:
     return hub_of(uri.scheme)(uri, token)
 
 
+@checks_types
 def parse(text: str) -> Uri:
     """Parse a uri.
 

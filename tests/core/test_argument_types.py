@@ -1,0 +1,137 @@
+"""Public functions refuse arguments of wrong types before any work, and take what does the same as the type."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+import adapterkit as ak
+from adapterkit.core.arguments import checks_types
+from adapterkit.errors import UsageError
+
+CLASSES = ("Adapter", "Session", "FolderSession", "TextData", "Bom", "AdapterReport", "Plan")
+"""Classes whose methods users call with arguments. Those of `Remote` are called by adapterkit alone."""
+
+
+def public(module: ModuleType, prefix: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Every public function and method with its name, also of the subpackages."""
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.ismodule(value):
+            yield from public(value, f"{prefix}{name}.")
+        elif inspect.isfunction(value):
+            yield prefix + name, value
+        elif name in CLASSES:
+            for own, method in vars(value).items():
+                if inspect.isfunction(method) and not own.startswith("_") and not inspect.iscoroutinefunction(method):
+                    yield f"{prefix}{name}.{own}", method
+
+
+ANYTHING = (
+    "object", "object | None", "npt.ArrayLike", "Mapping[str, npt.ArrayLike] | npt.ArrayLike", "Spaces", "OrtBinding",
+)  # fmt: skip
+"""Annotations that say nothing, or whose values the functions check themselves."""
+
+FUNCTIONS = dict(public(ak))
+ARGUMENTS = [
+    (name, parameter.name, parameter.kind)
+    for name, function in FUNCTIONS.items()
+    for parameter in inspect.signature(function).parameters.values()
+    if parameter.kind is not parameter.VAR_KEYWORD and parameter.name != "self" and parameter.annotation not in ANYTHING
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "kind"), ARGUMENTS, ids=[f"{a}-{b}" for a, b, _ in ARGUMENTS])
+def test_a_wrong_type_is_refused_with_what_to_pass(name: str, argument: str, kind: Any) -> None:
+    """The check precedes all others, so no other argument is needed."""
+    function, wrong = FUNCTIONS[name], type("Wrong", (), {})()
+    args, kwargs = ((wrong,), {}) if kind is inspect.Parameter.VAR_POSITIONAL else ((), {argument: wrong})
+    with pytest.raises(UsageError) as refused:
+        function(*args, **kwargs)
+    assert refused.value.where == argument
+    assert refused.value.cure is not None
+    assert f"{argument}=" in refused.value.cure or kind is inspect.Parameter.VAR_POSITIONAL
+
+
+def test_arguments_in_another_order_are_refused(tmp_path: Path) -> None:
+    adapter = ak.Adapter({})
+    with pytest.raises(UsageError, match="Pass adapter= as an Adapter"):
+        ak.write(tmp_path, adapter)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="Pass model= as a Module"):
+        ak.torch.inject(adapter, torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+@checks_types
+def example(
+    one: str, *rest: int, path: ak.Checkpoint | str | Path = "", share: float = 0.0, whole: int = 0, on: bool = False,
+    names: list[str] | tuple[str, ...] = (), table: dict[str, int] | None = None,
+) -> str:  # fmt: skip
+    """The docstring."""
+    del rest, path, share, whole, on, names, table
+    return one
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"share": np.float32(0.5)}, {"share": torch.tensor(0.5)}, {"share": 10**400}, {"share": 1},
+        {"whole": np.int64(3)},
+        {"whole": 5e9}, {"whole": torch.tensor(3)}, {"on": np.bool_(True)}, {"on": 1}, {"path": Path("a")},
+        {"names": iter(["a"])}, {"names": (name for name in "ab")}, {"names": {"a"}}, {"names": np.array(["a"])},
+        {"names": None}, {"names": []}, {"table": None}, {"table": {"a": 1}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_does_the_same_as_the_type_passes(given: dict[str, Any]) -> None:
+    assert example("a", 1, 2, **given) == "a"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"share": "1"}, {"share": np.ones(2)}, {"share": None}, {"whole": 2.5}, {"whole": float("nan")}, {"whole": "1"},
+        {"on": "no"}, {"on": 2}, {"path": b"a"}, {"path": 3}, {"names": "ab"}, {"names": [3]}, {"names": 3},
+        {"names": np.ones(2)},
+        {"table": {"a": "b"}}, {"table": {1: 1}}, {"table": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_another_type_is_refused(given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(UsageError, match=f"Pass {name}="):
+        example("a", **given)
+
+
+def test_arguments_by_position_are_checked() -> None:
+    with pytest.raises(UsageError, match="Pass one= as a text"):
+        example(3)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="rest 'x' is not a whole number"):
+        example("a", 1, "x")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        example()  # type: ignore[call-arg]
+    assert example.__doc__ == "The docstring."
+    assert [*inspect.signature(example).parameters][:2] == ["one", "rest"]
+
+
+def test_none_for_a_list_that_is_empty_by_default_is_the_empty_list() -> None:
+    @checks_types
+    def chosen(*, names: list[str] | tuple[str, ...] = ()) -> object:
+        return names
+
+    assert chosen(names=None) == ()  # type: ignore[arg-type]
+
+
+def test_options_of_a_merge_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Pass allow_partial=True"):
+        ak.MergeOptions(allow_partial="no")  # type: ignore[arg-type]
+    save_file({"q.weight": np.ones((2, 2), "f4")}, tmp_path / "base.safetensors")
+    with pytest.raises(UsageError, match=r"--shard-size \(shard_size=\)"):
+        ak.plan(tmp_path / "base.safetensors", [], shard_size="5GB")  # type: ignore[arg-type]
