@@ -93,3 +93,57 @@ def test_a_rule_for_layouts_needs_modules(tmp_path):
     trained(Blocks("lin"), ["lin"], tmp_path)
     with pytest.raises(UsageError, match="names no module"):
         ak.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", rename="in_out:")
+
+
+GPT2 = {
+    "h.0.attn.c_attn.weight": (8, 24), "h.0.attn.c_attn.bias": (24,), "h.0.attn.c_proj.weight": (8, 8),
+    "h.0.attn.c_proj.bias": (8,), "h.0.mlp.c_fc.weight": (8, 32), "h.0.mlp.c_fc.bias": (32,),
+}  # fmt: skip
+LINEAR = {name: shape[::-1] for name, shape in GPT2.items()}
+
+
+@pytest.mark.parametrize("changed", ["", "c_proj.weight", "c_attn"], ids=["all", "square", "bias and weight"])
+@pytest.mark.parametrize(
+    ("shapes", "config", "prefix", "in_out"),
+    [
+        (GPT2, None, "", True),
+        (LINEAR, None, "", False),
+        (GPT2, {"model_type": "of_no_family"}, "transformer.", True),
+        (GPT2, {"model_type": "llava", "text_config": {"model_type": "gpt2"}}, "model.language_model.", True),
+    ],
+    ids=["Conv1D", "Linear", "unknown family", "text model"],
+)
+def test_extract_states_the_layout_of_weights_without_a_known_family(tmp_path, shapes, config, prefix, in_out, changed):
+    """Merges of the extracted adapter, and of its PEFT folder, restore the tuned model; A reads the layer's inputs."""
+    torch.manual_seed(0)
+    base = {prefix + name: torch.randn(shape) for name, shape in shapes.items()}
+    tuned = {name: value + (changed in name) * torch.randn(value.shape) for name, value in base.items()}
+    tuned[f"{prefix}h.0.attn.c_proj.weight"][:, 1:] = base[f"{prefix}h.0.attn.c_proj.weight"][:, 1:]
+    for folder, tensors in (("base", base), ("tuned", tuned)):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+        if config:
+            (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    adapter = ak.ops.extract(tmp_path / "tuned", tmp_path / "base", energy=1.0)
+    for target, updates in adapter.updates.items():
+        assert target.layout == ("in out *k" if in_out else "out *in"), target
+        sizes = {update.A.shape[1] for update in updates if update.method == "lora"}
+        weight = base[f"{target.path}.weight"]
+        assert sizes <= {weight.shape[0 if in_out else 1]}
+    ak.write(adapter, tmp_path / "peft", format="peft")
+    for number, source in enumerate((adapter, tmp_path / "peft")):
+        ak.merge(tmp_path / "base", source, out=tmp_path / str(number))
+        merged = load_file(tmp_path / str(number) / "model.safetensors")
+        for name, value in tuned.items():
+            torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_extract_takes_a_stated_layout(tmp_path):
+    """Without biases, a square weight does not show its layout."""
+    for seed, folder in enumerate(("base", "tuned")):
+        torch.manual_seed(seed)
+        (tmp_path / folder).mkdir()
+        save_file({"h.0.c_proj.weight": torch.randn(8, 8)}, tmp_path / folder / "model.safetensors")
+    for rule, layout in (("in_out:*.c_proj", "in out *k"), ("out_in:*.c_proj", "out *in")):
+        adapter = ak.ops.extract(tmp_path / "tuned", tmp_path / "base", energy=1.0, rename=rule)
+        assert [target.layout for target in adapter.updates] == [layout]
