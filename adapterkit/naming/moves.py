@@ -340,9 +340,12 @@ def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None
         # [out, in]. A family without a file may have code of its own.
         return False if known is None and architecture_of(part) and not is_conv1d_name(path) else known
     text = (config or {}).get("text_config")
-    if isinstance(text, Mapping) and text.get("model_type") in IN_OUT and "language_model" in path.split("."):
-        return stored_in_out(path, text)
     family = architecture_of(config)
+    if isinstance(text, Mapping) and text.get("model_type") in IN_OUT:
+        if "language_model" in path.split("."):
+            return stored_in_out(path, text)
+        if family and not is_conv1d_name(path):
+            return False
     ends = () if family is None else _transposed(family)
     return any(shape_of(path).endswith(end) for end in ends) if ends else None
 

@@ -8,7 +8,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, GPT2Config
+from transformers import (
+    BertConfig,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+)
 from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
@@ -46,7 +53,7 @@ def trained(model, targets, out, config=None):
     """Save the base and PEFT's adapter, and return PEFT's merged weights and the `fan_in_fan_out` that PEFT stored."""
     (out / "base").mkdir()
     state = model.state_dict()
-    tied = {"decoder.lm_head.weight"} & set(state)
+    tied = {"decoder.lm_head.weight", "language_model.lm_head.weight"} & set(state)
     save_file({k: v.clone() for k, v in state.items() if k not in tied}, out / "base" / "model.safetensors")
     if config is not None:
         (out / "base" / "config.json").write_text(json.dumps(config))
@@ -93,6 +100,26 @@ def test_a_rule_for_layouts_needs_modules(tmp_path):
     trained(Blocks("lin"), ["lin"], tmp_path)
     with pytest.raises(UsageError, match="names no module"):
         ak.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", rename="in_out:")
+
+
+def test_layers_around_a_text_model_of_conv1d_are_linear(tmp_path):
+    """PEFT states [in, out] for all modules of BLIP-2 with GPT-2; only those of GPT-2 are stored so."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    config = Blip2Config(
+        vision_config={**sizes, "image_size": 8, "patch_size": 4},
+        qformer_config={**sizes, "vocab_size": 20, "encoder_hidden_size": 8},
+        text_config=GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=16).to_dict(),
+        num_query_tokens=2,
+    )
+    torch.manual_seed(0)
+    model = Blip2ForConditionalGeneration(config)
+    names = ["language_projection", "c_proj", "qkv", "projection", "query"]
+    wanted, stated = trained(model, names, tmp_path, config.to_dict())
+    assert stated
+    ak.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 GPT2 = {
