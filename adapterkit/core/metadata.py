@@ -29,6 +29,14 @@ argument's value under this key."""
 MODEL_TYPE = "model_type"
 """Name of the argument in which a lineage step stores the `model_type` from its base's transformers config."""
 
+DROPOUT_LIST = "dropouts"
+"""Name of the argument in which a lineage step stores the dropouts of the adapters that it combined."""
+
+DROPOUTS = (
+    "boft_dropout", "hira_dropout", "lora_dropout", "miss_dropout", "rank_dropout", "vera_dropout",
+)  # fmt: skip
+"""The fields for the dropout in PEFT's configs. Each `peft_type` has at most one of these fields."""
+
 _MODULE = re.compile(r"transformers\.models\.(\w{1,60})\.modeling_\w{1,60}")
 
 REPORT = "adapterkit_merge.json"
@@ -198,3 +206,25 @@ def _names(each: Sequence[Mapping[str, str]]) -> list[str]:
         name if name and wanted.count(name) == 1 else str(number)
         for number, name in enumerate(wanted, 1)
     ]  # fmt: skip
+
+
+def dropouts_of(adapter: Adapter) -> list[float]:
+    """Return the dropout probabilities with which an adapter was trained; empty if none is recorded.
+
+    The probability comes from the adapter's PEFT config. If the config has none, it is the probability that was passed
+    to `create`. A combined adapter has the probabilities of the adapters from which it was combined.
+    """
+    config = adapter.foreign.data.get("config") if adapter.foreign is not None else None
+    fields = config if isinstance(config, dict) else {}
+    read = [float(p) for name in DROPOUTS if isinstance(p := fields.get(name), float | int)]
+    if read:
+        return read[-1:]
+    lists = [step.args.get(DROPOUT_LIST) for step in adapter.recipe]
+    combined = [float(p) for each in lists if isinstance(each, list) for p in each if isinstance(p, float | int)]
+    created = [step.args.get("dropout") for step in adapter.recipe if step.op == "create"]
+    return combined or [float(p) for p in created if isinstance(p, float | int)][-1:]
+
+
+def combined_dropouts(adapters: Sequence[Adapter]) -> list[float]:
+    """Return the dropout probabilities of several adapters. An adapter without a recorded probability counts as 0."""
+    return [p for adapter in adapters for p in dropouts_of(adapter) or [0.0]]

@@ -351,7 +351,8 @@ def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None
     Return None if `IN_OUT` does not list the base's model_type, and the family's file lists no weight as [in, out].
 
     The encoder and the decoder of an encoder-decoder model may be of two families. Each has its own config inside the
-    base's config, and the config of the half to which `path` belongs is used.
+    base's config, and the config of the half to which `path` belongs is used. The same applies to the text model of a
+    model that reads images, such as LLaVA.
     """
     globs = IN_OUT.get(str((config or {}).get("model_type")))
     if globs is not None:
@@ -363,7 +364,13 @@ def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None
         # transformers stores only the weights in `IN_OUT` as [in, out], so all layers of its other families are
         # [out, in]. A family without a file may have code of its own.
         return False if known is None and architecture_of(part) and not is_conv1d_name(path) else known
+    text = (config or {}).get("text_config")
     family = architecture_of(config)
+    if isinstance(text, Mapping) and text.get("model_type") in IN_OUT:
+        if "language_model" in path.split("."):
+            return stored_in_out(path, text)
+        if family and not is_conv1d_name(path):
+            return False
     ends = () if family is None else _transposed(family)
     return any(shape_of(path).endswith(end) for end in ends) if ends else None
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -147,7 +147,7 @@ def places(
     if base is None and len(read) > 1:
         read = by_expert(read)
     if len(read) > 1:
-        read = by_rows(read)
+        read = by_rows(_at_modules(read))
     if lower is not None:
         read = [additive(adapter, base, lower) for adapter in read]
     if not disjoint:
@@ -177,6 +177,26 @@ def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:
         return adapters
     named = in_one_naming([adapter.updates for adapter in adapters])
     return [a if u is a.updates else a.replace(updates=u) for a, u in zip(adapters, named, strict=True)]
+
+
+def _at_modules(adapters: list[Adapter]) -> list[Adapter]:
+    """Rename a parameter's target `X.weight` to `X` if another adapter has the module `X` as its target.
+
+    PEFT adapts the routers of experts as parameters; other tools, and `extract`, name the module.
+    """
+    known = {target for adapter in adapters for target in adapter.updates}
+
+    def at_module(target: Target, taken: Mapping[Target, object]) -> Target:
+        module = replace(target, path=target.path.removesuffix(".weight"))
+        return module if module in known and module not in taken else target
+
+    result = []
+    for adapter in adapters:
+        names = {target: at_module(target, adapter.updates) for target in adapter.updates}
+        same = all(target is name for target, name in names.items())
+        updates = {names[target]: group for target, group in adapter.updates.items()}
+        result.append(adapter if same else adapter.replace(updates=updates))
+    return result
 
 
 def _check_common(adapters: Sequence[Adapter]) -> None:

@@ -33,8 +33,9 @@ from ..methods.shira import SHiRA
 from ..naming.architectures import architecture_of
 from ..naming.binding import view
 from ..naming.binding.fitting import check_tuned, identity_of, paths_of
+from ..naming.binding.layouts import LayoutEvidence
 from ..naming.moves import Names, stored_in_out
-from ..naming.renames import parse_renames
+from ..naming.renames import IN_OUT, Rename, layout_of, parse_renames
 from ..naming.resolver import resolve
 from ..naming.ties import aliases, find_tie, is_embedding
 from .differences import changed_rows, check_rows, difference, floats_of, frobenius, left
@@ -221,7 +222,7 @@ def extract(
         rename: rules that map names in the tuned model to names in the base, each `FROM=TO` or `@FILE`. If no rule
             matches a name and the base lacks it, adapterkit looks for the name that another version of transformers
             uses, and for the same name with another prefix. The name is mapped only if exactly one name in the base
-            fits.
+            fits. `in_out:GLOB` or `out_in:GLOB` states how the base stores the weights of these modules.
         strict_base: whether to refuse a base that differs from the base in the tuned model's merge record.
 
     Returns:
@@ -259,7 +260,10 @@ def extract(
     weights, tuned_model = opened(base), opened(tuned)
     if strict_base:
         check_tuned(tuned_model, weights, strict=True)
-    job = _Extraction(_renamed(tuned_model, weights, rename), weights, criterion, embeddings, method, dtype)
+    rules = parse_renames(rename, list(dict.fromkeys(map(_path, tuned_model.tensors))))
+    layouts = LayoutEvidence((), {name: tensor.shape for name, tensor in weights.tensors.items()})
+    renamed = _renamed(tuned_model, weights, rules)
+    job = _Extraction(renamed, weights, criterion, embeddings, method, dtype, layouts, rules)
     names = job.names(targets)
     updates: dict[Target, tuple[Update, ...]] = {}
     count = workers or most_workers()
@@ -303,6 +307,8 @@ class _Extraction:
     embeddings: str
     method: str
     dtype: str | None
+    layouts: LayoutEvidence
+    rules: Sequence[Rename]
     shared: Mapping[str, Decomposition] | None = None
     """With scope `all`, a map from the key of a weight (see `_key`) to the cut decomposition of its change.
 
@@ -440,7 +446,12 @@ class _Extraction:
     def _target(self, name: str, rank: int) -> Target:
         """Return the target of a tensor, with the layout of the base."""
         path = _path(name)
-        in_out = stored_in_out(path, self.base.config) or is_embedding(name)
+        in_out = stored_in_out(path, self.base.config)
+        if in_out is None and (stated := layout_of(self.rules, path)):
+            in_out = stated == IN_OUT
+        if in_out is None:
+            in_out = self.layouts.of_matrix(path)
+        in_out = in_out or is_embedding(name)
         # A parameter with three axes that is not a module's `weight` contains one matrix per expert.
         stack = "e " if rank == 3 and path == name else ""
         return Target(path, f"{stack}in out *k" if in_out else f"{stack}out *in")
@@ -570,7 +581,7 @@ def _weights(target: Target, D: Array) -> list[Array]:
     return [one.reshape(len(one), -1) for one in (D if target.stacked else [D])]
 
 
-def _renamed(tuned: Checkpoint, base: Checkpoint, rename: str | Sequence[str]) -> Checkpoint:
+def _renamed(tuned: Checkpoint, base: Checkpoint, rules: Sequence[Rename]) -> Checkpoint:
     """Return the tuned model, with its tensors renamed to the base's names.
 
     Raises:
@@ -579,7 +590,6 @@ def _renamed(tuned: Checkpoint, base: Checkpoint, rename: str | Sequence[str]) -
     """
     known = {*base.tensors, *aliases(base)}
     paths = list(dict.fromkeys(map(_path, tuned.tensors)))
-    rules = parse_renames(rename, paths)
     if not rules and tuned.tensors.keys() <= known:
         return tuned
 

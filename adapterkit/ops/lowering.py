@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.adapter import Adapter, Step, Target
-from ..core.metadata import METADATA, MODEL_TYPE, merged_metadata, model_types_of
+from ..core.metadata import DROPOUT_LIST, METADATA, MODEL_TYPE, combined_dropouts, merged_metadata, model_types_of
 from ..core.updates import Additive, Update
 from ..errors import (
     PASS_BASE,
@@ -466,6 +466,9 @@ def of_several(
     # Record a model type only if the adapters' model types are the same. An adapter can record only one model type.
     if len(families) == 1:
         args |= {MODEL_TYPE: families.pop()}
+    dropouts: list[Any] = [*combined_dropouts(adapters)]
+    if any(dropouts):
+        args |= {DROPOUT_LIST: dropouts}
     step = Step(op, {**args, "of": [{"base": b, "recipe": r} for b, r in zip(named, lineages, strict=True)]})
     return Adapter(updates, base, (step,))
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..core.adapter import Adapter, Target, check_adapter
 from ..core.arguments import checks_types, weights_of
+from ..core.metadata import DROPOUT_LIST, combined_dropouts
 from ..core.shapes import Dims
 from ..core.updates import OutputUpdate, Update, tensor
 from ..errors import PASS_AN_ADAPTER, ShapeMismatch, TargetNotFound, Unsupported, UsageError
@@ -29,7 +30,6 @@ from ..linalg.activations import softmax
 from ..linalg.namespace import namespace
 from ..methods._bottleneck import Narrow
 from ..naming.moves import same_end
-from .layers import dropout_of
 from .routing import route
 
 if TYPE_CHECKING:
@@ -244,8 +244,8 @@ def _composed(name: str, updates: Mapping[Target, tuple[Update, ...]], adapters:
     sources = {tuple((step.args.get("format"), step.args.get("compat")) for step in steps) for steps in read}
     lineage = read[0] if len(sources) == 1 else ()
     of: Any = [{"base": None, "recipe": [{"op": s.op, "args": dict(s.args)} for s in each.recipe]} for each in adapters]
-    dropouts: list[Any] = [dropout_of(each) for each in adapters]
-    adapter = Adapter(updates, recipe=lineage).step(name, of=of, dropouts=dropouts)
+    dropouts: list[Any] = [*combined_dropouts(adapters)]
+    adapter = Adapter(updates, recipe=lineage).step(name, of=of, **{DROPOUT_LIST: dropouts})
     adapter.validate()
     return adapter
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.adapter import Adapter
+from ..core.metadata import dropouts_of
 from ..core.updates import Additive, Composed, Update
 from ..errors import USE_ITS_BASE, ShapeMismatch, Unsupported, UsageError
-from ..formats.peft.spelling import DROPOUTS
 from .leaves import casts_layerwise
 
 if TYPE_CHECKING:
@@ -493,24 +493,16 @@ def check_dropout(dropout: float, cls: type[Update], method: str) -> None:
 
 
 def dropout_of(adapter: Adapter) -> float:
-    """Return the dropout probability of an adapter.
-
-    It comes from the adapter's PEFT config. If the config has none, it is the probability that was passed to `create`,
-    or 0. A composed adapter has the dropout of the adapters from which it was composed.
+    """Return the dropout probability with which an adapter was trained; 0 if none is recorded.
 
     Raises:
-        UsageError: the adapter was composed from adapters with different dropouts.
+        UsageError: the adapter was combined from adapters with different dropouts.
     """
-    lists = [step.args.get("dropouts") for step in adapter.recipe]
-    composed = [p for each in lists if isinstance(each, list) for p in each if isinstance(p, float)]
-    if len(set(composed)) > 1:
-        why = f"the adapter was composed from adapters with the dropouts {composed}, but it has one dropout"
+    dropouts = dropouts_of(adapter)
+    if len(set(dropouts)) > 1:
+        why = f"the adapter was composed from adapters with the dropouts {dropouts}, but it has one dropout"
         raise UsageError(why, where="dropout", cure="Pass dropout=P to inject(), or dropout=0 for none")
-    dropouts = composed + [step.args.get("dropout", 0.0) for step in adapter.recipe if step.op == "create"]
-    config_or_none = adapter.foreign.data.get("config") if adapter.foreign is not None else None
-    config = config_or_none if isinstance(config_or_none, dict) else {}
-    dropouts += [config[name] for name in DROPOUTS if isinstance(config.get(name), float | int)]
-    return float(dropouts[-1]) if dropouts else 0.0
+    return dropouts[0] if dropouts else 0.0
 
 
 def dropped_change(

@@ -223,3 +223,16 @@ def test_numbers_that_are_too_large_name_their_target(op):
     adapter = Adapter({Target("layers.0.q"): (METHODS["lora"](A=from_numpy(A), B=from_numpy(B)),)})
     with pytest.raises(Malformed, match=r"layers\.0\.q: the values of the change are too large"):
         op(adapter)
+
+
+@pytest.mark.parametrize("op", [ak.ops.add, ak.combine], ids=["add", "combine"])
+def test_a_parameter_and_its_module_are_one_target(op):
+    """PEFT adapts routers of experts as the parameter `gate.weight`; `extract` names the module `gate`."""
+    rng = np.random.default_rng(0)
+    A, B = rng.standard_normal((2, 6)), rng.standard_normal((4, 2))
+    one, other = (
+        ak.Adapter({ak.Target(path): (ak.METHODS["lora"](A=A, B=B),)}) for path in ("mlp.gate.weight", "mlp.gate")
+    )
+    assert ak.diff(one, other).equal
+    both = op([one, other])
+    assert [target.path for target in both.updates] == ["mlp.gate"]

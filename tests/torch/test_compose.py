@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -194,6 +195,46 @@ def test_a_composition_is_trained_with_the_dropout_of_its_adapters():
     with pytest.raises(UsageError, match=r"dropouts \[0.5, 0.0\]"):
         ak.torch.inject(model, compose.stack(made, without), trainable=True)
     ak.torch.inject(model, compose.stack(made, without), trainable=True, dropout=0.5)
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["in memory", "from a file"])
+@pytest.mark.parametrize(
+    "combine",
+    [ak.ops.add, ak.ops.average, ak.ops.stack, ak.combine, lambda each: ak.ops.scale(ak.ops.resize(each[0], 2), 2.0)],
+    ids=["add", "average", "stack", "combine", "resize and scale"],
+)
+def test_a_combination_is_trained_with_the_dropout_of_its_adapters(tmp_path, combine, back):
+    """PEFT's `add_weighted_adapter` keeps `lora_dropout`, too."""
+
+    def trained(p: float) -> Adapter:
+        torch.manual_seed(int(p * 10))
+        model = peft.get_peft_model(
+            nn.Sequential(nn.Linear(8, 8)),
+            peft.LoraConfig(r=2, target_modules=["0"], lora_dropout=p, init_lora_weights=False),
+        )
+        model.save_pretrained(tmp_path / str(p))
+        return ak.read(tmp_path / str(p))
+
+    def kept(adapter: Adapter) -> Adapter:
+        ak.write(adapter, tmp_path / "kept.safetensors", format="adapterkit", overwrite=True)
+        return ak.read(tmp_path / "kept.safetensors") if back else adapter
+
+    half = trained(0.5)
+    both = kept(combine([half, half]))
+    base, x, outputs = nn.Sequential(nn.Linear(8, 8)).train(), torch.ones(3, 8), []
+    for settings in ({}, {"dropout": 0.5}, {"dropout": 0.0}):
+        model = copy.deepcopy(base)
+        ak.torch.inject(model, both, trainable=True, **settings)
+        torch.manual_seed(0)
+        outputs.append(model(x))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    ak.write(both, tmp_path / "both", format="peft", on_loss="promote")
+    assert peft.LoraConfig.from_pretrained(tmp_path / "both").lora_dropout == 0.5
+    if combine in (ak.ops.add, ak.ops.average, ak.ops.stack, ak.combine):
+        mixed = kept(combine([half, trained(0.0)]))
+        with pytest.raises(UsageError, match=r"dropouts \[0.5, 0.0\]"):
+            ak.torch.inject(nn.Sequential(nn.Linear(8, 8)), mixed, trainable=True)
 
 
 def test_blocks_nest():

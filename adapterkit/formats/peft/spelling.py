@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from ...core.metadata import DROPOUTS, dropouts_of
 from ...io.lazy import Lazy, as_lazy
 from ...methods.ia3 import IA3
 from ...methods.lora import LoRA
@@ -322,11 +323,6 @@ FRESH: dict[str, dict[str, Any]] = {
 Fields that older releases of PEFT do not know are left out, so PEFT uses its defaults for them.
 """
 
-DROPOUTS = (
-    "boft_dropout", "hira_dropout", "lora_dropout", "miss_dropout", "rank_dropout", "vera_dropout",
-)  # fmt: skip
-"""The config fields for the dropout that `create` recorded. Each `peft_type` has at most one of these fields."""
-
 COMMON = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
@@ -371,8 +367,9 @@ def configs(
         yield _over(read | named, changed)
     common = {name: hints.config.get(name, value) for name, value in COMMON.items()} | {"inference_mode": True}
     fresh = family.fresh if family else FRESH[peft_type]
-    dropout = [step.args["dropout"] for step in adapter.recipe if step.op == "create" and "dropout" in step.args]
-    trained = {name: dropout[-1] for name in DROPOUTS if name in fresh and dropout}
+    dropouts = set(dropouts_of(adapter))
+    # A config has one dropout. An adapter that was combined from adapters with several dropouts gets PEFT's default.
+    trained = {name: dropout for name in DROPOUTS if name in fresh for dropout in dropouts if len(dropouts) == 1}
     start = read or {**common, **fresh, **trained, "peft_type": peft_type}
     if family:
         lists = family_fields(updates, family, base)

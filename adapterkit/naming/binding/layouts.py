@@ -77,6 +77,15 @@ class LayoutEvidence:
             raise ambiguous_square(site.target)
         return shown
 
+    def of_matrix(self, path: str) -> bool | None:
+        """Whether the matrix of the module `path` is stored as [in, out]; None if the base's biases do not show it."""
+        shape, bias = (self.shapes.get(f"{path}.{end}") for end in ("weight", "bias"))
+        if shape is None or len(shape) != 2:
+            return None
+        if shape[0] != shape[1] and bias is not None and len(bias) == 1 and bias[0] in shape:
+            return bias[0] == shape[1]
+        return self._shown(path, is_conv1d_name(path))
+
     @cached_property
     def _linear(self) -> dict[str, str]:
         """The layouts that the adapter states for matrices, except embeddings, by the module's path."""
