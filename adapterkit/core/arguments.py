@@ -237,8 +237,8 @@ def _union(types: Sequence[_Type]) -> _Type:
 def _list_of(element: _Type) -> _Type:
     def test(value: object) -> bool:
         # An array of numbers is not a list of texts.
-        if element is not _ANYTHING and hasattr(value, "dtype") and hasattr(value, "tolist"):
-            value = value.tolist()
+        if element is not _ANYTHING and hasattr(value, "dtype"):
+            value = getattr(value, "tolist", lambda: value)()
         if isinstance(value, list | tuple):
             return element is _ANYTHING or all(map(element.passes, value))
         # An iterator can be read only once, so its elements are not checked here.

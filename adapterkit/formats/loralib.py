@@ -110,7 +110,7 @@ class LoraLib(Format):
         biases = {
             f"{target.path}{_BIAS}": as_lazy(update.bias)
             for target, update in adapter
-            if _is_bias(target, update) and isinstance(update, Replacement)
+            if isinstance(update, Replacement) and _is_bias(target, update) and update.bias is not None
         }
         adapter = adapter.replace(
             updates={
@@ -140,7 +140,7 @@ def _biases(biases: Mapping[str, Lazy], adapted: Mapping[str, Target]) -> Iterat
                 where=key,
                 cure=WRITE_AGAIN,
             )
-        yield adapted.get(path, Target(path)), Replacement(bias=cast(Any, leaf))
+        yield adapted.get(path, Target(path)), Replacement(weight=None, bias=cast(Any, leaf))
 
 
 def _is_bias(target: Target, update: Update) -> bool:

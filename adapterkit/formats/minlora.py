@@ -108,7 +108,8 @@ def _is_transposed(path: str, slots: Slots, base: Checkpoint | None) -> bool:
     The shapes show it, because the two factors have the rank in common. If both readings fit the shapes, the shape of
     the base's weight decides, and without a base the module's name.
     """
-    A, B = slots["A"].shape, slots["B"].shape
+    A: tuple[int, ...] = slots["A"].shape
+    B: tuple[int, ...] = slots["B"].shape
     if len(A) != 2 or len(B) != 2:
         return False
     as_stored, transposed = A[0] == B[1], A[1] == B[0]
@@ -116,7 +117,7 @@ def _is_transposed(path: str, slots: Slots, base: Checkpoint | None) -> bool:
         return transposed
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     if weight is not None and A[0] != A[1]:
-        return bool(tuple(weight.shape) == (A[0], B[1]))
+        return weight.shape == (A[0], B[1])
     return _is_embedding(path)
 
 

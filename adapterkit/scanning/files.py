@@ -600,10 +600,13 @@ def _inside(file: Path, folder: Path) -> bool:
     """
     try:
         target, top = file.resolve(), folder.resolve()
+    except (OSError, RuntimeError):  # The link is a loop.
+        return False
+    try:
         file.stat()
     except FileNotFoundError:  # The link points nowhere.
         pass
-    except (OSError, RuntimeError):  # The link is a loop; since Python 3.13, only stat() refuses loops.
+    except OSError:  # The link is a loop; since Python 3.13, resolve() accepts loops.
         return False
     return target.is_relative_to(top) or (
         top.parent.name == "snapshots" and target.is_relative_to(top.parent.parent / "blobs")

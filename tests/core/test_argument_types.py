@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +16,7 @@ import torch
 from safetensors.numpy import save_file
 
 import adapterkit as ak
-from adapterkit.core.arguments import checks_types
+from adapterkit.core.arguments import _ALIASES, _UNCHECKED, checks_types
 from adapterkit.errors import UsageError
 
 CLASSES = ("Adapter", "Session", "FolderSession", "TextData", "Bom", "AdapterReport", "Plan")
@@ -69,6 +71,11 @@ def test_arguments_in_another_order_are_refused(tmp_path: Path) -> None:
         ak.torch.inject(adapter, torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
+def described(given: dict[str, Any]) -> str:
+    ((name, value),) = given.items()
+    return f"{name}-{type(value).__name__}"
+
+
 @checks_types
 def example(
     one: str, *rest: int, path: ak.Checkpoint | str | Path = "", share: float = 0.0, whole: int = 0, on: bool = False,
@@ -88,7 +95,7 @@ def example(
         {"names": iter(["a"])}, {"names": (name for name in "ab")}, {"names": {"a"}}, {"names": np.array(["a"])},
         {"names": None}, {"names": []}, {"table": None}, {"table": {"a": 1}},
     ],
-    ids=str,
+    ids=described,
 )  # fmt: skip
 def test_what_does_the_same_as_the_type_passes(given: dict[str, Any]) -> None:
     assert example("a", 1, 2, **given) == "a"
@@ -102,7 +109,7 @@ def test_what_does_the_same_as_the_type_passes(given: dict[str, Any]) -> None:
         {"names": np.ones(2)},
         {"table": {"a": "b"}}, {"table": {1: 1}}, {"table": []},
     ],
-    ids=str,
+    ids=described,
 )  # fmt: skip
 def test_another_type_is_refused(given: dict[str, Any]) -> None:
     (name,) = given
@@ -135,3 +142,38 @@ def test_options_of_a_merge_are_checked(tmp_path: Path) -> None:
     save_file({"q.weight": np.ones((2, 2), "f4")}, tmp_path / "base.safetensors")
     with pytest.raises(UsageError, match=r"--shard-size \(shard_size=\)"):
         ak.plan(tmp_path / "base.safetensors", [], shard_size="5GB")  # type: ignore[arg-type]
+
+
+def aliases_for_type_checkers() -> Iterator[tuple[str, str]]:
+    """Each alias that a module of the package defines only for type checkers, with what it stands for."""
+    for file in sorted(Path(ak.__file__).parent.rglob("*.py")):
+        for block in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
+                for line in block.body:
+                    if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+                        yield line.targets[0].id, ast.unparse(line.value)
+                    elif isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value:
+                        yield line.target.id, ast.unparse(line.value)
+
+
+def test_aliases_for_type_checkers_mean_what_they_mean_at_run_time() -> None:
+    """The check at run time cannot import them; an alias that it does not know would count as a class."""
+    aliases = dict[str, set[str]]()
+    for name, meaning in aliases_for_type_checkers():
+        aliases.setdefault(name, set()).add(meaning)
+
+    def parts(union: str) -> set[str]:
+        """The types of a union, with every alias in place of its name."""
+        texts = re.sub(r"[\"']", "", union).split(" | ")
+        return set[str]().union(*(parts(min(aliases[text])) if text in aliases else {text} for text in texts))
+
+    annotations = [
+        re.sub(r"Callable\[\[.*?\], .*?\]", "Callable", str(parameter.annotation))
+        for function in FUNCTIONS.values()
+        for parameter in inspect.signature(function).parameters.values()
+    ]
+    used = {name for annotation in annotations for name in re.findall(r"\w+", annotation)} & aliases.keys()
+    assert used - _UNCHECKED <= _ALIASES.keys()
+    for name in used - _UNCHECKED:
+        if not _ALIASES[name].startswith("Callable"):
+            assert parts(_ALIASES[name]) in [parts(meaning) for meaning in aliases[name]], name
