@@ -162,10 +162,10 @@ def test_aliases_for_type_checkers_mean_what_they_mean_at_run_time() -> None:
     for name, meaning in aliases_for_type_checkers():
         aliases.setdefault(name, set()).add(meaning)
 
-    def parts(union: str) -> set[str]:
-        """The types of a union, with every alias in place of its name."""
-        texts = re.sub(r"[\"']", "", union).split(" | ")
-        return set[str]().union(*(parts(min(aliases[text])) if text in aliases else {text} for text in texts))
+    def types(text: str) -> list[str]:
+        """The names in an annotation, with those of every alias in place of its own."""
+        names = re.findall(r"[\w.]+", text)
+        return sorted(one for name in names for one in (types(min(aliases[name])) if name in aliases else [name]))
 
     annotations = [
         re.sub(r"Callable\[\[.*?\], .*?\]", "Callable", str(parameter.annotation))
@@ -176,4 +176,4 @@ def test_aliases_for_type_checkers_mean_what_they_mean_at_run_time() -> None:
     assert used - _UNCHECKED <= _ALIASES.keys()
     for name in used - _UNCHECKED:
         if not _ALIASES[name].startswith("Callable"):
-            assert parts(_ALIASES[name]) in [parts(meaning) for meaning in aliases[name]], name
+            assert types(_ALIASES[name]) in [types(meaning) for meaning in aliases[name]], name
