@@ -40,6 +40,11 @@ class TrainerCallback:
     and the random states, so a resumed run equals an uninterrupted one bit by bit. A checkpoint also holds the adapter
     in a file that other tools can read.
 
+    After the training, save the adapter with `adapterkit.write(handle.adapter(), folder)`. `trainer.save_model(folder)`
+    does not tell callbacks: it writes the model's config beside a file that has only the adapter's tensors, and
+    `from_pretrained(folder)` then gives the base new random weights. To save the whole model with the adapter merged
+    in, call `handle.merge_()` before `trainer.save_model(folder)`.
+
     Args:
         handle: the handle of an adapter injected with `trainable=True`.
         to: the format of the adapter file in each checkpoint, such as `peft`; None writes no such file.

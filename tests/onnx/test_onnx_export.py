@@ -408,7 +408,7 @@ def test_what_export_refuses(tmp_path):
     ):
         with pytest.raises(error, match=match):
             ak.onnx.export(model, (x,), out, **words)
-    with pytest.raises(UsageError, match="not a torch module"):
+    with pytest.raises(UsageError, match="is not a Module"):
         ak.onnx.export(lambda x: x, (x,), out)
     for args in ({"x": x}, x):
         with pytest.raises(UsageError, match=r"args is a (dict|Tensor), but must be a tuple.*kwargs="):
