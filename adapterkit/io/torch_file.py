@@ -38,8 +38,8 @@ _ENTRY = 128
 """The assumed size of an entry in the directory, in bytes. The entries that torch writes have 60 to 80 bytes."""
 
 _TAIL = (1 << 16) + 22 + 20 + 56
-"""The number of bytes at the end of an archive that must contain zip's "end of central directory" records. A comment of
-up to 64 KiB may follow these records."""
+"""Zip's "end of central directory" records must be in the last `_TAIL` bytes of an archive. A comment of up to 64 KiB
+may follow these records."""
 
 
 class Capped(io.BufferedReader):
