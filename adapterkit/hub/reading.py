@@ -531,8 +531,8 @@ class Ranged:
     """A base whose weight files are downloaded in byte ranges.
 
     Attributes:
-        path: the local folder, or the local file if the uri names a single file. Each weight file has its complete
-            header.
+        path: the local folder, or the local file if the uri names a single file. At first, each local weight file is
+            sparse and contains only the header.
         uri: the base's uri, pinned to its commit.
     """
 

@@ -211,9 +211,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Lazy]:
 def handles(header: Header) -> dict[str, Lazy]:
     """Return a lazy tensor for each entry of a header, in file order.
 
-    Usually, a lazy tensor reads its bytes from the file. But while a writer checks a file that it has just written, the
-    file's source tensors may be remembered. Then `sources_of` returns the source tensors, and a lazy tensor reads its
-    source tensor instead of the file.
+    Usually, a lazy tensor reads its bytes from the file. But a writer that checks its new file may keep the source
+    tensors, which it wrote to the file. Then `sources_of` returns them, and a lazy tensor reads its source tensor, not
+    the file.
     """
     path, leaves = header.path, {}
     sources = sources_of(path)

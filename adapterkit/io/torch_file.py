@@ -38,8 +38,8 @@ _ENTRY = 128
 """The assumed size of an entry in the directory, in bytes. The entries that torch writes have 60 to 80 bytes."""
 
 _TAIL = (1 << 16) + 22 + 20 + 56
-"""How many bytes at the end of an archive are searched for the record that describes the directory. A comment of up to
-64 KiB may follow this record."""
+"""Zip's "end of central directory" records must be in the last `_TAIL` bytes of an archive. A comment of up to 64 KiB
+may follow these records."""
 
 
 class Capped(io.BufferedReader):

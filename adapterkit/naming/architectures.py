@@ -499,8 +499,8 @@ def load(path: Path) -> Architecture:
     """Parse a family's file, add the names from the folder `namings`, and check the result.
 
     Raises:
-        Malformed: a file does not follow `spec/architectures/README.md`, or two weights have the same name and rows in
-            a naming.
+        Malformed: a file does not follow `spec/architectures/README.md`, or a naming gives two weights the same name
+            and the same rows.
     """
     record = decoded(path, ArchitectureRecord)
     for naming in namings(path.parent / "namings"):

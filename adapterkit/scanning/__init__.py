@@ -126,8 +126,8 @@ runs only if the paths of all layers with changed experts are equal except for t
 """
 
 SPIKE, SPIKE_RANK = 0.995, 4
-"""One direction dominates a change if the change has at least the rank `SPIKE_RANK`, and more than the share `SPIKE` of
-its energy (squared norm) is in this direction."""
+"""One direction dominates a change if more than the fraction `SPIKE` of the change's energy (squared norm) is in this
+direction. Only changes of rank `SPIKE_RANK` or more are checked."""
 
 STRONGER = 5.0
 """A change dominated by one direction is reported if its norm is more than this many times the median norm of the same

@@ -239,7 +239,7 @@ def _composed(name: str, updates: Mapping[Target, tuple[Update, ...]], adapters:
 
     `inject` needs them: a tool's forward may depend on the layer, such as on the padding of a convolution.
     """
-    # If all adapters were read from the same format, the result counts as read from this format too.
+    # If all adapters were read from the same format, start the result's lineage with their "read" step.
     read = [tuple(step for step in adapter.recipe if step.op == "read") for adapter in adapters]
     sources = {tuple((step.args.get("format"), step.args.get("compat")) for step in steps) for steps in read}
     lineage = read[0] if len(sources) == 1 else ()

@@ -84,8 +84,8 @@ class Route:
         """View a module's input or output as `[rows, ...]`.
 
         Raises:
-            ShapeMismatch: the tensor has neither 1 row nor as many rows as the route. If the route is `flattened`,
-                the tensor may also have a multiple of the route's number of rows.
+            ShapeMismatch: the tensor has neither 1 row nor as many rows as the route. If the route is `flattened` and
+                `axis` is 0, a multiple of the route's number of rows is also accepted.
         """
         rows = self.table.shape[0]
         if self.axis and tensor.ndim > self.axis:

@@ -270,7 +270,7 @@ class ContextUpdate(Update):
     has several updates, their vectors are concatenated in the order in which the updates are attached.
 
     Class attributes:
-        place: the name of the function that the method overrides, such as `embeddings` or `past`.
+        place: which of the functions below the subclass overrides, such as `embeddings` or `past`.
     """
 
     kind = "context"

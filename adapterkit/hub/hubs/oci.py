@@ -175,7 +175,7 @@ def _json(value: Mapping[str, object]) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-_ANOTHER = "Tell the artifact's owner, or use another tag"
+_ANOTHER = "Report the error to the artifact's owner, or use another tag"
 
 
 # Registries of the OCI distribution specification: `oci://registry/name:tag`.

@@ -54,10 +54,10 @@ class ReftFamily(AdapterHubFamily):
     read: ClassVar[Mapping[str, str]] = {
         "non_linearity": "the activation; null means none",
         "orthogonality": "whether Householder vectors parametrize the projection",
-        "prefix_positions": "the number of positions at the beginning that are changed",
+        "prefix_positions": "how many positions at the start of the sequence are changed",
         "r": "rank",
         "subtract_projection": "whether the input's projection is subtracted; releases up to 1.3 do not write this",
-        "suffix_positions": "the number of positions at the end that are changed",
+        "suffix_positions": "how many positions at the end of the sequence are changed",
         "tied_weights": "whether one unit changes both the first and the last positions",
     }
     harmless: ClassVar[Mapping[str, str]] = {
