@@ -55,7 +55,7 @@ Each comparison would compute such a tensor again, which takes too long.
 """
 
 MOST_CHOICES = 256
-"""`_Proof._choices` stops trying all combinations of omitted updates when it has this number of choices."""
+"""Once there are this many choices, `_Proof._choices` extends only the last choice, instead of all choices."""
 
 SPOTS = 32
 """The largest number of tensors per file that `_check_bytes` compares. Reading one tensor takes 70 us."""
