@@ -403,7 +403,7 @@ class Formatter(click.HelpFormatter):
     def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
         """Write a list of definitions.
 
-        The first column takes at most a third of the width, or at most 10 columns if a third is less.
+        Limit the first column to a third of the width, or to 10 characters if a third is less.
         """
         super().write_dl([*rows], min(col_max, max(10, self.width // 3)), col_spacing)
 

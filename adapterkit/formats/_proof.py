@@ -55,7 +55,7 @@ Each comparison would compute such a tensor again, which takes too long.
 """
 
 MOST_CHOICES = 256
-"""`_Proof._choices` stops trying all combinations of omitted updates when it has this number of choices."""
+"""Once `_Proof._choices` has this many sets of updates, it extends only the last set, instead of all sets."""
 
 SPOTS = 32
 """The largest number of tensors per file that `_check_bytes` compares. Reading one tensor takes 70 us."""

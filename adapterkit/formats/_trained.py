@@ -119,7 +119,7 @@ def _by_rules(
 def sites_as_trained(
     sites: Iterable[Site], recipe: Sequence[Step], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[Site]:
-    """Return the sites with their updates rewritten, as `as_trained` does for a layer with unknown padding.
+    """Rewrite the updates of each site, as `as_trained` does without `padding`. Return all sites.
 
     Args:
         sites: for each target, its updates and the names of its weight and bias in the base. Sites of stacked weights,

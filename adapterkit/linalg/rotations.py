@@ -243,7 +243,7 @@ class _Kind(TypedDict):
     device: object
 
 
-# Seed torch's global generator for a block of code, one block at a time.
+# Seed torch's global generator for a block of code. Only one thread at a time can be in such a block.
 
 
 _ONE_AT_A_TIME = RLock()

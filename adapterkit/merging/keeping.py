@@ -10,9 +10,9 @@ scheme.
 Lagrange multipliers `C`, Q is `M + C V^T` rounded to the nearest. Gradient ascent finds C, for each row separately. The
 gradient is `-(Q - M) V`, the negative of the error along V. After rounding, the shift `C V^T` changes the elements of Q
 by whole quantization steps. So the shift also adds errors in all other directions, and these errors add up over the
-layers. Therefore each row gets the shift with the smallest squared error of all steps of the ascent. In this error,
-squared errors along V count `OFTEN` times as much as other squared errors. The ascent starts with a shift of 0, which
-rounds M itself to the nearest.
+layers. Therefore each row gets the best shift that the ascent found for it: the one with the smallest squared error. In
+this error, squared errors along V count `OFTEN` times as much as other squared errors. The ascent starts with a shift
+of 0, which rounds M itself to the nearest.
 
 `swept` uses recorded inputs `X` of the layer. It minimizes the error of the layer's outputs,
 `tr((Q - M) H (Q - M)^T)` with `H = X^T X`. As in GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323), blocks

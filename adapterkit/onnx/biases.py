@@ -471,7 +471,7 @@ def _channel_after(nodes: Sequence[ir.Node], layer: GraphLayer) -> int | None:
     """Return the negative index of the channel axis in the value that `nodes` compute from a convolution's output.
 
     Returns:
-        None if a node cuts or removes the channels, or the effect of a node on the axes is unknown.
+        None if a node slices or removes the channel axis, or has an unknown effect on the axes.
     """
     rank = 1 - layer.channel
     axes = list(range(rank))  # The index that each axis had in the convolution's output; -1 for a new axis.

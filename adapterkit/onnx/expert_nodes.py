@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .resolved import ResolvedTarget
 
 ACTIVATIONS = ("relu", "gelu", "silu", "identity", "swiglu")
-"""The values of a `MoE` node's `activation_type` that a split supports."""
+"""A `MoE` node can be split only if its `activation_type` is one of these."""
 
 
 class ExpertGemm(Gemm):

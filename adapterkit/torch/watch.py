@@ -121,7 +121,7 @@ def check_tuner(tuner: nn.Module, module: nn.Module, where: str) -> None:
         Unsupported: the PEFT layer is merged, and the merge is not allowed: PEFT's change or an adapter's change is not
             additive, or an adapter changes the bias.
     """
-    if not is_tuner(tuner) or not getattr(tuner, "merged"):  # noqa: B009 - PEFT's layers have no type
+    if not is_tuner(tuner) or not getattr(tuner, "merged"):  # noqa: B009 - nn.Module declares no `merged`
         return
     ours = [update for part in module.__dict__[HOOK].parts for update in part.updates]
     if _is_sum(tuner) and all(update.kind == "additive" and not update.changes_bias for update in ours):

@@ -537,8 +537,8 @@ def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[
     _check_all(moves, experts)
     plain = {target: updates for target, updates in adapter.updates.items() if target.path not in moves}
     there = translated(adapter.updates, moves, experts)
-    # Join the updates of a fused layer's parts into one LoRA, because in MLX-LM, only layers of the class FusedLinear
-    # can have a separate LoRA for each part.
+    # Join the updates of a fused layer's parts into one LoRA. MLX-LM supports one LoRA per part only in layers of its
+    # class FusedLinear.
     fused = {move.path: move.into.of for given in moves.values() for move in given if move.into is not None}
     sizes = {
         target.path: fused[target.path] * (target.rows[1] - target.rows[0])

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 SPACES = (
     "a callable: score(adapter, spaces) -> (loss, {target's path: gradient of the loss with respect to the weight, "
-    "[out, in, *k]}), with loss = spaces.loss({(task, path): inputs [.., in] of the target on the task's samples}) for "
-    "the pairs in spaces.reads; task is the index of the task's adapter, and path is the target's path"
+    "[out, in, *k]}), with loss = spaces.loss(inputs); `inputs` maps pairs (task, path) in spaces.reads to the inputs "
+    "[.., in] of the target at this path on the task's samples; task is the index of the task's adapter"
 )
 
 RIDGE = 1e-8

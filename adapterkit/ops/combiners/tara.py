@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 TOGETHER = (
     "a callable: score(adapter, together) -> (loss, {target's path: gradient of the loss with respect to the weight, "
-    "[out, in, *k]}), with loss = together(losses) or together(losses, alone); `losses` has each task's loss, such as "
-    "an entropy, on unlabelled samples with the combined adapter, and `alone` has it with only that task's adapter"
+    "[out, in, *k]}), with loss = together(losses) or together(losses, alone); `losses` has each task's loss with "
+    "the combined adapter, and `alone` has each task's loss with only that task's adapter; a loss can be an entropy on "
+    "unlabelled samples"
 )
 DIRECTIONS = "each adapter's rank-one products (factors, Variant A), or joint singular directions (shared, Variant B)"
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FORMS = {"lora": ("_d", "_u"), "vector": ("",), "constant": ("_c",), "none": ()}
-"""For each form in the config, the endings of an update's fields. For example, in the form `lora`, A is stored in the
-fields `A_d` and `A_u`."""
+"""A map from each form in the config to the suffixes of the field names. For example, in the form `lora`, A is stored
+in the fields `A_d` and `A_u`."""
 
 
 LEAVES = ("Xd", "Xu", "X", "zeros")

@@ -113,8 +113,8 @@ class C3AFamily(Renamed):
     method_fields: ClassVar[type[MethodFields]] = C3AFields
     read: ClassVar[Mapping[str, str]] = {
         "block_size": "number of rows and columns of a block",
-        "block_size_pattern": "block sizes for some modules; a pattern must equal the module's path, or match an "
-        "end of the path that begins after a dot",
+        "block_size_pattern": "block sizes for some modules; a pattern must equal the module's path, or match "
+        "everything after a dot in the path",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": "xavier_uniform"}
 
