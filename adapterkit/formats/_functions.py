@@ -347,7 +347,10 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
         allowed = rounding + ALONE * np.maximum(np.abs(a), np.abs(b)) + NOTHING
         if not ((error <= allowed) | (a == b) | (np.isnan(a) & np.isnan(b))).all():
             size, worst = float(np.nan_to_num(np.abs(a)).max()), float(np.nan_to_num(error).max())
-            return f"the change of the {key[0]} differs by {worst / size if size else math.inf:.1e} times its maximum"
+            return (
+                f"the change of the {key[0]} differs by {worst / size if size else math.inf:.1e}, "
+                "relative to its largest value"
+            )
     return ""
 
 

@@ -320,8 +320,8 @@ def one_number(
 
     Args:
         pairs: the updates by target.
-        of: a function of an update. It returns the value that the file must store so that the tool computes exactly the
-            update's scaling, or None if no value does.
+        of: a function of an update. It returns the value from which the tool computes exactly the update's scaling, or
+            None if there is no such value.
         gives: a function of a value and an update. It returns the scaling that the tool computes for the update if the
             file stores this value.
         format_name: the format's name, for messages.

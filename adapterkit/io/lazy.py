@@ -389,7 +389,8 @@ def for_formulas(leaf: Leaf, device: str | torch.device | None, dtype: torch.dty
     """Return a lazy or torch tensor as a torch tensor for formulas: cast floats to `dtype`, and integers to int64.
 
     A file may store positions and seeds in any integer dtype. Sums and products of positions would overflow small
-    dtypes, and torch has few operations for uint16 to uint64. A uint64 seed keeps its bits.
+    dtypes, and torch has few operations for uint16 to uint64. A uint64 seed becomes the int64 with
+    the same bits.
     """
     value = as_torch(leaf, device, dtype)
     return value if value.is_floating_point() else value.long()

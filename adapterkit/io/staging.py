@@ -60,7 +60,10 @@ def fingerprint(file: Path) -> str:
 
 
 def digest_of(decided: object) -> str:
-    """Return a digest of plain data. For a record, `decided` must contain everything that determines the output."""
+    """Return a digest of plain data.
+
+    If a record will store the digest, `decided` must contain everything that determines the output.
+    """
     return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -131,7 +131,8 @@ def as_merged(
 def _check_activations(base: Dequantized) -> None:
     """Check that no activation of an AWQ base divides its outputs by scales.
 
-    AutoAWQ multiplies the weight after such an activation by the same scales. Only AWQ models do the division.
+    AutoAWQ multiplies the weight that reads these outputs by the same scales. A model that is not AWQ does not divide
+    the outputs, so it would compute other results with this weight.
 
     Raises:
         Unsupported: an activation has scales.

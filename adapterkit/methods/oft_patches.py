@@ -59,7 +59,7 @@ class OFTPatches(OutputUpdate):
             raise Unsupported("the target is neither a linear layer nor a convolution", cure=cure)
         channels, high, wide = (*layer.shape[1:], 1, 1)[:3]
         given = x.shape[-3] if len(layer.shape) > 2 else channels
-        # Check only integers: in an exported graph, the size may be unknown.
+        # In an exported graph, the number of channels may be unknown. Then it is not an int, so skip the check.
         if isinstance(given, int) and given != channels:
             cure = "Convert the update to oft and merge the result, as PEFT's merge does, or remove this layer"
             why = f"each patch has {given} channels, but each group of the convolution has {channels}"

@@ -377,7 +377,10 @@ def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None
 
 @cache
 def _transposed(family: Architecture) -> tuple[str, ...]:
-    """Return the endings of the names of a family's transposed tensors; each ending starts at the name's last `#`."""
+    """For each transposed tensor of a family, return the end of its name, from the last `#` on.
+
+    `#` stands for a number; see `shape_of`.
+    """
     places = (family.place(weight, naming) for weight in family.record.weights for naming in ("hub", "transformers5"))
     names = (shape_of(HOLE.sub("0", place.name)) for place in places if place is not None and place.transposed)
     return tuple(dict.fromkeys(name[name.rfind("#") :] for name in names))

@@ -498,9 +498,9 @@ def packing_of(spot: Spot, building: Building, fresh: Fresh) -> ExpertPacking:
     size = block or in_
     blocks, zero = -(-in_ // size), kind.zeros(node)()
     packed, factors = numbers(stored), numbers(scales)
-    # Pad the last block of each row with zeros, which do not change the block's scale. In `q`, these zeros equal the
-    # default zero point, because onnxruntime supports no other zero points for blocks that need padding. `put` removes
-    # the padding.
+    # Pad the last block of each row with zeros, which do not change the block's scale. `q` stores a zero as the zero
+    # point. For blocks that need padding, onnxruntime supports only the default zero point, so pad `q` with it. `put`
+    # removes the padding.
     wide = ((0, 0), (0, blocks * size - in_))
     q = np.pad(split(packed.reshape(experts * out, -1), bits), wide, constant_values=1 << (bits - 1))
     numbers_found = numbers_in(node, q, zero, factors.reshape(experts * out, blocks), (0, (1 << bits) - 1), bits)

@@ -515,7 +515,7 @@ class Session:
         try:
             array = np.asarray(given)
         except (TypeError, ValueError, RuntimeError) as error:  # torch raises TypeError and RuntimeError.
-            why = f"the input is no array, and cannot be made one ({first_line(error)})"
+            why = f"the input is not an array, and cannot be made one ({first_line(error)})"
             cure = "Pass a numpy array, or a torch tensor that is on the CPU and needs no gradient"
             raise UsageError(why, path=self._path, where=name, cure=cure) from None
         if array.dtype != kind:

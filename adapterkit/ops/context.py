@@ -127,7 +127,7 @@ class Census:
 
     @property
     def voting(self) -> bool:
-        """Whether formulas currently run only to call `add_votes`."""
+        """Whether the current run of the formulas only collects votes for `majority`."""
         return self._votes is not None
 
     def add_votes(self, signs: int) -> None:

@@ -563,8 +563,8 @@ def _translated(content: object, where: str, switches: Mapping[str, bool], path:
 def _switches(method: object, compat: str | None) -> Mapping[str, bool]:
     """Return a map from names to booleans: True for the method's boolean parameters, False for ignored switches.
 
-    A switch is translated only if its name is not in the map. mergekit accepts the switches `normalize` and `rescale`
-    for every method, although some methods ignore them.
+    `_spelled` translates one of mergekit's switches only if its name is not in this map. mergekit accepts the switches
+    `normalize` and `rescale` for every method, although some methods ignore them.
     """
     from .combiners import COMBINERS
     from .parameters import resolved

@@ -240,7 +240,9 @@ class AdapterHubPart:
             slots = groups.setdefault(key.path, {})
             if key.slot in slots:
                 why = f"this key names the same tensor as {slots[key.slot].text}"
-                raise Malformed(why, where=key.text, cure="Save the adapter again with one release of adapters")
+                raise Malformed(
+                    why, where=key.text, cure="Save the adapter again with one version of the adapters library"
+                )
             slots[key.slot] = key
         return groups
 

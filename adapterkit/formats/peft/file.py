@@ -420,8 +420,8 @@ class PeftHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         experts_order: the layout in which stacked experts are written; None for the layout of current PEFT.
         keys: a map from the key that the writer would choose to the key in the source file. The map contains only keys
             for which the two differ, or for which the writer's choice is uncertain.
-        shapes: a map from the source file's keys to the shapes of their tensors. The map contains only tensors to which
-            the writer would give another shape with the same elements.
+        shapes: a map from the source file's keys to the shapes of their tensors. The map contains only tensors that
+            the writer would store in another shape. Both shapes have the same number of elements.
     """
 
     config: dict[str, Any] = {}
