@@ -291,7 +291,7 @@ def named_scale(scale: float, residue: float) -> str:
     if residue > RESIDUE * max(abs(scale), 1.0) and residue > RESIDUE:
         return "contains another change"
     if abs(scale) < UNCHANGED:
-        return "contains nothing of the change"
+        return "contains none of the change"
     if scale < 0:
         return f"contains the change with the opposite sign (scale {scale:.2g})"
     return f"contains {scale:.3g} times the change"
@@ -425,7 +425,7 @@ class SuspectWeights:
         if scale < -CERTAIN * noise - UNCHANGED:
             fault = f"contains the change with the opposite sign (scale {scale:.2g})"
         elif abs(scale) < UNCHANGED + CERTAIN * noise:
-            fault = self._elsewhere(weight, there) or "contains nothing of the change"
+            fault = self._elsewhere(weight, there) or "contains none of the change"
         return _WeightFound(fault, scale, apart / size, False)
 
     def _elsewhere(self, weight: _WeightCopy, there: Tensor) -> str:

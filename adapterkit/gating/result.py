@@ -415,7 +415,7 @@ def _faults(each: KeptEffect, failed: set[tuple[str, str]]) -> Iterator[str]:
 
 def _scaled(name: str, scale: float) -> str:
     if abs(scale) < UNCHANGED:
-        return f"{name} equals the base: it contains nothing of the change"
+        return f"{name} equals the base: it contains none of the change"
     if scale < 0:
         return f"{name} contains the change with the opposite sign (scale x {scale:.2g})"
     word = {2: "twice the change", 0.5: "half the change"}.get(round(scale, 1), f"{scale:.2g} times the change")
@@ -451,7 +451,7 @@ def _by_modules(each: KeptEffect, name: str) -> Iterator[str]:
 
 
 def _is_multiple(part: ModulePart) -> bool:
-    return "nothing of the change" in part.fault or "times the change" in part.fault or "opposite sign" in part.fault
+    return "none of the change" in part.fault or "times the change" in part.fault or "opposite sign" in part.fault
 
 
 def _kind(part: ModulePart) -> str:

@@ -224,7 +224,7 @@ class Folding:
             return apart
         if must:
             methods = ", ".join(dict.fromkeys(update.method for update in self.updates))
-            why = f"{methods} can only be stored beside a quantized weight if one adapter is merged, with weight 1"
+            why = f"{methods} can be stored beside a quantized weight only if a single adapter is merged, with weight 1"
             cure = "Omit --keep-change (keep_change=), or combine the adapters first: adapterkit combine"
             raise Unsupported(why, where=self.name, cure=cure)
         return []

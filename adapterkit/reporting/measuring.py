@@ -162,7 +162,7 @@ class MergedShare:
     Attributes:
         target: the target.
         kept: the projection of `merged - base` onto the adapters' change, divided by the norm of the adapters' change.
-            1 if the merged weight contains the whole change; 0 if it contains nothing of the change.
+            1 if the merged weight contains the whole change; 0 if it contains none of the change.
         error: the norm of `merged - exact`, divided by the norm of the adapters' change. `exact` is the base's weight
             plus the adapters' change.
         rounded: the value that `kept` would have after a perfect merge, which computes `exact` and rounds it once to

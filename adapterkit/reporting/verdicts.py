@@ -593,10 +593,10 @@ def _merged(findings: Findings) -> Details:
     kept = {each.target: each.kept for each in merged}
     nothing = [target for target, share in kept.items() if abs(share) < NOTHING]
     if len(nothing) == len(findings.measured.merged):
-        yield "The merged model contains nothing of the change: it equals the base.", None, None
+        yield "The merged model contains none of the change: it equals the base.", None, None
         return
     for target in nothing:
-        yield f"The merged model contains nothing of the change at {findings.title(target)}.", None, target
+        yield f"The merged model contains none of the change at {findings.title(target)}.", None, target
     other = [each for each in merged if abs(each.kept) >= NOTHING and not KEPT <= each.kept <= 2 - KEPT]
     if other:
         farthest = max(other, key=lambda each: abs(each.kept - 1))

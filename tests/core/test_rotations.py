@@ -309,7 +309,7 @@ BROKEN = [
     (BOFT, {"boft_R": (1, 4, 2, 2), "boft_s": (6, 1)}, "does not fit boft_block_size"),
     (BOFT, {"boft_R": (2, 2, 4, 4), "boft_s": (6, 1)}, "does not fit boft_block_size"),
     (BOFT, {"boft_R": (1, 2, 4, 4), "boft_s": (6,)}, "boft_s must have two axes"),
-    (BOFT, {"boft_R": (1, 2, 4, 4)}, "lacks the matching tensor: boft_s"),
+    (BOFT, {"boft_R": (1, 2, 4, 4)}, "lacks a tensor that this one needs: boft_s"),
     ({"peft_type": "HRA", "r": 2}, {"hra_u": (8, 3)}, "rank 2"),
     ({"peft_type": "HIRA", "r": 2}, {"hira_A": (3, 8), "hira_B": (6, 3)}, "rank 2"),
     ({"peft_type": "ROAD", "variant": "road_3"}, {"road_theta": (3,), "road_alpha": (3,)}, "road_3"),
@@ -321,9 +321,9 @@ BROKEN = [
     ({"peft_type": "OSF", "effective_rank": 5}, OSF, "2 of 6 singular values, but the config leaves 5 in the base"),
     ({"peft_type": "OSF", "effective_rank": 4, "rank_pattern": {"(": 1}}, OSF, "not a valid regular expression"),
     (PSOFT | {"psoft_orth": False}, {"psoft_R.weight": (3,)}, "rank 3"),
-    (PSOFT | {"psoft_mag_a": True}, {"psoft_R.weight": (3,)}, "lacks the matching tensor: psoft_R.vector_a"),
+    (PSOFT | {"psoft_mag_a": True}, {"psoft_R.weight": (3,)}, "lacks a tensor that this one needs: psoft_R.vector_a"),
     (FROD | {"save_projection": False}, {"frod_lambda_l": (8,), "frod_lambda_s_values": (4,)}, "not in the file"),
-    (FROD, {"frod_lambda_l": (8,), "frod_lambda_s_values": (4,)}, "lacks the matching tensor: frod_V.q"),
+    (FROD, {"frod_lambda_l": (8,), "frod_lambda_s_values": (4,)}, "lacks a tensor that this one needs: frod_V.q"),
 ]
 
 

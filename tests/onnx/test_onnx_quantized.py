@@ -225,7 +225,7 @@ def test_what_is_not_kept_beside(exported, tmp_path):
     scale = METHODS["ia3"](l=torch.linspace(0.5, 1.5, OUT))
     both = [Adapter({Target("up"): (one,)}) for one in (scale, small())]
     with pytest.raises(
-        Unsupported, match="can only be stored beside a quantized weight if one adapter is merged, with weight 1"
+        Unsupported, match="can be stored beside a quantized weight only if a single adapter is merged, with weight 1"
     ):
         ak.onnx.merge(path, both, tmp_path / "out.onnx", base_weights=base, keep_change="float")
     report = ak.onnx.merge(path, both, tmp_path / "out.onnx", base_weights=base, quantized="requantize")

@@ -366,7 +366,7 @@ def test_planted_faults_against_a_base_are_told(folder: Path, tmp_path: Path) ->
     assert "every target has a scaling of 300" in large["scaling"]
     assert "of its weight; 24 of 24 targets" in large["too-large"]
     nothing = told(folder / "one", base=folder / "base", merged=folder / "base")
-    assert nothing["merged-less"] == "The merged model contains nothing of the change: it equals the base."
+    assert nothing["merged-less"] == "The merged model contains none of the change: it equals the base."
     other = save_lora(tmp_path / "else", factors(3), base="org/else")
     pair = {each.code: each.text for each in ak.report([folder / "one", other]).verdicts}
     assert pair["different-bases"].endswith("one for org/base and else for org/else.")

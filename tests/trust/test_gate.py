@@ -286,13 +286,13 @@ def test_a_transposed_conv1d_is_found(root: str, tmp_path: Path) -> None:
 def test_a_lost_tower_is_found(root: str, tmp_path: Path) -> None:
     base, adapter = world("clip", root)
     ak.merge(base, only(adapter, lambda path: "vision" not in path), tmp_path / "merged")
-    check_failed(ak.gate(base, adapter, merged=tmp_path / "merged", **FAST), "contain nothing of the change")
+    check_failed(ak.gate(base, adapter, merged=tmp_path / "merged", **FAST), "contain none of the change")
 
 
 def test_a_lost_layer_of_an_encoder_is_found(root: str, tmp_path: Path) -> None:
     base, adapter = world("bert", root)
     ak.merge(base, only(adapter, lambda path: "layer.1." not in path), tmp_path / "merged")
-    check_failed(ak.gate(base, adapter, merged=tmp_path / "merged", **FAST), "contain nothing of the change")
+    check_failed(ak.gate(base, adapter, merged=tmp_path / "merged", **FAST), "contain none of the change")
 
 
 def test_lost_tokens_are_found(root: str, tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_the_command(root: str, tmp_path: Path) -> None:
     told = json.loads(failed.stdout)
     assert (told["outcome"], told["verdicts"][0]) == (
         "failed",
-        "the merged model equals the base: it contains nothing of the change",
+        "the merged model equals the base: it contains none of the change",
     )
     unknown = run("gate", base, tmp_path / "lora.safetensors", *SMALL, "--min-over-null", "1")
     assert unknown.exit_code == 3, unknown.output

@@ -87,7 +87,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Tensors], Tensors], str]] = {
         lambda base, d: merged(base, without(d, DOWN)),
         "layer 1 down_proj is the first module that differs",
     ),
-    "one layer missed": (lambda base, d: merged(base, without(d, "layers.1.")), "nothing of the change"),
+    "one layer missed": (lambda base, d: merged(base, without(d, "layers.1.")), "none of the change"),
     "attention missed": (lambda base, d: merged(base, without(d, "self_attn")), "8 of"),
     "layers shifted": (lambda base, d: merged(base, shifted(d)), "contain the change of another module"),
     "two targets exchanged": (lambda base, d: merged(base, crossed(d)), "contain the change of another module"),

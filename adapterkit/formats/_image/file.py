@@ -153,7 +153,9 @@ class ImageModule:
         """
         missing = next((slot for slot in slots if slot not in self.tensors), None)
         if missing is not None:
-            raise Malformed(f"the file lacks the matching tensor: {missing}", where=self.where, cure=WRITE_AGAIN)
+            raise Malformed(
+                f"the file lacks a tensor that this one needs: {missing}", where=self.where, cure=WRITE_AGAIN
+            )
         return [self.tensors[slot] for slot in slots]
 
     def number(self, slot: str) -> float:

@@ -304,7 +304,7 @@ def take(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], fields: Mappi
     missing = next((slot for slot in fields if slot not in slots), None)
     if missing is not None:
         where = next(iter(slots.values())).text
-        raise Malformed(f"the file lacks the matching tensor: {missing}", where=where, cure=AGAIN)
+        raise Malformed(f"the file lacks a tensor that this one needs: {missing}", where=where, cure=AGAIN)
     return {field: part.tensors[slots[slot]] for slot, field in fields.items()}
 
 

@@ -221,7 +221,9 @@ def _check_partners(settings: PeftSettings, keys: Mapping[str, Key], needs: Mapp
     """
     for name, needed in needs.items():
         if needed and name not in keys:
-            raise Malformed(f"the file lacks the matching tensor: {_WORDS[name]}", where=where, cure=SAVE_WITH_PEFT)
+            raise Malformed(
+                f"the file lacks a tensor that this one needs: {_WORDS[name]}", where=where, cure=SAVE_WITH_PEFT
+            )
         if not needed and name in keys:
             why = f"the file has {_WORDS[name]}, but the config does not enable it"
             raise Malformed(why, where=keys[name].text, cure=USE_ITS_CONFIG)

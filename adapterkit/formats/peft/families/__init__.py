@@ -379,7 +379,7 @@ def check_parts(keys: Mapping[str, Key], wanted: Collection[str]) -> None:
     some = next(iter(keys.values()))
     missing = next((part for part in wanted if part not in keys), None)
     if missing:
-        raise Malformed(f"the file lacks the matching tensor: {missing}", where=some.text, cure=SAVE_WITH_PEFT)
+        raise Malformed(f"the file lacks a tensor that this one needs: {missing}", where=some.text, cure=SAVE_WITH_PEFT)
     extra = next((key for part, key in keys.items() if part not in wanted), None)
     if extra:
         raise Malformed("this tensor does not fit the module's other tensors", where=extra.text, cure=SAVE_WITH_PEFT)

@@ -131,7 +131,7 @@ def _shared(file: File, some: Key) -> dict[str, Key]:
         raise Unsupported(why, where="save_projection", cure="Save the adapter again with save_projection=True")
     missing = next((word for word in words.values() if word not in file.shared), None)
     if missing:
-        raise Malformed(f"the file lacks the matching tensor: {missing}", where=some.text, cure=SAVE_WITH_PEFT)
+        raise Malformed(f"the file lacks a tensor that this one needs: {missing}", where=some.text, cure=SAVE_WITH_PEFT)
     shared_keys = {field: file.shared[word] for field, word in words.items()}
     size, V = file.tensors[shared_keys["index.size"]], file.tensors[shared_keys["V"]]
     if size.shape != (2,) or size.dtype.floating or size.numpy().tolist() != list(V.shape):

@@ -332,7 +332,7 @@ class FourierFTFamily(DrawnSpectrum):
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "number of coefficients",
         "n_frequency_pattern": "numbers of coefficients for some modules; a pattern must equal the module's path, or "
-        "match an end of the path that begins after a dot",
+        "match everything after a dot in the path",
         "random_loc_seed": "seed of torch.randperm(out * in) on the CPU; the first n values of this permutation are "
         "the positions; the base shows out and in",
         "scaling": "factor on the change",
