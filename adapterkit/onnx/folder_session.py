@@ -192,10 +192,6 @@ class FolderSession:
             cure = nearest(part, self.parts) or f"The graphs of the folder are {', '.join(self.parts)}"
             raise UsageError(f"no graph {part!r}", path=self._path, cure=cure)
         if adapter is not None:
-            if not isinstance(adapter, str):
-                why = f"the adapter is a {type(adapter).__name__}, but a folder's graphs take one name"
-                cure = "Pass the name of a loaded adapter, or call run of one of the graphs in FolderSession.parts"
-                raise UsageError(why, path=self._path, where="adapter", cure=cure)
             self._check_loaded(adapter)
         name_here = adapter if adapter is not None and part in self._adapters[adapter] else None
         return self.parts[part].run(inputs, name_here)
