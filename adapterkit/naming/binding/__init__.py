@@ -30,9 +30,9 @@ from ...io.lazy import as_lazy, as_torch, for_formulas
 from ..architectures import HOLE, STORED_AS, named, of_pipelines, shape_of
 from ..moves import MoveRule, stored_in_out
 from ..renames import BY_HEAD, BY_PART, IN_OUT, Rename, layout_of, parse_renames, renamed_by
-from ..ties import aliases, is_embedding
+from ..ties import aliases
 from .fitting import Shapes, fits, viewed
-from .layouts import LayoutEvidence, ambiguous_square
+from .layouts import LayoutEvidence, ambiguous_square, names_embedding
 from .moving import ungrouped
 from .sites import Bound, Site, apart, find_parts, find_sites
 
@@ -357,7 +357,7 @@ def _choose(
         return declared
     # For a GGUF file, ignore the layouts that the family's file lists: GGUF files store all weights except embeddings
     # as [out, in]. For embeddings, use the adapter's layout.
-    embedding = is_embedding(f"{site.target.path}.weight")
+    embedding = names_embedding(site.target.path)
     if (config or {}).get(STORED_AS) == "gguf":
         return declared if embedding else fits[0]
     in_out = stored_in_out(site.target.path, config)

@@ -27,6 +27,15 @@ _LAYER = re.compile(r"(?:^|\.)\d+(?:\.|$)")
 _ATTENTION = "in_proj_weight"
 
 
+def names_embedding(path: str) -> bool:
+    """Whether a module has the name of an embedding: of tokens, or of positions, types and the like.
+
+    An adapter's layout of an embedding is never in doubt, because tools store the factors of embeddings apart.
+    """
+    last = path.rpartition(".")[2]
+    return "emb" in last or last == "wpe" or is_embedding(f"{path}.weight")
+
+
 def ambiguous_square(target: Target) -> ShapeMismatch:
     """Return the error for a square weight whose layout is unknown."""
     return ShapeMismatch(
@@ -95,7 +104,7 @@ class LayoutEvidence:
             if site.weight is not None
             and len(self.shapes[site.weight]) == 2
             and not site.weight.endswith(_ATTENTION)
-            and not is_embedding(f"{site.target.path}.weight")
+            and not names_embedding(site.target.path)
         }
 
     @cached_property
