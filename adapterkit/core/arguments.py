@@ -1,4 +1,4 @@
-"""Check the types of arguments of public functions: `checks_types` checks all against the annotations."""
+"""Check arguments of public functions. `checks_types` compares their types with the annotations."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_factor(factor: object, name: str) -> float:
     """
     try:
         finite = math.isfinite(factor)  # type: ignore[arg-type]
-    except (TypeError, OverflowError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # Tensors raise ValueError and RuntimeError.
         finite = False
     if not finite:
         raise UsageError(f"{name} {shown(factor)} is not a finite number", where=name, cure=f"Pass {name}= as a number")
@@ -66,10 +66,10 @@ def check_count(value: object, name: str, flag: str) -> None:
     """
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not _is_whole(value):
         raise UsageError(f"{name} {shown(value)} is not a whole number", where=name, cure=f"Pass {flag}, N >= 1")
-    if value < 1:
-        raise UsageError(f"{name} must be at least 1, got {value}", cure=f"Pass {flag}, N >= 1")
+    if index(value) < 1:  # type: ignore[arg-type]
+        raise UsageError(f"{name} must be at least 1, got {value}", where=name, cure=f"Pass {flag}, N >= 1")
 
 
 # Check the types of a public function's arguments against its annotations.
@@ -85,20 +85,21 @@ _ALIASES = {
     "Score": "Callable[..., object]",
     "Source": "Adapter | str | PathLike[str]",
     "Text": "str | PathLike[str]",
-    "Value": "bool | int | float | str | None",
     "Weights": "Checkpoint | str | PathLike[str]",
 }
-"""What the aliases mean that modules define only for type checkers, because the imports for them are slow."""
+"""Type aliases that modules define only for type checkers, because importing their types is slow."""
 
 _CURES = {
     "options": "Pass options=adapterkit.MergeOptions(...)",
     "memory": "Pass --memory (memory=) as a number of bytes, such as 5 << 30",
     "shard_size": "Pass --shard-size (shard_size=) as a number of bytes, such as 5 << 30",
     "weights": PASS_ONE_WEIGHT_EACH,
+    "start": "Pass a list with --start (start=), such as start=['karcher']",
+    "gate": "Run adapterkit gate ... --json > FILE, and pass --gate FILE (gate=)",
 }
-"""What to pass for arguments whose annotation does not tell it."""
+"""Cures for arguments whose annotation does not say what to pass."""
 
-_UNCHECKED = {"Any", "Array", "ArrayLike", "JsonValue", "Provider", "Setting", "Spaces", "object"}
+_UNCHECKED = {"Any", "Array", "ArrayLike", "JsonValue", "Provider", "Setting", "Spaces", "Value", "object"}
 """Names of types whose values the functions check themselves."""
 
 _LISTS = {"Sequence", "Iterable", "Collection", "Set", "list", "tuple", "set"}
@@ -106,11 +107,15 @@ _MAPPINGS = {"Mapping", "MutableMapping", "dict"}
 
 
 class _Type:
-    """A part of an annotation: its name in messages, the types that surely pass, and a test for all other values."""
+    """A part of an annotation: its names in messages, exact types that pass without the test, and the test.
+
+    `parts` are the types of a union. `absent` is set if None may stand for a list that is empty by default.
+    """
 
     def __init__(self, one: str, many: str, test: Callable[[Any], bool], *exact: type) -> None:
         self.one, self.many, self.test = one, many, test
         self.exact = frozenset(exact)
+        self.parts: tuple[_Type, ...] = ()
         self.absent = False
 
     def passes(self, value: object) -> bool:
@@ -131,8 +136,9 @@ def _is_number(value: object) -> bool:
 
 
 def _is_whole(value: object) -> bool:
-    if isinstance(value, float):  # A count such as 5e9 is whole.
-        return value.is_integer()
+    """Return whether `value` is one whole number: Python's, numpy's, or a tensor of one element."""
+    if type(value).__name__ in ("bool", "bool_"):
+        return False
     try:
         index(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
@@ -141,20 +147,20 @@ def _is_whole(value: object) -> bool:
 
 
 def _is_truth(value: object) -> bool:
-    """Return whether `value` is a truth value. A text such as "no" is not: it would count as true."""
+    """Return whether `value` is a truth value. A string such as "no" is not: it would count as true."""
     return value is None or type(value).__name__ in ("bool", "bool_") or (_is_number(value) and value in (0, 1))
 
 
 def _is_text(value: object) -> bool:
-    """Return whether `value` is a text, or an object of torch or numpy that a text may stand for."""
+    """Return whether `value` is a string, or an object of torch or numpy that a function takes instead of one."""
     return isinstance(value, str) or type(value).__name__ in ("dtype", "device")
 
 
 _SCALARS = {
-    "str": _Type("a text", "texts", _is_text, str),
+    "str": _Type("a string", "strings", _is_text, str),
     "bytes": _Type("bytes", "bytes", lambda value: isinstance(value, bytes | bytearray | memoryview), bytes),
     "bool": _Type("True or False", "truth values", _is_truth, bool),
-    "int": _Type("a whole number", "whole numbers", _is_whole, int),
+    "int": _Type("a whole number", "whole numbers", _is_whole),
     "float": _Type("a number", "numbers", _is_number, float, int),
     "SupportsFloat": _Type("a number", "numbers", _is_number, float, int),
     "PathLike": _Type("a path", "paths", lambda value: hasattr(value, "__fspath__")),
@@ -163,9 +169,13 @@ _SCALARS = {
     "Callable": _Type("a function", "functions", callable),
     "type": _Type("a class", "classes", lambda value: isinstance(value, type), type),
 }
+_SIZES = {"memory", "shard_size"}
+"""Arguments in bytes, which may also be round floats such as 5e9."""
+
+_ROUND = _Type("a whole number", "whole numbers", lambda value: isinstance(value, float) and value.is_integer())
 _ANYTHING = _Type("", "", lambda _: True)
 _ABSENT = _Type("None", "None", lambda value: value is None, type(None))
-"""None for a list that is empty by default. Both mean that nothing is chosen, so the function gets the empty list."""
+"""Lets None pass for a list that is empty by default; the function gets the empty list."""
 
 
 def _type_of(annotation: object, names: Mapping[str, object]) -> _Type:
@@ -216,21 +226,22 @@ def _named(name: str, names: Mapping[str, object]) -> _Type:
 
 
 def _class_named(name: str) -> _Type:
-    article = "an" if name[0] in "AEIOU" else "a"
+    article = "an" if name[0] in "AEIO" else "a"
     return _Type(f"{article} {name}", f"{name}s", lambda value: name in [each.__name__ for each in type(value).__mro__])
 
 
 def _union(types: Sequence[_Type]) -> _Type:
-    if _ANYTHING in types:
+    parts = tuple(part for each in types for part in each.parts or (each,))
+    if _ANYTHING in parts:
         return _ANYTHING
-    path = _SCALARS["PathLike"] in types
-    said = [each for each in types if not (path and each is _SCALARS["str"])]
-    union = _Type("", "", lambda value: any(each.passes(value) for each in types))
-    union.absent = _ABSENT in types
-    union.exact = frozenset[type]().union(*(each.exact for each in types))
-    ones = list(dict.fromkeys(each.one for each in said))
+    path = _SCALARS["PathLike"] in parts
+    in_messages = [each for each in parts if not (path and each is _SCALARS["str"])]
+    union = _Type("", "", lambda value: any(each.passes(value) for each in parts))
+    union.parts, union.absent = parts, _ABSENT in parts
+    union.exact = frozenset[type]().union(*(each.exact for each in parts))
+    ones = list(dict.fromkeys(each.one for each in in_messages))
     union.one = " or ".join([", ".join(ones[:-1]), ones[-1]] if len(ones) > 1 else ones)
-    union.many = " or ".join(dict.fromkeys(each.many for each in said))
+    union.many = " or ".join(dict.fromkeys(each.many for each in in_messages))
     return union
 
 
@@ -269,6 +280,14 @@ def _refuse(name: str, value: object, type_: _Type) -> NoReturn:
     raise UsageError(f"{name} {shown(value)} {verb} not {type_.one}", where=name, cure=cure)
 
 
+def _of_parameter(name: str, annotation: object, default: object, names: Mapping[str, object]) -> _Type:
+    """Return the type of a parameter or field. `names` are the globals of its module."""
+    type_ = _type_of(annotation, names)
+    if type_ is not _ANYTHING and default == ():
+        return _union([type_, _ABSENT])
+    return _union([type_, _ROUND]) if name in _SIZES else type_
+
+
 def _types_of(function: Callable[..., Any]) -> tuple[list[_Type], _Type | None, dict[str, _Type], list[str]]:
     """Return the types of the positional parameters, of `*args`, of all named parameters, and all names."""
     function = unwrap(function)
@@ -280,9 +299,7 @@ def _types_of(function: Callable[..., Any]) -> tuple[list[_Type], _Type | None, 
         kind = parameter.kind
         type_ = _ANYTHING
         if parameter.annotation is not parameter.empty and kind is not parameter.VAR_KEYWORD:
-            type_ = _type_of(parameter.annotation, function.__globals__)
-            if parameter.default == () and type_ is not _ANYTHING:
-                type_ = _union([type_, _ABSENT])
+            type_ = _of_parameter(name, parameter.annotation, parameter.default, function.__globals__)
         if kind is parameter.VAR_POSITIONAL:
             rest = type_
         elif kind is not parameter.VAR_KEYWORD:
@@ -301,7 +318,7 @@ def checks_types(function: F) -> F:
 
     The annotations are read at the first call. Names in them are not imported: a class is compared by its name.
     A value that does the same as the annotated type passes: numpy's numbers, any iterable for a list, any mapping for a
-    dict. A text passes neither as a truth value nor as a list of texts.
+    dict. A string passes neither as a truth value nor as a list of strings.
     The function's frame is one deeper in the stack, which matters for the `stacklevel` of warnings.
     """
     types: tuple[list[_Type], _Type | None, dict[str, _Type], list[str]] | None = None
@@ -314,7 +331,9 @@ def checks_types(function: F) -> F:
         places, rest, named, order = types
         for position, value in enumerate(args):
             type_ = places[position] if position < len(places) else rest
-            if type_ is not None and type(value) not in type_.exact and not type_.test(value):
+            if value is None and type_ is not None and type_.absent:
+                args = (*args[:position], (), *args[position + 1 :])
+            elif type_ is not None and type(value) not in type_.exact and not type_.test(value):
                 _refuse(order[min(position, len(places))], value, type_)
         for name, value in kwargs.items():
             type_ = named.get(name)
@@ -337,10 +356,16 @@ def check_fields(value: object) -> None:
     types = _FIELDS.get(kind)
     if types is None:
         names = vars(sys.modules[kind.__module__])
-        types = _FIELDS[kind] = {each.name: _type_of(each.type, names) for each in fields(kind)}  # type: ignore[arg-type]
+        types = _FIELDS[kind] = {
+            each.name: _of_parameter(each.name, each.type, each.default, names)
+            for each in fields(kind)  # type: ignore[arg-type]
+        }
     for name, type_ in types.items():
-        if not type_.passes(getattr(value, name)):
-            _refuse(name, getattr(value, name), type_)
+        given = getattr(value, name)
+        if given is None and type_.absent:
+            object.__setattr__(value, name, ())
+        elif not type_.passes(given):
+            _refuse(name, given, type_)
 
 
 _FIELDS: dict[type, dict[str, _Type]] = {}

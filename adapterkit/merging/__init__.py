@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.arguments import checks_types
+from ..core.arguments import checks_types, weights_of
 from ..errors import PASS_AN_ADAPTER, Unsupported, UsageError, places_errors, shown, storage_error
 from ..io.checkpoint import Checkpoint, opened
 from ..io.locations import is_address, is_remote, local, located, outgoing, path_text, placing, ranged, streamed
@@ -462,7 +462,6 @@ def _named(
     adapters: Source | Sequence[Source], weights: Sequence[float] | None, checkpoint: Checkpoint
 ) -> list[tuple[str, Adapter, float]]:
     from ..core.adapter import Adapter
-    from ..core.arguments import weights_of
     from ..formats import read
 
     several = _several(adapters)

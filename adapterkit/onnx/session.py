@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from numbers import Real
@@ -621,9 +621,9 @@ def _only_graph(path: Path) -> Path:
     return files[0] if files else path
 
 
-def tokens_of(end: int | Sequence[int] | None) -> list[int]:
-    """Return the ids of the tokens that end a text; `end` is one id, a sequence of ids, or None for no id."""
-    return [int(token) for token in np.atleast_1d(np.asarray(() if end is None else end, np.int64))]
+def tokens_of(tokens: int | Sequence[int] | None) -> list[int]:
+    """Return token ids as a list; `tokens` is one id, a sequence of ids, or None for no id."""
+    return [int(token) for token in np.atleast_1d(np.asarray(() if tokens is None else tokens, np.int64))]
 
 
 def token_ids(input_ids: object) -> Array:
@@ -761,10 +761,10 @@ def check_names(given: Any, name: str) -> list[Any]:
     Raises:
         UsageError: the argument is not a list of texts. An element may also be None.
     """
-    is_list = isinstance(given, Sequence) and not isinstance(given, str | bytes)
-    if not is_list or not all(one is None or isinstance(one, str) for one in given):
+    names = list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping) else None
+    if names is None or not all(one is None or isinstance(one, str) for one in names):
         raise UsageError(f"{shown(given)} is not a list of names", where=name, cure=f"Pass {name}=[NAME, ...]")
-    return list(given)
+    return names
 
 
 def _refuse(lacking: Sequence[str], available: Sequence[str]) -> None:

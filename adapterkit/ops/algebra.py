@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter
 from ..core.arguments import check_factor, checks_types, weights_of
 from ..core.updates import Additive, Update
-from ..errors import AdapterkitError, UsageError, shown
+from ..errors import AdapterkitError, UsageError
 from ..io.computed import computed, joined, rounded_lazy, total, wide
 from ..linalg.namespace import summed
 from ..methods.dense import Dense
@@ -186,7 +186,8 @@ def add(
         NotMergeable: a method does not change weights.
         ShapeMismatch: the adapters were made for weights of different shapes.
     """
-    return _combined("add", adapters, _checked(weights, adapters), base, disjoint, stacking=False)
+    adapters = listed(adapters)
+    return _combined("add", adapters, weights_of(weights, len(adapters)), base, disjoint, stacking=False)
 
 
 @checks_types
@@ -208,7 +209,8 @@ def average(
     Raises:
         UsageError: the weights sum to 0. `add` lists the other errors.
     """
-    chosen = _checked(weights, adapters)
+    adapters = listed(adapters)
+    chosen = weights_of(weights, len(adapters))
     # Divide by a power of two first, which is exact: the sum of weights such as 1e308 is larger than any float.
     power = math.frexp(max(map(abs, chosen), default=0.0))[1]
     chosen = [math.ldexp(weight, -power) for weight in chosen]
@@ -235,7 +237,8 @@ def stack(
     Raises:
         AdapterkitError: as for `add`.
     """
-    return _combined("stack", adapters, _checked(weights, adapters), base, disjoint, stacking=True)
+    adapters = listed(adapters)
+    return _combined("stack", adapters, weights_of(weights, len(adapters)), base, disjoint, stacking=True)
 
 
 def _combined(
@@ -327,12 +330,17 @@ def _alone(place: AlignedPlace, terms: Sequence[Term]) -> list[Update]:
     return updates_made
 
 
-def _checked(weights: Sequence[float] | None, adapters: Sequence[Source]) -> list[float]:
-    if isinstance(adapters, (str, Adapter)):
-        raise UsageError("a single adapter was given instead of a list", cure="Pass a list of adapters")
-    if not isinstance(adapters, Sequence):
-        raise UsageError(f"{shown(adapters)} is not a list of adapters", cure="Pass a list of adapters")
-    return weights_of(weights, len(adapters))
+def listed(adapters: Iterable[Source]) -> list[Source]:
+    """Return adapters as a list; they may come from an iterator, which can be read only once.
+
+    Raises:
+        UsageError: a single adapter was given. An adapter is an iterable, too, so the check of types lets it pass.
+    """
+    if isinstance(adapters, Adapter):
+        raise UsageError(
+            "a single adapter was given instead of a list", where="adapters", cure="Pass a list of adapters"
+        )
+    return list(adapters)
 
 
 _DOING = "scaled or added"

@@ -20,7 +20,7 @@ from ..io.computed import Spool, rounded_lazy
 from ..io.stages import stage
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
-from .algebra import summed_at
+from .algebra import listed, summed_at
 from .alignment import places, side_by_side, source_adapter
 from .blocks import Blocks
 from .combiners import COMBINERS
@@ -591,7 +591,7 @@ def combine(
         ShapeMismatch: the adapters were made for different weights.
         Malformed: a tensor contains a NaN or an infinity.
     """
-    adapters = list(adapters)  # An iterator can be read only once.
+    adapters = listed(adapters)
     each = None if each is None else list(each)
     check_count(workers, "workers", "workers=N")
     name, values = resolved(method, compat, len(adapters))

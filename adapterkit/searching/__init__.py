@@ -35,6 +35,7 @@ from ..errors import AdapterkitError, Unsupported, UsageError, nearest, shown
 from ..io.checkpoint import fingerprint, opened
 from ..io.locations import local
 from ..io.stages import detail, stage
+from ..ops.algebra import listed
 from ..ops.alignment import places, source_adapter
 from ..ops.combiners import COMBINERS
 from ..ops.combining import check_rank, combine
@@ -232,13 +233,14 @@ def search(
         >>> found = ak.search(["math", "code"], "validation.jsonl", base="base", budget=30)
         >>> print(found.recipe())
     """
-    adapters = list(adapters)  # An iterator can be read only once.
+    adapters = listed(adapters)
     if len(adapters) < 2:
         raise UsageError("a search needs at least two adapters", where="adapters", cure="Pass two adapters or more")
+    # Numbers of numpy become Python's, because they are stored as JSON.
     numbers: Any = (seed, most, budget)
-    seed, most, budget = (value.item() if hasattr(value, "item") else value for value in numbers)  # numbers of numpy
+    seed, most, budget = (value.item() if hasattr(value, "item") else value for value in numbers)
     if methods is not None and not (methods := tuple(methods)):
-        cure = "Pass a list such as methods=['ties'], or omit methods="
+        cure = "Name a method with --method (methods=), or omit it"
         raise UsageError("methods is empty", where="methods", cure=cure)
     names = tuple(
         f"adapter{at}" if isinstance(source, Adapter) else fspath(source) for at, source in enumerate(adapters)

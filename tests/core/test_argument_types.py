@@ -91,7 +91,7 @@ def example(
     [
         {"share": np.float32(0.5)}, {"share": torch.tensor(0.5)}, {"share": 10**400}, {"share": 1},
         {"whole": np.int64(3)},
-        {"whole": 5e9}, {"whole": torch.tensor(3)}, {"on": np.bool_(True)}, {"on": 1}, {"path": Path("a")},
+        {"whole": torch.tensor(3)}, {"on": np.bool_(True)}, {"on": 1}, {"path": Path("a")},
         {"names": iter(["a"])}, {"names": (name for name in "ab")}, {"names": {"a"}}, {"names": np.array(["a"])},
         {"names": None}, {"names": []}, {"table": None}, {"table": {"a": 1}},
     ],
@@ -104,7 +104,8 @@ def test_what_does_the_same_as_the_type_passes(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {"share": "1"}, {"share": np.ones(2)}, {"share": None}, {"whole": 2.5}, {"whole": float("nan")}, {"whole": "1"},
+        {"share": "1"}, {"share": np.ones(2)}, {"share": None}, {"whole": 2.5}, {"whole": True},
+        {"whole": float("nan")}, {"whole": "1"},
         {"on": "no"}, {"on": 2}, {"path": b"a"}, {"path": 3}, {"names": "ab"}, {"names": [3]}, {"names": 3},
         {"names": np.ones(2)},
         {"table": {"a": "b"}}, {"table": {1: 1}}, {"table": []},
@@ -118,7 +119,7 @@ def test_another_type_is_refused(given: dict[str, Any]) -> None:
 
 
 def test_arguments_by_position_are_checked() -> None:
-    with pytest.raises(UsageError, match="Pass one= as a text"):
+    with pytest.raises(UsageError, match="Pass one= as a string"):
         example(3)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="rest 'x' is not a whole number"):
         example("a", 1, "x")  # type: ignore[arg-type]

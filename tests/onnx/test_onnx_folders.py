@@ -490,7 +490,7 @@ def test_a_load_that_fails_leaves_the_old_adapter_in_all_graphs(tmp_path):
     assert session.adapters == ("a",)
     for name, y in before.items():
         np.testing.assert_array_equal(session.run(name, {"x": x}, "a")["y"], y)
-    with pytest.raises(UsageError, match="is not a text or None"):
+    with pytest.raises(UsageError, match="is not a string or None"):
         session.run("encoder_model.onnx", {"x": x}, {"a": 0.5})
     with pytest.raises(UsageError, match="cannot be made one"):
         session.run("encoder_model.onnx", {"x": torch.ones(1, SIZE, requires_grad=True)})

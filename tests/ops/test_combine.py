@@ -1107,7 +1107,7 @@ def refused(error, words, *args, **more):
 def test_bad_input_is_refused():
     two = adapters(2)
     refused(UsageError, "no adapter was given", [])
-    refused(UsageError, "are not a list of Adapters or paths", two[0])
+    refused(UsageError, "a single adapter was given instead of a list", two[0])
     refused(Unsupported, "unknown way to combine 'tiess'.*ties", two, "tiess")
     refused(UsageError, "no parameter 'densty'.*density", two, "ties", densty=0.5)
     refused(UsageError, "'half' is not a number", two, "ties", density="half")
@@ -1128,7 +1128,7 @@ def test_bad_input_is_refused():
     refused(UsageError, "needs data", two, "regmean")
     refused(UsageError, "does not use data", two, "ties", data=print)
     refused(UsageError, "cannot differ between adapters", two, "ties", each=[{"scale": 1.0}, {}])
-    refused(UsageError, "must be a mapping", two, "ties", each=[0.5, 0.2])
+    refused(UsageError, "is not a list of dicts", two, "ties", each=[0.5, 0.2])
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 0.5})
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 1.0, "*": 0.5})
     refused(UsageError, "cannot be the inner method", two, "knots", then="core")

@@ -226,11 +226,11 @@ def test_what_a_search_refuses() -> None:
 
     for match, words in (
         ("at least two adapters", {"adapters": PAIR[:1]}),
-        ("at least two adapters", {"adapters": 5}),
+        ("adapters 5 are not a list", {"adapters": 5}),
         ("budget 7.5 is not a whole number", {"budget": 7.5}),
         ("budget '9' is not a whole number", {"budget": "9"}),
         ("methods is empty", {"methods": []}),
-        ("methods 'ties' are not a list of texts", {"methods": "ties"}),
+        ("methods 'ties' are not a list of strings", {"methods": "ties"}),
         ("this search begins with.*Pass --budget 7", {"budget": 3}),
         ("'tise'.*ties", {"methods": ["tise"]}),
         ("lorahub learns from data", {"methods": ["lorahub"]}),
@@ -240,7 +240,7 @@ def test_what_a_search_refuses() -> None:
         ("largest weight is 0.5", {"most": 0.5}),
         ("largest weight is inf", {"most": float("inf")}),
         (r"bounds of scale are \(1, 2, 3\), not two numbers", {"methods": ["ties"], "tune": {"scale": (1, 2, 3)}}),
-        ("bounds of scale are 5, not two numbers", {"methods": ["ties"], "tune": {"scale": 5}}),
+        ("tune .* is not a dict from strings to lists of numbers", {"methods": ["ties"], "tune": {"scale": 5}}),
         ("cannot start from linear with the weights 1 2", {"start": [("linear", ["1", "2"], {})]}),
         ("the loss is None, not a number", {"data": lambda _: None}),
         ("rank is 0", {"rank": 0}),

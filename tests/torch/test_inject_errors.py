@@ -155,7 +155,7 @@ def test_names():
     with pytest.raises(UsageError, match=r"default: an adapter with this name is attached. Pass another name="):
         ak.torch.inject(base, Adapter({Target("bare"): (lora(),)}))
     handle.remove()
-    with pytest.raises(UsageError, match="name: name None is not a text"):
+    with pytest.raises(UsageError, match="name: name None is not a string"):
         ak.torch.inject(base, Adapter({Target("bare"): (lora(),)}), name=None)
     ak.torch.inject(base, Adapter({Target("bare"): (lora(),)}))
 
