@@ -30,7 +30,7 @@ MODEL_TYPE = "model_type"
 """Name of the argument in which a lineage step stores the `model_type` from its base's transformers config."""
 
 DROPOUT_LIST = "dropouts"
-"""Name of the argument in which a lineage step stores the dropouts of the adapters that it combined."""
+"""Name of the argument in which a lineage step stores the dropouts of the combined adapters."""
 
 DROPOUTS = (
     "boft_dropout", "hira_dropout", "lora_dropout", "miss_dropout", "rank_dropout", "vera_dropout",

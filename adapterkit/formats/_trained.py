@@ -96,8 +96,9 @@ def _if_agreed(sources: Sequence[Sequence[Rule]], update: Update, layer: LayerFa
         results.append(result)
     first = results[0]
     if any((type(each), each.attributes) != (type(first), first.attributes) for each in results):
+        padding = f" with {layer.padding}" if layer.padding else ""
         why = (
-            f"{update.method} on a convolution{layer.padding and ' with '}{layer.padding}: the adapter was combined "
+            f"{update.method} on a convolution{padding}: the adapter was combined "
             "from adapters of several sources, whose tools compute different functions at this layer"
         )
         cure = 'Inject the adapters one by one, or read them with --compat formula (compat="formula") and combine again'

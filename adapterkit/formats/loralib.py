@@ -133,7 +133,8 @@ def _biases(biases: Mapping[str, Lazy], adapted: Mapping[str, Target]) -> Iterat
     """Yield the trained biases. `adapted` contains the targets of whole weights, by path."""
     for key, leaf in biases.items():
         path = key.removesuffix(_BIAS)
-        path = path if path in adapted or path.removesuffix(_CONVOLUTION) not in adapted else path[: -len(_CONVOLUTION)]
+        if path not in adapted and path.removesuffix(_CONVOLUTION) in adapted:
+            path = path.removesuffix(_CONVOLUTION)
         if not path or len(leaf.shape) != 1 or not leaf.dtype.floating:
             raise Malformed(
                 f"this is not a bias; it has the shape {list(leaf.shape)} and the dtype {leaf.dtype}",

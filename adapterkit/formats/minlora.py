@@ -105,8 +105,8 @@ def _decode(tensors: Mapping[str, Lazy], alpha: float, base: Checkpoint | None) 
 def _is_transposed(path: str, slots: Slots, base: Checkpoint | None) -> bool:
     """Whether a module is an embedding, for which the file stores the transposes of A and B.
 
-    The shapes show it, because the two factors have the rank in common. If both readings fit the shapes, the shape of
-    the base's weight decides, and without a base the module's name.
+    The axis of A that equals an axis of B is the rank, and shows this. If the shapes fit both ways, the shape of the
+    base's weight decides; without a base, the module's name.
     """
     A: tuple[int, ...] = slots["A"].shape
     B: tuple[int, ...] = slots["B"].shape

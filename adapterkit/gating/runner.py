@@ -330,7 +330,7 @@ def checked(
 
 
 def _check_limits(limits: Thresholds) -> None:
-    """Refuse thresholds that are no numbers before any model runs. Some thresholds may be None."""
+    """Refuse thresholds that are not numbers before any model runs. Some thresholds may be None."""
     for name, value in asdict(limits).items():
         if value is None and getattr(DEFAULTS, name) is None:
             continue

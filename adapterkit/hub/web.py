@@ -317,6 +317,8 @@ def _next(place: str, url: str, location: str) -> str:
     try:
         target = urljoin(url, location)
         old, new = urlsplit(url), urlsplit(target)
+        # `origin` raises ValueError for a bad port, and httpx raises UnicodeError for a host name that IDNA cannot
+        # encode.
         origin(target)
         (new.hostname or "").encode("idna")
     except ValueError:

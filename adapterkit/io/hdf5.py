@@ -108,7 +108,8 @@ def _tensor(h5py: ModuleType, path: Path, where: str, node: Any, size: int) -> L
         why = "the tensor is compressed, in chunks, or in another file"
         raise Unsupported(why, where=where, cure="Save it as a contiguous, uncompressed dataset, as Keras does")
     dtype = _KINDS.get(node.dtype.str if node.dtype.itemsize > 1 else f"|{node.dtype.str[1:]}")
-    why, stored = f"the tensor has dtype {node.dtype}", node.id.get_type()
+    why = f"the tensor has dtype {node.dtype}"
+    stored = node.id.get_type()
     # The bytes are read without h5py. If numpy lacks a float type, h5py shows a larger one: bfloat16 becomes float32.
     if _is_bfloat16(h5py, stored, node):
         dtype = DTYPES["BF16"]

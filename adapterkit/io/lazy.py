@@ -262,7 +262,8 @@ class Lazy:
         return _with_bytes, (self.shape, self.dtype, bytes(self.fetch()))
 
     def __deepcopy__(self, _: object) -> Lazy:
-        return self  # Nothing of a lazy tensor can change. Without this method, a copy would compute the bytes.
+        # A lazy tensor cannot change. Without this method, deepcopy would compute its bytes.
+        return self
 
     def __repr__(self) -> str:
         file = "" if self.file is None else f", {self.file!r}"

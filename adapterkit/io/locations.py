@@ -86,7 +86,8 @@ def check_exists(path: Path, name: str | os.PathLike[str] | None = None) -> None
     """
     if exists(path):
         return
-    if path.is_symlink():  # Also a link to itself. The nearest name would be the name of the link.
+    # Links to themselves are included. Without this check, the cure would suggest the link's own name.
+    if path.is_symlink():
         why = "the symbolic link points to a file or folder that does not exist"
         raise StorageError(why, path=path if name is None else name, cure="Correct the link, or pass another path")
     siblings: list[str] = []

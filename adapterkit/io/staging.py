@@ -577,14 +577,14 @@ def check_inputs(replaced: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def check_beside(place: Path, sources: Iterable[Path], mark: bytes) -> None:
-    """Refuse to replace a file of a source. For outputs that describe a source, and may lie in the source's folder.
+    """Refuse to replace a file of a source, for outputs that describe the source and may lie in its folder.
 
     An earlier output of the same kind may be replaced.
 
     Args:
         place: the file to write.
         sources: the files and folders that are read.
-        mark: the bytes that the beginning of each output of this kind contains.
+        mark: bytes in the first 200 bytes of every output of this kind; a file that contains them may be replaced.
 
     Raises:
         UsageError: the output would replace another file of a source.

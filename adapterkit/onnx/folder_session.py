@@ -83,7 +83,8 @@ class FolderSession:
     ) -> None:
         """Load an adapter into all graphs that have slots for its targets.
 
-        If an adapter of that name is already loaded, the new adapter replaces it.
+        If an adapter of that name is already loaded, the new adapter replaces it. If an error is raised, the loaded
+        adapters stay as they were.
 
         Args:
             name: the name to pass as `adapter` to `run` and `generate`.
@@ -95,8 +96,6 @@ class FolderSession:
             TargetNotFound: no graph has slots for a target, or the folder has no adapter files of that name.
             ShapeMismatch: a tensor does not fit its slot.
             Malformed: a file is damaged.
-
-        After an error, the adapters are the same as before.
         """
         by_part: Mapping[str, Source] = (
             self._files(name) if adapter is None else self._parts(loaded(adapter, base_weights)[0])

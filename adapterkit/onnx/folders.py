@@ -475,7 +475,7 @@ def _check_shared(part: GraphPart, there: Path) -> None:
     for file in part.data:
         written = there / file.relative_to(part.path.parent)
         if written.exists() and not filecmp.cmp(file, written, shallow=False):
-            why = f"the unchanged graph {part.name.as_posix()} also reads this data file, which the merge writes anew"
+            why = f"the unchanged graph {part.name.as_posix()} also reads this data file, which the merge rewrites"
             cure = f"Save {part.name.as_posix()} with a data file of its own, for example with onnx.save and location="
             raise StorageError(why, path=file, cure=cure)
 

@@ -40,14 +40,14 @@ class Depths:
 
     Args:
         targets: all targets.
-        names: the names of the base's tensors.
+        base_tensors: the names of the base's tensors; they show its last layer.
     """
 
-    def __init__(self, targets: Iterable[Target], names: Iterable[str] = ()) -> None:
+    def __init__(self, targets: Iterable[Target], base_tensors: Iterable[str] = ()) -> None:
         targets = list(targets)
-        self.layers = {str(target): _layer(target.path) for target in targets}
-        stacks = {_LAYER.split(target.path, maxsplit=1)[0] for target in targets if _layer(target.path) is not None}
-        in_base = [_layer(name) for name in names if _LAYER.split(name, maxsplit=1)[0] in stacks]
+        self.layers = {str(target): layer_of(target.path) for target in targets}
+        stacks = {_LAYER.split(target.path, maxsplit=1)[0] for target in targets if layer_of(target.path) is not None}
+        in_base = [layer_of(name) for name in base_tensors if _LAYER.split(name, maxsplit=1)[0] in stacks]
         self.last = max((layer for layer in (*self.layers.values(), *in_base) if layer is not None), default=0)
 
     def known(self, target: Target) -> float | None:
@@ -76,7 +76,7 @@ def at_target(setting: Setting, target: Target, depths: Depths, otherwise: Value
                 return at_target(value, target, depths, otherwise)
         return otherwise
     if isinstance(setting, (list, tuple)):
-        return _between(setting, depths.of(target))
+        return interpolated(setting, depths.of(target))
     return cast("Value", setting)
 
 
@@ -137,18 +137,20 @@ def _matches(glob: str, target: Target) -> bool:
     layers = _LAYERS.fullmatch(glob)
     if layers is None:
         return fnmatchcase(str(target), glob) or fnmatchcase(target.path, glob)
-    layer = _layer(target.path)
+    layer = layer_of(target.path)
     return layer is not None and int(layers[1]) <= layer <= int(layers[2])
 
 
-def _between(values: Sequence[float], depth: float) -> float:
+def interpolated(values: Sequence[float], depth: float) -> float:
+    """Interpolate a list linearly at a depth from 0 (its first value) to 1 (its last value)."""
     place = depth * (len(values) - 1)
     low = min(int(place), len(values) - 1)
     high = min(low + 1, len(values) - 1)
     return float(values[low] + (values[high] - values[low]) * (place - low))
 
 
-def _layer(path: str) -> int | None:
+def layer_of(path: str) -> int | None:
+    """Return the number of the layer in a path: the first part that is a number. Return None if there is none."""
     match = _LAYER.search(path)
     return None if match is None else int(match.group(1))
 
@@ -290,7 +292,7 @@ class CombineParameters:
     def __init__(
         self, name: str, values: Mapping[str, Setting], weights: Sequence[Setting] | None,
         each: Sequence[Mapping[str, Value]] | None, aligned: Sequence[AlignedPlace], count: int,
-        names: Iterable[str] = (),
+        base_tensors: Iterable[str] = (),
     ) -> None:  # fmt: skip
         self.name = name
         self.values = {key: plain(value, key) for key, value in values.items()}
@@ -301,7 +303,7 @@ class CombineParameters:
         if len(self.weights) != count:
             raise UsageError(f"{len(self.weights)} weights for {count} adapters", cure=PASS_ONE_WEIGHT_EACH)
         self.targets = [place.target for place in aligned]
-        self.depths = Depths(self.targets, names)
+        self.depths = Depths(self.targets, base_tensors)
         apart = [item for given in self.each for item in given.items()]
         settings_given = [*self.values.items(), *apart, *(("weights", w) for w in self.weights)]
         notes = [note for key, value in settings_given for note in check_globs(value, self.targets, key)]

@@ -123,13 +123,13 @@ class Recipe:
             UsageError: a target is in a layer after the last slice; or a target is in no layer, and a parameter has
                 different values in the first and the last slice.
         """
-        from .parameters import _layer
+        from .parameters import layer_of
 
         settings = [("weight", weight) for weight in self.options.get("weights", ())]
         settings += [item for each in self.options.get("each", ()) for item in each.items()]
         differing = [key for key, value in (*settings, *self.options.items()) if _only_in_layers(value)]
         for target in targets if self.layers is not None else ():
-            layer = _layer(target.path)
+            layer = layer_of(target.path)
             if layer is None and differing:
                 why = f"{differing[0]} differs between the slices, but {target} is not in a numbered layer"
                 cure = "Give the first and the last slice the same value, or list models instead of slices"
@@ -470,12 +470,12 @@ def _has_list(value: object) -> bool:
 
 def _at_depth(value: Any, depth: float) -> Any:
     """Return a value with each list in it interpolated at a depth from 0 to 1."""
-    from .parameters import _between
+    from .parameters import interpolated
 
     if isinstance(value, Mapping):
         return {glob: _at_depth(inner, depth) for glob, inner in value.items()}
     numeric = isinstance(value, list) and value and all(type(each) in (int, float) for each in value)
-    return _between(value, depth) if numeric else value
+    return interpolated(value, depth) if numeric else value
 
 
 def _only_in_layers(setting: object) -> bool:

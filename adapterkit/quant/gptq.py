@@ -50,7 +50,7 @@ def _bits(base: Checkpoint) -> int:
 def _bits_of_tensors(base: Checkpoint, module: str) -> int:
     """Return the bit width that the shapes of a module's tensors prove.
 
-    GPTQModel's `dynamic` gives modules bit widths of their own.
+    GPTQModel's `dynamic` sets the bit width of single modules.
 
     Raises:
         Unsupported: no bit width fits the shapes, or several do.
@@ -63,9 +63,10 @@ def _bits_of_tensors(base: Checkpoint, module: str) -> int:
     fitting = [bits for bits in BITS if wide == -(-out * bits // 32)]
     fitting = [bits for bits in fitting if shapes.get("g_idx", (rows * 32 // bits,)) == (rows * 32 // bits,)]
     if len(fitting) != 1:
-        why = f"the config's dynamic gives modules bit widths of their own, and the shapes fit {fitting or 'none'}"
+        fit = f"several bit widths: {fitting}" if fitting else "no known bit width"
+        why = f"the config's dynamic sets bit widths for single modules, but the shapes fit {fit}"
         cure = f"Known: {', '.join(map(str, BITS))}. Or merge into the 16-bit weights that the base was quantized from"
-        raise Unsupported(f"{why} of the known ones", path=base.root, where=f"{module}.qweight", cure=cure)
+        raise Unsupported(why, path=base.root, where=f"{module}.qweight", cure=cure)
     return fitting[0]
 
 
@@ -92,7 +93,8 @@ class _Columns(Grouped):
 
     @property
     def zero_span(self) -> tuple[int, int]:
-        # With a zero point of 0, the older format borrows from the next zero point, and some readers ignore the borrow.
+        # Zero points stay at `less` or above: in the older format, 0 borrows from the next zero point, and some readers
+        # ignore the borrow.
         return self.less, self.span[1]
 
     @property

@@ -63,6 +63,7 @@ class _Groups(Packed):
         first, end, width = start * self.shape[-1], stop * self.shape[-1], self.form[1]
         top, bottom = first // width, -(-end // width)
         zero, scale = (whole(part) for part in (self.zero, self.scale))
+        # Groups along axis 1 have one zero and one scale per row of `form`; groups along axis 0 have one row for all.
         if len(zero) > 1:
             zero, scale = zero[top:bottom], scale[top:bottom]
         zero, scale = zero.astype(self.dtype.array), scale.astype(self.dtype.array)

@@ -210,9 +210,10 @@ _OTHER_FORMULAS = (
 
 
 def field_of_another_formula(config: Mapping[str, object]) -> str | None:
-    """Return a field with which the tensors are not plain pairs of LoRA with one rank and one alpha; None if none is.
+    """Return the name of a field that makes the tensors something other than LoRA pairs with one rank and one alpha.
 
-    Formats whose folders have PEFT's config, but only such pairs, must refuse a config with such a field.
+    Return None if there is none. Formats whose folders have PEFT's config, but only such pairs, must refuse a config
+    with such a field.
     """
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in PLAIN_INIT:

@@ -61,8 +61,8 @@ LOCAL = {"file", "local", "hf", "dir", "reference", "simplecache", "filecache", 
 """Schemes that fsspec supports, but that adapterkit does not read through fsspec. Other modules read local paths and
 `hf`. The remaining schemes wrap another location."""
 
-SIGNS = ("ETag", "etag", "mtime", "created", "LastModified")
-OTHER_SIGNS = (
+CHANGE_KEYS = ("ETag", "etag", "mtime", "created", "LastModified")
+OTHER_CHANGE_KEYS = (
     "Last-Modified",
     "last_modified",
     "updated",
@@ -72,8 +72,8 @@ OTHER_SIGNS = (
     "sha",
     "hex",
 )
-"""Details of a file that change with its content, in the file systems of fsspec. The second tuple is used only for file
-systems that give none of the first, so that digests of file lists stay as they were."""
+"""Keys of fsspec's file details that change with the file's content. `OTHER_CHANGE_KEYS` is used only if a file
+system gives none of `CHANGE_KEYS`: otherwise, the digests of known file lists would change."""
 
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 """The hosts of the Hugging Face hub's web pages. Users copy the url of such a page from a browser."""
@@ -125,9 +125,9 @@ class Filesystem(Listing):
     def _file(self, name: str, root: str, details: Mapping[str, object]) -> RemoteFile:
         if details.get("size") is None:  # A web server states the size of a file only when it is asked for this file.
             details = self.call(lambda: self._opened[0].info(name))
-        size, signs = details.get("size"), [details.get(key) for key in SIGNS]
-        if signs == [None] * len(SIGNS):
-            signs += [details[key] for key in OTHER_SIGNS if key in details]
+        size, signs = details.get("size"), [details.get(key) for key in CHANGE_KEYS]
+        if signs == [None] * len(CHANGE_KEYS):
+            signs += [details[key] for key in OTHER_CHANGE_KEYS if key in details]
         if type(size) is not int:
             cure = "Download the file with another tool, and pass its local path"
             raise Unsupported(

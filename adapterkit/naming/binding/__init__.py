@@ -351,8 +351,9 @@ def _choose(
     if len(fits) < 2:
         return fits[0] if fits else declared
     stated = layout_of(rules, site.target.path)
+    # LAYOUTS lists [out, in] before [in, out].
     if stated:
-        return fits[stated == IN_OUT]
+        return fits[1] if stated == IN_OUT else fits[0]
     if declared in fits and _whole_only(site):
         return declared
     # For a GGUF file, ignore the layouts that the family's file lists: GGUF files store all weights except embeddings
@@ -364,7 +365,7 @@ def _choose(
     if in_out is None and not embedding and not site.target.stacked:
         in_out = evidence.of_square(site)
     if in_out or (in_out is False and not embedding and not site.target.stacked):
-        return fits[bool(in_out)]
+        return fits[1] if in_out else fits[0]
     if in_out is None and any(choice == declared and is_ != declared for choice, is_ in evidence.proven):
         raise ambiguous_square(site.target)
     return declared
