@@ -134,7 +134,7 @@ def folds_by_tensor(
     vocabulary = Vocabulary(base, aliases, parse_vocab(vocab))
     # Check the rules against the targets of all adapters together, because a rule may be meant for only one adapter.
     paths = [target.path for _, adapter, _ in adapters for target in adapter.updates]
-    rules = parse_renames(rename, None if allow_partial else paths)
+    rules = parse_renames(rename, None if allow_partial else paths, [*base.tensors, *aliases])
     sources, folds = [], dict[str, list[PlannedUpdate]]()
     for position, (name, adapter, weight) in enumerate(adapters):
         _refuse_other_kinds(adapter)

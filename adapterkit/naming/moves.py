@@ -357,22 +357,35 @@ def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None
     globs = IN_OUT.get(str((config or {}).get("model_type")))
     if globs is not None:
         return any(fnmatchcase(path, glob) for glob in globs)
-    half, _, rest = path.partition(".")
-    part = (config or {}).get(half) if half in ("encoder", "decoder") else None
-    if isinstance(part, Mapping) and "model_type" in part:
-        known = stored_in_out(rest, part)
+    inside, part = part_config(path, config)
+    if part is not config:
+        known = stored_in_out(inside, part)
         # transformers stores only the weights in `IN_OUT` as [in, out], so all layers of its other families are
         # [out, in]. A family without a file may have code of its own.
         return False if known is None and architecture_of(part) and not is_conv1d_name(path) else known
     text = (config or {}).get("text_config")
     family = architecture_of(config)
-    if isinstance(text, Mapping) and text.get("model_type") in IN_OUT:
-        if "language_model" in path.split("."):
-            return stored_in_out(path, text)
-        if family and not is_conv1d_name(path):
-            return False
+    if isinstance(text, Mapping) and text.get("model_type") in IN_OUT and family and not is_conv1d_name(path):
+        return False
     ends = () if family is None else _transposed(family)
     return any(shape_of(path).endswith(end) for end in ends) if ends else None
+
+
+def part_config(path: str, config: Mapping[str, object] | None) -> tuple[str, Mapping[str, object] | None]:
+    """Find the encoder, the decoder or the text model to which the module `path` belongs.
+
+    Returns:
+        the path inside this part, and the part's config inside `config`. If the module belongs to no such part, `path`
+        and `config`. The text model's path is not shortened. A text model counts only if `IN_OUT` has its model_type.
+    """
+    half, _, rest = path.partition(".")
+    part = (config or {}).get(half) if half in ("encoder", "decoder") else None
+    if isinstance(part, Mapping) and "model_type" in part:
+        return rest, part
+    text = (config or {}).get("text_config")
+    if isinstance(text, Mapping) and text.get("model_type") in IN_OUT and "language_model" in path.split("."):
+        return path, text
+    return path, config
 
 
 @cache

@@ -96,7 +96,9 @@ def rule_texts(rename: str | Sequence[str | Rename]) -> tuple[str, ...]:
     return tuple(rule.text if isinstance(rule, Rename) else rule for rule in read_rules(rename))
 
 
-def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | None = None) -> tuple[Rename, ...]:
+def parse_renames(
+    rename: str | Sequence[str | Rename], names: Iterable[str] | None = None, base: Iterable[str] | None = None
+) -> tuple[Rename, ...]:
     """Parse the user's rules for names.
 
     Args:
@@ -104,6 +106,9 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
             `in_out:GLOB` or `out_in:GLOB`. An empty FROM puts TO before every name; an empty TO removes FROM.
             Rules that are already parsed are returned unchanged, without the check against `names`.
         names: the names to rename. Every rule `FROM=TO` must match at least one of them; None skips this check.
+        base: the names of the base's modules or tensors. If this and `names` are given, the GLOB of every rule
+            `in_out:GLOB` or `out_in:GLOB` must match one of them, or one of `names`. The base's names may differ from
+            the adapter's, and layout rules apply to the base's.
 
     Raises:
         UsageError: a rule does not have exactly one `=`, has a character that names cannot have, has a placeholder only
@@ -116,13 +121,15 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
     rules = tuple(rule if isinstance(rule, Rename) else _parse(rule) for rule in given)
     known = () if names is None or not rules else tuple(names)
     for rule, written in zip(rules, given, strict=True):
-        if (
-            known
-            and isinstance(written, str)
-            and not rule.is_about_base
-            and not any(rule.apply(name) is not None for name in known)
-        ):
-            near = nearest(rule.text.partition("=")[0], known)
+        if not known or not isinstance(written, str):
+            continue
+        if rule.layout and base is not None:
+            paths = [*known, *(name.removesuffix(".weight") for name in base)]
+            matched = any(fnmatchcase(path, rule.glob) for path in paths)
+        else:
+            matched = rule.is_about_base or any(rule.apply(name) is not None for name in known)
+        if not matched:
+            near = nearest(rule.glob or rule.text.partition("=")[0], known)
             cure = f"Correct --rename (rename=), or omit the rule. {near}".rstrip(". ")
             raise TargetNotFound(f"the rule {rule.text!r} matches no target", where=known[0], cure=cure)
     return rules

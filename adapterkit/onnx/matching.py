@@ -53,6 +53,7 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     bound = find_sites(adapter, shapes, partial=False, config=base.config)
     known: Known = {}
+    names = NamesByEnd(base.tensors)
     for site, asked in zip(bound.sites, bound.origins, strict=True):
         if site.weight is None:
             raise error
@@ -66,7 +67,7 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
             # A layer may store the base weight with a norm or scale folded in. Later, `compare` looks up the base
             # weight by the target's name in the adapter. So accept such a layer only if this name identifies the base
             # weight.
-            same = _named(base, NamesByEnd(base.tensors), asked)
+            same = _named(base, names, asked)
             scaled = _behind_scale(base, site.weight, W, spots) if same == [site.weight] else []
             if not scaled:
                 raise

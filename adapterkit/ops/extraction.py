@@ -260,7 +260,7 @@ def extract(
     weights, tuned_model = opened(base), opened(tuned)
     if strict_base:
         check_tuned(tuned_model, weights, strict=True)
-    rules = parse_renames(rename, list(dict.fromkeys(map(_path, tuned_model.tensors))))
+    rules = parse_renames(rename, list(dict.fromkeys(map(_path, tuned_model.tensors))), weights.tensors)
     layouts = LayoutEvidence((), {name: tensor.shape for name, tensor in weights.tensors.items()})
     renamed = _renamed(tuned_model, weights, rules)
     job = _Extraction(renamed, weights, criterion, embeddings, method, dtype, layouts, rules)

@@ -289,9 +289,9 @@ def _base_of_slices(top: Mapping[str, Any], path: Path | None) -> dict[str, str]
     Raises:
         UsageError: the slices have different bases.
     """
-    if not any("base_model" in one for one in top["slices"]):
+    bases = [one.get("base_model") or top.get("base_model") for one in top["slices"]]
+    if all(base is None for base in bases):
         return {}
-    bases = [one.get("base_model", top.get("base_model")) for one in top["slices"]]
     wrong = next((i for i, base in enumerate(bases) if base != bases[0] or not isinstance(base, str)), None)
     if wrong is not None:
         why = f"the base is {shown(bases[wrong])}, but the first slice has {shown(bases[0])}"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..naming.moves import IN_OUT, stored_in_out
+from ..naming.moves import IN_OUT, part_config, stored_in_out
 from . import Packed
 
 if TYPE_CHECKING:
@@ -21,12 +21,8 @@ if TYPE_CHECKING:
 
 def as_in_base(base: Checkpoint, weight: Packed) -> Packed:
     """Return the packed weight in the layout that it has in the unquantized base."""
-    config, path = base.config or {}, weight.name.removesuffix(".weight")
-    half, _, rest = path.partition(".")
-    part = config.get(half) if half in ("encoder", "decoder") else None
-    if isinstance(part, dict):
-        config, path = part, rest
-    listed = config.get("model_type") in IN_OUT and len(weight.shape) == 2
+    path, config = part_config(weight.name.removesuffix(".weight"), base.config)
+    listed = (config or {}).get("model_type") in IN_OUT and len(weight.shape) == 2
     if not listed or not stored_in_out(path, config):
         return weight
     return _Turned(weight.name, weight.shape[::-1], weight.dtype, weight.members, weight)

@@ -109,8 +109,19 @@ def _unpacked(head: bytes, stream: _Stream) -> _Stream:
     if head[:2] == b"\x1f\x8b":
         return gzip.GzipFile(fileobj=stream)
     if head.startswith(_ZLIB):
-        return io.BytesIO(zlib.decompressobj().decompress(stream.read(LARGEST), 2 * LARGEST))
+        return io.BytesIO(_inflated(stream))
     return bz2.BZ2File(stream) if head[:3] == b"BZh" else lzma.LZMAFile(cast("IO[bytes]", stream))
+
+
+def _inflated(stream: _Stream) -> bytes:
+    """Decompress zlib data, up to more bytes than `part` reads, so that `part` notices when bytes are missing.
+
+    Compressed data may be longer than its content, because it may contain any number of empty blocks.
+    """
+    most, data, unpacker = 2 * LARGEST + 1024, bytearray(), zlib.decompressobj()
+    while len(data) < most and not unpacker.eof and (piece := unpacker.unconsumed_tail or stream.read(1 << 20)):
+        data += unpacker.decompress(piece, most - len(data))
+    return bytes(data)
 
 
 def _has_objects(data: bytes) -> bool:
@@ -231,7 +242,12 @@ class _Reader:
                             yield from self.part(where, entry.filename, inside, depth + 1)
                     except _UNREADABLE as error:
                         self.skip(where, f"this entry is damaged, and was scanned without checks: {error}")
-                        yield from self.part(where, entry.filename, _unchecked(stream, entry), depth + 1)
+                        try:
+                            content = _unchecked(stream, entry)
+                        except _UNREADABLE as damage:
+                            self.skip(where, f"this entry cannot be read: {damage}")
+                            continue
+                        yield from self.part(where, entry.filename, content, depth + 1)
 
     def tar(self, place: str, stream: _Stream, depth: int) -> Iterator[Finding]:
         """Yield the findings in the entries of a tar archive."""
@@ -296,6 +312,9 @@ class _Reader:
                 elif cut and stream.tell() >= len(data):
                     self.skip(place, f"only its first {LARGEST:,} bytes were scanned")
                 return
+        if cut and stream.tell() >= len(data):
+            # More pickles may follow the last one.
+            self.skip(place, f"only its first {LARGEST:,} bytes were scanned")
 
 
 def _operations(stream: io.BytesIO) -> Iterator[tuple[pickletools.OpcodeInfo, int | str | None, int]]:

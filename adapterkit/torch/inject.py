@@ -293,7 +293,8 @@ def inject(
         check_dropout(drop, type(update), update.method)
     adapter = with_experts(lambda: [name for name, _ in model.named_modules() if name], adapter, experts)
     adapter.validate()
-    rules = parse_renames(rename, [target.path for target in adapter.updates])
+    live_names = [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))]
+    rules = parse_renames(rename, [target.path for target in adapter.updates], live_names)
     weights, context = apart(adapter)
     if weight != 1 and context.updates:
         why = "an adapter that adds context can only have the weight 1"

@@ -335,6 +335,8 @@ def test_files_of_a_web_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("ADAPTERKIT_CACHE", str(tmp_path))
     monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "http", Web)
     monkeypatch.setattr("adapterkit.hub.reading.FRESH", -1.0)
+    # No request leaves this process, so the case also runs where HF_HUB_OFFLINE is set.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     Web.clear_instance_cache()
     name, system = "adapter_model.safetensors", Web()
     for path, data in peft_files().items():

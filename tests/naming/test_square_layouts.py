@@ -1,6 +1,7 @@
 """PEFT's configs state one layout for all modules; a model may have Linear and Conv1D layers with square weights."""
 
 import json
+import re
 import warnings
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
-from adapterkit.errors import ShapeMismatch, UsageError
+from adapterkit.errors import ShapeMismatch, TargetNotFound, UsageError
 
 
 def encoder_decoder():
@@ -100,6 +101,29 @@ def test_a_rule_for_layouts_needs_modules(tmp_path):
     trained(Blocks("lin"), ["lin"], tmp_path)
     with pytest.raises(UsageError, match="names no module"):
         ak.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", rename="in_out:")
+
+
+@pytest.mark.parametrize("rule", ["in_out:*.c_porj", "out_in:h.0", "in_out:lin"])
+def test_a_rule_for_layouts_that_matches_no_module_is_refused(rule, tmp_path):
+    model = Blocks("lin")
+    trained(model, ["lin"], tmp_path)
+    adapter = ak.read(tmp_path / "adapter")
+    merged = tmp_path / "merged"
+    with pytest.raises(TargetNotFound, match=f"{re.escape(repr(rule))} matches no target"):
+        ak.merge(tmp_path / "base", adapter, merged, rename=["out_in:*.lin", rule])
+    with pytest.raises(TargetNotFound, match="matches no target"):
+        ak.ops.extract(tmp_path / "base", tmp_path / "base", rank=1, rename=rule)
+
+
+def test_a_rule_for_layouts_may_name_the_modules_of_the_base_or_the_adapter(tmp_path):
+    """The base's names have a prefix that the adapter's names lack."""
+    wanted, _ = trained(Blocks("lin"), ["lin"], tmp_path)
+    file = tmp_path / "base" / "model.safetensors"
+    save_file({f"model.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    for number, rule in enumerate(("out_in:model.h.*.lin", "out_in:h.*.lin")):
+        ak.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / str(number), rename=rule)
+        for name, tensor in load_file(tmp_path / str(number) / "model.safetensors").items():
+            torch.testing.assert_close(tensor, wanted[name.removeprefix("model.")])
 
 
 def test_layers_around_a_text_model_of_conv1d_are_linear(tmp_path):

@@ -175,6 +175,16 @@ def test_a_slice_selects_layers_and_not_experts() -> None:
         read.check_layers([Target("lm_head")])
 
 
+@pytest.mark.parametrize("top", [{}, {"base_model": None}, {"base_model": "base"}], ids=str)
+def test_a_slice_without_a_base_has_the_base_of_the_recipe(top: dict[str, str | None]) -> None:
+    """mergekit treats null like a missing key."""
+    sources = [[{"model": "one", "layer_range": span}] for span in ([0, 2], [2, 5])]
+    slices = [{"base_model": None, "sources": sources[0]}, {"sources": sources[1]}]
+    assert recipe({"merge_method": "linear", "slices": slices, **top}) == recipe(
+        {"merge_method": "linear", "slices": [{"sources": each} for each in sources], **top}
+    )
+
+
 def test_numbers_of_each_slice(here: dict[str, dict[str, np.ndarray]]) -> None:
     found = combined(
         f"""merge_method: task_arithmetic

@@ -283,7 +283,7 @@ def test_hqq_unpacks_only_the_rows_that_are_read(axis, tmp_path):
 
 @pytest.mark.parametrize("quantized", ["dequantize", "requantize"])
 @pytest.mark.parametrize("scheme", ["bnb_4bit/nf4_float16", "bnb_int8/rows", "gptq/four"])
-@pytest.mark.parametrize("half", ["", "decoder."])
+@pytest.mark.parametrize("half", ["", "decoder.", "model.language_model."])
 def test_weights_of_gpt2_that_libraries_pack_transposed_are_merged_in_the_bases_layout(
     half, scheme, quantized, tmp_path
 ):
@@ -294,7 +294,10 @@ def test_weights_of_gpt2_that_libraries_pack_transposed_are_merged_in_the_bases_
     save_torch({f"{path}{key[1:]}": value for key, value in packed.items()}, base / "model.safetensors")
     config = json.loads((case / "config.json").read_text())
     family = {"model_type": "gpt2"}
-    family = {"model_type": "vision-encoder-decoder", "decoder": family} if half else family
+    if half == "decoder.":
+        family = {"model_type": "vision-encoder-decoder", "decoder": family}
+    elif half:
+        family = {"model_type": "blip-2", "text_config": family}
     (base / "config.json").write_text(json.dumps(config | family))
     W = load_file(case / "expected.safetensors")["m.weight"].double().numpy()
     update, delta = low_rank(W.shape)

@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import pickle
+import pickletools
 import shutil
 import signal
 import struct
@@ -306,3 +307,54 @@ def test_many_keys_are_compared_once(tmp_path):
 
 def took_too_long(*_):
     raise TimeoutError("a minute has passed: the keys are compared with each other")
+
+
+EVIL = b"cos\nsystem\n(S'id'\ntR."
+
+
+@pytest.mark.parametrize("size", [3000, 4050, 4096, 4608, 5000, 20_000])
+@pytest.mark.parametrize("level", [0, 9])
+def test_a_call_at_the_end_of_zlib_data_is_found_or_the_rest_is_unread(tmp_path, monkeypatch, level, size):
+    """At level 0, the compressed data is longer than its content."""
+    monkeypatch.setattr("adapterkit.scanning.files.LARGEST", 4096)
+    filler = b"(" + b"I1\n" * ((size - len(EVIL)) // 3) + b"t"
+    data = filler + EVIL
+    assert next(reversed([*pickletools.genops(data)]))[0].name == "STOP"
+    (tmp_path / "scaler.joblib").write_bytes(zlib.compress(data, level))
+    scanned = ak.scan(tmp_path)
+    is_found = any(each.rule == "pickle-call" and "os.system" in each.evidence for each in scanned.findings)
+    assert is_found or any(each.startswith("scaler.joblib: only its first") for each in scanned.unread)
+    assert is_found or size > 4096
+
+
+def test_empty_blocks_of_zlib_data_hide_no_call(tmp_path, monkeypatch):
+    monkeypatch.setattr("adapterkit.scanning.files.LARGEST", 4096)
+    data = zlib.compress(b"", 0)[:2] + b"\x00\x00\x00\xff\xff" * 10_000
+    raw = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    data += raw.compress(EVIL) + raw.flush() + zlib.adler32(EVIL).to_bytes(4, "big")
+    assert zlib.decompress(data) == EVIL
+    (tmp_path / "scaler.joblib").write_bytes(data)
+    assert any("os.system" in each.evidence for each in ak.scan(tmp_path).findings)
+
+
+@pytest.mark.parametrize("many", range(4090, 4104))
+def test_a_cut_between_two_pickles_is_reported(tmp_path, monkeypatch, many):
+    monkeypatch.setattr("adapterkit.scanning.files.LARGEST", 4096 - 512)
+    (tmp_path / "x.pkl").write_bytes(b"\x80\x04N." + b"N." * ((many - 4) // 2) + EVIL)
+    scanned = ak.scan(tmp_path)
+    is_found = any("os.system" in each.evidence for each in scanned.findings)
+    assert is_found or any(each.startswith("x.pkl: only its first") for each in scanned.unread)
+
+
+def test_entries_after_a_damaged_one_are_scanned(tmp_path):
+    file = tmp_path / "x.zip"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("first.pkl", b"N" * 100 + b".")
+        archive.writestr("last.pkl", EVIL)
+    data = bytearray(file.read_bytes())
+    start = 30 + len("first.pkl")
+    data[start] = 0xFF  # A block of a type that does not exist.
+    file.write_bytes(data)
+    scanned = ak.scan(tmp_path)
+    assert any("os.system" in each.evidence and each.where.startswith("last.pkl") for each in scanned.findings)
+    assert any("first.pkl" in each and "cannot be read" in each for each in scanned.unread)

@@ -31,6 +31,7 @@ from ...errors import (
     StorageError,
     Unsupported,
     UsageError,
+    first_line,
     storage_error,
 )
 from ...io.inputs import decimal_number
@@ -315,9 +316,9 @@ class Distribution(Remote):
             return self._refusal(error)
         if isinstance(error, (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, Passing, TimeoutError)):
             return unreachable(place, self.host, error)
-        if isinstance(error, ValueError):  # For example, an address in a header is no url.
+        if isinstance(error, ValueError):  # For example, a header contains an invalid URL.
             cure = "Check that the host is an OCI registry"
-            return NetworkError(f"the registry's answer is invalid ({type(error).__name__})", path=place, cure=cure)
+            return NetworkError(f"the registry's answer is invalid ({first_line(error)})", path=place, cure=cure)
         return None
 
     def _refusal(self, error: Refused) -> NetworkError:

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property, partial
@@ -380,7 +380,8 @@ class S3(Listing):
             sent = {name: RemoteFile(name, size, sha) for name, (size, sha, _) in digests.items()}
             self._write({"state": "whole", "files": _entries(before | sent, self.uri.path)}, claim)
         except AdapterkitError:
-            self._reopen(placed, last, claim)
+            with suppress(AdapterkitError):  # Raise the first error, which made the push fail.
+                self._reopen(placed, last, claim)
             raise
         return S3(Address(self.uri.repo, None, self.uri.path, "s3")).commit
 
@@ -388,7 +389,8 @@ class S3(Listing):
         """Mark the list of another push as unfinished if it is wrong because of this push.
 
         A file that was under way when the other push began may replace the other push's file. An unfinished list is
-        compared with the stored bytes by the next push, and no pull trusts it.
+        compared with the stored bytes by the next push, and no pull trusts it. If the other push rewrites its list
+        during each of `REOPENINGS` tries, the wrong list stays.
 
         Args:
             placed: the files that this push uploaded.
@@ -402,9 +404,11 @@ class S3(Listing):
             state = _checked(body, str(self.uri))
             if state["state"] == "whole":
                 entries = _entries({n: RemoteFile(n, *p.digests[:2]) for n, p in placed.items()}, self.uri.path)
-                listed = cast("Mapping[str, JsonValue]", state["files"])  # `_checked` has checked it.
+                stated = cast("Mapping[str, JsonValue]", state["files"])  # `_checked` has checked it.
                 names = [
-                    n for n, own in zip(placed, entries.items(), strict=True) if listed.get(own[0], own[1]) != own[1]
+                    name
+                    for name, (key, entry) in zip(placed, entries.items(), strict=True)
+                    if stated.get(key, entry) != entry
                 ]
             else:
                 names = [last] if last else []

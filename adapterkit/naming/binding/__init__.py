@@ -123,7 +123,7 @@ def bind(
     base = opened(base)
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     shapes |= {alias: shapes[name] for alias, name in aliases.items()}
-    rules = parse_renames(rename, None if partial else [target.path for target in adapter.updates])
+    rules = parse_renames(rename, None if partial else [target.path for target in adapter.updates], shapes)
     weights, context = apart(adapter)
     sites_here = find_sites(weights, shapes, partial=partial, config=base.config, rename=rules)
     given: Sequence[Site] = in_order_of(base, sites_here.sites, shapes, rules)

@@ -72,17 +72,16 @@ class LayoutEvidence:
             ShapeMismatch: the adapter's layout is in doubt, and other weights do not show the layout.
         """
         path, declared = site.target.path, site.target.layout == "in out *k"
-        named = is_conv1d_name(path)
-        if named:
-            shown = self._shown(path, named)
-            if shown is None and not declared and any(not is_conv1d_name(other) for other in self._linear):
+        if is_conv1d_name(path):
+            shown = self._shown(path)
+            if shown is None and not declared and False in self._kinds:
                 raise ambiguous_square(site.target)
             return shown
-        if not declared or not self._uniform or len({other.rpartition(".")[2] for other in self._linear}) < 2:
+        if not declared or not self._uniform or len(self._last_names) < 2:
             return None
-        shown = self._shown(path, named)
+        shown = self._shown(path)
         # [out, in] is plausible only if another module explains why the adapter states [in, out].
-        if shown is None or not (shown or any(map(is_conv1d_name, self._linear))):
+        if shown is None or not (shown or True in self._kinds):
             raise ambiguous_square(site.target)
         return shown
 
@@ -93,7 +92,7 @@ class LayoutEvidence:
             return None
         if shape[0] != shape[1] and bias is not None and len(bias) == 1 and bias[0] in shape:
             return bias[0] == shape[1]
-        return self._shown(path, is_conv1d_name(path))
+        return self._shown(path)
 
     @cached_property
     def _linear(self) -> dict[str, str]:
@@ -108,16 +107,26 @@ class LayoutEvidence:
         }
 
     @cached_property
+    def _kinds(self) -> set[bool]:
+        """The results of `is_conv1d_name` for the modules in `_linear`."""
+        return set(map(is_conv1d_name, self._linear))
+
+    @cached_property
+    def _last_names(self) -> set[str]:
+        """The last parts of the paths in `_linear`."""
+        return {path.rpartition(".")[2] for path in self._linear}
+
+    @cached_property
     def _uniform(self) -> bool:
         """Whether the adapter states one layout for all modules, as PEFT does."""
         return len(set(self._linear.values())) < 2
 
-    def _shown(self, path: str, named: bool) -> bool | None:
+    def _shown(self, path: str) -> bool | None:
         """Whether the other weights of the same stack of layers are stored as [in, out]; None if they do not agree.
 
         Modules whose names are those of a Conv1D are compared only with each other, and so are all other modules.
         """
-        stack = _stack_of(path)
+        stack, named = _stack_of(path), is_conv1d_name(path)
         if stack is not None:
             seen = self._stacks.get((stack, named), set())
         else:
