@@ -25,18 +25,18 @@ def as_in_base(base: Checkpoint, weight: Packed) -> Packed:
     listed = (config or {}).get("model_type") in IN_OUT and len(weight.shape) == 2
     if not listed or not stored_in_out(path, config):
         return weight
-    return _Turned(weight.name, weight.shape[::-1], weight.dtype, weight.members, weight)
+    return _TransposedPacked(weight.name, weight.shape[::-1], weight.dtype, weight.members, weight)
 
 
 @dataclass(frozen=True, eq=False)
-class _Turned(Packed):
+class _TransposedPacked(Packed):
     """The transpose of the packed weight `turned`."""
 
     turned: Packed
 
     def with_parts(self, parts: Mapping[str, Lazy]) -> Packed | None:
         again = self.turned.with_parts(parts)
-        return None if again is None else _Turned(self.name, self.shape, self.dtype, self.members, again)
+        return None if again is None else _TransposedPacked(self.name, self.shape, self.dtype, self.members, again)
 
     def rows(self, start: int, stop: int) -> Array:
         import numpy as np

@@ -50,7 +50,7 @@ def ambiguous_square(target: Target) -> ShapeMismatch:
 
 @dataclass(frozen=True)
 class LayoutEvidence:
-    """What one adapter's sites and a base's shapes show about the layouts of square weights.
+    """Evidence for the layouts of square weights, from one adapter's sites and a base's shapes.
 
     Attributes:
         sites: pairs of a site and the layouts that fit its weight's shape.
