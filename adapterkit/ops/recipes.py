@@ -297,7 +297,7 @@ def _base_of_slices(top: Mapping[str, Any], path: Path | None) -> dict[str, str]
         why = f"the base is {shown(bases[wrong])}, but the first slice has {shown(bases[0])}"
         cure = "Name one base for all slices, as the recipe's base_model"
         raise UsageError(why, where=f"slices[{wrong}].base_model", path=path, cure=cure)
-    return {"base_model": bases[0]}
+    return {"base_model": str(bases[0])}
 
 
 def _span(source: Mapping[str, object], where: str, path: Path | None) -> tuple[int, int]:
