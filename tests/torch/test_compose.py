@@ -432,7 +432,7 @@ def alora():
         (lambda: compose.fuse(lora("q", 1), fusion=HUB / "a"), StorageError, "no adapter_fusion_config.json"),
         (lambda: compose.batch_split(linear()[0], ["a"], [1, 2]), UsageError, "2 sizes for 1"),
         (lambda: compose.split(lora("q", 1), lora("q", 2), sizes=[-1, 6]), UsageError, "-1 is not a number of tokens"),
-        (lambda: compose.split(lora("q", 1), lora("q", 2), sizes=[2.0, 3.0]), UsageError, "not a list of whole numbers"),
+        (lambda: compose.split(lora("q", 1), lora("q", 2), sizes=[2.0, 3.0]), UsageError, "list of whole numbers"),
         (lambda: compose.batch_split(linear()[0], ["a", None], [-1, 3]), UsageError, "-1 is not a number of tokens"),
         (lambda: compose.parallel(linear()[0], []), UsageError, "no adapters to compose"),
     ],
