@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from numbers import Integral, Real
+from numbers import Real
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -322,8 +322,6 @@ def checked(
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}", where="dtype", cure=f"Known: {', '.join(DTYPES)}")
     for name, (value, least) in counts.items():
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise UsageError(f"{name} {shown(value)} is not a whole number", where=name, cure="Pass a whole number")
         if value < least:
             raise UsageError(f"{name} must be at least {least}, got {value}", where=name, cure="Pass a larger number")
     return factors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Target
-from ..core.arguments import checks_types
+from ..core.arguments import check_factor, checks_types
 from ..core.updates import Update
-from ..errors import NotMergeable, ShapeMismatch, Unsupported, UsageError, nearest, shown
+from ..errors import NotMergeable, ShapeMismatch, Unsupported, UsageError, nearest
 from .checkpoints import CHOICES, HANDLES, leave_state, watch_state
 from .folding import (
     KEEP_INJECTED,
@@ -113,7 +112,7 @@ class Handle:
     @weight.setter
     def weight(self, value: float) -> None:
         self._check()
-        check_weight(value)
+        check_factor(value, "weight")
         if value != 1 and any(update.kind == "context" for _, update in self._adapter):
             why = "an adapter that adds context can only have the weight 1"
             raise UsageError(why, where=self.name, cure="To switch the adapter off, call handle.set_active(False)")
@@ -512,21 +511,6 @@ class Handle:
         if self._state != "attached":
             raise UsageError("this handle was removed or merged", where=self.name, cure="Inject the adapter again")
         self._watch.reclaim()
-
-
-def check_weight(value: float) -> None:
-    """Check a value for `Handle.weight`, the factor by which an adapter's change is multiplied.
-
-    Raises:
-        UsageError: the factor is not a finite number.
-    """
-    try:
-        finite = math.isfinite(value)
-    except (TypeError, OverflowError):
-        finite = False
-    if not finite:
-        why = f"must be a finite number, got {shown(value)}"
-        raise UsageError(why, where="weight", cure="Pass 1.0 for the whole change")
 
 
 def _within(path: str, other: str) -> bool:

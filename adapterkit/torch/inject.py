@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..core.adapter import Adapter, Target, check_adapter
-from ..core.arguments import checks_types
+from ..core.arguments import check_factor, checks_types
 from ..core.updates import Update
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..formats._trained import as_trained
@@ -33,7 +33,7 @@ from .call_recorder import CallRecorder, words_of
 from .context import ContextPart, parts_of
 from .folding import change_alike
 from .forward_hook import ForwardHook, hook_at, names_of
-from .handle import Handle, check_weight
+from .handle import Handle
 from .layers import check_dropout, device_of, dropout_of, is_packed, layer_of, stored_layout, stored_shape
 from .leaves import (
     LiveUpdates,
@@ -279,7 +279,7 @@ def inject(
         cure = "Pass a torch.nn.Module as the first argument"
         raise UsageError(f"the model is a {type(model).__name__}, not a torch module", cure=cure)
     adapter.validate()
-    check_weight(weight)
+    check_factor(weight, "weight")
     if not isinstance(name, str):  # `route` takes None for the base.
         raise UsageError(f"the adapter's name is {name!r}, not a text", where="name", cure="Pass a text, or omit name=")
     if name in names_of(model):
