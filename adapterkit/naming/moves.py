@@ -365,7 +365,7 @@ def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None
         return False if known is None and architecture_of(part) and not is_conv1d_name(path) else known
     text = (config or {}).get("text_config")
     family = architecture_of(config)
-    if isinstance(text, Mapping) and text.get("model_type") in IN_OUT and family and not is_conv1d_name(path):
+    if isinstance(text, Mapping) and str(text.get("model_type")) in IN_OUT and family and not is_conv1d_name(path):
         return False
     ends = () if family is None else _transposed(family)
     return any(shape_of(path).endswith(end) for end in ends) if ends else None
@@ -383,7 +383,7 @@ def part_config(path: str, config: Mapping[str, object] | None) -> tuple[str, Ma
     if isinstance(part, Mapping) and "model_type" in part:
         return rest, part
     text = (config or {}).get("text_config")
-    if isinstance(text, Mapping) and text.get("model_type") in IN_OUT and "language_model" in path.split("."):
+    if isinstance(text, Mapping) and str(text.get("model_type")) in IN_OUT and "language_model" in path.split("."):
         return path, text
     return path, config
 

@@ -301,7 +301,7 @@ def decode(config: Mapping[str, JsonValue], text: str, file: Path, modules: Modu
             raise TargetNotFound("two modules in the file adapt this target", where=str(target), cure=WRITE_AGAIN)
         updates[target] = (update,)
     updates = modules.placed(updates)
-    data = {
+    data: dict[str, JsonValue] = {
         "config": dict(config), "text": text, "order": list(tensors), "metadata": dict(header.metadata),
         "names": {hub_name: name for hub_name, name in names.items() if hub_name != name},
     }  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ...errors import (
     PASS_BASE,
@@ -608,6 +608,6 @@ def as_written(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     config = dict(config)
     if "lora_B_layout" in config or written_by_unsloth(config):
         config["lora_B_layout"] = RANK_MAJOR
-    if parse_version(cast("str | None", config.get("peft_version"))) < SWAPPED_BEFORE:
+    if parse_version(config.get("peft_version")) < SWAPPED_BEFORE:
         config["peft_version"] = None
     return config
