@@ -44,7 +44,7 @@ _BESIDE = ("adapter_config.json", "config.json")
 
 
 class InversionHints(TypedDict, total=False):
-    """What the source file states beside the embeddings."""
+    """Data of the source file other than the embeddings, kept for the writer."""
 
     metadata: list[tuple[str, str]]
     keys: dict[str, str]

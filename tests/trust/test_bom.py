@@ -64,7 +64,10 @@ def test_a_merged_model(tmp_path: Path, merged: Path) -> None:
     assert found["dependencies"][0] == {"ref": "model", "dependsOn": ["base", "adapter-1"]}
 
 
-@pytest.mark.parametrize("value", [5, "text", {"a": 1}, [5], [[]], [{"lineage": 5, "ranks": "x", "methods": {}}]], ids=str)
+ODD_ADAPTERS = [5, "text", {"a": 1}, [5], [[]], [{"lineage": 5, "ranks": "x", "methods": {}}]]
+
+
+@pytest.mark.parametrize("value", ODD_ADAPTERS, ids=str)
 def test_a_record_of_another_shape_names_no_adapter(merged: Path, value: Any) -> None:
     file = merged / "adapterkit_merge.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"adapters": value}))
