@@ -90,7 +90,7 @@ class Resolution:
             it in several tensors.
         missing: the adapter's names that the base does not have.
         rules: the rules that were used, in the order in which they were tried.
-        prefixes: the changes of prefix that were used, as (removed, added).
+        prefixes: the prefix changes that were used, as pairs (removed prefix, added prefix).
     """
 
     moves: dict[str, tuple[Move, ...]] = field(default_factory=dict)

@@ -221,7 +221,7 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     paths = list(dict.fromkeys(module_of(rooted(target.path)[1]) for target in targets))
     fitting = list(families_of_names(frozenset(paths)))
     if any(rooted(target.path)[0] for target in targets):
-        # A name begins with the prefix of a U-Net or a transformer. So the adapter is not for a ControlNet.
+        # A target's path begins with the prefix of a U-Net or a transformer, so the adapter is not for a ControlNet.
         fitting = narrowed(fitting, lambda family: family.component != CONTROLNET)
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
     extents = _extents(updates, targets)
