@@ -123,7 +123,7 @@ class _Type:
 
 
 def _is_number(value: object) -> bool:
-    """Return whether `value` is one number: Python's, numpy's, or a tensor of one element."""
+    """Return whether `value` is a single number: a Python number, a numpy number, or a tensor of one element."""
     if isinstance(value, str | bytes | bytearray):
         return False
     try:

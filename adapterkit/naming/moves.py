@@ -228,7 +228,7 @@ def same_end(one: str, other: str) -> bool:
 
 
 class NamesByEnd:
-    """Find the names for which `same_end` is true without comparing all names with each path.
+    """Look up the names for which `same_end` is true, instead of comparing each path with all names.
 
     Args:
         names: the names to find.

@@ -206,7 +206,7 @@ def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
 
 @cache
 def _kept() -> frozenset[str]:
-    """Return the templates of all names that MLX-LM and hubs share in at least one family."""
+    """Return the templates of the weight names that MLX-LM and the naming `hub` share in at least one family."""
     return frozenset(
         _shape(WeightPlace(weight)) if place is None else _shape(place)
         for each in _common()

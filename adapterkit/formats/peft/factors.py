@@ -515,9 +515,9 @@ def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, .
         why = f"the module has {len(group)} pairs of factors, but target_parameters names {len(names)} parameters"
         raise Malformed(why, where=group[0].key.text, cure=USE_ITS_CONFIG)
     options = [option for option in permutations(names, len(group)) if _fits(file, path, group, option)]
-    # With "all-linear", PEFT lists `gate.weight` and `down_proj` in `target_parameters`. The entry `down_proj` names no
-    # module, so a pair of the router `gate` may seem to adapt either `weight` or `down_proj`. Without a base, prefer
-    # the entry that names the router: `gate.weight`.
+    # With "all-linear", PEFT lists `gate.weight` and `down_proj` in `target_parameters`. The entry `down_proj`
+    # contains no module name, so a pair of factors at the router `gate` may belong to either `weight` or `down_proj`.
+    # Without a base, prefer the entry that names the router: `gate.weight`.
     sure = [option for option in options if set(option) == set(_named(file, path))]
     if file.base is None and len(sure) == 1:
         options = sure

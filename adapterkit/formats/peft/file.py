@@ -250,7 +250,7 @@ def make(method: str, leaves: Mapping[str, Leaf], **attributes: float) -> Update
 
 PREFIX = "base_model.model."
 LATENT = "lora_latent_mapping"
-"""`Key.part` of LoRA-XS's R, in the module `default_lora_latent_mapping`.
+"""`Key.part` in the key of LoRA-XS's R, which is the weight of the module `default_lora_latent_mapping`.
 
 PEFT removes `.default` from the key, because it mistakes `default` for the adapter's name.
 """
