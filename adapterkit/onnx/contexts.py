@@ -1,6 +1,7 @@
 """Attach context to a graph.
 
-Soft prompts and new tokens belong to embeddings. Prefixes and adaption prompts belong to attention modules.
+Soft prompts and new tokens are added to embeddings. Prefixes and adaption prompts are added to attention modules. But a
+prefix of the whole model becomes the default value of the graph's inputs for past keys and values.
 """
 
 from __future__ import annotations
