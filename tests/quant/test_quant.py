@@ -219,6 +219,36 @@ def test_compressed_tensors_with_a_smaller_last_group_are_refused(tmp_path):
         dequantized(open_checkpoint(tmp_path))
 
 
+MIXED = ("packed", "packed_8", "packed_uneven", "float", "nvfp4")
+
+
+def test_groups_of_layers_of_compressed_tensors_may_have_different_bits_and_blocks(tmp_path):
+    """The config's targets are classes of modules or patterns, so only the shapes show the group of each module."""
+    groups, tensors, expected = {}, {}, {}
+    for case in MIXED:
+        folder = VECTORS / "compressed_tensors" / case
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        groups[case] = config["config_groups"]["group_0"] | {"targets": [f"re:.*{case}"]}
+        tensors |= {f"{case}{key[1:]}": tensor for key, tensor in load_file(folder / "model.safetensors").items()}
+        expected[f"{case}.weight"] = load_file(folder / "expected.safetensors")["m.weight"]
+    # A float8 weight in blocks of 4 x 32, of which the last has 16 columns.
+    stored, scale = tensors["float.weight"], torch.rand(4, 2) + 0.5
+    tensors |= {"block.weight": stored.clone(), "block.weight_scale": scale}
+    spread = scale.repeat_interleave(4, 0).repeat_interleave(32, 1)[:, :48]
+    expected["block.weight"] = (stored.float() * spread).bfloat16()
+    groups["block"] = {"weights": {**groups["float"]["weights"], "strategy": "block", "block_structure": [4, 32]}}
+    save_torch(tensors, tmp_path / "model.safetensors")
+    config = {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": groups}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    got = dequantized(open_checkpoint(tmp_path)).tensors
+    for key, wanted in expected.items():
+        assert torch.equal(bits(got[key].torch()), bits(wanted)), key
+    tensors["packed.weight_packed"] = tensors["packed.weight_packed"][:, :5].contiguous()
+    save_torch(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(Unsupported, match="do not fit exactly one of"):
+        dequantized(open_checkpoint(tmp_path))
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_scales_and_zero_points_of_inputs_do_not_stay_beside_dequantized_weights(dtype, tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
