@@ -289,6 +289,44 @@ def test_mxfp4_of_compressed_tensors(tmp_path):
     assert ak.verify(out, base, adapter).ok
 
 
+def test_weights_that_gptq_packs_transposed_are_unpacked_once_and_not_for_each_block(tmp_path, monkeypatch):
+    ins, out, base = 512, 2048, tmp_path / "base"
+    rng = np.random.default_rng(0)
+    shapes = {"qweight": (ins // 8, out), "qzeros": (ins // 128, out // 8)}
+    tensors = {key: rng.integers(-(2**31), 2**31, shape).astype(np.int32) for key, shape in shapes.items()}
+    tensors["scales"] = rng.uniform(0.01, 0.02, (ins // 128, out)).astype(np.float16)
+    base.mkdir()
+    save_file({f"h.0.mlp.c_fc.{key}": value for key, value in tensors.items()}, base / "model.safetensors")
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (base / "config.json").write_text(json.dumps({"model_type": "gpt2", "quantization_config": config}))
+    adapter = ak.Adapter({ak.Target("h.0.mlp.c_fc", layout="in out *k"): (low_rank((out, ins))[0],)})
+    calls, rows = [], Grouped.rows
+    monkeypatch.setattr(Grouped, "rows", lambda *given: calls.append(given) or rows(*given))
+    ak.merge(base, adapter, tmp_path / "out", quantized="requantize")
+    assert len(calls) <= 4  # The base's weight and the result, for at most two workers.
+
+
+def test_torchaos_metadata_is_not_parsed_again_for_each_weight(tmp_path, monkeypatch):
+    folder = next(case for case in CASES if case.parent.name == "torchao")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    stored, count = load_file(folder / "model.safetensors"), 8
+    names = json.loads(metadata["tensor_names"])
+    whole = {f"{n}{key}": metadata[key] for n in range(count) for key in names}
+    whole |= {"tensor_names": json.dumps(list(whole))}
+    tensors = {f"{n}{key}": tensor.clone() for n in range(count) for key, tensor in stored.items()}
+    base = tmp_path / "base"
+    base.mkdir()
+    save_torch(tensors, base / "model.safetensors", whole)
+    shutil.copy(folder / "config.json", base)
+    W = load_file(folder / "expected.safetensors")["m.weight"]
+    adapter = ak.Adapter({ak.Target(f"{n}m"): (low_rank(W.shape, n)[0],) for n in range(count)})
+    calls = []
+    monkeypatch.setattr("adapterkit.quant.torchao.load_json", lambda text: calls.append(text) or json.loads(text))
+    ak.merge(base, adapter, tmp_path / "out", quantized="requantize")
+    assert len(calls) < 8 * count
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_hqq_unpacks_only_the_rows_that_are_read(axis, tmp_path):
     rng, out, size = np.random.default_rng(0), 1024, 64
