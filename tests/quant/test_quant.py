@@ -327,6 +327,45 @@ def test_torchaos_metadata_is_not_parsed_again_for_each_weight(tmp_path, monkeyp
     assert len(calls) <= 5 * count
 
 
+@pytest.mark.parametrize("exponents", [False, True])
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_packed_4_bit_floats_beside_fp8_weights_are_read_as_in_transformers(lead, exponents, tmp_path):
+    """transformers' `Fp8Dequantize` reads bytes with `weight_scale_inv` as pairs of 4-bit floats, the first one low."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (*lead, 48, 32), generator=generator, dtype=torch.int8)
+    scale = torch.randint(120, 130, (*lead, 48, 2), generator=generator, dtype=torch.uint8)
+    scale = scale if exponents else torch.rand(*lead, 48, 2, generator=generator) + 0.5
+    other = torch.randn(64, 64, generator=generator).to(torch.float8_e4m3fn)
+    tensors = {
+        "m.weight": codes,
+        "m.weight_scale_inv": scale,
+        "n.weight": other,
+        "n.weight_scale_inv": torch.ones(1, 1),
+    }
+    base = tmp_path / "base"
+    base.mkdir()
+    save_torch(tensors, base / "model.safetensors")
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (base / "config.json").write_text(json.dumps({"quantization_config": config}))
+    wanted = Fp8Dequantize(None)._dequantize_one(codes, scale, torch.bfloat16)
+    # An adapter of another weight changes nothing in this one.
+    adapter = ak.Adapter({ak.Target("n"): (low_rank((64, 64))[0],)})
+    ak.merge(base, adapter, tmp_path / "out", quantized="dequantize")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["m.weight"], wanted)
+    ak.merge(base, adapter, tmp_path / "again", quantized="requantize")
+    assert torch.equal(load_file(tmp_path / "again" / "model.safetensors")["m.weight"], codes)
+    if not lead:
+        update, delta = low_rank((48, 64))
+        adapter = ak.Adapter({ak.Target("m"): (update,)})
+        ak.merge(base, adapter, tmp_path / "changed", quantized="dequantize")
+        got = load_file(tmp_path / "changed" / "model.safetensors")["m.weight"]
+        assert torch.equal(got, (wanted.double() + torch.tensor(delta)).bfloat16())
+        with pytest.raises(Unsupported, match="cannot quantize to this scheme"):
+            ak.merge(base, adapter, tmp_path / "packed", quantized="requantize")
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_hqq_unpacks_only_the_rows_that_are_read(axis, tmp_path):
     rng, out, size = np.random.default_rng(0), 1024, 64
