@@ -94,7 +94,9 @@ def _weight(base: Checkpoint, module: str) -> Packed:
         extra = _others(base, module, (*INPUTS, "weight_zero_point"))
         return scaled(base, f"{module}.weight", f"{module}.weight_scale", _block(base, module), extra)
     if plain is not None and plain.dtype.name == "I8":
-        return _grouped(base, module, "weight", plain.shape, 8)
+        # Bytes may store fewer bits, as in W4A8. Programs that pack such bytes later would cut larger values.
+        bits = [n for n in _weights(base, "num_bits") if type(n) is int and 2 <= n <= 8]
+        return _grouped(base, module, "weight", plain.shape, bits[0] if len(bits) == 1 else 8)
     why = (
         "the module has scales, but neither weight nor weight_packed"
         if plain is None

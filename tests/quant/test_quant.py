@@ -249,6 +249,32 @@ def test_groups_of_layers_of_compressed_tensors_may_have_different_bits_and_bloc
         dequantized(open_checkpoint(tmp_path))
 
 
+@pytest.mark.parametrize("count", [3, 4, 8])
+def test_bytes_of_compressed_tensors_keep_the_number_of_bits_in_the_config(count, tmp_path):
+    """The config states the range of the values, whatever dtype stores them."""
+    half, generator = 1 << count - 1, torch.Generator().manual_seed(0)
+    q = torch.randint(-half, half, (16, 64), generator=generator, dtype=torch.int8)
+    scale = (torch.rand(16, 2, generator=generator) / half + 0.05 / half).bfloat16()
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    save_torch({"m.weight": q, "m.weight_scale": scale}, base / "model.safetensors")
+    weights = {"num_bits": count, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"0": {"weights": weights}},
+    }
+    (base / "config.json").write_text(json.dumps({"quantization_config": config}))
+    update, delta = low_rank(q.shape)
+    ak.merge(base, ak.Adapter({ak.Target("m"): (update,)}), out, quantized="requantize")
+    found = load_file(out / "model.safetensors")
+    assert -half <= int(found["m.weight"].min()) <= int(found["m.weight"].max()) < half
+    before, after = ((a.double() * b.double().repeat_interleave(32, 1)).numpy() for a, b in (
+        (q, scale), (found["m.weight"], found["m.weight_scale"])
+    ))  # fmt: skip
+    assert np.linalg.norm(after - before - delta) < 0.7 / half * np.linalg.norm(before + delta)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_scales_and_zero_points_of_inputs_do_not_stay_beside_dequantized_weights(dtype, tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
