@@ -187,6 +187,29 @@ def test_gptq_with_zero_points_of_0_and_a_smaller_last_group(bits, less, indexed
         assert np.array_equal(part, tensors[key]), key
 
 
+@pytest.mark.parametrize("case", ["four", "eight_v2"])
+def test_the_format_of_gptq_may_have_either_name(case, tmp_path):
+    """`GPTQConfig` of transformers reads both keys, and its `format` is "gptq" by default."""
+    from transformers import GPTQConfig
+
+    folder = VECTORS / "gptq" / case
+    shutil.copytree(folder, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    stated = config["quantization_config"].pop("checkpoint_format")
+    wanted = load_file(folder / "expected.safetensors")["m.weight"]
+    for keys in ({"format": stated}, {"checkpoint_format": stated}, {"format": stated, "checkpoint_format": stated}):
+        assert GPTQConfig(bits=4, **keys).format == stated
+        whole = config | {"quantization_config": config["quantization_config"] | keys}
+        (tmp_path / "base" / "config.json").write_text(json.dumps(whole))
+        (weight,) = dequantized(open_checkpoint(tmp_path / "base")).packed.values()
+        assert torch.equal(weight.lazy().torch(), wanted), keys
+    other = {"format": stated, "checkpoint_format": "gptq" if stated == "gptq_v2" else "gptq_v2"}
+    whole = config | {"quantization_config": config["quantization_config"] | other}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(Malformed, match="states two formats"):
+        dequantized(open_checkpoint(tmp_path / "base"))
+
+
 @pytest.mark.parametrize("indexed", [True, False])
 def test_gptqmodels_dynamic_gives_modules_bit_widths_of_their_own(indexed, tmp_path):
     rng, out, columns, wanted, tensors = np.random.default_rng(0), 32, 64, {}, {}
