@@ -183,9 +183,12 @@ def read_span(span: Span) -> bytearray:
 
 
 def fetch_once(tensor: Lazy) -> Buffer:
-    """Return the bytes of a tensor. Inside `files_kept_open`, cache the last `MOST_KEPT` tensors."""
+    """Return the bytes of a tensor. Inside `files_kept_open`, cache the last `MOST_KEPT` tensors.
+
+    Tensors that are neither in a file nor computed in parts are not cached, because their bytes are in memory.
+    """
     kept = _KEPT.get()
-    if kept is None or tensor.span is None:
+    if kept is None or (tensor.span is None and tensor.part is None):
         return tensor.fetch()
     data = kept.pop(tensor, None)
     if data is None:

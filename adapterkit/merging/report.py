@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.tables import html_table
 from ..errors import AdapterkitError, NetworkError, StorageError, storage_error
 from ..io.atomic import write_bytes
 from ..io.checkpoint import INDEX
 from ..io.stages import stage as begin
-from ..io.staging import check_free, digest_of, listed
+from ..io.staging import check_free, digest_of, keep_result, kept_result, listed
 from ..quant import config_file
 from .arrays import devices_for
 from .checksums import KEY, record_of
@@ -157,19 +157,20 @@ def _decided(plan: Plan) -> str:
 def _completed(plan: Plan, stage: StagingDir, started: float) -> Report:
     """Return a report about the complete output that an earlier run wrote, and delete the stage."""
     record = stage.target / REPORT
-    previous = json.loads(record.read_text()) if record.exists() else {"norms": {}}
+    previous: Mapping[str, Any] = json.loads(record.read_text()) if record.exists() else kept_result(stage.target)
+    resumed = tuple(stage.files) if stage.was_completed else ()
+    carried, left_out = _copied(plan)
     stage.discard()
-    return Report(
-        stage.target,
-        plan,
-        previous["norms"],
-        previous.get("damage", {}),
-        tuple(stage.files),
-        (),
-        (),
-        time.perf_counter() - started,
-        already=True,
-    )
+    norms, damage = previous.get("norms", {}), previous.get("damage", {})
+    seconds = time.perf_counter() - started
+    return Report(stage.target, plan, norms, damage, resumed, carried, left_out, seconds, already=True)
+
+
+def _copied(plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the companion files in the output, and of the base's files that are not copied."""
+    if not plan.base.root.is_dir():
+        return (), ()
+    return tuple(name for _, name in plan.companions.copies), plan.companions.left_out
 
 
 def _write(
@@ -180,13 +181,14 @@ def _write(
     norms, damage = _apart(
         plan, {name: values for file in plan.files for name, values in norms_by_file[file.name].items()}
     )
-    carried: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    carried, left_out = _copied(plan)
     if plan.base.root.is_dir():
         _carry(plan, stage.out)
-        carried, left_out = tuple(name for _, name in plan.companions.copies), plan.companions.left_out
         _write_records(plan, stage, norms, damage)
     stage.publish_all(decided)
+    if stage.single:
+        # A single file has no report next to it that a later run could read.
+        keep_result(stage.target, decided, {"norms": norms, "damage": damage})
     return Report(stage.target, plan, norms, damage, resumed, carried, left_out, time.perf_counter() - started)
 
 

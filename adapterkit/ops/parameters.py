@@ -41,6 +41,9 @@ class Depths:
     Args:
         targets: all targets.
         base_tensors: the names of the base's tensors; they show its last layer.
+
+    Attributes:
+        of_base: whether `base_tensors` show the last layer.
     """
 
     def __init__(self, targets: Iterable[Target], base_tensors: Iterable[str] = ()) -> None:
@@ -49,6 +52,7 @@ class Depths:
         stacks = {_LAYER.split(target.path, maxsplit=1)[0] for target in targets if layer_of(target.path) is not None}
         in_base = [layer_of(name) for name in base_tensors if _LAYER.split(name, maxsplit=1)[0] in stacks]
         self.last = max((layer for layer in (*self.layers.values(), *in_base) if layer is not None), default=0)
+        self.of_base = bool(in_base)
 
     def known(self, target: Target) -> float | None:
         """Return the depth of a target, or None if the target is not in a numbered layer."""
@@ -286,7 +290,8 @@ class CombineParameters:
         each: for each adapter, a mapping with the parameters that apply to this adapter only.
         targets: all targets of the combination.
         varies: whether a parameter may differ between targets.
-        notes: a message for each filter that matches no target.
+        notes: a message for each filter that matches no target, and for each value by layer whose last layer is not
+            that of the base.
     """
 
     def __init__(
@@ -307,6 +312,15 @@ class CombineParameters:
         apart = [item for given in self.each for item in given.items()]
         settings_given = [*self.values.items(), *apart, *(("weights", w) for w in self.weights)]
         notes = [note for key, value in settings_given for note in check_globs(value, self.targets, key)]
+        if not self.depths.of_base:
+            # Without a base, nothing says how many layers the model has.
+            lists = [f"{key}: the list" for key, value in settings_given if _has_list(value)]
+            lists += [f"{name}: the depth"] if COMBINERS[name].by_depth else []
+            notes += [
+                f"{what} over the layers ends at layer {self.depths.last}, the last layer that the adapters change; "
+                "pass --base BASE (base=) to end it at the base's last layer"
+                for what in lists
+            ]
         self.notes = list(dict.fromkeys(notes))
         settings = [*self.values.values(), *(value for _, value in apart)]
         self.varies = any(isinstance(value, (Mapping, list)) for value in settings)
@@ -370,6 +384,13 @@ class CombineParameters:
 
     def record(self, method: Combiner) -> dict[str, Setting]:
         return {**method.values(), **self.values}
+
+
+def _has_list(setting: Setting) -> bool:
+    """Whether a setting contains a list of at least two different values over the layers."""
+    if isinstance(setting, Mapping):
+        return any(map(_has_list, setting.values()))
+    return isinstance(setting, list) and len(set(setting)) > 1
 
 
 def _each_checked(cls: type[Combiner], key: str, value: Setting) -> Setting:

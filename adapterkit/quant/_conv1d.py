@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+from ..io.lazy import fetch_once
 from ..naming.moves import IN_OUT, part_config, stored_in_out
 from . import Packed
 
@@ -38,10 +40,20 @@ class _TransposedPacked(Packed):
         again = self.turned.with_parts(parts)
         return None if again is None else _TransposedPacked(self.name, self.shape, self.dtype, self.members, again)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Leave out `_unpacked`: pickling it would compute the whole weight.
+        return _TransposedPacked, (self.name, self.shape, self.dtype, self.members, self.turned)
+
+    @cached_property
+    def _unpacked(self) -> Lazy:
+        return self.turned.lazy()
+
     def rows(self, start: int, stop: int) -> Array:
         import numpy as np
 
-        return np.ascontiguousarray(self.turned.rows(0, self.shape[1])[:, start:stop].T)
+        # Each row needs all rows of `turned`, so unpack them once for all blocks.
+        whole = np.frombuffer(fetch_once(self._unpacked), self.dtype.array).reshape(self.turned.shape)
+        return np.ascontiguousarray(whole[:, start:stop].T)
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         import numpy as np

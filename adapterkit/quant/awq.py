@@ -37,7 +37,8 @@ class Awq(Scheme):
     def find(self, base: Checkpoint) -> Iterator[Packed]:
         config = settings(base)
         bits = config.get("bits", config.get("w_bit", 4))
-        layout = str(config.get("version", "gemm")).lower()
+        # Older files call the layout `version`, and GPTQModel calls it `format`.
+        layout = str(config.get("version", config.get("format", "gemm"))).lower()
         if bits != 4 or layout != "gemm":
             raise Unsupported(
                 f"the base has AWQ weights with {bits} bits in the layout {layout}",

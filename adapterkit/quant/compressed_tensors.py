@@ -92,9 +92,11 @@ def _weight(base: Checkpoint, module: str) -> Packed:
         return _packed(base, module)
     if plain is not None and plain.dtype.name in DTYPES:
         extra = _others(base, module, (*INPUTS, "weight_zero_point"))
-        return scaled(base, f"{module}.weight", f"{module}.weight_scale", _block(base), extra)
+        return scaled(base, f"{module}.weight", f"{module}.weight_scale", _block(base, module), extra)
     if plain is not None and plain.dtype.name == "I8":
-        return _grouped(base, module, "weight", plain.shape, 8)
+        # Bytes may store fewer bits, as in W4A8. Programs that pack such bytes later would cut larger values.
+        bits = [n for n in _weights(base, "num_bits") if type(n) is int and 2 <= n <= 8]
+        return _grouped(base, module, "weight", plain.shape, bits[0] if len(bits) == 1 else 8)
     why = (
         "the module has scales, but neither weight nor weight_packed"
         if plain is None
@@ -220,11 +222,12 @@ def _mxfp4(base: Checkpoint, module: str) -> Packed:
 
 
 def _packed(base: Checkpoint, module: str) -> Packed:
-    name, bits = f"{module}.weight", _bits(base)
+    name = f"{module}.weight"
     stored = part_of(base, name, f"{module}.weight_packed", ("I32",))
     form = part_of(base, name, f"{module}.weight_shape", ("I64", "I32"))
     expect(form.shape, (2,), f"{module}.weight_shape")
     out, columns = (int(n) for n in numbers(form))
+    bits = _bits(base, module, stored.shape[-1] if stored.shape else 0, columns)
     expect(stored.shape, (out, -(-columns * bits // 32)), f"{module}.weight_packed")
     return _grouped(base, module, "weight_packed", (out, columns), bits)
 
@@ -257,38 +260,58 @@ def _others(base: Checkpoint, module: str, words: tuple[str, ...]) -> tuple[str,
     return tuple(name for word in words if (name := f"{module}.{word}") in base.tensors)
 
 
-def _weights(base: Checkpoint, key: str) -> JsonValue:
-    """Read a setting of the weights, such as `num_bits`, from the config. Return None if no layer group has it.
-
-    Raises:
-        Unsupported: groups of layers have different values of the setting.
-    """
+def _weights(base: Checkpoint, key: str) -> list[JsonValue]:
+    """Return the different values that the config's groups of layers have for a setting of the weights."""
     groups = settings(base).get("config_groups")
-    values_seen = []
+    values_seen: list[JsonValue] = []
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         if isinstance(weights, dict) and weights.get(key) not in values_seen:
             values_seen.append(weights.get(key))
-    if len(values_seen) > 1:
-        cure = "Merge into the 16-bit weights that the base was quantized from"
-        why = f"layer groups have different values of {key}"
-        raise Unsupported(why, path=base.root, where="config_groups", cure=cure)
-    return values_seen[0] if values_seen else None
+    return values_seen
 
 
-def _bits(base: Checkpoint) -> int:
-    bits = _weights(base, "num_bits")
-    if bits not in BITS:
+def _unproven(base: Checkpoint, module: str, key: str, values_seen: list[JsonValue]) -> Unsupported:
+    why = f"layer groups have different values of {key}, and the shapes do not fit exactly one of {values_seen}"
+    cure = "Merge into the 16-bit weights that the base was quantized from"
+    return Unsupported(why, path=base.root, where=f"{module}.weight", cure=cure)
+
+
+def _bits(base: Checkpoint, module: str, words: int, columns: int) -> int:
+    """Return the number of bits of a packed module, whose rows of `columns` integers are stored in `words` words.
+
+    Groups of layers may have different numbers of bits. The shapes then show the group of the module, because its
+    targets in the config can also be classes of modules, which no tensor shows.
+    """
+    stated = _weights(base, "num_bits")
+    wrong = next((bits for bits in stated if bits not in BITS), None) if len(stated) == 1 else None
+    if not stated or wrong is not None:
         raise Unsupported(
-            f"the weights have {bits} bits",
+            f"the weights have {wrong} bits",
             path=base.root,
             where="num_bits",
             cure=f"Known: {', '.join(map(str, BITS))}",
         )
-    return int(bits)
+    known = [bits for bits in stated if type(bits) is int and 0 < bits <= 32]
+    fitting = [bits for bits in known if -(-columns // (32 // bits)) == words] if len(stated) > 1 else known
+    if len(fitting) != 1 or fitting[0] not in BITS:
+        raise _unproven(base, module, "num_bits", stated)
+    return fitting[0]
 
 
-def _block(base: Checkpoint) -> tuple[int, int] | None:
-    block = _weights(base, "block_structure")
-    sizes = [n for n in block if type(n) is int and n > 0] if isinstance(block, list) and len(block) == 2 else []
-    return (sizes[0], sizes[1]) if len(sizes) == 2 else None
+def _block(base: Checkpoint, module: str) -> tuple[int, int] | None:
+    """Return the size of the blocks of a module's weight that share a scale; None if the config states none.
+
+    Groups of layers may have different blocks. The shapes then show the group of the module.
+    """
+    stated = _weights(base, "block_structure")
+    blocks = [(block[0], block[1]) for block in stated if isinstance(block, list) and len(block) == 2
+              and all(type(n) is int and n > 0 for n in block)]  # fmt: skip
+    if len(stated) < 2:
+        return blocks[0] if blocks else None
+    weight, scale = (base.tensors[f"{module}.{part}"].shape for part in ("weight", "weight_scale"))
+    grids = {block: tuple(-(-n // size) for n, size in zip(weight[-2:], block, strict=False)) for block in blocks}
+    fitting = [block for block, grid in grids.items() if scale[-2:] == grid]
+    if len(fitting) > 1:
+        raise _unproven(base, module, "block_structure", stated)
+    return fitting[0] if fitting else None

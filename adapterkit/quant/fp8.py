@@ -32,6 +32,8 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2")
 class Fp8(Scheme):
     """`<weight>` is in 8-bit floats. `<weight>_scale_inv` or `<weight>_scale` has one scale per tensor, row or block.
 
+    Weights of bytes with `<weight>_scale_inv` are packed 4-bit floats; they are read, but not written.
+
     ComfyUI's older files have `<module>.scale_weight` instead.
     """
 
@@ -49,7 +51,9 @@ class Fp8(Scheme):
         block = _block(base)
         comfyui = any(name.rpartition(".")[2] in (COMFYUI, LAYOUT) for name in base.tensors)
         for name, tensor in base.tensors.items():
-            if tensor.dtype.name not in DTYPES or len(tensor.shape) < 2:
+            # transformers reads integers with such scales as 4-bit floats: some models have experts of this type.
+            four_bits = tensor.dtype.name == "I8" and f"{name}_scale_inv" in base.tensors
+            if not (tensor.dtype.name in DTYPES or four_bits) or len(tensor.shape) < 2:
                 continue
             scale = _scale(base, name)
             if scale is None and comfyui:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import ShapeMismatch, Unsupported
+from ..errors import Malformed, ShapeMismatch, Unsupported
 from ..io.lazy import Lazy
 from . import DAMAGED, Packed, Scheme, expect, finite, joined, part_of, settings
 from ._conv1d import as_in_base
@@ -45,6 +45,23 @@ def _bits(base: Checkpoint) -> int:
     """Return the bit width from the config, or 0 if the config has none; the tensors do not show the bit width."""
     bits = settings(base).get("bits")
     return bits if type(bits) is int else 0
+
+
+def _is_v2(base: Checkpoint) -> bool:
+    """Whether the zero points are stored without the subtraction of 1.
+
+    GPTQModel and transformers write the format as `checkpoint_format`, as `format`, or as both.
+
+    Raises:
+        Malformed: the two keys contradict each other. transformers would use the first, and GPTQModel the second.
+    """
+    stated = {key: str(value).lower() for key in ("checkpoint_format", "format")
+              if (value := settings(base).get(key)) is not None}  # fmt: skip
+    if len({form == "gptq_v2" for form in stated.values()}) > 1:
+        why = f"the config states two formats of the zero points: {stated}"
+        cure = "Correct the config: remove the wrong one from quantization_config"
+        raise Malformed(why, path=base.root, where="quantization_config", cure=cure)
+    return "gptq_v2" in stated.values()
 
 
 def _bits_of_tensors(base: Checkpoint, module: str) -> int:
@@ -139,7 +156,7 @@ def _weight(base: Checkpoint, module: str) -> Packed:
     if index is not None:
         members.append(f"{module}.g_idx")
         part_of(base, name, members[-1], ("I32",))
-    less = 0 if settings(base).get("checkpoint_format") == "gptq_v2" else 1
+    less = 0 if _is_v2(base) else 1
     shape = (out, stored.shape[0] * per)
     stated = settings(base).get("group_size")
     size = stated if type(stated) is int and stated > 0 and -(-shape[1] // stated) == groups else 0

@@ -39,18 +39,21 @@ class Torchao(Scheme):
         return any(True for _ in _records(base))
 
     def find(self, base: Checkpoint) -> Iterator[Packed]:
-        for name, record in _records(base):
-            if f"{_prefix(name)}qdata" in base.tensors:
-                yield _weight(base, name, record)
+        for name, record in _records(base, packed=True):
+            yield _weight(base, name, record)
 
 
-def _records(base: Checkpoint) -> Iterator[tuple[str, Mapping[str, object]]]:
-    """Yield (name, metadata) of every tensor with a torchao class."""
+def _records(base: Checkpoint, packed: bool = False) -> Iterator[tuple[str, Mapping[str, object]]]:
+    """Yield (name, metadata) of every tensor with a torchao class; if `packed`, only of those that the base stores."""
     for path, metadata in base.metadata.items():
         if "tensor_names" not in metadata:
             continue
         for name, text in metadata.items():
             if name == "tensor_names" or '"_type"' not in text:
+                continue
+            # Check the names first. A repacked weight is found in a base of its tensors alone, and parsing the metadata
+            # of all weights for each weight would take quadratic time.
+            if packed and f"{_prefix(name)}qdata" not in base.tensors:
                 continue
             try:
                 record = load_json(text)

@@ -71,7 +71,14 @@ _LZMA = b"\x5d\x00\x00"
 """First bytes of zlib and of lzma without a container, which joblib also reads. Other files may begin with these bytes
 by chance, so only files whose suffixes are in `_PICKLED` or `_PACKED` are decompressed."""
 
-_PACKED = (".z", ".zlib", ".lzma")
+_PACKED = (".z", ".zlib", ".lzma", ".lz4")
+
+_ZFILE, _ZFILE_HEADER = b"ZF0x", 21
+"""First bytes, and size in bytes, of the header with which joblib before 0.9.3 began zlib data. joblib still reads it.
+"""
+
+_LZ4 = b"\x04\x22\x4d\x18"
+"""First bytes of lz4, which joblib reads. Python has no module for it."""
 
 _OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
 
@@ -108,15 +115,21 @@ def _header_size(head: bytes) -> int:
 def _unpacked(head: bytes, stream: _Stream) -> _Stream:
     if head[:2] == b"\x1f\x8b":
         return gzip.GzipFile(fileobj=stream)
-    if head.startswith(_ZLIB):
+    if head.startswith(_ZFILE):
+        # joblib also skips one space after the header.
+        stream.seek(_ZFILE_HEADER + (head[_ZFILE_HEADER : _ZFILE_HEADER + 1] == b" "))
+    if head.startswith((*_ZLIB, _ZFILE)):
         return io.BytesIO(_inflated(stream))
+    if head.startswith(_LZ4):
+        raise NotImplementedError("lz4 cannot be decompressed")
     return bz2.BZ2File(stream) if head[:3] == b"BZh" else lzma.LZMAFile(cast("IO[bytes]", stream))
 
 
 def _inflated(stream: _Stream) -> bytes:
     """Decompress zlib data, up to more bytes than `part` reads, so that `part` notices when bytes are missing.
 
-    Compressed data may be longer than its content, because it may contain any number of empty blocks.
+    Compressed data may be longer than its content, because it may contain any number of empty blocks. Bytes after the
+    first stream are ignored, because no loader unpickles them: for further streams, joblib never ends.
     """
     most, data, unpacker = 2 * LARGEST + 1024, bytearray(), zlib.decompressobj()
     while len(data) < most and not unpacker.eof and (piece := unpacker.unconsumed_tail or stream.read(1 << 20)):
@@ -178,7 +191,7 @@ class _Reader:
         head = stream.read(512)
         suffix = PurePosixPath(called).suffix.lower()
         compressed = head.startswith(_COMPRESSED)
-        compressed |= suffix in (*_PICKLED, *_PACKED) and head.startswith((*_ZLIB, _LZMA))
+        compressed |= suffix in (*_PICKLED, *_PACKED) and head.startswith((*_ZLIB, _LZMA, _ZFILE, _LZ4))
         archive = head[:2] == b"PK" or is_tar(head)
         if not (archive or compressed or is_pickle(head) or head[:6] == b"\x93NUMPY" or suffix in _PICKLED):
             return

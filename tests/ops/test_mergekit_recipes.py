@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -267,6 +268,18 @@ def test_a_list_ends_at_the_last_layer_of_the_base(here: dict[str, dict[str, np.
         np.testing.assert_allclose(np.asarray(made.delta(name)), expected, rtol=0, atol=3e-6, err_msg=name)
         change = merged[f"{name}.weight"] - load_file("base/model.safetensors")[f"{name}.weight"]
         np.testing.assert_allclose(change, expected, rtol=0, atol=3e-6, err_msg=name)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("asked", [{"weights": [[0, 1], {"*.mlp.*": [0, 1], "*": 1}]}, {"method": "lines"}])
+def test_a_list_without_a_base_says_where_it_ends(asked: dict[str, Any]) -> None:
+    file = Path("one", "adapter_model.safetensors")
+    save_file({key: array for key, array in load_file(file).items() if f".{LAYERS - 1}." not in key}, file)
+    told = ak.combine(["one", "one"], **asked).recipe[-1].args.get("warnings", [])
+    assert told
+    assert all(f"ends at layer {LAYERS - 2}" in text and "--base" in text for text in told)
+    for known in ({"base": "base"}, {"method": "linear", "weights": [0.5, {"*.mlp.*": 1, "*": [2, 2]}]}):
+        assert "warnings" not in ak.combine(["one", "one"], **asked | known).recipe[-1].args
 
 
 FILTERS = {

@@ -187,6 +187,29 @@ def test_gptq_with_zero_points_of_0_and_a_smaller_last_group(bits, less, indexed
         assert np.array_equal(part, tensors[key]), key
 
 
+@pytest.mark.parametrize("case", ["four", "eight_v2"])
+def test_the_format_of_gptq_may_have_either_name(case, tmp_path):
+    """`GPTQConfig` of transformers reads both keys, and its `format` is "gptq" by default."""
+    from transformers import GPTQConfig
+
+    folder = VECTORS / "gptq" / case
+    shutil.copytree(folder, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    stated = config["quantization_config"].pop("checkpoint_format")
+    wanted = load_file(folder / "expected.safetensors")["m.weight"]
+    for keys in ({"format": stated}, {"checkpoint_format": stated}, {"format": stated, "checkpoint_format": stated}):
+        assert GPTQConfig(bits=4, **keys).format == stated
+        whole = config | {"quantization_config": config["quantization_config"] | keys}
+        (tmp_path / "base" / "config.json").write_text(json.dumps(whole))
+        (weight,) = dequantized(open_checkpoint(tmp_path / "base")).packed.values()
+        assert torch.equal(weight.lazy().torch(), wanted), keys
+    other = {"format": stated, "checkpoint_format": "gptq" if stated == "gptq_v2" else "gptq_v2"}
+    whole = config | {"quantization_config": config["quantization_config"] | other}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(Malformed, match="states two formats"):
+        dequantized(open_checkpoint(tmp_path / "base"))
+
+
 @pytest.mark.parametrize("indexed", [True, False])
 def test_gptqmodels_dynamic_gives_modules_bit_widths_of_their_own(indexed, tmp_path):
     rng, out, columns, wanted, tensors = np.random.default_rng(0), 32, 64, {}, {}
@@ -217,6 +240,62 @@ def test_compressed_tensors_with_a_smaller_last_group_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "compressed-tensors"}}))
     with pytest.raises(ShapeMismatch, match="3 groups do not fit 80 columns"):
         dequantized(open_checkpoint(tmp_path))
+
+
+MIXED = ("packed", "packed_8", "packed_uneven", "float", "nvfp4")
+
+
+def test_groups_of_layers_of_compressed_tensors_may_have_different_bits_and_blocks(tmp_path):
+    """The config's targets are classes of modules or patterns, so only the shapes show the group of each module."""
+    groups, tensors, expected = {}, {}, {}
+    for case in MIXED:
+        folder = VECTORS / "compressed_tensors" / case
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        groups[case] = config["config_groups"]["group_0"] | {"targets": [f"re:.*{case}"]}
+        tensors |= {f"{case}{key[1:]}": tensor for key, tensor in load_file(folder / "model.safetensors").items()}
+        expected[f"{case}.weight"] = load_file(folder / "expected.safetensors")["m.weight"]
+    # A float8 weight in blocks of 4 x 32, of which the last has 16 columns.
+    stored, scale = tensors["float.weight"], torch.rand(4, 2) + 0.5
+    tensors |= {"block.weight": stored.clone(), "block.weight_scale": scale}
+    spread = scale.repeat_interleave(4, 0).repeat_interleave(32, 1)[:, :48]
+    expected["block.weight"] = (stored.float() * spread).bfloat16()
+    groups["block"] = {"weights": {**groups["float"]["weights"], "strategy": "block", "block_structure": [4, 32]}}
+    save_torch(tensors, tmp_path / "model.safetensors")
+    config = {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": groups}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    got = dequantized(open_checkpoint(tmp_path)).tensors
+    for key, wanted in expected.items():
+        assert torch.equal(bits(got[key].torch()), bits(wanted)), key
+    tensors["packed.weight_packed"] = tensors["packed.weight_packed"][:, :5].contiguous()
+    save_torch(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(Unsupported, match="do not fit exactly one of"):
+        dequantized(open_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("count", [3, 4, 8])
+def test_bytes_of_compressed_tensors_keep_the_number_of_bits_in_the_config(count, tmp_path):
+    """The config states the range of the values, whatever dtype stores them."""
+    half, generator = 1 << count - 1, torch.Generator().manual_seed(0)
+    q = torch.randint(-half, half, (16, 64), generator=generator, dtype=torch.int8)
+    scale = (torch.rand(16, 2, generator=generator) / half + 0.05 / half).bfloat16()
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    save_torch({"m.weight": q, "m.weight_scale": scale}, base / "model.safetensors")
+    weights = {"num_bits": count, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"0": {"weights": weights}},
+    }
+    (base / "config.json").write_text(json.dumps({"quantization_config": config}))
+    update, delta = low_rank(q.shape)
+    ak.merge(base, ak.Adapter({ak.Target("m"): (update,)}), out, quantized="requantize")
+    found = load_file(out / "model.safetensors")
+    assert -half <= int(found["m.weight"].min()) <= int(found["m.weight"].max()) < half
+    before, after = ((a.double() * b.double().repeat_interleave(32, 1)).numpy() for a, b in (
+        (q, scale), (found["m.weight"], found["m.weight_scale"])
+    ))  # fmt: skip
+    assert np.linalg.norm(after - before - delta) < 0.7 / half * np.linalg.norm(before + delta)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
@@ -257,6 +336,83 @@ def test_mxfp4_of_compressed_tensors(tmp_path):
     (weight,) = dequantized(open_checkpoint(out)).packed.values()
     assert np.linalg.norm(weight.rows(0, 24) - (W + delta)) < 0.3 * np.linalg.norm(W + delta)
     assert ak.verify(out, base, adapter).ok
+
+
+def test_weights_that_gptq_packs_transposed_are_unpacked_once_and_not_for_each_block(tmp_path, monkeypatch):
+    ins, out, base = 512, 2048, tmp_path / "base"
+    rng = np.random.default_rng(0)
+    shapes = {"qweight": (ins // 8, out), "qzeros": (ins // 128, out // 8)}
+    tensors = {key: rng.integers(-(2**31), 2**31, shape).astype(np.int32) for key, shape in shapes.items()}
+    tensors["scales"] = rng.uniform(0.01, 0.02, (ins // 128, out)).astype(np.float16)
+    base.mkdir()
+    save_file({f"h.0.mlp.c_fc.{key}": value for key, value in tensors.items()}, base / "model.safetensors")
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (base / "config.json").write_text(json.dumps({"model_type": "gpt2", "quantization_config": config}))
+    adapter = ak.Adapter({ak.Target("h.0.mlp.c_fc", layout="in out *k"): (low_rank((out, ins))[0],)})
+    calls, rows = [], Grouped.rows
+    monkeypatch.setattr(Grouped, "rows", lambda *given: calls.append(given) or rows(*given))
+    ak.merge(base, adapter, tmp_path / "out", quantized="requantize")
+    assert len(calls) <= 4  # The base's weight and the result, for at most two workers.
+
+
+def test_torchaos_metadata_is_not_parsed_again_for_each_weight(tmp_path, monkeypatch):
+    folder = VECTORS / "torchao" / "int4"
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    stored, count = load_file(folder / "model.safetensors"), 16
+    names = json.loads(metadata["tensor_names"])
+    whole = {f"{n}{key}": metadata[key] for n in range(count) for key in names}
+    whole |= {"tensor_names": json.dumps(list(whole))}
+    tensors = {f"{n}{key}": tensor.clone() for n in range(count) for key, tensor in stored.items()}
+    base = tmp_path / "base"
+    base.mkdir()
+    save_torch(tensors, base / "model.safetensors", whole)
+    shutil.copy(folder / "config.json", base)
+    W = load_file(folder / "expected.safetensors")["m.weight"]
+    adapter = ak.Adapter({ak.Target(f"{n}m"): (low_rank(W.shape, n)[0],) for n in range(count)})
+    calls = []
+    monkeypatch.setattr("adapterkit.quant.torchao.load_json", lambda text: calls.append(text) or json.loads(text))
+    ak.merge(base, adapter, tmp_path / "out", quantized="requantize")
+    assert len(calls) <= 5 * count
+
+
+@pytest.mark.parametrize("exponents", [False, True])
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_packed_4_bit_floats_beside_fp8_weights_are_read_as_in_transformers(lead, exponents, tmp_path):
+    """transformers' `Fp8Dequantize` reads bytes with `weight_scale_inv` as pairs of 4-bit floats, the first one low."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (*lead, 48, 32), generator=generator, dtype=torch.int8)
+    scale = torch.randint(120, 130, (*lead, 48, 2), generator=generator, dtype=torch.uint8)
+    scale = scale if exponents else torch.rand(*lead, 48, 2, generator=generator) + 0.5
+    other = torch.randn(64, 64, generator=generator).to(torch.float8_e4m3fn)
+    tensors = {
+        "m.weight": codes,
+        "m.weight_scale_inv": scale,
+        "n.weight": other,
+        "n.weight_scale_inv": torch.ones(1, 1),
+    }
+    base = tmp_path / "base"
+    base.mkdir()
+    save_torch(tensors, base / "model.safetensors")
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (base / "config.json").write_text(json.dumps({"quantization_config": config}))
+    wanted = Fp8Dequantize(None)._dequantize_one(codes, scale, torch.bfloat16)
+    # An adapter of another weight changes nothing in this one.
+    adapter = ak.Adapter({ak.Target("n"): (low_rank((64, 64))[0],)})
+    ak.merge(base, adapter, tmp_path / "out", quantized="dequantize")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["m.weight"], wanted)
+    ak.merge(base, adapter, tmp_path / "again", quantized="requantize")
+    assert torch.equal(load_file(tmp_path / "again" / "model.safetensors")["m.weight"], codes)
+    if not lead:
+        update, delta = low_rank((48, 64))
+        adapter = ak.Adapter({ak.Target("m"): (update,)})
+        ak.merge(base, adapter, tmp_path / "changed", quantized="dequantize")
+        got = load_file(tmp_path / "changed" / "model.safetensors")["m.weight"]
+        assert torch.equal(got, (wanted.double() + torch.tensor(delta)).bfloat16())
+        with pytest.raises(Unsupported, match="cannot quantize to this scheme"):
+            ak.merge(base, adapter, tmp_path / "packed", quantized="requantize")
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -255,8 +255,15 @@ def torch_file(data):
     return torch.load(io.BytesIO(data), weights_only=False)
 
 
+def old_joblib(data, space=b""):
+    """The layout of joblib before 0.9.3, which `joblib.numpy_pickle_compat.read_zfile` still reads."""
+    return b"ZF" + hex(len(data)).encode().ljust(19) + space + zlib.compress(data)
+
+
 def joblib_file(data):
     """joblib recognises the compression by the first bytes."""
+    if data.startswith(b"ZF"):
+        return pickle.loads(zlib.decompress(data[22 if data[21:22] == b" " else 21 :], 15, int(data[2:21], 16)))
     return pickle.loads(zlib.decompress(data) if data[:1] == b"x" else lzma.decompress(data))
 
 
@@ -273,6 +280,8 @@ RUNNING = {
     "begins like bzip2.bin": (b"BZh\x00\x00" + bytes(0x685A) + b"0" + CALL, pickle.loads),
     "looks like tar.bin": (b"\x80\x02B" + struct.pack("<I", 600) + b"ustar" * 120 + b"0" + CALL, pickle.loads),
     "zlib.joblib": (zlib.compress(CALL), joblib_file),
+    "joblib 0.8.joblib": (old_joblib(CALL), joblib_file),
+    "a space.joblib": (old_joblib(CALL, b" "), joblib_file),
     "lzma.joblib": (lzma.compress(CALL, lzma.FORMAT_ALONE), joblib_file),
     "checksum.pt": (zipped(lambda data, at: data.__setitem__(at + 16, data[at + 16] ^ 1)), torch_file),
     "local name.pt": (zipped(lambda data, _: data.__setitem__(data.index(b"x/data"), ord("y"))), torch_file),
@@ -290,6 +299,13 @@ def test_what_a_loader_runs_is_found(tmp_path, name):
     (tmp_path / name).write_bytes(data)
     found = {(each.rule, each.evidence) for each in ak.scan(tmp_path).findings}
     assert ("pickle-call", "it imports 'posix.getcwd'") in found
+
+
+def test_a_file_packed_with_lz4_is_reported_as_unread(tmp_path):
+    # An lz4 frame of the reference implementation, with the content b"cos\ngetcwd\n(tR."; joblib loads such files.
+    frame = "04224d1868400f00000000000000160f000080636f730a6765746377640a2874522e00000000"
+    (tmp_path / "scaler.joblib").write_bytes(bytes.fromhex(frame))
+    assert [*ak.scan(tmp_path).unread] == ["scaler.joblib: this archive cannot be read: lz4 cannot be decompressed"]
 
 
 def test_many_keys_are_compared_once(tmp_path):

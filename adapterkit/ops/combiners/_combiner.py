@@ -195,6 +195,7 @@ class Combiner(ABC):
             earlier searches. 0 if the formula needs only sums over all targets.
         sequential: whether targets are computed in order. If so, the third argument of the function `data` is an
             adapter with the targets that have already been computed.
+        by_depth: whether the formula uses the depth of a target's layer.
     """
 
     title: ClassVar[str] = ""
@@ -207,6 +208,7 @@ class Combiner(ABC):
     single: ClassVar[frozenset[str]] = frozenset()
     based: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
+    by_depth: ClassVar[bool] = False
     stages: ClassVar[int] = 1
     depends: ClassVar[frozenset[str]] = frozenset()
 

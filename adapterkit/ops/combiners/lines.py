@@ -28,6 +28,7 @@ class LiNeS(PlugIn):
 
     title = "LiNeS: another method's result, scaled by depth"
     paper = "https://arxiv.org/abs/2410.17146"
+    by_depth = True
 
     alpha: float | None = parameter(
         None, "factor in the first layer and outside all layers; default: 1 / number of tasks", least=0, kind=float

@@ -41,6 +41,7 @@ class NSC(Learned):
     paper = "https://arxiv.org/abs/2603.26317"
     data: ClassVar[str | None] = SPACES
     learns: ClassVar[str | None] = "inputs_and_spaces"
+    by_depth = True
 
     blocks: float = parameter(
         0.25, "share of the layers whose inputs are used; 0.25 uses the last quarter", least=0, most=1
