@@ -397,6 +397,38 @@ def test_dora_goes_there_and_back_with_its_magnitude(name, tmp_path):
     assert ak.read(path, base=BASE).digest() == ak.Adapter(found).digest()
 
 
+def test_dora_of_torchtune_also_multiplies_a_bias(tmp_path):
+    rng, name = np.random.default_rng(6), "model.layers.0.self_attn.v_proj"
+    config = json.loads((BASE / "config.json").read_text()) | {"model_type": "qwen2"}
+    base = write_base(tmp_path / "base", config, {f"{name}.weight": (8, 16), f"{name}.bias": (8,)})
+    A, B, m = (rng.normal(size=size).astype("f4") for size in ((2, 16), (8, 2), (8,)))
+    ends = {"lora_a.weight": A, "lora_b.weight": B, "magnitude": m}
+    (tmp_path / "t").mkdir()
+    file = tmp_path / "t" / "adapter_model.pt"
+    torch.save({f"layers.0.attn.v_proj.{end}": torch.from_numpy(value) for end, value in ends.items()}, file)
+    (tmp_path / "t" / "torchtune.json").write_text('{"alpha": 6}')
+    before = {key: value.astype("f8") for key, value in load_file(base / "model.safetensors").items()}
+    V = before[f"{name}.weight"] + 3.0 * B.astype("f8") @ A
+    quotient = m / np.linalg.norm(V, axis=1)
+
+    # torchtune's forward is quotient * (base(x) + scaling * B @ A @ x), and base(x) includes the bias.
+    read = ak.read(file, base=base)
+    ours = merged(base, read, tmp_path / "merged")
+    same({"weight": quotient[:, None] * V, "bias": quotient * before[f"{name}.bias"]},
+         {end: ours[f"{name}.{end}"] for end in ("weight", "bias")}, 1e-6)  # fmt: skip
+    ak.write(read.replace(foreign=None), place(tmp_path, "torchtune"), "torchtune", base)
+    again = merged(base, ak.read(place(tmp_path, "torchtune"), base=base), tmp_path / "again")
+    same(ours, again, 1e-6)
+
+    paper = ak.read(file, base=base, compat="formula")
+    assert np.array_equal(merged(base, paper, tmp_path / "paper")[f"{name}.bias"], before[f"{name}.bias"])
+    with pytest.raises(Unrepresentable) as caught:
+        ak.write(paper.replace(foreign=None, recipe=()), tmp_path / "adapter_model.pt", "torchtune", base)
+    assert "multiplies the module's bias" in str(caught.value.items)
+    with pytest.raises(UsageError, match="only the base shows"):
+        ak.read(file)
+
+
 def test_mlx_gets_the_one_rank_that_its_layers_are_built_with(tmp_path):
     paths = [f"model.layers.{at}.self_attn.q_proj" for at in range(3)]
     updates = {Target(path): (lora(16, 16, rank=rank, seed=rank),) for path, rank in zip(paths, (2, 5, 3), strict=True)}
