@@ -6,7 +6,7 @@ A folder without a head and without experts is the same as PEFT's folder, and is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,17 @@ from ..io.arrange import item, stacked
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
 from ..naming.architectures import expert_count
-from ..naming.tool_names import EXPERTS, HEAD, PREFIXES, NameTable, TableNames, is_tinker, modules_of, without_prefix
+from ..naming.tool_names import (
+    ATTENTION,
+    EXPERTS,
+    HEAD,
+    PREFIXES,
+    NameTable,
+    TableNames,
+    is_tinker,
+    modules_of,
+    without_prefix,
+)
 from ._containers import folder_of
 from ._format import Format
 from ._kit import (
@@ -37,6 +47,7 @@ from ._kit import (
 from .peft import CONFIG, SAFETENSORS, load, save
 
 if TYPE_CHECKING:
+    from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ._kit import Pair, Slots
 
@@ -113,7 +124,7 @@ class Tinker(Format):
         try:
             config, tensors = load(path)
             rank, alpha = _numbers(config)
-            updates = dict(_decode(tensors, rank, alpha, base))
+            updates = _placed(dict(_decode(tensors, rank, alpha, base)), base)
         except AdapterkitError as error:
             raise error.at(path=path) from None
         data = {"config": dict(config), "order": list(tensors)}
@@ -136,7 +147,7 @@ class Tinker(Format):
             "base_model_name_or_path": base_id, "bias": "none", "peft_type": "LORA", "target_modules": "all-linear",
             **before, "r": rank, "lora_alpha": whole_number(alpha),
         }  # fmt: skip
-        save(path, config, in_order(_spelled(pairs, base), hints))
+        save(path, config, in_order(_spelled(pairs, base, hints.get("order", ())), hints))
         return lines
 
 
@@ -169,7 +180,7 @@ def _decode(
             continue
         if check_factors(name, slots) != rank:
             raise ShapeMismatch(f"its rank differs from the config's rank {rank}", where=name, cure=WRITE_AGAIN)
-        path = next((mine for mine, theirs in HEAD.items() if theirs == name), name)
+        path = next((mine for mine, theirs in HEAD.items() if theirs == name), None) or ATTENTION.back(name) or name
         layout = "in out *k" if path.rpartition(".")[2] == "embed_tokens" else "out *in"
         yield Target(names_of_base.named(path), layout), (LoRA(**slots, scaling=alpha / rank),)
 
@@ -193,7 +204,23 @@ def _experts(
     only = {field: item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     for index, path in enumerate(paths):
         one: Slots = {field: only.get(field) or item(leaf, index) for field, leaf in slots.items()}
-        yield Target(names_of_base.named(path)), (LoRA(**one, scaling=alpha / rank),)
+        yield Target(names_of_base.expert(path)), (LoRA(**one, scaling=alpha / rank),)
+
+
+def _placed(updates: dict[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[Target, tuple[Update, ...]]:
+    """Join the updates of experts whose weights the base stores in one tensor.
+
+    Raises:
+        TargetNotFound, ShapeMismatch: the base does not have one of the experts.
+    """
+    from ..naming.binding import bind
+
+    names = set() if base is None else {*modules_of(base.tensors)}
+    lost = {target: group for target, group in updates.items() if target.path not in names}
+    if base is None or not lost:
+        return updates
+    bound = bind(Adapter(lost), base).adapter.updates
+    return {target: group for target, group in updates.items() if target not in lost} | dict(bound)
 
 
 class _TinkerNames:
@@ -205,6 +232,13 @@ class _TinkerNames:
 
     def named(self, path: str) -> str:
         return path if self.names is None else self.names.back(path)
+
+    def expert(self, path: str) -> str:
+        """Return the base's name for an expert's module, or `path` if the base has no separate tensor for the module.
+
+        In the second case, the base may store all experts in one tensor; see `_placed`.
+        """
+        return path if self.names is None or not self.names.known(path) else self.names.back(path)
 
 
 class _Same(NameTable):
@@ -222,7 +256,7 @@ def _unfit(target: Target, update: Pair) -> str:
     return unfit(target, update) if named else "its module is not in a language model"
 
 
-def _spelled(pairs: Pairs, base: Checkpoint | None) -> dict[str, Lazy]:
+def _spelled(pairs: Pairs, base: Checkpoint | None, order: Collection[str]) -> dict[str, Lazy]:
     tensors: dict[str, Lazy] = {}
     stacks: dict[str, dict[int, Pair]] = {}
     for target, update in pairs.items():
@@ -232,6 +266,10 @@ def _spelled(pairs: Pairs, base: Checkpoint | None) -> dict[str, Lazy]:
         if stack:
             stacks.setdefault(stack[0], {})[stack[1]] = update
         else:
+            attention = ATTENTION.there(path)
+            # Write gpt-oss's attention with Tinker's names only if the source file had them.
+            if attention is not None and any(f"{PREFIX}{attention}{end}" in order for end in _SLOTS):
+                path = attention
             name = PREFIX + HEAD.get(path, path)
             tensors |= {name + end: as_lazy(update.tensors[field]) for end, field in _SLOTS.items()}
     for name, experts_here in stacks.items():

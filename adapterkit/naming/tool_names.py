@@ -74,6 +74,10 @@ class TableNames:
         """Translate our name, with or without a prefix, to the tool's name; None if the table lacks our name."""
         return next(filter(None, (self.table.there(name) for name in without_prefix(hub_path))), None)
 
+    def known(self, foreign: str) -> bool:
+        """Whether the base has at least one module with this name of the tool."""
+        return self.walked is None or foreign in self.walked
+
     def back(self, foreign: str) -> str:
         """Translate a tool's name to our name.
 
@@ -241,6 +245,11 @@ EXPERTS = {
 """A map from our template for one expert's module to Tinker's template for the stack of all experts."""
 
 HEAD = {"lm_head": "model.unembed_tokens"}
+
+ATTENTION = NameTable(
+    {f"model.layers.{{n}}.self_attn.{part}_proj": f"model.layers.{{n}}.attn.{part}_proj" for part in "qkvo"}
+)
+"""Tinker's names of the attention in gpt-oss. In its other models, the attention has the same name as in ours."""
 
 _MARKS = tuple(
     f".{module}.lora_{factor}.weight"

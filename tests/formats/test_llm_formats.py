@@ -320,6 +320,38 @@ def test_tinkers_stacks_have_all_experts_of_the_base(tmp_path):
     assert not (tmp_path / "two").exists()
 
 
+def test_tinkers_stacks_of_gpt_oss_reach_a_base_with_stacks(tmp_path):
+    rng, layer = np.random.default_rng(8), "model.layers.0"
+    config = {"model_type": "gpt_oss", "num_local_experts": 3, "hidden_size": 8, "num_attention_heads": 2}
+    stacks = {"gate_up_proj": (3, 8, 12), "down_proj": (3, 6, 8)}
+    shapes = {f"{layer}.mlp.experts.{name}": shape for name, shape in stacks.items()}
+    base = write_base(tmp_path / "base", config, {**shapes, f"{layer}.self_attn.q_proj.weight": (10, 8)})
+    sizes = {"attn.q_proj": ((2, 8), (10, 2)), "mlp.experts.w1": ((1, 2, 8), (3, 6, 2)),
+             "mlp.experts.w2": ((3, 2, 6), (1, 8, 2)), "mlp.experts.w3": ((1, 2, 8), (3, 6, 2))}  # fmt: skip
+    AB = {name: [rng.normal(size=size).astype("f4") for size in pair] for name, pair in sizes.items()}
+    keys = {
+        f"base_model.model.{layer}.{n}.lora_{end}.weight": f
+        for n, fs in AB.items()
+        for end, f in zip("AB", fs, strict=True)
+    }
+    (tmp_path / "t").mkdir()
+    save_file(keys, tmp_path / "t" / "adapter_model.safetensors")
+    (tmp_path / "t" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 6}')
+
+    # tinker-cookbook renames `.attn` to `.self_attn`. The columns of gate and up alternate.
+    change = {name: 3.0 * B.astype("f8") @ A for name, (A, B) in AB.items()}
+    wanted = {key: value.astype("f8") for key, value in load_file(base / "model.safetensors").items()}
+    wanted[f"{layer}.self_attn.q_proj.weight"] += change["attn.q_proj"]
+    wanted[f"{layer}.mlp.experts.down_proj"] += change["mlp.experts.w2"].swapaxes(1, 2)
+    for start, name in enumerate(("w1", "w3")):
+        wanted[f"{layer}.mlp.experts.gate_up_proj"][:, :, start::2] += change[f"mlp.experts.{name}"].swapaxes(1, 2)
+    for number, given in enumerate((base, None)):
+        same(wanted, merged(base, ak.read(tmp_path / "t", base=given), tmp_path / f"merged{number}"), 1e-6)
+
+    ak.write(ak.read(tmp_path / "t"), tmp_path / "again", "tinker")
+    assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == keys.keys()
+
+
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_loralibs_trained_biases_replace_the_bases(bias, tmp_path):
     model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.Linear(5, 4))
