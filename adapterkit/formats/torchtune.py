@@ -6,7 +6,7 @@ not contain alpha. Alpha is in `torchtune.json` next to the file, or in torchtun
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -200,6 +200,41 @@ def _undone(rows: Rows) -> Order:
 
 def _as_is(rows: Rows) -> Order:
     return lambda: rows
+
+
+_EXPORTED = {"base_model_name_or_path", "lora_alpha", "peft_type", "r", "target_modules"}
+"""The fields of the configs that torchtune writes for PEFT. PEFT and all other tools write more fields."""
+
+
+def check_export(folder: Path, settings: Collection[str], keys: Collection[str], base: Checkpoint | None) -> None:
+    """Refuse a folder of torchtune whose files for PEFT do not compute what torchtune trained.
+
+    torchtune saves an adapter twice: as `adapter_model.pt`, and converted for PEFT. The conversion reorders the rows of
+    q and k for every family, also for those whose rows are not in Meta's order. Of DoRA, it reorders only B, and not
+    the magnitude.
+
+    Args:
+        folder: the folder of PEFT's files.
+        settings: the fields of PEFT's config.
+        keys: the keys of PEFT's tensors.
+        base: the base, if known. Otherwise its config.json shows the family; torchtune copies this file to `folder`.
+
+    Raises:
+        Unsupported: the files for PEFT have rows in a wrong order.
+    """
+    own = folder / Torchtune.file
+    turned_keys = [key for key in keys if ".self_attn.q_proj." in key or ".self_attn.k_proj." in key]
+    if not turned_keys or not _EXPORTED.issuperset(settings) or not Torchtune().sniff(own):
+        return
+    if base is not None and base.config is not None:
+        config: Mapping[str, object] = base.config
+    else:
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    dora = any("lora_magnitude_vector" in key for key in turned_keys)
+    if dora or meta_order().get(str(config.get("model_type"))) is False:
+        what = "the magnitudes" if dora else "B"
+        why = f"torchtune's conversion for PEFT puts the rows of {what} of q and k into a wrong order"
+        raise Unsupported(why, where=turned_keys[0], cure=f"Pass the file {own}, which torchtune saved unchanged")
 
 
 # torchtune's names and orders of rows, from spec/architectures/namings.

@@ -461,6 +461,33 @@ def test_dora_of_torchtune_also_multiplies_a_bias(tmp_path):
         ak.read(file)
 
 
+@pytest.mark.parametrize("model", ["llama", "qwen2"])
+def test_what_torchtune_converts_for_peft_wrongly_is_refused(model, tmp_path):
+    config = json.loads((BASE / "config.json").read_text()) | {"model_type": model}
+    base = write_base(
+        tmp_path / "base", config, {f"{t.path}.weight": (u.B.shape[0], 16) for t, u in llama() if "attn" in t.path}
+    )
+    adapter = llama(names=("self_attn.q_proj", "self_attn.v_proj"))
+    ak.write(adapter, tmp_path / "peft", "peft")
+    (tmp_path / "peft" / "config.json").write_text(json.dumps(config))
+    assert ak.read(tmp_path / "peft").digest() == adapter.digest()
+    ak.write(adapter, tmp_path / "t" / "adapter_model.pt", "torchtune", base)
+    own, settings = tmp_path / "peft" / "adapter_model.pt", tmp_path / "peft" / "adapter_config.json"
+    fields = json.loads(settings.read_text())
+    kept = {name: fields[name] for name in ("r", "lora_alpha", "target_modules", "peft_type")}
+    settings.write_text(json.dumps(kept))
+    own.write_bytes((tmp_path / "t" / "adapter_model.pt").read_bytes())
+    for given in (None, base):
+        if model == "llama":
+            assert ak.read(tmp_path / "peft", base=given).digest() == adapter.digest()
+            continue
+        # Its conversion reorders the rows of q and k as for Llama, but Qwen 2's rows are in transformers' order.
+        for path in (tmp_path / "peft", tmp_path / "peft" / "adapter_model.safetensors"):
+            with pytest.raises(Unsupported, match="wrong order"):
+                ak.read(path, base=given)
+    assert ak.read(own, base=base).digest() == adapter.digest()
+
+
 def test_mlx_gets_the_one_rank_that_its_layers_are_built_with(tmp_path):
     paths = [f"model.layers.{at}.self_attn.q_proj" for at in range(3)]
     updates = {Target(path): (lora(16, 16, rank=rank, seed=rank),) for path, rank in zip(paths, (2, 5, 3), strict=True)}

@@ -225,6 +225,7 @@ class Peft(Format):
             rank: the expected rank. If the shapes or the config have another rank, reading fails.
             strict: whether to refuse a config with any field that PEFT does not define.
         """
+        from ..torchtune import check_export
         from . import bare
         from .reader import decode, without_config
 
@@ -238,6 +239,7 @@ class Peft(Format):
         try:
             if not alone:
                 check_stated(config, alpha, rank)
+                check_export(folder_of(path), config, tensors, base)
             adapter = decode(config, tensors, compat=compat, base=base, strict=strict)
         except AdapterkitError as error:
             raise error.at(path=path) from None
