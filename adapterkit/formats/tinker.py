@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from ..naming.tool_names import (
     ATTENTION,
     EXPERTS,
     HEAD,
+    LINEAR_QKV,
     PREFIXES,
     NameTable,
     TableNames,
@@ -94,6 +96,7 @@ FORMAT = "tinker"
 PREFIX = "base_model.model."
 _SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _STACKS = ExpertNames(EXPERTS)
+_PARTS = "qkv"
 
 
 class TinkerHints(Leftovers, total=False):
@@ -138,8 +141,13 @@ class Tinker(Format):
         hints = leftovers(adapter, FORMAT, TinkerHints)
         before = hints.get("config", {})
         first = before.get("lora_alpha")
+        parts = _parts_of_fused(adapter)
+
+        def why(target: Target, update: Pair) -> str:
+            return _unfit(replace(target, rows=None) if target in parts else target, update)
+
         alpha, pairs, lines = of_one_alpha(
-            adapter, _unfit, format_name="Tinker", on_loss=on_loss, first=first, one_rank=True
+            adapter, why, format_name="Tinker", on_loss=on_loss, first=first, one_rank=True
         )
         rank = rank_of(next(iter(pairs.values())))
         base_id = adapter.base.id if adapter.base else None
@@ -147,7 +155,7 @@ class Tinker(Format):
             "base_model_name_or_path": base_id, "bias": "none", "peft_type": "LORA", "target_modules": "all-linear",
             **before, "r": rank, "lora_alpha": whole_number(alpha),
         }  # fmt: skip
-        save(path, config, in_order(_spelled(pairs, base, hints.get("order", ())), hints))
+        save(path, config, in_order(_spelled(pairs, base, hints.get("order", ()), parts), hints))
         return lines
 
 
@@ -171,7 +179,8 @@ def _decode(
     tensors: Mapping[str, Lazy], rank: int, alpha: float, base: Checkpoint | None
 ) -> Iterator[tuple[Target, tuple[LoRA, ...]]]:
     names_of_base = _TinkerNames(base)
-    for key, slots in grouped(tensors, _SLOTS, "Tinker").items():
+    modules = grouped(tensors, _SLOTS, "Tinker")
+    for key, slots in modules.items():
         if not key.startswith(PREFIX):
             raise Malformed(f"the key does not begin with {PREFIX}", where=key, cure=WRITE_AGAIN)
         name = key.removeprefix(PREFIX)
@@ -180,9 +189,46 @@ def _decode(
             continue
         if check_factors(name, slots) != rank:
             raise ShapeMismatch(f"its rank differs from the config's rank {rank}", where=name, cure=WRITE_AGAIN)
+        if name[:-1].endswith(LINEAR_QKV[:-3]) and name[-1] in _PARTS:
+            fused = Target(names_of_base.named(f"{name[:-1]}qkv"), rows=_rows(key, modules))
+            yield fused, (LoRA(**slots, scaling=alpha / rank),)
+            continue
         path = next((mine for mine, theirs in HEAD.items() if theirs == name), None) or ATTENTION.back(name) or name
         layout = "in out *k" if path.rpartition(".")[2] == "embed_tokens" else "out *in"
         yield Target(names_of_base.named(path), layout), (LoRA(**slots, scaling=alpha / rank),)
+
+
+def _rows(key: str, modules: Mapping[str, Slots]) -> tuple[int, int]:
+    """Return the rows of the fused weight that belong to its part `key`, which follow the rows of the parts before.
+
+    Raises:
+        Malformed: the file lacks a part before this one, so the first row is unknown.
+    """
+    start = 0
+    for part in _PARTS[: _PARTS.index(key[-1])]:
+        before = modules.get(key[:-1] + part)
+        if before is None:
+            why = f"the first row in {LINEAR_QKV} depends on the size of in_proj_{part}, which the file lacks"
+            raise Malformed(why, where=key, cure=WRITE_AGAIN)
+        start += before["B"].shape[0]
+    return start, start + modules[key]["B"].shape[0]
+
+
+def _parts_of_fused(adapter: Adapter) -> dict[Target, str]:
+    """Return the name of the part, such as `q`, for each target that is a part of a fused `LINEAR_QKV`.
+
+    Only weights with targets for exactly three consecutive blocks of rows are included.
+    """
+    rows: dict[str, list[tuple[tuple[int, int], Target]]] = {}
+    for target in adapter.updates:
+        if target.rows is not None and target.path.endswith(f".{LINEAR_QKV}"):
+            rows.setdefault(target.path, []).append((target.rows, target))
+    parts: dict[Target, str] = {}
+    for blocks in (sorted(blocks, key=lambda block: block[0]) for blocks in rows.values()):
+        stops = [0, *(stop for (_, stop), _ in blocks)]
+        if len(blocks) == len(_PARTS) and [start for (start, _), _ in blocks] == stops[:-1]:
+            parts |= {target: part for (_, target), part in zip(blocks, _PARTS, strict=True)}
+    return parts
 
 
 def _experts(
@@ -256,12 +302,16 @@ def _unfit(target: Target, update: Pair) -> str:
     return unfit(target, update) if named else "its module is not in a language model"
 
 
-def _spelled(pairs: Pairs, base: Checkpoint | None, order: Collection[str]) -> dict[str, Lazy]:
+def _spelled(
+    pairs: Pairs, base: Checkpoint | None, order: Collection[str], parts: Mapping[Target, str]
+) -> dict[str, Lazy]:
     tensors: dict[str, Lazy] = {}
     stacks: dict[str, dict[int, Pair]] = {}
     for target, update in pairs.items():
         bare = _Same()
         path = next(filter(None, map(bare.there, without_prefix(target.path))), target.path)
+        if target in parts:
+            path = path.removesuffix(_PARTS) + parts[target]
         stack = _STACKS.there(path)
         if stack:
             stacks.setdefault(stack[0], {})[stack[1]] = update

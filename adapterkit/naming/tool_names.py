@@ -251,9 +251,17 @@ ATTENTION = NameTable(
 )
 """Tinker's names of the attention in gpt-oss. In its other models, the attention has the same name as in ours."""
 
+LINEAR_QKV = "linear_attn.in_proj_qkv"
+"""The fused projection of Qwen3.5's linear attention. Tinker has an adapter for each part, such as `in_proj_q`; the
+parts have consecutive rows of the fused weight."""
+
 _MARKS = tuple(
     f".{module}.lora_{factor}.weight"
-    for module in ("unembed_tokens", *(f"mlp.experts.w{number}" for number in (1, 2, 3)))
+    for module in (
+        "unembed_tokens",
+        *(f"mlp.experts.w{number}" for number in (1, 2, 3)),
+        *(LINEAR_QKV[:-3] + part for part in "qkv"),
+    )
     for factor in "AB"
 )
 """Endings of keys that occur only in Tinker's files."""

@@ -352,6 +352,40 @@ def test_tinkers_stacks_of_gpt_oss_reach_a_base_with_stacks(tmp_path):
     assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == keys.keys()
 
 
+def test_tinkers_parts_of_a_fused_linear_attention_have_its_rows(tmp_path):
+    rng, name = np.random.default_rng(3), "layers.0.linear_attn"
+    fused = f"model.language_model.{name}.in_proj_qkv.weight"
+    config = {"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text", "hidden_size": 8}}
+    base = write_base(
+        tmp_path / "base", config, {fused: (14, 8), f"model.language_model.{name}.out_proj.weight": (8, 6)}
+    )
+    AB = {part: (rng.normal(size=(2, 8)).astype("f4"), rng.normal(size=(size, 2)).astype("f4"))
+          for part, size in {"v": 6, "k": 3, "q": 5}.items()}  # fmt: skip
+    keys = {f"base_model.model.model.{name}.in_proj_{part}.lora_{end}.weight": factor
+            for part, pair in AB.items() for end, factor in zip("AB", pair, strict=True)}  # fmt: skip
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 6}')
+    save_file(keys, tmp_path / "t" / "adapter_model.safetensors")
+    assert ak.detect(tmp_path / "t") == "tinker"
+
+    # tinker-cookbook: q, k and v are consecutive rows; their sizes are those of the parts' B.
+    wanted = load_file(base / "model.safetensors")
+    wanted[fused] += 3.0 * np.concatenate([AB[part][1].astype("f8") @ AB[part][0] for part in "qkv"])
+    for given in (base, None):
+        read = ak.read(tmp_path / "t", base=given)
+        same(wanted, merged(base, read, tmp_path / f"merged {given is None}"), 1e-6)
+        out = tmp_path / f"again {given is None}"
+        ak.write(read.replace(foreign=None), out, "tinker", given)
+        again = load_file(out / "adapter_model.safetensors")
+        assert again.keys() == keys.keys()
+        assert all(np.array_equal(again[key], value) for key, value in keys.items())
+
+    lacking = {key: value for key, value in keys.items() if "in_proj_k" not in key}
+    save_file(lacking, tmp_path / "t" / "adapter_model.safetensors")
+    with pytest.raises(Malformed, match="in_proj_k, which the file lacks"):
+        ak.read(tmp_path / "t")
+
+
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_loralibs_trained_biases_replace_the_bases(bias, tmp_path):
     model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.Linear(5, 4))
