@@ -21,8 +21,8 @@ from ..naming.architectures import expert_count
 from ..naming.tool_names import (
     ATTENTION,
     EXPERTS,
+    FUSED,
     HEAD,
-    LINEAR_QKV,
     PREFIXES,
     NameTable,
     TableNames,
@@ -96,7 +96,8 @@ FORMAT = "tinker"
 PREFIX = "base_model.model."
 _SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _STACKS = ExpertNames(EXPERTS)
-_PARTS = "qkv"
+_EMPTY = ".mixer.experts.w3"
+"""The end of the name of a stack that has no elements in Tinker's files, because Nemotron 3's experts have no gate."""
 
 
 class TinkerHints(Leftovers, total=False):
@@ -184,50 +185,67 @@ def _decode(
         if not key.startswith(PREFIX):
             raise Malformed(f"the key does not begin with {PREFIX}", where=key, cure=WRITE_AGAIN)
         name = key.removeprefix(PREFIX)
+        if name.endswith(_EMPTY) and all(0 in leaf.shape for leaf in slots.values()):
+            continue
         if any(len(leaf.shape) == 3 for leaf in slots.values()):
             yield from _experts(name, slots, rank, alpha, names_of_base)
             continue
         if check_factors(name, slots) != rank:
             raise ShapeMismatch(f"its rank differs from the config's rank {rank}", where=name, cure=WRITE_AGAIN)
-        if name[:-1].endswith(LINEAR_QKV[:-3]) and name[-1] in _PARTS:
-            fused = Target(names_of_base.named(f"{name[:-1]}qkv"), rows=_rows(key, modules))
-            yield fused, (LoRA(**slots, scaling=alpha / rank),)
+        fused = _fused_of(name)
+        if fused is not None:
+            rows = _rows(key, fused, modules)
+            yield Target(names_of_base.named(fused), rows=rows), (LoRA(**slots, scaling=alpha / rank),)
             continue
         path = next((mine for mine, theirs in HEAD.items() if theirs == name), None) or ATTENTION.back(name) or name
         layout = "in out *k" if path.rpartition(".")[2] == "embed_tokens" else "out *in"
         yield Target(names_of_base.named(path), layout), (LoRA(**slots, scaling=alpha / rank),)
 
 
-def _rows(key: str, modules: Mapping[str, Slots]) -> tuple[int, int]:
-    """Return the rows of the fused weight that belong to its part `key`, which follow the rows of the parts before.
+def _fused_of(name: str) -> str | None:
+    """Return the name of the fused weight of which a module is a part; None if the module is not a part."""
+    for fused, parts in FUSED.items():
+        for part in parts:
+            if name.endswith(f".{part}"):
+                return name.removesuffix(part) + fused
+    return None
+
+
+def _rows(key: str, fused: str, modules: Mapping[str, Slots]) -> tuple[int, int]:
+    """Return the rows of a fused weight that belong to its part `key`. They follow the rows of the parts before.
 
     Raises:
         Malformed: the file lacks a part before this one, so the first row is unknown.
     """
+    end = next(end for end in FUSED if fused.endswith(f".{end}"))
     start = 0
-    for part in _PARTS[: _PARTS.index(key[-1])]:
-        before = modules.get(key[:-1] + part)
-        if before is None:
-            why = f"the first row in {LINEAR_QKV} depends on the size of in_proj_{part}, which the file lacks"
+    for part in FUSED[end]:
+        here = PREFIX + fused.removesuffix(end) + part
+        if here == key:
+            break
+        if here not in modules:
+            why = f"the first row in {end} depends on the size of {part}, which the file lacks"
             raise Malformed(why, where=key, cure=WRITE_AGAIN)
-        start += before["B"].shape[0]
+        start += modules[here]["B"].shape[0]
     return start, start + modules[key]["B"].shape[0]
 
 
 def _parts_of_fused(adapter: Adapter) -> dict[Target, str]:
-    """Return the name of the part, such as `q`, for each target that is a part of a fused `LINEAR_QKV`.
+    """Return the end of Tinker's name, such as `linear_attn.in_proj_q`, for each target that is a part in `FUSED`.
 
-    Only weights with targets for exactly three consecutive blocks of rows are included.
+    Only weights are included whose targets are consecutive blocks of rows, one for each part.
     """
     rows: dict[str, list[tuple[tuple[int, int], Target]]] = {}
     for target in adapter.updates:
-        if target.rows is not None and target.path.endswith(f".{LINEAR_QKV}"):
+        if target.rows is not None:
             rows.setdefault(target.path, []).append((target.rows, target))
     parts: dict[Target, str] = {}
-    for blocks in (sorted(blocks, key=lambda block: block[0]) for blocks in rows.values()):
+    for path, blocks in rows.items():
+        names = next((names for end, names in FUSED.items() if path.endswith(f".{end}")), ())
+        blocks.sort(key=lambda block: block[0])
         stops = [0, *(stop for (_, stop), _ in blocks)]
-        if len(blocks) == len(_PARTS) and [start for (start, _), _ in blocks] == stops[:-1]:
-            parts |= {target: part for (_, target), part in zip(blocks, _PARTS, strict=True)}
+        if len(blocks) == len(names) and [start for (start, _), _ in blocks] == stops[:-1]:
+            parts |= {target: name for (_, target), name in zip(blocks, names, strict=True)}
     return parts
 
 
@@ -250,14 +268,14 @@ def _experts(
     only = {field: item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     for index, path in enumerate(paths):
         one: Slots = {field: only.get(field) or item(leaf, index) for field, leaf in slots.items()}
-        yield Target(names_of_base.expert(path)), (LoRA(**one, scaling=alpha / rank),)
+        yield Target(names_of_base.named(path)), (LoRA(**one, scaling=alpha / rank),)
 
 
 def _placed(updates: dict[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[Target, tuple[Update, ...]]:
-    """Join the updates of experts whose weights the base stores in one tensor.
+    """Bind the updates of modules that the base names differently, such as experts that it stores in one tensor.
 
     Raises:
-        TargetNotFound, ShapeMismatch: the base does not have one of the experts.
+        TargetNotFound, ShapeMismatch: the base does not have one of the modules.
     """
     from ..naming.binding import bind
 
@@ -277,13 +295,7 @@ class _TinkerNames:
         self.names = None if modules is None else TableNames(_Same(), modules)
 
     def named(self, path: str) -> str:
-        return path if self.names is None else self.names.back(path)
-
-    def expert(self, path: str) -> str:
-        """Return the base's name for an expert's module, or `path` if the base has no separate tensor for the module.
-
-        In the second case, the base may store all experts in one tensor; see `_placed`.
-        """
+        """Return the base's name for a module, or `path` if no module of the base has the name; see `_placed`."""
         return path if self.names is None or not self.names.known(path) else self.names.back(path)
 
 
@@ -311,7 +323,8 @@ def _spelled(
         bare = _Same()
         path = next(filter(None, map(bare.there, without_prefix(target.path))), target.path)
         if target in parts:
-            path = path.removesuffix(_PARTS) + parts[target]
+            end = next(end for end in FUSED if path.endswith(f".{end}"))
+            path = path.removesuffix(end) + parts[target]
         stack = _STACKS.there(path)
         if stack:
             stacks.setdefault(stack[0], {})[stack[1]] = update

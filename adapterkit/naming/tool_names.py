@@ -241,6 +241,8 @@ EXPERTS = {
     "model.layers.{n}.mlp.experts.{e}.gate_proj": "model.layers.{n}.mlp.experts.w1",
     "model.layers.{n}.mlp.experts.{e}.down_proj": "model.layers.{n}.mlp.experts.w2",
     "model.layers.{n}.mlp.experts.{e}.up_proj": "model.layers.{n}.mlp.experts.w3",
+    "model.layers.{n}.mixer.experts.{e}.up_proj": "model.layers.{n}.mixer.experts.w1",
+    "model.layers.{n}.mixer.experts.{e}.down_proj": "model.layers.{n}.mixer.experts.w2",
 }
 """A map from our template for one expert's module to Tinker's template for the stack of all experts."""
 
@@ -251,16 +253,20 @@ ATTENTION = NameTable(
 )
 """Tinker's names of the attention in gpt-oss. In its other models, the attention has the same name as in ours."""
 
-LINEAR_QKV = "linear_attn.in_proj_qkv"
-"""The fused projection of Qwen3.5's linear attention. Tinker has an adapter for each part, such as `in_proj_q`; the
-parts have consecutive rows of the fused weight."""
+FUSED = {
+    "linear_attn.in_proj_qkv": ("linear_attn.in_proj_q", "linear_attn.in_proj_k", "linear_attn.in_proj_v"),
+    "mixer.in_proj": ("mixer.gate_proj", "mixer.x_proj"),
+}
+"""The parts of a fused weight that have separate adapters in Tinker: Qwen3.5's linear attention and Nemotron 3's Mamba.
+The parts have consecutive rows of the weight, from the first row on."""
 
 _MARKS = tuple(
     f".{module}.lora_{factor}.weight"
     for module in (
         "unembed_tokens",
         *(f"mlp.experts.w{number}" for number in (1, 2, 3)),
-        *(LINEAR_QKV[:-3] + part for part in "qkv"),
+        *(f"mixer.experts.w{number}" for number in (1, 2)),
+        *(part for parts in FUSED.values() for part in parts),
     )
     for factor in "AB"
 )

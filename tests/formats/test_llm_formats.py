@@ -382,8 +382,42 @@ def test_tinkers_parts_of_a_fused_linear_attention_have_its_rows(tmp_path):
 
     lacking = {key: value for key, value in keys.items() if "in_proj_k" not in key}
     save_file(lacking, tmp_path / "t" / "adapter_model.safetensors")
-    with pytest.raises(Malformed, match="in_proj_k, which the file lacks"):
+    with pytest.raises(Malformed, match=r"in_proj_k, which the file lacks"):
         ak.read(tmp_path / "t")
+
+
+def test_tinkers_adapters_of_nemotron_have_other_names(tmp_path):
+    rng, layer = np.random.default_rng(4), "layers.{}.mixer."
+    sizes = {"experts.0.up_proj": (6, 8), "experts.1.up_proj": (6, 8), "experts.0.down_proj": (8, 6),
+             "experts.1.down_proj": (8, 6)}  # fmt: skip
+    shapes = {f"backbone.{layer.format(1)}{name}.weight": shape for name, shape in sizes.items()}
+    mamba, head = f"backbone.{layer.format(0)}in_proj.weight", "lm_head.weight"
+    config = {"model_type": "nemotron_h", "n_routed_experts": 2, "hidden_size": 8}
+    base = write_base(tmp_path / "base", config, {**shapes, mamba: (13, 8), head: (12, 8)})
+    factors = {"0:gate_proj": ((2, 8), (4, 2)), "0:x_proj": ((2, 8), (5, 2)), "1:experts.w1": ((1, 2, 8), (2, 6, 2)),
+               "1:experts.w2": ((2, 2, 6), (1, 8, 2)), "1:experts.w3": ((0,), (0,))}  # fmt: skip
+    AB = {name: [rng.normal(size=size).astype("f4") for size in pair] for name, pair in factors.items()}
+    keys = {}
+    for name, pair in AB.items():
+        stem = "base_model.model.model." + layer.format(name[0]) + name[2:]
+        keys |= {f"{stem}.lora_{end}.weight": factor for end, factor in zip("AB", pair, strict=True)}
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 6}')
+    save_file(keys, tmp_path / "t" / "adapter_model.safetensors")
+    assert ak.detect(tmp_path / "t") == "tinker"
+
+    # tinker-cookbook: w1 is up and w2 is down; gate_proj and x_proj are the first rows of Mamba's in_proj.
+    wanted = load_file(base / "model.safetensors")
+    change = {name: 3.0 * B.astype("f8") @ A for name, (A, B) in AB.items() if A.size}
+    wanted[mamba][:9] += np.concatenate([change["0:gate_proj"], change["0:x_proj"]])
+    for expert in range(2):
+        for end, name in (("up_proj", "1:experts.w1"), ("down_proj", "1:experts.w2")):
+            wanted[f"backbone.{layer.format(1)}experts.{expert}.{end}.weight"] += change[name][expert]
+    for given in (base, None):
+        same(wanted, merged(base, ak.read(tmp_path / "t", base=given), tmp_path / f"merged {given is None}"), 1e-6)
+    ak.write(ak.read(tmp_path / "t").replace(foreign=None), tmp_path / "again", "tinker")
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    same({key: value for key, value in keys.items() if value.size}, again)
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
