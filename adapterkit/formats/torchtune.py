@@ -223,18 +223,22 @@ def check_export(folder: Path, settings: Collection[str], keys: Collection[str],
         Unsupported: the files for PEFT have rows in a wrong order.
     """
     own = folder / Torchtune.file
-    turned_keys = [key for key in keys if ".self_attn.q_proj." in key or ".self_attn.k_proj." in key]
-    if not turned_keys or not _EXPORTED.issuperset(settings) or not Torchtune().sniff(own):
+    magnitude = next((key for key in keys if key.endswith("lora_magnitude_vector")), None)
+    turned_key = next((key for key in keys if ".self_attn.q_proj." in key or ".self_attn.k_proj." in key), None)
+    where = magnitude or turned_key
+    if where is None or not _EXPORTED.issuperset(settings) or not Torchtune().sniff(own):
         return
     if base is not None and base.config is not None:
         config: Mapping[str, object] = base.config
     else:
         config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    dora = any("lora_magnitude_vector" in key for key in turned_keys)
-    if dora or meta_order().get(str(config.get("model_type"))) is False:
-        what = "the magnitudes" if dora else "B"
-        why = f"torchtune's conversion for PEFT puts the rows of {what} of q and k into a wrong order"
-        raise Unsupported(why, where=turned_keys[0], cure=f"Pass the file {own}, which torchtune saved unchanged")
+    cure = f"Pass the file {own}, which torchtune saved unchanged"
+    if magnitude is not None:
+        why = "torchtune's conversion for PEFT omits use_dora, and puts the magnitudes of q and k into a wrong order"
+        raise Unsupported(why, where=where, cure=cure)
+    if meta_order().get(str(config.get("model_type"))) is False:
+        why = "torchtune's conversion for PEFT puts the rows of B of q and k into a wrong order"
+        raise Unsupported(why, where=where, cure=cure)
 
 
 # torchtune's names and orders of rows, from spec/architectures/namings.

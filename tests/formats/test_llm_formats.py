@@ -555,6 +555,16 @@ def test_what_torchtune_converts_for_peft_wrongly_is_refused(model, tmp_path):
                 ak.read(path, base=given)
     assert ak.read(own, base=base).digest() == adapter.digest()
 
+    # Of DoRA, torchtune's config lacks use_dora, even if only v has an adapter.
+    stored, key = (
+        load_file(tmp_path / "peft" / "adapter_model.safetensors"),
+        "base_model.model.model.layers.0.self_attn.v_proj.lora_magnitude_vector",
+    )
+    only = {name: value for name, value in stored.items() if "v_proj" in name} | {key: np.ones(8, "f4")}
+    save_file(only, tmp_path / "peft" / "adapter_model.safetensors")
+    with pytest.raises(Unsupported, match="omits use_dora"):
+        ak.read(tmp_path / "peft", base=base)
+
 
 def test_mlx_gets_the_one_rank_that_its_layers_are_built_with(tmp_path):
     paths = [f"model.layers.{at}.self_attn.q_proj" for at in range(3)]
