@@ -6,7 +6,8 @@ A folder without a head and without experts is the same as PEFT's folder, and is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,18 @@ from ..io.arrange import item, stacked
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
 from ..naming.architectures import expert_count
-from ..naming.tool_names import EXPERTS, HEAD, PREFIXES, NameTable, TableNames, is_tinker, modules_of, without_prefix
+from ..naming.tool_names import (
+    ATTENTION,
+    EXPERTS,
+    FUSED,
+    HEAD,
+    PREFIXES,
+    NameTable,
+    TableNames,
+    is_tinker,
+    modules_of,
+    without_prefix,
+)
 from ._containers import folder_of
 from ._format import Format
 from ._kit import (
@@ -37,6 +49,7 @@ from ._kit import (
 from .peft import CONFIG, SAFETENSORS, load, save
 
 if TYPE_CHECKING:
+    from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ..io.strict_json import JsonValue
     from ._kit import Pair, Slots
@@ -84,6 +97,8 @@ FORMAT = "tinker"
 PREFIX = "base_model.model."
 _SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _STACKS = ExpertNames(EXPERTS)
+_EMPTY = ".mixer.experts.w3"
+"""The end of the name of a stack that has no elements in Tinker's files, because Nemotron 3's experts have no gate."""
 
 
 class TinkerHints(Leftovers, total=False):
@@ -114,7 +129,7 @@ class Tinker(Format):
         try:
             config, tensors = load(path)
             rank, alpha = _numbers(config)
-            updates = dict(_decode(tensors, rank, alpha, base))
+            updates = _placed(dict(_decode(tensors, rank, alpha, base)), base)
         except AdapterkitError as error:
             raise error.at(path=path) from None
         data: dict[str, JsonValue] = {"config": dict(config), "order": list(tensors)}
@@ -128,8 +143,13 @@ class Tinker(Format):
         hints = leftovers(adapter, FORMAT, TinkerHints)
         before = hints.get("config", {})
         first = before.get("lora_alpha")
+        parts = _parts_of_fused(adapter)
+
+        def why(target: Target, update: Pair) -> str:
+            return _unfit(replace(target, rows=None) if target in parts else target, update)
+
         alpha, pairs, lines = of_one_alpha(
-            adapter, _unfit, format_name="Tinker", on_loss=on_loss, first=first, one_rank=True
+            adapter, why, format_name="Tinker", on_loss=on_loss, first=first, one_rank=True
         )
         rank = rank_of(next(iter(pairs.values())))
         base_id = adapter.base.id if adapter.base else None
@@ -137,7 +157,7 @@ class Tinker(Format):
             "base_model_name_or_path": base_id, "bias": "none", "peft_type": "LORA", "target_modules": "all-linear",
             **before, "r": rank, "lora_alpha": whole_number(alpha),
         }  # fmt: skip
-        save(path, config, in_order(_spelled(pairs, base), hints))
+        save(path, config, in_order(_spelled(pairs, base, hints.get("order", ()), parts), hints))
         return lines
 
 
@@ -161,18 +181,73 @@ def _decode(
     tensors: Mapping[str, Lazy], rank: int, alpha: float, base: Checkpoint | None
 ) -> Iterator[tuple[Target, tuple[LoRA, ...]]]:
     names_of_base = _TinkerNames(base)
-    for key, slots in grouped(tensors, _SLOTS, "Tinker").items():
+    modules = grouped(tensors, _SLOTS, "Tinker")
+    for key, slots in modules.items():
         if not key.startswith(PREFIX):
             raise Malformed(f"the key does not begin with {PREFIX}", where=key, cure=WRITE_AGAIN)
         name = key.removeprefix(PREFIX)
+        if name.endswith(_EMPTY) and all(0 in leaf.shape for leaf in slots.values()):
+            continue
         if any(len(leaf.shape) == 3 for leaf in slots.values()):
             yield from _experts(name, slots, rank, alpha, names_of_base)
             continue
         if check_factors(name, slots) != rank:
             raise ShapeMismatch(f"its rank differs from the config's rank {rank}", where=name, cure=WRITE_AGAIN)
-        path = next((mine for mine, theirs in HEAD.items() if theirs == name), name)
+        fused = _fused_of(name)
+        if fused is not None:
+            rows = _rows(key, fused, modules)
+            yield Target(names_of_base.named(fused), rows=rows), (LoRA(**slots, scaling=alpha / rank),)
+            continue
+        path = next((mine for mine, theirs in HEAD.items() if theirs == name), None) or ATTENTION.back(name) or name
         layout = "in out *k" if path.rpartition(".")[2] == "embed_tokens" else "out *in"
         yield Target(names_of_base.named(path), layout), (LoRA(**slots, scaling=alpha / rank),)
+
+
+def _fused_of(name: str) -> str | None:
+    """Return the name of the fused weight of which a module is a part; None if the module is not a part."""
+    for fused, parts in FUSED.items():
+        for part in parts:
+            if name.endswith(f".{part}"):
+                return name.removesuffix(part) + fused
+    return None
+
+
+def _rows(key: str, fused: str, modules: Mapping[str, Slots]) -> tuple[int, int]:
+    """Return the rows of a fused weight that belong to its part `key`. They follow the rows of the parts before.
+
+    Raises:
+        Malformed: the file lacks a part before this one, so the first row is unknown.
+    """
+    end = next(end for end in FUSED if fused.endswith(f".{end}"))
+    start = 0
+    for part in FUSED[end]:
+        here = PREFIX + fused.removesuffix(end) + part
+        if here == key:
+            break
+        if here not in modules:
+            why = f"the first row in {end} depends on the size of {part}, which the file lacks"
+            raise Malformed(why, where=key, cure=WRITE_AGAIN)
+        start += modules[here]["B"].shape[0]
+    return start, start + modules[key]["B"].shape[0]
+
+
+def _parts_of_fused(adapter: Adapter) -> dict[Target, str]:
+    """Return the end of Tinker's name, such as `linear_attn.in_proj_q`, for each target that is a part in `FUSED`.
+
+    Only weights are included whose targets are consecutive blocks of rows, one for each part.
+    """
+    rows: dict[str, list[tuple[tuple[int, int], Target]]] = {}
+    for target in adapter.updates:
+        if target.rows is not None:
+            rows.setdefault(target.path, []).append((target.rows, target))
+    parts: dict[Target, str] = {}
+    for path, blocks in rows.items():
+        names = next((names for end, names in FUSED.items() if path.endswith(f".{end}")), ())
+        blocks.sort(key=lambda block: block[0])
+        stops = [0, *(stop for (_, stop), _ in blocks)]
+        if len(blocks) == len(names) and [start for (start, _), _ in blocks] == stops[:-1]:
+            parts |= {target: name for (_, target), name in zip(blocks, names, strict=True)}
+    return parts
 
 
 def _experts(
@@ -197,6 +272,22 @@ def _experts(
         yield Target(names_of_base.named(path)), (LoRA(**one, scaling=alpha / rank),)
 
 
+def _placed(updates: dict[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[Target, tuple[Update, ...]]:
+    """Bind the updates of modules that the base names differently, such as experts that it stores in one tensor.
+
+    Raises:
+        TargetNotFound, ShapeMismatch: the base does not have one of the modules.
+    """
+    from ..naming.binding import bind
+
+    names = set() if base is None else {*modules_of(base.tensors)}
+    lost = {target: group for target, group in updates.items() if target.path not in names}
+    if base is None or not lost:
+        return updates
+    bound = bind(Adapter(lost), base).adapter.updates
+    return {target: group for target, group in updates.items() if target not in lost} | dict(bound)
+
+
 class _TinkerNames:
     """Translates Tinker's names to the base's names, which may have a prefix if the base is a multimodal model."""
 
@@ -205,7 +296,8 @@ class _TinkerNames:
         self.names = None if modules is None else TableNames(_Same(), modules)
 
     def named(self, path: str) -> str:
-        return path if self.names is None else self.names.back(path)
+        """Return the base's name for a module, or `path` if no module of the base has the name; see `_placed`."""
+        return path if self.names is None or not self.names.known(path) else self.names.back(path)
 
 
 class _Same(NameTable):
@@ -223,16 +315,25 @@ def _unfit(target: Target, update: Pair) -> str:
     return unfit(target, update) if named else "its module is not in a language model"
 
 
-def _spelled(pairs: Pairs, base: Checkpoint | None) -> dict[str, Lazy]:
+def _spelled(
+    pairs: Pairs, base: Checkpoint | None, order: Collection[str], parts: Mapping[Target, str]
+) -> dict[str, Lazy]:
     tensors: dict[str, Lazy] = {}
     stacks: dict[str, dict[int, Pair]] = {}
     for target, update in pairs.items():
         bare = _Same()
         path = next(filter(None, map(bare.there, without_prefix(target.path))), target.path)
+        if target in parts:
+            end = next(end for end in FUSED if path.endswith(f".{end}"))
+            path = path.removesuffix(end) + parts[target]
         stack = _STACKS.there(path)
         if stack:
             stacks.setdefault(stack[0], {})[stack[1]] = update
         else:
+            attention = ATTENTION.there(path)
+            # Write gpt-oss's attention with Tinker's names only if the source file had them.
+            if attention is not None and any(f"{PREFIX}{attention}{end}" in order for end in _SLOTS):
+                path = attention
             name = PREFIX + HEAD.get(path, path)
             tensors |= {name + end: as_lazy(update.tensors[field]) for end, field in _SLOTS.items()}
     for name, experts_here in stacks.items():

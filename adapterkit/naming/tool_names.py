@@ -74,6 +74,10 @@ class TableNames:
         """Translate our name, with or without a prefix, to the tool's name; None if the table lacks our name."""
         return next(filter(None, (self.table.there(name) for name in without_prefix(hub_path))), None)
 
+    def known(self, foreign: str) -> bool:
+        """Whether the base has at least one module with this name of the tool."""
+        return self.walked is None or foreign in self.walked
+
     def back(self, foreign: str) -> str:
         """Translate a tool's name to our name.
 
@@ -237,14 +241,33 @@ EXPERTS = {
     "model.layers.{n}.mlp.experts.{e}.gate_proj": "model.layers.{n}.mlp.experts.w1",
     "model.layers.{n}.mlp.experts.{e}.down_proj": "model.layers.{n}.mlp.experts.w2",
     "model.layers.{n}.mlp.experts.{e}.up_proj": "model.layers.{n}.mlp.experts.w3",
+    "model.layers.{n}.mixer.experts.{e}.up_proj": "model.layers.{n}.mixer.experts.w1",
+    "model.layers.{n}.mixer.experts.{e}.down_proj": "model.layers.{n}.mixer.experts.w2",
 }
 """A map from our template for one expert's module to Tinker's template for the stack of all experts."""
 
 HEAD = {"lm_head": "model.unembed_tokens"}
 
+ATTENTION = NameTable(
+    {f"model.layers.{{n}}.self_attn.{part}_proj": f"model.layers.{{n}}.attn.{part}_proj" for part in "qkvo"}
+)
+"""Tinker's names of the attention in gpt-oss. In its other models, the attention has the same name as in ours."""
+
+FUSED = {
+    "linear_attn.in_proj_qkv": ("linear_attn.in_proj_q", "linear_attn.in_proj_k", "linear_attn.in_proj_v"),
+    "mixer.in_proj": ("mixer.gate_proj", "mixer.x_proj"),
+}
+"""The parts of a fused weight that have separate adapters in Tinker: Qwen3.5's linear attention and Nemotron 3's Mamba.
+The parts have consecutive rows of the weight, from the first row on."""
+
 _MARKS = tuple(
     f".{module}.lora_{factor}.weight"
-    for module in ("unembed_tokens", *(f"mlp.experts.w{number}" for number in (1, 2, 3)))
+    for module in (
+        "unembed_tokens",
+        *(f"mlp.experts.w{number}" for number in (1, 2, 3)),
+        *(f"mixer.experts.w{number}" for number in (1, 2)),
+        *(part for parts in FUSED.values() for part in parts),
+    )
     for factor in "AB"
 )
 """Endings of keys that occur only in Tinker's files."""

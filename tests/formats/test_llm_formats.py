@@ -320,6 +320,106 @@ def test_tinkers_stacks_have_all_experts_of_the_base(tmp_path):
     assert not (tmp_path / "two").exists()
 
 
+def test_tinkers_stacks_of_gpt_oss_reach_a_base_with_stacks(tmp_path):
+    rng, layer = np.random.default_rng(8), "model.layers.0"
+    config = {"model_type": "gpt_oss", "num_local_experts": 3, "hidden_size": 8, "num_attention_heads": 2}
+    stacks = {"gate_up_proj": (3, 8, 12), "down_proj": (3, 6, 8)}
+    shapes = {f"{layer}.mlp.experts.{name}": shape for name, shape in stacks.items()}
+    base = write_base(tmp_path / "base", config, {**shapes, f"{layer}.self_attn.q_proj.weight": (10, 8)})
+    sizes = {"attn.q_proj": ((2, 8), (10, 2)), "mlp.experts.w1": ((1, 2, 8), (3, 6, 2)),
+             "mlp.experts.w2": ((3, 2, 6), (1, 8, 2)), "mlp.experts.w3": ((1, 2, 8), (3, 6, 2))}  # fmt: skip
+    AB = {name: [rng.normal(size=size).astype("f4") for size in pair] for name, pair in sizes.items()}
+    keys = {
+        f"base_model.model.{layer}.{n}.lora_{end}.weight": f
+        for n, fs in AB.items()
+        for end, f in zip("AB", fs, strict=True)
+    }
+    (tmp_path / "t").mkdir()
+    save_file(keys, tmp_path / "t" / "adapter_model.safetensors")
+    (tmp_path / "t" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 6}')
+
+    # tinker-cookbook renames `.attn` to `.self_attn`. The columns of gate and up alternate.
+    change = {name: 3.0 * B.astype("f8") @ A for name, (A, B) in AB.items()}
+    wanted = {key: value.astype("f8") for key, value in load_file(base / "model.safetensors").items()}
+    wanted[f"{layer}.self_attn.q_proj.weight"] += change["attn.q_proj"]
+    wanted[f"{layer}.mlp.experts.down_proj"] += change["mlp.experts.w2"].swapaxes(1, 2)
+    for start, name in enumerate(("w1", "w3")):
+        wanted[f"{layer}.mlp.experts.gate_up_proj"][:, :, start::2] += change[f"mlp.experts.{name}"].swapaxes(1, 2)
+    for number, given in enumerate((base, None)):
+        same(wanted, merged(base, ak.read(tmp_path / "t", base=given), tmp_path / f"merged{number}"), 1e-6)
+
+    ak.write(ak.read(tmp_path / "t"), tmp_path / "again", "tinker")
+    assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == keys.keys()
+
+
+def test_tinkers_parts_of_a_fused_linear_attention_have_its_rows(tmp_path):
+    rng, name = np.random.default_rng(3), "layers.0.linear_attn"
+    fused = f"model.language_model.{name}.in_proj_qkv.weight"
+    config = {"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text", "hidden_size": 8}}
+    base = write_base(
+        tmp_path / "base", config, {fused: (14, 8), f"model.language_model.{name}.out_proj.weight": (8, 6)}
+    )
+    AB = {part: (rng.normal(size=(2, 8)).astype("f4"), rng.normal(size=(size, 2)).astype("f4"))
+          for part, size in {"v": 6, "k": 3, "q": 5}.items()}  # fmt: skip
+    keys = {f"base_model.model.model.{name}.in_proj_{part}.lora_{end}.weight": factor
+            for part, pair in AB.items() for end, factor in zip("AB", pair, strict=True)}  # fmt: skip
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 6}')
+    save_file(keys, tmp_path / "t" / "adapter_model.safetensors")
+    assert ak.detect(tmp_path / "t") == "tinker"
+
+    # tinker-cookbook: q, k and v are consecutive rows; their sizes are those of the parts' B.
+    wanted = load_file(base / "model.safetensors")
+    wanted[fused] += 3.0 * np.concatenate([AB[part][1].astype("f8") @ AB[part][0] for part in "qkv"])
+    for given in (base, None):
+        read = ak.read(tmp_path / "t", base=given)
+        same(wanted, merged(base, read, tmp_path / f"merged {given is None}"), 1e-6)
+        out = tmp_path / f"again {given is None}"
+        ak.write(read.replace(foreign=None), out, "tinker", given)
+        again = load_file(out / "adapter_model.safetensors")
+        assert again.keys() == keys.keys()
+        assert all(np.array_equal(again[key], value) for key, value in keys.items())
+
+    lacking = {key: value for key, value in keys.items() if "in_proj_k" not in key}
+    save_file(lacking, tmp_path / "t" / "adapter_model.safetensors")
+    with pytest.raises(Malformed, match=r"in_proj_k, which the file lacks"):
+        ak.read(tmp_path / "t")
+
+
+def test_tinkers_adapters_of_nemotron_have_other_names(tmp_path):
+    rng, layer = np.random.default_rng(4), "layers.{}.mixer."
+    sizes = {"experts.0.up_proj": (6, 8), "experts.1.up_proj": (6, 8), "experts.0.down_proj": (8, 6),
+             "experts.1.down_proj": (8, 6)}  # fmt: skip
+    shapes = {f"backbone.{layer.format(1)}{name}.weight": shape for name, shape in sizes.items()}
+    mamba, head = f"backbone.{layer.format(0)}in_proj.weight", "lm_head.weight"
+    config = {"model_type": "nemotron_h", "n_routed_experts": 2, "hidden_size": 8}
+    base = write_base(tmp_path / "base", config, {**shapes, mamba: (13, 8), head: (12, 8)})
+    factors = {"0:gate_proj": ((2, 8), (4, 2)), "0:x_proj": ((2, 8), (5, 2)), "1:experts.w1": ((1, 2, 8), (2, 6, 2)),
+               "1:experts.w2": ((2, 2, 6), (1, 8, 2)), "1:experts.w3": ((0,), (0,))}  # fmt: skip
+    AB = {name: [rng.normal(size=size).astype("f4") for size in pair] for name, pair in factors.items()}
+    keys = {}
+    for name, pair in AB.items():
+        stem = "base_model.model.model." + layer.format(name[0]) + name[2:]
+        keys |= {f"{stem}.lora_{end}.weight": factor for end, factor in zip("AB", pair, strict=True)}
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 6}')
+    save_file(keys, tmp_path / "t" / "adapter_model.safetensors")
+    assert ak.detect(tmp_path / "t") == "tinker"
+
+    # tinker-cookbook: w1 is up and w2 is down; gate_proj and x_proj are the first rows of Mamba's in_proj.
+    wanted = load_file(base / "model.safetensors")
+    change = {name: 3.0 * B.astype("f8") @ A for name, (A, B) in AB.items() if A.size}
+    wanted[mamba][:9] += np.concatenate([change["0:gate_proj"], change["0:x_proj"]])
+    for expert in range(2):
+        for end, name in (("up_proj", "1:experts.w1"), ("down_proj", "1:experts.w2")):
+            wanted[f"backbone.{layer.format(1)}experts.{expert}.{end}.weight"] += change[name][expert]
+    for given in (base, None):
+        same(wanted, merged(base, ak.read(tmp_path / "t", base=given), tmp_path / f"merged {given is None}"), 1e-6)
+    ak.write(ak.read(tmp_path / "t").replace(foreign=None), tmp_path / "again", "tinker")
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    same({key: value for key, value in keys.items() if value.size}, again)
+
+
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_loralibs_trained_biases_replace_the_bases(bias, tmp_path):
     model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.Linear(5, 4))
@@ -395,6 +495,75 @@ def test_dora_goes_there_and_back_with_its_magnitude(name, tmp_path):
     path = place(tmp_path, name)
     ak.write(ak.Adapter(found), path, name, BASE)
     assert ak.read(path, base=BASE).digest() == ak.Adapter(found).digest()
+
+
+def test_dora_of_torchtune_also_multiplies_a_bias(tmp_path):
+    rng, name = np.random.default_rng(6), "model.layers.0.self_attn.v_proj"
+    config = json.loads((BASE / "config.json").read_text()) | {"model_type": "qwen2"}
+    base = write_base(tmp_path / "base", config, {f"{name}.weight": (8, 16), f"{name}.bias": (8,)})
+    A, B, m = (rng.normal(size=size).astype("f4") for size in ((2, 16), (8, 2), (8,)))
+    ends = {"lora_a.weight": A, "lora_b.weight": B, "magnitude": m}
+    (tmp_path / "t").mkdir()
+    file = tmp_path / "t" / "adapter_model.pt"
+    torch.save({f"layers.0.attn.v_proj.{end}": torch.from_numpy(value) for end, value in ends.items()}, file)
+    (tmp_path / "t" / "torchtune.json").write_text('{"alpha": 6}')
+    before = {key: value.astype("f8") for key, value in load_file(base / "model.safetensors").items()}
+    V = before[f"{name}.weight"] + 3.0 * B.astype("f8") @ A
+    quotient = m / np.linalg.norm(V, axis=1)
+
+    # torchtune's forward is quotient * (base(x) + scaling * B @ A @ x), and base(x) includes the bias.
+    read = ak.read(file, base=base)
+    ours = merged(base, read, tmp_path / "merged")
+    same({"weight": quotient[:, None] * V, "bias": quotient * before[f"{name}.bias"]},
+         {end: ours[f"{name}.{end}"] for end in ("weight", "bias")}, 1e-6)  # fmt: skip
+    ak.write(read.replace(foreign=None), place(tmp_path, "torchtune"), "torchtune", base)
+    again = merged(base, ak.read(place(tmp_path, "torchtune"), base=base), tmp_path / "again")
+    same(ours, again, 1e-6)
+
+    paper = ak.read(file, base=base, compat="formula")
+    assert np.array_equal(merged(base, paper, tmp_path / "paper")[f"{name}.bias"], before[f"{name}.bias"])
+    with pytest.raises(Unrepresentable) as caught:
+        ak.write(paper.replace(foreign=None, recipe=()), tmp_path / "adapter_model.pt", "torchtune", base)
+    assert "multiplies the module's bias" in str(caught.value.items)
+    with pytest.raises(UsageError, match="only the base shows"):
+        ak.read(file)
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen2"])
+def test_what_torchtune_converts_for_peft_wrongly_is_refused(model, tmp_path):
+    config = json.loads((BASE / "config.json").read_text()) | {"model_type": model}
+    base = write_base(
+        tmp_path / "base", config, {f"{t.path}.weight": (u.B.shape[0], 16) for t, u in llama() if "attn" in t.path}
+    )
+    adapter = llama(names=("self_attn.q_proj", "self_attn.v_proj"))
+    ak.write(adapter, tmp_path / "peft", "peft")
+    (tmp_path / "peft" / "config.json").write_text(json.dumps(config))
+    assert ak.read(tmp_path / "peft").digest() == adapter.digest()
+    ak.write(adapter, tmp_path / "t" / "adapter_model.pt", "torchtune", base)
+    own, settings = tmp_path / "peft" / "adapter_model.pt", tmp_path / "peft" / "adapter_config.json"
+    fields = json.loads(settings.read_text())
+    kept = {name: fields[name] for name in ("r", "lora_alpha", "target_modules", "peft_type")}
+    settings.write_text(json.dumps(kept))
+    own.write_bytes((tmp_path / "t" / "adapter_model.pt").read_bytes())
+    for given in (None, base):
+        if model == "llama":
+            assert ak.read(tmp_path / "peft", base=given).digest() == adapter.digest()
+            continue
+        # Its conversion reorders the rows of q and k as for Llama, but Qwen 2's rows are in transformers' order.
+        for path in (tmp_path / "peft", tmp_path / "peft" / "adapter_model.safetensors"):
+            with pytest.raises(Unsupported, match="wrong order"):
+                ak.read(path, base=given)
+    assert ak.read(own, base=base).digest() == adapter.digest()
+
+    # Of DoRA, torchtune's config lacks use_dora, even if only v has an adapter.
+    stored, key = (
+        load_file(tmp_path / "peft" / "adapter_model.safetensors"),
+        "base_model.model.model.layers.0.self_attn.v_proj.lora_magnitude_vector",
+    )
+    only = {name: value for name, value in stored.items() if "v_proj" in name} | {key: np.ones(8, "f4")}
+    save_file(only, tmp_path / "peft" / "adapter_model.safetensors")
+    with pytest.raises(Unsupported, match="omits use_dora"):
+        ak.read(tmp_path / "peft", base=base)
 
 
 def test_mlx_gets_the_one_rank_that_its_layers_are_built_with(tmp_path):

@@ -42,6 +42,18 @@ def ones(*shape):
     return np.ones(shape, np.float32)
 
 
+@pytest.mark.parametrize(("fields", "scaling"), [({}, 8.0), ({"use_rslora": True}, 16 / 2**0.5)])
+def test_a_stated_alpha_replaces_the_zero_that_verl_writes(fields, scaling, tmp_path):
+    path = folder(tmp_path / "zero", {**CONFIG, "lora_alpha": 0, **fields})
+    assert {update.scaling for _, update in ak.read(path)} == {0.0}
+    read = ak.read(path, alpha=16)
+    assert [update.scaling for _, update in read] == pytest.approx([scaling] * 2)
+    ak.write(read, tmp_path / "again", "peft")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["lora_alpha"] == 16
+    with pytest.raises(UsageError, match="states lora_alpha 4"):
+        ak.read(folder(tmp_path / "four"), alpha=16)
+
+
 @pytest.mark.parametrize(
     "harmless",
     [

@@ -221,10 +221,11 @@ class Peft(Format):
             compat: see `Format.read`.
             base: see `Format.read`.
             alpha: LoRA's alpha. It is needed if neither a config nor the tensor file has alpha, except for image,
-                video and audio models, which then use the rank as alpha.
+                video and audio models, which then use the rank as alpha. It replaces a `lora_alpha` of 0.
             rank: the expected rank. If the shapes or the config have another rank, reading fails.
             strict: whether to refuse a config with any field that PEFT does not define.
         """
+        from ..torchtune import check_export
         from . import bare
         from .reader import decode, without_config
 
@@ -237,7 +238,11 @@ class Peft(Format):
             header = header_of(path)
         try:
             if not alone:
+                if alpha is not None and config.get("lora_alpha") == 0:
+                    # verl's model merger writes 0 if it does not know alpha, and asks its user to set the field.
+                    config = {**config, "lora_alpha": alpha}
                 check_stated(config, alpha, rank)
+                check_export(folder_of(path), config, tensors, base)
             adapter = decode(config, tensors, compat=compat, base=base, strict=strict)
         except AdapterkitError as error:
             raise error.at(path=path) from None
