@@ -1,5 +1,6 @@
 """Files of image models as trainers leave them: alphas in any form, fused parts, names of several trainers."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -358,6 +359,49 @@ def test_slots_without_weight_are_read_behind_comfyui_s_prefix(tmp_path):
     adapter = ak.read(tmp_path / "a.safetensors")
     want = held["diffusion_model.blocks.0.attn.qkv_x.lora_B"] @ held["diffusion_model.blocks.0.attn.qkv_x.lora_A"]
     np.testing.assert_allclose(adapter.delta("transformer.blocks.0.attn.qkv_x").numpy(), want, rtol=1e-5, atol=1e-6)
+
+
+SEVERAL = {
+    "lora": {"lora_down.weight": (2, 8), "lora_up.weight": (8, 2)},
+    "loha": {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)},
+    "dense": {"diff": (8, 8)},
+    "replacement": {"set_weight": (8, 8)},
+}
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(SEVERAL, 2)))
+def test_two_changes_of_one_weight_are_refused_because_comfyui_applies_only_one(one, other, tmp_path):
+    stem = "diffusion_model.double_blocks.0.img_attn.proj"
+    held = {f"{stem}.{slot}": normal(*shape) for slot, shape in {**SEVERAL[one], **SEVERAL[other]}.items()}
+    with pytest.raises(Malformed, match="only one change"):
+        ak.read(saved(tmp_path, held))
+    groups = [
+        ak.read(saved(tmp_path, {k: v for k, v in held.items() if k.split(f"{stem}.")[1] in SEVERAL[name]})).updates
+        for name in (one, other)
+    ]
+    (target,) = groups[0]
+    both = ak.Adapter({target: tuple(update for group in groups for update in group[target])})
+    with pytest.raises(Unrepresentable, match="only one change"):
+        ak.write(both, tmp_path / "b.safetensors", "comfyui")
+
+
+@pytest.mark.parametrize("shape", [(12, 8, 3, 3), (12, 8, 3), (12, 1, 3, 3), (12, 8, 2, 3, 3)])
+@pytest.mark.parametrize("root", ["unet.", "model.diffusion_model."])
+def test_a_lora_of_a_convolution_may_be_flat_as_comfyui_trains_it(root, shape, tmp_path):
+    columns, name = int(np.prod(shape[1:])), "input_blocks.0.0"
+    base = {f"{root}{name}.weight": normal(*shape), f"{root}{name}.bias": normal(12)}
+    save_file(base, tmp_path / "base.safetensors")
+    held = lora(f"diffusion_model.{name}", 12, columns, alpha=1.0) | {f"diffusion_model.{name}.diff_b": normal(12)}
+    path = saved(tmp_path, held)
+    ak.merge(tmp_path / "base.safetensors", path, tmp_path / "merged.safetensors")
+    A, B = (held[f"diffusion_model.{name}.lora_{word}.weight"].astype("f8") for word in ("down", "up"))
+    expected = base[f"{root}{name}.weight"] + (B @ A / 2).reshape(shape)
+    merged = load_file(tmp_path / "merged.safetensors")
+    np.testing.assert_allclose(merged[f"{root}{name}.weight"], expected, rtol=0, atol=1e-5)
+    adapter = ak.read(path, base=tmp_path / "base.safetensors")
+    if root == "unet.":
+        ak.write(adapter, tmp_path / "again.safetensors", "comfyui")
+        assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
 def test_blocks_of_hunyuan_video_are_no_control_lora_of_flux(tmp_path):

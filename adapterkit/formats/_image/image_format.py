@@ -21,7 +21,7 @@ from ...errors import (
     UsageError,
     nearest,
 )
-from ...io.lazy import DTYPES, Lazy, at_once
+from ...io.lazy import DTYPES, Lazy, as_lazy, at_once
 from ...methods.dora import DoRA
 from ...methods.lora import LoRA
 from ...naming.image import ROOTS, families, families_with, rooted
@@ -274,6 +274,13 @@ def decoded(
         inside = [rooted(target.path)[1] for target in denoiser_targets(updates, ())]
         check_stated_family(list(dict.fromkeys(inside)), base, dict(metadata))
     placed_there = updates if base is None else placed(updates, base)
+    if base is not None:
+        shaped = with_kernels(placed_there, base)
+        for target in [target for target in shaped if target in updates and shaped[target] is not placed_there[target]]:
+            # Record the shapes in the file, so that the writer flattens these factors again.
+            module = modules[hints.stems[str(target)]]
+            hints.shapes |= {module.keys[slot]: list(module.tensors[slot].shape) for slot in ("down", "up")}
+        placed_there = shaped
     bundle = ImageBundle(embeddings, updates, Origin(image_format.naming, metadata=dict(metadata)))
     hints.keys |= bundle.keys
     hints.shapes |= bundle.shapes
@@ -451,6 +458,28 @@ def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[T
     tries = [rest, *(f"{word}.{rest}" for word in same)]
     path = next((path for path in tries if path in known), target.path)
     return {replace(target, path=path): each}
+
+
+def with_kernels(updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint) -> dict[Target, tuple[Update, ...]]:
+    """Restore the kernel axes of A in LoRAs of convolutions whose file stores A as a matrix `[r, in * k]`.
+
+    ComfyUI's node for training stores such matrices. Its loader, like other tools, gives the product of the factors the
+    weight's shape.
+    """
+    return {target: _with_kernel(each, base.tensors.get(f"{target.path}.weight")) for target, each in updates.items()}
+
+
+def _with_kernel(each: tuple[Update, ...], weight: Lazy | None) -> tuple[Update, ...]:
+    if weight is None or len(weight.shape) < 3:
+        return each
+    columns = math.prod(weight.shape[1:])
+    shaped = tuple(
+        update.replace(A=as_lazy(update.A).reshape(-1, *weight.shape[1:]))
+        if isinstance(update, (LoRA, DoRA)) and tuple(update.A.shape[1:]) == (columns,) != weight.shape[1:2]
+        else update
+        for update in each
+    )
+    return each if all(new is old for new, old in zip(shaped, each, strict=True)) else shaped
 
 
 def kernel_of(target: Target, base: Checkpoint | None) -> int:
