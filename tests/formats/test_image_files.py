@@ -404,6 +404,66 @@ def test_a_lora_of_a_convolution_may_be_flat_as_comfyui_trains_it(root, shape, t
         assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
+PARTED = {
+    "flux": ("transformer_blocks.0.attn.to_{}", "double_blocks_0_img_attn_qkv", (48, 48, 48), "norm1.linear"),
+    "flux2": ("transformer_blocks.0.attn.to_{}", "double_blocks_0_img_attn_qkv", (48, 48, 48), "ff.linear_in"),
+    "krea2": ("transformer_blocks.0.attn.to_{}", "transformer_blocks_0_attn_to_qkv", (48, 12, 12), "attn.to_gate"),
+    "krea2 native": ("blocks.0.attn.w{}", "transformer_blocks_0_attn_to_qkv", (48, 12, 12), ""),
+}
+"""The base's names of the parts of a fused weight, a file's name of the whole, the rows of the parts, another module."""
+
+
+def parted_base(tmp_path, names, rows, other):
+    base = {f"{names.format(name)}.weight": normal(n, 48) for name, n in zip("qkv", rows, strict=True)}
+    if other:
+        base |= {f"transformer_blocks.0.{other}.weight": normal(48, 48)}
+        base |= {"transformer_blocks.0.attn.to_out.0.weight": normal(48, 48)}
+    else:
+        base |= {"blocks.0.attn.wo.weight": normal(48, 48), "blocks.0.attn.gate.weight": normal(48, 48)}
+    save_file(base, tmp_path / "base.safetensors")
+    return base
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+@pytest.mark.parametrize("blocks", [6, 4, 8])
+@pytest.mark.parametrize("model", PARTED)
+def test_a_lokr_of_a_fused_weight_fits_a_base_that_has_its_parts(model, blocks, magnitude, tmp_path):
+    names, whole, rows, other = PARTED[model]
+    base, out = parted_base(tmp_path, names, rows, other), sum(rows)
+    if out % blocks:
+        blocks = 3
+    stem = f"lycoris_{whole}"
+    held = {f"{stem}.lokr_w1": normal(blocks, 4), f"{stem}.lokr_w2": normal(out // blocks, 12)}
+    held |= {f"{stem}.alpha": np.array(1.0, "f4")}
+    held |= {f"{stem}.dora_scale": np.abs(normal(out, 1)) + 0.5} if magnitude else {}
+    ak.merge(tmp_path / "base.safetensors", saved(tmp_path, held), tmp_path / "merged.safetensors")
+    merged = load_file(tmp_path / "merged.safetensors")
+    expected = np.concatenate([base[f"{names.format(name)}.weight"] for name in "qkv"]).astype("f8")
+    expected += np.kron(held[f"{stem}.lokr_w1"].astype("f8"), held[f"{stem}.lokr_w2"].astype("f8"))
+    if magnitude:
+        expected *= held[f"{stem}.dora_scale"] / np.linalg.norm(expected, axis=1, keepdims=True)
+    got = np.concatenate([merged[f"{names.format(name)}.weight"] for name in "qkv"])
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_fused_weight_and_its_part_at_a_base_with_bare_names(trained, tmp_path):
+    names, whole, rows, other = PARTED["krea2"]
+    base = parted_base(tmp_path, names, rows, other)
+    fused, part = f"lycoris_{whole}", f"lycoris_{whole}".removesuffix("kv")
+    held = {f"{fused}.lokr_w1": normal(6, 4), f"{fused}.lokr_w2": normal(12, 12)}
+    held |= {f"{part}.lokr_w1": normal(4, 4) * trained, f"{part}.lokr_w2": normal(12, 12)}
+    path = saved(tmp_path, {k: np.asarray(v, "f4") for k, v in held.items()})
+    if trained:
+        with pytest.raises(Malformed, match="changes this weight twice"):
+            ak.merge(tmp_path / "base.safetensors", path, tmp_path / "merged.safetensors")
+        return
+    ak.merge(tmp_path / "base.safetensors", path, tmp_path / "merged.safetensors")
+    change = np.kron(held[f"{fused}.lokr_w1"], held[f"{fused}.lokr_w2"])[:48]
+    merged = load_file(tmp_path / "merged.safetensors")[f"{names.format('q')}.weight"]
+    np.testing.assert_allclose(merged, base[f"{names.format('q')}.weight"] + change, rtol=0, atol=1e-5)
+
+
 def test_blocks_of_hunyuan_video_are_no_control_lora_of_flux(tmp_path):
     held = lora("double_blocks.0.img_attn_qkv", 24, ends=AB) | lora("single_blocks.0.linear2", ends=AB)
     assert ak.detect(saved(tmp_path, held)) == "comfyui"

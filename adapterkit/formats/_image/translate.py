@@ -40,7 +40,7 @@ def in_diffusers(
 
 def in_naming(
     updates: Updates, naming: str, kept: Collection[str] = (), origin: Origin = UNKNOWN, *, fold: bool = False,
-    fuse: bool = True, rows: bool = False,
+    fuse: bool = True, rows: bool = False, dense: bool = False,
 ) -> tuple[Changed, Losses]:  # fmt: skip
     """Translate targets in a U-Net or a transformer to another naming.
 
@@ -54,6 +54,8 @@ def in_naming(
             creates for LoKr. If false, the LoKr is split.
         rows: whether an update may change only some rows of a fused weight. If false, zeros are added for the other
             rows.
+        dense: whether a LoKr of a fused weight may become differences of the parts, if the parts end inside a block of
+            the Kronecker product. If false, such a LoKr is not translated.
 
     Returns:
         the translated updates, and (target, reason) for each target that cannot be translated and stays unchanged.
@@ -64,7 +66,7 @@ def in_naming(
     family, why = decide(updates, targets, naming, origin) if targets else (None, "")
     if family is None:
         return dict(updates), [(target, why) for target in updates if target in targets and why]
-    into = _Into(family, family.wanted(naming), fold, fuse)
+    into = _Into(family, family.wanted(naming), fold, fuse, dense)
     source = family.naming_of([rooted(target.path)[1] for target in targets], origin.naming)
     if family.wanted(origin.naming) not in family.namings and into.naming in family.namings:
         # If the names fit several namings, and `origin` does not tell the naming, assume that the names are already in
@@ -79,7 +81,7 @@ def in_naming(
             # XLabs adapts only three sevenths of linear1's rows. Split such an update into updates of the modules that
             # diffusers has for these rows. When these updates are joined, the other rows get zeros.
             named = replace(origin, families=(family.name,))
-            parts, lost = in_naming({target: group}, "diffusers", (), named, fuse=False)
+            parts, lost = in_naming({target: group}, "diffusers", (), named, fuse=False, dense=dense)
             for part, each in parts.items():
                 into.add(part, each, "" if lost else "diffusers")
     into.gather()
@@ -110,6 +112,7 @@ class _Into:
     naming: str
     fold: bool
     fuse: bool
+    dense: bool
     changed: Changed = field(default_factory=dict)
     losses: Losses = field(default_factory=list)
     groups: dict[str, list[_Member]] = field(default_factory=dict)
@@ -207,6 +210,8 @@ class _Into:
             spans = _spans(target, update, pieces)
             inside = [(span, piece) for span, piece in zip(spans, pieces, strict=True) if span is not None]
             cut = parted(update, [span for span, _ in inside]) if inside else None
+            if cut is None and inside and self.dense and isinstance(update, LoKr) and not update.stacked:
+                cut = [_difference(update, span) for span, _ in inside]
             if cut is None:
                 return self.lose(
                     target, group, f"{update.method} on a fused weight cannot be split into the weight's parts"
@@ -356,6 +361,21 @@ def _kronecker_parts(update: LoKr, spans: Sequence[tuple[int, int]]) -> list[Upd
     return [
         update.replace(**{name: narrow(update.tensors[name], 0, start // size, stop // size)}) for start, stop in spans
     ]
+
+
+def _difference(update: LoKr, span: tuple[int, int]) -> Dense:
+    """Return the change of a span of rows. The rows of a Kronecker product need not be a Kronecker product."""
+    dims = update.dims()
+    columns = dims.get("columns", dims.get("in"))
+
+    def fetch() -> bytes:
+        import numpy as np
+
+        values = {name: as_array(as_lazy(leaf)).astype(np.float64) for name, leaf in update.tensors.items()}
+        rows: bytes = np.asarray(update.replace(**values).block("out", *span).tensors["D"]).astype("<f4").tobytes()
+        return rows
+
+    return Dense(D=cast(Any, Lazy((span[1] - span[0], cast(int, columns)), DTYPES["F32"], fetch)))
 
 
 def _rows(update: Update, span: tuple[int, int]) -> Update:
