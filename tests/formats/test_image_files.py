@@ -410,7 +410,7 @@ PARTED = {
     "krea2": ("transformer_blocks.0.attn.to_{}", "transformer_blocks_0_attn_to_qkv", (48, 12, 12), "attn.to_gate"),
     "krea2 native": ("blocks.0.attn.w{}", "transformer_blocks_0_attn_to_qkv", (48, 12, 12), ""),
 }
-"""The base's names of the parts of a fused weight, a file's name of the whole, the rows of the parts, another module."""
+"""The base's names of the parts of a fused weight, a file's name of the whole, the parts' rows, another module."""
 
 
 def parted_base(tmp_path, names, rows, other):

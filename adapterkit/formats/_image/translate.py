@@ -375,7 +375,7 @@ def _difference(update: LoKr, span: tuple[int, int]) -> Dense:
         rows: bytes = np.asarray(update.replace(**values).block("out", *span).tensors["D"]).astype("<f4").tobytes()
         return rows
 
-    return Dense(D=cast(Any, Lazy((span[1] - span[0], cast(int, columns)), DTYPES["F32"], fetch)))
+    return Dense(D=cast(Any, Lazy((span[1] - span[0], cast(int, columns)), DTYPES["F32"], fetch)), d=None)
 
 
 def _rows(update: Update, span: tuple[int, int]) -> Update:
