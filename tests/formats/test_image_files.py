@@ -446,6 +446,41 @@ def test_a_lokr_of_a_fused_weight_fits_a_base_that_has_its_parts(model, blocks, 
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("names", ["qkv", "qv", "v"])
+@pytest.mark.parametrize("kind", ["dora", "lokr", "loha", "lokr dora_scale", "loha dora_scale"])
+def test_parts_that_cannot_be_joined_change_their_rows_of_a_fused_weight(kind, names, tmp_path):
+    weights = {"img_attn.qkv": normal(144, 48), "img_attn.proj": normal(48, 48), "img_mod.lin": normal(288, 48)}
+    save_file({f"double_blocks.0.{k}.weight": v for k, v in weights.items()}, tmp_path / "base.safetensors")
+    held, expected = {}, weights["img_attn.qkv"].astype("f8")
+    for name in names:
+        at = 48 * "qkv".index(name)
+        stem = f"lycoris_transformer_blocks_0_attn_to_{name}"
+        if kind == "dora":
+            stem = f"transformer.transformer_blocks.0.attn.to_{name}"
+            made = {"lora_A.weight": normal(4, 48), "lora_B.weight": normal(48, 4)}
+            change = made["lora_B.weight"].astype("f8") @ made["lora_A.weight"]
+        elif kind.startswith("lokr"):
+            made = {"lokr_w1": normal(4, 4), "lokr_w2": normal(12, 12), "alpha": np.array(4.0, "f4")}
+            change = np.kron(made["lokr_w1"].astype("f8"), made["lokr_w2"].astype("f8"))
+        else:
+            made = {f"hada_w{n}_{x}": normal(*((48, 4) if x == "a" else (4, 48))) for n in (1, 2) for x in "ab"}
+            made |= {"alpha": np.array(4.0, "f4")}
+            factors = {key: value.astype("f8") for key, value in made.items()}
+            change = factors["hada_w1_a"] @ factors["hada_w1_b"] * (factors["hada_w2_a"] @ factors["hada_w2_b"])
+        rows = expected[at : at + 48] + change
+        if "dora" in kind:
+            magnitude = np.abs(normal(48, 1)) + 0.5
+            rows *= magnitude / np.linalg.norm(rows, axis=1, keepdims=True)
+            made["dora_scale" if "_" in kind else "lora_magnitude_vector"] = (
+                magnitude if "_" in kind else magnitude[:, 0]
+            )
+        expected[at : at + 48] = rows
+        held |= {f"{stem}.{slot}": np.ascontiguousarray(value) for slot, value in made.items()}
+    ak.merge(tmp_path / "base.safetensors", saved(tmp_path, held), tmp_path / "merged.safetensors")
+    merged = load_file(tmp_path / "merged.safetensors")["double_blocks.0.img_attn.qkv.weight"]
+    np.testing.assert_allclose(merged, expected, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_fused_weight_and_its_part_at_a_base_with_bare_names(trained, tmp_path):
     names, whole, rows, other = PARTED["krea2"]

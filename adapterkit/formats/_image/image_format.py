@@ -446,7 +446,7 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
     # Try `fuse` first: if the base has the fused modules that diffusers creates, a LoKr stays a LoKr.
     for naming, fuse in (("native", True), ("diffusers", True), ("native", False), ("diffusers", False)):
         missing = {t: u for t, u in placed_updates.items() if t.path not in known}
-        moved, losses = in_naming(missing, naming, (), origin, fuse=fuse, dense=not fuse)
+        moved, losses = in_naming(missing, naming, (), origin, fuse=fuse, for_base=not fuse)
         there = {place: u for t, each in moved.items() for place, u in _placed(t, each, known).items()}
         if there and all(t.path in known for t in there):
             kept = {t: u for t, u in placed_updates.items() if t not in missing}
