@@ -113,7 +113,7 @@ class Kohya(ImageFormat):
         stated = is_xl(paths) or is_not_xl(paths) or prefixes_of([target.path for target in inside])
         unets, more = in_naming(inside, KOHYA, kept, origin, fold=fold) if stated else (inside, [])
         changed = {**unets, **moved}
-        return changed, [*losses, *more, *uneven(changed)]
+        return changed, [*losses, *more, *uneven(changed), *mixed(changed)]
 
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
         if not isinstance(update, OFT):
@@ -228,6 +228,19 @@ def of_flux(target: Target) -> bool:
     """Whether a target has the native name of a module in FLUX's transformer."""
     rest = rooted(target.path)[1]
     return component_of(target.path) == "transformer" and any(f.name == "flux" for f in families_of(rest, "native"))
+
+
+def mixed(updates: Updates) -> Iterator[tuple[Target, str]]:
+    """Yield (target, reason) for each target of the rarer kind, if some updates are OFT and others are not.
+
+    Each network of sd-scripts reads only one of the two kinds, and ignores the other keys.
+    """
+    kinds: dict[bool, list[Target]] = {}
+    for target, group in updates.items():
+        kinds.setdefault(any(isinstance(update, OFT) for update in group), []).append(target)
+    if len(kinds) > 1:
+        why = "a file of sd-scripts has either oft or other methods, because each of its networks reads only one kind"
+        yield from ((target, why) for target in min(kinds.values(), key=len))
 
 
 def uneven(updates: Updates) -> Iterator[tuple[Target, str]]:

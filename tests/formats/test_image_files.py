@@ -1,5 +1,6 @@
 """Files of image models as trainers leave them: alphas in any form, fused parts, names of several trainers."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -358,6 +359,144 @@ def test_slots_without_weight_are_read_behind_comfyui_s_prefix(tmp_path):
     adapter = ak.read(tmp_path / "a.safetensors")
     want = held["diffusion_model.blocks.0.attn.qkv_x.lora_B"] @ held["diffusion_model.blocks.0.attn.qkv_x.lora_A"]
     np.testing.assert_allclose(adapter.delta("transformer.blocks.0.attn.qkv_x").numpy(), want, rtol=1e-5, atol=1e-6)
+
+
+SEVERAL = {
+    "lora": {"lora_down.weight": (2, 8), "lora_up.weight": (8, 2)},
+    "loha": {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)},
+    "dense": {"diff": (8, 8)},
+    "replacement": {"set_weight": (8, 8)},
+}
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(SEVERAL, 2)))
+def test_two_changes_of_one_weight_are_refused_because_comfyui_applies_only_one(one, other, tmp_path):
+    stem = "diffusion_model.double_blocks.0.img_attn.proj"
+    held = {f"{stem}.{slot}": normal(*shape) for slot, shape in {**SEVERAL[one], **SEVERAL[other]}.items()}
+    with pytest.raises(Malformed, match="only one change"):
+        ak.read(saved(tmp_path, held))
+    groups = [
+        ak.read(saved(tmp_path, {k: v for k, v in held.items() if k.split(f"{stem}.")[1] in SEVERAL[name]})).updates
+        for name in (one, other)
+    ]
+    (target,) = groups[0]
+    both = ak.Adapter({target: tuple(update for group in groups for update in group[target])})
+    with pytest.raises(Unrepresentable, match="only one change"):
+        ak.write(both, tmp_path / "b.safetensors", "comfyui")
+
+
+@pytest.mark.parametrize("shape", [(12, 8, 3, 3), (12, 8, 3), (12, 1, 3, 3), (12, 8, 2, 3, 3)])
+@pytest.mark.parametrize("root", ["unet.", "model.diffusion_model."])
+def test_a_lora_of_a_convolution_may_be_flat_as_comfyui_trains_it(root, shape, tmp_path):
+    columns, name = int(np.prod(shape[1:])), "input_blocks.0.0"
+    base = {f"{root}{name}.weight": normal(*shape), f"{root}{name}.bias": normal(12)}
+    save_file(base, tmp_path / "base.safetensors")
+    held = lora(f"diffusion_model.{name}", 12, columns, alpha=1.0) | {f"diffusion_model.{name}.diff_b": normal(12)}
+    path = saved(tmp_path, held)
+    ak.merge(tmp_path / "base.safetensors", path, tmp_path / "merged.safetensors")
+    A, B = (held[f"diffusion_model.{name}.lora_{word}.weight"].astype("f8") for word in ("down", "up"))
+    expected = base[f"{root}{name}.weight"] + (B @ A / 2).reshape(shape)
+    merged = load_file(tmp_path / "merged.safetensors")
+    np.testing.assert_allclose(merged[f"{root}{name}.weight"], expected, rtol=0, atol=1e-5)
+    adapter = ak.read(path, base=tmp_path / "base.safetensors")
+    if root == "unet.":
+        ak.write(adapter, tmp_path / "again.safetensors", "comfyui")
+        assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+PARTED = {
+    "flux": ("transformer_blocks.0.attn.to_{}", "double_blocks_0_img_attn_qkv", (48, 48, 48), "norm1.linear"),
+    "flux2": ("transformer_blocks.0.attn.to_{}", "double_blocks_0_img_attn_qkv", (48, 48, 48), "ff.linear_in"),
+    "krea2": ("transformer_blocks.0.attn.to_{}", "transformer_blocks_0_attn_to_qkv", (48, 12, 12), "attn.to_gate"),
+    "krea2 native": ("blocks.0.attn.w{}", "transformer_blocks_0_attn_to_qkv", (48, 12, 12), ""),
+}
+"""The base's names of the parts of a fused weight, a file's name of the whole, the parts' rows, another module."""
+
+
+def parted_base(tmp_path, names, rows, other):
+    base = {f"{names.format(name)}.weight": normal(n, 48) for name, n in zip("qkv", rows, strict=True)}
+    if other:
+        base |= {f"transformer_blocks.0.{other}.weight": normal(48, 48)}
+        base |= {"transformer_blocks.0.attn.to_out.0.weight": normal(48, 48)}
+    else:
+        base |= {"blocks.0.attn.wo.weight": normal(48, 48), "blocks.0.attn.gate.weight": normal(48, 48)}
+    save_file(base, tmp_path / "base.safetensors")
+    return base
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+@pytest.mark.parametrize("blocks", [6, 4, 8])
+@pytest.mark.parametrize("model", PARTED)
+def test_a_lokr_of_a_fused_weight_fits_a_base_that_has_its_parts(model, blocks, magnitude, tmp_path):
+    names, whole, rows, other = PARTED[model]
+    base, out = parted_base(tmp_path, names, rows, other), sum(rows)
+    if out % blocks:
+        blocks = 3
+    stem = f"lycoris_{whole}"
+    held = {f"{stem}.lokr_w1": normal(blocks, 4), f"{stem}.lokr_w2": normal(out // blocks, 12)}
+    held |= {f"{stem}.alpha": np.array(1.0, "f4")}
+    held |= {f"{stem}.dora_scale": np.abs(normal(out, 1)) + 0.5} if magnitude else {}
+    ak.merge(tmp_path / "base.safetensors", saved(tmp_path, held), tmp_path / "merged.safetensors")
+    merged = load_file(tmp_path / "merged.safetensors")
+    expected = np.concatenate([base[f"{names.format(name)}.weight"] for name in "qkv"]).astype("f8")
+    expected += np.kron(held[f"{stem}.lokr_w1"].astype("f8"), held[f"{stem}.lokr_w2"].astype("f8"))
+    if magnitude:
+        expected *= held[f"{stem}.dora_scale"] / np.linalg.norm(expected, axis=1, keepdims=True)
+    got = np.concatenate([merged[f"{names.format(name)}.weight"] for name in "qkv"])
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", ["qkv", "qv", "v"])
+@pytest.mark.parametrize("kind", ["dora", "lokr", "loha", "lokr dora_scale", "loha dora_scale"])
+def test_parts_that_cannot_be_joined_change_their_rows_of_a_fused_weight(kind, names, tmp_path):
+    weights = {"img_attn.qkv": normal(144, 48), "img_attn.proj": normal(48, 48), "img_mod.lin": normal(288, 48)}
+    save_file({f"double_blocks.0.{k}.weight": v for k, v in weights.items()}, tmp_path / "base.safetensors")
+    held, expected = {}, weights["img_attn.qkv"].astype("f8")
+    for name in names:
+        at = 48 * "qkv".index(name)
+        stem = f"lycoris_transformer_blocks_0_attn_to_{name}"
+        if kind == "dora":
+            stem = f"transformer.transformer_blocks.0.attn.to_{name}"
+            made = {"lora_A.weight": normal(4, 48), "lora_B.weight": normal(48, 4)}
+            change = made["lora_B.weight"].astype("f8") @ made["lora_A.weight"]
+        elif kind.startswith("lokr"):
+            made = {"lokr_w1": normal(4, 4), "lokr_w2": normal(12, 12), "alpha": np.array(4.0, "f4")}
+            change = np.kron(made["lokr_w1"].astype("f8"), made["lokr_w2"].astype("f8"))
+        else:
+            made = {f"hada_w{n}_{x}": normal(*((48, 4) if x == "a" else (4, 48))) for n in (1, 2) for x in "ab"}
+            made |= {"alpha": np.array(4.0, "f4")}
+            factors = {key: value.astype("f8") for key, value in made.items()}
+            change = factors["hada_w1_a"] @ factors["hada_w1_b"] * (factors["hada_w2_a"] @ factors["hada_w2_b"])
+        rows = expected[at : at + 48] + change
+        if "dora" in kind:
+            magnitude = np.abs(normal(48, 1)) + 0.5
+            rows *= magnitude / np.linalg.norm(rows, axis=1, keepdims=True)
+            made["dora_scale" if "_" in kind else "lora_magnitude_vector"] = (
+                magnitude if "_" in kind else magnitude[:, 0]
+            )
+        expected[at : at + 48] = rows
+        held |= {f"{stem}.{slot}": np.ascontiguousarray(value) for slot, value in made.items()}
+    ak.merge(tmp_path / "base.safetensors", saved(tmp_path, held), tmp_path / "merged.safetensors")
+    merged = load_file(tmp_path / "merged.safetensors")["double_blocks.0.img_attn.qkv.weight"]
+    np.testing.assert_allclose(merged, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_fused_weight_and_its_part_at_a_base_with_bare_names(trained, tmp_path):
+    names, whole, rows, other = PARTED["krea2"]
+    base = parted_base(tmp_path, names, rows, other)
+    fused, part = f"lycoris_{whole}", f"lycoris_{whole}".removesuffix("kv")
+    held = {f"{fused}.lokr_w1": normal(6, 4), f"{fused}.lokr_w2": normal(12, 12)}
+    held |= {f"{part}.lokr_w1": normal(4, 4) * trained, f"{part}.lokr_w2": normal(12, 12)}
+    path = saved(tmp_path, {k: np.asarray(v, "f4") for k, v in held.items()})
+    if trained:
+        with pytest.raises(Malformed, match="changes this weight twice"):
+            ak.merge(tmp_path / "base.safetensors", path, tmp_path / "merged.safetensors")
+        return
+    ak.merge(tmp_path / "base.safetensors", path, tmp_path / "merged.safetensors")
+    change = np.kron(held[f"{fused}.lokr_w1"], held[f"{fused}.lokr_w2"])[:48]
+    merged = load_file(tmp_path / "merged.safetensors")[f"{names.format('q')}.weight"]
+    np.testing.assert_allclose(merged, base[f"{names.format('q')}.weight"] + change, rtol=0, atol=1e-5)
 
 
 def test_blocks_of_hunyuan_video_are_no_control_lora_of_flux(tmp_path):

@@ -10,6 +10,7 @@ import adapterkit as ak
 from adapterkit.errors import Malformed, ShapeMismatch, Unrepresentable
 from adapterkit.io.computed import load
 from adapterkit.io.lazy import from_numpy
+from adapterkit.methods.lora import LoRA
 from adapterkit.methods.oft import OFT
 
 FILE = Path(__file__).parents[2] / "spec" / "vectors" / "formats" / "kohya" / "oft_flux" / "adapter.safetensors"
@@ -80,6 +81,13 @@ def turned(rows, size=8, alpha=0.0625, blocks=2):
     return {ak.Target(QKV, rows=rows): (OFT(square=square, side="out", constraint=alpha * size),)}
 
 
+BESIDE = {
+    ak.Target(QKV.replace("qkv", "proj")): (
+        LoRA(A=from_numpy(np.ones((2, 8), "f4")), B=from_numpy(np.ones((8, 2), "f4")), scaling=1.0),
+    )
+}
+
+
 @pytest.mark.parametrize(
     ("updates", "why"),
     [
@@ -87,6 +95,7 @@ def turned(rows, size=8, alpha=0.0625, blocks=2):
         (turned((0, 8)) | turned((8, 16)), "all 3 parts of a fused weight"),
         (turned((0, 8)) | turned((8, 16)) | turned((16, 24), alpha=0.125), "or its constraint per output"),
         (turned((0, 8)) | turned((8, 16)) | turned((16, 24), blocks=4), "its number of blocks"),
+        (turned((0, 8)) | turned((8, 16)) | turned((16, 24)) | BESIDE, "each of its networks reads only one kind"),
     ],
 )
 def test_what_sd_scripts_would_read_otherwise_is_refused(updates, why, tmp_path):

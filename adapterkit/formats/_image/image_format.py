@@ -21,9 +21,12 @@ from ...errors import (
     UsageError,
     nearest,
 )
-from ...io.lazy import DTYPES, Lazy, at_once
+from ...io.lazy import DTYPES, Lazy, as_array, as_lazy, at_once
 from ...methods.dora import DoRA
+from ...methods.loha import LoHa
+from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
+from ...methods.weight_norm import WeightNorm
 from ...naming.image import ROOTS, families, families_with, rooted
 from ...naming.moves import WRAPPERS
 from .._format import Departure, Format
@@ -274,6 +277,13 @@ def decoded(
         inside = [rooted(target.path)[1] for target in denoiser_targets(updates, ())]
         check_stated_family(list(dict.fromkeys(inside)), base, dict(metadata))
     placed_there = updates if base is None else placed(updates, base)
+    if base is not None:
+        shaped = with_kernels(placed_there, base)
+        for target in [target for target in shaped if target in updates and shaped[target] is not placed_there[target]]:
+            # Record the shapes in the file, so that the writer flattens these factors again.
+            module = modules[hints.stems[str(target)]]
+            hints.shapes |= {module.keys[slot]: list(module.tensors[slot].shape) for slot in ("down", "up")}
+        placed_there = shaped
     bundle = ImageBundle(embeddings, updates, Origin(image_format.naming, metadata=dict(metadata)))
     hints.keys |= bundle.keys
     hints.shapes |= bundle.shapes
@@ -420,6 +430,8 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
 
     Raises:
         TargetNotFound: the base lacks a target's module; the error names the most similar module.
+        Malformed: an update of a fused weight and an update of one of its parts change the same weight of the base.
+        Unsupported: the base has the parts of a fused weight, and an update of this weight cannot be split.
     """
     known = set(modules_of(base))
     placed_updates: dict[Target, tuple[Update, ...]] = {}
@@ -430,13 +442,47 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
     if lost is None:
         return placed_updates
     origin = Origin(families=families_in(base))
-    for naming in ("native", "diffusers"):
-        moved, _ = in_naming({t: u for t, u in placed_updates.items() if t.path not in known}, naming, (), origin)
+    why: tuple[Target, str] | None = None
+    # Try `fuse` first: if the base has the fused modules that diffusers creates, a LoKr stays a LoKr.
+    for naming, fuse in (("native", True), ("diffusers", True), ("native", False), ("diffusers", False)):
+        missing = {t: u for t, u in placed_updates.items() if t.path not in known}
+        moved, losses = in_naming(missing, naming, (), origin, fuse=fuse, for_base=not fuse)
         there = {place: u for t, each in moved.items() for place, u in _placed(t, each, known).items()}
         if there and all(t.path in known for t in there):
-            return {**{t: u for t, u in placed_updates.items() if t.path in known}, **there}
+            kept = {t: u for t, u in placed_updates.items() if t not in missing}
+            return {**_apart(kept, there), **there}
+        unmoved = {t for t, _ in losses}
+        if losses and all(place.path in known for t in moved.keys() - unmoved for place in _placed(t, (), known)):
+            why = why or losses[0]
+    if why is not None:
+        cure = "Convert the adapter to LoRA with --promote (ak.ops.promote), or pass a base with the adapter's names"
+        raise Unsupported(why[1], where=str(why[0]), cure=cure)
     cure = nearest(lost.path, known) or USE_ITS_BASE
     raise TargetNotFound("the base does not have this module", where=str(lost), cure=cure)
+
+
+def _apart(
+    kept: Mapping[Target, tuple[Update, ...]], parts: Mapping[Target, tuple[Update, ...]]
+) -> dict[Target, tuple[Update, ...]]:
+    """Omit updates that change nothing from `kept`, if a target is also in `parts`, the parts of fused weights.
+
+    SimpleTuner's files of fused attentions also have adapters of the parts, which were never trained.
+
+    Raises:
+        Malformed: a target in both has an update in `kept` that changes the weight.
+    """
+    both = [target for target in kept if target in parts]
+    for target in both:
+        if not all(isinstance(update, WeightNorm) or _changes_nothing(update) for update in kept[target]):
+            why = "the file changes this weight twice: by itself, and as a part of a fused weight"
+            raise Malformed(why, where=str(target), cure="Remove one of the two modules from the file")
+    return {target: each for target, each in kept.items() if target not in both}
+
+
+def _changes_nothing(update: Update) -> bool:
+    """Whether the update is a product of which a factor is zero."""
+    product = isinstance(update, (LoKr, LoHa)) or (isinstance(update, LoRA) and update.bias is None)
+    return product and not all(as_array(as_lazy(leaf)).any() for leaf in update.tensors.values())
 
 
 def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[Target, tuple[Update, ...]]:
@@ -451,6 +497,28 @@ def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[T
     tries = [rest, *(f"{word}.{rest}" for word in same)]
     path = next((path for path in tries if path in known), target.path)
     return {replace(target, path=path): each}
+
+
+def with_kernels(updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint) -> dict[Target, tuple[Update, ...]]:
+    """Restore the kernel axes of A in LoRAs of convolutions whose file stores A as a matrix `[r, in * k]`.
+
+    ComfyUI's node for training stores such matrices. Its loader, like other tools, gives the product of the factors the
+    weight's shape.
+    """
+    return {target: _with_kernel(each, base.tensors.get(f"{target.path}.weight")) for target, each in updates.items()}
+
+
+def _with_kernel(each: tuple[Update, ...], weight: Lazy | None) -> tuple[Update, ...]:
+    if weight is None or len(weight.shape) < 3:
+        return each
+    columns = math.prod(weight.shape[1:])
+    shaped = tuple(
+        update.replace(A=as_lazy(update.A).reshape(-1, *weight.shape[1:]))
+        if isinstance(update, (LoRA, DoRA)) and tuple(update.A.shape[1:]) == (columns,) != weight.shape[1:2]
+        else update
+        for update in each
+    )
+    return each if all(new is old for new, old in zip(shaped, each, strict=True)) else shaped
 
 
 def kernel_of(target: Target, base: Checkpoint | None) -> int:

@@ -47,6 +47,10 @@ def decode(module: ImageModule, rules: Rules) -> list[ImageUpdate]:
     if not decoders:
         raise Malformed("the module has only an alpha", where=module.where, cure=WRITE_AGAIN)
     decoded_updates = [decoder(module, rules) for decoder in decoders]
+    changes = [each.update.method for each in decoded_updates if changes_weight(each.update)]
+    if len(changes) > 1:
+        cure = "Remove the tensors of all but one of these methods from the file"
+        raise Malformed(f"{ONE_CHANGE}: {', '.join(changes)}", where=module.where, cure=cure)
     if "dora" in module.tensors and isinstance(decoded_updates[-1].update, (LoHa, LoKr, LoRA)):
         if rules.trained.bypass:
             _check_bypassed(module, decoded_updates[-1].update)
@@ -60,6 +64,15 @@ def decode(module: ImageModule, rules: Rules) -> list[ImageUpdate]:
             "this tensor cannot be combined with the module's other tensors", where=module.keys[left], cure=WRITE_AGAIN
         )
     return decoded_updates
+
+
+ONE_CHANGE = "the tools that load such files apply only one change to a weight, but the module has several"
+"""LyCORIS's loader takes the first method in its list, and ComfyUI's takes the last one. Neither adds the changes."""
+
+
+def changes_weight(update: Update) -> bool:
+    """Whether an update changes the weight by itself, not only the bias, and not only the norm of a changed weight."""
+    return not (isinstance(update, WeightNorm) or (isinstance(update, Dense) and update.D is None))
 
 
 @lru_cache(maxsize=1 << 10)

@@ -40,7 +40,7 @@ def in_diffusers(
 
 def in_naming(
     updates: Updates, naming: str, kept: Collection[str] = (), origin: Origin = UNKNOWN, *, fold: bool = False,
-    fuse: bool = True, rows: bool = False,
+    fuse: bool = True, rows: bool = False, for_base: bool = False,
 ) -> tuple[Changed, Losses]:  # fmt: skip
     """Translate targets in a U-Net or a transformer to another naming.
 
@@ -54,6 +54,9 @@ def in_naming(
             creates for LoKr. If false, the LoKr is split.
         rows: whether an update may change only some rows of a fused weight. If false, zeros are added for the other
             rows.
+        for_base: whether the updates are for a base instead of a file. If true, updates of parts that cannot be joined
+            become updates of some rows of the fused weight. And a LoKr of a fused weight becomes differences of the
+            parts, if the parts end inside a block of the Kronecker product. If false, neither is translated.
 
     Returns:
         the translated updates, and (target, reason) for each target that cannot be translated and stays unchanged.
@@ -64,7 +67,7 @@ def in_naming(
     family, why = decide(updates, targets, naming, origin) if targets else (None, "")
     if family is None:
         return dict(updates), [(target, why) for target in updates if target in targets and why]
-    into = _Into(family, family.wanted(naming), fold, fuse)
+    into = _Into(family, family.wanted(naming), fold, fuse, for_base)
     source = family.naming_of([rooted(target.path)[1] for target in targets], origin.naming)
     if family.wanted(origin.naming) not in family.namings and into.naming in family.namings:
         # If the names fit several namings, and `origin` does not tell the naming, assume that the names are already in
@@ -79,7 +82,7 @@ def in_naming(
             # XLabs adapts only three sevenths of linear1's rows. Split such an update into updates of the modules that
             # diffusers has for these rows. When these updates are joined, the other rows get zeros.
             named = replace(origin, families=(family.name,))
-            parts, lost = in_naming({target: group}, "diffusers", (), named, fuse=False)
+            parts, lost = in_naming({target: group}, "diffusers", (), named, fuse=False, for_base=for_base)
             for part, each in parts.items():
                 into.add(part, each, "" if lost else "diffusers")
     into.gather()
@@ -110,6 +113,7 @@ class _Into:
     naming: str
     fold: bool
     fuse: bool
+    for_base: bool
     changed: Changed = field(default_factory=dict)
     losses: Losses = field(default_factory=list)
     groups: dict[str, list[_Member]] = field(default_factory=dict)
@@ -207,6 +211,8 @@ class _Into:
             spans = _spans(target, update, pieces)
             inside = [(span, piece) for span, piece in zip(spans, pieces, strict=True) if span is not None]
             cut = parted(update, [span for span, _ in inside]) if inside else None
+            if cut is None and inside and self.for_base and isinstance(update, LoKr) and not update.stacked:
+                cut = [_difference(update, span) for span, _ in inside]
             if cut is None:
                 return self.lose(
                     target, group, f"{update.method} on a fused weight cannot be split into the weight's parts"
@@ -227,6 +233,10 @@ class _Into:
             update, why = self._joined(path, members)
             if update is not None:
                 self.keep(Target(path), (update,))
+            elif why and self.for_base and (unit := _unit(members)):
+                for member in members:
+                    rows = (member.run.start * unit, member.run.stop * unit)
+                    self.keep(replace(member.origin, path=path, rows=rows), (member.update,))
             elif why:
                 for target in dict.fromkeys(member.origin for member in members):
                     self.lose(target, self.origins[target], why)
@@ -243,6 +253,16 @@ class _Into:
                 self.keep(replace(member.origin, path=path, rows=rows), (member.update,))
             return None, ""
         return joined(parts, fold=self.fold)
+
+
+def _unit(members: Sequence[_Member]) -> int:
+    """Return the number of rows in one of a fused weight's equal parts; 0 if the updates do not agree on a number.
+
+    Updates that change only a weight's inputs do not show the number.
+    """
+    sized = [FusedPart(member.run, member.update) for member in members if outputs_of(member.update) is not None]
+    units = {part.unit for part in sized}
+    return units.pop() if len(units) == 1 else 0
 
 
 def ratio_of(target: Target, group: tuple[Update, ...]) -> float | None:
@@ -356,6 +376,21 @@ def _kronecker_parts(update: LoKr, spans: Sequence[tuple[int, int]]) -> list[Upd
     return [
         update.replace(**{name: narrow(update.tensors[name], 0, start // size, stop // size)}) for start, stop in spans
     ]
+
+
+def _difference(update: LoKr, span: tuple[int, int]) -> Dense:
+    """Return the change of a span of rows. The rows of a Kronecker product need not be a Kronecker product."""
+    dims = update.dims()
+    columns = dims.get("columns", dims.get("in"))
+
+    def fetch() -> bytes:
+        import numpy as np
+
+        values = {name: as_array(as_lazy(leaf)).astype(np.float64) for name, leaf in update.tensors.items()}
+        rows: bytes = np.asarray(update.replace(**values).block("out", *span).tensors["D"]).astype("<f4").tobytes()
+        return rows
+
+    return Dense(D=cast(Any, Lazy((span[1] - span[0], cast(int, columns)), DTYPES["F32"], fetch)), d=None)
 
 
 def _rows(update: Update, span: tuple[int, int]) -> Update:

@@ -20,7 +20,7 @@ from .deciding import CONTROLNET, FAMILY, candidates, denoiser_targets, origin_o
 from .file import rules_at, rules_for
 from .hints import ImageHints, fingerprint, hints_of, still
 from .image_format import kernel_of, mixed_biases
-from .slots import NO_SLOT_FOR_SCALING, encode, rewritten, why_not, without_effect
+from .slots import NO_SLOT_FOR_SCALING, ONE_CHANGE, changes_weight, encode, rewritten, why_not, without_effect
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -225,6 +225,8 @@ def _losses(
                 update_slots = {stored.slot for stored in encode(update, rules)}
                 why = "the module has several updates of the same method" if update_slots & slots else ""
                 slots |= update_slots
+            if not why and sum(map(changes_weight, group)) > 1:
+                why = f"{ONE_CHANGE} updates"
             if why:
                 yield target, why
 
