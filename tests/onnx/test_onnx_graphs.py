@@ -17,7 +17,7 @@ from torch import nn
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
-from adapterkit.errors import NotMergeable, Unsupported
+from adapterkit.errors import NotMergeable, TargetNotFound, Unsupported
 from adapterkit.methods import METHODS
 
 A, B = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((2, 16), (8, 2)))
@@ -627,24 +627,59 @@ def test_a_graph_that_onnxruntime_optimized_before_can_be_optimized_again(tmp_pa
 class Containers(nn.Module):
     """Two layers `q`: torch's older exporter names their nodes `/q/MatMul` and `/q_1/MatMul`."""
 
-    def __init__(self):
+    def __init__(self, bias=True):
         super().__init__()
-        self.down, self.q = nn.ModuleDict({"q": nn.Linear(16, 16)}), nn.Linear(16, 16)
+        self.down, self.q = nn.ModuleDict({"q": nn.Linear(16, 16, bias)}), nn.Linear(16, 16, bias)
 
     def forward(self, x):
         return self.q(self.down["q"](x).tanh())
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("target", ["q", "down.q"])
-def test_a_layer_whose_name_lacks_its_container(target, tmp_path):
+def test_a_layer_whose_name_lacks_its_container(target, bias, tmp_path):
     torch.manual_seed(0)
-    module, x = Containers().eval(), torch.from_numpy(X)
+    module, x = Containers(bias).eval(), torch.from_numpy(X)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(module, (x,), tmp_path / "base.onnx", dynamo=False, input_names=["x"], opset_version=17)
     square = METHODS["lora"](A=A, B=torch.cat([B, -B]), scaling=0.5)
-    ak.onnx.inject(tmp_path / "base.onnx", Adapter({Target(target): (square,)}), tmp_path / "out.onnx")
+    adapter, base = Adapter({Target(target): (square,)}), None
+    if not bias:  # Then only the values of the weights show which layer is which.
+        with pytest.raises(TargetNotFound, match="unclear which is the target"):
+            ak.onnx.inject(tmp_path / "base.onnx", adapter, tmp_path / "out.onnx")
+        base = tmp_path / "base.safetensors"
+        save_file(module.state_dict(), base)
+    ak.onnx.inject(tmp_path / "base.onnx", adapter, tmp_path / "out.onnx", base_weights=base)
     with torch.no_grad():
         module.get_submodule(target).weight += 0.5 * torch.cat([B, -B]) @ A
+        wanted = module(x).numpy()
+    np.testing.assert_allclose(graphs.run(tmp_path / "out.onnx", X), wanted, rtol=1e-4, atol=1e-4)
+
+
+class Numbered(nn.Module):
+    """Two layers `q` and `q_1`, whose nodes have the same names as those of `Containers`."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.q, self.q_1 = nn.Linear(16, 16, bias), nn.Linear(16, 16, bias)
+
+    def forward(self, x):
+        return self.q_1(self.q(x).tanh())
+
+
+@pytest.mark.parametrize(("bias", "targets"), [(True, ["q"]), (True, ["q_1"]), (False, ["q_1"]), (False, ["q", "q_1"])])
+def test_numbered_names_that_the_model_has(bias, targets, tmp_path):
+    torch.manual_seed(0)
+    module, x = Numbered(bias).eval(), torch.from_numpy(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x,), tmp_path / "base.onnx", dynamo=False, input_names=["x"], opset_version=17)
+    square = METHODS["lora"](A=A, B=torch.cat([B, -B]), scaling=0.5)
+    adapter = Adapter({Target(target): (square,) for target in targets})
+    ak.onnx.inject(tmp_path / "base.onnx", adapter, tmp_path / "out.onnx")
+    with torch.no_grad():
+        for target in targets:
+            module.get_submodule(target).weight += 0.5 * torch.cat([B, -B]) @ A
         wanted = module(x).numpy()
     np.testing.assert_allclose(graphs.run(tmp_path / "out.onnx", X), wanted, rtol=1e-4, atol=1e-4)
