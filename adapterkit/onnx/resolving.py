@@ -411,7 +411,10 @@ def _without_unclear(known: Known, adapter: Adapter, model: ir.Model, base: Chec
     if not numbered:
         return known
     shown, unclear = _containers([*nodes_of(model)]), set[str]()
-    numbered_in_graph, targets = NamesByEnd(numbered), NamesByEnd([f"{target.path}.weight" for target in adapter.updates])
+    numbered_in_graph, targets = (
+        NamesByEnd(numbered),
+        NamesByEnd([f"{target.path}.weight" for target in adapter.updates]),
+    )
     for target, updates in adapter.updates.items():
         for plain in numbered_in_graph.of(f"{target.path}.weight"):
             other = numbered[plain]
