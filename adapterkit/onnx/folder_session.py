@@ -24,7 +24,7 @@ from .folders import parts_of, refuse_shared
 from .image_texts import ImageTexts
 from .pretrained_parts import DECODER, ENCODER, FILES, WITH_PAST
 from .reading import loaded
-from .session import PAST, Provider, Session, check_mapping, token_ids, tokens_of
+from .session import PAST, Provider, Session, as_declared, check_mapping, token_ids, tokens_of
 from .slot_values import slotted
 from .vision_language import EMBEDDING, IMAGE_TOKENS, MERGED
 
@@ -252,7 +252,7 @@ class FolderSession:
         first = self._named_token("decoder_start_token_id", "start") if start is None else start
         ends = tokens_of(self._token("eos_token_id") if end is None else end)
         forced = tokens_of(self._token("forced_bos_token_id"))
-        hidden = self.run(ENCODER, given, adapter)["last_hidden_state"]
+        hidden = self.run(ENCODER, as_declared(self.parts[ENCODER], given), adapter)["last_hidden_state"]
         tokens = np.full((len(hidden), 1), first, np.int64)
         more = {"encoder_attention_mask": given.get("attention_mask"), "encoder_hidden_states": hidden}
         past: dict[str, Array] = {}
@@ -262,7 +262,7 @@ class FolderSession:
             feeds = {"input_ids": tokens[:, -1:], **more, **past}
             wanted = self.parts[part].inputs
             inputs_now = {name: array for name in wanted if (array := feeds.get(name)) is not None}
-            outputs = self.run(part, inputs_now, adapter)
+            outputs = self.run(part, as_declared(self.parts[part], inputs_now), adapter)
             past |= {name.replace("present.", PAST, 1): array for name, array in outputs.items() if name != "logits"}
             likely = outputs["logits"][:, -1].argmax(-1)
             if forced and not step:  # mBART and others choose the language of the text by its first token.
