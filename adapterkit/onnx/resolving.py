@@ -52,6 +52,7 @@ from .unblocking import unblock
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from .matching import StoredWeights
     from .tying import Tying
 
 
@@ -228,7 +229,10 @@ def taken(
     if layered.updates:
         lost = _lost(layered, known, config)
         if lost and base is not None:
-            lost = tuple(target for target in lost if not _in_numbers(layered, target, base, spots))
+            from .matching import StoredWeights
+
+            weights = StoredWeights(spots)
+            lost = tuple(target for target in lost if not _in_numbers(layered, target, base, weights))
         elif lost:
             _check_named(layered, lost, spots)
     gone = dict.fromkeys([*away, *refused, *(whole.get(target, target) for target in lost)])
@@ -276,13 +280,13 @@ def _check_apart(sites: Sequence[Site], origins: Sequence[Target]) -> None:
             raise TargetNotFound(why, where=str(origin), cure=cure)
 
 
-def _in_numbers(adapter: Adapter, target: Target, base: Checkpoint, spots: Sequence[Spot]) -> bool:
+def _in_numbers(adapter: Adapter, target: Target, base: Checkpoint, weights: StoredWeights) -> bool:
     from .matching import by_values
 
     alone = adapter.replace(updates={target: adapter.updates[target]})
     missing = TargetNotFound("the base has no weight at this path", where=str(target))
     try:
-        by_values(alone, base, spots, missing)
+        by_values(alone, base, weights, missing)
     except TargetNotFound as error:
         if error is missing or "no layer of the graph has this weight" not in error.why:
             raise
@@ -647,9 +651,9 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
         if base is None:
             cure = f"{error.cure}; to find layers by their values, pass the base: --base-weights DIR (base_weights=)"
             raise TargetNotFound(error.why, where=error.where, cure=cure) from None
-        from .matching import by_values
+        from .matching import StoredWeights, by_values
 
-        known |= by_values(adapter, base, spots, error)
+        known |= by_values(adapter, base, StoredWeights(spots), error)
         return _placed(adapter, known, config)
 
 

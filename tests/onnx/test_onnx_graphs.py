@@ -19,6 +19,7 @@ import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import NotMergeable, TargetNotFound, Unsupported
 from adapterkit.methods import METHODS
+from adapterkit.onnx import matching
 
 A, B = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((2, 16), (8, 2)))
 ADAPTER = Adapter({Target("q"): (METHODS["lora"](A=A, B=B, scaling=0.5),)})
@@ -683,3 +684,26 @@ def test_numbered_names_that_the_model_has(bias, targets, tmp_path):
             module.get_submodule(target).weight += 0.5 * torch.cat([B, -B]) @ A
         wanted = module(x).numpy()
     np.testing.assert_allclose(graphs.run(tmp_path / "out.onnx", X), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["f4", "f2"])
+def test_each_layer_without_a_name_is_compared_with_few_weights(kind, tmp_path, monkeypatch):
+    """Models have thousands of layers: to compare each target with each weight would take hours."""
+    rng, count = np.random.default_rng(0), 40
+    weights = {f"layers.{n}.fc.weight": (rng.normal(size=(16, 16)) / 4).astype("f4") for n in range(count)}
+    stored = [numpy_helper.from_array(W.T.astype(kind), f"onnx::{n}") for n, W in enumerate(weights.values())]
+    nodes = [helper.make_node("MatMul", [f"h{n}", f"onnx::{n}"], [f"h{n + 1}"]) for n in range(count)]
+    dtype = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    x, y = (helper.make_tensor_value_info(name, dtype, ["n", 16]) for name in ("h0", f"h{count}"))
+    made = helper.make_model(helper.make_graph(nodes, "g", [x], [y], stored), ir_version=10)
+    made.opset_import[0].version = 18
+    onnx.save(made, tmp_path / "base.onnx")
+    save_file({name: torch.from_numpy(W) for name, W in weights.items()}, tmp_path / "base.safetensors")
+    calls, distance = [], matching.distance
+    monkeypatch.setattr(matching, "distance", lambda *given: calls.append(given) or distance(*given))
+    B_ = torch.cat([B, -B])
+    adapter = Adapter({Target(name.removesuffix(".weight")): (METHODS["lora"](A=A, B=B_),) for name in weights})
+    found = ak.onnx.plan(tmp_path / "base.onnx", adapter, base_weights=tmp_path / "base.safetensors")
+    assert [place.spots[0].sources[0].name for place in found] == [f"onnx::{n}" for n in range(count)]
+    assert {place.method for place in found} == {"values" if kind == "f4" else "nearest"}
+    assert len(calls) <= 2 * count
