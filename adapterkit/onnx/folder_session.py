@@ -18,12 +18,13 @@ from ..errors import Malformed, TargetNotFound, UsageError, nearest
 from ..io.inputs import read_input
 from ..io.locations import located
 from ..io.ort_adapter import read_ort_adapter
+from ..naming.binding import renamed
 from .building import Array
-from .folders import parts_of
+from .folders import parts_of, refuse_shared
 from .image_texts import ImageTexts
 from .pretrained_parts import DECODER, ENCODER, FILES, WITH_PAST
 from .reading import loaded
-from .session import PAST, Provider, Session, check_mapping, token_ids, tokens_of
+from .session import PAST, Provider, Session, as_declared, check_mapping, token_ids, tokens_of
 from .slot_values import slotted
 from .vision_language import EMBEDDING, IMAGE_TOKENS, MERGED
 
@@ -79,8 +80,9 @@ class FolderSession:
 
     @checks_types
     def load(
-        self, name: str, adapter: Adapter | str | PathLike[str] | None = None, *, base_weights: Base | None = None
-    ) -> None:
+        self, name: str, adapter: Adapter | str | PathLike[str] | None = None, *, rename: str | Sequence[str] = (),
+        base_weights: Base | None = None,
+    ) -> None:  # fmt: skip
         """Load an adapter into all graphs that have slots for its targets.
 
         If an adapter of that name is already loaded, the new adapter replaces it. If an error is raised, the loaded
@@ -90,15 +92,23 @@ class FolderSession:
             name: the name to pass as `adapter` to `run` and `generate`.
             adapter: an adapter, or its path. By default, the files `PART.NAME.onnx_adapter` that `export` wrote to the
                 folder.
+            rename: rules for names that cannot be resolved, as in `adapterkit.merge`; only with `adapter`.
             base_weights: the base's weights, needed for adapter files whose values are computed from the base.
 
         Raises:
-            TargetNotFound: no graph has slots for a target, or the folder has no adapter files of that name.
+            TargetNotFound: no graph has slots for a target, two parts such as `text_encoder` and `text_encoder_2` have
+                slots for it, a rule matches no target, or the folder has no adapter files of that name.
+            UsageError: `rename` is given, but `adapter` is not.
             ShapeMismatch: a tensor does not fit its slot.
             Malformed: a file is damaged.
         """
+        if adapter is None and rename:
+            cure = "Pass the adapter or its path (adapter=)"
+            raise UsageError("rename needs an adapter to rename", path=self._path, cure=cure)
         by_part: Mapping[str, Source] = (
-            self._files(name) if adapter is None else self._parts(loaded(adapter, base_weights)[0])
+            self._files(name)
+            if adapter is None
+            else self._parts(renamed([loaded(adapter, base_weights)[0]], rename)[0])
         )
         before = {key: session._loaded.get(name) for key, session in self.parts.items()}
         try:
@@ -144,7 +154,7 @@ class FolderSession:
         """Return a map from each graph to an adapter with only the updates that have slots in that graph.
 
         Raises:
-            TargetNotFound: no graph has slots for a target.
+            TargetNotFound: no graph has slots for a target, or two parts have slots for it, as in `refuse_shared`.
         """
         by_part: dict[str, Adapter] = {}
         seen: set[Target] = set()
@@ -157,6 +167,7 @@ class FolderSession:
             if slotted_part.updates:
                 by_part[key] = slotted_part
                 seen |= set(slotted_part.updates)
+        refuse_shared({Path(key): each.updates for key, each in by_part.items()})
         lost = [target for target in adapter.updates if target not in seen]
         if lost:
             cure = "To add the slots, inject an adapter that has this target with --mode slots (mode='slots')"
@@ -241,7 +252,7 @@ class FolderSession:
         first = self._named_token("decoder_start_token_id", "start") if start is None else start
         ends = tokens_of(self._token("eos_token_id") if end is None else end)
         forced = tokens_of(self._token("forced_bos_token_id"))
-        hidden = self.run(ENCODER, given, adapter)["last_hidden_state"]
+        hidden = self.run(ENCODER, as_declared(self.parts[ENCODER], given), adapter)["last_hidden_state"]
         tokens = np.full((len(hidden), 1), first, np.int64)
         more = {"encoder_attention_mask": given.get("attention_mask"), "encoder_hidden_states": hidden}
         past: dict[str, Array] = {}
@@ -251,7 +262,7 @@ class FolderSession:
             feeds = {"input_ids": tokens[:, -1:], **more, **past}
             wanted = self.parts[part].inputs
             inputs_now = {name: array for name in wanted if (array := feeds.get(name)) is not None}
-            outputs = self.run(part, inputs_now, adapter)
+            outputs = self.run(part, as_declared(self.parts[part], inputs_now), adapter)
             past |= {name.replace("present.", PAST, 1): array for name, array in outputs.items() if name != "logits"}
             likely = outputs["logits"][:, -1].argmax(-1)
             if forced and not step:  # mBART and others choose the language of the text by its first token.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,10 @@ graph's role, the graph may only have targets with the same role. Targets withou
 
 GENAI = {"decoder": "decoder", "encoder": "encoder", "vision": "vision", "speech": "audio", "embedding": "embedding"}
 """A map from each section of `genai_config.json` to the role of the graph whose file the section names."""
+
+
+_NUMBER = re.compile(r"_\d+$")
+"""Matches the number at the end of a name such as `text_encoder_2`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +239,8 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
     """Split an adapter into one adapter for each graph, with the updates of the targets in that graph.
 
     Raises:
-        TargetNotFound: no graph has any of the targets. Without `allow_partial`, this is also raised if a target is in
+        TargetNotFound: no graph has any of the targets, or graphs of two parts of the model have a target, as in
+            `refuse_shared`. Without `allow_partial`, this is also raised if a target is in
             no graph, or if a graph lacks a target that another variant of the graph has (such as `model_O2.onnx` beside
             `model.onnx`).
         Unsupported: the adapter has new tokens or prefixes, and there are several graphs. This is also raised if a
@@ -260,6 +266,7 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
         seen |= set(kept.updates)
         updates = {**kept.updates, **context_by_target}
         by_part[part.name] = adapter.replace(updates=updates) if updates else None
+    refuse_shared({part.name: each.updates for part in parts if (each := by_part[part.name]) is not None})
     lost = tuple(target for target in rest.updates if target not in seen)
     if lost and (not allow_partial or not seen):
         for part in parts:
@@ -278,6 +285,30 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
         )
         raise TargetNotFound(why, where=str(next(iter(missing))), cure=cure)
     return Division(adapter, by_part, lost, lacking)
+
+
+def refuse_shared(targets_by_part: Mapping[Path, Iterable[Target]]) -> None:
+    """Refuse a target that two parts of a model have if only a number distinguishes the names of these parts.
+
+    SDXL's `text_encoder` and `text_encoder_2` have layers of the same names, so a target without a folder's name would
+    change both. Context updates, such as prompts, are not checked.
+
+    Raises:
+        TargetNotFound: there is such a target.
+    """
+    parts_by_target: dict[Target, list[Path]] = {}
+    for part, targets in targets_by_part.items():
+        for target in targets:
+            parts_by_target.setdefault(target, []).append(part)
+    for target, parts in parts_by_target.items():
+        by_number: dict[str, Path] = {}
+        for part in parts:
+            other = by_number.setdefault(_NUMBER.sub("", part.parts[0] if len(part.parts) > 1 else ""), part)
+            if other.parts[:-1] != part.parts[:-1]:
+                name = f"{other.parts[0]}.{target.path}"
+                why = f"{other.as_posix()} and {part.as_posix()} both have this target"
+                cure = f"Name the part that the adapter changes: --rename {target.path}={name} (rename=)"
+                raise TargetNotFound(why, where=str(target), cure=cure)
 
 
 def _lacking(part: GraphPart, parts: Sequence[GraphPart], by_part: Mapping[Path, Adapter | None]) -> tuple[Target, ...]:

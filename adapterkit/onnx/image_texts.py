@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import ShapeMismatch, UsageError, nearest
 from .building import Array
-from .session import new_name, prompt
+from .session import as_declared, new_name, prompt
 from .vision_language import EMBEDDING, GRID, MERGED, NAMED, TYPES, VISION
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class ImageTexts:
             if done.all():
                 break
             past = {name: outputs[new_name(name)] for name in self._decoder.inputs if new_name(name) in outputs}
-            embedded = run(EMBEDDING, {"input_ids": new})["inputs_embeds"]
+            embedded = run(EMBEDDING, as_declared(self._parts[EMBEDDING], {"input_ids": new}))["inputs_embeds"]
             if types is not None:
                 types = np.concatenate([types, np.full_like(new, CAUSAL)], 1)
             # Positions of shape `[3, batch, length]` give the frame, row and column. A new token has the same value for
@@ -96,7 +96,9 @@ class ImageTexts:
 
     def _merged(self, run: Run) -> Array:
         """Return the embeddings of all tokens; image features replace the embeddings of image tokens."""
-        embedded = run(EMBEDDING, {"input_ids": self.tokens})["inputs_embeds"].copy()
+        embedded = run(EMBEDDING, as_declared(self._parts[EMBEDDING], {"input_ids": self.tokens}))[
+            "inputs_embeds"
+        ].copy()
         marks = self.tokens == self._mark
         features = self._features(run) if "pixel_values" in self._given else np.zeros((0, embedded.shape[-1]))
         if len(features) != marks.sum():

@@ -11,7 +11,7 @@ from ..errors import TargetNotFound, places_errors
 from ..io.checkpoint import opened as opened_base
 from ..io.lazy import as_array
 from ..naming.moves import same_end
-from .matching import nearest
+from .matching import StoredWeights, nearest
 from .model_file import opened
 from .resolved import METHODS, NEAR, Known, Spot, distance
 from .resolving import NUMBERED, OF_MODULES, by_name, plain_call, spots_of, with_several_weights
@@ -77,11 +77,11 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
     spots = spots_of(graph)
     if base is None:
         return _named(spots)
-    known, places = by_name(spots), list[Place]()
+    known, places, weights = by_name(spots), list[Place](), StoredWeights(spots)
     for name, tensor in base.tensors.items():
         # Skip vectors, which are norms and biases.
         if len(tensor.shape) > 1 and tensor.dtype.floating:
-            places.append(_looked_for(name, base, known, spots))
+            places.append(_looked_for(name, base, known, weights))
     seen = {id(spot.node) for place in places for spot in place.spots}
     return [*places, *_named([spot for spot in spots if id(spot.node) not in seen])]
 
@@ -115,7 +115,7 @@ def _best(spot: Spot, several: Container[str]) -> tuple[str | None, str | None]:
     return next(iter([*weights, *scoped]), (None, None))
 
 
-def _looked_for(name: str, base: Checkpoint, known: Known, spots: Sequence[Spot]) -> Place:
+def _looked_for(name: str, base: Checkpoint, known: Known, weights: StoredWeights) -> Place:
     target, W = name.removesuffix(".weight"), as_array(base.tensors[name]).astype("f4")
     exact = next((at for other, at in known.items() if same_end(other, name)), None)
     if exact is not None:
@@ -123,7 +123,7 @@ def _looked_for(name: str, base: Checkpoint, known: Known, spots: Sequence[Spot]
         if far is not None and far <= NEAR:
             return Place(target, tuple(exact[1]), exact[0], 1 - far)
     try:
-        method, same = nearest(W, spots, target)
+        method, same = nearest(W, weights, target)
     except TargetNotFound as error:
         return Place(target, (), None, 0.0, error.why)
     return Place(target, tuple(same), method, 1 - (distance(W, same[0]) or 0.0))

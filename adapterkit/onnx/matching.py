@@ -9,7 +9,7 @@ another checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +34,73 @@ class _Near:
     spot: Spot
 
 
-def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: TargetNotFound) -> Known:
+SAMPLE = 1024
+"""How many elements of a weight are compared first."""
+
+FAR = 0.9
+"""If the relative distance of the compared elements is at least `FAR`, the whole weights are not compared: the distance
+of different weights is about 1.4, and that of a rounded copy is at most `NEAR`."""
+
+
+class StoredWeights:
+    """The weights of a graph's layers, in groups of nodes that share a stored weight and count as one candidate.
+
+    A model may have thousands of layers and as many targets, so each target is compared with a sample of each weight
+    first. The samples are taken once.
+    """
+
+    def __init__(self, spots: Sequence[Spot]) -> None:
+        self.spots = spots
+        self._groups: dict[Any, list[Spot]] = {}
+        for spot in spots:
+            self._groups.setdefault((spot.sources, spot.kind), []).append(spot)
+        self._samples: dict[tuple[int, ...], tuple[list[list[Spot]], Array]] = {}
+
+    def __iter__(self) -> Iterator[list[Spot]]:
+        return iter(self._groups.values())
+
+    def like(self, spot: Spot) -> list[Spot]:
+        """Return the nodes that share a node's stored weight."""
+        return self._groups[spot.sources, spot.kind]
+
+    def near(self, W: Array) -> list[list[Spot]]:
+        """Return the groups whose weights, or transposed weights, may have a distance of less than `FAR` from `W`."""
+        if W.shape not in self._samples:
+            self._samples[W.shape] = self._sampled(W.shape)
+        groups, samples = self._samples[W.shape]
+        own = W[_places(W.shape)]
+        close = np.flatnonzero(np.linalg.norm(samples - own, axis=1) <= FAR * np.linalg.norm(own))
+        return list({id(groups[at]): groups[at] for at in close}.values())
+
+    def _sampled(self, shape: tuple[int, ...]) -> tuple[list[list[Spot]], Array]:
+        groups: list[list[Spot]] = []
+        samples: list[Array] = []
+        places = _places(shape)
+        for group in self:
+            turned = (group[0].shape[1], group[0].shape[0], *group[0].shape[2:])
+            if shape not in (group[0].shape, turned):
+                continue
+            stored = group[0].kind.stored_array(group[0].node)
+            for array in (stored, stored.swapaxes(0, 1)):
+                if array.shape == shape:
+                    groups.append(group)
+                    samples.append(array[places].astype(np.float32))
+        return groups, np.stack(samples) if samples else np.zeros((0, SAMPLE), np.float32)
+
+
+def _places(shape: tuple[int, ...]) -> tuple[Array, ...]:
+    """Return the indices of `SAMPLE` random elements, the same for each weight of a shape."""
+    rng = np.random.default_rng(0)
+    return tuple(rng.integers(0, size, SAMPLE) for size in shape)
+
+
+def by_values(adapter: Adapter, base: Checkpoint, weights: StoredWeights, error: TargetNotFound) -> Known:
     """Find an adapter's targets in a graph by comparing the weights of the graph's layers with the base's weights.
 
     Args:
         adapter: the adapter.
         base: the base's weights.
-        spots: the layers of the graph.
+        weights: the weights of the graph's layers.
         error: the error that the search by name raised. It is raised again if the base lacks a target's weight.
 
     Returns:
@@ -62,13 +122,13 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         path = asked.path if bound.origins.count(asked) == 1 else site.target.path
         name = f"{path}.weight" if site.weight.endswith(".weight") else path
         try:
-            method, matching = nearest(W, spots, str(asked))
+            method, matching = nearest(W, weights, str(asked))
         except TargetNotFound:
             # A layer may store the base weight with a norm or scale folded in. Later, `compare` looks up the base
             # weight by the target's name in the adapter. So accept such a layer only if this name identifies the base
             # weight.
             same = _named(base, names, asked)
-            scaled = _behind_scale(base, site.weight, W, spots) if same == [site.weight] else []
+            scaled = _behind_scale(base, site.weight, W, weights) if same == [site.weight] else []
             if not scaled:
                 raise
             method, matching = "nearest", scaled
@@ -147,24 +207,24 @@ def _twin(base: Checkpoint, name: str, W: Array) -> str | None:
     return next((other for other in same if np.array_equal(_array(base, other), W)), None)
 
 
-def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]:
+def nearest(W: Array, weights: StoredWeights, where: str) -> tuple[str, list[Spot]]:
     """Find the layers that store a weight; return the method that found them, and the layers.
 
     Raises:
         TargetNotFound: no layer stores the weight, or several layers may store it.
     """
-    by_weight = _by_weight(spots)
-    near = [_Near(d, same[0]) for same in by_weight.values() if (d := distance(W, same[0])) is not None]
-    # Sort by distance, because the second nearest decides whether the nearest is unambiguous.
-    near.sort(key=lambda one: one.distance)
-    equal = [one for one in near if one.distance == 0]
-    if equal:
-        return "values", [spot for one in equal for spot in by_weight[one.spot.sources, one.spot.kind]]
-    if packed := _as_rows(W, spots):
-        return "packed", packed
-    second = near[1].distance if len(near) > 1 else float("inf")
-    if near and near[0].distance <= NEAR and second >= APART * near[0].distance:
-        return "nearest", by_weight[near[0].spot.sources, near[0].spot.kind]
+    near: list[_Near] = []
+    second = float("inf")
+    for groups in (weights.near(W), weights):
+        near = _by_distance(W, groups)
+        equal = [one for one in near if one.distance == 0]
+        if equal:
+            return "values", [spot for one in equal for spot in weights.like(one.spot)]
+        if packed := _as_rows(W, weights.spots):
+            return "packed", packed
+        second = near[1].distance if len(near) > 1 else float("inf")
+        if near and near[0].distance <= NEAR and second >= APART * near[0].distance:
+            return "nearest", weights.like(near[0].spot)
     best = f"the nearest weight has a distance of {near[0].distance:.2f}" if near else "no weight has its shape"
     if near and near[0].distance <= NEAR:
         best = f"two weights are about equally near, with distances of {near[0].distance:.3f} and {second:.3f}"
@@ -176,21 +236,20 @@ def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot
     raise TargetNotFound(f"no layer of the graph has this weight: {best}", where=where, cure=cure)
 
 
-def _by_weight(spots: Sequence[Spot]) -> dict[Any, list[Spot]]:
-    """Group the nodes that share a stored weight, because they count as one candidate."""
-    groups: dict[Any, list[Spot]] = {}
-    for spot in spots:
-        groups.setdefault((spot.sources, spot.kind), []).append(spot)
-    return groups
+def _by_distance(W: Array, groups: Iterable[list[Spot]]) -> list[_Near]:
+    """Return the groups' first layers with their distances from `W`, sorted by distance."""
+    near = [_Near(d, same[0]) for same in groups if (d := distance(W, same[0])) is not None]
+    # The second nearest layer decides whether the nearest is unambiguous.
+    return sorted(near, key=lambda one: one.distance)
 
 
-def _behind_scale(base: Checkpoint, name: str, W: Array, spots: Sequence[Spot]) -> list[Spot]:
+def _behind_scale(base: Checkpoint, name: str, W: Array, weights: StoredWeights) -> list[Spot]:
     """Return the nodes that store the base weight `name`, with or without one of the base's norms or scales folded in.
 
     The list is empty if no stored weight is near enough, or if two stored weights are about equally near.
     """
     candidates = []
-    for same in _by_weight(spots).values():
+    for same in weights:
         ways = [distance(W, same[0]), scaled_distance(base, name, same[0])]
         candidates += [(min(d for d in ways if d is not None), same)] if any(d is not None for d in ways) else []
     candidates.sort(key=lambda one: one[0])

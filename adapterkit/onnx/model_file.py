@@ -224,6 +224,7 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> GraphSource:
         if _large(copy):
             cure = "Save the model with external data (onnx_ir.save with external_data=), and pass the file's path"
             raise Unsupported("the model has more than 2 GB in memory, which is too large for one ONNX file", cure=cure)
+        _store_constants(copy)
         return GraphSource(modern(copy, None), None, (), ir.to_proto(copy).SerializeToString())
     path = located(model)
     try:
@@ -233,7 +234,27 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> GraphSource:
         raise storage_error(error, path) from error
     loaded = _parsed(data, path)
     files = checked_data(loaded, path)
+    _store_constants(loaded)
     return GraphSource(modern(loaded, path), path, files, data)
+
+
+def _store_constants(model: ir.Model) -> None:
+    """Turn Constant nodes with external data into initializers, which the rest of this package can read and move."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for node in list(graph):
+            value = (
+                node.attributes.get("value") if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
+            )
+            if value is None or not isinstance(value.value, ir.ExternalTensor):
+                continue
+            old = node.outputs[0]
+            name, old.name = old.name, None
+            tensor = value.value
+            new = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            new.metadata_props.update(old.metadata_props)
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+            graph.register_initializer(new)
 
 
 def _parsed(data: bytes, path: Path) -> ir.Model:

@@ -16,7 +16,7 @@ from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from ..formats._trained import sites_as_trained
 from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
-from ..naming.moves import same_end
+from ..naming.moves import NamesByEnd, same_end
 from .biases import with_base_bias
 from .building import element_type
 from .expert_nodes import GEMMS
@@ -52,6 +52,7 @@ from .unblocking import unblock
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from .matching import StoredWeights
     from .tying import Tying
 
 
@@ -110,7 +111,7 @@ def resolve(
     tying = tying or Tying.of(base, None)
     left = unblock(model, base)
     spots = spots_of(model)
-    known = by_name(spots)
+    known = _without_unclear(by_name(spots), adapter, model, base)
     for target in adapter.updates:
         if elsewhere(target.path, tying.role, known):
             why = f"the graph is the model's {tying.role}, according to its file name, so it does not have this target"
@@ -214,7 +215,7 @@ def taken(
     """
     unblock(model, base)
     spots = spots_of(model)
-    known = by_name(spots)
+    known = _without_unclear(by_name(spots), adapter, model, base)
     whole_adapter, refused = adapter, list[Target]()
     away = tuple(target for target in adapter.updates if elsewhere(target.path, role, known))
     adapter = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in away})
@@ -228,7 +229,10 @@ def taken(
     if layered.updates:
         lost = _lost(layered, known, config)
         if lost and base is not None:
-            lost = tuple(target for target in lost if not _in_numbers(layered, target, base, spots))
+            from .matching import StoredWeights
+
+            weights = StoredWeights(spots)
+            lost = tuple(target for target in lost if not _in_numbers(layered, target, base, weights))
         elif lost:
             _check_named(layered, lost, spots)
     gone = dict.fromkeys([*away, *refused, *(whole.get(target, target) for target in lost)])
@@ -276,13 +280,13 @@ def _check_apart(sites: Sequence[Site], origins: Sequence[Target]) -> None:
             raise TargetNotFound(why, where=str(origin), cure=cure)
 
 
-def _in_numbers(adapter: Adapter, target: Target, base: Checkpoint, spots: Sequence[Spot]) -> bool:
+def _in_numbers(adapter: Adapter, target: Target, base: Checkpoint, weights: StoredWeights) -> bool:
     from .matching import by_values
 
     alone = adapter.replace(updates={target: adapter.updates[target]})
     missing = TargetNotFound("the base has no weight at this path", where=str(target))
     try:
-        by_values(alone, base, spots, missing)
+        by_values(alone, base, weights, missing)
     except TargetNotFound as error:
         if error is missing or "no layer of the graph has this weight" not in error.why:
             raise
@@ -390,6 +394,44 @@ def _numbered(nodes: Sequence[ir.Node]) -> dict[str, str]:
             if shows and len(list(value.uses())) == 1:
                 modules_by_path.setdefault(path, set()).add(module)
     return {path: module for path, modules in modules_by_path.items() if len(modules) == 1 for module in modules}
+
+
+def _without_unclear(known: Known, adapter: Adapter, model: ir.Model, base: Checkpoint | None) -> Known:
+    """Remove names of layers that may belong to another module, so that these layers are found by their values.
+
+    torch's older exporter numbers equal names, which may only be equal because they lack a container: if no parameter
+    has a name, `/q/MatMul` may be `down.q`, and `/q_1/MatMul` may be `q`. But if the adapter also changes `q_1`, these
+    are the modules `q` and `q_1`.
+
+    Raises:
+        TargetNotFound: an update fits both layers, and `base` is None.
+    """
+    numbered: dict[str, str] = {}
+    for name, (method, _) in known.items():
+        plain = _CALL.sub("", name)
+        if plain != name and method == "path" and known.get(plain, ("", []))[0] == "path":
+            numbered.setdefault(plain, name)
+    numbered = {p: name for p, name in numbered.items() if {*known[p][1][0].sources} != {*known[name][1][0].sources}}
+    if not numbered:
+        return known
+    shown, unclear = _containers([*nodes_of(model)]), set[str]()
+    numbered_in_graph, targets = (
+        NamesByEnd(numbered),
+        NamesByEnd([f"{target.path}.weight" for target in adapter.updates]),
+    )
+    for target, updates in adapter.updates.items():
+        for plain in numbered_in_graph.of(f"{target.path}.weight"):
+            other = numbered[plain]
+            named = any(name.removesuffix(".weight") in shown for name in (plain, other)) or targets.of(other)
+            if named or not fits(replace(target, layout="out *in"), updates, known[other][1][0].shape):
+                continue
+            if base is None:
+                nodes = " and ".join(str(known[name][1][0].node.name) for name in (plain, other))
+                why = f"the nodes {nodes} may belong to two modules of this name, so it is unclear which is the target"
+                cure = "Pass the weights that the graph was exported from: --base-weights DIR (base_weights=)"
+                raise TargetNotFound(why, where=str(target), cure=cure)
+            unclear |= {plain, other}
+    return {name: at for name, at in known.items() if name not in unclear}
 
 
 def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
@@ -609,9 +651,9 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
         if base is None:
             cure = f"{error.cure}; to find layers by their values, pass the base: --base-weights DIR (base_weights=)"
             raise TargetNotFound(error.why, where=error.where, cure=cure) from None
-        from .matching import by_values
+        from .matching import StoredWeights, by_values
 
-        known |= by_values(adapter, base, spots, error)
+        known |= by_values(adapter, base, StoredWeights(spots), error)
         return _placed(adapter, known, config)
 
 

@@ -376,7 +376,8 @@ class Session:
         feeds: dict[str, Array] = {"input_ids": tokens}
         done = np.zeros(len(tokens), bool)
         for _ in range(max_new_tokens):
-            outputs = self.run(feeds | self._places(mask, feeds["input_ids"].shape[1]), adapter)
+            feeds |= self._places(mask, feeds["input_ids"].shape[1])
+            outputs = self.run(as_declared(self, feeds), adapter)
             new = outputs["logits"][:, -1].argmax(-1).astype(np.int64)
             new = np.where(done, ends[0] if ends else 0, new)
             tokens = np.concatenate([tokens, new[:, None]], 1)
@@ -512,12 +513,7 @@ class Session:
             cure = nearest(str(name), self.inputs) or f"The inputs are {', '.join(self.inputs)}"
             raise UsageError(f"the model has no input {name!r}", path=self._path, cure=cure)
         kind = kind_of(entry)
-        try:
-            array = np.asarray(given)
-        except (TypeError, ValueError, RuntimeError) as error:  # torch raises TypeError and RuntimeError.
-            why = f"the input is not an array, and cannot be made one ({first_line(error)})"
-            cure = "Pass a numpy array, or a torch tensor that is on the CPU and needs no gradient"
-            raise UsageError(why, path=self._path, where=name, cure=cure) from None
+        array = _as_numpy(name, given, self._path)
         if array.dtype != kind:
             raise UsageError(
                 f"the array has dtype {array.dtype}, but the input has {kind}",
@@ -591,6 +587,20 @@ class Session:
 
     def _placed(self, array: Array) -> OrtValue:
         return _value(array, "cuda" if self.providers[0] == CUDA else "cpu")
+
+
+def as_declared(session: Session, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
+    """Return inputs as arrays. Integers are cast to the integer type of the session's input, such as int32.
+
+    Raises:
+        UsageError: an input is not an array.
+    """
+    types = {name: np.dtype(kind) for name, (kind, _) in session.types.items() if "int" in kind}
+    arrays = {name: _as_numpy(name, given, session._path) for name, given in inputs.items()}
+    return {
+        name: array.astype(types[name]) if name in types and array.dtype.kind in "iu" else array
+        for name, array in arrays.items()
+    }
 
 
 def new_name(name: str) -> str:
@@ -676,6 +686,15 @@ def _slot_values(path: str | PathLike[str]) -> dict[str, Lazy] | None:
         return None
     header = read_header(path)
     return handles(header) if header.metadata.get("format") == KIND["format"] else None
+
+
+def _as_numpy(name: str, given: object, path: Path) -> Array:
+    try:
+        return np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch raises TypeError and RuntimeError.
+        why = f"the input is not an array, and cannot be made one ({first_line(error)})"
+        cure = "Pass a numpy array, or a torch tensor that is on the CPU and needs no gradient"
+        raise UsageError(why, path=path, where=name, cure=cure) from None
 
 
 def _value(array: Array, device: str = "cpu") -> OrtValue:

@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import onnx_graphs as graphs
 import onnxruntime
 import peft
 import pytest
@@ -114,6 +115,20 @@ def t5(tmp_path_factory):
     changed = made(model, ["q", "v", "wi_0", "wo"], home)
     report = ak.onnx.export_pretrained(home / "base", home / "out", adapter=home / "lora", mode="slots")
     return home, changed, report
+
+
+def test_an_encoder_decoder_whose_tokens_are_int32(t5, tmp_path):
+    home, changed, _ = t5
+    folder = shutil.copytree(home / "out", tmp_path / "out")
+    for name in pretrained_parts.FILES[:3]:
+        graphs.with_int32(folder / name)
+    session_ = ak.onnx.FolderSession(folder)
+    session_.load("lora")
+    assert session_.parts["encoder_model.onnx"].types["input_ids"][0] == "int32"
+    for asked in ({"input_ids": TOKENS, "attention_mask": MASK}, {"input_ids": TOKENS.int(), "attention_mask": MASK}):
+        np.testing.assert_array_equal(
+            session_.generate(asked, max_new_tokens=NEW, adapter="lora", end=()), theirs(changed)
+        )
 
 
 def test_an_encoder_decoder_with_slots_writes_what_peft_writes(t5):

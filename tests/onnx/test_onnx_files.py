@@ -327,3 +327,37 @@ def test_arguments_of_other_types_are_refused(session, call):
     with pytest.raises(UsageError) as raised:
         WRONG[call](session)
     assert raised.value.cure
+
+
+@pytest.mark.parametrize("opset", [11, 18])
+@pytest.mark.parametrize("way", ["constant", "slots", "merge"])
+def test_constant_nodes_whose_numbers_are_in_a_data_file(way, opset, tmp_path):
+    """`onnx.save(convert_attribute=True)` also moves the numbers of Constant nodes to the data file."""
+    constants = [
+        helper.make_node("Constant", [], [name], f"{name}_node", value=numpy_helper.from_array(array, name))
+        for name, array in (("q.weight", W), ("b", V[:1]))
+    ]
+    nodes = [
+        *constants,
+        helper.make_node("MatMul", ["x", "q.weight"], ["h"], "/q/MatMul"),
+        helper.make_node("Add", ["h", "b"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 20]) for name in "xy")
+    imports = [helper.make_opsetid("", opset)]
+    made = helper.make_model(helper.make_graph(nodes, "g", [x], [y]), opset_imports=imports, ir_version=8)
+    (tmp_path / "out").mkdir()
+    words = {"save_as_external_data": True, "location": "model.data", "size_threshold": 0, "convert_attribute": True}
+    onnx.save(made, tmp_path / "model.onnx", **words)
+    same(tmp_path / "model.onnx", X @ W + V[:1])
+    adapter, out = lora(), tmp_path / "out" / "model.onnx"
+    if way == "merge":
+        ak.onnx.merge(tmp_path / "model.onnx", adapter, out)
+    else:
+        ak.onnx.inject(tmp_path / "model.onnx", adapter, out, mode=way)
+    wanted = X @ (W + delta(adapter)) + V[:1]
+    if way == "slots":
+        same(out, X @ W + V[:1])
+        got = ak.onnx.Session(out, {"a": adapter}).run({"x": X}, "a")["y"]
+        np.testing.assert_allclose(got, wanted, atol=1e-5 * abs(wanted).max())
+    else:
+        same(out, wanted)

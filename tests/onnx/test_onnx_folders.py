@@ -451,6 +451,24 @@ def test_a_subfolder_of_a_targets_name_is_its_only_place(tmp_path, way):
             x, y = run(out / name)
             got = y if way == "merge" else session.run(name, {"x": x}, "a")["y"]
             np.testing.assert_allclose(got, x @ M.T, rtol=2e-4, atol=2e-5, err_msg=name)
+    path = paths[0].partition(".")[2]
+    bare = both.replace(updates={Target(path): both.updates[Target(paths[0])]})
+    with pytest.raises(TargetNotFound, match=r"text_encoder/model\.onnx and text_encoder_2/model\.onnx both have") as e:
+        getattr(ak.onnx, "merge" if way == "merge" else "inject")(tmp_path / "model", bare, tmp_path / "out")
+    rule = e.value.cure.split()[-2]
+    if way == "merge":
+        assert [*ak.onnx.merge(tmp_path / "model", bare, tmp_path / "out", rename=rule).parts] == [
+            "text_encoder/model.onnx"
+        ]
+        return
+    with pytest.raises(TargetNotFound, match="both have this target"):
+        session.load("a", bare)
+    session.load("a", bare, rename=rule)
+    x = np.ones((2, SIZE), "f4")
+    (update,) = both.updates[Target(paths[0])]
+    for path, M in zip(paths, (W + 0.5 * (update.B @ update.A).numpy(), W), strict=True):
+        got = session.run(f"{path.split('.')[0]}/model.onnx", {"x": x}, "a")["y"]
+        np.testing.assert_allclose(got, x @ M.T, rtol=2e-4, atol=2e-5)
 
 
 def test_an_unchanged_graph_never_reads_a_merged_graphs_new_data(tmp_path):

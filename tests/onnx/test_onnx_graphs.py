@@ -17,8 +17,9 @@ from torch import nn
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
-from adapterkit.errors import NotMergeable, Unsupported
+from adapterkit.errors import NotMergeable, TargetNotFound, Unsupported
 from adapterkit.methods import METHODS
+from adapterkit.onnx import matching
 
 A, B = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((2, 16), (8, 2)))
 ADAPTER = Adapter({Target("q"): (METHODS["lora"](A=A, B=B, scaling=0.5),)})
@@ -627,24 +628,82 @@ def test_a_graph_that_onnxruntime_optimized_before_can_be_optimized_again(tmp_pa
 class Containers(nn.Module):
     """Two layers `q`: torch's older exporter names their nodes `/q/MatMul` and `/q_1/MatMul`."""
 
-    def __init__(self):
+    def __init__(self, bias=True):
         super().__init__()
-        self.down, self.q = nn.ModuleDict({"q": nn.Linear(16, 16)}), nn.Linear(16, 16)
+        self.down, self.q = nn.ModuleDict({"q": nn.Linear(16, 16, bias)}), nn.Linear(16, 16, bias)
 
     def forward(self, x):
         return self.q(self.down["q"](x).tanh())
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("target", ["q", "down.q"])
-def test_a_layer_whose_name_lacks_its_container(target, tmp_path):
+def test_a_layer_whose_name_lacks_its_container(target, bias, tmp_path):
     torch.manual_seed(0)
-    module, x = Containers().eval(), torch.from_numpy(X)
+    module, x = Containers(bias).eval(), torch.from_numpy(X)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(module, (x,), tmp_path / "base.onnx", dynamo=False, input_names=["x"], opset_version=17)
     square = METHODS["lora"](A=A, B=torch.cat([B, -B]), scaling=0.5)
-    ak.onnx.inject(tmp_path / "base.onnx", Adapter({Target(target): (square,)}), tmp_path / "out.onnx")
+    adapter, base = Adapter({Target(target): (square,)}), None
+    if not bias:  # Then only the values of the weights show which layer is which.
+        with pytest.raises(TargetNotFound, match="unclear which is the target"):
+            ak.onnx.inject(tmp_path / "base.onnx", adapter, tmp_path / "out.onnx")
+        base = tmp_path / "base.safetensors"
+        save_file(module.state_dict(), base)
+    ak.onnx.inject(tmp_path / "base.onnx", adapter, tmp_path / "out.onnx", base_weights=base)
     with torch.no_grad():
         module.get_submodule(target).weight += 0.5 * torch.cat([B, -B]) @ A
         wanted = module(x).numpy()
     np.testing.assert_allclose(graphs.run(tmp_path / "out.onnx", X), wanted, rtol=1e-4, atol=1e-4)
+
+
+class Numbered(nn.Module):
+    """Two layers `q` and `q_1`, whose nodes have the same names as those of `Containers`."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.q, self.q_1 = nn.Linear(16, 16, bias), nn.Linear(16, 16, bias)
+
+    def forward(self, x):
+        return self.q_1(self.q(x).tanh())
+
+
+@pytest.mark.parametrize(("bias", "targets"), [(True, ["q"]), (True, ["q_1"]), (False, ["q_1"]), (False, ["q", "q_1"])])
+def test_numbered_names_that_the_model_has(bias, targets, tmp_path):
+    torch.manual_seed(0)
+    module, x = Numbered(bias).eval(), torch.from_numpy(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x,), tmp_path / "base.onnx", dynamo=False, input_names=["x"], opset_version=17)
+    square = METHODS["lora"](A=A, B=torch.cat([B, -B]), scaling=0.5)
+    adapter = Adapter({Target(target): (square,) for target in targets})
+    ak.onnx.inject(tmp_path / "base.onnx", adapter, tmp_path / "out.onnx")
+    with torch.no_grad():
+        for target in targets:
+            module.get_submodule(target).weight += 0.5 * torch.cat([B, -B]) @ A
+        wanted = module(x).numpy()
+    np.testing.assert_allclose(graphs.run(tmp_path / "out.onnx", X), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["f4", "f2"])
+def test_each_layer_without_a_name_is_compared_with_few_weights(kind, tmp_path, monkeypatch):
+    """Models have thousands of layers: to compare each target with each weight would take hours."""
+    rng, count = np.random.default_rng(0), 40
+    weights = {f"layers.{n}.fc.weight": (rng.normal(size=(16, 16)) / 4).astype("f4") for n in range(count)}
+    stored = [numpy_helper.from_array(W.T.astype(kind), f"onnx::{n}") for n, W in enumerate(weights.values())]
+    nodes = [helper.make_node("MatMul", [f"h{n}", f"onnx::{n}"], [f"h{n + 1}"]) for n in range(count)]
+    dtype = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    x, y = (helper.make_tensor_value_info(name, dtype, ["n", 16]) for name in ("h0", f"h{count}"))
+    made = helper.make_model(helper.make_graph(nodes, "g", [x], [y], stored), ir_version=10)
+    made.opset_import[0].version = 18
+    onnx.save(made, tmp_path / "base.onnx")
+    save_file({name: torch.from_numpy(W) for name, W in weights.items()}, tmp_path / "base.safetensors")
+    calls, distance = [], matching.distance
+    monkeypatch.setattr(matching, "distance", lambda *given: calls.append(given) or distance(*given))
+    B_ = torch.cat([B, -B])
+    adapter = Adapter({Target(name.removesuffix(".weight")): (METHODS["lora"](A=A, B=B_),) for name in weights})
+    found = ak.onnx.plan(tmp_path / "base.onnx", adapter, base_weights=tmp_path / "base.safetensors")
+    assert [place.spots[0].sources[0].name for place in found] == [f"onnx::{n}" for n in range(count)]
+    assert {place.method for place in found} == {"values" if kind == "f4" else "nearest"}
+    assert len(calls) <= 2 * count

@@ -1,6 +1,7 @@
 """Exports of language models that read images: they write what transformers and PEFT do, and are called as they are."""
 
 import numpy as np
+import onnx_graphs as graphs
 import peft
 import pytest
 import torch
@@ -184,6 +185,9 @@ def test_a_folder_writes_what_peft_writes(kind, tmp_path):
     assert len(written) > 2
     if kind is qwen3_vl:
         refused(session, feeds)
+        graphs.with_int32(tmp_path / "out" / "embed_tokens.onnx")
+        got = ak.onnx.FolderSession(tmp_path / "out").generate(feeds, max_new_tokens=5, end=())
+        np.testing.assert_array_equal(got, wanted)
     # A text without an image.
     ids = torch.tensor([[5, 9, 33]])
     types = {"token_type_ids": torch.zeros_like(ids)} if "token_type_ids" in inputs else {}

@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import onnx
+import onnx_graphs as graphs
 import peft
 import pytest
 import torch
@@ -175,8 +176,12 @@ def kernel():
     return np.random.default_rng(1).normal(size=(WIDTH, 1, 3)).astype("f4")
 
 
-def test_a_state_of_a_convolution(tmp_path):
-    session, wanted = ak.onnx.Session(graph_of_a_state(tmp_path / "model.onnx")), [5, 9, 2]
+@pytest.mark.parametrize("tokens", ["int64", "int32"])
+def test_a_state_of_a_convolution(tokens, tmp_path):
+    path, wanted = graph_of_a_state(tmp_path / "model.onnx"), [5, 9, 2]
+    if tokens == "int32":
+        graphs.with_int32(path)
+    session = ak.onnx.Session(path)
     E, K = weights()["embed"].astype("f8"), kernel()[:, 0].astype("f8")
     for _ in range(NEW):
         x = np.concatenate([np.zeros((2, WIDTH)), E[wanted]])[-3:]

@@ -112,3 +112,19 @@ def in_steps(session, ids, cuts, mask, positions, heads, width):
         past = {name: told[name.replace("past_key_values", "present")] for name in past}
         got.append(torch.tensor(told["logits"]))
     return torch.cat(got, 1)
+
+
+def with_int32(path):
+    """Change a graph's int64 inputs to int32, which some exporters write."""
+    model = onnx.load(path)
+    casts = []
+    for entry in model.graph.input:
+        if entry.type.tensor_type.elem_type == TensorProto.INT64:
+            entry.type.tensor_type.elem_type = TensorProto.INT32
+            for node in model.graph.node:
+                node.input[:] = [f"{name}.int64" if name == entry.name else name for name in node.input]
+            casts.append(helper.make_node("Cast", [entry.name], [f"{entry.name}.int64"], to=TensorProto.INT64))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, path)
