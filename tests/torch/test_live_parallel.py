@@ -134,6 +134,31 @@ def first_fsdp(method, rank):
     close(model(X), one(X))
 
 
+def lora_fa(rank, first):
+    """LoRA-FA under FSDP2; accelerate puts sharded parameters into an optimizer that was made before."""
+    one, model = Block(), Block()
+    alone, handle = (ak.torch.inject(each, made("lora"), trainable=True) for each in (one, model))
+    before = dict(model.named_parameters())
+    optimizer = ak.torch.LoRAFA(handle, lr=0.05) if first else None
+    fully_shard(model)
+    if optimizer is None:
+        optimizer = ak.torch.LoRAFA(handle, lr=0.05)
+    else:
+        sharded = {id(parameter): model.get_parameter(name) for name, parameter in before.items()}
+        for group in optimizer.param_groups:
+            group["params"] = [sharded[id(parameter)] for parameter in group["params"]]
+    for each, step, x in (
+        (one, ak.torch.LoRAFA(alone, lr=0.05), X),
+        (model, optimizer, X[3 * rank : 3 * rank + 3]),
+    ):
+        for _ in range(3):
+            each(x).square().mean().backward()
+            step.step()
+            step.zero_grad()
+    for got, wanted in zip(values(handle), values(alone), strict=True):
+        close(got, wanted)
+
+
 def planned(rank, folder):
     """Layers of transformers' `tp_plan`, closures that spread their input: refused by name, and right once merged."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
@@ -192,6 +217,7 @@ def work(rank, file):
         first_fsdp(method, rank)
     for first in (False, True):
         routed(first)
+        lora_fa(rank, first)
     planned(rank, file.parent / "model")
     torch.distributed.destroy_process_group()
 
