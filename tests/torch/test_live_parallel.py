@@ -5,6 +5,7 @@ read back, `merge_`.
 """
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,6 +160,32 @@ def lora_fa(rank, first):
         close(got, wanted)
 
 
+def emptied(rank, method, choice):
+    """accelerate's preparation for FSDP2, which empties all parameters and loads them again from the first process."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    one, model = Block(), Block()
+    alone, handle = (ak.torch.inject(each, made(method), trainable=True) for each in (one, model))
+    handle.checkpoint = choice
+    if rank:
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=100, cpu_ram_efficient_loading=True
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=not rank,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    model = fsdp2_prepare_model(accelerator, model)
+    train(model, handle, X[3 * rank : 3 * rank + 3])
+    train(one, alone)
+    close(model(X), one(X))
+    for got, wanted in zip(values(handle), values(alone), strict=True):
+        close(got, wanted)
+
+
 def planned(rank, folder):
     """Layers of transformers' `tp_plan`, closures that spread their input: refused by name, and right once merged."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
@@ -218,6 +245,8 @@ def work(rank, file):
     for first in (False, True):
         routed(first)
         lora_fa(rank, first)
+    for method, choice in (("lora", "base"), ("vera", "all"), ("dora", "adapter")):
+        emptied(rank, method, choice)
     planned(rank, file.parent / "model")
     torch.distributed.destroy_process_group()
 
