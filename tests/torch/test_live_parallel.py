@@ -186,6 +186,30 @@ def emptied(rank, method, choice):
         close(got, wanted)
 
 
+def units(rank, method):
+    """Every block and the embedding are units of FSDP2, as in accelerate; the adapter is used outside of its unit."""
+    runs, ids = [], torch.arange(24).reshape(4, 6) % 32
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+        fresh = ak.torch.create(model, method, rank=2)
+        generator = torch.Generator().manual_seed(4)
+        adapter = fresh.replace(updates={t: tuple(moved(u, generator) for u in us) for t, us in fresh.updates.items()})
+        handle = ak.torch.inject(model, adapter, trainable=True)
+        if sharded:
+            for each in (*model.model.layers, model.model.embed_tokens, model):
+                fully_shard(each)
+        mine = ids[2 * rank : 2 * rank + 2] if sharded else ids
+        optimizer = torch.optim.SGD(handle.parameters(), lr=1.0)
+        for _ in range(3):
+            model(input_ids=mine, labels=mine).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(values(handle))
+    for got, wanted in zip(*runs, strict=True):
+        close(got, wanted)
+
+
 def planned(rank, folder):
     """Layers of transformers' `tp_plan`, closures that spread their input: refused by name, and right once merged."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
@@ -247,6 +271,8 @@ def work(rank, file):
         lora_fa(rank, first)
     for method, choice in (("lora", "base"), ("vera", "all"), ("dora", "adapter")):
         emptied(rank, method, choice)
+    for method in ("prompt", "prefix", "vblora"):
+        units(rank, method)
     planned(rank, file.parent / "model")
     torch.distributed.destroy_process_group()
 
