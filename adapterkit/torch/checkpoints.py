@@ -13,13 +13,16 @@ attached adapter that has the same name. An adapter's tensors include its buffer
 part), because buffers may depend on data, and a resumed run must compute with the same buffers. If the state dict has
 no tensor of the base, the base keeps its values, and strict loading raises no error.
 
-Two packages of torch read state dicts, and need more tensors than `handle.checkpoint` selects. The state dict hooks of
-this file recognise these readers by their frames on the call stack, because nothing else identifies them:
+Three tools read state dicts, and need other tensors than `handle.checkpoint` selects. The state dict hooks of this file
+recognise these readers by their frames on the call stack, because nothing else identifies them:
 
 * `torch.distributed.pipelining` looks up the parameters of a traced model in its state dict, and fails if one is
   missing. So the state dict for this reader also contains the adapters' parameters.
 * `torch.distributed.checkpoint` with `ignore_frozen_params=True` removes each frozen parameter from the state dict,
   and fails if a frozen parameter is missing. So the state dict for this reader also contains the frozen parameters.
+* accelerate's preparation for FSDP2 with `cpu_ram_efficient_loading` empties all parameters, and loads them again from
+  the state dict. So the state dict for this reader contains all parameters. It contains no buffer of an adapter,
+  because accelerate keeps non-persistent buffers itself, and fails if a tensor is not sharded.
 
 The hooks are top-level functions of this file, so they survive `deepcopy` and `pickle` of the model.
 """
@@ -83,8 +86,8 @@ def _save(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metada
     for handle in handles:
         handle._watch.reclaim()
     live = any(isinstance(tensor, nn.Parameter) for tensor in state_dict.values())  # state_dict(keep_vars=True)
-    wanted = _without_frozen(handles, live)
-    if any(handle.checkpoint == "adapter" for handle in handles):
+    wanted, emptied = _without_frozen(handles, live), _is_emptied()
+    if not emptied and any(handle.checkpoint == "adapter" for handle in handles):
         # With `ignore_frozen_params`, torch removes the base's frozen parameters later, and fails if one is missing. So
         # keep them here.
         frozen = (name for name, p in module.named_parameters() if not p.requires_grad and not is_leaf_name(name))
@@ -97,7 +100,7 @@ def _save(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metada
         for leaf in handle._leaves:
             trains = isinstance(leaf.tensor, nn.Parameter)
             lost = trains and (traced or (wanted and not leaf.tensor.requires_grad))
-            if handle.checkpoint != "base" or lost:
+            if trains if emptied else handle.checkpoint != "base" or lost:
                 state_dict[prefix + _key(paths, leaf)] = leaf.tensor if live else leaf.tensor.detach()
 
 
@@ -118,6 +121,11 @@ def _without_frozen(handles: Iterable[Saved], live: bool) -> bool:
                 stacklevel=2,
             )
     return True
+
+
+def _is_emptied() -> bool:
+    """Whether accelerate empties all parameters, and loads them again from the state dict, to prepare FSDP2."""
+    return _reader("accelerate.utils.fsdp_utils", "fsdp2_prepare_model") is not None
 
 
 def _reader(module: str, function: str) -> FrameType | None:
@@ -148,6 +156,8 @@ def _load(
     paths = _paths(module)
     leaves = {prefix + _key(paths, leaf): leaf for handle in module.__dict__[HANDLES] for leaf in handle._leaves}
     tensors = {key: leaf.tensor for key, leaf in leaves.items()}
+    if _is_emptied():
+        tensors = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
     loaded = {key: state_dict.pop(key) for key in mine}
     names = {_adapter(key) for key in mine}
     problems = [

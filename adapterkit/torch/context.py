@@ -268,7 +268,7 @@ class ContextPart:
     @property
     def updates(self) -> tuple[ContextUpdate, ...]:
         """The updates, with the tensors that the model holds now."""
-        updates: Any = self.bound.updates
+        updates: Any = self.bound.running
         return cast("tuple[ContextUpdate, ...]", updates)
 
 

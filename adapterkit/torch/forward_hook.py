@@ -113,6 +113,7 @@ class ForwardHook:
         if isinstance(part, ContextPart):
             self.contexts = [*self.contexts, part]
         else:
+            part.bound.used_in(self.module)
             # Compute the rank now, so that compiled code need not check in each forward whether the rank is known.
             rank = rank_of(part, self.layer) if self.layer is not None and part.direct else 0
             # Build new objects and set the parts last, because other threads may be in a forward with the old objects.

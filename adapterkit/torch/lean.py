@@ -34,6 +34,7 @@ from torch.nn import functional
 from ..core.updates import Update
 from .layers import TorchLayer
 from .scopes import Scope
+from .sharding import is_sharded
 
 if TYPE_CHECKING:
     from .parts import Part
@@ -420,8 +421,10 @@ class LeanPlan:
         self.scope, self.part, self.usable = scope, part, False
         if part is None or layer is None:
             return
-        self.updates: tuple[Update, ...] = part.updates
+        self.updates: tuple[Update, ...] = part.bound.updates
         update: Any = self.updates[0]
+        if any(map(is_sharded, update.tensors.values())):
+            return
         W: Any = layer.module._parameters.get("weight")
         self.update, self.W, self.module, self.shape = update, W, layer.module, layer.shape
         with torch.no_grad():

@@ -25,7 +25,7 @@ with a module above the offloaded modules.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from ..core.updates import Update
 from ..errors import Unsupported
-from .sharding import put, spread
+from .sharding import gathered_for_forward, put, spread
 
 if TYPE_CHECKING:
     from torch.nn.modules.module import _IncompatibleKeys
@@ -206,6 +206,7 @@ class LiveUpdates:
     def __init__(self, updates: Sequence[Update], leaves: Sequence[dict[str, Leaf]] | None = None) -> None:
         self._updates, self.leaves = tuple(updates), tuple(leaves or [{} for _ in updates])
         self._seen = self._flat()
+        self._outside: tuple[Collection[str], ...] = self.leaves
 
     def _flat(self) -> tuple[tuple[Leaf, object], ...]:
         """Return each leaf, paired with its tensor in `_updates`."""
@@ -239,6 +240,25 @@ class LiveUpdates:
             self._updates = updates
             self._seen = self._flat()
         return updates
+
+    def used_in(self, module: nn.Module) -> None:
+        """Note which tensors are held outside of the module that computes with the updates; see `running`."""
+        inside = set(map(id, module.modules()))
+        self._outside = tuple(
+            [name for name, leaf in leaves.items() if id(leaf.module) not in inside] for leaves in self.leaves
+        )
+
+    @property
+    def running(self) -> tuple[Update, ...]:
+        """The updates to compute a forward with.
+
+        These are the same as `updates`, but sharded tensors are gathered if they are held outside of the module that
+        computes with them. Without a call of `used_in`, all tensors count as outside.
+        """
+        updates = self.updates
+        if updates is self._updates:  # Tensors that are kept are whole, or replicated in every process.
+            return updates
+        return tuple(map(gathered_for_forward, updates, self._outside))
 
 
 _KEPT = (Tensor, nn.Parameter)

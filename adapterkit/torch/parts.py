@@ -397,10 +397,11 @@ class Part:
     @property
     def updates(self) -> tuple[Update, ...]:
         """The updates with the tensors that the model holds now."""
-        return self.bound.updates
+        return self.bound.running
 
     @property
     def foldable(self) -> bool:
         """Whether all updates, including their changes of the bias, can be written into the module's parameters."""
-        kinds = all(update.kind in ("additive", "weight") for update in self.updates)
-        return kinds and (self.bias is not None or not any(u.changes_bias and u.needs_bias for u in self.updates))
+        updates = self.bound.updates
+        kinds = all(update.kind in ("additive", "weight") for update in updates)
+        return kinds and (self.bias is not None or not any(u.changes_bias and u.needs_bias for u in updates))

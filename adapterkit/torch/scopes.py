@@ -247,6 +247,9 @@ class Recall:
         self._token = SETTINGS.token
         seen = self._seen[torch.is_grad_enabled()]
         if (scope, states) not in seen:
+            # Without checkpointing, no recomputation ever clears the list. So keep only the latest scopes: otherwise, a
+            # training that uses another route in each step would take quadratic time.
+            del seen[: max(0, len(seen) - _KEPT + 1)]
             seen.append((scope, states))
         return scope
 
@@ -268,6 +271,9 @@ class Recall:
         why = "a checkpointed block is recomputed, but forwards with several routes or switches ran before backward()"
         raise Unsupported(why, cure="Call backward() inside the `with` of its forward, or after each forward")
 
+
+_KEPT = 16
+"""The number of scopes that `Recall` remembers. It must be more than 1: a single scope is taken for the only one."""
 
 States = tuple[tuple[Switch, float, bool], ...]
 """For each adapter, a tuple of its switch, its weight, and the value of `switch.active`."""

@@ -7,7 +7,7 @@ this process's shard as attributes of the parameter. Before a module's forward, 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -34,6 +34,36 @@ def gathered(update: Update) -> Update:
     """Return the update with whole tensors in place of DTensors; see `whole`."""
     take: Any = whole
     return update.map(take) if any(map(is_sharded, update.tensors.values())) else update
+
+
+def gathered_for_forward(update: Update, names: Collection[str]) -> Update:
+    """Return the update with whole tensors under `names`, if they are sharded; see `_gathered_with_gradient`."""
+    tensors: dict[str, Any] = update.tensors
+    whole_tensors = {
+        name: _gathered_with_gradient(tensor) for name, tensor in tensors.items() if name in names and _is_split(tensor)
+    }
+    return update.replace(**whole_tensors) if whole_tensors else update
+
+
+def _is_split(leaf: object) -> bool:
+    """Whether a tensor is a DTensor of which this process holds only a part."""
+    return is_sharded(leaf) and any(each.is_shard() for each in cast(Any, leaf).placements)
+
+
+def _gathered_with_gradient(tensor: Tensor) -> Tensor:
+    """Return the whole tensor. Its gradient is averaged over the processes, as FSDP2 averages gradients.
+
+    FSDP2 gathers a parameter only while the unit that holds the parameter runs. But a context, or a tensor that several
+    blocks share, is used outside of this unit if the embedding is a unit, as in accelerate's FSDP2.
+    """
+    from torch.distributed.tensor import Partial
+
+    mesh = cast(Any, tensor).device_mesh
+    out: Any = cast(Any, tensor).full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if out.requires_grad:
+        out.register_hook(lambda grad: grad / mesh.size())
+    gathered_tensor: Tensor = out
+    return gathered_tensor
 
 
 def is_sharded(leaf: object) -> bool:

@@ -11,7 +11,9 @@ tensors the state dict contains.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +27,7 @@ from ..errors import UsageError
 from ..methods.lora import LoRA
 from ..writing import write
 from .handle import Handle
+from .sharding import constants_on_every_process, is_sharded, whole
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -138,28 +141,38 @@ class LoRAFA(torch.optim.Optimizer):
         if other is not None or not any(True for _ in handle.parameters()):
             why = f"{other} is not LoRA" if other is not None else "the adapter has no trained tensors"
             raise UsageError(why, where=handle.name, cure="Inject a lora adapter with trainable=True")
-        # A map from each B to its A and scaling. Tensors as keys are compared by identity, as in an optimizer's state.
-        self._pairs: dict[Tensor, tuple[Tensor, float]] = {}
+        self._handle: weakref.ref[Handle] | None = weakref.ref(handle)
+        self._pairs = _pairs_of(handle)
         trained: list[Tensor] = []
         for update in updates:
             assert isinstance(update, LoRA)
-            update.A.requires_grad_(False)
-            self._pairs[update.B] = update.A, update.scaling
             trained += [update.B, *([] if update.bias is None else [update.bias])]
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(list(dict.fromkeys(trained)), settings)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch copies and pickles only its own attributes of an optimizer.
-        return {**super().__getstate__(), "_pairs": self._pairs}
+        return {**super().__getstate__(), "_pairs": self._pairs, "_handle": None}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one optimizer step. Return the result of `closure`, or None if there is no closure."""
+        """Take one optimizer step. Return the result of `closure`, or None if there is no closure.
+
+        Raises:
+            UsageError: another tool replaced the adapter's tensors after this optimizer was copied or unpickled.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        if any(id(B) not in held for B in self._pairs):
+            # Under FSDP2, accelerate's `prepare` replaces the parameters in the optimizer by sharded ones.
+            handle = None if self._handle is None else self._handle()
+            if handle is None:
+                why = "the optimizer no longer holds the tensors B that it was made for"
+                raise UsageError(why, where="LoRAFA", cure="Make a new LoRAFA from the handle")
+            self._pairs = _pairs_of(handle)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -185,9 +198,24 @@ class LoRAFA(torch.optim.Optimizer):
 
     @staticmethod
     def _projected(grad: Tensor, A: Tensor, scaling: float) -> Tensor:
+        A = whole(A)  # In each process, if A is sharded.
         # Stacked experts have one A and one B each: `[e, r, in]` and `[e, out, r]`. A convolution has A `[r, in, *k]`.
         flat = (A if grad.ndim == 3 else A.flatten(1)).float()
         square = flat @ flat.mT
         inverse: Tensor = torch.linalg.pinv(square + 1e-8 * torch.eye(square.shape[-1], device=square.device))
-        out: Tensor = ((grad.float() @ inverse) / scaling**2).to(grad.dtype)
+        with constants_on_every_process() if is_sharded(grad) else nullcontext():
+            out: Tensor = ((grad.float() @ inverse) / scaling**2).to(grad.dtype)
         return out
+
+
+def _pairs_of(handle: Handle) -> dict[Tensor, tuple[Tensor, float]]:
+    """Return a map from each B of a LoRA to its A and scaling, and freeze each A.
+
+    Tensors as keys are compared by identity, as in an optimizer's state.
+    """
+    pairs: dict[Tensor, tuple[Tensor, float]] = {}
+    for _, update in handle._adapter:
+        if isinstance(update, LoRA):
+            update.A.requires_grad_(False)
+            pairs[update.B] = update.A, update.scaling
+    return pairs

@@ -5,6 +5,7 @@ read back, `merge_`.
 """
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,6 +135,81 @@ def first_fsdp(method, rank):
     close(model(X), one(X))
 
 
+def lora_fa(rank, first):
+    """LoRA-FA under FSDP2; accelerate puts sharded parameters into an optimizer that was made before."""
+    one, model = Block(), Block()
+    alone, handle = (ak.torch.inject(each, made("lora"), trainable=True) for each in (one, model))
+    before = dict(model.named_parameters())
+    optimizer = ak.torch.LoRAFA(handle, lr=0.05) if first else None
+    fully_shard(model)
+    if optimizer is None:
+        optimizer = ak.torch.LoRAFA(handle, lr=0.05)
+    else:
+        sharded = {id(parameter): model.get_parameter(name) for name, parameter in before.items()}
+        for group in optimizer.param_groups:
+            group["params"] = [sharded[id(parameter)] for parameter in group["params"]]
+    for each, step, x in (
+        (one, ak.torch.LoRAFA(alone, lr=0.05), X),
+        (model, optimizer, X[3 * rank : 3 * rank + 3]),
+    ):
+        for _ in range(3):
+            each(x).square().mean().backward()
+            step.step()
+            step.zero_grad()
+    for got, wanted in zip(values(handle), values(alone), strict=True):
+        close(got, wanted)
+
+
+def emptied(rank, method, choice):
+    """accelerate's preparation for FSDP2, which empties all parameters and loads them again from the first process."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    one, model = Block(), Block()
+    alone, handle = (ak.torch.inject(each, made(method), trainable=True) for each in (one, model))
+    handle.checkpoint = choice
+    if rank:
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=100, cpu_ram_efficient_loading=True
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=not rank,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    model = fsdp2_prepare_model(accelerator, model)
+    train(model, handle, X[3 * rank : 3 * rank + 3])
+    train(one, alone)
+    close(model(X), one(X))
+    for got, wanted in zip(values(handle), values(alone), strict=True):
+        close(got, wanted)
+
+
+def units(rank, method):
+    """Every block and the embedding are units of FSDP2, as in accelerate; the adapter is used outside of its unit."""
+    runs, ids = [], torch.arange(24).reshape(4, 6) % 32
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+        fresh = ak.torch.create(model, method, rank=2)
+        generator = torch.Generator().manual_seed(4)
+        adapter = fresh.replace(updates={t: tuple(moved(u, generator) for u in us) for t, us in fresh.updates.items()})
+        handle = ak.torch.inject(model, adapter, trainable=True)
+        if sharded:
+            for each in (*model.model.layers, model.model.embed_tokens, model):
+                fully_shard(each)
+        mine = ids[2 * rank : 2 * rank + 2] if sharded else ids
+        optimizer = torch.optim.SGD(handle.parameters(), lr=1.0)
+        for _ in range(3):
+            model(input_ids=mine, labels=mine).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(values(handle))
+    for got, wanted in zip(*runs, strict=True):
+        close(got, wanted)
+
+
 def planned(rank, folder):
     """Layers of transformers' `tp_plan`, closures that spread their input: refused by name, and right once merged."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
@@ -192,6 +268,11 @@ def work(rank, file):
         first_fsdp(method, rank)
     for first in (False, True):
         routed(first)
+        lora_fa(rank, first)
+    for method, choice in (("lora", "base"), ("vera", "all"), ("dora", "adapter")):
+        emptied(rank, method, choice)
+    for method in ("prompt", "prefix", "vblora"):
+        units(rank, method)
     planned(rank, file.parent / "model")
     torch.distributed.destroy_process_group()
 

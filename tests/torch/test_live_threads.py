@@ -1,7 +1,10 @@
 """Many threads with one model: routes and switches of their own, and no thread sees another's weights."""
 
 import asyncio
+import gc
+import itertools
 import threading
+import weakref
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError, Unsupported
 from adapterkit.methods import METHODS
+from adapterkit.torch.scopes import current
 
 THREADS, ROUNDS = 8, 5
 
@@ -205,6 +209,26 @@ def test_a_recomputed_block_runs_as_it_ran_first(reentrant):
         other = model(x).sum()
     with pytest.raises(Unsupported, match="recomputed"):
         (one + other).backward()
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_routes_of_earlier_steps_are_freed(gradients):
+    """A training with another route in each step keeps few routes, and its steps do not become slower."""
+    model, x = nn.Sequential(nn.Linear(16, 8)), torch.randn(6, 16)
+    adapter = ak.torch.create(model, "lora", targets=["0"], rank=2)
+    for name in ("a", "b"):
+        ak.torch.inject(model, adapter, name=name, trainable=True)
+    seen = []
+    with torch.set_grad_enabled(gradients):
+        for names in itertools.product("ab", repeat=6):
+            with ak.torch.route(model, names):
+                seen += map(weakref.ref, current().routes.values())
+                y = model(x).sum()
+            if gradients:
+                y.backward()
+    assert len(seen) == 64
+    gc.collect()
+    assert sum(each() is not None for each in seen) < 20
 
 
 @torch.no_grad()
