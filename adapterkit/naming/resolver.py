@@ -680,9 +680,9 @@ def ends(template: str, base: Names) -> set[tuple[str, str]]:
             off = "".join(f"{word}." for word in words[:cut])
             # If no prefix is added, allow the change to remove a number: the base may be a single layer of a model.
             whole = cut <= keep or not on
-            if whole and "#" not in on and (not on or not off or exchangeable(off, on)):
-                # Without a layer number, the common ending can be a word such as `dense`, which the modules of several
-                # heads have: `lm_head.dense` is not `pooler.dense`.
-                if "#" in end or related(off, on):
-                    pairs.add((off, on))
+            # Without a layer number, the common ending can be a word such as `dense`, which modules of several heads
+            # have: `lm_head.dense` is not `pooler.dense`.
+            likely = "#" in end or related(off, on)
+            if whole and "#" not in on and likely and (not on or not off or exchangeable(off, on)):
+                pairs.add((off, on))
     return pairs
