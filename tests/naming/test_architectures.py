@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adapterkit.core.adapter import Adapter, Target
-from adapterkit.errors import Malformed
+from adapterkit.errors import Malformed, TargetNotFound
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.naming import architectures
@@ -196,6 +196,17 @@ def test_a_family_that_nothing_names_takes_one_file_and_no_code(tmp_path, monkey
 )
 def test_what_is_stored_with_inputs_first_is_told_by_the_files(model_type, path, turned):
     assert stored_in_out(path, {"model_type": model_type}) is turned
+
+
+def test_a_projection_whose_parts_have_no_fixed_ratio_is_not_divided():
+    """lara_mini fuses queries to decays in one weight; `1 of 26` was the ratio of a tiny model alone."""
+    update = LoRA(A=from_numpy(np.zeros((1, 32), "f4")), B=from_numpy(np.zeros((104, 1), "f4")))
+    layer = "model.layers.0.linear_attn."
+    rows = {"qkv": 64, "z": 32, "b": 4, "a": 4}
+    shapes = {f"{layer}in_proj_{part}.weight": (count, 32) for part, count in rows.items()}
+    adapter = Adapter({Target(f"{layer}in_proj"): (update,)})
+    with pytest.raises(TargetNotFound, match="in_proj"):
+        find_sites(adapter, shapes, partial=False, config={"model_type": "lara_mini"})
 
 
 def test_every_weight_of_a_tools_naming_is_one_of_its_families():
