@@ -313,6 +313,13 @@ def exchangeable(off: str, on: str) -> bool:
     return not any(one and other and one.isdisjoint(other) for one, other in zip(kinds[::2], kinds[1::2], strict=True))
 
 
+def related(off: str, on: str) -> bool:
+    """Whether two prefixes share a word or name the same part, or one has no words except `model` and `transformer`."""
+    ours, theirs = ({*prefix.split(".")} - {"", "model", "transformer"} for prefix in (off, on))
+    alike = any(parts_of(kind, off) & parts_of(kind, on) for kind in _KINDS)
+    return not ours or not theirs or alike or not ours.isdisjoint(theirs)
+
+
 def keeps_parts(off: str, on: str) -> bool:
     """Whether the change of prefix from `off` to `on` adds no words, or drops at most `model` and `transformer`."""
     ours, theirs = off.split(".")[:-1], on.split(".")[:-1]

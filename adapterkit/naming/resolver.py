@@ -28,6 +28,7 @@ from .moves import (
     modalities_of,
     part_of,
     parts_of,
+    related,
     swap,
     template_of,
 )
@@ -666,7 +667,8 @@ def ends(template: str, base: Names) -> set[tuple[str, str]]:
     """Return the changes of prefix, as (removed, added), that turn a template into a template of the base.
 
     A change adds no layer number, and keeps the word before the first number. So it renames the modules around
-    `layers.#`, but not `layers` itself. A change that only removes a prefix may also remove `layers.#`.
+    `layers.#`, but not `layers` itself. A change that only removes a prefix may also remove `layers.#`. If the rest of
+    the template has no layer number, the two prefixes must be `related`.
     """
     words = template.split(".")
     keep = max(words.index("#") - 1 if "#" in words else len(words) - 1, 0)
@@ -678,6 +680,9 @@ def ends(template: str, base: Names) -> set[tuple[str, str]]:
             off = "".join(f"{word}." for word in words[:cut])
             # If no prefix is added, allow the change to remove a number: the base may be a single layer of a model.
             whole = cut <= keep or not on
-            if whole and "#" not in on and (not on or not off or exchangeable(off, on)):
+            # Without a layer number, the common ending can be a word such as `dense`, which modules of several heads
+            # have: `lm_head.dense` is not `pooler.dense`.
+            likely = "#" in end or related(off, on)
+            if whole and "#" not in on and likely and (not on or not off or exchangeable(off, on)):
                 pairs.add((off, on))
     return pairs

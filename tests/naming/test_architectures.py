@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adapterkit.core.adapter import Adapter, Target
-from adapterkit.errors import Malformed
+from adapterkit.errors import Malformed, TargetNotFound
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.naming import architectures
@@ -19,6 +19,7 @@ from adapterkit.naming.moves import stored_in_out
 
 LoRA = METHODS["lora"]
 FILES = sorted(folder().glob("*.toml"))
+# `exaone:bare` is a base that EXAONE's class without a head saved.
 BASES = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "bases.json.gz").read_bytes()))
 NUMBERS = {"{n}": "3", "{m}": "1", "{k}": "2", "{j}": "0", "{e}": "5"}
 
@@ -49,14 +50,20 @@ def test_a_model_type_has_one_file():
 
 
 def config_of(model_type):
-    return {"model_type": model_type, **BASES[model_type].get("config", {})}
+    return {"model_type": model_type.partition(":")[0], **BASES[model_type].get("config", {})}
 
 
-@pytest.mark.parametrize("model_type", BASES)
-def test_an_adapter_of_a_live_model_finds_its_place_in_the_base_as_it_is_stored(model_type):
-    """Rows of B are numbered, so that it shows which part of a target went where."""
+@pytest.mark.parametrize(
+    ("model_type", "prefix"), [(each, "") for each in BASES] + [(each, "model.") for each in BASES if ":" in each]
+)
+def test_an_adapter_of_a_live_model_finds_its_place_in_the_base_as_it_is_stored(model_type, prefix):
+    """Rows of B are numbered, so that it shows which part of a target went where.
+
+    With a prefix, the adapter is of the class with a head.
+    """
     vector, updates = BASES[model_type], {}
-    for path, each in vector["targets"].items():
+    targets = {prefix + path: each for path, each in vector["targets"].items()}
+    for path, each in targets.items():
         *lead, out, into = each["shape"]
         rows = np.arange(np.prod(lead, dtype=int) * out, dtype="f4").reshape(*lead, out, 1)
         update = LoRA(A=from_numpy(np.zeros((*lead, 1, into), "f4")), B=from_numpy(rows))
@@ -67,12 +74,12 @@ def test_an_adapter_of_a_live_model_finds_its_place_in_the_base_as_it_is_stored(
     for origin, site in zip(bound.origins, bound.sites, strict=True):
         stacked = origin.stacked and not site.target.stacked
         first = int(site.updates[0].B.numpy().ravel()[0])
-        out = vector["targets"][origin.path]["shape"][-2]
+        out = targets[origin.path]["shape"][-2]
         size = site.updates[0].B.shape[-2]
         place = (first // out if stacked else None, first % out, first % out + size)
         where = site.target.rows[0] if site.target.rows else 0
         found.setdefault(origin.path, set()).add((*place, site.target.path, where))
-    for path, each in vector["targets"].items():
+    for path, each in targets.items():
         expected = {(*piece[:4], piece[5]) for piece in each["pieces"]}
         if len(each["shape"]) == 3 and each["pieces"][0][0] is None:  # A stack that goes to a stack, whole.
             expected = {(None, 0, each["shape"][1], piece[3], 0) for piece in each["pieces"]}
@@ -189,6 +196,17 @@ def test_a_family_that_nothing_names_takes_one_file_and_no_code(tmp_path, monkey
 )
 def test_what_is_stored_with_inputs_first_is_told_by_the_files(model_type, path, turned):
     assert stored_in_out(path, {"model_type": model_type}) is turned
+
+
+def test_a_projection_whose_parts_have_no_fixed_ratio_is_not_divided():
+    """lara_mini fuses queries to decays in one weight; `1 of 26` was the ratio of a tiny model alone."""
+    update = LoRA(A=from_numpy(np.zeros((1, 32), "f4")), B=from_numpy(np.zeros((104, 1), "f4")))
+    layer = "model.layers.0.linear_attn."
+    rows = {"qkv": 64, "z": 32, "b": 4, "a": 4}
+    shapes = {f"{layer}in_proj_{part}.weight": (count, 32) for part, count in rows.items()}
+    adapter = Adapter({Target(f"{layer}in_proj"): (update,)})
+    with pytest.raises(TargetNotFound, match="in_proj"):
+        find_sites(adapter, shapes, partial=False, config={"model_type": "lara_mini"})
 
 
 def test_every_weight_of_a_tools_naming_is_one_of_its_families():

@@ -118,6 +118,20 @@ def test_words_that_two_places_keep_alike_prove_nothing(ours, theirs):
 
 
 @pytest.mark.parametrize(
+    ("ours", "theirs"), [("lm_head.dense", "pooler.dense"), ("entity_predictions.decoder", "lm_head.decoder")]
+)
+@pytest.mark.parametrize("partial", [False, True])
+def test_one_head_is_not_placed_in_another(ours, theirs, partial):
+    """As LUKE's heads in a base that its class without heads saved, where the pooler has the shape of the head."""
+    layers = below("encoder.")
+    if partial:
+        assert found([*layers, ours], [*layers, theirs], partial=True) == dict(zip(layers, layers, strict=True))
+        return
+    with pytest.raises(TargetNotFound, match=ours):
+        found([*layers, ours], [*layers, theirs])
+
+
+@pytest.mark.parametrize(
     "stored",
     [
         [name.replace(".self_attn", "._fsdp_wrapped_module.self_attn") for name in below("model.")],

@@ -2,7 +2,8 @@
 
     python tools/foreign/base_vectors.py [MODEL_TYPE...]      those named; the others stay as they are
 
-The places are found by values (`architectures/pairing.py`), not from the files that they test. Needs transformers 5.24.
+`MODEL_TYPE:bare` is the base that the model without its head saves. The places are found by values
+(`architectures/pairing.py`), not from the files that they test. Needs transformers 5.24.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from tiny import tiny  # noqa: E402
 LARGEST = 3_000_000
 """Parameters of a model that is still compared row by row."""
 
+BARE = ("cosmos3_edge", "cosmos3_omni", "exaone", "qianfan_ocr")
+"""Model types whose models without a head are saved under names that no prefix turns into those with one."""
+
 OUT = ROOT / "tests" / "data" / "bases.json.gz"
 
 
@@ -35,7 +39,8 @@ def vector(model_type: str) -> dict[str, Any]:
 
     A piece is [expert of the target, first row, end of rows, name in the base, its expert, first row there, all rows].
     """
-    model = tiny(model_type)
+    family, _, bare = model_type.partition(":")
+    model = tiny(family).base_model if bare else tiny(family)
     if sum(parameter.numel() for parameter in model.parameters()) > LARGEST:
         raise ValueError("its config does not become small")
     ours, theirs = live(model), stored(model)
@@ -53,7 +58,7 @@ def vector(model_type: str) -> dict[str, Any]:
     for side, tensors in shapes.items():
         found[side] = {name: list(each.shape) for name, each in tensors.items()}
     told = model.config.get_text_config().to_dict()
-    file = ROOT / "spec" / "architectures" / f"{model_type}.toml"
+    file = ROOT / "spec" / "architectures" / f"{family}.toml"
     if "qkv = " in file.read_text():  # The heads decide on how such a tensor is divided.
         heads = ("num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
         found["config"] = {name: told[name] for name in heads}
@@ -68,7 +73,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     found = json.loads(gzip.decompress(OUT.read_bytes())) if sys.argv[1:] else {}
-    for model_type in sys.argv[1:] or (each for types in FAMILIES.values() for each in types):
+    known = [each for types in FAMILIES.values() for each in types]
+    for model_type in sys.argv[1:] or [*known, *(f"{each}:bare" for each in BARE)]:
         try:
             found[model_type] = vector(model_type)
         except Exception as error:  # A model type that cannot be made small is left out, and named.
