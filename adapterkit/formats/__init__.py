@@ -22,7 +22,7 @@ from ..errors import (  # fmt: skip
     storage_error,
 )
 from ..io.atomic import sources_remembered
-from ..io.checkpoint import SINGLE, TORCH_SINGLE, Checkpoint, opened
+from ..io.checkpoint import INDEX_SUFFIX, SINGLE, TORCH_SINGLE, Checkpoint, opened
 from ..io.inputs import inputs_kept, kept
 from ..io.lazy import Lazy
 from ..io.locations import NOTE, check_exists, exists, is_address, is_remote, local, located, path_text, source_of
@@ -37,8 +37,6 @@ __all__ = ["FORMATS", "Format", "detect", "outline", "read", "recognised", "save
 
 MEMBER = "adapter_config.json"
 """The file that marks a subfolder as an adapter."""
-
-_INDEX = ".index.json"
 
 FORMATS: Registry[type[Format]] = Registry("format", __name__, "adapterkit.formats", Format)
 
@@ -260,7 +258,7 @@ def files_read(source: str | PathLike[str]) -> list[Path]:
     if is_remote(source):
         return []
     path = local(source)
-    named = [*chain.from_iterable(FORMATS[name].owns for name in FORMATS), "config.json", "*.index.json"]
+    named = [*chain.from_iterable(FORMATS[name].owns for name in FORMATS), "config.json", f"*{INDEX_SUFFIX}"]
     if path.is_dir():
         tensors = [f"*{suffix}" for suffix in TENSORS]
         return [f for f in files_below(path) if matches(f.name, [*named, *tensors]) and f.is_file()]
@@ -303,7 +301,7 @@ def _only(formats: Sequence[str], path: str | PathLike[str]) -> str:
         cure = "Name the format with --from (format=), and pass the base that has these modules: --base BASE (base=)"
         raise UnknownFormat(why, path=path, where=module, cure=cure)
     name = public(os.fspath(path))
-    if source.name.endswith(_INDEX) and source.is_file():
+    if source.name.endswith(INDEX_SUFFIX) and source.is_file():
         cure = f"Pass the folder with the files that it lists: {name.removesuffix(source.name) or '.'}"
         raise UnknownFormat("this is the index of a model in several files", path=path, cure=cure)
     unread = _unread(source)

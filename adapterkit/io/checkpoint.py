@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from .strict_json import JsonValue
 
 
+INDEX_SUFFIX = ".index.json"
+"""The end of the name of an index, whatever its files are called."""
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TORCH_INDEX = "pytorch_model.bin.index.json"

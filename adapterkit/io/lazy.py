@@ -258,7 +258,8 @@ class Lazy:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Python cannot pickle functions that are defined inside functions, so the bytes themselves are pickled.
-        if not any("<locals>" in getattr(f, "__qualname__", "") for f in (self.source, self.part)):
+        functions = [getattr(f, "func", f) for f in (self.source, self.part)]  # `partial` has its function as `func`.
+        if not any("<locals>" in getattr(f, "__qualname__", "") for f in functions):
             return Lazy, (self.shape, self.dtype, self.source, self.span, self.part)
         if self.span is not None:
             return Lazy, (self.shape, self.dtype, None, self.span)

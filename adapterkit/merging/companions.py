@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.metadata import REPORT as REPORT
 from ..errors import Malformed, StorageError, Unsupported, UsageError, storage_error
 from ..io.atomic import write_bytes
-from ..io.checkpoint import INDEX, TORCH_INDEX, open_checkpoint
+from ..io.checkpoint import INDEX, INDEX_SUFFIX, TORCH_INDEX, open_checkpoint
 from ..io.inputs import decimal_number, is_gguf
 from ..io.locations import NOTE, exists
 from ..naming.ties import is_embedding
@@ -108,7 +108,7 @@ def companions(
         if file in weights or name in (INDEX, TORCH_INDEX, REPORT, NOTE):
             continue
         stale = isinstance(base, Dequantized) and not base.packs and name in SIDE_FILES
-        if file.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json") or stale or (tokens and _is_token_file(name)):
+        if file.suffix in WEIGHT_SUFFIXES or name.endswith(INDEX_SUFFIX) or stale or (tokens and _is_token_file(name)):
             left_out.append(name)
         else:
             _check_inside(file, base.root)

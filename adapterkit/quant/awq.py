@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import Unsupported
+from ..errors import ShapeMismatch, Unsupported
 from ..io.lazy import Lazy
-from . import Packed, Scheme, expect, finite, joined, part_of, settings
+from . import DAMAGED, Packed, Scheme, expect, finite, joined, part_of, settings
 from ._grouped import Grouped, unpacked, whole, words
 
 if TYPE_CHECKING:
@@ -97,5 +97,11 @@ def _weight(base: Checkpoint, module: str) -> Packed:
     groups, out = scale.shape if len(scale.shape) == 2 else (0, 0)
     expect(stored.shape, (stored.shape[0], out // 8), f"{module}.qweight")
     expect(zero.shape, (groups, out // 8), f"{module}.qzeros")
+    stated = settings(base).get("group_size", settings(base).get("q_group_size"))
+    size = stated if type(stated) is int and stated > 0 and -(-stored.shape[0] // stated) == groups else groups
+    if not size or stored.shape[0] % size:
+        # AutoAWQ makes no such weight, so it is not known which columns form the smaller group.
+        why = f"{groups} groups do not fit {stored.shape[0]} columns, and the config's group_size is {stated!r}"
+        raise ShapeMismatch(why, path=base.root, where=f"{module}.scales", cure=DAMAGED)
     members = tuple(f"{module}.{part}" for part in ("qweight", "qzeros", "scales"))
     return _Words(name, (out, stored.shape[0]), scale.dtype, members, groups, None, 4, stored, zero, scale)

@@ -246,7 +246,7 @@ def _grouped(base: Checkpoint, module: str, word: str, shape: Shape, bits: int) 
         part_of(base, name, f"{module}.weight_zero_point", ("I8", "I32"))
     if index is not None:
         part_of(base, name, f"{module}.weight_g_idx", ("I32", "I64"))
-    elif shape[1] % rows[1]:
+    elif shape[1] % rows[1] or not _divides(base, rows[1], shape[1]):
         # compressed-tensors also refuses such a weight, so it is not known which columns form the smaller group.
         why = f"{rows[1]} groups do not fit {shape[1]} columns"
         raise ShapeMismatch(why, path=base.root, where=key, cure=DAMAGED)
@@ -254,6 +254,12 @@ def _grouped(base: Checkpoint, module: str, word: str, shape: Shape, bits: int) 
     members = (f"{module}.{word}", key, *others)
     stored, dtype = base.tensors[members[0]], sixteen_bits(base, scale)
     return _Whole(name, shape, dtype, members, rows[1], index, bits, stored, scale, zero, word != "weight")
+
+
+def _divides(base: Checkpoint, groups: int, columns: int) -> bool:
+    """Whether a group size in the config divides the columns into this number of groups."""
+    sizes = [size for size in _weights(base, "group_size") if type(size) is int and size > 0]
+    return groups == 1 or not sizes or any(groups * size == columns for size in sizes)
 
 
 def _others(base: Checkpoint, module: str, words: tuple[str, ...]) -> tuple[str, ...]:

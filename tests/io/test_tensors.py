@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+from functools import partial
 
 import numpy as np
 import pytest
@@ -400,6 +401,14 @@ def test_a_tensor_that_is_computed_when_it_is_read_can_be_pickled_and_copied(kin
     for again in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
         assert (again.shape, again.dtype.name) == (made.shape, made.dtype.name)
         assert np.array_equal(again.numpy(), made.numpy())
+
+
+def test_a_lazy_tensor_whose_source_is_a_partial_can_be_pickled():
+    def drawn(count):
+        return np.arange(count, dtype="f4").tobytes()
+
+    leaf = pickle.loads(pickle.dumps(Lazy((3,), DTYPES["F32"], partial(drawn, 3))))
+    assert torch.equal(leaf.torch(), torch.arange(3.0))
 
 
 def test_a_tensor_in_a_file_is_pickled_as_its_place(tmp_path):

@@ -298,6 +298,26 @@ def test_bytes_of_compressed_tensors_keep_the_number_of_bits_in_the_config(count
     assert np.linalg.norm(after - before - delta) < 0.7 / half * np.linalg.norm(before + delta)
 
 
+@pytest.mark.parametrize("scheme", ["awq", "compressed-tensors"])
+@pytest.mark.parametrize(("columns", "fits"), [(256, True), (160, False)])
+def test_a_group_size_that_does_not_divide_the_columns_is_refused(scheme, columns, fits, tmp_path):
+    """Both libraries refuse it. 160 columns in 2 groups could be 80 and 80, or 128 and 32."""
+    config = {"quant_method": scheme, "bits": 4, "group_size": 128}
+    tensors = {"qweight": np.ones((columns, 2), np.int32), "qzeros": np.ones((2, 2), np.int32)}
+    tensors["scales"] = np.ones((2, 16), np.float16)
+    if scheme != "awq":
+        weights = {"num_bits": 8, "strategy": "group", "group_size": 128}
+        config = {"quant_method": scheme, "config_groups": {"group_0": {"weights": weights}}}
+        tensors = {"weight": np.ones((16, columns), np.int8), "weight_scale": np.ones((16, 2), np.float16)}
+    save_file({f"m.{key}": value for key, value in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    if fits:
+        assert dequantized(open_checkpoint(tmp_path)).tensors["m.weight"].shape == (16, columns)
+        return
+    with pytest.raises(ShapeMismatch, match="2 groups do not fit 160 columns"):
+        dequantized(open_checkpoint(tmp_path))
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_scales_and_zero_points_of_inputs_do_not_stay_beside_dequantized_weights(dtype, tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
