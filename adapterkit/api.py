@@ -283,7 +283,7 @@ def report(
     merged: Checkpoint | str | PathLike[str] | None = None,
     out: str | PathLike[str] | None = None,
     rename: str | Sequence[str] = (),
-    gate: Gate | Mapping[str, Any] | str | PathLike[str] | None = None,
+    gate: Gate | Mapping[str, object] | str | PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> AdapterReport:

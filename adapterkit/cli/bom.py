@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import click
 
 from . import _options
-from ._render import View, counted, integer, show
+from ._render import View, counted, integer, part, parts, show
 from ._writing import is_done, made_from, refuse_place, show_written
 
 
@@ -46,10 +46,8 @@ def command(settings: _options.CliSettings, path: str, out: str | None, serial: 
     check_beside(place, [root], b"cyclonedx")
     sbom = bom(path, serial=serial, leave_out=place)
     sbom.save(place, overwrite=overwrite, made_from=decided)
-    main = sbom.data["metadata"]["component"]
-    record = {
-        "out": str(place), "name": main["name"], "files": len(files), "ancestors": len(sbom.data["components"])
-    }  # fmt: skip
+    main, ancestors = part(part(sbom.data, "metadata"), "component"), parts(sbom.data, "components")
+    record = {"out": str(place), "name": main["name"], "files": len(files), "ancestors": len(ancestors)}
     show_written(settings, record, _view, decided)
 
 

@@ -119,7 +119,7 @@ def command(
         )
     record["warnings"] = [
         *notes,
-        *combined.recipe[-1].args.get("warnings", ()),
+        *texts(combined.recipe[-1].args, "warnings"),
         *_options.base_warnings(sources, read, options.get("base")),
     ]
     _writing.show_written(settings, record | method_record(combined), _view, destination.made_from)

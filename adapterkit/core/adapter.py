@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard, Unpack
 
 from ..errors import (
     AdapterkitError,
@@ -139,10 +139,31 @@ class Step:
     """
 
     op: str
-    args: Mapping[str, Any] = field(default_factory=dict)
+    args: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", _public(self.args))
+
+    def sources(self) -> list[tuple[Step, ...]]:
+        """Return the lineage of each adapter that a combination combined; for other steps, return [].
+
+        Files can store any values as arguments. Values that do not describe a step are ignored.
+        """
+        of = self.args.get("of")
+        recipes = [each.get("recipe") for each in of if isinstance(each, Mapping)] if _is_list(of) else []
+        return [tuple(_steps(recipe)) for recipe in recipes]
+
+
+def _is_list(value: JsonValue) -> TypeGuard[list[JsonValue] | tuple[JsonValue, ...]]:
+    return isinstance(value, list | tuple)
+
+
+def _steps(recipe: JsonValue) -> Iterator[Step]:
+    for step in recipe if _is_list(recipe) else ():
+        if isinstance(step, Mapping):
+            op, args = step.get("op"), step.get("args")
+            if isinstance(op, str) and isinstance(args, Mapping):
+                yield Step(op, args)
 
 
 def _public(value: object) -> Any:
@@ -158,7 +179,7 @@ class Foreign:
     """Content of a source file that no other field of `Adapter` can store. Writers of the same format keep it."""
 
     format: str
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, JsonValue] = field(default_factory=dict)
     tensors: Mapping[str, Leaf] = field(default_factory=dict)
 
 

@@ -123,7 +123,7 @@ class _Type:
 
 
 def _is_number(value: object) -> bool:
-    """Return whether `value` is one number: Python's, numpy's, or a tensor of one element."""
+    """Return whether `value` is a single number: a Python number, a numpy number, or a tensor of one element."""
     if isinstance(value, str | bytes | bytearray):
         return False
     try:
@@ -318,7 +318,7 @@ def checks_types(function: F) -> F:
 
     The annotations are read at the first call. Names in them are not imported: a class is compared by its name.
     A value that does the same as the annotated type passes: numpy's numbers, any iterable for a list, any mapping for a
-    dict. A string passes neither as a truth value nor as a list of strings.
+    dict. A string does not pass for a bool or for a list of strings.
     The function's frame is one deeper in the stack, which matters for the `stacklevel` of warnings.
     """
     types: tuple[list[_Type], _Type | None, dict[str, _Type], list[str]] | None = None

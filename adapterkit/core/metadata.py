@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from .adapter import Adapter, Step
 
@@ -63,9 +62,9 @@ def metadata_of(adapter: Adapter) -> dict[str, str]:
     """
     metadata: dict[str, str] = {}
     for step in adapter.recipe:
-        metadata |= _strings(step.args.get(METADATA))
+        metadata |= strings_of(step.args.get(METADATA))
     if adapter.foreign is not None:
-        metadata |= _strings(adapter.foreign.data.get(METADATA))
+        metadata |= strings_of(adapter.foreign.data.get(METADATA))
     return {key: value for key, value in metadata.items() if key not in _STRUCTURAL}
 
 
@@ -147,9 +146,9 @@ def shapes_of(adapter: Adapter) -> tuple[str, ...]:
 
 def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
     """Return the lineage's values of the argument `name`, and the metadata's values of `KEYS_OF_FILES[name]`."""
-    texts = [_strings(step.args.get(METADATA)) for step in adapter.recipe]
+    texts = [strings_of(step.args.get(METADATA)) for step in adapter.recipe]
     if adapter.foreign is not None:
-        texts.append(_strings(adapter.foreign.data.get(METADATA)))
+        texts.append(strings_of(adapter.foreign.data.get(METADATA)))
     from_files = (each for strings in texts for each in strings.get(KEYS_OF_FILES[name], "").split(",") if each)
     return tuple(dict.fromkeys((*_arguments(adapter.recipe, name), *from_files)))
 
@@ -180,17 +179,16 @@ def model_class_of(adapter: Adapter) -> tuple[str, str]:
     return name if isinstance(name, str) else "", library if isinstance(library, str) else ""
 
 
-def _arguments(steps: Iterable[Step | Mapping[str, Any]], name: str) -> Iterator[str]:
+def _arguments(steps: Iterable[Step], name: str) -> Iterator[str]:
     for step in steps:
-        args = step.args if isinstance(step, Step) else step.get("args", {})
-        if isinstance(args.get(name), str):
-            yield args[name]
-        for one in args.get("of") or ():
-            if isinstance(one, Mapping):
-                yield from _arguments(one.get("recipe") or (), name)
+        value = step.args.get(name)
+        if isinstance(value, str):
+            yield value
+        for source in step.sources():
+            yield from _arguments(source, name)
 
 
-def _strings(value: object) -> dict[str, str]:
+def strings_of(value: object) -> dict[str, str]:
     """Return the entries whose key and value are text; {} if `value` is neither a mapping nor a list of pairs."""
     pairs = value.items() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return {

@@ -398,7 +398,8 @@ def _as_member(adapter: Adapter, member: str) -> Adapter:
 
 def unknown_fields(adapter: Adapter) -> list[str]:
     """List the settings that the reader kept although the adapter's format does not define them."""
-    return sorted({name for step in adapter.recipe if step.op == "read" for name in step.args.get(UNKNOWN, ())})
+    lists = [step.args.get(UNKNOWN) for step in adapter.recipe if step.op == "read"]
+    return sorted({name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)})
 
 
 def warnings_of(adapter: Adapter) -> list[str]:

@@ -140,7 +140,8 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
     foreign = asked.foreign
     # Pass the same `compat` as when the adapter's source file was read. Without `compat`, the reader may reject the
     # written file.
-    compat = foreign.data.get("compat") if foreign is not None and foreign.format == name else None
+    given = foreign.data.get("compat") if foreign is not None and foreign.format == name else None
+    compat = given if isinstance(given, str) else None
     try:
         return writer.read(path, compat=compat, base=base)
     except AdapterkitError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError, Unsupported
 from ..methods._low_rank import AcrossGroups
@@ -53,26 +53,23 @@ def _rules(recipe: Sequence[Step], methods: Collection[str]) -> list[Rule]:
     Skip source files that were read with `compat="formula"`. If an adapter was combined from several sources that
     define different functions, the result is one rule that refuses updates for which the functions differ.
     """
-    steps = [(step.op, step.args) for step in recipe]
-    sources = list(dict.fromkeys(_rules_of(names, methods) for names in _sources(steps)))
+    sources = list(dict.fromkeys(_rules_of(names, methods) for names in _sources(recipe)))
     if len(sources) < 2:
         return list(sources[0]) if sources else []
     return [partial(_if_agreed, sources)]
 
 
-def _sources(steps: Iterable[tuple[object, Mapping[str, Any]]]) -> Iterator[frozenset[str]]:
+def _sources(steps: Iterable[Step]) -> Iterator[frozenset[str]]:
     """Yield the formats of the read files, for each adapter from which an adapter was combined."""
     names: set[str] = set()
     combined = False
-    for op, args in steps:
-        if op == "read" and args.get("compat") != FORMULA and args.get("format") in FORMATS:
-            names.add(str(args["format"]))
-        of = args.get("of")
-        for each in of if isinstance(of, list) else ():
-            inner = each.get("recipe") if isinstance(each, dict) else None
-            given = [one for one in inner if isinstance(one, dict)] if isinstance(inner, list) else []
+    for step in steps:
+        name = step.args.get("format")
+        if step.op == "read" and step.args.get("compat") != FORMULA and isinstance(name, str) and name in FORMATS:
+            names.add(name)
+        for source in step.sources():
             combined = True
-            yield from _sources((one.get("op"), one["args"]) for one in given if isinstance(one.get("args"), dict))
+            yield from _sources(source)
     if names or not combined:
         yield frozenset(names)
 

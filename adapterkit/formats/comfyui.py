@@ -197,7 +197,7 @@ def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
     DiffSynth's.
 
     Raises:
-        Malformed: the number of rows is not a multiple of the rows of a head.
+        Malformed: the number of rows is not a multiple of 3 times the head size.
     """
     fitting = families_with({_rest(stem) for stem in modules})
     if not fitting or not all(family.facts.diffsynth_head for family in fitting):

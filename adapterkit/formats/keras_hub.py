@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import DType
+    from ..io.strict_json import JsonValue
     from ._kit import Pair, Pairs, Slots
 
     Array = np.ndarray[Any, Any]
@@ -187,7 +188,7 @@ class KerasHub(Format):
             updates = {t: (u,) for t, u in _decode(family, rank, layers, base)}
         except AdapterkitError as error:
             raise error.at(path=path) from None
-        data = {"order": list(tensors), "rank": rank, "model_type": kind}
+        data: dict[str, JsonValue] = {"order": list(tensors), "rank": rank, "model_type": kind}
         return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
 
     def write(

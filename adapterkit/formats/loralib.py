@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Array
+    from ..io.strict_json import JsonValue
     from ._kit import Pair, Slots
 
 FORMAT = "loralib"
@@ -99,7 +100,7 @@ class LoraLib(Format):
                 updates[target] = (*updates.get(target, ()), bias)
         except AdapterkitError as error:
             raise error.at(path=path) from None
-        data = {"order": list(tensors), "settings": settings}
+        data: dict[str, JsonValue] = {"order": list(tensors), "settings": settings}
         return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
 
     def write(

@@ -23,6 +23,7 @@ from ._kit import Leftovers, check_factors, grouped, in_order, leftovers, of_one
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
     from ._kit import Pair, Slots
 
 FORMAT = "minlora"
@@ -64,7 +65,7 @@ class MinLora(Format):
         except AdapterkitError as error:
             raise error.at(path=path) from None
         turned_paths = [t.path for t in updates if t.layout != "out *in" and not _is_embedding(t.path)]
-        data = {"order": list(tensors), "settings": settings}
+        data: dict[str, JsonValue] = {"order": list(tensors), "settings": settings}
         data |= {"embeddings": turned_paths} if turned_paths else {}
         return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
 

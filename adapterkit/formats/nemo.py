@@ -288,9 +288,11 @@ def _config(
             "num_attention_heads": heads.query, "num_query_groups": heads.kv, "kv_channels": heads.dim,
             "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
         }  # fmt: skip
-    peft: dict[str, Any] = dict(read.get("peft") or {"peft_scheme": "lora"})
+    stated = read.get("peft")
+    peft: dict[str, Any] = dict(stated) if isinstance(stated, dict) and stated else {"peft_scheme": "lora"}
     fresh = {"target_modules": _target_modules(keys), "adapter_dropout": 0.0}
-    tuning: dict[str, Any] = dict(peft.get("lora_tuning") or fresh)
+    stated = peft.get("lora_tuning")
+    tuning: dict[str, Any] = dict(stated) if isinstance(stated, dict) and stated else fresh
     tuning |= {"adapter_dim": rank, "alpha": whole_number(alpha)}
     if "variant" in tuning or not fused:
         tuning["variant"] = "nemo" if fused else "canonical"

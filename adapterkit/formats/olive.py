@@ -36,6 +36,7 @@ from ._kit import (
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
     from ._kit import Pair, Slots
 
 FORMAT = "olive"
@@ -81,7 +82,7 @@ class Olive(Format):
                 updates[Target(name, stored_layout(name, update, base))] = (update,)
         except AdapterkitError as error:
             raise error.at(path=path) from None
-        data = {"order": list(tensors), **versions}
+        data: dict[str, JsonValue] = {"order": list(tensors), **versions}
         return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
 
     def write(

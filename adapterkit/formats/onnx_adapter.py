@@ -29,6 +29,7 @@ from .olive import has_olives_names
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Leaf
+    from ..io.strict_json import JsonValue
 
 FORMAT = "onnx_adapter"
 
@@ -74,7 +75,7 @@ class OnnxAdapter(Format):
             raise storage_error(error, record) from error
         except AdapterkitError as error:
             raise error.at(path=record) from None
-        data = {
+        data: dict[str, JsonValue] = {
             "adapter_version": file.adapter_version, "model_version": file.model_version, "order": list(file.tensors),
         }  # fmt: skip
         is_ours = adapter.foreign is None or adapter.foreign.format == FORMAT

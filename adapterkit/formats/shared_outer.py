@@ -53,6 +53,7 @@ from .peft import CONFIG, SAFETENSORS, load, save
 if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
     from ._kit import Pair, Slots
 
 
@@ -111,7 +112,7 @@ def read_folder(path: Path, base: Checkpoint | None) -> Adapter:
             updates = _bound(updates, base)
     except AdapterkitError as error:
         raise error.at(path=path) from None
-    data = {"config": dict(config), "order": list(tensors)}
+    data: dict[str, JsonValue] = {"config": dict(config), "order": list(tensors)}
     name = config.get("base_model_name_or_path")
     ref = BaseRef(str(name)) if name else None
     return Adapter(updates, ref, (Step("read", {"format": FORMAT}),), Foreign(FORMAT, data))

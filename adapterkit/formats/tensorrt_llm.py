@@ -40,6 +40,7 @@ from ._kit import Leftovers, Pairs, expressible, leftovers, of_no_number, rank_o
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
     from ._kit import Pair, Slots
 
 FORMAT = "tensorrt_llm"
@@ -87,7 +88,11 @@ class TensorRtLlm(Format):
             raise error.at(path=path) from None
         if len(updates) != len(rows):
             raise Malformed("two rows belong to the same module", path=path, where=CONFIG, cure=WRITE_AGAIN)
-        data = {"columns": config.shape[2], "width": weights.shape[2], "paths": [target.path for target in updates]}
+        data: dict[str, JsonValue] = {
+            "columns": config.shape[2],
+            "width": weights.shape[2],
+            "paths": [target.path for target in updates],
+        }
         return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
 
     def write(

@@ -12,7 +12,7 @@ import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import WRITE_ADAPTERKIT, WRITE_AGAIN, AdapterkitError, Malformed, Unrepresentable, Unsupported
@@ -25,6 +25,7 @@ from ._format import CHANGED, Format
 from ._image.bundles import EMBEDDING
 from ._image.file import TORCH_SUFFIXES, Metadata, load_tensors, save_tensors
 from ._image.image_format import folder_file
+from ._kit import leftovers
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -40,6 +41,18 @@ ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 
 _BESIDE = ("adapter_config.json", "config.json")
 """Config files of other formats. A tensor file next to one of them is not detected as a textual inversion."""
+
+
+class InversionHints(TypedDict, total=False):
+    """Data of the source file other than the embeddings, kept for the writer."""
+
+    metadata: list[tuple[str, str]]
+    keys: dict[str, str]
+    """The key of each text encoder's embedding."""
+    flat: list[str]
+    """The keys of the embeddings that have one dimension."""
+    wrapper: dict[str, object]
+    """The other entries of the dict of a file from AUTOMATIC1111."""
 
 
 class TextualInversionFiles(Format):
@@ -76,19 +89,18 @@ class TextualInversionFiles(Format):
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
         inversions, lines = _expressible(adapter, on_loss)
-        data = adapter.foreign.data if adapter.foreign and adapter.foreign.format == FORMAT else {}
+        hints = leftovers(adapter, FORMAT, InversionHints)
         file = path / FILES[0] if path.is_dir() or not path.suffix else path
         file.parent.mkdir(parents=True, exist_ok=True)
-        wrapper = data.get("wrapper") if file.suffix in TORCH_SUFFIXES else None
-        tensors = _keys(inversions, data, wrapped=wrapper is not None)
+        wrapper = hints.get("wrapper") if file.suffix in TORCH_SUFFIXES else None
+        tensors = _keys(inversions, hints, wrapped=wrapper is not None)
         if not _form(tensors):
             why = "in a file of diffusers, readers would take this token for the name of a parameter"
             raise Unrepresentable(why, items=[next(iter(tensors))], cure=WRITE_ADAPTERKIT)
         if wrapper is not None:
             _save_wrapped(file, tensors, {**wrapper, "name": _token_of(inversions)})
             return lines
-        metadata = [(str(k), str(v)) for k, v in data.get("metadata", [("format", "pt")])]
-        save_tensors(file, tensors, metadata)
+        save_tensors(file, tensors, hints.get("metadata", [("format", "pt")]))
         return lines + _renamed(inversions, tensors, file)
 
 
@@ -212,11 +224,11 @@ def _token_of(inversions: Mapping[str, TextualInversion]) -> str:
     return next(iter(inversions.values())).token
 
 
-def _keys(inversions: Mapping[str, TextualInversion], data: Mapping[str, Any], *, wrapped: bool) -> dict[str, Lazy]:
+def _keys(inversions: Mapping[str, TextualInversion], hints: InversionHints, *, wrapped: bool) -> dict[str, Lazy]:
     """Return the tensors by key. Keep the source file's keys and shapes if the new file has the same layout."""
     words = {part: name for name, part in ENCODERS.items()}
-    kept = wrapped or "wrapper" not in data
-    old, flat = (data.get("keys", {}), data.get("flat", [])) if kept else ({}, [])
+    hints = hints if wrapped or "wrapper" not in hints else {}
+    old, flat = hints.get("keys", {}), hints.get("flat", [])
     several = len(inversions) > 1 or set(inversions) != {"text_encoder"}
     tensors = {}
     for part, update in inversions.items():

@@ -38,6 +38,7 @@ from .peft import CONFIG, SAFETENSORS, load, save
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
     from ._kit import Pair, Slots
 
 
@@ -116,7 +117,7 @@ class Tinker(Format):
             updates = dict(_decode(tensors, rank, alpha, base))
         except AdapterkitError as error:
             raise error.at(path=path) from None
-        data = {"config": dict(config), "order": list(tensors)}
+        data: dict[str, JsonValue] = {"config": dict(config), "order": list(tensors)}
         name = config.get("base_model_name_or_path")
         ref = BaseRef(str(name)) if name else None
         return Adapter(updates, ref, (Step("read", {"format": FORMAT}),), Foreign(FORMAT, data))

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
 
 from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import PASS_BASE_WITH_CONFIG, AdapterkitError, Unsupported, UsageError
@@ -39,6 +41,7 @@ from ._kit import (
 if TYPE_CHECKING:
     from ..io.arrange import Order
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
     from ..naming.heads import Rows
     from ._kit import Pair
 
@@ -51,7 +54,7 @@ class TorchtuneHints(Leftovers, total=False):
     """Kept for the writer: alpha, the numbers of heads, and whether the rows of q and k are in Meta's order."""
 
     alpha: float
-    heads: dict[str, int | bool]
+    heads: dict[str, Annotated[int, msgspec.Meta(ge=1)] | bool]
 
 
 class Torchtune(Format):
@@ -81,7 +84,7 @@ class Torchtune(Format):
                 updates[target] = (update if rows is None else in_row_order(update, _undone(rows)),)
         except AdapterkitError as error:
             raise error.at(path=path) from None
-        data = {"order": list(tensors), "alpha": alpha, "heads": order.known}
+        data: dict[str, JsonValue] = {"order": list(tensors), "alpha": alpha, "heads": order.known}
         return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
 
     def write(
@@ -129,7 +132,7 @@ class _Order:
                 why = "the order of this module's rows depends on the base's model family and numbers of heads"
                 raise UsageError(why, where=where, cure=PASS_BASE_WITH_CONFIG)
             model = config.get("model_type")
-            if model not in meta_order():
+            if not isinstance(model, str) or model not in meta_order():
                 known = f"Known: {', '.join(meta_order())}"
                 raise Unsupported(
                     f"the order of rows is unknown for model_type {model!r}", where="config.json", cure=known

@@ -386,7 +386,7 @@ def largest_first(files: Sequence[RemoteFile]) -> list[RemoteFile]:
 def lost(place: str, name: str) -> Corrupt:
     """Return the error for an uploaded file that the hub no longer has."""
     why = "the hub no longer has a file that a task uploaded"
-    cure = "Run the same command again: it uploads the file again. Make sure that no other program changes the output"
+    cure = "Run the same command again to upload this file. Make sure that no other program changes files at this uri"
     return Corrupt(why, path=place, where=name, cure=cure)
 
 

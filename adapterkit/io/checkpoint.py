@@ -24,6 +24,7 @@ from .torch_file import is_torch_file, read_torch_file
 
 if TYPE_CHECKING:
     from .lazy import Lazy
+    from .strict_json import JsonValue
 
 
 INDEX = "model.safetensors.index.json"
@@ -54,8 +55,8 @@ class Checkpoint:
     files: tuple[Path, ...]
     home: Mapping[str, Path]
     metadata: Mapping[Path, Mapping[str, str]]
-    config: Mapping[str, Any] | None
-    index: Mapping[str, Any] | None
+    config: Mapping[str, JsonValue] | None
+    index: Mapping[str, JsonValue] | None
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.root)!r}: {len(self.tensors):,} tensors in {len(self.files):,} files)"

@@ -21,7 +21,9 @@ from ..formats import FORMATS, Format
 from ..formats._format import TENSORS
 from ..formats._image.deciding import FAMILY, candidates, denoiser_targets, origin_of
 from ..formats._image.file import TORCH_SUFFIXES, tensor_names
+from ..formats._image.hints import ImageHints
 from ..formats._image.image_format import ImageFormat
+from ..formats._kit import leftovers
 from ..methods.lora import LoRA
 from ..naming import architectures
 from ..naming.image import alike, component_of, encoders, families, rooted
@@ -190,8 +192,7 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
     )
     if (usual or not seen.families) if not known else any(_holds(tool, f, key) for f in known for key in seen.keys):
         return _with_usual_keys(adapter, tool, known)
-    pairs: Any = adapter.foreign.data.get("metadata") or ()
-    metadata = {str(key): str(value) for key, value in pairs}
+    metadata = dict(leftovers(adapter, adapter.foreign.format, ImageHints).metadata)
     # Record the possible families in the metadata, because the keys that show the family are dropped here.
     family_metadata = {FAMILY: " ".join(family.name for family in seen.families)} if seen.families else {}
     return read_with(adapter.replace(foreign=None), family_metadata | metadata)
@@ -203,7 +204,7 @@ def _with_usual_keys(adapter: Adapter, tool: Loader, families: Iterable[ImageFam
     Example: ComfyUI loads the factors of a DoRA under several names, but the magnitude only as `dora_scale`.
     """
     assert adapter.foreign is not None
-    keys: Any = adapter.foreign.data.get("keys") or {}
+    keys = leftovers(adapter, adapter.foreign.format, ImageHints).keys
     lost = [
         usual
         for usual, key in keys.items()

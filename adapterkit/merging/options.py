@@ -83,7 +83,7 @@ def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:
     for flag, size in sizes.items():
         if isinstance(size, str):
             raise UsageError(f"the size {size!r} is a text", cure=f"Pass {flag} as a number of bytes, such as 5 << 30")
-    # The text of a torch.dtype is its name.
+    # Callers may also pass a torch.dtype: `str` turns it into a name such as `torch.bfloat16`.
     dtype = None if options.dtype is None else str(options.dtype)
     return replace(options, dtype=dtype, tied=parse_tied(options.tied), rename=rule_texts(options.rename))
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from .. import __version__
 from ..core.arguments import checks_types
@@ -171,7 +171,7 @@ class Plan:
     sources: tuple[AdapterSource, ...]
     files: tuple[OutputFile, ...]
     tied: str | None
-    config_changes: Mapping[str, Any] = field(default_factory=dict)
+    config_changes: Mapping[str, JsonValue] = field(default_factory=dict)
     dtype: DType | None = None
     seed: int | None = None
     memory: int = 1 << 62
@@ -183,7 +183,7 @@ class Plan:
     fingerprint: str | None = None
     shapes: str | None = None
     licences: Mapping[str, Licence] = field(default_factory=dict)
-    vocabulary: Mapping[str, Any] | None = None
+    vocabulary: Mapping[str, JsonValue] | None = None
     _cached_memory: tuple[int, str] | None = field(default=None, init=False)
 
     def __repr__(self) -> str:

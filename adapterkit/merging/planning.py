@@ -98,9 +98,11 @@ def index_of(plan: Plan) -> bytes | None:
     weight_map = {output.name: file.name for file in plan.files for output in file.outputs}
     total = sum(output.nbytes for output in plan.outputs())
     old = plan.base.index or {}
-    if old.get("weight_map") == weight_map and (old.get("metadata") or {}).get("total_size") == total:
+    stated = old.get("metadata")
+    metadata = stated if isinstance(stated, Mapping) else {}
+    if old.get("weight_map") == weight_map and metadata.get("total_size") == total:
         return (plan.base.folder / INDEX).read_bytes()
-    index = {**old, "metadata": {**(old.get("metadata") or {}), "total_size": total}, "weight_map": weight_map}
+    index = {**old, "metadata": {**metadata, "total_size": total}, "weight_map": weight_map}
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 

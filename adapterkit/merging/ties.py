@@ -296,20 +296,19 @@ def _extracted(adapter: Adapter) -> str | None:
     return str(settings[0]) if settings and settings[0] in (MERGE, UNTIE) else None
 
 
-def _tools(recipe: Iterable[Step | Mapping[str, Any]]) -> set[str]:
+def _tools(recipe: Iterable[Step]) -> set[str]:
     """Return the tools that made an adapter, according to its lineage.
 
     The result can contain `create`, `extract`, and the names of the formats from which adapters were read.
     """
     formats: set[str] = set()
     for step in recipe:
-        op, args = (step["op"], step["args"]) if isinstance(step, Mapping) else (step.op, step.args)
-        if op == "read":
-            formats.add(str(args.get("format")))
-        elif op in ("create", "extract"):
-            formats.add(op)
-        for one in args.get("of") or ():
-            formats |= _tools(one.get("recipe", ()) if isinstance(one, Mapping) else ())
+        if step.op == "read":
+            formats.add(str(step.args.get("format")))
+        elif step.op in ("create", "extract"):
+            formats.add(step.op)
+        for source in step.sources():
+            formats |= _tools(source)
     return formats
 
 

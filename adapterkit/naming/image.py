@@ -219,7 +219,7 @@ _DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
 
 
 def looks_of_pipeline(paths: Iterable[str]) -> bool:
-    """Whether module names seem to belong to a model of a pipeline (image, video, audio), not to another model.
+    """Whether module names look like those of a model in an image, video or audio pipeline.
 
     Use this function for models whose family has no file. It looks for the last two words of each name, such as
     `attn.to_q`, in all architecture files. It returns True if the files of pipelines have more matches than all other

@@ -90,7 +90,7 @@ class Resolution:
             it in several tensors.
         missing: the adapter's names that the base does not have.
         rules: the rules that were used, in the order in which they were tried.
-        prefixes: the changes of prefix that were used, as (removed, added).
+        prefixes: the prefix changes that were used, as pairs (removed prefix, added prefix).
     """
 
     moves: dict[str, tuple[Move, ...]] = field(default_factory=dict)
@@ -228,7 +228,7 @@ def same_end(one: str, other: str) -> bool:
 
 
 class NamesByEnd:
-    """Find the names for which `same_end` is true without comparing all names with each path.
+    """Look up the names for which `same_end` is true, instead of comparing each path with all names.
 
     Args:
         names: the names to find.
@@ -365,7 +365,7 @@ def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None
         return False if known is None and architecture_of(part) and not is_conv1d_name(path) else known
     text = (config or {}).get("text_config")
     family = architecture_of(config)
-    if isinstance(text, Mapping) and text.get("model_type") in IN_OUT and family and not is_conv1d_name(path):
+    if isinstance(text, Mapping) and str(text.get("model_type")) in IN_OUT and family and not is_conv1d_name(path):
         return False
     ends = () if family is None else _transposed(family)
     return any(shape_of(path).endswith(end) for end in ends) if ends else None
@@ -383,7 +383,7 @@ def part_config(path: str, config: Mapping[str, object] | None) -> tuple[str, Ma
     if isinstance(part, Mapping) and "model_type" in part:
         return rest, part
     text = (config or {}).get("text_config")
-    if isinstance(text, Mapping) and text.get("model_type") in IN_OUT and "language_model" in path.split("."):
+    if isinstance(text, Mapping) and str(text.get("model_type")) in IN_OUT and "language_model" in path.split("."):
         return path, text
     return path, config
 

@@ -107,8 +107,8 @@ def parse_renames(
             Rules that are already parsed are returned unchanged, without the check against `names`.
         names: the names to rename. Every rule `FROM=TO` must match at least one of them; None skips this check.
         base: the names of the base's modules or tensors. If this and `names` are given, the GLOB of every rule
-            `in_out:GLOB` or `out_in:GLOB` must match one of them, or one of `names`. The base's names may differ from
-            the adapter's, and layout rules apply to the base's.
+            `in_out:GLOB` or `out_in:GLOB` must match one of them, or one of `names`. These rules are applied to
+            the base's names, which may differ from the adapter's.
 
     Raises:
         UsageError: a rule does not have exactly one `=`, has a character that names cannot have, has a placeholder only

@@ -147,7 +147,7 @@ def says_tied(config: Mapping[str, object] | None) -> bool:
 def ties_by_default(config: Mapping[str, object]) -> bool:
     """Whether head and embeddings are tied. If the config does not state it, the model type's default decides."""
     explicit = _explicit(config)
-    return config.get("model_type") in table().defaults if explicit is None else explicit is True
+    return str(config.get("model_type")) in table().defaults if explicit is None else explicit is True
 
 
 def tie_of(stored: str, inputs: Sequence[str], head: str) -> Tie:
@@ -184,7 +184,7 @@ def untied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
 
 def kept_tied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
     """Return the config keys and values that keep a tied head tied; empty if the config needs no change."""
-    silent = _explicit(config or {}) is None and (config or {}).get("model_type") not in table().defaults
+    silent = _explicit(config or {}) is None and str((config or {}).get("model_type")) not in table().defaults
     return {"tie_word_embeddings": True} if silent else {}
 
 
@@ -308,7 +308,7 @@ def _says_tied(config: Mapping[str, object] | None, has_head: bool, known: bool)
     explicit = _explicit(config)
     if explicit is not None:
         return bool(explicit)
-    return config.get("model_type") in table().defaults if has_head else with_head
+    return str(config.get("model_type")) in table().defaults if has_head else with_head
 
 
 def _explicit(config: Mapping[str, object]) -> object:

@@ -1,6 +1,7 @@
 """Attach context to a graph.
 
-Soft prompts and new tokens belong to embeddings. Prefixes and adaption prompts belong to attention modules.
+Soft prompts and new tokens are added to embeddings. Prefixes and adaption prompts are added to attention modules. But a
+prefix of the whole model becomes the default value of the graph's inputs for past keys and values.
 """
 
 from __future__ import annotations
@@ -398,4 +399,7 @@ def _with_past(target: Target, past: Array, building: Building) -> str:
         array = past[layer, ("key", "value").index(part)][None].astype(element_type(value))
         value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)
         building.model.graph.register_initializer(value)
-    return f"a run without a past begins with the prefix; count the prefix's {length} tokens in mask and positions"
+    return (
+        "a run without past keys and values begins with the prefix; "
+        f"include the prefix's {length} tokens in the attention mask and in the position ids"
+    )

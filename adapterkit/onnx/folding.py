@@ -138,9 +138,8 @@ class Folding:
             quantized: one of `CHOICES`, as for `fold`.
             damage: a dictionary from targets to quantization errors. If the changed weight is quantized again, the
                 function adds the error of this quantization.
-            keep: one of `KEEPING`. If it is an empty string, the change is attached if quantizing the changed weight
-                again would lose more than the fraction `MOST_LOST` of the change. If it is None, the change is never
-                attached.
+            keep: one of `KEEPING`, an empty string, or None. Empty: attach the change only if quantizing the changed
+                weight again would lose more than the fraction `MOST_LOST` of the change. None: never attach it.
 
         Raises:
             Unsupported: the layer does not support this change. This is also raised if the layer's weight is packed,

@@ -145,7 +145,7 @@ def by_values(adapter: Adapter, base: Checkpoint, weights: StoredWeights, error:
 
 
 def compare(places: Sequence[ResolvedTarget], base: Checkpoint) -> list[ResolvedTarget]:
-    """Check layers that were found by name against the base's weights, and find norms folded into these layers.
+    """Check that layers found by name have the base's weights, and find norms that are folded into these layers.
 
     Returns:
         all targets. If a norm is folded into a target's layer, the target's field `norm` is set.

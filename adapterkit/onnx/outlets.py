@@ -73,7 +73,7 @@ def outlet(model: ir.Model, target: Target, updates: Sequence[Update], is_layer:
     named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
     if len(named) > 1:
         cure = "Put each update into a separate adapter, or change the order of the updates"
-        raise Unsupported("the updates of one target name different residuals or norms", where=where, cure=cure)
+        raise Unsupported("updates of the same target differ in `residual` or in `norm`", where=where, cure=cure)
     residual, norm = next(iter(named), ("", ""))
     if norm and not all(update.whole for update in placed):
         why = "the block around the target normalises the output, so the norm cannot be omitted"

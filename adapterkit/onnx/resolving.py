@@ -676,7 +676,7 @@ def _in_words_of(adapter: Adapter, known: Known) -> Known:
 
 
 def _renamed_parts(adapter: Adapter, known: Known) -> dict[str, str]:
-    """Return a map from the adapter's name of a weight to the graph's name of the same weight.
+    """Return a map from a weight's name in the adapter to its name in the graph.
 
     The map has only weights whose two names differ as in `BUILDER_NAMES`.
     """

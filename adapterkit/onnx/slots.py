@@ -216,7 +216,10 @@ def neutral_of(model: ir.Model) -> dict[str, Array]:
 
 def _target(plain: Any) -> Target:
     path, rows = plain
-    return Target(str(path), rows=None if rows is None else (int(rows[0]), int(rows[1])))
+    if rows is None:
+        return Target(str(path))
+    start, stop = rows
+    return Target(str(path), rows=(int(start), int(stop)))
 
 
 _AGAIN = "Inject the adapter with --mode slots (mode='slots') again"

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.computed import Array
     from ..io.lazy import DType, Shape
+    from ..io.strict_json import JsonValue
     from .alignment import AlignedPlace, Source
     from .combiners._combiner import Combiner, Value
     from .lowering import Base, Change, Hold
@@ -626,11 +627,11 @@ def combine(
         cut = cut if exact is None and rank == FIT else exact
     kind = result_type(read, dtype)
     work = Evaluation(asked, aligned, kind, cut, seed, data, seen, factor, fallback, progress, workers)
-    record = {
+    given_record: dict[str, JsonValue] = {
         "method": name, "parameters": asked.record(first), "weights": asked.weights, "seed": seed,
         "each": [dict(values_of_one) for values_of_one in asked.each], "rank": cut, "compat": compat,
     }  # fmt: skip
-    record = {key: value for key, value in record.items() if value not in (None, [])}
+    record = {key: value for key, value in given_record.items() if value not in (None, [])}
     if before is not None:
         # Pass the outline with the result's lineage, because formats read the model's family from the lineage.
         before(of_several(read, work.outline(), "combine", **record))

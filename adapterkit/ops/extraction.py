@@ -310,7 +310,7 @@ class _Extraction:
     layouts: LayoutEvidence
     rules: Sequence[Rename]
     shared: Mapping[str, Decomposition] | None = None
-    """With scope `all`, a map from the key of a weight (see `_key`) to the cut decomposition of its change.
+    """With scope `all`, a map from the key of a weight (see `_key`) to the truncated decomposition of its change.
 
     None with scope `target`, or if every matrix is stored at full rank.
     """

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.computed import Array
     from ..io.lazy import Buffer, DType, Leaf, Shape
+    from ..io.strict_json import JsonValue
     from ..naming.binding import Site
 
     Base = Checkpoint | str | PathLike[str]
@@ -449,7 +450,7 @@ def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
 
 
 def of_several(
-    adapters: Sequence[Adapter], updates: Mapping[Target, tuple[Update, ...]], op: str, **args: object
+    adapters: Sequence[Adapter], updates: Mapping[Target, tuple[Update, ...]], op: str, **args: JsonValue
 ) -> Adapter:
     """Return an adapter with these updates. Its lineage is one step, `op`, which contains the lineages of `adapters`.
 
@@ -457,8 +458,13 @@ def of_several(
     """
     bases = [adapter.base for adapter in adapters]
     base = bases[0] if all(other == bases[0] for other in bases) else None
-    lineages = [[{"op": step.op, "args": dict(step.args)} for step in adapter.recipe] for adapter in adapters]
-    named = [None if each is None else each.id for each in bases]
+    of: list[JsonValue] = [
+        {
+            "base": None if adapter.base is None else adapter.base.id,
+            "recipe": [{"op": step.op, "args": dict(step.args)} for step in adapter.recipe],
+        }
+        for adapter in adapters
+    ]
     carried = merged_metadata(adapters)
     if carried:
         args |= {METADATA: carried}
@@ -469,8 +475,7 @@ def of_several(
     dropouts: list[Any] = [*combined_dropouts(adapters)]
     if any(dropouts):
         args |= {DROPOUT_LIST: dropouts}
-    step = Step(op, {**args, "of": [{"base": b, "recipe": r} for b, r in zip(named, lineages, strict=True)]})
-    return Adapter(updates, base, (step,))
+    return Adapter(updates, base, (Step(op, {**args, "of": of}),))
 
 
 def _filled(array: Array, rank: int, axis: int) -> Array:

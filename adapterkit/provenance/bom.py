@@ -15,12 +15,12 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.arguments import checks_types
 from ..core.licence_terms import (
@@ -49,6 +49,9 @@ from ..io.stages import stage
 from ..io.staging import check_free, staged
 from .signing import check_utf8, files_of, linked_folders, special_files, statement_of
 
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
+
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 EPOCH = "SOURCE_DATE_EPOCH"
 """The environment variable that sets the document's time, in seconds since 1970. It is the standard variable for
@@ -65,13 +68,12 @@ class Bom:
         data: the document as plain JSON.
     """
 
-    data: Mapping[str, Any]
+    data: Mapping[str, JsonValue]
 
     def __repr__(self) -> str:
-        main = self.data["metadata"]["component"]
-        return (
-            f"Bom({main['name']!r}: {len(main.get('components', ()))} files, {len(self.data['components'])} ancestors)"
-        )
+        data: Mapping[str, Any] = self.data
+        main, ancestors = data["metadata"]["component"], data["components"]
+        return f"Bom({main['name']!r}: {len(main.get('components', ()))} files, {len(ancestors)} ancestors)"
 
     def text(self) -> str:
         """Return the document as indented JSON text, as `save` writes it."""
@@ -162,7 +164,7 @@ def _time() -> dict[str, str]:
         raise UsageError(why, cure=f"Set {EPOCH} to whole seconds since 1970, or unset it") from None
 
 
-def _main(root: Path, statement: Mapping[str, Any], files: list[Path]) -> dict[str, object]:
+def _main(root: Path, statement: Mapping[str, Any], files: list[Path]) -> dict[str, JsonValue]:
     parts = _parts(statement, root)
     facts = {
         f"adapterkit:{key}": statement.get(key) for key in ("kind", "format", "digest", "unread", "original_sha256")
@@ -171,7 +173,7 @@ def _main(root: Path, statement: Mapping[str, Any], files: list[Path]) -> dict[s
     facts |= {f"adapterkit:licence:{n}:{name}": terms for n, (name, terms) in enumerate(_asks(parts), 1)}
     facts |= {f"adapterkit:licence-conflict:{n}": each for n, each in enumerate(conflicts(parts), 1)}
     card = _card(root)
-    component = {
+    component: dict[str, JsonValue] = {
         "type": "machine-learning-model", "bom-ref": "model", "name": root.resolve().name,
         "licenses": _licences([licence for _, licence in parts]), "properties": _properties(facts),
         "modelCard": _model_card(root, card), "tags": _texts(card.get("tags")),
@@ -229,14 +231,19 @@ def _ancestors(statement: Mapping[str, Any], root: Path) -> Iterator[dict[str, A
         yield _model(
             "base", "the graph before adapters", None, {"adapterkit:sha256": statement["original_sha256"]}, None
         )
-    adapters = [each for each in record.get("adapters") or () if isinstance(each, Mapping)]
+    adapters = [each for each in _listed(record.get("adapters")) if isinstance(each, Mapping)]
     for number, each in enumerate(adapters, 1):
         name = str(each.get("name"))
         facts = {f"adapterkit:{key}": each.get(key) for key in ("digest", "weight", "targets")}
         facts |= {
-            f"adapterkit:{key}": ", ".join(map(str, each.get(key) or ())) for key in ("methods", "ranks", "lineage")
+            f"adapterkit:{key}": ", ".join(map(str, _listed(each.get(key)))) for key in ("methods", "ranks", "lineage")
         }
         yield _model(f"adapter-{number}", name, None, facts, licences.get(name))
+
+
+def _listed(value: object) -> Iterable[object]:
+    """Return the entries of a list in the merge's record, which is an untrusted file; () if `value` is no list."""
+    return value if isinstance(value, list | tuple) else ()
 
 
 def _base_name(root: Path) -> str | None:
@@ -280,7 +287,7 @@ def _licences(licences: list[Licence]) -> list[dict[str, Any]]:
     return entries
 
 
-def _model_card(root: Path, card: Mapping[str, object]) -> dict[str, object]:
+def _model_card(root: Path, card: Mapping[str, object]) -> dict[str, JsonValue]:
     try:
         config: Mapping[str, Any] = read_json(root / "config.json") if root.is_dir() else {}
     except AdapterkitError:
@@ -327,5 +334,5 @@ def _properties(facts: Mapping[str, object]) -> list[dict[str, str]]:
     return [{"name": name, "value": str(value)} for name, value in facts.items() if value not in (None, "", [])]
 
 
-def _filled(fields: Mapping[str, object]) -> dict[str, object]:
+def _filled(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     return {key: value for key, value in fields.items() if value not in (None, [], {})}

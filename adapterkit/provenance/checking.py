@@ -74,15 +74,15 @@ class SignatureBundle:
     path: Path
     kind: str
     key: str | None
-    payload: Mapping[str, object]
+    payload: Mapping[str, JsonValue]
 
     @property
-    def predicate(self) -> Mapping[str, object]:
+    def predicate(self) -> Mapping[str, JsonValue]:
         predicate = self.payload.get("predicate")
         return predicate if isinstance(predicate, Mapping) else {}
 
     @property
-    def statement(self) -> Mapping[str, object] | None:
+    def statement(self) -> Mapping[str, JsonValue] | None:
         """The signed statement of the lineage; None if a tool other than adapterkit made the signature."""
         statement = self.predicate.get(PREDICATE)
         return statement if isinstance(statement, Mapping) else None
@@ -163,7 +163,7 @@ def _decoded(path: Path, place: str, text: object) -> bytes:
     return data
 
 
-def _payload(path: Path, content: Mapping[str, object]) -> Mapping[str, object]:
+def _payload(path: Path, content: Mapping[str, object]) -> Mapping[str, JsonValue]:
     envelope = content.get("dsseEnvelope")
     if not isinstance(envelope, dict) or len(envelope.get("signatures") or ()) != 1:
         raise _corrupt(path, "it has no dsseEnvelope with exactly one signature")
@@ -202,7 +202,7 @@ class SignatureCheck:
     kind: str
     key: str | None
     files: int
-    statement: Mapping[str, Any] | None
+    statement: Mapping[str, JsonValue] | None
     not_covered: tuple[str, ...] = ()
 
     def record(self) -> dict[str, JsonValue]:
@@ -341,7 +341,14 @@ def _hashing(root: Path, bundle: SignatureBundle) -> Any:
     hashing.set_allow_symlinks(True)
     paths = [bundle.path.absolute()] if root.absolute() in bundle.path.absolute().parents else []
     inside = [str(each.relative_to(root.absolute())) for each in paths]
-    return hashing.set_ignored_paths(paths=inside, ignore_git_paths=".git" in (args.get("ignore_paths") or ()))
+    return hashing.set_ignored_paths(paths=inside, ignore_git_paths=".git" in _ignored(bundle))
+
+
+def _ignored(bundle: SignatureBundle) -> list[str]:
+    """Return the paths that the signer left out."""
+    serialization = bundle.predicate.get("serialization")
+    listed = serialization.get("ignore_paths") if isinstance(serialization, Mapping) else None
+    return [name for name in listed if isinstance(name, str) and name] if isinstance(listed, list) else []
 
 
 _DIGEST = r"""\\?'Digest\(.*?\\?["']\)\\?'"""
@@ -364,9 +371,7 @@ def _why(error: Exception) -> str:
 
 
 def _left_out(root: Path, bundle: SignatureBundle) -> tuple[str, ...]:
-    serialization = bundle.predicate.get("serialization")
-    ignored = serialization.get("ignore_paths") if isinstance(serialization, Mapping) else None
-    names = [name for name in ignored or () if isinstance(name, str) and name]
+    names = _ignored(bundle)
     itself = bundle.path.resolve()
     return tuple(sorted(n for n in names if root.is_dir() and (root / n).exists() and (root / n).resolve() != itself))
 

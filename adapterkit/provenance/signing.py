@@ -306,7 +306,7 @@ class Signed:
     path: str
     out: str
     files: int
-    statement: Mapping[str, Any]
+    statement: Mapping[str, JsonValue]
     not_covered: tuple[str, ...] = ()
 
     def record(self) -> dict[str, JsonValue]:

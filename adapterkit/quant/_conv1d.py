@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def as_in_base(base: Checkpoint, weight: Packed) -> Packed:
     """Return the packed weight in the layout that it has in the unquantized base."""
     path, config = part_config(weight.name.removesuffix(".weight"), base.config)
-    listed = (config or {}).get("model_type") in IN_OUT and len(weight.shape) == 2
+    listed = str((config or {}).get("model_type")) in IN_OUT and len(weight.shape) == 2
     if not listed or not stored_in_out(path, config):
         return weight
     return _TransposedPacked(weight.name, weight.shape[::-1], weight.dtype, weight.members, weight)

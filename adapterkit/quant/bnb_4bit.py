@@ -97,7 +97,7 @@ class _Blocks:
     def pack(self, scales: Array) -> dict[str, Array]:
         """Return the stored tensors for new scales, as a map from names to values.
 
-        With double quantization, the new scales are quantized, and the second scales are computed anew.
+        With double quantization, the new scales are quantized too, and get new scales of their own.
         """
         import numpy as np
 

@@ -50,7 +50,7 @@ def _bits(base: Checkpoint) -> int:
 def _bits_of_tensors(base: Checkpoint, module: str) -> int:
     """Return the bit width that the shapes of a module's tensors prove.
 
-    GPTQModel's `dynamic` sets the bit width of single modules.
+    With GPTQModel's setting `dynamic`, a module may have a different bit width from the config's `bits`.
 
     Raises:
         Unsupported: no bit width fits the shapes, or several do.

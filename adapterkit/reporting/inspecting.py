@@ -102,8 +102,9 @@ def facts_of(adapter: Adapter, name: str, path: Path | None = None) -> Facts:
         rank for target, update in adapter if isinstance(rank := update.dims(target.stacked).get("r"), int)
     )  # fmt: skip
     read = next((step for step in adapter.recipe if step.op == "read"), None)
+    format_name = None if read is None else read.args.get("format")
     return Facts(
-        name, None if path is None else str(path), None if read is None else read.args.get("format"),
+        name, None if path is None else str(path), format_name if isinstance(format_name, str) else None,
         adapter.base.id if adapter.base else None, dict(Counter(update.method for _, update in adapter).most_common()),
         dict(sorted(ranks.items())), len(adapter.updates), sum(count for count, _ in sizes),
         sum(count * DTYPES[dtype].itemsize for count, dtype in sizes),
@@ -171,7 +172,7 @@ class Inspection:
 
     kind: str
     path: str
-    data: Mapping[str, Any]
+    data: Mapping[str, JsonValue]
 
     def record(self) -> dict[str, JsonValue]:
         """Return the description as plain data."""
@@ -180,37 +181,39 @@ class Inspection:
     @property
     def totals(self) -> Mapping[str, JsonValue]:
         """The totals. For an adapter: `targets`, `updates`, `parameters`, `bytes`, `methods` and `dtypes`."""
-        totals: Mapping[str, JsonValue] = self.data.get("totals", {})
-        return totals
+        totals = self.data.get("totals")
+        return totals if isinstance(totals, Mapping) else {}
 
     def __repr__(self) -> str:
         name = public(self.path)
-        if self.kind == "adapter" and self.data.get("format") is None:
-            return f"Inspection({name!r}: unreadable adapter with {len(self.data['modules']):,} modules)"
-        totals: Mapping[str, Any] = self.data.get("totals", {})
+        data: Mapping[str, Any] = self.data
+        if self.kind == "adapter" and data.get("format") is None:
+            return f"Inspection({name!r}: unreadable adapter with {len(data['modules']):,} modules)"
+        totals = data.get("totals", {})
         if self.kind == "adapter":
             methods = ", ".join(f"{count:,} {method}" for method, count in totals["methods"].items())
-            return f"Inspection({name!r}: {self.data['format']} adapter, {totals['targets']:,} targets: {methods})"
+            return f"Inspection({name!r}: {data['format']} adapter, {totals['targets']:,} targets: {methods})"
         if self.kind == "base":
             return f"Inspection({name!r}: base, {totals['tensors']:,} tensors, {totals['parameters']:,} parameters)"
         return f"Inspection({name!r}: graph, {totals['layers']:,} layers)"
 
     def _repr_html_(self) -> str:
-        if self.kind == "adapter" and "updates" in self.data:
+        data: Mapping[str, Any] = self.data
+        if self.kind == "adapter" and "updates" in data:
             heads = ("target", "method", "rank", "shapes", "parameters")
             rows = [
                 [each["target"], each["method"], each["rank"],
                  " ".join(f"{name}{tensor['shape']}" for name, tensor in each["tensors"].items()), each["parameters"]]
-                for each in self.data["updates"]
+                for each in data["updates"]
             ]  # fmt: skip
             return html_table(repr(self), heads, rows)
         if self.kind == "base":
-            tensors = [[each["name"], each["shape"], each["dtype"], each["bytes"]] for each in self.data["tensors"]]
+            tensors = [[each["name"], each["shape"], each["dtype"], each["bytes"]] for each in data["tensors"]]
             return html_table(repr(self), ("tensor", "shape", "dtype", "bytes"), tensors)
         if self.kind == "graph":
-            layers = [[each["target"], each["shape"], each["method"]] for each in self.data["layers"]]
+            layers = [[each["target"], each["shape"], each["method"]] for each in data["layers"]]
             return html_table(repr(self), ("target", "shape", "found by"), layers)
-        return html_table(repr(self), ("module",), [[module] for module in self.data["modules"]])
+        return html_table(repr(self), ("module",), [[module] for module in data["modules"]])
 
 
 def graph_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[str, JsonValue]:

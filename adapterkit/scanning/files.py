@@ -189,7 +189,8 @@ class _Reader:
             self.skip(place, f"it was not scanned, because the limit of {_LARGEST_SUM:,} bytes per file was reached")
             return
         if (compressed or is_tar(head)) and head[0] in _OPCODES:
-            # A pickle can also begin like an archive: only unpicklers read the bytes as a pickle.
+            # A pickle can begin with the same bytes as an archive, and an unpickler would run it. So scan the bytes
+            # as a pickle first, and then as an archive.
             tail = stream.read(LARGEST)
             yield from self.calls(place, head + tail, len(tail) == LARGEST)
             if depth:

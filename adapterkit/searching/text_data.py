@@ -177,7 +177,7 @@ class TextData:
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     @checks_types
-    def learned_by(self, method: str) -> Callable[..., Any]:
+    def learned_by(self, method: str) -> Callable[..., object]:
         """Return the function to pass to `combine` as `data=` for this combining method.
 
         Raises:
@@ -192,7 +192,7 @@ class TextData:
             raise UsageError(why, where="data", cure=f"Call combine in Python; data= must be {cls.data}")
         if cls.learns not in _OF_ANY_MODEL:
             self.base.check_predicts()
-        return cast("Callable[..., Any]", getattr(self, cls.learns))
+        return cast("Callable[..., object]", getattr(self, cls.learns))
 
     @checks_types
     def loss(self, adapter: Adapter) -> float:

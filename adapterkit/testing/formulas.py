@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     Guise = Callable[[list[Adapter], int], tuple[list[Adapter], int]]
 
 
-def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed: int = 0, **attributes: Any) -> Update:
+def example(
+    method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed: int = 0, **attributes: object
+) -> Update:
     """Return an update of a linear layer, with random numbers in all trained tensors.
 
     The method's `initial` creates the update. A new update changes nothing, so random numbers are added to its trained
@@ -222,6 +224,9 @@ def _wide(leaf: Leaf) -> Leaf:
     return leaf.double() if leaf.is_floating_point() else leaf
 
 
+# The tests pass on options whose types only `combine` itself checks.
+_combine: Callable[..., Adapter] = combine
+
 TARGET = Target("layers.0.q")
 OUT, IN, RANK = 20, 28, 3
 SMALL = 2.0**-17
@@ -231,7 +236,7 @@ SAME = 1e-6
 """Two results count as equal if their largest difference is at most `SAME` times the largest entry."""
 
 
-def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
+def dependences(name: str, draws: int = 4, **options: object) -> set[str]:
     """Return the properties in `GUISES` on which a combiner's result depends.
 
     Each property is varied alone, and the adapters' weight changes stay the same. The exception is `size`, which
@@ -246,16 +251,16 @@ def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
     dependences_found = set()
     for drawn in range(draws):
         given = _adapters(name, drawn)
-        first = _change(combine(given, name, seed=0, **options))
+        first = _change(_combine(given, name, seed=0, **options))
         for what, guise in GUISES.items():
             others, seed = guise(given, 1)
-            again = _change(combine(others, name, seed=seed, **options)) / (SMALL if what == "size" else 1.0)
+            again = _change(_combine(others, name, seed=seed, **options)) / (SMALL if what == "size" else 1.0)
             if abs(again - first).max() > SAME * abs(first).max():
                 dependences_found.add(what)
     return dependences_found
 
 
-def rank_of_result(name: str, **options: Any) -> str:
+def rank_of_result(name: str, **options: object) -> str:
     """Return how high the rank of a combiner's result can be: `one's`, `sum` or `more`.
 
     `one's` means at most the rank of one adapter, and `sum` at most the sum of all adapters' ranks. `more` means that
@@ -267,7 +272,7 @@ def rank_of_result(name: str, **options: Any) -> str:
     # Also try density 1. At lower densities, the result for these small matrices can have a low rank by chance, unlike
     # the result for large matrices.
     dense = {"density": 1.0} if "density" in COMBINERS[name].parameters() else {}
-    changes = [_change(combine(given, name, **{**options, **more})) for more in ({}, dense)]
+    changes = [_change(_combine(given, name, **{**options, **more})) for more in ({}, dense)]
     rank = max(int(np.linalg.matrix_rank(change)) for change in changes)
     return "one's" if rank <= RANK else "sum" if rank <= RANK * len(given) else "more"
 
@@ -332,7 +337,7 @@ class CombinerTests:
     """
 
     combiner: ClassVar[str] = ""
-    parameters: ClassVar[dict[str, Any]] = {}
+    parameters: ClassVar[dict[str, object]] = {}
     count: ClassVar[int] = 3
 
     def __init_subclass__(cls) -> None:
@@ -343,7 +348,7 @@ class CombinerTests:
         if cls.combiner in COMBINERS and "rank" in COMBINERS[cls.combiner].parameters():
             cls.test_a_rank_cuts_the_result = None  # type: ignore[assignment, method-assign]
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         """Return further arguments for `adapterkit.combine`, such as `base`, `data` or `compat`."""
         return {}
 
@@ -371,10 +376,10 @@ class CombinerTests:
             adapters_made.append(Adapter(updates))
         return adapters_made
 
-    def result(self, adapters: list[Adapter], weights: list[float] | None = None, **more: Any) -> Adapter:
+    def result(self, adapters: list[Adapter], weights: list[float] | None = None, **more: object) -> Adapter:
         """Return the combined adapter. The combiner gets `parameters`, `options()` and `more`."""
         given = self.parameters | self.options() | more
-        return combine(adapters, self.combiner, weights, **given)
+        return _combine(adapters, self.combiner, weights, **given)
 
     def test_it_says_where_it_is_from(self) -> None:
         assert self.combiner not in COMBINERS.refused(), COMBINERS.refused()[self.combiner]

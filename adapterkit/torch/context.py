@@ -562,8 +562,8 @@ class ContextCall:
         if self.past and self.seen <= seen + self.past * (not seen):
             why = "the model did not use the past keys and values that the adapter added"
             raise Unsupported(why, cure="Use a model with a cache")
-        # If the caller asked for no cache, return no cache. Otherwise the caller would continue with the cache, and
-        # would pass tokens again that the cache already contains.
+        # Return no cache to a caller that asked for none. Such a caller passes all tokens in every call, so the tokens
+        # of a returned cache would be in the input twice.
         unwanted = self.past and given is None and self.words.get("use_cache") is False
         return (
             dataclasses.replace(out, **{self.cache_word: None}) if unwanted and hasattr(out, self.cache_word) else out

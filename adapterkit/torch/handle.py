@@ -224,7 +224,7 @@ class Handle:
         yield from self._copied_leaves(seen)
 
     def _copied_leaves(self, seen: set[int]) -> Iterator[tuple[str, Leaf]]:
-        """Yield (name, leaf) for the adapter's tensors at copies of layers inside the model.
+        """Yield (name, leaf) for the adapter's tensors in layers that were copied inside the model.
 
         Each name contains the path of the copy, not of the original layer.
         """

@@ -319,8 +319,8 @@ def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
         return tensor.to(device, wanted(tensor))
 
     # Compare devices and dtypes. Do not call `there` to see whether it returns the same tensor: torch.jit.trace records
-    # every conversion, even one that changes nothing. It traces the model twice and raises an error if the graphs
-    # differ, and the first run can make more conversions than the second.
+    # every conversion, even one that changes nothing. The function traces the model twice and raises an error if the
+    # two graphs differ. The first run can make more conversions than the second.
     leaves = [live_tensor(leaf) for leaf in update.tensors.values()]
     stands = all(leaf.device == device and leaf.dtype == wanted(leaf) for leaf in leaves)
     return update if stands else update.map(there)

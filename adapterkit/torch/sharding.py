@@ -45,7 +45,7 @@ def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
     """Return for each tensor whether all its elements are finite.
 
     If the first tensor is a DTensor, all must be DTensors of the same mesh, and every process must call this function.
-    All processes get the same result, so that they raise or do not raise together.
+    All processes get the same result, so either all of them raise an error or none does.
     """
     # `isfinite().all()` would allocate several tensors of this size.
     local = [

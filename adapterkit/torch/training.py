@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class TrainerCallback:
     # The class does not inherit from transformers.TrainerCallback, so that this module does not import transformers.
 
     @checks_types
-    def __init__(self, handle: Handle, to: str | None = "adapterkit", name: str = "adapter", **options: Any) -> None:
+    def __init__(self, handle: Handle, to: str | None = "adapterkit", name: str = "adapter", **options: object) -> None:
         self.handle, self.to, self.name, self.options = handle, to, name, {"on_loss": "promote", **options}
         if to is not None:
             with TemporaryDirectory() as folder:
@@ -69,7 +69,8 @@ class TrainerCallback:
 
     def _write(self, adapter: Adapter, folder: Path) -> None:
         if self.to is not None:
-            write(adapter, folder / self.name, format=self.to, **self.options)
+            # `write` checks the types of the options when it is called.
+            cast("Callable[..., object]", write)(adapter, folder / self.name, format=self.to, **self.options)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         """Return a function that does nothing, for all Trainer events except `on_save`."""

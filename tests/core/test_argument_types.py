@@ -16,6 +16,8 @@ import torch
 from safetensors.numpy import save_file
 
 import adapterkit as ak
+import adapterkit.quant
+import adapterkit.testing
 from adapterkit.core.arguments import _ALIASES, _UNCHECKED, checks_types
 from adapterkit.errors import UsageError
 
@@ -178,3 +180,36 @@ def test_aliases_for_type_checkers_mean_what_they_mean_at_run_time() -> None:
     for name in used - _UNCHECKED:
         if not _ALIASES[name].startswith("Callable"):
             assert types(_ALIASES[name]) in [types(meaning) for meaning in aliases[name]], name
+
+
+def annotated(module: ModuleType, prefix: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Every public function, and every public method, property and constructor of a public class, with its name."""
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.ismodule(value):
+            yield from annotated(value, f"{prefix}{name}.")
+        elif inspect.isfunction(value):
+            yield prefix + name, value
+        elif inspect.isclass(value):
+            members = [
+                item for cls in value.__mro__ if cls.__module__.startswith("adapterkit") for item in vars(cls).items()
+            ]
+            for member, item in members:
+                function = item.fget if isinstance(item, property) else getattr(item, "__func__", item)
+                if inspect.isfunction(function) and (not member.startswith("_") or member == "__init__"):
+                    yield f"{prefix}{name}.{member}", function
+
+
+SIGNATURES = {name: function for module in (ak, ak.quant, ak.testing) for name, function in annotated(module)}
+
+
+def test_no_public_signature_says_any() -> None:
+    """A value of JSON is a `JsonValue`. A value that may have any type is an `object`, so users must look at it."""
+    vague = {
+        f"{name}: {argument}"
+        for name, function in SIGNATURES.items()
+        for argument, note in inspect.get_annotations(inspect.unwrap(function)).items()
+        if re.search(r"\bAny\b", str(note))
+    }
+    assert vague == set()
+    assert len(SIGNATURES) > 200

@@ -1,11 +1,10 @@
 """Properties over the registries: bits survive formats, sums are float64 formulas, and merging rounds once."""
 
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from format_vectors import EVERY, base, source
+from format_vectors import EVERY, base_with_config, source
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -23,13 +22,6 @@ KEPT = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 """Types whose bits are drawn; positions, masks and quantized blocks have to stay what they are."""
 
 NATIVE = sorted((Path(__file__).parents[2] / "spec" / "vectors" / "methods").glob("*.adapter.safetensors"))
-
-
-@cache
-def on(folder):
-    """The base that a vector is read with."""
-    llama = Path(__file__).parents[2] / "spec" / "vectors" / "bases" / "llama"
-    return llama if folder.parent.name in {"gguf", "litgpt", "mlx", "torchtune"} else base(folder)
 
 
 def refilled(adapter, seed):
@@ -85,12 +77,12 @@ ONE_EACH = [
 @given(seed=st.integers(0, 2**32 - 1))
 def test_any_bits_go_through_a_format_and_the_native_one_and_back(folder, seed, tmp_path_factory):
     name, path = folder.parent.name, source(folder)
-    adapter = refilled(ak.read(path, name, on(folder)), seed)
+    adapter = refilled(ak.read(path, name, base_with_config(folder)), seed)
     place = tmp_path_factory.mktemp("trip")
     first = place / "first" / (path.name if path.is_file() else "adapter")
     first.parent.mkdir()
-    assert ak.write(adapter, first, name, on(folder)) == []
-    read = ak.read(first, name, on(folder))
+    assert ak.write(adapter, first, name, base_with_config(folder)) == []
+    read = ak.read(first, name, base_with_config(folder))
     assert bits(read) == bits(adapter)
     assert attributes(read) == attributes(adapter)
     ak.write(read, place / "native")
@@ -99,8 +91,8 @@ def test_any_bits_go_through_a_format_and_the_native_one_and_back(folder, seed, 
     assert native.digest() == read.digest()
     second = place / "second" / first.name
     second.parent.mkdir()
-    ak.write(native, second, name, on(folder))
-    assert bits(ak.read(second, name, on(folder))) == bits(adapter)
+    ak.write(native, second, name, base_with_config(folder))
+    assert bits(ak.read(second, name, base_with_config(folder))) == bits(adapter)
 
 
 @pytest.mark.parametrize("path", NATIVE[::4], ids=lambda path: path.name.partition(".")[0])

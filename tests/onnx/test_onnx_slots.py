@@ -249,7 +249,10 @@ def test_a_damaged_list_of_slots(slots, tmp_path):
     fields = {"A": "turn.lora.A", "B": "turn.lora.B", "scaling": "turn.lora.scaling"}
     assert held[0]["updates"][0][2] == fields
     held[0]["updates"][0][2]["A"] = "other"
-    for value, match in (("[", "damaged"), ("[1]", "damaged"), ("{}", None), (json.dumps(held), "slot 'other'")):
+    short = json.dumps([{"asked": ["turn", [5]], "target": ["turn", None], "updates": []}])
+    for value, match in (
+        ("[", "damaged"), ("[1]", "damaged"), (short, "damaged"), ("{}", None), (json.dumps(held), "slot 'other'")
+    ):  # fmt: skip
         note.value = value
         (tmp_path / "bad.onnx").write_bytes(proto.SerializeToString())
         with pytest.raises(Malformed if match else TargetNotFound, match=match):

@@ -26,3 +26,8 @@ def source(folder):
 
 def base(folder):
     return ROOT / "bases" / "llama" if folder.parent.name in OF_LLAMA else None
+
+
+def base_with_config(folder):
+    """Return the base also for formats that can be read without one, but whose writers need its config."""
+    return ROOT / "bases" / "llama" if folder.parent.name in {"gguf", "litgpt", "mlx", "torchtune"} else base(folder)

@@ -64,6 +64,17 @@ def test_a_merged_model(tmp_path: Path, merged: Path) -> None:
     assert found["dependencies"][0] == {"ref": "model", "dependsOn": ["base", "adapter-1"]}
 
 
+ODD_ADAPTERS = [5, "text", {"a": 1}, [5], [[]], [{"lineage": 5, "ranks": "x", "methods": {}}]]
+
+
+@pytest.mark.parametrize("value", ODD_ADAPTERS, ids=str)
+def test_a_record_of_another_shape_names_no_adapter(merged: Path, value: Any) -> None:
+    file = merged / "adapterkit_merge.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"adapters": value}))
+    names = [each["name"] for each in valid(merged)["components"]]
+    assert names == ["org/base"] + (["None"] if isinstance(value, list) and value[0] and value[0] != 5 else [])
+
+
 def test_an_adapter_with_a_card_and_a_base(tmp_path: Path) -> None:
     lora = save_peft(tmp_path / "lora")
     config = json.loads((lora / "adapter_config.json").read_text())

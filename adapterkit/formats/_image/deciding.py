@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ...core.metadata import metadata_of, model_class_of
+from ...core.metadata import metadata_of, model_class_of, strings_of
 from ...errors import UsageError
 from ...io.inputs import decimal_number
 from ...naming.image import (
@@ -89,8 +89,7 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
     sources = {SOURCES.get(str(step.args.get("format")), "") for step in adapter.recipe if step.op == "read"}
     naming = next(iter(sources)) if len(sources) == 1 else ""
     # Add the keys in `foreign` that `metadata_of` omits.
-    pairs = None if adapter.foreign is None else adapter.foreign.data.get("metadata")
-    extra = {str(key): str(value) for key, value in pairs} if isinstance(pairs, (list, tuple)) else {}
+    extra = {} if adapter.foreign is None else strings_of(adapter.foreign.data.get("metadata"))
     metadata = {**metadata_of(adapter), **extra}
     formats = {str(step.args.get("format")) for step in adapter.recipe if step.op == "read"}
     if base is None:
@@ -222,7 +221,7 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     paths = list(dict.fromkeys(module_of(rooted(target.path)[1]) for target in targets))
     fitting = list(families_of_names(frozenset(paths)))
     if any(rooted(target.path)[0] for target in targets):
-        # A name begins with the prefix of a U-Net or a transformer. So the adapter is not for a ControlNet.
+        # A target's path begins with the prefix of a U-Net or a transformer, so the adapter is not for a ControlNet.
         fitting = narrowed(fitting, lambda family: family.component != CONTROLNET)
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
     extents = _extents(updates, targets)

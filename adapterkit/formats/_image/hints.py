@@ -18,6 +18,7 @@ from .slots import encode
 
 if TYPE_CHECKING:
     from ...io.lazy import Leaf
+    from ...io.strict_json import JsonValue
 
 Size = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -112,12 +113,12 @@ class ImageLeftovers:
         if key != module.keys[slot]:
             self.keys[key] = module.keys[slot]
 
-    def to_builtins(self, metadata: Metadata, compat: str | None) -> dict[str, object]:
+    def to_builtins(self, metadata: Metadata, compat: str | None) -> dict[str, JsonValue]:
         hints = ImageHints(
             metadata=metadata, stems=self.stems, keys=self.keys, shapes=self.shapes, without_alpha=self.without,
             derived=self.derived, idle=self.idle, compat=compat,
         )  # fmt: skip
-        leftovers: dict[str, object] = msgspec.to_builtins(hints)
+        leftovers: dict[str, JsonValue] = msgspec.to_builtins(hints)
         return leftovers
 
 

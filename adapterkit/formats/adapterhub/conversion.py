@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -284,7 +284,8 @@ def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[
 
 def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config: Mapping[str, JsonValue]) -> Content:
     root = hints.root or root_of(target.path for target in updates)
-    naming = AdapterHubNaming(str(config["name"]), cast("str | None", config.get("model_type")), root)
+    model_type = config.get("model_type")
+    naming = AdapterHubNaming(str(config.get("name", NAME)), model_type if isinstance(model_type, str) else None, root)
     spelled = {hints.keys.get(key, key): leaf for key, leaf in spell(updates, naming)}
     kept, head = _kept(adapter)
     stale = {key for family, group in by_family(updates).items() for key in family.stale(group, naming, kept)}

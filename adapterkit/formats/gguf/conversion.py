@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import (
@@ -512,7 +512,7 @@ class GgufHints(Leftovers, total=False):
     heads: dict[str, int]
     experts: int
     values: list[tuple[str, str, Any]]
-    types: dict[str, str]
+    types: dict[str, Literal["Q8_0"]]
 
 
 def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) -> list[str]:

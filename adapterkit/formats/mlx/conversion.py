@@ -206,7 +206,7 @@ def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
 
 @cache
 def _kept() -> frozenset[str]:
-    """Return the templates of all names that MLX-LM and hubs share in at least one family."""
+    """Return the templates of the weight names that MLX-LM and the naming `hub` share in at least one family."""
     return frozenset(
         _shape(WeightPlace(weight)) if place is None else _shape(place)
         for each in _common()
@@ -301,7 +301,7 @@ def decode(config: Mapping[str, JsonValue], text: str, file: Path, modules: Modu
             raise TargetNotFound("two modules in the file adapt this target", where=str(target), cure=WRITE_AGAIN)
         updates[target] = (update,)
     updates = modules.placed(updates)
-    data = {
+    data: dict[str, JsonValue] = {
         "config": dict(config), "text": text, "order": list(tensors), "metadata": dict(header.metadata),
         "names": {hub_name: name for hub_name, name in names.items() if hub_name != name},
     }  # fmt: skip

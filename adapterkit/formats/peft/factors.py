@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ...errors import (
     PASS_BASE,
@@ -515,9 +515,9 @@ def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, .
         why = f"the module has {len(group)} pairs of factors, but target_parameters names {len(names)} parameters"
         raise Malformed(why, where=group[0].key.text, cure=USE_ITS_CONFIG)
     options = [option for option in permutations(names, len(group)) if _fits(file, path, group, option)]
-    # With "all-linear", PEFT lists `gate.weight` and `down_proj` in `target_parameters`. The entry `down_proj` names no
-    # module, so a pair of the router `gate` may seem to adapt either `weight` or `down_proj`. Without a base, prefer
-    # the entry that names the router: `gate.weight`.
+    # With "all-linear", PEFT lists `gate.weight` and `down_proj` in `target_parameters`. The entry `down_proj`
+    # contains no module name, so a pair of factors at the router `gate` may belong to either `weight` or `down_proj`.
+    # Without a base, prefer the entry that names the router: `gate.weight`.
     sure = [option for option in options if set(option) == set(_named(file, path))]
     if file.base is None and len(sure) == 1:
         options = sure
@@ -608,6 +608,6 @@ def as_written(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     config = dict(config)
     if "lora_B_layout" in config or written_by_unsloth(config):
         config["lora_B_layout"] = RANK_MAJOR
-    if parse_version(cast("str | None", config.get("peft_version"))) < SWAPPED_BEFORE:
+    if parse_version(config.get("peft_version")) < SWAPPED_BEFORE:
         config["peft_version"] = None
     return config

@@ -250,7 +250,7 @@ def make(method: str, leaves: Mapping[str, Leaf], **attributes: float) -> Update
 
 PREFIX = "base_model.model."
 LATENT = "lora_latent_mapping"
-"""`Key.part` of LoRA-XS's R, in the module `default_lora_latent_mapping`.
+"""`Key.part` in the key of LoRA-XS's R, which is the weight of the module `default_lora_latent_mapping`.
 
 PEFT removes `.default` from the key, because it mistakes `default` for the adapter's name.
 """
@@ -572,12 +572,12 @@ def written_by_unsloth(config: Mapping[str, JsonValue]) -> bool:
     return marked or str(config.get("base_model_name_or_path") or "").startswith("unsloth/")
 
 
-def parse_version(version: str | None) -> tuple[int, ...]:
+def parse_version(version: object) -> tuple[int, ...]:
     """Return the first two numbers of a PEFT version, such as (0, 18).
 
     If the version is missing or cannot be parsed, return a tuple that compares as greater than every release.
     """
-    match = re.match(r"(\d+)\.(\d+)", version or "")
+    match = re.match(r"(\d+)\.(\d+)", version if isinstance(version, str) else "")
     return (int(match[1]), int(match[2])) if match else (1 << 30,)
 
 

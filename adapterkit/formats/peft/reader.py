@@ -95,6 +95,7 @@ def without_config(adapter: Adapter, config: Mapping[str, JsonValue], *, assumed
     """
     foreign, (step,) = adapter.foreign, adapter.recipe
     compat = None if foreign is None else foreign.data.get("compat")
+    assert compat is None or isinstance(compat, str)  # this module wrote it
     origin = {"alpha": "rank" if assumed else config["lora_alpha"], "config": None}
     kept = None if compat is None else Foreign(FORMAT, msgspec.to_builtins(PeftHints(compat=compat)))
     return adapter.replace(recipe=(Step("read", {**step.args, **origin}),), foreign=kept)

@@ -266,7 +266,7 @@ class Combiner(ABC):
         """Return each adapter's factor if the formula is a weighted sum of the changes; None for other formulas."""
         return None
 
-    def check(self) -> None:  # noqa: B027 - combiners without such rules inherit this
+    def check(self) -> None:  # noqa: B027 - by default, no parameter values conflict
         """Raise UsageError if parameter values that are allowed separately are not allowed together."""
 
     @abstractmethod

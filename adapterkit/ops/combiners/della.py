@@ -55,7 +55,7 @@ class Della(Sparse):
                 why = f"density {density} and epsilon {epsilon} give probabilities that are not between 0 and 1"
                 raise UsageError(why, where="epsilon", cure="Choose an epsilon below both density and 1 - density")
 
-        # The compiled loop does not call this function. It draws the same masks, with the result of `self.chances`.
+        # The compiled loop does not call `mask`. The loop draws the same masks from the result of `self.chances`.
         def mask(changes: Array, rows: slice) -> tuple[Array, Array]:
             _, count, columns = changes.shape
             kept, chance = np.ones(changes.shape, bool), np.ones(changes.shape)

@@ -62,7 +62,7 @@ class NSC(Learned):
 class Spaces:
     """The second argument of the caller's score function; it computes the loss from inputs.
 
-    It knows the input space of each adapter at each target: the span of the rows of A.
+    The object stores the input space of each adapter at each target: the span of the rows of A.
 
     Attributes:
         paths: the paths of the targets whose inputs are used.

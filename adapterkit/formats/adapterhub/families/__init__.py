@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import msgspec
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+
+
+def count_in(config: Mapping[str, JsonValue] | None, names: Iterable[str]) -> int | None:
+    """Return the first integer that a base's config has under one of these names; None if there is none."""
+    values = (config.get(name) for name in names) if config is not None else ()
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 class FamilyFields(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,7 +29,7 @@ from ..file import (
     standing,
     take,
 )
-from . import AdapterHubFamily, FamilyFields, Number
+from . import AdapterHubFamily, FamilyFields, Number, count_in
 
 if TYPE_CHECKING:
     from ....core.updates import Update
@@ -316,11 +316,12 @@ def _factor(hidden: int, inner: int) -> float:
 
 def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
     """Return the number of the model's layers; 0 if unknown. If `encoder` is true, count only the encoder's layers."""
-    config = {} if base is None else base.config or {}
-    layers = next((config[name] for name in LAYERS if isinstance(config.get(name), int)), 0)
+    config = None if base is None else base.config
+    layers = count_in(config, LAYERS) or 0
     if model_type_of(base) not in ENCODER_DECODER or encoder:
-        return int(layers)
-    return int(layers + next((config[name] for name in DECODER_LAYERS if isinstance(config.get(name), int)), layers))
+        return layers
+    decoder = count_in(config, DECODER_LAYERS)
+    return layers + (layers if decoder is None else decoder)
 
 
 def _layer(target: Target, base: Checkpoint | None = None) -> int:

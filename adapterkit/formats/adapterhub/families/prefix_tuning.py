@@ -20,7 +20,7 @@ from ....errors import (
 from ....io.inputs import decimal_number
 from ....io.lazy import Lazy, as_lazy
 from ..file import AGAIN, AdapterHubUpdate, KeptKey, check_same, joined, make, model_type_of, sliced, take
-from . import AdapterHubFamily, FamilyFields, Size
+from . import AdapterHubFamily, FamilyFields, Size, count_in
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
@@ -256,9 +256,9 @@ class PrefixTuningFamily(AdapterHubFamily):
         flat = "P" in some.tensors
         # An attention module has no gates, one gate (for keys and values together), or two gates.
         gates = int(some.tensors["gate"].shape[0]) if "gate" in some.tensors else 0
-        config, model_type = {} if base is None else base.config or {}, model_type_of(base)
+        config, model_type = None if base is None else base.config, model_type_of(base)
         pair, groups = model_type in ENCODER_DECODER, {group_of(target.path, model_type) for target in updates}
-        layers = 0 if pair else next((config[name] for name in LAYERS if name in config), 0)
+        layers = 0 if pair else count_in(config, LAYERS) or 0
         return {
             "cross_prefix": not pair or "cross_prefix" in groups,
             "encoder_prefix": not pair or "encoder_prefix" in groups,
@@ -370,8 +370,7 @@ def _sizes(part: AdapterHubPart, tensors: Mapping[str, Lazy], layers: int, key: 
     last = tensors["P"] if part.method_fields.flat else tensors["b2"]
     total = last.shape[0] if len(last.shape) == 1 else 0
     rows = 2 * layers * (part.method_fields.prefix_length if part.method_fields.flat else 1)
-    config = {} if part.base is None else part.base.config or {}
-    heads = part.heads or next((config[name] for name in HEADS if isinstance(config.get(name), int)), 0)
+    heads = part.heads or count_in(None if part.base is None else part.base.config, HEADS) or 0
     if heads < 1:
         why = "the file does not state the number of heads of keys and values"
         raise UsageError(why, where=key.text, cure=PASS_BASE_WITH_CONFIG)

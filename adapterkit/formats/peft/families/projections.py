@@ -395,7 +395,7 @@ class RandloraFamily(Family):
         settings_of = {t: (u.scaling, tuple(u.A.shape), tuple(u.B.shape)) for t, u in members.items()}
         odd = minority(settings_of)
         yield from (
-            (target, "its scaling or the sizes of its bases differ from those of most updates") for target in odd
+            (target, "its scaling or the shapes of its A and B differ from those of most updates") for target in odd
         )
         kept = {target: update for target, update in members.items() if target not in odd}
         for target, update in kept.items():
