@@ -163,7 +163,7 @@ class FolderSession:
             may = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if part.may_hold(t)})
             if not self.parts[key].slots or not may.updates:
                 continue
-            slotted_part, _ = slotted(part.path, may)
+            slotted_part, _ = slotted(self.parts[key]._graph(), may)
             if slotted_part.updates:
                 by_part[key] = slotted_part
                 seen |= set(slotted_part.updates)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from numbers import Real
@@ -16,7 +17,17 @@ import numpy as np
 
 from ..core.adapter import Adapter
 from ..core.arguments import checks_types
-from ..errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError, first_line, nearest, shown
+from ..errors import (
+    AdapterkitError,
+    Malformed,
+    ShapeMismatch,
+    TargetNotFound,
+    Unsupported,
+    UsageError,
+    first_line,
+    nearest,
+    shown,
+)
 from ..formats.olive import has_olives_names
 from ..io.lazy import as_array
 from ..io.locations import located, path_text
@@ -24,10 +35,10 @@ from ..io.ort_adapter import is_ort_adapter, read_ort_adapter
 from ..io.safetensors import handles, read_header
 from .building import Array, Dtype
 from .folders import graphs_in
-from .model_file import opened
+from .model_file import GraphSource, opened
 from .providers import CPU, CUDA, OrtBinding, OrtInput, OrtSession, OrtValue, best_provider, named, quiet_options
 from .rowwise import INDEX, ROWS, stacked
-from .slot_values import KIND, SAFETENSORS, fit
+from .slot_values import KIND, SAFETENSORS, fit_opened
 from .slots import fills_of, neutral
 from .trial_inputs import STATE, STATES, sizes_beside, windows_beside
 
@@ -123,6 +134,9 @@ PAST = "past_key_values."
 MOST_NAMED = 4
 """An error lists at most this many inputs, or this many graphs of a folder."""
 
+MOST_KEPT = 1 << 24
+"""A session keeps the parsed graph if its file has at most this many bytes."""
+
 MOST_STACKS = 8
 """A session keeps the stacked values of at most this many sets of adapters, because each set takes memory."""
 
@@ -171,7 +185,9 @@ class Session:
         providers: Sequence[Provider] | None = None,
     ) -> None:  # fmt: skip
         self._path = _only_graph(located(model))
-        opened(self._path)  # Refuse bad external data before onnxruntime reads it.
+        source = opened(self._path)  # Refuse bad external data before onnxruntime reads it.
+        # Each `load` needs the graph. Keep it, unless its file also holds the weights, which would take memory twice.
+        self._source = replace(source, original=b"") if len(source.original) <= MOST_KEPT else None
         self._session = _started(self._path, providers)
         metadata = self._session.get_modelmeta().custom_metadata_map
         fills = fills_of(metadata)
@@ -246,7 +262,12 @@ class Session:
                 raise UsageError(why, path=path, cure=cure)
             feeds = {key: as_array(leaf) for key, leaf in values.items()}
         else:
-            feeds = fit(self._path, adapter, rename=rename, base_weights=base_weights)
+            try:
+                feeds = fit_opened(self._graph(), adapter, rename=rename, base_weights=base_weights)
+            except AdapterkitError as error:
+                if not isinstance(error, UsageError):
+                    error.at(path=self._path)
+                raise
         for key, array in feeds.items():
             check_slot(key, array, self._slots, path)
         check_together(feeds, self._slots, path)
@@ -258,6 +279,10 @@ class Session:
         feeds = {key: array for key, array in feeds.items() if key.rpartition(".")[0] in stems}
         self._loaded[name] = {key: (array, self._placed(array)) for key, array in feeds.items()}
         self._stacks = {}  # Do not clear the old dictionary: another thread may be about to add a stack to it.
+
+    def _graph(self) -> GraphSource:
+        """Return the parsed graph."""
+        return self._source or opened(self._path)
 
     def _restore(self, name: str, values: dict[str, tuple[Array, OrtValue]] | None) -> None:
         """Undo a `load`: `values` are the values that were loaded under this name before it; None if none were."""

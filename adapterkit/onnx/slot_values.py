@@ -56,8 +56,16 @@ def fit(
             differs from the constant in the model's nodes.
         Malformed: the model's list of slots is damaged, or a number is too large for its slot's dtype.
     """
+    return fit_opened(opened(model), adapter, base_weights=base_weights, rename=rename)
+
+
+def fit_opened(
+    source: GraphSource, adapter: Adapter | str | PathLike[str], *, base_weights: Base | None = None,
+    rename: str | Sequence[str] = (),
+) -> dict[str, Array]:  # fmt: skip
+    """Do what `fit` does, for a model that is already open."""
     (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
-    return _fitted(model, read, base_weights)[1]
+    return _fitted(source, read, base_weights)[1]
 
 
 @checks_types
@@ -77,8 +85,9 @@ def write_adapter(
     from ..formats.onnx_adapter import write_slots_record
 
     (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
-    read, feeds, names = _fitted(model, read, base_weights)
-    feeds = neutral_of(opened(model).model) | feeds
+    source = opened(model)
+    read, feeds, names = _fitted(source, read, base_weights)
+    feeds = neutral_of(source.model) | feeds
     write_slot_values(feeds, out)
     if str(out).lower().endswith(SAFETENSORS) or not all(names):
         return Path(out)  # Values of stacks, experts and computed factors cannot be read back.
@@ -87,14 +96,13 @@ def write_adapter(
     return Path(out)
 
 
-def slotted(model: Model, adapter: Adapter) -> tuple[Adapter, tuple[Target, ...]]:
+def slotted(source: GraphSource, adapter: Adapter) -> tuple[Adapter, tuple[Target, ...]]:
     """Return the adapter without the targets that have no slots in a graph, and a tuple of the removed targets.
 
     Raises:
         TargetNotFound: the graph has no slots at all.
         Malformed: the graph's list of slots is damaged.
     """
-    source = opened(model)
     records = recorded(source.model, source.path)
     parts, whole, _ = _as_stored(adapter, source, records, None)
     known = dict.fromkeys((name.path for record in records for name in (record.asked, record.target)), ())
@@ -123,7 +131,7 @@ def write_slot_values(feeds: Mapping[str, Array], out: str | PathLike[str]) -> N
 
 
 def _fitted(
-    model: Model, adapter: Adapter, base: Base | None
+    source: GraphSource, adapter: Adapter, base: Base | None
 ) -> tuple[Adapter, dict[str, Array], list[dict[str, str]]]:
     """Match an adapter's tensors with the slots of a graph.
 
@@ -132,7 +140,6 @@ def _fitted(
         slot names to arrays; and a list with one map for each update, from the update's fields to slot names. The map
         of an update is empty if the update cannot be read back from the slots.
     """
-    source = opened(model)
     slots, records = slots_of(source.model), recorded(source.model, source.path)
     feeds: dict[str, Array] = {}
     adapter, _, experts = _as_stored(adapter, source, records, base)

@@ -361,3 +361,18 @@ def test_constant_nodes_whose_numbers_are_in_a_data_file(way, opset, tmp_path):
         np.testing.assert_allclose(got, wanted, atol=1e-5 * abs(wanted).max())
     else:
         same(out, wanted)
+
+
+def test_a_session_loads_adapters_for_the_graph_that_it_runs(tmp_path):
+    """The graph is read once, not once for each of many adapters, so a file that replaces it later has no effect."""
+    model = saved(tmp_path / "model")
+    ak.onnx.inject(model, lora(), model.with_name("slots.onnx"), mode="slots")
+    session = ak.onnx.Session(model.with_name("slots.onnx"))
+    model.with_name("slots.onnx").write_bytes(model.read_bytes())
+    for seed in (2, 3):
+        adapter = lora(seed=seed, rank=seed)
+        session.load(f"a{seed}", adapter)
+        wanted = X @ (W + delta(adapter)) @ V
+        np.testing.assert_allclose(session.run({"x": X}, f"a{seed}")["y"], wanted, atol=1e-5 * abs(wanted).max())
+    with pytest.raises(TargetNotFound, match=r"slots\.onnx: k: the model has no slots for this target"):
+        session.load("k", lora("k"))
