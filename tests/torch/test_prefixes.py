@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -265,3 +266,17 @@ def test_a_prompt_behind_embeddings(build):
 def test_a_prompt_where_a_model_cannot_take_one_is_refused():
     with pytest.raises(Unsupported, match="in front of the output of a Dropout"):
         ak.torch.inject(fresh(gpt2), Adapter({Target("transformer.drop"): (METHODS["prompt"](P=torch.ones(2, 8)),)}))
+
+
+def test_a_prefix_in_a_checkpointed_block_is_refused_in_training():
+    """The backward pass runs such a block again, with the cache that the first run extended."""
+    model = llama()
+    ak.torch.inject(model, ak.torch.create(model, "prefix", rank=3), trainable=True)
+    wanted = model(IDS).logits
+    for position, block in enumerate(model.model.layers):
+        model.model.layers[position] = checkpoint_wrapper(block)
+    model.train()
+    with pytest.raises(Unsupported, match="CheckpointWrapper"):
+        model(IDS)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, wanted)
