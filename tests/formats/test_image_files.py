@@ -1,12 +1,14 @@
 """Files of image models as trainers leave them: alphas in any form, fused parts, names of several trainers."""
 
 import itertools
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from command_line import record, run
+from diffusers.loaders import single_file_utils
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
@@ -497,6 +499,44 @@ def test_a_fused_weight_and_its_part_at_a_base_with_bare_names(trained, tmp_path
     change = np.kron(held[f"{fused}.lokr_w1"], held[f"{fused}.lokr_w2"])[:48]
     merged = load_file(tmp_path / "merged.safetensors")[f"{names.format('q')}.weight"]
     np.testing.assert_allclose(merged, base[f"{names.format('q')}.weight"] + change, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [("q", "k", "v", "out"), ("k",)])
+@pytest.mark.parametrize(
+    ("root", "prefix"),
+    [
+        ("conditioner.embedders.1.model.", "lora_te2_"),
+        ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer."),
+        ("cond_stage_model.model.", "lora_te_"),
+    ],
+)
+def test_a_text_encoder_with_openclip_s_names_changes_as_diffusers_converts_it(root, prefix, names, tmp_path):
+    block = f"{root}transformer.resblocks.0."
+    base = {f"{block}attn.in_proj_weight": normal(24, 8), f"{block}attn.in_proj_bias": normal(24)}
+    base |= {f"{block}attn.out_proj.weight": normal(8, 8), f"{block}mlp.c_fc.weight": normal(32, 8)}
+    base |= {f"{block}mlp.c_proj.weight": normal(8, 32)}
+    base |= {"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight": normal(8, 8)}
+    save_file(base, tmp_path / "base.safetensors")
+    shapes = {f"self_attn.{name}_proj": (8, 8) for name in names} | {"mlp.fc1": (32, 8), "mlp.fc2": (8, 32)}
+    held, changes = {}, {}
+    for name, (out, columns) in shapes.items():
+        path = f"text_model.encoder.layers.0.{name}"
+        stem = prefix + (path.replace(".", "_") if prefix.endswith("_") else path)
+        held |= lora(stem, out, columns, alpha=1.0)
+        changes[path] = held[f"{stem}.lora_up.weight"] @ held[f"{stem}.lora_down.weight"] / 2
+    ak.merge(tmp_path / "base.safetensors", saved(tmp_path, held), tmp_path / "merged.safetensors")
+
+    def converted(file):
+        tensors = {key: torch.from_numpy(value) for key, value in load_file(file).items()}
+        model = types.SimpleNamespace(config=types.SimpleNamespace(hidden_size=8))
+        return single_file_utils.convert_open_clip_checkpoint(model, tensors, root)
+
+    before, after = converted(tmp_path / "base.safetensors"), converted(tmp_path / "merged.safetensors")
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        expected = value.numpy() + changes.pop(key.removesuffix(".weight"), 0)
+        np.testing.assert_allclose(after[key].numpy(), expected, rtol=0, atol=1e-5)
+    assert not changes
 
 
 def test_blocks_of_hunyuan_video_are_no_control_lora_of_flux(tmp_path):

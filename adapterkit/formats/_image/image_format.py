@@ -35,6 +35,7 @@ from .bundles import PREFIX, ImageBundle, split
 from .deciding import FAMILY, Origin, check_stated_family, denoiser_targets, families_in
 from .file import ImageKey, ImageModule, Rules, load_tensors, rules_for, save_tensors
 from .hints import ImageLeftovers
+from .open_clip import in_open_clip
 from .slots import decode
 from .translate import in_naming
 from .underscores import modules_of
@@ -437,6 +438,8 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
     placed_updates: dict[Target, tuple[Update, ...]] = {}
     for target, each in updates.items():
         for place, update in _placed(target, each, known).items():
+            if place.path not in known:
+                place = in_open_clip(place, update, base) or place
             placed_updates[place] = (*placed_updates.get(place, ()), *update)
     lost = next((t for t in placed_updates if t.path not in known), None)
     if lost is None:
