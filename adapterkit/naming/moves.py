@@ -310,6 +310,10 @@ def exchangeable(off: str, on: str) -> bool:
     kept = {*off.split(".")} & {*on.split(".")} - {"", "model", "transformer"}
     if kinds[0] - {"text"} and not kinds[1] and not kept:
         return False
+    # A decoder's inner encoder is not the encoder: ViT-MAE has `vit.encoder.` and `decoder.decoder_encoder.`.
+    half, new_half = parts_of("half", off), parts_of("half", on)
+    if half and new_half - half:
+        return False
     return not any(one and other and one.isdisjoint(other) for one, other in zip(kinds[::2], kinds[1::2], strict=True))
 
 

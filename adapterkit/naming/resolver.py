@@ -266,9 +266,13 @@ class FamilyNames:
         `AutoModel` loads the class without a head, so the names in an adapter for this class lack the prefix. An
         example is `layers.0.attention.q_proj`.
         """
-        firsts = Counter(weight.partition(".")[0] for weight in self.architecture.record.weights)
+        weights = self.architecture.record.weights
+        firsts = Counter(weight.partition(".")[0] for weight in weights)
         (word, count), *_ = firsts.most_common(1) or [("", 0)]
-        return word if 2 * count > firsts.total() and is_family(word) else ""
+        if 2 * count > firsts.total() and is_family(word):
+            return word
+        # ViT-MAE's file has the encoder's weights with and without `vit.`, and as many weights of a decoder.
+        return next((word for word in firsts if is_family(word) and any(f"{word}.{w}" in weights for w in weights)), "")
 
     def loses_a_part(self, name: str, suffix: str) -> bool:
         """Whether shortening `name` to `suffix` removes the only word that names a part of the model.

@@ -34,6 +34,14 @@ def test_the_half_that_a_name_says_is_meant_and_not_the_other_one():
         assert found(asked, stored, "whisper") == dict(zip(asked, below(f"model.{half}"), strict=True))
 
 
+def test_an_encoder_is_not_placed_in_the_encoder_of_a_decoder():
+    """ViT-MAE's class without a head, in the base that its class for pretraining saved."""
+    inner = [f"layer.{n}.attention.attention.{x}" for n in range(2) for x in ("query", "key", "value")]
+    stored = below("vit.encoder.", inner) + below("decoder.decoder_encoder.", inner)
+    asked = [f"layers.{n}.attention.{x}_proj" for n in range(2) for x in "qkv"]
+    assert found(asked, stored, "vit_mae") == dict(zip(asked, stored[:6], strict=True))
+
+
 @pytest.mark.parametrize("model_type", [None, "llava"])
 def test_a_vision_tower_is_not_placed_in_the_language_model(model_type):
     """Names of LLaVA's authors; both parts have layers of the same names, and here of the same shapes."""

@@ -342,6 +342,9 @@ ENCODERS = ("bert", "roberta", "electra", "vit", "clip", "siglip")
 FIRST = {
     "clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model", "bart": "BartForConditionalGeneration",
     "video_llava": "VideoLlavaForConditionalGeneration", "colqwen2": "ColQwen2ForRetrieval",
+    "depth_anything": "DepthAnythingForDepthEstimation",
+    "prompt_depth_anything": "PromptDepthAnythingForDepthEstimation", "zoedepth": "ZoeDepthForDepthEstimation",
+    "chmv2": "CHMv2ForDepthEstimation",
     "pp_doclayout_v2": "PPDocLayoutV2ForObjectDetection", "tipsv2_dpt": "Tipsv2DptForDepthEstimation",
     "qwen3_omni_moe": "Qwen3OmniMoeForConditionalGeneration",
     "shieldgemma2": "ShieldGemma2ForImageClassification", "jev": "JevForDecision",
