@@ -615,8 +615,8 @@ class ContextCall:
             raise Unsupported("a cache of fixed size has no room for a prefix", cure=cure)
         if self.module.training and any(getattr(m, "gradient_checkpointing", False) for m in self.module.modules()):
             raise Unsupported("gradient checkpointing discards the prefix", cure="Train without gradient checkpointing")
-        wrapped = any(type(module).__name__ == "CheckpointWrapper" for module in self.module.modules())
-        if wrapped and self.module.training and torch.is_grad_enabled():
+        trains = self.module.training and torch.is_grad_enabled()
+        if trains and any(type(module).__name__ == "CheckpointWrapper" for module in self.module.modules()):
             why = "a block in a CheckpointWrapper runs again in the backward pass, and would extend the cache twice"
             raise Unsupported(why, cure="Train without activation checkpointing")
         device, dtype = self._met()
