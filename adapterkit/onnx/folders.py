@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -300,15 +301,22 @@ def refuse_shared(targets_by_part: Mapping[Path, Iterable[Target]]) -> None:
     for part, targets in targets_by_part.items():
         for target in targets:
             parts_by_target.setdefault(target, []).append(part)
+    shared: dict[Target, tuple[Path, Path]] = {}
     for target, parts in parts_by_target.items():
         by_number: dict[str, Path] = {}
         for part in parts:
             other = by_number.setdefault(_NUMBER.sub("", part.parts[0] if len(part.parts) > 1 else ""), part)
             if other.parts[:-1] != part.parts[:-1]:
-                name = f"{other.parts[0]}.{target.path}"
-                why = f"{other.as_posix()} and {part.as_posix()} both have this target"
-                cure = f"Name the part that the adapter changes: --rename {target.path}={name} (rename=)"
-                raise TargetNotFound(why, where=str(target), cure=cure)
+                shared.setdefault(target, (other, part))
+    if shared:
+        target, both = next(iter(shared.items()))
+        paths = [each.path.split(".") for each in shared]
+        # One rule for all these targets, because an adapter may have hundreds of them.
+        prefix = ".".join(commonprefix(paths)) or paths[0][0]
+        rules = " or ".join(f"--rename {prefix}={part.parts[0]}.{prefix}" for part in both)
+        why = " and ".join(part.as_posix() for part in both) + " both have this target"
+        cure = f"Name the part that the adapter changes: {rules} (rename=)"
+        raise TargetNotFound(why, where=str(target), cure=cure)
 
 
 def _lacking(part: GraphPart, parts: Sequence[GraphPart], by_part: Mapping[Path, Adapter | None]) -> tuple[Target, ...]:

@@ -68,8 +68,8 @@ class StoredWeights:
         if W.shape not in self._samples:
             self._samples[W.shape] = self._sampled(W.shape)
         groups, samples = self._samples[W.shape]
-        own = W[_places(W.shape)]
-        close = np.flatnonzero(np.linalg.norm(samples - own, axis=1) <= FAR * np.linalg.norm(own))
+        sample = W[_places(W.shape)]
+        close = np.flatnonzero(np.linalg.norm(samples - sample, axis=1) <= FAR * np.linalg.norm(sample))
         return list({id(groups[at]): groups[at] for at in close}.values())
 
     def _sampled(self, shape: tuple[int, ...]) -> tuple[list[list[Spot]], Array]:

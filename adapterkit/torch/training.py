@@ -165,8 +165,8 @@ class LoRAFA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
-        if any(id(B) not in held for B in self._pairs):
+        current = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        if any(id(B) not in current for B in self._pairs):
             # Under FSDP2, accelerate's `prepare` replaces the parameters in the optimizer by sharded ones.
             handle = None if self._handle is None else self._handle()
             if handle is None:

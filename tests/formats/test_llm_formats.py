@@ -7,8 +7,10 @@ from itertools import permutations
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 import yaml
 from llm_adapters import BASE, FILES, SHAPES, VECTORS, content, deltas, llama, lora, merged, place, write_base
 from safetensors.numpy import load_file, save_file
@@ -418,6 +420,17 @@ def test_tinkers_adapters_of_nemotron_have_other_names(tmp_path):
     ak.write(ak.read(tmp_path / "t").replace(foreign=None), tmp_path / "again", "tinker")
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     same({key: value for key, value in keys.items() if value.size}, again)
+
+
+def test_a_lora_of_mamba_is_not_tinkers(tmp_path):
+    """Mamba has a module `mixer.x_proj`, which has the same name as a part of a fused weight in Tinker's files."""
+    config = transformers.MambaConfig(vocab_size=12, hidden_size=8, state_size=2, num_hidden_layers=1, expand=2)
+    targets = ["x_proj", "in_proj", "out_proj"]
+    model = peft.get_peft_model(transformers.MambaForCausalLM(config), peft.LoraConfig(r=2, target_modules=targets))
+    model.save_pretrained(tmp_path / "lora")
+    assert ak.detect(tmp_path / "lora") == "peft"
+    read = ak.read(tmp_path / "lora")
+    assert {target.path for target in read.updates} == {f"backbone.layers.0.mixer.{name}" for name in targets}
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
