@@ -270,8 +270,8 @@ _MARKS = tuple(
     )
     for factor in "AB"
 )
-"""Endings of keys that occur only in Tinker's files. Mamba has a module `mixer.x_proj`, so only the first part of a fused
-weight is such a key; Tinker's files contain all parts."""
+"""Endings of keys that occur only in Tinker's files. They include only the first part of each fused weight, because
+Mamba also has a module `mixer.x_proj`."""
 
 
 def is_tinker(keys: Iterable[str]) -> bool:

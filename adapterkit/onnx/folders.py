@@ -17,8 +17,8 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from os import PathLike
-from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -310,9 +310,10 @@ def refuse_shared(targets_by_part: Mapping[Path, Iterable[Target]]) -> None:
                 shared.setdefault(target, (other, part))
     if shared:
         target, both = next(iter(shared.items()))
-        paths = [each.path.split(".") for each in shared]
-        # One rule for all these targets, because an adapter may have hundreds of them.
-        prefix = ".".join(commonprefix(paths)) or paths[0][0]
+        # Give one rule for all these targets, because an adapter may have hundreds of them.
+        words_at = zip(*(each.path.split(".") for each in shared), strict=False)
+        first_words = [words[0] for words in takewhile(lambda words: len(set(words)) == 1, words_at)]
+        prefix = ".".join(first_words or target.path.split(".")[:1])
         rules = " or ".join(f"--rename {prefix}={part.parts[0]}.{prefix}" for part in both)
         why = " and ".join(part.as_posix() for part in both) + " both have this target"
         cure = f"Name the part that the adapter changes: {rules} (rename=)"

@@ -10,7 +10,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-import transformers
 import yaml
 from llm_adapters import BASE, FILES, SHAPES, VECTORS, content, deltas, llama, lora, merged, place, write_base
 from safetensors.numpy import load_file, save_file
@@ -424,13 +423,15 @@ def test_tinkers_adapters_of_nemotron_have_other_names(tmp_path):
 
 def test_a_lora_of_mamba_is_not_tinkers(tmp_path):
     """Mamba has a module `mixer.x_proj`, which has the same name as a part of a fused weight in Tinker's files."""
-    config = transformers.MambaConfig(vocab_size=12, hidden_size=8, state_size=2, num_hidden_layers=1, expand=2)
-    targets = ["x_proj", "in_proj", "out_proj"]
-    model = peft.get_peft_model(transformers.MambaForCausalLM(config), peft.LoraConfig(r=2, target_modules=targets))
+    sizes = {"x_proj": (16, 12), "in_proj": (8, 32), "out_proj": (16, 8)}
+    mixer = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+    layers = nn.ModuleList([nn.ModuleDict({"mixer": mixer})])
+    config = peft.LoraConfig(r=2, target_modules=[*sizes])
+    model = peft.get_peft_model(nn.ModuleDict({"backbone": nn.ModuleDict({"layers": layers})}), config)
     model.save_pretrained(tmp_path / "lora")
     assert ak.detect(tmp_path / "lora") == "peft"
     read = ak.read(tmp_path / "lora")
-    assert {target.path for target in read.updates} == {f"backbone.layers.0.mixer.{name}" for name in targets}
+    assert {target.path for target in read.updates} == {f"backbone.layers.0.mixer.{name}" for name in sizes}
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
