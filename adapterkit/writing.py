@@ -218,7 +218,7 @@ class Promotion:
             return target, exact, f"{line} a LoRA of rank {_rank(exact, target)}"
         alone = adapter.replace(updates={target: group}, foreign=None)
         try:
-            if self.dense and not isinstance(group[0], Dense):
+            if self.dense and not (len(group) == 1 and isinstance(group[0], Dense)):
                 return _difference(alone, self.base, line)
             return None if self.max_error is None else self._nearest(alone, self.max_error, line)
         except (NotMergeable, UsageError):

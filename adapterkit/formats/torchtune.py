@@ -213,8 +213,8 @@ def check_export(folder: Path, settings: Collection[str], keys: Collection[str],
     """Refuse a folder of torchtune whose files for PEFT do not compute what torchtune trained.
 
     torchtune saves an adapter twice: as `adapter_model.pt`, and converted for PEFT. The conversion reorders the rows of
-    q and k for every family, also for those whose rows are not in Meta's order. Of DoRA, it reorders only B, and not
-    the magnitude.
+    q and k for every family, also for those whose rows are not in Meta's order. It does not reorder the magnitudes of
+    DoRA.
 
     Args:
         folder: the folder of PEFT's files.
@@ -225,17 +225,17 @@ def check_export(folder: Path, settings: Collection[str], keys: Collection[str],
     Raises:
         Unsupported: the files for PEFT have rows in a wrong order.
     """
-    own = folder / Torchtune.file
+    unchanged = folder / Torchtune.file
     magnitude = next((key for key in keys if key.endswith("lora_magnitude_vector")), None)
     turned_key = next((key for key in keys if ".self_attn.q_proj." in key or ".self_attn.k_proj." in key), None)
     where = magnitude or turned_key
-    if where is None or not _EXPORTED.issuperset(settings) or not Torchtune().sniff(own):
+    if where is None or not _EXPORTED.issuperset(settings) or not Torchtune().sniff(unchanged):
         return
     if base is not None and base.config is not None:
         config: Mapping[str, object] = base.config
     else:
         config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    cure = f"Pass the file {own}, which torchtune saved unchanged"
+    cure = f"Pass the file {unchanged}, which torchtune saved unchanged"
     if magnitude is not None:
         why = "torchtune's conversion for PEFT omits use_dora, and puts the magnitudes of q and k into a wrong order"
         raise Unsupported(why, where=where, cure=cure)

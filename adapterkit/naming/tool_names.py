@@ -266,11 +266,12 @@ _MARKS = tuple(
         "unembed_tokens",
         *(f"mlp.experts.w{number}" for number in (1, 2, 3)),
         *(f"mixer.experts.w{number}" for number in (1, 2)),
-        *(part for parts in FUSED.values() for part in parts),
+        *(parts[0] for parts in FUSED.values()),
     )
     for factor in "AB"
 )
-"""Endings of keys that occur only in Tinker's files."""
+"""Endings of keys that occur only in Tinker's files. They include only the first part of each fused weight, because
+Mamba also has a module `mixer.x_proj`."""
 
 
 def is_tinker(keys: Iterable[str]) -> bool:

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -300,15 +301,23 @@ def refuse_shared(targets_by_part: Mapping[Path, Iterable[Target]]) -> None:
     for part, targets in targets_by_part.items():
         for target in targets:
             parts_by_target.setdefault(target, []).append(part)
+    shared: dict[Target, tuple[Path, Path]] = {}
     for target, parts in parts_by_target.items():
         by_number: dict[str, Path] = {}
         for part in parts:
             other = by_number.setdefault(_NUMBER.sub("", part.parts[0] if len(part.parts) > 1 else ""), part)
             if other.parts[:-1] != part.parts[:-1]:
-                name = f"{other.parts[0]}.{target.path}"
-                why = f"{other.as_posix()} and {part.as_posix()} both have this target"
-                cure = f"Name the part that the adapter changes: --rename {target.path}={name} (rename=)"
-                raise TargetNotFound(why, where=str(target), cure=cure)
+                shared.setdefault(target, (other, part))
+    if shared:
+        target, both = next(iter(shared.items()))
+        # Give one rule for all these targets, because an adapter may have hundreds of them.
+        words_at = zip(*(each.path.split(".") for each in shared), strict=False)
+        first_words = [words[0] for words in takewhile(lambda words: len(set(words)) == 1, words_at)]
+        prefix = ".".join(first_words or target.path.split(".")[:1])
+        rules = " or ".join(f"--rename {prefix}={part.parts[0]}.{prefix}" for part in both)
+        why = " and ".join(part.as_posix() for part in both) + " both have this target"
+        cure = f"Name the part that the adapter changes: {rules} (rename=)"
+        raise TargetNotFound(why, where=str(target), cure=cure)
 
 
 def _lacking(part: GraphPart, parts: Sequence[GraphPart], by_part: Mapping[Path, Adapter | None]) -> tuple[Target, ...]:

@@ -165,9 +165,11 @@ class LoRAFA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        group_ids = {id(parameter) for group in self.param_groups for parameter in group["params"]}
-        if any(id(B) not in group_ids for B in self._pairs):
-            # Under FSDP2, accelerate's `prepare` replaces the parameters in the optimizer by sharded ones.
+        current = {id(parameter): parameter for group in self.param_groups for parameter in group["params"]}
+        new = any(parameter.ndim > 1 and parameter not in self._pairs for parameter in current.values())
+        if new and any(id(B) not in current for B in self._pairs):
+            # Under FSDP2, accelerate's `prepare` replaces the parameters in the optimizer by sharded ones. If there is
+            # no new matrix, the user removed tensors from the optimizer, and the others are still in `_pairs`.
             handle = None if self._handle is None else self._handle()
             if handle is None:
                 why = "the optimizer no longer holds the tensors B that it was made for"

@@ -377,14 +377,33 @@ def test_two_changes_of_one_weight_are_refused_because_comfyui_applies_only_one(
     held = {f"{stem}.{slot}": normal(*shape) for slot, shape in {**SEVERAL[one], **SEVERAL[other]}.items()}
     with pytest.raises(Malformed, match="only one change"):
         ak.read(saved(tmp_path, held))
-    groups = [
-        ak.read(saved(tmp_path, {k: v for k, v in held.items() if k.split(f"{stem}.")[1] in SEVERAL[name]})).updates
-        for name in (one, other)
-    ]
+    groups = []
+    for name in (one, other):
+        (tmp_path / name).mkdir()
+        alone = {key: value for key, value in held.items() if key.split(f"{stem}.")[1] in SEVERAL[name]}
+        groups.append(ak.read(saved(tmp_path / name, alone)).updates)
     (target,) = groups[0]
     both = ak.Adapter({target: tuple(update for group in groups for update in group[target])})
-    with pytest.raises(Unrepresentable, match="only one change"):
+    with pytest.raises(Unrepresentable, match="only one change") as e:
         ak.write(both, tmp_path / "b.safetensors", "comfyui")
+    if "replacement" in (one, other):
+        return
+    # The sum of the changes is one weight difference, or one LoRA.
+    assert "--on-loss promote" in e.value.cure
+
+    def product(up, down):
+        return held[f"{stem}.{up}"].astype("f8") @ held[f"{stem}.{down}"]
+
+    changes = {
+        "lora": lambda: product("lora_up.weight", "lora_down.weight"),
+        "loha": lambda: product("hada_w1_a", "hada_w1_b") * product("hada_w2_a", "hada_w2_b"),
+        "dense": lambda: held[f"{stem}.diff"],
+    }
+    for order in (1, -1):
+        turned = ak.Adapter({target: both.updates[target][::order]})
+        ak.write(turned, tmp_path / f"{order}.safetensors", "comfyui", on_loss="promote")
+        got = ak.read(tmp_path / f"{order}.safetensors").delta(target.path).numpy()
+        np.testing.assert_allclose(got, changes[one]() + changes[other](), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(12, 8, 3, 3), (12, 8, 3), (12, 1, 3, 3), (12, 8, 2, 3, 3)])
@@ -446,6 +465,25 @@ def test_a_lokr_of_a_fused_weight_fits_a_base_that_has_its_parts(model, blocks, 
         expected *= held[f"{stem}.dora_scale"] / np.linalg.norm(expected, axis=1, keepdims=True)
     got = np.concatenate([merged[f"{names.format(name)}.weight"] for name in "qkv"])
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
+def test_magnitudes_of_the_inputs_of_a_fused_weight_need_a_base_that_has_it(tmp_path):
+    names, whole, rows, other = PARTED["flux"]
+    parted_base(tmp_path, names, rows, other)
+    stem = f"lycoris_{whole}"
+    held = {f"{stem}.lokr_w1": normal(6, 4), f"{stem}.lokr_w2": normal(24, 12)}
+    held |= {f"{stem}.dora_scale": np.abs(normal(1, 48)) + 0.5}
+    path, out = saved(tmp_path, held), tmp_path / "merged.safetensors"
+    with pytest.raises(Unsupported, match="cannot be split into the weight's parts") as e:
+        ak.merge(tmp_path / "base.safetensors", path, out)
+    assert "a base that has this fused weight" in e.value.cure
+    weights = {"img_attn.qkv": normal(144, 48), "img_attn.proj": normal(48, 48), "img_mod.lin": normal(288, 48)}
+    save_file({f"double_blocks.0.{k}.weight": v for k, v in weights.items()}, tmp_path / "fused.safetensors")
+    ak.merge(tmp_path / "fused.safetensors", path, out)
+    V = weights["img_attn.qkv"] + np.kron(held[f"{stem}.lokr_w1"].astype("f8"), held[f"{stem}.lokr_w2"])
+    wanted = V * held[f"{stem}.dora_scale"] / np.linalg.norm(V, axis=0, keepdims=True)
+    merged = load_file(out)["double_blocks.0.img_attn.qkv.weight"]
+    np.testing.assert_allclose(merged, wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("names", ["qkv", "qv", "v"])

@@ -7,6 +7,7 @@ from itertools import permutations
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 import yaml
@@ -418,6 +419,19 @@ def test_tinkers_adapters_of_nemotron_have_other_names(tmp_path):
     ak.write(ak.read(tmp_path / "t").replace(foreign=None), tmp_path / "again", "tinker")
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     same({key: value for key, value in keys.items() if value.size}, again)
+
+
+def test_a_lora_of_mamba_is_not_tinkers(tmp_path):
+    """Mamba has a module `mixer.x_proj`, which has the same name as a part of a fused weight in Tinker's files."""
+    sizes = {"x_proj": (16, 12), "in_proj": (8, 32), "out_proj": (16, 8)}
+    mixer = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+    layers = nn.ModuleList([nn.ModuleDict({"mixer": mixer})])
+    config = peft.LoraConfig(r=2, target_modules=[*sizes])
+    model = peft.get_peft_model(nn.ModuleDict({"backbone": nn.ModuleDict({"layers": layers})}), config)
+    model.save_pretrained(tmp_path / "lora")
+    assert ak.detect(tmp_path / "lora") == "peft"
+    read = ak.read(tmp_path / "lora")
+    assert {target.path for target in read.updates} == {f"backbone.layers.0.mixer.{name}" for name in sizes}
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -455,7 +456,8 @@ def test_a_subfolder_of_a_targets_name_is_its_only_place(tmp_path, way):
     bare = both.replace(updates={Target(path): both.updates[Target(paths[0])]})
     with pytest.raises(TargetNotFound, match=r"text_encoder/model\.onnx and text_encoder_2/model\.onnx both have") as e:
         getattr(ak.onnx, "merge" if way == "merge" else "inject")(tmp_path / "model", bare, tmp_path / "out")
-    rule = e.value.cure.split()[-2]
+    rule, other = re.findall(r"--rename (\S+)", e.value.cure)
+    assert [given.partition("=")[2] for given in (rule, other)] == paths
     if way == "merge":
         assert [*ak.onnx.merge(tmp_path / "model", bare, tmp_path / "out", rename=rule).parts] == [
             "text_encoder/model.onnx"
@@ -469,6 +471,25 @@ def test_a_subfolder_of_a_targets_name_is_its_only_place(tmp_path, way):
     for path, M in zip(paths, (W + 0.5 * (update.B @ update.A).numpy(), W), strict=True):
         got = session.run(f"{path.split('.')[0]}/model.onnx", {"x": x}, "a")["y"]
         np.testing.assert_allclose(got, x @ M.T, rtol=2e-4, atol=2e-5)
+
+
+def test_one_rule_names_the_part_of_all_targets_that_two_parts_have(tmp_path):
+    for name in ("text_encoder", "text_encoder_2"):
+        (tmp_path / "model" / name).mkdir(parents=True)
+        into = {0: ("x", "h"), 1: ("h", "y")}
+        layers = [layer(f"text_model/layers.{n}/fc1", ENCODER, *ends, f"onnx::{n}") for n, ends in into.items()]
+        nodes, weights = zip(*layers, strict=True)
+        written(tmp_path / "model" / name, "model.onnx", [*nodes], [*weights], [value("x")], [value("y")])
+    both = adapter(*(f"text_model.layers.{n}.fc1" for n in range(2)))
+    with pytest.raises(TargetNotFound, match="both have this target") as e:
+        ak.onnx.merge(tmp_path / "model", both, tmp_path / "out")
+    W, (first, second) = weight(ENCODER).astype("f8"), [each[0] for each in both.updates.values()]
+    for rule, name in zip(re.findall(r"--rename (\S+)", e.value.cure), ("text_encoder", "text_encoder_2"), strict=True):
+        out = tmp_path / f"out {name}"
+        assert [*ak.onnx.merge(tmp_path / "model", both, out, rename=rule).parts] == [f"{name}/model.onnx"]
+        x, y = run(out / name / "model.onnx")
+        wanted = x @ (W + 0.5 * (first.B @ first.A).numpy()).T @ (W + 0.5 * (second.B @ second.A).numpy()).T
+        np.testing.assert_allclose(y, wanted, rtol=2e-4, atol=2e-5)
 
 
 def test_an_unchanged_graph_never_reads_a_merged_graphs_new_data(tmp_path):

@@ -210,11 +210,14 @@ def test_the_levels_are_those_of_the_stored_vectors():
 @pytest.mark.parametrize(
     "again", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"]
 )
-def test_lora_fa_goes_on_after_it_is_copied_or_pickled_with_its_model(again):
+@pytest.mark.parametrize("fewer", [False, True])
+def test_lora_fa_goes_on_after_it_is_copied_or_pickled_with_its_model(again, fewer):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3))
-    handle = ak.torch.inject(model, ak.torch.create(model, "lora", rank=2, targets="0"), trainable=True)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    handle = ak.torch.inject(model, ak.torch.create(model, "lora", rank=2, targets=["0", "1"]), trainable=True)
     both = model, ak.torch.LoRAFA(handle, lr=0.1)
+    if fewer:  # The user trains only the first layer.
+        del both[1].param_groups[0]["params"][1:]
 
     def steps(net, optimizer):
         for seed in range(3):

@@ -458,7 +458,7 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
         if losses and all(place.path in known for t in moved.keys() - unmoved for place in _placed(t, (), known)):
             why = why or losses[0]
     if why is not None:
-        cure = "Convert the adapter to LoRA with --promote (ak.ops.promote), or pass a base with the adapter's names"
+        cure = "Pass a base that has this fused weight, such as the checkpoint that the model's authors published"
         raise Unsupported(why[1], where=str(why[0]), cure=cure)
     cure = nearest(lost.path, known) or USE_ITS_BASE
     raise TargetNotFound("the base does not have this module", where=str(lost), cure=cure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...core.metadata import with_metadata
@@ -163,6 +163,8 @@ def _expressible(
     # updates to `places`, except the LoRAs.
     lost = {target for target, _ in losses if target in before}
     places += [(t, i) for t in before if t in lost for i, u in enumerate(before[t]) if not isinstance(u, LoRA)]
+    # Or to one weight difference, or one LoRA, if the updates of a target can be added.
+    places += [(t, i) for t, group in before.items() if _is_several(group) for i in range(len(group))]
     named = not losses
     losses += list(_losses(image_format, rules, updates, hints))
     items = [f"{target}: {why}" for target, why in dict.fromkeys(losses)]
@@ -224,11 +226,15 @@ def _losses(
             if not why:
                 update_slots = {stored.slot for stored in encode(update, rules)}
                 why = "the module has several updates of the same method" if update_slots & slots else ""
+                why = f"{ONE_CHANGE} updates" if _is_several(group) else why
                 slots |= update_slots
-            if not why and sum(map(changes_weight, group)) > 1:
-                why = f"{ONE_CHANGE} updates"
             if why:
                 yield target, why
+
+
+def _is_several(group: Sequence[Update]) -> bool:
+    """Whether more than one update changes the weight by itself."""
+    return sum(map(changes_weight, group)) > 1
 
 
 def _same(stored: StoredTensor, one: Lazy, other: Lazy) -> bool:
