@@ -157,7 +157,8 @@ def _decided(plan: Plan) -> str:
 def _completed(plan: Plan, stage: StagingDir, started: float) -> Report:
     """Return a report about the complete output that an earlier run wrote, and delete the stage."""
     record = stage.target / REPORT
-    previous: Mapping[str, Any] = json.loads(record.read_text()) if record.exists() else kept_result(stage.target)
+    earlier = json.loads(record.read_text()) if record.exists() else kept_result(stage.target)
+    previous: dict[str, Any] = dict(earlier)
     resumed = tuple(stage.files) if stage.was_completed else ()
     carried, left_out = _copied(plan)
     stage.discard()

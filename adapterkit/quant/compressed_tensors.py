@@ -311,8 +311,11 @@ def _block(base: Checkpoint, module: str) -> tuple[int, int] | None:
     Groups of layers may have different blocks. The shapes then show the group of the module.
     """
     stated = _weights(base, "block_structure")
-    blocks = [(block[0], block[1]) for block in stated if isinstance(block, list) and len(block) == 2
-              and all(type(n) is int and n > 0 for n in block)]  # fmt: skip
+    blocks: list[tuple[int, int]] = []
+    for block in stated:
+        sizes = [n for n in block if type(n) is int and n > 0] if isinstance(block, list) else []
+        if isinstance(block, list) and len(block) == len(sizes) == 2:
+            blocks.append((sizes[0], sizes[1]))
     if len(stated) < 2:
         return blocks[0] if blocks else None
     weight, scale = (base.tensors[f"{module}.{part}"].shape for part in ("weight", "weight_scale"))
