@@ -15,7 +15,7 @@ from typing import NoReturn
 import click
 
 from .. import __version__
-from ._commands import Commands
+from ._commands import Commands, discard
 
 __all__ = ["adapterkit", "main"]
 
@@ -57,6 +57,10 @@ def main() -> None:
     try:
         adapterkit()
     finally:
+        try:
+            sys.stderr.flush()
+        except OSError:  # The stream may be a file on a full disk. The messages are lost, but the result is not.
+            discard(2)
         gc.set_threshold(*thresholds)
         # At exit, the interpreter searches for cycles among all remaining objects that are not frozen. Without
         # `freeze`, this search takes a tenth of a short command's time.

@@ -210,7 +210,7 @@ def answer(run: Callable[[], object], settings: CliSettings) -> int:
             raise
         met = error.error if isinstance(error, Carried) else error
         if isinstance(met, BrokenPipeError):
-            _discard_output()
+            discard(1)
             return CLOSED_PIPE
         return _say(met, settings)
     return code if isinstance(code, int) else 0
@@ -308,14 +308,17 @@ def _say(error: BaseException, settings: CliSettings) -> int:
         try:
             click.echo(as_json({"error": known.record()}))
         except OSError:  # Often the error to report is the same: the result could not be printed.
-            _discard_output()
+            discard(1)
     return known.exit_code
 
 
-def _discard_output() -> None:
-    """Redirect standard output to the null device, so that the interpreter's flush at exit does not raise an error."""
+def discard(number: int) -> None:
+    """Redirect the standard stream with this number to the null device.
+
+    Then the interpreter's flush at exit does not fail. If it failed, the exit code would be 120.
+    """
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    os.dup2(nowhere, number)
     os.close(nowhere)
 
 

@@ -191,10 +191,12 @@ def test_a_full_disk_behind_standard_output_is_an_error_without_a_traceback(sour
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_behind_standard_error_does_not_end_a_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_standard_error_does_not_end_a_command(tmp_path: Path, unbuffered: str) -> None:
+    """Also with the buffer that Python has by default, which it tries to write again at exit."""
     save_base(tmp_path / "base")
     command = [sys.executable, "-m", "adapterkit", "inspect", str(tmp_path / "base"), "--json", "-v"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True, env=env, check=False)
     assert done.returncode == 0
