@@ -314,9 +314,9 @@ def refuse_shared(targets_by_part: Mapping[Path, Iterable[Target]]) -> None:
         words_at = zip(*(each.path.split(".") for each in shared), strict=False)
         first_words = [words[0] for words in takewhile(lambda words: len(set(words)) == 1, words_at)]
         prefix = ".".join(first_words or target.path.split(".")[:1])
-        rules = " or ".join(f"--rename {prefix}={part.parts[0]}.{prefix}" for part in both)
+        first, second = (f"{prefix}={part.parts[0]}.{prefix}" for part in both)
         why = " and ".join(part.as_posix() for part in both) + " both have this target"
-        cure = f"Name the part that the adapter changes: {rules} (rename=)"
+        cure = f"Name the part that the adapter changes: --rename {first} or --rename {second} (rename=)"
         raise TargetNotFound(why, where=str(target), cure=cure)
 
 
