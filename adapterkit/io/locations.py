@@ -74,6 +74,20 @@ def exists(path: Path) -> bool:
         raise storage_error(error, path) from error
 
 
+def entries_below(root: Path, failed: Callable[[OSError], object]) -> list[Path]:
+    """List all files, folders and links below a folder, sorted. Links to folders are not followed.
+
+    `Path.rglob` of some Pythons raises an error for a link to a name that is too long, and omits folders that cannot
+    be read.
+
+    Args:
+        root: the folder.
+        failed: is called with the error for each folder that cannot be read.
+    """
+    levels = os.walk(root, onerror=failed)
+    return sorted(Path(folder, name) for folder, folders, names in levels for name in (*folders, *names))
+
+
 def check_exists(path: Path, name: str | os.PathLike[str] | None = None) -> None:
     """Check that a local path exists.
 

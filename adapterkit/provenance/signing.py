@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from os import PathLike
+from os.path import isdir, isfile
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..core.arguments import checks_types
 from ..core.licence_terms import licence_at
@@ -35,7 +36,7 @@ from ..errors import (
 from ..formats import detect, read
 from ..io.checkpoint import opened
 from ..io.inputs import open_input
-from ..io.locations import NOTE, check_exists
+from ..io.locations import NOTE, check_exists, entries_below
 from ..io.stages import stage
 from ..io.staging import check_beside, check_free, check_inputs, staged
 from ..naming.binding.fitting import merge_record
@@ -407,13 +408,13 @@ def files_of(root: Path, signature: Path) -> list[Path]:
     check_exists(root)
     if root.is_file():
         return [root]
-    files = [each for each in root.rglob("*") if each.is_file() and each.absolute() != signature.absolute()]
+    files = [each for each in _entries(root) if isfile(each) and each.absolute() != signature.absolute()]
     return sorted(each for each in files if not _left_out(each.relative_to(root)))
 
 
 def special_files(root: Path) -> list[Path]:
     """Return what `files_of` omits below `root`: pipes, devices, sockets, and links whose targets are missing."""
-    others = [each for each in root.rglob("*") if not each.is_file() and not each.is_dir()]
+    others = [each for each in _entries(root) if not isfile(each) and not isdir(each)]
     return sorted(each for each in others if not _left_out(each.relative_to(root)))
 
 
@@ -479,11 +480,24 @@ def settled(root: Path) -> Path:
 
 def linked_folders(root: Path) -> list[Path]:
     """Return all symbolic links below `root` that point to folders. model-signing skips the files in these folders."""
-    return sorted(each for each in root.rglob("*") if each.is_symlink() and each.is_dir())
+    return [each for each in _entries(root) if each.is_symlink() and isdir(each)]
+
+
+def _entries(root: Path) -> list[Path]:
+    """List everything below a folder; nothing if `root` is a file.
+
+    Raises:
+        StorageError: a folder cannot be read.
+    """
+
+    def failed(error: OSError) -> NoReturn:
+        raise storage_error(error, Path(error.filename)) from error
+
+    return entries_below(root, failed) if root.is_dir() else []
 
 
 def _not_hashed(root: Path, error: ValueError) -> AdapterkitError:
-    if any(each.is_symlink() for each in (root, *root.rglob("*"))):
+    if any(each.is_symlink() for each in (root, *_entries(root))):
         cure = "Pass --allow-symlinks (allow_symlinks=True) to sign linked files, or sign a copy without links: cp -rL"
         return Unsupported("the folder contains symbolic links", path=root, cure=cure)
     why = f"model-signing cannot hash the files: {first_line(error)}"

@@ -21,7 +21,7 @@ from ..errors import AdapterkitError, public
 from ..formats import read, recognised
 from ..io.checkpoint import opened
 from ..io.lazy import as_lazy, check_finite
-from ..io.locations import check_exists, located, path_text
+from ..io.locations import check_exists, entries_below, located, path_text
 from ..io.stages import stage
 from ..naming.ties import is_embedding
 from .files import WEIGHTS, in_folder
@@ -108,7 +108,11 @@ def _files(root: Path, unread: list[str]) -> list[Path]:
     if not root.is_dir():
         return [root]
     files: list[Path] = []
-    for path in sorted(root.rglob("*")):
+
+    def failed(error: OSError) -> None:
+        unread.append(f"{Path(error.filename).relative_to(root)}: the folder could not be read: {error.strerror}")
+
+    for path in entries_below(root, failed):
         if path.relative_to(root).parts[0] == ".git" or (not path.is_symlink() and path.is_dir()):
             continue
         if len(files) >= MOST_FILES:

@@ -23,7 +23,7 @@ from planted_scans import EVADING, LAYERS, PLANTED, STEM, Calls, config, folder,
 from safetensors.numpy import save_file
 
 import adapterkit as ak
-from adapterkit.errors import StorageError
+from adapterkit.errors import StorageError, Unsupported
 from adapterkit.scanning import RULES, SEVERITIES
 
 VECTORS = Path(__file__).parents[2] / "spec" / "vectors"
@@ -227,6 +227,27 @@ def test_the_place_of_a_link_is_shown_without_control_characters(tmp_path):
     assert finding.rule == "link"
     assert finding.evidence.isprintable()
     assert len(finding.evidence) < 200
+
+
+def test_a_folder_that_cannot_be_read_is_reported_as_unread(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert any("deep: the folder could not be read: Permission denied" in line for line in ak.scan(tmp_path).unread)
+    with pytest.raises(StorageError, match="deep"):
+        ak.provenance.bom(tmp_path)
+
+
+def test_a_link_to_a_name_that_is_too_long_is_refused_by_a_bill_of_materials(tmp_path):
+    (tmp_path / "link").symlink_to("x" * 300)
+    with pytest.raises(Unsupported, match="a link whose target is missing"):
+        ak.provenance.bom(tmp_path)
 
 
 CALL = b"cposix\ngetcwd\n(tR."
