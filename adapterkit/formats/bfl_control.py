@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ._image.deciding import Origin
     from ._image.translate import Changed, Losses
+    from ._image.underscores import TargetPaths
 
 SLOTS = {"down": "lora_A.weight", "up": "lora_B.weight", "bias": "lora_B.bias"}
 
@@ -74,7 +75,7 @@ class BflControl(ImageFormat):
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
         return {_scale(target, group): group for target, group in changed.items()}, losses
 
-    def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
+    def stem(self, target: Target, paths: TargetPaths, update: Update) -> str | None:
         rest = rooted(target.path)[1]
         if update.method == "replacement":
             return rest if _NORM.fullmatch(rest) else None

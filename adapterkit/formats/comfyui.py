@@ -9,7 +9,7 @@ identifies the model.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from ..naming.image import ImageFamily
     from ._image.deciding import Origin
     from ._image.translate import Changed, Losses
+    from ._image.underscores import TargetPaths
 
 SLOTS = {
     "down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "alpha": "alpha",
@@ -162,7 +163,7 @@ class Comfyui(ImageFormat):
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
         return {t: tuple(part for u in group for part in _apart(u)) for t, group in changed.items()}, losses
 
-    def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
+    def stem(self, target: Target, paths: TargetPaths, update: Update) -> str | None:
         component, (_, rest) = component_of(target.path), rooted(target.path)
         if component is None or target.rows:
             return None
@@ -170,7 +171,7 @@ class Comfyui(ImageFormat):
             return f"diffusion_model.{rest}"
         if other := in_other_words(f"{component}.{rest}", {ours: theirs for theirs, ours in beside().items()}):
             return other
-        word, name = _encoder(component, rest, frozenset(paths), self._fitting)
+        word, name = _encoder(component, rest, paths.paths, self._fitting)
         return f"text_encoders.{word}.transformer.{name}" if word else None
 
     def metadata(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
     from ._image.deciding import Origin
     from ._image.translate import Changed, Losses
+    from ._image.underscores import TargetPaths
     from .peft.file import PeftSettings
 
 
@@ -153,7 +154,7 @@ class Diffusers(ImageFormat):
     def switch(self, stem: str) -> str:
         return stem.partition(".")[0]
 
-    def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
+    def stem(self, target: Target, paths: TargetPaths, update: Update) -> str | None:
         component, (_, rest) = component_of(target.path), rooted(target.path)
         stem = f"{component}.{rest}"
         if component is None or target.rows or (isinstance(update, Replacement) and not _NORM.fullmatch(stem)):

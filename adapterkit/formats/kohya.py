@@ -7,7 +7,7 @@ of dots, and a slot such as `lora_down.weight`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -20,7 +20,7 @@ from ._format import FORMULA, Departure
 from ._image.file import OPTIONS, ImageKey, ImageModule, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
 from ._image.image_format import ALPHAS, PADDING, ImageFormat
-from ._image.underscores import prefixes_of, resolve, stem_of
+from ._image.underscores import TargetPaths, prefixes_of, resolve, stem_of
 
 if TYPE_CHECKING:
     from ..core.updates import Update
@@ -115,7 +115,7 @@ class Kohya(ImageFormat):
         changed = {**unets, **moved}
         return changed, [*losses, *more, *uneven(changed), *mixed(changed)]
 
-    def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
+    def stem(self, target: Target, paths: TargetPaths, update: Update) -> str | None:
         if not isinstance(update, OFT):
             return None if target.rows else stem_of(target.path, paths)
         stem = stem_of(target.path, paths, tag="oft_unet")

@@ -8,7 +8,7 @@ only for an image model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,7 +17,7 @@ from ._format import FORMULA, Departure
 from ._image.file import OPTIONS, ImageKey, ImageModule, Metadata, Rules, tensor_names
 from ._image.hints import ImageHints
 from ._image.image_format import ALPHAS, PADDING, ImageFormat
-from ._image.underscores import resolve, stem_of
+from ._image.underscores import TargetPaths, resolve, stem_of
 from .kohya import LYCORIS
 from .kohya import SLOTS as LOCON
 
@@ -69,7 +69,7 @@ class Lycoris(ImageFormat):
     ) -> dict[str, Target]:
         return {stem: Target(path) for stem, path in resolve(modules, metadata, base).items()}
 
-    def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
+    def stem(self, target: Target, paths: TargetPaths, update: Update) -> str | None:
         return None if target.rows else stem_of(target.path, paths, lycoris=True)
 
     def metadata(

@@ -8,7 +8,7 @@ first three sevenths of linear1's outputs, and `proj_lora` adapts linear2.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from ._image.image_format import ImageFormat
 if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
+    from ._image.underscores import TargetPaths
 
 _PLACES = {
     "qkv_lora1": "img_attn.qkv", "proj_lora1": "img_attn.proj", "qkv_lora2": "txt_attn.qkv",
@@ -62,7 +63,7 @@ class Xlabs(ImageFormat):
     ) -> dict[str, Target]:
         return {stem: _target(module) for stem, module in modules.items()}
 
-    def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
+    def stem(self, target: Target, paths: TargetPaths, update: Update) -> str | None:
         match = _PATH.fullmatch(rooted(target.path)[1])
         word = _STEMS.get(match[2]) if match else None
         width = update.tensors["A"].shape[1] if "A" in update.tensors else 0

@@ -8,6 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.errors import Malformed, ShapeMismatch, Unrepresentable
+from adapterkit.formats._image import underscores
 from adapterkit.io.computed import load
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods.lora import LoRA
@@ -124,3 +125,16 @@ def test_what_is_wrong_with_a_file_is_named(change, error, where, tmp_path):
     with pytest.raises(error) as raised:
         ak.read(written(tmp_path, tensors), "kohya")
     assert where in raised.value.where
+
+
+@pytest.mark.parametrize("to", ["kohya", "lycoris"])
+def test_facts_about_all_targets_are_not_computed_again_for_each_target(to, tmp_path, monkeypatch):
+    """Otherwise the time would grow with the square of the number of targets."""
+    calls = []
+    prefixes_of = underscores.prefixes_of
+    monkeypatch.setattr(underscores, "prefixes_of", lambda paths: calls.append(paths) or prefixes_of(paths))
+    names = [f"unet.down_blocks.1.attentions.{n // 2}.transformer_blocks.0.attn{n % 2 + 1}" for n in range(4)]
+    targets = [ak.Target(f"{name}.to_{part}") for name in names for part in "qkv"]
+    lora = LoRA(A=from_numpy(np.ones((2, 8), "f4")), B=from_numpy(np.ones((8, 2), "f4")))
+    ak.write(ak.Adapter(dict.fromkeys(targets, (lora,))), tmp_path / "a.safetensors", format=to)
+    assert len(calls) < len(targets)

@@ -38,7 +38,7 @@ from .hints import ImageLeftovers
 from .open_clip import in_open_clip
 from .slots import decode
 from .translate import in_naming
-from .underscores import modules_of
+from .underscores import TargetPaths, modules_of
 
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
@@ -118,7 +118,7 @@ class ImageFormat(Format, ABC):
     ) -> dict[str, Target]:
         """Return a map from each module's name in the file to the module's target."""
 
-    def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
+    def stem(self, target: Target, paths: TargetPaths, update: Update) -> str | None:
         """Return the name of a target's module in the format's keys; None if the format has no name for the module."""
         return target.path if target.rows is None else None
 

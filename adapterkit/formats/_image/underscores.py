@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from ...errors import USE_ITS_BASE, TargetNotFound, nearest
@@ -275,7 +275,33 @@ def _near(flat: str, walked: Mapping[str, object] | None) -> str:
     return f"{near}{'. ' if near else ''}Pass --base BASE (base=): its module names are then used"
 
 
-def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris: bool = False) -> str | None:
+class TargetPaths:
+    """The paths of all targets in a file.
+
+    The facts that names depend on are computed once. A file may have thousands of targets, and computing them for each
+    target would take quadratic time.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self.paths = frozenset(paths)
+
+    @cached_property
+    def prefixes(self) -> Mapping[str, str]:
+        """The result of `prefixes_of`."""
+        return prefixes_of(self.paths)
+
+    @cached_property
+    def has_several_encoders(self) -> bool:
+        """Whether a path shows that the model has more than one text encoder."""
+        return any(map(_has_several, self.paths))
+
+    @cached_property
+    def components(self) -> frozenset[str | None]:
+        """The components to which the targets belong."""
+        return frozenset(map(component_of, self.paths))
+
+
+def stem_of(path: str, paths: TargetPaths, *, tag: str = "lora_unet", lycoris: bool = False) -> str | None:
     """Return a target's flattened name (stem) in kohya's or LyCORIS's format; None if the format has no such name.
 
     Args:
@@ -286,9 +312,8 @@ def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris:
             stem.
     """
     component, (_, rest) = component_of(path), rooted(path)
-    prefixes = prefixes_of(paths)
-    if component is not None and component in prefixes and tag == "lora_unet":
-        return f"{prefixes[component]}_{flatten(rest)}"
+    if component is not None and component in paths.prefixes and tag == "lora_unet":
+        return f"{paths.prefixes[component]}_{flatten(rest)}"
     if component in ("unet", "transformer"):
         return f"{tag}_{flatten(rest)}"
     there = in_other_words(f"{component}.{rest}", {ours: theirs for theirs, ours in beside().items()})
@@ -309,17 +334,16 @@ def prefixes_of(paths: Iterable[str]) -> Mapping[str, str]:
     return next((f.facts.prefixes for f in unusual if inside and all(rest in f for rest in inside)), {})
 
 
-def _encoder(component: str, rest: str, paths: Iterable[str]) -> str:
+def _encoder(component: str, rest: str, paths: TargetPaths) -> str:
     """Return kohya's prefix for a text encoder. The prefix ends with a number if the model has several encoders."""
     if rest in encoders()["t5"] and component != "text_encoder":
         return "lora_te3"
     if component in ("text_encoder_2", "text_encoder_3", "text_encoder_4"):
         return f"lora_te{component[-1]}"
     if rest in encoders()["llm"]:
-        others = ("text_encoder_2", "text_encoder_3", "text_encoder_4")
-        return "lora_te1" if any(component_of(path) in others for path in paths) else "lora_te"
-    several = any(_has_several(path) for path in paths)
-    return "lora_te1" if several else "lora_te"
+        others = {"text_encoder_2", "text_encoder_3", "text_encoder_4"}
+        return "lora_te1" if others & paths.components else "lora_te"
+    return "lora_te1" if paths.has_several_encoders else "lora_te"
 
 
 @lru_cache(maxsize=1 << 16)

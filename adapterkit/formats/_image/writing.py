@@ -21,6 +21,7 @@ from .file import rules_at, rules_for
 from .hints import ImageHints, fingerprint, hints_of, still
 from .image_format import kernel_of, mixed_biases
 from .slots import NO_SLOT_FOR_SCALING, ONE_CHANGE, changes_weight, encode, rewritten, why_not, without_effect
+from .underscores import TargetPaths
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -138,7 +139,7 @@ def _sources(
 
 
 def _stems(image_format: ImageFormat, updates: Updates, hints: ImageHints) -> dict[tuple[Target, int], str]:
-    paths = [target.path for target in updates]
+    paths = TargetPaths(target.path for target in updates)
     stems: dict[tuple[Target, int], str] = {}
     for target, each in updates.items():
         for position, update in enumerate(each):
@@ -198,7 +199,7 @@ def _keeping(origin: Origin) -> str:
 def _losses(
     image_format: ImageFormat, rules: Rules, updates: Updates, hints: ImageHints
 ) -> Iterable[tuple[Target, str]]:
-    paths = [target.path for target in updates]
+    paths = TargetPaths(target.path for target in updates)
     yield from mixed_biases(
         updates,
         lambda target, update: image_format.switch(
