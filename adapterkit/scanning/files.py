@@ -121,7 +121,7 @@ def _unpacked(head: bytes, stream: _Stream) -> _Stream:
     if head.startswith((*_ZLIB, _ZFILE)):
         return io.BytesIO(_inflated(stream))
     if head.startswith(_LZ4):
-        raise NotImplementedError("lz4 cannot be decompressed")
+        raise ValueError("lz4 cannot be decompressed")
     return bz2.BZ2File(stream) if head[:3] == b"BZh" else lzma.LZMAFile(cast("IO[bytes]", stream))
 
 

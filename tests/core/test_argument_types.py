@@ -25,18 +25,25 @@ CLASSES = ("Adapter", "Session", "FolderSession", "TextData", "Bom", "AdapterRep
 """Classes whose methods users call with arguments. Those of `Remote` are called by adapterkit alone."""
 
 
-def public(module: ModuleType, prefix: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Every public function and method with its name, also of the subpackages."""
+def exported(module: ModuleType, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every public value that is no module, with its name, also of the subpackages."""
     for name in module.__all__:
         value = getattr(module, name)
         if inspect.ismodule(value):
-            yield from public(value, f"{prefix}{name}.")
-        elif inspect.isfunction(value):
+            yield from exported(value, f"{prefix}{name}.")
+        else:
             yield prefix + name, value
-        elif name in CLASSES:
+
+
+def public(module: ModuleType) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Every public function, and every method of `CLASSES`, with its name."""
+    for name, value in exported(module):
+        if inspect.isfunction(value):
+            yield name, value
+        elif name.rpartition(".")[2] in CLASSES:
             for own, method in vars(value).items():
                 if inspect.isfunction(method) and not own.startswith("_") and not inspect.iscoroutinefunction(method):
-                    yield f"{prefix}{name}.{own}", method
+                    yield f"{name}.{own}", method
 
 
 ANYTHING = (
@@ -182,14 +189,11 @@ def test_aliases_for_type_checkers_mean_what_they_mean_at_run_time() -> None:
             assert types(_ALIASES[name]) in [types(meaning) for meaning in aliases[name]], name
 
 
-def annotated(module: ModuleType, prefix: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
+def annotated(module: ModuleType) -> Iterator[tuple[str, Callable[..., Any]]]:
     """Every public function, and every public method, property and constructor of a public class, with its name."""
-    for name in module.__all__:
-        value = getattr(module, name)
-        if inspect.ismodule(value):
-            yield from annotated(value, f"{prefix}{name}.")
-        elif inspect.isfunction(value):
-            yield prefix + name, value
+    for name, value in exported(module):
+        if inspect.isfunction(value):
+            yield name, value
         elif inspect.isclass(value):
             members = [
                 item for cls in value.__mro__ if cls.__module__.startswith("adapterkit") for item in vars(cls).items()
@@ -197,7 +201,7 @@ def annotated(module: ModuleType, prefix: str = "") -> Iterator[tuple[str, Calla
             for member, item in members:
                 function = item.fget if isinstance(item, property) else getattr(item, "__func__", item)
                 if inspect.isfunction(function) and (not member.startswith("_") or member == "__init__"):
-                    yield f"{prefix}{name}.{member}", function
+                    yield f"{name}.{member}", function
 
 
 SIGNATURES = {name: function for module in (ak, ak.quant, ak.testing) for name, function in annotated(module)}

@@ -636,14 +636,19 @@ class Containers(nn.Module):
         return self.q(self.down["q"](x).tanh())
 
 
+def export_by_scripts(module, x, path):
+    """Export with torch's older exporter, which numbers equal names of nodes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x,), path, dynamo=False, input_names=["x"], opset_version=17)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("target", ["q", "down.q"])
 def test_a_layer_whose_name_lacks_its_container(target, bias, tmp_path):
     torch.manual_seed(0)
     module, x = Containers(bias).eval(), torch.from_numpy(X)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(module, (x,), tmp_path / "base.onnx", dynamo=False, input_names=["x"], opset_version=17)
+    export_by_scripts(module, x, tmp_path / "base.onnx")
     square = METHODS["lora"](A=A, B=torch.cat([B, -B]), scaling=0.5)
     adapter, base = Adapter({Target(target): (square,)}), None
     if not bias:  # Then only the values of the weights show which layer is which.
@@ -673,9 +678,7 @@ class Numbered(nn.Module):
 def test_numbered_names_that_the_model_has(bias, targets, tmp_path):
     torch.manual_seed(0)
     module, x = Numbered(bias).eval(), torch.from_numpy(X)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(module, (x,), tmp_path / "base.onnx", dynamo=False, input_names=["x"], opset_version=17)
+    export_by_scripts(module, x, tmp_path / "base.onnx")
     square = METHODS["lora"](A=A, B=torch.cat([B, -B]), scaling=0.5)
     adapter = Adapter({Target(target): (square,) for target in targets})
     ak.onnx.inject(tmp_path / "base.onnx", adapter, tmp_path / "out.onnx")
